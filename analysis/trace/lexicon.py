@@ -1,0 +1,84 @@
+"""Token categories by function, for any tokenizer, from a lexicon and four rules."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from analysis.trace.errors import InputError, nearest
+
+FORMAL, LOGICAL, META, SEMANTIC, SPECIAL = CATEGORIES = (
+    "formal_reasoning",
+    "logical_structuring",
+    "metacognitive",
+    "semantic_support",
+    "special",
+)
+
+SHIPPED = Path(__file__).with_name("lexicon.toml")
+WORD_START_MARKS = "\u2581\u0120\u010a\u0109"
+MARKUP = re.compile(r"<[^<>\s]+>")
+FORMAL_TEXT = re.compile(r"[\d+\-*/^=<>%×÷±√∑∫≤≥≠≈∞(){}\[\]|\\_]+|[a-zA-Z]'?|[\d.,]*\d[\d.,]*")
+SINGLE_LETTER_WORDS = {"a", "i"}
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """Maps words to categories; ``categorize`` adds the rules for everything that is no listed word."""
+
+    words: dict[str, str]
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> Lexicon:
+        """Reads a lexicon.
+
+        Raises:
+            InputError: no such file, not TOML, or a category that does not exist.
+        """
+        path = path or SHIPPED
+        try:
+            lists = tomllib.loads(path.read_text())
+        except OSError:
+            raise InputError(f"{path}: no such lexicon") from None
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{path}: not TOML ({error})") from None
+        for category in lists:
+            if category not in CATEGORIES:
+                raise InputError(f'{path}: unknown category "{category}"{nearest(category, CATEGORIES)}')
+        # The earlier category in CATEGORIES order never wins by accident: the file's order decides.
+        words: dict[str, str] = {}
+        for category, entries in lists.items():
+            for word in entries:
+                words.setdefault(word, category)
+        return cls(words)
+
+    def categorize(self, vocab: Sequence[str]) -> np.ndarray:
+        """Returns the category of every vocabulary entry.
+
+        Rules, first match: markup such as ``<eos>`` or ``</answer>``, and empty text, is ``special``; a listed word
+        has its listed category; digits, operators, brackets and single letters other than the words a and i are
+        ``formal_reasoning``; anything else, punctuation and word pieces included, is ``semantic_support``.
+
+        Args:
+            vocab: Texts, one an entry; word-start marks of byte-level BPE and SentencePiece are understood.
+
+        Returns:
+            Array of category names, dtype object, shape ``(V,)``.
+        """
+        return np.array([self._categorize_one(text) for text in vocab], dtype=object)
+
+    def _categorize_one(self, text: str) -> str:
+        text = text.strip(WORD_START_MARKS).strip()
+        word = text.lower()
+        if not text or MARKUP.fullmatch(text):
+            return SPECIAL
+        if word in self.words:
+            return self.words[word]
+        if FORMAL_TEXT.fullmatch(text) and word not in SINGLE_LETTER_WORDS:
+            return FORMAL
+        return SEMANTIC

@@ -1,0 +1,96 @@
+"""``run.json``: what a run is, how it was made, and how far it got."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from analysis.trace.errors import InputError
+from analysis.trace.schema import SCHEMA_VERSION
+
+MANIFEST = "run.json"
+PACKAGES = ("entrace", "torch", "transformers", "tokenizers", "reasoning-gym", "pyarrow", "duckdb", "numpy")
+
+
+def write_manifest(run_dir: Path, manifest: dict[str, Any]) -> None:
+    """Replaces ``run.json`` atomically: a reader sees the old text or the new one, never a part."""
+    replace_atomically(run_dir / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
+
+
+def replace_atomically(path: Path, data: bytes) -> None:
+    """Writes ``data`` to a temporary name, syncs it and renames it to ``path``."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """Returns the content of ``run.json``.
+
+    Raises:
+        InputError: the folder is no trace, the file is not JSON, or another schema version wrote it.
+    """
+    path = Path(run_dir) / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{run_dir}: not a trace (no {MANIFEST})")
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if version != SCHEMA_VERSION:
+        raise InputError(f"{path}: schema_version {version!r}, this version of entrace reads {SCHEMA_VERSION}")
+    return manifest
+
+
+def now() -> str:
+    """Current time, UTC, ISO 8601 to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Hardware, library versions and git commit, as far as they can be known without importing torch."""
+    return {
+        "hardware": {"machine": platform.machine(), "cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
+        if hasattr(os, "sched_getaffinity")
+        else {"machine": platform.machine(), "cpu": _cpu_name(), "cores": os.cpu_count()},
+        "versions": {"python": platform.python_version(), **_package_versions()},
+        "git_commit": _git_commit(),
+    }
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

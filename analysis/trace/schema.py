@@ -1,0 +1,198 @@
+"""The trace contract: every table, column, type, unit and meaning, in one place.
+
+Arrow schemas are built from the declarations below, the writer validates against them, the reader compares files
+with them, and ``entrace tables`` prints them. Raise ``SCHEMA_VERSION`` when a column changes its meaning or type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+VERSION_KEY = b"entrace_schema_version"
+
+LIST_OF_STRINGS = pa.list_(pa.string())
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: ``unit`` is a unit, a range or ``-``; ``nullable`` columns may be left out when writing."""
+
+    name: str
+    type: pa.DataType
+    unit: str
+    meaning: str
+    nullable: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of a trace; ``sort_by`` is the order of rows within each file and identifies a row within a run."""
+
+    name: str
+    grain: str
+    columns: tuple[Column, ...]
+    sort_by: tuple[str, ...]
+
+    @property
+    def arrow_schema(self) -> pa.Schema:
+        """Arrow schema whose field metadata carry unit and meaning."""
+        fields = [
+            pa.field(c.name, c.type, nullable=c.nullable, metadata={"unit": c.unit, "meaning": c.meaning})
+            for c in self.columns
+        ]
+        return pa.schema(fields, metadata={VERSION_KEY: str(SCHEMA_VERSION).encode(), b"grain": self.grain.encode()})
+
+
+RUN_ID = Column("run_id", pa.string(), "-", "The run; unique within a study.")
+STEP = Column("step", pa.int32(), "steps, from 1", "Training step that consumed the row.")
+PROMPT_ID = Column("prompt_id", pa.string(), "-", "The prompt; the responses of one prompt at one step are a group.")
+ROLLOUT_ID = Column("rollout_id", pa.int64(), "-", "The response; unique within the run, rising with step.")
+RESPONSE_LENGTH = Column("response_length", pa.int32(), "tokens", "Generated tokens, end of sequence included.")
+IS_CORRECT = Column("is_correct", pa.bool_(), "-", "The verifier gave the response full marks.")
+
+TOKENS = Table(
+    "tokens",
+    "one row per generated token",
+    (
+        RUN_ID,
+        STEP,
+        PROMPT_ID,
+        ROLLOUT_ID,
+        Column("position", pa.int32(), "tokens, from 0", "Place of the token in its response."),
+        RESPONSE_LENGTH,
+        Column("token_id", pa.int32(), "-", "Vocabulary entry; text in table vocab."),
+        Column("category", pa.string(), "-", "Function of the token; see analysis/trace/lexicon.toml."),
+        Column("logprob", pa.float32(), "nats", "ln p of the token under the distribution it was sampled from."),
+        Column("entropy", pa.float32(), "nats", "Shannon entropy of that distribution, whole vocabulary."),
+        Column("advantage", pa.float32(), "std of group reward", "Group-relative advantage before shaping."),
+        Column("shaped_advantage", pa.float32(), "std of group reward", "The advantage that entered the loss."),
+        Column(
+            "grad_norm",
+            pa.float32(),
+            "nats",
+            "Frobenius norm of the token's gradient at the LM head, "
+            "|shaped_advantage| sqrt(1 - 2 p + sum p^2) |h| / temperature, before clipping and averaging.",
+        ),
+        IS_CORRECT,
+        Column("logprob_after", pa.float32(), "nats", "logprob after the step's update; null if not captured.", True),
+        Column("entropy_after", pa.float32(), "nats", "entropy after the step's update; null if not captured.", True),
+        Column("is_clipped", pa.bool_(), "-", "The ratio clip took the token's gradient; null if not captured.", True),
+    ),
+    ("step", "rollout_id", "position"),
+)
+
+ROLLOUTS = Table(
+    "rollouts",
+    "one row per response, kept or dropped by dynamic sampling",
+    (
+        RUN_ID,
+        STEP,
+        PROMPT_ID,
+        ROLLOUT_ID,
+        Column("sample_index", pa.int32(), "from 0", "Index of the response within its group."),
+        Column("completion", pa.string(), "-", "Generated text, special tokens left out."),
+        Column("answer", pa.string(), "-", "Answer extracted from the required format; null if there is none.", True),
+        Column("reward", pa.float32(), "-", "What the advantage is computed from: score plus overlong penalty."),
+        IS_CORRECT,
+        Column("has_answer", pa.bool_(), "-", "An answer could be parsed; false is a format violation."),
+        Column(
+            "defects",
+            LIST_OF_STRINGS,
+            "-",
+            "Every defect that applies: format_violation, truncated, repetition, irrelevant; empty if none.",
+        ),
+        RESPONSE_LENGTH,
+        Column("is_truncated", pa.bool_(), "-", "Stopped by the length limit."),
+        Column("is_kept", pa.bool_(), "-", "Took part in the update; false where its group's rewards were uniform."),
+        Column("entropy_mean", pa.float32(), "nats per token", "Mean token entropy of the response.", True),
+        Column("surprisal_mean", pa.float32(), "nats per token", "Mean of -logprob over the response.", True),
+        Column("ppl", pa.float32(), ">= 1", "Perplexity exp(surprisal_mean) of the response.", True),
+        Column("ppl_z", pa.float32(), "standard deviations", "ln ppl standardised within the group.", True),
+        Column("advantage", pa.float32(), "std of group reward", "Group-relative advantage; 0 in uniform groups."),
+        Column("temperature", pa.float32(), "-", "Sampling temperature, part of every recorded probability."),
+        Column("entropy_kind", pa.string(), "-", "exact: over the whole vocabulary."),
+        Column("policy_step", pa.int32(), "steps", "Updates that the sampling policy had received."),
+    ),
+    ("step", "rollout_id"),
+)
+
+PROMPTS = Table(
+    "prompts",
+    "one row per prompt",
+    (
+        RUN_ID,
+        PROMPT_ID,
+        Column("split", pa.string(), "-", "train or heldout."),
+        Column("task", pa.string(), "-", "Where the prompt comes from and which verifier scores it."),
+        Column("prompt", pa.string(), "-", "The question as put to the chat template."),
+        Column("ground_truth", pa.string(), "-", "The answer that the verifier compares with."),
+        Column("difficulty", pa.string(), "JSON", "The task's own description of difficulty.", True),
+    ),
+    ("prompt_id",),
+)
+
+VOCAB = Table(
+    "vocab",
+    "one row per vocabulary entry",
+    (
+        RUN_ID,
+        Column("token_id", pa.int32(), "-", "Vocabulary entry."),
+        Column("text", pa.string(), "-", "Its text, decoded alone."),
+        Column("category", pa.string(), "-", "Its function; see analysis/trace/lexicon.toml."),
+    ),
+    ("token_id",),
+)
+
+STEPS = Table(
+    "steps",
+    "one row per training step",
+    (
+        RUN_ID,
+        STEP,
+        Column("loss", pa.float32(), "-", "Token-mean loss, averaged over mini-batches and epochs."),
+        Column("reward_mean", pa.float32(), "-", "Mean reward over all sampled responses, dropped groups included."),
+        Column("accuracy", pa.float32(), "[0, 1]", "Share of correct among all sampled responses."),
+        Column("format_rate", pa.float32(), "[0, 1]", "Share with a parsable answer among all sampled responses."),
+        Column("entropy_token_mean", pa.float32(), "nats", "Mean token entropy over all sampled tokens."),
+        Column("kl", pa.float32(), "nats", "Mean KL estimate to the reference policy; null without one.", True),
+        Column("clip_frac_low", pa.float32(), "[0, 1]", "Share of tokens whose ratio fell below 1 - clip_low, A < 0."),
+        Column(
+            "clip_frac_high", pa.float32(), "[0, 1]", "Share of tokens whose ratio rose above 1 + clip_high, A > 0."
+        ),
+        Column("grad_norm", pa.float32(), "-", "Global gradient norm before clipping, mean over updates."),
+        Column("lr", pa.float32(), "-", "Learning rate of the step."),
+        Column("tokens", pa.int64(), "tokens", "Generated tokens, dropped groups included."),
+        Column("groups_kept", pa.int32(), "groups", "Groups in the update."),
+        Column("groups_dropped", pa.int32(), "groups", "Groups left out for uniform rewards."),
+        Column("is_shaped", pa.bool_(), "-", "The shaping method was switched on at this step."),
+        Column("rollout_s", pa.float32(), "s", "Seconds spent sampling."),
+        Column("reward_s", pa.float32(), "s", "Seconds spent scoring answers."),
+        Column("update_s", pa.float32(), "s", "Seconds spent on forward, backward and optimiser."),
+        Column("record_s", pa.float32(), "s", "Seconds spent on the trace."),
+    ),
+    ("step",),
+)
+
+EVALS = Table(
+    "evals",
+    "one row per held-out response",
+    (
+        RUN_ID,
+        Column("step", pa.int32(), "steps, 0 = base policy", "Updates that the evaluated policy had received."),
+        Column("benchmark", pa.string(), "-", "Name of the held-out set."),
+        PROMPT_ID,
+        Column("sample_index", pa.int32(), "from 0", "Index of the sample; equal indices share random numbers."),
+        Column("answer", pa.string(), "-", "Extracted answer; null if there is none.", True),
+        IS_CORRECT,
+        RESPONSE_LENGTH,
+        Column("entropy_mean", pa.float32(), "nats per token", "Mean token entropy of the response.", True),
+        Column("temperature", pa.float32(), "-", "Sampling temperature."),
+    ),
+    ("step", "benchmark", "prompt_id", "sample_index"),
+)
+
+TABLES: dict[str, Table] = {t.name: t for t in (TOKENS, ROLLOUTS, PROMPTS, VOCAB, STEPS, EVALS)}
