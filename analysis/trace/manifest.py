@@ -60,12 +60,15 @@ def now() -> str:
 def describe_machine() -> dict[str, Any]:
     """Hardware, library versions and git commit, as far as they can be known without importing torch."""
     return {
-        "hardware": {"machine": platform.machine(), "cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
-        if hasattr(os, "sched_getaffinity")
-        else {"machine": platform.machine(), "cpu": _cpu_name(), "cores": os.cpu_count()},
+        "hardware": {"machine": platform.machine(), "cpu": _cpu_name(), "cores": count_cores()},
         "versions": {"python": platform.python_version(), **_package_versions()},
         "git_commit": _git_commit(),
     }
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _package_versions() -> dict[str, str]:

@@ -1,0 +1,39 @@
+# `make` lists what there is. Everything installs itself into .venv on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup study test test-slow check bench clean
+
+help:            ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
+
+setup: $(READY)  ## virtual environment in .venv, everything installed
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "entrace needs Python >= 3.11; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip hatchling
+	$(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[train,dev]'
+	@touch $@
+
+study: $(READY)  ## the main job: train three arms, record, compare, report
+	$(BIN)/entrace study --resume
+
+test: $(READY)   ## the tests
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(READY)  ## seconds per GRPO step against TRL, and the cost of recording
+	$(BIN)/python tests/benchmarks/bench_grpo_step.py
+
+clean:           ## remove the virtual environment and caches; runs and reports stay
+	rm -rf $(VENV) .venv-bench .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,84 @@
+"""Group-relative advantages and the perplexity of responses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS = 1e-6
+
+
+def group_relative_advantage(rewards: Tensor, group_ids: Tensor, normalize_std: bool = True) -> Tensor:
+    """A_i = (r_i - mean(r)) / (std(r) + eps) within the group of one prompt (GRPO, arXiv 2402.03300).
+
+    Args:
+        rewards: One a response, (B,).
+        group_ids: Group of each response, (B,), integers from 0.
+        normalize_std: Divide by the group's standard deviation (with Bessel's correction); Dr.GRPO does not.
+
+    Returns:
+        Advantages (B,); 0 in groups of uniform reward or of one response.
+    """
+    count = _group_sum(torch.ones_like(rewards), group_ids)
+    centered = rewards - (_group_sum(rewards, group_ids) / count)[group_ids]
+    if not normalize_std:
+        return centered
+    variance = _group_sum(centered.square(), group_ids) / (count - 1).clamp(min=1)
+    return centered / (variance.sqrt() + EPS)[group_ids]
+
+
+def mixed_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """Which groups hold different rewards, (num_groups,) bool: the ones that dynamic sampling keeps."""
+    low = torch.full((int(group_ids.max()) + 1,), torch.inf).scatter_reduce(0, group_ids, rewards, "amin")
+    high = torch.full_like(low, -torch.inf).scatter_reduce(0, group_ids, rewards, "amax")
+    return high > low
+
+
+def overlong_penalty(lengths: Tensor, max_tokens: int, buffer_tokens: int, factor: float) -> Tensor:
+    """Soft penalty on the last ``buffer_tokens`` before the length limit (DAPO, arXiv 2503.14476, eq. 13).
+
+    0 up to max - buffer, then falling linearly to ``-factor`` at max; lengths (B,) in tokens, result (B,) float32.
+    """
+    if buffer_tokens == 0:
+        return torch.zeros(len(lengths))
+    excess = (lengths.float() - (max_tokens - buffer_tokens)).clamp(min=0)
+    return -factor * excess / buffer_tokens
+
+
+def mean_surprisal(logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """Mean of -logprob over the response tokens, (B, T) -> (B,), nats; NaN for an empty response."""
+    mask = response_mask.to(logprobs.dtype)
+    return -(logprobs * mask).sum(1) / mask.sum(1)
+
+
+def ppl_z(logprobs: Tensor, response_mask: Tensor, group_ids: Tensor) -> Tensor:
+    """Standardised log perplexity of each response within its group (released code of arXiv 2508.02260).
+
+    z_i = (ln PPL_i - m) / s with ln PPL = mean surprisal; m and the population standard deviation s are taken over
+    the group's responses inside [Q1 - 1.5 IQR, Q3 + 1.5 IQR]; s below 1e-6 counts as 1.
+
+    Args:
+        logprobs: (B, T), nats.
+        response_mask: (B, T) bool, True at generated tokens.
+        group_ids: (B,).
+
+    Returns:
+        z, (B,); an empty response is left out of the moments and gets 0.
+    """
+    log_ppl = mean_surprisal(logprobs, response_mask)
+    z = torch.zeros_like(log_ppl)
+    for group in group_ids.unique():
+        rows = (group_ids == group) & log_ppl.isfinite()
+        values = log_ppl[rows]
+        if len(values) == 0:
+            continue
+        q1, q3 = torch.quantile(values, torch.tensor([0.25, 0.75], dtype=values.dtype))
+        reach = 1.5 * (q3 - q1)
+        inside = values[(values >= q1 - reach) & (values <= q3 + reach)]
+        std = inside.std(correction=0)
+        z[rows] = (values - inside.mean()) / (std if std >= 1e-6 else 1.0)
+    return z
+
+
+def _group_sum(values: Tensor, group_ids: Tensor) -> Tensor:
+    return torch.zeros(int(group_ids.max()) + 1, dtype=values.dtype).index_add(0, group_ids, values)

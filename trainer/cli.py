@@ -1,0 +1,142 @@
+"""The ``entrace`` command: the analysis commands plus those that train. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from analysis.cli import app, run
+from analysis.trace import InputError
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Override single keys.", show_default=False)
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what --out already holds.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time; each gets an equal share of the cores.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run(app)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped config such as tiny.")],
+    overrides: Overrides = None,
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the run; its name is the run id.")],
+    resume: Resume = False,
+) -> None:
+    """Train one policy with GRPO and record every token.
+
+    Example: entrace train tiny seed=1 shaping.method=ppl --out data/runs/mine/ppl-seed1
+    """
+    _require_train_extra()
+    from analysis.progress import Progress
+    from trainer.config import load_config
+    from trainer.train import train as run_training
+
+    settings = load_config(config, overrides or [])
+    labels = {"study": out.resolve().parent.name, "arm": settings.shaping.method}
+    with Progress(out.name, settings.steps) as progress:
+        run_training(settings, out, labels, resume=resume, on_step=progress.update)
+    typer.echo(out)
+
+
+@app.command()
+def ablate(
+    grid: Annotated[str, typer.Argument(help="A TOML grid, or the name of a shipped one such as tiny-study.")],
+    overrides: Overrides = None,
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the study; each run gets a folder in it.")],
+    seeds: Annotated[str | None, typer.Option(help="Seeds instead of the grid's, as in 0,1,2.")] = None,
+    resume: Resume = False,
+    jobs: Jobs = 1,
+) -> None:
+    """Run a grid of arms x seeds; a failed run stays in the table with its error.
+
+    Example: entrace ablate tiny-study --seeds 0,1,2 --jobs 2 --out data/runs/three-seeds
+    """
+    _require_train_extra()
+    failed = _run_grid(grid, overrides or [], _parse_seeds(seeds), out, resume, jobs)
+    typer.echo(out)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def study(
+    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("data/runs/study"),
+    report: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("reports/study"),
+    resume: Resume = False,
+    jobs: Jobs = 1,
+) -> None:
+    """Run the default study on the embedded policy and write its report.
+
+    Example: entrace study --out data/runs/study --report reports/study
+    """
+    _require_train_extra()
+    from analysis.cli import report as write_report
+
+    failed = _run_grid("tiny-study", [], None, out, resume, jobs)
+    write_report([str(out)], out=report)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A TOML recipe, or the name of a shipped one such as base-policy.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the new model, in Hugging Face layout.")],
+) -> None:
+    """Rebuild the embedded base policy from its recipe.
+
+    Example: entrace pretrain base-policy --out data/my-base-policy
+    """
+    _require_train_extra()
+    from analysis.progress import Progress
+    from trainer.pretrain import load_recipe
+    from trainer.pretrain import pretrain as run_pretraining
+    from trainer.resources import resolve_config
+
+    path = resolve_config(recipe)
+    with Progress("pretrain", load_recipe(path).training.steps) as progress:
+        figures = run_pretraining(path, out, progress.update)
+    typer.echo(f"{out}  {figures}")
+
+
+def _require_train_extra() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        raise InputError("this command needs the train extra: pip install 'entrace[train]'")
+
+
+def _parse_seeds(text: str | None) -> list[int] | None:
+    try:
+        return [int(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise InputError(f'--seeds "{text}": expected numbers separated by commas, such as 0,1,2') from None
+
+
+def _run_grid(
+    grid: str, overrides: list[str], seeds: list[int] | None, out: Path, resume: bool, jobs: int
+) -> dict[str, str]:
+    """Runs a grid with progress and names each failed run on stderr."""
+    from analysis.progress import Progress
+    from trainer.ablate import load_grid, run_grid
+
+    specs = load_grid(grid, overrides, seeds)
+    done = dict.fromkeys((spec.run_id for spec in specs), 0)
+    with Progress(out.name, sum(spec.config.steps for spec in specs)) as progress:
+
+        def show(run_id: str, step: int, **figures: float) -> None:
+            done[run_id] = step
+            progress.update(sum(done.values()), note=f"{run_id} step {step}", **figures)
+
+        failed = run_grid(specs, out, jobs=jobs, resume=resume, on_step=show)
+    for run_id, error in failed.items():
+        typer.echo(f"entrace: {run_id} failed: {error}", err=True)
+    return failed

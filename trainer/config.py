@@ -1,0 +1,267 @@
+"""The configuration of one training run: TOML, dotted overrides, and errors of one line that name the key."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from analysis.trace import InputError, nearest
+from trainer.resources import EMBEDDED, resolve_config
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+
+ShapingMethod = Literal["none", "ppl", "position", "ppl+position", "ppl_high", "position_reversed"]
+KLEstimator = Literal["k1", "k2", "k3"]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values keep their TOML types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# pydantic puts the branch of a union that was tried into the path of the error.
+UNION_BRANCH = re.compile(r"constrained-|literal\[")
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+class PolicyConfig(Section):
+    """The model to train."""
+
+    path: str = EMBEDDED
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class TaskConfig(Section):
+    """A reasoning-gym task, its parameters, and the number of held-out prompts."""
+
+    name: str = "chain_sum"
+    params: dict[str, Any] = {}
+    num_heldout: Positive = 200
+
+
+class RolloutConfig(Section):
+    """Sampling of a step's responses; ``max_refills`` bounds dynamic sampling's extra generation rounds."""
+
+    prompts_per_step: Positive = 32
+    group_size: Annotated[int, Field(ge=2)] = 8
+    max_response_tokens: Positive = 64
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    dynamic_sampling: bool = True
+    max_refills: Natural = 2
+    overlong_buffer_tokens: Natural = 0
+    overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _buffer_fits(self) -> RolloutConfig:
+        if self.overlong_buffer_tokens > self.max_response_tokens:
+            raise ValueError("overlong_buffer_tokens is longer than max_response_tokens")
+        return self
+
+
+class Window(Section):
+    """Steps at which a shaping method is on, first and last included; ``plateau`` is the step it is detected at."""
+
+    start_step: Positive | Literal["plateau"] = 1
+    end_step: Positive | None = None
+
+    @model_validator(mode="after")
+    def _is_a_window(self) -> Window:
+        if self.end_step and isinstance(self.start_step, int) and self.end_step < self.start_step:
+            raise ValueError("end_step comes before start_step")
+        return self
+
+
+class PplConfig(Window):
+    """Parameters of PPL shaping; see ``trainer.shaping.ppl_shaping``."""
+
+    alpha: float = 0.01
+    clip: tuple[float, float] = (0.8, 1.2)
+
+
+class PositionConfig(Window):
+    """Parameters of position shaping; see ``trainer.shaping.position_shaping``."""
+
+    start_step: Positive | Literal["plateau"] = "plateau"
+    gamma: Annotated[float, Field(ge=0)] = 0.1
+    slope: float = 15.0
+    cap: Fraction = 0.5
+
+
+class PlateauConfig(Section):
+    """When the plateau counts as reached; see ``trainer.plateau.PlateauDetector``."""
+
+    window_steps: Annotated[int, Field(ge=2)] = 10
+    tolerance: Fraction = 0.1
+
+
+class ShapingConfig(Section):
+    """Advantage shaping: the method, the parameters of each, and the plateau that windows may start at."""
+
+    method: ShapingMethod = "none"
+    ppl: PplConfig = PplConfig()
+    position: PositionConfig = PositionConfig()
+    plateau: PlateauConfig = PlateauConfig()
+
+
+class LossConfig(Section):
+    """Clipped policy loss, and the optional KL and entropy terms."""
+
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.28
+    normalize_std: bool = True
+    kl_coef: Annotated[float, Field(ge=0)] = 0.0
+    kl_estimator: KLEstimator = "k3"
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+
+
+class OptimConfig(Section):
+    """AdamW, its schedule, and how a step's batch is cut up."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    warmup_steps: Natural = 5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    mini_batches: Positive = 1
+    epochs: Positive = 1
+    micro_batch_tokens: Positive = 8192
+
+
+class EvalConfig(Section):
+    """Held-out evaluation, before the first step, every ``every`` steps and after the last."""
+
+    every: Positive = 20
+    samples: Positive = 8
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class RecordConfig(Section):
+    """How often buffered rows become Parquet files, and how often the run can be resumed from."""
+
+    flush_every: Positive = 10
+    checkpoint_every: Positive = 50
+    lexicon: str | None = None
+
+    @model_validator(mode="after")
+    def _checkpoints_are_durable(self) -> RecordConfig:
+        if self.checkpoint_every % self.flush_every:
+            raise ValueError("checkpoint_every is no multiple of flush_every")
+        return self
+
+
+class Config(Section):
+    """One training run."""
+
+    seed: Natural = 0
+    steps: Positive = 120
+    policy: PolicyConfig = PolicyConfig()
+    task: TaskConfig = TaskConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    shaping: ShapingConfig = ShapingConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    record: RecordConfig = RecordConfig()
+
+    @model_validator(mode="after")
+    def _batch_can_be_cut(self) -> Config:
+        if self.optim.mini_batches > self.rollout.prompts_per_step:
+            raise ValueError("optim.mini_batches is larger than rollout.prompts_per_step")
+        return self
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config file, or a shipped config by name, and applies ``key.path=value`` overrides.
+
+    Raises:
+        InputError: no such file, not TOML, an unknown key, a wrong type, or values that exclude each other.
+    """
+    values = read_toml(resolve_config(path))
+    for override in overrides:
+        values = merge(values, parse_override(override))
+    return build_config(values, source=path)
+
+
+def build_config(values: Mapping[str, Any], source: str) -> Config:
+    """Validates nested values; ``source`` begins the error message."""
+    return validate_section(Config, values, source)
+
+
+def validate_section(model: type[AnySection], values: Mapping[str, Any], source: str) -> AnySection:
+    """Builds ``model`` from nested values, turning the first validation error into one ``InputError`` line."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_one_line(model, error)}") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parses a TOML file.
+
+    Raises:
+        InputError: no such file, or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not TOML ({error})") from None
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """``a.b=1`` as ``{"a": {"b": 1}}``; the value is TOML, or else a string."""
+    key, separator, value = text.partition("=")
+    if not separator or not all(key.split(".")):
+        raise InputError(f'override "{text}": expected key.path=value')
+    try:
+        parsed: Any = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    for part in reversed(key.strip().split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings united; where both have a value, that of ``change``."""
+    merged = dict(base)
+    for key, value in change.items():
+        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _one_line(model: type[Section], error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"] if not UNION_BRANCH.match(str(part))]
+    key = ".".join(path)
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f'unknown key "{key}"{nearest(path[-1], _keys_at(model, path[:-1]))}'
+    if first["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    if first["type"] == "literal_error":
+        options = re.findall(r"'([^']*)'", first.get("ctx", {}).get("expected", ""))
+        return f'{key} = "{first["input"]}" is not valid{nearest(str(first["input"]), options)}'
+    branches = [e["msg"] for e in error.errors() if e["loc"][: len(path)] == first["loc"][: len(path)]]
+    expected = " or ".join(msg.removeprefix("Input should be ") for msg in branches)
+    return f"{key}: expected {expected}, found {first['input']!r}"
+
+
+def _keys_at(model: type[Section], path: list[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        options = [annotation, *get_args(annotation)]
+        model = next(option for option in options if isinstance(option, type) and issubclass(option, Section))
+    return list(model.model_fields)

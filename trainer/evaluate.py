@@ -1,0 +1,55 @@
+"""Held-out evaluation: k samples of every held-out prompt, with the same random numbers every time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from trainer.config import Config
+from trainer.policy import Policy
+from trainer.rollout import SamplingParams, sample
+from trainer.seeding import Stream, generator
+from trainer.tasks import ReasoningGymTask
+
+
+def evaluate(
+    config: Config, policy: Policy, task: ReasoningGymTask, step: int, on_step: Callable[..., None] | None = None
+) -> dict[str, Any]:
+    """Samples ``eval.samples`` responses to every held-out prompt and scores them.
+
+    Random numbers depend on the seed, the prompt and the sample index alone, so that evaluations of one run at
+    different steps, and of different runs with one seed, are paired.
+
+    Args:
+        config: Sampling limits, temperature, top-p, seed.
+        policy: The model.
+        task: Prompts and scorer.
+        step: Updates that the policy has received.
+        on_step: Called with the number of prompts done.
+
+    Returns:
+        Columns of the ``evals`` table, one row a response.
+    """
+    params = SamplingParams(config.rollout.max_response_tokens, config.eval.temperature, config.eval.top_p)
+    samples_per_prompt, size = config.eval.samples, config.rollout.prompts_per_step
+    rows: dict[str, list[Any]] = {
+        name: [] for name in ("prompt_id", "sample_index", "answer", "is_correct", "response_length", "entropy_mean")
+    }
+    for start in range(0, len(task.heldout), size):
+        prompts = task.heldout[start : start + size]
+        rng = generator(config.seed, Stream.EVAL, start)
+        samples = sample(policy, [policy.encode_prompt(p.text) for p in prompts], samples_per_prompt, params, rng)
+        completions = policy.decode([response.tolist() for response in samples.responses()])
+        prompts = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+        scores = [task.score(text, prompt) for text, prompt in zip(completions, prompts, strict=True)]
+        rows["prompt_id"] += [prompt.prompt_id for prompt in prompts]
+        rows["sample_index"] += list(range(samples_per_prompt)) * (len(prompts) // samples_per_prompt)
+        rows["answer"] += [score.answer for score in scores]
+        rows["is_correct"] += [score.is_correct for score in scores]
+        rows["response_length"] += samples.lengths.tolist()
+        rows["entropy_mean"] += (samples.stats.entropy.sum(1) / samples.lengths).tolist()
+        if on_step:
+            on_step(start + len(prompts) // samples_per_prompt, accuracy=float(np.mean(rows["is_correct"])))
+    return {"step": step, "benchmark": task.name, "temperature": config.eval.temperature, **rows}

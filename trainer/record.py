@@ -1,0 +1,103 @@
+"""Turns a step's batch into rows of the trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from analysis.trace import TraceWriter, find_defects
+from trainer.advantage import mean_surprisal, ppl_z
+from trainer.batch import Batch
+from trainer.tasks import Prompt
+from trainer.token_stats import lm_head_grad_norm
+
+
+def record_prompts(writer: TraceWriter, prompts: list[Prompt]) -> None:
+    """Adds prompts that the trace has not seen yet."""
+    columns = ("prompt_id", "split", "task", "ground_truth", "difficulty")
+    rows = {name: [getattr(prompt, name) for prompt in prompts] for name in columns}
+    writer.append("prompts", {**rows, "prompt": [prompt.text for prompt in prompts]})
+
+
+def record_batch(
+    writer: TraceWriter, batch: Batch, shaped: Tensor, *, step: int, first_rollout_id: int, temperature: float
+) -> None:
+    """Adds one step's tokens, rollouts and prompts.
+
+    Args:
+        writer: The trace.
+        batch: The step's responses, dropped groups included.
+        shaped: Shaped advantages, (B, T).
+        step: Current step; the policy that sampled had received ``step - 1`` updates.
+        first_rollout_id: Id of the batch's first response.
+        temperature: Sampling temperature.
+    """
+    num_samples = len(batch.prompts) // int(batch.group_ids[-1] + 1)
+    record_prompts(writer, batch.prompts[::num_samples])
+    rollout_ids = first_rollout_id + np.arange(len(batch.prompts))
+    prompt_ids = np.array([prompt.prompt_id for prompt in batch.prompts], dtype=object)
+    is_correct = np.array([score.is_correct for score in batch.scores])
+    writer.append(
+        "rollouts",
+        {
+            "step": step,
+            "prompt_id": prompt_ids,
+            "rollout_id": rollout_ids,
+            "sample_index": np.arange(len(batch.prompts)) % num_samples,
+            "is_correct": is_correct,
+            "temperature": temperature,
+            "entropy_kind": "exact",
+            "policy_step": step - 1,
+            **_response_columns(batch),
+        },
+    )
+    samples = batch.samples
+    mask = samples.response_mask
+    lengths = samples.lengths.numpy()
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    grad_norm = lm_head_grad_norm(shaped, samples.stats.logprob, samples.stats.sum_p2, samples.hidden_norm, temperature)
+    writer.append(
+        "tokens",
+        {
+            "step": step,
+            "prompt_id": prompt_ids[rows],
+            "rollout_id": rollout_ids[rows],
+            "position": np.nonzero(mask.numpy())[1],
+            "response_length": lengths[rows],
+            "token_id": samples.tokens[mask].numpy(),
+            "logprob": samples.stats.logprob[mask].numpy(),
+            "entropy": samples.stats.entropy[mask].numpy(),
+            "advantage": batch.advantages.numpy()[rows],
+            "shaped_advantage": shaped[mask].numpy(),
+            "grad_norm": grad_norm[mask].numpy(),
+            "is_correct": is_correct[rows],
+        },
+    )
+
+
+def _response_columns(batch: Batch) -> dict[str, Any]:
+    samples = batch.samples
+    surprisal = mean_surprisal(samples.stats.logprob, samples.response_mask)
+    defects = [
+        find_defects(prompt.text, text, has_answer=score.answer is not None, is_truncated=bool(is_truncated))
+        for prompt, text, score, is_truncated in zip(
+            batch.prompts, batch.completions, batch.scores, samples.is_truncated, strict=True
+        )
+    ]
+    return {
+        "completion": batch.completions,
+        "answer": [score.answer for score in batch.scores],
+        "reward": batch.rewards.numpy(),
+        "has_answer": [score.answer is not None for score in batch.scores],
+        "defects": defects,
+        "response_length": samples.lengths.numpy(),
+        "is_truncated": samples.is_truncated.numpy(),
+        "is_kept": batch.is_kept.numpy(),
+        "entropy_mean": ((samples.stats.entropy * samples.response_mask).sum(1) / samples.lengths).numpy(),
+        "surprisal_mean": surprisal.numpy(),
+        "ppl": surprisal.exp().numpy(),
+        "ppl_z": ppl_z(samples.stats.logprob, samples.response_mask, batch.group_ids).numpy(),
+        "advantage": batch.advantages.numpy(),
+    }

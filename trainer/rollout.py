@@ -1,0 +1,177 @@
+"""Batched sampling with a KV cache, recording the distribution that every token is drawn from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from trainer.policy import Policy
+from trainer.token_stats import TokenStats, distribution_stats
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """``max_tokens`` bounds a response; ``top_p`` below 1 cuts the distribution before anything is recorded of it."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass
+class Samples:
+    """Responses, one a row; on the CPU, padded to T; a value outside ``response_mask`` means nothing.
+
+    Attributes:
+        prompts: Prompt tokens of each response, B lists.
+        tokens: (B, T) int64.
+        response_mask: (B, T) bool, True at generated tokens, the end of sequence included.
+        stats: ``logprob``, ``entropy``, ``sum_p2``, each (B, T), of the distribution sampled from.
+        hidden_norm: Norm of the LM head's input, (B, T).
+        is_truncated: (B,) bool, stopped by the length limit.
+    """
+
+    prompts: list[list[int]]
+    tokens: Tensor
+    response_mask: Tensor
+    stats: TokenStats
+    hidden_norm: Tensor
+    is_truncated: Tensor
+
+    @classmethod
+    def empty(cls, prompts: list[list[int]], max_tokens: int) -> Samples:
+        """Nothing sampled yet."""
+        shape = (len(prompts), max_tokens)
+        stats = TokenStats(*(torch.zeros(shape) for _ in fields(TokenStats)))
+        return cls(
+            prompts,
+            torch.zeros(shape, dtype=torch.int64),
+            torch.zeros(shape, dtype=torch.bool),
+            stats,
+            torch.zeros(shape),
+            torch.ones(len(prompts), dtype=torch.bool),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: list[Samples]) -> Samples:
+        """Rows of all parts, which share T."""
+        return cls(
+            [prompt for part in parts for prompt in part.prompts],
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.response_mask for part in parts]),
+            TokenStats(*(torch.cat([getattr(part.stats, f.name) for part in parts]) for f in fields(TokenStats))),
+            torch.cat([part.hidden_norm for part in parts]),
+            torch.cat([part.is_truncated for part in parts]),
+        )
+
+    @property
+    def lengths(self) -> Tensor:
+        """Response lengths in tokens, (B,)."""
+        return self.response_mask.sum(1)
+
+    def responses(self) -> list[Tensor]:
+        """Token ids of each response."""
+        return [row[mask] for row, mask in zip(self.tokens, self.response_mask, strict=True)]
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy, prompts: list[list[int]], num_samples: int, params: SamplingParams, rng: np.random.Generator
+) -> Samples:
+    """Draws ``num_samples`` responses to each prompt.
+
+    A prompt is read once and its cache shared out to its responses; a response that has ended leaves the batch. Every
+    token is drawn by inverting the distribution function at a random number fixed beforehand for its response and
+    position, so that what a response draws depends neither on its batch nor on when others end, and equal policies
+    sampled with equal generators give equal responses.
+
+    Args:
+        policy: The model.
+        prompts: Token ids of each prompt, P lists.
+        num_samples: Responses to each.
+        params: Limits and temperature.
+        rng: Source of the random numbers.
+
+    Returns:
+        ``Samples`` of P * num_samples rows, the responses of one prompt adjacent.
+    """
+    samples = Samples.empty([prompt for prompt in prompts for _ in range(num_samples)], params.max_tokens)
+    uniforms = torch.from_numpy(rng.random(samples.tokens.shape, dtype=np.float32))
+    stop_ids = policy.stop_ids
+    hidden, cache, mask = _read_prompts(policy, prompts, num_samples)
+    rows = torch.arange(len(samples.prompts))
+    lengths = torch.tensor([len(prompt) for prompt in samples.prompts])
+    for t in range(params.max_tokens):
+        logits = policy.head.logits(hidden) / params.temperature
+        logp, entropy, sum_p2 = distribution_stats(_keep_top_p(logits, params.top_p))
+        tokens = _invert_cdf(logp.exp(), uniforms[rows, t].to(policy.device))
+        samples.tokens[rows, t] = tokens.cpu()
+        samples.response_mask[rows, t] = True
+        samples.stats.logprob[rows, t] = logp.gather(1, tokens[:, None]).squeeze(1).cpu()
+        samples.stats.entropy[rows, t] = entropy.cpu()
+        samples.stats.sum_p2[rows, t] = sum_p2.cpu()
+        samples.hidden_norm[rows, t] = hidden.float().norm(dim=-1).cpu()
+        has_ended = torch.isin(samples.tokens[rows, t], stop_ids)
+        samples.is_truncated[rows[has_ended]] = False
+        if t + 1 == params.max_tokens or has_ended.all():
+            break
+        if has_ended.any():
+            alive = torch.nonzero(~has_ended).squeeze(1)
+            rows = rows[alive]
+            alive = alive.to(policy.device)
+            tokens, mask = tokens[alive], mask[alive]
+            cache.batch_select_indices(alive)
+        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+        hidden = policy.hidden_states(
+            tokens[:, None],
+            # A mask of four dimensions is used as it is; one of two would be expanded by the model at every step.
+            attention_mask=None if mask.all() else mask[:, None, None, :],
+            position_ids=(lengths[rows] + t)[:, None].to(policy.device),
+            past_key_values=cache,
+            use_cache=True,
+        )[:, -1]
+    return samples
+
+
+def _read_prompts(policy: Policy, prompts: list[list[int]], num_samples: int) -> tuple[Tensor, DynamicCache, Tensor]:
+    """Last hidden state (P * num_samples, H), cache and key mask after the prompts, padded on the left."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=policy.device)
+    places = torch.arange(width)
+    padding = torch.tensor([width - len(prompt) for prompt in prompts])
+    mask = places >= padding[:, None]
+    cache = DynamicCache(config=policy.model.config)
+    hidden = policy.hidden_states(
+        ids,
+        attention_mask=mask.to(policy.device),
+        position_ids=(places - padding[:, None]).clamp(min=0).to(policy.device),
+        past_key_values=cache,
+        use_cache=True,
+    )[:, -1]
+    cache.batch_repeat_interleave(num_samples)
+    return (
+        hidden.repeat_interleave(num_samples, dim=0),
+        cache,
+        mask.repeat_interleave(num_samples, dim=0).to(policy.device),
+    )
+
+
+def _keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Logits (N, V) with all but the smallest set of tokens of total probability >= ``top_p`` at -inf."""
+    if top_p >= 1:
+        return logits
+    ordered, order = logits.sort(descending=True)
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    return logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= top_p), -torch.inf)
+
+
+def _invert_cdf(p: Tensor, uniforms: Tensor) -> Tensor:
+    """Token (N,) whose cumulative probability first exceeds the uniform number; p (N, V), uniforms (N,) in [0, 1)."""
+    cdf = p.cumsum(-1)
+    # Scaled to the rounded total, and kept below it, so that no token of probability 0 can be drawn.
+    target = torch.minimum(uniforms * cdf[:, -1], cdf[:, -1].nextafter(torch.zeros((), device=p.device)))
+    return torch.searchsorted(cdf, target[:, None], right=True).squeeze(1)

@@ -1,0 +1,23 @@
+"""Random numbers by purpose and step: a stream depends on nothing that was drawn before it.
+
+That is what makes resumed runs equal to uninterrupted ones, and arms of an ablation share their random numbers.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Stream(IntEnum):
+    """What random numbers are for."""
+
+    ROLLOUT = 1
+    EVAL = 2
+    MINI_BATCH = 3
+
+
+def generator(seed: int, stream: Stream, *indices: int) -> np.random.Generator:
+    """The generator for one purpose at one place, such as (step, refill)."""
+    return np.random.default_rng([seed, stream, *indices])

@@ -1,0 +1,193 @@
+"""The training loop: GRPO with verifiable rewards, every token recorded.
+
+Follows the recipe of arXiv 2508.02260 (GRPO with DAPO's clip-higher, token-mean loss, dynamic sampling and overlong
+penalty). Deviations from its released code:
+
+1. Old log-probabilities are those recorded while sampling, of the distribution sampled from; no second pass.
+2. A refill draws as many prompts as groups are missing, not a whole batch.
+3. Groups are uniform, and dropped, by reward after the overlong penalty.
+4. PPL shaping applies its factor in the low-perplexity branch too.
+5. The position window may start at the plateau detected online instead of at a fixed step.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from analysis.trace import InputError, Lexicon, TraceWriter, describe_machine, read_manifest
+from trainer.batch import Batch, PromptSource, collect_batch
+from trainer.checkpoint import RunState, list_checkpoints, load_checkpoint, save_checkpoint
+from trainer.config import Config
+from trainer.evaluate import evaluate
+from trainer.plateau import PlateauDetector
+from trainer.policy import Policy
+from trainer.record import record_batch, record_prompts
+from trainer.shaping import ShapingBatch, shape
+from trainer.tasks import ReasoningGymTask
+from trainer.update import Learner, TrainingError, UpdateMetrics
+
+
+def train(
+    config: Config,
+    run_dir: Path,
+    labels: Mapping[str, str],
+    *,
+    resume: bool = False,
+    on_step: Callable[..., None] = lambda done, **figures: None,
+) -> None:
+    """Trains one policy and records the run in ``run_dir``.
+
+    Args:
+        config: The run.
+        run_dir: Folder of the trace; its name is the run id.
+        labels: ``study`` and ``arm``, for the manifest.
+        resume: Go on with a run that was interrupted or failed; a complete one is left alone.
+        on_step: Called after every step with the step and figures to show.
+
+    Raises:
+        InputError: bad configuration, or a folder that cannot be used.
+        TrainingError: the run itself failed; it is marked so and what it recorded stays readable.
+    """
+    if resume and run_dir.exists() and _is_complete(config, run_dir):
+        return
+    torch.manual_seed(config.seed)
+    task = ReasoningGymTask(config.task.name, config.task.params, config.seed, config.task.num_heldout)
+    learner = Learner(config, Policy.load(config.policy))
+    writer, state = _open_trace(config, run_dir, labels, learner, resume)
+    try:
+        if state.step == 0:
+            record_prompts(writer, task.heldout)
+            writer.append("evals", evaluate(config, learner.policy, task, step=0))
+        _run_steps(config, task, learner, writer, state, on_step)
+    except BaseException as error:
+        if state.step > writer.manifest["last_durable_step"]:
+            writer.flush(state.step)
+        if not isinstance(error, KeyboardInterrupt):
+            writer.finish(error=f"{type(error).__name__}: {error}")
+        raise
+    writer.finish()
+
+
+def _run_steps(
+    config: Config,
+    task: ReasoningGymTask,
+    learner: Learner,
+    writer: TraceWriter,
+    state: RunState,
+    on_step: Callable[..., None],
+) -> None:
+    source = PromptSource(task, state.prompt_position)
+    plateau = PlateauDetector(config.shaping.plateau, state.history)
+    for step in range(state.step + 1, config.steps + 1):
+        batch = collect_batch(config, learner.policy, source, step)
+        samples = batch.samples
+        advantages = batch.advantages[:, None].expand(samples.tokens.shape)
+        context = ShapingBatch(samples.stats.logprob, samples.response_mask, batch.group_ids)
+        shaped, is_shaped = shape(advantages, context, config.shaping, step, plateau.plateau_step)
+
+        started = time.perf_counter()
+        metrics = learner.update(batch, shaped, step)
+        updated = time.perf_counter()
+        record_batch(
+            writer,
+            batch,
+            shaped,
+            step=step,
+            first_rollout_id=state.next_rollout_id,
+            temperature=config.rollout.temperature,
+        )
+        figures = _step_figures(batch, metrics, lr=learner.optimizer.param_groups[0]["lr"])
+        seconds = {"update_s": updated - started, "record_s": time.perf_counter() - updated}
+        writer.append("steps", {"step": step, "is_shaped": is_shaped, **figures, **seconds})
+
+        plateau.update(figures["entropy_token_mean"], figures["accuracy"])
+        state.step = step
+        state.prompt_position = source.position
+        state.next_rollout_id += len(batch.prompts)
+        state.history = plateau.history
+        is_last = step == config.steps
+        if is_last or step % config.eval.every == 0:
+            writer.append("evals", evaluate(config, learner.policy, task, step))
+        if is_last or step % config.record.flush_every == 0:
+            writer.flush(step)
+        if is_last or step % config.record.checkpoint_every == 0:
+            save_checkpoint(writer.run_dir, learner, state)
+        on_step(
+            step,
+            reward=figures["reward_mean"],
+            accuracy=figures["accuracy"],
+            entropy=figures["entropy_token_mean"],
+            tokens_per_s=figures["tokens"] / (figures["rollout_s"] + figures["reward_s"] + sum(seconds.values())),
+        )
+
+
+def _step_figures(batch: Batch, metrics: UpdateMetrics, lr: float) -> dict[str, Any]:
+    mask = batch.samples.response_mask
+    kept = int(batch.group_ids[batch.is_kept].unique().numel())
+    return {
+        "loss": metrics.loss,
+        "reward_mean": float(batch.rewards.mean()),
+        "accuracy": sum(score.is_correct for score in batch.scores) / len(batch.scores),
+        "format_rate": sum(score.answer is not None for score in batch.scores) / len(batch.scores),
+        "entropy_token_mean": float(batch.samples.stats.entropy[mask].mean()),
+        "kl": metrics.kl,
+        "clip_frac_low": metrics.clip_frac_low,
+        "clip_frac_high": metrics.clip_frac_high,
+        "grad_norm": metrics.grad_norm,
+        "lr": lr,
+        "tokens": int(mask.sum()),
+        "groups_kept": kept,
+        "groups_dropped": int(batch.group_ids[-1]) + 1 - kept,
+        "rollout_s": batch.rollout_s,
+        "reward_s": batch.reward_s,
+    }
+
+
+def _open_trace(
+    config: Config, run_dir: Path, labels: Mapping[str, str], learner: Learner, resume: bool
+) -> tuple[TraceWriter, RunState]:
+    """A new trace, or the one to go on with and where it stands."""
+    if resume and (checkpoints := list_checkpoints(run_dir)):
+        state = load_checkpoint(checkpoints[-1], learner)
+        return TraceWriter.resume(run_dir, state.step), state
+    if resume and run_dir.exists():
+        # Nothing to go on from yet: equal seeds give equal runs, so starting again loses nothing but time.
+        shutil.rmtree(run_dir)
+    manifest = {
+        "run_id": run_dir.name,
+        **labels,
+        "seed": config.seed,
+        "config": config.model_dump(mode="json"),
+        "model": config.policy.path,
+        "task": config.task.name,
+        "total_steps": config.steps,
+        "num_threads": torch.get_num_threads(),
+        **describe_machine(),
+    }
+    if learner.policy.device.type == "cuda":
+        manifest["hardware"]["gpu"] = torch.cuda.get_device_name(learner.policy.device)
+    lexicon = Lexicon.load(Path(config.record.lexicon) if config.record.lexicon else None)
+    return TraceWriter.create(run_dir, manifest, learner.policy.vocab(), lexicon), RunState()
+
+
+def _is_complete(config: Config, run_dir: Path) -> bool:
+    """Whether a run to be resumed is done already.
+
+    Raises:
+        InputError: it was made with another configuration.
+    """
+    manifest = read_manifest(run_dir)
+    found, wanted = manifest["config"], config.model_dump(mode="json")
+    if found != wanted:
+        changed = sorted(section for section in wanted if found.get(section) != wanted[section])
+        raise InputError(f"{run_dir}: made with another configuration, differs in {', '.join(changed)}; not resumed")
+    return manifest["status"] == "complete"
+
+
+__all__ = ["TrainingError", "train"]

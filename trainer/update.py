@@ -1,0 +1,142 @@
+"""The optimiser's part of a step: epochs, mini-batches, micro-batches, one token-mean denominator each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.batch import Batch
+from trainer.config import Config, OptimConfig
+from trainer.loss import kl_penalty, policy_loss
+from trainer.policy import Policy
+from trainer.rollout import Samples
+from trainer.seeding import Stream, generator
+
+
+class TrainingError(RuntimeError):
+    """The run itself failed, in one line."""
+
+
+@dataclass
+class UpdateMetrics:
+    """Means over a step's updates; ``kl`` is None without a reference policy. Zeros if no group was kept."""
+
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    kl: float | None = None
+    clip_frac_low: float = 0.0
+    clip_frac_high: float = 0.0
+
+
+class Learner:
+    """Policy, optimiser and, if the loss has a KL term, the frozen reference policy."""
+
+    def __init__(self, config: Config, policy: Policy) -> None:
+        """Builds AdamW; weight decay spares vectors (norms and biases)."""
+        self.config, self.policy = config, policy
+        parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        decayed = [p for p in parameters if p.ndim > 1]
+        spared = [p for p in parameters if p.ndim <= 1]
+        groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
+        self.reference = Policy.load(config.policy) if config.loss.kl_coef else None
+
+    def update(self, batch: Batch, advantages: Tensor, step: int) -> UpdateMetrics:
+        """Trains on the kept responses of a batch.
+
+        Args:
+            batch: The step's responses.
+            advantages: Shaped advantages, (B, T).
+            step: Current step, from 1; decides the learning rate and the order of mini-batches.
+
+        Raises:
+            TrainingError: the loss or the gradient is NaN or infinite; the weights are those before that update.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.optim, step)
+        updates = [
+            self._step_optimizer(batch.samples, advantages, rows, step)
+            for rows in mini_batches(self.config, batch, step)
+        ]
+        if not updates:
+            return UpdateMetrics()
+        mean = torch.tensor(updates, dtype=torch.float64).mean(0).tolist()
+        loss, grad_norm, kl, low, high = mean
+        return UpdateMetrics(loss, grad_norm, kl if self.reference else None, low, high)
+
+    def _step_optimizer(
+        self, samples: Samples, advantages: Tensor, rows: Tensor, step: int
+    ) -> tuple[float, float, float, float, float]:
+        denominator = int(samples.lengths[rows].sum())
+        totals = torch.zeros(4, dtype=torch.float64)
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in micro_batches(samples, rows, self.config.optim.micro_batch_tokens):
+            loss, *sums = self._loss_sums(samples, advantages, micro)
+            (loss / denominator).backward()
+            totals += torch.stack([loss.detach(), *sums]).cpu().double()
+        loss, kl, low, high = (totals / denominator).tolist()
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self.config.optim.grad_clip))
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise TrainingError(f"step {step}: loss {loss}, gradient norm {grad_norm}; lower optim.lr or check rewards")
+        self.optimizer.step()
+        return loss, grad_norm, kl, low, high
+
+    def _loss_sums(self, samples: Samples, advantages: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        """Loss, KL and the two clip counts, summed over the tokens of ``rows``."""
+        config, device = self.config.loss, self.policy.device
+        mask = samples.response_mask[rows]
+        prompts = [samples.prompts[row] for row in rows]
+        responses = [samples.tokens[row][samples.response_mask[row]] for row in rows]
+        temperature = self.config.rollout.temperature
+        stats = self.policy.score(prompts, responses, temperature)
+        old_logprob = samples.stats.logprob[rows][mask].to(device)
+        result = policy_loss(
+            stats.logprob, old_logprob, advantages[rows][mask].to(device), config.clip_low, config.clip_high
+        )
+        loss = result.loss.sum() - config.entropy_coef * stats.entropy.sum()
+        kl = torch.zeros((), device=device)
+        if self.reference:
+            with torch.no_grad():
+                reference = self.reference.score(prompts, responses, temperature).logprob
+            penalty = kl_penalty(stats.logprob, reference, config.kl_estimator).sum()
+            loss, kl = loss + config.kl_coef * penalty, penalty.detach()
+        return loss, kl, result.is_clipped_low.sum(), result.is_clipped_high.sum()
+
+
+def learning_rate(optim: OptimConfig, step: int) -> float:
+    """Linear warm-up over ``warmup_steps``, then constant; ``step`` from 1."""
+    return optim.lr * min(1.0, step / max(1, optim.warmup_steps))
+
+
+def mini_batches(config: Config, batch: Batch, step: int) -> Iterator[Tensor]:
+    """Row indices of each mini-batch of each epoch: whole groups, shuffled, in parts of nearly equal size."""
+    groups = batch.group_ids[batch.is_kept].unique().numpy()
+    for epoch in range(config.optim.epochs):
+        rng = generator(config.seed, Stream.MINI_BATCH, step, epoch)
+        for part in np.array_split(rng.permutation(groups), config.optim.mini_batches):
+            if len(part):
+                yield torch.nonzero(torch.isin(batch.group_ids, torch.from_numpy(part))).squeeze(1)
+
+
+def micro_batches(samples: Samples, rows: Tensor, max_tokens: int) -> list[Tensor]:
+    """Cuts rows, sorted by length, into parts of at most ``max_tokens`` tokens, padding counted.
+
+    A sequence longer than ``max_tokens`` makes a part of its own.
+    """
+    lengths = samples.lengths[rows] + torch.tensor([len(samples.prompts[row]) for row in rows])
+    ordered = lengths.argsort(stable=True)
+    parts: list[Sequence[int]] = []
+    current: list[int] = []
+    for index in ordered.tolist():
+        if current and int(lengths[index]) * (len(current) + 1) > max_tokens:
+            parts.append(current)
+            current = []
+        current.append(index)
+    parts.append(current)
+    return [rows[torch.tensor(part)] for part in parts]
