@@ -62,7 +62,8 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
 
 
-def _make_bar(title: str, total: int):  # noqa: ANN202 - rich is imported only where a terminal needs it
+def _make_bar(title: str, total: int):
+    # rich is imported only where a terminal needs it.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

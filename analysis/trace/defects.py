@@ -23,10 +23,11 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 ALPHABETIC = re.compile(r"[^\W\d_]{2,}")
 FORMAL_SIGN = re.compile(r"[\d=+*/^<>\\]")
 # Words too common to tie a sentence to its prompt.
-STOP_WORDS = frozenset(
+COMMON_WORDS = (
     "a an and are as at be by do does for from has have how i in is it its of on or that the this to was we what "
-    "which who why will with you your my me".split()
+    "which who why will with you your my me"
 )
+STOP_WORDS = frozenset(COMMON_WORDS.split())
 
 REPEATS = 3
 MIN_REPEATED_WORDS = 6

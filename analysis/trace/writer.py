@@ -174,7 +174,7 @@ def _write_part(path: Path, table: Table, parts: list[pa.Table]) -> None:
             rows,
             file,
             compression="zstd",
-            use_dictionary=[name for name in names if name not in encodings],
+            use_dictionary=[name for name in names if name not in encodings],  # pyright: ignore[reportArgumentType]
             column_encoding=encodings,
         )
         file.flush()

@@ -1,0 +1,203 @@
+"""The commands that read traces, and the one place where errors become exit codes.
+
+Exit codes: 0 done, 1 failed, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="entrace",
+    help="Records, queries and compares RL runs with verifiable rewards, token by token.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RunsArgument = Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, study folders or globs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+class Format(StrEnum):
+    """What ``entrace sql`` prints; the same names as ``export.FORMATS``."""
+
+    TABLE = "table"
+    CSV = "csv"
+    JSON = "json"
+    PARQUET = "parquet"
+
+
+@app.command()
+def sql(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar='RUN... "QUERY"', help="Runs, then the query unless --file is given.")
+    ],
+    file: Annotated[Path | None, typer.Option(help="File that holds the query.")] = None,
+    form: Annotated[Format, typer.Option("--format", help="How to print the rows.")] = Format.TABLE,
+    param: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Value of $NAME; left out, it is null.")
+    ] = None,
+) -> None:
+    """Run one read-only SELECT over the tables of the trace, and views runs and stages.
+
+    Example: entrace sql data/runs/study "select step, avg(entropy) from tokens group by all order by step"
+    """
+    from analysis.export import render
+    from analysis.runs import open_runs
+    from analysis.trace.errors import InputError
+
+    paths = arguments if file else arguments[:-1]
+    if not paths:
+        raise InputError('sql: expected RUN... "QUERY", found one argument; name the runs first, then the query')
+    text = _read_text(file) if file else arguments[-1]
+    frame = open_runs(paths).sql(text, _parse_params(param or []))
+    if form is Format.PARQUET and sys.stdout.isatty():
+        raise InputError("sql: parquet is binary; redirect it to a file, as in ... --format parquet > rows.parquet")
+    sys.stdout.buffer.write(render(frame, form.value))
+
+
+@app.command()
+def tables(
+    table: Annotated[str | None, typer.Argument(help="One table; all if left out.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Print the data dictionary: every column with its type, unit and meaning.
+
+    Example: entrace tables tokens
+    """
+    from analysis.trace import TABLES, InputError, nearest
+
+    if table is not None and table not in TABLES:
+        raise InputError(f'unknown table "{table}"{nearest(table, TABLES)}')
+    chosen = [TABLES[table]] if table else list(TABLES.values())
+    if json:
+        _print_json(
+            {
+                t.name: {
+                    "grain": t.grain,
+                    "key": t.sort_by,
+                    "columns": [
+                        {"name": c.name, "type": str(c.type), "unit": c.unit, "meaning": c.meaning} for c in t.columns
+                    ],
+                }
+                for t in chosen
+            }
+        )
+        return
+    for entry in chosen:
+        typer.echo(f"{entry.name}: {entry.grain}; key run_id, {', '.join(entry.sort_by)}")
+        for column in entry.columns:
+            typer.echo(f"  {column.name:<20} {column.type!s:<13} {column.unit:<22} {column.meaning}")
+
+
+@app.command()
+def claims(runs: RunsArgument, json: JsonOption = False) -> None:
+    """Print the scorecard: what the runs say about each claim.
+
+    Example: entrace claims data/runs/study --json
+    """
+    from analysis.claims import judge, overall
+    from analysis.runs import open_runs
+
+    verdicts = judge(open_runs(runs))
+    if json:
+        _print_json({"overall": overall(verdicts), "verdicts": [verdict.to_dict() for verdict in verdicts]})
+        return
+    for v in verdicts:
+        figures = f"{v.effect:.3g} [{v.low:.3g}, {v.high:.3g}] {v.unit}, n = {v.n} {v.of}" if v.n else ""
+        typer.echo(f"{v.claim:<3} {v.part:<16} {v.subject:<16} {v.verdict:<13} {figures}".rstrip())
+        typer.echo(f"    {v.why}")
+
+
+@app.command()
+def report(
+    runs: RunsArgument,
+    out: Annotated[Path, typer.Option(help="Folder to write; new, empty or an earlier report.")],
+    json: JsonOption = False,
+) -> None:
+    """Write figures, tables, scorecard and one self-contained HTML page.
+
+    Example: entrace report data/runs/study --out reports/study
+    """
+    from analysis.progress import Progress
+    from analysis.report import NUM_PARTS, write_report
+    from analysis.runs import open_runs
+
+    with Progress("report", NUM_PARTS) as progress:
+        page = write_report(open_runs(runs), out, on_step=progress.update)
+    if json:
+        _print_json({"report": str(page)})
+    else:
+        typer.echo(f"report: {page}")
+
+
+def run(command: typer.Typer) -> None:
+    """Runs the command line: bad input is one line and exit 2, any other failure one line and exit 1."""
+    try:
+        status = command(sys.argv[1:] or ["--help"], standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(status if isinstance(status, int) else 0)
+    except BrokenPipeError:
+        # The reader has gone. Python would complain once more while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("stopped", 130)
+    except Exception as error:
+        _fail(*_describe(error))
+
+
+def _describe(error: Exception) -> tuple[str, int]:
+    from analysis.trace.errors import InputError
+
+    if isinstance(error, InputError):
+        return str(error), 2
+    # Only typer's usage errors have it; their class has moved between its versions.
+    if describe := getattr(error, "format_message", None):
+        return f"{describe().rstrip('.')}; see --help", 2
+    return f"{type(error).__name__}: {error}", 1
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"entrace: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _read_text(path: Path) -> str:
+    from analysis.trace.errors import InputError
+
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def _parse_params(pairs: list[str]) -> dict[str, Any]:
+    """Values that read as JSON are taken as such, ``bins=5`` as a number; the rest is text."""
+    from json import loads
+
+    from analysis.trace.errors import InputError
+
+    params = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError(f'--param: expected NAME=VALUE, found "{pair}"')
+        try:
+            params[name] = loads(value)
+        except ValueError:
+            params[name] = value
+    return params
+
+
+def _print_json(value: Any) -> None:
+    from json import dumps
+
+    typer.echo(dumps(value, indent=1))

@@ -1,0 +1,53 @@
+"""Correctness by perplexity within the group of one prompt (claim I1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from analysis.figures import style
+
+if TYPE_CHECKING:
+    import polars as pl
+    from matplotlib.axes import Axes
+
+CAPTION = (
+    "The responses to one prompt are ranked by perplexity and cut into equal parts; only groups that hold right and "
+    "wrong responses count, so that easy and hard prompts cannot make the difference. A line that falls to the right "
+    "says that what the policy finds likely is more often right."
+)
+STAGES = {"rising": (style.ORANGE, "o", -0.06), "plateau": (style.BLUE, "s", 0.06)}
+
+
+def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
+    """Draws accuracy over the perplexity rank within the group, one line a stage."""
+    for i, (_, run, line) in enumerate(style.by_run(frame)):
+        for stage, (color, marker, offset) in STAGES.items():
+            part = run.filter(stage=stage)
+            if part.is_empty():
+                continue
+            errors = [part["accuracy"] - part["low"], part["high"] - part["accuracy"]]
+            name = f"{stage} ({part['num_responses'].sum():,} responses)"
+            ax.errorbar(
+                part["ppl_bin"] + offset,
+                part["accuracy"],
+                yerr=[error.fill_null(0) for error in errors],
+                color=color,
+                marker=marker,
+                markersize=4,
+                linestyle=line,
+                elinewidth=1,
+                capsize=2,
+                label=name if i == 0 else None,
+            )
+    bins = sorted(set(frame["ppl_bin"]))
+    ends = {bins[0]: "lowest", bins[-1]: "highest"}
+    ax.set_xticks(bins, [ends.get(number, str(number)) for number in bins])
+    style.label(
+        ax,
+        "perplexity within the prompt's group",
+        "accuracy",
+        f"{style.span(frame['num_prompts'])} prompts; bars: 95 % interval, clustered by prompt",
+    )
+    ax.set_ylim(0, 1)
+    style.legend(ax)
+    return ax

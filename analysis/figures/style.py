@@ -1,0 +1,107 @@
+"""One look for all figures: colours that colour-blind readers tell apart, sizes for one column of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+
+if TYPE_CHECKING:
+    import polars as pl
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette.
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+INK, GREY = "#222222", "#777777"
+SIGN_COLORS = {"negative": VERMILLION, "positive": BLUE}
+ARM_COLORS = (INK, BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+RUN_STYLES = ("-", "--", ":", "-.")
+SIZE = (5.0, 3.2)
+
+# Any, because matplotlib's stubs want its own literal types for the keys.
+RC: Any = {
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "axes.labelsize": 9,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.linewidth": 0.7,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.5,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 180,
+    "pdf.fonttype": 42,
+    # Ids in vector files are random unless salted.
+    "svg.hashsalt": "entrace",
+}
+
+
+def new_axes() -> Axes:
+    """Returns the Axes of a new figure of column width."""
+    import matplotlib.pyplot as plt
+
+    with mpl.rc_context(RC):
+        _, ax = plt.subplots(figsize=SIZE)
+    return ax
+
+
+def label(ax: Axes, x: str, y: str, note: str) -> None:
+    """Sets axis labels, and the ``note`` on n and interval above the Axes."""
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.set_title(note, loc="left", fontsize=7.5, color=GREY)
+    ax.spines[["top"]].set_visible(False)
+
+
+def legend(ax: Axes, **options: Any) -> None:
+    """Draws a frameless legend."""
+    ax.legend(frameon=False, fontsize=8, handlelength=1.6, **options)
+
+
+def band(ax: Axes, frame: pl.DataFrame, x: str, y: str, **line: Any) -> None:
+    """Draws ``y`` over ``x`` with the band between columns ``low`` and ``high``."""
+    ax.plot(frame[x], frame[y], **line)
+    low, high = (frame[name].cast(float).fill_null(float("nan")) for name in ("low", "high"))
+    ax.fill_between(frame[x], low, high, color=line["color"], alpha=0.16, linewidth=0)
+
+
+def by_run(frame: pl.DataFrame) -> list[tuple[str, pl.DataFrame, str]]:
+    """Rows of each run with a line style of its own."""
+    parts = frame.partition_by("run_id", maintain_order=True, as_dict=True)
+    return [(str(run), part, RUN_STYLES[i % len(RUN_STYLES)]) for i, ((run,), part) in enumerate(parts.items())]
+
+
+def mark_boundary(ax: Axes, frame: pl.DataFrame) -> None:
+    """Shades the 95 % interval of the stage boundary of every run in ``frame`` and draws the boundary itself."""
+    for _, part, style in by_run(frame):
+        boundary, low, high = part.select("boundary_step", "boundary_low", "boundary_high").row(0)
+        if boundary is None:
+            ax.text(0.99, 0.02, "no stage boundary found", transform=ax.transAxes, ha="right", color=GREY, fontsize=7.5)
+            continue
+        ax.axvspan(low, high, color=GREY, alpha=0.2, linewidth=0, zorder=0.5)
+        ax.axvline(boundary, color=GREY, linestyle=style, linewidth=0.9, zorder=0.6)
+        for text, side, align in (("rising ", boundary, "right"), (" plateau", boundary, "left")):
+            ax.text(side, 1.0, text, transform=ax.get_xaxis_transform(), ha=align, va="top", color=GREY, fontsize=7.5)
+
+
+def span(values: Sequence[int | float] | pl.Series) -> str:
+    """``7`` or ``7-12``: the range of a count that varies."""
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+
+def count(items: Sequence[object], noun: str) -> str:
+    """``1 run`` or ``3 runs``."""
+    return f"{len(items)} {noun}{'s' * (len(items) != 1)}"

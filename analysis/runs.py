@@ -1,0 +1,303 @@
+"""Opens traces and answers SQL about them, without letting the SQL touch anything else."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis import queries
+from analysis.trace.errors import InputError, nearest
+from analysis.trace.manifest import MANIFEST, read_manifest
+from analysis.trace.schema import SCHEMA_VERSION, TABLES, VERSION_KEY, Table
+
+if TYPE_CHECKING:
+    import duckdb
+    import polars as pl
+    import pyarrow as pa
+
+    from analysis.stages import StageFit
+
+BASELINE_ARM = "none"
+
+RUNS_COLUMNS = {
+    "run_id": "varchar",
+    "study": "varchar",
+    "arm": "varchar",
+    "seed": "integer",
+    "status": "varchar",
+    "error": "varchar",
+    "model": "varchar",
+    "task": "varchar",
+    "last_durable_step": "integer",
+    "total_steps": "integer",
+    "git_commit": "varchar",
+    "started_at": "varchar",
+    "finished_at": "varchar",
+    "path": "varchar",
+}
+STAGES_COLUMNS = {
+    "run_id": "varchar",
+    "stage": "varchar",
+    "first_step": "integer",
+    "last_step": "integer",
+    "boundary_step": "double",
+    "boundary_low": "double",
+    "boundary_high": "double",
+    "entropy_start": "double",
+    "entropy_slope": "double",
+    "accuracy_start": "double",
+    "accuracy_slope": "double",
+}
+# EXPLAIN ANALYZE runs what it explains, so what follows has to be a SELECT as well.
+EXPLAIN = re.compile(r"\s*explain\s*(\([^)]*\)|analyze\b)?", re.IGNORECASE)
+SQL_POSITION = re.compile(r"\s*\n\s*LINE \d+:.*", re.DOTALL)
+
+
+def open_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
+    """Opens one or more traces for reading, as far as they are durable at this moment.
+
+    Args:
+        paths: Run folders, study folders (opened with every run inside), or globs of either.
+
+    Returns:
+        The runs, failed ones and those without any data yet included.
+
+    Raises:
+        InputError: a path is no trace, has another schema version, misses a column, or holds a damaged file.
+    """
+    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not given:
+        raise InputError("no run given; name at least one run or study folder")
+    folders = dict.fromkeys(folder.resolve() for path in given for folder in _find_run_folders(path))
+    manifests: dict[str, dict[str, Any]] = {}
+    files: dict[str, list[str]] = {name: [] for name in TABLES}
+    for folder in folders:
+        manifest = {**read_manifest(folder), "path": str(folder)}
+        run_id = str(manifest.get("run_id", folder.name))
+        if run_id in manifests:
+            raise InputError(f'{folder}: run_id "{run_id}" also stands in {manifests[run_id]["path"]}')
+        manifests[run_id] = manifest
+        for name, table in TABLES.items():
+            files[name] += [str(_checked(path, table)) for path in sorted((folder / name).glob("*.parquet"))]
+    return Runs(manifests, files)
+
+
+class Runs:
+    """Traces opened together; ``open_runs`` makes one.
+
+    Attributes:
+        manifests: Content of each ``run.json`` by run_id, with ``path`` added.
+    """
+
+    def __init__(self, manifests: dict[str, dict[str, Any]], files: dict[str, list[str]]) -> None:
+        """``files`` lists the Parquet files of each table, all runs together."""
+        self.manifests = manifests
+        self._fits: dict[str, StageFit] | None = None
+        self._has_stages = False
+        self._con = _connect(manifests, files)
+
+    def __repr__(self) -> str:
+        return f"Runs({', '.join(self.manifests)})"
+
+    def sql(self, text: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
+        """Runs one SELECT (or EXPLAIN of one) over the views.
+
+        Views: the tables of the trace (``entrace tables``), ``runs``, ``stages``, and those of sql/staging.
+
+        Args:
+            text: DuckDB SQL.
+            params: Values of ``$name`` parameters; those left out are null, which by convention means "all".
+
+        Raises:
+            InputError: anything but a single SELECT, an unknown parameter, or whatever DuckDB refuses.
+        """
+        import duckdb
+
+        try:
+            names = _parameters(text)
+        except duckdb.Error as error:
+            raise InputError(_one_line(error)) from None
+        given = dict(params or {})
+        for name in given:
+            if name not in names:
+                hint = nearest(name, names) if names else "; this query has none"
+                raise InputError(f'unknown parameter "{name}"{hint}')
+        if "stage" in text.lower():
+            self._fill_stages()
+        return self._select(text, dict.fromkeys(names) | given)
+
+    def query(self, stem: str, **params: Any) -> pl.DataFrame:
+        """Runs one of the shipped questions, such as ``query("entropy_by_position", stage="plateau")``.
+
+        Raises:
+            InputError: no such question, or no such parameter.
+        """
+        return self.sql(queries.read(stem), params)
+
+    @property
+    def stage_fits(self) -> dict[str, StageFit]:
+        """Two-stage fit of every run that has recorded steps; see ``analysis.stages``."""
+        if self._fits is None:
+            from analysis.stages import fit_stages
+
+            steps = self._select("select run_id, step, entropy_token_mean, accuracy from steps order by 1, 2", {})
+            self._fits = {
+                str(run_id): fit_stages(
+                    part["step"].to_numpy(), part["entropy_token_mean"].to_numpy(), part["accuracy"].to_numpy()
+                )
+                for (run_id,), part in steps.drop_nulls().group_by("run_id", maintain_order=True)
+            }
+        return self._fits
+
+    def subjects(self) -> dict[str, list[str]]:
+        """The runs that claims about training itself are judged on, by label.
+
+        Those of arm ``none`` together where one has data, else each run by itself.
+        """
+        recorded = list(self.stage_fits)
+        baseline = [run for run in recorded if self.manifests.get(run, {}).get("arm") == BASELINE_ARM]
+        return {BASELINE_ARM: baseline} if baseline else {run: [run] for run in recorded}
+
+    def _fill_stages(self) -> None:
+        if self._has_stages:
+            return
+        self._has_stages = True
+        rows = [
+            (run_id, *[segment.get(name) for name in list(STAGES_COLUMNS)[1:]])
+            for run_id, fit in self.stage_fits.items()
+            for segment in fit.segments()
+        ]
+        if rows:
+            self._con.executemany(f"insert into stages values ({', '.join('?' * len(STAGES_COLUMNS))})", rows)
+
+    def _select(self, text: str, params: dict[str, Any]) -> pl.DataFrame:
+        import duckdb
+
+        # A CTE may hold an INSERT; the transaction refuses it.
+        self._con.execute("begin transaction read only")
+        try:
+            return self._con.sql(text, params=params).pl()
+        except duckdb.Error as error:
+            raise InputError(_one_line(error)) from None
+        finally:
+            self._con.execute("rollback")
+
+
+def _find_run_folders(path: str | Path) -> list[Path]:
+    if glob.has_magic(str(path)):
+        matches = [Path(match) for match in sorted(glob.glob(str(path)))]
+        found = [folder for match in matches for folder in _runs_inside(match)]
+    else:
+        found = _runs_inside(Path(path))
+    if not found:
+        raise InputError(f"{path}: {'no such folder' if not Path(path).exists() else f'not a trace (no {MANIFEST})'}")
+    return found
+
+
+def _runs_inside(folder: Path) -> list[Path]:
+    if (folder / MANIFEST).is_file():
+        return [folder]
+    return [path.parent for path in sorted(folder.glob(f"*/{MANIFEST}"))]
+
+
+def _checked(path: Path, table: Table) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: damaged or truncated Parquet file ({reason})") from None
+    version = (schema.metadata or {}).get(VERSION_KEY, b"none").decode()
+    if version != str(SCHEMA_VERSION):
+        raise InputError(f"{path}: schema version {version}, this version of entrace reads {SCHEMA_VERSION}")
+    for column in table.columns:
+        if column.name not in schema.names:
+            found = ", ".join(schema.names)
+            raise InputError(f"{path}: column {column.name} ({column.type}) is missing; found {found}")
+        stored = schema.field(column.name).type
+        if _kind(stored) != _kind(column.type):
+            raise InputError(f"{path}: column {column.name} is {stored}, expected {column.type}")
+    return path
+
+
+def _kind(stored: pa.DataType) -> str:
+    """Family of a type: another width of number or string reads as well."""
+    import pyarrow as pa
+
+    tests: dict[str, Callable[[pa.DataType], bool]] = {
+        "integer": pa.types.is_integer,
+        "float": pa.types.is_floating,
+        "text": lambda t: pa.types.is_string(t) or pa.types.is_large_string(t) or pa.types.is_string_view(t),
+        "list": lambda t: pa.types.is_list(t) or pa.types.is_large_list(t),
+    }
+    return next((name for name, is_kind in tests.items() if is_kind(stored)), str(stored))
+
+
+def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, list[str]]) -> duckdb.DuckDBPyConnection:
+    import duckdb
+
+    closed = {"autoload_known_extensions": "false", "autoinstall_known_extensions": "false"}
+    con = duckdb.connect(config={**closed, "python_enable_replacements": "false"})
+    for name, table in TABLES.items():
+        _create_view(con, table, files[name])
+    for name, columns in (("runs", RUNS_COLUMNS), ("stages", STAGES_COLUMNS)):
+        con.execute(f"create table {name} ({', '.join(f'{column} {kind}' for column, kind in columns.items())})")
+    rows = [
+        [_scalar({"run_id": run_id, **manifest}.get(name)) for name in RUNS_COLUMNS]
+        for run_id, manifest in manifests.items()
+    ]
+    con.executemany(f"insert into runs values ({', '.join('?' * len(RUNS_COLUMNS))})", rows)
+    for text in queries.staging():
+        con.execute(text)
+    folders = ", ".join(_quote(manifest["path"]) for manifest in manifests.values())
+    con.execute(f"set allowed_directories = [{folders}]")
+    con.execute("set enable_external_access = false")
+    con.execute("set lock_configuration = true")
+    return con
+
+
+def _create_view(con: duckdb.DuckDBPyConnection, table: Table, files: list[str]) -> None:
+    import duckdb
+
+    if not files:
+        con.register("empty", table.arrow_schema.empty_table())
+        con.execute(f"create table {table.name} as select * from empty")
+        con.unregister("empty")
+        return
+    columns = ", ".join(column.name for column in table.columns)
+    try:
+        con.execute(
+            f"create view {table.name} as select {columns} from read_parquet([{', '.join(map(_quote, files))}])"
+        )
+    except duckdb.Error as error:
+        raise InputError(_one_line(error)) from None
+
+
+def _parameters(text: str) -> set[str]:
+    """Names of the ``$parameters`` of a query that is one SELECT, or EXPLAIN of one."""
+    import duckdb
+
+    statements = duckdb.extract_statements(text)
+    if len(statements) == 1 and statements[0].type == duckdb.StatementType.EXPLAIN:
+        statements = duckdb.extract_statements(EXPLAIN.sub("", statements[0].query, count=1))
+    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+        found = " and ".join(statement.type.name for statement in statements) or "nothing"
+        raise InputError(f"sql is read-only: expected one SELECT, found {found}")
+    return set(statements[0].named_parameters)
+
+
+def _one_line(error: Exception) -> str:
+    return f"sql: {' '.join(SQL_POSITION.sub('', str(error)).split())}"
+
+
+def _quote(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _scalar(value: Any) -> Any:
+    return value if value is None or isinstance(value, str | int | float) else str(value)

@@ -1,0 +1,31 @@
+-- question: M1, M2, M3. How does held-out performance of each arm develop over training?
+-- grain: one row per run, benchmark and evaluated step
+-- params: $runs list of run_id, null = all; $k samples per prompt, null = 8
+-- units: avg_at_k, low, high in [0, 1] (95 % interval over prompts); response_length in tokens; entropy in nats per token
+with prompts_evaluated as (
+  select *
+  from eval_prompts(coalesce($k, 8)::integer)
+  where $runs is null or list_contains($runs, run_id)
+),
+per_step as (
+  select
+    run_id,
+    benchmark,
+    step,
+    clustered_mean(avg_at_k, 1) as avg_at_k,
+    as_share(clustered_low(avg_at_k, 1)) as low,
+    as_share(clustered_high(avg_at_k, 1)) as high,
+    avg(response_length) as response_length,
+    avg(entropy) as entropy,
+    min(num_samples) as k,
+    count(*) as num_prompts
+  from prompts_evaluated
+  group by all
+),
+final as (
+  select runs.arm, runs.seed, per_step.*
+  from per_step
+  left join runs on runs.run_id = per_step.run_id
+  order by arm, seed, per_step.run_id, benchmark, step
+)
+select * from final

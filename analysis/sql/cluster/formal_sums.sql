@@ -1,0 +1,22 @@
+-- question: M3. What share of each prompt's tokens is formal reasoning, in the last steps of a run?
+-- grain: one row per run and prompt, over the last $last_steps steps
+-- params: $runs list of run_id, null = all; $last_steps steps, null = 10
+-- units: num_tokens, num_formal in tokens
+with last_steps as (
+  select run_id, max(step) - coalesce($last_steps, 10)::integer as after_step
+  from steps
+  where $runs is null or list_contains($runs, run_id)
+  group by all
+),
+final as (
+  select
+    tokens.run_id,
+    tokens.prompt_id,
+    count(*) as num_tokens,
+    count(*) filter (where tokens.category = 'formal_reasoning') as num_formal
+  from tokens
+  join last_steps on last_steps.run_id = tokens.run_id and tokens.step > last_steps.after_step
+  group by all
+  order by all
+)
+select * from final

@@ -1,0 +1,31 @@
+-- question: I1. By how much is the low-perplexity half of each prompt's mixed groups more often right in the plateau?
+-- grain: one row per run and prompt
+-- params: $runs list of run_id, null = all
+-- units: difference_sum = sum over groups of accuracy (low half) - accuracy (high half), each in [-1, 1]
+with ranked as (
+  select
+    *,
+    row_number() over (partition by run_id, step, prompt_id order by ppl, sample_index) as ppl_rank,
+    count(*) over (partition by run_id, step, prompt_id) as group_size
+  from staged_responses
+  where stage = 'plateau' and ppl is not null and ($runs is null or list_contains($runs, run_id))
+),
+-- The middle response of an odd group belongs to neither half.
+per_group as (
+  select
+    run_id,
+    step,
+    prompt_id,
+    avg(is_correct::integer) filter (where ppl_rank <= group_size // 2)
+      - avg(is_correct::integer) filter (where ppl_rank > group_size - group_size // 2) as difference
+  from ranked
+  group by all
+  having bool_or(is_correct) and not bool_and(is_correct)
+),
+final as (
+  select run_id, prompt_id, sum(difference) as difference_sum, count(*) as num_groups
+  from per_group
+  group by all
+  order by all
+)
+select * from final

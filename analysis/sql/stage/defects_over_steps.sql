@@ -1,0 +1,45 @@
+-- question: S4. Do defective outputs become rarer in the rising stage?
+-- grain: one row per run, step and defect, over all sampled responses; defect 'any' = at least one of them
+-- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
+-- units: share, low, high in [0, 1] of responses (95 % interval, clustered by prompt)
+with responses as (
+  select run_id, step, stage, prompt_id, defects
+  from staged_responses
+  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
+),
+kinds as (
+  select unnest(['any', 'format_violation', 'truncated', 'repetition', 'irrelevant']) as defect
+),
+per_prompt as (
+  select
+    run_id,
+    step,
+    stage,
+    defect,
+    prompt_id,
+    count(*) as responses,
+    count(*) filter (where if(defect = 'any', len(defects) > 0, list_contains(defects, defect))) as defective
+  from responses, kinds
+  group by all
+),
+per_step as (
+  select
+    run_id,
+    step,
+    stage,
+    defect,
+    clustered_mean(defective, responses) as share,
+    as_share(clustered_low(defective, responses)) as low,
+    as_share(clustered_high(defective, responses)) as high,
+    sum(responses)::bigint as num_responses,
+    count(*) as num_prompts
+  from per_prompt
+  group by all
+),
+final as (
+  select per_step.*, boundary_step, boundary_low, boundary_high
+  from per_step
+  join stages using (run_id, stage)
+  order by run_id, step, defect
+)
+select * from final

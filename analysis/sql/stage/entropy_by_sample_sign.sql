@@ -1,0 +1,54 @@
+-- question: S2. Whose entropy falls in the rising stage: that of right (positive) or of wrong (negative) samples?
+-- grain: one row per run, step and sample sign (sign of the group-relative advantage; responses in the update only)
+-- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
+-- units: entropy, low, high in nats per token (95 % interval, clustered by prompt); token_share in [0, 1]
+with responses as (
+  select *, entropy_mean::double * response_length as entropy_sum
+  from staged_responses
+  where
+    sample_sign is not null
+    and ($runs is null or list_contains($runs, run_id))
+    and ($stage is null or stage = $stage)
+),
+per_prompt as (
+  select
+    run_id,
+    step,
+    stage,
+    "window",
+    sample_sign,
+    prompt_id,
+    sum(entropy_sum) as entropy_sum,
+    sum(response_length) as tokens,
+    count(*) as responses
+  from responses
+  group by all
+),
+per_sign as (
+  select
+    run_id,
+    step,
+    stage,
+    "window",
+    sample_sign,
+    clustered_mean(entropy_sum, tokens) as entropy,
+    clustered_low(entropy_sum, tokens) as low,
+    clustered_high(entropy_sum, tokens) as high,
+    sum(tokens)::bigint as num_tokens,
+    sum(responses)::bigint as num_responses,
+    count(*) as num_prompts
+  from per_prompt
+  group by all
+),
+final as (
+  select
+    per_sign.*,
+    num_tokens / sum(num_tokens) over (partition by run_id, step) as token_share,
+    boundary_step,
+    boundary_low,
+    boundary_high
+  from per_sign
+  join stages using (run_id, stage)
+  order by run_id, step, sample_sign
+)
+select * from final

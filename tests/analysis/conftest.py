@@ -1,0 +1,138 @@
+"""A trace small enough to compute every answer by hand, and a synthetic study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import Planted, write_run
+
+from analysis.runs import Runs, open_runs
+from analysis.trace import TraceWriter, write_manifest
+
+VOCAB = ["<eos>", "1", " so", " dog"]
+BOUNDARY = 10
+
+# rollout_id, step, prompt, is_correct, is_kept, token entropies, ppl, defects. Steps 1 to 5 are the window "start" and
+# 6 to 10 the window "end" of a rising stage that ends at step 10.
+RESPONSES = [
+    (1, 1, "a", True, True, [1, 3], 1.5, []),
+    (2, 1, "a", False, True, [4, 4], 2.0, ["format_violation"]),
+    (3, 1, "b", True, True, [1, 1], 3.0, []),
+    (4, 1, "b", False, True, [2, 2], 2.5, ["format_violation", "truncated"]),
+    (5, 10, "a", True, True, [1, 1], 1.25, []),
+    (6, 10, "a", False, True, [2, 0], 1.5, []),
+    (7, 20, "a", True, True, [1, 0.5, 0.5, 0.5, 1], 1.1, []),
+    (8, 20, "a", False, True, [2, 1, 1, 1, 0.5], 1.3, []),
+    (9, 20, "b", False, True, [1, 1, 1, 1, 1], 1.1, []),
+    (10, 20, "b", True, True, [0.5, 0.5, 0.5, 0.5, 0.5], 1.2, []),
+    (11, 20, "c", True, False, [0.25] * 5, 1.0, []),
+    (12, 20, "c", True, False, [0.25] * 5, 1.0, []),
+]
+# step, prompt, answers, is_correct
+EVALS = [
+    (0, "h1", ["1", "2"], [True, False]),
+    (0, "h2", [None, "3"], [False, False]),
+    (24, "h1", ["1", "1"], [True, True]),
+    (24, "h2", ["3", "4"], [False, True]),
+]
+
+
+def write_tiny(folder: Path) -> Path:
+    manifest = {"run_id": folder.name, "arm": "none", "seed": 0, "study": "hand", "total_steps": 24}
+    writer = TraceWriter.create(folder, manifest, VOCAB)
+    for step, prompt, answers, is_correct in EVALS:
+        columns = {"step": step, "benchmark": "held", "prompt_id": prompt, "sample_index": [0, 1], "answer": answers}
+        measures = {"is_correct": is_correct, "response_length": [4, 6], "entropy_mean": 0.5, "temperature": 1.0}
+        writer.append("evals", columns | measures)
+    for row in RESPONSES:
+        _append_response(writer, *row)
+    for step in range(1, 25):
+        done = min(step, BOUNDARY) / BOUNDARY
+        writer.append("steps", step_row(step, entropy=2 - 1.5 * done, accuracy=0.25 + 0.5 * done))
+    writer.flush(24)
+    writer.finish()
+    return folder
+
+
+def step_row(step: int, *, entropy: float, accuracy: float) -> dict[str, object]:
+    zeros = ["loss", "clip_frac_low", "clip_frac_high", "grad_norm", "rollout_s", "reward_s", "update_s", "record_s"]
+    figures = {"reward_mean": accuracy, "accuracy": accuracy, "format_rate": 1.0, "entropy_token_mean": entropy}
+    counts = {"tokens": 8, "groups_kept": 2, "groups_dropped": 0, "is_shaped": False, "lr": 0.1}
+    return {**dict.fromkeys(zeros, 0.0), **figures, **counts, "step": step}
+
+
+def _append_response(
+    writer: TraceWriter,
+    rollout_id: int,
+    step: int,
+    prompt: str,
+    is_correct: bool,
+    is_kept: bool,
+    entropies: list[float],
+    ppl: float,
+    defects: list[str],
+) -> None:
+    advantage = (1.0 if is_correct else -1.0) if is_kept else 0.0
+    length = len(entropies)
+    common = {"step": step, "prompt_id": prompt, "rollout_id": rollout_id, "is_correct": is_correct}
+    common |= {"advantage": advantage, "response_length": length}
+    tokens = {"position": np.arange(length), "token_id": [1] + [3] * (length - 1), "entropy": entropies}
+    writer.append("tokens", {**common, **tokens, "logprob": -0.5, "shaped_advantage": advantage, "grad_norm": 1.0})
+    writer.append(
+        "rollouts",
+        {
+            **common,
+            "sample_index": rollout_id % 2,
+            "completion": "so 1",
+            "answer": None if "format_violation" in defects else "1",
+            "reward": float(is_correct),
+            "has_answer": "format_violation" not in defects,
+            "defects": [defects],
+            "is_truncated": "truncated" in defects,
+            "is_kept": is_kept,
+            "entropy_mean": float(np.mean(entropies)),
+            "surprisal_mean": float(np.log(ppl)),
+            "ppl": ppl,
+            "ppl_z": 0.0,
+            "temperature": 1.0,
+            "entropy_kind": "exact",
+            "policy_step": step - 1,
+        },
+    )
+
+
+def write_failed(folder: Path, error: str = "step 3: loss is nan") -> Path:
+    """A run that failed before anything was durable."""
+    folder.mkdir(parents=True)
+    manifest = {"schema_version": 1, "run_id": folder.name, "arm": "broken", "seed": 0, "status": "failed"}
+    write_manifest(folder, {**manifest, "error": error})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("hand") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_path: Path) -> Runs:
+    return open_runs(tiny_path)
+
+
+@pytest.fixture(scope="session")
+def study_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Arms none and ppl (better, longer), three seeds of each, and a failed run."""
+    root = tmp_path_factory.mktemp("runs") / "study"
+    for seed in range(3):
+        write_run(root / f"none-seed{seed}", seed=seed)
+        better = Planted(eval_accuracy=0.9, eval_length=24, formal_share=0.6)
+        write_run(root / f"ppl-seed{seed}", arm="ppl", seed=seed, planted=better)
+    write_failed(root / "broken-seed0")
+    return root
+
+
+@pytest.fixture(scope="session")
+def study(study_path: Path) -> Runs:
+    return open_runs(study_path)

@@ -1,0 +1,202 @@
+"""Traces with known truth: effects are planted, or left out, one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from analysis.trace import TraceWriter
+
+VOCAB = [
+    "<eos>",
+    "<answer>",
+    "</answer>",
+    *"0123456789",
+    "+",
+    "-",
+    "=",
+    " so",
+    " then",
+    " wait",
+    " check",
+    " the",
+    " dog",
+]
+GROUP = 8
+LENGTH = 20
+BOUNDARY = 24
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Which of the claims hold in a synthetic run."""
+
+    two_stages: bool = True
+    negative_falls: bool = True
+    defects_fall: bool = True
+    ppl_orders: bool = True
+    ends_high: bool = True
+    eval_accuracy: float = 0.7
+    eval_length: int = LENGTH
+    formal_share: float = 0.4
+
+
+NOTHING = Planted(False, False, False, False, False)
+
+
+def write_run(
+    folder: Path, *, arm: str = "none", seed: int = 0, planted: Planted | None = None, steps: int = 60, groups: int = 8
+) -> Path:
+    """Writes one complete run and returns its folder."""
+    planted = planted or Planted()
+    rng = np.random.default_rng([seed, *arm.encode()])
+    manifest = {
+        "run_id": folder.name,
+        "study": folder.parent.name,
+        "arm": arm,
+        "seed": seed,
+        "config": {"shaping": {"name": arm}, "steps": steps},
+        "model": "data/base-policy",
+        "task": "chain_sum",
+        "total_steps": steps,
+        "versions": {"python": "3.12"},
+        "hardware": {"cpu": "test", "cores": 2},
+        "git_commit": "0" * 40,
+    }
+    writer = TraceWriter.create(folder, manifest, VOCAB)
+    for split in ("train", "heldout"):
+        ids = [f"{split}-{i}" for i in range(40)]
+        texts = {"prompt": [f"{i} + 1 =" for i in range(40)], "ground_truth": [str(i + 1) for i in range(40)]}
+        writer.append("prompts", {"prompt_id": ids, "split": split, "task": "chain_sum", **texts})
+    _append_eval(writer, 0, 0.35, LENGTH, rng)
+    for step in range(1, steps + 1):
+        _append_step(writer, step, progress(step, steps, two_stages=planted.two_stages), planted, groups, rng)
+        if step == steps:
+            _append_eval(writer, step, planted.eval_accuracy, planted.eval_length, rng)
+        if step % 20 == 0 or step == steps:
+            writer.flush(step)
+    writer.finish()
+    return folder
+
+
+def progress(step: int, steps: int, *, two_stages: bool) -> float:
+    """How much of the way from 0 to 1 is done: fast until BOUNDARY and slow after it, or evenly."""
+    even = step / steps
+    if not two_stages:
+        return even
+    return min(step / BOUNDARY, 1) * 0.95 + 0.05 * even
+
+
+def _append_step(
+    writer: TraceWriter, step: int, done: float, planted: Planted, groups: int, rng: np.random.Generator
+) -> None:
+    size = groups * GROUP
+    prompt_ids = np.repeat([f"train-{i}" for i in rng.choice(40, groups, replace=False)], GROUP)
+    accuracy = 0.3 + 0.5 * done
+    is_correct = rng.random(size) < accuracy
+    grouped = is_correct.reshape(groups, GROUP)
+    std = grouped.std(1, keepdims=True)
+    advantage = ((grouped - grouped.mean(1, keepdims=True)) / np.where(std > 0, std, 1)).ravel()
+    is_kept = np.repeat(std.ravel() > 0, GROUP)
+    falling = 0.9 - 0.7 * done
+    steady = np.full(size, 0.25) if planted.negative_falls else np.full(size, falling)
+    level = np.where(is_correct, steady, falling)
+    entropy, surprisal = _token_measures(level, is_correct, planted, rng)
+    defective = rng.random(size) < (0.5 - 0.4 * done if planted.defects_fall else 0.3)
+    ids = (step - 1) * size + np.arange(size)
+    common = {"step": step, "prompt_id": prompt_ids, "rollout_id": ids, "is_correct": is_correct}
+    category_ids = np.where(rng.random((size, LENGTH)) < planted.formal_share, 5, len(VOCAB) - 1)
+    writer.append(
+        "tokens",
+        {
+            **{name: np.repeat(value, LENGTH) for name, value in common.items() if name != "step"},
+            "step": step,
+            "position": np.tile(np.arange(LENGTH), size),
+            "response_length": LENGTH,
+            "token_id": category_ids.ravel(),
+            "logprob": -surprisal.ravel(),
+            "entropy": entropy.ravel(),
+            "advantage": np.repeat(advantage, LENGTH),
+            "shaped_advantage": np.repeat(advantage, LENGTH),
+            "grad_norm": 1.0,
+        },
+    )
+    writer.append(
+        "rollouts",
+        {
+            **common,
+            "sample_index": np.tile(np.arange(GROUP), groups),
+            "completion": "so 1 + 1 = 2",
+            "answer": [None if bad else "2" for bad in defective],
+            "reward": is_correct.astype(float),
+            "has_answer": ~defective,
+            "defects": [["format_violation"] if bad else [] for bad in defective],
+            "response_length": LENGTH,
+            "is_truncated": False,
+            "is_kept": is_kept,
+            "entropy_mean": entropy.mean(1),
+            "surprisal_mean": surprisal.mean(1),
+            "ppl": np.exp(surprisal.mean(1)),
+            "ppl_z": 0.0,
+            "advantage": advantage,
+            "temperature": 1.0,
+            "entropy_kind": "exact",
+            "policy_step": step - 1,
+        },
+    )
+    writer.append("steps", _step_row(step, is_correct, defective, entropy, std))
+
+
+def _token_measures(
+    level: np.ndarray, is_correct: np.ndarray, planted: Planted, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    shape = np.ones(LENGTH)
+    if planted.ends_high:
+        shape[: LENGTH // 5] = shape[-LENGTH // 5 :] = 1.6
+    noise = rng.gamma(4, 0.25, (len(level), LENGTH))
+    entropy = level[:, None] * shape / shape.mean() * noise
+    mean = rng.normal(0.4, 0.05, len(level)) + (0.1 * ~is_correct if planted.ppl_orders else 0)
+    return entropy, np.abs(rng.normal(mean[:, None], 0.05, (len(level), LENGTH)))
+
+
+def _step_row(
+    step: int, is_correct: np.ndarray, defective: np.ndarray, entropy: np.ndarray, std: np.ndarray
+) -> dict[str, object]:
+    zeros = dict.fromkeys(
+        ("loss", "clip_frac_low", "clip_frac_high", "rollout_s", "reward_s", "update_s", "record_s"), 0.0
+    )
+    return {
+        **zeros,
+        "step": step,
+        "reward_mean": is_correct.mean(),
+        "accuracy": is_correct.mean(),
+        "format_rate": 1 - defective.mean(),
+        "entropy_token_mean": entropy.mean(),
+        "grad_norm": 1.0,
+        "lr": 1e-4,
+        "tokens": entropy.size,
+        "groups_kept": int((std > 0).sum()),
+        "groups_dropped": int((std == 0).sum()),
+        "is_shaped": False,
+    }
+
+
+def _append_eval(writer: TraceWriter, step: int, accuracy: float, length: int, rng: np.random.Generator) -> None:
+    size = 40 * GROUP
+    is_correct = rng.random(size) < accuracy
+    writer.append(
+        "evals",
+        {
+            "step": step,
+            "benchmark": "heldout",
+            "prompt_id": np.repeat([f"heldout-{i}" for i in range(40)], GROUP),
+            "sample_index": np.tile(np.arange(GROUP), 40),
+            "answer": ["2" if right else "3" for right in is_correct],
+            "is_correct": is_correct,
+            "response_length": length,
+            "entropy_mean": 0.3,
+            "temperature": 1.0,
+        },
+    )
