@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,8 @@ from typing import Any
 
 from pydantic import Field
 
-from analysis.trace import InputError, read_manifest, write_manifest
-from analysis.trace.manifest import MANIFEST, count_cores, now
-from analysis.trace.schema import SCHEMA_VERSION
+from analysis.trace import InputError
+from analysis.trace.manifest import count_cores
 from trainer.config import (
     Config,
     Natural,
@@ -25,6 +25,7 @@ from trainer.config import (
     validate_section,
 )
 from trainer.resources import resolve_config
+from trainer.run_folder import error_of, has_begun, is_complete, write_failure
 
 POLL_S = 0.2
 
@@ -46,6 +47,10 @@ class RunSpec:
     arm: str
     baseline: str
     config: Config
+
+    def labels(self, out: Path) -> dict[str, str]:
+        """What the run's manifest says of its place in the study."""
+        return {"study": out.name, "arm": self.arm, "baseline": self.baseline}
 
 
 def load_grid(path: str, overrides: Sequence[str] = (), seeds: Sequence[int] | None = None) -> list[RunSpec]:
@@ -103,10 +108,12 @@ def run_grid(
     if not resume and out.exists() and any(out.iterdir()):
         raise InputError(f"{out}: already holds files; choose another folder, or go on with --resume")
     out.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    updates: Any = context.Queue()
+    # Imports cost seconds: a server pays them once and forks a fresh process for each run.
+    context: Any = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+    context.set_forkserver_preload(["trainer.train"])
+    updates = context.Queue()
     threads = max(1, count_cores() // jobs)
-    waiting = list(specs)
+    waiting = [spec for spec in specs if not (resume and is_complete(spec.config, out / spec.run_id))]
     running: dict[str, Any] = {}
     try:
         while waiting or running:
@@ -116,13 +123,15 @@ def run_grid(
                 running[spec.run_id] = context.Process(target=_run_one, args=arguments, daemon=True)
                 running[spec.run_id].start()
             _pass_on(updates, on_step)
-            for run_id in [run_id for run_id, process in running.items() if not process.is_alive()]:
-                running.pop(run_id)
+            running = {run_id: process for run_id, process in running.items() if process.is_alive()}
     finally:
         for process in running.values():
             process.terminate()
             process.join()
-    return {spec.run_id: error for spec in specs if (error := _settle(spec, out / spec.run_id))}
+    for spec in specs:
+        if not has_begun(out / spec.run_id):
+            write_failure(spec.config, out / spec.run_id, spec.labels(out), "the process ended before the run began")
+    return {spec.run_id: error for spec in specs if (error := error_of(out / spec.run_id))}
 
 
 def _run_one(spec: RunSpec, out: Path, resume: bool, threads: int, updates: Any) -> None:
@@ -131,8 +140,8 @@ def _run_one(spec: RunSpec, out: Path, resume: bool, threads: int, updates: Any)
     from trainer.train import train
 
     torch.set_num_threads(threads)
-    labels = {"study": out.name, "arm": spec.arm, "baseline": spec.baseline}
     run_dir = out / spec.run_id
+    labels = spec.labels(out)
     try:
         train(
             spec.config,
@@ -142,9 +151,9 @@ def _run_one(spec: RunSpec, out: Path, resume: bool, threads: int, updates: Any)
             on_step=lambda done, **figures: updates.put((spec.run_id, done, figures)),
         )
     except Exception as error:
-        # The run's own manifest says so where it got that far; whoever started the grid reads it there.
-        if not (run_dir / MANIFEST).exists():
-            _write_failure(spec, run_dir, f"{type(error).__name__}: {error}", labels)
+        # Past its beginning a run says so in its own manifest; whoever started the grid reads it there.
+        if not has_begun(run_dir):
+            write_failure(spec.config, run_dir, labels, f"{type(error).__name__}: {error}")
     updates.put((spec.run_id, spec.config.steps, {}))
 
 
@@ -154,33 +163,3 @@ def _pass_on(updates: Any, on_step: Callable[..., None]) -> None:
     except queue.Empty:
         return
     on_step(run_id, done, **figures)
-
-
-def _settle(spec: RunSpec, run_dir: Path) -> str | None:
-    """Error of a run that is not complete; one whose process died without a word is marked failed here."""
-    if not (run_dir / MANIFEST).exists():
-        _write_failure(spec, run_dir, "the process ended before the run began", {"arm": spec.arm})
-    manifest = read_manifest(run_dir)
-    if manifest["status"] == "running":
-        manifest |= {"status": "failed", "error": "the process was killed", "finished_at": now()}
-        write_manifest(run_dir, manifest)
-    return manifest.get("error")
-
-
-def _write_failure(spec: RunSpec, run_dir: Path, error: str, labels: dict[str, str]) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_manifest(
-        run_dir,
-        {
-            "schema_version": SCHEMA_VERSION,
-            "run_id": spec.run_id,
-            **labels,
-            "seed": spec.config.seed,
-            "config": spec.config.model_dump(mode="json"),
-            "status": "failed",
-            "error": error,
-            "last_durable_step": 0,
-            "total_steps": spec.config.steps,
-            "finished_at": now(),
-        },
-    )

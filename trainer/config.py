@@ -243,12 +243,15 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _one_line(model: type[Section], error: ValidationError) -> str:
-    first = error.errors()[0]
+    # A misspelt key is also a missing one; the spelling is what helps.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     path = [str(part) for part in first["loc"] if not UNION_BRANCH.match(str(part))]
     key = ".".join(path)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         return f'unknown key "{key}"{nearest(path[-1], _keys_at(model, path[:-1]))}'
+    if first["type"] == "missing":
+        return f'key "{key}" is missing'
     if first["type"] == "value_error":
         return f"{key}: {message}" if key else message
     if first["type"] == "literal_error":

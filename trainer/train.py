@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from analysis.trace import InputError, Lexicon, TraceWriter, describe_machine, read_manifest
+from analysis.trace import Lexicon, TraceWriter
 from trainer.batch import Batch, PromptSource, collect_batch
 from trainer.checkpoint import RunState, list_checkpoints, load_checkpoint, save_checkpoint
 from trainer.config import Config
@@ -28,9 +28,10 @@ from trainer.evaluate import evaluate
 from trainer.plateau import PlateauDetector
 from trainer.policy import Policy
 from trainer.record import record_batch, record_prompts
+from trainer.run_folder import describe_run, is_complete
 from trainer.shaping import ShapingBatch, shape
 from trainer.tasks import ReasoningGymTask
-from trainer.update import Learner, TrainingError, UpdateMetrics
+from trainer.update import Learner, UpdateMetrics
 
 
 def train(
@@ -54,7 +55,7 @@ def train(
         InputError: bad configuration, or a folder that cannot be used.
         TrainingError: the run itself failed; it is marked so and what it recorded stays readable.
     """
-    if resume and run_dir.exists() and _is_complete(config, run_dir):
+    if resume and is_complete(config, run_dir):
         return
     torch.manual_seed(config.seed)
     task = ReasoningGymTask(config.task.name, config.task.params, config.seed, config.task.num_heldout)
@@ -159,35 +160,8 @@ def _open_trace(
     if resume and run_dir.exists():
         # Nothing to go on from yet: equal seeds give equal runs, so starting again loses nothing but time.
         shutil.rmtree(run_dir)
-    manifest = {
-        "run_id": run_dir.name,
-        **labels,
-        "seed": config.seed,
-        "config": config.model_dump(mode="json"),
-        "model": config.policy.path,
-        "task": config.task.name,
-        "total_steps": config.steps,
-        "num_threads": torch.get_num_threads(),
-        **describe_machine(),
-    }
+    manifest = {**describe_run(config, run_dir, labels), "num_threads": torch.get_num_threads()}
     if learner.policy.device.type == "cuda":
         manifest["hardware"]["gpu"] = torch.cuda.get_device_name(learner.policy.device)
     lexicon = Lexicon.load(Path(config.record.lexicon) if config.record.lexicon else None)
     return TraceWriter.create(run_dir, manifest, learner.policy.vocab(), lexicon), RunState()
-
-
-def _is_complete(config: Config, run_dir: Path) -> bool:
-    """Whether a run to be resumed is done already.
-
-    Raises:
-        InputError: it was made with another configuration.
-    """
-    manifest = read_manifest(run_dir)
-    found, wanted = manifest["config"], config.model_dump(mode="json")
-    if found != wanted:
-        changed = sorted(section for section in wanted if found.get(section) != wanted[section])
-        raise InputError(f"{run_dir}: made with another configuration, differs in {', '.join(changed)}; not resumed")
-    return manifest["status"] == "complete"
-
-
-__all__ = ["TrainingError", "train"]

@@ -1,0 +1,181 @@
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from analysis.trace import InputError, read_manifest
+from trainer import train as train_module
+from trainer.config import load_config
+from trainer.train import train
+from trainer.update import TrainingError
+
+from .conftest import SMALL
+
+LABELS = {"study": "test", "arm": "none"}
+TABLES = ("tokens", "rollouts", "prompts", "vocab", "evals", "steps")
+SECONDS = ("rollout_s", "reward_s", "update_s", "record_s")
+
+
+def read(run_dir, table):
+    frame = pl.read_parquet(run_dir / table / "*.parquet").drop("run_id")
+    return frame.drop(SECONDS, strict=False)
+
+
+def assert_same_trace(one, other):
+    for table in TABLES:
+        assert read(one, table).equals(read(other, table)), table
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """One recorded run that the tests below look at."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    seen = []
+    train(load_config("tiny", SMALL), out, LABELS, on_step=lambda done, **figures: seen.append((done, figures)))
+    assert [done for done, _ in seen] == [1, 2, 3, 4]
+    assert set(seen[0][1]) == {"reward", "accuracy", "entropy", "tokens_per_s"}
+    return out
+
+
+def test_the_same_seed_gives_the_same_bytes(run_dir, tmp_path):
+    train(load_config("tiny", SMALL), tmp_path / "again", LABELS)
+    assert_same_trace(run_dir, tmp_path / "again")
+
+
+def test_another_seed_gives_another_run(run_dir, tmp_path):
+    train(load_config("tiny", [*SMALL, "steps=1", "seed=1"]), tmp_path / "other", LABELS)
+    assert not read(tmp_path / "other", "tokens").equals(read(run_dir, "tokens").filter(pl.col("step") == 1))
+
+
+def test_rows_agree_across_tables(run_dir):
+    tokens, rollouts, steps = (read(run_dir, t) for t in ("tokens", "rollouts", "steps"))
+    assert rollouts["rollout_id"].to_list() == list(range(len(rollouts)))
+    per_rollout = tokens.group_by("rollout_id", maintain_order=True).agg(
+        pl.len().alias("n"),
+        pl.col("entropy").mean(),
+        pl.col("logprob").mean(),
+        pl.col("position").max(),
+        pl.col("advantage").n_unique().alias("advantages"),
+    )
+    assert per_rollout["n"].to_list() == rollouts["response_length"].to_list()
+    assert (per_rollout["position"] + 1).to_list() == rollouts["response_length"].to_list()
+    assert set(per_rollout["advantages"]) == {1}
+    np.testing.assert_allclose(per_rollout["entropy"], rollouts["entropy_mean"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(np.exp(-per_rollout["logprob"]), rollouts["ppl"], rtol=1e-4)
+    per_step = tokens.group_by("step", maintain_order=True).agg(pl.len(), pl.col("entropy").mean())
+    assert per_step["len"].to_list() == steps["tokens"].to_list()
+    np.testing.assert_allclose(per_step["entropy"], steps["entropy_token_mean"], rtol=1e-4)
+    by_group = rollouts.group_by("step", "prompt_id").agg(pl.col("reward").n_unique() > 1, pl.col("is_kept").first())
+    assert (by_group["reward"] == by_group["is_kept"]).all()
+    assert (rollouts.filter(~pl.col("is_kept"))["advantage"] == 0).all()
+
+
+def test_a_response_without_answer_is_a_format_violation_and_earns_nothing(run_dir):
+    rollouts = read(run_dir, "rollouts")
+    missing = rollouts.filter(~pl.col("has_answer"))
+    assert len(missing) > 0
+    assert missing["answer"].is_null().all()
+    assert (missing["reward"] <= 0).all()
+    assert missing["defects"].list.contains("format_violation").all()
+    assert not rollouts.filter("has_answer")["defects"].list.contains("format_violation").any()
+
+
+def test_completions_carry_their_answers(run_dir):
+    rollouts = read(run_dir, "rollouts").filter("has_answer")
+    assert all(f"<answer>{r['answer']}" in r["completion"].replace(" ", "") for r in rollouts.to_dicts())
+
+
+def test_heldout_prompts_are_never_trained_on(run_dir):
+    prompts = read(run_dir, "prompts")
+    heldout, trained = (set(prompts.filter(pl.col("split") == split)["prompt"]) for split in ("heldout", "train"))
+    assert len(heldout) == 6
+    assert trained
+    assert not heldout & trained
+    assert set(read(run_dir, "evals")["prompt_id"]) == set(prompts.filter(pl.col("split") == "heldout")["prompt_id"])
+
+
+def test_evaluations_begin_with_the_base_policy_and_end_with_the_last(run_dir):
+    evals = read(run_dir, "evals")
+    assert evals["step"].unique(maintain_order=True).to_list() == [0, 2, 4]
+    assert len(evals) == 3 * 6 * 2
+
+
+def test_the_manifest_says_what_was_run(run_dir):
+    manifest = read_manifest(run_dir)
+    assert manifest["status"] == "complete"
+    assert manifest["last_durable_step"] == manifest["total_steps"] == 4
+    assert manifest["config"] == load_config("tiny", SMALL).model_dump(mode="json")
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert (manifest["run_id"], manifest["study"], manifest["arm"]) == ("whole", "test", "none")
+
+
+class Interrupted(BaseException):
+    """Stands for the machine being taken away."""
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_a_resumed_run_equals_an_uninterrupted_one(run_dir, tmp_path, last):
+    def stop(done, **figures):
+        if done == last:
+            raise Interrupted
+
+    config = load_config("tiny", SMALL)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "cut", LABELS, on_step=stop)
+    train(config, tmp_path / "cut", LABELS, resume=True)
+    assert_same_trace(run_dir, tmp_path / "cut")
+    assert read_manifest(tmp_path / "cut")["status"] == "complete"
+    policies = [sorted(d.glob("checkpoints/*/policy/model.safetensors"))[-1] for d in (run_dir, tmp_path / "cut")]
+    assert policies[0].read_bytes() == policies[1].read_bytes()
+
+
+def test_arms_are_one_run_until_their_windows_open(run_dir, tmp_path):
+    overrides = [*SMALL, "shaping.method=position", "shaping.position.start_step=3"]
+    train(load_config("tiny", overrides), tmp_path / "late", LABELS)
+    for table in ("tokens", "rollouts"):
+        base, late = (read(d, table) for d in (run_dir, tmp_path / "late"))
+        before = pl.col("step") < 3
+        assert late.filter(before).equals(base.filter(before))
+    base, late = (read(d, "tokens").filter(pl.col("step") == 3) for d in (run_dir, tmp_path / "late"))
+    assert late["logprob"].equals(base["logprob"])
+    moved = late["shaped_advantage"] != late["advantage"]
+    assert moved.any()
+    assert read(tmp_path / "late", "steps")["is_shaped"].to_list() == [False, False, True, True]
+
+
+def test_a_failed_run_is_marked_and_stays_readable(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        train_module,
+        "shape",
+        lambda a, b, c, step, plateau: (a * float("nan") if step == 3 else a, False),
+    )
+    config = load_config("tiny", [*SMALL, "record.flush_every=2"])
+    with pytest.raises(TrainingError, match="step 3: loss nan"):
+        train(config, tmp_path / "nan", LABELS)
+    manifest = read_manifest(tmp_path / "nan")
+    assert (manifest["status"], manifest["last_durable_step"]) == ("failed", 2)
+    assert "step 3" in manifest["error"]
+    assert read(tmp_path / "nan", "tokens")["step"].unique().to_list() == [1, 2]
+
+
+def test_an_existing_run_is_not_overwritten(run_dir):
+    before = (run_dir / "run.json").read_bytes()
+    with pytest.raises(InputError, match="--resume"):
+        train(load_config("tiny", SMALL), run_dir, LABELS)
+    assert (run_dir / "run.json").read_bytes() == before
+
+
+def test_a_complete_run_is_left_alone_and_another_config_refused(run_dir):
+    before = (run_dir / "run.json").read_bytes()
+    train(load_config("tiny", SMALL), run_dir, LABELS, resume=True)
+    assert (run_dir / "run.json").read_bytes() == before
+    with pytest.raises(InputError, match="differs in optim"):
+        train(load_config("tiny", [*SMALL, "optim.lr=1"]), run_dir, LABELS, resume=True)
+
+
+def test_a_foreign_schema_version_is_refused(run_dir, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({**read_manifest(run_dir), "schema_version": 99}))
+    with pytest.raises(InputError, match="schema_version 99"):
+        read_manifest(tmp_path)

@@ -1,0 +1,143 @@
+import pytest
+import torch
+
+from trainer.batch import PromptSource, collect_batch
+from trainer.config import OptimConfig, load_config
+from trainer.loss import policy_loss
+from trainer.update import Learner, TrainingError, learning_rate, micro_batches, mini_batches
+
+from .conftest import SMALL
+
+
+def make_case(policy, task, *overrides):
+    config = load_config("tiny", [*SMALL, *overrides])
+    learner = Learner(config, policy)
+    batch = collect_batch(config, policy, PromptSource(task), step=1)
+    return config, learner, batch, batch.advantages[:, None].expand(batch.samples.tokens.shape)
+
+
+def gradients(policy):
+    return {name: p.grad.clone() for name, p in policy.model.named_parameters()}
+
+
+def test_gradient_equals_the_naive_token_mean(policy, task):
+    """One response at a time, the model's own logits, one denominator for the whole batch."""
+    config, learner, batch, advantages = make_case(policy, task, "optim.grad_clip=1e9")
+    learner.update(batch, advantages, step=1)
+    # AdamW keeps the first moment: (1 - beta1) * gradient after one step.
+    beta1 = learner.optimizer.defaults["betas"][0]
+    found = {name: learner.optimizer.state[p]["exp_avg"] / (1 - beta1) for name, p in policy.model.named_parameters()}
+    reference = type(policy).load(config.policy)
+    kept = torch.nonzero(batch.is_kept).squeeze(1).tolist()
+    responses = batch.samples.responses()
+    denominator = sum(len(responses[row]) for row in kept)
+    for row in kept:
+        ids = torch.cat((torch.tensor(batch.samples.prompts[row]), responses[row]))
+        logp = torch.log_softmax(reference.model(ids[None]).logits[0, :-1], -1).gather(1, ids[1:, None]).squeeze(1)
+        logp = logp[-len(responses[row]) :]
+        loss = policy_loss(logp, logp.detach(), advantages[row, : len(responses[row])], 0.2, 0.28).loss.sum()
+        (loss / denominator).backward()
+    for name, wanted in gradients(reference).items():
+        torch.testing.assert_close(found[name], wanted, rtol=2e-3, atol=1e-6)
+
+
+def test_micro_batches_do_not_change_the_update(policy, task):
+    config, learner, batch, advantages = make_case(policy, task, "loss.entropy_coef=0.01")
+    whole = learner.update(batch, advantages, step=1)
+    other = type(policy).load(config.policy)
+    cut = Learner(load_config("tiny", [*SMALL, "loss.entropy_coef=0.01", "optim.micro_batch_tokens=100"]), other)
+    parts = cut.update(batch, advantages, step=1)
+    assert parts.loss == pytest.approx(whole.loss, abs=1e-6)
+    assert parts.grad_norm == pytest.approx(whole.grad_norm, rel=1e-4)
+
+
+def test_micro_batches_cover_every_row_once_within_the_budget(policy, task):
+    _, _, batch, _ = make_case(policy, task)
+    rows = torch.nonzero(batch.is_kept).squeeze(1)
+    parts = micro_batches(batch.samples, rows, 300)
+    assert sorted(torch.cat(parts).tolist()) == rows.tolist()
+    for part in parts:
+        longest = max(int(batch.samples.lengths[r]) + len(batch.samples.prompts[r]) for r in part)
+        assert len(part) == 1 or longest * len(part) <= 300
+
+
+def test_mini_batches_cover_kept_groups_once_an_epoch(policy, task):
+    config, _, batch, _ = make_case(policy, task, "optim.mini_batches=3", "optim.epochs=2")
+    parts = list(mini_batches(config, batch, step=1))
+    kept = torch.nonzero(batch.is_kept).squeeze(1).tolist()
+    assert len(parts) == 6
+    for epoch in (parts[:3], parts[3:]):
+        assert sorted(torch.cat(epoch).tolist()) == kept
+    for part in parts:
+        groups = batch.group_ids[part]
+        assert all((groups == g).sum() == config.rollout.group_size for g in groups.unique())
+
+
+def test_first_update_has_ratio_one_and_zero_loss(policy, task):
+    """Advantages of a group sum to zero, so that only lengths can move the on-policy loss off zero."""
+    _, learner, batch, advantages = make_case(policy, task)
+    metrics = learner.update(batch, advantages, step=1)
+    rows = batch.is_kept
+    weights = (batch.advantages * batch.samples.lengths)[rows].sum() / batch.samples.lengths[rows].sum()
+    assert metrics.loss == pytest.approx(-float(weights), abs=1e-4)
+    assert (metrics.clip_frac_low, metrics.clip_frac_high, metrics.kl) == (0.0, 0.0, None)
+
+
+def test_later_epochs_clip(policy, task):
+    _, learner, batch, advantages = make_case(policy, task, "optim.epochs=6", "optim.lr=3e-3", "optim.warmup_steps=0")
+    metrics = learner.update(batch, advantages, step=1)
+    assert metrics.clip_frac_low > 0
+    assert metrics.clip_frac_high > 0
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_to_the_reference_starts_at_zero_and_grows(policy, task, estimator):
+    _, learner, batch, advantages = make_case(
+        policy, task, "loss.kl_coef=0.1", f"loss.kl_estimator={estimator}", "optim.lr=1e-3", "optim.warmup_steps=0"
+    )
+    first = learner.update(batch, advantages, step=1).kl
+    second = learner.update(batch, advantages, step=2).kl
+    assert first == pytest.approx(0.0, abs=1e-4)
+    assert abs(second) > 10 * abs(first)
+
+
+def test_kl_pulls_back_to_the_reference(policy, task):
+    _, learner, batch, advantages = make_case(policy, task, "loss.kl_coef=1.0", "loss.kl_estimator=k2")
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    nothing = torch.zeros_like(advantages)
+    before = learner.update(batch, nothing, step=5).kl
+    for _ in range(10):
+        after = learner.update(batch, nothing, step=5).kl
+    assert after < before
+
+
+def test_nan_stops_before_the_weights_change(policy, task):
+    _, learner, batch, advantages = make_case(policy, task)
+    before = [p.clone() for p in policy.model.parameters()]
+    with pytest.raises(TrainingError, match="step 7: loss nan"):
+        learner.update(batch, advantages * float("nan"), step=7)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+
+
+def test_learning_rate_warms_up_and_stays():
+    optim = OptimConfig(lr=1e-3, warmup_steps=4)
+    assert [learning_rate(optim, step) for step in (1, 2, 4, 100)] == pytest.approx([2.5e-4, 5e-4, 1e-3, 1e-3])
+
+
+def test_dynamic_sampling_keeps_mixed_groups_and_bounds_refills(policy, task):
+    _, _, batch, _ = make_case(policy, task, "rollout.max_refills=1")
+    for group in batch.group_ids.unique():
+        rewards = batch.rewards[batch.group_ids == group]
+        assert bool(batch.is_kept[batch.group_ids == group].all()) == (len(rewards.unique()) > 1)
+    groups = int(batch.group_ids[-1]) + 1
+    first_round = batch.is_kept[: 6 * 4].sum() // 4
+    assert groups == 12 - first_round
+    assert batch.advantages.isfinite().all()
+
+
+def test_without_dynamic_sampling_everything_is_kept(policy, task):
+    _, _, batch, _ = make_case(policy, task, "rollout.dynamic_sampling=false")
+    assert batch.is_kept.all()
+    assert len(batch.prompts) == 6 * 4
