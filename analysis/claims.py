@@ -57,8 +57,8 @@ class Verdict:
     figure: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields by name, numbers without an unbounded end, ready for JSON."""
-        return {name: None if value in (math.inf, -math.inf) else value for name, value in asdict(self).items()}
+        """Fields by name, ready for JSON: six significant digits, null for what is not finite."""
+        return {name: _plain(value) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
 @cache
@@ -194,6 +194,10 @@ def _verdict(
         sql=entry["sql"],
         figure=entry["figure"],
     )
+
+
+def _plain(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _combine(words: list[str]) -> str:

@@ -116,7 +116,10 @@ def style_change(runs: Runs, pairs: Sequence[tuple[str, str]], rng: np.random.Ge
     """M3: relative change of response length (last evaluation), change of the share of formal tokens (last steps)."""
     lengths = _eval_sums(runs, pairs, "response_length")
     frame = runs.query("formal_sums", runs=[run for pair in pairs for run in pair])
-    shares = np.stack([_tensor(frame, {"run_id": list(pair)}, ["num_formal", "num_tokens"]) for pair in pairs], axis=1)
+    prompts = sorted(frame["prompt_id"].unique())
+    shares = np.stack(
+        [_tensor(frame, {"run_id": list(pair)}, ["num_formal", "num_tokens"], prompts) for pair in pairs], axis=1
+    )
     return {
         "length": _over_seeds(lengths, lambda totals: totals[..., 1, 0] / totals[..., 0, 0] - 1, rng),
         "formal tokens": _over_seeds(

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import Planted, write_run
 
 from analysis.runs import Runs, open_runs
 from analysis.trace import TraceWriter, write_manifest
+from tests.analysis.synthetic import Planted, write_run
 
 VOCAB = ["<eos>", "1", " so", " dog"]
 BOUNDARY = 10

@@ -1,0 +1,149 @@
+"""The command line as a user meets it: one line on stderr and the right exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from analysis.cli import app, run
+from analysis.trace import TABLES
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]):
+    """Runs ``entrace ARGS`` in this process; returns exit code, stdout bytes and stderr text."""
+
+    def call(*args: str) -> tuple[int, bytes, str]:
+        monkeypatch.setattr(sys, "argv", ["entrace", *args])
+        with pytest.raises(SystemExit) as stop:
+            run(app)
+        captured = capfdbinary.readouterr()
+        code = stop.value.code
+        return code if isinstance(code, int) else -1, captured.out, captured.err.decode()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["bogus"], "No such command 'bogus'"),
+        (["clams"], "claims"),
+        (["claims", "RUN", "--jsn"], "--json"),
+        (["sql", "RUN", "select 1", "--format", "xml"], "parquet"),
+        (["report", "RUN"], "--out"),
+        (["claims", "nowhere"], "nowhere: no such folder"),
+        (["claims", "."], "not a trace (no run.json)"),
+        (["sql", "select 1"], "name the runs first"),
+        (["sql", "RUN", "selec 1"], "syntax error"),
+        (["sql", "RUN", "select stepp from tokens"], "step"),
+        (["sql", "RUN", "drop table runs"], "expected one SELECT, found DROP"),
+        (["sql", "RUN", "--file", "nowhere.sql"], "nowhere.sql: No such file"),
+        (["sql", "RUN", "select $a", "--param", "a"], "expected NAME=VALUE"),
+        (["sql", "RUN", "select $alpha", "--param", "alpa=1"], 'did you mean "alpha"'),
+        (["tables", "tokenz"], 'unknown table "tokenz"; did you mean "tokens"?'),
+        (["report", "RUN", "--out", "FULL"], "holds files that are no report"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(command, tiny_path: Path, tmp_path: Path, args: list[str], message: str):
+    (tmp_path / "FULL").mkdir()
+    (tmp_path / "FULL" / "notes.txt").write_text("mine")
+    places = {"RUN": str(tiny_path), "FULL": str(tmp_path / "FULL"), ".": str(tmp_path / "FULL")}
+    code, out, err = command(*[places.get(arg, arg) for arg in args])
+    assert code == 2
+    assert out == b""
+    assert err.startswith("entrace: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert [path.name for path in (tmp_path / "FULL").iterdir()] == ["notes.txt"]
+
+
+def test_other_failures_are_one_line_and_exit_1(command, monkeypatch: pytest.MonkeyPatch, tiny_path: Path):
+    def fail(*_: object) -> None:
+        raise OSError("disk full\nreally")
+
+    monkeypatch.setattr("analysis.runs.open_runs", fail)
+    assert command("claims", str(tiny_path)) == (1, b"", "entrace: OSError: disk full really\n")
+
+
+@pytest.mark.parametrize("form", ["csv", "json", "parquet"])
+def test_sql_prints_what_scripts_read(command, tiny_path: Path, form: str):
+    code, out, err = command("sql", str(tiny_path), "select 1 as a, 'x' as b", "--format", form)
+    assert (code, err) == (0, "")
+    read = {"csv": pl.read_csv, "json": pl.read_json, "parquet": pl.read_parquet}[form]
+    assert read(io.BytesIO(out)).rows() == [(1, "x")]
+
+
+def test_sql_from_file_with_params(command, tiny_path: Path, tmp_path: Path):
+    (tmp_path / "q.sql").write_text("select $n + 1 as a, $name as b, $rest is null as c")
+    args = ["--file", str(tmp_path / "q.sql"), "--param", "n=1", "--param", "name=x", "--format", "csv"]
+    assert command("sql", str(tiny_path), *args)[1] == b"a,b,c\n2,x,true\n"
+
+
+def test_tables_prints_every_column(command):
+    out = command("tables")[1].decode()
+    for table in TABLES.values():
+        for column in table.columns:
+            assert f"  {column.name} " in out
+            assert column.meaning in out
+    dictionary = json.loads(command("tables", "steps", "--json")[1])
+    assert [entry["name"] for entry in dictionary["steps"]["columns"]] == [c.name for c in TABLES["steps"].columns]
+
+
+def test_claims_as_text_and_json(command, tiny_path: Path):
+    assert b"S1  entropy          none             supported" in command("claims", str(tiny_path))[1]
+    assert json.loads(command("claims", str(tiny_path), "--json")[1])["overall"]["S1"] == "supported"
+
+
+def test_report_names_the_page(command, tiny_path: Path, tmp_path: Path):
+    code, out, _ = command("report", str(tiny_path), "--out", str(tmp_path / "out"))
+    assert (code, out.decode()) == (0, f"report: {tmp_path / 'out' / 'report.html'}\n")
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("name", ["sql", "tables", "claims", "report"])
+def test_help_has_an_example(command, name: str):
+    code, out, _ = command(name, "--help")
+    assert code == 0
+    assert f"Example: entrace {name} " in out.decode()
+
+
+def test_no_arguments_print_the_commands(command):
+    code, out, _ = command()
+    assert code == 0
+    assert b"Commands:" in out
+
+
+def test_reader_that_goes_away_is_no_error(tiny_path: Path):
+    query = "select range from range(200000)"
+    script = f"{sys.executable} -m analysis sql {tiny_path} '{query}' --format csv | head -1"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("range\n", "")
+
+
+def test_start_up_loads_nothing_heavy_and_no_training_package():
+    heavy = {"duckdb", "polars", "pandas", "matplotlib", "scipy", "pyarrow", "numpy"}
+    training = {"torch", "transformers", "trainer"}
+    check = "import sys, analysis.cli; print(*{name.partition('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.split()
+    assert not (heavy | training) & set(loaded)
+
+
+def test_whole_package_works_without_training_packages(tiny_path: Path):
+    script = f"""
+import pkgutil, sys
+import analysis, analysis.figures
+for module in pkgutil.walk_packages(analysis.__path__, "analysis."):
+    if not module.name.endswith("__main__"):
+        __import__(module.name)
+assert analysis.judge(analysis.open_runs({str(tiny_path)!r}))
+print(*[name for name in ("torch", "transformers", "trainer") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

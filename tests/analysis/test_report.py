@@ -1,0 +1,127 @@
+"""The report stands alone, escapes what it shows, and leaves other people's folders alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from analysis.export import render, to_report_csv
+from analysis.figures import MODULES
+from analysis.report import NUM_PARTS, write_report
+from analysis.runs import Runs, open_runs
+from analysis.trace import InputError
+from tests.analysis.conftest import write_failed, write_tiny
+
+HOSTILE = '<script>alert("x")</script>'
+
+
+@pytest.fixture(scope="module")
+def report(study: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(study, tmp_path_factory.mktemp("report") / "out").parent
+
+
+class Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_report_holds_page_figures_and_data(report: Path):
+    expected = {f"{stem}.{form}" for stem in MODULES for form in ("png", "pdf", "csv")}
+    assert {path.name for path in report.iterdir()} == {"report.html", "claims.json", *expected}
+    assert sum(path.stat().st_size for path in report.iterdir()) < 3_000_000
+
+
+def test_page_opens_offline(report: Path):
+    page = (report / "report.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert links.tags.isdisjoint({"script", "link", "iframe"})
+    assert sum(source.startswith("data:image/png;base64,") for source in links.sources) == len(MODULES)
+    for source in links.sources:
+        assert source.startswith("data:") or (report / source).is_file()
+    assert not re.search(r"@import|url\(|https?:", page)
+
+
+def test_page_shows_failed_runs_queries_and_verdicts(report: Path):
+    page = (report / "report.html").read_text()
+    assert "step 3: loss is nan" in page
+    assert "analysis/sql/token/entropy_by_position.sql" in page
+    assert "select * from final" in page
+    assert page.count('class="chip supported"') > 5
+    assert json.loads((report / "claims.json").read_text())["overall"]["S1"] == "supported"
+
+
+def test_final_table_in_csv_keeps_failed_runs(report: Path):
+    rows = pl.read_csv(report / "ablation_final.csv").filter(run_id="broken-seed0")
+    assert rows["status"].to_list() == ["failed"]
+
+
+def test_report_replaces_a_report_with_equal_bytes_and_shows_progress(report: Path, study: Runs, tmp_path: Path):
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "report.html").write_text((report / "report.html").read_text())
+    seen: list[int] = []
+    write_report(study, again, on_step=lambda done, name: seen.append(done))
+    assert seen == list(range(1, NUM_PARTS + 1))
+    for path in report.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+
+
+def test_report_replaces_nothing_but_a_report(tiny: Runs, tmp_path: Path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "report.html").write_text("mine")
+    with pytest.raises(InputError, match="holds files that are no report"):
+        write_report(tiny, tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["report.html"]
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file"):
+        write_report(tiny, tmp_path / "file")
+
+
+def test_hostile_names_and_errors_are_escaped(tmp_path: Path):
+    folder = write_tiny(tmp_path / "run")
+    manifest = json.loads((folder / "run.json").read_text())
+    hostile = {"run_id": "tiny", "arm": HOSTILE, "study": HOSTILE, "error": HOSTILE, "config": {"a": HOSTILE}}
+    (folder / "run.json").write_text(json.dumps({**manifest, **hostile}))
+    write_failed(tmp_path / "broken", error=HOSTILE)
+    page = write_report(open_runs([folder, tmp_path / "broken"]), tmp_path / "out").read_text()
+    assert HOSTILE not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_report_of_a_run_without_data(tmp_path: Path):
+    page = write_report(open_runs(write_failed(tmp_path / "broken")), tmp_path / "out").read_text()
+    assert "Not recorded" in page
+    assert "step 3: loss is nan" in page
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@x", "\tx"])
+def test_text_cells_do_not_run_as_formulas(cell: str):
+    lines = to_report_csv(pl.DataFrame({"text": [cell, "plain"], "number": [-1.23456789, 2.0]})).splitlines()
+    assert lines[1].strip('"').startswith("'")
+    assert lines[1].endswith("-1.23457")
+    assert lines[2] == "plain,2.0"
+
+
+def test_formats_for_scripts_keep_values():
+    frame = pl.DataFrame({"a": [1, 2], "names": [["x", "y"], []], "b": [0.1, None]})
+    assert render(frame, "csv").decode().splitlines() == ["a,names,b", "1,x;y,0.1", '2,"",']
+    assert json.loads(render(frame, "json")) == frame.to_dicts()
+    assert pl.read_parquet(render(frame, "parquet")).equals(frame)
+    assert "| 1 " in render(frame, "table").decode()
+
+
+def test_long_table_says_how_much_is_missing():
+    assert "250 rows in all" in render(pl.DataFrame({"a": range(250)}), "table").decode()

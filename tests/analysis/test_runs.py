@@ -1,0 +1,221 @@
+"""Opening traces: what is found, what is refused, and what a query may not do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from analysis.runs import Runs, open_runs
+from analysis.trace import InputError, TraceWriter
+from tests.analysis.conftest import VOCAB, step_row, write_failed
+
+
+def part(folder: Path, table: str) -> Path:
+    return next((folder / table).glob("*.parquet"))
+
+
+def drop_column(folder: Path) -> None:
+    path = part(folder, "tokens")
+    pq.write_table(pq.read_table(path).drop_columns("entropy"), path)
+
+
+def change_type(folder: Path) -> None:
+    path = part(folder, "tokens")
+    table = pq.read_table(path)
+    column = table.schema.get_field_index("step")
+    pq.write_table(table.set_column(column, "step", table["step"].cast(pa.string())), path)
+
+
+def change_version(folder: Path) -> None:
+    path = part(folder, "rollouts")
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({b"entrace_schema_version": b"7"}), path)
+
+
+def truncate(folder: Path) -> None:
+    path = part(folder, "steps")
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def change_manifest_version(folder: Path) -> None:
+    path = folder / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing column": (drop_column, r"tokens/part-.*: column entropy \(float\) is missing; found run_id, step, "),
+    "wrong type": (change_type, r"column step is string, expected int32"),
+    "other version": (change_version, r"rollouts/part-.*: schema version 7, this version of entrace reads 1"),
+    "truncated": (truncate, r"steps/part-.*: damaged or truncated Parquet file"),
+    "empty file": (lambda folder: part(folder, "tokens").write_bytes(b""), r"damaged or truncated Parquet file"),
+    "other manifest": (change_manifest_version, r"run.json: schema_version 99, this version of entrace reads 1"),
+    "not JSON": (lambda folder: (folder / "run.json").write_text("{"), r"run.json: not JSON"),
+    "no manifest": (lambda folder: (folder / "run.json").unlink(), r"not a trace \(no run.json\)"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_trace_is_one_line(tiny_path: Path, tmp_path: Path, case: str):
+    damage, message = DAMAGE[case]
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_path, folder)
+    damage(folder)
+    with pytest.raises(InputError, match=message) as caught:
+        open_runs(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("path", "message"), [("nowhere", "no such folder"), ("*.trace", "no such folder")])
+def test_no_such_folder(tmp_path: Path, path: str, message: str):
+    with pytest.raises(InputError, match=message):
+        open_runs(tmp_path / path)
+
+
+def test_equal_run_ids_are_refused(tiny_path: Path, tmp_path: Path):
+    shutil.copytree(tiny_path, tmp_path / "copy")
+    with pytest.raises(InputError, match='run_id "tiny" also stands in'):
+        open_runs([tiny_path, tmp_path / "copy"])
+
+
+@pytest.mark.parametrize("given", ["folder", "glob", "runs"])
+def test_study_folder_glob_and_list_open_the_same(study_path: Path, given: str):
+    paths = {"folder": str(study_path), "glob": f"{study_path}/*", "runs": sorted(study_path.iterdir())}[given]
+    assert set(open_runs(paths).manifests) == {path.name for path in study_path.iterdir()}
+
+
+def test_failed_run_without_data_is_listed(tmp_path: Path):
+    runs = open_runs(write_failed(tmp_path / "broken"))
+    assert runs.sql("select run_id, status, error from runs").rows() == [("broken", "failed", "step 3: loss is nan")]
+    assert runs.sql("select count(*) from tokens").item() == 0
+    assert runs.query("entropy_by_position").is_empty()
+
+
+def test_run_that_is_being_written(tmp_path: Path):
+    writer = TraceWriter.create(tmp_path / "live", {"run_id": "live"}, VOCAB)
+    writer.append("steps", step_row(1, entropy=1.0, accuracy=0.5))
+    writer.flush(1)
+    (tmp_path / "live" / "steps" / ".part-000002-000002.parquet.tmp").write_bytes(b"half a file")
+    runs = open_runs(tmp_path / "live")
+    writer.append("steps", step_row(2, entropy=1.0, accuracy=0.5))
+    writer.flush(2)
+    assert runs.sql("select step from steps").rows() == [(1,)]
+    assert open_runs(tmp_path / "live").sql("select max(step) from steps").item() == 2
+
+
+def test_stages_cover_every_step_once(study: Runs):
+    counts = study.sql(
+        """
+        select steps.run_id, steps.step, count(*) as n
+        from steps join stages on stages.run_id = steps.run_id and steps.step between first_step and last_step
+        group by all
+        """
+    )
+    assert set(counts["n"]) == {1}
+    assert counts.height == study.sql("select count(*) from steps").item()
+
+
+def test_stages_are_there_even_if_fits_were_asked_for_first(tiny_path: Path):
+    runs = open_runs(tiny_path)
+    assert runs.stage_fits["tiny"].boundary == 10
+    assert runs.sql("select stage, first_step, last_step from stages").rows() == [
+        ("rising", 1, 10),
+        ("plateau", 11, 24),
+    ]
+
+
+def test_subjects_are_the_baseline_or_each_run(study: Runs, study_path: Path):
+    assert study.subjects() == {"none": ["none-seed0", "none-seed1", "none-seed2"]}
+    assert open_runs([study_path / "ppl-seed0", study_path / "ppl-seed1"]).subjects() == {
+        "ppl-seed0": ["ppl-seed0"],
+        "ppl-seed1": ["ppl-seed1"],
+    }
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "copy runs to '{run}/stolen.csv'",
+        "copy runs to '{tmp}/stolen.csv'",
+        "explain analyze copy runs to '{run}/stolen.csv'",
+        "explain (analyze) copy runs to '{run}/stolen.csv'",
+        "attach '{run}/new.db'",
+        "install httpfs",
+        "load httpfs",
+        "pragma database_list",
+        "pragma threads=1",
+        "set enable_external_access = true",
+        "reset lock_configuration",
+        "call enable_logging()",
+        "create table x as select 1",
+        "drop table runs",
+        "insert into runs (run_id) values ('x')",
+        "with w as (insert into runs (run_id) values ('x') returning *) select * from w",
+        "with w as (delete from stages returning *) select * from w",
+        "select 1; select 2",
+        "select 1; drop table runs",
+        "select * from read_csv('/etc/passwd')",
+        "select * from read_text('/etc/passwd')",
+        "select * from '{tmp}/other.parquet'",
+        "select * from glob('/etc/*')",
+        "select * from query('copy runs to ''{run}/stolen.csv''')",
+        "from enable_logging(storage='file', storage_config={{'path': '{run}'}})",
+        "select * from local_frame",
+        "selec 1",
+        "select nothing from tokens",
+        "-- only a comment",
+        "",
+    ],
+)
+def test_query_can_neither_write_nor_look_elsewhere(tiny_path: Path, tmp_path: Path, statement: str):
+    local_frame = pl.DataFrame({"x": [1]})
+    local_frame.write_parquet(tmp_path / "other.parquet")
+    before = {path: path.stat().st_mtime_ns for path in tiny_path.rglob("*")}
+    runs = open_runs(tiny_path)
+    with pytest.raises(InputError) as caught:
+        runs.sql(statement.format(run=tiny_path, tmp=tmp_path))
+    assert "\n" not in str(caught.value)
+    assert {path: path.stat().st_mtime_ns for path in tiny_path.rglob("*")} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["other.parquet"]
+    assert runs.sql("select count(*) from runs").item() == 1
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["explain select 1", "explain analyze select count(*) from tokens", "from runs", "describe tokens", "select 1;"],
+)
+def test_reading_statements_pass(tiny: Runs, statement: str):
+    assert tiny.sql(statement).height >= 1
+
+
+def test_names_are_suggested(tiny: Runs):
+    with pytest.raises(InputError, match='unknown query "entropy_by_positon"; did you mean "entropy_by_position"'):
+        tiny.query("entropy_by_positon")
+    with pytest.raises(InputError, match='unknown parameter "stag"; did you mean "stage"'):
+        tiny.query("entropy_by_position", stag="plateau")
+    with pytest.raises(InputError, match="this query has none"):
+        tiny.sql("select 1", {"x": 1})
+
+
+def test_parameters_left_out_are_null(tiny: Runs):
+    assert tiny.sql("select $a is null as a, $b as b", {"b": 2}).rows() == [(True, 2)]
+
+
+def test_other_readers_open_the_folders(tiny_path: Path):
+    expected = 6 * 2 + 6 * 5
+    files = str(tiny_path / "tokens" / "*.parquet")
+    assert duckdb.sql(f"select count(*) from '{files}'").fetchall() == [(expected,)]
+    assert pl.read_parquet(files).height == expected
+    assert len(pd.read_parquet(tiny_path / "tokens")) == expected
+    assert pl.read_parquet(tiny_path / "rollouts" / "*.parquet")["defects"].to_list()[3] == [
+        "format_violation",
+        "truncated",
+    ]

@@ -1,0 +1,108 @@
+"""The stage fit finds planted boundaries and no others; the decomposition is exact."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from analysis.stages import decompose_fall, fit_stages, slowdown
+
+STEPS = np.arange(1, 101)
+
+
+def two_stages(boundary: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    done = np.minimum(STEPS / boundary, 1)
+    return 0.9 - 0.6 * done + rng.normal(0, noise, 100), 0.3 + 0.5 * done + rng.normal(0, noise, 100)
+
+
+@pytest.mark.parametrize("boundary", [20, 40, 70])
+def test_planted_boundary_is_found(boundary: int):
+    fit = fit_stages(STEPS, *two_stages(boundary, 0.02, boundary))
+    assert fit.boundary is not None
+    assert fit.low is not None
+    assert fit.high is not None
+    assert fit.boundary == pytest.approx(boundary, abs=3)
+    assert fit.low <= fit.boundary <= fit.high
+    assert fit.high - fit.low < 10
+    np.testing.assert_allclose(fit.slopes[0], [-0.6 / boundary, 0.5 / boundary], rtol=0.15)
+    np.testing.assert_allclose(fit.slopes[1], [0, 0], atol=0.0015)
+
+
+def test_interval_covers_the_boundary():
+    fits = [fit_stages(STEPS, *two_stages(35, 0.05, seed)) for seed in range(20)]
+    covered = [fit.low <= 35 <= fit.high for fit in fits if fit.low is not None and fit.high is not None]
+    assert len(covered) == 20
+    assert sum(covered) >= 17
+
+
+def test_exact_fit_by_a_naive_search():
+    entropy, accuracy = two_stages(30, 0.05, 1)
+    series = [(values - values.mean()) / values.std() for values in (entropy, accuracy)]
+    errors = {}
+    for knot in range(5, 96):
+        basis = np.column_stack((np.ones(100), STEPS, np.maximum(STEPS - knot, 0)))
+        errors[knot] = sum(float(np.linalg.lstsq(basis, values)[1][0]) for values in series)
+    assert fit_stages(STEPS, entropy, accuracy).boundary == min(errors, key=lambda knot: errors[knot])
+
+
+def test_a_straight_line_with_noise_has_no_boundary():
+    found = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        line = 1 - STEPS / 150
+        fit = fit_stages(STEPS, line + rng.normal(0, 0.05, 100), 1 - line + rng.normal(0, 0.05, 100))
+        found += fit.boundary is not None
+    assert found <= 3
+
+
+@pytest.mark.parametrize(
+    ("entropy", "steps", "reason"),
+    [
+        (lambda x: 1 - x / 20, 15, "15 steps"),
+        (lambda x: 1 - np.maximum(x - 50, 0) / 60, 100, "faster after step 50"),
+    ],
+)
+def test_no_boundary_is_explained(entropy, steps: int, reason: str):
+    x = STEPS[:steps]
+    fit = fit_stages(x, entropy(x), 1 - entropy(x))
+    assert fit.boundary is None
+    assert reason in fit.reason
+    assert [segment["stage"] for segment in fit.segments()] == ["rising"]
+
+
+def test_constant_series_do_not_divide_by_zero():
+    fit = fit_stages(STEPS, np.ones(100), np.zeros(100))
+    assert fit.boundary is None
+    assert np.isfinite(fit.slopes).all()
+
+
+@pytest.mark.parametrize(
+    ("rising", "plateau", "expected"),
+    [((-0.1, 0.2), (0, 0.1), (1, 0.5)), ((-0.1, 0.2), (0.1, -0.2), (0, 0)), ((0.1, -0.2), (0, 0), (-1, -1))],
+)
+def test_slowdown(rising, plateau, expected):
+    np.testing.assert_allclose(slowdown(np.array([rising, plateau])), expected)
+
+
+def test_decomposition_is_exact():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 100, (50, 2, 3)).astype(float)
+    sums = rng.random((50, 2, 3)) * tokens
+    within, between = decompose_fall(tokens, sums)
+    mean = sums.sum(-1) / tokens.sum(-1)
+    np.testing.assert_allclose((within + between).sum(-1), mean[:, 0] - mean[:, 1], atol=1e-12)
+
+
+def test_decomposition_by_hand():
+    # Shares 1/2, 1/2 -> 1/4, 3/4; means 4, 2 -> 2, 2.
+    within, between = decompose_fall(np.array([[2.0, 2], [1, 3]]), np.array([[8.0, 4], [2, 6]]))
+    np.testing.assert_allclose(within, [0.375 * 2, 0])
+    np.testing.assert_allclose(between, [0.25 * 3, -0.25 * 2])
+
+
+def test_decomposition_when_a_sign_disappears():
+    tokens = np.array([[2.0, 2], [0, 4]])
+    within, between = decompose_fall(tokens, np.array([[8.0, 4], [0, 8]]))
+    np.testing.assert_allclose(within, [0, 0])
+    assert between.sum() == pytest.approx(3 - 2)

@@ -1,0 +1,102 @@
+"""Statistics against naive loops and closed forms."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from analysis.stats import (
+    Estimate,
+    avg_at_k,
+    interval_over_seeds,
+    maj_at_k,
+    pass_at_k,
+    resample_blocks,
+    resample_clusters,
+)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(8, 0, 8), (8, 8, 1), (8, 3, 1), (8, 3, 4), (6, 1, 6), (5, 4, 2)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n: int, c: int, k: int):
+    samples = [True] * c + [False] * (n - c)
+    subsets = list(itertools.combinations(samples, k))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_pass_at_k_needs_k_samples():
+    assert math.isnan(pass_at_k(4, 2, 5))
+
+
+@pytest.mark.parametrize(
+    ("answers", "is_correct", "k", "expected"),
+    [
+        (["7", "7", "8"], [True, True, False], 3, 1.0),
+        (["7", "8", "8"], [True, False, False], 3, 0.0),
+        (["7", "8"], [True, False], 2, 0.5),
+        (["7", "8", "9"], [True, False, False], 3, 1 / 3),
+        ([None, None, "8"], [False, False, True], 3, 1.0),
+        ([None, None], [False, False], 2, 0.0),
+        (["8", "7", "7"], [False, True, True], 1, 0.0),
+    ],
+)
+def test_majority_vote(answers: list[str | None], is_correct: list[bool], k: int, expected: float):
+    assert maj_at_k(answers, is_correct, k) == pytest.approx(expected)
+
+
+def test_avg_at_k_takes_the_first_k():
+    assert avg_at_k([True, False, False, True], 2) == 0.5
+
+
+def test_cluster_bootstrap_equals_drawing_prompts_one_by_one():
+    sums = np.random.default_rng(1).normal(size=(6, 2, 3))
+    totals = resample_clusters(sums, np.random.default_rng(2), draws=250)
+    rng = np.random.default_rng(2)
+    for draw in range(250):
+        weights = rng.multinomial(6, np.full(6, 1 / 6))
+        naive = np.zeros((2, 3))
+        for prompt in range(6):
+            for _ in range(weights[prompt]):
+                naive += sums[prompt]
+        np.testing.assert_allclose(totals[draw], naive)
+
+
+def test_cluster_interval_has_the_width_of_the_mean_s_standard_error():
+    values = np.random.default_rng(3).normal(size=400)
+    sums = np.stack((values, np.ones(400)), axis=1)
+    draws = resample_clusters(sums, np.random.default_rng(4), draws=4000)
+    estimate = Estimate.from_draws(values.mean(), draws[:, 0] / draws[:, 1], 400, "prompts")
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.06)
+    assert estimate.low < estimate.value < estimate.high
+
+
+def test_interval_follows_prompts_not_tokens():
+    # Ten prompts of 100 equal tokens each: as many independent values as prompts.
+    values = np.arange(10.0)
+    sums = np.stack((values * 100, np.full(10, 100.0)), axis=1)
+    draws = resample_clusters(sums, np.random.default_rng(5), draws=4000)
+    assert (draws[:, 0] / draws[:, 1]).std() == pytest.approx(values.std() / np.sqrt(10), rel=0.05)
+
+
+def test_blocks_are_runs_of_neighbours():
+    indices = resample_blocks(64, np.random.default_rng(0), draws=50)
+    assert indices.shape == (64, 50)
+    assert indices.min() >= 0
+    assert indices.max() <= 63
+    block = round(1.5 * 64 ** (1 / 3))
+    steps = np.diff(indices, axis=0)
+    inside = np.arange(1, 64) % block != 0
+    assert (steps[inside] == 1).all()
+    assert (steps[~inside] != 1).any()
+
+
+def test_interval_over_seeds_is_students():
+    # t(0.975, 2) = 4.3027; sd of 1, 2, 3 is 1.
+    assert interval_over_seeds([1, 2, 3]) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
+    assert interval_over_seeds([1]) == (-math.inf, math.inf)
+
+
+def test_estimate_without_finite_draws():
+    assert math.isnan(Estimate.from_draws(1.0, np.array([np.nan]), 1, "prompts").low)

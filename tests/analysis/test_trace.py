@@ -1,0 +1,145 @@
+"""The writer: what goes in comes out, whatever it is; what does not fit is refused in one line."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from analysis.trace import TABLES, InputError, TraceWriter, read_manifest
+from tests.analysis.conftest import VOCAB, step_row
+
+FLOATS = st.floats(width=32, allow_nan=False)
+TOKENS = st.lists(
+    st.tuples(
+        st.integers(1, 5),
+        st.text(max_size=8),
+        st.integers(0, 2**40),
+        st.integers(0, 3),
+        FLOATS,
+        st.one_of(st.none(), FLOATS),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=TOKENS)
+def test_tokens_come_back_exactly_and_sorted(rows: list[tuple]):
+    steps, prompts, rollouts, token_ids, entropies, after = zip(*rows, strict=True)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = TraceWriter.create(Path(folder) / "run", {"run_id": "r"}, VOCAB)
+        writer.append(
+            "tokens",
+            {
+                "step": list(steps),
+                "prompt_id": list(prompts),
+                "rollout_id": list(rollouts),
+                "position": list(range(len(rows))),
+                "response_length": len(rows),
+                "token_id": list(token_ids),
+                "logprob": list(entropies),
+                "entropy": list(entropies),
+                "advantage": 0.5,
+                "shaped_advantage": 0.5,
+                "grad_norm": list(entropies),
+                "is_correct": True,
+                "entropy_after": list(after),
+            },
+        )
+        writer.flush(5)
+        found = pl.read_parquet(f"{folder}/run/tokens/*.parquet")
+    expected = sorted(
+        (step, rollout, position, prompt, token, entropy, late)
+        for position, (step, prompt, rollout, token, entropy, late) in enumerate(rows)
+    )
+    names = ["step", "rollout_id", "position", "prompt_id", "token_id", "entropy", "entropy_after"]
+    assert found.select(names).rows() == expected
+    assert found["category"].to_list() == [
+        ["special", "formal_reasoning", "logical_structuring", "semantic_support"][row[4]] for row in expected
+    ]
+
+
+def test_columns_carry_unit_and_meaning(tiny_path: Path):
+    for name, table in TABLES.items():
+        for path in (tiny_path / name).glob("*.parquet"):
+            schema = pq.read_schema(path)
+            for column in table.columns:
+                metadata = schema.field(column.name).metadata
+                assert metadata[b"unit"].decode() == column.unit
+                assert metadata[b"meaning"].decode() == column.meaning
+
+
+def new_writer(folder: Path) -> TraceWriter:
+    return TraceWriter.create(folder / "run", {"run_id": "r"}, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("table", "columns", "message"),
+    [
+        ("token", {}, 'unknown table "token"; did you mean "tokens"'),
+        (
+            "steps",
+            {**step_row(1, entropy=1, accuracy=1), "acuracy": 1},
+            'unknown column "acuracy"; did you mean "accuracy"',
+        ),
+        ("prompts", {"prompt_id": "a"}, 'column "split" is missing'),
+        ("vocab", {"token_id": [1, 2], "text": ["a"], "category": "special"}, r"different lengths \[1, 2\]"),
+        ("steps", {**step_row(1, entropy=1, accuracy=1), "step": "one"}, "column step is no int32"),
+        ("vocab", {"token_id": [1], "text": [None], "category": "special"}, "column text holds 1 nulls"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(tmp_path: Path, table: str, columns: dict, message: str):
+    with pytest.raises(InputError, match=message):
+        new_writer(tmp_path).append(table, columns)
+
+
+def test_folder_in_use_is_refused(tmp_path: Path):
+    new_writer(tmp_path)
+    with pytest.raises(InputError, match="already holds files"):
+        new_writer(tmp_path)
+
+
+def test_manifest_needs_a_run_id(tmp_path: Path):
+    with pytest.raises(InputError, match="run_id"):
+        TraceWriter.create(tmp_path / "run", {}, VOCAB)
+
+
+def test_resume_removes_what_lies_beyond_the_step(tmp_path: Path):
+    writer = new_writer(tmp_path)
+    for step in (1, 2, 3):
+        writer.append("steps", step_row(step, entropy=1.0, accuracy=0.5))
+        writer.flush(step)
+    (tmp_path / "run" / "steps" / ".part-000004-000004.parquet.tmp").write_bytes(b"half")
+    resumed = TraceWriter.resume(tmp_path / "run", 2)
+    resumed.append("steps", step_row(3, entropy=9.0, accuracy=0.5))
+    resumed.flush(3)
+    steps = pl.read_parquet(tmp_path / "run" / "steps" / "*.parquet").sort("step")
+    assert steps["entropy_token_mean"].to_list() == [1.0, 1.0, 9.0]
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def test_finish_says_how_the_run_ended(tmp_path: Path):
+    writer = new_writer(tmp_path)
+    assert read_manifest(tmp_path / "run")["status"] == "running"
+    writer.finish("step 3: loss is nan")
+    manifest = read_manifest(tmp_path / "run")
+    assert (manifest["status"], manifest["error"]) == ("failed", "step 3: loss is nan")
+
+
+def test_equal_rows_give_equal_bytes(tmp_path: Path):
+    files = []
+    for name in ("a", "b"):
+        writer = TraceWriter.create(tmp_path / name, {"run_id": "r"}, VOCAB)
+        values = np.random.default_rng(0).random(500, dtype=np.float32)
+        writer.append("vocab", {"token_id": np.arange(500), "text": [str(v) for v in values], "category": "special"})
+        writer.flush(1)
+        files.append(next((tmp_path / name / "vocab").iterdir()).read_bytes())
+    assert files[0] == files[1]
