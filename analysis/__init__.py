@@ -12,8 +12,9 @@ Usage::
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from analysis.lazy import names_from
 
 if TYPE_CHECKING:
     from analysis import figures
@@ -24,24 +25,19 @@ if TYPE_CHECKING:
 
 __all__ = ["InputError", "Runs", "TraceWriter", "Verdict", "figures", "judge", "open_runs", "write_report"]
 
-# Loaded on first use: the command line must answer before DuckDB, polars and matplotlib could be imported.
-_HOME = {
-    "InputError": "analysis.trace",
-    "TraceWriter": "analysis.trace",
-    "Runs": "analysis.runs",
-    "open_runs": "analysis.runs",
-    "Verdict": "analysis.claims",
-    "judge": "analysis.claims",
-    "write_report": "analysis.report",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name == "figures":
-        return import_module("analysis.figures")
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = names_from(
+    __name__,
+    {
+        "InputError": "analysis.trace",
+        "TraceWriter": "analysis.trace",
+        "Runs": "analysis.runs",
+        "open_runs": "analysis.runs",
+        "Verdict": "analysis.claims",
+        "judge": "analysis.claims",
+        "write_report": "analysis.report",
+        "figures": "analysis.figures",
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -72,8 +72,8 @@ def load_ledger() -> dict[str, dict[str, Any]]:
 def judge(runs: Runs, seed: int = 0) -> list[Verdict]:
     """Judges every part of every claim.
 
-    Claims about training are judged on the baseline runs (arm ``none``), or on each run where there is no baseline;
-    claims about methods on pairs of complete runs, baseline and method, of equal seed.
+    Claims about training are judged on the runs of the baseline arm, or on each run where there is none; claims about
+    methods on pairs of complete runs, baseline and method, of equal seed.
 
     Args:
         runs: The runs.
@@ -141,10 +141,10 @@ def _judge_training(
 
 def _judge_method(claim: str, entry: dict[str, Any], arm: str, runs: Runs, rng: np.random.Generator) -> list[Verdict]:
     pairs = effects.paired_runs(runs, arm)
-    subject = f"{arm} - {effects.BASELINE_ARM}"
+    subject = f"{arm} vs {runs.baseline}"
     try:
         if not pairs:
-            raise NoEffectError(f"no complete run of arm {arm} beside one of arm {effects.BASELINE_ARM} of equal seed")
+            raise NoEffectError(f"no complete run of arm {arm} beside one of arm {runs.baseline} of equal seed")
         found = ABOUT_METHODS[claim](runs, pairs, rng)
     except NoEffectError as reason:
         return _undecided(claim, entry, subject, reason)
@@ -154,8 +154,8 @@ def _judge_method(claim: str, entry: dict[str, Any], arm: str, runs: Runs, rng: 
         if len(pairs) < MIN_SEEDS:
             seeds = "one seed" if len(pairs) == 1 else f"{len(pairs)} seeds"
             why = (
-                f"{seeds} only: the interval leaves out how other seeds would turn out, and a verdict needs "
-                f"{MIN_SEEDS}; for these runs alone {word}, {why}"
+                f"{seeds} only, a verdict needs {MIN_SEEDS}: the interval leaves out how other seeds would turn out. "
+                f"For these runs alone: {word}"
             )
             word = INCONCLUSIVE
         verdicts.append(_verdict(claim, entry, part, subject, found[part], word, why))

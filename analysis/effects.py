@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.runs import BASELINE_ARM, Runs
+from analysis.runs import Runs
 from analysis.stages import MIN_STEPS, decompose_fall, slowdown
 from analysis.stats import Estimate, interval_over_seeds, resample_clusters
 
@@ -132,11 +132,11 @@ def style_change(runs: Runs, pairs: Sequence[tuple[str, str]], rng: np.random.Ge
 
 def paired_runs(runs: Runs, arm: str) -> list[tuple[str, str]]:
     """(baseline run, run of ``arm``) of equal seed, complete runs only."""
-    by_seed: dict[str, dict[object, str]] = {BASELINE_ARM: {}, arm: {}}
+    by_seed: dict[str, dict[object, str]] = {runs.baseline: {}, arm: {}}
     for run_id, manifest in runs.manifests.items():
         if manifest.get("arm") in by_seed and manifest.get("status") == "complete":
             by_seed[manifest["arm"]].setdefault(manifest.get("seed"), run_id)
-    baseline, treated = by_seed[BASELINE_ARM], by_seed[arm]
+    baseline, treated = by_seed[runs.baseline], by_seed[arm]
     return [(baseline[seed], treated[seed]) for seed in baseline if seed in treated]
 
 

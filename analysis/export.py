@@ -45,16 +45,13 @@ def _flat(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def _table(frame: pl.DataFrame) -> str:
-    import shutil
-
     import polars as pl
 
-    width = shutil.get_terminal_size((120, 24)).columns
     with pl.Config(
         tbl_rows=TABLE_ROWS,
         tbl_cols=-1,
-        tbl_width_chars=width,
-        fmt_str_lengths=60,
+        tbl_width_chars=-1,
+        fmt_str_lengths=40,
         tbl_hide_dataframe_shape=True,
         tbl_hide_column_data_types=True,
         tbl_formatting="ASCII_MARKDOWN",

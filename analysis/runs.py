@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from analysis.stages import StageFit
 
-BASELINE_ARM = "none"
+DEFAULT_BASELINE = "none"
 
 RUNS_COLUMNS = {
     "run_id": "varchar",
@@ -152,14 +152,20 @@ class Runs:
             }
         return self._fits
 
+    @property
+    def baseline(self) -> str:
+        """Arm that others are compared with: what the study says, ``none`` if it says nothing."""
+        named = (manifest.get("baseline") for manifest in self.manifests.values())
+        return next(filter(None, named), DEFAULT_BASELINE)
+
     def subjects(self) -> dict[str, list[str]]:
         """The runs that claims about training itself are judged on, by label.
 
-        Those of arm ``none`` together where one has data, else each run by itself.
+        Those of the baseline arm together where one has data, else each run by itself.
         """
         recorded = list(self.stage_fits)
-        baseline = [run for run in recorded if self.manifests.get(run, {}).get("arm") == BASELINE_ARM]
-        return {BASELINE_ARM: baseline} if baseline else {run: [run] for run in recorded}
+        baseline = [run for run in recorded if self.manifests.get(run, {}).get("arm") == self.baseline]
+        return {self.baseline: baseline} if baseline else {run: [run] for run in recorded}
 
     def _fill_stages(self) -> None:
         if self._has_stages:

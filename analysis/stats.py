@@ -80,7 +80,7 @@ def interval_over_seeds(values: Sequence[float]) -> tuple[float, float]:
     return mean - float(half), mean + float(half)
 
 
-def avg_at_k(is_correct: Sequence[bool], k: int) -> float:
+def avg_at_k(is_correct: Sequence[bool] | np.ndarray, k: int) -> float:
     """Mean correctness of the first ``k`` samples of one prompt."""
     return float(np.mean(is_correct[:k]))
 
@@ -96,7 +96,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return float(1 - np.prod(np.maximum(num_samples - num_correct - draws, 0) / (num_samples - draws)))
 
 
-def maj_at_k(answers: Sequence[str | None], is_correct: Sequence[bool], k: int) -> float:
+def maj_at_k(answers: Sequence[str | None] | np.ndarray, is_correct: Sequence[bool] | np.ndarray, k: int) -> float:
     """Correctness of the most frequent answer among the first ``k`` samples of one prompt.
 
     A missing answer has no vote. Among tied answers the expected correctness of a fair draw. 0 without any answer.

@@ -1,11 +1,18 @@
 """The trace contract and its writer. Imports neither torch nor anything of the trainer."""
 
-from analysis.trace.defects import find_defects
-from analysis.trace.errors import InputError, nearest
-from analysis.trace.lexicon import CATEGORIES, Lexicon
-from analysis.trace.manifest import MANIFEST, describe_machine, read_manifest, write_manifest
-from analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
-from analysis.trace.writer import TraceWriter
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from analysis.lazy import names_from
+
+if TYPE_CHECKING:
+    from analysis.trace.defects import find_defects
+    from analysis.trace.errors import InputError, nearest
+    from analysis.trace.lexicon import CATEGORIES, Lexicon
+    from analysis.trace.manifest import MANIFEST, describe_machine, read_manifest, write_manifest
+    from analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
+    from analysis.trace.writer import TraceWriter
 
 __all__ = [
     "CATEGORIES",
@@ -23,3 +30,23 @@ __all__ = [
     "read_manifest",
     "write_manifest",
 ]
+
+__getattr__ = names_from(
+    __name__,
+    {
+        "find_defects": "analysis.trace.defects",
+        "InputError": "analysis.trace.errors",
+        "nearest": "analysis.trace.errors",
+        "CATEGORIES": "analysis.trace.lexicon",
+        "Lexicon": "analysis.trace.lexicon",
+        "MANIFEST": "analysis.trace.manifest",
+        "describe_machine": "analysis.trace.manifest",
+        "read_manifest": "analysis.trace.manifest",
+        "write_manifest": "analysis.trace.manifest",
+        "SCHEMA_VERSION": "analysis.trace.schema",
+        "TABLES": "analysis.trace.schema",
+        "Column": "analysis.trace.schema",
+        "Table": "analysis.trace.schema",
+        "TraceWriter": "analysis.trace.writer",
+    },
+)

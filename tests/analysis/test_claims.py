@@ -47,10 +47,10 @@ def test_planted_effects_are_found(study: Runs):
 
 def test_parts_of_a_claim_about_methods(study: Runs):
     verdicts = {(v.subject, v.part): v for v in judge(study) if v.claim == "M3"}
-    assert verdicts["ppl - none", "length"].verdict == SUPPORTED
-    assert verdicts["ppl - none", "length"].effect == pytest.approx(0.2)
-    assert verdicts["ppl - none", "formal tokens"].effect == pytest.approx(0.2, abs=0.02)
-    assert verdicts["position - none", "length"].verdict == NOT_RECORDED
+    assert verdicts["ppl vs none", "length"].verdict == SUPPORTED
+    assert verdicts["ppl vs none", "length"].effect == pytest.approx(0.2)
+    assert verdicts["ppl vs none", "formal tokens"].effect == pytest.approx(0.2, abs=0.02)
+    assert verdicts["position vs none", "length"].verdict == NOT_RECORDED
 
 
 @pytest.fixture(scope="module")

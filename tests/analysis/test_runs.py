@@ -140,6 +140,14 @@ def test_subjects_are_the_baseline_or_each_run(study: Runs, study_path: Path):
     }
 
 
+def test_study_may_name_its_baseline(study_path: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    shutil.copytree(study_path / "ppl-seed0", folder)
+    manifest = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**manifest, "baseline": "ppl"}))
+    assert open_runs([folder, study_path / "none-seed0"]).subjects() == {"ppl": ["ppl-seed0"]}
+
+
 @pytest.mark.parametrize(
     "statement",
     [
