@@ -143,12 +143,15 @@ class Runs:
         if self._fits is None:
             from analysis.stages import fit_stages
 
-            steps = self._select("select run_id, step, entropy_token_mean, accuracy from steps order by 1, 2", {})
+            finite = "isfinite(entropy_token_mean) and isfinite(accuracy)"
+            steps = self._select(
+                f"select run_id, step, entropy_token_mean, accuracy from steps where {finite} order by run_id, step", {}
+            )
             self._fits = {
                 str(run_id): fit_stages(
                     part["step"].to_numpy(), part["entropy_token_mean"].to_numpy(), part["accuracy"].to_numpy()
                 )
-                for (run_id,), part in steps.drop_nulls().group_by("run_id", maintain_order=True)
+                for (run_id,), part in steps.group_by("run_id", maintain_order=True)
             }
         return self._fits
 

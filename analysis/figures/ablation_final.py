@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "The last evaluation of every run: mean accuracy, accuracy of the majority answer, and the chance that at least "
-    "one of k answers is right. The table below adds response length and entropy."
+    "one of k answers is right. The table 'Where each run ended' adds response length and entropy."
 )
 METRICS = {"avg_at_k": "avg@{k}", "maj_at_k": "maj@{k}", "pass_at_k": "pass@{k}"}
 SPREAD = 0.5
