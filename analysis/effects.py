@@ -54,7 +54,7 @@ def stage_slowdown(runs: Runs, run_ids: Sequence[str], rng: np.random.Generator)
 def entropy_fall_by_sign(runs: Runs, run_ids: Sequence[str], rng: np.random.Generator) -> dict[str, Estimate]:
     """S2: (fall within negative - fall within positive samples) / fall of entropy, rising stage."""
     _require_steps(runs, run_ids)
-    frame = runs.query("entropy_sums", runs=list(run_ids))
+    frame = runs.query("window_sums", runs=list(run_ids))
     sums = _tensor(frame, {"run_id": run_ids, "window": WINDOWS, "sample_sign": SIGNS}, ["num_tokens", "entropy_sum"])
 
     def effect(totals: np.ndarray) -> np.ndarray:
@@ -72,7 +72,7 @@ def entropy_fall_by_sign(runs: Runs, run_ids: Sequence[str], rng: np.random.Gene
 def defect_fall(runs: Runs, run_ids: Sequence[str], rng: np.random.Generator) -> dict[str, Estimate]:
     """S4: share of defective responses at the start minus at the end of the rising stage."""
     _require_steps(runs, run_ids)
-    frame = runs.query("entropy_sums", runs=list(run_ids))
+    frame = runs.query("window_sums", runs=list(run_ids))
     sums = _tensor(frame, {"run_id": run_ids, "window": WINDOWS}, ["num_defective", "num_responses"])
     if not sums[..., 0, 0].any():
         raise NoEffectError("no defective response at the start, so none could become rarer", is_recorded=True)

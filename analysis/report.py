@@ -60,7 +60,7 @@ def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None
         scorecard=scorecard,
         sections=sections,
     )
-    (out / PAGE).write_text(page)
+    (out / PAGE).write_text(page, encoding="utf-8")
     on_step(NUM_PARTS, PAGE)
     return out / PAGE
 
@@ -69,17 +69,21 @@ def _check_target(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; --out names a folder")
     page = out / PAGE
-    if out.exists() and any(out.iterdir()) and not (page.is_file() and MARK in page.read_text()):
+    if out.exists() and any(out.iterdir()) and not (page.is_file() and MARK in page.read_text(encoding="utf-8")):
         raise InputError(f"{out}: holds files that are no report; choose another folder")
 
 
 def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) -> dict[str, Any]:
     """Writes one figure in its formats with its CSV, and returns what the page says of it."""
     frame = figures.query(runs, stem)
-    (out / f"{stem}.csv").write_text(to_report_csv(frame))
+    (out / f"{stem}.csv").write_text(to_report_csv(frame), encoding="utf-8")
     image = None
-    if frame.height and not frame["run_id"].is_null().all() and _is_drawable(frame):
-        for form, data in _draw(stem, frame).items():
+    for form in STAMPS:
+        (out / f"{stem}.{form}").unlink(missing_ok=True)
+    # A run without evaluations has a row in the final table, but nothing to draw.
+    drawable = frame.drop_nulls("metric") if "metric" in frame.columns else frame
+    if drawable.height:
+        for form, data in _draw(stem, drawable).items():
             (out / f"{stem}.{form}").write_bytes(data)
             image = base64.b64encode(data).decode() if form == "png" else image
     text = queries.read(stem)
@@ -92,10 +96,6 @@ def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) 
         "sql": text,
         "verdicts": [verdict for verdict in scorecard["verdicts"] if verdict["figure"] == stem],
     }
-
-
-def _is_drawable(frame: pl.DataFrame) -> bool:
-    return "metric" not in frame.columns or frame["metric"].is_not_null().any()
 
 
 def _draw(stem: str, frame: pl.DataFrame) -> dict[str, bytes]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -250,8 +252,15 @@ def _kind(stored: pa.DataType) -> str:
 def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, list[str]]) -> duckdb.DuckDBPyConnection:
     import duckdb
 
-    closed = {"autoload_known_extensions": "false", "autoinstall_known_extensions": "false"}
-    con = duckdb.connect(config={**closed, "python_enable_replacements": "false"})
+    con = duckdb.connect(
+        config={
+            "autoload_known_extensions": "false",
+            "autoinstall_known_extensions": "false",
+            "python_enable_replacements": "false",
+            # What does not fit into memory would go to the working directory.
+            "temp_directory": str(Path(tempfile.gettempdir()) / f"entrace-{os.getpid()}"),
+        }
+    )
     for name, table in TABLES.items():
         _create_view(con, table, files[name])
     for name, columns in (("runs", RUNS_COLUMNS), ("stages", STAGES_COLUMNS)):

@@ -18,6 +18,7 @@ from analysis.figures import entropy_by_position as _entropy_by_position
 from analysis.figures import entropy_by_sample_sign as _entropy_by_sample_sign
 from analysis.figures import stage_dynamics as _stage_dynamics
 from analysis.figures import style
+from analysis.trace.errors import InputError
 
 if TYPE_CHECKING:
     import polars as pl
@@ -46,7 +47,10 @@ def query(runs: Runs, stem: str) -> pl.DataFrame:
 
 def _figure(stem: str) -> Callable[..., Axes]:
     def draw(runs: Runs, ax: Axes | None = None) -> Axes:
-        return MODULES[stem].draw(query(runs, stem), ax or style.new_axes())
+        frame = query(runs, stem)
+        if frame.is_empty():
+            raise InputError(f"{stem}: the traces hold no rows to draw")
+        return MODULES[stem].draw(frame, ax or style.new_axes())
 
     draw.__name__ = draw.__qualname__ = stem
     draw.__doc__ = f"Draws {stem}.sql: {MODULES[stem].__doc__}"

@@ -12,6 +12,9 @@ from matplotlib.figure import Figure
 import analysis
 from analysis.figures import MODULES, style
 from analysis.runs import Runs, open_runs
+from analysis.trace import InputError
+from tests.analysis.conftest import write_failed
+from tests.analysis.synthetic import NOTHING, write_run
 
 mpl.use("Agg")
 
@@ -62,9 +65,7 @@ def test_defects_that_never_occur_are_not_drawn(tiny: Runs, ax):
     ]
 
 
-def test_run_without_boundary_says_so(study_path: Path, tmp_path: Path, ax):
-    from tests.analysis.synthetic import NOTHING, write_run
-
+def test_run_without_boundary_says_so(tmp_path: Path, ax):
     runs = open_runs(write_run(tmp_path / "run", planted=NOTHING))
     analysis.figures.stage_dynamics(runs, ax=ax)
     assert "no stage boundary found" in [text.get_text() for text in ax.texts]
@@ -74,3 +75,8 @@ def test_every_arm_is_in_the_ablation(study: Runs, ax):
     legend = analysis.figures.ablation_curves(study, ax=ax).get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["none", "ppl"]
+
+
+def test_nothing_to_draw_is_said_in_one_line(tmp_path: Path, ax):
+    with pytest.raises(InputError, match="entropy_by_position: the traces hold no rows to draw"):
+        analysis.figures.entropy_by_position(open_runs(write_failed(tmp_path / "broken")), ax=ax)

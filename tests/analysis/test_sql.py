@@ -91,7 +91,7 @@ EXPECTED = {
             ("none", 24, "response_length", 5, 5, 5, 2, 2),
         ],
     ),
-    "entropy_sums": (
+    "window_sums": (
         {},
         ["prompt_id", "window", "sample_sign", "entropy_sum", "num_tokens", "num_responses", "num_defective"],
         [
