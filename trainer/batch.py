@@ -64,44 +64,67 @@ def collect_batch(config: Config, policy: Policy, source: PromptSource, step: in
     Dynamic sampling (DAPO, arXiv 2503.14476) with as many new prompts in each refill as groups are missing.
     """
     rollout = config.rollout
-    params = SamplingParams(rollout.max_response_tokens, rollout.temperature)
-    parts: list[Samples] = []
-    prompts: list[Prompt] = []
-    scores: list[Score] = []
-    completions: list[str] = []
-    rewards = torch.zeros(0)
+    rounds: list[_Round] = []
     missing = rollout.prompts_per_step
-    rollout_s = reward_s = 0.0
     for refill in range(1 + rollout.max_refills * rollout.dynamic_sampling):
-        started = time.perf_counter()
-        drawn = source.take(missing)
-        encoded = [policy.encode_prompt(prompt.text) for prompt in drawn]
-        rng = generator(config.seed, Stream.ROLLOUT, step, refill)
-        parts.append(sample(policy, encoded, rollout.group_size, params, rng))
-        sampled = time.perf_counter()
-        texts = policy.decode([response.tolist() for response in parts[-1].responses()])
-        drawn = [prompt for prompt in drawn for _ in range(rollout.group_size)]
-        verdicts = [source.task.score(text, prompt) for text, prompt in zip(texts, drawn, strict=True)]
-        penalty = overlong_penalty(
-            parts[-1].lengths, params.max_tokens, rollout.overlong_buffer_tokens, rollout.overlong_penalty
-        )
-        rewards = torch.cat((rewards, torch.tensor([verdict.score for verdict in verdicts]) + penalty))
-        prompts, completions, scores = prompts + drawn, completions + texts, scores + verdicts
-        group_ids = torch.arange(len(rewards)) // rollout.group_size
-        is_mixed = mixed_groups(rewards, group_ids)
-        missing = rollout.prompts_per_step - int(is_mixed.sum())
-        rollout_s, reward_s = rollout_s + sampled - started, reward_s + time.perf_counter() - sampled
+        rounds.append(_sample_round(config, policy, source.task, source.take(missing), (step, refill)))
+        missing -= int(mixed_groups(rounds[-1].rewards, _group_ids(rounds[-1].rewards, rollout.group_size)).sum())
         if missing == 0:
             break
+    rewards = torch.cat([part.rewards for part in rounds])
+    group_ids = _group_ids(rewards, rollout.group_size)
+    is_kept = mixed_groups(rewards, group_ids)[group_ids]
     return Batch(
-        samples=Samples.concatenate(parts),
-        prompts=prompts,
-        completions=completions,
-        scores=scores,
+        samples=Samples.concatenate([part.samples for part in rounds]),
+        prompts=[prompt for part in rounds for prompt in part.prompts],
+        completions=[text for part in rounds for text in part.completions],
+        scores=[score for part in rounds for score in part.scores],
         rewards=rewards,
         group_ids=group_ids,
-        is_kept=is_mixed[group_ids] if rollout.dynamic_sampling else torch.ones(len(rewards), dtype=torch.bool),
+        is_kept=is_kept if rollout.dynamic_sampling else torch.ones_like(is_kept),
         advantages=group_relative_advantage(rewards, group_ids, config.loss.normalize_std),
-        rollout_s=rollout_s,
-        reward_s=reward_s,
+        rollout_s=sum(part.rollout_s for part in rounds),
+        reward_s=sum(part.reward_s for part in rounds),
     )
+
+
+@dataclass
+class _Round:
+    """What one generation round adds to the batch; fields as in ``Batch``."""
+
+    samples: Samples
+    prompts: list[Prompt]
+    completions: list[str]
+    scores: list[Score]
+    rewards: Tensor
+    rollout_s: float
+    reward_s: float
+
+
+def _sample_round(
+    config: Config, policy: Policy, task: ReasoningGymTask, prompts: list[Prompt], place: tuple[int, int]
+) -> _Round:
+    """Samples and scores ``group_size`` responses to each prompt; ``place`` is (step, refill)."""
+    rollout = config.rollout
+    started = time.perf_counter()
+    samples = sample(
+        policy,
+        [policy.encode_prompt(prompt.text) for prompt in prompts],
+        rollout.group_size,
+        SamplingParams(rollout.max_response_tokens, rollout.temperature),
+        generator(config.seed, Stream.ROLLOUT, *place),
+    )
+    sampled = time.perf_counter()
+    completions = policy.decode([response.tolist() for response in samples.responses()])
+    prompts = [prompt for prompt in prompts for _ in range(rollout.group_size)]
+    scores = [task.score(text, prompt) for text, prompt in zip(completions, prompts, strict=True)]
+    penalty = overlong_penalty(
+        samples.lengths, rollout.max_response_tokens, rollout.overlong_buffer_tokens, rollout.overlong_penalty
+    )
+    rewards = torch.tensor([score.score for score in scores]) + penalty
+    scored = time.perf_counter()
+    return _Round(samples, prompts, completions, scores, rewards, sampled - started, scored - sampled)
+
+
+def _group_ids(rewards: Tensor, group_size: int) -> Tensor:
+    return torch.arange(len(rewards)) // group_size

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trainer.config import Config
+from analysis.trace import InputError, read_manifest
+from trainer.checkpoint import list_checkpoints
+from trainer.config import Config, build_config
 from trainer.policy import Policy
 from trainer.rollout import SamplingParams, sample
+from trainer.run_folder import has_begun
 from trainer.seeding import Stream, generator
 from trainer.tasks import ReasoningGymTask
 
@@ -53,3 +57,26 @@ def evaluate(
         if on_step:
             on_step(start + len(prompts) // samples_per_prompt, accuracy=float(np.mean(rows["is_correct"])))
     return {"step": step, "benchmark": task.name, "temperature": config.eval.temperature, **rows}
+
+
+def find_policy(folder: Path, given: Config) -> Config:
+    """The configuration to evaluate a folder with: a run's own at its latest checkpoint, or ``given`` for a model.
+
+    Raises:
+        InputError: a run without a checkpoint.
+    """
+    if not has_begun(folder):
+        return given.model_copy(update={"policy": given.policy.model_copy(update={"path": str(folder)})})
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        raise InputError(f"{folder}: this run has no checkpoint to evaluate")
+    config = build_config(read_manifest(folder)["config"], source=str(folder))
+    return config.model_copy(
+        update={"policy": config.policy.model_copy(update={"path": str(checkpoints[-1] / "policy")})}
+    )
+
+
+def evaluate_folder(config: Config, on_step: Callable[..., None]) -> dict[str, Any]:
+    """Loads ``config.policy`` and evaluates it; returns columns of the ``evals`` table."""
+    task = ReasoningGymTask(config.task.name, config.task.params, config.seed, config.task.num_heldout)
+    return evaluate(config, Policy.load(config.policy), task, step=0, on_step=on_step)

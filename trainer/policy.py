@@ -79,9 +79,9 @@ class Policy:
         if self.tokenizer.chat_template is None:
             return self.tokenizer(text)["input_ids"]
         messages = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        rendered: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # The template writes the special tokens itself.
+        return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
     def decode(self, responses: list[list[int]]) -> list[str]:
         """Texts of responses, special tokens left out."""

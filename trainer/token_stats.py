@@ -92,7 +92,8 @@ class _ChunkedStats(torch.autograd.Function):
         return logprob, entropy, sum_p2
 
     @staticmethod
-    def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logprob, grad_entropy, _ = grad_outputs
         hidden, weight, bias, targets, entropy = ctx.saved_tensors
         head = LMHead(weight, bias)
         grad_hidden = torch.empty_like(hidden)

@@ -36,9 +36,9 @@ def test_the_shipped_config_spells_out_the_defaults_it_keeps():
 
 
 def test_overrides_are_applied_in_order_and_typed():
-    config = load_config("tiny", ["optim.lr=3e-4", "task.params.max_terms=4", "seed=1", "seed=2"])
-    assert (config.optim.lr, config.task.params["max_terms"], config.seed) == (3e-4, 4, 2)
-    assert config.task.params["min_terms"] == 2
+    config = load_config("tiny", ["optim.lr=3e-4", "task.params.max_terms=5", "seed=1", "seed=2"])
+    assert (config.optim.lr, config.task.params["max_terms"], config.seed) == (3e-4, 5, 2)
+    assert config.task.params["min_terms"] == 3
 
 
 def test_a_start_step_replaces_the_plateau():

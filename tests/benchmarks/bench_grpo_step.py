@@ -1,0 +1,192 @@
+"""Seconds per GRPO step: this trainer, recording and not, against TRL's GRPOTrainer, paired in one process.
+
+All three train the embedded base policy on the same task with the same batch, length limit, clipping and rewards. The
+learning rate is too small to move the policy, so that responses keep their lengths. TRL runs its own loop; after each
+of its steps, ours takes one step with recording and one without, in alternating order, so that all three see the
+machine in the same state. "Without" computes no entropy and no sum of squared probabilities either.
+
+Run with ``make bench``, which installs TRL into an environment of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from analysis.trace import TraceWriter
+from trainer import rollout
+from trainer.batch import PromptSource, collect_batch
+from trainer.config import Config, load_config
+from trainer.policy import Policy
+from trainer.record import record_batch
+from trainer.resources import find_base_policy
+from trainer.run_folder import describe_run
+from trainer.shaping import ShapingBatch, shape
+from trainer.tasks import ReasoningGymTask
+from trainer.update import Learner
+
+STILL = 1e-12
+WARM_UP = 2
+
+
+class Ours:
+    """One GRPO step at a time, on a policy of its own."""
+
+    def __init__(self, config: Config, task: ReasoningGymTask, out: Path, records: bool) -> None:
+        self.config, self.records, self.step = config, records, 0
+        self.learner = Learner(config, Policy.load(config.policy))
+        self.source = PromptSource(task)
+        self.writer = TraceWriter.create(out, describe_run(config, out, {}), self.learner.policy.vocab())
+
+    def take_step(self) -> tuple[float, int]:
+        """Returns seconds and generated tokens."""
+        started = time.perf_counter()
+        self.step += 1
+        config = self.config
+        with nullcontext() if self.records else without_entropy():
+            batch = collect_batch(config, self.learner.policy, self.source, self.step)
+            samples = batch.samples
+            context = ShapingBatch(samples.stats.logprob, samples.response_mask, batch.group_ids)
+            advantages = batch.advantages[:, None].expand(samples.tokens.shape)
+            shaped, _ = shape(advantages, context, config.shaping, self.step, None)
+            self.learner.update(batch, shaped, self.step)
+        if self.records:
+            first = (self.step - 1) * len(batch.prompts)
+            record_batch(self.writer, batch, shaped, step=self.step, first_rollout_id=first, temperature=1.0)
+            if self.step % config.record.flush_every == 0:
+                self.writer.flush(self.step)
+        return time.perf_counter() - started, int(samples.lengths.sum())
+
+
+@contextmanager
+def without_entropy() -> Any:
+    """Sampling that computes log-probabilities only."""
+
+    def logprob_only(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logp = torch.log_softmax(logits, dim=-1)
+        return logp, logits.new_zeros(len(logits)), logits.new_zeros(len(logits))
+
+    original = rollout.distribution_stats
+    rollout.distribution_stats = logprob_only  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        rollout.distribution_stats = original
+
+
+class Pairing(TrainerCallback):
+    """Times TRL's steps and runs ours between them."""
+
+    def __init__(self, arms: dict[str, Ours]) -> None:
+        self.arms = arms
+        self.seconds: dict[str, list[float]] = {"trl": [], **{name: [] for name in arms}}
+        self.tokens: dict[str, list[float]] = {name: [] for name in arms}
+        self.started = 0.0
+
+    def on_step_begin(self, *arguments: Any, **kwargs: Any) -> None:
+        self.started = self.started or time.perf_counter()
+
+    def on_step_end(self, *arguments: Any, **kwargs: Any) -> None:
+        self.seconds["trl"].append(time.perf_counter() - self.started)
+        names = list(self.arms)
+        for name in names if len(self.seconds["trl"]) % 2 else names[::-1]:
+            seconds, tokens = self.arms[name].take_step()
+            self.seconds[name].append(seconds)
+            self.tokens[name].append(tokens)
+        # TRL draws the next batch before it announces the step, so its clock runs on from here.
+        self.started = time.perf_counter()
+
+
+def make_trl(config: Config, task: ReasoningGymTask, steps: int, out: Path, callback: TrainerCallback) -> GRPOTrainer:
+    """TRL's trainer on the same job, at its fastest settings for this machine."""
+    size = config.rollout.prompts_per_step
+    rows = [task.train_prompt(i) for i in range(size * (steps + 1))]
+    by_text = {row.text: row for row in rows}
+    dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": row.text}]} for row in rows])
+
+    def reward(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
+        texts = [(p[0]["content"], c[0]["content"]) for p, c in zip(prompts, completions, strict=True)]
+        return [task.score(completion, by_text[prompt]).score for prompt, completion in texts]
+
+    arguments = GRPOConfig(
+        output_dir=str(out),
+        per_device_train_batch_size=size * config.rollout.group_size,
+        num_generations=config.rollout.group_size,
+        max_completion_length=config.rollout.max_response_tokens,
+        max_steps=steps,
+        learning_rate=STILL,
+        temperature=config.rollout.temperature,
+        epsilon=config.loss.clip_low,
+        epsilon_high=config.loss.clip_high,
+        beta=0.0,
+        loss_type="dapo",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=steps,
+    )
+    folder = find_base_policy()
+    return GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        reward_funcs=reward,
+        args=arguments,
+        train_dataset=dataset,
+        callbacks=[callback],
+    )
+
+
+def main() -> None:
+    """Prints medians and paired ratios as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="measured steps of each (default 20)")
+    steps = parser.parse_args().steps
+    config = load_config("tiny", ["rollout.dynamic_sampling=false", f"optim.lr={STILL}"])
+    task = ReasoningGymTask(config.task.name, config.task.params, config.seed, config.task.num_heldout)
+    with tempfile.TemporaryDirectory() as folder:
+        arms = {
+            "recording": Ours(config, task, Path(folder, "recording"), records=True),
+            "not_recording": Ours(config, task, Path(folder, "not-recording"), records=False),
+        }
+        pairing = Pairing(arms)
+        trainer = make_trl(config, task, steps + WARM_UP, Path(folder, "trl"), pairing)
+        trainer.train()
+        trl_tokens = statistics.median(trainer._metrics["train"].get("completions/mean_length", [float("nan")]))
+    seconds = {name: values[WARM_UP:] for name, values in pairing.seconds.items()}
+    ratio = {
+        "recording / trl": [a / b for a, b in zip(seconds["recording"], seconds["trl"], strict=True)],
+        "recording / not_recording": [
+            a / b for a, b in zip(seconds["recording"], seconds["not_recording"], strict=True)
+        ],
+    }
+    batch = config.rollout.prompts_per_step * config.rollout.group_size
+    result = {
+        "steps": steps,
+        "responses_per_step": batch,
+        "threads": torch.get_num_threads(),
+        "median_seconds_per_step": {name: round(statistics.median(values), 3) for name, values in seconds.items()},
+        "median_tokens_per_response": {
+            **{name: statistics.median(values) / batch for name, values in pairing.tokens.items()},
+            "trl": trl_tokens,
+        },
+        "median_paired_ratio": {name: round(statistics.median(values), 3) for name, values in ratio.items()},
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
