@@ -15,6 +15,7 @@ import numpy as np
 DRAWS = 1000
 CHUNK = 100
 LEVEL = (2.5, 97.5)
+MIN_DEFINED = 0.95
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Estimate:
 
     @classmethod
     def from_draws(cls, value: float, draws: np.ndarray, n: int, of: str) -> Estimate:
-        """Percentile interval of the bootstrap ``draws``; nan where no draw is finite."""
+        """Percentile interval of the bootstrap ``draws``; nan where the statistic is undefined on over 5 % of them."""
         finite = draws[np.isfinite(draws)]
-        low, high = np.percentile(finite, LEVEL) if finite.size else (np.nan, np.nan)
+        low, high = np.percentile(finite, LEVEL) if finite.size >= MIN_DEFINED * draws.size else (np.nan, np.nan)
         return cls(float(value), float(low), float(high), n, of)
 
 

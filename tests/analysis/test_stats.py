@@ -98,5 +98,7 @@ def test_interval_over_seeds_is_students():
     assert interval_over_seeds([1]) == (-math.inf, math.inf)
 
 
-def test_estimate_without_finite_draws():
-    assert math.isnan(Estimate.from_draws(1.0, np.array([np.nan]), 1, "prompts").low)
+def test_statistic_that_is_often_undefined_has_no_interval():
+    draws = np.r_[np.full(6, np.nan), np.ones(94)]
+    assert math.isnan(Estimate.from_draws(1.0, draws, 9, "prompts").low)
+    assert Estimate.from_draws(1.0, draws[2:], 9, "prompts").low == 1
