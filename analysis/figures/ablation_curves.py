@@ -28,7 +28,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     k = style.span(frame["k"])
     style.label(
         ax,
-        "training step",
+        style.STEP,
         f"held-out accuracy (avg@{k})",
         f"{style.span(frame['num_prompts'])} held-out prompts, {k} samples each; band: 95 % interval over prompts",
     )

@@ -37,10 +37,10 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     style.mark_boundary(ax, frame)
     style.label(
         ax,
-        "training step",
+        style.STEP,
         "share of responses",
         f"{style.span(frame['num_responses'])} responses a step; band: 95 % interval, clustered by prompt",
     )
-    ax.set_ylim(bottom=0)
-    style.legend(ax, loc="upper right", bbox_to_anchor=(1, 0.94))
+    style.start_at_zero(ax)
+    style.legend(ax, loc="upper right", bbox_to_anchor=(1, 0.97), ncols=2)
     return ax

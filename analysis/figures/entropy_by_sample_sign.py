@@ -30,12 +30,14 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     style.mark_boundary(ax, frame)
     style.label(
         ax,
-        "training step",
+        style.STEP,
         "mean token entropy (nats)",
         f"{style.span(frame['num_prompts'])} prompts a step and sign; band: 95 % interval, clustered by prompt",
     )
-    ax.set_ylim(bottom=0)
-    style.legend(ax, loc="upper right", bbox_to_anchor=(1, 0.94), title=describe_fall(frame), title_fontsize=7.5)
+    style.start_at_zero(ax)
+    style.legend(
+        ax, loc="upper right", bbox_to_anchor=(1, 0.97), ncols=2, title=describe_fall(frame), title_fontsize=7.5
+    )
     return ax
 
 

@@ -33,12 +33,12 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     lengths = [run.height for _, run, _ in style.by_run(frame)]
     style.label(
         ax,
-        "training step",
+        style.STEP,
         "mean token entropy (nats)",
         f"n = {style.span(lengths)} steps in {style.count(lengths, 'run')}; shaded: 95 % interval of the boundary",
     )
     right.set_ylabel("accuracy of sampled responses", color=style.BLUE)
     ax.yaxis.label.set_color(style.VERMILLION)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, ax.get_ylim()[1] * 1.1)
     right.set_ylim(0, 1)
     return ax

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
     import polars as pl
@@ -18,6 +19,7 @@ SIGN_COLORS = {"negative": VERMILLION, "positive": BLUE}
 ARM_COLORS = (INK, BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 RUN_STYLES = ("-", "--", ":", "-.")
 SIZE = (5.0, 3.2)
+STEP = "training step"
 
 # Any, because matplotlib's stubs want its own literal types for the keys.
 RC: Any = {
@@ -63,6 +65,13 @@ def label(ax: Axes, x: str, y: str, note: str) -> None:
     ax.set_ylabel(y)
     ax.set_title(note, loc="left", fontsize=7.5, color=GREY)
     ax.spines[["top"]].set_visible(False)
+    if x == STEP:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def start_at_zero(ax: Axes) -> None:
+    """Lets the vertical axis begin at 0, with room above the data for a legend."""
+    ax.set_ylim(0, ax.get_ylim()[1] * 1.35)
 
 
 def legend(ax: Axes, **options: Any) -> None:
@@ -88,7 +97,8 @@ def mark_boundary(ax: Axes, frame: pl.DataFrame) -> None:
     for _, part, style in by_run(frame):
         boundary, low, high = part.select("boundary_step", "boundary_low", "boundary_high").row(0)
         if boundary is None:
-            ax.text(0.99, 0.02, "no stage boundary found", transform=ax.transAxes, ha="right", color=GREY, fontsize=7.5)
+            text = "no stage boundary found"
+            ax.text(0.01, 1.0, text, transform=ax.transAxes, ha="left", va="top", color=GREY, fontsize=7.5)
             continue
         ax.axvspan(low, high, color=GREY, alpha=0.2, linewidth=0, zorder=0.5)
         ax.axvline(boundary, color=GREY, linestyle=style, linewidth=0.9, zorder=0.6)
