@@ -48,7 +48,6 @@ CHAT_TEMPLATE = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-CHUNK_BATCHES = 64
 
 
 class TokenizerRecipe(Section):
@@ -76,6 +75,7 @@ class TrainingRecipe(Section):
     questions: Positive
     steps: Positive
     batch_size: Positive
+    micro_batches: Positive
     max_response_tokens: Positive
     lr: Annotated[float, Field(gt=0)]
     final_lr_frac: Fraction
@@ -150,7 +150,7 @@ def pretrain(recipe_path: Path, out: Path, on_step: Callable[..., None]) -> Held
     texts = [text for pair in islice(corpus, recipe.tokenizer.examples) for text in pair]
     tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size)
     model = LlamaForCausalLM(_model_config(recipe.model, tokenizer))
-    _fit(model, _batches(corpus, tokenizer, recipe), recipe.training, on_step)
+    _fit(model, _batches(corpus, tokenizer, recipe.training), recipe.training, on_step)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -236,14 +236,15 @@ def _write_corpus(task: ReasoningGymTask, writer: SolutionWriter, questions: int
         yield question, writer.write(question)
 
 
-def _batches(corpus: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[Batch]:
-    """Endless batches of similar length, so that little of a batch is padding, in shuffled order."""
-    size, limit = recipe.training.batch_size, recipe.training.max_response_tokens
+def _batches(
+    corpus: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, recipe: TrainingRecipe
+) -> Iterator[list[Batch]]:
+    """Endless random batches, each cut by length into micro-batches, so that little of them is padding."""
     while True:
-        pairs = list(islice(corpus, size * CHUNK_BATCHES))
-        examples = sorted(_encode(pairs, tokenizer, limit), key=lambda example: sum(map(len, example)))
-        for index in torch.randperm(CHUNK_BATCHES).tolist():
-            yield _collate(examples[index * size : (index + 1) * size], tokenizer.get_vocab()[PAD])
+        examples = _encode(list(islice(corpus, recipe.batch_size)), tokenizer, recipe.max_response_tokens)
+        examples.sort(key=lambda example: sum(map(len, example)))
+        size = math.ceil(recipe.batch_size / recipe.micro_batches)
+        yield [_collate(examples[i : i + size], tokenizer.get_vocab()[PAD]) for i in range(0, len(examples), size)]
 
 
 def _encode(
@@ -269,7 +270,7 @@ def _collate(examples: Sequence[tuple[list[int], list[int]]], pad_id: int) -> Ba
 
 
 def _fit(
-    model: LlamaForCausalLM, batches: Iterator[Batch], recipe: TrainingRecipe, on_step: Callable[..., None]
+    model: LlamaForCausalLM, batches: Iterator[list[Batch]], recipe: TrainingRecipe, on_step: Callable[..., None]
 ) -> None:
     """Minimises the mean surprisal of response tokens."""
     model.train()
@@ -277,17 +278,23 @@ def _fit(
         model.parameters(), lr=recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
     )
     schedule = LambdaLR(optimizer, lambda step: _lr_factor(step, recipe))
-    for step, batch in enumerate(islice(batches, recipe.steps), start=1):
-        # Rows are padded on the right, which no earlier token can see: no attention mask, hence the fast kernel.
-        hidden = model.model(batch.ids[:, :-1], use_cache=False).last_hidden_state
-        is_target = batch.is_response[:, 1:]
-        loss = cross_entropy(model.lm_head(hidden[is_target]), batch.ids[:, 1:][is_target])
-        loss.backward()
+    for step, parts in enumerate(islice(batches, recipe.steps), start=1):
+        # Counted once for the whole batch: a mean a part would give tokens of short responses more weight.
+        num_tokens = sum(int(part.is_response.sum()) for part in parts)
+        losses = [_surprisal_sum(model, part) / num_tokens for part in parts]
+        torch.stack(losses).sum().backward()
         clip_grad_norm_(model.parameters(), recipe.grad_clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        on_step(step, loss=loss.item())
+        on_step(step, loss=sum(loss.item() for loss in losses))
+
+
+def _surprisal_sum(model: LlamaForCausalLM, batch: Batch) -> Tensor:
+    # Rows are padded on the right, which no earlier token can see: no attention mask, hence the fast kernel.
+    hidden = model.model(batch.ids[:, :-1], use_cache=False).last_hidden_state
+    is_target = batch.is_response[:, 1:]
+    return cross_entropy(model.lm_head(hidden[is_target]), batch.ids[:, 1:][is_target], reduction="sum")
 
 
 def _lr_factor(step: int, recipe: TrainingRecipe) -> float:

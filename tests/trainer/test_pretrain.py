@@ -102,7 +102,7 @@ def test_a_folder_in_use_is_refused_and_kept(small_recipe, tmp_path):
     [
         ("batch_size =", "batchsize =", 'unknown key "training.batchsize"; did you mean "batch_size"?'),
         ("slip = ", "slips = ", 'unknown key "styles.slips"; did you mean "slip"?'),
-        ("guess_right = 0.20", "guess_right = 2", "rates.guess_right: input should be less than or equal to 1"),
+        ("guess_right = 0.20", "guess_right = 2", "rates.guess_right: expected less than or equal to 1, found 2"),
     ],
 )
 def test_a_bad_recipe_is_one_line_that_names_the_key(tmp_path, old, new, message):
