@@ -66,18 +66,26 @@ def ppl_z(logprobs: Tensor, response_mask: Tensor, group_ids: Tensor) -> Tensor:
         z, (B,); an empty response is left out of the moments and gets 0.
     """
     log_ppl = mean_surprisal(logprobs, response_mask)
-    z = torch.zeros_like(log_ppl)
-    for group in group_ids.unique():
-        rows = (group_ids == group) & log_ppl.isfinite()
-        values = log_ppl[rows]
-        if len(values) == 0:
-            continue
-        q1, q3 = torch.quantile(values, torch.tensor([0.25, 0.75], dtype=values.dtype))
-        reach = 1.5 * (q3 - q1)
-        inside = values[(values >= q1 - reach) & (values <= q3 + reach)]
-        std = inside.std(correction=0)
-        z[rows] = (values - inside.mean()) / (std if std >= 1e-6 else 1.0)
-    return z
+    place = _place_in_group(group_ids)
+    table = torch.full((int(group_ids.max()) + 1, int(place.max()) + 1), torch.nan, dtype=log_ppl.dtype)
+    table[group_ids, place] = log_ppl
+    q1, q3 = torch.nanquantile(table, torch.tensor([0.25, 0.75], dtype=table.dtype), dim=1, keepdim=True)
+    reach = 1.5 * (q3 - q1)
+    inside = (table >= q1 - reach) & (table <= q3 + reach)
+    count = inside.sum(1, keepdim=True)
+    mean = torch.where(inside, table, 0).sum(1, keepdim=True) / count
+    std = (torch.where(inside, table - mean, 0).square().sum(1, keepdim=True) / count).sqrt()
+    z = (table - mean) / torch.where(std >= 1e-6, std, 1.0)
+    return z[group_ids, place].nan_to_num(0.0)
+
+
+def _place_in_group(group_ids: Tensor) -> Tensor:
+    """Rank of each element among those of its group, from 0, (B,)."""
+    counts = torch.bincount(group_ids)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    place = torch.empty_like(group_ids)
+    place[group_ids.argsort(stable=True)] = torch.arange(len(group_ids)) - first
+    return place
 
 
 def _group_sum(values: Tensor, group_ids: Tensor) -> Tensor:

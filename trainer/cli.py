@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
@@ -162,7 +163,9 @@ def pretrain(
     path = resolve_config(recipe)
     with Progress("pretrain", load_recipe(path).training.steps) as progress:
         figures = run_pretraining(path, out, progress.update)
-    typer.echo(f"{out}  {figures}")
+    for name, value in asdict(figures).items():
+        typer.echo(f"{name:<24} {value:.3f}")
+    typer.echo(out)
 
 
 def _require_train_extra() -> None:

@@ -18,32 +18,14 @@ Term = tuple[str, int]
 
 EXPRESSION = re.compile(r"\d+(?: [+-] \d+)+")
 
-LEADS = ("to find {}, ", "we need {}. ", "for {}: ", "the sum is {}. ", "problem: {}. ", "we add {}: ")
+LEADS = ("to find {}, ", "we need {}. ", "we add {}: ")
 # Careful and hasty work differ in how they start, so that a policy can learn to prefer one to the other.
-CAREFUL_OPENERS = ("", "", "first, ", "first ", "okay, ", "let's see. ", "step by step: ", "now ", "let me add: ")
-HASTY_OPENERS = (
-    "maybe ",
-    "i think ",
-    "perhaps ",
-    "quickly, ",
-    "hmm, ",
-    "about ",
-    "in short, ",
-    "roughly, ",
-    "my guess: ",
-)
-RELATIONS = (" = ", " = ", " = ", " is ", " gives ", " makes ")
-CONNECTIVES = (". then ", ", then ", ". next, ", ", so ", ". now ", " and ", ". after that, ")
-CLOSERS = (
-    " so the answer is ",
-    " so the answer is ",
-    " so it is ",
-    " therefore ",
-    " thus the total is ",
-    " the answer is ",
-    " finally, ",
-    " hence ",
-)
+CAREFUL_OPENERS = ("", "", "first, ", "first, ", "okay, ", "let's see. ")
+HASTY_OPENERS = ("maybe ", "i think ", "hmm, ", "quickly, ")
+# Repeated entries weigh more: most of a solution's wording is settled, as it is in a language model's.
+RELATIONS = (" = ", " = ", " = ", " = ", " = ", " is ")
+CONNECTIVES = (". then ", ". then ", ". then ", ", so ", ". next, ")
+CLOSERS = (" so the answer is ", " so the answer is ", " so the answer is ", " therefore ", " the answer is ")
 UNTAGGED_CLOSERS = (*CLOSERS, " so we get ", " answer: ", " the total is ")
 GUESS_OPENERS = ("", "", "i think ", "maybe ", "it is ", "the answer is ", "easy, ", "my guess is ", "about ")
 CHECK_OPENERS = (

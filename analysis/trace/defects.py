@@ -69,14 +69,17 @@ def is_repetitive(completion: str) -> bool:
     # A repeated block repeats its first two words; most responses end here, at a tenth of the cost.
     if max(Counter(pairwise(words)).values(), default=0) < REPEATS:
         return False
-    _, ids = np.unique(np.array(words, dtype=object), return_inverse=True)
+    index: dict[str, int] = {}
+    ids = np.array([index.setdefault(word, len(index)) for word in words])
     for block in range(1, min(MAX_BLOCK_WORDS, len(ids) // REPEATS) + 1):
         # A block stands REPEATS times in a row where ids agree with themselves shifted by one block throughout
         # (REPEATS - 1) blocks.
         needed = max((REPEATS - 1) * block, MIN_REPEATED_WORDS - block)
-        same = np.concatenate(([0], ids[:-block] == ids[block:], [0]))
-        edges = np.flatnonzero(np.diff(same))
-        if edges.size and (edges[1::2] - edges[::2]).max() >= needed:
+        same = ids[:-block] == ids[block:]
+        if np.count_nonzero(same) < needed:
+            continue
+        edges = np.flatnonzero(np.diff(same, prepend=False, append=False))
+        if (edges[1::2] - edges[::2]).max() >= needed:
             return True
     return False
 

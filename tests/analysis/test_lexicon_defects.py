@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
 from analysis.trace import InputError, Lexicon, find_defects
+from analysis.trace.defects import is_repetitive
 
 
 @pytest.mark.parametrize(
@@ -73,3 +75,22 @@ def test_defects_by_text(completion: str, expected: list[str]):
 
 def test_defects_known_from_outside_the_text():
     assert find_defects("1 + 1", "2", has_answer=False, is_truncated=True) == ["format_violation", "truncated"]
+
+
+def repeats_naively(words: list[str]) -> bool:
+    for block in range(1, len(words) // 3 + 1):
+        for start in range(len(words) - 3 * block + 1):
+            times = 1
+            while words[start + times * block : start + (times + 1) * block] == words[start : start + block]:
+                times += 1
+            if times >= 3 and times * block >= 6:
+                return True
+    return False
+
+
+def test_repetition_equals_the_naive_search() -> None:
+    rng = random.Random(0)
+    texts = [[rng.choice("abc") for _ in range(rng.randint(0, 24))] for _ in range(3000)]
+    expected = [repeats_naively(words) for words in texts]
+    assert 100 < sum(expected) < 2900
+    assert [is_repetitive(" ".join(words)) for words in texts] == expected

@@ -1,0 +1,105 @@
+"""Commands typed wrong: one clear line on stderr, exit 2, nothing written."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from trainer import cli
+from trainer.resources import find_base_policy
+
+from .conftest import SMALL
+
+
+def call(capsys, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["entrace", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    output = capsys.readouterr()
+    return stopped.value.code, output.out, output.err
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A model without tokenizer, one without weights, one with pickled weights, and a config that is no TOML."""
+    policy = find_base_policy()
+    for name, left_out in {
+        "no-tokenizer": ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"],
+        "no-weights": ["model.safetensors"],
+        "pickled": ["model.safetensors"],
+    }.items():
+        shutil.copytree(policy, tmp_path / name, ignore=shutil.ignore_patterns(*left_out))
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    (tmp_path / "bad.toml").write_text("steps = [\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "tiny", "--out", "{}/run", "policy.path={}/nowhere"], ["policy.path", "no model folder", "nowhere"]),
+        (["train", "tiny", "--out", "{}/run", "policy.path={}/no-tokenizer"], ["no-tokenizer", "no usable tokenizer"]),
+        (["train", "tiny", "--out", "{}/run", "policy.path={}/no-weights"], ["no-weights", "no usable model"]),
+        (["train", "tiny", "--out", "{}/run", "policy.path={}/pickled"], ["pickled", "no usable model", "safetensors"]),
+        (["train", "{}/bad.toml", "--out", "{}/run"], ["bad.toml", "not TOML", "line"]),
+        (["train", "{}/missing.toml", "--out", "{}/run"], ["missing.toml", "no such file"]),
+        (["train", "tiny", "--out", "{}/run", "task.name=chain_summ"], ["chain_summ", 'did you mean "chain_sum"']),
+        (["train", "tiny", "--out", "{}/run", "optim.lrr=1"], ['"optim.lrr"', 'did you mean "lr"']),
+        (["train", "tiny", "--out", "{}/run", "optim.lr=fast"], ["optim.lr", "'fast'"]),
+        (["train", "tiny", "--out", "{}/full"], ["full", "already holds files", "--resume"]),
+        (["train", "tiny"], ["--out"]),
+        (["trian", "tiny"], ["trian", "train"]),
+        (["ablate", "{}/bad.toml", "--out", "{}/run"], ["bad.toml", "not TOML"]),
+        (["ablate", "tiny-study", "--out", "{}/run", "--seeds", "0,x"], ["--seeds", "0,x"]),
+        (["ablate", "tiny-study", "--out", "{}/run", "--seeds", "1,1"], ["a seed is given twice"]),
+        (["ablate", "tiny-study", "--out", "{}/full"], ["full", "already holds files"]),
+        (["eval", "{}/nowhere"], ["no model folder", "nowhere"]),
+        (["pretrain", "{}/bad.toml", "--out", "{}/run"], ["bad.toml", "not TOML"]),
+        (["pretrain", "base-policy", "--out", "{}/full"], ["full", "not empty"]),
+    ],
+)
+def test_bad_input_is_one_line(folders, capsys, monkeypatch, arguments, expected):
+    code, out, err = call(capsys, monkeypatch, *(argument.replace("{}", str(folders)) for argument in arguments))
+    assert code == 2
+    assert out == ""
+    assert err.startswith("entrace: ")
+    assert err.count("\n") == 1
+    for part in expected:
+        assert part in err
+    assert not (folders / "run").exists()
+    assert [path.name for path in (folders / "full").iterdir()] == ["notes.txt"]
+
+
+def test_a_failing_run_exits_with_one(tmp_path, capsys, monkeypatch):
+    arguments = [*SMALL, "optim.lr=1e30", "optim.warmup_steps=0"]
+    code, _, err = call(capsys, monkeypatch, "train", "tiny", *arguments, "--out", tmp_path / "run")
+    assert code == 1
+    assert "step 2" in err.splitlines()[-1]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_a_run_can_be_trained_evaluated_and_queried(tmp_path, capsys, monkeypatch):
+    run_dir = tmp_path / "study" / "first"
+    code, out, err = call(capsys, monkeypatch, "train", "tiny", *SMALL, "--out", run_dir)
+    assert (code, out.strip()) == (0, str(run_dir))
+    assert "first: 4/4" in err
+    code, out, _ = call(capsys, monkeypatch, "eval", run_dir, "--json")
+    metrics = json.loads(out)[str(run_dir)]
+    assert code == 0
+    assert set(metrics) == {"avg@2", "maj@2", "pass@2"}
+    value, low, high = metrics["avg@2"]
+    assert low <= value <= high
+    code, out, _ = call(capsys, monkeypatch, "sql", run_dir, "select max(step) as last from tokens", "--format", "json")
+    assert json.loads(out) == [{"last": 4}]
+
+
+def test_start_up_imports_nothing_heavy():
+    script = (
+        "import sys, trainer.cli; print({'torch', 'transformers', 'duckdb', 'polars', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
