@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: help setup study test test-slow check bench clean
+.DEFAULT_GOAL := help
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -14,7 +15,7 @@ setup: $(READY)  ## virtual environment in .venv, everything installed
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "entrace needs Python >= 3.11; name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip hatchling
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip hatchling editables
 	$(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[train,dev]'
 	@touch $@
 
@@ -32,8 +33,15 @@ check: $(READY)  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(READY)  ## seconds per GRPO step against TRL, and the cost of recording
-	$(BIN)/python tests/benchmarks/bench_grpo_step.py
+.venv-bench/.ready: pyproject.toml constraints.txt tests/benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt pip hatchling editables
+	.venv-bench/bin/python -m pip install --quiet --no-build-isolation --constraint constraints.txt \
+		--editable '.[train]' --requirement tests/benchmarks/requirements.txt
+	@touch $@
+
+bench: .venv-bench/.ready  ## seconds per GRPO step against TRL, and the cost of recording
+	.venv-bench/bin/python tests/benchmarks/bench_grpo_step.py
 
 clean:           ## remove the virtual environment and caches; runs and reports stay
 	rm -rf $(VENV) .venv-bench .pytest_cache .ruff_cache .hypothesis

@@ -12,6 +12,9 @@ from transformers import DynamicCache
 from trainer.policy import Policy
 from trainer.token_stats import TokenStats, distribution_stats
 
+# Ended responses leave the batch once they make up this share of it: each time, the whole cache is copied.
+ENDED_FRAC = 0.1
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -84,7 +87,7 @@ def sample(
 ) -> Samples:
     """Draws ``num_samples`` responses to each prompt.
 
-    A prompt is read once and its cache shared out to its responses; a response that has ended leaves the batch. Every
+    A prompt is read once and its cache shared out to its responses; responses that have ended leave the batch. Every
     token is drawn by inverting the distribution function at a random number fixed beforehand for its response and
     position, so that what a response draws depends neither on its batch nor on when others end, and equal policies
     sampled with equal generators give equal responses.
@@ -104,27 +107,29 @@ def sample(
     stop_ids = policy.stop_ids
     hidden, cache, mask = _read_prompts(policy, prompts, num_samples)
     rows = torch.arange(len(samples.prompts))
+    live = torch.ones(len(rows), dtype=torch.bool)
     lengths = torch.tensor([len(prompt) for prompt in samples.prompts])
     for t in range(params.max_tokens):
         logits = policy.head.logits(hidden) / params.temperature
         logp, entropy, sum_p2 = distribution_stats(_keep_top_p(logits, params.top_p))
         tokens = _invert_cdf(logp.exp(), uniforms[rows, t].to(policy.device))
         samples.tokens[rows, t] = tokens.cpu()
-        samples.response_mask[rows, t] = True
+        samples.response_mask[rows, t] = live
         samples.stats.logprob[rows, t] = logp.gather(1, tokens[:, None]).squeeze(1).cpu()
         samples.stats.entropy[rows, t] = entropy.cpu()
         samples.stats.sum_p2[rows, t] = sum_p2.cpu()
         samples.hidden_norm[rows, t] = hidden.float().norm(dim=-1).cpu()
-        has_ended = torch.isin(samples.tokens[rows, t], stop_ids)
+        has_ended = live & torch.isin(samples.tokens[rows, t], stop_ids)
         samples.is_truncated[rows[has_ended]] = False
-        if t + 1 == params.max_tokens or has_ended.all():
+        live &= ~has_ended
+        if t + 1 == params.max_tokens or not live.any():
             break
-        if has_ended.any():
-            alive = torch.nonzero(~has_ended).squeeze(1)
-            rows = rows[alive]
-            alive = alive.to(policy.device)
-            tokens, mask = tokens[alive], mask[alive]
-            cache.batch_select_indices(alive)
+        if live.float().mean() <= 1 - ENDED_FRAC:
+            kept = torch.nonzero(live).squeeze(1)
+            rows, live = rows[kept], live[kept]
+            kept = kept.to(policy.device)
+            tokens, mask = tokens[kept], mask[kept]
+            cache.batch_select_indices(kept)
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
         hidden = policy.hidden_states(
             tokens[:, None],

@@ -137,7 +137,7 @@ def make_trl(config: Config, task: ReasoningGymTask, steps: int, out: Path, call
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        logging_steps=steps,
+        logging_steps=1,
     )
     folder = find_base_policy()
     return GRPOTrainer(
@@ -165,7 +165,7 @@ def main() -> None:
         pairing = Pairing(arms)
         trainer = make_trl(config, task, steps + WARM_UP, Path(folder, "trl"), pairing)
         trainer.train()
-        trl_tokens = statistics.median(trainer._metrics["train"].get("completions/mean_length", [float("nan")]))
+        logs = [entry for entry in trainer.state.log_history if "completions/mean_length" in entry]
     seconds = {name: values[WARM_UP:] for name, values in pairing.seconds.items()}
     ratio = {
         "recording / trl": [a / b for a, b in zip(seconds["recording"], seconds["trl"], strict=True)],
@@ -179,9 +179,9 @@ def main() -> None:
         "responses_per_step": batch,
         "threads": torch.get_num_threads(),
         "median_seconds_per_step": {name: round(statistics.median(values), 3) for name, values in seconds.items()},
-        "median_tokens_per_response": {
-            **{name: statistics.median(values) / batch for name, values in pairing.tokens.items()},
-            "trl": trl_tokens,
+        "mean_tokens_per_response": {
+            **{name: statistics.mean(values) / batch for name, values in pairing.tokens.items()},
+            "trl": statistics.mean(float(entry["completions/mean_length"]) for entry in logs),
         },
         "median_paired_ratio": {name: round(statistics.median(values), 3) for name, values in ratio.items()},
     }
