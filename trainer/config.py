@@ -133,7 +133,7 @@ class OptimConfig(Section):
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     mini_batches: Positive = 1
     epochs: Positive = 1
-    micro_batch_tokens: Positive = 8192
+    micro_batch_tokens: Positive = 4096
 
 
 class EvalConfig(Section):

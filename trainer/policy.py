@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from analysis.trace import InputError
+from trainer import attention
 from trainer.config import PolicyConfig
 from trainer.resources import EMBEDDED, find_base_policy
 from trainer.token_stats import LMHead, TokenStats, compute_token_stats
@@ -47,6 +48,8 @@ class Policy:
         device = _pick_device(config.device)
         dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(config.dtype)
         model = _load_part(AutoModelForCausalLM, path, "model", dtype=torch.float32, use_safetensors=True)
+        if device.type == "cpu" and model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(attention.NAME)
         tokenizer = _load_part(AutoTokenizer, path, "tokenizer")
         policy = cls(model.to(device).eval(), tokenizer, device, dtype or getattr(torch, config.dtype), str(path))
         policy._check_head()

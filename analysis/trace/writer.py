@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from analysis.trace.errors import InputError, nearest
@@ -164,7 +165,10 @@ def _is_array(value: Any) -> bool:
 
 def _write_part(path: Path, table: Table, parts: list[pa.Table]) -> None:
     path.parent.mkdir(exist_ok=True)
-    rows = pa.concat_tables(parts).sort_by([(name, "ascending") for name in table.sort_by]).combine_chunks()
+    rows = pa.concat_tables(parts)
+    order = pc.sort_indices(rows, [(name, "ascending") for name in table.sort_by]).to_numpy()
+    if not np.array_equal(order, np.arange(len(order))):
+        rows = rows.take(order)
     names = [column.name for column in table.columns]
     encodings = {name: "BYTE_STREAM_SPLIT" for name in names if name in SPLIT_COLUMNS and table.name == "tokens"}
     encodings |= {name: "DELTA_BINARY_PACKED" for name in names if name in DELTA_COLUMNS}
