@@ -34,7 +34,7 @@ def test_sums_are_what_they_were():
     runs = open_runs(FROZEN)
     found = runs.sql(
         "select count(*) as tokens, sum(entropy::double) as entropy, sum(logprob::double) as logprob,"
-        " sum(grad_norm::double) as grad_norm, sum(token_id) as token_ids from tokens"
+        " sum(grad_norm::double) as grad_norm, sum(token_id)::bigint as token_ids from tokens"
     ).to_dicts()[0]
     assert found == pytest.approx(SUMS)
 

@@ -166,7 +166,7 @@ def _is_array(value: Any) -> bool:
 def _write_part(path: Path, table: Table, parts: list[pa.Table]) -> None:
     path.parent.mkdir(exist_ok=True)
     rows = pa.concat_tables(parts)
-    order = pc.sort_indices(rows, [(name, "ascending") for name in table.sort_by]).to_numpy()
+    order = pc.sort_indices(rows, [(name, "ascending") for name in table.sort_by]).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
     if not np.array_equal(order, np.arange(len(order))):
         rows = rows.take(order)
     names = [column.name for column in table.columns]
