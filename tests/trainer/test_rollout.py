@@ -2,6 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from analysis.trace import InputError
+from trainer.config import PolicyConfig
+from trainer.policy import Policy
 from trainer.rollout import SamplingParams, _invert_cdf, _keep_top_p, sample
 
 
@@ -52,6 +55,32 @@ def test_recorded_values_equal_one_response_at_a_time_in_float64(policy, prompts
             torch.testing.assert_close(getattr(samples.stats, name)[row, :count].double(), wanted, rtol=1e-4, atol=2e-5)
         norms = output.hidden_states[-1][0, len(prompt) - 1 : -1].norm(dim=-1)
         torch.testing.assert_close(samples.hidden_norm[row, :count].double(), norms, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_arithmetic_records_the_distribution_it_samples_from(prompts):
+    """The entropy of rounded logits, near that of exact ones, from float32 weights that stay so."""
+    policy = Policy.load(PolicyConfig(device="cpu", dtype="bfloat16"))
+    assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
+    samples = sample(policy, prompts, 4, SamplingParams(24), np.random.default_rng(5))
+    exact = Policy.load(PolicyConfig(device="cpu")).score(samples.prompts, samples.responses(), 1.0)
+    entropy = flat(samples, "entropy")
+    assert entropy.dtype == torch.float32
+    assert not torch.equal(entropy, exact.entropy)
+    assert (entropy - exact.entropy).abs().mean() < 0.02
+    assert (flat(samples, "logprob") - exact.logprob).abs().mean() < 0.05
+
+
+def test_a_model_that_scales_its_logits_is_refused(policy):
+    original = policy.model.forward
+
+    def scaled(*arguments, **options):
+        output = original(*arguments, **options)
+        output.logits = output.logits * 0.5
+        return output
+
+    policy.model.forward = scaled
+    with pytest.raises(InputError, match="scales or caps its logits"):
+        policy._check_head()
 
 
 def test_a_response_depends_on_its_own_random_numbers_alone(policy, prompts):
