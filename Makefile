@@ -41,7 +41,7 @@ check: $(READY)  ## lint, format and types
 	@touch $@
 
 bench: .venv-bench/.ready  ## seconds per GRPO step against TRL, and the cost of recording
-	.venv-bench/bin/python tests/benchmarks/bench_grpo_step.py
+	.venv-bench/bin/python tests/benchmarks/bench_grpo_step.py --out reports/benchmarks.json
 
 clean:           ## remove the virtual environment and caches; runs and reports stay
 	rm -rf $(VENV) .venv-bench .pytest_cache .ruff_cache .hypothesis

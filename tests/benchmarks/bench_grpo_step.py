@@ -151,10 +151,12 @@ def make_trl(config: Config, task: ReasoningGymTask, steps: int, out: Path, call
 
 
 def main() -> None:
-    """Prints medians and paired ratios as JSON."""
+    """Prints medians and median paired ratios as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each (default 20)")
-    steps = parser.parse_args().steps
+    parser.add_argument("--out", type=Path, help="file to write the result to as well")
+    arguments = parser.parse_args()
+    steps = arguments.steps
     config = load_config("tiny", ["rollout.dynamic_sampling=false", f"optim.lr={STILL}"])
     task = ReasoningGymTask(config.task.name, config.task.params, config.seed, config.task.num_heldout)
     with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +187,10 @@ def main() -> None:
         },
         "median_paired_ratio": {name: round(statistics.median(values), 3) for name, values in ratio.items()},
     }
-    print(json.dumps(result, indent=2))
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":
