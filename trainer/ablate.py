@@ -142,14 +142,16 @@ def _run_one(spec: RunSpec, out: Path, resume: bool, threads: int, updates: Any)
     torch.set_num_threads(threads)
     run_dir = out / spec.run_id
     labels = spec.labels(out)
+    parent = multiprocessing.parent_process()
+
+    def report(done: int, **figures: float) -> None:
+        # Whoever started the grid may have been killed; its runs must not go on unseen.
+        if parent and not parent.is_alive():
+            raise KeyboardInterrupt
+        updates.put((spec.run_id, done, figures))
+
     try:
-        train(
-            spec.config,
-            run_dir,
-            labels,
-            resume=resume,
-            on_step=lambda done, **figures: updates.put((spec.run_id, done, figures)),
-        )
+        train(spec.config, run_dir, labels, resume=resume, on_step=report)
     except Exception as error:
         # Past its beginning a run says so in its own manifest; whoever started the grid reads it there.
         if not has_begun(run_dir):

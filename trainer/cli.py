@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
@@ -43,7 +45,7 @@ def train(
 
     settings = load_config(config, overrides or [])
     labels = {"study": out.resolve().parent.name, "arm": settings.shaping.method}
-    with Progress(out.name, settings.steps) as progress:
+    with _stoppable(out), Progress(out.name, settings.steps) as progress:
         run_training(settings, out, labels, resume=resume, on_step=progress.update)
     typer.echo(out)
 
@@ -175,6 +177,16 @@ def _require_train_extra() -> None:
         raise InputError("this command needs the train extra: pip install 'entrace[train]'")
 
 
+@contextmanager
+def _stoppable(out: Path) -> Iterator[None]:
+    """Ctrl-C ends the command with a line that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"entrace: stopped; the same command with --resume goes on in {out}", err=True)
+        raise typer.Exit(130) from None
+
+
 def _parse_seeds(text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")] if text else None
@@ -191,7 +203,7 @@ def _run_grid(
 
     specs = load_grid(grid, overrides, seeds)
     done = dict.fromkeys((spec.run_id for spec in specs), 0)
-    with Progress(out.name, sum(spec.config.steps for spec in specs)) as progress:
+    with _stoppable(out), Progress(out.name, sum(spec.config.steps for spec in specs)) as progress:
 
         def show(run_id: str, step: int, **figures: float) -> None:
             done[run_id] = step

@@ -1,5 +1,8 @@
 import json
+import sys
+import time
 
+import psutil
 import pytest
 
 from analysis.trace import InputError, read_manifest
@@ -93,3 +96,29 @@ def test_a_run_that_cannot_begin_is_recorded_as_failed(grid, tmp_path):
     assert "no model folder at /nowhere" in failed["none-seed0"]
     manifest = json.loads((tmp_path / "study" / "none-seed0" / "run.json").read_text())
     assert (manifest["status"], manifest["arm"], manifest["last_durable_step"]) == ("failed", "none", 0)
+
+
+@pytest.mark.slow
+def test_runs_end_with_whoever_started_them(grid, tmp_path):
+    """SIGKILL gives the grid no chance to say goodbye; its runs notice, and keep what they have."""
+    out = tmp_path / "study"
+    script = (
+        "from pathlib import Path; from trainer.ablate import load_grid, run_grid\n"
+        "if __name__ == '__main__':\n"
+        f"    specs = load_grid({str(grid)!r}, {[*SMALL, 'steps=100000', 'rollout.prompts_per_step=2']!r}, [0])\n"
+        f"    run_grid(specs, Path({str(out)!r}), jobs=2)\n"
+    )
+    (tmp_path / "main.py").write_text(script)
+    parent = psutil.Popen([sys.executable, str(tmp_path / "main.py")])
+    deadline = time.monotonic() + 120
+    while not list(out.glob("*/tokens/*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    children = parent.children(recursive=True)
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert len(children) >= 2
+    assert not alive
+    manifest = read_manifest(next(out.glob("none-seed0")))
+    assert manifest["status"] == "running"
+    assert manifest["last_durable_step"] > 0
