@@ -66,13 +66,15 @@ def _make_bar(title: str, total: int):
     # rich is imported only where a terminal needs it.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     bar = Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
+        # Last, because a narrow terminal cuts off what stands last.
+        TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
         console=Console(stderr=True),
     )
     bar.add_task(title, total=total, figures="")
