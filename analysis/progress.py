@@ -71,10 +71,10 @@ def _make_bar(title: str, total: int):
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-        # Last, because a narrow terminal cuts off what stands last.
-        TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+        # Last, and free to wrap: a narrow terminal must not cost the time left.
+        TextColumn("{task.fields[figures]}", table_column=Column()),
         console=Console(stderr=True),
     )
     bar.add_task(title, total=total, figures="")
