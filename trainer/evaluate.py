@@ -53,7 +53,7 @@ def evaluate(
         rows["answer"] += [score.answer for score in scores]
         rows["is_correct"] += [score.is_correct for score in scores]
         rows["response_length"] += samples.lengths.tolist()
-        rows["entropy_mean"] += (samples.stats.entropy.sum(1) / samples.lengths).tolist()
+        rows["entropy_mean"] += samples.entropy_mean.tolist()
         if on_step:
             on_step(start + len(prompts) // samples_per_prompt, accuracy=float(np.mean(rows["is_correct"])))
     return {"step": step, "benchmark": task.name, "temperature": config.eval.temperature, **rows}

@@ -95,7 +95,7 @@ def _response_columns(batch: Batch) -> dict[str, Any]:
         "response_length": samples.lengths.numpy(),
         "is_truncated": samples.is_truncated.numpy(),
         "is_kept": batch.is_kept.numpy(),
-        "entropy_mean": ((samples.stats.entropy * samples.response_mask).sum(1) / samples.lengths).numpy(),
+        "entropy_mean": samples.entropy_mean.numpy(),
         "surprisal_mean": surprisal.numpy(),
         "ppl": surprisal.exp().numpy(),
         "ppl_z": ppl_z(samples.stats.logprob, samples.response_mask, batch.group_ids).numpy(),

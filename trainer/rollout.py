@@ -76,6 +76,11 @@ class Samples:
         """Response lengths in tokens, (B,)."""
         return self.response_mask.sum(1)
 
+    @property
+    def entropy_mean(self) -> Tensor:
+        """Mean token entropy of each response, nats, (B,)."""
+        return (self.stats.entropy * self.response_mask).sum(1) / self.lengths
+
     def responses(self) -> list[Tensor]:
         """Token ids of each response."""
         return [row[mask] for row, mask in zip(self.tokens, self.response_mask, strict=True)]

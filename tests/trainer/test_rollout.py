@@ -103,6 +103,14 @@ def test_responses_end_with_the_stop_token_or_at_the_limit(policy, prompts):
         assert not is_truncated or len(response) == 30
 
 
+def test_mean_entropy_leaves_out_what_was_sampled_after_the_end(policy, prompts):
+    samples = sample(policy, prompts, 8, SamplingParams(40), np.random.default_rng(6))
+    assert (samples.stats.entropy[~samples.response_mask] > 0).any(), "nothing stands after an end"
+    for row, length in enumerate(samples.lengths.tolist()):
+        wanted = samples.stats.entropy[row, :length].mean().item()
+        assert samples.entropy_mean[row].item() == pytest.approx(wanted, rel=1e-5)
+
+
 def test_tokens_are_drawn_with_their_probabilities(policy, prompts):
     draws = sample(policy, prompts[:1], 4000, SamplingParams(1), np.random.default_rng(4))
     hidden = policy.hidden_states(torch.tensor([prompts[0]]), use_cache=False)[0, -1:]
