@@ -15,7 +15,7 @@ setup: $(READY)  ## virtual environment in .venv, everything installed
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "entrace needs Python >= 3.11; name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip hatchling editables
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools wheel hatchling editables
 	$(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[train,dev]'
 	@touch $@
 
@@ -35,7 +35,7 @@ check: $(READY)  ## lint, format and types
 
 .venv-bench/.ready: pyproject.toml constraints.txt tests/benchmarks/requirements.txt
 	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt pip hatchling editables
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt pip setuptools wheel hatchling editables
 	.venv-bench/bin/python -m pip install --quiet --no-build-isolation --constraint constraints.txt \
 		--editable '.[train]' --requirement tests/benchmarks/requirements.txt
 	@touch $@
