@@ -10,8 +10,23 @@ from analysis.trace.errors import InputError, nearest
 SQL_ROOT = Path(__file__).with_name("sql")
 LEVELS = ("stage", "instance", "token", "ablation", "cluster")
 # In the order in which they build on each other.
-STAGING = ("macros", "staged_steps", "staged_responses", "staged_tokens", "eval_prompts")
-HEADERS = ("question", "grain", "params", "units")
+STAGING = ("macros", "staged_steps", "staged_responses", "staged_tokens", "entropy_thresholds", "eval_prompts")
+HEADERS = ("question", "grain", "params", "units", "needs")
+# Header "needs": how to see whether a trace holds it, and what to do where it does not.
+NEEDS = {
+    "steps": ("select 1 from steps", "no step is durable yet"),
+    "responses": ("select 1 from rollouts", "no response is durable yet"),
+    "tokens": ("select 1 from tokens", "no token is durable yet"),
+    "evaluations": ("select 1 from evals", "no held-out evaluation was recorded"),
+    "after-update values": (
+        "select 1 from tokens where logprob_after is not null",
+        "no after-update values were recorded; train with record.after_update_every=5",
+    ),
+    "interventions": (
+        "select 1 from interventions",
+        "no interventions were recorded; run `entrace intervene RUN`",
+    ),
+}
 
 
 @cache
@@ -40,6 +55,11 @@ def headers(text: str) -> dict[str, str]:
         key, _, value = line[3:].partition(": ")
         found[key] = value
     return found
+
+
+def need(stem: str) -> str:
+    """What a trace must hold for a question to have rows, a key of ``NEEDS``."""
+    return headers(read(stem))["needs"]
 
 
 def staging() -> list[str]:

@@ -93,6 +93,7 @@ def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) 
         "question": queries.headers(text)["question"],
         "caption": figures.MODULES[stem].CAPTION,
         "image": image,
+        "lacks": "" if image else runs.why_empty(queries.need(stem)),
         "sql": text,
         "verdicts": [verdict for verdict in scorecard["verdicts"] if verdict["figure"] == stem],
     }

@@ -139,6 +139,13 @@ class Runs:
         """
         return self.sql(queries.read(stem), params)
 
+    def why_empty(self, need: str) -> str:
+        """Says why a question has no rows: the traces lack what it needs (header ``needs``), or hold no such case."""
+        probe, hint = queries.NEEDS[need]
+        if self._select(f"{probe} limit 1", {}).is_empty():
+            return hint
+        return f"the traces hold {need}, but none that the question is about"
+
     @property
     def stage_fits(self) -> dict[str, StageFit]:
         """Two-stage fit of every run that has recorded steps; see ``analysis.stages``."""

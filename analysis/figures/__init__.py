@@ -7,16 +7,11 @@ saves nothing. Training is drawn for the baseline runs, as the claims judge it; 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from analysis.figures import ablation_curves as _ablation_curves
-from analysis.figures import ablation_final as _ablation_final
-from analysis.figures import correctness_by_ppl as _correctness_by_ppl
-from analysis.figures import defects_over_steps as _defects_over_steps
-from analysis.figures import entropy_by_position as _entropy_by_position
-from analysis.figures import entropy_by_sample_sign as _entropy_by_sample_sign
-from analysis.figures import stage_dynamics as _stage_dynamics
+from analysis import queries
 from analysis.figures import style
 from analysis.trace.errors import InputError
 
@@ -26,14 +21,35 @@ if TYPE_CHECKING:
 
     from analysis.runs import Runs
 
+# In the order of the report: stage, instance, token, ablation.
+STEMS = (
+    "stage_dynamics",
+    "exchange_law",
+    "entropy_by_sample_sign",
+    "entropy_gap_by_prompt",
+    "category_shares",
+    "word_changes",
+    "defects_over_steps",
+    "movement_distribution",
+    "movement_concentration",
+    "movement_by_entropy",
+    "movement_by_category",
+    "entropy_gradient_density",
+    "correctness_by_ppl",
+    "accuracy_by_ppl_decile",
+    "high_entropy_by_ppl",
+    "robustness_by_ppl",
+    "entropy_by_position",
+    "u_shape",
+    "impact_by_position",
+    "potential_by_position",
+    "high_entropy_by_position",
+    "high_entropy_words",
+    "ablation_curves",
+    "ablation_final",
+)
 MODULES: dict[str, ModuleType] = {
-    "stage_dynamics": _stage_dynamics,
-    "entropy_by_sample_sign": _entropy_by_sample_sign,
-    "defects_over_steps": _defects_over_steps,
-    "correctness_by_ppl": _correctness_by_ppl,
-    "entropy_by_position": _entropy_by_position,
-    "ablation_curves": _ablation_curves,
-    "ablation_final": _ablation_final,
+    stem: import_module(f"{__name__}.{stem}") for stem in STEMS if stem in queries.paths()
 }
 ABLATIONS = ("ablation_curves", "ablation_final")
 
@@ -49,7 +65,7 @@ def _figure(stem: str) -> Callable[..., Axes]:
     def draw(runs: Runs, ax: Axes | None = None) -> Axes:
         frame = query(runs, stem)
         if frame.is_empty():
-            raise InputError(f"{stem}: the traces hold no rows to draw")
+            raise InputError(f"{stem}: {runs.why_empty(queries.need(stem))}")
         return MODULES[stem].draw(frame, ax or style.new_axes())
 
     draw.__name__ = draw.__qualname__ = stem
@@ -58,23 +74,6 @@ def _figure(stem: str) -> Callable[..., Axes]:
 
 
 # Importing a module bound its name here; from now on the name is the function.
-stage_dynamics = _figure("stage_dynamics")
-entropy_by_sample_sign = _figure("entropy_by_sample_sign")
-defects_over_steps = _figure("defects_over_steps")
-correctness_by_ppl = _figure("correctness_by_ppl")
-entropy_by_position = _figure("entropy_by_position")
-ablation_curves = _figure("ablation_curves")
-ablation_final = _figure("ablation_final")
+globals().update({stem: _figure(stem) for stem in MODULES})
 
-__all__ = [
-    "MODULES",
-    "ablation_curves",
-    "ablation_final",
-    "correctness_by_ppl",
-    "defects_over_steps",
-    "entropy_by_position",
-    "entropy_by_sample_sign",
-    "query",
-    "stage_dynamics",
-    "style",
-]
+__all__ = ["MODULES", "STEMS", "query", "style", *STEMS]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -195,4 +195,33 @@ EVALS = Table(
     ("step", "benchmark", "prompt_id", "sample_index"),
 )
 
-TABLES: dict[str, Table] = {t.name: t for t in (TOKENS, ROLLOUTS, PROMPTS, VOCAB, STEPS, EVALS)}
+INTERVENTIONS = Table(
+    "interventions",
+    "one row per replaced token; made by `entrace intervene`, absent otherwise",
+    (
+        RUN_ID,
+        Column("checkpoint_step", pa.int32(), "steps", "Updates that the policy of alternative and continuations had."),
+        Column("seed", pa.int32(), "-", "Seed of the choice of tokens, the alternatives and the continuations."),
+        STEP,
+        PROMPT_ID,
+        ROLLOUT_ID,
+        Column("position", pa.int32(), "tokens, from 0", "Place of the replaced token in its response."),
+        RESPONSE_LENGTH,
+        Column("token_id", pa.int32(), "-", "The original token."),
+        Column("category", pa.string(), "-", "Function of the original token."),
+        Column("alternative_id", pa.int32(), "-", "The token put in its place."),
+        Column("logprob", pa.float32(), "nats", "logprob of the original, as recorded when it was sampled."),
+        Column("entropy", pa.float32(), "nats", "entropy at the original, as recorded when it was sampled."),
+        Column("ppl", pa.float32(), ">= 1", "Perplexity of the response."),
+        Column("ppl_tercile", pa.int32(), "1, 2, 3", "Third of the prompt's group by perplexity; 1 = lowest."),
+        IS_CORRECT,
+        Column("num_continuations", pa.int32(), "responses", "Continuations sampled from either prefix."),
+        Column("accuracy_original", pa.float32(), "[0, 1]", "Correct among those from the prefix with the original."),
+        Column("accuracy_alternative", pa.float32(), "[0, 1]", "Correct among those with the alternative."),
+        Column("impact", pa.float32(), "[-1, 1]", "accuracy_original - accuracy_alternative."),
+        Column("tokens", pa.int64(), "tokens", "Tokens generated for the row."),
+    ),
+    ("checkpoint_step", "seed", "step", "rollout_id", "position"),
+)
+
+TABLES: dict[str, Table] = {t.name: t for t in (TOKENS, ROLLOUTS, PROMPTS, VOCAB, STEPS, EVALS, INTERVENTIONS)}

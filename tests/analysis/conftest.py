@@ -30,6 +30,29 @@ RESPONSES = [
     (11, 20, "c", True, False, [0.25] * 5, 1.0, []),
     (12, 20, "c", True, False, [0.25] * 5, 1.0, []),
 ]
+# Every token has probability 1/2 before the update. rollout_id -> its change by the update; steps 1 and responses not
+# in the update have none.
+MOVED = {
+    5: [0.1, 0.1],
+    6: [-0.1, 0],
+    7: [0.2, 0, 0, 0, 0.1],
+    8: [-0.2, 0, 0, 0, -0.1],
+    9: [-0.1, 0, 0, 0, 0],
+    10: [0.1, 0, 0, 0, 0],
+}
+# rollout_id -> gradient norms other than 1 (0 where the advantage is).
+GRAD_NORMS = {6: [2, 1], 7: [2, 1, 1, 1, 2], 8: [4, 1, 1, 1, 1], 11: [0] * 5, 12: [0] * 5}
+# rollout_id -> token ids other than "1" followed by " dog".
+TOKEN_IDS = {5: [1, 2], 6: [1, 1]}
+# rollout_id, position, ppl_tercile, accuracy with the original token, with the alternative; four continuations each.
+INTERVENTIONS = [
+    (7, 0, 1, 1.0, 0.5),
+    (7, 4, 1, 1.0, 0.75),
+    (8, 0, 3, 0.25, 0.5),
+    (9, 2, 1, 0.0, 0.0),
+    (10, 0, 3, 0.75, 0.25),
+    (10, 4, 3, 1.0, 0.0),
+]
 # step, prompt, answers, is_correct
 EVALS = [
     (0, "h1", ["1", "2"], [True, False]),
@@ -48,6 +71,8 @@ def write_tiny(folder: Path) -> Path:
         writer.append("evals", columns | measures)
     for row in RESPONSES:
         _append_response(writer, *row)
+    for row in INTERVENTIONS:
+        _append_intervention(writer, *row)
     for step in range(1, 25):
         done = min(step, BOUNDARY) / BOUNDARY
         writer.append("steps", step_row(step, entropy=2 - 1.5 * done, accuracy=0.25 + 0.5 * done))
@@ -78,8 +103,13 @@ def _append_response(
     length = len(entropies)
     common = {"step": step, "prompt_id": prompt, "rollout_id": rollout_id, "is_correct": is_correct}
     common |= {"advantage": advantage, "response_length": length}
-    tokens = {"position": np.arange(length), "token_id": [1] + [3] * (length - 1), "entropy": entropies}
-    writer.append("tokens", {**common, **tokens, "logprob": -0.5, "shaped_advantage": advantage, "grad_norm": 1.0})
+    tokens = {"position": np.arange(length), "entropy": entropies, "logprob": np.log(0.5)}
+    tokens["token_id"] = TOKEN_IDS.get(rollout_id, [1] + [3] * (length - 1))
+    tokens["grad_norm"] = GRAD_NORMS.get(rollout_id, 1.0)
+    if rollout_id in MOVED:
+        tokens["logprob_after"] = np.log(0.5 + np.array(MOVED[rollout_id]))
+        tokens |= {"entropy_after": entropies, "is_clipped": False}
+    writer.append("tokens", {**common, **tokens, "shaped_advantage": advantage})
     writer.append(
         "rollouts",
         {
@@ -99,6 +129,37 @@ def _append_response(
             "temperature": 1.0,
             "entropy_kind": "exact",
             "policy_step": step - 1,
+        },
+    )
+
+
+def _append_intervention(
+    writer: TraceWriter, rollout_id: int, position: int, ppl_tercile: int, original: float, alternative: float
+) -> None:
+    _, step, prompt, is_correct, _, entropies, ppl, _ = next(row for row in RESPONSES if row[0] == rollout_id)
+    writer.append(
+        "interventions",
+        {
+            "checkpoint_step": 24,
+            "seed": 0,
+            "step": step,
+            "prompt_id": prompt,
+            "rollout_id": rollout_id,
+            "position": position,
+            "response_length": len(entropies),
+            "token_id": 1 if position == 0 else 3,
+            "category": "formal_reasoning" if position == 0 else "semantic_support",
+            "alternative_id": 2,
+            "logprob": np.log(0.5),
+            "entropy": entropies[position],
+            "ppl": ppl,
+            "ppl_tercile": ppl_tercile,
+            "is_correct": is_correct,
+            "num_continuations": 4,
+            "accuracy_original": original,
+            "accuracy_alternative": alternative,
+            "impact": original - alternative,
+            "tokens": 8,
         },
     )
 

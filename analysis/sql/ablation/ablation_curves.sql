@@ -2,6 +2,7 @@
 -- grain: one row per run, benchmark and evaluated step
 -- params: $runs list of run_id, null = all; $k samples per prompt, null = 8
 -- units: avg_at_k, low, high in [0, 1] (95 % interval over prompts); response_length in tokens; entropy in nats per token
+-- needs: evaluations
 with prompts_evaluated as (
   select *
   from eval_prompts(coalesce($k, 8)::integer)

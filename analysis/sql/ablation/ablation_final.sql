@@ -2,6 +2,7 @@
 -- grain: one row per run, benchmark and metric; a run without evaluations keeps one row with nulls
 -- params: $runs list of run_id, null = all; $k samples per prompt, null = 8
 -- units: *_at_k in [0, 1]; response_length in tokens; entropy in nats per token; low, high 95 % interval over prompts
+-- needs: evaluations
 with last_steps as (
   select run_id, benchmark, max(step) as step
   from evals

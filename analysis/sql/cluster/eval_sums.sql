@@ -2,6 +2,7 @@
 -- grain: one row per run, benchmark, step and prompt
 -- params: $runs list of run_id, null = all; $k samples per prompt, null = 8
 -- units: avg_at_k in [0, 1]; response_length in tokens
+-- needs: evaluations
 with prompts_evaluated as (
   select *
   from eval_prompts(coalesce($k, 8)::integer)

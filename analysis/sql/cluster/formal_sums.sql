@@ -2,6 +2,7 @@
 -- grain: one row per run and prompt, over the last $last_steps steps
 -- params: $runs list of run_id, null = all; $last_steps steps, null = 10
 -- units: num_tokens, num_formal in tokens
+-- needs: tokens
 with last_steps as (
   select run_id, max(step) - coalesce($last_steps, 10)::integer as after_step
   from steps

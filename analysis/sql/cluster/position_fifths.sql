@@ -2,6 +2,7 @@
 -- grain: one row per run and prompt, over responses in the update of at least five tokens
 -- params: $runs list of run_id, null = all
 -- units: first_sum, middle_sum, last_sum = sums over responses of the mean entropy of that part, nats per token
+-- needs: tokens
 with fifths as (
   select run_id, rollout_id, prompt_id, entropy, floor(relative_position * 5)::integer as fifth
   from staged_tokens

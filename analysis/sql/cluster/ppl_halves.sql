@@ -2,6 +2,7 @@
 -- grain: one row per run and prompt
 -- params: $runs list of run_id, null = all
 -- units: difference_sum = sum over groups of accuracy (low half) - accuracy (high half), each in [-1, 1]
+-- needs: responses
 with ranked as (
   select
     *,

@@ -2,6 +2,7 @@
 -- grain: one row per run, prompt, window and sample sign ('none' = not in the update)
 -- params: $runs list of run_id, null = all
 -- units: entropy_sum in nats; num_tokens in tokens; num_responses, num_defective in responses
+-- needs: responses
 with responses as (
   select *
   from staged_responses

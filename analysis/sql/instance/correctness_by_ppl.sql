@@ -2,6 +2,7 @@
 -- grain: one row per run, stage and perplexity bin (1 = lowest), over groups that hold right and wrong responses
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both; $bins per group, null = 4
 -- units: accuracy, low, high in [0, 1] (95 % interval, clustered by prompt); ppl_mean is a perplexity, >= 1
+-- needs: responses
 with responses as (
   select *
   from staged_responses

@@ -2,6 +2,7 @@
 -- grain: one row per run, step and defect, over all sampled responses; defect 'any' = at least one of them
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
 -- units: share, low, high in [0, 1] of responses (95 % interval, clustered by prompt)
+-- needs: responses
 with responses as (
   select run_id, step, stage, prompt_id, defects
   from staged_responses

@@ -2,6 +2,7 @@
 -- grain: one row per run, step and sample sign (sign of the group-relative advantage; responses in the update only)
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
 -- units: entropy, low, high in nats per token (95 % interval, clustered by prompt); token_share in [0, 1]
+-- needs: responses
 with responses as (
   select *, entropy_mean::double * response_length as entropy_sum
   from staged_responses

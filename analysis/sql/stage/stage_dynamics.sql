@@ -2,6 +2,7 @@
 -- grain: one row per run and step
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
 -- units: entropy_* in nats per token; accuracy_*, format_rate in [0, 1]; boundary_* in steps
+-- needs: steps
 with steps_of_runs as (
   select *
   from staged_steps

@@ -2,6 +2,7 @@
 -- grain: one row per run, stage, sample sign and bin of relative position (0 = first), responses in the update only
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both; $bins of position, null = 10
 -- units: entropy, low, high in nats per token (95 % interval, clustered by prompt); position_mid in [0, 1]
+-- needs: tokens
 with tokens_in_update as (
   select *, floor(relative_position * coalesce($bins, 10)::integer)::integer as position_bin
   from staged_tokens

@@ -1,0 +1,25 @@
+from tests.analysis.expected import SE
+
+EXPECTED = {
+    # Two prompts with values 0.5 and 0, 1 and 0.5: se of a mean of two = half their distance.
+    "ablation_curves": (
+        {},
+        ["arm", "seed", "step", "avg_at_k", "low", "high", "response_length", "entropy", "k", "num_prompts"],
+        [
+            ("none", 0, 0, 0.25, 0, 0.25 + SE / 4, 5, 0.5, 2, 2),
+            ("none", 0, 24, 0.75, 0.75 - SE / 4, 1, 5, 0.5, 2, 2),
+        ],
+    ),
+    # maj: h1 is unanimous; h2 ties between a wrong and a right answer.
+    "ablation_final": (
+        {"k": 2},
+        ["arm", "step", "metric", "value", "low", "high", "k", "num_prompts"],
+        [
+            ("none", 24, "avg_at_k", 0.75, 0.75 - SE / 4, 1, 2, 2),
+            ("none", 24, "entropy", 0.5, 0.5, 0.5, 2, 2),
+            ("none", 24, "maj_at_k", 0.75, 0.75 - SE / 4, 1, 2, 2),
+            ("none", 24, "pass_at_k", 1, 1, 1, 2, 2),
+            ("none", 24, "response_length", 5, 5, 5, 2, 2),
+        ],
+    ),
+}
