@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup study test test-slow check bench clean
+.PHONY: help setup study test test-slow check bench bench-queries calibrate clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -42,6 +42,12 @@ check: $(READY)  ## lint, format and types
 
 bench: .venv-bench/.ready  ## seconds per GRPO step against TRL, and the cost of recording
 	.venv-bench/bin/python tests/benchmarks/bench_grpo_step.py --out reports/benchmarks.json
+
+bench-queries: $(READY)  ## each question on 50 million tokens against a plain scan, pandas and polars
+	$(BIN)/python tests/benchmarks/bench_queries.py --out reports/query_benchmarks.json
+
+calibrate: $(READY)  ## how often verdicts are wrong, on simulated runs with known truth
+	$(BIN)/python -m tests.calibration.calibrate --out reports/calibration
 
 clean:           ## remove the virtual environment and caches; runs and reports stay
 	rm -rf $(VENV) .venv-bench .pytest_cache .ruff_cache .hypothesis

@@ -111,9 +111,10 @@ def claims(runs: RunsArgument, json: JsonOption = False) -> None:
         _print_json({"overall": overall(verdicts), "verdicts": [verdict.to_dict() for verdict in verdicts]})
         return
     for v in verdicts:
-        figures = f"{v.effect:.3g} [{v.low:.3g}, {v.high:.3g}] {v.unit}, n = {v.n} {v.of}" if v.n else ""
+        figures = f"{v.effect:.3g} [{v.low:.3g}, {v.high:.3g}] {v.unit}, n = {v.n:,} {v.of}" if v.n else ""
         typer.echo(f"{v.claim:<3} {v.part:<16} {v.subject:<16} {v.verdict:<13} {figures}".rstrip())
         typer.echo(f"    {v.why}")
+        typer.echo(f"    figure {v.figure}, {v.sql}")
 
 
 @app.command()

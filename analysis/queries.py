@@ -57,6 +57,11 @@ def headers(text: str) -> dict[str, str]:
     return found
 
 
+def location(stem: str) -> str:
+    """File of a question as the documentation names it, such as ``analysis/sql/stage/stage_dynamics.sql``."""
+    return f"analysis/sql/{paths()[stem].parent.name}/{stem}.sql"
+
+
 def need(stem: str) -> str:
     """What a trace must hold for a question to have rows, a key of ``NEEDS``."""
     return headers(read(stem))["needs"]

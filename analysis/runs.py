@@ -6,7 +6,7 @@ import glob
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,7 @@ class Runs:
         self.manifests = manifests
         self._fits: dict[str, StageFit] | None = None
         self._has_stages = False
+        self._kept: dict[tuple[str, ...], pl.DataFrame] = {}
         self._con = _connect(manifests, files)
 
     def __repr__(self) -> str:
@@ -138,6 +139,13 @@ class Runs:
             InputError: no such question, or no such parameter.
         """
         return self.sql(queries.read(stem), params)
+
+    def query_once(self, stem: str, run_ids: Sequence[str]) -> pl.DataFrame:
+        """``query`` of a few runs, kept: several parts of a claim are judged on the same sums."""
+        key = (stem, *run_ids)
+        if key not in self._kept:
+            self._kept[key] = self.query(stem, runs=list(run_ids))
+        return self._kept[key]
 
     def why_empty(self, need: str) -> str:
         """Says why a question has no rows: the traces lack what it needs (header ``needs``), or hold no such case."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.stats import LEVEL, resample_blocks
+from analysis.stats import DRAWS, LEVEL, block_length, resample_blocks
 
 RISING, PLATEAU = "rising", "plateau"
 MIN_STEPS = 20
@@ -136,21 +136,65 @@ def fit_stages(
     )
 
 
-def slowdown(slopes: np.ndarray) -> np.ndarray:
-    """Share of the rising stage's speed that is lost in the plateau: 1 - |plateau slope| / |rising slope|.
-
-    1 = standstill, 0 = as fast as before; -1, the lowest value, also stands for a rising stage that goes the wrong way.
+def relative_speed(slopes: np.ndarray) -> np.ndarray:
+    """Speed of the plateau relative to that of the rising stage, signed: 0 = standstill, 1 = as fast as before.
 
     Args:
         slopes: Shape ``(..., 2 stages, 2 series)``, entropy first.
 
     Returns:
-        Shape ``(..., 2)``: entropy, accuracy.
+        Shape ``(..., 2)``: entropy, accuracy; nan where the rising stage does not move the expected way.
     """
-    speed = slopes[..., 0, :] * EXPECTED_SIGNS
+    rising = slopes[..., 0, :] * EXPECTED_SIGNS
     with np.errstate(divide="ignore", invalid="ignore"):
-        lost = 1 - np.abs(slopes[..., 1, :]) / speed
-    return np.where(speed > 0, np.maximum(lost, -1), -1)
+        return np.where(rising > 0, slopes[..., 1, :] / slopes[..., 0, :], np.nan)
+
+
+def fitted_ends(
+    fit: StageFit, step: np.ndarray, series: np.ndarray, rng: np.random.Generator, draws: int = DRAWS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fitted values of further series at the first step and at the end of the rising stage, with their bootstrap.
+
+    Each series is fitted by least squares with the run's two segments, which meet at the boundary already found (one
+    line over all steps where there is none). Residuals, scaled by sqrt(n / (n - k)) for the k coefficients, are
+    resampled in moving blocks within each stage, the same blocks for all series: what neighbouring steps share, and
+    what the series share, stays.
+
+    Args:
+        fit: The run's stages.
+        step: Recorded steps, shape ``(n,)``.
+        series: Values, shape ``(n, S)``.
+        rng: Source of randomness.
+        draws: Number of bootstrap samples.
+
+    Returns:
+        Fitted values, shape ``(2, S)``, start first, and draws of them, ``(draws, 2, S)``.
+    """
+    x = np.asarray(step, dtype=float)
+    end = fit.last_step if fit.boundary is None else fit.boundary
+    columns = [np.ones_like(x), x - fit.first_step]
+    if fit.boundary is not None:
+        columns.append(np.maximum(x - fit.boundary, 0))
+    basis = np.column_stack(columns)
+    solver = np.linalg.pinv(basis)
+    fitted = basis @ (solver @ series)
+    residuals = (series - fitted) * np.sqrt(len(x) / (len(x) - basis.shape[1]))
+    rising = int(np.searchsorted(x, end, side="right"))
+    parts = [resample_blocks(rising, rng, draws)]
+    if rising < len(x):
+        parts.append(rising + resample_blocks(len(x) - rising, rng, draws))
+    resampled = fitted[:, None, :] + residuals[np.concatenate(parts)]
+    at_ends = np.zeros((2, basis.shape[1]))
+    at_ends[:, 0] = 1
+    at_ends[1, 1] = end - fit.first_step
+    project = at_ends @ solver
+    return project @ series, np.moveaxis(np.tensordot(project, resampled, axes=(1, 0)), 1, 0)
+
+
+def num_rising_blocks(fit: StageFit) -> float:
+    """Blocks of the moving-block bootstrap that the rising stage holds: how many of its steps count as independent."""
+    steps = int(fit.last_step if fit.boundary is None else fit.boundary) - fit.first_step + 1
+    return steps / block_length(steps)
 
 
 def decompose_fall(tokens: np.ndarray, entropy_sum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,27 +13,84 @@ from dataclasses import dataclass
 import numpy as np
 
 DRAWS = 1000
-CHUNK = 100
+# Numbers drawn at a time.
+CHUNK = 1 << 20
+CONFIDENCE = 0.95
 LEVEL = (2.5, 97.5)
+# Percentiles that lie one standard deviation from the middle of a normal distribution.
+ONE_SD = (15.866, 84.134)
 MIN_DEFINED = 0.95
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval, and how many of what stand behind it."""
+    """A number with its 95 % interval, the p-value of zero, and how many of what stand behind it.
+
+    Attributes:
+        value: The estimate.
+        low: Lower end of the interval.
+        high: Upper end.
+        p_value: Two-sided, of the hypothesis that the truth is 0, before any correction for multiple claims.
+        n: Number of what was resampled.
+        of: What that is.
+    """
 
     value: float
     low: float
     high: float
+    p_value: float
     n: int
     of: str
 
     @classmethod
-    def from_draws(cls, value: float, draws: np.ndarray, n: int, of: str) -> Estimate:
-        """Percentile interval of the bootstrap ``draws``; nan where the statistic is undefined on over 5 % of them."""
+    def from_error(cls, value: float, error: float, df: float, n: int, of: str) -> Estimate:
+        """Student's t interval and p-value from a standard error with ``df`` degrees of freedom.
+
+        An error of 0 gives an interval without width, and p = 0 unless the value is 0 as well.
+        """
+        from scipy import stats
+
+        if df <= 0:
+            return cls(float(value), -np.inf, np.inf, 1.0, n, of)
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, df) * error
+        p_value = 2 * stats.t.sf(abs(value) / error, df) if error > 0 else value == 0
+        return cls(float(value), float(value - half), float(value + half), float(p_value), n, of)
+
+    @classmethod
+    def from_draws(cls, value: float, draws: np.ndarray, df: float, n: int, of: str) -> Estimate:
+        """Interval and p-value from a bootstrap of ``df`` + 1 independent units.
+
+        The standard error is half the distance between the percentiles one standard deviation from the middle, which
+        a few wild draws of a ratio cannot spoil, times sqrt((df + 1) / df), since a bootstrap spreads as the
+        population of its sample does. Undefined (nan, p = 1) where the statistic is undefined on over 5 % of draws.
+        """
         finite = draws[np.isfinite(draws)]
-        low, high = np.percentile(finite, LEVEL) if finite.size >= MIN_DEFINED * draws.size else (np.nan, np.nan)
-        return cls(float(value), float(low), float(high), n, of)
+        if finite.size < MIN_DEFINED * draws.size:
+            return cls(float(value), np.nan, np.nan, 1.0, n, of)
+        low, high = np.percentile(finite, ONE_SD)
+        inflation = np.sqrt((df + 1) / df) if df > 0 else 1.0
+        return cls.from_error(value, (high - low) / 2 * inflation, df, n, of)
+
+    @property
+    def width(self) -> float:
+        """Width of the interval, infinite where it is undefined."""
+        return np.inf if np.isnan(self.low) else self.high - self.low
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """P-values adjusted for being looked at together: the chance of any false rejection stays below the level.
+
+    Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6 (1979). No assumption about
+    how the tests depend on each other.
+
+    Returns:
+        Array of the same length and order, in [0, 1].
+    """
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return adjusted
 
 
 def resample_clusters(sums: np.ndarray, rng: np.random.Generator, draws: int = DRAWS) -> np.ndarray:
@@ -52,33 +109,31 @@ def resample_clusters(sums: np.ndarray, rng: np.random.Generator, draws: int = D
     """
     clusters = len(sums)
     flat = sums.reshape(clusters, -1)
-    totals = [
-        rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=min(CHUNK, draws - done)) @ flat
-        for done in range(0, draws, CHUNK)
-    ]
+    size = max(1, CHUNK // clusters)
+    totals = [_draw_counts(clusters, min(size, draws - done), rng) @ flat for done in range(0, draws, size)]
     return np.concatenate(totals).reshape(draws, *sums.shape[1:])
 
 
+def _draw_counts(clusters: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each cluster is drawn, ``(draws, clusters)``; binning indices is far cheaper than multinomials."""
+    drawn = rng.integers(0, clusters, (draws, clusters)) + clusters * np.arange(draws)[:, None]
+    return np.bincount(drawn.ravel(), minlength=draws * clusters).reshape(draws, clusters).astype(float)
+
+
+def block_length(length: int) -> int:
+    """Steps in a block of a moving-block bootstrap of ``length`` steps: 1.5 n^(1/3), at most n."""
+    return max(1, min(length, round(1.5 * length ** (1 / 3))))
+
+
 def resample_blocks(length: int, rng: np.random.Generator, draws: int = DRAWS) -> np.ndarray:
-    """Indices of a moving-block bootstrap of a series, blocks of 1.5 n^(1/3).
+    """Indices of a moving-block bootstrap of a series; see ``block_length``.
 
     Returns:
         Integers in ``[0, length)``, shape ``(length, draws)``.
     """
-    block = max(1, min(length, round(1.5 * length ** (1 / 3))))
+    block = block_length(length)
     starts = rng.integers(0, length - block + 1, size=(-(-length // block), draws))
     return (starts[:, None, :] + np.arange(block)[None, :, None]).reshape(-1, draws)[:length]
-
-
-def interval_over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    """Student's t interval of the mean of one value a seed; unbounded for fewer than two."""
-    from scipy import stats
-
-    if len(values) < 2:
-        return -np.inf, np.inf
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    mean = float(np.mean(values))
-    return mean - float(half), mean + float(half)
 
 
 def avg_at_k(is_correct: Sequence[bool] | np.ndarray, k: int) -> float:

@@ -22,7 +22,8 @@ def test_it_has_the_current_version():
     assert json.loads((FROZEN / "run.json").read_text())["schema_version"] == SCHEMA_VERSION
 
 
-@pytest.mark.parametrize("table", TABLES)
+# Interventions are made after training, by a command of their own.
+@pytest.mark.parametrize("table", [name for name in TABLES if name != "interventions"])
 def test_plain_readers_see_every_column(table):
     parts = sorted((FROZEN / table).glob("*.parquet"))
     names = [column.name for column in TABLES[table].columns]

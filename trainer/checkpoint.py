@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_model
 
+from analysis.trace import InputError
 from trainer.update import Learner
 
 KEPT = 2
@@ -54,10 +55,31 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step-*"))
 
 
+def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
+    """The checkpoint of a step, or the latest.
+
+    Raises:
+        InputError: the run has none, or none of that step.
+    """
+    steps = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(run_dir)}
+    if not steps:
+        raise InputError(f"{run_dir}: this run has no checkpoint")
+    if step is None:
+        return steps[max(steps)]
+    if step not in steps:
+        raise InputError(f"{run_dir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    return steps[step]
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """Where the run stood at a checkpoint."""
+    fields = json.loads((checkpoint / "state.json").read_text())
+    return RunState(**{**fields, "history": [tuple(pair) for pair in fields["history"]]})
+
+
 def load_checkpoint(checkpoint: Path, learner: Learner) -> RunState:
     """Restores weights and optimiser into ``learner`` and returns where the run stood."""
     load_model(learner.policy.model, checkpoint / "policy" / "model.safetensors", strict=False)
     optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location=learner.policy.device)
     learner.optimizer.load_state_dict(optimizer)
-    fields = json.loads((checkpoint / "state.json").read_text())
-    return RunState(**{**fields, "history": [tuple(pair) for pair in fields["history"]]})
+    return read_state(checkpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
@@ -18,6 +18,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Override single keys.", show_default=False)
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what --out already holds.")]
+Budget = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Tokens to generate, earlier calls counted.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time; each gets an equal share of the cores.")]
 
 
@@ -45,7 +46,7 @@ def train(
 
     settings = load_config(config, overrides or [])
     labels = {"study": out.resolve().parent.name, "arm": settings.shaping.method}
-    with _stoppable(out), Progress(out.name, settings.steps) as progress:
+    with _stoppable(f"with --resume goes on in {out}"), Progress(out.name, settings.steps) as progress:
         run_training(settings, out, labels, resume=resume, on_step=progress.update)
     typer.echo(out)
 
@@ -141,9 +142,54 @@ def _summarize_evals(rows: dict[str, Any], k: int) -> dict[str, tuple[float, flo
     figures = {}
     for name, values in metrics.items():
         draws = resample_clusters(np.array(values), np.random.default_rng(0)) / len(values)
-        estimate = Estimate.from_draws(float(np.mean(values)), draws, len(values), "prompts")
+        estimate = Estimate.from_draws(float(np.mean(values)), draws, len(values) - 1, len(values), "prompts")
         figures[name] = (estimate.value, estimate.low, estimate.high)
     return figures
+
+
+@app.command()
+def intervene(
+    run: Annotated[Path, typer.Argument(help="A run folder with checkpoints.")],
+    checkpoint: Annotated[int | None, typer.Option(metavar="STEP", help="The latest if left out.")] = None,
+    continuations: Annotated[int, typer.Option(min=1, help="Responses continued from either prefix.")] = 8,
+    budget: Budget = 200_000,
+    entropy: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Quantiles of entropy of the tokens.")] = "0,1",
+    position: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Relative positions of the tokens.")] = "0,1",
+    ppl_tercile: Annotated[str, typer.Option(help="Thirds of their groups by perplexity; 1 = lowest.")] = "1,2,3",
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Decides tokens and continuations.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """Replace tokens of recorded responses, continue from both, and record what that does to the outcome.
+
+    Adds table interventions to the run. Called again, it goes on where it stopped.
+
+    Example: entrace intervene data/runs/study/none-seed0 --entropy 0.8,1 --budget 500000
+    """
+    _require_train_extra()
+    from analysis.progress import Progress
+    from trainer.intervene import Settings, Tally, resolve_checkpoint
+    from trainer.intervene import intervene as run_interventions
+
+    filters = {
+        "entropy": _parse_range("--entropy", entropy),
+        "position": _parse_range("--position", position),
+        "ppl_tercile": _parse_terciles(ppl_tercile),
+    }
+    settings = Settings(resolve_checkpoint(run, checkpoint), seed, continuations, **filters)
+    with _stoppable(f"goes on in {run / 'interventions'}"), Progress("intervene", budget) as progress:
+
+        def show(tally: Tally) -> None:
+            note = f"{tally.interventions} interventions"
+            progress.update(min(tally.tokens, budget), note, mean_abs_impact=tally.mean_abs_impact)
+
+        tally = run_interventions(run, settings, budget, show)
+    if json:
+        typer.echo(dumps({"checkpoint_step": settings.checkpoint_step, "seed": seed, **asdict(tally)}, indent=1))
+        return
+    if not tally.num_new:
+        why = "no candidate is left" if tally.is_exhausted else "a larger --budget goes on"
+        typer.echo(f"nothing to do: checkpoint {settings.checkpoint_step} with seed {seed} is finished; {why}")
+    typer.echo(f"{tally.interventions} interventions, {tally.tokens} tokens, mean |impact| {tally.mean_abs_impact:.3f}")
 
 
 @app.command()
@@ -178,12 +224,12 @@ def _require_train_extra() -> None:
 
 
 @contextmanager
-def _stoppable(out: Path) -> Iterator[None]:
-    """Ctrl-C ends the command with a line that says how to go on."""
+def _stoppable(how: str) -> Iterator[None]:
+    """Ctrl-C ends the command with a line that says what the same command does later."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"entrace: stopped; the same command with --resume goes on in {out}", err=True)
+        typer.echo(f"entrace: stopped; the same command {how}", err=True)
         raise typer.Exit(130) from None
 
 
@@ -192,6 +238,21 @@ def _parse_seeds(text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")] if text else None
     except ValueError:
         raise InputError(f'--seeds "{text}": expected numbers separated by commas, such as 0,1,2') from None
+
+
+def _parse_range(option: str, text: str) -> tuple[float, float]:
+    with suppress(ValueError):
+        low, high = map(float, text.split(","))
+        if 0 <= low < high <= 1:
+            return low, high
+    raise InputError(f'{option} "{text}": expected LOW,HIGH with 0 <= LOW < HIGH <= 1, such as 0.8,1')
+
+
+def _parse_terciles(text: str) -> tuple[int, ...]:
+    given = {part.strip() for part in text.split(",")}
+    if not given <= {"1", "2", "3"}:
+        raise InputError(f'--ppl-tercile "{text}": expected some of 1,2,3, such as 1,3')
+    return tuple(sorted(map(int, given)))
 
 
 def _run_grid(
@@ -203,7 +264,8 @@ def _run_grid(
 
     specs = load_grid(grid, overrides, seeds)
     done = dict.fromkeys((spec.run_id for spec in specs), 0)
-    with _stoppable(out), Progress(out.name, sum(spec.config.steps for spec in specs)) as progress:
+    total = sum(spec.config.steps for spec in specs)
+    with _stoppable(f"with --resume goes on in {out}"), Progress(out.name, total) as progress:
 
         def show(run_id: str, step: int, **figures: float) -> None:
             done[run_id] = step

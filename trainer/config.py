@@ -146,11 +146,19 @@ class EvalConfig(Section):
 
 
 class RecordConfig(Section):
-    """How often buffered rows become Parquet files, and how often the run can be resumed from."""
+    """How often, in steps, buffered rows become Parquet files, after-update values are captured, a checkpoint is kept.
+
+    ``after_update_every`` = 0 captures none.
+    """
 
     flush_every: Positive = 10
+    after_update_every: Natural = 5
     checkpoint_every: Positive = 50
     lexicon: str | None = None
+
+    def captures(self, step: int) -> bool:
+        """Whether after-update values are captured at this step."""
+        return self.after_update_every > 0 and step % self.after_update_every == 0
 
     @model_validator(mode="after")
     def _checkpoints_are_durable(self) -> RecordConfig:

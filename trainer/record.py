@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from torch import Tensor
 
 from analysis.trace import TraceWriter, find_defects
@@ -12,6 +14,7 @@ from trainer.advantage import mean_surprisal, ppl_z
 from trainer.batch import Batch
 from trainer.tasks import Prompt
 from trainer.token_stats import lm_head_grad_norm
+from trainer.update import AfterUpdate
 
 
 def record_prompts(writer: TraceWriter, prompts: list[Prompt]) -> None:
@@ -22,7 +25,14 @@ def record_prompts(writer: TraceWriter, prompts: list[Prompt]) -> None:
 
 
 def record_batch(
-    writer: TraceWriter, batch: Batch, shaped: Tensor, *, step: int, first_rollout_id: int, temperature: float
+    writer: TraceWriter,
+    batch: Batch,
+    shaped: Tensor,
+    after: AfterUpdate | None,
+    *,
+    step: int,
+    first_rollout_id: int,
+    temperature: float,
 ) -> None:
     """Adds one step's tokens, rollouts and prompts.
 
@@ -30,6 +40,7 @@ def record_batch(
         writer: The trace.
         batch: The step's responses, dropped groups included.
         shaped: Shaped advantages, (B, T).
+        after: What the update did to the kept responses; None on steps where it is not captured.
         step: Current step; the policy that sampled had received ``step - 1`` updates.
         first_rollout_id: Id of the batch's first response.
         temperature: Sampling temperature.
@@ -73,8 +84,16 @@ def record_batch(
             "shaped_advantage": shaped[mask].numpy(),
             "grad_norm": grad_norm[mask].numpy(),
             "is_correct": is_correct[rows],
+            **(_after_columns(batch, after) if after else {}),
         },
     )
+
+
+def _after_columns(batch: Batch, after: AfterUpdate) -> dict[str, pa.Array]:
+    """After-update columns of all tokens, null where the response took no part in the update."""
+    mask = batch.samples.response_mask
+    is_left_out = ~batch.is_kept[:, None].expand(mask.shape)[mask].numpy()
+    return {f.name: pa.array(getattr(after, f.name)[mask].numpy(), mask=is_left_out) for f in fields(after)}
 
 
 def _response_columns(batch: Batch) -> dict[str, Any]:

@@ -85,17 +85,20 @@ class Samples:
         """Token ids of each response."""
         return [row[mask] for row, mask in zip(self.tokens, self.response_mask, strict=True)]
 
+    def place(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Puts values (N,) of the tokens of ``rows``, end to end, at their places, (len(rows), T); 0 elsewhere."""
+        mask = self.response_mask[rows]
+        placed = torch.zeros(mask.shape, dtype=values.dtype)
+        placed[mask] = values.cpu()
+        return placed
 
-@torch.no_grad()
+
 def sample(
     policy: Policy, prompts: list[list[int]], num_samples: int, params: SamplingParams, rng: np.random.Generator
 ) -> Samples:
     """Draws ``num_samples`` responses to each prompt.
 
-    A prompt is read once and its cache shared out to its responses; responses that have ended leave the batch. Every
-    token is drawn by inverting the distribution function at a random number fixed beforehand for its response and
-    position, so that what a response draws depends neither on its batch nor on when others end, and equal policies
-    sampled with equal generators give equal responses.
+    Equal policies sampled with equal generators give equal responses; see ``sample_at``.
 
     Args:
         policy: The model.
@@ -107,17 +110,43 @@ def sample(
     Returns:
         ``Samples`` of P * num_samples rows, the responses of one prompt adjacent.
     """
+    uniforms = rng.random((len(prompts) * num_samples, params.max_tokens), dtype=np.float32)
+    return sample_at(policy, prompts, uniforms, [params.max_tokens] * len(prompts), params)
+
+
+@torch.no_grad()
+def sample_at(
+    policy: Policy, prompts: list[list[int]], uniforms: np.ndarray, limits: list[int], params: SamplingParams
+) -> Samples:
+    """Draws responses at given random numbers.
+
+    A prompt is read once and its cache shared out to its responses; responses that have ended leave the batch. Every
+    token is drawn by inverting the distribution function at the random number of its response and position, so that
+    what a response draws depends neither on its batch nor on when others end.
+
+    Args:
+        policy: The model.
+        prompts: Token ids of each prompt, P lists.
+        uniforms: Random numbers in [0, 1), (B, params.max_tokens) float32; B is a multiple of P.
+        limits: Longest response to each prompt, at least 1 and at most ``params.max_tokens``, P numbers.
+        params: Temperature and top-p.
+
+    Returns:
+        ``Samples`` of B rows, the responses of one prompt adjacent.
+    """
+    num_samples = len(uniforms) // len(prompts)
     samples = Samples.empty([prompt for prompt in prompts for _ in range(num_samples)], params.max_tokens)
-    uniforms = torch.from_numpy(rng.random(samples.tokens.shape, dtype=np.float32))
+    numbers = torch.from_numpy(uniforms)
+    row_limits = torch.tensor(limits).repeat_interleave(num_samples)
     stop_ids = policy.stop_ids
-    hidden, cache, mask = _read_prompts(policy, prompts, num_samples)
+    hidden, cache, mask = read_prompts(policy, prompts, num_samples)
     rows = torch.arange(len(samples.prompts))
     live = torch.ones(len(rows), dtype=torch.bool)
     lengths = torch.tensor([len(prompt) for prompt in samples.prompts])
     for t in range(params.max_tokens):
         logits = policy.head.logits(hidden) / params.temperature
         logp, entropy, sum_p2 = distribution_stats(_keep_top_p(logits, params.top_p))
-        tokens = _invert_cdf(logp.exp(), uniforms[rows, t].to(policy.device))
+        tokens = invert_cdf(logp.exp(), numbers[rows, t].to(policy.device))
         samples.tokens[rows, t] = tokens.cpu()
         samples.response_mask[rows, t] = live
         samples.stats.logprob[rows, t] = logp.gather(1, tokens[:, None]).squeeze(1).cpu()
@@ -126,8 +155,8 @@ def sample(
         samples.hidden_norm[rows, t] = hidden.float().norm(dim=-1).cpu()
         has_ended = live & torch.isin(samples.tokens[rows, t], stop_ids)
         samples.is_truncated[rows[has_ended]] = False
-        live &= ~has_ended
-        if t + 1 == params.max_tokens or not live.any():
+        live &= ~has_ended & (t + 1 < row_limits[rows])
+        if not live.any():
             break
         if live.float().mean() <= 1 - ENDED_FRAC:
             kept = torch.nonzero(live).squeeze(1)
@@ -147,7 +176,7 @@ def sample(
     return samples
 
 
-def _read_prompts(policy: Policy, prompts: list[list[int]], num_samples: int) -> tuple[Tensor, DynamicCache, Tensor]:
+def read_prompts(policy: Policy, prompts: list[list[int]], num_samples: int) -> tuple[Tensor, DynamicCache, Tensor]:
     """Last hidden state (P * num_samples, H), cache and key mask after the prompts, padded on the left."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=policy.device)
@@ -179,7 +208,7 @@ def _keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= top_p), -torch.inf)
 
 
-def _invert_cdf(p: Tensor, uniforms: Tensor) -> Tensor:
+def invert_cdf(p: Tensor, uniforms: Tensor) -> Tensor:
     """Token (N,) whose cumulative probability first exceeds the uniform number; p (N, V), uniforms (N,) in [0, 1)."""
     cdf = p.cumsum(-1)
     # Scaled to the rounded total, and kept below it, so that no token of probability 0 can be drawn.

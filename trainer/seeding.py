@@ -16,6 +16,9 @@ class Stream(IntEnum):
     ROLLOUT = 1
     EVAL = 2
     MINI_BATCH = 3
+    TOKEN_CHOICE = 4
+    ALTERNATIVE = 5
+    CONTINUATION = 6
 
 
 def generator(seed: int, stream: Stream, *indices: int) -> np.random.Generator:

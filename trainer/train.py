@@ -95,10 +95,12 @@ def _run_steps(
         started = time.perf_counter()
         metrics = learner.update(batch, shaped, step)
         updated = time.perf_counter()
+        after = learner.capture(batch, metrics) if config.record.captures(step) else None
         record_batch(
             writer,
             batch,
             shaped,
+            after,
             step=step,
             first_rollout_id=state.next_rollout_id,
             temperature=config.rollout.temperature,

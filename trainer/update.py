@@ -24,13 +24,32 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class UpdateMetrics:
-    """Means over a step's updates; ``kl`` is None without a reference policy. Zeros if no group was kept."""
+    """Means over a step's updates; ``kl`` is None without a reference policy. Zeros if no group was kept.
 
+    ``is_clipped`` (B, T): the ratio clip took the token's gradient in at least one of the updates.
+    """
+
+    is_clipped: Tensor
     loss: float = 0.0
     grad_norm: float = 0.0
     kl: float | None = None
     clip_frac_low: float = 0.0
     clip_frac_high: float = 0.0
+
+
+@dataclass
+class AfterUpdate:
+    """What an update did to the tokens it was made of; each (B, T), 0 outside the kept responses.
+
+    Attributes:
+        logprob_after: logprob under the updated weights, nats.
+        entropy_after: Entropy under the updated weights, nats.
+        is_clipped: As in ``UpdateMetrics``.
+    """
+
+    logprob_after: Tensor
+    entropy_after: Tensor
+    is_clipped: Tensor
 
 
 class Learner:
@@ -60,26 +79,41 @@ class Learner:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optim, step)
+        is_clipped = torch.zeros_like(batch.samples.response_mask)
         updates = [
-            self._step_optimizer(batch.samples, advantages, rows, step)
+            self._step_optimizer(batch.samples, advantages, rows, step, is_clipped)
             for rows in mini_batches(self.config, batch, step)
         ]
         if not updates:
-            return UpdateMetrics()
+            return UpdateMetrics(is_clipped)
         mean = torch.tensor(updates, dtype=torch.float64).mean(0).tolist()
         loss, grad_norm, kl, low, high = mean
-        return UpdateMetrics(loss, grad_norm, kl if self.reference else None, low, high)
+        return UpdateMetrics(is_clipped, loss, grad_norm, kl if self.reference else None, low, high)
+
+    @torch.no_grad()
+    def capture(self, batch: Batch, metrics: UpdateMetrics) -> AfterUpdate:
+        """Scores the kept responses under the weights that ``update`` left; draws no random number."""
+        samples = batch.samples
+        logprob, entropy = torch.zeros(samples.tokens.shape), torch.zeros(samples.tokens.shape)
+        kept = torch.nonzero(batch.is_kept).squeeze(1)
+        for rows in micro_batches(samples, kept, self.config.optim.micro_batch_tokens):
+            stats = self.policy.score(*_sequences(samples, rows), self.config.rollout.temperature)
+            logprob[rows] = samples.place(stats.logprob, rows)
+            entropy[rows] = samples.place(stats.entropy, rows)
+        return AfterUpdate(logprob, entropy, metrics.is_clipped)
 
     def _step_optimizer(
-        self, samples: Samples, advantages: Tensor, rows: Tensor, step: int
+        self, samples: Samples, advantages: Tensor, rows: Tensor, step: int, is_clipped: Tensor
     ) -> tuple[float, float, float, float, float]:
+        """One update; returns loss, gradient norm, KL and the clipped shares, and marks tokens in ``is_clipped``."""
         denominator = int(samples.lengths[rows].sum())
         totals = torch.zeros(4, dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
         for micro in micro_batches(samples, rows, self.config.optim.micro_batch_tokens):
-            loss, *sums = self._loss_sums(samples, advantages, micro)
+            loss, kl, is_low, is_high = self._loss_sums(samples, advantages, micro)
             (loss / denominator).backward()
-            totals += torch.stack([loss.detach(), *sums]).cpu().double()
+            totals += torch.stack([loss.detach(), kl, is_low.sum(), is_high.sum()]).cpu().double()
+            is_clipped[micro] |= samples.place(is_low | is_high, micro)
         loss, kl, low, high = (totals / denominator).tolist()
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self.config.optim.grad_clip))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -88,11 +122,10 @@ class Learner:
         return loss, grad_norm, kl, low, high
 
     def _loss_sums(self, samples: Samples, advantages: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-        """Loss, KL and the two clip counts, summed over the tokens of ``rows``."""
+        """Loss and KL, summed over the tokens of ``rows``, and which of these the two bounds clipped, (N,) each."""
         config, device = self.config.loss, self.policy.device
         mask = samples.response_mask[rows]
-        prompts = [samples.prompts[row] for row in rows]
-        responses = [samples.tokens[row][samples.response_mask[row]] for row in rows]
+        prompts, responses = _sequences(samples, rows)
         temperature = self.config.rollout.temperature
         stats = self.policy.score(prompts, responses, temperature)
         old_logprob = samples.stats.logprob[rows][mask].to(device)
@@ -106,7 +139,7 @@ class Learner:
                 reference = self.reference.score(prompts, responses, temperature).logprob
             penalty = kl_penalty(stats.logprob, reference, config.kl_estimator).sum()
             loss, kl = loss + config.kl_coef * penalty, penalty.detach()
-        return loss, kl, result.is_clipped_low.sum(), result.is_clipped_high.sum()
+        return loss, kl, result.is_clipped_low, result.is_clipped_high
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
@@ -138,5 +171,11 @@ def micro_batches(samples: Samples, rows: Tensor, max_tokens: int) -> list[Tenso
             parts.append(current)
             current = []
         current.append(index)
-    parts.append(current)
+    if current:
+        parts.append(current)
     return [rows[torch.tensor(part)] for part in parts]
+
+
+def _sequences(samples: Samples, rows: Tensor) -> tuple[list[list[int]], list[Tensor]]:
+    """Prompt and response tokens of ``rows``."""
+    return [samples.prompts[row] for row in rows], [samples.tokens[row][samples.response_mask[row]] for row in rows]

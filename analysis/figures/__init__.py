@@ -48,9 +48,7 @@ STEMS = (
     "ablation_curves",
     "ablation_final",
 )
-MODULES: dict[str, ModuleType] = {
-    stem: import_module(f"{__name__}.{stem}") for stem in STEMS if stem in queries.paths()
-}
+MODULES: dict[str, ModuleType] = {stem: import_module(f"{__name__}.{stem}") for stem in STEMS}
 ABLATIONS = ("ablation_curves", "ablation_final")
 
 
@@ -76,4 +74,4 @@ def _figure(stem: str) -> Callable[..., Axes]:
 # Importing a module bound its name here; from now on the name is the function.
 globals().update({stem: _figure(stem) for stem in MODULES})
 
-__all__ = ["MODULES", "STEMS", "query", "style", *STEMS]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["MODULES", "STEMS", "query", "style"]

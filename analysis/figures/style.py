@@ -16,9 +16,17 @@ if TYPE_CHECKING:
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 INK, GREY = "#222222", "#777777"
 SIGN_COLORS = {"negative": VERMILLION, "positive": BLUE}
+CATEGORY_COLORS = {
+    "formal_reasoning": BLUE,
+    "logical_structuring": ORANGE,
+    "metacognitive": PURPLE,
+    "semantic_support": GREEN,
+    "special": GREY,
+}
 ARM_COLORS = (INK, BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 RUN_STYLES = ("-", "--", ":", "-.")
 SIZE = (5.0, 3.2)
+NOTE_LENGTH = 78
 STEP = "training step"
 
 # Any, because matplotlib's stubs want its own literal types for the keys.
@@ -63,6 +71,9 @@ def label(ax: Axes, x: str, y: str, note: str) -> None:
     """Sets axis labels, and the ``note`` on n and interval above the Axes."""
     ax.set_xlabel(x)
     ax.set_ylabel(y)
+    # A note of one line that would run out of the column breaks at its last semicolon.
+    if "\n" not in note and len(note) > NOTE_LENGTH:
+        note = ";\n".join(note.rsplit("; ", 1))
     ax.set_title(note, loc="left", fontsize=7.5, color=GREY)
     ax.spines[["top"]].set_visible(False)
     if x == STEP:
@@ -92,9 +103,15 @@ def by_run(frame: pl.DataFrame) -> list[tuple[str, pl.DataFrame, str]]:
     return [(str(run), part, RUN_STYLES[i % len(RUN_STYLES)]) for i, ((run,), part) in enumerate(parts.items())]
 
 
+def late_stage(frame: pl.DataFrame) -> tuple[pl.DataFrame, str]:
+    """Rows of the plateau, where training is slow; of the rising stage if no run has a plateau. And which it is."""
+    stage = "plateau" if (frame["stage"] == "plateau").any() else "rising"
+    return frame.filter(frame["stage"] == stage), stage
+
+
 def mark_boundary(ax: Axes, frame: pl.DataFrame) -> None:
     """Shades the 95 % interval of the stage boundary of every run in ``frame`` and draws the boundary itself."""
-    for _, part, style in by_run(frame):
+    for i, (_, part, style) in enumerate(by_run(frame)):
         boundary, low, high = part.select("boundary_step", "boundary_low", "boundary_high").row(0)
         if boundary is None:
             text = "no stage boundary found"
@@ -102,7 +119,9 @@ def mark_boundary(ax: Axes, frame: pl.DataFrame) -> None:
             continue
         ax.axvspan(low, high, color=GREY, alpha=0.2, linewidth=0, zorder=0.5)
         ax.axvline(boundary, color=GREY, linestyle=style, linewidth=0.9, zorder=0.6)
-        for text, side, align in (("rising ", boundary, "right"), (" plateau", boundary, "left")):
+        # Words of several runs would lie over each other.
+        words = () if i else (("rising ", boundary, "right"), (" plateau", boundary, "left"))
+        for text, side, align in words:
             ax.text(side, 1.0, text, transform=ax.get_xaxis_transform(), ha=align, va="top", color=GREY, fontsize=7.5)
 
 

@@ -135,6 +135,22 @@ class TraceWriter:
         write_manifest(self.run_dir, self.manifest)
 
 
+def write_part(path: Path, table: str, columns: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Writes one file of ``table``, durable at once, for what belongs to a run but to none of its steps.
+
+    Args:
+        path: The file; its folder is that of the table, its name must not be one that ``TraceWriter`` gives.
+        table: Name from ``analysis.trace.TABLES``.
+        columns: As in ``TraceWriter.append``; nothing is filled in.
+        metadata: Added to the metadata of the file's schema.
+
+    Raises:
+        InputError: as ``TraceWriter.append``.
+    """
+    rows = _as_arrow(TABLES[table], columns)
+    _write_part(path, TABLES[table], [rows.replace_schema_metadata({**rows.schema.metadata, **metadata})])
+
+
 def _as_arrow(table: Table, columns: Mapping[str, Any]) -> pa.Table:
     known = {column.name for column in table.columns}
     for name in columns:

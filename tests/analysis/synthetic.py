@@ -75,6 +75,7 @@ def write_run(
         _append_step(writer, step, progress(step, steps, two_stages=planted.two_stages), planted, groups, rng)
         if step == steps:
             _append_eval(writer, step, planted.eval_accuracy, planted.eval_length, rng)
+            _append_interventions(writer, steps, groups, rng)
         if step % 20 == 0 or step == steps:
             writer.flush(step)
     writer.finish()
@@ -107,7 +108,8 @@ def _append_step(
     defective = rng.random(size) < (0.5 - 0.4 * done if planted.defects_fall else 0.3)
     ids = (step - 1) * size + np.arange(size)
     common = {"step": step, "prompt_id": prompt_ids, "rollout_id": ids, "is_correct": is_correct}
-    category_ids = np.where(rng.random((size, LENGTH)) < planted.formal_share, 5, len(VOCAB) - 1)
+    other_ids = rng.integers(VOCAB.index(" so"), len(VOCAB), (size, LENGTH))
+    token_ids = np.where(rng.random((size, LENGTH)) < planted.formal_share, 5, other_ids)
     writer.append(
         "tokens",
         {
@@ -115,12 +117,13 @@ def _append_step(
             "step": step,
             "position": np.tile(np.arange(LENGTH), size),
             "response_length": LENGTH,
-            "token_id": category_ids.ravel(),
+            "token_id": token_ids.ravel(),
             "logprob": -surprisal.ravel(),
             "entropy": entropy.ravel(),
             "advantage": np.repeat(advantage, LENGTH),
             "shaped_advantage": np.repeat(advantage, LENGTH),
-            "grad_norm": 1.0,
+            "grad_norm": rng.lognormal(0, 0.5, size * LENGTH),
+            **(_after_update(surprisal.ravel(), rng) if step % 5 == 0 else {}),
         },
     )
     writer.append(
@@ -147,6 +150,43 @@ def _append_step(
         },
     )
     writer.append("steps", _step_row(step, is_correct, defective, entropy, std))
+
+
+def _after_update(surprisal: np.ndarray, rng: np.random.Generator) -> dict[str, object]:
+    moved = rng.normal(0, 0.05, surprisal.size) ** 3 * 100
+    after = np.log(np.clip(np.exp(-surprisal) + moved, 1e-4, 1))
+    return {"logprob_after": after, "entropy_after": rng.gamma(4, 0.1, surprisal.size), "is_clipped": False}
+
+
+def _append_interventions(writer: TraceWriter, steps: int, groups: int, rng: np.random.Generator) -> None:
+    """One replaced token in every response of the last step."""
+    size = groups * GROUP
+    original, alternative = rng.binomial(8, 0.8, size) / 8, rng.binomial(8, 0.5, size) / 8
+    writer.append(
+        "interventions",
+        {
+            "checkpoint_step": steps,
+            "seed": 0,
+            "step": steps,
+            "prompt_id": np.repeat([f"train-{i}" for i in range(groups)], GROUP),
+            "rollout_id": (steps - 1) * size + np.arange(size),
+            "position": rng.integers(0, LENGTH, size),
+            "response_length": LENGTH,
+            "token_id": 5,
+            "category": "formal_reasoning",
+            "alternative_id": 6,
+            "logprob": -0.5,
+            "entropy": 0.5,
+            "ppl": 1.5,
+            "ppl_tercile": 1 + np.arange(size) % 3,
+            "is_correct": rng.random(size) < 0.6,
+            "num_continuations": 8,
+            "accuracy_original": original,
+            "accuracy_alternative": alternative,
+            "impact": original - alternative,
+            "tokens": 100,
+        },
+    )
 
 
 def _token_measures(

@@ -3,46 +3,64 @@
 from __future__ import annotations
 
 import math
+import shutil
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from analysis.claims import CONTRADICTED, INCONCLUSIVE, NOT_RECORDED, SUPPORTED, decide, judge, load_ledger, overall
 from analysis.runs import Runs, open_runs
-from analysis.stats import Estimate
+from analysis.stats import Estimate, holm
 from tests.analysis.conftest import write_failed
 from tests.analysis.synthetic import NOTHING, Planted, write_run
 
 
 @pytest.mark.parametrize(
-    ("value", "low", "high", "expected"),
+    ("value", "low", "high", "p_adjusted", "expected", "why"),
     [
-        (0.3, 0.2, 0.4, SUPPORTED),
-        (0.1, 0.01, 0.2, SUPPORTED),
-        (0.3, -0.1, 0.7, INCONCLUSIVE),
-        (0.05, 0.01, 0.12, INCONCLUSIVE),
-        (0.05, 0.01, 0.09, CONTRADICTED),
-        (-0.3, -0.4, -0.2, CONTRADICTED),
-        (0.0, -0.05, 0.05, CONTRADICTED),
-        (math.nan, math.nan, math.nan, INCONCLUSIVE),
-        (0.3, 0.2, math.inf, INCONCLUSIVE),
+        (0.3, 0.2, 0.4, 0.01, SUPPORTED, "the expected way, beyond chance, and at least 0.1"),
+        (0.1, 0.01, 0.2, 0.05, SUPPORTED, "beyond chance"),
+        (-0.3, -0.4, -0.2, 0.01, CONTRADICTED, "the other way round, beyond chance"),
+        (0.3, 0.2, 0.4, 0.06, INCONCLUSIVE, "among all claims judged together (p = 0.06)"),
+        (0.3, -0.1, 0.7, 0.2, INCONCLUSIVE, "holds zero as well as effects that matter"),
+        (0.05, 0.01, 0.12, 0.01, INCONCLUSIVE, "smaller than 0.1"),
+        (-0.05, -0.09, -0.01, 0.01, INCONCLUSIVE, "the other way round, but smaller"),
+        (0.0, -0.05, 0.05, 1.0, INCONCLUSIVE, "no effect that matters: the whole interval lies within ±0.1"),
+        (math.nan, math.nan, math.nan, 1.0, INCONCLUSIVE, "not finite"),
+        (0.3, 0.2, math.inf, 0.01, INCONCLUSIVE, "not finite"),
     ],
 )
-def test_verdict_needs_interval_and_size(value: float, low: float, high: float, expected: str):
-    assert decide(Estimate(value, low, high, 10, "prompts"), "positive", 0.1)[0] == expected
-    assert decide(Estimate(-value, -high, -low, 10, "prompts"), "negative", 0.1)[0] == expected
+def test_verdict_needs_interval_size_and_all_claims_together(
+    value: float, low: float, high: float, p_adjusted: float, expected: str, why: str
+):
+    word, reason = decide(Estimate(value, low, high, p_adjusted, 10, "prompts"), p_adjusted, "positive", 0.1)
+    assert word == expected
+    assert why in reason
+    mirrored = Estimate(-value, -high, -low, p_adjusted, 10, "prompts")
+    assert decide(mirrored, p_adjusted, "negative", 0.1)[0] == expected
+
+
+def test_more_claims_need_stronger_evidence(study: Runs):
+    found = [v for v in judge(study) if v.p_value is not None]
+    assert len(found) > 20
+    for verdict in found:
+        assert verdict.p_adjusted is not None
+        assert verdict.p_value is not None
+        assert verdict.p_adjusted >= verdict.p_value
+    np.testing.assert_allclose([v.p_adjusted for v in found], holm([v.p_value for v in found if v.p_value is not None]))
 
 
 def test_planted_effects_are_found(study: Runs):
-    assert overall(judge(study)) == {
-        "S1": SUPPORTED,
-        "S2": SUPPORTED,
-        "S4": SUPPORTED,
-        "I1": SUPPORTED,
-        "T1": SUPPORTED,
-        "M1": SUPPORTED,
-        "M2": NOT_RECORDED,
-        "M3": INCONCLUSIVE,
-    }
+    words = overall(judge(study))
+    assert {claim: words[claim] for claim in ("S1", "E1", "S2", "S4", "T1", "M1")} == dict.fromkeys(
+        ("S1", "E1", "S2", "S4", "T1", "M1"), SUPPORTED
+    )
+    assert (words["M2"], words["I3"]) == (NOT_RECORDED, NOT_RECORDED)
+    parts = {(v.claim, v.part): v.verdict for v in judge(study)}
+    assert parts["I1", "accuracy"] == SUPPORTED
+    assert parts["I1", "reasoning tokens"] == INCONCLUSIVE
 
 
 def test_parts_of_a_claim_about_methods(study: Runs):
@@ -63,23 +81,39 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def test_absent_effects_are_not_found(plain: Runs):
-    words = overall(judge(plain))
-    assert SUPPORTED not in words.values()
-    assert words["S1"] == INCONCLUSIVE
-    assert words["S2"] == CONTRADICTED
-    assert words["S4"] == CONTRADICTED
+    found = {(v.claim, v.part): v for v in judge(plain)}
+    # Entropy falls and accuracy rises evenly there, so that one does follow the other.
+    assert {v.claim for v in found.values() if v.verdict in (SUPPORTED, CONTRADICTED)} == {"E1"}
+    assert "two segments fit no better than one line" in found["S1", "entropy"].why
+    assert "has no plateau" in found["I1", "accuracy"].why
+    assert "the interval holds zero" in found["S4", "any defect"].why
 
 
 def test_absent_effects_in_a_run_with_a_plateau(tmp_path):
     flat = Planted(two_stages=True, negative_falls=False, defects_fall=False, ppl_orders=False, ends_high=False)
     write_run(tmp_path / "run", planted=flat, groups=32)
-    words = overall(judge(open_runs(tmp_path)))
-    assert {claim: words[claim] for claim in ("S1", "S4", "I1", "T1")} == {
-        "S1": SUPPORTED,
-        "S4": CONTRADICTED,
-        "I1": CONTRADICTED,
-        "T1": CONTRADICTED,
-    }
+    found = {(v.claim, v.part): v for v in judge(open_runs(tmp_path))}
+    assert found["S1", "entropy"].verdict == SUPPORTED
+    for part in (("S4", "any defect"), ("I1", "accuracy"), ("T1", "beginning"), ("T1", "end")):
+        assert found[part].verdict == INCONCLUSIVE
+        assert "no effect that matters" in found[part].why
+
+
+def test_what_was_not_recorded_is_named_with_the_way_to_record_it(tmp_path):
+    path = write_run(tmp_path / "run")
+    shutil.rmtree(path / "interventions")
+    for part in (path / "tokens").glob("*.parquet"):
+        table = pq.read_table(part)
+        nothing = pa.nulls(len(table), pa.float32())
+        column = table.schema.get_field_index("logprob_after")
+        pq.write_table(table.set_column(column, table.schema.field(column), nothing), part)
+    found = {(v.claim, v.part): v for v in judge(open_runs(path))}
+    for claim, part in (("S5", "concentration"), ("S6", "direction"), ("T3", "movement")):
+        assert found[claim, part].verdict == NOT_RECORDED
+        assert "train with record.after_update_every=5" in found[claim, part].why
+    for claim in ("I2", "T2"):
+        assert found[claim, "impact"].verdict == NOT_RECORDED
+        assert "run `entrace intervene RUN`" in found[claim, "impact"].why
 
 
 def test_one_seed_is_no_verdict_about_a_method(tmp_path):

@@ -77,6 +77,12 @@ def test_every_arm_is_in_the_ablation(study: Runs, ax):
     assert [text.get_text() for text in legend.get_texts()] == ["none", "ppl"]
 
 
+def test_what_a_figure_needs_is_named_with_the_way_to_get_it(tmp_path: Path, ax):
+    runs = open_runs(write_run(tmp_path / "run", steps=4))
+    with pytest.raises(InputError, match="movement_by_entropy: no after-update values were recorded; train with"):
+        analysis.figures.movement_by_entropy(runs, ax=ax)
+
+
 def test_nothing_to_draw_is_said_in_one_line(tmp_path: Path, ax):
-    with pytest.raises(InputError, match="entropy_by_position: the traces hold no rows to draw"):
+    with pytest.raises(InputError, match="entropy_by_position: no token is durable yet"):
         analysis.figures.entropy_by_position(open_runs(write_failed(tmp_path / "broken")), ax=ax)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.stages import decompose_fall, fit_stages, slowdown
+from analysis.stages import decompose_fall, fit_stages, fitted_ends, relative_speed
 
 STEPS = np.arange(1, 101)
 
@@ -79,10 +79,45 @@ def test_constant_series_do_not_divide_by_zero():
 
 @pytest.mark.parametrize(
     ("rising", "plateau", "expected"),
-    [((-0.1, 0.2), (0, 0.1), (1, 0.5)), ((-0.1, 0.2), (0.1, -0.2), (0, 0)), ((0.1, -0.2), (0, 0), (-1, -1))],
+    [
+        ((-0.1, 0.2), (0, 0.1), (0, 0.5)),
+        ((-0.1, 0.2), (0.1, -0.2), (-1, -1)),
+        ((0.1, -0.2), (0, 0), (np.nan, np.nan)),
+    ],
 )
-def test_slowdown(rising, plateau, expected):
-    np.testing.assert_allclose(slowdown(np.array([rising, plateau])), expected)
+def test_relative_speed(rising, plateau, expected):
+    np.testing.assert_allclose(relative_speed(np.array([rising, plateau])), expected)
+
+
+def test_ends_of_the_rising_stage_equal_a_plain_least_squares_fit():
+    entropy, accuracy = two_stages(40, 0.03, 5)
+    fit = fit_stages(STEPS, entropy, accuracy)
+    other = np.random.default_rng(6).normal(size=100) - np.minimum(STEPS, 40) / 10
+    ends, draws = fitted_ends(fit, STEPS, np.column_stack((other, accuracy)), np.random.default_rng(0), draws=400)
+    assert fit.boundary is not None
+    basis = np.column_stack((np.ones(100), STEPS, np.maximum(STEPS - fit.boundary, 0)))
+    for i, series in enumerate((other, accuracy)):
+        fitted = basis @ np.linalg.lstsq(basis, series, rcond=None)[0]
+        np.testing.assert_allclose(ends[:, i], fitted[[0, int(fit.boundary) - 1]])
+    assert draws.shape == (400, 2, 2)
+    np.testing.assert_allclose(draws.mean(0), ends, atol=0.05)
+
+
+def test_error_of_the_ends_is_that_of_least_squares_where_steps_are_independent():
+    found, spread = [], []
+    fit = fit_stages(STEPS, *two_stages(40, 0.001, 7))
+    for seed in range(200):
+        noise = np.random.default_rng(seed).normal(size=(100, 1))
+        ends, draws = fitted_ends(fit, STEPS, noise, np.random.default_rng(seed), draws=100)
+        found.append(ends[1, 0] - ends[0, 0])
+        spread.append((draws[:, 1, 0] - draws[:, 0, 0]).std())
+    assert np.mean(spread) == pytest.approx(np.std(found), rel=0.15)
+
+
+def test_without_a_boundary_the_ends_are_those_of_one_line():
+    fit = fit_stages(STEPS, np.ones(100), np.zeros(100))
+    ends, _ = fitted_ends(fit, STEPS, STEPS[:, None] * 2.0, np.random.default_rng(0))
+    np.testing.assert_allclose(ends[:, 0], [2, 200])
 
 
 def test_decomposition_is_exact():

@@ -11,7 +11,7 @@ import pytest
 from analysis.stats import (
     Estimate,
     avg_at_k,
-    interval_over_seeds,
+    holm,
     maj_at_k,
     pass_at_k,
     resample_blocks,
@@ -54,20 +54,15 @@ def test_cluster_bootstrap_equals_drawing_prompts_one_by_one():
     sums = np.random.default_rng(1).normal(size=(6, 2, 3))
     totals = resample_clusters(sums, np.random.default_rng(2), draws=250)
     rng = np.random.default_rng(2)
-    for draw in range(250):
-        weights = rng.multinomial(6, np.full(6, 1 / 6))
-        naive = np.zeros((2, 3))
-        for prompt in range(6):
-            for _ in range(weights[prompt]):
-                naive += sums[prompt]
-        np.testing.assert_allclose(totals[draw], naive)
+    for draw, prompts in enumerate(rng.integers(0, 6, (250, 6))):
+        np.testing.assert_allclose(totals[draw], sum(sums[prompt] for prompt in prompts))
 
 
 def test_cluster_interval_has_the_width_of_the_mean_s_standard_error():
     values = np.random.default_rng(3).normal(size=400)
     sums = np.stack((values, np.ones(400)), axis=1)
     draws = resample_clusters(sums, np.random.default_rng(4), draws=4000)
-    estimate = Estimate.from_draws(values.mean(), draws[:, 0] / draws[:, 1], 400, "prompts")
+    estimate = Estimate.from_draws(values.mean(), draws[:, 0] / draws[:, 1], 399, 400, "prompts")
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.06)
     assert estimate.low < estimate.value < estimate.high
 
@@ -92,13 +87,45 @@ def test_blocks_are_runs_of_neighbours():
     assert (steps[~inside] != 1).any()
 
 
-def test_interval_over_seeds_is_students():
-    # t(0.975, 2) = 4.3027; sd of 1, 2, 3 is 1.
-    assert interval_over_seeds([1, 2, 3]) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
-    assert interval_over_seeds([1]) == (-math.inf, math.inf)
+def test_interval_from_an_error_is_students():
+    # t(0.975, 2) = 4.3027; of three seeds 1, 2, 3 the standard error is 1 / sqrt(3), and 2 lies 3.46 of them from 0.
+    estimate = Estimate.from_error(2.0, 1 / 3**0.5, 2, 3, "seeds")
+    assert (estimate.low, estimate.high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
+    assert estimate.p_value == pytest.approx(0.0742, abs=1e-4)
+    assert Estimate.from_error(2.0, 1.0, 0, 1, "seeds").width == math.inf
+    assert Estimate.from_error(2.0, 0.0, 5, 6, "seeds").p_value == 0
+    assert Estimate.from_error(0.0, 0.0, 5, 6, "seeds").p_value == 1
+
+
+def test_few_clusters_widen_the_interval():
+    # Five clusters: t(0.975, 4) = 2.7764 instead of 1.96, times sqrt(5 / 4).
+    draws = np.random.default_rng(6).normal(size=100_000)
+    estimate = Estimate.from_draws(0.0, draws, 4, 5, "prompts")
+    assert estimate.width / 2 == pytest.approx(2.7764 * (5 / 4) ** 0.5, rel=0.02)
+
+
+def test_wild_draws_do_not_spoil_the_interval():
+    draws = np.random.default_rng(7).normal(size=1000)
+    calm = Estimate.from_draws(0.0, draws, 99, 100, "prompts")
+    draws[:5] = 1e9
+    assert Estimate.from_draws(0.0, draws, 99, 100, "prompts").width == pytest.approx(calm.width, rel=0.02)
 
 
 def test_statistic_that_is_often_undefined_has_no_interval():
     draws = np.r_[np.full(6, np.nan), np.ones(94)]
-    assert math.isnan(Estimate.from_draws(1.0, draws, 9, "prompts").low)
-    assert Estimate.from_draws(1.0, draws[2:], 9, "prompts").low == 1
+    assert math.isnan(Estimate.from_draws(1.0, draws, 8, 9, "prompts").low)
+    assert Estimate.from_draws(1.0, draws, 8, 9, "prompts").p_value == 1
+    assert Estimate.from_draws(1.0, draws[2:], 8, 9, "prompts").low == 1
+
+
+def test_holm_by_hand():
+    # Sorted: .01 x 4, .02 x 3, .03 x 2 (kept at .06), .5 x 1.
+    np.testing.assert_allclose(holm([0.03, 0.01, 0.5, 0.02]), [0.06, 0.04, 0.5, 0.06])
+    np.testing.assert_allclose(holm([0.9, 0.8]), [1, 1])
+    assert holm([]).size == 0
+
+
+def test_holm_keeps_the_chance_of_any_false_rejection():
+    rng = np.random.default_rng(8)
+    false = [(holm(rng.random(20)) <= 0.05).any() for _ in range(2000)]
+    assert np.mean(false) <= 0.06

@@ -3,7 +3,8 @@
 All three train the embedded base policy on the same task with the same batch, length limit, clipping and rewards. The
 learning rate is too small to move the policy, so that responses keep their lengths. TRL runs its own loop; after each
 of its steps, ours takes one step with recording and one without, in alternating order, so that all three see the
-machine in the same state. "Without" computes no entropy and no sum of squared probabilities either.
+machine in the same state. "Without" computes no entropy and no sum of squared probabilities either. After-update values
+and files are written every few steps only: figures are medians for each place in that cycle, averaged over the cycle.
 
 Run with ``make bench``, which installs TRL into an environment of its own.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -60,10 +62,11 @@ class Ours:
             context = ShapingBatch(samples.stats.logprob, samples.response_mask, batch.group_ids)
             advantages = batch.advantages[:, None].expand(samples.tokens.shape)
             shaped, _ = shape(advantages, context, config.shaping, self.step, None)
-            self.learner.update(batch, shaped, self.step)
+            metrics = self.learner.update(batch, shaped, self.step)
         if self.records:
+            after = self.learner.capture(batch, metrics) if config.record.captures(self.step) else None
             first = (self.step - 1) * len(batch.prompts)
-            record_batch(self.writer, batch, shaped, step=self.step, first_rollout_id=first, temperature=1.0)
+            record_batch(self.writer, batch, shaped, after, step=self.step, first_rollout_id=first, temperature=1.0)
             if self.step % config.record.flush_every == 0:
                 self.writer.flush(self.step)
         return time.perf_counter() - started, int(samples.lengths.sum())
@@ -150,14 +153,20 @@ def make_trl(config: Config, task: ReasoningGymTask, steps: int, out: Path, call
     )
 
 
+def typical(values: list[float], cycle: int) -> float:
+    """Median over cycles of the steps at each place in the cycle, averaged over places."""
+    return round(statistics.mean(statistics.median(values[place::cycle]) for place in range(cycle)), 3)
+
+
 def main() -> None:
     """Prints medians and median paired ratios as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="measured steps of each (default 20)")
+    parser.add_argument("--cycles", type=int, default=5, help="measured cycles of 10 steps of each (default 5)")
     parser.add_argument("--out", type=Path, help="file to write the result to as well")
     arguments = parser.parse_args()
-    steps = arguments.steps
     config = load_config("tiny", ["rollout.dynamic_sampling=false", f"optim.lr={STILL}"])
+    cycle = math.lcm(config.record.flush_every, config.record.after_update_every)
+    steps = cycle * arguments.cycles
     task = ReasoningGymTask(config.task.name, config.task.params, config.seed, config.task.num_heldout)
     with tempfile.TemporaryDirectory() as folder:
         arms = {
@@ -178,14 +187,15 @@ def main() -> None:
     batch = config.rollout.prompts_per_step * config.rollout.group_size
     result = {
         "steps": steps,
+        "steps_per_cycle": cycle,
         "responses_per_step": batch,
         "threads": torch.get_num_threads(),
-        "median_seconds_per_step": {name: round(statistics.median(values), 3) for name, values in seconds.items()},
+        "median_seconds_per_step": {name: typical(values, cycle) for name, values in seconds.items()},
         "mean_tokens_per_response": {
             **{name: statistics.mean(values) / batch for name, values in pairing.tokens.items()},
             "trl": statistics.mean(float(entry["completions/mean_length"]) for entry in logs),
         },
-        "median_paired_ratio": {name: round(statistics.median(values), 3) for name, values in ratio.items()},
+        "median_paired_ratio": {name: typical(values, cycle) for name, values in ratio.items()},
     }
     text = json.dumps(result, indent=2)
     print(text)

@@ -14,6 +14,7 @@ SMALL = [
     "eval.samples=2",
     "eval.every=2",
     "record.flush_every=1",
+    "record.after_update_every=2",
     "record.checkpoint_every=2",
 ]
 

@@ -5,7 +5,7 @@ import torch
 from analysis.trace import InputError
 from trainer.config import PolicyConfig
 from trainer.policy import Policy
-from trainer.rollout import SamplingParams, _invert_cdf, _keep_top_p, sample
+from trainer.rollout import SamplingParams, _keep_top_p, invert_cdf, sample, sample_at
 
 
 class FixedNumbers:
@@ -103,6 +103,17 @@ def test_responses_end_with_the_stop_token_or_at_the_limit(policy, prompts):
         assert not is_truncated or len(response) == 30
 
 
+def test_each_prompt_has_its_own_limit(policy, prompts):
+    """What a shorter limit leaves is what the longer one begins with."""
+    numbers = np.random.default_rng(7).random((3 * len(prompts), 30), dtype=np.float32)
+    limits = [30, 1, 7, 30, 12, 2]
+    whole = sample_at(policy, prompts, numbers, [30] * len(prompts), SamplingParams(30)).responses()
+    cut = sample_at(policy, prompts, numbers, limits, SamplingParams(30))
+    for row, response in enumerate(cut.responses()):
+        assert torch.equal(response, whole[row][: limits[row // 3]])
+        assert cut.is_truncated[row] != torch.isin(response[-1], policy.stop_ids)
+
+
 def test_mean_entropy_leaves_out_what_was_sampled_after_the_end(policy, prompts):
     samples = sample(policy, prompts, 8, SamplingParams(40), np.random.default_rng(6))
     assert (samples.stats.entropy[~samples.response_mask] > 0).any(), "nothing stands after an end"
@@ -133,4 +144,4 @@ def test_top_p_keeps_the_smallest_sufficient_set():
 def test_no_token_of_probability_zero_is_drawn():
     p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).expand(4, 5)
     uniforms = torch.tensor([0.0, 0.25, 0.9, float(np.nextafter(np.float32(1), np.float32(0)))])
-    assert _invert_cdf(p, uniforms).tolist() == [1, 3, 3, 3]
+    assert invert_cdf(p, uniforms).tolist() == [1, 3, 3, 3]

@@ -1,10 +1,10 @@
 -- question: T1. How does entropy in the first and last fifth of a response compare with its middle, in the plateau?
--- grain: one row per run and prompt, over responses in the update of at least five tokens
+-- grain: one row per run, step and prompt, over responses in the update of at least five tokens
 -- params: $runs list of run_id, null = all
 -- units: first_sum, middle_sum, last_sum = sums over responses of the mean entropy of that part, nats per token
 -- needs: tokens
 with fifths as (
-  select run_id, rollout_id, prompt_id, entropy, floor(relative_position * 5)::integer as fifth
+  select run_id, step, rollout_id, prompt_id, entropy, floor(relative_position * 5)::integer as fifth
   from staged_tokens
   where
     stage = 'plateau'
@@ -15,6 +15,7 @@ with fifths as (
 per_response as (
   select
     run_id,
+    step,
     rollout_id,
     prompt_id,
     avg(entropy) filter (where fifth = 0) as first_mean,
@@ -26,6 +27,7 @@ per_response as (
 final as (
   select
     run_id,
+    step,
     prompt_id,
     sum(first_mean) as first_sum,
     sum(middle_mean) as middle_sum,

@@ -1,7 +1,7 @@
--- question: I1. By how much is the low-perplexity half of each prompt's mixed groups more often right in the plateau?
--- grain: one row per run and prompt
+-- question: I1. By how much is the low-perplexity half of each mixed group more often right in the plateau?
+-- grain: one row per run, step and prompt (a group that holds right and wrong responses)
 -- params: $runs list of run_id, null = all
--- units: difference_sum = sum over groups of accuracy (low half) - accuracy (high half), each in [-1, 1]
+-- units: difference = accuracy (low half) - accuracy (high half), in [-1, 1]; num_groups counts it
 -- needs: responses
 with ranked as (
   select
@@ -12,21 +12,17 @@ with ranked as (
   where stage = 'plateau' and ppl is not null and ($runs is null or list_contains($runs, run_id))
 ),
 -- The middle response of an odd group belongs to neither half.
-per_group as (
+final as (
   select
     run_id,
     step,
     prompt_id,
     avg(is_correct::integer) filter (where ppl_rank <= group_size // 2)
-      - avg(is_correct::integer) filter (where ppl_rank > group_size - group_size // 2) as difference
+      - avg(is_correct::integer) filter (where ppl_rank > group_size - group_size // 2) as difference,
+    1 as num_groups
   from ranked
   group by all
   having bool_or(is_correct) and not bool_and(is_correct)
-),
-final as (
-  select run_id, prompt_id, sum(difference) as difference_sum, count(*) as num_groups
-  from per_group
-  group by all
   order by all
 )
 select * from final

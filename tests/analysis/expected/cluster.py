@@ -1,21 +1,48 @@
 EXPECTED = {
-    "window_sums": (
+    # Step 1: wrong responses have 8 + 4 nats over 4 tokens; within prompt a the gap is 4 - 2, within b 2 - 1.
+    "response_series": (
         {},
-        ["prompt_id", "window", "sample_sign", "entropy_sum", "num_tokens", "num_responses", "num_defective"],
+        ["step", "negative_entropy", "positive_entropy", "negative_share", "defect_share", "gap"],
+        [(1, 3, 1.5, 0.5, 0.5, 1.5), (10, 1, 1, 0.5, 0, 0), (20, 1.05, 0.6, 0.5, 0, 0.45)],
+    ),
+    "category_series": (
+        {},
+        ["step", "reasoning_share", "semantic_share"],
+        [(1, 0.5, 0.5), (10, 1, 0), (20, 0.2, 0.8)],
+    ),
+    "ppl_halves": ({}, ["step", "prompt_id", "difference", "num_groups"], [(20, "a", 1, 1), (20, "b", -1, 1)]),
+    # Top 20 % of 20 tokens: one of 2 nats, and all of 1 nat, since they tie. A group of two has no third tercile.
+    "high_entropy_terciles": (
+        {},
+        ["step", "prompt_id", "low_tokens", "low_reasoning", "high_tokens", "high_reasoning"],
+        [(20, "a", 2, 1, 0, 0), (20, "b", 5, 1, 0, 0)],
+    ),
+    # All gradient norms of 1 tie at the threshold of the top 20 %, so that every token is above it.
+    "movement_sums": (
+        {},
         [
-            ("a", "end", "negative", 2, 2, 1, 0),
-            ("a", "end", "positive", 2, 2, 1, 0),
-            ("a", "start", "negative", 8, 2, 1, 1),
-            ("a", "start", "positive", 4, 2, 1, 0),
-            ("b", "start", "negative", 4, 2, 1, 1),
-            ("b", "start", "positive", 2, 2, 1, 0),
+            *("prompt_id", "tokens", "movement", "still_tokens", "mover_movement"),
+            *("high_entropy_tokens", "high_entropy_movement", "high_gradient_tokens", "high_gradient_movement"),
+            *("positive_tokens", "positive_dp", "negative_tokens", "negative_dp"),
+            *("end_tokens", "end_movement", "end_grad_norm", "middle_tokens", "middle_movement", "middle_grad_norm"),
+        ],
+        [
+            ("a", 10, 0.6, 6, 0.6, 6, 0.5, 10, 0.6, 2, 0.3, 4, -0.2, 1, 0.1, 2, 3, 0, 3),
+            ("b", 10, 0.2, 8, 0.2, 5, 0.1, 10, 0.2, 0, 0, 5, -0.1, 1, 0, 1, 3, 0, 3),
         ],
     ),
-    "ppl_halves": ({}, ["prompt_id", "difference_sum", "num_groups"], [("a", 1, 1), ("b", -1, 1)]),
+    "impact_sums": (
+        {},
+        [
+            *("prompt_id", "low_ppl_tokens", "low_ppl_impact", "high_ppl_tokens", "high_ppl_impact"),
+            *("early_tokens", "early_impact", "late_tokens", "late_impact"),
+        ],
+        [("a", 2, 0.75, 0, 0, 1, 0.5, 1, 0.25), ("b", 0, 0, 2, 1.5, 1, 0.5, 1, 1)],
+    ),
     "position_fifths": (
         {},
-        ["prompt_id", "first_sum", "middle_sum", "last_sum", "num_responses"],
-        [("a", 3, 1.5, 1.5, 2), ("b", 1.5, 1.5, 1.5, 2)],
+        ["step", "prompt_id", "first_sum", "middle_sum", "last_sum", "num_responses"],
+        [(20, "a", 3, 1.5, 1.5, 2), (20, "b", 1.5, 1.5, 1.5, 2)],
     ),
     "eval_sums": (
         {"k": 1},

@@ -1,4 +1,17 @@
+from math import exp
+from statistics import linear_regression
+
 from tests.analysis.expected import SE
+
+# Entropy falls by 0.15 nats and accuracy rises by 0.05 at each of the first 10 steps.
+CURVE = [(2 - 0.15 * min(step, 10), 0.25 + 0.05 * min(step, 10)) for step in range(1, 25)]
+SLOPE, INTERCEPT = linear_regression([exp(entropy) for entropy, _ in CURVE], [accuracy for _, accuracy in CURVE])
+
+
+def around(value: float, se: float) -> tuple[float, float, float]:
+    """A value with the ends of its interval."""
+    return value, value - SE * se, value + SE * se
+
 
 EXPECTED = {
     "stage_dynamics": (
@@ -29,6 +42,132 @@ EXPECTED = {
             (1, "truncated", 0.25, 0, 0.25 + SE / 4, 4),
             *[(10, name, 0, None, None, 2) for name in ("any", "format_violation", "irrelevant")],
             *[(10, name, 0, None, None, 2) for name in ("repetition", "truncated")],
+        ],
+    ),
+    "exchange_law": (
+        {},
+        ["step", "stage", "entropy", "accuracy", "accuracy_fit", "a", "b", "ceiling", "num_steps"],
+        [
+            (
+                step,
+                "rising" if step <= 10 else "plateau",
+                entropy,
+                accuracy,
+                INTERCEPT + SLOPE * exp(entropy),
+                -SLOPE,
+                INTERCEPT,
+                INTERCEPT + SLOPE,
+                24,
+            )
+            for step, (entropy, accuracy) in enumerate(CURVE, start=1)
+        ],
+    ),
+    # Prompt a: 4 - 2 at step 1, 1 - 1 at step 10, 1.1 - 0.7 at step 20; prompt b: 2 - 1 and 1 - 0.5.
+    "entropy_gap_by_prompt": (
+        {},
+        ["step", "stage", "gap", "low", "high", "num_prompts", "boundary_step"],
+        [
+            (1, "rising", 1.5, 1.5 - SE / 2, 1.5 + SE / 2, 2, 10),
+            (10, "rising", 0, None, None, 1, 10),
+            (20, "plateau", 0.45, 0.45 - SE / 20, 0.45 + SE / 20, 2, 10),
+        ],
+    ),
+    # A digit and a word in each response of step 1; at step 10 three digits and " so", all of one prompt.
+    "category_shares": (
+        {"stage": "rising"},
+        ["step", "category", "share", "low", "high", "num_tokens", "num_prompts"],
+        [
+            (1, "formal_reasoning", 0.5, 0.5, 0.5, 4, 2),
+            (1, "logical_structuring", 0, 0, 0, 0, 2),
+            (1, "metacognitive", 0, 0, 0, 0, 2),
+            (1, "semantic_support", 0.5, 0.5, 0.5, 4, 2),
+            (1, "special", 0, 0, 0, 0, 2),
+            (10, "formal_reasoning", 0.75, None, None, 3, 1),
+            (10, "logical_structuring", 0.25, None, None, 1, 1),
+            (10, "metacognitive", 0, None, None, 0, 1),
+            (10, "semantic_support", 0, None, None, 0, 1),
+            (10, "special", 0, None, None, 0, 1),
+        ],
+    ),
+    # "so" rises as much as "1", which comes first in the alphabet. One step a window leaves no interval.
+    "word_changes": (
+        {"min_count": 1, "words": 1},
+        ["word", "category", "share_start", "share_end", "change", "low", "high", "num_start", "num_end", "rank_rise"],
+        [
+            ("1", "formal_reasoning", 0.5, 0.75, 0.25, None, None, 4, 3, 1),
+            ("dog", "semantic_support", 0.5, 0, -0.5, None, None, 4, 0, 3),
+        ],
+    ),
+    # Of ten tokens a sign, prompt a has 0.2, 0.1 and three 0, prompt b 0.1 and four 0: residuals +-1/2 but for 0.1,
+    # se = sqrt(2 / 2) / 10. 0.1 is the edge of a bin: in float32 0.5 + 0.1 lies a little lower, 0.5 - 0.1 as well.
+    "movement_distribution": (
+        {"stage": "plateau"},
+        ["sample_sign", "bin_low", "bin_high", "share", "low", "high", "num_tokens", "num_prompts"],
+        [
+            (sign, 10 ** (bin / 4) if bin > -25 else 0, 10 ** ((bin + 1) / 4), *filled.get(bin, (0, 0, 0, 0)), 2)
+            for sign, bin_of_tenth in (("negative", -4), ("positive", -5))
+            for filled in [
+                {
+                    -25: (0.7, 0.7 - SE / 10, 0.7 + SE / 10, 7),
+                    bin_of_tenth: (0.2, 0.2, 0.2, 2),
+                    -3: (0.1, 0, 0.1 + SE / 10, 1),
+                }
+            ]
+            for bin in range(-25, 0)
+        ],
+    ),
+    # 20 tokens of the plateau: 0.2 twice, 0.1 four times, else 0. Prompt a has 0.4 of its 0.6 in the top two tokens, b
+    # nothing of its 0.2: residuals +-0.1, se = sqrt(2 * 0.02) / 0.8 = 1/4.
+    "movement_concentration": (
+        {"stage": "plateau"},
+        ["top", "share", "low", "high", "token_share", "even", "normal", "threshold", "num_tokens", "num_prompts"],
+        [
+            (0.01, 0.5, 0.5 - SE / 4, 0.5 + SE / 4, 0.1, 0.1, 0.0362452, exp(-1.61), 20, 2),
+            (0.05, 0.5, 0.5 - SE / 4, 0.5 + SE / 4, 0.1, 0.1, 0.1465001, exp(-1.61), 20, 2),
+            (0.2, 1, 1, 1, 0.3, 0.3, 0.4399091, exp(-2.303), 20, 2),
+        ],
+    ),
+    # Entropy 0.5 nine times, 1 ten times, 2 once: deciles 1, 5 and 10. Both 8-token rows: 3 tokens of one prompt
+    # without movement, 5 of the other with 0.1 in all: residuals +-3/80, se = sqrt(2 * 2) * 3/80 / 8 = 3/320.
+    "movement_by_entropy": (
+        {"stage": "plateau"},
+        [
+            *["sample_sign", "entropy_decile", "dp", "low", "high", "movement", "movement_low", "movement_high"],
+            *["grad_norm", "entropy_mean", "num_tokens", "num_prompts"],
+        ],
+        [
+            ("negative", 1, -0.1, None, None, 0.1, None, None, 1, 0.5, 1, 1),
+            ("negative", 5, *around(-1 / 80, 3 / 320), *around(1 / 80, 3 / 320), 1, 1, 8, 2),
+            ("negative", 10, -0.2, None, None, 0.2, None, None, 4, 2, 1, 1),
+            ("positive", 1, *around(1 / 80, 3 / 320), *around(1 / 80, 3 / 320), 1, 0.5, 8, 2),
+            ("positive", 5, 0.15, None, None, 0.15, None, None, 2, 1, 2, 1),
+        ],
+    ),
+    # Digits come first, words follow. Words: 0.1 among the four of one prompt: residuals +-1/20, se = 2 / 20 / 8.
+    "movement_by_category": (
+        {"stage": "plateau"},
+        [
+            *["sample_sign", "category", "dp", "low", "high", "movement", "movement_low", "movement_high"],
+            *["grad_norm", "num_tokens", "num_prompts"],
+        ],
+        [
+            ("negative", "formal_reasoning", *around(-0.15, 1 / 20), *around(0.15, 1 / 20), 2.5, 2, 2),
+            ("negative", "semantic_support", *around(-1 / 80, 1 / 80), *around(1 / 80, 1 / 80), 1, 8, 2),
+            ("positive", "formal_reasoning", *around(0.15, 1 / 20), *around(0.15, 1 / 20), 1.5, 2, 2),
+            ("positive", "semantic_support", *around(1 / 80, 1 / 80), *around(1 / 80, 1 / 80), 1.125, 8, 2),
+        ],
+    ),
+    # log2 of entropy and gradient norm, negative: (1, 2), (-1, 0) and eight (0, 0): 2 / sqrt(2 * (4 - 4/10)).
+    # Positive: (0, 1) and (-1, 0) only. Entropy 0.5, 1, 2 in cells 29, 32, 34 from 1e-4, norms 1, 2, 4 in 26, 28, 30.
+    "entropy_gradient_density": (
+        {"stage": "plateau"},
+        ["sample_sign", "entropy_low", "grad_norm_low", "num_tokens", "share", "correlation", "low", "num_steps"],
+        [
+            ("negative", 10**-0.375, 10**-0.1, 1, 0.1, 2 / 7.2**0.5, None, 1),
+            ("negative", 1, 10**-0.1, 8, 0.8, 2 / 7.2**0.5, None, 1),
+            ("negative", 10**0.25, 10**0.5, 1, 0.1, 2 / 7.2**0.5, None, 1),
+            ("positive", 10**-0.375, 10**-0.1, 8, 0.8, 1, None, 1),
+            ("positive", 1, 10**0.2, 2, 0.2, 1, None, 1),
         ],
     ),
 }

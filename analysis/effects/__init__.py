@@ -1,0 +1,1 @@
+"""What each claim is judged by: effects with their intervals."""

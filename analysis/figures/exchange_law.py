@@ -1,0 +1,79 @@
+"""Accuracy against entropy over training, with the exchange law fitted (claim E1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.figures import style
+from analysis.stats import LEVEL, resample_blocks
+
+if TYPE_CHECKING:
+    import polars as pl
+    from matplotlib.axes import Axes
+
+CAPTION = (
+    "Each point is a training step. The curve is accuracy = b - a exp(entropy) (arXiv 2505.22617), fitted to all steps "
+    "of a run: if it holds, accuracy is bought with entropy, and b - a is what is left to gain when entropy reaches 0. "
+    "A good fit alone says little, because both measures follow the step; look whether the plateau lies on the curve."
+)
+STAGES = {"rising": (style.ORANGE, "o"), "plateau": (style.BLUE, "s")}
+
+
+def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
+    """Draws the steps of each stage, the fitted curve of each run and its band."""
+    for stage, (color, marker) in STAGES.items():
+        part = frame.filter(stage=stage)
+        if not part.is_empty():
+            ax.scatter(part["entropy"], part["accuracy"], s=12, color=color, marker=marker, alpha=0.6, label=stage)
+    fitted = frame.drop_nulls("a")
+    for _, run, line in style.by_run(fitted):
+        entropy = np.sort(run["entropy"])
+        ax.plot(entropy, run["b"][0] - run["a"][0] * np.exp(entropy), color=style.INK, linestyle=line)
+        ax.fill_between(entropy, *fit_band(run, entropy), color=style.INK, alpha=0.16, linewidth=0)
+    lengths = [run.height for _, run, _ in style.by_run(frame)]
+    style.label(
+        ax,
+        "mean token entropy (nats)",
+        "accuracy of sampled responses",
+        f"n = {style.span(lengths)} steps in {style.count(lengths, 'run')}, not independent; "
+        "band: 95 % interval, block bootstrap",
+    )
+    ax.set_xlim(left=0)
+    ax.set_ylim(0, 1)
+    style.legend(ax, loc="best", title=describe_fit(fitted), title_fontsize=7.5, alignment="left")
+    return ax
+
+
+def fit_band(run: pl.DataFrame, entropy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval of one run's fitted curve: refitted with its residuals resampled in blocks of steps.
+
+    Steps keep their entropy, because resampled pairs would often miss the few steps of high entropy that carry the fit.
+
+    Args:
+        run: Rows of one run in the order of steps.
+        entropy: Where to evaluate the curve, nats, shape ``(n,)``.
+
+    Returns:
+        Lower and upper end of accuracy, shape ``(n,)`` each.
+    """
+    x, fit = run["exp_entropy"].to_numpy(), run["accuracy_fit"].to_numpy()
+    residuals = run["accuracy"].to_numpy() - fit
+    drawn = fit[:, None] + residuals[resample_blocks(run.height, np.random.default_rng(0))]
+    slope, intercept = np.polyfit(x, drawn, 1)
+    low, high = np.percentile(intercept + slope * np.exp(entropy)[:, None], LEVEL, axis=1)
+    return low, high
+
+
+def describe_fit(frame: pl.DataFrame) -> str:
+    """Coefficients, ceiling and share of variance explained, in words; ranges where runs differ."""
+    if frame.is_empty():
+        return "no fit: entropy does not vary"
+    a, b, ceiling, r2 = (_range(frame[name]) for name in ("a", "b", "ceiling", "r2"))
+    return f"accuracy = b - a exp(entropy)\na = {a}, b = {b}, R² = {r2}\nat entropy 0: {ceiling}"
+
+
+def _range(values: pl.Series) -> str:
+    low, high = (f"{value:.2f}" for value in (values.min(), values.max()))
+    return low if low == high else f"{low} to {high}"

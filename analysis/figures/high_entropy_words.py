@@ -1,0 +1,72 @@
+"""Which words the high-entropy tokens are (claims S6, T3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from analysis.figures import style
+
+if TYPE_CHECKING:
+    import polars as pl
+    from matplotlib.axes import Axes
+
+CAPTION = (
+    "The words that are most frequent among the 20 % of tokens with the highest entropy, coloured by function. The "
+    "number beside a bar says how often the word has high entropy where it occurs: a frequent word needs no high "
+    "number to stand here."
+)
+MAX_LABEL = 14
+
+
+def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
+    """Draws one bar a word with its interval, for the first run and the stage ``style.late_stage`` picks."""
+    shown, stage = style.late_stage(frame)
+    name, run, _ = style.by_run(shown)[0]
+    high = run["high"].fill_null(run["share"])
+    for category, color in style.CATEGORY_COLORS.items():
+        part = run.filter(category=category)
+        if part.is_empty():
+            continue
+        errors = [100 * (part["share"] - part["low"]), 100 * (part["high"] - part["share"])]
+        ax.barh(
+            part["rank"],
+            100 * part["share"],
+            xerr=[error.fill_null(0) for error in errors],
+            color=color,
+            height=0.7,
+            error_kw={"elinewidth": 1, "ecolor": style.INK},
+            label=category.replace("_", " "),
+        )
+    for rank, end, rate in zip(run["rank"], high, run["high_rate"], strict=True):
+        ax.annotate(
+            f"{rate:.0%}",
+            (100 * end, rank),
+            (3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            color=style.INK,
+        )
+    ax.set_yticks(run["rank"], [_short(word) for word in run["text"]], fontsize=7.5)
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.set_xlim(left=0)
+    ax.grid(visible=False, axis="y")
+    runs = frame["run_id"].n_unique()
+    style.label(
+        ax,
+        "share of high-entropy tokens (%)",
+        "",
+        f"{stage}{f' of {name}, the first of {runs} runs' if runs > 1 else ''}; "
+        f"{run['num_high'].sum():,} high-entropy tokens ({run['share'].sum():.0%} of all)\n"
+        "beside a bar: of the word's own occurrences; "
+        f"bars: 95 % interval over {style.count(range(run['num_steps'][0]), 'step')}",
+    )
+    style.legend(ax, loc="lower right")
+    return ax
+
+
+def _short(word: str) -> str:
+    """``word`` on one line, cut, and with nothing in it that matplotlib would typeset."""
+    word = " ".join(word.split()).replace("$", r"\$")
+    return word if len(word) <= MAX_LABEL else f"{word[: MAX_LABEL - 1]}…"

@@ -1,0 +1,63 @@
+"""How much of the movement of probabilities lies in the tokens that move most (claim S5)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.figures import style
+
+if TYPE_CHECKING:
+    import polars as pl
+    from matplotlib.axes import Axes
+
+CAPTION = (
+    "Tokens are ranked by |Δp|, how far an update moved the probability of the token that had been sampled; a bar is "
+    "what the top 1, 5 and 20 % hold of all movement. Dashes mark what a normal distribution of Δp would give, dots "
+    "what equal movement of all tokens would. Bars far above both say that few tokens carry the learning."
+)
+STAGES = {"rising": style.ORANGE, "plateau": style.BLUE}
+# Column: what the mark says, line style.
+MARKS = {"normal": ("if Δp were normally distributed", "--"), "even": ("if all tokens moved equally", ":")}
+WIDTH = 0.8
+
+
+def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
+    """Draws one bar a share of tokens, stage and run, with the two marks beside it."""
+    tops = sorted(set(frame["top"]))
+    series = frame.select("run_id", "stage").unique(maintain_order=True).sort("stage", descending=True)
+    offsets = WIDTH * ((np.arange(series.height) + 0.5) / series.height - 0.5)
+    width = WIDTH / series.height
+    labelled: set[str] = set()
+    for (run, stage), offset in zip(series.iter_rows(), offsets, strict=True):
+        part = frame.filter(run_id=run, stage=stage)
+        places = np.array([tops.index(top) for top in part["top"]]) + offset
+        errors = [(part["share"] - part["low"]).fill_null(0), (part["high"] - part["share"]).fill_null(0)]
+        ax.bar(
+            places,
+            part["share"],
+            yerr=errors,
+            width=0.9 * width,
+            color=STAGES[stage],
+            error_kw={"elinewidth": 1.2, "capsize": 2, "ecolor": style.INK},
+            label=None if stage in labelled else stage,
+        )
+        for kind, (_, dashes) in MARKS.items():
+            ends = places - 0.45 * width, places + 0.45 * width
+            ax.hlines(part[kind], ends[0], ends[1], color=style.INK, linestyle=dashes, linewidth=1.2)
+        labelled.add(stage)
+    for name, dashes in MARKS.values():
+        ax.plot([], [], color=style.INK, linestyle=dashes, linewidth=1.2, label=name)
+    ax.set_xticks(range(len(tops)), [f"top {100 * top:g} %" for top in tops])
+    style.label(
+        ax,
+        "tokens that move most, by |Δp|",
+        "share of all movement",
+        f"{style.span(frame['num_tokens'])} tokens, {style.span(frame['num_prompts'])} prompts a bar; "
+        "95 % interval, clustered by prompt",
+    )
+    ax.set_ylim(0, 1.05)
+    ax.grid(visible=False, axis="x")
+    style.legend(ax, loc="best")
+    return ax

@@ -1,0 +1,27 @@
+-- question: I2, T2. What did replacing a token cost right responses, by perplexity and position?
+-- grain: one row per run and prompt, over interventions in responses that were right
+-- params: $runs list of run_id, null = all
+-- units: *_impact = sums of accuracy with the original minus with the alternative; *_tokens in interventions
+-- needs: interventions
+with right_responses as (
+  select *, position / response_length as relative_position
+  from interventions
+  where is_correct and ($runs is null or list_contains($runs, run_id))
+),
+final as (
+  select
+    run_id,
+    prompt_id,
+    count(*) filter (where ppl_tercile = 1) as low_ppl_tokens,
+    coalesce(sum(impact::double) filter (where ppl_tercile = 1), 0) as low_ppl_impact,
+    count(*) filter (where ppl_tercile = 3) as high_ppl_tokens,
+    coalesce(sum(impact::double) filter (where ppl_tercile = 3), 0) as high_ppl_impact,
+    count(*) filter (where relative_position < 0.5) as early_tokens,
+    coalesce(sum(impact::double) filter (where relative_position < 0.5), 0) as early_impact,
+    count(*) filter (where relative_position >= 0.5) as late_tokens,
+    coalesce(sum(impact::double) filter (where relative_position >= 0.5), 0) as late_impact
+  from right_responses
+  group by all
+  order by all
+)
+select * from final

@@ -1,0 +1,78 @@
+-- question: I1. Are the high-entropy tokens of low-perplexity responses more often reasoning tokens?
+-- grain: one row per run, stage, perplexity tercile of the group (1 = lowest) and category; responses in the update
+-- params: $runs list of run_id, null = all; $stage rising or plateau, null = both; $top share of tokens, null = 0.2
+-- units: share, low, high in [0, 1] of the num_tokens high-entropy tokens (95 % interval, clustered by prompt)
+-- needs: tokens
+with
+-- High-entropy: the $top share of the stage's tokens in the update, by a threshold that is at most 0.1 % too low.
+high_entropy as (
+  select tokens.run_id, tokens.rollout_id, tokens.category, count(*) as tokens
+  from staged_tokens as tokens
+  join entropy_thresholds(coalesce($top, 0.2)) as thresholds
+    on thresholds.run_id = tokens.run_id
+    and thresholds.stage = tokens.stage
+    and tokens.entropy >= thresholds.entropy_threshold
+  where
+    tokens.sample_sign is not null
+    and ($runs is null or list_contains($runs, tokens.run_id))
+    and ($stage is null or tokens.stage = $stage)
+  group by all
+),
+terciles as (
+  select
+    run_id,
+    stage,
+    prompt_id,
+    rollout_id,
+    ntile(3) over (partition by run_id, step, prompt_id order by ppl, sample_index) as ppl_tercile
+  from staged_responses
+  where
+    sample_sign is not null
+    and ($runs is null or list_contains($runs, run_id))
+    and ($stage is null or stage = $stage)
+),
+-- 'reasoning' = formal_reasoning, logical_structuring and metacognitive together.
+kinds as (
+  select
+    unnest([
+      'reasoning', 'formal_reasoning', 'logical_structuring', 'metacognitive', 'semantic_support', 'special'
+    ]) as category
+),
+per_prompt as (
+  select
+    run_id,
+    stage,
+    ppl_tercile,
+    kinds.category,
+    prompt_id,
+    sum(tokens) as tokens,
+    sum(
+      if(
+        high_entropy.category = kinds.category
+        or kinds.category = 'reasoning'
+        and high_entropy.category in ('formal_reasoning', 'logical_structuring', 'metacognitive'),
+        tokens,
+        0
+      )
+    ) as tokens_of_category
+  from high_entropy
+  join terciles using (run_id, rollout_id)
+  cross join kinds
+  group by all
+),
+final as (
+  select
+    run_id,
+    stage,
+    ppl_tercile,
+    category,
+    clustered_mean(tokens_of_category, tokens) as share,
+    as_share(clustered_low(tokens_of_category, tokens)) as low,
+    as_share(clustered_high(tokens_of_category, tokens)) as high,
+    sum(tokens)::bigint as num_tokens,
+    count(*) as num_prompts
+  from per_prompt
+  group by all
+  order by run_id, stage desc, ppl_tercile, category
+)
+select * from final

@@ -1,0 +1,42 @@
+-- question: I2. Does replacing a token change the outcome of low-perplexity responses less often?
+-- grain: one row per run, correctness of the response and perplexity tercile of its group (1 = lowest)
+-- params: $runs list of run_id, null = all
+-- units: impact, low, high in [-1, 1], movement*, accuracy_* in [0, 1] of accuracy (95 % interval, clustered by prompt)
+-- needs: interventions
+with
+-- All checkpoints and seeds together. movement = mean |impact|, which chance alone keeps above 0.
+per_prompt as (
+  select
+    run_id,
+    is_correct,
+    ppl_tercile,
+    prompt_id,
+    sum(impact::double) as impact_sum,
+    sum(abs(impact::double)) as movement_sum,
+    sum(accuracy_original::double) as original_sum,
+    sum(accuracy_alternative::double) as alternative_sum,
+    count(*) as replaced
+  from interventions
+  where $runs is null or list_contains($runs, run_id)
+  group by all
+),
+final as (
+  select
+    run_id,
+    is_correct,
+    ppl_tercile,
+    clustered_mean(impact_sum, replaced) as impact,
+    clustered_low(impact_sum, replaced) as low,
+    clustered_high(impact_sum, replaced) as high,
+    clustered_mean(movement_sum, replaced) as movement,
+    as_share(clustered_low(movement_sum, replaced)) as movement_low,
+    as_share(clustered_high(movement_sum, replaced)) as movement_high,
+    clustered_mean(original_sum, replaced) as accuracy_original,
+    clustered_mean(alternative_sum, replaced) as accuracy_alternative,
+    sum(replaced)::bigint as num_interventions,
+    count(*) as num_prompts
+  from per_prompt
+  group by all
+  order by run_id, is_correct, ppl_tercile
+)
+select * from final

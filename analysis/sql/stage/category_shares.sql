@@ -1,0 +1,52 @@
+-- question: S3. Do task-irrelevant tokens become rarer, and reasoning tokens more frequent, in the rising stage?
+-- grain: one row per run, step and token category, over all sampled tokens; share 0 where a category does not occur
+-- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
+-- units: share, low, high in [0, 1] of tokens (95 % interval, clustered by prompt); num_tokens in tokens
+-- needs: tokens
+with tokens_of_runs as (
+  select run_id, step, stage, prompt_id, category
+  from staged_tokens
+  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
+),
+per_prompt as (
+  select
+    run_id,
+    step,
+    stage,
+    prompt_id,
+    count(*) as tokens,
+    count(*) filter (where category = 'formal_reasoning') as formal_reasoning,
+    count(*) filter (where category = 'logical_structuring') as logical_structuring,
+    count(*) filter (where category = 'metacognitive') as metacognitive,
+    count(*) filter (where category = 'semantic_support') as semantic_support,
+    count(*) filter (where category = 'special') as special
+  from tokens_of_runs
+  group by all
+),
+per_category as (
+  select *
+  from per_prompt unpivot (
+    occurrences for category in (formal_reasoning, logical_structuring, metacognitive, semantic_support, special)
+  )
+),
+per_step as (
+  select
+    run_id,
+    step,
+    stage,
+    category,
+    clustered_mean(occurrences, tokens) as share,
+    as_share(clustered_low(occurrences, tokens)) as low,
+    as_share(clustered_high(occurrences, tokens)) as high,
+    sum(occurrences)::bigint as num_tokens,
+    count(*) as num_prompts
+  from per_category
+  group by all
+),
+final as (
+  select per_step.*, boundary_step, boundary_low, boundary_high
+  from per_step
+  join stages using (run_id, stage)
+  order by run_id, step, category
+)
+select * from final

@@ -1,0 +1,43 @@
+-- question: S2. Do wrong (negative) responses have more entropy than right (positive) ones to the same prompt?
+-- grain: one row per run and step, over prompts that hold both signs; responses count alike, whatever their length
+-- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
+-- units: gap = negative - positive, low, high in nats per token (95 % interval over prompts); boundary_* in steps
+-- needs: responses
+with responses as (
+  select run_id, step, stage, prompt_id, sample_sign, entropy_mean::double as entropy
+  from staged_responses
+  where
+    sample_sign is not null
+    and ($runs is null or list_contains($runs, run_id))
+    and ($stage is null or stage = $stage)
+),
+per_prompt as (
+  select
+    run_id,
+    step,
+    stage,
+    prompt_id,
+    avg(entropy) filter (where sample_sign = 'negative') - avg(entropy) filter (where sample_sign = 'positive') as gap
+  from responses
+  group by all
+),
+per_step as (
+  select
+    run_id,
+    step,
+    stage,
+    clustered_mean(gap, 1) as gap,
+    clustered_low(gap, 1) as low,
+    clustered_high(gap, 1) as high,
+    count(*) as num_prompts
+  from per_prompt
+  where gap is not null
+  group by all
+),
+final as (
+  select per_step.*, boundary_step, boundary_low, boundary_high
+  from per_step
+  join stages using (run_id, stage)
+  order by run_id, step
+)
+select * from final

@@ -1,0 +1,64 @@
+-- question: S5. How far does an update move the probabilities of the sampled tokens: do most hardly move?
+-- grain: one row per run, stage, sample sign and bin of |dp| (0.25 in log10 wide, the first [0, 1e-6)), empty ones too
+-- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
+-- units: share, low, high in [0, 1] of the sign's tokens (95 % interval, clustered by prompt); bin_* in |dp|
+-- needs: after-update values
+with moved as (
+  select
+    run_id,
+    stage,
+    sample_sign,
+    prompt_id,
+    abs(exp(logprob_after::double) - exp(logprob::double)) as movement
+  from staged_tokens
+  where
+    logprob_after is not null
+    and sample_sign is not null
+    and ($runs is null or list_contains($runs, run_id))
+    and ($stage is null or stage = $stage)
+),
+counted as (
+  select
+    run_id,
+    stage,
+    sample_sign,
+    prompt_id,
+    case
+      when movement < 1e-6 then -25
+      else greatest(-24, least(-1, floor(4 * log10(movement))::integer))
+    end as bin,
+    count(*) as tokens
+  from moved
+  group by all
+),
+bins as (
+  select unnest(range(-25, 0)) as bin
+),
+prompts as (
+  select run_id, stage, sample_sign, prompt_id, sum(tokens) as tokens
+  from counted
+  group by all
+),
+per_prompt as (
+  select prompts.*, bins.bin, coalesce(counted.tokens, 0) as in_bin
+  from prompts
+  cross join bins
+  left join counted using (run_id, stage, sample_sign, prompt_id, bin)
+),
+final as (
+  select
+    run_id,
+    stage,
+    sample_sign,
+    if(bin = -25, 0, pow(10, bin / 4)) as bin_low,
+    pow(10, (bin + 1) / 4) as bin_high,
+    clustered_mean(in_bin, tokens) as share,
+    as_share(clustered_low(in_bin, tokens)) as low,
+    as_share(clustered_high(in_bin, tokens)) as high,
+    sum(in_bin)::bigint as num_tokens,
+    count(*) as num_prompts
+  from per_prompt
+  group by run_id, stage, sample_sign, bin
+  order by run_id, stage desc, sample_sign, bin
+)
+select * from final

@@ -1,0 +1,57 @@
+-- question: S6, T3. Where in a response do the high-entropy tokens stand?
+-- grain: one row per run, stage and bin of relative position (0 = first), over tokens in the update
+-- params: $runs list of run_id, null = all; $stage, null = both; $bins of position, null = 10; $top share, null = 0.2
+-- units: share*, low, high, position_mid in [0, 1] (95 % interval, clustered by prompt); entropy_threshold in nats
+-- needs: tokens
+with
+-- High-entropy: the $top share of the stage's tokens in the update, by a threshold that is at most 0.1 % too low.
+tokens_in_update as (
+  select
+    tokens.run_id,
+    tokens.stage,
+    floor(tokens.relative_position * coalesce($bins, 10)::integer)::integer as position_bin,
+    tokens.prompt_id,
+    tokens.entropy >= thresholds.entropy_threshold as is_high_entropy,
+    thresholds.entropy_threshold
+  from staged_tokens as tokens
+  join entropy_thresholds(coalesce($top, 0.2)) as thresholds
+    on thresholds.run_id = tokens.run_id and thresholds.stage = tokens.stage
+  where
+    tokens.sample_sign is not null
+    and ($runs is null or list_contains($runs, tokens.run_id))
+    and ($stage is null or tokens.stage = $stage)
+),
+per_prompt as (
+  select
+    run_id,
+    stage,
+    position_bin,
+    prompt_id,
+    any_value(entropy_threshold) as entropy_threshold,
+    count(*) as tokens,
+    count(*) filter (where is_high_entropy) as high_tokens
+  from tokens_in_update
+  group by all
+),
+per_bin as (
+  select
+    run_id,
+    stage,
+    position_bin,
+    (position_bin + 0.5) / coalesce($bins, 10)::integer as position_mid,
+    clustered_mean(high_tokens, tokens) as share,
+    as_share(clustered_low(high_tokens, tokens)) as low,
+    as_share(clustered_high(high_tokens, tokens)) as high,
+    sum(high_tokens)::bigint as num_high,
+    sum(tokens)::bigint as num_tokens,
+    count(*) as num_prompts,
+    any_value(entropy_threshold) as entropy_threshold
+  from per_prompt
+  group by all
+),
+final as (
+  select *, num_high / sum(num_high) over (partition by run_id, stage) as share_of_high
+  from per_bin
+  order by run_id, stage desc, position_bin
+)
+select * from final

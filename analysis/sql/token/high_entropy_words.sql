@@ -1,0 +1,106 @@
+-- question: S6, T3. Which words are the high-entropy tokens?
+-- grain: one row per run, stage and word, the $words most frequent among high-entropy tokens; tokens in the update only
+-- params: $runs list of run_id, null = all; $stage, null = both; $top share, null = 0.2; $words to keep, null = 15
+-- units: share, low, high, high_rate in [0, 1] (95 % interval, clustered by step); entropy_mean in nats
+-- needs: tokens
+with
+-- High-entropy: the $top share of the stage's tokens in the update, by a threshold that is at most 0.1 % too low.
+counted as (
+  select
+    tokens.run_id,
+    tokens.stage,
+    tokens.step,
+    tokens.token_id,
+    count(*) as tokens,
+    count(*) filter (where tokens.entropy >= thresholds.entropy_threshold) as high_tokens,
+    sum(tokens.entropy) as entropy_sum
+  from staged_tokens as tokens
+  join entropy_thresholds(coalesce($top, 0.2)) as thresholds
+    on thresholds.run_id = tokens.run_id and thresholds.stage = tokens.stage
+  where
+    tokens.sample_sign is not null
+    and ($runs is null or list_contains($runs, tokens.run_id))
+    and ($stage is null or tokens.stage = $stage)
+  group by all
+),
+-- Case, white space and the marks that tokenizers put on word starts make no other word.
+words as (
+  select
+    run_id,
+    token_id,
+    category,
+    coalesce(
+      nullif(lower(trim(text, '▁ĠĊĉ ' || chr(9) || chr(10) || chr(13))), ''), '<' || token_id || '>'
+    ) as text
+  from vocab
+),
+per_step as (
+  select
+    run_id,
+    stage,
+    text,
+    step,
+    min(category) as category,
+    sum(tokens) as tokens,
+    sum(high_tokens) as high_tokens,
+    sum(entropy_sum) as entropy_sum
+  from counted
+  join words using (run_id, token_id)
+  group by all
+),
+most_frequent as (
+  select
+    run_id,
+    stage,
+    text,
+    min(category) as category,
+    sum(tokens)::bigint as num_all,
+    sum(high_tokens)::bigint as num_high,
+    sum(entropy_sum) / sum(tokens) as entropy_mean,
+    row_number() over (partition by run_id, stage order by sum(high_tokens) desc, text) as rank
+  from per_step
+  group by run_id, stage, text
+  having sum(high_tokens) > 0
+  qualify rank <= coalesce($words, 15)::integer
+),
+steps_with_any as (
+  select run_id, stage, step, sum(high_tokens) as all_high_tokens
+  from per_step
+  group by all
+  having all_high_tokens > 0
+),
+-- A step without the word counts with 0.
+shares as (
+  select
+    run_id,
+    stage,
+    text,
+    clustered_mean(coalesce(high_tokens, 0), all_high_tokens) as share,
+    as_share(clustered_low(coalesce(high_tokens, 0), all_high_tokens)) as low,
+    as_share(clustered_high(coalesce(high_tokens, 0), all_high_tokens)) as high,
+    count(*) as num_steps
+  from most_frequent
+  join steps_with_any using (run_id, stage)
+  left join per_step using (run_id, stage, text, step)
+  group by all
+),
+final as (
+  select
+    run_id,
+    stage,
+    rank,
+    text,
+    category,
+    share,
+    low,
+    high,
+    num_high / num_all as high_rate,
+    entropy_mean,
+    num_high,
+    num_all,
+    num_steps
+  from most_frequent
+  join shares using (run_id, stage, text)
+  order by run_id, stage desc, rank
+)
+select * from final

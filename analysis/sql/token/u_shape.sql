@@ -1,0 +1,72 @@
+-- question: T1. Is entropy higher at both ends of a response than in its middle (U shape), by stage and sign?
+-- grain: one row per run, stage, sample sign and part; responses in the update of five tokens or more, weighted alike
+-- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
+-- units: excess, low, high = entropy of the part / that of the middle - 1 (95 % interval, clustered by prompt)
+-- needs: tokens
+with fifths as (
+  select
+    run_id,
+    stage,
+    sample_sign,
+    rollout_id,
+    prompt_id,
+    entropy,
+    floor(relative_position * 5)::integer as fifth
+  from staged_tokens
+  where
+    sample_sign is not null
+    and response_length >= 5
+    and ($runs is null or list_contains($runs, run_id))
+    and ($stage is null or stage = $stage)
+),
+per_response as (
+  select
+    run_id,
+    rollout_id,
+    any_value(stage) as stage,
+    any_value(sample_sign) as sample_sign,
+    any_value(prompt_id) as prompt_id,
+    avg(entropy) filter (where fifth = 0) as first_mean,
+    avg(entropy) filter (where fifth between 1 and 3) as middle_mean,
+    avg(entropy) filter (where fifth = 4) as last_mean
+  from fifths
+  group by run_id, rollout_id
+),
+-- 'beginning' = first fifth, 'end' = last; the middle = the three fifths between.
+parts as (
+  select unnest(['beginning', 'end']) as part
+),
+per_prompt as (
+  select
+    run_id,
+    stage,
+    sample_sign,
+    part,
+    prompt_id,
+    sum(if(part = 'beginning', first_mean, last_mean)) as part_sum,
+    sum(middle_mean) as middle_sum,
+    count(*) as responses
+  from per_response, parts
+  group by all
+),
+per_part as (
+  select
+    run_id,
+    stage,
+    sample_sign,
+    part,
+    clustered_mean(part_sum, middle_sum) - 1 as excess,
+    clustered_low(part_sum, middle_sum) - 1 as low,
+    clustered_high(part_sum, middle_sum) - 1 as high,
+    sum(responses)::bigint as num_responses,
+    count(*) as num_prompts
+  from per_prompt
+  group by all
+),
+-- Both ends have to be higher, so that two tests at once need no correction (intersection-union test).
+final as (
+  select *, bool_and(coalesce(low > 0, false)) over (partition by run_id, stage, sample_sign) as has_u_shape
+  from per_part
+  order by run_id, stage desc, sample_sign, part
+)
+select * from final

@@ -1,0 +1,337 @@
+"""Seconds per question of analysis/sql on a large simulated trace, against a plain scan of the columns it reads.
+
+Each question runs as the report runs it, for one run by name, through ``Runs.sql``. Its scan, which goes the same way,
+is ``select sum(...)`` over every column that the question reads of every table, each table once. Which these are follows
+from DuckDB's own plan: projections and filters of the table scans in ``EXPLAIN`` of the question, on real tables that
+hold the first rows of the trace. A sum cannot be answered from the statistics of a Parquet file, as count, min and max
+can; text is summed as its length in bytes, lists as their number of elements, booleans as 0 and 1.
+
+A question and its scan run alternately, after one of each that is not measured; ratios are medians of these pairs. Peak
+memory is that of a fresh process that opens the trace and answers every question once, Python and imports included.
+The same questions run on a trace of a tenth of the size. Some are answered by pandas and polars as well, without the
+intervals that the queries add, and the values are compared; pandas runs on the small trace only, where
+all of a question's columns fit into memory.
+
+Usage: python tests/benchmarks/bench_queries.py --tokens 50000000 --out reports/query_benchmarks.json [--trace DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+from simulated_trace import write_trace
+
+import analysis
+from analysis import queries
+from analysis.progress import Progress
+from analysis.trace import TABLES, describe_machine
+
+CORES = 2
+SHRINK = 10
+REPEATS, SECONDS = (3, 20), 0.5
+SAMPLE_ROWS = 10_000
+LIMITS = {"median_ratio": 3.0, "worst_ratio": 10.0, "growth": 11.0, "worst_growth": 11.0, "peak_memory_gib": 2.0}
+
+Peer = Callable[[Path, float], np.ndarray]
+
+
+def read_columns(trace: Path, stems: list[str]) -> dict[str, dict[str, list[str]]]:
+    """Columns that each question reads, by table, from the plan that DuckDB makes of it."""
+    runs = analysis.open_runs(trace)
+    con = duckdb.connect()
+    for name in TABLES:
+        con.execute(f"create table {name} as from read_parquet('{trace}/{name}/*.parquet') limit {SAMPLE_ROWS}")
+    for name in ("runs", "stages"):
+        con.register("rows", runs.sql(f"from {name}").to_arrow())
+        con.execute(f"create table {name} as from rows")
+    for text in queries.staging():
+        con.execute(text)
+    # The first rows hold one stage only; without this, questions about the other would have no plan.
+    con.execute("set disabled_optimizers = 'statistics_propagation'")
+    found = {}
+    for stem in stems:
+        text = queries.read(stem)
+        params = dict.fromkeys(duckdb.extract_statements(text)[0].named_parameters)
+        plan = json.loads(con.execute(f"explain (format json) {text}", params).fetchall()[0][1])
+        found[stem] = _columns_of(plan)
+    return found
+
+
+def _columns_of(plan: list[dict[str, Any]]) -> dict[str, list[str]]:
+    found: dict[str, set[str]] = {}
+    for node in plan:
+        for table, columns in _columns_of(node["children"]).items():
+            found.setdefault(table, set()).update(columns)
+        name = str(node["extra_info"].get("Table", "")).rpartition(".")[2]
+        if name in TABLES:
+            words = re.findall(r"\w+", f"{node['extra_info'].get('Projections')} {node['extra_info'].get('Filters')}")
+            found.setdefault(name, set()).update(c.name for c in TABLES[name].columns if c.name in words)
+    return {table: sorted(columns) for table, columns in found.items() if columns}
+
+
+def scan_of(columns: dict[str, list[str]]) -> str:
+    """SQL that reads ``columns`` and does no more than sum them."""
+    tables = []
+    for table, names in columns.items():
+        types = {column.name: column.type for column in TABLES[table].columns}
+        sums = ", ".join(f"sum({_number(name, types[name])})" for name in names)
+        tables.append(f"(select {sums} from {table}) as {table}_sums")
+    return f"select * from {', '.join(tables)}"
+
+
+def _number(name: str, kind: pa.DataType) -> str:
+    if pa.types.is_string(kind):
+        return f"strlen({name})"
+    if pa.types.is_list(kind):
+        return f"len({name})"
+    return f"{name}::tinyint" if pa.types.is_boolean(kind) else name
+
+
+def ask(runs: analysis.Runs, stem: str) -> None:
+    """Answers one question as the report does."""
+    runs.query(stem, runs=list(runs.manifests))
+
+
+def timed(work: Callable[..., Any], *arguments: Any) -> np.ndarray:
+    """Wall seconds and CPU seconds of ``work(*arguments)``."""
+    clocks = (time.perf_counter, time.process_time)
+    started = [clock() for clock in clocks]
+    work(*arguments)
+    return np.array([clock() for clock in clocks]) - started
+
+
+def measure(runs: analysis.Runs, stem: str, scan: str) -> dict[str, float]:
+    """Medians over pairs of a question and its scan: 3, or up to 20 where half a second allows."""
+    pairs: list[np.ndarray] = []
+    while len(pairs) <= REPEATS[0] or (len(pairs) <= REPEATS[1] and np.sum(pairs) < SECONDS):
+        pairs.append(np.stack((timed(ask, runs, stem), timed(runs.sql, scan))))
+    warm = np.array(pairs[1:])
+    (query_s, _), (scan_s, _) = np.median(warm, axis=0).tolist()
+    ratio, cpu_ratio = np.median(warm[:, 0] / warm[:, 1], axis=0).tolist()
+    return {"query_s": query_s, "scan_s": scan_s, "ratio": ratio, "cpu_ratio": cpu_ratio}
+
+
+def peak_memory_gib(trace: Path) -> float:
+    """Peak resident memory of a process that answers every question once."""
+    command = [sys.executable, __file__, "--answer-all", str(trace)]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def answer_all(trace: Path) -> None:
+    """Answers every question, then prints this process's peak memory in GiB."""
+    runs = analysis.open_runs(trace)
+    for stem in questions():
+        ask(runs, stem)
+        peak = _peak_gib()
+        print(f"peak memory after {stem}: {peak:.2f} GiB", file=sys.stderr)
+    print(_peak_gib())
+
+
+def _peak_gib() -> float:
+    # getrusage would count the peak of the process that started this one as well.
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) / 2**20
+
+
+def questions() -> list[str]:
+    """Stems of the questions; those in cluster/ are sums for the claims."""
+    return [stem for stem, path in queries.paths().items() if path.parent.name != "cluster"]
+
+
+def pandas_sign(trace: Path, boundary: float) -> np.ndarray:
+    import pandas as pd
+
+    columns = ["step", "is_kept", "advantage", "entropy_mean", "response_length"]
+    rows = pd.read_parquet(trace / "rollouts", columns=columns).query("is_kept and advantage != 0")
+    rows["entropy_sum"] = rows.entropy_mean.astype("float64") * rows.response_length
+    sums = rows.groupby(["step", rows.advantage > 0])[["entropy_sum", "response_length"]].sum()
+    return (sums.entropy_sum / sums.response_length).to_numpy()
+
+
+def polars_sign(trace: Path, boundary: float) -> np.ndarray:
+    import polars as pl
+
+    length = pl.col("response_length")
+    return (
+        pl.scan_parquet(trace / "rollouts")
+        .filter(pl.col("is_kept") & (pl.col("advantage") != 0))
+        .group_by("step", pl.col("advantage") > 0)
+        .agg((pl.col("entropy_mean").cast(pl.Float64) * length).sum() / length.sum())
+        .collect(engine="streaming")["entropy_mean"]
+        .to_numpy()
+    )
+
+
+def pandas_position(trace: Path, boundary: float) -> np.ndarray:
+    import pandas as pd
+
+    columns = ["step", "position", "response_length", "advantage", "entropy"]
+    rows = pd.read_parquet(trace / "tokens", columns=columns).query("advantage != 0")
+    part = (10 * rows.position) // rows.response_length
+    entropy = rows.entropy.astype("float64")
+    return entropy.groupby([rows.step > boundary, rows.advantage > 0, part]).mean().to_numpy()
+
+
+def polars_position(trace: Path, boundary: float) -> np.ndarray:
+    import polars as pl
+
+    part = (10 * pl.col("position")) // pl.col("response_length")
+    return (
+        pl.scan_parquet(trace / "tokens")
+        .filter(pl.col("advantage") != 0)
+        .group_by(pl.col("step") > boundary, pl.col("advantage") > 0, part)
+        .agg(pl.col("entropy").cast(pl.Float64).mean())
+        .collect(engine="streaming")["entropy"]
+        .to_numpy()
+    )
+
+
+def pandas_categories(trace: Path, boundary: float) -> np.ndarray:
+    import pandas as pd
+
+    rows = pd.read_parquet(trace / "tokens", columns=["step", "category"])
+    return rows.groupby("step").category.value_counts(normalize=True).to_numpy()
+
+
+def polars_categories(trace: Path, boundary: float) -> np.ndarray:
+    import polars as pl
+
+    counts = pl.scan_parquet(trace / "tokens").group_by("step", "category").len()
+    share = pl.col("len") / pl.col("len").sum().over("step")
+    return counts.select(share).collect(engine="streaming")["len"].to_numpy()
+
+
+# Question -> the column that both compute, and how.
+PEERS: dict[str, tuple[str, Peer, Peer]] = {
+    "entropy_by_sample_sign": ("entropy", pandas_sign, polars_sign),
+    "entropy_by_position": ("entropy", pandas_position, polars_position),
+    "category_shares": ("share", pandas_categories, polars_categories),
+}
+
+
+def measure_peers(runs: analysis.Runs, trace: Path, stem: str, libraries: list[str]) -> dict[str, float]:
+    """Median seconds of the shipped question and of the same breakdown in dataframe code, which has to agree."""
+    column, *peers = PEERS[stem]
+    boundary = next(iter(runs.stage_fits.values())).boundary or 0.0
+    expected = np.sort(runs.query(stem, runs=list(runs.manifests))[column].to_numpy())
+    seconds: dict[str, list[float]] = {"entrace": []} | {name: [] for name in libraries}
+    for _ in range(REPEATS[0]):
+        seconds["entrace"].append(timed(ask, runs, stem)[0])
+        for name, peer in zip(("pandas", "polars"), peers, strict=True):
+            if name in libraries:
+                started = time.perf_counter()
+                values = peer(trace, boundary)
+                seconds[name].append(time.perf_counter() - started)
+                np.testing.assert_allclose(np.sort(values), expected, rtol=1e-3)
+    return {f"{name}_s": statistics.median(values) for name, values in seconds.items()}
+
+
+def run_benchmark(large: Path, small: Path, stems: list[str]) -> dict[str, Any]:
+    """Measures everything and returns what goes into the JSON file."""
+    peak = peak_memory_gib(large)
+    columns = read_columns(small, stems)
+    opened = {trace: analysis.open_runs(trace) for trace in (large, small)}
+    tokens = {trace: int(runs.sql("select count(*) from tokens").item()) for trace, runs in opened.items()}
+    tenfold = 10 * tokens[small] / tokens[large]
+    found: dict[str, Any] = {}
+    with Progress("measure", len(stems)) as bar:
+        for done, stem in enumerate(stems, start=1):
+            scan = scan_of(columns[stem])
+            found[stem] = measure(opened[large], stem, scan)
+            found[stem]["small_query_s"] = measure(opened[small], stem, scan)["query_s"]
+            found[stem]["growth"] = tenfold * found[stem]["query_s"] / found[stem]["small_query_s"]
+            found[stem]["columns"] = columns[stem]
+            bar.update(done, note=f"{stem}: ratio {found[stem]['ratio']:.2f}")
+    peers = {
+        f"{stem}, {tokens[trace]:,} tokens": measure_peers(opened[trace], trace, stem, libraries)
+        for stem in PEERS
+        for trace, libraries in ((small, ["polars", "pandas"]), (large, ["polars"]))
+    }
+    ratios = [row["ratio"] for row in found.values()]
+    total = sum(row["query_s"] for row in found.values()) / sum(row["small_query_s"] for row in found.values())
+    summary = {
+        "median_ratio": statistics.median(ratios),
+        "worst_ratio": max(ratios),
+        "growth": tenfold * total,
+        "worst_growth": max(row["growth"] for row in found.values()),
+        "peak_memory_gib": peak,
+    }
+    return {
+        "tokens": tokens[large],
+        "small_tokens": tokens[small],
+        "cores": CORES,
+        **describe_machine(),
+        "limits": LIMITS,
+        "measured": summary,
+        "questions": found,
+        "peers": peers,
+    }
+
+
+def to_table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    lines = [f"{'question':<26}{'query s':>9}{'scan s':>9}{'ratio':>7}{'of CPU':>8}{'tenfold':>9}  columns read"]
+    for stem, row in result["questions"].items():
+        read = "; ".join(f"{table}: {len(columns)}" for table, columns in row["columns"].items())
+        figures = f"{row['query_s']:>9.3f}{row['scan_s']:>9.3f}{row['ratio']:>7.2f}{row['cpu_ratio']:>8.2f}{row['growth']:>8.1f}x"
+        lines.append(f"{stem:<26}{figures}  {read}")
+    lines += ["", f"{'same breakdown, seconds':<50}{'entrace':>9}{'polars':>9}{'pandas':>9}"]
+    for name, row in result["peers"].items():
+        cells = [row.get(f"{library}_s") for library in ("entrace", "polars", "pandas")]
+        lines.append(f"{name:<50}" + "".join(f"{'-' if cell is None else format(cell, '.3f'):>9}" for cell in cells))
+    lines += ["(polars and pandas compute no intervals; pandas on the small trace only)", ""]
+    for name, limit in LIMITS.items():
+        measured = result["measured"][name]
+        lines.append(f"{name:<17}{measured:>7.2f}  at most {limit:g}  {'ok' if measured <= limit else 'MISSED'}")
+    return "\n".join(lines)
+
+
+def rounded(value: Any) -> Any:
+    """``value`` with its floats at four significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    """Writes the traces where they are not there yet, measures, prints the table, writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=50_000_000, help="token records of the large trace")
+    parser.add_argument("--trace", type=Path, help="folder that keeps the traces for the next time")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--only", nargs="+", metavar="STEM", help="measure these only, those of cluster/ allowed")
+    parser.add_argument("--answer-all", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    if arguments.answer_all:
+        return answer_all(arguments.answer_all)
+    with tempfile.TemporaryDirectory() as folder:
+        root = arguments.trace or Path(folder)
+        large, small = (root / f"tokens-{size}" for size in (arguments.tokens, arguments.tokens // SHRINK))
+        for trace in (large, small):
+            if not trace.exists():
+                write_trace(trace, int(trace.name.removeprefix("tokens-")))
+        result = run_benchmark(large, small, arguments.only or questions())
+    print(to_table(result))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(rounded(result), indent=2) + "\n")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What an update did to its own tokens: scored again under the new weights, recorded every n-th step."""
+
+import polars as pl
+import pytest
+import torch
+
+from analysis.trace import TraceWriter
+from trainer.batch import PromptSource, collect_batch
+from trainer.config import load_config
+from trainer.policy import Policy
+from trainer.record import record_batch
+from trainer.train import train
+from trainer.update import Learner
+
+from .conftest import SMALL
+
+CAPTURED = ["logprob_after", "entropy_after", "is_clipped"]
+# Two epochs, the second far from the first: the clip is certain.
+LEAP = ["optim.epochs=2", "optim.lr=3e-3", "optim.warmup_steps=0"]
+
+
+def read(run_dir, table):
+    return pl.read_parquet(run_dir / table / "*.parquet")
+
+
+@pytest.fixture(scope="module")
+def leap(tmp_path_factory):
+    """A run of four steps that captures steps 2 and 4."""
+    out = tmp_path_factory.mktemp("runs") / "leap"
+    train(load_config("tiny", [*SMALL, *LEAP]), out, {})
+    return out
+
+
+def with_is_kept(run_dir):
+    return read(run_dir, "tokens").join(read(run_dir, "rollouts").select("rollout_id", "is_kept"), on="rollout_id")
+
+
+def test_values_equal_a_float64_pass_of_the_updated_weights(policy, task, tmp_path):
+    config = load_config("tiny", [*SMALL, *LEAP, "rollout.temperature=0.8", "optim.micro_batch_tokens=300"])
+    learner = Learner(config, policy)
+    batch = collect_batch(config, policy, PromptSource(task), step=1)
+    advantages = batch.advantages[:, None].expand(batch.samples.tokens.shape)
+    metrics = learner.update(batch, advantages, step=1)
+    writer = TraceWriter.create(tmp_path / "run", {"run_id": "run"}, policy.vocab())
+    after = learner.capture(batch, metrics)
+    record_batch(writer, batch, advantages, after, step=1, first_rollout_id=0, temperature=0.8)
+    writer.flush(1)
+    tokens = read(tmp_path / "run", "tokens")
+    assert (tokens["logprob"] - tokens["logprob_after"]).abs().max() > 0.1, "the update moved nothing"
+    assert 0 < batch.is_kept.sum() < len(batch.is_kept), "no response was left out"
+    model = policy.model.double()
+    for row, (prompt, response) in enumerate(zip(batch.samples.prompts, batch.samples.responses(), strict=True)):
+        recorded = tokens.filter(pl.col("rollout_id") == row)
+        if not batch.is_kept[row]:
+            assert recorded.select(CAPTURED).null_count().row(0) == (len(response),) * 3
+            continue
+        with torch.no_grad():
+            logits = model(torch.cat((torch.tensor(prompt), response))[None]).logits[0, len(prompt) - 1 : -1] / 0.8
+        logp = torch.log_softmax(logits, -1)
+        wanted = {
+            "logprob_after": logp.gather(1, response[:, None]).squeeze(1),
+            "entropy_after": -(logp.exp() * logp).sum(-1),
+        }
+        for name, values in wanted.items():
+            torch.testing.assert_close(torch.tensor(recorded[name]).double(), values, rtol=1e-4, atol=2e-5)
+
+
+def test_other_steps_and_responses_outside_the_update_are_null(leap):
+    tokens = with_is_kept(leap)
+    assert set(tokens["is_kept"]) == {True, False}
+    is_captured = pl.col("is_kept") & (pl.col("step") % 2 == 0)
+    for name in CAPTURED:
+        assert tokens.select((pl.col(name).is_not_null() == is_captured).all()).item(), name
+
+
+def test_clipped_tokens_are_those_that_the_step_counts(leap):
+    """With one update an epoch, and none clipped in the first, the step's share is half that of the second."""
+    captured = read(leap, "tokens").drop_nulls("is_clipped")
+    per_step = captured.group_by("step", maintain_order=True).agg(pl.col("is_clipped").mean())
+    steps = read(leap, "steps").filter(pl.col("step") % 2 == 0)
+    assert per_step["is_clipped"].min() > 0.05
+    assert per_step["is_clipped"].to_list() == pytest.approx(
+        (2 * (steps["clip_frac_low"] + steps["clip_frac_high"])).to_list(), rel=1e-5
+    )
+    assert captured.filter(pl.col("shaped_advantage") == 0).filter("is_clipped").is_empty()
+
+
+def test_any_epoch_counts(policy, task):
+    """Over many epochs, at least as many as in one of them, at most as many as in all of them."""
+    config = load_config("tiny", [*SMALL, *LEAP, "optim.epochs=5", "optim.mini_batches=2"])
+    batch = collect_batch(config, policy, PromptSource(task), step=1)
+    advantages = batch.advantages[:, None].expand(batch.samples.tokens.shape)
+    metrics = Learner(config, policy).update(batch, advantages, step=1)
+    share = float(metrics.is_clipped.sum() / batch.samples.lengths[batch.is_kept].sum())
+    mean = metrics.clip_frac_low + metrics.clip_frac_high
+    assert mean < share < 5 * mean
+    assert not metrics.is_clipped[~batch.samples.response_mask].any()
+    assert not metrics.is_clipped[~batch.is_kept].any()
+
+
+def test_one_update_clips_nothing(tmp_path):
+    train(load_config("tiny", [*SMALL, "steps=2"]), tmp_path / "run", {})
+    assert set(read(tmp_path / "run", "tokens").drop_nulls("is_clipped")["is_clipped"]) == {False}
+
+
+def test_zero_captures_nothing_and_changes_nothing(leap, tmp_path):
+    train(load_config("tiny", [*SMALL, *LEAP, "record.after_update_every=0"]), tmp_path / "without", {})
+    without, captured = (read(d, "tokens").drop("run_id") for d in (tmp_path / "without", leap))
+    assert without.select(CAPTURED).null_count().row(0) == (len(without),) * 3
+    assert without.drop(CAPTURED).equals(captured.drop(CAPTURED))
+    weights = [d / "checkpoints" / "step-000004" / "policy" / "model.safetensors" for d in (tmp_path / "without", leap)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_step_without_kept_groups_captures_nothing(policy: Policy, task, small_config):
+    learner = Learner(small_config, policy)
+    batch = collect_batch(small_config, policy, PromptSource(task), step=1)
+    batch.is_kept[:] = False
+    metrics = learner.update(batch, torch.zeros(batch.samples.tokens.shape), step=1)
+    after = learner.capture(batch, metrics)
+    assert metrics.loss == 0.0
+    assert not after.is_clipped.any()
+    assert not after.logprob_after.any()
