@@ -81,7 +81,8 @@ def fit_stages(
 
     Both series are standardised and fitted together by least squares with lines that meet at one boundary, a recorded
     step with at least 5 steps and 5 % of the run on either side. The interval is the percentile interval of a
-    moving-block bootstrap of the residuals, the same blocks for both series.
+    moving-block bootstrap of the residuals within each stage, since noise often shrinks with entropy; the same blocks
+    for both series.
 
     There is no boundary inside the run if it has fewer than 20 steps; or the two segments do not fit better than one
     line (p > .05 by a bootstrap of the largest improvement over all boundaries, blocks of the line's residuals); or
@@ -119,10 +120,11 @@ def fit_stages(
         return _one_stage(x, y, f"the best boundary, step {search.knots[best]:.0f}, lies at the edge of the run")
 
     fitted = search.bases[best] @ coefficients
-    resampled = fitted[:, :, None] + np.moveaxis((z - fitted)[blocks], 2, 1)
+    after = int(np.searchsorted(x, search.knots[best], side="right"))
+    residuals = (z - fitted) * _inflation(len(x), search.bases.shape[2])
+    resampled = fitted[:, :, None] + np.moveaxis(residuals[_blocks_by_stage(after, len(x), rng, BOOTSTRAPS)], 2, 1)
     knots = search.best(resampled)
     low, high = np.percentile(search.knots[knots], LEVEL)
-    after = int(np.searchsorted(x, search.knots[best], side="right"))
     return StageFit(
         first_step=int(x[0]),
         last_step=int(x[-1]),
@@ -156,9 +158,8 @@ def fitted_ends(
     """Fitted values of further series at the first step and at the end of the rising stage, with their bootstrap.
 
     Each series is fitted by least squares with the run's two segments, which meet at the boundary already found (one
-    line over all steps where there is none). Residuals, scaled by sqrt(n / (n - k)) for the k coefficients, are
-    resampled in moving blocks within each stage, the same blocks for all series: what neighbouring steps share, and
-    what the series share, stays.
+    line over all steps where there is none). Residuals are resampled as for the stages themselves, the same blocks for
+    all series: what neighbouring steps share, and what the series share, stays.
 
     Args:
         fit: The run's stages.
@@ -178,12 +179,9 @@ def fitted_ends(
     basis = np.column_stack(columns)
     solver = np.linalg.pinv(basis)
     fitted = basis @ (solver @ series)
-    residuals = (series - fitted) * np.sqrt(len(x) / (len(x) - basis.shape[1]))
+    residuals = (series - fitted) * _inflation(len(x), basis.shape[1])
     rising = int(np.searchsorted(x, end, side="right"))
-    parts = [resample_blocks(rising, rng, draws)]
-    if rising < len(x):
-        parts.append(rising + resample_blocks(len(x) - rising, rng, draws))
-    resampled = fitted[:, None, :] + residuals[np.concatenate(parts)]
+    resampled = fitted[:, None, :] + residuals[_blocks_by_stage(rising, len(x), rng, draws)]
     at_ends = np.zeros((2, basis.shape[1]))
     at_ends[:, 0] = 1
     at_ends[1, 1] = end - fit.first_step
@@ -220,6 +218,19 @@ def decompose_fall(tokens: np.ndarray, entropy_sum: np.ndarray) -> tuple[np.ndar
     within = share.mean(-2) * (mean[..., 0, :] - mean[..., 1, :])
     between = (share[..., 0, :] - share[..., 1, :]) * mean.mean(-2)
     return within, between
+
+
+def _blocks_by_stage(rising: int, steps: int, rng: np.random.Generator, draws: int) -> np.ndarray:
+    """Indices of a moving-block bootstrap that stays within each stage, shape ``(steps, draws)``."""
+    parts = [resample_blocks(rising, rng, draws)]
+    if rising < steps:
+        parts.append(rising + resample_blocks(steps - rising, rng, draws))
+    return np.concatenate(parts)
+
+
+def _inflation(steps: int, coefficients: int) -> float:
+    """Residuals of a fit are smaller than the noise by the inverse of this."""
+    return float(np.sqrt(steps / (steps - coefficients)))
 
 
 class _Search:

@@ -125,13 +125,13 @@ def block_length(length: int) -> int:
     return max(1, min(length, round(1.5 * length ** (1 / 3))))
 
 
-def resample_blocks(length: int, rng: np.random.Generator, draws: int = DRAWS) -> np.ndarray:
-    """Indices of a moving-block bootstrap of a series; see ``block_length``.
+def resample_blocks(length: int, rng: np.random.Generator, draws: int = DRAWS, block: int | None = None) -> np.ndarray:
+    """Indices of a moving-block bootstrap of a series, blocks of ``block`` or else ``block_length``.
 
     Returns:
         Integers in ``[0, length)``, shape ``(length, draws)``.
     """
-    block = block_length(length)
+    block = block or block_length(length)
     starts = rng.integers(0, length - block + 1, size=(-(-length // block), draws))
     return (starts[:, None, :] + np.arange(block)[None, :, None]).reshape(-1, draws)[:length]
 

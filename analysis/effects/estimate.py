@@ -2,9 +2,10 @@
 
 An effect of several runs is the mean over them. Its interval is the widest of those that apply:
 
-- over prompts: prompts are drawn with replacement, all steps and runs of a prompt together;
-- over steps: blocks of neighbouring steps are drawn, since the policy of one step is nearly that of the next, and all
-  prompts of a step share it;
+- over steps: blocks of neighbouring steps are drawn, with all their prompts, since the policy of one step is nearly
+  that of the next, and all prompts of a step share it;
+- over prompts, where prompts occur at several steps or the steps are too few: prompts are drawn with replacement, all
+  that they contributed together;
 - over runs: Student's t over the effects of at least ``MIN_RUNS`` runs.
 """
 
@@ -92,11 +93,16 @@ def level(
         if not np.isfinite(by_run).all():
             raise NoEffectError("a run holds no such tokens or responses", is_recorded=True)
         value = float(by_run.mean())
-        draws = effect(resample_clusters(by_prompt, rng)).mean(-1)
-        estimates = [Estimate.from_draws(value, draws, n - 1, n, of)]
-        if "step" in frame.columns:
-            estimates += _over_steps(frame, run_ids, values, effect, rng, value, estimates[0])
-    return widest([*estimates, *over_runs(by_run, n, of)])
+        estimates = over_runs(by_run, n, of)
+        over_steps = _resample_steps(frame, run_ids, values, rng)
+        if over_steps:
+            totals, blocks = over_steps
+            estimates.append(Estimate.from_draws(value, effect(totals).mean(-1), blocks - 1, n, of))
+        # What a prompt contributes at one step only is drawn with that step.
+        if not over_steps or frame.height > n:
+            draws = effect(resample_clusters(by_prompt, rng)).mean(-1)
+            estimates.append(Estimate.from_draws(value, draws, n - 1, n, of))
+    return widest(estimates)
 
 
 def change(
@@ -182,25 +188,27 @@ def tensor(frame: pl.DataFrame, axes: Mapping[str, Sequence[object]], values: Se
     return sums
 
 
-def _over_steps(
-    frame: pl.DataFrame,
-    run_ids: Sequence[str],
-    values: Sequence[str],
-    effect: Effect,
-    rng: np.random.Generator,
-    value: float,
-    over_prompts: Estimate,
-) -> list[Estimate]:
-    """Bootstrap over blocks of steps, each run with blocks of its own; nothing where a run has too few blocks."""
+def _resample_steps(
+    frame: pl.DataFrame, run_ids: Sequence[str], values: Sequence[str], rng: np.random.Generator
+) -> tuple[np.ndarray, float] | None:
+    """Totals over blocks of steps drawn with replacement, ``(draws, runs, values)``, and the number of blocks.
+
+    Each run draws blocks of its own. Blocks span the same stretch of training whether every step was recorded or every
+    n-th. None without steps, or where a run has too few blocks.
+    """
+    if "step" not in frame.columns:
+        return None
     draws, blocks = [], 0.0
     for run in run_ids:
-        sums = totals_by(frame.filter(run_id=run), "step", [run], values)[:, 0]
-        if len(sums) < MIN_BLOCKS * block_length(len(sums)):
-            return []
-        chosen = resample_blocks(len(sums), rng, DRAWS)
-        times = np.zeros((DRAWS, len(sums)))
-        np.add.at(times, (np.arange(DRAWS)[None, :], chosen), 1)
+        part = frame.filter(run_id=run)
+        sums = totals_by(part, "step", [run], values)[:, 0]
+        steps = part["step"].unique().sort().to_numpy()
+        spacing = np.median(np.diff(steps)) if len(steps) > 1 else 1
+        block = max(1, round(block_length(int(steps[-1] - steps[0]) + 1) / spacing))
+        if len(steps) < MIN_BLOCKS * block:
+            return None
+        times = np.zeros((DRAWS, len(steps)))
+        np.add.at(times, (np.arange(DRAWS)[None, :], resample_blocks(len(steps), rng, DRAWS, block)), 1)
         draws.append(times @ sums)
-        blocks += len(sums) / block_length(len(sums))
-    drawn = effect(np.stack(draws, axis=1)).mean(-1)
-    return [Estimate.from_draws(value, drawn, blocks - 1, over_prompts.n, over_prompts.of)]
+        blocks += len(steps) / block
+    return np.stack(draws, axis=1), blocks

@@ -24,7 +24,7 @@ from analysis.effects.estimate import (
     widest,
 )
 from analysis.runs import Runs
-from analysis.stages import decompose_fall, relative_speed
+from analysis.stages import decompose_fall, num_rising_blocks, relative_speed
 from analysis.stats import Estimate, block_length, resample_blocks
 
 # Share of all movement that the top fifth of tokens would carry if movements were normally distributed:
@@ -50,9 +50,8 @@ def slowdown(series: int) -> Judged:
         if not np.isfinite(speeds).all():
             raise NoEffectError("it does not move the expected way in the rising stage", is_recorded=True)
         draws = np.mean([relative_speed(fit.slope_draws)[:, series] for fit in fits], axis=0)
-        lengths = [fit.last_step - fit.first_step + 1 for fit in fits]
-        df = sum(length / block_length(length) for length in lengths) - 1
-        n, of = sum(lengths), f"steps, {count(run_ids, 'run')}"
+        df = sum(num_rising_blocks(fit) for fit in fits) - 1
+        n, of = sum(fit.last_step - fit.first_step + 1 for fit in fits), f"steps, {count(run_ids, 'run')}"
         speed, lost = (
             widest([Estimate.from_draws(float(by_run.mean()), draws, df, n, of), *over_runs(by_run, n, of)])
             for by_run in (speeds, 1 - np.abs(speeds))
@@ -175,7 +174,7 @@ PARTS: dict[str, dict[str, Judged]] = {
     },
     "S4": {"any defect": rising("response_series", ["defect_share"], fall)},
     "S5": {
-        "concentration": plateau("movement_sums", ["mover_movement", "movement"], minus(ratio(0, 1), NORMAL_TOP_FIFTH)),
+        "concentration": plateau("movement_sums", ["top_movement", "movement"], minus(ratio(0, 1), NORMAL_TOP_FIFTH)),
         "hardly move": plateau("movement_sums", ["still_tokens", "tokens"], minus(ratio(0, 1), 0.5)),
     },
     "S6": {

@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis.effects.training import mainly_negative
 from tests.calibration.simulate import CAPTURE_EVERY, Step, simulate_run
-from tests.calibration.worlds import BOUNDARY, GROUP, GROUPS, LENGTHS, MethodWorld, World
+from tests.calibration.worlds import BOUNDARY, GROUP, GROUPS, LENGTHS, STEPS, MethodWorld, World, path
 
 Truth = dict[tuple[str, str], float]
 
@@ -52,7 +52,7 @@ def _rising_truth(world: World) -> Truth:
     )
     gap = negative - positive
     return {
-        ("S1", "entropy"): 1 - world.plateau_speed,
+        ("S1", "entropy"): _slowdown(world),
         ("S1", "accuracy"): 1 - world.plateau_speed,
         ("S2", "mainly negative"): float(mainly_negative(np.column_stack((negative, positive, 1 - accuracy)))),
         ("S2", "same prompt"): float(gap[0] - gap[1]),
@@ -60,6 +60,16 @@ def _rising_truth(world: World) -> Truth:
         ("S3", "other words"): 0.95 * (world.reasoning[1] - world.reasoning[0]),
         ("S4", "any defect"): world.defects[0] - world.defects[1],
     }
+
+
+def _slowdown(world: World) -> float:
+    """That of entropy, a mixture whose shares and means both change, so that its path is not quite straight."""
+    right = path(world.accuracy, world)
+    entropy = right * path(world.positive_entropy, world) + (1 - right) * path(world.negative_entropy, world)
+    step = np.arange(1, STEPS + 1)
+    basis = np.column_stack((np.ones(STEPS), step, np.maximum(step - BOUNDARY, 0)))
+    _, rising, change = np.linalg.lstsq(basis, entropy, rcond=None)[0]
+    return float(1 - abs((rising + change) / rising))
 
 
 def _exchange_slope(runs: list[list[Step]]) -> float:

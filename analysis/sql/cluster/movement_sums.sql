@@ -60,7 +60,7 @@ marked as (
   select
     moved.*,
     abs(dp) as movement,
-    abs(dp) >= movement_threshold as is_mover,
+    movement_threshold,
     entropy >= entropy_threshold as is_high_entropy,
     grad_norm >= grad_norm_threshold as is_high_gradient
   from moved
@@ -75,7 +75,8 @@ final as (
     count(*) as tokens,
     sum(movement) as movement,
     count(*) filter (where movement <= 0.01) as still_tokens,
-    coalesce(sum(movement) filter (where is_mover), 0) as mover_movement,
+    -- Adds up to what exactly the top fifth moves, ties shared out, and hardly depends on the threshold's own error.
+    sum(greatest(movement - movement_threshold, 0) + 0.2 * movement_threshold) as top_movement,
     count(*) filter (where is_high_entropy) as high_entropy_tokens,
     coalesce(sum(movement) filter (where is_high_entropy), 0) as high_entropy_movement,
     count(*) filter (where is_high_gradient) as high_gradient_tokens,

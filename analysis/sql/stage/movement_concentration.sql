@@ -53,42 +53,44 @@ per_tier as (
   join thresholds using (run_id, stage)
   group by all
 ),
+thresholds_by_top as (
+  select run_id, stage, tier, top, normal, case tier when 3 then top_1 when 2 then top_5 else top_20 end as threshold
+  from thresholds, tops
+),
+-- top_movement adds up to what exactly the top share moves, ties at the threshold shared out, and hardly depends on the
+-- threshold's own error.
 per_prompt as (
   select
     run_id,
     stage,
-    tops.tier,
     top,
     normal,
+    threshold,
     prompt_id,
-    coalesce(sum(movement) filter (where per_tier.tier >= tops.tier), 0) as top_movement,
-    coalesce(sum(tokens) filter (where per_tier.tier >= tops.tier), 0) as top_tokens,
+    coalesce(sum(movement) filter (where per_tier.tier >= thresholds_by_top.tier), 0)
+      - threshold * coalesce(sum(tokens) filter (where per_tier.tier >= thresholds_by_top.tier), 0)
+      + top * threshold * sum(tokens) as top_movement,
     sum(movement) as movement,
     sum(tokens) as tokens
-  from per_tier, tops
-  group by all
+  from per_tier
+  join thresholds_by_top using (run_id, stage)
+  group by run_id, stage, top, normal, threshold, prompt_id
 ),
-per_top as (
+final as (
   select
     run_id,
     stage,
-    tier,
     top,
     clustered_mean(top_movement, movement) as share,
     as_share(clustered_low(top_movement, movement)) as low,
     as_share(clustered_high(top_movement, movement)) as high,
-    sum(top_tokens) / sum(tokens) as token_share,
-    token_share as even,
+    top as even,
     normal,
+    threshold,
     sum(tokens)::bigint as num_tokens,
     count(*) as num_prompts
   from per_prompt
   group by all
-),
-final as (
-  select per_top.* exclude (tier), case tier when 3 then top_1 when 2 then top_5 else top_20 end as threshold
-  from per_top
-  join thresholds using (run_id, stage)
   order by run_id, stage desc, top
 )
 select * from final

@@ -1,3 +1,5 @@
+from tests.analysis.expected import Q_01
+
 EXPECTED = {
     # Step 1: wrong responses have 8 + 4 nats over 4 tokens; within prompt a the gap is 4 - 2, within b 2 - 1.
     "response_series": (
@@ -17,17 +19,19 @@ EXPECTED = {
         ["step", "prompt_id", "low_tokens", "low_reasoning", "high_tokens", "high_reasoning"],
         [(20, "a", 2, 1, 0, 0), (20, "b", 5, 1, 0, 0)],
     ),
-    # All gradient norms of 1 tie at the threshold of the top 20 %, so that every token is above it.
+    # The top fifth is 4 of 20 tokens: two of .2 in a, and two of the four of .1, two of which lie in a and two in b. A
+    # prompt gives its excess over the threshold q, and q for a fifth of its tokens. All gradient norms of 1 tie at the
+    # threshold of the top 20 %, so that every token is above it.
     "movement_sums": (
         {},
         [
-            *("prompt_id", "tokens", "movement", "still_tokens", "mover_movement"),
+            *("prompt_id", "tokens", "movement", "still_tokens", "top_movement"),
             *("high_entropy_tokens", "high_entropy_movement", "high_gradient_tokens", "high_gradient_movement"),
             *("positive_tokens", "positive_dp", "negative_tokens", "negative_dp"),
             *("end_tokens", "end_movement", "end_grad_norm", "middle_tokens", "middle_movement", "middle_grad_norm"),
         ],
         [
-            ("a", 10, 0.6, 6, 0.6, 6, 0.5, 10, 0.6, 2, 0.3, 4, -0.2, 1, 0.1, 2, 3, 0, 3),
+            ("a", 10, 0.6, 6, 0.6 - 2 * Q_01, 6, 0.5, 10, 0.6, 2, 0.3, 4, -0.2, 1, 0.1, 2, 3, 0, 3),
             ("b", 10, 0.2, 8, 0.2, 5, 0.1, 10, 0.2, 0, 0, 5, -0.1, 1, 0, 1, 3, 0, 3),
         ],
     ),

@@ -1,7 +1,7 @@
 from math import exp
 from statistics import linear_regression
 
-from tests.analysis.expected import SE
+from tests.analysis.expected import Q_01, Q_02, SE
 
 # Entropy falls by 0.15 nats and accuracy rises by 0.05 at each of the first 10 steps.
 CURVE = [(2 - 0.15 * min(step, 10), 0.25 + 0.05 * min(step, 10)) for step in range(1, 25)]
@@ -11,6 +11,12 @@ SLOPE, INTERCEPT = linear_regression([exp(entropy) for entropy, _ in CURVE], [ac
 def around(value: float, se: float) -> tuple[float, float, float]:
     """A value with the ends of its interval."""
     return value, value - SE * se, value + SE * se
+
+
+def carried(by_a: float, by_b: float) -> tuple[float, float, float]:
+    """Share of all movement, 0.6 by prompt a and 0.2 by b, that lies in what each contributes, with its interval."""
+    share = (by_a + by_b) / 0.8
+    return around(share, 2 * abs(by_a - 0.6 * share) / 0.8)
 
 
 EXPECTED = {
@@ -116,15 +122,15 @@ EXPECTED = {
             for bin in range(-25, 0)
         ],
     ),
-    # 20 tokens of the plateau: 0.2 twice, 0.1 four times, else 0. Prompt a has 0.4 of its 0.6 in the top two tokens, b
-    # nothing of its 0.2: residuals +-0.1, se = sqrt(2 * 0.02) / 0.8 = 1/4.
+    # 20 tokens of the plateau: 0.2 twice (a), 0.1 twice in a and in b, else 0. Each prompt gives its excess over the
+    # threshold q, and q for the top share of its 10 tokens.
     "movement_concentration": (
         {"stage": "plateau"},
-        ["top", "share", "low", "high", "token_share", "even", "normal", "threshold", "num_tokens", "num_prompts"],
+        ["top", "share", "low", "high", "even", "normal", "threshold", "num_tokens", "num_prompts"],
         [
-            (0.01, 0.5, 0.5 - SE / 4, 0.5 + SE / 4, 0.1, 0.1, 0.0362452, exp(-1.61), 20, 2),
-            (0.05, 0.5, 0.5 - SE / 4, 0.5 + SE / 4, 0.1, 0.1, 0.1465001, exp(-1.61), 20, 2),
-            (0.2, 1, 1, 1, 0.3, 0.3, 0.4399091, exp(-2.303), 20, 2),
+            (0.01, *carried(0.4 - 1.9 * Q_02, 0.1 * Q_02), 0.01, 0.0362452, Q_02, 20, 2),
+            (0.05, *carried(0.4 - 1.5 * Q_02, 0.5 * Q_02), 0.05, 0.1465001, Q_02, 20, 2),
+            (0.2, *carried(0.6 - 2 * Q_01, 0.2), 0.2, 0.4399091, Q_01, 20, 2),
         ],
     ),
     # Entropy 0.5 nine times, 1 ten times, 2 once: deciles 1, 5 and 10. Both 8-token rows: 3 tokens of one prompt
