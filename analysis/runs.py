@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
-import os
 import re
+import shutil
 import tempfile
+import uuid
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from analysis.stages import StageFit
 
 DEFAULT_BASELINE = "none"
+# Of DuckDB; Python and its libraries come on top. What exceeds it goes to disk.
+MEMORY_LIMIT = "1500MiB"
 
 RUNS_COLUMNS = {
     "run_id": "varchar",
@@ -267,15 +271,18 @@ def _kind(stored: pa.DataType) -> str:
 def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, list[str]]) -> duckdb.DuckDBPyConnection:
     import duckdb
 
+    # What does not fit into memory would go to the working directory. DuckDB makes the folder when it is needed.
+    spill = Path(tempfile.gettempdir(), f"entrace-{uuid.uuid4().hex}")
     con = duckdb.connect(
         config={
             "autoload_known_extensions": "false",
             "autoinstall_known_extensions": "false",
             "python_enable_replacements": "false",
-            # What does not fit into memory would go to the working directory.
-            "temp_directory": str(Path(tempfile.gettempdir()) / f"entrace-{os.getpid()}"),
+            "memory_limit": MEMORY_LIMIT,
+            "temp_directory": str(spill),
         }
     )
+    weakref.finalize(con, shutil.rmtree, spill, ignore_errors=True)
     for name, table in TABLES.items():
         _create_view(con, table, files[name])
     for name, columns in (("runs", RUNS_COLUMNS), ("stages", STAGES_COLUMNS)):

@@ -189,6 +189,31 @@ def fitted_ends(
     return project @ series, np.moveaxis(np.tensordot(project, resampled, axes=(1, 0)), 1, 0)
 
 
+def fit_exchange(
+    exp_entropy: np.ndarray, accuracy: np.ndarray, num_rising: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Least-squares fit of accuracy = -a exp(H) + b (arXiv 2505.22617) over the steps of a run, with its bootstrap.
+
+    Steps keep their entropy, because resampled pairs would often miss the few steps of high entropy that carry the fit;
+    residuals are resampled in blocks within each stage.
+
+    Args:
+        exp_entropy: exp of mean token entropy per step, shape ``(n,)``, not all equal.
+        accuracy: Accuracy per step.
+        num_rising: Steps of the rising stage.
+        rng: Source of randomness.
+
+    Returns:
+        a and b, shape ``(2,)``, and draws of them, ``(draws, 2)``.
+    """
+    basis = np.column_stack((-exp_entropy, np.ones_like(exp_entropy)))
+    solver = np.linalg.pinv(basis)
+    fitted = basis @ (solver @ accuracy)
+    residuals = (accuracy - fitted) * _inflation(len(accuracy), 2)
+    resampled = fitted[:, None] + residuals[_blocks_by_stage(num_rising, len(accuracy), rng, DRAWS)]
+    return solver @ accuracy, (solver @ resampled).T
+
+
 def num_rising_blocks(fit: StageFit) -> float:
     """Blocks of the moving-block bootstrap that the rising stage holds: how many of its steps count as independent."""
     steps = int(fit.last_step if fit.boundary is None else fit.boundary) - fit.first_step + 1

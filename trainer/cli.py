@@ -7,12 +7,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from analysis.cli import app, run
 from analysis.trace import InputError
+
+if TYPE_CHECKING:
+    from trainer.intervene import Settings, Tally
+
+DEFAULT_BUDGET = 200_000
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Override single keys.", show_default=False)
@@ -78,14 +83,20 @@ def study(
     resume: Resume = False,
     jobs: Jobs = 1,
 ) -> None:
-    """Run the default study on the embedded policy and write its report.
+    """Run the default study on the embedded policy, intervene on its baseline, and write its report.
 
     Example: entrace study --out data/runs/study --report reports/study
     """
     _require_train_extra()
     from analysis.cli import report as write_report
+    from trainer.ablate import load_grid
+    from trainer.intervene import Settings, resolve_checkpoint
 
     failed = _run_grid("tiny-study", [], None, out, resume, jobs)
+    for spec in load_grid("tiny-study", []):
+        if spec.arm == spec.baseline and spec.run_id not in failed:
+            run = out / spec.run_id
+            _intervene(run, Settings(resolve_checkpoint(run, None)), DEFAULT_BUDGET)
     write_report([str(out)], out=report)
     raise typer.Exit(1 if failed else 0)
 
@@ -152,7 +163,7 @@ def intervene(
     run: Annotated[Path, typer.Argument(help="A run folder with checkpoints.")],
     checkpoint: Annotated[int | None, typer.Option(metavar="STEP", help="The latest if left out.")] = None,
     continuations: Annotated[int, typer.Option(min=1, help="Responses continued from either prefix.")] = 8,
-    budget: Budget = 200_000,
+    budget: Budget = DEFAULT_BUDGET,
     entropy: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Quantiles of entropy of the tokens.")] = "0,1",
     position: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Relative positions of the tokens.")] = "0,1",
     ppl_tercile: Annotated[str, typer.Option(help="Thirds of their groups by perplexity; 1 = lowest.")] = "1,2,3",
@@ -166,9 +177,7 @@ def intervene(
     Example: entrace intervene data/runs/study/none-seed0 --entropy 0.8,1 --budget 500000
     """
     _require_train_extra()
-    from analysis.progress import Progress
-    from trainer.intervene import Settings, Tally, resolve_checkpoint
-    from trainer.intervene import intervene as run_interventions
+    from trainer.intervene import Settings, resolve_checkpoint
 
     filters = {
         "entropy": _parse_range("--entropy", entropy),
@@ -176,13 +185,7 @@ def intervene(
         "ppl_tercile": _parse_terciles(ppl_tercile),
     }
     settings = Settings(resolve_checkpoint(run, checkpoint), seed, continuations, **filters)
-    with _stoppable(f"goes on in {run / 'interventions'}"), Progress("intervene", budget) as progress:
-
-        def show(tally: Tally) -> None:
-            note = f"{tally.interventions} interventions"
-            progress.update(min(tally.tokens, budget), note, mean_abs_impact=tally.mean_abs_impact)
-
-        tally = run_interventions(run, settings, budget, show)
+    tally = _intervene(run, settings, budget)
     if json:
         typer.echo(dumps({"checkpoint_step": settings.checkpoint_step, "seed": seed, **asdict(tally)}, indent=1))
         return
@@ -238,6 +241,19 @@ def _parse_seeds(text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")] if text else None
     except ValueError:
         raise InputError(f'--seeds "{text}": expected numbers separated by commas, such as 0,1,2') from None
+
+
+def _intervene(run: Path, settings: Settings, budget: int) -> Tally:
+    from analysis.progress import Progress
+    from trainer.intervene import intervene as run_interventions
+
+    with _stoppable(f"goes on in {run / 'interventions'}"), Progress("intervene", budget) as progress:
+
+        def show(tally: Tally) -> None:
+            note = f"{tally.interventions} interventions"
+            progress.update(min(tally.tokens, budget), note, mean_abs_impact=tally.mean_abs_impact)
+
+        return run_interventions(run, settings, budget, show)
 
 
 def _parse_range(option: str, text: str) -> tuple[float, float]:

@@ -204,7 +204,8 @@ def _resample_steps(
         sums = totals_by(part, "step", [run], values)[:, 0]
         steps = part["step"].unique().sort().to_numpy()
         spacing = np.median(np.diff(steps)) if len(steps) > 1 else 1
-        block = max(1, round(block_length(int(steps[-1] - steps[0]) + 1) / spacing))
+        # Two at least: a block of one would take neighbours for independent.
+        block = max(2, round(block_length(int(steps[-1] - steps[0]) + 1) / spacing))
         if len(steps) < MIN_BLOCKS * block:
             return None
         times = np.zeros((DRAWS, len(steps)))

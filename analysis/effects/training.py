@@ -24,8 +24,8 @@ from analysis.effects.estimate import (
     widest,
 )
 from analysis.runs import Runs
-from analysis.stages import decompose_fall, num_rising_blocks, relative_speed
-from analysis.stats import Estimate, block_length, resample_blocks
+from analysis.stages import decompose_fall, fit_exchange, num_rising_blocks, relative_speed
+from analysis.stats import Estimate, block_length
 
 # Share of all movement that the top fifth of tokens would carry if movements were normally distributed:
 # exp(-z^2 / 2) with z the quantile of the normal distribution at 0.9.
@@ -73,12 +73,9 @@ def exchange_slope(runs: Runs, run_ids: Sequence[str], rng: np.random.Generator)
         x, y = (part[name].cast(float).to_numpy() for name in ("exp_entropy", "accuracy"))
         if np.ptp(x) == 0:
             raise NoEffectError("entropy did not move", is_recorded=True)
-        basis = np.column_stack((-x, np.ones_like(x)))
-        solver = np.linalg.pinv(basis)
-        fitted = basis @ (solver @ y)
-        residuals = (y - fitted) * np.sqrt(len(x) / (len(x) - 2))
-        slopes.append((solver @ y)[0])
-        draws.append((solver @ (fitted[:, None] + residuals[resample_blocks(len(x), rng)]))[0])
+        fit, drawn = fit_exchange(x, y, part.filter(stage="rising").height, rng)
+        slopes.append(fit[0])
+        draws.append(drawn[:, 0])
         blocks += len(x) / block_length(len(x))
     n, of = frame.height, f"steps, {count(run_ids, 'run')}"
     estimate = Estimate.from_draws(float(np.mean(slopes)), np.mean(draws, axis=0), blocks - 1, n, of)

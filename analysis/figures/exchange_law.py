@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.figures import style
-from analysis.stats import LEVEL, resample_blocks
+from analysis.stages import fit_exchange
+from analysis.stats import LEVEL
 
 if TYPE_CHECKING:
     import polars as pl
@@ -47,9 +48,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
 
 
 def fit_band(run: pl.DataFrame, entropy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of one run's fitted curve: refitted with its residuals resampled in blocks of steps.
-
-    Steps keep their entropy, because resampled pairs would often miss the few steps of high entropy that carry the fit.
+    """95 % interval of one run's fitted curve; see ``analysis.stages.fit_exchange``.
 
     Args:
         run: Rows of one run in the order of steps.
@@ -58,11 +57,9 @@ def fit_band(run: pl.DataFrame, entropy: np.ndarray) -> tuple[np.ndarray, np.nda
     Returns:
         Lower and upper end of accuracy, shape ``(n,)`` each.
     """
-    x, fit = run["exp_entropy"].to_numpy(), run["accuracy_fit"].to_numpy()
-    residuals = run["accuracy"].to_numpy() - fit
-    drawn = fit[:, None] + residuals[resample_blocks(run.height, np.random.default_rng(0))]
-    slope, intercept = np.polyfit(x, drawn, 1)
-    low, high = np.percentile(intercept + slope * np.exp(entropy)[:, None], LEVEL, axis=1)
+    x, y = run["exp_entropy"].to_numpy(), run["accuracy"].cast(float).to_numpy()
+    _, draws = fit_exchange(x, y, run.filter(stage="rising").height, np.random.default_rng(0))
+    low, high = np.percentile(draws @ np.stack((-np.exp(entropy), np.ones_like(entropy))), LEVEL, axis=0)
     return low, high
 
 

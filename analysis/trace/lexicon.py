@@ -21,9 +21,12 @@ FORMAL, LOGICAL, META, SEMANTIC, SPECIAL = CATEGORIES = (
 )
 
 SHIPPED = Path(__file__).with_name("lexicon.toml")
-WORD_START_MARKS = "\u2581\u0120\u010a\u0109"
-MARKUP = re.compile(r"<[^<>\s]+>")
-FORMAL_TEXT = re.compile(r"[\d+\-*/^=<>%×÷±√∑∫≤≥≠≈∞(){}\[\]|\\_]+|[a-zA-Z]'?|[\d.,]*\d[\d.,]*")
+# Word starts, line ends and tabs as SentencePiece and byte-level BPE write them.
+MARKS_TO_BLANKS = dict.fromkeys(map(ord, "\u2581\u0120\u010a\u0109\u010d"), " ")
+MARKUP = re.compile(r"<[^<>\s]+>|\[[A-Z]{3,}\]|\ufffd+")
+RULER = re.compile(r"\*\*+|([-_/=])\1\1+")
+PUNCTUATION = ".,:;!?\"'`"
+FORMAL_TEXT = re.compile(r"[\d+\-*/^=<>%×÷±√∑∫≤≥≠≈∞(){}\[\]|\\_]+|[a-zA-Z]'?|[\d.,]*\d[\d.,]*|\\[a-zA-Z]+")
 SINGLE_LETTER_WORDS = {"a", "i"}
 
 
@@ -60,9 +63,10 @@ class Lexicon:
     def categorize(self, vocab: Sequence[str]) -> np.ndarray:
         """Returns the category of every vocabulary entry.
 
-        Rules, first match: markup such as ``<eos>`` or ``</answer>``, and empty text, is ``special``; a listed word
-        has its listed category; digits, operators, brackets and single letters other than the words a and i are
-        ``formal_reasoning``; anything else, punctuation and word pieces included, is ``semantic_support``.
+        Rules, first match, punctuation around a word left out: markup such as ``<eos>``, ``</answer>`` or ``[PAD]``,
+        blanks, and bytes that are no text are ``special``; a listed word has its listed category; digits, operators,
+        brackets, LaTeX commands and single letters other than the words a and i are ``formal_reasoning``; anything
+        else, punctuation, rulers and word pieces included, is ``semantic_support``.
 
         Args:
             vocab: Texts, one an entry; word-start marks of byte-level BPE and SentencePiece are understood.
@@ -73,12 +77,13 @@ class Lexicon:
         return np.array([self._categorize_one(text) for text in vocab], dtype=object)
 
     def _categorize_one(self, text: str) -> str:
-        text = text.strip(WORD_START_MARKS).strip()
-        word = text.lower()
+        text = text.translate(MARKS_TO_BLANKS).strip()
         if not text or MARKUP.fullmatch(text):
             return SPECIAL
+        text = text.strip(PUNCTUATION).strip() or text
+        word = text.lower()
         if word in self.words:
             return self.words[word]
-        if FORMAL_TEXT.fullmatch(text) and word not in SINGLE_LETTER_WORDS:
+        if FORMAL_TEXT.fullmatch(text) and not RULER.fullmatch(text) and word not in SINGLE_LETTER_WORDS:
             return FORMAL
         return SEMANTIC

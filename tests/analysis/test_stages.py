@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.stages import decompose_fall, fit_stages, fitted_ends, relative_speed
+from analysis.stages import decompose_fall, fit_exchange, fit_stages, fitted_ends, relative_speed
 
 STEPS = np.arange(1, 101)
 
@@ -112,6 +112,20 @@ def test_error_of_the_ends_is_that_of_least_squares_where_steps_are_independent(
         found.append(ends[1, 0] - ends[0, 0])
         spread.append((draws[:, 1, 0] - draws[:, 0, 0]).std())
     assert np.mean(spread) == pytest.approx(np.std(found), rel=0.15)
+
+
+def test_exchange_law_equals_a_plain_fit_and_its_error_that_of_repeated_runs():
+    exp_entropy = np.exp(two_stages(40, 0.0, 0)[0])
+    found, spread = [], []
+    for seed in range(200):
+        accuracy = 1 - 0.4 * exp_entropy + np.random.default_rng(seed).normal(0, 0.02, 100)
+        fit, draws = fit_exchange(exp_entropy, accuracy, 40, np.random.default_rng(seed))
+        found.append(fit)
+        spread.append(draws.std(0))
+    slope, intercept = np.polyfit(exp_entropy, accuracy, 1)
+    np.testing.assert_allclose(found[-1], [-slope, intercept])
+    np.testing.assert_allclose(np.mean(found, axis=0), [0.4, 1], rtol=0.01)
+    np.testing.assert_allclose(np.mean(spread, axis=0), np.std(found, axis=0), rtol=0.15)
 
 
 def test_without_a_boundary_the_ends_are_those_of_one_line():

@@ -4,12 +4,18 @@
 -- units: accuracy, low, high in [0, 1] (95 % interval, clustered by prompt); ppl_mean is a perplexity, >= 1
 -- needs: responses
 with responses as (
-  select *
+  select run_id, step, stage, prompt_id, sample_index, is_correct, ppl
   from staged_responses
   where
     ppl is not null
     and ($runs is null or list_contains($runs, run_id))
     and ($stage is null or stage = $stage)
+),
+mixed_groups as (
+  select run_id, step, prompt_id
+  from responses
+  group by all
+  having bool_or(is_correct) and not bool_and(is_correct)
 ),
 mixed as (
   select
@@ -18,9 +24,7 @@ mixed as (
       partition by run_id, step, prompt_id order by ppl, sample_index
     ) as ppl_bin
   from responses
-  qualify
-    bool_or(is_correct) over (partition by run_id, step, prompt_id)
-    and not bool_and(is_correct) over (partition by run_id, step, prompt_id)
+  semi join mixed_groups using (run_id, step, prompt_id)
 ),
 per_prompt as (
   select

@@ -8,20 +8,25 @@ with responses as (
   from staged_responses
   where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
 ),
-kinds as (
-  select unnest(['any', 'format_violation', 'truncated', 'repetition', 'irrelevant']) as defect
-),
 per_prompt as (
   select
     run_id,
     step,
     stage,
-    defect,
     prompt_id,
     count(*) as responses,
-    count(*) filter (where if(defect = 'any', len(defects) > 0, list_contains(defects, defect))) as defective
-  from responses, kinds
+    count(*) filter (where len(defects) > 0) as "any",
+    count(*) filter (where list_contains(defects, 'format_violation')) as format_violation,
+    count(*) filter (where list_contains(defects, 'truncated')) as truncated,
+    count(*) filter (where list_contains(defects, 'repetition')) as repetition,
+    count(*) filter (where list_contains(defects, 'irrelevant')) as irrelevant
+  from responses
   group by all
+),
+per_defect as (
+  unpivot per_prompt
+  on "any", format_violation, truncated, repetition, irrelevant
+  into name defect value defective
 ),
 per_step as (
   select
@@ -34,7 +39,7 @@ per_step as (
     as_share(clustered_high(defective, responses)) as high,
     sum(responses)::bigint as num_responses,
     count(*) as num_prompts
-  from per_prompt
+  from per_defect
   group by all
 ),
 final as (

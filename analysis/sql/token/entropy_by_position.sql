@@ -3,24 +3,36 @@
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both; $bins of position, null = 10
 -- units: entropy, low, high in nats per token (95 % interval, clustered by prompt); position_mid in [0, 1]
 -- needs: tokens
-with tokens_in_update as (
-  select *, floor(relative_position * coalesce($bins, 10)::integer)::integer as position_bin
-  from staged_tokens
-  where
-    sample_sign is not null
-    and ($runs is null or list_contains($runs, run_id))
-    and ($stage is null or stage = $stage)
+with steps_of_stage as (
+  select run_id, step, stage
+  from staged_steps
+  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
+),
+-- Tokens are added up before they meet their stage: joining each of them would take most of the time.
+per_group as (
+  select
+    run_id,
+    step,
+    prompt_id,
+    advantage > 0 as is_positive,
+    floor(position / response_length * coalesce($bins, 10)::integer)::integer as position_bin,
+    sum(entropy) as entropy_sum,
+    count(*) as tokens
+  from tokens
+  where advantage <> 0 and ($runs is null or list_contains($runs, run_id))
+  group by all
 ),
 per_prompt as (
   select
-    run_id,
+    per_group.run_id,
     stage,
-    sample_sign,
+    if(is_positive, 'positive', 'negative') as sample_sign,
     position_bin,
     prompt_id,
-    sum(entropy) as entropy_sum,
-    count(*) as tokens
-  from tokens_in_update
+    sum(entropy_sum) as entropy_sum,
+    sum(per_group.tokens) as tokens
+  from per_group
+  join steps_of_stage using (run_id, step)
   group by all
 ),
 final as (
