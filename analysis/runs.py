@@ -54,8 +54,12 @@ STAGES_COLUMNS = {
     "boundary_high": "double",
     "entropy_start": "double",
     "entropy_slope": "double",
+    "entropy_slope_low": "double",
+    "entropy_slope_high": "double",
     "accuracy_start": "double",
     "accuracy_slope": "double",
+    "accuracy_slope_low": "double",
+    "accuracy_slope_high": "double",
 }
 # EXPLAIN ANALYZE runs what it explains, so what follows has to be a SELECT as well.
 EXPLAIN = re.compile(r"\s*explain\s*(\([^)]*\)|analyze\b)?", re.IGNORECASE)

@@ -62,13 +62,21 @@ class StageFit:
                 "boundary_step": self.boundary,
                 "boundary_low": self.low,
                 "boundary_high": self.high,
-                "entropy_start": float(self.starts[i, 0]),
-                "entropy_slope": float(self.slopes[i, 0]),
-                "accuracy_start": float(self.starts[i, 1]),
-                "accuracy_slope": float(self.slopes[i, 1]),
+                **self._measure("entropy", i, 0),
+                **self._measure("accuracy", i, 1),
             }
             for i, (stage, span) in enumerate(spans.items())
         ]
+
+    def _measure(self, name: str, stage: int, series: int) -> dict[str, float | None]:
+        """Start and slope of one series in one stage, with the slope's 95 % interval where there is a boundary."""
+        ends = np.percentile(self.slope_draws[:, stage, series], LEVEL) if len(self.slope_draws) else (None, None)
+        return {
+            f"{name}_start": float(self.starts[stage, series]),
+            f"{name}_slope": float(self.slopes[stage, series]),
+            f"{name}_slope_low": None if ends[0] is None else float(ends[0]),
+            f"{name}_slope_high": None if ends[1] is None else float(ends[1]),
+        }
 
 
 def fit_stages(

@@ -33,7 +33,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax.errorbar(
             part["value"],
             [list(METRICS).index(metric) + offset for metric in part["metric"]],
-            xerr=[(part["value"] - part["low"]).fill_null(0), (part["high"] - part["value"]).fill_null(0)],
+            xerr=style.errors(part, "value"),
             color=style.ARM_COLORS[arms.index(arm) % len(style.ARM_COLORS)],
             linestyle="none",
             marker="o",

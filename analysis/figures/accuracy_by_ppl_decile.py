@@ -15,29 +15,11 @@ CAPTION = (
     "prompts, unlike correctness_by_ppl: easy prompts have responses that are both likely and right, so that a line "
     "that falls says nothing yet about responses to the same prompt."
 )
-STAGES = {"rising": (style.ORANGE, "o", -0.08), "plateau": (style.BLUE, "s", 0.08)}
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     """Draws accuracy over the decile of perplexity, one line a stage."""
-    for i, (_, run, line) in enumerate(style.by_run(frame)):
-        for stage, (color, marker, offset) in STAGES.items():
-            part = run.filter(stage=stage)
-            if part.is_empty():
-                continue
-            errors = [part["accuracy"] - part["low"], part["high"] - part["accuracy"]]
-            ax.errorbar(
-                part["ppl_bin"] + offset,
-                part["accuracy"],
-                yerr=[error.fill_null(0) for error in errors],
-                color=color,
-                marker=marker,
-                markersize=4,
-                linestyle=line,
-                elinewidth=1,
-                capsize=2,
-                label=f"{stage} ({_edges(part)})" if i == 0 else None,
-            )
+    style.points_by_stage(ax, frame, "ppl_bin", "accuracy", lambda stage, part: f"{stage} ({_edges(part)})")
     bins = sorted(set(frame["ppl_bin"]))
     ends = {bins[0]: f"{bins[0]}\nlowest", bins[-1]: f"{bins[-1]}\nhighest"}
     ax.set_xticks(bins, [ends.get(number, str(number)) for number in bins])

@@ -15,30 +15,13 @@ CAPTION = (
     "wrong responses count, so that easy and hard prompts cannot make the difference. A line that falls to the right "
     "says that what the policy finds likely is more often right."
 )
-STAGES = {"rising": (style.ORANGE, "o", -0.06), "plateau": (style.BLUE, "s", 0.06)}
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     """Draws accuracy over the perplexity rank within the group, one line a stage."""
-    for i, (_, run, line) in enumerate(style.by_run(frame)):
-        for stage, (color, marker, offset) in STAGES.items():
-            part = run.filter(stage=stage)
-            if part.is_empty():
-                continue
-            errors = [part["accuracy"] - part["low"], part["high"] - part["accuracy"]]
-            name = f"{stage} ({part['num_responses'].sum():,} responses)"
-            ax.errorbar(
-                part["ppl_bin"] + offset,
-                part["accuracy"],
-                yerr=[error.fill_null(0) for error in errors],
-                color=color,
-                marker=marker,
-                markersize=4,
-                linestyle=line,
-                elinewidth=1,
-                capsize=2,
-                label=name if i == 0 else None,
-            )
+    style.points_by_stage(
+        ax, frame, "ppl_bin", "accuracy", lambda stage, part: f"{stage} ({part['num_responses'].sum():,} responses)"
+    )
     bins = sorted(set(frame["ppl_bin"]))
     ends = {bins[0]: "lowest", bins[-1]: "highest"}
     ax.set_xticks(bins, [ends.get(number, str(number)) for number in bins])

@@ -41,11 +41,10 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     for (tercile, (name, color, marker)), offsets in zip(TERCILES.items(), places, strict=True):
         for i, (_, run, _) in enumerate(runs):
             part = run.filter(ppl_tercile=tercile)
-            errors = [part["share"] - part["low"], part["high"] - part["share"]]
             ax.errorbar(
                 [list(CATEGORIES).index(category) + offsets[i] for category in part["category"]],
                 part["share"],
-                yerr=[error.fill_null(0) for error in errors],
+                yerr=style.errors(part, "share"),
                 color=color,
                 marker=marker,
                 markersize=3.5,

@@ -15,7 +15,6 @@ CAPTION = (
     "number beside a bar says how often the word has high entropy where it occurs: a frequent word needs no high "
     "number to stand here."
 )
-MAX_LABEL = 14
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
@@ -23,20 +22,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     shown, stage = style.late_stage(frame)
     name, run, _ = style.by_run(shown)[0]
     high = run["high"].fill_null(run["share"])
-    for category, color in style.CATEGORY_COLORS.items():
-        part = run.filter(category=category)
-        if part.is_empty():
-            continue
-        errors = [100 * (part["share"] - part["low"]), 100 * (part["high"] - part["share"])]
-        ax.barh(
-            part["rank"],
-            100 * part["share"],
-            xerr=[error.fill_null(0) for error in errors],
-            color=color,
-            height=0.7,
-            error_kw={"elinewidth": 1, "ecolor": style.INK},
-            label=category.replace("_", " "),
-        )
+    style.word_bars(ax, run, "rank", "text", "share")
     for rank, end, rate in zip(run["rank"], high, run["high_rate"], strict=True):
         ax.annotate(
             f"{rate:.0%}",
@@ -47,11 +33,8 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
             fontsize=7,
             color=style.INK,
         )
-    ax.set_yticks(run["rank"], [_short(word) for word in run["text"]], fontsize=7.5)
-    ax.invert_yaxis()
     ax.margins(x=0.12)
     ax.set_xlim(left=0)
-    ax.grid(visible=False, axis="y")
     runs = frame["run_id"].n_unique()
     style.label(
         ax,
@@ -64,9 +47,3 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     )
     style.legend(ax, loc="lower right")
     return ax
-
-
-def _short(word: str) -> str:
-    """``word`` on one line, cut, and with nothing in it that matplotlib would typeset."""
-    word = " ".join(word.split()).replace("$", r"\$")
-    return word if len(word) <= MAX_LABEL else f"{word[: MAX_LABEL - 1]}…"

@@ -31,7 +31,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
             ax.errorbar(
                 100 * part["dp"],
                 [categories.index(category) + offset for category in part["category"]],
-                xerr=[(100 * error).fill_null(0) for error in (part["dp"] - part["low"], part["high"] - part["dp"])],
+                xerr=[100 * error for error in style.errors(part, "dp")],
                 color=style.SIGN_COLORS[sign],
                 linestyle="none",
                 marker="o" if sign == "positive" else "s",

@@ -33,11 +33,10 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     for (run, stage), offset in zip(series.iter_rows(), offsets, strict=True):
         part = frame.filter(run_id=run, stage=stage)
         places = np.array([tops.index(top) for top in part["top"]]) + offset
-        errors = [(part["share"] - part["low"]).fill_null(0), (part["high"] - part["share"]).fill_null(0)]
         ax.bar(
             places,
             part["share"],
-            yerr=errors,
+            yerr=style.errors(part, "share"),
             width=0.9 * width,
             color=STAGES[stage],
             error_kw={"elinewidth": 1.2, "capsize": 2, "ecolor": style.INK},

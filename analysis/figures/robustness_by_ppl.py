@@ -31,11 +31,10 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     for (is_correct, (name, color)), offsets in zip(KINDS.items(), places, strict=True):
         for i, (_, run, _) in enumerate(runs):
             part = run.filter(is_correct=is_correct)
-            errors = [part["impact"] - part["low"], part["high"] - part["impact"]]
             ax.bar(
                 part["ppl_tercile"] + offsets[i],
                 part["impact"],
-                yerr=[error.fill_null(0) for error in errors],
+                yerr=style.errors(part, "impact"),
                 width=0.9 * width,
                 color=color,
                 error_kw={"elinewidth": 1, "capsize": 2, "ecolor": style.INK},

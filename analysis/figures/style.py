@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -24,9 +24,12 @@ CATEGORY_COLORS = {
     "special": GREY,
 }
 ARM_COLORS = (INK, BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+# Colour, marker and a shift to the side that keeps error bars apart.
+STAGE_POINTS = {"rising": (ORANGE, "o", -0.07), "plateau": (BLUE, "s", 0.07)}
 RUN_STYLES = ("-", "--", ":", "-.")
 SIZE = (5.0, 3.2)
 NOTE_LENGTH = 78
+WORD_LENGTH = 14
 STEP = "training step"
 
 # Any, because matplotlib's stubs want its own literal types for the keys.
@@ -101,6 +104,63 @@ def by_run(frame: pl.DataFrame) -> list[tuple[str, pl.DataFrame, str]]:
     """Rows of each run with a line style of its own."""
     parts = frame.partition_by("run_id", maintain_order=True, as_dict=True)
     return [(str(run), part, RUN_STYLES[i % len(RUN_STYLES)]) for i, ((run,), part) in enumerate(parts.items())]
+
+
+def errors(frame: pl.DataFrame, y: str, low: str = "low", high: str = "high") -> list[pl.Series]:
+    """Distances of ``y`` to both ends of its interval, 0 where there is none, as error bars want them."""
+    return [(frame[y] - frame[low]).fill_null(0), (frame[high] - frame[y]).fill_null(0)]
+
+
+def points_by_stage(ax: Axes, frame: pl.DataFrame, x: str, y: str, name: Callable[[str, pl.DataFrame], str]) -> None:
+    """Draws ``y`` over the whole numbers ``x``, a line with error bars for each stage of each run.
+
+    ``name`` makes the legend's entry from the stage and its rows.
+    """
+    for i, (_, run, line) in enumerate(by_run(frame)):
+        for stage, (color, marker, offset) in STAGE_POINTS.items():
+            part = run.filter(stage=stage)
+            if part.is_empty():
+                continue
+            ax.errorbar(
+                part[x] + offset,
+                part[y],
+                yerr=errors(part, y),
+                color=color,
+                marker=marker,
+                markersize=4,
+                linestyle=line,
+                elinewidth=1,
+                capsize=2,
+                label=name(stage, part) if i == 0 else None,
+            )
+
+
+def word_bars(ax: Axes, frame: pl.DataFrame, place: str, words: str, share: str) -> None:
+    """Draws ``share`` in percent, one horizontal bar a word, coloured by its function, first place on top."""
+    percent = frame.with_columns(100 * frame[name] for name in (share, "low", "high"))
+    for category, color in CATEGORY_COLORS.items():
+        part = percent.filter(category=category)
+        if part.is_empty():
+            continue
+        ax.barh(
+            part[place],
+            part[share],
+            xerr=errors(part, share),
+            color=color,
+            height=0.7,
+            error_kw={"elinewidth": 1, "ecolor": INK},
+            label=category.replace("_", " "),
+        )
+    ax.set_yticks(frame[place], [_short(word) for word in frame[words]], fontsize=7.5)
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+
+
+def _short(word: str) -> str:
+    """``word`` on one line, cut, and with nothing in it that matplotlib would typeset."""
+    word = " ".join(word.split())
+    word = word if len(word) <= WORD_LENGTH else f"{word[: WORD_LENGTH - 1]}…"
+    return word.replace("$", r"\$")
 
 
 def late_stage(frame: pl.DataFrame) -> tuple[pl.DataFrame, str]:

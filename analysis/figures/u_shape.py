@@ -30,11 +30,10 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     for (part_name, (color, marker)), offsets in zip(PARTS.items(), places, strict=True):
         for i, (_, run, _) in enumerate(runs):
             part = run.filter(part=part_name)
-            errors = [part["excess"] - part["low"], part["high"] - part["excess"]]
             ax.errorbar(
                 part["excess"],
                 [rows.index(row) + offsets[i] for row in part.select("stage", "sample_sign").iter_rows()],
-                xerr=[error.fill_null(0) for error in errors],
+                xerr=style.errors(part, "excess"),
                 color=color,
                 marker=marker,
                 markersize=4,

@@ -15,7 +15,6 @@ CAPTION = (
     "that changed most. They were chosen for their change, so that it is overstated: read which kinds of words rise "
     "and fall, not how far a single one goes."
 )
-MAX_LABEL = 14
 ROWS_A_SIDE = 8
 
 
@@ -23,24 +22,8 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     """Draws one bar a word, the largest rise on top, for the first run in ``frame``."""
     name, run, _ = style.by_run(frame)[0]
     shown = run.filter((run["rank_rise"] <= ROWS_A_SIDE) | (run["rank_fall"] <= ROWS_A_SIDE)).with_row_index("place")
-    for category, color in style.CATEGORY_COLORS.items():
-        part = shown.filter(category=category)
-        if part.is_empty():
-            continue
-        errors = [100 * (part["change"] - part["low"]), 100 * (part["high"] - part["change"])]
-        ax.barh(
-            part["place"],
-            100 * part["change"],
-            xerr=[error.fill_null(0) for error in errors],
-            color=color,
-            height=0.7,
-            error_kw={"elinewidth": 1, "ecolor": style.INK},
-            label=category.replace("_", " "),
-        )
+    style.word_bars(ax, shown, "place", "word", "change")
     ax.axvline(0, color=style.INK, linewidth=0.7)
-    ax.set_yticks(range(shown.height), [_short(word) for word in shown["word"]], fontsize=7.5)
-    ax.invert_yaxis()
-    ax.grid(visible=False, axis="y")
     runs = frame["run_id"].n_unique()
     style.label(
         ax,
@@ -51,9 +34,3 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     )
     style.legend(ax, loc="best")
     return ax
-
-
-def _short(word: str) -> str:
-    """``word`` on one line, cut, and with nothing in it that matplotlib would typeset."""
-    word = " ".join(word.split()).replace("$", r"\$")
-    return word if len(word) <= MAX_LABEL else f"{word[: MAX_LABEL - 1]}…"

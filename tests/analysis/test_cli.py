@@ -97,7 +97,9 @@ def test_tables_prints_every_column(command):
 
 
 def test_claims_as_text_and_json(command, tiny_path: Path):
-    assert b"S1  entropy          none             supported" in command("claims", str(tiny_path))[1]
+    text = command("claims", str(tiny_path))[1]
+    assert b"S1  entropy          none             supported" in text
+    assert b"    figure stage_dynamics, analysis/sql/stage/stage_dynamics.sql\n" in text
     assert json.loads(command("claims", str(tiny_path), "--json")[1])["overall"]["S1"] == "supported"
 
 

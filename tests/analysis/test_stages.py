@@ -29,6 +29,14 @@ def test_planted_boundary_is_found(boundary: int):
     np.testing.assert_allclose(fit.slopes[1], [0, 0], atol=0.0015)
 
 
+def test_segments_have_slopes_with_intervals():
+    rising, plateau = fit_stages(STEPS, *two_stages(40, 0.02, 3)).segments()
+    assert (rising["stage"], rising["last_step"] + 1) == ("rising", plateau["first_step"])
+    assert rising["entropy_slope_low"] < -0.6 / 40 < rising["entropy_slope_high"] < 0
+    assert 0 < rising["accuracy_slope_low"] < 0.5 / 40 < rising["accuracy_slope_high"]
+    assert plateau["entropy_slope_low"] < 0 < plateau["entropy_slope_high"]
+
+
 def test_interval_covers_the_boundary():
     fits = [fit_stages(STEPS, *two_stages(35, 0.05, seed)) for seed in range(20)]
     covered = [fit.low <= 35 <= fit.high for fit in fits if fit.low is not None and fit.high is not None]

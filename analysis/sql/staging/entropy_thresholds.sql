@@ -25,22 +25,3 @@ select run_id, stage, exp(min(bin) / 200) as entropy_threshold
 from ranked
 where tokens_from - num_tokens < top * tokens_all
 group by all;
-
--- Tokens in the update as in staged_tokens, with whether they belong to that top share: one join for both.
-create macro tokens_in_update(top) as table
-with steps_with_threshold as (
-  select staged_steps.run_id, staged_steps.step, staged_steps.stage, thresholds.entropy_threshold
-  from staged_steps
-  join entropy_thresholds(top) as thresholds
-    on thresholds.run_id = staged_steps.run_id and thresholds.stage = staged_steps.stage
-)
-select
-  tokens.*,
-  tokens.position / tokens.response_length as relative_position,
-  steps_with_threshold.stage,
-  if(tokens.advantage > 0, 'positive', 'negative') as sample_sign,
-  steps_with_threshold.entropy_threshold,
-  tokens.entropy >= steps_with_threshold.entropy_threshold as is_high_entropy
-from tokens
-join steps_with_threshold on steps_with_threshold.run_id = tokens.run_id and steps_with_threshold.step = tokens.step
-where tokens.advantage <> 0;
