@@ -54,13 +54,8 @@ def simulate(world: str, seed: int) -> Outcome:
         shutil.rmtree(folder)
     # Claim M3 is made of two arms that are alike here; one stands for both.
     found = [v for v in verdicts if not (v.claim == "M3" and v.subject.startswith("position"))]
-    nothing = float("nan")
     return {
-        f"{v.claim}/{v.part}": (
-            (v.verdict, nothing, nothing, nothing)
-            if v.effect is None
-            else (v.verdict, v.effect, v.low or 0.0, v.high or 0.0)
-        )
+        f"{v.claim}/{v.part}": (v.verdict, *(np.nan if x is None else x for x in (v.effect, v.low, v.high)))
         for v in found
     }
 
@@ -112,8 +107,9 @@ def upper_end(hits: int, n: int) -> float:
 
 
 def _coverage(outcomes: dict[str, list[Outcome]], truth: dict[str, Truth], claim: str, part: str) -> dict[str, Any]:
-    """Share of intervals that hold the truth, over all worlds that have both."""
+    """Share of intervals that hold the truth, over all worlds that have both, and how far they reach."""
     hits: dict[str, list[bool]] = {}
+    half_widths = []
     for world, simulations in outcomes.items():
         # Without stages the speed of one relative to the other has no truth to cover.
         if (claim, part) not in truth[world] or (claim == "S1" and world == "flat"):
@@ -122,10 +118,12 @@ def _coverage(outcomes: dict[str, list[Outcome]], truth: dict[str, Truth], claim
             _, effect, low, high = outcome[f"{claim}/{part}"]
             if np.isfinite(effect):
                 hits.setdefault(world, []).append(low <= truth[world][claim, part] <= high)
+                half_widths.append((high - low) / 2)
     every = [hit for found in hits.values() for hit in found]
     return {
         "coverage": float(np.mean(every)) if every else None,
         "intervals": len(every),
+        "half_width": float(np.median(half_widths)),
         "coverage_by_world": {world: float(np.mean(found)) for world, found in hits.items()},
     }
 
@@ -139,14 +137,14 @@ def render(rows: list[dict[str, Any]]) -> str:
         "`entrace claims`. `make calibrate` makes this page; [verdicts.md](verdicts.md) says what they contain.",
         "",
         "| Claim | Part | False supported | False contradicted | Upper end of both | Planted effect | Found "
-        "| Interval holds the truth |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| Interval holds the truth | Its half width | Matters from |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         lines.append(
             f"| {row['claim']} | {row['part']} | {row['false_supported']:.1%} | {row['false_contradicted']:.1%} "
             f"| {row['false_upper']:.1%} | {row['planted']:.3g} {row['unit']} | {row['power']:.1%} "
-            f"| {row['coverage']:.1%} of {row['intervals']} |"
+            f"| {row['coverage']:.1%} of {row['intervals']} | {row['half_width']:.2g} | {row['smallest_effect']:g} |"
         )
     return "\n".join(lines) + "\n"
 
