@@ -6,11 +6,12 @@ from DuckDB's own plan: projections and filters of the table scans in ``EXPLAIN`
 hold the first rows of the trace. A sum cannot be answered from the statistics of a Parquet file, as count, min and max
 can; text is summed as its length in bytes, lists as their number of elements, booleans as 0 and 1.
 
-A question and its scan run alternately, after one of each that is not measured; ratios are medians of these pairs, of
-wall time and of CPU time, which other work on the machine disturbs less. Peak memory is that of a fresh process that
-opens the trace and answers every question once, Python and imports included. "tenfold" is how much longer a question
-takes than on a trace of a tenth of the size. Some breakdowns are computed by pandas and polars as well, without the
-intervals that the queries add, and compared; pandas on the small trace only, where its columns fit into memory.
+A question, its scan and the question on a trace of a tenth of the size take turns, after a first round that is not
+measured. Ratios are medians over rounds, of wall time and of CPU time, which other work on the machine disturbs less;
+"tenfold" is how much longer the question takes on the large trace. Peak memory is that of a fresh process that opens
+the trace and answers every question once, Python and imports included. Some breakdowns are computed by pandas and
+polars as well, without the intervals that the queries add, and compared; pandas on the small trace only, where its
+columns fit into memory.
 
 Usage: python tests/benchmarks/bench_queries.py --tokens 50000000 --out reports/query_benchmarks.json [--trace DIR]
 """
@@ -42,7 +43,8 @@ from analysis.trace import TABLES, describe_machine
 
 CORES = 2
 SHRINK = 10
-REPEATS, SECONDS = (3, 20), 0.5
+# Rounds of a question: at least, at most, and within how many seconds of wall and CPU time together.
+REPEATS, SECONDS = (3, 20), 2.0
 SAMPLE_ROWS = 10_000
 # entropy_threshold is up to 0.5 % too low, which lets in some more tokens.
 TOLERANCE = 0.01
@@ -116,15 +118,23 @@ def timed(work: Callable[..., Any], *arguments: Any) -> np.ndarray:
     return np.array([clock() for clock in clocks]) - started
 
 
-def measure(runs: analysis.Runs, stem: str, scan: str) -> dict[str, float]:
-    """Medians over pairs of a question and its scan: 3, or up to 20 where half a second allows."""
-    pairs: list[np.ndarray] = []
-    while len(pairs) <= REPEATS[0] or (len(pairs) <= REPEATS[1] and np.sum(pairs) < SECONDS):
-        pairs.append(np.stack((timed(ask, runs, stem), timed(runs.sql, scan))))
-    warm = np.array(pairs[1:])
-    (query_s, _), (scan_s, _) = np.median(warm, axis=0).tolist()
+def measure(large: analysis.Runs, small: analysis.Runs, stem: str, scan: str) -> dict[str, float]:
+    """Medians over rounds of a question, its scan and the question on the small trace."""
+    rounds: list[np.ndarray] = []
+    while len(rounds) <= REPEATS[0] or (len(rounds) <= REPEATS[1] and np.sum(rounds) < SECONDS):
+        rounds.append(np.stack((timed(ask, large, stem), timed(large.sql, scan), timed(ask, small, stem))))
+    warm = np.array(rounds[1:])
+    query_s, scan_s, small_query_s = np.median(warm[:, :, 0], axis=0).tolist()
     ratio, cpu_ratio = np.median(warm[:, 0] / warm[:, 1], axis=0).tolist()
-    return {"query_s": query_s, "scan_s": scan_s, "ratio": ratio, "cpu_ratio": cpu_ratio}
+    growth = float(np.median(warm[:, 0, 0] / warm[:, 2, 0]))
+    return {
+        "query_s": query_s,
+        "scan_s": scan_s,
+        "ratio": ratio,
+        "cpu_ratio": cpu_ratio,
+        "small_query_s": small_query_s,
+        "growth": growth,
+    }
 
 
 def peak_memory_gib(trace: Path) -> float:
@@ -280,11 +290,8 @@ def run_benchmark(large: Path, small: Path, stems: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with Progress("measure", len(stems)) as bar:
         for done, stem in enumerate(stems, start=1):
-            scan = scan_of(columns[stem])
-            found[stem] = measure(opened[large], stem, scan)
-            found[stem]["small_query_s"] = measure(opened[small], stem, scan)["query_s"]
-            found[stem]["growth"] = tenfold * found[stem]["query_s"] / found[stem]["small_query_s"]
-            found[stem]["columns"] = columns[stem]
+            row = measure(opened[large], opened[small], stem, scan_of(columns[stem]))
+            found[stem] = row | {"growth": tenfold * row["growth"], "columns": columns[stem]}
             bar.update(done, note=f"{stem}: ratio {found[stem]['ratio']:.2f}")
     peers = {
         f"{stem}, {tokens[trace]:,} tokens": measure_peers(opened[trace], trace, stem, libraries)
