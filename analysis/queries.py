@@ -10,7 +10,15 @@ from analysis.trace.errors import InputError, nearest
 SQL_ROOT = Path(__file__).with_name("sql")
 LEVELS = ("stage", "instance", "token", "ablation", "cluster")
 # In the order in which they build on each other.
-STAGING = ("macros", "staged_steps", "staged_responses", "staged_tokens", "entropy_thresholds", "eval_prompts")
+STAGING = (
+    "macros",
+    "staged_steps",
+    "staged_responses",
+    "staged_tokens",
+    "staged_movements",
+    "entropy_thresholds",
+    "eval_prompts",
+)
 HEADERS = ("question", "grain", "params", "units", "needs")
 # Header "needs": how to see whether a trace holds it, and what to do where it does not.
 NEEDS = {

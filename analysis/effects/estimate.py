@@ -87,7 +87,8 @@ def level(
         NoEffectError: the effect of a run is undefined on what it recorded.
     """
     by_prompt = totals_by(frame, "prompt_id", run_ids, values)
-    n, of = len(by_prompt), f"prompts, {count(run_ids, 'run')}"
+    steps = f" in {frame.select('run_id', 'step').n_unique()} steps" if "step" in frame.columns else ""
+    n, of = len(by_prompt), f"prompts{steps}, {count(run_ids, 'run')}"
     with np.errstate(divide="ignore", invalid="ignore"):
         by_run = effect(by_prompt.sum(0))
         if not np.isfinite(by_run).all():

@@ -59,7 +59,7 @@ def test_interval_of_a_level_is_not_too_wide_where_all_is_independent():
     estimate = level(sums_of(values, fresh(STEPS)), ["r"], ["total", "n"], ratio(0, 1), np.random.default_rng(1))
     assert estimate.value == pytest.approx(values.mean())
     assert estimate.width == pytest.approx(2 * 1.96 * values.std() / np.sqrt(values.size), rel=0.5)
-    assert (estimate.n, estimate.of) == (STEPS * PROMPTS, "prompts, 1 run")
+    assert (estimate.n, estimate.of) == (STEPS * PROMPTS, "prompts in 60 steps, 1 run")
 
 
 def test_too_few_steps_leave_the_prompts():

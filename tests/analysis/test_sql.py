@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from analysis import queries
@@ -59,3 +60,12 @@ def test_pass_at_k_in_sql(tiny: Runs):
     # 1 - C(3, 3) / C(5, 3) = 0.9.
     found = tiny.sql("select pass_at_k(5, 2, 3) as p, pass_at_k(5, 0, 5) as none, pass_at_k(5, 5, 1) as all_right")
     assert found.row(0) == pytest.approx((0.9, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("top", [0.05, 0.2, 0.5])
+def test_entropy_threshold_is_the_quantile_within_its_stated_error(study: Runs, top: float):
+    for run_id, stage, found in study.sql("from entropy_thresholds($top)", {"top": top}).iter_rows():
+        conditions = "run_id = $run and stage = $stage and sample_sign is not null"
+        entropies = study.sql(f"select entropy from staged_tokens where {conditions}", {"run": run_id, "stage": stage})
+        exact = np.sort(entropies["entropy"].cast(float).to_numpy())[::-1][int(np.ceil(top * entropies.height)) - 1]
+        assert 0.995 * exact <= found <= exact * (1 + 1e-6)

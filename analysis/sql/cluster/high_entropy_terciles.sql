@@ -4,9 +4,9 @@
 -- units: *_tokens, *_reasoning in high-entropy tokens (top 20 % of the plateau's tokens in the update)
 -- needs: tokens
 with thresholds as (
-  select run_id, entropy_threshold
-  from entropy_thresholds(0.2)
-  where stage = 'plateau'
+  select *
+  from steps_with_threshold(0.2)
+  where stage = 'plateau' and ($runs is null or list_contains($runs, run_id))
 ),
 per_response as (
   select
@@ -16,12 +16,12 @@ per_response as (
     count(*) filter (
       where tokens.category in ('formal_reasoning', 'logical_structuring', 'metacognitive')
     ) as num_reasoning
-  from staged_tokens as tokens
-  join thresholds on thresholds.run_id = tokens.run_id and tokens.entropy >= thresholds.entropy_threshold
-  where
-    tokens.stage = 'plateau'
-    and tokens.sample_sign is not null
-    and ($runs is null or list_contains($runs, tokens.run_id))
+  from tokens
+  join thresholds
+    on thresholds.run_id = tokens.run_id
+    and thresholds.step = tokens.step
+    and tokens.entropy >= thresholds.entropy_threshold
+  where tokens.advantage <> 0
   group by all
 ),
 terciles as (

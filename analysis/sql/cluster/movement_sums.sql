@@ -1,7 +1,7 @@
 -- question: S5, S6, T3. How much did the update move the probability of each prompt's tokens, in the plateau?
 -- grain: one row per run, step and prompt, over tokens with after-update values
 -- params: $runs list of run_id, null = all
--- units: movement = sum of |dp|, dp = change of the sampled token's probability; tokens in tokens; "still" is |dp| <= .01
+-- units: *movement = sums of |dp|, *_dp of dp; *tokens in tokens, still = |dp| <= .01; *_grad_norm in nats
 -- needs: after-update values
 with moved as (
   select
@@ -12,13 +12,9 @@ with moved as (
     relative_position,
     entropy,
     grad_norm,
-    exp(logprob_after::double) - exp(logprob::double) as dp
-  from staged_tokens
-  where
-    stage = 'plateau'
-    and logprob_after is not null
-    and sample_sign is not null
-    and ($runs is null or list_contains($runs, run_id))
+    dp
+  from staged_movements
+  where stage = 'plateau' and ($runs is null or list_contains($runs, run_id))
 ),
 -- Top fifth of |dp| and of gradient norms, from histograms 0.1 % wide: thresholds are at most 0.1 % too low.
 bins as (

@@ -4,18 +4,20 @@
 -- units: share, low, high in [0, 1] of the num_tokens high-entropy tokens (95 % interval, clustered by prompt)
 -- needs: tokens
 with
--- High-entropy: the $top share of the stage's tokens in the update, by a threshold that is at most 0.1 % too low.
+-- High-entropy: the $top share of the stage's tokens in the update, by a threshold that is at most 0.5 % too low.
+thresholds as (
+  select *
+  from steps_with_threshold(coalesce($top, 0.2))
+  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
+),
 high_entropy as (
   select tokens.run_id, tokens.rollout_id, tokens.category, count(*) as tokens
-  from staged_tokens as tokens
-  join entropy_thresholds(coalesce($top, 0.2)) as thresholds
+  from tokens
+  join thresholds
     on thresholds.run_id = tokens.run_id
-    and thresholds.stage = tokens.stage
+    and thresholds.step = tokens.step
     and tokens.entropy >= thresholds.entropy_threshold
-  where
-    tokens.sample_sign is not null
-    and ($runs is null or list_contains($runs, tokens.run_id))
-    and ($stage is null or tokens.stage = $stage)
+  where tokens.advantage <> 0
   group by all
 ),
 terciles as (

@@ -3,31 +3,48 @@
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
 -- units: *_low in nats; share of the sign's tokens; correlation of the logs, low, high (mean of steps, 95 % interval)
 -- needs: tokens
-with logs as (
+with steps_of_stage as (
+  select run_id, step, stage
+  from staged_steps
+  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
+),
+logs as (
   select
     run_id,
-    stage,
-    sample_sign,
     step,
+    advantage > 0 as is_positive,
     log10(entropy::double) as log_entropy,
     log10(grad_norm::double) as log_grad_norm
-  from staged_tokens
+  from tokens
   where
-    sample_sign is not null
+    advantage <> 0
     and entropy > 0
     and grad_norm > 0
     and ($runs is null or list_contains($runs, run_id))
-    and ($stage is null or stage = $stage)
 ),
--- Cells cover 1e-4 to 10 nats of entropy and 1e-4 to 100 of the norm; the outermost take in what lies beyond.
-celled as (
+-- Cells cover 1e-4 to 10 nats of entropy and 1e-4 to 100 of the norm; the outermost take in what lies beyond. Tokens
+-- are added up before they meet their stage: joining each of them would take most of the time.
+per_step as (
   select
-    *,
-    greatest(0, least(39, floor((log_entropy + 4) / 0.125)))::integer as entropy_bin,
-    greatest(0, least(39, floor((log_grad_norm + 4) / 0.15)))::integer as grad_norm_bin
+    run_id,
+    step,
+    is_positive,
+    greatest(0, least(39, floor((log_entropy + 4) / 0.125)))::tinyint as entropy_bin,
+    greatest(0, least(39, floor((log_grad_norm + 4) / 0.15)))::tinyint as grad_norm_bin,
+    count(*) as tokens,
+    sum(log_entropy) as x,
+    sum(log_grad_norm) as y,
+    sum(log_entropy * log_entropy) as xx,
+    sum(log_grad_norm * log_grad_norm) as yy,
+    sum(log_entropy * log_grad_norm) as xy
   from logs
+  group by all
 ),
--- Cells and steps in one pass over the tokens.
+staged as (
+  select per_step.*, stage, if(is_positive, 'positive', 'negative') as sample_sign
+  from per_step
+  join steps_of_stage using (run_id, step)
+),
 counted as (
   select
     run_id,
@@ -36,9 +53,12 @@ counted as (
     entropy_bin,
     grad_norm_bin,
     step,
-    count(*) as tokens,
-    corr(log_entropy, log_grad_norm) as correlation
-  from celled
+    sum(tokens)::bigint as tokens,
+    (sum(xy) - sum(x) * sum(y) / sum(tokens))
+      / sqrt(
+        greatest(sum(xx) - sum(x) * sum(x) / sum(tokens), 0) * greatest(sum(yy) - sum(y) * sum(y) / sum(tokens), 0)
+      ) as correlation
+  from staged
   group by grouping sets (
     (run_id, stage, sample_sign, entropy_bin, grad_norm_bin),
     (run_id, stage, sample_sign, step)

@@ -3,23 +3,7 @@
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
 -- units: dp in probability, movement = |dp| (95 % intervals, clustered by prompt); grad_norm in nats
 -- needs: after-update values
-with moved as (
-  select
-    run_id,
-    stage,
-    sample_sign,
-    category,
-    prompt_id,
-    grad_norm,
-    exp(logprob_after::double) - exp(logprob::double) as dp
-  from staged_tokens
-  where
-    logprob_after is not null
-    and sample_sign is not null
-    and ($runs is null or list_contains($runs, run_id))
-    and ($stage is null or stage = $stage)
-),
-per_prompt as (
+with per_prompt as (
   select
     run_id,
     stage,
@@ -30,7 +14,8 @@ per_prompt as (
     sum(abs(dp)) as movement_sum,
     sum(grad_norm::double) as grad_norm_sum,
     count(*) as tokens
-  from moved
+  from staged_movements
+  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
   group by all
 ),
 final as (

@@ -12,13 +12,9 @@ with moved as (
     entropy,
     floor(1000 * ln(greatest(entropy, 1e-9)))::integer as bin,
     grad_norm,
-    exp(logprob_after::double) - exp(logprob::double) as dp
-  from staged_tokens
-  where
-    logprob_after is not null
-    and sample_sign is not null
-    and ($runs is null or list_contains($runs, run_id))
-    and ($stage is null or stage = $stage)
+    dp
+  from staged_movements
+  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
 ),
 bins as (
   select run_id, stage, bin, count(*) as tokens

@@ -4,13 +4,9 @@
 -- units: share, low, high, even, normal in [0, 1] of all |dp| (95 % interval, clustered by prompt); threshold in |dp|
 -- needs: after-update values
 with moved as (
-  select run_id, stage, prompt_id, abs(exp(logprob_after::double) - exp(logprob::double)) as movement
-  from staged_tokens
-  where
-    logprob_after is not null
-    and sample_sign is not null
-    and ($runs is null or list_contains($runs, run_id))
-    and ($stage is null or stage = $stage)
+  select run_id, stage, prompt_id, abs(dp) as movement
+  from staged_movements
+  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
 ),
 -- normal: share of the sum of |Z| in its top q for a standard normal Z, exp(-z^2 / 2) with P(|Z| > z) = q.
 tops as (

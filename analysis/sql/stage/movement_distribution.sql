@@ -4,18 +4,9 @@
 -- units: share, low, high in [0, 1] of the sign's tokens (95 % interval, clustered by prompt); bin_* in |dp|
 -- needs: after-update values
 with moved as (
-  select
-    run_id,
-    stage,
-    sample_sign,
-    prompt_id,
-    abs(exp(logprob_after::double) - exp(logprob::double)) as movement
-  from staged_tokens
-  where
-    logprob_after is not null
-    and sample_sign is not null
-    and ($runs is null or list_contains($runs, run_id))
-    and ($stage is null or stage = $stage)
+  select run_id, stage, sample_sign, prompt_id, abs(dp) as movement
+  from staged_movements
+  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
 ),
 counted as (
   select

@@ -4,22 +4,23 @@
 -- units: share*, low, high, position_mid in [0, 1] (95 % interval, clustered by prompt); entropy_threshold in nats
 -- needs: tokens
 with
--- High-entropy: the $top share of the stage's tokens in the update, by a threshold that is at most 0.1 % too low.
+-- High-entropy: the $top share of the stage's tokens in the update, by a threshold that is at most 0.5 % too low.
+thresholds as (
+  select *
+  from steps_with_threshold(coalesce($top, 0.2))
+  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
+),
 tokens_in_update as (
   select
     tokens.run_id,
-    tokens.stage,
-    floor(tokens.relative_position * coalesce($bins, 10)::integer)::integer as position_bin,
+    thresholds.stage,
+    floor(tokens.position / tokens.response_length * coalesce($bins, 10)::integer)::integer as position_bin,
     tokens.prompt_id,
     tokens.entropy >= thresholds.entropy_threshold as is_high_entropy,
     thresholds.entropy_threshold
-  from staged_tokens as tokens
-  join entropy_thresholds(coalesce($top, 0.2)) as thresholds
-    on thresholds.run_id = tokens.run_id and thresholds.stage = tokens.stage
-  where
-    tokens.sample_sign is not null
-    and ($runs is null or list_contains($runs, tokens.run_id))
-    and ($stage is null or tokens.stage = $stage)
+  from tokens
+  join thresholds on thresholds.run_id = tokens.run_id and thresholds.step = tokens.step
+  where tokens.advantage <> 0
 ),
 per_prompt as (
   select

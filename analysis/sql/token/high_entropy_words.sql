@@ -4,24 +4,25 @@
 -- units: share, low, high, high_rate in [0, 1] (95 % interval, clustered by step); entropy_mean in nats
 -- needs: tokens
 with
--- High-entropy: the $top share of the stage's tokens in the update, by a threshold that is at most 0.1 % too low.
+-- High-entropy: the $top share of the stage's tokens in the update, by a threshold that is at most 0.5 % too low.
+thresholds as (
+  select *
+  from steps_with_threshold(coalesce($top, 0.2))
+  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
+),
 counted as (
   select
     tokens.run_id,
-    tokens.stage,
+    any_value(thresholds.stage) as stage,
     tokens.step,
     tokens.token_id,
     count(*) as tokens,
     count(*) filter (where tokens.entropy >= thresholds.entropy_threshold) as high_tokens,
     sum(tokens.entropy) as entropy_sum
-  from staged_tokens as tokens
-  join entropy_thresholds(coalesce($top, 0.2)) as thresholds
-    on thresholds.run_id = tokens.run_id and thresholds.stage = tokens.stage
-  where
-    tokens.sample_sign is not null
-    and ($runs is null or list_contains($runs, tokens.run_id))
-    and ($stage is null or tokens.stage = $stage)
-  group by all
+  from tokens
+  join thresholds on thresholds.run_id = tokens.run_id and thresholds.step = tokens.step
+  where tokens.advantage <> 0
+  group by tokens.run_id, tokens.step, tokens.token_id
 ),
 -- Case, white space and the marks that tokenizers put on word starts make no other word.
 words as (

@@ -5,26 +5,22 @@
 -- needs: after-update values
 with
 -- dp = change of the sampled token's probability by the update, movement = mean |dp|. High-entropy: the $top share of
--- the stage's tokens in the update, captured or not, by a threshold that is at most 0.1 % too low.
+-- the stage's tokens in the update, captured or not, by a threshold that is at most 0.5 % too low.
 captured as (
   select
-    tokens.run_id,
-    tokens.stage,
-    tokens.sample_sign,
-    floor(tokens.relative_position * coalesce($bins, 10)::integer)::integer as position_bin,
-    tokens.prompt_id,
-    tokens.entropy::double as entropy,
-    tokens.grad_norm::double as grad_norm,
-    exp(tokens.logprob_after::double) - exp(tokens.logprob::double) as dp,
-    tokens.entropy >= thresholds.entropy_threshold as is_high_entropy
-  from staged_tokens as tokens
+    moved.run_id,
+    moved.stage,
+    moved.sample_sign,
+    floor(moved.relative_position * coalesce($bins, 10)::integer)::integer as position_bin,
+    moved.prompt_id,
+    moved.entropy::double as entropy,
+    moved.grad_norm::double as grad_norm,
+    moved.dp,
+    moved.entropy >= thresholds.entropy_threshold as is_high_entropy
+  from staged_movements as moved
   join entropy_thresholds(coalesce($top, 0.2)) as thresholds
-    on thresholds.run_id = tokens.run_id and thresholds.stage = tokens.stage
-  where
-    tokens.logprob_after is not null
-    and tokens.sample_sign is not null
-    and ($runs is null or list_contains($runs, tokens.run_id))
-    and ($stage is null or tokens.stage = $stage)
+    on thresholds.run_id = moved.run_id and thresholds.stage = moved.stage
+  where ($runs is null or list_contains($runs, moved.run_id)) and ($stage is null or moved.stage = $stage)
 ),
 per_prompt as (
   select

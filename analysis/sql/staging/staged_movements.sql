@@ -1,0 +1,5 @@
+-- Tokens in the update with after-update values. dp = change of the sampled token's probability by the update.
+create view staged_movements as
+select *, exp(logprob_after::double) - exp(logprob::double) as dp
+from staged_tokens
+where logprob_after is not null and sample_sign is not null;
