@@ -64,8 +64,8 @@ def test_pass_at_k_in_sql(tiny: Runs):
 
 @pytest.mark.parametrize("top", [0.05, 0.2, 0.5])
 def test_entropy_threshold_is_the_quantile_within_its_stated_error(study: Runs, top: float):
-    for run_id, stage, found in study.sql("from entropy_thresholds($top)", {"top": top}).iter_rows():
-        conditions = "run_id = $run and stage = $stage and sample_sign is not null"
-        entropies = study.sql(f"select entropy from staged_tokens where {conditions}", {"run": run_id, "stage": stage})
+    for run_id, part, found in study.sql("from entropy_thresholds($top)", {"top": top}).iter_rows():
+        conditions = "run_id = $run and stage = $part and sample_sign is not null"
+        entropies = study.sql(f"select entropy from staged_tokens where {conditions}", {"run": run_id, "part": part})
         exact = np.sort(entropies["entropy"].cast(float).to_numpy())[::-1][int(np.ceil(top * entropies.height)) - 1]
         assert 0.995 * exact <= found <= exact * (1 + 1e-6)
