@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 CAPTION = (
     "Mean token entropy of responses with a positive advantage (better than their group) and with a negative one. The "
     "text splits the fall between the first steps and the end of the rising stage exactly: how much happened within "
-    "each kind, and how much because wrong responses became fewer. These are means of steps; the verdict takes the ends "
-    "of fitted lines."
+    "each kind, and how much because wrong responses became fewer. These are means of steps; the verdict takes the "
+    "ends of fitted lines."
 )
 
 
