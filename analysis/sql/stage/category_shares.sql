@@ -3,33 +3,28 @@
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
 -- units: share, low, high in [0, 1] of tokens (95 % interval, clustered by prompt); num_tokens in tokens
 -- needs: tokens
-with steps_of_stage as (
-  select run_id, step, stage
-  from staged_steps
-  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
-),
+with
 -- Tokens are counted before they meet their stage: joining each of them would take most of the time.
 counted as (
-  select run_id, step, prompt_id, category, count(*) as occurrences
+  select
+    run_id,
+    step,
+    prompt_id,
+    count(*) as tokens,
+    count(*) filter (where category = 'formal_reasoning') as formal_reasoning,
+    count(*) filter (where category = 'logical_structuring') as logical_structuring,
+    count(*) filter (where category = 'metacognitive') as metacognitive,
+    count(*) filter (where category = 'semantic_support') as semantic_support,
+    count(*) filter (where category = 'special') as special
   from tokens
   where $runs is null or list_contains($runs, run_id)
   group by all
 ),
 per_prompt as (
-  select
-    run_id,
-    step,
-    stage,
-    prompt_id,
-    sum(occurrences) as tokens,
-    coalesce(sum(occurrences) filter (where category = 'formal_reasoning'), 0) as formal_reasoning,
-    coalesce(sum(occurrences) filter (where category = 'logical_structuring'), 0) as logical_structuring,
-    coalesce(sum(occurrences) filter (where category = 'metacognitive'), 0) as metacognitive,
-    coalesce(sum(occurrences) filter (where category = 'semantic_support'), 0) as semantic_support,
-    coalesce(sum(occurrences) filter (where category = 'special'), 0) as special
+  select counted.*, staged_steps.stage
   from counted
-  join steps_of_stage using (run_id, step)
-  group by all
+  join staged_steps on staged_steps.run_id = counted.run_id and staged_steps.step = counted.step
+  where $stage is null or staged_steps.stage = $stage
 ),
 per_category as (
   select *

@@ -14,7 +14,7 @@ tokens_in_update as (
   select
     tokens.run_id,
     thresholds.stage,
-    floor(tokens.position / tokens.response_length * coalesce($bins, 10)::integer)::integer as position_bin,
+    tokens.position * coalesce($bins, 10)::integer // tokens.response_length as position_bin,
     tokens.prompt_id,
     tokens.entropy >= thresholds.entropy_threshold as is_high_entropy,
     thresholds.entropy_threshold

@@ -3,34 +3,27 @@
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
 -- units: excess, low, high = entropy of the part / that of the middle - 1 (95 % interval, clustered by prompt)
 -- needs: tokens
-with fifths as (
+with
+-- Tokens are averaged by response before they meet their stage: joining each of them would take most of the time.
+fifths as (
   select
     run_id,
-    stage,
-    sample_sign,
+    step,
     rollout_id,
-    prompt_id,
-    entropy,
-    floor(relative_position * 5)::integer as fifth
-  from staged_tokens
-  where
-    sample_sign is not null
-    and response_length >= 5
-    and ($runs is null or list_contains($runs, run_id))
-    and ($stage is null or stage = $stage)
+    any_value(prompt_id) as prompt_id,
+    if(any_value(advantage) > 0, 'positive', 'negative') as sample_sign,
+    avg(entropy) filter (where position * 5 < response_length) as first_mean,
+    avg(entropy) filter (where position * 5 >= response_length and position * 5 < 4 * response_length) as middle_mean,
+    avg(entropy) filter (where position * 5 >= 4 * response_length) as last_mean
+  from tokens
+  where advantage <> 0 and response_length >= 5 and ($runs is null or list_contains($runs, run_id))
+  group by run_id, step, rollout_id
 ),
 per_response as (
-  select
-    run_id,
-    rollout_id,
-    any_value(stage) as stage,
-    any_value(sample_sign) as sample_sign,
-    any_value(prompt_id) as prompt_id,
-    avg(entropy) filter (where fifth = 0) as first_mean,
-    avg(entropy) filter (where fifth between 1 and 3) as middle_mean,
-    avg(entropy) filter (where fifth = 4) as last_mean
+  select fifths.*, staged_steps.stage
   from fifths
-  group by run_id, rollout_id
+  join staged_steps on staged_steps.run_id = fifths.run_id and staged_steps.step = fifths.step
+  where $stage is null or staged_steps.stage = $stage
 ),
 -- 'beginning' = first fifth, 'end' = last; the middle = the three fifths between.
 parts as (
