@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Each point is a training step. The curve is accuracy = b - a exp(entropy) (arXiv 2505.22617), fitted to all steps "
-    "of a run: if it holds, accuracy is bought with entropy, and b - a is the accuracy reached when entropy is used up. "
+    "of a run: if it holds, accuracy is bought with entropy, b - a being the accuracy when entropy is used up. "
     "A good fit alone says little, because both measures follow the step; look whether the plateau lies on the curve."
 )
 STAGES = {"rising": (style.ORANGE, "o"), "plateau": (style.BLUE, "s")}
