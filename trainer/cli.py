@@ -101,6 +101,25 @@ def study(
     raise typer.Exit(1 if failed else 0)
 
 
+@app.command()
+def methods(json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False) -> None:
+    """List the shaping methods: equation, what it does, parameters, source.
+
+    Example: entrace methods
+    """
+    _require_train_extra()
+    from trainer.shaping import METHODS
+
+    found = {name: method.describe() for name, method in METHODS.items()}
+    if json:
+        typer.echo(dumps(found, indent=1))
+        return
+    for name, entry in found.items():
+        typer.echo(f"{name}: {entry['summary']}\n    {entry['equation']}   [{entry['source']}]")
+        if entry["parameters"]:
+            typer.echo(f"    {entry['section']}: {entry['parameters']}")
+
+
 @app.command(name="eval")
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="RUN_OR_MODEL...", help="Run folders or model folders.")],

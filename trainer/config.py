@@ -17,7 +17,21 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
-ShapingMethod = Literal["none", "ppl", "position", "ppl+position", "ppl_high", "position_reversed"]
+ShapingMethod = Literal[
+    "none",
+    "ppl",
+    "position",
+    "ppl+position",
+    "entropy_advantage",
+    "reweighting",
+    "psr",
+    "nsr",
+    "weighted_reinforce",
+    "ppl_high",
+    "ppl_permuted",
+    "position_reversed",
+    "released_noop",
+]
 KLEstimator = Literal["k1", "k2", "k3"]
 
 
@@ -82,19 +96,38 @@ class Window(Section):
 
 
 class PplConfig(Window):
-    """Parameters of PPL shaping; see ``trainer.shaping.ppl_shaping``."""
+    """Parameters of PPL shaping; see ``trainer.shaping.ppl``."""
 
     alpha: float = 0.01
     clip: tuple[float, float] = (0.8, 1.2)
 
 
 class PositionConfig(Window):
-    """Parameters of position shaping; see ``trainer.shaping.position_shaping``."""
+    """Parameters of position shaping; see ``trainer.shaping.position``."""
 
     start_step: Positive | Literal["plateau"] = "plateau"
     gamma: Annotated[float, Field(ge=0)] = 0.1
     slope: float = 15.0
     cap: Fraction = 0.5
+
+
+class EntropyAdvantageConfig(Window):
+    """Parameters of the entropy advantage; see ``trainer.shaping.entropy_advantage``."""
+
+    alpha: Annotated[float, Field(ge=0)] = 0.4
+    kappa: Annotated[float, Field(gt=1)] = 2.0
+
+
+class ReweightingConfig(Window):
+    """Parameter of advantage reweighting; see ``trainer.shaping.reweighting``."""
+
+    alpha: Fraction = 0.2
+
+
+class WeightedReinforceConfig(Window):
+    """Parameter of weighted REINFORCE; see ``trainer.shaping.weighted_reinforce``."""
+
+    positive_weight: Annotated[float, Field(ge=0)] = 0.1
 
 
 class PlateauConfig(Section):
@@ -110,6 +143,9 @@ class ShapingConfig(Section):
     method: ShapingMethod = "none"
     ppl: PplConfig = PplConfig()
     position: PositionConfig = PositionConfig()
+    entropy_advantage: EntropyAdvantageConfig = EntropyAdvantageConfig()
+    reweighting: ReweightingConfig = ReweightingConfig()
+    weighted_reinforce: WeightedReinforceConfig = WeightedReinforceConfig()
     plateau: PlateauConfig = PlateauConfig()
 
 

@@ -19,6 +19,7 @@ class Stream(IntEnum):
     TOKEN_CHOICE = 4
     ALTERNATIVE = 5
     CONTINUATION = 6
+    SHAPING = 7
 
 
 def generator(seed: int, stream: Stream, *indices: int) -> np.random.Generator:

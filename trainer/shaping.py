@@ -1,109 +1,193 @@
 """Advantage shaping: one small function a method, (B, T) -> (B, T), and the table that names them.
 
-Deviation from the study's released code: there the low-PPL factor is computed and never applied; here it is applied,
-as the paper's equation says.
+The first line of each docstring is ``equation: what it does (source)``; ``entrace methods`` prints it. r_t is the
+relative position (t - 1) / |o_i| of a token, t from 1, and p_t its probability when it was sampled.
+
+Deviations from the sources:
+
+1. The study's released code computes the factor of its low-perplexity branch and never applies it; here ``ppl`` applies
+   it, as the paper's equation says, and ``released_noop`` is what was released.
+2. PSR, NSR and weighted REINFORCE leave out groups of uniform reward as all methods here do, where dynamic sampling is
+   on.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.advantage import ppl_z
-from trainer.config import PositionConfig, PplConfig, ShapingConfig, Window
+from trainer.batch import Batch
+from trainer.config import ShapingConfig, Window
+from trainer.seeding import Stream, generator
 
-
-def ppl_shaping(
-    advantages: Tensor,
-    logprobs: Tensor,
-    response_mask: Tensor,
-    group_ids: Tensor,
-    alpha: float = 0.01,
-    clip: tuple[float, float] = (0.8, 1.2),
-) -> Tensor:
-    """A'_it = A_it clamp(1 - alpha z_i, *clip): low-perplexity responses count more (arXiv 2508.02260).
-
-    Args:
-        advantages: (B, T).
-        logprobs: (B, T), nats, of the distribution sampled from.
-        response_mask: (B, T) bool.
-        group_ids: (B,), the prompt of each response.
-        alpha: Strength; a negative value emphasises high perplexity.
-        clip: Bounds of the factor.
-
-    Returns:
-        (B, T). An empty response keeps its advantages.
-    """
-    factor = (1 - alpha * ppl_z(logprobs, response_mask, group_ids)).clamp(*clip)
-    return advantages * factor[:, None]
-
-
-def position_shaping(
-    advantages: Tensor,
-    response_mask: Tensor,
-    gamma: float = 0.1,
-    slope: float = 15.0,
-    cap: float = 0.5,
-    reverse: bool = False,
-) -> Tensor:
-    """A'_it = A_it + sign(A_it) min(gamma sigmoid(slope (r_t - 0.5)), cap |A_it|): late tokens count more.
-
-    r_t = (t - 1) / |o_i| with t from 1 (arXiv 2508.02260).
-
-    Args:
-        advantages: (B, T).
-        response_mask: (B, T) bool, True at the first |o_i| places of each row.
-        gamma: Largest bonus, in units of the advantage.
-        slope: Steepness in relative position.
-        cap: Largest bonus as a share of |A_it|.
-        reverse: Put 1 - r_t for r_t: the control that emphasises early tokens.
-
-    Returns:
-        (B, T); places outside the mask keep their value.
-    """
-    length = response_mask.sum(1, keepdim=True).clamp(min=1)
-    relative = torch.arange(response_mask.shape[1]) / length
-    if reverse:
-        relative = 1 - relative
-    bonus = torch.minimum(gamma * torch.sigmoid(slope * (relative - 0.5)), cap * advantages.abs())
-    return torch.where(response_mask, advantages + advantages.sign() * bonus, advantages)
+HEADLINE = re.compile(r"(?P<equation>.+?): (?P<summary>.+) \((?P<source>[^()]+)\)\.")
 
 
 @dataclass(frozen=True)
 class ShapingBatch:
-    """What a method may look at: ``logprobs`` and ``response_mask`` (B, T), ``group_ids`` (B,)."""
+    """What a method may look at.
+
+    Attributes:
+        logprobs: Of the sampled tokens, nats, (B, T).
+        entropy: Of the distributions sampled from, nats, (B, T); without gradient.
+        is_correct: (B,) bool.
+        response_mask: (B, T) bool, True at the first |o_i| places of each row.
+        group_ids: The prompt of each response, (B,).
+        rng: For methods that draw.
+    """
 
     logprobs: Tensor
+    entropy: Tensor
+    is_correct: Tensor
     response_mask: Tensor
     group_ids: Tensor
+    rng: np.random.Generator
+
+    @classmethod
+    def of(cls, batch: Batch, seed: int, step: int) -> ShapingBatch:
+        """What a step's batch shows of itself; the random numbers are those of ``seed`` and ``step``."""
+        samples = batch.samples
+        return cls(
+            samples.stats.logprob,
+            samples.stats.entropy,
+            torch.tensor([score.is_correct for score in batch.scores]),
+            samples.response_mask,
+            batch.group_ids,
+            generator(seed, Stream.SHAPING, step),
+        )
 
 
-def _ppl(advantages: Tensor, batch: ShapingBatch, config: PplConfig, sign: int = 1) -> Tensor:
-    return ppl_shaping(
-        advantages, batch.logprobs, batch.response_mask, batch.group_ids, sign * config.alpha, config.clip
+def ppl(advantages: Tensor, batch: ShapingBatch, alpha: float = 0.01, clip: tuple[float, float] = (0.8, 1.2)) -> Tensor:
+    """A' = A clamp(1 - alpha z_i, *clip): low-perplexity responses count more (arXiv 2508.02260).
+
+    z_i is the log perplexity of the response standardised within its group; see ``trainer.advantage.ppl_z``. An empty
+    response keeps its advantages.
+    """
+    return advantages * _ppl_factor(batch, alpha, clip)[:, None]
+
+
+def ppl_high(
+    advantages: Tensor, batch: ShapingBatch, alpha: float = 0.01, clip: tuple[float, float] = (0.8, 1.2)
+) -> Tensor:
+    """A' = A clamp(1 + alpha z_i, *clip): control, high-perplexity responses count more (arXiv 2508.02260)."""
+    return ppl(advantages, batch, -alpha, clip)
+
+
+def ppl_permuted(
+    advantages: Tensor, batch: ShapingBatch, alpha: float = 0.01, clip: tuple[float, float] = (0.8, 1.2)
+) -> Tensor:
+    """A' = A clamp(1 - alpha z_s(i), *clip): control, the factors of ppl shuffled within the group (this toolkit).
+
+    s permutes the responses of a group at random: the same factors, on responses they do not belong to.
+    """
+    factor = _ppl_factor(batch, alpha, clip)
+    groups = batch.group_ids.numpy()
+    # Sorted by group, the responses of a group take the same places in order and at random.
+    in_order, at_random = (
+        np.lexsort((keys, groups)) for keys in (np.arange(len(groups)), batch.rng.random(len(groups)))
     )
+    shuffled = torch.empty_like(factor)
+    shuffled[torch.from_numpy(in_order)] = factor[torch.from_numpy(at_random)]
+    return advantages * shuffled[:, None]
 
 
-def _position(advantages: Tensor, batch: ShapingBatch, config: PositionConfig, reverse: bool = False) -> Tensor:
-    return position_shaping(advantages, batch.response_mask, config.gamma, config.slope, config.cap, reverse)
+def position(
+    advantages: Tensor, batch: ShapingBatch, gamma: float = 0.1, slope: float = 15.0, cap: float = 0.5
+) -> Tensor:
+    """A' = A + sign(A) min(gamma sigmoid(slope (r_t - 0.5)), cap |A|): late tokens count more (arXiv 2508.02260).
+
+    Places outside the mask keep their value.
+    """
+    return _add_bonus(advantages, batch, gamma * torch.sigmoid(slope * (_relative_position(batch) - 0.5)), cap)
+
+
+def position_reversed(
+    advantages: Tensor, batch: ShapingBatch, gamma: float = 0.1, slope: float = 15.0, cap: float = 0.5
+) -> Tensor:
+    """A' = A + sign(A) min(gamma sigmoid(slope (0.5 - r_t)), cap |A|): control, early tokens count (this toolkit)."""
+    return _add_bonus(advantages, batch, gamma * torch.sigmoid(slope * (0.5 - _relative_position(batch))), cap)
+
+
+def entropy_advantage(advantages: Tensor, batch: ShapingBatch, alpha: float = 0.4, kappa: float = 2.0) -> Tensor:
+    """A' = A + min(alpha H_t, |A| / kappa): uncertain tokens gain, but no sign turns (arXiv 2506.14758)."""
+    bonus = torch.minimum(alpha * batch.entropy, advantages.abs() / kappa)
+    return torch.where(batch.response_mask, advantages + bonus, advantages)
+
+
+def reweighting(advantages: Tensor, batch: ShapingBatch, alpha: float = 0.2) -> Tensor:
+    """A' = A (alpha p_t + 1 - alpha): unlikely tokens, whose gradients are large, count less (arXiv 2505.12929)."""
+    weight = alpha * batch.logprobs.exp() + 1 - alpha
+    return torch.where(batch.response_mask, advantages * weight, advantages)
+
+
+def psr(advantages: Tensor, batch: ShapingBatch) -> Tensor:
+    """A' = 1 if right else 0: positive sample reinforcement, learns from right responses only (arXiv 2506.01347)."""
+    return _by_outcome(advantages, batch, 1.0, 0.0)
+
+
+def nsr(advantages: Tensor, batch: ShapingBatch) -> Tensor:
+    """A' = 0 if right else -1: negative sample reinforcement, learns from wrong responses only (arXiv 2506.01347)."""
+    return _by_outcome(advantages, batch, 0.0, -1.0)
+
+
+def weighted_reinforce(advantages: Tensor, batch: ShapingBatch, positive_weight: float = 0.1) -> Tensor:
+    """A' = positive_weight if right else -1: both, the right ones weighed down (arXiv 2506.01347)."""
+    return _by_outcome(advantages, batch, positive_weight, -1.0)
+
+
+def released_noop(advantages: Tensor, batch: ShapingBatch) -> Tensor:
+    """A' = A: control, what the study's released perplexity branch does (arXiv 2508.02260, released code)."""
+    return advantages
 
 
 @dataclass(frozen=True)
 class Method:
-    """A named method: which config section holds its window and parameters, and how to apply it."""
+    """A named method: its function, and the config section with its window and parameters, if it has any."""
 
-    window: Callable[[ShapingConfig], Window]
-    apply: Callable[[Tensor, ShapingBatch, ShapingConfig], Tensor]
+    function: Callable[..., Tensor]
+    section: str | None = None
+
+    def window(self, config: ShapingConfig) -> Window:
+        """When the method is on; always without a section."""
+        return getattr(config, self.section) if self.section else Window()
+
+    def apply(self, advantages: Tensor, batch: ShapingBatch, config: ShapingConfig) -> Tensor:
+        """Shaped advantages (B, T), with the parameters of the config."""
+        return self.function(advantages, batch, **self.parameters(config))
+
+    def parameters(self, config: ShapingConfig) -> dict[str, object]:
+        """Keyword arguments of the function, as the config sets them."""
+        names = list(inspect.signature(self.function).parameters)[2:]
+        return {name: getattr(self.window(config), name) for name in names}
+
+    def describe(self) -> dict[str, str]:
+        """Equation, summary and source from the docstring, and where its parameters stand."""
+        headline = HEADLINE.fullmatch((inspect.getdoc(self.function) or "").splitlines()[0])
+        assert headline, f"{self.function.__name__}: the first line is no headline"
+        parameters = ", ".join(f"{name} = {value}" for name, value in self.parameters(ShapingConfig()).items())
+        section = f"shaping.{self.section}" if self.section else ""
+        return {**headline.groupdict(), "section": section, "parameters": parameters}
 
 
 METHODS: dict[str, Method] = {
-    "ppl": Method(lambda c: c.ppl, lambda a, b, c: _ppl(a, b, c.ppl)),
-    "ppl_high": Method(lambda c: c.ppl, lambda a, b, c: _ppl(a, b, c.ppl, sign=-1)),
-    "position": Method(lambda c: c.position, lambda a, b, c: _position(a, b, c.position)),
-    "position_reversed": Method(lambda c: c.position, lambda a, b, c: _position(a, b, c.position, reverse=True)),
+    "ppl": Method(ppl, "ppl"),
+    "position": Method(position, "position"),
+    "entropy_advantage": Method(entropy_advantage, "entropy_advantage"),
+    "reweighting": Method(reweighting, "reweighting"),
+    "psr": Method(psr),
+    "nsr": Method(nsr),
+    "weighted_reinforce": Method(weighted_reinforce, "weighted_reinforce"),
+    "ppl_high": Method(ppl_high, "ppl"),
+    "ppl_permuted": Method(ppl_permuted, "ppl"),
+    "position_reversed": Method(position_reversed, "position"),
+    "released_noop": Method(released_noop),
 }
 
 
@@ -133,3 +217,22 @@ def is_on(window: Window, step: int, plateau_step: int | None) -> bool:
     """Whether ``step`` lies in the window; both ends included."""
     start = plateau_step if window.start_step == "plateau" else window.start_step
     return start is not None and start <= step <= (window.end_step or step)
+
+
+def _ppl_factor(batch: ShapingBatch, alpha: float, clip: tuple[float, float]) -> Tensor:
+    return (1 - alpha * ppl_z(batch.logprobs, batch.response_mask, batch.group_ids)).clamp(*clip)
+
+
+def _relative_position(batch: ShapingBatch) -> Tensor:
+    length = batch.response_mask.sum(1, keepdim=True).clamp(min=1)
+    return torch.arange(batch.response_mask.shape[1]) / length
+
+
+def _add_bonus(advantages: Tensor, batch: ShapingBatch, bonus: Tensor, cap: float) -> Tensor:
+    bonus = torch.minimum(bonus, cap * advantages.abs())
+    return torch.where(batch.response_mask, advantages + advantages.sign() * bonus, advantages)
+
+
+def _by_outcome(advantages: Tensor, batch: ShapingBatch, right: float, wrong: float) -> Tensor:
+    value = torch.where(batch.is_correct, right, wrong).to(advantages.dtype)
+    return value[:, None].expand_as(advantages).clone()

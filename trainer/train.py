@@ -89,7 +89,7 @@ def _run_steps(
         batch = collect_batch(config, learner.policy, source, step)
         samples = batch.samples
         advantages = batch.advantages[:, None].expand(samples.tokens.shape)
-        context = ShapingBatch(samples.stats.logprob, samples.response_mask, batch.group_ids)
+        context = ShapingBatch.of(batch, config.seed, step)
         shaped, is_shaped = shape(advantages, context, config.shaping, step, plateau.plateau_step)
 
         started = time.perf_counter()

@@ -59,7 +59,7 @@ class Ours:
         with nullcontext() if self.records else without_entropy():
             batch = collect_batch(config, self.learner.policy, self.source, self.step)
             samples = batch.samples
-            context = ShapingBatch(samples.stats.logprob, samples.response_mask, batch.group_ids)
+            context = ShapingBatch.of(batch, config.seed, self.step)
             advantages = batch.advantages[:, None].expand(samples.tokens.shape)
             shaped, _ = shape(advantages, context, config.shaping, self.step, None)
             metrics = self.learner.update(batch, shaped, self.step)

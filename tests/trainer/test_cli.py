@@ -103,3 +103,18 @@ def test_start_up_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_methods_are_listed(capsys, monkeypatch):
+    code, output, _ = call(capsys, monkeypatch, "methods")
+    assert code == 0
+    assert "entropy_advantage: uncertain tokens gain" in output
+    assert "shaping.reweighting: alpha = 0.2" in output
+    code, output, _ = call(capsys, monkeypatch, "methods", "--json")
+    assert json.loads(output)["nsr"]["source"] == "arXiv 2506.01347"
+
+
+def test_a_misspelt_method_is_met_with_the_nearest(capsys, monkeypatch, tmp_path):
+    code, _, error = call(capsys, monkeypatch, "train", "tiny", "shaping.method=ppl_permutd", "--out", tmp_path / "run")
+    assert code == 2
+    assert 'did you mean "ppl_permuted"?' in error

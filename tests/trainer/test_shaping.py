@@ -1,63 +1,120 @@
-import math
+"""Every method against a naive loop, on responses of all lengths and uniform groups; the registry; windows."""
 
+import inspect
+import math
+from dataclasses import replace
+from typing import get_args
+
+import numpy as np
 import pytest
 import torch
 
+from trainer import shaping
 from trainer.advantage import ppl_z
-from trainer.config import PositionConfig, PplConfig, ShapingConfig, Window
-from trainer.shaping import ShapingBatch, is_on, position_shaping, ppl_shaping, shape
+from trainer.config import PositionConfig, PplConfig, ShapingConfig, ShapingMethod, Window
+from trainer.shaping import METHODS, ShapingBatch, is_on, shape
 
 
 @pytest.fixture
 def case():
     generator = torch.Generator().manual_seed(0)
-    logprobs = -torch.rand(8, 6, generator=generator).double()
+    logprobs, entropy = -torch.rand(8, 6, generator=generator).double(), torch.rand(8, 6, generator=generator).double()
     lengths = torch.tensor([6, 1, 0, 3, 6, 2, 5, 4])
     mask = torch.arange(6) < lengths[:, None]
     groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     advantages = torch.tensor([1.2, -0.7, 0.3, -0.1, 0, 0, 0, 0], dtype=torch.float64)[:, None].expand(8, 6)
-    return advantages, ShapingBatch(logprobs, mask, groups)
+    is_correct = torch.tensor([True, False, True, False, True, True, True, True])
+    return advantages, ShapingBatch(logprobs, entropy, is_correct, mask, groups, np.random.default_rng(1))
 
 
-@pytest.mark.parametrize("alpha", [0.01, 0.5, -0.5])
-def test_ppl_shaping_equals_the_loop(case, alpha):
+def z_of(batch):
+    return ppl_z(batch.logprobs, batch.response_mask, batch.group_ids).tolist()
+
+
+def position_bonus(batch, i, t, a, sign):
+    r = t / int(batch.response_mask[i].sum())
+    return math.copysign(min(0.1 / (1 + math.exp(-sign * 15 * (r - 0.5))), 0.5 * abs(a)), a) if a else 0.0
+
+
+# (advantage, batch, row, place from 0, its z) -> shaped; where is_inside, places outside the mask keep their value.
+LOOPS = {
+    "ppl": (False, lambda a, b, i, t, z: a * min(max(1 - 0.5 * z, 0.8), 1.2)),
+    "ppl_high": (False, lambda a, b, i, t, z: a * min(max(1 + 0.5 * z, 0.8), 1.2)),
+    "position": (True, lambda a, b, i, t, z: a + position_bonus(b, i, t, a, 1)),
+    "position_reversed": (True, lambda a, b, i, t, z: a + position_bonus(b, i, t, a, -1)),
+    "entropy_advantage": (True, lambda a, b, i, t, z: a + min(0.4 * b.entropy[i, t].item(), abs(a) / 2)),
+    "reweighting": (True, lambda a, b, i, t, z: a * (0.2 * math.exp(b.logprobs[i, t].item()) + 0.8)),
+    "psr": (False, lambda a, b, i, t, z: 1.0 if b.is_correct[i] else 0.0),
+    "nsr": (False, lambda a, b, i, t, z: 0.0 if b.is_correct[i] else -1.0),
+    "weighted_reinforce": (False, lambda a, b, i, t, z: 0.1 if b.is_correct[i] else -1.0),
+    "released_noop": (False, lambda a, b, i, t, z: a),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_method_equals_the_loop(case, name):
     advantages, batch = case
-    found = ppl_shaping(advantages, batch.logprobs, batch.response_mask, batch.group_ids, alpha)
-    z = ppl_z(batch.logprobs, batch.response_mask, batch.group_ids)
-    for i in range(8):
-        factor = min(max(1 - alpha * z[i].item(), 0.8), 1.2)
+    config = ShapingConfig(method=name, ppl=PplConfig(alpha=0.5), position=PositionConfig(start_step=1))
+    found, is_shaped = shape(advantages, batch, config, step=1, plateau_step=None)
+    is_inside, loop = LOOPS[name]
+    assert is_shaped
+    for i, z in enumerate(z_of(batch)):
         for t in range(6):
-            assert found[i, t].item() == pytest.approx(advantages[i, t].item() * factor, abs=1e-12)
+            a = advantages[i, t].item()
+            wanted = a if is_inside and not batch.response_mask[i, t] else loop(a, batch, i, t, z)
+            assert found[i, t].item() == pytest.approx(wanted, abs=1e-7)
 
 
-def test_ppl_shaping_favours_the_surer_response():
-    logprobs = torch.tensor([[-0.1], [-0.9]])
-    shaped = ppl_shaping(
-        torch.ones(2, 1), logprobs, torch.ones(2, 1, dtype=torch.bool), torch.zeros(2, dtype=torch.int64), 0.1
-    )
-    assert shaped.flatten().tolist() == pytest.approx([1.1, 0.9])
+def test_permuted_factors_are_those_of_the_group_on_other_responses(case):
+    _, batch = case
+    ones = torch.ones(8, 6, dtype=torch.float64)
+    factors = shaping.ppl(ones, batch, alpha=0.3)[:, 0]
+    found = [shaping.ppl_permuted(ones, batch, alpha=0.3)[:, 0] for _ in range(200)]
+    for permuted in found:
+        for group in (slice(0, 4), slice(4, 8)):
+            assert sorted(permuted[group].tolist()) == sorted(factors[group].tolist())
+    # Each response gets each factor of its group equally often.
+    mean = torch.stack(found).mean(0)
+    torch.testing.assert_close(mean[4:], factors[4:].mean().expand(4), atol=0.03, rtol=0)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_position_shaping_equals_the_loop(case, reverse):
+def test_permutation_is_that_of_seed_and_step(case):
     advantages, batch = case
-    found = position_shaping(advantages, batch.response_mask, reverse=reverse)
-    for i in range(8):
-        length = int(batch.response_mask[i].sum())
-        for t in range(1, 7):
-            a = advantages[i, t - 1].item()
-            wanted = a
-            if t <= length:
-                r = (t - 1) / length
-                r = 1 - r if reverse else r
-                bonus = min(0.1 / (1 + math.exp(-15 * (r - 0.5))), 0.5 * abs(a))
-                wanted = a + math.copysign(bonus, a) if a else 0.0
-            assert found[i, t - 1].item() == pytest.approx(wanted, abs=1e-7)
+    first, second, other = (
+        shaping.ppl_permuted(advantages, replace(batch, rng=np.random.default_rng(seed)), alpha=0.3)
+        for seed in (5, 5, 6)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
 
 
-def test_position_bonus_is_capped_by_the_advantage():
-    shaped = position_shaping(torch.full((1, 2), 0.02), torch.ones(1, 2, dtype=torch.bool), gamma=10.0)
+def test_what_was_released_equals_none_bit_for_bit(case):
+    advantages, batch = case
+    shaped, _ = shape(advantages, batch, ShapingConfig(method="released_noop"), step=5, plateau_step=1)
+    assert torch.equal(shaped, advantages)
+
+
+def test_ppl_shaping_favours_the_surer_response(case):
+    _, batch = case
+    pair = replace(
+        batch,
+        logprobs=torch.tensor([[-0.1], [-0.9]]),
+        response_mask=torch.ones(2, 1, dtype=torch.bool),
+        group_ids=torch.zeros(2, dtype=torch.int64),
+    )
+    assert shaping.ppl(torch.ones(2, 1), pair, alpha=0.1).flatten().tolist() == pytest.approx([1.1, 0.9])
+
+
+def test_position_bonus_is_capped_by_the_advantage(case):
+    pair = replace(case[1], response_mask=torch.ones(1, 2, dtype=torch.bool))
+    shaped = shaping.position(torch.full((1, 2), 0.02), pair, gamma=10.0)
     assert shaped.flatten().tolist() == pytest.approx([0.02 + min(10 / (1 + math.exp(7.5)), 0.01), 0.03])
+
+
+def test_entropy_advantage_turns_no_sign(case):
+    _, batch = case
+    shaped = shaping.entropy_advantage(torch.full((8, 6), -0.2, dtype=torch.float64), batch, alpha=100.0)
+    assert (shaped <= -0.1).all()
 
 
 def test_none_changes_nothing(case):
@@ -71,18 +128,24 @@ def test_composition_is_the_parts_in_order(case):
     advantages, batch = case
     config = ShapingConfig(method="ppl+position", ppl=PplConfig(alpha=0.3), position=PositionConfig(start_step=1))
     shaped, active = shape(advantages, batch, config, step=1, plateau_step=None)
-    by_ppl = ppl_shaping(advantages, batch.logprobs, batch.response_mask, batch.group_ids, 0.3)
     assert active
-    assert torch.equal(shaped, position_shaping(by_ppl, batch.response_mask))
+    assert torch.equal(shaped, shaping.position(shaping.ppl(advantages, batch, alpha=0.3), batch))
 
 
-def test_controls_mirror_their_methods(case):
-    advantages, batch = case
-    high, _ = shape(advantages, batch, ShapingConfig(method="ppl_high"), step=1, plateau_step=None)
-    assert torch.equal(high, ppl_shaping(advantages, batch.logprobs, batch.response_mask, batch.group_ids, -0.01))
-    config = ShapingConfig(method="position_reversed", position=PositionConfig(start_step=1))
-    early, _ = shape(advantages, batch, config, step=1, plateau_step=None)
-    assert torch.equal(early, position_shaping(advantages, batch.response_mask, reverse=True))
+def test_registry_holds_what_a_config_may_name():
+    named = {part for name in get_args(ShapingMethod) for part in name.split("+")} - {"none"}
+    assert set(METHODS) == named
+    assert set(LOOPS) | {"ppl_permuted"} == named
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method_is_described_with_the_defaults_of_its_function(name):
+    method = METHODS[name]
+    entry = method.describe()
+    assert entry["equation"].startswith("A' = ")
+    assert entry["source"]
+    defaults = {p.name: p.default for p in list(inspect.signature(method.function).parameters.values())[2:]}
+    assert method.parameters(ShapingConfig()) == defaults
 
 
 @pytest.mark.parametrize(
