@@ -16,6 +16,7 @@ STAGING = (
     "staged_responses",
     "staged_tokens",
     "staged_movements",
+    "response_fifths",
     "entropy_thresholds",
     "eval_prompts",
 )

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.trace import InputError, read_manifest
-from trainer.checkpoint import list_checkpoints
+from analysis.trace import read_manifest
+from trainer.checkpoint import find_checkpoint
 from trainer.config import Config, build_config
 from trainer.policy import Policy
 from trainer.rollout import SamplingParams, sample
@@ -67,13 +67,9 @@ def find_policy(folder: Path, given: Config) -> Config:
     """
     if not has_begun(folder):
         return given.model_copy(update={"policy": given.policy.model_copy(update={"path": str(folder)})})
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        raise InputError(f"{folder}: this run has no checkpoint to evaluate")
+    checkpoint = find_checkpoint(folder)
     config = build_config(read_manifest(folder)["config"], source=str(folder))
-    return config.model_copy(
-        update={"policy": config.policy.model_copy(update={"path": str(checkpoints[-1] / "policy")})}
-    )
+    return config.model_copy(update={"policy": config.policy.model_copy(update={"path": str(checkpoint / "policy")})})
 
 
 def evaluate_folder(config: Config, on_step: Callable[..., None]) -> dict[str, Any]:

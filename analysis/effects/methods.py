@@ -20,8 +20,7 @@ Compared = Callable[[Runs, Pairs, np.random.Generator], Estimate]
 
 def accuracy_gain(runs: Runs, pairs: Pairs, rng: np.random.Generator) -> Estimate:
     """M1, M2, I3: avg@k of the arm minus that of the reference at the last common evaluation."""
-    sums = _last_evals(runs, pairs, "avg_at_k")
-    return _over_pairs(sums, lambda totals: ratio(0, 1)(totals[..., 1, :]) - ratio(0, 1)(totals[..., 0, :]), rng)
+    return _over_pairs(_last_evals(runs, pairs, "avg_at_k"), _gain, rng)
 
 
 def length_gain(runs: Runs, pairs: Pairs, rng: np.random.Generator) -> Estimate:
@@ -37,7 +36,7 @@ def formal_gain(runs: Runs, pairs: Pairs, rng: np.random.Generator) -> Estimate:
     sums = np.stack(
         [tensor(frame, {"prompt_id": prompts, "run_id": pair}, ["num_formal", "num_tokens"]) for pair in pairs], axis=1
     )
-    return _over_pairs(sums, lambda totals: ratio(0, 1)(totals[..., 1, :]) - ratio(0, 1)(totals[..., 0, :]), rng)
+    return _over_pairs(sums, _gain, rng)
 
 
 PARTS: dict[str, dict[str, Compared]] = {
@@ -55,6 +54,12 @@ def paired_runs(runs: Runs, reference: str, arm: str) -> list[tuple[str, str]]:
         if manifest.get("arm") in by_seed and manifest.get("status") == "complete":
             by_seed[manifest["arm"]].setdefault(manifest.get("seed"), run_id)
     return [(by_seed[reference][seed], by_seed[arm][seed]) for seed in by_seed[reference] if seed in by_seed[arm]]
+
+
+def _gain(totals: np.ndarray) -> np.ndarray:
+    """Mean of the arm minus that of the reference, ``(..., pairs, arms, 2)`` -> ``(..., pairs)``."""
+    mean = ratio(0, 1)(totals)
+    return mean[..., 1] - mean[..., 0]
 
 
 def _last_evals(runs: Runs, pairs: Pairs, column: str) -> np.ndarray:

@@ -13,9 +13,7 @@ final as (
   select
     run_id,
     step,
-    coalesce(
-      sum(tokens) filter (where category in ('formal_reasoning', 'logical_structuring', 'metacognitive')), 0
-    ) / sum(tokens) as reasoning_share,
+    coalesce(sum(tokens) filter (where is_reasoning(category)), 0) / sum(tokens) as reasoning_share,
     coalesce(sum(tokens) filter (where category = 'semantic_support'), 0) / sum(tokens) as semantic_share
   from per_category
   group by all

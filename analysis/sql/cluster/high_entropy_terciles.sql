@@ -13,9 +13,7 @@ per_response as (
     tokens.run_id,
     tokens.rollout_id,
     count(*) as num_high,
-    count(*) filter (
-      where tokens.category in ('formal_reasoning', 'logical_structuring', 'metacognitive')
-    ) as num_reasoning
+    count(*) filter (where is_reasoning(tokens.category)) as num_reasoning
   from tokens
   join thresholds
     on thresholds.run_id = tokens.run_id

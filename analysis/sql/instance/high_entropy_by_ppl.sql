@@ -51,8 +51,7 @@ per_prompt as (
     sum(
       if(
         high_entropy.category = kinds.category
-        or kinds.category = 'reasoning'
-        and high_entropy.category in ('formal_reasoning', 'logical_structuring', 'metacognitive'),
+        or kinds.category = 'reasoning' and is_reasoning(high_entropy.category),
         tokens,
         0
       )

@@ -18,3 +18,6 @@ create macro pass_at_k(n, c, k) as
 
 -- Share in [0, 1]: an interval does not leave it. (greatest and least would turn null into a bound.)
 create macro as_share(x) as if(x is null, null, least(greatest(x, 0), 1));
+
+-- Whether a token's category counts as reasoning (claims S3, I1).
+create macro is_reasoning(category) as category in ('formal_reasoning', 'logical_structuring', 'metacognitive');

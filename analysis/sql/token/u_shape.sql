@@ -3,27 +3,13 @@
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
 -- units: excess, low, high = entropy of the part / that of the middle - 1 (95 % interval, clustered by prompt)
 -- needs: tokens
-with
--- Tokens are averaged by response before they meet their stage: joining each of them would take most of the time.
-fifths as (
-  select
-    run_id,
-    step,
-    rollout_id,
-    any_value(prompt_id) as prompt_id,
-    if(any_value(advantage) > 0, 'positive', 'negative') as sample_sign,
-    avg(entropy) filter (where position * 5 < response_length) as first_mean,
-    avg(entropy) filter (where position * 5 >= response_length and position * 5 < 4 * response_length) as middle_mean,
-    avg(entropy) filter (where position * 5 >= 4 * response_length) as last_mean
-  from tokens
-  where advantage <> 0 and response_length >= 5 and ($runs is null or list_contains($runs, run_id))
-  group by run_id, step, rollout_id
-),
-per_response as (
-  select fifths.*, staged_steps.stage
-  from fifths
-  join staged_steps on staged_steps.run_id = fifths.run_id and staged_steps.step = fifths.step
-  where $stage is null or staged_steps.stage = $stage
+with per_response as (
+  select response_fifths.*, staged_steps.stage
+  from response_fifths
+  join staged_steps on staged_steps.run_id = response_fifths.run_id and staged_steps.step = response_fifths.step
+  where
+    ($runs is null or list_contains($runs, response_fifths.run_id))
+    and ($stage is null or staged_steps.stage = $stage)
 ),
 -- 'beginning' = first fifth, 'end' = last; the middle = the three fifths between.
 parts as (
