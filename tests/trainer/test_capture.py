@@ -16,7 +16,7 @@ from .conftest import SMALL
 
 CAPTURED = ["logprob_after", "entropy_after", "is_clipped"]
 # Two epochs, the second far from the first: the clip is certain.
-LEAP = ["optim.epochs=2", "optim.lr=3e-3", "optim.warmup_steps=0"]
+LEAP = ["optim.epochs=2", "optim.lr=5e-3", "optim.warmup_steps=0"]
 
 
 def read(run_dir, table):
