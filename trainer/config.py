@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from analysis.trace import InputError, nearest
 from trainer.resources import EMBEDDED, resolve_config
@@ -17,11 +17,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
-ShapingMethod = Literal[
-    "none",
+ShapingName = Literal[
     "ppl",
     "position",
-    "ppl+position",
     "entropy_advantage",
     "reweighting",
     "psr",
@@ -32,7 +30,26 @@ ShapingMethod = Literal[
     "position_reversed",
     "released_noop",
 ]
+SHAPING_NAMES: tuple[str, ...] = get_args(ShapingName)
+LossMethod = Literal["grpo", "entropy_mask", "clip_cov", "kl_cov", "low_ppl_only", "high_ppl_only"]
+Aggregation = Literal["token_mean", "sequence_mean", "constant"]
+Denominator = Literal["selected", "all"]
 KLEstimator = Literal["k1", "k2", "k3"]
+
+
+def _check_composition(method: str) -> str:
+    for part in method.split("+"):
+        if part not in SHAPING_NAMES:
+            raise ValueError(f'"{part}" is no shaping method{nearest(part, SHAPING_NAMES)}')
+    return method
+
+
+def _check_shaping(method: str) -> str:
+    return method if method in ("none", "scale_matched") else _check_composition(method)
+
+
+Composition = Annotated[str, AfterValidator(_check_composition)]
+ShapingMethod = Annotated[str, AfterValidator(_check_shaping)]
 
 
 class Section(BaseModel):
@@ -130,6 +147,12 @@ class WeightedReinforceConfig(Window):
     positive_weight: Annotated[float, Field(ge=0)] = 0.1
 
 
+class ScaleMatchedConfig(Section):
+    """The method, or methods joined by ``+``, that ``scale_matched`` takes its size and windows from."""
+
+    mirrors: Composition = "ppl"
+
+
 class PlateauConfig(Section):
     """When the plateau counts as reached; see ``trainer.plateau.PlateauDetector``."""
 
@@ -138,7 +161,10 @@ class PlateauConfig(Section):
 
 
 class ShapingConfig(Section):
-    """Advantage shaping: the method, the parameters of each, and the plateau that windows may start at."""
+    """Advantage shaping: the method, the parameters of each, and the plateau that windows may start at.
+
+    ``method`` is none, scale_matched, or others joined by ``+``, applied in that order.
+    """
 
     method: ShapingMethod = "none"
     ppl: PplConfig = PplConfig()
@@ -146,15 +172,51 @@ class ShapingConfig(Section):
     entropy_advantage: EntropyAdvantageConfig = EntropyAdvantageConfig()
     reweighting: ReweightingConfig = ReweightingConfig()
     weighted_reinforce: WeightedReinforceConfig = WeightedReinforceConfig()
+    scale_matched: ScaleMatchedConfig = ScaleMatchedConfig()
     plateau: PlateauConfig = PlateauConfig()
 
 
-class LossConfig(Section):
-    """Clipped policy loss, and the optional KL and entropy terms."""
+class EntropyMaskConfig(Section):
+    """Parameters of ``trainer.objectives.entropy_mask``."""
 
+    top_frac: Fraction = 0.2
+    denominator: Denominator = "selected"
+
+
+class ClipCovConfig(Section):
+    """Parameters of ``trainer.objectives.clip_cov``."""
+
+    frac: Fraction = 2e-4
+    low: float = 1.0
+    high: float = 5.0
+
+
+class KLCovConfig(Section):
+    """Parameters of ``trainer.objectives.kl_cov``."""
+
+    frac: Fraction = 2e-3
+    coef: Annotated[float, Field(ge=0)] = 1.0
+
+
+class PplOnlyConfig(Section):
+    """Parameter of ``trainer.objectives.low_ppl_only`` and ``high_ppl_only``."""
+
+    frac: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
+class LossConfig(Section):
+    """Clipped policy loss: its method, ratio and denominator; and the optional KL and entropy terms."""
+
+    method: LossMethod = "grpo"
+    ratio: Literal["token", "sequence"] = "token"
+    aggregation: Aggregation = "token_mean"
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.28
     normalize_std: bool = True
+    entropy_mask: EntropyMaskConfig = EntropyMaskConfig()
+    clip_cov: ClipCovConfig = ClipCovConfig()
+    kl_cov: KLCovConfig = KLCovConfig()
+    ppl_only: PplOnlyConfig = PplOnlyConfig()
     kl_coef: Annotated[float, Field(ge=0)] = 0.0
     kl_estimator: KLEstimator = "k3"
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0

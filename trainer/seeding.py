@@ -20,6 +20,7 @@ class Stream(IntEnum):
     ALTERNATIVE = 5
     CONTINUATION = 6
     SHAPING = 7
+    LOSS = 8
 
 
 def generator(seed: int, stream: Stream, *indices: int) -> np.random.Generator:

@@ -13,58 +13,16 @@ Deviations from the sources:
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.advantage import ppl_z
-from trainer.batch import Batch
 from trainer.config import ShapingConfig, Window
-from trainer.seeding import Stream, generator
-
-HEADLINE = re.compile(r"(?P<equation>.+?): (?P<summary>.+) \((?P<source>[^()]+)\)\.")
+from trainer.method import Method, TokenBatch
 
 
-@dataclass(frozen=True)
-class ShapingBatch:
-    """What a method may look at.
-
-    Attributes:
-        logprobs: Of the sampled tokens, nats, (B, T).
-        entropy: Of the distributions sampled from, nats, (B, T); without gradient.
-        is_correct: (B,) bool.
-        response_mask: (B, T) bool, True at the first |o_i| places of each row.
-        group_ids: The prompt of each response, (B,).
-        rng: For methods that draw.
-    """
-
-    logprobs: Tensor
-    entropy: Tensor
-    is_correct: Tensor
-    response_mask: Tensor
-    group_ids: Tensor
-    rng: np.random.Generator
-
-    @classmethod
-    def of(cls, batch: Batch, seed: int, step: int) -> ShapingBatch:
-        """What a step's batch shows of itself; the random numbers are those of ``seed`` and ``step``."""
-        samples = batch.samples
-        return cls(
-            samples.stats.logprob,
-            samples.stats.entropy,
-            torch.tensor([score.is_correct for score in batch.scores]),
-            samples.response_mask,
-            batch.group_ids,
-            generator(seed, Stream.SHAPING, step),
-        )
-
-
-def ppl(advantages: Tensor, batch: ShapingBatch, alpha: float = 0.01, clip: tuple[float, float] = (0.8, 1.2)) -> Tensor:
+def ppl(advantages: Tensor, batch: TokenBatch, alpha: float = 0.01, clip: tuple[float, float] = (0.8, 1.2)) -> Tensor:
     """A' = A clamp(1 - alpha z_i, *clip): low-perplexity responses count more (arXiv 2508.02260).
 
     z_i is the log perplexity of the response standardised within its group; see ``trainer.advantage.ppl_z``. An empty
@@ -74,14 +32,14 @@ def ppl(advantages: Tensor, batch: ShapingBatch, alpha: float = 0.01, clip: tupl
 
 
 def ppl_high(
-    advantages: Tensor, batch: ShapingBatch, alpha: float = 0.01, clip: tuple[float, float] = (0.8, 1.2)
+    advantages: Tensor, batch: TokenBatch, alpha: float = 0.01, clip: tuple[float, float] = (0.8, 1.2)
 ) -> Tensor:
     """A' = A clamp(1 + alpha z_i, *clip): control, high-perplexity responses count more (arXiv 2508.02260)."""
     return ppl(advantages, batch, -alpha, clip)
 
 
 def ppl_permuted(
-    advantages: Tensor, batch: ShapingBatch, alpha: float = 0.01, clip: tuple[float, float] = (0.8, 1.2)
+    advantages: Tensor, batch: TokenBatch, alpha: float = 0.01, clip: tuple[float, float] = (0.8, 1.2)
 ) -> Tensor:
     """A' = A clamp(1 - alpha z_s(i), *clip): control, the factors of ppl shuffled within the group (this toolkit).
 
@@ -99,7 +57,7 @@ def ppl_permuted(
 
 
 def position(
-    advantages: Tensor, batch: ShapingBatch, gamma: float = 0.1, slope: float = 15.0, cap: float = 0.5
+    advantages: Tensor, batch: TokenBatch, gamma: float = 0.1, slope: float = 15.0, cap: float = 0.5
 ) -> Tensor:
     """A' = A + sign(A) min(gamma sigmoid(slope (r_t - 0.5)), cap |A|): late tokens count more (arXiv 2508.02260).
 
@@ -109,71 +67,52 @@ def position(
 
 
 def position_reversed(
-    advantages: Tensor, batch: ShapingBatch, gamma: float = 0.1, slope: float = 15.0, cap: float = 0.5
+    advantages: Tensor, batch: TokenBatch, gamma: float = 0.1, slope: float = 15.0, cap: float = 0.5
 ) -> Tensor:
     """A' = A + sign(A) min(gamma sigmoid(slope (0.5 - r_t)), cap |A|): control, early tokens count (this toolkit)."""
     return _add_bonus(advantages, batch, gamma * torch.sigmoid(slope * (0.5 - _relative_position(batch))), cap)
 
 
-def entropy_advantage(advantages: Tensor, batch: ShapingBatch, alpha: float = 0.4, kappa: float = 2.0) -> Tensor:
+def entropy_advantage(advantages: Tensor, batch: TokenBatch, alpha: float = 0.4, kappa: float = 2.0) -> Tensor:
     """A' = A + min(alpha H_t, |A| / kappa): uncertain tokens gain, but no sign turns (arXiv 2506.14758)."""
     bonus = torch.minimum(alpha * batch.entropy, advantages.abs() / kappa)
     return torch.where(batch.response_mask, advantages + bonus, advantages)
 
 
-def reweighting(advantages: Tensor, batch: ShapingBatch, alpha: float = 0.2) -> Tensor:
+def reweighting(advantages: Tensor, batch: TokenBatch, alpha: float = 0.2) -> Tensor:
     """A' = A (alpha p_t + 1 - alpha): unlikely tokens, whose gradients are large, count less (arXiv 2505.12929)."""
     weight = alpha * batch.logprobs.exp() + 1 - alpha
     return torch.where(batch.response_mask, advantages * weight, advantages)
 
 
-def psr(advantages: Tensor, batch: ShapingBatch) -> Tensor:
+def psr(advantages: Tensor, batch: TokenBatch) -> Tensor:
     """A' = 1 if right else 0: positive sample reinforcement, learns from right responses only (arXiv 2506.01347)."""
     return _by_outcome(advantages, batch, 1.0, 0.0)
 
 
-def nsr(advantages: Tensor, batch: ShapingBatch) -> Tensor:
+def nsr(advantages: Tensor, batch: TokenBatch) -> Tensor:
     """A' = 0 if right else -1: negative sample reinforcement, learns from wrong responses only (arXiv 2506.01347)."""
     return _by_outcome(advantages, batch, 0.0, -1.0)
 
 
-def weighted_reinforce(advantages: Tensor, batch: ShapingBatch, positive_weight: float = 0.1) -> Tensor:
+def weighted_reinforce(advantages: Tensor, batch: TokenBatch, positive_weight: float = 0.1) -> Tensor:
     """A' = positive_weight if right else -1: both, the right ones weighed down (arXiv 2506.01347)."""
     return _by_outcome(advantages, batch, positive_weight, -1.0)
 
 
-def released_noop(advantages: Tensor, batch: ShapingBatch) -> Tensor:
+def released_noop(advantages: Tensor, batch: TokenBatch) -> Tensor:
     """A' = A: control, what the study's released perplexity branch does (arXiv 2508.02260, released code)."""
     return advantages
 
 
-@dataclass(frozen=True)
-class Method:
-    """A named method: its function, and the config section with its window and parameters, if it has any."""
+def scale_matched(advantages: Tensor, batch: TokenBatch, mirrored: Tensor) -> Tensor:
+    """A' = A sum|A_m| / sum|A|: control, a constant that gives A the mean magnitude of another method (this toolkit).
 
-    function: Callable[..., Tensor]
-    section: str | None = None
-
-    def window(self, config: ShapingConfig) -> Window:
-        """When the method is on; always without a section."""
-        return getattr(config, self.section) if self.section else Window()
-
-    def apply(self, advantages: Tensor, batch: ShapingBatch, config: ShapingConfig) -> Tensor:
-        """Shaped advantages (B, T), with the parameters of the config."""
-        return self.function(advantages, batch, **self.parameters(config))
-
-    def parameters(self, config: ShapingConfig) -> dict[str, object]:
-        """Keyword arguments of the function, as the config sets them."""
-        names = list(inspect.signature(self.function).parameters)[2:]
-        return {name: getattr(self.window(config), name) for name in names}
-
-    def describe(self) -> dict[str, str]:
-        """Equation, summary and source from the docstring, and where its parameters stand."""
-        headline = HEADLINE.fullmatch((inspect.getdoc(self.function) or "").splitlines()[0])
-        assert headline, f"{self.function.__name__}: the first line is no headline"
-        parameters = ", ".join(f"{name} = {value}" for name, value in self.parameters(ShapingConfig()).items())
-        section = f"shaping.{self.section}" if self.section else ""
-        return {**headline.groupdict(), "section": section, "parameters": parameters}
+    ``mirrored`` holds A_m, the advantages as ``shaping.scale_matched.mirrors`` shapes them. Where all advantages are 0,
+    they stay so.
+    """
+    wanted, found = (values.abs()[batch.response_mask].sum() for values in (mirrored, advantages))
+    return advantages * (wanted / found if found > 0 else 1.0)
 
 
 METHODS: dict[str, Method] = {
@@ -187,12 +126,13 @@ METHODS: dict[str, Method] = {
     "ppl_high": Method(ppl_high, "ppl"),
     "ppl_permuted": Method(ppl_permuted, "ppl"),
     "position_reversed": Method(position_reversed, "position"),
+    "scale_matched": Method(scale_matched, "scale_matched"),
     "released_noop": Method(released_noop),
 }
 
 
 def shape(
-    advantages: Tensor, batch: ShapingBatch, config: ShapingConfig, step: int, plateau_step: int | None
+    advantages: Tensor, batch: TokenBatch, config: ShapingConfig, step: int, plateau_step: int | None
 ) -> tuple[Tensor, bool]:
     """Applies the parts of ``config.method``, in the order named, that are on at ``step``.
 
@@ -206,10 +146,14 @@ def shape(
     Returns:
         Shaped advantages (B, T), and whether any part was on.
     """
+    if config.method == "scale_matched":
+        mirrors = config.model_copy(update={"method": config.scale_matched.mirrors})
+        mirrored, is_shaped = shape(advantages, batch, mirrors, step, plateau_step)
+        return scale_matched(advantages, batch, mirrored), is_shaped
     parts = [] if config.method == "none" else [METHODS[name] for name in config.method.split("+")]
-    active = [part for part in parts if is_on(part.window(config), step, plateau_step)]
+    active = [part for part in parts if is_on(_window(part, config), step, plateau_step)]
     for part in active:
-        advantages = part.apply(advantages, batch, config)
+        advantages = part.function(advantages, batch, **part.parameters(config))
     return advantages, bool(active)
 
 
@@ -219,20 +163,25 @@ def is_on(window: Window, step: int, plateau_step: int | None) -> bool:
     return start is not None and start <= step <= (window.end_step or step)
 
 
-def _ppl_factor(batch: ShapingBatch, alpha: float, clip: tuple[float, float]) -> Tensor:
+def _window(method: Method, config: ShapingConfig) -> Window:
+    """When a method is on; always without a section."""
+    return getattr(config, method.section) if method.section else Window()
+
+
+def _ppl_factor(batch: TokenBatch, alpha: float, clip: tuple[float, float]) -> Tensor:
     return (1 - alpha * ppl_z(batch.logprobs, batch.response_mask, batch.group_ids)).clamp(*clip)
 
 
-def _relative_position(batch: ShapingBatch) -> Tensor:
+def _relative_position(batch: TokenBatch) -> Tensor:
     length = batch.response_mask.sum(1, keepdim=True).clamp(min=1)
     return torch.arange(batch.response_mask.shape[1]) / length
 
 
-def _add_bonus(advantages: Tensor, batch: ShapingBatch, bonus: Tensor, cap: float) -> Tensor:
+def _add_bonus(advantages: Tensor, batch: TokenBatch, bonus: Tensor, cap: float) -> Tensor:
     bonus = torch.minimum(bonus, cap * advantages.abs())
     return torch.where(batch.response_mask, advantages + advantages.sign() * bonus, advantages)
 
 
-def _by_outcome(advantages: Tensor, batch: ShapingBatch, right: float, wrong: float) -> Tensor:
+def _by_outcome(advantages: Tensor, batch: TokenBatch, right: float, wrong: float) -> Tensor:
     value = torch.where(batch.is_correct, right, wrong).to(advantages.dtype)
     return value[:, None].expand_as(advantages).clone()

@@ -25,11 +25,13 @@ from trainer.batch import Batch, PromptSource, collect_batch
 from trainer.checkpoint import RunState, list_checkpoints, load_checkpoint, save_checkpoint
 from trainer.config import Config
 from trainer.evaluate import evaluate
+from trainer.method import TokenBatch
 from trainer.plateau import PlateauDetector
 from trainer.policy import Policy
 from trainer.record import record_batch, record_prompts
 from trainer.run_folder import describe_run, is_complete
-from trainer.shaping import ShapingBatch, shape
+from trainer.seeding import Stream
+from trainer.shaping import shape
 from trainer.tasks import ReasoningGymTask
 from trainer.update import Learner, UpdateMetrics
 
@@ -89,7 +91,7 @@ def _run_steps(
         batch = collect_batch(config, learner.policy, source, step)
         samples = batch.samples
         advantages = batch.advantages[:, None].expand(samples.tokens.shape)
-        context = ShapingBatch.of(batch, config.seed, step)
+        context = TokenBatch.of(batch, config.seed, Stream.SHAPING, step)
         shaped, is_shaped = shape(advantages, context, config.shaping, step, plateau.plateau_step)
 
         started = time.perf_counter()

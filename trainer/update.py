@@ -1,9 +1,9 @@
-"""The optimiser's part of a step: epochs, mini-batches, micro-batches, one token-mean denominator each."""
+"""The optimiser's part of a step: epochs, mini-batches with one objective each, micro-batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from trainer.batch import Batch
 from trainer.config import Config, OptimConfig
-from trainer.loss import kl_penalty, policy_loss
+from trainer.loss import kl_penalty
+from trainer.method import TokenBatch
+from trainer.objectives import Objective
 from trainer.policy import Policy
 from trainer.rollout import Samples
 from trainer.seeding import Stream, generator
@@ -80,10 +82,12 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optim, step)
         is_clipped = torch.zeros_like(batch.samples.response_mask)
-        updates = [
-            self._step_optimizer(batch.samples, advantages, rows, step, is_clipped)
-            for rows in mini_batches(self.config, batch, step)
-        ]
+        tokens = TokenBatch.of(batch, self.config.seed, Stream.LOSS, step)
+        max_tokens = self.config.rollout.max_response_tokens
+        updates = []
+        for rows in mini_batches(self.config, batch, step):
+            objective = Objective.of(self.config.loss, advantages[rows], tokens.take(rows), max_tokens)
+            updates.append(self._step_optimizer(batch.samples, objective, rows, step, is_clipped))
         if not updates:
             return UpdateMetrics(is_clipped)
         mean = torch.tensor(updates, dtype=torch.float64).mean(0).tolist()
@@ -96,48 +100,49 @@ class Learner:
         samples = batch.samples
         logprob, entropy = torch.zeros(samples.tokens.shape), torch.zeros(samples.tokens.shape)
         kept = torch.nonzero(batch.is_kept).squeeze(1)
-        for rows in micro_batches(samples, kept, self.config.optim.micro_batch_tokens):
+        for micro in micro_batches(samples, kept, self.config.optim.micro_batch_tokens):
+            rows = kept[micro]
             stats = self.policy.score(*_sequences(samples, rows), self.config.rollout.temperature)
             logprob[rows] = samples.place(stats.logprob, rows)
             entropy[rows] = samples.place(stats.entropy, rows)
         return AfterUpdate(logprob, entropy, metrics.is_clipped)
 
     def _step_optimizer(
-        self, samples: Samples, advantages: Tensor, rows: Tensor, step: int, is_clipped: Tensor
+        self, samples: Samples, objective: Objective, rows: Tensor, step: int, is_clipped: Tensor
     ) -> tuple[float, float, float, float, float]:
         """One update; returns loss, gradient norm, KL and the clipped shares, and marks tokens in ``is_clipped``."""
-        denominator = int(samples.lengths[rows].sum())
-        totals = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
         for micro in micro_batches(samples, rows, self.config.optim.micro_batch_tokens):
-            loss, kl, is_low, is_high = self._loss_sums(samples, advantages, micro)
-            (loss / denominator).backward()
-            totals += torch.stack([loss.detach(), kl, is_low.sum(), is_high.sum()]).cpu().double()
-            is_clipped[micro] |= samples.place(is_low | is_high, micro)
-        loss, kl, low, high = (totals / denominator).tolist()
+            loss, kl, is_low, is_high = self._loss_sums(samples, objective, rows, micro)
+            loss.backward()
+            sums += torch.stack([loss.detach(), kl, is_low.sum(), is_high.sum()]).cpu().double()
+            is_clipped[rows[micro]] |= samples.place(is_low | is_high, rows[micro])
+        loss, kl, num_low, num_high = sums.tolist()
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self.config.optim.grad_clip))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise TrainingError(f"step {step}: loss {loss}, gradient norm {grad_norm}; lower optim.lr or check rewards")
         self.optimizer.step()
-        return loss, grad_norm, kl, low, high
+        num_tokens = int(samples.lengths[rows].sum())
+        return loss, grad_norm, kl, num_low / num_tokens, num_high / num_tokens
 
-    def _loss_sums(self, samples: Samples, advantages: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-        """Loss and KL, summed over the tokens of ``rows``, and which of these the two bounds clipped, (N,) each."""
-        config, device = self.config.loss, self.policy.device
-        mask = samples.response_mask[rows]
-        prompts, responses = _sequences(samples, rows)
+    def _loss_sums(
+        self, samples: Samples, objective: Objective, rows: Tensor, micro: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the places ``micro`` of ``rows`` add to loss and KL, and which of their tokens the bounds clip, (N,)."""
+        config, chosen = self.config.loss, rows[micro]
+        prompts, responses = _sequences(samples, chosen)
         temperature = self.config.rollout.temperature
         stats = self.policy.score(prompts, responses, temperature)
-        old_logprob = samples.stats.logprob[rows][mask].to(device)
-        result = policy_loss(
-            stats.logprob, old_logprob, advantages[rows][mask].to(device), config.clip_low, config.clip_high
-        )
-        loss = result.loss.sum() - config.entropy_coef * stats.entropy.sum()
-        kl = torch.zeros((), device=device)
+        log_ratio = stats.logprob - objective.take(samples.stats.logprob[rows], micro).to(self.policy.device)
+        result = objective.evaluate(log_ratio, micro)
+        share = objective.take(objective.share, micro).to(self.policy.device)
+        loss = (result.loss - config.entropy_coef * share * stats.entropy).sum()
+        kl = torch.zeros_like(loss.detach())
         if self.reference:
             with torch.no_grad():
                 reference = self.reference.score(prompts, responses, temperature).logprob
-            penalty = kl_penalty(stats.logprob, reference, config.kl_estimator).sum()
+            penalty = (share * kl_penalty(stats.logprob, reference, config.kl_estimator)).sum()
             loss, kl = loss + config.kl_coef * penalty, penalty.detach()
         return loss, kl, result.is_clipped_low, result.is_clipped_high
 
@@ -158,22 +163,18 @@ def mini_batches(config: Config, batch: Batch, step: int) -> Iterator[Tensor]:
 
 
 def micro_batches(samples: Samples, rows: Tensor, max_tokens: int) -> list[Tensor]:
-    """Cuts rows, sorted by length, into parts of at most ``max_tokens`` tokens, padding counted.
+    """Cuts ``rows``, sorted by length, into parts of at most ``max_tokens`` tokens, padding counted.
 
-    A sequence longer than ``max_tokens`` makes a part of its own.
+    A sequence longer than ``max_tokens`` makes a part of its own. The parts hold places in ``rows``.
     """
     lengths = samples.lengths[rows] + torch.tensor([len(samples.prompts[row]) for row in rows])
     ordered = lengths.argsort(stable=True)
-    parts: list[Sequence[int]] = []
-    current: list[int] = []
+    parts: list[list[int]] = [[]]
     for index in ordered.tolist():
-        if current and int(lengths[index]) * (len(current) + 1) > max_tokens:
-            parts.append(current)
-            current = []
-        current.append(index)
-    if current:
-        parts.append(current)
-    return [rows[torch.tensor(part)] for part in parts]
+        if parts[-1] and int(lengths[index]) * (len(parts[-1]) + 1) > max_tokens:
+            parts.append([])
+        parts[-1].append(index)
+    return [torch.tensor(part) for part in parts if part]
 
 
 def _sequences(samples: Samples, rows: Tensor) -> tuple[list[list[int]], list[Tensor]]:

@@ -30,11 +30,13 @@ from analysis.trace import TraceWriter
 from trainer import rollout
 from trainer.batch import PromptSource, collect_batch
 from trainer.config import Config, load_config
+from trainer.method import TokenBatch
 from trainer.policy import Policy
 from trainer.record import record_batch
 from trainer.resources import find_base_policy
 from trainer.run_folder import describe_run
-from trainer.shaping import ShapingBatch, shape
+from trainer.seeding import Stream
+from trainer.shaping import shape
 from trainer.tasks import ReasoningGymTask
 from trainer.update import Learner
 
@@ -59,7 +61,7 @@ class Ours:
         with nullcontext() if self.records else without_entropy():
             batch = collect_batch(config, self.learner.policy, self.source, self.step)
             samples = batch.samples
-            context = ShapingBatch.of(batch, config.seed, self.step)
+            context = TokenBatch.of(batch, config.seed, Stream.SHAPING, self.step)
             advantages = batch.advantages[:, None].expand(samples.tokens.shape)
             shaped, _ = shape(advantages, context, config.shaping, self.step, None)
             metrics = self.learner.update(batch, shaped, self.step)

@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from trainer.config import Config, PolicyConfig, load_config
+from trainer.method import TokenBatch
 from trainer.policy import Policy
 from trainer.tasks import ReasoningGymTask
 
@@ -38,3 +40,14 @@ def small_config() -> Config:
 @pytest.fixture
 def task(small_config) -> ReasoningGymTask:
     return ReasoningGymTask("chain_sum", small_config.task.params, seed=0, num_heldout=6)
+
+
+def token_batch() -> tuple[torch.Tensor, TokenBatch]:
+    """Advantages (8, 6) and tokens in float64: padding, an empty response, one of a single token, a uniform group."""
+    generator = torch.Generator().manual_seed(0)
+    logprobs, entropy = -torch.rand(8, 6, generator=generator).double(), torch.rand(8, 6, generator=generator).double()
+    mask = torch.arange(6) < torch.tensor([6, 1, 0, 3, 6, 2, 5, 4])[:, None]
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    advantages = torch.tensor([1.2, -0.7, 0.3, -0.1, 0, 0, 0, 0], dtype=torch.float64)[:, None].expand(8, 6)
+    is_correct = torch.tensor([True, False, True, False, True, True, True, True])
+    return advantages, TokenBatch(logprobs, entropy, is_correct, mask, groups, np.random.default_rng(1))

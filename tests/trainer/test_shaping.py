@@ -1,9 +1,7 @@
 """Every method against a naive loop, on responses of all lengths and uniform groups; the registry; windows."""
 
-import inspect
 import math
 from dataclasses import replace
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,20 +9,15 @@ import torch
 
 from trainer import shaping
 from trainer.advantage import ppl_z
-from trainer.config import PositionConfig, PplConfig, ShapingConfig, ShapingMethod, Window
-from trainer.shaping import METHODS, ShapingBatch, is_on, shape
+from trainer.config import SHAPING_NAMES, PositionConfig, PplConfig, ShapingConfig, Window
+from trainer.shaping import METHODS, is_on, shape
+
+from .conftest import token_batch
 
 
 @pytest.fixture
 def case():
-    generator = torch.Generator().manual_seed(0)
-    logprobs, entropy = -torch.rand(8, 6, generator=generator).double(), torch.rand(8, 6, generator=generator).double()
-    lengths = torch.tensor([6, 1, 0, 3, 6, 2, 5, 4])
-    mask = torch.arange(6) < lengths[:, None]
-    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    advantages = torch.tensor([1.2, -0.7, 0.3, -0.1, 0, 0, 0, 0], dtype=torch.float64)[:, None].expand(8, 6)
-    is_correct = torch.tensor([True, False, True, False, True, True, True, True])
-    return advantages, ShapingBatch(logprobs, entropy, is_correct, mask, groups, np.random.default_rng(1))
+    return token_batch()
 
 
 def z_of(batch):
@@ -88,6 +81,30 @@ def test_permutation_is_that_of_seed_and_step(case):
     assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("mirrors", ["ppl", "position", "ppl+position", "weighted_reinforce"])
+def test_scale_matched_is_a_constant_with_the_magnitude_of_what_it_mirrors(case, mirrors):
+    advantages, batch = case
+    parts = {"ppl": PplConfig(alpha=0.5), "position": PositionConfig(start_step=2)}
+    config = ShapingConfig(method="scale_matched", scale_matched={"mirrors": mirrors}, **parts)
+    found, is_shaped = shape(advantages, batch, config, step=2, plateau_step=None)
+    mirrored, _ = shape(advantages, batch, ShapingConfig(method=mirrors, **parts), step=2, plateau_step=None)
+    inside = [(i, t) for i in range(8) for t in range(int(batch.response_mask[i].sum()))]
+    scale = sum(abs(mirrored[p].item()) for p in inside) / sum(abs(advantages[p].item()) for p in inside)
+    assert is_shaped
+    torch.testing.assert_close(found, scale * advantages)
+    assert scale != pytest.approx(1, abs=1e-3)
+
+
+def test_scale_matched_is_on_when_what_it_mirrors_is(case):
+    advantages, batch = case
+    config = ShapingConfig(method="scale_matched", scale_matched={"mirrors": "position"})
+    found, is_shaped = shape(advantages, batch, config, step=5, plateau_step=None)
+    assert not is_shaped
+    assert torch.equal(found, advantages)
+    nothing, _ = shape(torch.zeros(8, 6), batch, config, step=5, plateau_step=1)
+    assert torch.equal(nothing, torch.zeros(8, 6))
+
+
 def test_what_was_released_equals_none_bit_for_bit(case):
     advantages, batch = case
     shaped, _ = shape(advantages, batch, ShapingConfig(method="released_noop"), step=5, plateau_step=1)
@@ -133,9 +150,8 @@ def test_composition_is_the_parts_in_order(case):
 
 
 def test_registry_holds_what_a_config_may_name():
-    named = {part for name in get_args(ShapingMethod) for part in name.split("+")} - {"none"}
-    assert set(METHODS) == named
-    assert set(LOOPS) | {"ppl_permuted"} == named
+    assert set(METHODS) == {*SHAPING_NAMES, "scale_matched"}
+    assert set(LOOPS) | {"ppl_permuted", "scale_matched"} == set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -144,8 +160,7 @@ def test_method_is_described_with_the_defaults_of_its_function(name):
     entry = method.describe()
     assert entry["equation"].startswith("A' = ")
     assert entry["source"]
-    defaults = {p.name: p.default for p in list(inspect.signature(method.function).parameters.values())[2:]}
-    assert method.parameters(ShapingConfig()) == defaults
+    assert method.parameters(ShapingConfig()) == entry["parameters"]
 
 
 @pytest.mark.parametrize(

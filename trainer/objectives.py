@@ -1,0 +1,229 @@
+"""Loss-level methods: which tokens of a mini-batch count in the loss, and for how much.
+
+The loss of a mini-batch is a sum over its tokens, with rho_t = p_t / p_t,old and the clipped surrogate L_t of
+``trainer.loss``:
+
+    loss = sum_t c_t (w_t L_t + v_t |ln rho_t|)
+
+A method chooses w, v and the tokens that are counted; an aggregation makes the shares c of those. All depend on nothing
+but what was recorded while sampling, so that a mini-batch may be cut into any micro-batches.
+
+Deviations from the sources:
+
+1. Entropy and covariance are those of the policy that sampled, over the whole mini-batch; the released code of Clip-Cov
+   and KL-Cov takes those of the policy being trained, over a micro-batch. At the first update of a batch both agree.
+2. For that reason Clip-Cov does not pass over tokens that the ratio has already clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.advantage import mean_surprisal
+from trainer.config import Denominator, LossConfig
+from trainer.loss import PolicyLoss, policy_loss, sequence_log_ratio
+from trainer.method import Method, TokenBatch
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """How the tokens of a mini-batch enter its loss.
+
+    Attributes:
+        surrogate: w, (B, T).
+        counted: Tokens that share the denominator, (B, T) bool.
+        penalty: v, (B, T), or None for no such term.
+        is_clipped: Whether the ratio is clipped.
+    """
+
+    surrogate: Tensor
+    counted: Tensor
+    penalty: Tensor | None = None
+    is_clipped: bool = True
+
+
+def grpo(advantages: Tensor, batch: TokenBatch) -> TokenWeights:
+    """w_t = 1: every token of every response (arXiv 2402.03300)."""
+    return TokenWeights(torch.ones_like(advantages), batch.response_mask)
+
+
+def entropy_mask(
+    advantages: Tensor, batch: TokenBatch, top_frac: float = 0.2, denominator: Denominator = "selected"
+) -> TokenWeights:
+    """w_t = 1 if H_t is among the top_frac highest else 0: high-entropy tokens only (arXiv 2506.01939).
+
+    ``denominator``: the loss is a mean over the selected tokens, as the paper has it, or over all, as TRL has it, which
+    for 20 % of the tokens makes it five times smaller.
+    """
+    selected = _highest(batch.entropy, batch.response_mask, top_frac)
+    return TokenWeights(selected.to(advantages.dtype), selected if denominator == "selected" else batch.response_mask)
+
+
+def clip_cov(
+    advantages: Tensor, batch: TokenBatch, frac: float = 2e-4, low: float = 1.0, high: float = 5.0
+) -> TokenWeights:
+    """w_t = 0 for a random frac of the tokens with low < cov_t < high: Clip-Cov, keeps entropy (arXiv 2505.22617).
+
+    cov_t = (A_t - mean A)(ln p_t - mean ln p), means over the tokens of the mini-batch. At least one token is left out
+    if any lies between the bounds; the denominator counts all.
+    """
+    cov = _covariance(advantages, batch)
+    candidates = torch.nonzero(batch.response_mask & (cov > low) & (cov < high))
+    count = min(_at_least_one(frac, batch.response_mask), len(candidates))
+    chosen = candidates[torch.from_numpy(batch.rng.permutation(len(candidates))[:count])]
+    surrogate = torch.ones_like(advantages)
+    surrogate[chosen[:, 0], chosen[:, 1]] = 0
+    return TokenWeights(surrogate, batch.response_mask)
+
+
+def kl_cov(advantages: Tensor, batch: TokenBatch, frac: float = 2e-3, coef: float = 1.0) -> TokenWeights:
+    """v_t = coef for the frac of tokens with the highest cov_t: KL-Cov, keeps entropy, no clip (arXiv 2505.22617).
+
+    cov_t as for Clip-Cov. |ln rho| is flat at the first update of a batch: it needs several ``optim.mini_batches`` or
+    ``epochs`` to do anything.
+    """
+    selected = _highest(_covariance(advantages, batch), batch.response_mask, frac)
+    penalty = coef * selected.to(advantages.dtype)
+    return TokenWeights(torch.ones_like(advantages), batch.response_mask, penalty, is_clipped=False)
+
+
+def low_ppl_only(advantages: Tensor, batch: TokenBatch, frac: float = 0.5) -> TokenWeights:
+    """w_t = 1 if PPL_i is among the frac lowest of its group else 0: low perplexity only (arXiv 2508.02260).
+
+    Mean over the selected tokens; of n responses at least one and at most ``ceil(frac n)`` are selected.
+    """
+    return _by_perplexity(advantages, batch, frac, 1)
+
+
+def high_ppl_only(advantages: Tensor, batch: TokenBatch, frac: float = 0.5) -> TokenWeights:
+    """w_t = 1 if PPL_i is among the frac highest of its group else 0: high perplexity only (arXiv 2508.02260)."""
+    return _by_perplexity(advantages, batch, frac, -1)
+
+
+METHODS: dict[str, Method] = {
+    "grpo": Method(grpo),
+    "entropy_mask": Method(entropy_mask, "entropy_mask"),
+    "clip_cov": Method(clip_cov, "clip_cov", {"clip_high": 1.0}),
+    "kl_cov": Method(kl_cov, "kl_cov"),
+    "low_ppl_only": Method(low_ppl_only, "ppl_only"),
+    "high_ppl_only": Method(high_ppl_only, "ppl_only"),
+}
+
+
+def token_mean(counted: Tensor, max_tokens: int) -> Tensor:
+    """c_t = 1 / N over the N counted tokens of the mini-batch (DAPO, arXiv 2503.14476)."""
+    del max_tokens
+    return counted / counted.sum().clamp(min=1)
+
+
+def sequence_mean(counted: Tensor, max_tokens: int) -> Tensor:
+    """c_t = 1 / (R n_i) over the n_i counted tokens of each of R responses that have any (GRPO, arXiv 2402.03300)."""
+    del max_tokens
+    lengths = counted.sum(1, keepdim=True)
+    return counted / (lengths.clamp(min=1) * (lengths > 0).sum().clamp(min=1))
+
+
+def constant(counted: Tensor, max_tokens: int) -> Tensor:
+    """c_t = 1 / (B L) for B responses of at most L tokens, whatever their lengths (Dr.GRPO, arXiv 2503.20783)."""
+    return counted / (len(counted) * max_tokens)
+
+
+AGGREGATIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "token_mean": token_mean,
+    "sequence_mean": sequence_mean,
+    "constant": constant,
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of one mini-batch up to what the policy being trained says: weights with their denominators inside.
+
+    Attributes:
+        advantages: Shaped, (B, T).
+        mask: Response tokens, (B, T) bool.
+        share: c, (B, T).
+        weights: w, v and whether the ratio is clipped.
+        config: Ratio and bounds.
+    """
+
+    advantages: Tensor
+    mask: Tensor
+    share: Tensor
+    weights: TokenWeights
+    config: LossConfig
+
+    @classmethod
+    def of(cls, config: LossConfig, advantages: Tensor, batch: TokenBatch, max_tokens: int) -> Objective:
+        """Chooses weights by ``config.method`` and shares them out by ``config.aggregation``.
+
+        Args:
+            config: The loss.
+            advantages: Shaped advantages of the mini-batch, (B, T).
+            batch: Its tokens.
+            max_tokens: Longest response allowed.
+        """
+        method = METHODS[config.method]
+        weights = method.function(advantages, batch, **method.parameters(config))
+        share = AGGREGATIONS[config.aggregation](weights.counted, max_tokens)
+        return cls(advantages, batch.response_mask, share, weights, config)
+
+    def take(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Values (B, T) of the tokens of ``rows``, end to end, (N,)."""
+        return values[rows][self.mask[rows]]
+
+    def evaluate(self, log_ratio: Tensor, rows: Tensor) -> PolicyLoss:
+        """Losses of the tokens of ``rows``, which over all rows sum to the loss of the mini-batch.
+
+        Args:
+            log_ratio: ln p - ln p_old of these tokens, end to end, (N,), with gradient.
+            rows: Places in the mini-batch.
+        """
+        advantages, share, surrogate = (
+            self.take(values, rows).to(log_ratio.device)
+            for values in (self.advantages, self.share, self.weights.surrogate)
+        )
+        is_sequence = self.config.ratio == "sequence"
+        ratio = sequence_log_ratio(log_ratio, self.mask[rows].sum(1)) if is_sequence else log_ratio
+        bounds = (self.config.clip_low, self.config.clip_high) if self.weights.is_clipped else (1.0, float("inf"))
+        result = policy_loss(ratio, advantages, *bounds)
+        loss = share * surrogate * result.loss
+        if self.weights.penalty is not None:
+            loss = loss + share * self.take(self.weights.penalty, rows).to(log_ratio.device) * log_ratio.abs()
+        return PolicyLoss(loss, result.is_clipped_low, result.is_clipped_high)
+
+
+def _covariance(advantages: Tensor, batch: TokenBatch) -> Tensor:
+    mask = batch.response_mask
+    return (advantages - advantages[mask].mean()) * (batch.logprobs - batch.logprobs[mask].mean())
+
+
+def _highest(values: Tensor, mask: Tensor, frac: float) -> Tensor:
+    """The ``frac`` of the masked places with the highest values, at least one if there is any, (B, T) bool."""
+    count = _at_least_one(frac, mask)
+    selected = torch.zeros_like(mask)
+    places = torch.nonzero(mask)[values[mask].argsort(descending=True, stable=True)[:count]]
+    selected[places[:, 0], places[:, 1]] = True
+    return selected
+
+
+def _at_least_one(frac: float, mask: Tensor) -> int:
+    return max(1, int(frac * int(mask.sum())))
+
+
+def _by_perplexity(advantages: Tensor, batch: TokenBatch, frac: float, sign: int) -> TokenWeights:
+    """Selects the ``frac`` of each group with the lowest (``sign`` 1) or highest (-1) perplexity; empty ones last."""
+    surprisal = (sign * mean_surprisal(batch.logprobs, batch.response_mask)).nan_to_num(torch.inf).numpy()
+    groups = batch.group_ids.numpy()
+    order = np.lexsort((surprisal, groups))
+    size = np.unique(groups, return_counts=True)[1]
+    rank = np.concatenate([np.arange(n) for n in size]) if len(size) else np.zeros(0)
+    is_selected = torch.zeros(len(groups), dtype=torch.bool)
+    is_selected[torch.from_numpy(order)] = torch.from_numpy(rank < np.ceil(frac * np.repeat(size, size)))
+    selected = batch.response_mask & is_selected[:, None]
+    return TokenWeights(selected.to(advantages.dtype), selected)
