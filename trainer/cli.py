@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from enum import StrEnum
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,11 +20,20 @@ if TYPE_CHECKING:
 
 DEFAULT_BUDGET = 200_000
 
+
+class Where(StrEnum):
+    """Launchers of ``entrace ablate``."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Override single keys.", show_default=False)
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what --out already holds.")]
 Budget = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Tokens to generate, earlier calls counted.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="As --resume, and try failed runs once more.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time; each gets an equal share of the cores.")]
 
 
@@ -64,15 +74,43 @@ def ablate(
     out: Annotated[Path, typer.Option(help="Folder of the study; each run gets a folder in it.")],
     seeds: Annotated[str | None, typer.Option(help="Seeds instead of the grid's, as in 0,1,2.")] = None,
     resume: Resume = False,
-    jobs: Jobs = 1,
+    retry_failed: RetryFailed = False,
+    launcher: Annotated[
+        Where, typer.Option(help="Processes of this machine, or tasks of a Ray cluster.")
+    ] = Where.LOCAL,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="local: runs at a time, sharing the cores; 1 if left out.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="ray: host:port, ray://host:port or auto.")] = None,
+    cpus_per_run: Annotated[int | None, typer.Option(min=1, help="ray: CPUs of a run; 1 if left out.")] = None,
+    gpus_per_run: Annotated[
+        float | None, typer.Option(min=0, help="ray: GPUs of a run; 1 if left out and there are any.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print runs, time and detectable difference only.")
+    ] = False,
+    pilot: Annotated[Path | None, typer.Option(metavar="STUDY", help="dry-run: a study to plan with.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:
-    """Run a grid of arms x seeds; a failed run stays in the table with its error.
+    """Run a grid of arms x seeds x sweep; a failed run stays in the table with its error.
 
     Example: entrace ablate tiny-study --seeds 0,1,2 --jobs 2 --out data/runs/three-seeds
     """
     _require_train_extra()
-    failed = _run_grid(grid, overrides or [], _parse_seeds(seeds), out, resume, jobs)
-    typer.echo(out)
+    from trainer import grid_command
+    from trainer.grid import load_grid
+
+    specs = load_grid(grid, overrides or [], _parse_seeds(seeds))
+    chosen = grid_command.choose_launcher(launcher.value, jobs, address, cpus_per_run, gpus_per_run)
+    if dry_run:
+        plan = grid_command.plan(specs, out, chosen, retry_failed, pilot)
+        typer.echo(dumps(plan.to_dict(), indent=1) if json else "\n".join(plan.lines()))
+        return
+    if pilot:
+        raise InputError("--pilot belongs to --dry-run")
+    with _stoppable(f"with --resume goes on in {out}"):
+        failed = grid_command.run(specs, out, chosen, resume, retry_failed)
+    typer.echo(dumps(grid_command.summarize(specs, out), indent=1) if json else out)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -81,6 +119,7 @@ def study(
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("data/runs/study"),
     report: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("reports/study"),
     resume: Resume = False,
+    retry_failed: RetryFailed = False,
     jobs: Jobs = 1,
 ) -> None:
     """Run the default study on the embedded policy, intervene on its baseline, and write its report.
@@ -89,11 +128,15 @@ def study(
     """
     _require_train_extra()
     from analysis.cli import report as write_report
-    from trainer.ablate import load_grid
+    from trainer import grid_command
+    from trainer.grid import load_grid
     from trainer.intervene import Settings, resolve_checkpoint
+    from trainer.launch.local import LocalLauncher
 
-    failed = _run_grid("tiny-study", [], None, out, resume, jobs)
-    for spec in load_grid("tiny-study", []):
+    specs = load_grid("tiny-study")
+    with _stoppable(f"with --resume goes on in {out}"):
+        failed = grid_command.run(specs, out, LocalLauncher(jobs), resume, retry_failed)
+    for spec in specs:
         if spec.arm == spec.baseline and spec.run_id not in failed:
             run = out / spec.run_id
             _intervene(run, Settings(resolve_checkpoint(run, None)), DEFAULT_BUDGET)
@@ -103,21 +146,23 @@ def study(
 
 @app.command()
 def methods(json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False) -> None:
-    """List the shaping methods: equation, what it does, parameters, source.
+    """List the methods that an arm can be: equation, what it does, parameters, source, and the keys that select it.
 
     Example: entrace methods
     """
     _require_train_extra()
-    from trainer.shaping import METHODS
+    from trainer.methods import describe_methods
 
-    found = {name: method.describe() for name, method in METHODS.items()}
+    found = describe_methods()
     if json:
         typer.echo(dumps(found, indent=1))
         return
     for name, entry in found.items():
         typer.echo(f"{name}: {entry['summary']}\n    {entry['equation']}   [{entry['source']}]")
         if entry["parameters"]:
-            typer.echo(f"    {entry['section']}: {entry['parameters']}")
+            section = f"{entry['section']}: " if entry["section"] else ""
+            typer.echo(f"    {section}{', '.join(f'{key} = {value}' for key, value in entry['parameters'].items())}")
+        typer.echo(f"    {entry['kind']}: {' '.join(entry['settings']) or 'nothing to set'}")
 
 
 @app.command(name="eval")
@@ -288,25 +333,3 @@ def _parse_terciles(text: str) -> tuple[int, ...]:
     if not given <= {"1", "2", "3"}:
         raise InputError(f'--ppl-tercile "{text}": expected some of 1,2,3, such as 1,3')
     return tuple(sorted(map(int, given)))
-
-
-def _run_grid(
-    grid: str, overrides: list[str], seeds: list[int] | None, out: Path, resume: bool, jobs: int
-) -> dict[str, str]:
-    """Runs a grid with progress and names each failed run on stderr."""
-    from analysis.progress import Progress
-    from trainer.ablate import load_grid, run_grid
-
-    specs = load_grid(grid, overrides, seeds)
-    done = dict.fromkeys((spec.run_id for spec in specs), 0)
-    total = sum(spec.config.steps for spec in specs)
-    with _stoppable(f"with --resume goes on in {out}"), Progress(out.name, total) as progress:
-
-        def show(run_id: str, step: int, **figures: float) -> None:
-            done[run_id] = step
-            progress.update(sum(done.values()), note=f"{run_id} step {step}", **figures)
-
-        failed = run_grid(specs, out, jobs=jobs, resume=resume, on_step=show)
-    for run_id, error in failed.items():
-        typer.echo(f"entrace: {run_id} failed: {error}", err=True)
-    return failed

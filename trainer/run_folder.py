@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from analysis.trace import InputError, describe_machine, read_manifest, write_manifest
 from analysis.trace.manifest import MANIFEST, now
 from analysis.trace.schema import SCHEMA_VERSION
-from trainer.config import Config
+from trainer.config import Config, build_config
+from trainer.resources import EMBEDDED, find_base_policy
+
+WEIGHTS = ("*.safetensors", "*.bin")
+DIGEST_LENGTH = 16
 
 
-def describe_run(config: Config, run_dir: Path, labels: Mapping[str, str]) -> dict[str, Any]:
+def describe_run(config: Config, run_dir: Path, labels: Mapping[str, Any]) -> dict[str, Any]:
     """Manifest of a run about to start: identity, configuration in full, and the machine."""
+    common = {} if "common_random_numbers" in labels else {"common_random_numbers": common_random_numbers(config)}
     return {
         "run_id": run_dir.name,
         **labels,
+        **common,
         "seed": config.seed,
         "config": config.model_dump(mode="json"),
         "model": config.policy.path,
@@ -26,11 +35,34 @@ def describe_run(config: Config, run_dir: Path, labels: Mapping[str, str]) -> di
     }
 
 
-def write_failure(config: Config, run_dir: Path, labels: Mapping[str, str], error: str) -> None:
-    """Leaves a manifest for a run that failed before it could write its own."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    state = {"schema_version": SCHEMA_VERSION, "status": "failed", "last_durable_step": 0, "finished_at": now()}
-    write_manifest(run_dir, {**describe_run(config, run_dir, labels), **state, "error": error})
+def common_random_numbers(config: Config) -> dict[str, str | None]:
+    """Fingerprints of what runs may have in common: where two runs' are equal, they share it.
+
+    Returns:
+        ``base_policy``: of its weights; None where there is no such folder. ``prompts``: of all that decides the
+        prompts of both splits and their order. ``evaluation``: of all that decides the held-out prompts and the random
+        numbers that each of their samples is drawn with.
+    """
+    policy, rollout = config.policy, config.rollout
+    prompts = {"seed": config.seed, **config.task.model_dump(mode="json")}
+    sampling = config.eval.model_dump(mode="json", exclude={"every"})
+    # Random numbers are drawn for so many prompts at a time, each as long as the longest response.
+    shape = [rollout.prompts_per_step, rollout.max_response_tokens]
+    return {
+        "base_policy": _hash_weights(find_base_policy() if policy.path == EMBEDDED else Path(policy.path)),
+        "prompts": _hash_json(prompts),
+        "evaluation": _hash_json([prompts, sampling, shape]),
+    }
+
+
+def mark_failed(config: Config, run_dir: Path, labels: Mapping[str, Any], error: str) -> None:
+    """Says in a run's manifest that it failed; one that could not write its own gets one."""
+    if has_begun(run_dir):
+        manifest = read_manifest(run_dir)
+    else:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        manifest = {"schema_version": SCHEMA_VERSION, "last_durable_step": 0, **describe_run(config, run_dir, labels)}
+    write_manifest(run_dir, {**manifest, "status": "failed", "finished_at": now(), "error": error})
 
 
 def is_complete(config: Config, run_dir: Path) -> bool:
@@ -39,25 +71,54 @@ def is_complete(config: Config, run_dir: Path) -> bool:
     Raises:
         InputError: the folder is no trace, or was made with another configuration.
     """
-    if not run_dir.exists() or not any(run_dir.iterdir()):
+    # A process killed while it wrote its first manifest leaves that file's temporary name.
+    if not run_dir.exists() or {path.name for path in run_dir.iterdir()} <= {f".{MANIFEST}.tmp"}:
         return False
     manifest = read_manifest(run_dir)
-    found, wanted = manifest["config"], config.model_dump(mode="json")
-    if found != wanted:
-        changed = sorted(section for section in wanted if found.get(section) != wanted[section])
-        raise InputError(f"{run_dir}: made with another configuration, differs in {', '.join(changed)}; not resumed")
+    if changed := list(config_changes(manifest["config"], config)):
+        raise InputError(f"{run_dir}: made with another configuration, {', '.join(changed)}; not resumed")
     return manifest["status"] == "complete"
 
 
-def error_of(run_dir: Path) -> str | None:
-    """Error of a run whose process has ended; one that died without a word is marked failed here."""
-    manifest = read_manifest(run_dir)
-    if manifest["status"] == "running":
-        manifest |= {"status": "failed", "error": "the process was killed", "finished_at": now()}
-        write_manifest(run_dir, manifest)
-    return manifest.get("error")
+def config_changes(found: Mapping[str, Any], config: Config) -> Iterator[str]:
+    """Where a manifest's configuration differs: ``key is this there, that here``.
+
+    A key that the manifest lacks, because it is newer than the run, counts as its default.
+    """
+    wanted = flatten(config.model_dump(mode="json"))
+    try:
+        there = flatten(build_config(found, "").model_dump(mode="json"))
+    except InputError:
+        there = flatten(found)
+    for key in sorted(wanted.keys() | there.keys()):
+        if (old := there.get(key)) != (new := wanted.get(key)):
+            yield f"{key} is {json.dumps(old)} there, {json.dumps(new)} here"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def has_begun(run_dir: Path) -> bool:
     """Whether the folder holds a manifest."""
     return (run_dir / MANIFEST).exists()
+
+
+@cache
+def _hash_weights(folder: Path) -> str | None:
+    paths = sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)})
+    if not paths:
+        return None
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:DIGEST_LENGTH]
+
+
+def _hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:DIGEST_LENGTH]

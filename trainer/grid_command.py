@@ -1,0 +1,97 @@
+"""What ``entrace ablate`` and ``entrace study`` share: choosing a launcher, running with a live table, planning."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from analysis.grid_progress import GridProgress
+from analysis.plan import Pilot, Plan, PlannedRun, measure_pilot
+from analysis.trace import InputError
+from trainer.ablate import run_grid, survey
+from trainer.config import read_toml
+from trainer.grid import RunSpec
+from trainer.launch.cluster import RayLauncher
+from trainer.launch.local import LocalLauncher
+from trainer.launch.work import Launcher
+from trainer.resources import resolve_config
+
+
+def choose_launcher(
+    name: str, jobs: int | None, address: str | None, cpus_per_run: int | None, gpus_per_run: float | None
+) -> Launcher:
+    """The launcher of that name with its options; those left out are None.
+
+    Raises:
+        InputError: an option of the other launcher.
+    """
+    ray_only = {"--address": address, "--cpus-per-run": cpus_per_run, "--gpus-per-run": gpus_per_run}
+    for option, value in ray_only.items():
+        if name == "local" and value is not None:
+            raise InputError(f"{option} belongs to --launcher ray")
+    if name == "local":
+        return LocalLauncher(jobs or 1)
+    if jobs is not None:
+        raise InputError(
+            "--jobs belongs to --launcher local; Ray runs as many as --cpus-per-run and --gpus-per-run allow"
+        )
+    return RayLauncher(address, cpus_per_run or 1, gpus_per_run)
+
+
+def run(specs: Sequence[RunSpec], out: Path, launcher: Launcher, resume: bool, retry_failed: bool) -> dict[str, str]:
+    """Runs a grid with a live table and names each failed run on stderr; returns their errors by run id."""
+    runs = {spec.run_id: (spec.arm, spec.config.steps) for spec in specs}
+    with GridProgress(out.resolve().name, runs) as progress:
+        failed = run_grid(specs, out, launcher, resume=resume, retry_failed=retry_failed, watcher=progress)
+    for run_id, error in failed.items():
+        print(f"entrace: {run_id} failed: {error}", file=sys.stderr)
+    if failed:
+        print(f"entrace: {len(failed)} of {len(specs)} runs failed; --retry-failed tries them again", file=sys.stderr)
+    return failed
+
+
+def summarize(specs: Sequence[RunSpec], out: Path) -> dict[str, Any]:
+    """Status, last durable step and error of every run, for scripts."""
+    found = survey(specs, out)
+    return {
+        "out": str(out),
+        "runs": [
+            {"run_id": spec.run_id, "arm": spec.arm, "seed": spec.config.seed, **asdict(found[spec.run_id])}
+            for spec in specs
+        ],
+    }
+
+
+def plan(specs: Sequence[RunSpec], out: Path, launcher: Launcher, retry_failed: bool, pilot: Path | None) -> Plan:
+    """What running the grid would mean, given what ``out`` already holds.
+
+    Raises:
+        InputError: ``out`` was made from another grid, the launcher cannot start runs, or ``pilot`` holds no values.
+    """
+    found = survey(specs, out)
+    if pilot:
+        values, source = measure_pilot(pilot), str(pilot)
+    else:
+        values = Pilot(**read_toml(resolve_config("pilot")))
+        source = "the shipped values of the embedded policy, for want of --pilot STUDY"
+    try:
+        launcher.connect()
+        slots = launcher.slots
+    finally:
+        launcher.close()
+    runs = [
+        PlannedRun(
+            spec.run_id,
+            spec.arm,
+            spec.baseline,
+            spec.config.seed,
+            spec.config.steps,
+            found[spec.run_id].status,
+            0 if found[spec.run_id].is_kept(retry_failed) else spec.config.steps - found[spec.run_id].step,
+        )
+        for spec in specs
+    ]
+    return Plan(runs, slots, values, source)

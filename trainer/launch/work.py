@@ -1,0 +1,99 @@
+"""One run of a grid, as every launcher carries it out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from analysis.trace import read_manifest
+from trainer.config import Config
+from trainer.run_folder import has_begun, mark_failed
+
+KILLED = "the process was killed"
+# A folder that can be locked is one that no second process works in; only Unix has such locks.
+LOCKS = ".locks"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run to be carried out, new or begun; ``run_dir`` is absolute and the same on every machine."""
+
+    config: Config
+    run_dir: Path
+    labels: dict[str, Any]
+
+    @property
+    def run_id(self) -> str:
+        """Name of the run's folder."""
+        return self.run_dir.name
+
+
+class Watcher(Protocol):
+    """Who is told how the runs of a grid get on."""
+
+    def update(self, run_id: str, done: int, **figures: float) -> None:
+        """``done`` steps of the run are complete, 0 as it starts."""
+
+    def end(self, run_id: str, error: str | None) -> None:
+        """The run is complete, or failed with ``error``."""
+
+
+class Launcher(Protocol):
+    """Carries out runs, as many as ``slots`` at a time once it is connected."""
+
+    slots: int
+
+    def connect(self) -> None:
+        """Makes sure that runs can be started; writes nothing. Raises InputError."""
+
+    def run(self, works: Sequence[Work], watcher: Watcher) -> None:
+        """Carries out all runs; interrupted, it stops those that are running, and they can be gone on with."""
+
+    def close(self) -> None:
+        """Lets go of what ``connect`` took."""
+
+
+def carry_out(work: Work, threads: int, report: Callable[..., None]) -> None:
+    """Trains one run in this process, from its checkpoint if it has one; a failure is left in its manifest."""
+    report(0)
+    import torch
+
+    from trainer.train import train
+
+    torch.set_num_threads(threads)
+    with _alone_in(work.run_dir):
+        try:
+            train(work.config, work.run_dir, work.labels, resume=True, on_step=report)
+        except Exception as error:
+            mark_failed(work.config, work.run_dir, work.labels, f"{type(error).__name__}: {error}")
+
+
+def settle(work: Work, death: str = KILLED) -> str | None:
+    """Error of a run whose process has ended; one that ended without a word is marked failed with ``death``."""
+    if not has_begun(work.run_dir) or read_manifest(work.run_dir)["status"] == "running":
+        mark_failed(work.config, work.run_dir, work.labels, death)
+    return read_manifest(work.run_dir).get("error")
+
+
+@contextmanager
+def _alone_in(run_dir: Path) -> Iterator[None]:
+    """Waits for a process that still works in the folder, such as one that outlived its launcher by a step."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    folder = run_dir.parent / LOCKS
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / run_dir.name, os.O_CREAT | os.O_RDWR)
+    try:
+        # Some shared file systems know no locks; there, the launchers' own order has to do.
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
