@@ -81,6 +81,55 @@ def test_permutation_is_that_of_seed_and_step(case):
     assert not torch.equal(first, other)
 
 
+def hand(logprobs, entropy=None, is_correct=None):
+    rows = len(logprobs)
+    mask = torch.ones(rows, len(logprobs[0]), dtype=torch.bool)
+    entropy = torch.tensor(entropy or logprobs).double()
+    is_correct = torch.tensor(is_correct or [True] * rows)
+    groups = torch.zeros(rows, dtype=torch.int64)
+    return TokenBatch(torch.tensor(logprobs).double(), entropy, is_correct, mask, groups, np.random.default_rng(0))
+
+
+# Log perplexities .1, .2, .3, 1: quartiles .175 and .475, so that 1 lies outside [-.275, .925]; mean .2, population
+# deviation .0816497 of the other three; z = -1.224745, 0, 1.224745, 9.797959.
+FOUR = hand([[-0.1], [-0.2], [-0.3], [-1.0]])
+# r = 0, .25, .5, .75: .1 sigmoid(15 (r - .5)) = .0000553, .0022977, .05, .0977023; capped at half of |A|.
+PLACES = hand([[-1.0] * 4] * 2)
+
+
+@pytest.mark.parametrize(
+    ("method", "batch", "advantages", "options", "wanted"),
+    [
+        # The released code of 2508.02260, alpha .01, and the clamp of its factor at alpha .1.
+        (shaping.ppl, FOUR, [[1.0]] * 4, {}, [1.0122474, 1, 0.9877526, 0.9020204]),
+        (shaping.ppl, FOUR, [[1.0]] * 4, {"alpha": 0.1}, [1.1224745, 1, 0.8775255, 0.8]),
+        (shaping.ppl_high, FOUR, [[1.0]] * 4, {"alpha": 0.1}, [0.8775255, 1, 1.1224745, 1.2]),
+        (
+            shaping.position,
+            PLACES,
+            [[1.0] * 4, [-0.1] * 4],
+            {},
+            [1.0000553, 1.0022977, 1.05, 1.0977023, -0.1000553, -0.1022977, -0.15, -0.15],
+        ),
+        # 2506.14758, alpha .4, kappa 2: min(.2, .5), min(.8, .5); min(.2, .15) twice.
+        (
+            shaping.entropy_advantage,
+            hand([[-1.0, -1.0]] * 2, [[0.5, 2.0]] * 2),
+            [[1.0] * 2, [-0.3] * 2],
+            {},
+            [1.2, 1.5, -0.15, -0.15],
+        ),
+        # 2505.12929: .2 p + .8 at p = 1/2 and 1.
+        (shaping.reweighting, hand([[math.log(0.5), 0.0]]), [[-2.0, -2.0]], {}, [-1.8, -2.0]),
+        # 2506.01347, lambda .1.
+        (shaping.weighted_reinforce, hand([[0.0]] * 2, is_correct=[True, False]), [[1.0], [-1.0]], {}, [0.1, -1.0]),
+    ],
+)
+def test_values_worked_out_by_hand(method, batch, advantages, options, wanted):
+    found = method(torch.tensor(advantages, dtype=torch.float64), batch, **options)
+    assert found.flatten().tolist() == pytest.approx(wanted, abs=1e-6)
+
+
 @pytest.mark.parametrize("mirrors", ["ppl", "position", "ppl+position", "weighted_reinforce"])
 def test_scale_matched_is_a_constant_with_the_magnitude_of_what_it_mirrors(case, mirrors):
     advantages, batch = case
