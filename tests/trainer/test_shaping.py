@@ -10,6 +10,7 @@ import torch
 from trainer import shaping
 from trainer.advantage import ppl_z
 from trainer.config import SHAPING_NAMES, PositionConfig, PplConfig, ShapingConfig, Window
+from trainer.method import TokenBatch
 from trainer.shaping import METHODS, is_on, shape
 
 from .conftest import token_batch
