@@ -17,13 +17,25 @@ from typing import TYPE_CHECKING
 from analysis.lazy import names_from
 
 if TYPE_CHECKING:
-    from analysis import figures
+    from analysis import compare, figures
     from analysis.claims import Verdict, judge
+    from analysis.compare import Comparison
     from analysis.report import write_report
     from analysis.runs import Runs, open_runs
     from analysis.trace import InputError, TraceWriter
 
-__all__ = ["InputError", "Runs", "TraceWriter", "Verdict", "figures", "judge", "open_runs", "write_report"]
+__all__ = [
+    "Comparison",
+    "InputError",
+    "Runs",
+    "TraceWriter",
+    "Verdict",
+    "compare",
+    "figures",
+    "judge",
+    "open_runs",
+    "write_report",
+]
 
 __getattr__ = names_from(
     __name__,
@@ -34,6 +46,8 @@ __getattr__ = names_from(
         "open_runs": "analysis.runs",
         "Verdict": "analysis.claims",
         "judge": "analysis.claims",
+        "Comparison": "analysis.compare",
+        "compare": "analysis.compare",
         "write_report": "analysis.report",
         "figures": "analysis.figures",
     },

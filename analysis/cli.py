@@ -118,6 +118,32 @@ def claims(runs: RunsArgument, json: JsonOption = False) -> None:
 
 
 @app.command()
+def compare(
+    runs: RunsArgument,
+    accuracy: Annotated[
+        float | None, typer.Option(help="Accuracy that steps are counted to; half way of the baseline if left out.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Metric to print, may be repeated; all prints every one.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Compare every arm with its baseline: paired differences, verdicts, aggregates, and the runs that take no part.
+
+    Example: entrace compare data/runs/study --metric avg_at_k --metric response_length
+    """
+    from analysis.compare import compare as compare_runs
+    from analysis.compare.text import choose_metrics, to_json, to_text
+    from analysis.runs import open_runs
+
+    comparison = compare_runs(open_runs(runs), accuracy)
+    if json:
+        _print_json(to_json(choose_metrics(comparison, metric or ["all"])))
+    else:
+        typer.echo(to_text(choose_metrics(comparison, metric or ["avg_at_k"])))
+
+
+@app.command()
 def report(
     runs: RunsArgument,
     out: Annotated[Path, typer.Option(help="Folder to write; new, empty or an earlier report.")],

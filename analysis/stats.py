@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -91,6 +92,60 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
     return adjusted
+
+
+def detectable(error: float, df: float, num_tests: int = 1, level: float = 0.05, power: float = 0.8) -> float:
+    """Smallest true effect that a t test finds with probability ``power``, at the level ``level`` / ``num_tests``.
+
+    That level is the first step of Holm's procedure, the strictest that an effect can meet. The effect is the
+    noncentrality at which a noncentral t exceeds the critical value with that probability, times ``error``. With many
+    degrees of freedom it is (t_{1 - a/2, df} + t_{power, df}) ``error``, which is too small for few seeds: by 5 % for
+    three and one test, by 17 % for three and twenty tests.
+
+    Args:
+        error: Standard error of the estimate.
+        df: Its degrees of freedom.
+        num_tests: Tests judged together.
+        level: Chance of any false rejection among them.
+        power: Chance of finding the effect.
+
+    Returns:
+        In the unit of ``error``; infinite without a degree of freedom.
+    """
+    if df <= 0:
+        return np.inf
+    return _noncentrality(df, level / max(num_tests, 1), power) * error
+
+
+@cache
+def _noncentrality(df: float, level: float, power: float) -> float:
+    """Mean, in standard errors, at which a two-sided t test rejects with probability ``power``."""
+    from scipy import optimize, stats
+
+    critical = stats.t.ppf(1 - level / 2, df)
+    start = critical + stats.t.ppf(power, df)
+    solution = optimize.root_scalar(
+        lambda mean: stats.nct.sf(critical, df, mean) - power, bracket=(start / 2, 2 * start), method="brentq"
+    )
+    return float(solution.root)
+
+
+def detectable_difference(
+    sd: float, num_seeds: int, num_tests: int = 1, level: float = 0.05, power: float = 0.8
+) -> float:
+    """``detectable`` for a mean over seeds, before it is measured; infinite for one seed.
+
+    Args:
+        sd: Standard deviation over seeds of the paired difference between two arms.
+        num_seeds: Seeds of the design.
+        num_tests: Differences judged together, such as the arms beside the baseline.
+        level: Chance of any false rejection among them.
+        power: Chance of finding the difference.
+
+    Returns:
+        In the unit of ``sd``.
+    """
+    return detectable(sd / np.sqrt(num_seeds), num_seeds - 1, num_tests, level, power) if num_seeds > 1 else np.inf
 
 
 def resample_clusters(sums: np.ndarray, rng: np.random.Generator, draws: int = DRAWS) -> np.ndarray:

@@ -7,10 +7,13 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from analysis.stats import (
     Estimate,
     avg_at_k,
+    detectable,
+    detectable_difference,
     holm,
     maj_at_k,
     pass_at_k,
@@ -129,3 +132,22 @@ def test_holm_keeps_the_chance_of_any_false_rejection():
     rng = np.random.default_rng(8)
     false = [(holm(rng.random(20)) <= 0.05).any() for _ in range(2000)]
     assert np.mean(false) <= 0.06
+
+
+@pytest.mark.parametrize(("num_seeds", "num_tests"), [(3, 1), (3, 20), (5, 4), (30, 1)])
+def test_detectable_difference_is_found_four_times_in_five(num_seeds: int, num_tests: int):
+    truth = detectable_difference(0.02, num_seeds, num_tests)
+    draws = np.random.default_rng(num_seeds).normal(truth, 0.02, (20_000, num_seeds))
+    assert (stats.ttest_1samp(draws, 0, axis=1).pvalue <= 0.05 / num_tests).mean() == pytest.approx(0.8, abs=0.01)
+
+
+def test_detectable_difference_of_many_seeds_is_that_of_the_normal():
+    # z(.975) + z(.8) = 1.959964 + .841621; z(.995) = 2.575829.
+    assert detectable_difference(1.0, 10_000) == pytest.approx(2.801585 / 100, rel=1e-3)
+    assert detectable(0.01, 10_000, num_tests=5) == pytest.approx(0.01 * (2.575829 + 0.841621), rel=1e-3)
+    assert detectable_difference(1.0, 10_000, level=0.01, power=0.5) == pytest.approx(2.575829 / 100, rel=1e-3)
+
+
+def test_one_seed_detects_nothing():
+    assert detectable_difference(0.02, 1, 3) == math.inf
+    assert detectable(0.02, 0) == math.inf

@@ -53,6 +53,20 @@ EXPECTED = {
         ["step", "prompt_id", "avg_at_k", "response_length"],
         [(0, "held/h1", 1, 4), (0, "held/h2", 0, 4), (24, "held/h1", 1, 4), (24, "held/h2", 0, 4)],
     ),
+    # h1 at step 0: "1" and "2" tie, one of them right.
+    "eval_outcomes": (
+        {"k": 2, "benchmark": "held"},
+        [
+            *("step", "prompt_id", "num_samples", "num_correct"),
+            *("avg_at_k", "maj_at_k", "response_length", "entropy"),
+        ],
+        [
+            (0, "h1", 2, 1, 0.5, 0.5, 5, 0.5),
+            (0, "h2", 2, 0, 0, 0, 5, 0.5),
+            (24, "h1", 2, 2, 1, 1, 5, 0.5),
+            (24, "h2", 2, 1, 0.5, 0.5, 5, 0.5),
+        ],
+    ),
     # The first token of each response is a digit; the last 10 of 24 steps hold step 20 only.
     "formal_sums": (
         {},

@@ -1,0 +1,77 @@
+"""How the runs of an arm score as a whole, its baseline beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from analysis.aggregate import improvement_interval, iqm_interval
+from analysis.compare.measure import Evaluations
+from analysis.compare.pairs import Pair
+
+if TYPE_CHECKING:
+    import polars as pl
+
+# avg@k of each run, by benchmark and run_id.
+Scores = dict[str, dict[str, float]]
+
+
+def last_scores(
+    pairs: Sequence[Pair], evaluations: Evaluations, benchmark: str, outcomes: Mapping[str, pl.DataFrame]
+) -> dict[str, float]:
+    """avg@k of each run, at the last step that all runs of a baseline and of its arms evaluated."""
+    families: dict[str, set[str]] = {}
+    for pair in pairs:
+        families.setdefault(pair.baseline, set()).update(run for run in pair.run_ids if run in outcomes)
+    scores = {}
+    for family in filter(None, families.values()):
+        last = evaluations.last_common_step(sorted(family), benchmark)
+        if last > 0:
+            scores |= {run: float(np.mean(outcomes[run].filter(step=last)["avg_at_k"].to_numpy())) for run in family}
+    return scores
+
+
+def aggregate_arms(
+    arms: Mapping[tuple[str, str], Sequence[Pair]], scores: Scores, rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """One record per arm, after those of its baseline the arms in their order; see ``tables.AGGREGATES``."""
+    records = []
+    for baseline in dict.fromkeys(baseline for _, baseline in arms):
+        own = {arm: pairs for (arm, name), pairs in arms.items() if name == baseline}
+        others = [pair.baseline_run for pairs in own.values() for pair in pairs]
+        records.append(_aggregate(baseline, others, scores, rng))
+        for arm, pairs in own.items():
+            record = _aggregate(arm, [pair.run for pair in pairs], scores, rng)
+            records.append(record | _improvement([pair.run for pair in pairs], others, scores, rng))
+    return records
+
+
+def _aggregate(arm: str, run_ids: Iterable[str], scores: Scores, rng: np.random.Generator) -> dict[str, Any]:
+    runs = list(dict.fromkeys(run_ids))
+    record: dict[str, Any] = {"arm": arm, "num_seeds": len(runs)}
+    by_benchmark = [own for own in (_of(runs, scored) for scored in scores.values()) if own.size]
+    if not by_benchmark:
+        return record
+    names = ("iqm", "iqm_low", "iqm_high")
+    mean = float(np.mean([own.mean() for own in by_benchmark]))
+    return record | dict(zip(names, iqm_interval(by_benchmark, rng), strict=True)) | {"mean": mean}
+
+
+def _improvement(
+    run_ids: Sequence[str], others: Iterable[str], scores: Scores, rng: np.random.Generator
+) -> dict[str, float]:
+    """Nothing where no benchmark has scores of both."""
+    beside = list(dict.fromkeys(others))
+    both = [(_of(run_ids, scored), _of(beside, scored)) for scored in scores.values()]
+    both = [(own, other) for own, other in both if own.size and other.size]
+    if not both:
+        return {}
+    names = ("improvement", "improvement_low", "improvement_high")
+    found = improvement_interval([own for own, _ in both], [other for _, other in both], rng)
+    return dict(zip(names, found, strict=True))
+
+
+def _of(run_ids: Sequence[str], scored: Mapping[str, float]) -> np.ndarray:
+    return np.array([scored[run] for run in run_ids if run in scored])

@@ -1,0 +1,135 @@
+"""One arm's difference in one metric on one benchmark, before all of them are judged together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from analysis.compare.measure import Curve, Measured, first_reached, pass_metrics
+from analysis.compare.paired import Difference, SeedSums, over_prompts_and_seeds, over_seeds
+from analysis.compare.verdict import FORMAL, PRIMARY, STEPS, metric_of
+
+# Smallest rise of the baseline's accuracy that has a half way.
+SMALLEST_RISE = 0.01
+
+
+@dataclass(frozen=True)
+class SeedValue:
+    """What a pair of runs came to; the value of a run that never reached the accuracy asked for is None."""
+
+    seed: int
+    value: float | None
+    baseline_value: float | None
+    difference: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A difference, or None and the reason in ``note``."""
+
+    arm: str
+    baseline: str
+    benchmark: str
+    metric: str
+    unit: str
+    seeds: Sequence[SeedValue] = ()
+    value: float | None = None
+    baseline_value: float | None = None
+    difference: Difference | None = None
+    num_prompts: int | None = None
+    note: str = ""
+
+
+def metric_names(num_samples: int) -> list[str]:
+    """All metrics for ``num_samples`` samples a prompt, in the order of the tables."""
+    accuracies = [PRIMARY, "maj_at_k", *pass_metrics(num_samples)]
+    return [*accuracies, "accuracy_auc", STEPS, "entropy", "response_length", FORMAL]
+
+
+def evaluation_rows(
+    arm: str, baseline: str, benchmark: str, measured: Measured, num_pairs: int, level: float | None
+) -> Iterator[Row]:
+    """Rows of all metrics of held-out responses; ``level`` is the accuracy to reach, None if there is none."""
+    for name in metric_names(measured.num_samples):
+        unit = metric_of(name).unit + (f", k = {measured.num_samples}" if name in (PRIMARY, "maj_at_k") else "")
+        if name == STEPS:
+            yield _steps_row(arm, baseline, benchmark, measured.curves, num_pairs, level)
+        elif name != FORMAL:
+            yield _from_sums(Row(arm, baseline, benchmark, name, unit), measured, num_pairs)
+
+
+def training_row(arm: str, baseline: str, benchmark: str, measured: Measured, num_pairs: int) -> Row:
+    """The row of the share of formal-reasoning tokens."""
+    return _from_sums(Row(arm, baseline, benchmark, FORMAL, metric_of(FORMAL).unit), measured, num_pairs)
+
+
+def half_way(curves: Iterable[Curve]) -> float | None:
+    """Half way between the baseline's mean first and mean last accuracy, to .01; None where it did not rise."""
+    by_run = {curve.baseline_run: curve.accuracy[1] for curve in curves}
+    if not by_run:
+        return None
+    first, last = (np.mean([accuracy[i] for accuracy in by_run.values()]) for i in (0, -1))
+    return round(float(first + last) / 2, 2) if last - first >= SMALLEST_RISE else None
+
+
+def _from_sums(empty: Row, measured: Measured, num_pairs: int) -> Row:
+    sums: list[SeedSums] = measured.sums.get(empty.metric, [])
+    if not sums:
+        return replace(empty, note="not recorded in both runs of any pair")
+    seeds = [SeedValue(pair.seed, float(pair.values[0]), float(pair.values[1]), pair.difference) for pair in sums]
+    return replace(
+        empty,
+        seeds=seeds,
+        value=float(np.mean([pair.values[0] for pair in sums])),
+        baseline_value=float(np.mean([pair.values[1] for pair in sums])),
+        difference=over_prompts_and_seeds(sums),
+        num_prompts=len(np.unique(np.concatenate([pair.prompts for pair in sums]))),
+        note=_measured_note(len(sums), num_pairs),
+    )
+
+
+def _steps_row(
+    arm: str, baseline: str, benchmark: str, curves: Sequence[Curve], num_pairs: int, level: float | None
+) -> Row:
+    """Steps until the held-out accuracy is at ``level``, within the steps that both runs evaluated.
+
+    A run that never gets there is censored: no number of steps is known, only that it is more than the last. It counts
+    as the last common step, so that the difference is one of restricted means, E[min(T, last)] (Royston and Parmar,
+    BMC Med. Res. Methodol. 13:152, 2013): defined whatever is censored, and where one run of a pair is, the size of
+    the pair's difference is a lower bound.
+    """
+    empty = Row(arm, baseline, benchmark, STEPS, f"steps to accuracy {level:g}" if level is not None else "steps")
+    if not curves:
+        return replace(empty, note="no pair has two evaluations in common")
+    if level is None:
+        return replace(empty, note=f"accuracy of {baseline} did not rise, so it has no half way; name an accuracy")
+    reached = np.array([[first_reached(c.steps, accuracy, level) for accuracy in c.accuracy] for c in curves])
+    last = np.array([float(curve.steps[-1]) for curve in curves])
+    restricted = np.where(np.isnan(reached), last[:, None], reached)
+    differences = restricted[:, 0] - restricted[:, 1]
+    counts = [int(np.isfinite(side).sum()) for side in reached.T]
+    note = f"reached by {counts[0]} of {len(curves)} runs, of {baseline} by {counts[1]} of {len(curves)}"
+    if min(counts) < len(curves):
+        note += f"; one that did not counts as the last step, {' or '.join(f'{step:g}' for step in np.unique(last))}"
+    row = replace(
+        empty,
+        seeds=[
+            SeedValue(curve.seed, _known(steps[0]), _known(steps[1]), float(difference))
+            for curve, steps, difference in zip(curves, reached, differences, strict=True)
+        ],
+        note="; ".join(filter(None, (_measured_note(len(curves), num_pairs), note))),
+    )
+    if not any(counts):
+        return row
+    value, baseline_value = restricted.mean(0)
+    return replace(row, value=float(value), baseline_value=float(baseline_value), difference=over_seeds(differences))
+
+
+def _measured_note(num_measured: int, num_pairs: int) -> str:
+    return "" if num_measured == num_pairs else f"measured for {num_measured} of {num_pairs} seeds"
+
+
+def _known(step: float) -> float | None:
+    return None if np.isnan(step) else float(step)

@@ -1,0 +1,113 @@
+"""A comparison as text, for people and for scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from analysis.compare.rows import metric_names
+from analysis.effects.estimate import count
+from analysis.trace.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from analysis.compare import Comparison
+
+ALL = "all"
+
+
+def choose_metrics(comparison: Comparison, metrics: Sequence[str]) -> Comparison:
+    """Keeps the rows of some metrics; their p-values stay adjusted for all that was judged together.
+
+    Raises:
+        InputError: no such metric.
+    """
+    import polars as pl
+
+    if ALL in metrics:
+        return comparison
+    known = [*dict.fromkeys(comparison.differences["metric"])] or metric_names(8)
+    for name in metrics:
+        if name not in known:
+            raise InputError(f'unknown metric "{name}"{nearest(name, [*known, ALL])}')
+    differences, by_seed = (
+        frame.filter(pl.col("metric").is_in(list(metrics))) for frame in (comparison.differences, comparison.by_seed)
+    )
+    return replace(comparison, differences=differences, by_seed=by_seed)
+
+
+def to_json(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
+    """Rows of all frames by name."""
+    names = ("differences", "by_seed", "aggregates", "unpaired")
+    return {name: getattr(comparison, name).to_dicts() for name in names}
+
+
+def to_text(comparison: Comparison) -> str:
+    """Differences with their reasons, aggregates, and the runs that take no part."""
+    lines = list(_difference_lines(comparison.differences))
+    lines += ["", *_aggregate_lines(comparison.aggregates)] if comparison.aggregates.height else []
+    lines += ["", *_unpaired_lines(comparison.unpaired)] if comparison.unpaired.height else []
+    return "\n".join(lines)
+
+
+def _difference_lines(frame: pl.DataFrame) -> Iterator[str]:
+    if frame.is_empty():
+        yield "nothing to compare: no complete run of an arm could be paired with one of its baseline"
+        return
+    yield "Differences to the baseline, paired by seed and prompt, with 95 % intervals"
+    widths = {name: max(map(len, frame[name])) for name in ("arm", "benchmark", "metric", "verdict")}
+    for row in frame.iter_rows(named=True):
+        names = "  ".join(f"{row[name]:<{width}}" for name, width in widths.items())
+        yield f"{names}  {_interval(row['difference'], row['low'], row['high'], '+')} {row['unit']}".rstrip()
+        yield f"    {row['why']}"
+        if row["difference"] is not None:
+            yield f"    {'; '.join(_details(row))}"
+
+
+def _details(row: dict[str, Any]) -> Iterator[str]:
+    yield f"{_number(row['value'])} against {_number(row['baseline_value'])} of {row['baseline']}"
+    yield f"n = {_seeds(row)}" + (f", {row['num_prompts']:,} prompts" if row["num_prompts"] else "")
+    yield f"interval covers {row['covers'].replace('; ', ', ')}"
+    if row["p_adjusted"] is not None:
+        yield f"p = {row['p_value']:.2g}, with Holm {row['p_adjusted']:.2g}"
+    if row["detectable"] is not None:
+        yield f"detectable from {_number(row['detectable'])} on"
+
+
+def _aggregate_lines(frame: pl.DataFrame) -> Iterator[str]:
+    yield "avg@k over seeds and benchmarks: interquartile mean, mean, probability of improvement on the baseline"
+    width = max(map(len, frame["arm"]))
+    for row in frame.iter_rows(named=True):
+        if row["iqm"] is None:
+            yield f"{row['arm']:<{width}}  no common last evaluation, n = {_seeds(row)}"
+            continue
+        line = f"{row['arm']:<{width}}  {_interval(row['iqm'], row['iqm_low'], row['iqm_high'])}"
+        line += f"  mean {_number(row['mean'])}"
+        if row["improvement"] is not None:
+            better = _interval(row["improvement"], row["improvement_low"], row["improvement_high"])
+            line += f"  improvement {better}"
+        yield f"{line}  n = {_seeds(row)}"
+
+
+def _unpaired_lines(frame: pl.DataFrame) -> Iterator[str]:
+    yield "Runs that take no part"
+    width = max(map(len, frame["run_id"]))
+    for row in frame.iter_rows(named=True):
+        yield f"{row['run_id']:<{width}}  {row['why']}"
+
+
+def _seeds(row: dict[str, Any]) -> str:
+    return count(range(row["num_seeds"]), "seed")
+
+
+def _interval(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
+    if value is None:
+        return "-"
+    ends = f"[{_number(low, sign)}, {_number(high, sign)}]" if low is not None else "[no interval]"
+    return f"{_number(value, sign)} {ends}"
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.3g}"

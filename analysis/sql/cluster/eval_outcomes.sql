@@ -1,0 +1,25 @@
+-- question: M1, M2, M3. What did each held-out prompt come to in each run, at every evaluation of a benchmark?
+-- grain: one row per run, step and prompt
+-- params: $runs list of run_id, null = all; $benchmark, null = all; $k samples per prompt, null = 8
+-- units: avg_at_k, maj_at_k in [0, 1]; num_correct of num_samples; response_length in tokens; entropy in nats per token
+-- needs: evaluations
+with prompts_evaluated as (
+  select *
+  from eval_prompts(coalesce($k, 8)::integer)
+  where ($runs is null or list_contains($runs, run_id)) and ($benchmark is null or benchmark = $benchmark)
+),
+final as (
+  select
+    run_id,
+    step,
+    prompt_id,
+    num_samples,
+    num_correct::integer as num_correct,
+    avg_at_k,
+    maj_at_k,
+    response_length,
+    entropy
+  from prompts_evaluated
+  order by all
+)
+select * from final

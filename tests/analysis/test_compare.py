@@ -1,0 +1,376 @@
+"""Comparing arms: literal numbers on a grid made by hand, naive loops, and coverage of a known truth."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import analysis
+from analysis.aggregate import iqm
+from analysis.compare import Comparison, compare
+from analysis.compare.measure import first_reached
+from analysis.compare.paired import Difference
+from analysis.compare.verdict import METRICS, decide
+from analysis.runs import open_runs
+from analysis.stats import Estimate, detectable, holm
+from analysis.trace import InputError, TraceWriter, read_manifest, write_manifest
+from tests.analysis.conftest import write_failed
+
+STEPS = (0, 10, 20)
+# Right answers among four samples of prompts p and q, at STEPS; by seed.
+NONE = [[(1, 1), (2, 2), (2, 2)]] * 3
+PPL = [[(1, 1), (3, 3), (4, 3)], [(1, 1), (3, 2), (4, 2)], [(1, 1), (2, 2), (3, 2)]]
+
+
+def write_arm(
+    root: Path,
+    arm: str,
+    seed: int,
+    counts: Sequence[tuple[int, ...]],
+    *,
+    texts: Sequence[str] | None = None,
+    length: int = 5,
+    steps: Sequence[int] = STEPS,
+    is_complete: bool = True,
+    **manifest: Any,
+) -> Path:
+    """A run that holds evaluations alone; prompts have the same ids in every seed, but other texts unless given."""
+    folder = root / f"{arm}-seed{seed}"
+    fields = {"run_id": folder.name, "arm": arm, "seed": seed, "study": "hand", "total_steps": 20, **manifest}
+    writer = TraceWriter.create(folder, fields, ["<eos>"])
+    ids = ["p", "q"]
+    texts = texts or [f"{name} of seed {seed}" for name in ids]
+    writer.append(
+        "prompts", {"prompt_id": ids, "split": "heldout", "task": "t", "prompt": list(texts), "ground_truth": "1"}
+    )
+    for step, right in zip(steps, counts, strict=True):
+        for name, count in zip(ids, right, strict=True):
+            columns = {"step": step, "benchmark": "held", "prompt_id": name, "sample_index": [0, 1, 2, 3]}
+            answers = ["1"] * count + [f"wrong {i}" for i in range(4 - count)]
+            measures = {"response_length": length, "entropy_mean": 0.5 if arm == "none" else 0.25, "temperature": 1.0}
+            writer.append(
+                "evals", {**columns, **measures, "answer": answers, "is_correct": [i < count for i in range(4)]}
+            )
+    writer.flush(20)
+    if is_complete:
+        writer.finish()
+    return folder
+
+
+def write_grid(root: Path, seeds: Sequence[int] = (0, 1, 2), **options: Any) -> Path:
+    for seed in seeds:
+        write_arm(root, "none", seed, NONE[seed], **options)
+        write_arm(root, "ppl", seed, PPL[seed], length=5 + seed, **options)
+    return root
+
+
+def find(comparison: Comparison, metric: str, arm: str = "ppl") -> dict[str, Any]:
+    return comparison.differences.filter(metric=metric, arm=arm).row(0, named=True)
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_grid(tmp_path_factory.mktemp("grid"))
+
+
+@pytest.fixture(scope="module")
+def comparison(grid: Path) -> Comparison:
+    return analysis.compare.compare(open_runs(grid), accuracy=0.7)
+
+
+def test_primary_metric_by_hand(comparison: Comparison):
+    row = find(comparison, "avg_at_k")
+    # By seed 7/8, 6/8, 5/8 against 1/2. Differences .375, .25, .125: error .125 / sqrt(3), t(.975, 2) = 4.3027.
+    half = 4.302653 * 0.125 / 3**0.5
+    numbers = [row[name] for name in ("value", "baseline_value", "difference", "low", "high")]
+    assert numbers == pytest.approx([0.75, 0.5, 0.25, 0.25 - half, 0.25 + half], abs=1e-6)
+    # t = 2 sqrt(3) with 2 degrees of freedom; one test alone, so Holm leaves p as it is.
+    assert (row["p_value"], row["p_adjusted"]) == pytest.approx((0.074180, 0.074180), abs=1e-6)
+    assert row["detectable"] == pytest.approx(detectable(0.125 / 3**0.5, 2), abs=1e-9)
+    assert (row["num_seeds"], row["num_prompts"], row["covers"]) == (3, 6, "prompts and seeds")
+    assert (row["arm"], row["baseline"], row["benchmark"], row["unit"]) == ("ppl", "none", "held", "accuracy, k = 4")
+    assert (row["is_primary"], row["verdict"]) == (True, "inconclusive")
+    assert row["why"] == "the interval holds zero as well as differences that matter"
+
+
+@pytest.mark.parametrize(
+    ("metric", "by_seed"),
+    [
+        ("avg_at_k", [3 / 8, 2 / 8, 1 / 8]),
+        ("maj_at_k", [0, 0, 0]),
+        # Two of four right: 1 - 1/6 of pairs; three or four: always.
+        ("pass_at_2", [1 / 6, 1 / 12, 1 / 12]),
+        ("pass_at_4", [0, 0, 0]),
+        # Trapezoids over 0, 10, 20; the baseline's mean is (.375 + .5) / 2.
+        ("accuracy_auc", [0.65625 - 0.4375, 0.5625 - 0.4375, 0.46875 - 0.4375]),
+        ("entropy", [-0.25, -0.25, -0.25]),
+        ("response_length", [0, 1, 2]),
+    ],
+)
+def test_every_metric_by_seed(comparison: Comparison, metric: str, by_seed: list[float]):
+    part = comparison.by_seed.filter(metric=metric)
+    assert part["seed"].to_list() == [0, 1, 2]
+    assert part["difference"].to_list() == pytest.approx(by_seed)
+    assert (part["value"] - part["baseline_value"]).to_list() == pytest.approx(by_seed)
+    assert find(comparison, metric)["difference"] == pytest.approx(np.mean(by_seed))
+
+
+def test_every_metric_has_its_row(comparison: Comparison):
+    assert comparison.differences["metric"].to_list() == [
+        *("avg_at_k", "maj_at_k", "pass_at_2", "pass_at_4", "accuracy_auc", "steps_to_accuracy", "entropy"),
+        *("response_length", "formal_share"),
+    ]
+    missing = find(comparison, "formal_share")
+    assert (missing["benchmark"], missing["difference"], missing["num_seeds"]) == ("training", None, 0)
+    assert (missing["verdict"], missing["why"]) == ("inconclusive", "not recorded in both runs of any pair")
+
+
+def test_steps_to_accuracy_with_censored_runs(comparison: Comparison):
+    # .7 is reached at 10 x .45/.5, at 10 + 10 x .075/.125, never; by the baseline never. Never counts as 20.
+    part = comparison.by_seed.filter(metric="steps_to_accuracy")
+    assert part["value"].to_list() == [pytest.approx(9), pytest.approx(16), None]
+    assert part["baseline_value"].to_list() == [None, None, None]
+    assert part["difference"].to_list() == pytest.approx([-11, -4, 0])
+    row = find(comparison, "steps_to_accuracy")
+    assert (row["value"], row["baseline_value"], row["difference"]) == pytest.approx((15, 20, -5))
+    assert (row["unit"], row["covers"], row["num_prompts"]) == ("steps to accuracy 0.7", "seeds", None)
+    assert row["why"].endswith(
+        "(reached by 2 of 3 runs, of none by 0 of 3; one that did not counts as the last step, 20)"
+    )
+
+
+def test_accuracy_to_reach_is_half_way_of_the_baseline(grid: Path):
+    row = find(compare(open_runs(grid)), "steps_to_accuracy")
+    # Half way from .25 to .5, to .01. The baseline is there after 10 x .13/.25 steps, each run of the arm sooner.
+    assert row["unit"] == "steps to accuracy 0.38"
+    assert row["baseline_value"] == pytest.approx(5.2)
+    assert row["value"] == pytest.approx(np.mean([1.3 / 0.5, 1.3 / 0.375, 1.3 / 0.25]))
+
+
+def test_accuracy_that_nobody_reaches(grid: Path):
+    comparison = compare(open_runs(grid), accuracy=1.0)
+    row = find(comparison, "steps_to_accuracy")
+    assert (row["difference"], row["verdict"], row["num_seeds"]) == (None, "inconclusive", 3)
+    assert row["why"].startswith("reached by 0 of 3 runs, of none by 0 of 3")
+
+
+@pytest.mark.parametrize(("level", "step"), [(0.2, 0), (0.3, 5), (0.4, 10), (0.6, 18), (0.65, np.nan)])
+def test_first_step_at_an_accuracy(level: float, step: float):
+    # Up to .4, down to .2, up to .62: only the first way up counts.
+    curve = np.array([0.2, 0.4, 0.2, 0.62])
+    found = first_reached(np.array([0, 10, 14, 18.2]), curve, level)
+    assert found == pytest.approx(step, nan_ok=True)
+
+
+def test_prompts_that_seeds_share_widen_the_interval(tmp_path: Path):
+    row = find(compare(open_runs(write_grid(tmp_path, texts=["p", "q"]))), "avg_at_k")
+    # Deviations of p by seed: 1/8, 1/4, 1/8, of q the opposite; over ordered pairs the mean of 2 r r' is .05208, and
+    # C that over P (P - 1) = 2. Error sqrt(.125^2 / 3 + .026042).
+    half = 4.302653 * 0.03125**0.5
+    assert (row["low"], row["high"]) == pytest.approx((0.25 - half, 0.25 + half), abs=1e-6)
+    assert row["num_prompts"] == 2
+
+
+def test_prompts_are_known_by_their_text_not_their_id(tmp_path: Path):
+    write_arm(tmp_path, "none", 0, NONE[0], texts=["one", "two"])
+    # The same prompts in the other order: p of this run is q of the other.
+    write_arm(tmp_path, "ppl", 0, PPL[0], texts=["two", "one"])
+    row = find(compare(open_runs(tmp_path)), "avg_at_k")
+    assert (row["difference"], row["num_prompts"]) == (pytest.approx(0.375), 2)
+    other = tmp_path / "other"
+    write_arm(other, "none", 0, NONE[0], texts=["one", "two"])
+    write_arm(other, "ppl", 0, PPL[0], texts=["two", "three"])
+    # Only "two" is paired: p of the arm, 4 of 4, with q of the baseline, 2 of 4.
+    row = find(compare(open_runs(other)), "avg_at_k")
+    assert (row["value"], row["baseline_value"], row["num_prompts"]) == (1, 0.5, 1)
+
+
+def test_one_seed_gives_an_interval_over_prompts_and_says_so(tmp_path: Path):
+    comparison = compare(open_runs(write_grid(tmp_path, seeds=[0])), accuracy=0.7)
+    row = find(comparison, "avg_at_k")
+    # Differences of the two prompts: .5 and .25. Standard error .125, t(.975, 1) = 12.7062.
+    assert (row["low"], row["high"]) == pytest.approx((0.375 - 12.7062 * 0.125, 0.375 + 12.7062 * 0.125), abs=1e-5)
+    assert (row["covers"], row["num_seeds"]) == ("prompts only; other seeds not covered", 1)
+    assert row["verdict"] == "inconclusive"
+    assert row["why"].startswith("one seed only, a verdict needs 3. For these runs alone: inconclusive, ")
+    steps = find(comparison, "steps_to_accuracy")
+    assert (steps["difference"], steps["low"], steps["covers"]) == (
+        pytest.approx(-11),
+        None,
+        "nothing; one seed, and no prompts to stand for others",
+    )
+
+
+def test_runs_that_take_no_part_are_listed_with_the_reason(tmp_path: Path):
+    shared = {"base_policy": "a", "prompts": "b", "evaluation": "c"}
+    write_arm(tmp_path, "none", 0, NONE[0], common_random_numbers=shared)
+    write_arm(tmp_path, "ppl", 0, PPL[0], common_random_numbers=shared)
+    write_arm(tmp_path, "other", 0, PPL[0], common_random_numbers={**shared, "prompts": "x", "evaluation": "y"})
+    write_arm(tmp_path, "ppl", 1, PPL[1])
+    write_arm(tmp_path, "none", 2, NONE[2])
+    write_arm(tmp_path, "none", 3, NONE[0][:2], steps=(0, 10))
+    write_arm(tmp_path, "ppl", 3, PPL[0][::2], steps=(0, 20))
+    write_arm(tmp_path, "slow", 0, PPL[0], is_complete=False)
+    write_failed(tmp_path / "broken-seed0")
+    write_arm(tmp_path / "again", "ppl", 0, PPL[0])
+    again = tmp_path / "again" / "ppl-seed0"
+    write_manifest(again, {**read_manifest(again), "run_id": "again"})
+    comparison = compare(open_runs([tmp_path, again]))
+    assert dict(comparison.unpaired.select("run_id", "why").iter_rows()) == {
+        "other-seed0": "does not share the prompts and the random numbers of the evaluation with none-seed0",
+        "ppl-seed1": "no complete run of arm none has seed 1",
+        "none-seed2": "no run of another arm with seed 2 can be compared with it",
+        "none-seed3": "no run of another arm with seed 3 can be compared with it",
+        "ppl-seed3": "has no evaluation after training in common with none-seed3",
+        "slow-seed0": "still running",
+        "broken-seed0": "failed: step 3: loss is nan",
+        "again": "ppl-seed0 already stands for arm ppl and seed 0",
+    }
+    assert comparison.unpaired.filter(run_id="broken-seed0").row(0)[1:4] == ("broken", 0, "failed")
+    assert comparison.by_seed.filter(metric="avg_at_k").rows()[0][:5] == ("ppl", "none", "held", "avg_at_k", 0)
+    assert find(comparison, "avg_at_k")["num_seeds"] == 1
+
+
+def test_runs_without_a_pair_leave_empty_tables(tmp_path: Path):
+    write_arm(tmp_path, "none", 0, NONE[0])
+    write_arm(tmp_path, "ppl", 1, PPL[1])
+    comparison = compare(open_runs(tmp_path))
+    assert comparison.differences.is_empty()
+    assert comparison.aggregates.is_empty()
+    assert comparison.unpaired.height == 2
+
+
+def test_each_arm_of_a_sweep_stands_beside_its_own_baseline(tmp_path: Path):
+    for seed in range(3):
+        for rate, counts in (("1e-4", PPL), ("1e-3", NONE)):
+            baseline = f"none [optim.lr={rate}]"
+            write_arm(tmp_path, baseline, seed, NONE[seed], baseline=baseline)
+            write_arm(tmp_path, f"ppl [optim.lr={rate}]", seed, counts[seed], baseline=baseline)
+    comparison = compare(open_runs(tmp_path))
+    primary = comparison.differences.filter(is_primary=True)
+    assert primary.select("arm", "baseline", "difference").rows() == [
+        ("ppl [optim.lr=1e-4]", "none [optim.lr=1e-4]", 0.25),
+        ("ppl [optim.lr=1e-3]", "none [optim.lr=1e-3]", 0.0),
+    ]
+    assert comparison.aggregates["arm"].to_list() == [
+        "none [optim.lr=1e-4]",
+        "ppl [optim.lr=1e-4]",
+        "none [optim.lr=1e-3]",
+        "ppl [optim.lr=1e-3]",
+    ]
+
+
+def test_primary_metric_is_a_family_of_its_own(tmp_path: Path):
+    for seed in range(3):
+        write_arm(tmp_path, "none", seed, NONE[seed])
+        write_arm(tmp_path, "ppl", seed, PPL[seed], length=5 + seed)
+        write_arm(tmp_path, "late", seed, [*PPL[2 - seed][:2], (4, 4 - seed)], length=7 - seed)
+    table = compare(open_runs(tmp_path)).differences.drop_nulls("p_value")
+    for is_primary, num_tests in ((True, 2), (False, 14)):
+        family = table.filter(is_primary=is_primary)
+        assert family.height == num_tests
+        assert family["p_adjusted"].to_list() == pytest.approx(holm(family["p_value"].to_list()).tolist())
+    row = table.filter(arm="ppl", metric="avg_at_k").row(0, named=True)
+    assert row["detectable"] == pytest.approx(detectable(0.125 / 3**0.5, 2, num_tests=2))
+    # The arm with the larger gain comes first.
+    assert table["arm"].unique(maintain_order=True).to_list() == ["late", "ppl"]
+
+
+def test_aggregates_are_those_of_the_last_evaluation(comparison: Comparison):
+    none, ppl = comparison.aggregates.to_dicts()
+    assert (none["arm"], none["iqm"], none["mean"], none["improvement"]) == ("none", 0.5, 0.5, None)
+    assert (ppl["arm"], ppl["num_seeds"], ppl["improvement"]) == ("ppl", 3, 1)
+    assert ppl["iqm"] == pytest.approx(iqm(np.array([7, 6, 5]) / 8))
+    # All three draws are equal in 1 of 9: both ends are the ends of the sample.
+    assert (ppl["iqm_low"], ppl["iqm_high"]) == (0.625, 0.875)
+
+
+def test_formal_share_is_a_ratio_of_tokens(study: analysis.Runs):
+    row = find(compare(study), "formal_share")
+    shares = study.sql(
+        "select arm, seed, avg((category = 'formal_reasoning')::int) as share "
+        "from tokens join runs using (run_id) where step > 50 group by all order by arm, seed"
+    )["share"].to_numpy()
+    assert row["difference"] == pytest.approx(np.mean(shares[3:] - shares[:3]))
+    assert row["num_prompts"] == 40
+    assert row["verdict"] == "higher"
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "low", "high", "p", "seeds", "word", "why"),
+    [
+        ("avg_at_k", 0.05, 0.02, 0.08, 0.01, 3, "better", "higher, beyond chance, and by at least 0.01"),
+        ("avg_at_k", -0.05, -0.08, -0.02, 0.01, 3, "worse", "lower, beyond chance, and by at least 0.01"),
+        ("pass_at_k", 0.05, 0.02, 0.08, 0.01, 3, "better", "higher, beyond chance, and by at least 0.01"),
+        ("steps_to_accuracy", -5, -8, -2, 0.01, 3, "better", "lower, beyond chance, and by at least 1"),
+        ("entropy", -0.05, -0.08, -0.02, 0.01, 3, "lower", "lower, beyond chance, and by at least 0.01"),
+        ("response_length", 5, 2, 8, 0.01, 3, "higher", "higher, beyond chance, and by at least 1"),
+        ("avg_at_k", 0.002, -0.004, 0.008, 0.5, 3, "no difference that matters", "whole interval lies within ±0.01"),
+        ("avg_at_k", 0.005, 0.002, 0.008, 0.01, 3, "no difference that matters", "whole interval lies within ±0.01"),
+        ("avg_at_k", 0.05, -0.01, 0.11, 0.1, 3, "inconclusive", "holds zero as well as differences that matter"),
+        ("avg_at_k", 0.008, 0.002, 0.014, 0.01, 3, "inconclusive", "higher, but by less than 0.01"),
+        ("avg_at_k", 0.05, 0.01, 0.09, 0.2, 3, "inconclusive", "beyond chance among the 7 differences"),
+        (
+            "avg_at_k",
+            0.05,
+            0.02,
+            0.08,
+            0.01,
+            2,
+            "inconclusive",
+            "2 seeds only, a verdict needs 3. For these runs alone",
+        ),
+    ],
+)
+def test_verdicts(metric: str, value: float, low: float, high: float, p: float, seeds: int, word: str, why: str):
+    difference = Difference(Estimate(value, low, high, p, 9, "prompts"), 0.01, 2, "prompts and seeds")
+    found = decide(difference, p, 7, seeds, METRICS[metric])
+    assert found[0] == word
+    assert why in found[1]
+
+
+def entrace(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "analysis", "compare", *args], capture_output=True, text=True)
+
+
+def test_command_prints_differences_aggregates_and_the_rest(grid: Path, tmp_path: Path):
+    write_failed(tmp_path / "broken-seed0")
+    done = entrace(str(grid), str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ppl  held  avg_at_k  inconclusive  +0.25 [-0.0605, +0.561] accuracy, k = 4\n" in done.stdout
+    assert "n = 3 seeds, 6 prompts; interval covers prompts and seeds; p = 0.074, with Holm 0.074;" in done.stdout
+    assert "ppl   0.75 [0.625, 0.875]  mean 0.75  improvement 1 [1, 1]  n = 3 seeds\n" in done.stdout
+    assert "broken-seed0  failed: step 3: loss is nan\n" in done.stdout
+    assert "entropy" not in done.stdout
+
+
+def test_command_prints_json(grid: Path):
+    frames = json.loads(entrace(str(grid), "--json", "--accuracy", "0.7").stdout)
+    assert list(frames) == ["differences", "by_seed", "aggregates", "unpaired"]
+    assert [row["metric"] for row in frames["differences"]][-1] == "formal_share"
+    assert len(json.loads(entrace(str(grid), "--json", "--metric", "entropy").stdout)["by_seed"]) == 3
+
+
+def test_command_names_bad_input_in_one_line(grid: Path):
+    bad = {
+        ("--metric", "avg_at_kk"): 'unknown metric "avg_at_kk"; did you mean "avg_at_k"?',
+        ("--accuracy", "80"): "accuracy: expected a number between 0 and 1, found 80",
+    }
+    for args, message in bad.items():
+        done = entrace(str(grid), *args)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"entrace: {message}\n")
+    assert "Example: entrace compare " in entrace("--help").stdout
+
+
+def test_comparison_needs_a_baseline_and_another_arm(grid: Path):
+    with pytest.raises(InputError, match='no run is of the baseline arm "none"; found ppl'):
+        compare(open_runs(str(grid / "ppl-*")))
+    with pytest.raises(InputError, match=r"every run is of the baseline arm \(none\)"):
+        compare(open_runs(str(grid / "none-*")))

@@ -1,0 +1,90 @@
+"""The paired difference and its interval: naive loops, and coverage of a known truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from analysis.compare.paired import SeedSums, over_prompts_and_seeds, over_seeds
+from analysis.compare.verdict import METRICS, decide
+from analysis.stats import Estimate
+
+
+def seed_sums(seed: int, prompts: Sequence[int], differences: np.ndarray) -> SeedSums:
+    sums = np.ones((len(differences), 2, 2))
+    sums[:, 0, 0] = 0.5 + differences
+    sums[:, 1, 0] = 0.5
+    return SeedSums(seed, np.array(prompts, dtype=np.uint64), sums)
+
+
+def test_variance_against_a_naive_double_loop():
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=12)
+    prompts = [[0, 1, 2, 3, 4, 5], [3, 4, 5, 6, 7], [0, 5, 7, 8, 9, 10, 11]]
+    pairs = [seed_sums(s, ids, 0.3 + shared[ids] + 0.1 * rng.normal(size=len(ids))) for s, ids in enumerate(prompts)]
+    thetas = [pair.sums[:, 0, 0].mean() - 0.5 for pair in pairs]
+    covariances = []
+    for s, one in enumerate(pairs):
+        for t, two in enumerate(pairs):
+            if s == t:
+                continue
+            total = 0.0
+            for i, p in enumerate(prompts[s]):
+                for j, q in enumerate(prompts[t]):
+                    if p == q:
+                        r, r_other = one.sums[i, 0, 0] - 0.5 - thetas[s], two.sums[j, 0, 0] - 0.5 - thetas[t]
+                        sizes = len(prompts[s]) * (len(prompts[s]) - 1) * len(prompts[t]) * (len(prompts[t]) - 1)
+                        total += r * r_other / sizes**0.5
+            covariances.append(total)
+    assert np.mean(covariances) > 0
+    found = over_prompts_and_seeds(pairs)
+    assert found.error**2 == pytest.approx(np.var(thetas, ddof=1) / 3 + np.mean(covariances))
+    assert (found.df, found.estimate.value, found.estimate.n) == (2, pytest.approx(np.mean(thetas)), 12)
+
+
+def test_influence_is_how_a_ratio_moves_with_a_prompt():
+    sums = np.random.default_rng(1).integers(1, 50, (200, 2, 2)).astype(float)
+    pair = SeedSums(0, np.arange(200, dtype=np.uint64), sums)
+    without = [SeedSums(0, pair.prompts[1:], np.delete(sums, i, 0)).difference for i in range(200)]
+    jackknife = 199 * (pair.difference - np.array(without))
+    assert pair.residuals.mean() == pytest.approx(0, abs=1e-12)
+    np.testing.assert_allclose(pair.residuals, jackknife, rtol=0.05, atol=0.02)
+
+
+def coverage(num_seeds: int, is_crossed: bool, of_prompts: float, of_seeds: float, noise: float) -> float:
+    """Share of intervals that hold a mean difference of .03; the rest are standard deviations, 50 prompts a seed."""
+    rng = np.random.default_rng(num_seeds)
+    hits = 0
+    for _ in range(2500):
+        by_prompt = rng.normal(0, of_prompts, (1 if is_crossed else num_seeds, 50))
+        by_seed = rng.normal(0, of_seeds, (num_seeds, 1))
+        differences = 0.03 + by_prompt + by_seed + rng.normal(0, noise, (num_seeds, 50))
+        names = [np.arange(50) + (0 if is_crossed else 50 * s) for s in range(num_seeds)]
+        pairs = [seed_sums(s, names[s], differences[s]) for s in range(num_seeds)]
+        estimate = over_prompts_and_seeds(pairs).estimate
+        hits += estimate.low <= 0.03 <= estimate.high
+    return hits / 2500
+
+
+@pytest.mark.parametrize("num_seeds", [3, 5])
+@pytest.mark.parametrize("is_crossed", [False, True])
+def test_interval_holds_the_truth(num_seeds: int, is_crossed: bool):
+    assert 0.93 <= coverage(num_seeds, is_crossed, of_prompts=0.04, of_seeds=0.02, noise=0.3) <= 0.97
+
+
+@pytest.mark.parametrize("num_seeds", [3, 5])
+def test_interval_errs_on_the_wide_side_where_shared_prompts_dominate(num_seeds: int):
+    assert coverage(num_seeds, True, of_prompts=0.2, of_seeds=0.02, noise=0.2) >= 0.95
+
+
+def test_equal_differences_have_no_error():
+    found = over_seeds(np.array([0.1, 0.1, 0.1]))
+    assert (found.estimate.value, found.estimate.p_value) == (pytest.approx(0.1), 1)
+    assert np.isnan(found.estimate.low)
+    assert decide(found, 1.0, 1, 3, METRICS["avg_at_k"]) == (
+        "inconclusive",
+        "the difference is equal throughout, so that its error cannot be estimated",
+    )
+    assert over_seeds(np.array([1e-17, -1e-17, 3e-17])).estimate == Estimate(0.0, 0.0, 0.0, 1.0, 3, "seeds")
