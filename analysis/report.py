@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,23 @@ PAGE, CLAIMS = "report.html", "claims.json"
 MARK = '<meta name="generator" content="entrace report">'
 TEMPLATES = Path(__file__).with_name("templates")
 METRICS = ("avg_at_k", "maj_at_k", "pass_at_k", "response_length", "entropy")
+# CSV files of a comparison by its frame.
+COMPARED = {
+    "differences": "comparison.csv",
+    "by_seed": "comparison_by_seed.csv",
+    "aggregates": "comparison_aggregates.csv",
+}
+# What is shown of a run apart from its configuration.
+FACTS = ("study", "model", "task", "git_commit", "hardware", "versions")
+# Tables of more runs are folded.
+FEW = 12
 # Without these entries, equal data give equal bytes.
 STAMPS: dict[str, dict[str, Any]] = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None}}
-NUM_PARTS = len(figures.MODULES) + 2
+NUM_PARTS = len(figures.MODULES) + 3
 
 
 def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None] | None = None) -> Path:
-    """Writes figures (PNG, PDF), the CSV behind each, ``claims.json`` and ``report.html``.
+    """Writes figures (PNG, PDF), the CSV behind each, ``claims.json``, the comparison of arms and ``report.html``.
 
     Args:
         runs: What to report on.
@@ -49,13 +59,18 @@ def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None
     scorecard = {"overall": claims.overall(verdicts), "verdicts": [verdict.to_dict() for verdict in verdicts]}
     (out / CLAIMS).write_text(json.dumps(scorecard, indent=1) + "\n")
     on_step(1, CLAIMS)
+    comparison = _write_comparison(runs, out)
+    on_step(2, COMPARED["differences"])
     sections = []
-    for done, stem in enumerate(figures.MODULES, start=2):
+    for done, stem in enumerate(figures.MODULES, start=3):
         sections.append(_write_section(runs, stem, out, scorecard))
         on_step(done, stem)
     page = _render(
         mark=MARK,
-        runs=[_provenance(runs, run_id) for run_id in runs.manifests],
+        title=_title(runs),
+        num_runs=len(runs.manifests),
+        comparison=comparison,
+        provenance=_provenance(runs),
         final=_final_table(runs.query("ablation_final")),
         scorecard=scorecard,
         sections=sections,
@@ -80,10 +95,8 @@ def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) 
     image = None
     for form in STAMPS:
         (out / f"{stem}.{form}").unlink(missing_ok=True)
-    # A run without evaluations has a row in the final table, but nothing to draw.
-    drawable = frame.drop_nulls("metric") if "metric" in frame.columns else frame
-    if drawable.height:
-        for form, data in _draw(stem, drawable).items():
+    if figures.is_drawable(frame):
+        for form, data in _draw(stem, frame).items():
             (out / f"{stem}.{form}").write_bytes(data)
             image = base64.b64encode(data).decode() if form == "png" else image
     text = queries.read(stem)
@@ -105,7 +118,7 @@ def _draw(stem: str, frame: pl.DataFrame) -> dict[str, bytes]:
 
     files = {}
     with mpl.rc_context(figures.style.RC):
-        figure = Figure(figsize=figures.style.SIZE)
+        figure = Figure(figsize=figures.size(stem, frame))
         figures.MODULES[stem].draw(frame, figure.subplots())
         for form, stamps in STAMPS.items():
             buffer = io.BytesIO()
@@ -133,19 +146,72 @@ def _final_table(frame: pl.DataFrame) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _provenance(runs: Runs, run_id: str) -> dict[str, Any]:
-    manifest = runs.manifests[run_id]
-    fit = runs.stage_fits.get(run_id)
+def _write_comparison(runs: Runs, out: Path) -> dict[str, Any] | None:
+    """Writes the CSV files of the comparison and returns its rows; None if there is no baseline or no other arm."""
+    comparison = figures.comparison(runs)
+    for frame, name in COMPARED.items():
+        (out / name).unlink(missing_ok=True)
+        if comparison is not None:
+            (out / name).write_text(to_report_csv(getattr(comparison, frame)), encoding="utf-8")
+    if comparison is None:
+        return None
     return {
-        **{name: manifest.get(name) for name in ("arm", "seed", "study", "status", "error", "model", "task")},
-        **{name: manifest.get(name) for name in ("git_commit", "started_at", "finished_at", "total_steps")},
-        "run_id": run_id,
-        "steps": manifest.get("last_durable_step"),
-        "hardware": _pairs(manifest.get("hardware")),
-        "versions": _pairs(manifest.get("versions")),
-        "config": json.dumps(manifest.get("config", {}), indent=2, sort_keys=True),
-        "fit": fit,
+        "primary": comparison.differences.filter(is_primary=True).to_dicts(),
+        "further": comparison.differences.filter(is_primary=False).to_dicts(),
+        "aggregates": comparison.aggregates.to_dicts(),
+        "unpaired": comparison.unpaired.to_dicts(),
+        "files": list(COMPARED.values()),
     }
+
+
+def _provenance(runs: Runs) -> dict[str, Any]:
+    """How the runs were made: one of the baseline in full, of every other run only what differs from it."""
+    manifests = runs.manifests
+    of_baseline = (run for run, manifest in manifests.items() if manifest.get("arm") == runs.baseline)
+    first = next(of_baseline, next(iter(manifests)))
+    facts = {run: {name: manifest.get(name) for name in FACTS} for run, manifest in manifests.items()}
+    # What a run did not live to record is not set otherwise.
+    recorded = {
+        run: {name: value for name, value in facts[run].items() if value is not None}
+        | dict(_flat(manifest.get("config") or {}))
+        for run, manifest in manifests.items()
+    }
+    return {
+        "run_id": first,
+        **facts[first],
+        "config": json.dumps(manifests[first].get("config", {}), indent=2, sort_keys=True),
+        "runs": [
+            {
+                **{name: manifest.get(name) for name in ("arm", "seed", "status", "error", "total_steps")},
+                **{name: manifest.get(name) for name in ("started_at", "finished_at")},
+                "run_id": run,
+                "steps": manifest.get("last_durable_step"),
+                "fit": runs.stage_fits.get(run),
+                "changes": _changes(recorded[first], recorded[run]) if manifest.get("config") else [],
+            }
+            for run, manifest in manifests.items()
+        ],
+    }
+
+
+def _changes(reference: dict[str, Any], own: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values of what ``own`` holds otherwise than ``reference``; the seed has a column of its own."""
+    names = [name for name in {**reference, **own} if name != "seed" and own.get(name) != reference.get(name)]
+    return [(name, json.dumps(own[name], ensure_ascii=False) if name in own else "left out") for name in names]
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by dotted name."""
+    for name, value in sorted(config.items()):
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _title(runs: Runs) -> str:
+    names = list(runs.manifests)
+    return ", ".join(names) if len(names) <= FEW else f"{len(names)} runs, {names[0]} to {names[-1]}"
 
 
 def _pairs(value: Any) -> str:
@@ -162,8 +228,8 @@ def _render(**content: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = _number
-    return environment.get_template("report.html.jinja").render(content)
+    environment.filters |= {"number": _number, "pairs": _pairs}
+    return environment.get_template("report.html.jinja").render(few=FEW, **content)
 
 
 def _number(value: float | None) -> str:

@@ -4,49 +4,72 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
+import matplotlib as mpl
 
-from analysis.figures import style
+from analysis.figures import arms, style
 
 if TYPE_CHECKING:
     import polars as pl
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "The last evaluation of every run: mean accuracy, accuracy of the majority answer, and the chance that at least "
-    "one of k answers is right. The table 'Where each run ended' adds response length and entropy."
+    "The last evaluation: mean accuracy, accuracy of the majority answer, and the chance that at least one of k "
+    "answers is right. Small open dots are runs, large ones means over the seeds of an arm; a grey line marks the "
+    "baseline. The table 'Where each run ended' adds response length and entropy."
 )
+MEAN_OF, AT = "value", ("benchmark", "metric")
 METRICS = {"avg_at_k": "avg@{k}", "maj_at_k": "maj@{k}", "pass_at_k": "pass@{k}"}
 SPREAD = 0.5
 
 
+def size(frame: pl.DataFrame) -> tuple[float, float]:
+    """A line of text for every arm."""
+    return arms.rows_size(len(arms.names(frame.drop_nulls("mean"))))
+
+
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws a dot with its interval for every run and metric."""
-    shown = frame.filter(frame["metric"].is_in(list(METRICS)))
-    runs = shown["run_id"].unique(maintain_order=True).to_list()
-    arms = shown["arm"].fill_null("-").unique(maintain_order=True).to_list()
-    offsets = np.linspace(-SPREAD / 2, SPREAD / 2, len(runs)) if len(runs) > 1 else [0.0]
-    labelled: set[str] = set()
-    for run, offset in zip(runs, offsets, strict=True):
-        part = shown.filter(run_id=run)
-        arm = part["arm"].fill_null("-")[0]
-        ax.errorbar(
-            part["value"],
-            [list(METRICS).index(metric) + offset for metric in part["metric"]],
-            xerr=style.errors(part, "value"),
-            color=style.ARM_COLORS[arms.index(arm) % len(style.ARM_COLORS)],
-            linestyle="none",
-            marker="o",
-            markersize=4,
-            elinewidth=1.2,
-            capsize=2,
-            label=None if arm in labelled else arm,
-        )
-        labelled.add(arm)
-    k = style.span(shown["k"]) if shown.height else "k"
-    ax.set_yticks(range(len(METRICS)), [name.format(k=k) for name in METRICS.values()])
-    ax.invert_yaxis()
-    prompts = style.span(shown["num_prompts"]) if shown.height else "0"
-    style.label(ax, "held-out accuracy", "", f"{prompts} held-out prompts; bars: 95 % interval over prompts")
-    style.legend(ax, loc="best")
+    """Draws a panel for every metric, with a row for every arm."""
+    shown = frame.drop_nulls("mean")
+    order = arms.names(shown)
+    benchmarks = shown["benchmark"].unique(maintain_order=True).to_list()
+    arms.hide(ax)
+    ax.xaxis.labelpad = 2 * arms.X_PAD
+    # Names stand within the Axes, so that the note above begins where they do.
+    left = arms.name_width(order)
+    width = (1 - left) / len(METRICS)
+    k = style.span(shown["k"])
+    for i, (metric, name) in enumerate(METRICS.items()):
+        with mpl.rc_context(style.RC):
+            panel = ax.inset_axes((left + i * width, 0, 0.92 * width, 1))
+        for j, benchmark in enumerate(benchmarks):
+            offset = SPREAD * ((j + 0.5) / len(benchmarks) - 0.5)
+            part = shown.filter(metric=metric, benchmark=benchmark)
+            _draw_rows(panel, part, {arm: row + offset for row, arm in enumerate(order)}, style.ARM_COLORS[1 + j % 6])
+        panel.set_xlabel(name.format(k=k), fontsize=8, labelpad=1)
+        panel.set_yticks(range(len(order)), [arms.shorten(arm) for arm in order] if i == 0 else [])
+        panel.set_ylim(len(order) - 0.5, -0.5)
+        panel.tick_params(labelsize=6.5, length=2, pad=2)
+        panel.locator_params(axis="x", nbins=4)
+        if i == 0 and len(benchmarks) > 1:
+            style.legend(panel, loc="best")
+    note = f"{arms.counts(shown)}\nlarge dots: means; bars: {arms.covers(shown)}"
+    style.label(ax, "held-out accuracy", "", note)
     return ax
+
+
+def _draw_rows(ax: Axes, part: pl.DataFrame, rows: dict[str, float], color: str) -> None:
+    means = arms.mean_rows(part)
+    ax.errorbar(
+        means["mean"],
+        [rows[arm] for arm in means["arm"]],
+        xerr=style.errors(means, "mean"),
+        color=color,
+        linestyle="none",
+        marker="o",
+        markersize=4,
+        elinewidth=1,
+        label=part["benchmark"][0] if part.height else None,
+    )
+    arms.seed_dots(ax, part["value"], [rows[arm] for arm in part["arm"]], color)
+    for baseline in means.filter(means["arm"] == means["baseline"])["mean"]:
+        ax.axvline(baseline, color=style.GREY, linewidth=0.8, zorder=0.6)

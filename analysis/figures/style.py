@@ -61,12 +61,12 @@ RC: Any = {
 }
 
 
-def new_axes() -> Axes:
-    """Returns the Axes of a new figure of column width."""
+def new_axes(size: tuple[float, float] = SIZE) -> Axes:
+    """Returns the Axes of a new figure of column width; ``size`` in inches."""
     import matplotlib.pyplot as plt
 
     with mpl.rc_context(RC):
-        _, ax = plt.subplots(figsize=SIZE)
+        _, ax = plt.subplots(figsize=size)
     return ax
 
 

@@ -8,12 +8,13 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 import analysis
-from analysis.figures import MODULES, style
+from analysis.figures import ABLATIONS, MODULES, style
 from analysis.runs import Runs, open_runs
-from analysis.trace import InputError
-from tests.analysis.conftest import write_failed
+from analysis.trace import InputError, TraceWriter
+from tests.analysis.conftest import step_row, write_failed
 from tests.analysis.synthetic import NOTHING, write_run
 
 mpl.use("Agg")
@@ -75,6 +76,146 @@ def test_every_arm_is_in_the_ablation(study: Runs, ax):
     legend = analysis.figures.ablation_curves(study, ax=ax).get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["none", "ppl"]
+
+
+def write_arm(
+    folder: Path,
+    arm: str,
+    seed: int,
+    num_right: list[int],
+    *,
+    baseline: str = "none",
+    steps: int = 2,
+    benchmarks: tuple[str, ...] = ("held",),
+    is_complete: bool = True,
+) -> None:
+    """A run whose last evaluation has ``num_right[p]`` of four samples right on prompt p; none were before training."""
+    run = folder / f"{arm}-{seed}"
+    writer = TraceWriter.create(run, {"run_id": run.name, "arm": arm, "seed": seed, "baseline": baseline}, ["<eos>"])
+    seconds = {"rollout_s": 1.0, "reward_s": 0.25, "update_s": 2.0, "record_s": 0.5}
+    for step in range(1, steps + 1):
+        writer.append("steps", step_row(step, entropy=1, accuracy=0.5) | seconds)
+    for benchmark in benchmarks:
+        for step, right in ((0, [0] * len(num_right)), (steps, num_right)):
+            for prompt, times in enumerate(right):
+                is_correct = [sample < times for sample in range(4)]
+                columns = {"step": step, "benchmark": benchmark, "prompt_id": f"p{prompt}"}
+                measures = {"response_length": 5, "entropy_mean": 0.5, "temperature": 1.0, "is_correct": is_correct}
+                writer.append("evals", columns | measures | {"sample_index": [0, 1, 2, 3], "answer": None})
+    writer.flush(steps)
+    if is_complete:
+        writer.finish()
+
+
+def test_mean_over_three_seeds_has_an_interval_over_seeds(tmp_path: Path):
+    # 40, 50 and 60 % of ten prompts are solved every time: t(2) = 4.3027, sd = .1.
+    for seed in range(3):
+        write_arm(tmp_path, "none", seed, [4] * (4 + seed) + [0] * (6 - seed))
+    last = analysis.figures.query(open_runs(tmp_path), "ablation_curves").filter(step=2)
+    half = 4.302653 * 0.1 / 3**0.5
+    assert last["avg_at_k"].to_list() == pytest.approx([0.4, 0.5, 0.6])
+    for row in last.select("mean", "mean_low", "mean_high", "num_seeds").rows():
+        assert row == pytest.approx((0.5, 0.5 - half, 0.5 + half, 3))
+
+
+def test_mean_over_two_seeds_has_an_interval_over_prompts_and_says_so(tmp_path: Path, ax):
+    for seed in range(2):
+        write_arm(tmp_path, "none", seed, [4] * (4 + seed) + [0] * (6 - seed))
+    runs = open_runs(tmp_path)
+    row = analysis.figures.query(runs, "ablation_curves").filter(step=2).row(0, named=True)
+    half = 1.96 * ((0.24 / 9) ** 0.5 + (0.25 / 9) ** 0.5) / 2
+    assert (row["mean"], row["mean_low"], row["mean_high"]) == pytest.approx((0.45, 0.45 - half, 0.45 + half))
+    title = analysis.figures.ablation_curves(runs, ax=ax).get_title(loc="left")
+    assert title == "1 arm, 2 seeds each, 10 held-out prompts, 4 samples each\nband: 95 % interval over prompts"
+
+
+def test_run_that_stopped_early_has_no_part_in_where_its_arm_ended(tmp_path: Path):
+    write_arm(tmp_path, "none", 0, [4, 0])
+    write_arm(tmp_path, "none", 1, [4, 4], steps=1, is_complete=False)
+    frame = analysis.figures.query(open_runs(tmp_path), "cost_accuracy")
+    assert frame.select("run_id", "avg_at_k", "mean", "num_seeds").rows() == [
+        ("none-0", 0.5, 0.5, 1),
+        ("none-1", 1, None, None),
+    ]
+
+
+def test_cost_is_tokens_and_seconds_of_all_steps(tmp_path: Path):
+    write_arm(tmp_path, "none", 0, [4, 0], steps=3)
+    row = open_runs(tmp_path).query("cost_accuracy").row(0, named=True)
+    assert (row["tokens"], row["seconds"]) == (24, pytest.approx(3 * 3.75))
+
+
+def test_profile_counts_prompts_above_each_threshold(tmp_path: Path):
+    write_arm(tmp_path, "none", 0, [0, 1, 2, 4, 4])
+    frame = open_runs(tmp_path).query("performance_profile")
+    assert frame.select("tau", "share").rows() == [
+        (0, pytest.approx(4 / 5)),
+        (0.25, pytest.approx(3 / 5)),
+        (0.5, pytest.approx(2 / 5)),
+        (0.75, pytest.approx(2 / 5)),
+    ]
+
+
+def test_arms_are_paired_with_their_own_baseline_by_seed(tmp_path: Path):
+    for lr, plain in (("1", [2, 2]), ("2", [4, 0])):
+        for seed in range(2):
+            write_arm(tmp_path, f"none [lr={lr}]", seed, plain, baseline=f"none [lr={lr}]")
+        write_arm(tmp_path, f"ppl [lr={lr}]", 1, [4, 1], baseline=f"none [lr={lr}]")
+    write_arm(tmp_path, "ppl [lr=2]", 0, [4, 4], baseline="none [lr=2]", is_complete=False)
+    frame = analysis.figures.query(open_runs(tmp_path), "paired_differences").filter(metric="avg_at_k")
+    assert frame.select("arm", "baseline", "seed", "value", "baseline_value", "difference", "num_prompts").rows() == [
+        ("ppl [lr=1]", "none [lr=1]", 1, 0.625, 0.5, 0.125, 2),
+        ("ppl [lr=2]", "none [lr=2]", 1, 0.625, 0.5, 0.125, 2),
+    ]
+    assert frame["covers"].to_list() == ["prompts only; other seeds not covered"] * 2
+
+
+def test_differences_by_seed_are_those_that_are_judged(study: Runs):
+    frame = analysis.figures.query(study, "paired_differences").filter(metric="avg_at_k")
+    comparison = analysis.figures.comparison(study)
+    assert comparison is not None
+    judged = comparison.by_seed.filter(metric="avg_at_k")
+    assert frame["difference"].to_list() == pytest.approx(judged["difference"].to_list())
+    assert frame["mean"].to_list() == pytest.approx([judged["difference"].mean()] * 3)
+
+
+def test_forest_has_a_row_an_arm_from_best_to_worst_with_its_seeds(tmp_path: Path, ax):
+    for seed in range(3):
+        write_arm(tmp_path, "none", seed, [2, 2, 2, 2])
+        write_arm(tmp_path, "bad", seed, [1, 1, 2, seed])
+        write_arm(tmp_path, "good", seed, [3, 3, 2, 2 + seed])
+    panel = analysis.figures.paired_differences(open_runs(tmp_path), ax=ax).child_axes[0]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["good", "bad"]
+    drawn = {(round(float(x), 6), y) for line in panel.get_lines() for x, y in line.get_xydata()}
+    assert {(0.125, 0), (0.1875, 0), (0.25, 0), (-0.25, 1), (-0.1875, 1), (-0.125, 1)} <= drawn
+    assert "2 differences, 3 seeds each, 4 held-out prompts a seed" in ax.get_title(loc="left")
+    assert ax.get_xlabel() == "held-out accuracy (avg@k): arm minus none"
+
+
+def test_many_arms_have_a_panel_each_beside_their_baseline(tmp_path: Path):
+    arms = ["none", *(f"arm{i}" for i in range(9))]
+    for i, arm in enumerate(arms):
+        write_arm(tmp_path, arm, 0, [i % 5, 2, 2, 2])
+    runs = open_runs(tmp_path)
+    frame = analysis.figures.query(runs, "ablation_curves")
+    width, height = analysis.figures.size("ablation_curves", frame)
+    assert width == style.SIZE[0]
+    assert height > style.SIZE[1]
+    ax = analysis.figures.ablation_curves(runs, ax=Figure(figsize=(width, height)).subplots())
+    assert [panel.get_title() for panel in ax.child_axes] == arms[1:]
+    for i, panel in enumerate(ax.child_axes, start=1):
+        plain, shaped = panel.get_lines()
+        assert (plain.get_color(), list(plain.get_ydata())) == (style.GREY, [0, 0.375])
+        assert (shaped.get_color(), list(shaped.get_ydata())) == (style.BLUE, [0, (i % 5 + 6) / 16])
+
+
+@pytest.mark.parametrize("stem", [*ABLATIONS, "paired_differences"])
+def test_two_benchmarks_with_two_seeds_and_no_baseline_of_one(tmp_path: Path, ax, stem: str):
+    for arm, seed in (("none", 0), ("none", 1), ("ppl", 0), ("ppl", 1), ("ppl", 2)):
+        write_arm(tmp_path, arm, seed, [2, seed, 3], benchmarks=("sums", "chains"))
+    getattr(analysis.figures, stem)(open_runs(tmp_path), ax=ax)
+    shown = [text.get_text() for axes in (ax, *ax.child_axes) for text in axes.findobj(Text)]
+    assert all(any(name in text for text in shown) for name in ("sums", "chains"))
 
 
 def test_what_a_figure_needs_is_named_with_the_way_to_get_it(tmp_path: Path, ax):

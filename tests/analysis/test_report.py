@@ -12,7 +12,7 @@ import pytest
 
 from analysis.export import render, to_report_csv
 from analysis.figures import MODULES
-from analysis.report import NUM_PARTS, write_report
+from analysis.report import MARK, NUM_PARTS, _provenance, write_report
 from analysis.runs import Runs, open_runs
 from analysis.trace import InputError
 from tests.analysis.conftest import write_failed, write_tiny
@@ -38,8 +38,9 @@ class Links(HTMLParser):
 
 def test_report_holds_page_figures_and_data(report: Path):
     expected = {f"{stem}.{form}" for stem in MODULES for form in ("png", "pdf", "csv")}
-    assert {path.name for path in report.iterdir()} == {"report.html", "claims.json", *expected}
-    assert sum(path.stat().st_size for path in report.iterdir()) < 3_000_000
+    compared = {"comparison.csv", "comparison_by_seed.csv", "comparison_aggregates.csv"}
+    assert {path.name for path in report.iterdir()} == {"report.html", "claims.json", *compared, *expected}
+    assert sum(path.stat().st_size for path in report.iterdir()) < 3_500_000
 
 
 def test_page_opens_offline(report: Path):
@@ -98,6 +99,57 @@ def test_hostile_names_and_errors_are_escaped(tmp_path: Path):
     page = write_report(open_runs([folder, tmp_path / "broken"]), tmp_path / "out").read_text()
     assert HOSTILE not in page
     assert "&lt;script&gt;" in page
+
+
+def test_comparison_stands_on_the_page_and_beside_it(report: Path):
+    page = (report / "report.html").read_text()
+    section = page[page.index('<h2 id="comparison">') : page.index("<h2>Where each run ended")]
+    # The arm ppl was planted .2 above the baseline.
+    assert 'class="chip better"' in section
+    assert "<td>broken-seed0</td>" in section
+    assert "failed: step 3: loss is nan" in section
+    assert "prompts and seeds" in section
+    rows = pl.read_csv(report / "comparison.csv")
+    primary = rows.filter(is_primary=True)
+    assert primary.select("arm", "baseline", "metric", "verdict", "num_seeds").rows() == [
+        ("ppl", "none", "avg_at_k", "better", 3)
+    ]
+    assert 0.15 < primary["difference"][0] < 0.25
+    assert rows.height > 5
+    assert pl.read_csv(report / "comparison_by_seed.csv").filter(metric="avg_at_k")["seed"].to_list() == [0, 1, 2]
+    assert pl.read_csv(report / "comparison_aggregates.csv")["arm"].to_list() == ["none", "ppl"]
+
+
+def test_report_without_another_arm_has_no_comparison_and_removes_an_earlier_one(tiny: Runs, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.html").write_text(MARK)
+    (tmp_path / "out" / "comparison.csv").write_text("earlier")
+    page = write_report(tiny, tmp_path / "out").read_text()
+    assert "Comparison</h2>" not in page
+    assert not list((tmp_path / "out").glob("comparison*"))
+
+
+def test_configuration_stands_once_and_other_runs_show_what_differs(report: Path, study: Runs):
+    page = (report / "report.html").read_text()
+    assert len(page) < 1_500_000
+    assert page.count("<summary>Configuration</summary>") == 1
+    assert page.count("<code>shaping.name = &#34;ppl&#34;</code>") == 3
+    runs = {run["run_id"]: run for run in _provenance(study)["runs"]}
+    assert runs["none-seed1"]["changes"] == []
+    assert runs["ppl-seed2"]["changes"] == [("shaping.name", '"ppl"')]
+    assert runs["broken-seed0"]["changes"] == []
+
+
+def test_long_tables_are_folded(tmp_path: Path):
+    def page(num_runs: int) -> str:
+        for seed in range(num_runs):
+            write_failed(tmp_path / str(num_runs) / f"broken-seed{seed}")
+        return write_report(open_runs(tmp_path / str(num_runs)), tmp_path / f"out{num_runs}").read_text()
+
+    assert "<summary>12 rows</summary>" not in page(12)
+    long = page(13)
+    assert "<details><summary>13 rows</summary>" in long
+    assert long.count("<details>") == long.count("</details>")
 
 
 def test_report_of_a_run_without_data(tmp_path: Path):

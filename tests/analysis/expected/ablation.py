@@ -10,6 +10,23 @@ EXPECTED = {
             ("none", 0, 24, 0.75, 0.75 - SE / 4, 1, 5, 0.5, 2, 2),
         ],
     ),
+    # Of two samples each h1 has two right, h2 one.
+    "performance_profile": (
+        {},
+        ["arm", "seed", "benchmark", "step", "tau", "share", "low", "high", "k", "num_prompts"],
+        [
+            ("none", 0, "held", 24, 0, 1, 1, 1, 2, 2),
+            ("none", 0, "held", 24, 0.5, 0.5, 0, 1, 2, 2),
+        ],
+    ),
+    # 24 steps of 8 tokens; no phase took any time.
+    "cost_accuracy": (
+        {},
+        ["arm", "seed", "benchmark", "step", "avg_at_k", "low", "high", "k", "num_prompts", "tokens", "seconds"],
+        [("none", 0, "held", 24, 0.75, 0.75 - SE / 4, 1, 2, 2, 192, 0)],
+    ),
+    # One run is no pair; test_figures.py has pairs.
+    "paired_differences": ({"baselines": {"key": ["none"], "value": ["none"]}}, ["arm", "seed", "difference"], []),
     # maj: h1 is unanimous; h2 ties between a wrong and a right answer.
     "ablation_final": (
         {"k": 2},

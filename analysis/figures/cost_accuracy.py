@@ -1,0 +1,123 @@
+"""What the runs of each arm cost and how accurate they became (claims M1, M2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.ticker import EngFormatter
+
+from analysis.figures import arms, style
+
+if TYPE_CHECKING:
+    import polars as pl
+    from matplotlib.axes import Axes
+
+CAPTION = (
+    "Accuracy at the last evaluation against what training had cost up to it. Small marks are runs, large ones means "
+    "over the seeds of an arm. Up and to the left is better. Tokens are comparable everywhere; seconds only between "
+    "runs on one machine that ran alone or always shared it with as many others."
+)
+MEAN_OF, AT = "avg_at_k", ("benchmark",)
+COSTS = {"tokens": "generated tokens", "seconds": "seconds"}
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Distance of the names, as a share of the height, if they need not be closer.
+LINE = 0.065
+
+
+def size(frame: pl.DataFrame) -> tuple[float, float]:
+    """A line of text for every arm, once for each benchmark."""
+    width, height = arms.rows_size(len(arms.names(frame.drop_nulls("mean"))))
+    return width, height * frame["benchmark"].n_unique()
+
+
+def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
+    """Draws two panels, tokens and seconds, for every benchmark, with the names of the arms beside them."""
+    shown = frame.drop_nulls("mean")
+    looks = _looks(arms.names(shown))
+    parts = shown.partition_by("benchmark", maintain_order=True)
+    arms.hide(ax)
+    ax.xaxis.labelpad, ax.yaxis.labelpad = 2 * arms.X_PAD, arms.Y_PAD
+    height = (0.88 if len(parts) > 1 else 1) / len(parts)
+    for i, part in enumerate(parts):
+        panels = _panels(ax, 1 - (i + 1) / len(parts), height, part["avg_at_k"].to_numpy())
+        for panel, (cost, name) in zip(panels, COSTS.items(), strict=True):
+            _draw_points(panel, part, cost, looks)
+            panel.set_xlabel(name if i + 1 == len(parts) else "", fontsize=8, labelpad=1)
+        if len(parts) > 1:
+            panels[0].set_title(part["benchmark"][0], fontsize=7, loc="left", pad=2)
+        _draw_names(panels[1], part, looks)
+    note = f"{arms.counts(shown)}\nlarge marks: means; bars: {arms.covers(shown)}"
+    label = f"held-out accuracy (avg@{style.span(shown['k'])})"
+    style.label(ax, "cost of training up to the last evaluation", label, note)
+    return ax
+
+
+def _looks(order: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each arm: together they tell dozens apart."""
+    colors = len(style.ARM_COLORS)
+    return {
+        arm: {
+            "color": style.ARM_COLORS[i % colors],
+            "marker": MARKERS[i // colors % len(MARKERS)],
+            "linestyle": "none",
+        }
+        for i, arm in enumerate(order)
+    }
+
+
+def _panels(ax: Axes, bottom: float, height: float, accuracy: np.ndarray) -> tuple[Axes, Axes]:
+    with mpl.rc_context(style.RC):
+        left = ax.inset_axes((0, bottom, 0.47, height))
+        right = ax.inset_axes((0.53, bottom, 0.47, height), sharey=left)
+    margin = 0.1 * np.ptp(accuracy) or 0.05
+    left.set_ylim(accuracy.min() - margin, accuracy.max() + margin)
+    for panel in (left, right):
+        panel.tick_params(labelsize=6.5, length=2, pad=2, labelleft=panel is left)
+        panel.locator_params(axis="x", nbins=4)
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    return left, right
+
+
+def _draw_points(ax: Axes, part: pl.DataFrame, cost: str, looks: dict[str, dict[str, Any]]) -> None:
+    for (arm,), runs in part.partition_by("arm", maintain_order=True, as_dict=True).items():
+        look = looks[str(arm)]
+        costs, accuracy = runs[cost].to_numpy(), runs["avg_at_k"].to_numpy()
+        low, high = runs.select("mean_low", "mean_high").row(0)
+        ax.plot(costs, accuracy, **look, markersize=2, alpha=0.35)
+        ax.vlines(costs.mean(), low, high, color=look["color"], linewidth=0.7, alpha=0.3)
+        ax.plot(costs.mean(), accuracy.mean(), **look, markersize=4.5)
+
+
+def _draw_names(ax: Axes, part: pl.DataFrame, looks: dict[str, dict[str, Any]]) -> None:
+    """Writes the arms beside ``ax``, the most accurate on top, each with a line to its mean."""
+    import polars as pl
+
+    means = part.group_by("arm").agg(pl.col("mean").first(), pl.col("seconds").mean())
+    means = means.sort("mean", "arm", descending=[True, False])
+    low, high = ax.get_ylim()
+    heights = _spread((means["mean"].to_numpy() - low) / (high - low))
+    for (arm, accuracy, seconds), height in zip(means.iter_rows(), heights, strict=True):
+        ax.plot(1.07, height, transform=ax.transAxes, clip_on=False, markersize=3.5, **looks[arm])
+        ax.annotate(
+            "",
+            (seconds, accuracy),
+            (1.07, height),
+            textcoords="axes fraction",
+            arrowprops={"arrowstyle": "-", "color": looks[arm]["color"], "linewidth": 0.4, "alpha": 0.5},
+        )
+        ax.text(1.11, height, arms.shorten(arm), transform=ax.transAxes, va="center", fontsize=6.5)
+
+
+def _spread(wanted: np.ndarray) -> np.ndarray:
+    """Heights in [0, 1] close to ``wanted``, which falls, and far enough apart to write in."""
+    distance = min(LINE, 1 / max(len(wanted) - 1, 1))
+    places = wanted.copy()
+    for i in range(1, len(places)):
+        places[i] = min(places[i], places[i - 1] - distance)
+    places[-1] = max(places[-1], 0)
+    for i in range(len(places) - 2, -1, -1):
+        places[i] = max(places[i], places[i + 1] + distance)
+    return places

@@ -1,0 +1,143 @@
+"""Difference of each arm to its baseline, paired by seed and prompt (claims M1 to M3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.patches import Patch
+
+from analysis.compare.verdict import METRICS, PRIMARY
+from analysis.figures import arms, style
+from analysis.trace.errors import InputError
+
+if TYPE_CHECKING:
+    import polars as pl
+    from matplotlib.axes import Axes
+
+    from analysis.compare import Comparison
+    from analysis.runs import Runs
+
+CAPTION = (
+    "Accuracy of each arm minus that of its baseline on the same held-out prompts, seed by seed. A verdict needs three "
+    "seeds, an interval without zero, a p-value that holds among all arms (Holm), and a difference beyond the shaded "
+    "band. Ticks mark the smallest true difference that the design finds four times in five; a row without ticks would "
+    "need one beyond the axis. Intervals and verdicts are those of the table 'Comparison'."
+)
+SMALLEST = METRICS[PRIMARY].smallest
+# Colour, marker and order in the legend; a verdict that is none of these is drawn as the last.
+VERDICTS = {
+    "better": (style.BLUE, "^"),
+    "worse": (style.VERMILLION, "v"),
+    "no difference that matters": (style.GREEN, "s"),
+    "inconclusive": (style.GREY, "o"),
+}
+# The axis shows every seed, and of an interval that two seeds leave wide open this many times as much.
+REACH = 2.5
+# Between axis and legend, in heights of a letter: room for numbers and label of the axis.
+LEGEND_PAD = 4.5
+_kept: WeakKeyDictionary[Runs, Comparison] = WeakKeyDictionary()
+
+
+def comparison(runs: Runs) -> Comparison | None:
+    """What ``analysis.compare`` says of the runs, found once; None if they hold no baseline or no other arm."""
+    from analysis.compare import compare
+
+    if runs not in _kept:
+        try:
+            _kept[runs] = compare(runs)
+        except InputError:
+            return None
+    return _kept[runs]
+
+
+def query(runs: Runs) -> pl.DataFrame:
+    """Rows of the query whose runs may be compared, with mean over seeds, interval and verdict of ``comparison``."""
+    baselines = {str(m.get("arm") or "-"): m.get("baseline") or runs.baseline for m in runs.manifests.values()}
+    pairs = {"key": list(baselines), "value": list(baselines.values())}
+    frame = runs.query("paired_differences", baselines=pairs)
+    found = comparison(runs)
+    if found is None:
+        return frame.clear()
+    keys = ["arm", "benchmark", "metric"]
+    judged = found.differences.select(
+        *keys, "low", "high", "p_adjusted", "detectable", "verdict", "covers", "num_seeds", mean="difference"
+    )
+    taking_part = frame.join(found.by_seed, on=["arm", "seed"], how="semi", maintain_order="left")
+    return taking_part.join(judged, on=keys, how="left", maintain_order="left")
+
+
+def size(frame: pl.DataFrame) -> tuple[float, float]:
+    """A line of text for every arm and benchmark, and the legend."""
+    width, height = arms.rows_size(frame.select("arm", "benchmark").n_unique())
+    return width, height + 0.4
+
+
+def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
+    """Draws a row an arm, largest difference on top."""
+    import polars as pl
+
+    shown = frame.filter(pl.col("metric") == PRIMARY, pl.col("mean").is_not_null())
+    is_single = shown["benchmark"].n_unique() == 1
+    rows = shown.partition_by("arm", "benchmark", maintain_order=True)
+    rows.sort(key=lambda row: (row["benchmark"][0], -row["mean"][0]))
+    labels = [row["arm"][0] if is_single else f"{row['arm'][0]} · {row['benchmark'][0]}" for row in rows]
+    # Names stand within the Axes, so that the note above begins where they do.
+    left = arms.name_width(labels)
+    arms.hide(ax)
+    ax.xaxis.labelpad = arms.X_PAD
+    with mpl.rc_context(style.RC):
+        panel = ax.inset_axes((left, 0, 1 - left, 1))
+    panel.axvspan(-SMALLEST, SMALLEST, color=style.GREY, alpha=0.16, linewidth=0, zorder=0.4)
+    panel.axvline(0, color=style.INK, linewidth=0.8, zorder=0.6)
+    for place, row in enumerate(rows):
+        _draw_row(panel, place, row)
+    panel.set_yticks(range(len(rows)), [arms.shorten(label) for label in labels], fontsize=6.5)
+    panel.set_ylim(len(rows) - 0.4, -0.6)
+    panel.set_xlim(*_limits(shown))
+    panel.grid(visible=False, axis="y")
+    panel.tick_params(labelsize=6.5, length=2, pad=2)
+    _legend(ax, set(shown["verdict"]))
+    baselines = shown["baseline"].unique().to_list()
+    than = arms.shorten(baselines[0]) if len(baselines) == 1 else "its baseline"
+    note = (
+        f"{style.count(rows, 'difference')}, {arms.seeds(shown)} each, {style.span(shown['num_prompts'])} held-out "
+        f"prompts a seed\nbars: 95 % interval, covers {' / '.join(shown['covers'].unique(maintain_order=True))}"
+    )
+    style.label(ax, f"held-out accuracy (avg@k): arm minus {than}", "", note)
+    return ax
+
+
+def _draw_row(ax: Axes, place: int, row: pl.DataFrame) -> None:
+    mean, low, high, detectable, verdict = row.select("mean", "low", "high", "detectable", "verdict").row(0)
+    color, marker = VERDICTS.get(verdict, VERDICTS["inconclusive"])
+    if low is not None and high is not None:
+        ax.hlines(place, low, high, color=color, linewidth=1.3)
+    ax.plot(mean, place, marker=marker, color=color, markersize=4.5, linestyle="none")
+    arms.seed_dots(ax, row["difference"], [place] * row.height, color)
+    if detectable is not None:
+        ax.plot([-detectable, detectable], [place] * 2, "|", color=style.INK, markersize=5, markeredgewidth=0.6)
+
+
+def _limits(shown: pl.DataFrame) -> tuple[float, float]:
+    seeds = shown["difference"].to_numpy()
+    far = REACH * max(np.abs(seeds).max(), SMALLEST)
+    ends = np.concatenate([shown[name].cast(float).fill_null(float("nan")).to_numpy() for name in ("low", "high")])
+    ends = np.clip(ends[np.isfinite(ends)], -far, far)
+    everything = np.concatenate([seeds, ends, [-1.5 * SMALLEST, 1.5 * SMALLEST]])
+    margin = 0.04 * np.ptp(everything)
+    return float(everything.min() - margin), float(everything.max() + margin)
+
+
+def _legend(ax: Axes, seen: set[str]) -> None:
+    """Puts the legend below the label of the axis, where no row can lie."""
+    for verdict, (color, marker) in VERDICTS.items():
+        if verdict in seen:
+            ax.plot([], [], marker=marker, color=color, markersize=4.5, linewidth=1.3, label=verdict)
+    arms.seed_dots(ax, [], [], style.GREY, label="seeds")
+    ax.plot([], [], "|", color=style.INK, markersize=5, label="detectable")
+    handles, _ = ax.get_legend_handles_labels()
+    handles.append(Patch(color=style.GREY, alpha=0.16, linewidth=0, label=f"within ±{SMALLEST:g}"))
+    style.legend(ax, handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=LEGEND_PAD, ncols=4)

@@ -1,0 +1,32 @@
+"""Performance profile of each arm at its last evaluation (claims M1, M2).
+
+Agarwal et al., "Deep reinforcement learning at the edge of the statistical precipice", NeurIPS 2021, section 4.2; here
+a score is the accuracy of one run on one held-out prompt.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from analysis.figures import arms, style
+
+if TYPE_CHECKING:
+    import polars as pl
+    from matplotlib.axes import Axes
+
+CAPTION = (
+    "Share of pairs of a seed and a held-out prompt on which more than τ of the k samples are right. At τ = 0 it "
+    "counts prompts solved at least once, at the right end those solved every time. A curve above another everywhere "
+    "is better whatever one asks for; curves that cross trade prompts solved now and then against prompts solved "
+    "reliably."
+)
+MEAN_OF, AT = "share", ("benchmark", "tau")
+size = arms.panels_size
+
+
+def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
+    """Draws the share over tau, one colour or one panel an arm."""
+    arms.lines(ax, frame, "tau", legend="upper right")
+    x = f"τ (share of {style.span(frame['k'])} samples that are right)"
+    style.label(ax, x, "share of (seed, prompt) above τ", arms.line_note(frame))
+    return ax

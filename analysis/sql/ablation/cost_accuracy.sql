@@ -1,0 +1,43 @@
+-- question: M1, M2. What did each run cost, in generated tokens and in seconds, and how accurate did it become?
+-- grain: one row per run and benchmark, at the run's last evaluation
+-- params: $runs list of run_id, null = all; $k samples per prompt, null = 8
+-- units: avg_at_k, low, high in [0, 1] (95 % interval over prompts); tokens, seconds: of all training steps before
+-- needs: evaluations
+with last_steps as (
+  select run_id, benchmark, max(step) as step
+  from evals
+  where $runs is null or list_contains($runs, run_id)
+  group by all
+),
+accuracies as (
+  select
+    run_id,
+    benchmark,
+    step,
+    clustered_mean(avg_at_k, 1) as avg_at_k,
+    as_share(clustered_low(avg_at_k, 1)) as low,
+    as_share(clustered_high(avg_at_k, 1)) as high,
+    min(num_samples) as k,
+    count(*) as num_prompts
+  from eval_prompts(coalesce($k, 8)::integer)
+  join last_steps using (run_id, benchmark, step)
+  group by all
+),
+costs as (
+  select
+    last_steps.run_id,
+    last_steps.benchmark,
+    sum(steps.tokens)::bigint as tokens,
+    sum(steps.rollout_s::double + steps.reward_s + steps.update_s + steps.record_s) as seconds
+  from last_steps
+  join steps on steps.run_id = last_steps.run_id and steps.step <= last_steps.step
+  group by all
+),
+final as (
+  select runs.arm, runs.seed, accuracies.*, costs.tokens, costs.seconds
+  from accuracies
+  join costs using (run_id, benchmark)
+  left join runs on runs.run_id = accuracies.run_id
+  order by arm, seed, accuracies.run_id, benchmark
+)
+select * from final

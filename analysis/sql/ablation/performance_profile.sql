@@ -1,0 +1,55 @@
+-- question: M1, M2. On how many held-out prompts is each arm right more often than a given share of the time?
+-- grain: one row per run, benchmark and tau, at the run's last evaluation
+-- params: $runs list of run_id, null = all; $k samples per prompt, null = 8
+-- units: share in [0, 1]: prompts with more than tau of k samples right; low, high 95 % interval over prompts
+-- needs: evaluations
+with last_steps as (
+  select run_id, benchmark, max(step) as step
+  from evals
+  where $runs is null or list_contains($runs, run_id)
+  group by all
+),
+prompts_evaluated as (
+  select *
+  from eval_prompts(coalesce($k, 8)::integer)
+  join last_steps using (run_id, benchmark, step)
+),
+sample_counts as (
+  select run_id, benchmark, step, min(num_samples) as k, count(*) as num_prompts
+  from prompts_evaluated
+  group by all
+),
+-- Between two neighbours of these thresholds the share does not change.
+thresholds as (
+  select *, unnest(range(k)) as num_below
+  from sample_counts
+),
+exceeding as (
+  select
+    run_id,
+    benchmark,
+    num_below / k as tau,
+    clustered_mean(is_above, 1) as share,
+    as_share(clustered_low(is_above, 1)) as low,
+    as_share(clustered_high(is_above, 1)) as high
+  from (
+    select *, (num_correct * k > num_below * num_samples)::integer as is_above
+    from thresholds
+    join prompts_evaluated using (run_id, benchmark, step)
+  )
+  group by all
+),
+final as (
+  select
+    runs.arm,
+    runs.seed,
+    exceeding.*,
+    sample_counts.step,
+    sample_counts.k,
+    sample_counts.num_prompts
+  from exceeding
+  join sample_counts using (run_id, benchmark)
+  left join runs on runs.run_id = exceeding.run_id
+  order by arm, seed, exceeding.run_id, benchmark, tau
+)
+select * from final
