@@ -108,8 +108,8 @@ class Plan:
             f"runs: {len(self.runs)}, {steps:,} steps, {left:,} of them to do",
             f"time: about {clock(self.seconds_left)}, {self.slots} at a time, {pilot.seconds_per_step:.3g} s a step",
             f"detectable difference in avg@k to the baseline, by number of seeds: {', '.join(sizes)}",
-            f"    power 0.8, level 0.05 with Holm over {self.num_tests} tests, sd over seeds {pilot.sd_difference:.3g}; this "
-            f"grid: {self.num_seeds} seeds",
+            f"    power 0.8, level 0.05 with Holm over {self.num_tests} tests, sd over seeds {pilot.sd_difference:.3g}",
+            f"seeds of this grid: {self.num_seeds}",
             f"planned with {self.source}: {pilot.model} on {pilot.task}, {pilot.hardware}",
         ]
 

@@ -12,6 +12,8 @@ from trainer.grid import RunSpec
 from trainer.launch.work import Launcher, Watcher, Work
 from trainer.run_folder import config_changes
 
+CHANGES_SHOWN = 3
+
 
 @dataclass(frozen=True)
 class Found:
@@ -50,7 +52,9 @@ def survey(specs: Sequence[RunSpec], out: Path) -> dict[str, Found]:
             place = f'arm "{manifest.get("arm")}", seed {manifest.get("seed")}'
             raise InputError(f"{out}: made from another grid: it holds {run_id} ({place}), this grid does not")
         if changes := _differences(manifest, known[run_id]):
-            raise InputError(f"{out}: made from another grid: of {run_id}, {', '.join(changes)}")
+            more = f" and {len(changes) - CHANGES_SHOWN} more" if len(changes) > CHANGES_SHOWN else ""
+            shown = ", ".join(changes[:CHANGES_SHOWN])
+            raise InputError(f"{out}: made from another grid: of {run_id}, {shown}{more}")
         found[run_id] = Found(manifest["status"], manifest["last_durable_step"], manifest.get("error"))
     return found
 

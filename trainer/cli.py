@@ -76,12 +76,12 @@ def ablate(
     resume: Resume = False,
     retry_failed: RetryFailed = False,
     launcher: Annotated[
-        Where, typer.Option(help="Processes of this machine, or tasks of a Ray cluster.")
+        Where, typer.Option(help="Processes here, or tasks of a Ray cluster whose nodes share --out.")
     ] = Where.LOCAL,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="local: runs at a time, sharing the cores; 1 if left out.")
     ] = None,
-    address: Annotated[str | None, typer.Option(help="ray: host:port, ray://host:port or auto.")] = None,
+    address: Annotated[str | None, typer.Option(help="ray: host:port of a cluster, or auto.")] = None,
     cpus_per_run: Annotated[int | None, typer.Option(min=1, help="ray: CPUs of a run; 1 if left out.")] = None,
     gpus_per_run: Annotated[
         float | None, typer.Option(min=0, help="ray: GPUs of a run; 1 if left out and there are any.")

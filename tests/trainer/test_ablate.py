@@ -3,25 +3,41 @@ import sys
 import time
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
-from analysis.trace import InputError, read_manifest
-from trainer.ablate import load_grid, run_grid
+from analysis.trace import InputError, read_manifest, write_manifest
+from analysis.trace.manifest import count_cores
+from trainer.ablate import run_grid
+from trainer.grid import load_grid
+from trainer.launch.local import LocalLauncher
+from trainer.train import train
 
 from .conftest import SMALL
 
 GRID = """
 config = "tiny"
 baseline = "none"
-seeds = [0, 1]
+seeds = [0]
 
-[arms.none]
-shaping.method = "none"
-
-[arms.late]
-shaping.method = "position"
-shaping.position.start_step = 2
+[arms]
+none = {}
+late = { shaping.method = "position", shaping.position.start_step = 2 }
 """
+DIVERGING = "\n[arms.diverging]\noptim.lr = 1e30\n"
+
+
+class Seen:
+    """Keeps what a watcher is told."""
+
+    def __init__(self):
+        self.updates, self.ended = [], {}
+
+    def update(self, run_id, done, **figures):
+        self.updates.append((run_id, done))
+
+    def end(self, run_id, error):
+        self.ended[run_id] = error
 
 
 @pytest.fixture
@@ -31,71 +47,142 @@ def grid(tmp_path):
     return path
 
 
-def test_a_grid_is_arms_times_seeds(grid):
-    specs = load_grid(str(grid), ["steps=7"])
-    assert [spec.run_id for spec in specs] == ["none-seed0", "late-seed0", "none-seed1", "late-seed1"]
-    assert [spec.config.seed for spec in specs] == [0, 0, 1, 1]
-    assert {spec.config.steps for spec in specs} == {7}
-    assert specs[1].config.shaping.position.start_step == 2
+def one_thread_each():
+    """Sums are rounded as in this process, which has one thread too."""
+    return LocalLauncher(count_cores())
 
 
-def test_seeds_can_be_replaced(grid):
-    assert [spec.config.seed for spec in load_grid(str(grid), [], seeds=[5])] == [5, 5]
+def steps_of(run_dir):
+    return pq.read_table(run_dir / "steps").sort_by("step")
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("seeds = [0, 1]", "seeds = [0, 0]", "a seed is given twice"),
-        ("seeds = [0, 1]", "seeds = []", "seeds"),
-        ("seeds = [0, 1]", "", 'key "seeds" is missing'),
-        ('baseline = "none"', 'baseline = "nine"', 'baseline "nine" is no arm; arms: none, late'),
-        ("shaping.method", "shapping.method", 'arm none: unknown key "shapping"; did you mean "shaping"'),
-        ('config = "tiny"', 'config = "tyni"', "tyni: no such file"),
-        ("seeds", "sedes", 'unknown key "sedes"; did you mean "seeds"'),
-        ("start_step = 2", "start_step = 0", "shaping.position.start_step"),
-    ],
-)
-def test_a_bad_grid_is_one_line_and_starts_nothing(grid, old, new, message):
-    grid.write_text(GRID.replace(old, new, 1))
-    with pytest.raises(InputError) as error:
-        load_grid(str(grid))
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_failed_runs_stay_and_resume_completes_the_rest(grid, tmp_path):
-    """One arm diverges by construction; the others are trained, kept, and left alone by a second call."""
-    grid.write_text(GRID.replace("seeds = [0, 1]", "seeds = [0]") + "\n[arms.diverging]\noptim.lr = 1e30\n")
+def test_failed_runs_stay_until_they_are_retried(grid, tmp_path):
+    """One arm diverges by construction; the others are trained, kept, and left alone by later calls."""
+    grid.write_text(GRID + DIVERGING)
     specs = load_grid(str(grid), [*SMALL, "optim.warmup_steps=0"])
-    out = tmp_path / "study"
-    seen = {}
-    failed = run_grid(specs, out, jobs=2, on_step=lambda run_id, done, **figures: seen.update({run_id: done}))
+    out, seen = tmp_path / "study", Seen()
+    failed = run_grid(specs, out, one_thread_each(), watcher=seen)
     assert list(failed) == ["diverging-seed0"]
     assert "step 2" in failed["diverging-seed0"]
-    assert seen["none-seed0"] == seen["late-seed0"] == 4
+    assert [done for run_id, done in seen.updates if run_id == "late-seed0"] == [0, 1, 2, 3, 4]
+    assert seen.ended == {"none-seed0": None, "late-seed0": None, **failed}
     manifests = {spec.arm: read_manifest(out / spec.run_id) for spec in specs}
-    assert {arm: m["status"] for arm, m in manifests.items()} == {
-        "none": "complete",
-        "late": "complete",
-        "diverging": "failed",
-    }
+    statuses = {"none": "complete", "late": "complete", "diverging": "failed"}
+    assert {arm: m["status"] for arm, m in manifests.items()} == statuses
     assert {m["num_threads"] for m in manifests.values()} == {manifests["none"]["num_threads"]}
-    assert {m["study"] for m in manifests.values()} == {"study"}
+    assert {(m["study"], m["baseline"], str(m["axes"])) for m in manifests.values()} == {("study", "none", "{}")}
+    assert len({json.dumps(m["common_random_numbers"]) for m in manifests.values()}) == 1
 
     with pytest.raises(InputError, match="--resume"):
-        run_grid(specs, out)
-    before = (out / "none-seed0" / "run.json").read_bytes()
-    assert list(run_grid(specs, out, resume=True)) == ["diverging-seed0"]
-    assert (out / "none-seed0" / "run.json").read_bytes() == before
+        run_grid(specs, out, one_thread_each())
+    before, seen = contents(out), Seen()
+    assert run_grid(specs, out, one_thread_each(), resume=True, watcher=seen) == failed
+    assert contents(out) == before
+    assert (seen.updates, seen.ended) == ([], {"none-seed0": None, "late-seed0": None, **failed})
+
+    seen = Seen()
+    assert list(run_grid(specs, out, one_thread_each(), retry_failed=True, watcher=seen)) == ["diverging-seed0"]
+    assert {run_id for run_id, _ in seen.updates} == {"diverging-seed0"}
+    assert {spec.arm: read_manifest(out / spec.run_id)["status"] for spec in specs} == statuses
+    changed = {path for path, data in contents(out).items() if before.get(path) != data}
+    assert {path.relative_to(out).parts[0] for path in changed} == {"diverging-seed0"}
+
+
+def test_a_failed_run_is_completed_by_a_retry(grid, tmp_path):
+    """What made it fail is gone; it goes on from its checkpoint and equals a run that never failed."""
+    spec = load_grid(str(grid), SMALL)[0]
+    out = tmp_path / "study"
+
+    def fail(done, **figures):
+        if done == 3:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        train(spec.config, out / spec.run_id, spec.labels(out), on_step=fail)
+    assert run_grid([spec], out, one_thread_each(), resume=True) == {spec.run_id: "OSError: disk full"}
+    seen = Seen()
+    assert run_grid([spec], out, one_thread_each(), retry_failed=True, watcher=seen) == {}
+    assert [done for _, done in seen.updates] == [0, 3, 4]
+    assert "error" not in read_manifest(out / spec.run_id)
+    assert run_grid([spec], tmp_path / "whole", one_thread_each()) == {}
+    columns = ["step", "loss", "entropy_token_mean", "grad_norm"]
+    whole = steps_of(tmp_path / "whole" / spec.run_id)
+    assert steps_of(out / spec.run_id).select(columns).equals(whole.select(columns))
 
 
 def test_a_run_that_cannot_begin_is_recorded_as_failed(grid, tmp_path):
-    specs = load_grid(str(grid), [*SMALL, "policy.path=/nowhere"], seeds=[0])[:1]
-    failed = run_grid(specs, tmp_path / "study")
+    specs = load_grid(str(grid), [*SMALL, "policy.path=/nowhere"])[:1]
+    failed = run_grid(specs, tmp_path / "study", one_thread_each())
     assert "no model folder at /nowhere" in failed["none-seed0"]
     manifest = json.loads((tmp_path / "study" / "none-seed0" / "run.json").read_text())
     assert (manifest["status"], manifest["arm"], manifest["last_durable_step"]) == ("failed", "none", 0)
+    assert manifest["common_random_numbers"]["base_policy"] is None
+
+
+class KillsItsRun(Seen):
+    """Kills the process of a run, as a machine out of memory would."""
+
+    def update(self, run_id, done, **figures):
+        super().update(run_id, done, **figures)
+        if (run_id, done) == ("none-seed0", 3):
+            # Runs are children of the server that forks them.
+            us = psutil.Process()
+            (run,) = {*us.children(recursive=True)} - {*us.children()}
+            run.kill()
+
+
+def test_a_run_whose_process_dies_without_a_word_has_failed(grid, tmp_path):
+    specs = load_grid(str(grid), [*SMALL, "steps=20"])[:1]
+    out, seen = tmp_path / "study", KillsItsRun()
+    failed = run_grid(specs, out, one_thread_each(), watcher=seen)
+    assert failed == seen.ended == {"none-seed0": "the process was killed"}
+    assert read_manifest(out / "none-seed0")["status"] == "failed"
+    assert 1 <= read_manifest(out / "none-seed0")["last_durable_step"] < 20
+
+
+def test_a_grid_may_grow_but_not_change(grid, tmp_path):
+    out = tmp_path / "study"
+    specs = load_grid(str(grid), SMALL)[:1]
+    assert run_grid(specs, out, one_thread_each()) == {}
+    before = contents(out)
+
+    def refused(path, overrides=(), seeds=None):
+        with pytest.raises(InputError) as error:
+            run_grid(load_grid(str(path), [*SMALL, *overrides], seeds), out, one_thread_each(), resume=True)
+        assert contents(out) == before
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "made from another grid: of none-seed0, steps is 4 there, 5 here" in refused(grid, ["steps=5"])
+    assert 'it holds none-seed0 (arm "none", seed 0), this grid does not' in refused(grid, seeds=[1])
+    grid.write_text(GRID.replace('baseline = "none"', 'baseline = "late"'))
+    assert 'of none-seed0, baseline is "none" there, "late" here' in refused(grid)
+    grid.write_text(GRID + "[sweep]\noptim.lr = [1e-4]\n")
+    assert "it holds none-seed0" in refused(grid)
+
+    grid.write_text(GRID)
+    seen = Seen()
+    assert run_grid(load_grid(str(grid), SMALL), out, one_thread_each(), resume=True, watcher=seen) == {}
+    assert {run_id for run_id, _ in seen.updates} == {"late-seed0"}
+    assert {path: data for path, data in contents(out).items() if path in before} == before
+
+
+def test_a_config_key_that_is_newer_than_a_run_counts_as_its_default(grid, tmp_path):
+    out = tmp_path / "study"
+    spec = load_grid(str(grid), SMALL)[0]
+    assert run_grid([spec], out, one_thread_each()) == {}
+    manifest = read_manifest(out / spec.run_id)
+    del manifest["config"]["loss"]["normalize_std"]
+    write_manifest(out / spec.run_id, manifest)
+    assert run_grid([spec], out, one_thread_each(), resume=True) == {}
+    del manifest["config"]["steps"]
+    write_manifest(out / spec.run_id, manifest)
+    with pytest.raises(InputError, match="steps is 120 there, 4 here"):
+        run_grid([spec], out, one_thread_each(), resume=True)
 
 
 @pytest.mark.slow
@@ -103,10 +190,11 @@ def test_runs_end_with_whoever_started_them(grid, tmp_path):
     """SIGKILL gives the grid no chance to say goodbye; its runs notice, and keep what they have."""
     out = tmp_path / "study"
     script = (
-        "from pathlib import Path; from trainer.ablate import load_grid, run_grid\n"
+        "from pathlib import Path; from trainer.ablate import run_grid; from trainer.grid import load_grid\n"
+        "from trainer.launch.local import LocalLauncher\n"
         "if __name__ == '__main__':\n"
         f"    specs = load_grid({str(grid)!r}, {[*SMALL, 'steps=100000', 'rollout.prompts_per_step=2']!r}, [0])\n"
-        f"    run_grid(specs, Path({str(out)!r}), jobs=2)\n"
+        f"    run_grid(specs, Path({str(out)!r}), LocalLauncher(2))\n"
     )
     (tmp_path / "main.py").write_text(script)
     parent = psutil.Popen([sys.executable, str(tmp_path / "main.py")])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -14,6 +16,8 @@ from analysis.trace import InputError
 from trainer.launch.work import Watcher, Work, carry_out, settle
 
 CONNECT_S = 5.0
+PROBE_S = 15.0
+PROBE = "import ray, sys; ray.init(address=sys.argv[1])"
 GRACE_S = 10.0
 POLL_S = 0.5
 # Of a run whose node or process is lost: each goes on from the run's checkpoint.
@@ -27,7 +31,7 @@ class RayLauncher:
         """Starts nothing yet.
 
         Args:
-            address: ``host:port``, ``ray://host:port`` or ``auto``; without one, what RAY_ADDRESS names, or else a
+            address: ``host:port`` or ``auto``; without one, what RAY_ADDRESS names, or else a
                 cluster of this machine alone.
             cpus_per_run: CPUs that a run claims, and threads that it uses.
             gpus_per_run: GPUs that a run claims; None claims one where the cluster has any.
@@ -144,12 +148,15 @@ def _death(ref: Any) -> str:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself waits long for what is not there."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    """Ray itself waits long, and complains a lot, where nothing answers or something that is no Ray."""
+    host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise InputError(f'--address "{address}": expected host:port, ray://host:port or auto')
+        raise InputError(f'--address "{address}": expected host:port or auto')
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        subprocess.run([sys.executable, "-c", PROBE, address], capture_output=True, timeout=PROBE_S, check=True)
+    except subprocess.SubprocessError:
+        raise InputError(f"--address {address}: what answers there is no Ray cluster that can be joined") from None
     except (OSError, OverflowError) as error:
         raise InputError(f"--address {address}: no Ray cluster answers ({error})") from None
 

@@ -1,0 +1,42 @@
+import pytest
+
+from analysis.plan import Pilot, Plan, PlannedRun
+from analysis.stats import detectable_difference
+
+PILOT = Pilot("embedded", "chain_sum", seconds_per_step=2.0, sd_difference=0.02, hardware="2 cores")
+
+
+def planned(arm, seed, status="new", steps_left=10):
+    return PlannedRun(f"{arm}-seed{seed}", arm, "none", seed, 10, status, steps_left)
+
+
+def test_a_plan_counts_what_is_left_and_what_can_be_found():
+    """ppl shares two seeds with the baseline, position three: the grid's comparisons have two at least."""
+    runs = [planned(arm, seed) for seed in range(3) for arm in ("none", "position")]
+    runs += [planned("ppl", 1, "complete", 0), planned("ppl", 2, "running", 4), planned("ppl", 9)]
+    plan = Plan(runs, slots=2, pilot=PILOT, source="a pilot")
+    assert (plan.num_tests, plan.num_seeds) == (2, 2)
+    # Six runs of 20 s in two places, then 8 s and 20 s, side by side.
+    assert plan.seconds_left == 60 + 20
+    found = plan.detectable()
+    assert list(found) == [2, 3, 5, 10, 20]
+    assert found[2] == pytest.approx(detectable_difference(0.02, 2, 2))
+    assert found[5] == pytest.approx(detectable_difference(0.02, 5, 2))
+    assert "runs: 9, 90 steps, 74 of them to do" in plan.lines()
+    assert "time: about 1:20, 2 at a time, 2 s a step" in plan.lines()
+    assert "planned with a pilot: embedded on chain_sum, 2 cores" in plan.lines()
+    assert plan.to_dict()["runs"][0]["run_id"] == "none-seed0"
+
+
+def test_a_difference_that_no_shares_can_have_is_none():
+    """With two seeds and two tests it takes 23 standard deviations."""
+    runs = [planned(arm, seed) for seed in range(2) for arm in ("none", "ppl", "position")]
+    plan = Plan(runs, slots=1, pilot=Pilot("m", "t", 1.0, sd_difference=0.1, hardware="h"), source="a pilot")
+    assert plan.detectable()[2] is None
+    assert any("none with 2, " in line for line in plan.lines())
+
+
+def test_one_arm_alone_has_nothing_to_compare():
+    plan = Plan([planned("none", 0)], slots=1, pilot=PILOT, source="a pilot")
+    assert (plan.num_tests, plan.num_seeds) == (0, 1)
+    assert plan.detectable()[1] is None

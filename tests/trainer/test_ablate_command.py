@@ -1,0 +1,229 @@
+"""``entrace ablate`` as typed: bad input, dry runs, Ctrl-C and going on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+from analysis.trace import read_manifest
+from trainer import cli
+
+from .conftest import SMALL
+
+GRID = """
+config = "tiny"
+baseline = "none"
+seeds = [0, 1]
+[arms]
+none = {}
+ppl = {}
+"""
+SWEEP = '[sweep]\n"optim.lr" = [1e-4, 3e-4]\n'
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Runs the command line in this process; returns exit status, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["entrace", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        output = capsys.readouterr()
+        return stopped.value.code, output.out, output.err
+
+    return run
+
+
+def write(folder, text):
+    path = folder / "grid.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        (GRID.replace("ppl", "ppk"), [], ['arm "ppk"', 'did you mean "ppl"?']),
+        (GRID + SWEEP.replace("lr", "lrr"), [], ['unknown key "optim.lrr"', 'did you mean "optim.lr"?']),
+        (GRID.replace("[0, 1]", "[1, 1]"), [], ["a seed is given twice"]),
+        (GRID, ["--seeds", "2,2"], ["a seed is given twice"]),
+        (GRID, ["--seeds", "two"], ['--seeds "two"']),
+        (GRID.replace("[0, 1]", "[]"), [], ["the grid is empty"]),
+        (GRID.replace("none = {}\nppl = {}", ""), [], ["the grid is empty"]),
+        (GRID.replace("ppl", "none"), [], ["names again", "none = {}"]),
+        (GRID, ["seed=1"], ["seed=1", "--seeds"]),
+        (GRID, ["--launcher", "slurm"], ["--launcher", "slurm"]),
+        (GRID, ["--address", "auto"], ["--address belongs to --launcher ray"]),
+        (GRID, ["--launcher", "ray", "--jobs", "2"], ["--jobs belongs to --launcher local"]),
+        (GRID, ["--launcher", "ray", "--address", "here"], ['--address "here"', "host:port or auto"]),
+        (GRID, ["--launcher", "ray", "--address", "127.0.0.1:1"], ["127.0.0.1:1", "no Ray cluster answers"]),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "_".join(value).replace("[", "").replace("]", ""),
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry-run"])
+def test_bad_input_is_one_line_and_starts_nothing(call, tmp_path, text, options, expected, dry):
+    if any("Ray cluster" in part for part in expected):
+        pytest.importorskip("ray")
+    grid = write(tmp_path, text)
+    code, out, err = call("ablate", grid, "--out", tmp_path / "study", *options, *dry)
+    assert (code, out) == (2, "")
+    assert err.startswith("entrace: ")
+    assert err.count("\n") == 1
+    for part in expected:
+        assert part in err
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.toml"]
+
+
+def test_a_pilot_is_for_dry_runs_and_must_be_there(call, tmp_path):
+    arguments = ["ablate", write(tmp_path, GRID), "--out", tmp_path / "study", "--pilot", tmp_path / "nowhere"]
+    assert call(*arguments) == (2, "", "entrace: --pilot belongs to --dry-run\n")
+    assert call(*arguments, "--dry-run") == (2, "", f"entrace: {tmp_path / 'nowhere'}: no such folder\n")
+
+
+def test_without_ray_the_extra_is_named(call, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.launch.cluster.find_spec", lambda name: None)
+    code, _, err = call("ablate", write(tmp_path, GRID), "--out", tmp_path / "study", "--launcher", "ray")
+    assert (code, err) == (2, "entrace: --launcher ray needs the ray extra: pip install 'entrace[ray]'\n")
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_dry_run_prints_runs_time_and_detectable_difference(call, tmp_path):
+    grid = write(tmp_path, GRID + SWEEP)
+    code, out, err = call("ablate", grid, "steps=90", "--out", tmp_path / "study", "--dry-run", "--jobs", "3")
+    assert (code, err) == (0, "")
+    assert not (tmp_path / "study").exists()
+    lines = out.splitlines()
+    assert lines[0].split() == [
+        "none-optim.lr=0.0001-seed0",
+        "none",
+        "[optim.lr=0.0001]",
+        *("seed", "0", "90", "steps", "new"),
+    ]
+    assert "runs: 8, 720 steps, 720 of them to do" in lines
+    # Eight runs of 90 steps, three at a time, take as long as three.
+    assert json.loads(
+        call("ablate", grid, "steps=90", "--out", tmp_path / "study", "--dry-run", "--jobs", "3", "--json")[1]
+    )["seconds_left"] == pytest.approx(3 * 90 * planned_seconds())
+    assert any(line.startswith("time: about ") and "3 at a time" in line for line in lines)
+    assert any("detectable difference" in line and "with 2" in line and "with 10" in line for line in lines)
+    assert any("embedded policy" in line for line in lines)
+
+
+def planned_seconds():
+    import tomllib
+
+    from trainer.resources import resolve_config
+
+    return tomllib.loads(resolve_config("pilot").read_text())["seconds_per_step"]
+
+
+@pytest.fixture
+def small_study(call, tmp_path):
+    grid = write(tmp_path, GRID)
+    code, out, err = call("ablate", grid, *SMALL, "--out", tmp_path / "study", "--jobs", "2", "--json")
+    assert code == 0
+    assert "study: 16/16" in err
+    return grid, tmp_path / "study", json.loads(out)
+
+
+def test_a_grid_is_run_measured_and_planned_with(call, small_study):
+    grid, out, printed = small_study
+    assert [(run["run_id"], run["status"], run["step"]) for run in printed["runs"]] == [
+        (run_id, "complete", 4) for run_id in ("none-seed0", "ppl-seed0", "none-seed1", "ppl-seed1")
+    ]
+    code, text, _ = call(
+        *("ablate", grid, *SMALL, "--seeds", "0,1,2", "--out", out, "--dry-run", "--pilot", out, "--json")
+    )
+    assert code == 0
+    plan = json.loads(text)
+    assert [run["steps_left"] for run in plan["runs"]] == [0, 0, 0, 0, 4, 4]
+    assert [run["status"] for run in plan["runs"]] == ["complete"] * 4 + ["new"] * 2
+    assert (plan["num_seeds"], plan["num_tests"]) == (3, 1)
+
+    # The same by hand, from the Parquet files.
+    seconds, accuracy = [], {}
+    for run in printed["runs"]:
+        steps = pq.read_table(out / run["run_id"] / "steps").to_pylist()
+        evals = pq.read_table(out / run["run_id"] / "evals").to_pylist()
+        sampled = sum(row["rollout_s"] + row["reward_s"] for row in steps) / sum(row["tokens"] for row in steps)
+        total = sum(row["rollout_s"] + row["reward_s"] + row["update_s"] + row["record_s"] for row in steps)
+        seconds.append((total + sampled * sum(row["response_length"] for row in evals)) / 4)
+        last = [row["is_correct"] for row in evals if row["step"] == 4]
+        accuracy[run["arm"], run["seed"]] = sum(last) / len(last)
+    differences = [accuracy["ppl", seed] - accuracy["none", seed] for seed in (0, 1)]
+    assert plan["pilot"]["seconds_per_step"] == pytest.approx(sum(sorted(seconds)[1:3]) / 2, rel=1e-5)
+    assert plan["pilot"]["sd_difference"] == pytest.approx(abs(differences[0] - differences[1]) / 2**0.5, abs=1e-9)
+    assert plan["seconds_left"] == pytest.approx(8 * plan["pilot"]["seconds_per_step"])
+
+    code, _, err = call("ablate", grid, *SMALL, "--seeds", "0", "--out", out, "--dry-run")
+    assert code == 2
+    assert "made from another grid: it holds none-seed1" in err
+
+
+def test_failed_runs_are_named_at_the_end(call, tmp_path):
+    grid = write(tmp_path, GRID + "broken = { optim.lr = 1e30 }\n")
+    arguments = [
+        "ablate",
+        grid,
+        *SMALL,
+        "optim.warmup_steps=0",
+        "--seeds",
+        "0",
+        "--jobs",
+        "3",
+        "--out",
+        tmp_path / "study",
+    ]
+    code, out, err = call(*arguments)
+    assert (code, out.strip()) == (1, str(tmp_path / "study"))
+    lines = err.splitlines()
+    assert lines[-2].startswith("entrace: broken-seed0 failed: ")
+    assert lines[-1] == "entrace: 1 of 3 runs failed; --retry-failed tries them again"
+    code, _, err = call(*arguments, "--resume")
+    assert (code, err.splitlines()) == (1, lines[-2:])
+
+
+def interrupt(folder, arguments):
+    """Starts ``entrace ablate`` and sends its process group SIGINT, as a terminal does, once two runs are at work."""
+    command = [sys.executable, "-m", "trainer", *map(str, arguments)]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 100
+    while len(list(folder.glob("*/checkpoints/step-*"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def test_ctrl_c_stops_cleanly_and_resume_equals_an_uninterrupted_grid(call, tmp_path):
+    grid = write(tmp_path, GRID)
+    out = tmp_path / "study"
+    arguments = ["ablate", grid, *SMALL, "steps=8", "record.after_update_every=0", "--jobs", "2", "--seeds", "0"]
+    code, printed, err = interrupt(out, [*arguments, "--out", out])
+    assert (code, printed) == (130, "")
+    assert err.splitlines()[-1] == f"entrace: stopped; the same command with --resume goes on in {out}"
+    assert "Traceback" not in err
+    states = {path.parent.name: read_manifest(path.parent) for path in out.glob("*/run.json")}
+    assert {state["status"] for state in states.values()} == {"running"}
+    assert all(0 < state["last_durable_step"] < 8 for state in states.values())
+
+    code, _, err = call(*arguments, "--out", out)
+    assert (code, err.count("\n")) == (2, 1)
+    assert call(*arguments, "--out", out, "--resume")[0] == 0
+    assert call(*arguments, "--out", tmp_path / "whole")[0] == 0
+    for run_id in ("none-seed0", "ppl-seed0"):
+        assert read_manifest(out / run_id)["status"] == "complete"
+        for table in ("tokens", "rollouts", "evals", "prompts"):
+            found, wanted = (pq.read_table(folder / run_id / table) for folder in (out, tmp_path / "whole"))
+            assert found.equals(wanted), (run_id, table)
+        found, wanted = (pq.read_table(folder / run_id / "steps") for folder in (out, tmp_path / "whole"))
+        seconds = ["rollout_s", "reward_s", "update_s", "record_s"]
+        assert found.drop_columns(seconds).equals(wanted.drop_columns(seconds))

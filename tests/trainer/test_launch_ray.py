@@ -1,0 +1,79 @@
+"""Runs as Ray tasks, on a cluster of two nodes on this machine, one of which is killed."""
+
+from collections import defaultdict
+
+import pyarrow.parquet as pq
+import pytest
+
+from analysis.trace import InputError, read_manifest
+from trainer.ablate import run_grid
+from trainer.grid import load_grid
+from trainer.launch.cluster import RayLauncher
+
+from .conftest import SMALL
+
+STEPS = 14
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A head that holds one run, and a second node that holds another."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # Lost nodes are noticed after two seconds instead of half a minute.
+    noticed = {"health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_failure_threshold": 3}
+    node = {"num_cpus": 1, "object_store_memory": 100_000_000}
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**node, "_system_config": {**noticed, "health_check_initial_delay_ms": 0}}
+    )
+    cluster.second = cluster.add_node(**node)
+    yield cluster
+    cluster.shutdown()
+
+
+class Killer:
+    """Kills the second node once both nodes are past their first checkpoint; keeps what every run reported."""
+
+    def __init__(self, cluster):
+        self.cluster, self.done, self.ended = cluster, defaultdict(list), []
+
+    def update(self, run_id, done, **figures):
+        self.done[run_id].append(done)
+        running = [steps for name, steps in self.done.items() if name not in self.ended]
+        if self.cluster.second and len(running) == 2 and all(steps[-1] >= 5 for steps in running):
+            self.cluster.remove_node(self.cluster.second, allow_graceful=False)
+            self.cluster.second = None
+
+    def end(self, run_id, error):
+        self.ended.append(run_id)
+
+
+def test_a_grid_survives_the_loss_of_a_node(cluster, tmp_path):
+    specs = load_grid("tiny-study", [*SMALL, f"steps={STEPS}", "record.after_update_every=0"], seeds=[0])
+    killer = Killer(cluster)
+    out = tmp_path / "study"
+    assert run_grid(specs, out, RayLauncher(cluster.address), watcher=killer) == {}
+    assert cluster.second is None
+    assert sorted(killer.ended) == sorted(spec.run_id for spec in specs)
+    begun_again = [steps for steps in killer.done.values() if steps.count(0) == 2]
+    assert len(begun_again) == 1
+    first_after = begun_again[0][begun_again[0].index(0, 1) + 1]
+    assert first_after % 2 == 1, "went on after a checkpoint, which every second step leaves"
+    assert first_after > 4
+    for spec in specs:
+        assert read_manifest(out / spec.run_id)["status"] == "complete"
+        assert pq.read_table(out / spec.run_id / "steps")["step"].to_pylist() == list(range(1, STEPS + 1))
+        assert killer.done[spec.run_id].count(STEPS) == 1
+
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert run_grid(specs, out, RayLauncher(cluster.address), resume=True) == {}
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_asks_for_more_than_any_node_has_is_refused(cluster, tmp_path):
+    specs = load_grid("tiny-study", SMALL)
+    with pytest.raises(InputError, match="no node of the Ray cluster has 7 CPUs and 0 GPUs; nodes: 1 CPUs"):
+        run_grid(specs, tmp_path / "study", RayLauncher(cluster.address, cpus_per_run=7))
+    assert not (tmp_path / "study").exists()
