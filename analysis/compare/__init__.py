@@ -5,8 +5,9 @@ Usage::
     comparison = compare(open_runs("data/runs/grid"))
     comparison.differences.filter(is_primary=True)
 
-Runs are paired by seed, prompts by their text. ``paired.over_prompts_and_seeds`` is the interval, ``verdict.decide``
-the verdict, and ``rows`` says what each metric is.
+Runs are paired by seed, prompts by their text. ``paired.over_prompts_and_seeds`` is the interval of one arm, which
+``moderate`` strengthens by what the other arms say; ``verdict.decide`` is the verdict, and ``rows`` says what each
+metric is.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from analysis.compare.measure import (
     name_prompts,
     read_prompts,
 )
+from analysis.compare.moderate import moderate
 from analysis.compare.pairs import Pair, pair_runs
 from analysis.compare.rows import Row, evaluation_rows, half_way, training_row
 from analysis.compare.tables import aggregate_table, difference_table, seed_table, unpaired_table
@@ -45,8 +47,9 @@ class Comparison:
 
     Attributes:
         differences: One row per arm, benchmark and metric: arm minus baseline with interval and verdict.
-            ``is_primary`` marks avg@k, the metric that was fixed beforehand. ``detectable`` is the smallest true
-            difference that the design finds with 80 % power, ``covers`` says what the interval stands for.
+            ``is_primary`` marks avg@k, the metric that was fixed beforehand. ``error`` is the standard error, with
+            ``df`` degrees of freedom. ``detectable`` is the smallest true difference that the design finds with 80 %
+            power, ``covers`` says what the interval stands for.
         by_seed: One row per arm, benchmark, metric and paired seed.
         aggregates: One row per arm, the baseline included, on avg@k of the last evaluation, all benchmarks together:
             interquartile mean, mean, and the probability that a run scores higher than one of the baseline.
@@ -104,7 +107,7 @@ def _measure_all(
         rows.append(training_row(arm, baseline, TRAINING, measure_training(own, formal), len(own)))
     order = sorted(arms, key=lambda names: (-_gain(rows, names), names))
     rows.sort(key=lambda row: order.index((row.arm, row.baseline)))
-    return rows, aggregate_arms({names: arms[names] for names in order}, scores, np.random.default_rng(seed))
+    return moderate(rows), aggregate_arms({names: arms[names] for names in order}, scores, np.random.default_rng(seed))
 
 
 def _curves_beside(measured: dict[tuple[str, str], Measured], baseline: str) -> list[Curve]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -56,12 +56,21 @@ class SeedSums:
 
 @dataclass(frozen=True)
 class Difference:
-    """An estimate with what its interval was made from; ``covers`` says what the interval stands for."""
+    """An estimate with what its interval was made from.
+
+    Attributes:
+        estimate: Value, interval and p-value.
+        error: Standard error.
+        df: Its degrees of freedom.
+        covers: What the interval stands for.
+        shared_variance: Part of the squared error that prompts shared between seeds add.
+    """
 
     estimate: Estimate
     error: float
     df: float
     covers: str
+    shared_variance: float = 0.0
 
 
 def over_prompts_and_seeds(pairs: Sequence[SeedSums]) -> Difference:
@@ -85,10 +94,12 @@ def over_prompts_and_seeds(pairs: Sequence[SeedSums]) -> Difference:
         prompts = len(pairs[0].prompts)
         error = float(np.std(pairs[0].residuals, ddof=1) / np.sqrt(prompts)) if prompts > 1 else np.nan
         return _difference(differences, error, prompts - 1, prompts, "prompts, 1 seed", PROMPTS_ONLY)
-    variance = np.var(differences, ddof=1) / len(pairs) + max(0.0, _shared_variance(pairs))
+    shared = max(0.0, _shared_variance(pairs))
+    error = float(np.sqrt(np.var(differences, ddof=1) / len(pairs) + shared))
     prompts = len(np.unique(np.concatenate([pair.prompts for pair in pairs])))
     of = f"prompts, {len(pairs)} seeds"
-    return _difference(differences, float(np.sqrt(variance)), len(pairs) - 1, prompts, of, PROMPTS_AND_SEEDS)
+    found = _difference(differences, error, len(pairs) - 1, prompts, of, PROMPTS_AND_SEEDS)
+    return replace(found, shared_variance=shared)
 
 
 def over_seeds(differences: np.ndarray) -> Difference:

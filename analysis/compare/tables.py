@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 DIFFERENCES = {
     **dict.fromkeys(("arm", "baseline", "benchmark", "metric", "unit"), str),
     **dict.fromkeys(
-        ("value", "baseline_value", "difference", "low", "high", "p_value", "p_adjusted", "detectable"), float
+        ("value", "baseline_value", "difference", "low", "high", "error", "df", "p_value", "p_adjusted", "detectable"),
+        float,
     ),
     **dict.fromkeys(("verdict", "why"), str),
     **dict.fromkeys(("num_seeds", "num_prompts"), int),
@@ -94,13 +95,14 @@ def _judged(row: Row, p_adjusted: float, num_tests: int) -> tuple[Any, ...]:
     names = (row.arm, row.baseline, row.benchmark, row.metric, row.unit)
     num_seeds, is_primary = len(row.seeds), row.metric == PRIMARY
     if row.difference is None:
-        numbers = (row.value, row.baseline_value, *[None] * 6)
+        numbers = (row.value, row.baseline_value, *[None] * 8)
         return (*names, *numbers, INCONCLUSIVE, row.note, num_seeds, row.num_prompts, None, is_primary)
     estimate = row.difference.estimate
     word, why = decide(row.difference, p_adjusted, num_tests, num_seeds, metric_of(row.metric))
     # An error of zero, as where both arms solve everything, says nothing about the design.
     found = detectable(row.difference.error or np.nan, row.difference.df, num_tests)
-    measured = (estimate.value, estimate.low, estimate.high, estimate.p_value, p_adjusted, found)
+    error, df = row.difference.error, row.difference.df
+    measured = (estimate.value, estimate.low, estimate.high, error, df, estimate.p_value, p_adjusted, found)
     return (
         *names,
         row.value,

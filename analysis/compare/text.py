@@ -56,7 +56,7 @@ def _difference_lines(frame: pl.DataFrame) -> Iterator[str]:
     if frame.is_empty():
         yield "nothing to compare: no complete run of an arm could be paired with one of its baseline"
         return
-    yield "Differences to the baseline, paired by seed and prompt, with 95 % intervals"
+    yield "Differences to the baseline, paired by seed and prompt, with 95 % intervals; errors moderated across arms"
     widths = {name: max(map(len, frame[name])) for name in ("arm", "benchmark", "metric", "verdict")}
     for row in frame.iter_rows(named=True):
         names = "  ".join(f"{row[name]:<{width}}" for name, width in widths.items())
