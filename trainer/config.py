@@ -348,6 +348,14 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 def _one_line(model: type[Section], error: ValidationError) -> str:
     # A misspelt key is also a missing one; the spelling is what helps.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")

@@ -17,10 +17,20 @@ from typing import Any, get_args
 from pydantic import Field
 
 from analysis.trace import InputError, nearest
-from trainer.config import Config, Natural, Section, build_config, merge, parse_override, read_toml, validate_section
+from trainer.config import (
+    Config,
+    Natural,
+    Section,
+    build_config,
+    flatten,
+    merge,
+    parse_override,
+    read_toml,
+    validate_section,
+)
 from trainer.methods import method_settings
 from trainer.resources import resolve_config
-from trainer.run_folder import common_random_numbers, flatten
+from trainer.run_folder import common_random_numbers
 
 Scalar = str | int | float | bool
 

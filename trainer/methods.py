@@ -7,9 +7,8 @@ from typing import Any
 
 from analysis.trace import InputError, nearest
 from trainer import objectives, recipes, shaping
-from trainer.config import merge
+from trainer.config import flatten, merge
 from trainer.method import Method, Settings
-from trainer.run_folder import flatten
 
 KINDS: dict[str, dict[str, Method]] = {
     "recipe": recipes.METHODS,

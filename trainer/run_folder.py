@@ -12,7 +12,7 @@ from typing import Any
 from analysis.trace import InputError, describe_machine, read_manifest, write_manifest
 from analysis.trace.manifest import MANIFEST, now
 from analysis.trace.schema import SCHEMA_VERSION
-from trainer.config import Config, build_config
+from trainer.config import Config, build_config, flatten
 from trainer.resources import EMBEDDED, find_base_policy
 
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -93,14 +93,6 @@ def config_changes(found: Mapping[str, Any], config: Config) -> Iterator[str]:
     for key in sorted(wanted.keys() | there.keys()):
         if (old := there.get(key)) != (new := wanted.get(key)):
             yield f"{key} is {json.dumps(old)} there, {json.dumps(new)} here"
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def has_begun(run_dir: Path) -> bool:
