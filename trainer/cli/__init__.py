@@ -97,7 +97,7 @@ def ablate(
     Example: entrace ablate tiny-study --seeds 0,1,2 --jobs 2 --out data/runs/three-seeds
     """
     _require_train_extra()
-    from trainer import grid_command
+    from trainer.cli import grid as grid_command
     from trainer.grid import load_grid
 
     specs = load_grid(grid, overrides or [], _parse_seeds(seeds))
@@ -128,7 +128,7 @@ def study(
     """
     _require_train_extra()
     from analysis.cli import report as write_report
-    from trainer import grid_command
+    from trainer.cli import grid as grid_command
     from trainer.grid import load_grid
     from trainer.intervene import Settings, resolve_checkpoint
     from trainer.launch.local import LocalLauncher
