@@ -179,7 +179,7 @@ def test_a_complete_run_is_left_alone_and_another_config_refused(run_dir):
     before = (run_dir / "run.json").read_bytes()
     train(load_config("tiny", SMALL), run_dir, LABELS, resume=True)
     assert (run_dir / "run.json").read_bytes() == before
-    with pytest.raises(InputError, match="optim.lr is 0.0003 there, 1.0 here; not resumed"):
+    with pytest.raises(InputError, match=r"optim\.lr is 0\.0003 there, 1\.0 here; not resumed"):
         train(load_config("tiny", [*SMALL, "optim.lr=1"]), run_dir, LABELS, resume=True)
 
 
