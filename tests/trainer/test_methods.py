@@ -33,7 +33,7 @@ def config_of(name, *overrides):
     return build_config(merge(values, method_settings(name)), source=name)
 
 
-def test_all_methods_of_the_issue_are_there():
+def test_all_methods_are_there():
     assert set(METHODS) == {
         *("none", "ppl", "position", "entropy_advantage", "reweighting", "psr", "nsr", "weighted_reinforce"),
         *("no_clip_higher", "no_token_mean", "no_dynamic_sampling", "no_overlong_penalty", "dr_grpo", "gspo"),

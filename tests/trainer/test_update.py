@@ -47,20 +47,29 @@ def test_gradient_equals_the_naive_token_mean(policy, task):
         ["loss.entropy_coef=0.01"],
         ["loss.entropy_coef=0.01", "loss.kl_coef=0.1", "loss.aggregation=constant"],
         ["loss.method=entropy_mask", "loss.aggregation=sequence_mean"],
-        ["loss.method=kl_cov", "loss.kl_cov.frac=0.2"],
+        ["loss.method=kl_cov", "loss.kl_cov.frac=0.2", "optim.epochs=2"],
         ["loss.method=clip_cov", "loss.clip_cov.low=0.01", "loss.clip_cov.frac=0.1"],
-        ["loss.ratio=sequence", "loss.aggregation=sequence_mean", "loss.clip_low=3e-4", "loss.clip_high=4e-4"],
+        [
+            "loss.ratio=sequence",
+            "loss.aggregation=sequence_mean",
+            "loss.clip_low=3e-4",
+            "loss.clip_high=4e-4",
+            "optim.epochs=2",
+        ],
     ],
 )
 def test_micro_batches_do_not_change_the_update(policy, task, loss):
-    options = [*loss, "optim.epochs=2", "optim.lr=1e-4", "optim.warmup_steps=0"]
+    options = [*loss, "optim.lr=1e-4", "optim.warmup_steps=0"]
     config, learner, batch, advantages = make_case(policy, task, *options)
     whole = learner.update(batch, advantages, step=1)
     other = type(policy).load(config.policy)
     cut = Learner(load_config("tiny", [*SMALL, *options, "optim.micro_batch_tokens=100"]), other)
     parts = cut.update(batch, advantages, step=1)
-    assert parts.loss == pytest.approx(whole.loss, abs=1e-5)
-    assert parts.grad_norm == pytest.approx(whole.grad_norm, rel=2e-3)
+    # The second epoch starts where AdamW went, which may turn rounding of a tiny gradient into a whole step.
+    first, second = (1e-6, 1e-4), (1e-5, 2e-3)
+    loss_tolerance, norm_tolerance = second if "optim.epochs=2" in options else first
+    assert parts.loss == pytest.approx(whole.loss, abs=loss_tolerance)
+    assert parts.grad_norm == pytest.approx(whole.grad_norm, rel=norm_tolerance)
     assert whole.grad_norm > 0.01
 
 
