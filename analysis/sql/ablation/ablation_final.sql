@@ -3,20 +3,10 @@
 -- params: $runs list of run_id, null = all; $k samples per prompt, null = 8
 -- units: *_at_k in [0, 1]; response_length in tokens; entropy in nats per token; low, high 95 % interval over prompts
 -- needs: evaluations
-with last_steps as (
-  select run_id, benchmark, max(step) as step
-  from evals
-  group by all
-),
-prompts_evaluated as (
-  select *
-  from eval_prompts(coalesce($k, 8)::integer)
-  join last_steps using (run_id, benchmark, step)
-),
-measured as (
+with measured as (
   unpivot (
     select run_id, benchmark, step, num_samples, avg_at_k, maj_at_k, pass_at_k, response_length, entropy
-    from prompts_evaluated
+    from last_eval_prompts(coalesce($k, 8)::integer)
   )
   on avg_at_k, maj_at_k, pass_at_k, response_length, entropy
   into name metric value measure

@@ -3,13 +3,7 @@
 -- params: $runs list of run_id, null = all; $k samples per prompt, null = 8
 -- units: avg_at_k, low, high in [0, 1] (95 % interval over prompts); tokens, seconds: of all training steps before
 -- needs: evaluations
-with last_steps as (
-  select run_id, benchmark, max(step) as step
-  from evals
-  where $runs is null or list_contains($runs, run_id)
-  group by all
-),
-accuracies as (
+with accuracies as (
   select
     run_id,
     benchmark,
@@ -19,18 +13,18 @@ accuracies as (
     as_share(clustered_high(avg_at_k, 1)) as high,
     min(num_samples) as k,
     count(*) as num_prompts
-  from eval_prompts(coalesce($k, 8)::integer)
-  join last_steps using (run_id, benchmark, step)
+  from last_eval_prompts(coalesce($k, 8)::integer)
+  where $runs is null or list_contains($runs, run_id)
   group by all
 ),
 costs as (
   select
-    last_steps.run_id,
-    last_steps.benchmark,
+    accuracies.run_id,
+    accuracies.benchmark,
     sum(steps.tokens)::bigint as tokens,
     sum(steps.rollout_s::double + steps.reward_s + steps.update_s + steps.record_s) as seconds
-  from last_steps
-  join steps on steps.run_id = last_steps.run_id and steps.step <= last_steps.step
+  from accuracies
+  join steps on steps.run_id = accuracies.run_id and steps.step <= accuracies.step
   group by all
 ),
 final as (

@@ -3,16 +3,10 @@
 -- params: $runs list of run_id, null = all; $k samples per prompt, null = 8
 -- units: share in [0, 1]: prompts with more than tau of k samples right; low, high 95 % interval over prompts
 -- needs: evaluations
-with last_steps as (
-  select run_id, benchmark, max(step) as step
-  from evals
-  where $runs is null or list_contains($runs, run_id)
-  group by all
-),
-prompts_evaluated as (
+with prompts_evaluated as (
   select *
-  from eval_prompts(coalesce($k, 8)::integer)
-  join last_steps using (run_id, benchmark, step)
+  from last_eval_prompts(coalesce($k, 8)::integer)
+  where $runs is null or list_contains($runs, run_id)
 ),
 sample_counts as (
   select run_id, benchmark, step, min(num_samples) as k, count(*) as num_prompts

@@ -48,3 +48,9 @@ select
 from scored
 join all_samples using (run_id, benchmark, step, prompt_id)
 left join winners using (run_id, benchmark, step, prompt_id);
+
+-- The same at the last evaluation of each run and benchmark.
+create macro last_eval_prompts(k) as table
+select *
+from eval_prompts(k)
+qualify step = max(step) over (partition by run_id, benchmark);
