@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from analysis import claims, figures, queries
 from analysis.export import to_report_csv
 from analysis.runs import Runs
 from analysis.trace.errors import InputError
+from analysis.trace.manifest import flatten
 
 if TYPE_CHECKING:
     import polars as pl
@@ -175,7 +176,7 @@ def _provenance(runs: Runs) -> dict[str, Any]:
     # What a run did not live to record is not set otherwise.
     recorded = {
         run: {name: value for name, value in facts[run].items() if value is not None}
-        | dict(_flat(manifest.get("config") or {}))
+        | flatten(manifest.get("config") or {})
         for run, manifest in manifests.items()
     }
     return {
@@ -200,15 +201,6 @@ def _changes(reference: dict[str, Any], own: dict[str, Any]) -> list[tuple[str, 
     """Names and values of what ``own`` holds otherwise than ``reference``; the seed has a column of its own."""
     names = [name for name in {**reference, **own} if name != "seed" and own.get(name) != reference.get(name)]
     return [(name, json.dumps(own[name], ensure_ascii=False) if name in own else "left out") for name in names]
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by dotted name."""
-    for name, value in sorted(config.items()):
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _title(runs: Runs) -> str:

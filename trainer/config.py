@@ -17,7 +17,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
-ShapingName = Literal[
+SHAPING_NAMES = (
     "ppl",
     "position",
     "entropy_advantage",
@@ -29,8 +29,7 @@ ShapingName = Literal[
     "ppl_permuted",
     "position_reversed",
     "released_noop",
-]
-SHAPING_NAMES: tuple[str, ...] = get_args(ShapingName)
+)
 LossMethod = Literal["grpo", "entropy_mask", "clip_cov", "kl_cov", "low_ppl_only", "high_ppl_only"]
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 Denominator = Literal["selected", "all"]
@@ -334,9 +333,14 @@ def parse_override(text: str) -> dict[str, Any]:
         parsed: Any = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value
-    for part in reversed(key.strip().split(".")):
-        parsed = {part: parsed}
-    return parsed
+    return nest(key.strip(), parsed)
+
+
+def nest(key: str, value: Any) -> dict[str, Any]:
+    """``a.b`` and a value as ``{"a": {"b": value}}``."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -346,14 +350,6 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
         merged[key] = merge(merged[key], value) if both else value
     return merged
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _one_line(model: type[Section], error: ValidationError) -> str:

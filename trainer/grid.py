@@ -16,14 +16,14 @@ from typing import Any, get_args
 
 from pydantic import Field
 
-from analysis.trace import InputError, nearest
+from analysis.trace import InputError, flatten, nearest
 from trainer.config import (
     Config,
     Natural,
     Section,
     build_config,
-    flatten,
     merge,
+    nest,
     parse_override,
     read_toml,
     validate_section,
@@ -118,7 +118,9 @@ def load_grid(path: str, overrides: Sequence[str] = (), seeds: Sequence[int] | N
         for values in product(*axes.values()):
             point = dict(zip(axes, values, strict=True))
             for arm in (arm for arm in arms if seed in arm.seeds):
-                config = merge(merge(base, arm.values), merge(_nest(point), {"seed": seed}))
+                config = merge(base, arm.values)
+                for key, value in (*point.items(), ("seed", seed)):
+                    config = merge(config, nest(key, value))
                 label = _label(arm.name, point)
                 specs.append(
                     RunSpec(
@@ -229,16 +231,6 @@ def _refuse_equal_ids(specs: Sequence[RunSpec], path: str) -> None:
     if times > 1:
         arms = dict.fromkeys(f'"{spec.arm}"' for spec in specs if spec.run_id == run_id)
         raise InputError(f"{path}: arms {' and '.join(arms)} would share the folder {run_id}; rename one")
-
-
-def _nest(point: Mapping[str, Scalar]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key, value in point.items():
-        part: Any = value
-        for name in reversed(key.split(".")):
-            part = {name: part}
-        nested = merge(nested, part)
-    return nested
 
 
 def _label(arm: str, point: Mapping[str, Scalar]) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from analysis.trace import InputError, nearest
+from analysis.trace import InputError, flatten, nearest
 from trainer import objectives, recipes, shaping
-from trainer.config import flatten, merge
+from trainer.config import merge
 from trainer.method import Method, Settings
 
 KINDS: dict[str, dict[str, Method]] = {

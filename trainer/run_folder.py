@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from analysis.trace import InputError, describe_machine, read_manifest, write_manifest
+from analysis.trace import InputError, describe_machine, flatten, read_manifest, write_manifest
 from analysis.trace.manifest import MANIFEST, now
 from analysis.trace.schema import SCHEMA_VERSION
-from trainer.config import Config, build_config, flatten
+from trainer.config import Config, build_config
 from trainer.resources import EMBEDDED, find_base_policy
 
 WEIGHTS = ("*.safetensors", "*.bin")

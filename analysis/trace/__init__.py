@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from analysis.trace.defects import find_defects
     from analysis.trace.errors import InputError, nearest
     from analysis.trace.lexicon import CATEGORIES, Lexicon
-    from analysis.trace.manifest import MANIFEST, describe_machine, read_manifest, write_manifest
+    from analysis.trace.manifest import MANIFEST, describe_machine, flatten, read_manifest, write_manifest
     from analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
     from analysis.trace.writer import TraceWriter
 
@@ -26,6 +26,7 @@ __all__ = [
     "TraceWriter",
     "describe_machine",
     "find_defects",
+    "flatten",
     "nearest",
     "read_manifest",
     "write_manifest",
@@ -41,6 +42,7 @@ __getattr__ = names_from(
         "Lexicon": "analysis.trace.lexicon",
         "MANIFEST": "analysis.trace.manifest",
         "describe_machine": "analysis.trace.manifest",
+        "flatten": "analysis.trace.manifest",
         "read_manifest": "analysis.trace.manifest",
         "write_manifest": "analysis.trace.manifest",
         "SCHEMA_VERSION": "analysis.trace.schema",

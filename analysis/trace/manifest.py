@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -50,6 +51,14 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise InputError(f"{path}: schema_version {version!r}, this version of entrace reads {SCHEMA_VERSION}")
     return manifest
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name, such as those of ``config``."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def now() -> str:
