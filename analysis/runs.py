@@ -8,19 +8,20 @@ import shutil
 import tempfile
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis import queries
 from analysis.trace.errors import InputError, nearest
 from analysis.trace.manifest import MANIFEST, read_manifest
-from analysis.trace.schema import SCHEMA_VERSION, TABLES, VERSION_KEY, Table
+from analysis.trace.parts import check_part, list_parts
+from analysis.trace.schema import TABLES, Table
 
 if TYPE_CHECKING:
     import duckdb
     import polars as pl
-    import pyarrow as pa
 
     from analysis.stages import StageFit
 
@@ -63,6 +64,10 @@ STAGES_COLUMNS = {
 }
 # EXPLAIN ANALYZE runs what it explains, so what follows has to be a SELECT as well.
 EXPLAIN = re.compile(r"\s*explain\s*(\([^)]*\)|analyze\b)?", re.IGNORECASE)
+# Of what is missing of a run.
+GAPS_SHOWN = 3
+# DuckDB takes file names for patterns; each sign in brackets stands for itself.
+GLOB_SIGNS = re.compile(r"[*?\[]")
 SQL_POSITION = re.compile(r"\s*\n\s*LINE \d+:.*", re.DOTALL)
 
 
@@ -84,15 +89,18 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
     folders = dict.fromkeys(folder.resolve() for path in given for folder in _find_run_folders(path))
     manifests: dict[str, dict[str, Any]] = {}
     files: dict[str, list[str]] = {name: [] for name in TABLES}
+    notes: dict[str, str | None] = {}
     for folder in folders:
         manifest = {**read_manifest(folder), "path": str(folder)}
         run_id = str(manifest.get("run_id", folder.name))
         if run_id in manifests:
             raise InputError(f'{folder}: run_id "{run_id}" also stands in {manifests[run_id]["path"]}')
         manifests[run_id] = manifest
+        parts = list_parts(folder, manifest)
         for name, table in TABLES.items():
-            files[name] += [str(_checked(path, table)) for path in sorted((folder / name).glob("*.parquet"))]
-    return Runs(manifests, files)
+            files[name] += [str(check_part(path, table, rows)) for path, rows in parts[name].items()]
+        notes[run_id] = _describe_progress(manifest, _read_steps(folder, parts["steps"]))
+    return Runs(manifests, files, notes)
 
 
 class Runs:
@@ -100,14 +108,19 @@ class Runs:
 
     Attributes:
         manifests: Content of each ``run.json`` by run_id, with ``path`` added.
+        notes: What is missing of each run that is not there in full, in one line, by run_id.
     """
 
-    def __init__(self, manifests: dict[str, dict[str, Any]], files: dict[str, list[str]]) -> None:
+    def __init__(
+        self, manifests: dict[str, dict[str, Any]], files: dict[str, list[str]], notes: dict[str, str | None]
+    ) -> None:
         """``files`` lists the Parquet files of each table, all runs together."""
         self.manifests = manifests
+        self.notes = {run_id: note for run_id, note in notes.items() if note}
         self._fits: dict[str, StageFit] | None = None
         self._has_stages = False
         self._kept: dict[tuple[str, ...], pl.DataFrame] = {}
+        self._files = [path for paths in files.values() for path in paths]
         self._con = _connect(manifests, files)
 
     def __repr__(self) -> str:
@@ -214,6 +227,10 @@ class Runs:
         self._con.execute("begin transaction read only")
         try:
             return self._con.sql(text, params=params).pl()
+        except duckdb.IOException as error:
+            raise InputError(
+                f"{_one_line(error)}; has the run been resumed from an earlier step? open it again"
+            ) from None
         except duckdb.Error as error:
             raise InputError(_one_line(error)) from None
         finally:
@@ -221,7 +238,7 @@ class Runs:
 
 
 def _find_run_folders(path: str | Path) -> list[Path]:
-    if glob.has_magic(str(path)):
+    if glob.has_magic(str(path)) and not Path(path).exists():
         matches = [Path(match) for match in sorted(glob.glob(str(path)))]
         found = [folder for match in matches for folder in _runs_inside(match)]
     else:
@@ -237,39 +254,33 @@ def _runs_inside(folder: Path) -> list[Path]:
     return [path.parent for path in sorted(folder.glob(f"*/{MANIFEST}"))]
 
 
-def _checked(path: Path, table: Table) -> Path:
-    import pyarrow as pa
+def _read_steps(folder: Path, parts: Iterable[Path]) -> list[int]:
+    """Steps that are recorded, in order.
+
+    Raises:
+        InputError: one is recorded twice.
+    """
     import pyarrow.parquet as pq
 
-    try:
-        schema = pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: damaged or truncated Parquet file ({reason})") from None
-    version = (schema.metadata or {}).get(VERSION_KEY, b"none").decode()
-    if version != str(SCHEMA_VERSION):
-        raise InputError(f"{path}: schema version {version}, this version of entrace reads {SCHEMA_VERSION}")
-    for column in table.columns:
-        if column.name not in schema.names:
-            found = ", ".join(schema.names)
-            raise InputError(f"{path}: column {column.name} ({column.type}) is missing; found {found}")
-        stored = schema.field(column.name).type
-        if _kind(stored) != _kind(column.type):
-            raise InputError(f"{path}: column {column.name} is {stored}, expected {column.type}")
-    return path
+    columns = [pq.read_table(path, columns=["step"])["step"].drop_null() for path in parts]
+    steps = sorted(step for column in columns for step in column.to_pylist())
+    if twice := next((step for step, following in pairwise(steps) if step == following), None):
+        raise InputError(
+            f"{folder / 'steps'}: step {twice} is recorded twice; remove the file that is no part of the run"
+        )
+    return steps
 
 
-def _kind(stored: pa.DataType) -> str:
-    """Family of a type: another width of number or string reads as well."""
-    import pyarrow as pa
-
-    tests: dict[str, Callable[[pa.DataType], bool]] = {
-        "integer": pa.types.is_integer,
-        "float": pa.types.is_floating,
-        "text": lambda t: pa.types.is_string(t) or pa.types.is_large_string(t) or pa.types.is_string_view(t),
-        "list": lambda t: pa.types.is_list(t) or pa.types.is_large_list(t),
-    }
-    return next((name for name, is_kind in tests.items() if is_kind(stored)), str(stored))
+def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int]) -> str | None:
+    """What is missing of a run, in one line; None if it is complete."""
+    gaps = [(a + 1, b - 1) for a, b in pairwise([0, *steps]) if b - a > 1]
+    missing = "; steps " + ", ".join(f"{a} to {b}" if b > a else str(a) for a, b in gaps[:GAPS_SHOWN]) + " are missing"
+    done = f"{len(steps)} of {manifest.get('total_steps') or 'unknown'} steps recorded"
+    status = {"running": "being written or interrupted", "failed": f"failed ({manifest.get('error')})"}
+    state = status.get(manifest.get("status") or "")
+    if not state and not gaps:
+        return None
+    return f"{state or manifest.get('status')}, {done}{missing if gaps else ''}"
 
 
 def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, list[str]]) -> duckdb.DuckDBPyConnection:
@@ -298,8 +309,7 @@ def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, list[str]]) 
     con.executemany(f"insert into runs values ({', '.join('?' * len(RUNS_COLUMNS))})", rows)
     for text in queries.staging():
         con.execute(text)
-    folders = ", ".join(_quote(manifest["path"]) for manifest in manifests.values())
-    con.execute(f"set allowed_directories = [{folders}]")
+    con.execute(f"set allowed_paths = [{', '.join(_quote(path) for paths in files.values() for path in paths)}]")
     con.execute("set enable_external_access = false")
     con.execute("set lock_configuration = true")
     return con
@@ -314,10 +324,9 @@ def _create_view(con: duckdb.DuckDBPyConnection, table: Table, files: list[str])
         con.unregister("empty")
         return
     columns = ", ".join(column.name for column in table.columns)
+    paths = ", ".join(_quote(GLOB_SIGNS.sub(r"[\g<0>]", path)) for path in files)
     try:
-        con.execute(
-            f"create view {table.name} as select {columns} from read_parquet([{', '.join(map(_quote, files))}])"
-        )
+        con.execute(f"create view {table.name} as select {columns} from read_parquet([{paths}])")
     except duckdb.Error as error:
         raise InputError(_one_line(error)) from None
 

@@ -5,17 +5,28 @@ from __future__ import annotations
 import json
 import os
 import platform
+import reprlib
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from analysis.trace.errors import InputError
 from analysis.trace.schema import SCHEMA_VERSION
 
 MANIFEST = "run.json"
+# Types of what readers rely on; other keys may hold anything.
+TEXT, NUMBER, SECTION = (str, type(None)), (int, type(None)), (dict, type(None))
+KIND_NAMES = {TEXT: "text", NUMBER: "a whole number", SECTION: "a table"}
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("run_id", "study", "arm", "baseline", "status", "error", "model", "task"), TEXT),
+    **dict.fromkeys(("git_commit", "started_at", "finished_at"), TEXT),
+    **dict.fromkeys(("seed", "last_durable_step", "total_steps"), NUMBER),
+    **dict.fromkeys(("config", "files", "hardware", "versions", "common_random_numbers"), SECTION),
+}
 PACKAGES = ("entrace", "torch", "transformers", "tokenizers", "reasoning-gym", "pyarrow", "duckdb", "numpy")
 
 
@@ -25,13 +36,36 @@ def write_manifest(run_dir: Path, manifest: dict[str, Any]) -> None:
 
 
 def replace_atomically(path: Path, data: bytes) -> None:
-    """Writes ``data`` to a temporary name, syncs it and renames it to ``path``."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    """Puts ``data`` at ``path`` so that it is there whole, or not at all, and stays there through a loss of power."""
+    with durable_file(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+
+
+@contextmanager
+def durable_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that gets the name ``path`` once it is whole and on disk; an error leaves what was there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except Exception:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes names given in ``folder`` durable, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
@@ -44,12 +78,22 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{run_dir}: not a trace (no {MANIFEST})")
     try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(f"{path}: schema_version {version!r}, this version of entrace reads {SCHEMA_VERSION}")
+    for key, kinds in KINDS.items():
+        if key in manifest and not isinstance(manifest[key], kinds):
+            raise InputError(f"{path}: {key} is {reprlib.repr(manifest[key])}, expected {KIND_NAMES[kinds]}")
+    for table, files in (manifest.get("files") or {}).items():
+        if not isinstance(files, dict):
+            raise InputError(
+                f"{path}: files.{table} is {reprlib.repr(files)}, expected a table of files and their rows"
+            )
     return manifest
 
 

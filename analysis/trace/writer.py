@@ -6,15 +6,15 @@ Usage::
     writer.append("prompts", {...})
     for step in ...:
         writer.append("tokens", {"step": step, "prompt_id": ids, ...})   # arrays of one length, or scalars
-        writer.flush(step)                                               # durable up to here
+        writer.end_step(step)
+    writer.flush()                                                       # durable up to the last step that ended
     writer.finish()
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +25,65 @@ import pyarrow.parquet as pq
 
 from analysis.trace.errors import InputError, nearest
 from analysis.trace.lexicon import Lexicon
-from analysis.trace.manifest import now, read_manifest, write_manifest
+from analysis.trace.manifest import durable_file, now, read_manifest, write_manifest
+from analysis.trace.parts import FILES, Files, last_step, listed_files, part_name, remove_leftovers
 from analysis.trace.schema import SCHEMA_VERSION, TABLES, Table
 
 # Smallest exact encodings found for each kind of column: mantissa bytes of measured floats are noise and cost least
 # when split from the exponents; ids, lengths and constants within a response are runs.
 SPLIT_COLUMNS = {"logprob", "entropy", "grad_norm", "logprob_after", "entropy_after"}
 DELTA_COLUMNS = {"rollout_id", "position", "response_length"}
-PART = re.compile(r"part-(\d+)-(\d+)\.parquet")
+SURROGATES = re.compile("[\ud800-\udfff]")
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+Gather = Callable[[Files], list[Files]]
 
 
 class TraceWriter:
     """Buffers rows in memory and writes one Parquet file a table at every ``flush``.
 
-    A file covers whole steps, appears under its final name only when complete, and is never rewritten.
+    A file covers whole steps, appears under its final name only when complete, and is never rewritten. It counts from
+    the moment at which ``run.json``, replaced as a whole, lists it: all tables move on to a step together.
+
+    Where several processes record one run, each has a writer with its own ``rank``, and all flush together: ``gather``
+    returns what every process passes to it, once all have called it. Rank 0 keeps ``run.json``.
     """
 
-    def __init__(self, run_dir: Path, manifest: dict[str, Any], categories: np.ndarray) -> None:
+    def __init__(
+        self, run_dir: Path, manifest: dict[str, Any], categories: np.ndarray, rank: int, gather: Gather
+    ) -> None:
         """Use ``create`` or ``resume``; ``categories`` holds the category of each vocabulary entry, shape ``(V,)``."""
         self.run_dir = run_dir
         self.manifest = manifest
+        self.rank = rank
+        self._gather = gather
         self._categories = pa.array(categories, pa.string())
         self._buffers: dict[str, list[pa.Table]] = {name: [] for name in TABLES}
+        self._ended_step = manifest["last_durable_step"]
+        self._num_ended = dict.fromkeys(TABLES, 0)
 
     @classmethod
     def create(
-        cls, run_dir: Path, manifest: Mapping[str, Any], vocab: Sequence[str], lexicon: Lexicon | None = None
+        cls,
+        run_dir: Path,
+        manifest: Mapping[str, Any],
+        vocab: Sequence[str],
+        lexicon: Lexicon | None = None,
+        *,
+        replace: bool = False,
+        rank: int = 0,
+        gather: Gather = lambda files: [files],
     ) -> TraceWriter:
         """Starts a new trace in ``run_dir``.
 
         Args:
-            run_dir: Folder to create; it must not hold a run yet.
+            run_dir: Folder to create; it must not hold anything yet.
             manifest: What ``run.json`` shall say of the run; ``run_id`` is required.
             vocab: Text of every vocabulary entry, indexed by token id.
             lexicon: Words and rules of the token categories; the shipped ones if not given.
+            replace: The folder may hold a trace, whose rows are removed.
+            rank: Of this process among those that record the run.
+            gather: See the class.
 
         Raises:
             InputError: ``run_dir`` is not empty, or ``run_id`` is missing.
@@ -66,36 +91,43 @@ class TraceWriter:
         run_dir = Path(run_dir)
         if "run_id" not in manifest:
             raise InputError('the manifest of a trace needs a "run_id"')
-        if run_dir.exists() and any(run_dir.iterdir()):
+        if rank == 0 and not replace and run_dir.exists() and any(run_dir.iterdir()):
             raise InputError(f"{run_dir}: already holds files; choose another folder, or go on with --resume")
         categories = (lexicon or Lexicon.load()).categorize(vocab)
-        run_dir.mkdir(parents=True, exist_ok=True)
         state = {"schema_version": SCHEMA_VERSION, "status": "running", "started_at": now(), "last_durable_step": 0}
-        writer = cls(run_dir, {**manifest, **state}, categories)
-        write_manifest(run_dir, writer.manifest)
-        writer.append("vocab", {"token_id": np.arange(len(vocab)), "text": list(vocab), "category": categories})
+        writer = cls(run_dir, {**manifest, **state, FILES: {}}, categories, rank, gather)
+        if rank == 0:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_manifest(run_dir, writer.manifest)
+            remove_leftovers(run_dir, writer.manifest)
+            writer.append("vocab", {"token_id": np.arange(len(vocab)), "text": list(vocab), "category": categories})
         return writer
 
     @classmethod
-    def resume(cls, run_dir: Path, step: int) -> TraceWriter:
-        """Goes on with the trace in ``run_dir`` after ``step``, removing whatever was written beyond it."""
+    def resume(cls, run_dir: Path, step: int, rank: int = 0, gather: Gather = lambda files: [files]) -> TraceWriter:
+        """Goes on with the trace in ``run_dir`` after ``step``, removing whatever was written beyond it.
+
+        Raises:
+            InputError: nothing of the trace is durable up to ``step``, or one of its files is missing.
+        """
         run_dir = Path(run_dir)
         manifest = read_manifest(run_dir)
-        for path in run_dir.glob("*/.*.tmp"):
-            path.unlink()
-        for path in run_dir.glob("*/part-*.parquet"):
-            if (match := PART.fullmatch(path.name)) and int(match[2]) > step:
-                path.unlink()
-        parts = [pq.read_table(path, columns=["category"]) for path in sorted((run_dir / "vocab").glob("*.parquet"))]
+        listed = listed_files(run_dir, manifest)
+        kept = {
+            table: {name: rows for name, rows in files.items() if last_step(name) <= step}
+            for table, files in listed.items()
+        }
+        parts = [pq.read_table(run_dir / "vocab" / name, columns=["category"]) for name in kept.get("vocab", ())]
         if not parts:
             raise InputError(f"{run_dir}: nothing durable to resume from; remove the folder and start again")
         manifest.pop("error", None)
-        writer = cls(
-            run_dir,
-            {**manifest, "status": "running", "last_durable_step": step},
-            pa.concat_tables(parts)["category"].to_numpy(zero_copy_only=False),
-        )
-        write_manifest(run_dir, writer.manifest)
+        state = {"status": "running", "last_durable_step": step, FILES: kept}
+        categories = pa.concat_tables(parts)["category"].to_numpy(zero_copy_only=False)
+        writer = cls(run_dir, {**manifest, **state}, categories, rank, gather)
+        if rank == 0:
+            # Readers go by the manifest: files may go only after it has let go of them.
+            write_manifest(run_dir, writer.manifest)
+            remove_leftovers(run_dir, writer.manifest)
         return writer
 
     def append(self, table: str, columns: Mapping[str, Any]) -> None:
@@ -104,7 +136,8 @@ class TraceWriter:
         Args:
             table: Name from ``analysis.trace.TABLES``.
             columns: Arrays of one length, or scalars that hold for all rows. ``run_id`` is filled in, and so is the
-                ``category`` of tokens; nullable columns may be left out.
+                ``category`` of tokens; nullable columns may be left out. Of text, lone surrogates, which no file can
+                hold, become U+FFFD.
 
         Raises:
             InputError: unknown table or column, a column missing, lengths that differ, or a value of a wrong type.
@@ -116,15 +149,39 @@ class TraceWriter:
             columns["category"] = self._categories.take(pa.array(columns["token_id"]))
         self._buffers[table].append(_as_arrow(TABLES[table], columns))
 
-    def flush(self, step: int) -> None:
-        """Makes all buffered rows durable; ``step`` is the last step that they complete."""
-        first = self.manifest["last_durable_step"] + 1
-        for name, parts in self._buffers.items():
-            if parts:
-                _write_part(self.run_dir / name / f"part-{first:06d}-{step:06d}.parquet", TABLES[name], parts)
-                self._buffers[name] = []
-        self.manifest["last_durable_step"] = step
-        write_manifest(self.run_dir, self.manifest)
+    def end_step(self, step: int) -> None:
+        """Says that the rows appended so far complete ``step``; only rows of ended steps are ever written."""
+        self._ended_step = step
+        self._num_ended = {name: len(parts) for name, parts in self._buffers.items()}
+
+    def flush(self, step: int | None = None) -> None:
+        """Makes the rows of all steps that have ended durable; ``step``, if given, ends here.
+
+        If this raises, nothing has changed for readers, and the rows are still buffered.
+
+        Raises:
+            InputError: rows were appended to a step that is durable already.
+        """
+        if step is not None:
+            self.end_step(step)
+        first = min(self.manifest["last_durable_step"] + 1, self._ended_step)
+        name = part_name(first, self._ended_step, self.rank)
+        own: Files = {}
+        for table, parts in self._buffers.items():
+            if ended := parts[: self._num_ended[table]]:
+                if name in self.manifest[FILES].get(table, {}):
+                    raise InputError(f"table {table}: step {self._ended_step} is durable already, no row can be added")
+                own[table] = {name: _write_part(self.run_dir / table / name, TABLES[table], ended)}
+        files = {table: dict(listed) for table, listed in self.manifest[FILES].items()}
+        for written in self._gather(own):
+            for table, part in written.items():
+                files.setdefault(table, {}).update(part)
+        manifest = {**self.manifest, "last_durable_step": self._ended_step, FILES: files}
+        if self.rank == 0:
+            write_manifest(self.run_dir, manifest)
+        self.manifest = manifest
+        self._buffers = {table: parts[self._num_ended[table] :] for table, parts in self._buffers.items()}
+        self._num_ended = dict.fromkeys(TABLES, 0)
 
     def finish(self, error: str | None = None) -> None:
         """Marks the run ``complete``, or ``failed`` with its error. Rows not flushed are dropped on purpose."""
@@ -132,7 +189,8 @@ class TraceWriter:
         self.manifest["finished_at"] = now()
         if error:
             self.manifest["error"] = error
-        write_manifest(self.run_dir, self.manifest)
+        if self.rank == 0:
+            write_manifest(self.run_dir, self.manifest)
 
 
 def write_part(path: Path, table: str, columns: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
@@ -166,7 +224,7 @@ def _as_arrow(table: Table, columns: Mapping[str, Any]) -> pa.Table:
             raise InputError(f'table {table.name}: column "{column.name}" is missing')
         value = columns.get(column.name)
         try:
-            array = pa.array(value, column.type) if _is_array(value) else pa.repeat(pa.scalar(value, column.type), rows)
+            array = _to_array(value, column.type, rows)
         except (pa.ArrowException, TypeError, ValueError) as error:
             raise InputError(f"table {table.name}: column {column.name} is no {column.type} ({error})") from None
         if array.null_count and not column.nullable:
@@ -175,11 +233,25 @@ def _as_arrow(table: Table, columns: Mapping[str, Any]) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=table.arrow_schema)
 
 
+def _to_array(value: Any, kind: pa.DataType, rows: int) -> pa.Array:
+    try:
+        return pa.array(value, kind) if _is_array(value) else pa.repeat(pa.scalar(value, kind), rows)
+    except UnicodeEncodeError:
+        return _to_array(_without_surrogates(value), kind, rows)
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return SURROGATES.sub(REPLACEMENT, value)
+    return [_without_surrogates(entry) for entry in value] if _is_array(value) else value
+
+
 def _is_array(value: Any) -> bool:
     return isinstance(value, (list, tuple, np.ndarray, pa.Array, pa.ChunkedArray))
 
 
-def _write_part(path: Path, table: Table, parts: list[pa.Table]) -> None:
+def _write_part(path: Path, table: Table, parts: list[pa.Table]) -> int:
+    """Writes one file, sorted; returns its rows."""
     path.parent.mkdir(exist_ok=True)
     rows = pa.concat_tables(parts)
     order = pc.sort_indices(rows, [(name, "ascending") for name in table.sort_by]).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
@@ -188,8 +260,7 @@ def _write_part(path: Path, table: Table, parts: list[pa.Table]) -> None:
     names = [column.name for column in table.columns]
     encodings = {name: "BYTE_STREAM_SPLIT" for name in names if name in SPLIT_COLUMNS and table.name == "tokens"}
     encodings |= {name: "DELTA_BINARY_PACKED" for name in names if name in DELTA_COLUMNS}
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    with durable_file(path) as file:
         pq.write_table(
             rows,
             file,
@@ -197,6 +268,4 @@ def _write_part(path: Path, table: Table, parts: list[pa.Table]) -> None:
             use_dictionary=[name for name in names if name not in encodings],  # pyright: ignore[reportArgumentType]
             column_encoding=encodings,
         )
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    return len(rows)

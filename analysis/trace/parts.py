@@ -1,0 +1,151 @@
+"""The Parquet files of a run: which of them count, and whether they are what ``run.json`` says.
+
+``run.json`` lists every file that ``TraceWriter`` has made durable, with its rows. A file of the writer's naming that
+is not on the list is the leftover of an interrupted flush. Files of other names belong to no step of the run, such as
+those of ``entrace intervene``, and always count; so does everything in traces whose manifest has no list.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.trace.errors import InputError
+from analysis.trace.schema import SCHEMA_VERSION, TABLES, VERSION_KEY, Table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PART = re.compile(r"part-(\d+)-(\d+)(?:\.rank-\d+)?\.parquet")
+# Key of run.json.
+FILES = "files"
+# Rows of each file of the writer's naming, by table and file name; None where they are not known.
+Files = dict[str, dict[str, int | None]]
+
+
+def part_name(first: int, last: int, rank: int) -> str:
+    """Name of the file that holds the rows of steps ``first`` to ``last`` of one process."""
+    return f"part-{first:06d}-{last:06d}{f'.rank-{rank:03d}' if rank else ''}.parquet"
+
+
+def last_step(name: str) -> int:
+    """Last step that a file of the writer's naming holds.
+
+    Raises:
+        InputError: another name.
+    """
+    if not (match := PART.fullmatch(name)):
+        raise InputError(f'"{name}": no name of a file of a trace')
+    return int(match[2])
+
+
+def listed_files(run_dir: Path, manifest: Mapping[str, Any]) -> Files:
+    """What the manifest lists; where it has no list, every file of the writer's naming that is there."""
+    if FILES in manifest:
+        return manifest[FILES]
+    return {name: {path.name: None for path in _find(run_dir, name) if PART.fullmatch(path.name)} for name in TABLES}
+
+
+def list_parts(run_dir: Path, manifest: Mapping[str, Any]) -> dict[str, dict[Path, int | None]]:
+    """Files of each table that count, in order, with their rows where these are known.
+
+    Raises:
+        InputError: one that the manifest lists is not there.
+    """
+    listed = listed_files(run_dir, manifest)
+    parts = {}
+    for table in TABLES:
+        rows = {run_dir / table / name: rows for name, rows in listed.get(table, {}).items()}
+        found = _find(run_dir, table)
+        for path in rows:
+            if path not in found:
+                raise InputError(f"{path}: missing, though {run_dir.name}/run.json lists it; {_remedy(path)}")
+        parts[table] = {path: rows.get(path) for path in found if path in rows or not PART.fullmatch(path.name)}
+    return parts
+
+
+def last_whole_step(run_dir: Path, manifest: Mapping[str, Any]) -> tuple[int, str | None]:
+    """Last durable step up to which every file of the trace is whole, and what is wrong with the next one."""
+    durable, damage = int(manifest["last_durable_step"]), None
+    for table, files in listed_files(run_dir, manifest).items():
+        for name, rows in files.items():
+            match = PART.fullmatch(name)
+            if match and int(match[1]) <= durable:
+                try:
+                    check_part(run_dir / table / name, TABLES[table], rows)
+                except InputError as error:
+                    durable, damage = int(match[1]) - 1, str(error)
+    return max(0, durable), damage
+
+
+def remove_leftovers(run_dir: Path, manifest: Mapping[str, Any]) -> None:
+    """Removes temporary files, and files of the writer's naming that the manifest does not list."""
+    for name in TABLES:
+        listed = manifest[FILES].get(name, {})
+        for path in (run_dir / name).glob("*"):
+            is_temporary = path.name.startswith(".") and path.name.endswith(".tmp")
+            if is_temporary or (PART.fullmatch(path.name) and path.name not in listed):
+                path.unlink()
+
+
+def check_part(path: Path, table: Table, rows: int | None = None) -> Path:
+    """Checks that a file has the columns of ``table``, and ``rows`` rows if that is known; returns the path.
+
+    Raises:
+        InputError: damaged, of another schema version, lacking a column or with one of another type, or a link.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.is_symlink():
+        raise InputError(f"{path}: a link; a trace holds files only")
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, found_rows = file.schema_arrow, file.metadata.num_rows
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{path}: damaged or truncated Parquet file ({reason}); {_remedy(path)}") from None
+    _check_schema(path, schema, table)
+    if rows is not None and found_rows != rows:
+        raise InputError(f"{path}: holds {found_rows} rows, run.json says {rows}; {_remedy(path)}")
+    return path
+
+
+def _check_schema(path: Path, schema: pa.Schema, table: Table) -> None:
+    version = (schema.metadata or {}).get(VERSION_KEY, b"none").decode(errors="replace")
+    if version != str(SCHEMA_VERSION):
+        raise InputError(f"{path}: schema version {version}, this version of entrace reads {SCHEMA_VERSION}")
+    for column in table.columns:
+        if column.name not in schema.names:
+            found = ", ".join(schema.names)
+            raise InputError(f"{path}: column {column.name} ({column.type}) is missing; found {found}")
+        if schema.names.count(column.name) > 1:
+            raise InputError(f"{path}: column {column.name} is there more than once")
+        stored = schema.field(column.name).type
+        if _kind(stored) != _kind(column.type):
+            raise InputError(f"{path}: column {column.name} is {stored}, expected {column.type}")
+
+
+def _find(run_dir: Path, table: str) -> list[Path]:
+    return sorted((run_dir / table).glob("*.parquet"))
+
+
+def _remedy(path: Path) -> str:
+    if not PART.fullmatch(path.name):
+        return "remove it, and what it held is made again by the same command"
+    return "restore it, or go back to the checkpoint before it with entrace train --resume"
+
+
+def _kind(stored: pa.DataType) -> str:
+    """Family of a type: another width of number or string reads as well."""
+    import pyarrow as pa
+
+    tests: dict[str, Callable[[pa.DataType], bool]] = {
+        "integer": pa.types.is_integer,
+        "float": pa.types.is_floating,
+        "text": lambda t: pa.types.is_string(t) or pa.types.is_large_string(t) or pa.types.is_string_view(t),
+        "list": lambda t: pa.types.is_list(t) or pa.types.is_large_list(t),
+    }
+    return next((name for name, is_kind in tests.items() if is_kind(stored)), str(stored))
