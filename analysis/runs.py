@@ -227,11 +227,10 @@ class Runs:
         self._con.execute("begin transaction read only")
         try:
             return self._con.sql(text, params=params).pl()
-        except duckdb.IOException as error:
-            raise InputError(
-                f"{_one_line(error)}; has the run been resumed from an earlier step? open it again"
-            ) from None
         except duckdb.Error as error:
+            # A run that is resumed takes back what it recorded beyond its checkpoint.
+            if gone := next((path for path in self._files if not Path(path).exists()), None):
+                raise InputError(f"{gone}: gone since it was opened; open the run again") from None
             raise InputError(_one_line(error)) from None
         finally:
             self._con.execute("rollback")

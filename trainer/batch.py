@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainer.advantage import group_relative_advantage, mixed_groups, overlong_penalty
 from trainer.config import Config
+from trainer.faults import memory_advice
 from trainer.policy import Policy
 from trainer.rollout import Samples, SamplingParams, sample
 from trainer.seeding import Stream, generator
@@ -107,13 +108,14 @@ def _sample_round(
     """Samples and scores ``group_size`` responses to each prompt; ``place`` is (step, refill)."""
     rollout = config.rollout
     started = time.perf_counter()
-    samples = sample(
-        policy,
-        [policy.encode_prompt(prompt.text) for prompt in prompts],
-        rollout.group_size,
-        SamplingParams(rollout.max_response_tokens, rollout.temperature),
-        generator(config.seed, Stream.ROLLOUT, *place),
-    )
+    with memory_advice(config, f"sampling at step {place[0]}", "rollout.prompts_per_step", "rollout.group_size"):
+        samples = sample(
+            policy,
+            [policy.encode_prompt(prompt.text) for prompt in prompts],
+            rollout.group_size,
+            SamplingParams(rollout.max_response_tokens, rollout.temperature),
+            generator(config.seed, Stream.ROLLOUT, *place),
+        )
     sampled = time.perf_counter()
     completions = policy.decode([response.tolist() for response in samples.responses()])
     prompts = [prompt for prompt in prompts for _ in range(rollout.group_size)]

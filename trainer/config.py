@@ -245,13 +245,14 @@ class EvalConfig(Section):
 class RecordConfig(Section):
     """How often, in steps, buffered rows become Parquet files, after-update values are captured, a checkpoint is kept.
 
-    ``after_update_every`` = 0 captures none.
+    ``after_update_every`` = 0 captures none. ``mantissa_bits`` is to what measured columns of tokens are rounded.
     """
 
     flush_every: Positive = 10
     after_update_every: Natural = 5
     checkpoint_every: Positive = 50
     lexicon: str | None = None
+    mantissa_bits: Annotated[int, Field(ge=1, le=23)] = 23
 
     def captures(self, step: int) -> bool:
         """Whether after-update values are captured at this step."""

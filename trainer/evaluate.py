@@ -11,6 +11,7 @@ import numpy as np
 from analysis.trace import read_manifest
 from trainer.checkpoint import find_checkpoint
 from trainer.config import Config, build_config
+from trainer.faults import memory_advice
 from trainer.policy import Policy
 from trainer.rollout import SamplingParams, sample
 from trainer.run_folder import has_begun
@@ -44,7 +45,8 @@ def evaluate(
     for start in range(0, len(task.heldout), size):
         prompts = task.heldout[start : start + size]
         rng = generator(config.seed, Stream.EVAL, start)
-        samples = sample(policy, [policy.encode_prompt(p.text) for p in prompts], samples_per_prompt, params, rng)
+        with memory_advice(config, "evaluating", "rollout.prompts_per_step", "eval.samples"):
+            samples = sample(policy, [policy.encode_prompt(p.text) for p in prompts], samples_per_prompt, params, rng)
         completions = policy.decode([response.tolist() for response in samples.responses()])
         prompts = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
         scores = [task.score(text, prompt) for text, prompt in zip(completions, prompts, strict=True)]

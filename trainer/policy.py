@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import json
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from trainer.resources import EMBEDDED, find_base_policy
 from trainer.token_stats import LMHead, TokenStats, compute_token_stats
 
 HEAD_TOLERANCE = 1e-2
+PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 
 # Its bars for reading and writing weights would tear the run's own apart.
 disable_progress_bar()
@@ -39,10 +41,11 @@ class Policy:
         """Loads a folder in Hugging Face layout; ``embedded`` names the shipped base policy.
 
         Raises:
-            InputError: no such folder, no model or tokenizer in it, no safetensors, or a head that is not one linear
-                map, which the closed-form statistics need.
+            InputError: no such folder, no model or tokenizer in it, no safetensors, code of its own, or a head that is
+                not one linear map, which the closed-form statistics need.
         """
         path = find_base_policy() if config.path == EMBEDDED else Path(config.path)
+        _refuse_code(path)
         if not path.is_dir():
             raise InputError(f"policy.path: no model folder at {path}")
         device = _pick_device(config.device)
@@ -138,9 +141,27 @@ def _pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
 
 
+def _refuse_code(path: Path) -> None:
+    """Loading a model must not run code that came with it: neither pickles nor modules."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path] * path.is_file()
+    suffixes = {file.suffix for file in files}
+    if pickles := [file for file in files if file.suffix in PICKLES and ".safetensors" not in suffixes]:
+        raise InputError(
+            f"{path}: no usable model ({pickles[0].name} is a pickle, which can run code when it is read; if you trust "
+            "it, make a folder of safetensors: AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW))"
+        )
+    for name in ("config.json", "tokenizer_config.json"):
+        with suppress(OSError, ValueError, TypeError):
+            if "auto_map" in json.loads((path / name).read_text(encoding="utf-8")):
+                raise InputError(
+                    f"{path}: no usable model (auto_map in {name} asks for code that came with it, which is never run; "
+                    "remove that key if transformers knows the architecture by itself)"
+                )
+
+
 def _load_part(loader: Any, path: Path, part: str, **arguments: Any) -> Any:
     try:
-        return loader.from_pretrained(path, local_files_only=True, **arguments)
+        return loader.from_pretrained(path, local_files_only=True, trust_remote_code=False, **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{path}: no usable {part} ({reason})") from None

@@ -12,28 +12,33 @@ penalty). Deviations from its released code:
 
 from __future__ import annotations
 
-import shutil
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from analysis.trace import Lexicon, TraceWriter
+from analysis.trace import Lexicon, TraceWriter, read_manifest
+from analysis.trace.parts import last_whole_step
 from trainer.batch import Batch, PromptSource, collect_batch
-from trainer.checkpoint import RunState, list_checkpoints, load_checkpoint, save_checkpoint
+from trainer.checkpoint import RunState, find_intact, load_checkpoint, remove_unfinished, save_checkpoint
 from trainer.config import Config
 from trainer.evaluate import evaluate
+from trainer.faults import explain_fault
 from trainer.method import TokenBatch
 from trainer.plateau import PlateauDetector
 from trainer.policy import Policy
 from trainer.record import record_batch, record_prompts
-from trainer.run_folder import describe_run, is_complete
+from trainer.run_folder import describe_run, has_begun, is_complete
 from trainer.seeding import Stream
 from trainer.shaping import shape
 from trainer.tasks import ReasoningGymTask
 from trainer.update import Learner, UpdateMetrics
+
+log = logging.getLogger("entrace")
 
 
 def train(
@@ -63,17 +68,31 @@ def train(
     task = ReasoningGymTask(config.task.name, config.task.params, config.seed, config.task.num_heldout)
     learner = Learner(config, Policy.load(config.policy))
     writer, state = _open_trace(config, run_dir, labels, learner, resume)
-    try:
+    with _durable(writer):
         if state.step == 0:
             record_prompts(writer, task.heldout)
             writer.append("evals", evaluate(config, learner.policy, task, step=0))
+            writer.flush(0)
         _run_steps(config, task, learner, writer, state, on_step)
+
+
+@contextmanager
+def _durable(writer: TraceWriter) -> Iterator[None]:
+    """However training ends, the steps that it finished are made durable, and ``run.json`` says how it ended."""
+    try:
+        yield
     except BaseException as error:
-        if state.step > writer.manifest["last_durable_step"]:
-            writer.flush(state.step)
-        if not isinstance(error, KeyboardInterrupt):
-            writer.finish(error=f"{type(error).__name__}: {error}")
-        raise
+        # What ended the run, such as a full disk, may forbid writing too; what is durable already stays so.
+        with suppress(OSError):
+            writer.flush()
+        if not isinstance(error, Exception):
+            raise
+        failure = explain_fault(error, writer.run_dir)
+        with suppress(OSError):
+            writer.finish(error=f"{type(failure).__name__}: {failure}")
+        if failure is error:
+            raise
+        raise failure from error
     writer.finish()
 
 
@@ -110,17 +129,18 @@ def _run_steps(
         figures = _step_figures(batch, metrics, lr=learner.optimizer.param_groups[0]["lr"])
         seconds = {"update_s": updated - started, "record_s": time.perf_counter() - updated}
         writer.append("steps", {"step": step, "is_shaped": is_shaped, **figures, **seconds})
+        is_last = step == config.steps
+        if is_last or step % config.eval.every == 0:
+            writer.append("evals", evaluate(config, learner.policy, task, step))
+        writer.end_step(step)
 
         plateau.update(figures["entropy_token_mean"], figures["accuracy"])
         state.step = step
         state.prompt_position = source.position
         state.next_rollout_id += len(batch.prompts)
         state.history = plateau.history
-        is_last = step == config.steps
-        if is_last or step % config.eval.every == 0:
-            writer.append("evals", evaluate(config, learner.policy, task, step))
         if is_last or step % config.record.flush_every == 0:
-            writer.flush(step)
+            writer.flush()
         if is_last or step % config.record.checkpoint_every == 0:
             save_checkpoint(writer.run_dir, learner, state)
         on_step(
@@ -158,14 +178,26 @@ def _open_trace(
     config: Config, run_dir: Path, labels: Mapping[str, str], learner: Learner, resume: bool
 ) -> tuple[TraceWriter, RunState]:
     """A new trace, or the one to go on with and where it stands."""
-    if resume and (checkpoints := list_checkpoints(run_dir)):
-        state = load_checkpoint(checkpoints[-1], learner)
-        return TraceWriter.resume(run_dir, state.step), state
-    if resume and run_dir.exists():
-        # Nothing to go on from yet: equal seeds give equal runs, so starting again loses nothing but time.
-        shutil.rmtree(run_dir)
+    if resume and has_begun(run_dir):
+        whole, damage = last_whole_step(run_dir, read_manifest(run_dir))
+        checkpoint = find_intact(run_dir, at_most=whole)
+        if damage:
+            log.warning("%s", damage)
+        remove_unfinished(run_dir)
+        if checkpoint:
+            state = load_checkpoint(checkpoint, learner)
+            return TraceWriter.resume(run_dir, state.step), state
     manifest = {**describe_run(config, run_dir, labels), "num_threads": torch.get_num_threads()}
     if learner.policy.device.type == "cuda":
         manifest["hardware"]["gpu"] = torch.cuda.get_device_name(learner.policy.device)
     lexicon = Lexicon.load(Path(config.record.lexicon) if config.record.lexicon else None)
-    return TraceWriter.create(run_dir, manifest, learner.policy.vocab(), lexicon), RunState()
+    # Without a checkpoint nothing is lost but time by starting again: equal seeds give equal runs.
+    writer = TraceWriter.create(
+        run_dir,
+        manifest,
+        learner.policy.vocab(),
+        lexicon,
+        replace=resume,
+        mantissa_bits=config.record.mantissa_bits,
+    )
+    return writer, RunState()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainer.batch import Batch
 from trainer.config import Config, OptimConfig
+from trainer.faults import TrainingError, memory_advice
 from trainer.loss import kl_penalty
 from trainer.method import TokenBatch
 from trainer.objectives import Objective
@@ -19,9 +20,7 @@ from trainer.policy import Policy
 from trainer.rollout import Samples
 from trainer.seeding import Stream, generator
 
-
-class TrainingError(RuntimeError):
-    """The run itself failed, in one line."""
+MEMORY_KEY = "optim.micro_batch_tokens"
 
 
 @dataclass
@@ -77,7 +76,8 @@ class Learner:
             step: Current step, from 1; decides the learning rate and the order of mini-batches.
 
         Raises:
-            TrainingError: the loss or the gradient is NaN or infinite; the weights are those before that update.
+            TrainingError: the loss or the gradient is NaN or infinite, or memory ran out; the weights are those before
+                that update.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optim, step)
@@ -85,9 +85,10 @@ class Learner:
         tokens = TokenBatch.of(batch, self.config.seed, Stream.LOSS, step)
         max_tokens = self.config.rollout.max_response_tokens
         updates = []
-        for rows in mini_batches(self.config, batch, step):
-            objective = Objective.of(self.config.loss, advantages[rows], tokens.take(rows), max_tokens)
-            updates.append(self._step_optimizer(batch.samples, objective, rows, step, is_clipped))
+        with memory_advice(self.config, f"updating at step {step}", MEMORY_KEY):
+            for rows in mini_batches(self.config, batch, step):
+                objective = Objective.of(self.config.loss, advantages[rows], tokens.take(rows), max_tokens)
+                updates.append(self._step_optimizer(batch.samples, objective, rows, step, is_clipped))
         if not updates:
             return UpdateMetrics(is_clipped)
         mean = torch.tensor(updates, dtype=torch.float64).mean(0).tolist()
@@ -100,11 +101,12 @@ class Learner:
         samples = batch.samples
         logprob, entropy = torch.zeros(samples.tokens.shape), torch.zeros(samples.tokens.shape)
         kept = torch.nonzero(batch.is_kept).squeeze(1)
-        for micro in micro_batches(samples, kept, self.config.optim.micro_batch_tokens):
-            rows = kept[micro]
-            stats = self.policy.score(*_sequences(samples, rows), self.config.rollout.temperature)
-            logprob[rows] = samples.place(stats.logprob, rows)
-            entropy[rows] = samples.place(stats.entropy, rows)
+        with memory_advice(self.config, "capturing what an update did", MEMORY_KEY):
+            for micro in micro_batches(samples, kept, self.config.optim.micro_batch_tokens):
+                rows = kept[micro]
+                stats = self.policy.score(*_sequences(samples, rows), self.config.rollout.temperature)
+                logprob[rows] = samples.place(stats.logprob, rows)
+                entropy[rows] = samples.place(stats.entropy, rows)
         return AfterUpdate(logprob, entropy, metrics.is_clipped)
 
     def _step_optimizer(

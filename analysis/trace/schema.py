@@ -19,13 +19,23 @@ LIST_OF_STRINGS = pa.list_(pa.string())
 
 @dataclass(frozen=True)
 class Column:
-    """One column: ``unit`` is a unit, a range or ``-``; ``nullable`` columns may be left out when writing."""
+    """One column.
+
+    Attributes:
+        name: The field's term.
+        type: Arrow type.
+        unit: A unit, a range or ``-``.
+        meaning: In a sentence.
+        nullable: May be left out when writing.
+        is_measured: float32 that was measured, rounded to the ``mantissa_bits`` that the field's metadata state.
+    """
 
     name: str
     type: pa.DataType
     unit: str
     meaning: str
     nullable: bool = False
+    is_measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,11 @@ class Table:
         return pa.schema(fields, metadata={VERSION_KEY: str(SCHEMA_VERSION).encode(), b"grain": self.grain.encode()})
 
 
+def _measured(name: str, unit: str, meaning: str, *, nullable: bool = False) -> Column:
+    meaning = f"{meaning} Rounded to mantissa_bits of run.json."
+    return Column(name, pa.float32(), unit, meaning, nullable, is_measured=True)
+
+
 RUN_ID = Column("run_id", pa.string(), "-", "The run; unique within a study.")
 STEP = Column("step", pa.int32(), "steps, from 1", "Training step that consumed the row.")
 PROMPT_ID = Column("prompt_id", pa.string(), "-", "The prompt; the responses of one prompt at one step are a group.")
@@ -66,20 +81,19 @@ TOKENS = Table(
         RESPONSE_LENGTH,
         Column("token_id", pa.int32(), "-", "Vocabulary entry; text in table vocab."),
         Column("category", pa.string(), "-", "Function of the token; see analysis/trace/lexicon.toml."),
-        Column("logprob", pa.float32(), "nats", "ln p of the token under the distribution it was sampled from."),
-        Column("entropy", pa.float32(), "nats", "Shannon entropy of that distribution, whole vocabulary."),
+        _measured("logprob", "nats", "ln p of the token under the distribution it was sampled from."),
+        _measured("entropy", "nats", "Shannon entropy of that distribution, whole vocabulary."),
         Column("advantage", pa.float32(), "std of group reward", "Group-relative advantage before shaping."),
         Column("shaped_advantage", pa.float32(), "std of group reward", "The advantage that entered the loss."),
-        Column(
+        _measured(
             "grad_norm",
-            pa.float32(),
             "nats",
             "Frobenius norm of the token's gradient at the LM head, "
             "|shaped_advantage| sqrt(1 - 2 p + sum p^2) |h| / temperature, before clipping and averaging.",
         ),
         IS_CORRECT,
-        Column("logprob_after", pa.float32(), "nats", "logprob after the step's update; null if not captured.", True),
-        Column("entropy_after", pa.float32(), "nats", "entropy after the step's update; null if not captured.", True),
+        _measured("logprob_after", "nats", "logprob after the step's update; null if not captured.", nullable=True),
+        _measured("entropy_after", "nats", "entropy after the step's update; null if not captured.", nullable=True),
         Column("is_clipped", pa.bool_(), "-", "The ratio clip took the token's gradient; null if not captured.", True),
     ),
     ("step", "rollout_id", "position"),

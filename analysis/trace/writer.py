@@ -27,11 +27,11 @@ from analysis.trace.errors import InputError, nearest
 from analysis.trace.lexicon import Lexicon
 from analysis.trace.manifest import durable_file, now, read_manifest, write_manifest
 from analysis.trace.parts import FILES, Files, last_step, listed_files, part_name, remove_leftovers
+from analysis.trace.precision import EXACT_BITS, MANTISSA_BITS, round_measured
 from analysis.trace.schema import SCHEMA_VERSION, TABLES, Table
 
 # Smallest exact encodings found for each kind of column: mantissa bytes of measured floats are noise and cost least
 # when split from the exponents; ids, lengths and constants within a response are runs.
-SPLIT_COLUMNS = {"logprob", "entropy", "grad_norm", "logprob_after", "entropy_after"}
 DELTA_COLUMNS = {"rollout_id", "position", "response_length"}
 SURROGATES = re.compile("[\ud800-\udfff]")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -58,6 +58,8 @@ class TraceWriter:
         self.rank = rank
         self._gather = gather
         self._categories = pa.array(categories, pa.string())
+        # Traces of earlier versions, which went on exactly, do not say.
+        self._mantissa_bits = manifest.get(MANTISSA_BITS, EXACT_BITS)
         self._buffers: dict[str, list[pa.Table]] = {name: [] for name in TABLES}
         self._ended_step = manifest["last_durable_step"]
         self._num_ended = dict.fromkeys(TABLES, 0)
@@ -73,6 +75,7 @@ class TraceWriter:
         replace: bool = False,
         rank: int = 0,
         gather: Gather = lambda files: [files],
+        mantissa_bits: int = EXACT_BITS,
     ) -> TraceWriter:
         """Starts a new trace in ``run_dir``.
 
@@ -84,18 +87,22 @@ class TraceWriter:
             replace: The folder may hold a trace, whose rows are removed.
             rank: Of this process among those that record the run.
             gather: See the class.
+            mantissa_bits: To which measured columns of tokens are rounded, 1 to 23 (exact); kept in ``run.json``.
 
         Raises:
-            InputError: ``run_dir`` is not empty, or ``run_id`` is missing.
+            InputError: ``run_dir`` is not empty, ``run_id`` is missing, or ``mantissa_bits`` is out of range.
         """
         run_dir = Path(run_dir)
+        if not 1 <= mantissa_bits <= EXACT_BITS:
+            raise InputError(f"mantissa_bits: expected 1 to {EXACT_BITS}, found {mantissa_bits}")
         if "run_id" not in manifest:
             raise InputError('the manifest of a trace needs a "run_id"')
         if rank == 0 and not replace and run_dir.exists() and any(run_dir.iterdir()):
             raise InputError(f"{run_dir}: already holds files; choose another folder, or go on with --resume")
         categories = (lexicon or Lexicon.load()).categorize(vocab)
-        state = {"schema_version": SCHEMA_VERSION, "status": "running", "started_at": now(), "last_durable_step": 0}
-        writer = cls(run_dir, {**manifest, **state, FILES: {}}, categories, rank, gather)
+        contract = {"schema_version": SCHEMA_VERSION, MANTISSA_BITS: mantissa_bits}
+        state = {"status": "running", "started_at": now(), "last_durable_step": 0, FILES: {}}
+        writer = cls(run_dir, {**manifest, **contract, **state}, categories, rank, gather)
         if rank == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_manifest(run_dir, writer.manifest)
@@ -145,9 +152,17 @@ class TraceWriter:
         if table not in TABLES:
             raise InputError(f'unknown table "{table}"{nearest(table, TABLES)}')
         columns = {"run_id": self.manifest["run_id"], **columns}
-        if table == "tokens":
-            columns["category"] = self._categories.take(pa.array(columns["token_id"]))
-        self._buffers[table].append(_as_arrow(TABLES[table], columns))
+        if table == "tokens" and "token_id" in columns:
+            columns["category"] = self._categorize(columns["token_id"])
+        rows = _as_arrow(TABLES[table], columns)
+        self._buffers[table].append(round_measured(rows, TABLES[table], self._mantissa_bits))
+
+    def _categorize(self, token_ids: Any) -> pa.Array:
+        try:
+            return self._categories.take(_to_array(token_ids, pa.int64(), rows=1))
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            size = len(self._categories)
+            raise InputError(f"table tokens: token_id is no entry of a vocabulary of {size} ({error})") from None
 
     def end_step(self, step: int) -> None:
         """Says that the rows appended so far complete ``step``; only rows of ended steps are ever written."""
@@ -258,7 +273,7 @@ def _write_part(path: Path, table: Table, parts: list[pa.Table]) -> int:
     if not np.array_equal(order, np.arange(len(order))):
         rows = rows.take(order)
     names = [column.name for column in table.columns]
-    encodings = {name: "BYTE_STREAM_SPLIT" for name in names if name in SPLIT_COLUMNS and table.name == "tokens"}
+    encodings = {column.name: "BYTE_STREAM_SPLIT" for column in table.columns if column.is_measured}
     encodings |= {name: "DELTA_BINARY_PACKED" for name in names if name in DELTA_COLUMNS}
     with durable_file(path) as file:
         pq.write_table(
