@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from analysis.trace.schema import SCHEMA_VERSION
 from trainer.config import Config, build_config
 from trainer.resources import EMBEDDED, find_base_policy
 
+# A folder that can be locked is one that no second process works in.
+LOCKS = ".locks"
 WEIGHTS = ("*.safetensors", "*.bin")
 DIGEST_LENGTH = 16
 
@@ -93,6 +97,47 @@ def config_changes(found: Mapping[str, Any], config: Config) -> Iterator[str]:
     for key in sorted(wanted.keys() | there.keys()):
         if (old := there.get(key)) != (new := wanted.get(key)):
             yield f"{key} is {json.dumps(old)} there, {json.dumps(new)} here"
+
+
+@contextmanager
+def alone_in(run_dir: Path, *, waits: bool) -> Iterator[None]:
+    """Keeps other processes out of a run's folder, where the system and its file system know locks.
+
+    Args:
+        run_dir: The run, begun or not.
+        waits: For a process that works there, such as one that outlives its launcher by a step.
+
+    Raises:
+        InputError: another process works there.
+    """
+    file = _lock(run_dir.resolve(), waits)
+    try:
+        yield
+    finally:
+        if file is not None:
+            os.close(file)
+
+
+def _lock(run_dir: Path, waits: bool) -> int | None:
+    folder = run_dir.parent / LOCKS
+    # Windows has no such locks, some shared file systems know none; there, the launchers' own order has to do. A folder
+    # that cannot be written is for who writes there to explain.
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / run_dir.name, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+        except OSError as error:
+            os.close(file)
+            if isinstance(error, BlockingIOError):
+                raise InputError(
+                    f"{run_dir}: another process records this run; stop it first, or wait for it"
+                ) from None
+            raise
+        return file
+    return None
 
 
 def has_begun(run_dir: Path) -> bool:

@@ -57,11 +57,16 @@ def train(
     _require_train_extra()
     from analysis.progress import Progress
     from trainer.config import load_config
+    from trainer.run_folder import alone_in
     from trainer.train import train as run_training
 
     settings = load_config(config, overrides or [])
     labels = {"study": out.resolve().parent.name, "arm": settings.shaping.method}
-    with _stoppable(f"with --resume goes on in {out}"), Progress(out.name, settings.steps) as progress:
+    with (
+        _stoppable(f"with --resume goes on in {out}"),
+        alone_in(out, waits=False),
+        Progress(out.name, settings.steps) as progress,
+    ):
         run_training(settings, out, labels, resume=resume, on_step=progress.update)
     typer.echo(out)
 

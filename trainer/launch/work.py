@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from analysis.trace import read_manifest
 from trainer.config import Config
-from trainer.run_folder import has_begun, mark_failed
+from trainer.run_folder import alone_in, has_begun, mark_failed
 
 KILLED = "the process was killed"
-# A folder that can be locked is one that no second process works in; only Unix has such locks.
-LOCKS = ".locks"
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ def carry_out(work: Work, threads: int, report: Callable[..., None]) -> None:
     from trainer.train import train
 
     torch.set_num_threads(threads)
-    with _alone_in(work.run_dir):
+    with alone_in(work.run_dir, waits=True):
         try:
             train(work.config, work.run_dir, work.labels, resume=True, on_step=report)
         except Exception as error:
@@ -77,23 +73,3 @@ def settle(work: Work, death: str = KILLED) -> str | None:
     if not has_begun(work.run_dir) or read_manifest(work.run_dir)["status"] == "running":
         mark_failed(work.config, work.run_dir, work.labels, death)
     return read_manifest(work.run_dir).get("error")
-
-
-@contextmanager
-def _alone_in(run_dir: Path) -> Iterator[None]:
-    """Waits for a process that still works in the folder, such as one that outlived its launcher by a step."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    folder = run_dir.parent / LOCKS
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / run_dir.name, os.O_CREAT | os.O_RDWR)
-    try:
-        # Some shared file systems know no locks; there, the launchers' own order has to do.
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(file)
