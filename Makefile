@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup study test test-slow check bench bench-queries calibrate clean
+.PHONY: help setup study test test-slow check bench bench-queries precision calibrate chaos clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -46,8 +46,15 @@ bench: .venv-bench/.ready  ## seconds per GRPO step against TRL, and the cost of
 bench-queries: $(READY)  ## each question on 50 million tokens against a plain scan, pandas and polars
 	$(BIN)/python tests/benchmarks/bench_queries.py --out reports/query_benchmarks.json
 
+precision: $(READY)  ## what fewer mantissa bits would save of the study's record, and change in its report
+	$(BIN)/python tests/benchmarks/measure_precision.py data/runs/study \
+		--others $(wildcard data/runs/ablation/*-seed0) --out reports/precision
+
 calibrate: $(READY)  ## how often verdicts are wrong, on simulated runs with known truth
 	$(BIN)/python -m tests.calibration.calibrate --out reports/calibration
+
+chaos: $(READY)  ## kills runs at 100 random moments, resumes them, compares them with one left alone
+	$(BIN)/python -m tests.chaos.chaos --out reports/chaos.json
 
 clean:           ## remove the virtual environment and caches; runs and reports stay
 	rm -rf $(VENV) .venv-bench .pytest_cache .ruff_cache .hypothesis

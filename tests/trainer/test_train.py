@@ -49,6 +49,17 @@ def test_another_seed_gives_another_run(run_dir, tmp_path):
     assert not read(tmp_path / "other", "tokens").equals(read(run_dir, "tokens").filter(pl.col("step") == 1))
 
 
+def test_measured_values_are_rounded_as_configured(run_dir, tmp_path):
+    train(load_config("tiny", [*SMALL, "steps=2", "record.mantissa_bits=6"]), tmp_path / "rounded", LABELS)
+    exact, rounded = read(run_dir, "tokens").filter(pl.col("step") <= 2), read(tmp_path / "rounded", "tokens")
+    measured = ["logprob", "entropy", "grad_norm", "logprob_after", "entropy_after"]
+    assert rounded.drop(measured).equals(exact.drop(measured))
+    for name in measured:
+        expected, found = exact[name].to_numpy(), rounded[name].to_numpy()
+        assert not np.any(found.view(np.uint32)[~np.isnan(found)] & 0x1FFFF)
+        np.testing.assert_allclose(found, expected, rtol=2**-7)
+
+
 def test_rows_agree_across_tables(run_dir):
     tokens, rollouts, steps = (read(run_dir, t) for t in ("tokens", "rollouts", "steps"))
     assert rollouts["rollout_id"].to_list() == list(range(len(rollouts)))
