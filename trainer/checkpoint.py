@@ -72,10 +72,7 @@ def save_checkpoint(run_dir: Path, learner: Learner, state: RunState) -> None:
         _remove(final)
     temporary.rename(final)
     sync_folder(folder)
-    kept = [path for path in list_checkpoints(run_dir) if checkpoint_step(path) <= state.step][-KEPT:]
-    for path in list_checkpoints(run_dir):
-        if path not in kept:
-            _remove(path)
+    remove_superseded(run_dir, state.step)
 
 
 def load_checkpoint(checkpoint: Path, learner: Learner) -> RunState:
@@ -185,6 +182,14 @@ def remove_unfinished(run_dir: Path) -> None:
     """Removes what an interrupted ``save_checkpoint`` left under temporary names."""
     for path in (run_dir / "checkpoints").glob(".step-*"):
         shutil.rmtree(path)
+
+
+def remove_superseded(run_dir: Path, step: int) -> None:
+    """Removes all but the latest few checkpoints up to ``step``, and those of steps that are still to be done."""
+    kept = [path for path in list_checkpoints(run_dir) if checkpoint_step(path) <= step][-KEPT:]
+    for path in list_checkpoints(run_dir):
+        if path not in kept:
+            _remove(path)
 
 
 def _optimizer_tensors(learner: Learner) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,10 @@ from analysis.trace import InputError, nearest
 from trainer.resources import EMBEDDED, resolve_config
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+# Whole numbers are recorded in 32 bits.
+MAX_INT = 2**31 - 1
+Positive = Annotated[int, Field(ge=1, le=MAX_INT)]
+Natural = Annotated[int, Field(ge=0, le=MAX_INT)]
 
 SHAPING_NAMES = (
     "ppl",
@@ -47,14 +50,22 @@ def _check_shaping(method: str) -> str:
     return method if method in ("none", "scale_matched") else _check_composition(method)
 
 
+def _check_json(params: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(params, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"expected finite numbers, text, lists and tables ({error})") from None
+    return params
+
+
 Composition = Annotated[str, AfterValidator(_check_composition)]
 ShapingMethod = Annotated[str, AfterValidator(_check_shaping)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values keep their TOML types."""
+    """Base of all sections: unknown keys are errors, values keep their TOML types, and JSON can hold them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 # pydantic puts the branch of a union that was tried into the path of the error.
@@ -75,7 +86,7 @@ class TaskConfig(Section):
     """A reasoning-gym task, its parameters, and the number of held-out prompts."""
 
     name: str = "chain_sum"
-    params: dict[str, Any] = {}
+    params: Annotated[dict[str, Any], AfterValidator(_check_json)] = {}
     num_heldout: Positive = 200
 
 
@@ -318,10 +329,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         InputError: no such file, or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not TOML ({error})") from None
 
 
@@ -334,6 +345,8 @@ def parse_override(text: str) -> dict[str, Any]:
         parsed: Any = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value
+    except (ValueError, RecursionError) as error:
+        raise InputError(f'override "{text}": {error}') from None
     return nest(key.strip(), parsed)
 
 
@@ -369,8 +382,8 @@ def _one_line(model: type[Section], error: ValidationError) -> str:
         options = re.findall(r"'([^']*)'", first.get("ctx", {}).get("expected", ""))
         return f'{key} = "{first["input"]}" is not valid{nearest(str(first["input"]), options)}'
     branches = [e["msg"] for e in error.errors() if e["loc"][: len(path)] == first["loc"][: len(path)]]
-    expected = " or ".join(msg.removeprefix("Input should be ") for msg in branches)
-    return f"{key}: expected {expected}, found {first['input']!r}"
+    expected = " or ".join(branches).replace("Input should be ", "expected ", 1).replace("Input should be ", "")
+    return f"{key}: {expected}, found {first['input']!r}"
 
 
 def _keys_at(model: type[Section], path: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,17 @@ def explain_fault(error: Exception, run_dir: Path) -> Exception:
 
 
 @contextmanager
+def explained(run_dir: Path) -> Iterator[None]:
+    """What fails within fails with what ``explain_fault`` makes of it."""
+    try:
+        yield
+    except Exception as error:
+        if (failure := explain_fault(error, run_dir)) is error:
+            raise
+        raise failure from error
+
+
+@contextmanager
 def memory_advice(config: Config, activity: str, *keys: str) -> Iterator[None]:
     """Running out of memory within names the settings to lower, with their present values.
 
@@ -63,6 +75,8 @@ def memory_advice(config: Config, activity: str, *keys: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
+        # The traceback would hold what filled the memory until the run has been recorded as failed, which needs some.
+        traceback.clear_frames(error.__traceback__)
         settings = flatten(config.model_dump(mode="json"))
         advice = " or ".join(f"{key} ({settings[key]} now)" for key in keys)
         raise TrainingError(f"out of memory while {activity}; lower {advice}") from error

@@ -162,6 +162,6 @@ def _refuse_code(path: Path) -> None:
 def _load_part(loader: Any, path: Path, part: str, **arguments: Any) -> Any:
     try:
         return loader.from_pretrained(path, local_files_only=True, trust_remote_code=False, **arguments)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{path}: no usable {part} ({reason})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
@@ -19,4 +20,4 @@ def resolve_config(name: str) -> Path:
     """A path as given, or else the shipped config of that name: ``tiny`` and ``tiny.toml`` both find it."""
     path = Path(name)
     shipped = CONFIGS / f"{path.stem}.toml"
-    return path if path.exists() or path.parent != Path() or not shipped.exists() else shipped
+    return path if os.path.exists(path) or path.parent != Path() or not os.path.exists(shipped) else shipped

@@ -19,6 +19,8 @@ from trainer.resources import EMBEDDED, find_base_policy
 
 # A folder that can be locked is one that no second process works in.
 LOCKS = ".locks"
+# Decides how much memory an update takes, and nothing else but rounding: a run that ran out of it goes on with less.
+FREE = "optim.micro_batch_tokens "
 WEIGHTS = ("*.safetensors", "*.bin")
 DIGEST_LENGTH = 16
 
@@ -79,7 +81,8 @@ def is_complete(config: Config, run_dir: Path) -> bool:
     if not run_dir.exists() or {path.name for path in run_dir.iterdir()} <= {f".{MANIFEST}.tmp"}:
         return False
     manifest = read_manifest(run_dir)
-    if changed := list(config_changes(manifest["config"], config)):
+    changed = [change for change in config_changes(manifest["config"], config) if not change.startswith(FREE)]
+    if changed:
         raise InputError(f"{run_dir}: made with another configuration, {', '.join(changed)}; not resumed")
     return manifest["status"] == "complete"
 

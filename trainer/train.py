@@ -24,10 +24,17 @@ import torch
 from analysis.trace import Lexicon, TraceWriter, read_manifest
 from analysis.trace.parts import last_whole_step
 from trainer.batch import Batch, PromptSource, collect_batch
-from trainer.checkpoint import RunState, find_intact, load_checkpoint, remove_unfinished, save_checkpoint
+from trainer.checkpoint import (
+    RunState,
+    find_intact,
+    load_checkpoint,
+    remove_superseded,
+    remove_unfinished,
+    save_checkpoint,
+)
 from trainer.config import Config
 from trainer.evaluate import evaluate
-from trainer.faults import explain_fault
+from trainer.faults import explain_fault, explained
 from trainer.method import TokenBatch
 from trainer.plateau import PlateauDetector
 from trainer.policy import Policy
@@ -67,13 +74,14 @@ def train(
     torch.manual_seed(config.seed)
     task = ReasoningGymTask(config.task.name, config.task.params, config.seed, config.task.num_heldout)
     learner = Learner(config, Policy.load(config.policy))
-    writer, state = _open_trace(config, run_dir, labels, learner, resume)
-    with _durable(writer):
-        if state.step == 0:
-            record_prompts(writer, task.heldout)
-            writer.append("evals", evaluate(config, learner.policy, task, step=0))
-            writer.flush(0)
-        _run_steps(config, task, learner, writer, state, on_step)
+    with explained(run_dir):
+        writer, state = _open_trace(config, run_dir, labels, learner, resume)
+        with _durable(writer):
+            if state.step == 0:
+                record_prompts(writer, task.heldout)
+                writer.append("evals", evaluate(config, learner.policy, task, step=0))
+                writer.flush(0)
+            _run_steps(config, task, learner, writer, state, on_step)
 
 
 @contextmanager
@@ -83,16 +91,13 @@ def _durable(writer: TraceWriter) -> Iterator[None]:
         yield
     except BaseException as error:
         # What ended the run, such as a full disk, may forbid writing too; what is durable already stays so.
-        with suppress(OSError):
+        with suppress(Exception):
             writer.flush()
-        if not isinstance(error, Exception):
-            raise
-        failure = explain_fault(error, writer.run_dir)
-        with suppress(OSError):
-            writer.finish(error=f"{type(failure).__name__}: {failure}")
-        if failure is error:
-            raise
-        raise failure from error
+        if isinstance(error, Exception):
+            failure = explain_fault(error, writer.run_dir)
+            with suppress(Exception):
+                writer.finish(error=f"{type(failure).__name__}: {failure}")
+        raise
     writer.finish()
 
 
@@ -180,13 +185,16 @@ def _open_trace(
     """A new trace, or the one to go on with and where it stands."""
     if resume and has_begun(run_dir):
         whole, damage = last_whole_step(run_dir, read_manifest(run_dir))
-        checkpoint = find_intact(run_dir, at_most=whole)
         if damage:
             log.warning("%s", damage)
+        checkpoint = find_intact(run_dir, at_most=whole)
         remove_unfinished(run_dir)
         if checkpoint:
             state = load_checkpoint(checkpoint, learner)
-            return TraceWriter.resume(run_dir, state.step), state
+            remove_superseded(run_dir, state.step)
+            writer = TraceWriter.resume(run_dir, state.step)
+            writer.manifest["config"] = config.model_dump(mode="json")
+            return writer, state
     manifest = {**describe_run(config, run_dir, labels), "num_threads": torch.get_num_threads()}
     if learner.policy.device.type == "cuda":
         manifest["hardware"]["gpu"] = torch.cuda.get_device_name(learner.policy.device)

@@ -194,6 +194,20 @@ def test_a_complete_run_is_left_alone_and_another_config_refused(run_dir):
         train(load_config("tiny", [*SMALL, "optim.lr=1"]), run_dir, LABELS, resume=True)
 
 
+def test_a_run_short_of_memory_goes_on_with_smaller_micro_batches(run_dir, tmp_path):
+    def stop(done, **figures):
+        if done == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(load_config("tiny", SMALL), tmp_path / "cut", LABELS, on_step=stop)
+    less = load_config("tiny", [*SMALL, "optim.micro_batch_tokens=64"])
+    train(less, tmp_path / "cut", LABELS, resume=True)
+    manifest = read_manifest(tmp_path / "cut")
+    assert (manifest["status"], manifest["config"]["optim"]["micro_batch_tokens"]) == ("complete", 64)
+    np.testing.assert_allclose(read(tmp_path / "cut", "steps")["loss"], read(run_dir, "steps")["loss"], atol=1e-4)
+
+
 def test_a_foreign_schema_version_is_refused(run_dir, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({**read_manifest(run_dir), "schema_version": 99}))
     with pytest.raises(InputError, match="schema_version 99"):

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from enum import StrEnum
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analysis.cli import app, run
+from analysis.cli import app, print_json, run, say
 from analysis.trace import InputError
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def train(
         Progress(out.name, settings.steps) as progress,
     ):
         run_training(settings, out, labels, resume=resume, on_step=progress.update)
-    typer.echo(out)
+    say(str(out))
 
 
 @app.command()
@@ -109,13 +108,20 @@ def ablate(
     chosen = grid_command.choose_launcher(launcher.value, jobs, address, cpus_per_run, gpus_per_run)
     if dry_run:
         plan = grid_command.plan(specs, out, chosen, retry_failed, pilot)
-        typer.echo(dumps(plan.to_dict(), indent=1) if json else "\n".join(plan.lines()))
+        if json:
+            print_json(plan.to_dict())
+            return
+        for line in plan.lines():
+            say(line)
         return
     if pilot:
         raise InputError("--pilot belongs to --dry-run")
     with _stoppable(f"with --resume goes on in {out}"):
         failed = grid_command.run(specs, out, chosen, resume, retry_failed)
-    typer.echo(dumps(grid_command.summarize(specs, out), indent=1) if json else out)
+    if json:
+        print_json(grid_command.summarize(specs, out))
+    else:
+        say(str(out))
     raise typer.Exit(1 if failed else 0)
 
 
@@ -160,7 +166,7 @@ def methods(json: Annotated[bool, typer.Option("--json", help="Print JSON for sc
 
     found = describe_methods()
     if json:
-        typer.echo(dumps(found, indent=1))
+        print_json(found)
         return
     for name, entry in found.items():
         typer.echo(f"{name}: {entry['summary']}\n    {entry['equation']}   [{entry['source']}]")
@@ -199,11 +205,11 @@ def evaluate(
             figures[model] = _summarize_evals(rows, settings.eval.samples)
             done += settings.task.num_heldout
     if json:
-        typer.echo(dumps(figures, indent=1))
+        print_json(figures)
         return
     for model, metrics in figures.items():
         for name, (value, low, high) in metrics.items():
-            typer.echo(f"{model}  {name:<9} {value:.3f} [{low:.3f}, {high:.3f}]")
+            say(f"{model}  {name:<9} {value:.3f} [{low:.3f}, {high:.3f}]")
 
 
 def _summarize_evals(rows: dict[str, Any], k: int) -> dict[str, tuple[float, float, float]]:
@@ -256,7 +262,7 @@ def intervene(
     settings = Settings(resolve_checkpoint(run, checkpoint), seed, continuations, **filters)
     tally = _intervene(run, settings, budget)
     if json:
-        typer.echo(dumps({"checkpoint_step": settings.checkpoint_step, "seed": seed, **asdict(tally)}, indent=1))
+        print_json({"checkpoint_step": settings.checkpoint_step, "seed": seed, **asdict(tally)})
         return
     if not tally.num_new:
         why = "no candidate is left" if tally.is_exhausted else "a larger --budget goes on"
@@ -285,7 +291,7 @@ def pretrain(
         figures = run_pretraining(path, out, progress.update)
     for name, value in asdict(figures).items():
         typer.echo(f"{name:<24} {value:.3f}")
-    typer.echo(out)
+    say(str(out))
 
 
 def _require_train_extra() -> None:
@@ -301,7 +307,7 @@ def _stoppable(how: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"entrace: stopped; the same command {how}", err=True)
+        say(f"entrace: stopped; the same command {how}", err=True)
         raise typer.Exit(130) from None
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from analysis.cli import say
 from analysis.grid_progress import GridProgress
 from analysis.plan import Pilot, Plan, PlannedRun, measure_pilot
 from analysis.trace import InputError
@@ -47,9 +47,9 @@ def run(specs: Sequence[RunSpec], out: Path, launcher: Launcher, resume: bool, r
     with GridProgress(out.resolve().name, runs) as progress:
         failed = run_grid(specs, out, launcher, resume=resume, retry_failed=retry_failed, watcher=progress)
     for run_id, error in failed.items():
-        print(f"entrace: {run_id} failed: {error}", file=sys.stderr)
+        say(f"entrace: {run_id} failed: {error}", err=True)
     if failed:
-        print(f"entrace: {len(failed)} of {len(specs)} runs failed; --retry-failed tries them again", file=sys.stderr)
+        say(f"entrace: {len(failed)} of {len(specs)} runs failed; --retry-failed tries them again", err=True)
     return failed
 
 

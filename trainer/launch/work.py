@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,11 +66,15 @@ def carry_out(work: Work, threads: int, report: Callable[..., None]) -> None:
         try:
             train(work.config, work.run_dir, work.labels, resume=True, on_step=report)
         except Exception as error:
-            mark_failed(work.config, work.run_dir, work.labels, f"{type(error).__name__}: {error}")
+            with suppress(OSError):
+                mark_failed(work.config, work.run_dir, work.labels, f"{type(error).__name__}: {error}")
 
 
 def settle(work: Work, death: str = KILLED) -> str | None:
     """Error of a run whose process has ended; one that ended without a word is marked failed with ``death``."""
-    if not has_begun(work.run_dir) or read_manifest(work.run_dir)["status"] == "running":
+    if has_begun(work.run_dir) and (manifest := read_manifest(work.run_dir))["status"] != "running":
+        return manifest.get("error")
+    # A full disk ends the run that meets it, not the others.
+    with suppress(OSError):
         mark_failed(work.config, work.run_dir, work.labels, death)
-    return read_manifest(work.run_dir).get("error")
+    return death

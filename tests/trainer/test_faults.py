@@ -1,0 +1,492 @@
+"""Faults of the machine, real ones: what the user reads, what is left, and that the run can go on from there.
+
+A worker that dies inside a grid is in ``test_ablate``, a process killed at any moment in ``test_kill``, a loss that is
+no number in ``test_train``.
+"""
+
+import functools
+import io
+import itertools
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import weakref
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import analysis
+from analysis.trace import InputError, manifest, read_manifest
+from trainer import batch, cli, evaluate
+from trainer.config import PolicyConfig, load_config
+from trainer.faults import TrainingError, explain_fault, memory_advice
+from trainer.policy import Policy
+from trainer.resources import find_base_policy
+from trainer.train import train
+from trainer.update import Learner
+
+from .conftest import SMALL
+
+LABELS = {"study": "test", "arm": "none"}
+OVERRIDES = [*SMALL, "steps=6"]
+SECONDS = ("rollout_s", "reward_s", "update_s", "record_s")
+TABLES = ("tokens", "rollouts", "prompts", "vocab", "evals", "steps")
+BLOCK = 4096
+
+
+class Interrupted(BaseException):
+    """Stands for the machine being taken away."""
+
+
+def assert_same_run(one, other):
+    for table in TABLES:
+        found, wanted = (
+            pl.read_parquet(run / table / "*.parquet").drop("run_id", *SECONDS, strict=False) for run in (one, other)
+        )
+        assert found.equals(wanted), table
+    for name in ("policy/model.safetensors", "optimizer.safetensors"):
+        found, wanted = (run / "checkpoints" / "step-000006" / name for run in (one, other))
+        assert found.read_bytes() == wanted.read_bytes(), name
+    assert read_manifest(one)["status"] == "complete"
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def resume(run_dir):
+    train(load_config("tiny", OVERRIDES), run_dir, LABELS, resume=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of six steps, with checkpoints of steps 2, 4 and 6 of which the last two are kept."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    train(load_config("tiny", OVERRIDES), run_dir, LABELS)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The same, interrupted in step 6: the trace holds five steps, checkpoints are of steps 2 and 4."""
+
+    def stop(done, **figures):
+        if done == 5:
+            raise Interrupted
+
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.raises(Interrupted):
+        train(load_config("tiny", OVERRIDES), run_dir, LABELS, on_step=stop)
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(interrupted, tmp_path):
+    return shutil.copytree(interrupted, tmp_path / "run")
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Runs ``entrace``: exit code, and the lines on stderr that are no progress."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["entrace", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return stopped.value.code, capsys.readouterr().err.splitlines()
+
+    return run
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_short(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def drop_a_column(path):
+    rows = pq.read_table(path)
+    pq.write_table(rows.drop_columns(["response_length"]), path)
+
+
+def test_a_damaged_checkpoint_is_passed_over(run_dir, whole, caplog):
+    flip_a_bit(run_dir / "checkpoints" / "step-000004" / "optimizer.safetensors")
+    resume(run_dir)
+    damaged = "checkpoint of step 4 is damaged (optimizer.safetensors: checksum differs)"
+    assert caplog.messages == [f"{run_dir}: {damaged}; going on from step 2"]
+    assert_same_run(run_dir, whole)
+
+
+def test_nothing_is_touched_where_no_checkpoint_is_whole(run_dir, call):
+    for step in (2, 4):
+        cut_short(run_dir / "checkpoints" / f"step-00000{step}" / "state.json")
+    before = contents(run_dir)
+    code, lines = call("train", "tiny", *OVERRIDES, "--out", run_dir, "--resume")
+    assert code == 2
+    assert lines[-1].startswith(f"entrace: {run_dir}: no checkpoint to go on from: checkpoint of step 4 is damaged (st")
+    assert "nothing was touched" in lines[-1]
+    assert contents(run_dir) == before
+
+
+@pytest.mark.parametrize(
+    ("table", "damage", "reason"),
+    [
+        ("tokens", cut_short, "damaged or truncated Parquet file"),
+        ("rollouts", drop_a_column, "column response_length (int32) is missing"),
+        ("evals", Path.unlink, "missing"),
+    ],
+)
+def test_a_damaged_trace_goes_back_to_the_checkpoint_before(run_dir, whole, call, caplog, table, damage, reason):
+    path = run_dir / table / "part-000004-000004.parquet"
+    damage(path)
+    code, lines = call("sql", run_dir, "select max(step) from steps")
+    assert (code, len(lines)) == (2, 1)
+    assert lines[0].startswith(f"entrace: {path}: {reason}")
+    resume(run_dir)
+    beyond = "checkpoint of step 4 is beyond the trace, which is whole up to step 3"
+    assert f"{run_dir}: {beyond}; going on from step 2" in caplog.messages
+    assert [message.partition(": ")[0] for message in caplog.messages] == [str(path), str(run_dir)]
+    assert_same_run(run_dir, whole)
+
+
+def test_a_trace_damaged_before_its_first_checkpoint_is_not_touched(run_dir, call, caplog):
+    path = run_dir / "tokens" / "part-000001-000001.parquet"
+    cut_short(path)
+    before = contents(run_dir)
+    code, lines = call("train", "tiny", *OVERRIDES, "--out", run_dir, "--resume")
+    assert code == 2
+    assert "checkpoint of step 2 is beyond the trace, which is whole up to step 0" in lines[-1]
+    assert "nothing was touched" in lines[-1]
+    assert any(message.startswith(f"{path}: damaged") for message in caplog.messages), "which file to restore"
+    assert contents(run_dir) == before
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, whole, monkeypatch):
+    class Backwards(manifest.datetime):
+        hours = iter(range(10**6, 0, -1))
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls.fromtimestamp(next(cls.hours) * 3600, tz)
+
+    def stop(done, **figures):
+        if done == 3:
+            raise Interrupted
+
+    monkeypatch.setattr(manifest, "datetime", Backwards)
+    monkeypatch.setattr("time.time", lambda: Backwards.now().timestamp())
+    run_dir = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(load_config("tiny", OVERRIDES), run_dir, LABELS, on_step=stop)
+    resume(run_dir)
+    assert_same_run(run_dir, whole)
+    state = read_manifest(run_dir)
+    assert state["finished_at"] < state["started_at"]
+    runs = analysis.open_runs(run_dir)
+    seconds = runs.sql(f"select {', '.join(SECONDS)} from steps")
+    assert (seconds.to_numpy() >= 0).all()
+    assert runs.query("cost_accuracy")["seconds"].item() == pytest.approx(seconds.to_numpy().sum(), rel=1e-5)
+
+
+def run_child(function, *arguments, prefix=(), **environment):
+    """Runs a function of this file in a process of its own; what it prints as JSON, and its stderr."""
+    code = f"from {__name__} import {function.__name__} as run; import sys; run(*sys.argv[1:])"
+    command = [*prefix, sys.executable, "-c", code, *map(str, arguments)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# Out of memory
+
+
+def out_of_memory(out):
+    """Lets the allocator fail in a call of each of three functions; prints the errors by name of run."""
+    torch.set_num_threads(1)
+    for run_id, owner, name, overrides, call in (
+        ("sampling", batch, "sample", ["rollout.group_size=16", "rollout.dynamic_sampling=false"], 2),
+        ("updating", Learner, "update", [], 2),
+        ("evaluating", evaluate, "sample", ["eval.samples=16"], 2),
+    ):
+        if os.fork() == 0:
+            _starve(owner, name, call)
+            with pytest.raises(TrainingError) as caught:
+                train(load_config("tiny", [*OVERRIDES, *overrides]), Path(out) / run_id, LABELS)
+            (Path(out) / f"{run_id}.json").write_text(json.dumps([str(caught.value), str(caught.value.__cause__)]))
+            os._exit(0)
+        assert os.wait()[1] == 0
+    print(json.dumps({path.stem: json.loads(path.read_text()) for path in Path(out).glob("*.json")}))
+
+
+def _starve(owner, name, call):
+    """The system gives no more memory in the ``call``-th call."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    @functools.wraps(function)
+    def starved(*arguments, **named):
+        if next(calls) != call:
+            return function(*arguments, **named)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(), resource.RLIM_INFINITY))
+        try:
+            return function(*arguments, **named)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    setattr(owner, name, starved)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is measured and limited as Linux does")
+def test_out_of_memory_names_the_setting_to_lower(tmp_path, whole):
+    # Of the C library's: one heap, none kept in reserve, and larger blocks go back to the system once they are free.
+    found = run_child(out_of_memory, tmp_path, MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="16384")
+    assert {run_id: error for run_id, (error, _) in found.items()} == {
+        "sampling": "out of memory while sampling at step 2; "
+        "lower rollout.prompts_per_step (6 now) or rollout.group_size (16 now)",
+        "updating": "out of memory while updating at step 2; lower optim.micro_batch_tokens (4096 now)",
+        "evaluating": "out of memory while evaluating; lower rollout.prompts_per_step (6 now) or eval.samples (16 now)",
+    }
+    for run_id, (error, cause) in found.items():
+        assert "allocate" in cause, "the allocator itself has failed"
+        state = read_manifest(tmp_path / run_id)
+        assert (state["status"], state["last_durable_step"]) == ("failed", 1)
+        assert error in state["error"]
+    first = pl.col("step") == 1
+    found, wanted = (
+        pl.read_parquet(run / "tokens" / "*.parquet").filter(first) for run in (tmp_path / "updating", whole)
+    )
+    assert found.drop("run_id").equals(wanted.drop("run_id"))
+
+
+def test_memory_is_free_again_when_the_error_is_handled(small_config):
+    class Activations:
+        """Stands for what filled the memory."""
+
+    def fill():
+        activations = Activations()
+        seen.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 1 GiB free.")
+
+    seen = []
+    with pytest.raises(TrainingError) as caught, memory_advice(small_config, "at it", "steps"):
+        fill()
+    assert str(caught.value) == "out of memory while at it; lower steps (4 now)"
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    assert seen[0]() is None
+
+
+def test_other_errors_pass_the_advice_on_memory(small_config):
+    with pytest.raises(RuntimeError, match="shapes differ"), memory_advice(small_config, "at it", "steps"):
+        raise RuntimeError("shapes differ")
+
+
+# Disks
+
+
+@functools.cache
+def own_mounts():
+    """Command prefix under which a process may mount file systems of its own; None where the system lets nobody."""
+    for prefix in (("unshare", "-Urm"), ("unshare", "-m")):
+        probe = [*prefix, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+        if shutil.which("unshare") and subprocess.run(probe, capture_output=True).returncode == 0:
+            return prefix
+    return None
+
+
+needs_mounts = pytest.mark.skipif(own_mounts() is None, reason="no file system can be mounted here (unshare, mount)")
+
+
+def _mount(folder, options):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
+
+
+def _entrace(*arguments):
+    """Exit code and last line of an ``entrace`` command in this process."""
+    sys.argv = ["entrace", *map(str, arguments)]
+    with io.TextIOWrapper(io.BytesIO(), write_through=True) as said:
+        with redirect_stdout(said), redirect_stderr(said), pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return stopped.value.code, said.buffer.getvalue().decode().splitlines()[-1]
+
+
+def full_disk(folder, out, *rooms):
+    """Trains on a disk with so many bytes of room, then with enough; prints what was said and left each time."""
+    torch.set_num_threads(1)
+    told = []
+    for room in rooms:
+        _mount(folder, f"size={room}")
+        run_dir = Path(folder) / "run"
+        arguments = ["train", "tiny", *OVERRIDES, "--out", run_dir]
+        said = _entrace(*arguments)
+        state = read_manifest(run_dir)
+        steps = analysis.open_runs(run_dir).sql("select step from steps order by step")["step"].to_list()
+        hidden = [path.name for path in (run_dir / "checkpoints").glob(".*")]
+        _mount(folder, "remount,size=64m")
+        resumed = _entrace(*arguments, "--resume")
+        shutil.copytree(run_dir, Path(out) / room)
+        subprocess.run(["umount", folder], check=True)
+        told.append([said, state, steps, hidden, resumed[0]])
+    print(json.dumps(told))
+
+
+def room_for(run_dir, step, checkpoints):
+    """Bytes that the trace takes up to ``step``, and so many checkpoints."""
+    parts = [path for path in run_dir.glob("*/*.parquet") if int(path.stem.split("-")[1]) <= step]
+    checkpoint = [path for path in (run_dir / "checkpoints" / "step-000006").rglob("*") if path.is_file()]
+    files = [run_dir / "run.json", *parts, *checkpoint * checkpoints]
+    return sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in files)
+
+
+@needs_mounts
+def test_a_full_disk(tmp_path, whole):
+    model = (whole / "checkpoints" / "step-000006" / "policy" / "model.safetensors").stat().st_size
+    rooms = [
+        # In the trace of step 3; in weights and tokenizer of the second checkpoint, which other libraries write.
+        room_for(whole, 2, 1) + 7 * BLOCK,
+        room_for(whole, 4, 1) + model // 2,
+        room_for(whole, 4, 1) + model + 6 * BLOCK,
+    ]
+    (tmp_path / "disk").mkdir()
+    told = run_child(full_disk, tmp_path / "disk", tmp_path, *rooms, prefix=own_mounts())
+    for room, recorded, ((code, line), state, steps, hidden, resumed) in zip(rooms, (2, 4, 4), told, strict=True):
+        advice = f"recorded up to step {recorded}: free some space and go on with --resume"
+        assert (code, line) == (
+            1,
+            f"entrace: TrainingError: {tmp_path / 'disk/run'}: no space left on device; {advice}",
+        )
+        assert state["last_durable_step"] == recorded
+        assert steps == list(range(1, recorded + 1))
+        assert hidden == []
+        assert resumed == 0
+        assert_same_run(tmp_path / str(room), whole)
+
+
+def locked_disk(folder, out):
+    """The disk becomes read-only after three steps, and writable again; prints what was said."""
+    torch.set_num_threads(1)
+    _mount(folder, "size=64m")
+    run_dir = Path(folder) / "run"
+
+    def lock(done, **figures):
+        if done == 3:
+            _mount(folder, "remount,ro")
+
+    with pytest.raises(TrainingError) as caught:
+        train(load_config("tiny", OVERRIDES), run_dir, LABELS, on_step=lock)
+    arguments = ["train", "tiny", *OVERRIDES, "--out"]
+    told = [
+        str(caught.value),
+        _entrace(*arguments, run_dir, "--resume"),
+        _entrace(*arguments, Path(folder) / "new"),
+        analysis.open_runs(run_dir).sql("select max(step) from steps").item(),
+    ]
+    _mount(folder, "remount,rw")
+    told.append(_entrace(*arguments, run_dir, "--resume")[0])
+    shutil.copytree(run_dir, Path(out) / "resumed")
+    print(json.dumps(told))
+
+
+@needs_mounts
+def test_a_disk_that_becomes_read_only(tmp_path, whole):
+    (tmp_path / "disk").mkdir()
+    told = run_child(locked_disk, tmp_path / "disk", tmp_path, prefix=own_mounts())
+    text, (code, again), (new_code, new), last, resumed = told
+    recorded = "recorded up to step {}: make it writable and go on with --resume"
+    run_dir = tmp_path / "disk/run"
+    assert text == f"{run_dir}: read-only file system; {recorded.format(3)}"
+    assert (code, again) == (1, f"entrace: TrainingError: {text}")
+    fault = f"{tmp_path / 'disk/new'}: read-only file system; {recorded.format(0)}"
+    assert (new_code, new) == (1, f"entrace: TrainingError: {fault}")
+    assert (last, resumed) == (3, 0)
+    assert_same_run(tmp_path / "resumed", whole)
+
+
+def test_faults_elsewhere_are_not_blamed_on_the_run(tmp_path):
+    for error in (
+        PermissionError(13, "Permission denied", "/etc/shadow"),
+        OSError("disk full"),
+        ValueError("no space"),
+    ):
+        assert explain_fault(error, tmp_path) is error
+    inside = explain_fault(PermissionError(13, "Permission denied", str(tmp_path / "steps")), tmp_path)
+    assert str(inside).startswith(f"{tmp_path}: permission denied; recorded up to step 0: make it writable")
+    quota = explain_fault(RuntimeError("I/O error: Disk quota exceeded (os error 122)"), tmp_path)
+    assert str(quota).startswith(f"{tmp_path}: disk quota exceeded; recorded up to step 0: free some space")
+
+
+# Models that would run code
+
+
+def copy_policy(tmp_path, *left_out):
+    return shutil.copytree(find_base_policy(), tmp_path / "model", ignore=shutil.ignore_patterns(*left_out))
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "last.ckpt"])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_pickled_weights_are_refused(tmp_path, name, is_folder):
+    model = copy_policy(tmp_path, "model.safetensors")
+    torch.save(Bomb(tmp_path / "exploded"), model / name)
+    path = model if is_folder else model / name
+    with pytest.raises(InputError) as caught:
+        Policy.load(PolicyConfig(path=str(path)))
+    assert f"{path}: no usable model ({name} is a pickle, which can run code when it is read" in str(caught.value)
+    assert "safetensors" in str(caught.value)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_pickles_beside_safetensors_are_not_read(tmp_path):
+    model = copy_policy(tmp_path)
+    for name in ("pytorch_model.bin", "training_args.bin"):
+        torch.save(Bomb(tmp_path / "exploded"), model / name)
+    assert Policy.load(PolicyConfig(path=str(model))).vocab_size == 512
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "module"),
+    [
+        ("config.json", "AutoModelForCausalLM", "modeling_x.Model"),
+        ("config.json", "AutoConfig", "modeling_x.Config"),
+        ("tokenizer_config.json", "AutoTokenizer", ["modeling_x.Tokenizer", None]),
+    ],
+)
+def test_code_that_comes_with_a_model_is_never_run(tmp_path, name, key, module):
+    model = copy_policy(tmp_path)
+    (model / "modeling_x.py").write_text(f"open({str(tmp_path / 'exploded')!r}, 'w')\n")
+    settings = json.loads((model / name).read_text())
+    (model / name).write_text(json.dumps({**settings, "auto_map": {key: module}}))
+    with pytest.raises(InputError, match=rf"model: no usable model \(auto_map in {name} asks for code"):
+        Policy.load(PolicyConfig(path=str(model)))
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("text", ["null", "3", "[]", "no JSON", "\ufeff{"])
+def test_a_config_that_is_no_table_is_one_line(tmp_path, text):
+    model = copy_policy(tmp_path)
+    (model / "config.json").write_text(text)
+    with pytest.raises(InputError, match="no usable model"):
+        Policy.load(PolicyConfig(path=str(model)))
