@@ -8,10 +8,16 @@ from __future__ import annotations
 import os
 import sys
 from enum import StrEnum
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from analysis.runs import Runs
+
+NOTES_SHOWN, NOTE_LENGTH = 5, 200
 
 app = typer.Typer(
     name="entrace",
@@ -49,7 +55,7 @@ def sql(
 
     Example: entrace sql data/runs/study "select step, avg(entropy) from tokens group by all order by step"
     """
-    from analysis.export import render
+    from analysis.export import render, show
     from analysis.runs import open_runs
     from analysis.trace.errors import InputError
 
@@ -57,10 +63,13 @@ def sql(
     if not paths:
         raise InputError('sql: expected RUN... "QUERY", found one argument; name the runs first, then the query')
     text = _read_text(file) if file else arguments[-1]
-    frame = open_runs(paths).sql(text, _parse_params(param or []))
+    opened = open_runs(paths)
+    frame = opened.sql(text, _parse_params(param or []))
     if form is Format.PARQUET and sys.stdout.isatty():
         raise InputError("sql: parquet is binary; redirect it to a file, as in ... --format parquet > rows.parquet")
-    sys.stdout.buffer.write(render(frame, form.value))
+    rows = render(frame, form.value)
+    sys.stdout.buffer.write(show(rows.decode()).encode() if sys.stdout.isatty() else rows)
+    _remark(opened)
 
 
 @app.command()
@@ -78,7 +87,7 @@ def tables(
         raise InputError(f'unknown table "{table}"{nearest(table, TABLES)}')
     chosen = [TABLES[table]] if table else list(TABLES.values())
     if json:
-        _print_json(
+        print_json(
             {
                 t.name: {
                     "grain": t.grain,
@@ -106,15 +115,17 @@ def claims(runs: RunsArgument, json: JsonOption = False) -> None:
     from analysis.claims import judge, overall
     from analysis.runs import open_runs
 
-    verdicts = judge(open_runs(runs))
+    opened = open_runs(runs)
+    verdicts = judge(opened)
+    _remark(opened)
     if json:
-        _print_json({"overall": overall(verdicts), "verdicts": [verdict.to_dict() for verdict in verdicts]})
+        print_json({"overall": overall(verdicts), "verdicts": [verdict.to_dict() for verdict in verdicts]})
         return
     for v in verdicts:
         figures = f"{v.effect:.3g} [{v.low:.3g}, {v.high:.3g}] {v.unit}, n = {v.n:,} {v.of}" if v.n else ""
-        typer.echo(f"{v.claim:<3} {v.part:<16} {v.subject:<16} {v.verdict:<13} {figures}".rstrip())
-        typer.echo(f"    {v.why}")
-        typer.echo(f"    figure {v.figure}, {v.sql}")
+        say(f"{v.claim:<3} {v.part:<16} {v.subject:<16} {v.verdict:<13} {figures}".rstrip())
+        say(f"    {v.why}")
+        say(f"    figure {v.figure}, {v.sql}")
 
 
 @app.command()
@@ -136,11 +147,14 @@ def compare(
     from analysis.compare.text import choose_metrics, to_json, to_text
     from analysis.runs import open_runs
 
-    comparison = compare_runs(open_runs(runs), accuracy)
+    opened = open_runs(runs)
+    comparison = compare_runs(opened, accuracy)
+    chosen = choose_metrics(comparison, metric or ["all" if json else "avg_at_k"])
+    _remark(opened)
     if json:
-        _print_json(to_json(choose_metrics(comparison, metric or ["all"])))
+        print_json(to_json(chosen))
     else:
-        typer.echo(to_text(choose_metrics(comparison, metric or ["avg_at_k"])))
+        typer.echo(to_text(chosen))
 
 
 @app.command()
@@ -157,16 +171,21 @@ def report(
     from analysis.report import NUM_PARTS, write_report
     from analysis.runs import open_runs
 
+    opened = open_runs(runs)
     with Progress("report", NUM_PARTS) as progress:
-        page = write_report(open_runs(runs), out, on_step=progress.update)
+        page = write_report(opened, out, on_step=progress.update)
+    _remark(opened)
     if json:
-        _print_json({"report": str(page)})
+        print_json({"report": str(page)})
     else:
-        typer.echo(f"report: {page}")
+        say(f"report: {page}")
 
 
 def run(command: typer.Typer) -> None:
     """Runs the command line: bad input is one line and exit 2, any other failure one line and exit 1."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        # Not every terminal can show every sign.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = command(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()
@@ -193,17 +212,43 @@ def _describe(error: Exception) -> tuple[str, int]:
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"entrace: {' '.join(message.split())}", file=sys.stderr)
+    say(f"entrace: {' '.join(message.split())}", err=True)
     sys.exit(status)
+
+
+def say(line: str, err: bool = False) -> None:
+    """Prints one line, whatever the names in it hold."""
+    from analysis.trace.plain import plain
+
+    typer.echo(plain(line), err=err)
+
+
+def print_json(value: Any) -> None:
+    """Prints what ``--json`` asks for."""
+    from analysis.export import to_json
+
+    typer.echo(to_json(value))
+
+
+def _remark(runs: Runs) -> None:
+    """Says on stderr what is missing of runs that are not there in full."""
+    from analysis.trace.plain import plain
+
+    for run_id, note in list(runs.notes.items())[:NOTES_SHOWN]:
+        say(f"entrace: {plain(run_id, NOTE_LENGTH)}: {plain(note, NOTE_LENGTH)}", err=True)
+    if (more := len(runs.notes) - NOTES_SHOWN) > 0:
+        say(f"entrace: {more} more runs are not there in full", err=True)
 
 
 def _read_text(path: Path) -> str:
     from analysis.trace.errors import InputError
 
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error})") from None
 
 
 def _parse_params(pairs: list[str]) -> dict[str, Any]:
@@ -219,12 +264,6 @@ def _parse_params(pairs: list[str]) -> dict[str, Any]:
             raise InputError(f'--param: expected NAME=VALUE, found "{pair}"')
         try:
             params[name] = loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             params[name] = value
     return params
-
-
-def _print_json(value: Any) -> None:
-    from json import dumps
-
-    typer.echo(dumps(value, indent=1))

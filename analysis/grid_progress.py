@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from analysis.progress import Progress
+from analysis.progress import NAME_LENGTH, Progress
+from analysis.trace.plain import plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,7 +42,7 @@ class GridProgress:
 
     def __init__(self, title: str, runs: dict[str, tuple[str, int]]) -> None:
         """``runs`` holds arm and number of steps by run id, in the order of their start."""
-        self.title = title
+        self.title = plain(title, NAME_LENGTH)
         self.runs = {run_id: RunState(*run) for run_id, run in runs.items()}
         self._live: Any = None
         self._most_running = 1
@@ -92,15 +93,18 @@ class GridProgress:
     def table(self) -> Table:
         """One row an arm, and the time left."""
         from rich.table import Table
+        from rich.text import Text
 
         left = self.seconds_left()
-        table = Table(title=self.title, caption=f"time left {'?' if left is None else clock(left)}", box=None)
+        # Plain strings would be read as rich's markup.
+        title = Text(self.title, "table.title")
+        table = Table(title=title, caption=f"time left {'?' if left is None else clock(left)}", box=None)
         table.add_column("arm", overflow="fold")
         for column in ("done", "running", "failed", "waiting", "step", "accuracy"):
             table.add_column(column, justify="right")
         for arm in dict.fromkeys(run.arm for run in self.runs.values()):
             runs = [run for run in self.runs.values() if run.arm == arm]
-            table.add_row(arm, *_row(runs))
+            table.add_row(Text(plain(arm, NAME_LENGTH)), *_row(runs))
         return table
 
     def _show(self, note: str = "", **figures: float) -> None:

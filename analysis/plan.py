@@ -123,16 +123,19 @@ def measure_pilot(study: Path) -> Pilot:
     from analysis.runs import open_runs
 
     runs = open_runs(study)
-    manifests = {run_id: manifest for run_id, manifest in runs.manifests.items() if manifest["status"] == "complete"}
+    manifests = {
+        run_id: manifest for run_id, manifest in runs.manifests.items() if manifest.get("status") == "complete"
+    }
     if not manifests:
         raise InputError(f"--pilot {study}: holds no complete run")
     first = next(iter(manifests.values()))
+    hardware = first.get("hardware") or {}
     return Pilot(
-        model=first["model"],
-        task=first["task"],
+        model=first.get("model") or "?",
+        task=first.get("task") or "?",
         seconds_per_step=_seconds_per_step(runs, manifests),
         sd_difference=_sd_difference(runs, manifests, study),
-        hardware=f"{first['hardware']['cores']} cores of {first['hardware']['cpu']}",
+        hardware=f"{hardware.get('cores', '?')} cores of {hardware.get('cpu', '?')}",
     )
 
 

@@ -6,7 +6,11 @@ import sys
 import time
 from types import TracebackType
 
+from analysis.trace.plain import plain
+
 PLAIN_LINE_EVERY_S = 15.0
+# Of a run, a model or a figure beside the bar.
+NAME_LENGTH = 80
 
 
 class Progress:
@@ -20,11 +24,11 @@ class Progress:
 
     def __init__(self, title: str, total: int) -> None:
         """``total`` is the number of steps that make the work complete."""
-        self.title, self.total = title, total
+        self.title, self.total = plain(title, NAME_LENGTH), total
         self._done = 0
         self._first: tuple[float, int] | None = None
         self._last_line = time.monotonic()
-        self._bar = _make_bar(title, total) if sys.stderr.isatty() else None
+        self._bar = _make_bar(self.title, total) if sys.stderr.isatty() else None
 
     def __enter__(self) -> Progress:
         if self._bar:
@@ -42,7 +46,8 @@ class Progress:
         now = time.monotonic()
         if self._first is None:
             self._first = (now, done)
-        text = " ".join([note] * bool(note) + [f"{name} {_short(value)}" for name, value in figures.items()])
+        words = [plain(note, NAME_LENGTH)] if note else []
+        text = " ".join(words + [f"{name} {_short(value)}" for name, value in figures.items()])
         self._done = done
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=done, figures=text)
@@ -69,12 +74,12 @@ def _make_bar(title: str, total: int):
     from rich.table import Column
 
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=12),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
         # Last, and free to wrap: a narrow terminal must not cost the time left.
-        TextColumn("{task.fields[figures]}", table_column=Column()),
+        TextColumn("{task.fields[figures]}", markup=False, table_column=Column()),
         console=Console(stderr=True),
     )
     bar.add_task(title, total=total, figures="")

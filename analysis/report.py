@@ -6,18 +6,21 @@ import base64
 import io
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis import claims, figures, queries
-from analysis.export import to_report_csv
+from analysis.export import to_json, to_report_csv
 from analysis.runs import Runs
 from analysis.trace.errors import InputError
 from analysis.trace.manifest import flatten
+from analysis.trace.plain import plain
 
 if TYPE_CHECKING:
     import polars as pl
+    from markupsafe import Markup
 
 PAGE, CLAIMS = "report.html", "claims.json"
 MARK = '<meta name="generator" content="entrace report">'
@@ -33,6 +36,8 @@ COMPARED = {
 FACTS = ("study", "model", "task", "git_commit", "hardware", "versions")
 # Tables of more runs are folded.
 FEW = 12
+# Characters of a name or an error on the page, and of a text with lines of its own.
+CELL_LENGTH, SOURCE_LENGTH = 1000, 20_000
 # Of a picture's palette.
 COLORS = 64
 # Without these entries, equal data give equal bytes.
@@ -60,7 +65,7 @@ def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None
     on_step = on_step or (lambda done, name: None)
     verdicts = claims.judge(runs)
     scorecard = {"overall": claims.overall(verdicts), "verdicts": [verdict.to_dict() for verdict in verdicts]}
-    (out / CLAIMS).write_text(json.dumps(scorecard, indent=1) + "\n")
+    (out / CLAIMS).write_text(to_json(scorecard) + "\n", encoding="utf-8")
     on_step(1, CLAIMS)
     comparison = _write_comparison(runs, out)
     on_step(2, COMPARED["differences"])
@@ -87,7 +92,7 @@ def _check_target(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; --out names a folder")
     page = out / PAGE
-    if out.exists() and any(out.iterdir()) and not (page.is_file() and MARK in page.read_text(encoding="utf-8")):
+    if out.exists() and any(out.iterdir()) and not (page.is_file() and MARK.encode() in page.read_bytes()):
         raise InputError(f"{out}: holds files that are no report; choose another folder")
 
 
@@ -120,7 +125,9 @@ def _draw(stem: str, frame: pl.DataFrame) -> dict[str, bytes]:
     from matplotlib.figure import Figure
 
     files = {}
-    with mpl.rc_context(figures.style.RC):
+    with mpl.rc_context(figures.style.RC), warnings.catch_warnings():
+        # Words and names may hold signs that the font lacks; a box stands for each.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         figure = Figure(figsize=figures.size(stem, frame))
         figures.MODULES[stem].draw(frame, figure.subplots())
         for form, stamps in STAMPS.items():
@@ -218,12 +225,26 @@ def _render(**content: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
+        finalize=_cell,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "pairs": _pairs}
+    environment.filters |= {"number": _number, "pairs": _pairs, "source": _source}
     return environment.get_template("report.html.jinja").render(few=FEW, **content)
+
+
+def _cell(value: Any) -> Any:
+    """What the page shows of a value; what is markup already stays."""
+    return plain(value, CELL_LENGTH) if type(value) is str else value
+
+
+def _source(text: str) -> Markup:
+    """Code or settings as they stand, with their lines."""
+    from markupsafe import escape
+
+    lines = text[:SOURCE_LENGTH].split("\n")
+    return escape("\n".join(map(plain, lines)) + "…" * (len(text) > SOURCE_LENGTH))
 
 
 def _number(value: float | None) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis import queries
+from analysis.interrupt import interruptible
 from analysis.trace.errors import InputError, nearest
 from analysis.trace.manifest import MANIFEST, read_manifest
 from analysis.trace.parts import check_part, list_parts
@@ -66,7 +67,7 @@ STAGES_COLUMNS = {
 EXPLAIN = re.compile(r"\s*explain\s*(\([^)]*\)|analyze\b)?", re.IGNORECASE)
 # Of what is missing of a run.
 GAPS_SHOWN = 3
-# DuckDB takes file names for patterns; each sign in brackets stands for itself.
+# Each in brackets stands for itself.
 GLOB_SIGNS = re.compile(r"[*?\[]")
 SQL_POSITION = re.compile(r"\s*\n\s*LINE \d+:.*", re.DOTALL)
 
@@ -91,6 +92,8 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
     files: dict[str, list[str]] = {name: [] for name in TABLES}
     notes: dict[str, str | None] = {}
     for folder in folders:
+        if not _is_utf_8(str(folder)):
+            raise InputError(f"{folder}: the name is not UTF-8; rename it")
         manifest = {**read_manifest(folder), "path": str(folder)}
         run_id = str(manifest.get("run_id", folder.name))
         if run_id in manifests:
@@ -222,26 +225,33 @@ class Runs:
 
     def _select(self, text: str, params: dict[str, Any]) -> pl.DataFrame:
         import duckdb
+        import polars as pl
 
         # A CTE may hold an INSERT; the transaction refuses it.
         self._con.execute("begin transaction read only")
         try:
-            return self._con.sql(text, params=params).pl()
+            return interruptible(self._con, lambda: self._con.sql(text, params=params).pl())
         except duckdb.Error as error:
             # A run that is resumed takes back what it recorded beyond its checkpoint.
             if gone := next((path for path in self._files if not Path(path).exists()), None):
                 raise InputError(f"{gone}: gone since it was opened; open the run again") from None
             raise InputError(_one_line(error)) from None
+        except pl.exceptions.PolarsError as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"sql: a column of this type cannot be read ({reason}); cast it, as in x::varchar"
+            ) from None
         finally:
             self._con.execute("rollback")
 
 
 def _find_run_folders(path: str | Path) -> list[Path]:
-    if glob.has_magic(str(path)) and not Path(path).exists():
-        matches = [Path(match) for match in sorted(glob.glob(str(path)))]
-        found = [folder for match in matches for folder in _runs_inside(match)]
-    else:
-        found = _runs_inside(Path(path))
+    try:
+        is_pattern = glob.has_magic(str(path)) and not Path(path).exists()
+        places = map(Path, sorted(glob.glob(str(path)))) if is_pattern else [Path(path)]
+        found = [folder for place in places for folder in _runs_inside(place)]
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     if not found:
         raise InputError(f"{path}: {'no such folder' if not Path(path).exists() else f'not a trace (no {MANIFEST})'}")
     return found
@@ -257,11 +267,15 @@ def _read_steps(folder: Path, parts: Iterable[Path]) -> list[int]:
     """Steps that are recorded, in order.
 
     Raises:
-        InputError: one is recorded twice.
+        InputError: one is recorded twice, or a file is damaged.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = [pq.read_table(path, columns=["step"])["step"].drop_null() for path in parts]
+    try:
+        columns = [pq.read_table(path, columns=["step"])["step"].drop_null() for path in parts]
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{folder / 'steps'}: damaged Parquet file ({str(error).partition(chr(10))[0]})") from None
     steps = sorted(step for column in columns for step in column.to_pylist())
     if twice := next((step for step, following in pairwise(steps) if step == following), None):
         raise InputError(
@@ -308,7 +322,9 @@ def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, list[str]]) 
     con.executemany(f"insert into runs values ({', '.join('?' * len(RUNS_COLUMNS))})", rows)
     for text in queries.staging():
         con.execute(text)
-    con.execute(f"set allowed_paths = [{', '.join(_quote(path) for paths in files.values() for path in paths)}]")
+    # A pattern is checked as it stands, and so is each file that it finds.
+    paths = dict.fromkeys(form for found in files.values() for path in found for form in (path, _pattern(path)))
+    con.execute(f"set allowed_paths = [{', '.join(map(_quote, paths))}]")
     con.execute("set enable_external_access = false")
     con.execute("set lock_configuration = true")
     return con
@@ -323,7 +339,7 @@ def _create_view(con: duckdb.DuckDBPyConnection, table: Table, files: list[str])
         con.unregister("empty")
         return
     columns = ", ".join(column.name for column in table.columns)
-    paths = ", ".join(_quote(GLOB_SIGNS.sub(r"[\g<0>]", path)) for path in files)
+    paths = ", ".join(_quote(_pattern(path)) for path in files)
     try:
         con.execute(f"create view {table.name} as select {columns} from read_parquet([{paths}])")
     except duckdb.Error as error:
@@ -334,6 +350,8 @@ def _parameters(text: str) -> set[str]:
     """Names of the ``$parameters`` of a query that is one SELECT, or EXPLAIN of one."""
     import duckdb
 
+    if not _is_utf_8(text):
+        raise InputError("sql: the query is not UTF-8")
     statements = duckdb.extract_statements(text)
     if len(statements) == 1 and statements[0].type == duckdb.StatementType.EXPLAIN:
         statements = duckdb.extract_statements(EXPLAIN.sub("", statements[0].query, count=1))
@@ -345,6 +363,16 @@ def _parameters(text: str) -> set[str]:
 
 def _one_line(error: Exception) -> str:
     return f"sql: {' '.join(SQL_POSITION.sub('', str(error)).split())}"
+
+
+def _is_utf_8(text: str) -> bool:
+    """Whether ``text`` holds no lone surrogates, which stand for bytes that are no UTF-8."""
+    return text.encode(errors="replace").decode() == text
+
+
+def _pattern(path: str) -> str:
+    """What DuckDB, which takes file names for patterns, finds this file by."""
+    return GLOB_SIGNS.sub(r"[\g<0>]", path)
 
 
 def _quote(text: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.compare.rows import metric_names
 from analysis.effects.estimate import count
+from analysis.export import readable
 from analysis.trace.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ def to_json(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
 
 def to_text(comparison: Comparison) -> str:
     """Differences with their reasons, aggregates, and the runs that take no part."""
-    lines = list(_difference_lines(comparison.differences))
-    lines += ["", *_aggregate_lines(comparison.aggregates)] if comparison.aggregates.height else []
-    lines += ["", *_unpaired_lines(comparison.unpaired)] if comparison.unpaired.height else []
+    lines = list(_difference_lines(readable(comparison.differences)))
+    lines += ["", *_aggregate_lines(readable(comparison.aggregates))] if comparison.aggregates.height else []
+    lines += ["", *_unpaired_lines(readable(comparison.unpaired))] if comparison.unpaired.height else []
     return "\n".join(lines)
 
 

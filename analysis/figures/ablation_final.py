@@ -46,7 +46,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
             part = shown.filter(metric=metric, benchmark=benchmark)
             _draw_rows(panel, part, {arm: row + offset for row, arm in enumerate(order)}, style.ARM_COLORS[1 + j % 6])
         panel.set_xlabel(name.format(k=k), fontsize=8, labelpad=1)
-        panel.set_yticks(range(len(order)), [arms.shorten(arm) for arm in order] if i == 0 else [])
+        panel.set_yticks(range(len(order)), [style.shorten(arm) for arm in order] if i == 0 else [])
         panel.set_ylim(len(order) - 0.5, -0.5)
         panel.tick_params(labelsize=6.5, length=2, pad=2)
         panel.locator_params(axis="x", nbins=4)
@@ -68,7 +68,7 @@ def _draw_rows(ax: Axes, part: pl.DataFrame, rows: dict[str, float], color: str)
         marker="o",
         markersize=4,
         elinewidth=1,
-        label=part["benchmark"][0] if part.height else None,
+        label=style.shorten(part["benchmark"][0]) if part.height else None,
     )
     arms.seed_dots(ax, part["value"], [rows[arm] for arm in part["arm"]], color)
     for baseline in means.filter(means["arm"] == means["baseline"])["mean"]:

@@ -22,7 +22,6 @@ GAP_X, GAP_Y = 0.06, 0.24
 PANEL_HEIGHT, ROW_HEIGHT, MARGIN = 1.05, 0.16, 1.0
 # Points between panels that share an axis label and that label: room for the numbers along their edges.
 X_PAD, Y_PAD = 15, 25
-NAME_LENGTH = 40
 
 
 def with_means(runs: Runs, frame: pl.DataFrame, value: str, keys: Sequence[str]) -> pl.DataFrame:
@@ -142,7 +141,7 @@ def lines(ax: Axes, frame: pl.DataFrame, x: str, legend: str) -> None:
     means = mean_rows(frame, "benchmark", x)
     if not is_crowded(frame):
         for arm, color in zip(names(means), style.ARM_COLORS, strict=False):
-            _line(ax, means.filter(arm=arm), x, color, arm)
+            _line(ax, means.filter(arm=arm), x, color, style.shorten(arm))
         style.legend(ax, loc=legend)
         return
     shown = _compared(means)
@@ -151,14 +150,14 @@ def lines(ax: Axes, frame: pl.DataFrame, x: str, legend: str) -> None:
         _line(panel, means.filter(arm=own["baseline"][0]), x, style.GREY)
         _line(panel, own, x, style.BLUE)
         # The values of a sweep go on a line of their own.
-        panel.set_title(shorten(arm).replace(" [", "\n["), fontsize=6.5, pad=2)
+        panel.set_title(style.shorten(arm).replace(" [", "\n["), fontsize=6.5, pad=2)
 
 
 def line_note(frame: pl.DataFrame) -> str:
     """What lines and bands of ``lines`` are."""
     benchmarks = frame["benchmark"].drop_nulls().unique(maintain_order=True).to_list()
     styles = zip(benchmarks, ("solid", "dashed", "dotted", "dash-dotted"), strict=False)
-    which = "; " + ", ".join(f"{line}: {name}" for name, line in styles) if len(benchmarks) > 1 else ""
+    which = "; " + ", ".join(f"{line}: {style.shorten(name)}" for name, line in styles) if len(benchmarks) > 1 else ""
     plain = "; grey: the arm compared with" if is_crowded(frame) else ""
     return f"{counts(frame)}\nband: {covers(frame)}{which}{plain}"
 
@@ -206,16 +205,9 @@ def seed_dots(ax: Axes, x: Sequence[float] | pl.Series, y: Sequence[float], colo
     )
 
 
-def shorten(name: str) -> str:
-    """``name`` with its middle left out if it is long, and with nothing in it that matplotlib would typeset."""
-    if len(name) > NAME_LENGTH:
-        name = f"{name[: NAME_LENGTH // 2]}…{name[1 - NAME_LENGTH // 2 :]}"
-    return name.replace("$", r"\$")
-
-
 def name_width(order: Sequence[str]) -> float:
     """Share of the width of a column that the longest of the names takes."""
-    return 0.01 + 0.0108 * max(len(shorten(name)) for name in order)
+    return 0.01 + 0.0108 * max(len(style.shorten(name)) for name in order)
 
 
 def _compared(frame: pl.DataFrame) -> list[str]:

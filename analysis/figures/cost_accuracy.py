@@ -47,7 +47,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
             _draw_points(panel, part, cost, looks)
             panel.set_xlabel(name if i + 1 == len(parts) else "", fontsize=8, labelpad=1)
         if len(parts) > 1:
-            panels[0].set_title(part["benchmark"][0], fontsize=7, loc="left", pad=2)
+            panels[0].set_title(style.shorten(part["benchmark"][0]), fontsize=7, loc="left", pad=2)
         _draw_names(panels[1], part, looks)
     note = f"{arms.counts(shown)}\nlarge marks: means; bars: {arms.covers(shown)}"
     label = f"held-out accuracy (avg@{style.span(shown['k'])})"
@@ -108,7 +108,7 @@ def _draw_names(ax: Axes, part: pl.DataFrame, looks: dict[str, dict[str, Any]]) 
             textcoords="axes fraction",
             arrowprops={"arrowstyle": "-", "color": looks[arm]["color"], "linewidth": 0.4, "alpha": 0.5},
         )
-        ax.text(1.11, height, arms.shorten(arm), transform=ax.transAxes, va="center", fontsize=6.5)
+        ax.text(1.11, height, style.shorten(arm), transform=ax.transAxes, va="center", fontsize=6.5)
 
 
 def _spread(wanted: np.ndarray) -> np.ndarray:

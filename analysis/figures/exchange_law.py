@@ -28,7 +28,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         part = frame.filter(stage=stage)
         if not part.is_empty():
             ax.scatter(part["entropy"], part["accuracy"], s=12, color=color, marker=marker, alpha=0.6, label=stage)
-    fitted = frame.drop_nulls("a")
+    fitted = frame.filter(frame["a"].is_finite(), frame["b"].is_finite())
     for _, run, line in style.by_run(fitted):
         entropy = np.sort(run["entropy"])
         ax.plot(entropy, run["b"][0] - run["a"][0] * np.exp(entropy), color=style.INK, linestyle=line)

@@ -94,7 +94,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     panel.axvline(0, color=style.INK, linewidth=0.8, zorder=0.6)
     for place, row in enumerate(rows):
         _draw_row(panel, place, row)
-    panel.set_yticks(range(len(rows)), [arms.shorten(label) for label in labels], fontsize=6.5)
+    panel.set_yticks(range(len(rows)), [style.shorten(label) for label in labels], fontsize=6.5)
     panel.set_ylim(len(rows) - 0.4, -0.6)
     panel.set_xlim(*_limits(shown))
     panel.locator_params(axis="x", nbins=6)
@@ -102,7 +102,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     panel.tick_params(labelsize=6.5, length=2, pad=2)
     _legend(ax, set(shown["verdict"]))
     baselines = shown["baseline"].unique().to_list()
-    than = arms.shorten(baselines[0]) if len(baselines) == 1 else "its baseline"
+    than = style.shorten(baselines[0]) if len(baselines) == 1 else "its baseline"
     note = (
         f"{style.count(rows, 'difference')}, {arms.seeds(shown)} each, {style.span(shown['num_prompts'])} held-out "
         f"prompts a seed\nbars: 95 % interval, covers {' / '.join(shown['covers'].unique(maintain_order=True))}"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.ticker import MaxNLocator
+
+from analysis.trace.plain import plain
 
 if TYPE_CHECKING:
     import polars as pl
@@ -29,6 +32,7 @@ STAGE_POINTS = {"rising": (ORANGE, "o", -0.07), "plateau": (BLUE, "s", 0.07)}
 RUN_STYLES = ("-", "--", ":", "-.")
 SIZE = (5.0, 3.2)
 NOTE_LENGTH = 78
+NAME_LENGTH = 40
 WORD_LENGTH = 14
 STEP = "training step"
 
@@ -74,10 +78,9 @@ def label(ax: Axes, x: str, y: str, note: str) -> None:
     """Sets axis labels, and the ``note`` on n and interval above the Axes."""
     ax.set_xlabel(x)
     ax.set_ylabel(y)
-    # A note of one line that would run out of the column breaks at its last semicolon.
-    if "\n" not in note and len(note) > NOTE_LENGTH:
-        note = ";\n".join(note.rsplit("; ", 1))
-    ax.set_title(note, loc="left", fontsize=7.5, color=GREY)
+    # A line that would run out of the column breaks at its last semicolon.
+    lines = [line if len(line) <= NOTE_LENGTH else ";\n".join(line.rsplit("; ", 1)) for line in note.split("\n")]
+    ax.set_title("\n".join(lines), loc="left", fontsize=7.5, color=GREY)
     ax.spines[["top"]].set_visible(False)
     if x == STEP:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -101,9 +104,10 @@ def band(ax: Axes, frame: pl.DataFrame, x: str, y: str, **line: Any) -> None:
 
 
 def by_run(frame: pl.DataFrame) -> list[tuple[str, pl.DataFrame, str]]:
-    """Rows of each run with a line style of its own."""
+    """Name of each run, its rows, and a line style of its own."""
     parts = frame.partition_by("run_id", maintain_order=True, as_dict=True)
-    return [(str(run), part, RUN_STYLES[i % len(RUN_STYLES)]) for i, ((run,), part) in enumerate(parts.items())]
+    lines = cycle(RUN_STYLES)
+    return [(shorten(str(run)), part, next(lines)) for (run,), part in parts.items()]
 
 
 def errors(frame: pl.DataFrame, y: str, low: str = "low", high: str = "high") -> list[pl.Series]:
@@ -156,9 +160,15 @@ def word_bars(ax: Axes, frame: pl.DataFrame, place: str, words: str, share: str)
     ax.grid(visible=False, axis="y")
 
 
+def shorten(name: str) -> str:
+    """``name`` with its middle left out if it is long, and with nothing in it that matplotlib would act on."""
+    # A label that begins with an underscore stays out of the legend.
+    return f"{' ' * name.startswith('_')}{plain(name, NAME_LENGTH)}".replace("$", r"\$")
+
+
 def _short(word: str) -> str:
     """``word`` on one line, cut, and with nothing in it that matplotlib would typeset."""
-    word = " ".join(word.split())
+    word = plain(" ".join(word.split()))
     word = word if len(word) <= WORD_LENGTH else f"{word[: WORD_LENGTH - 1]}…"
     return word.replace("$", r"\$")
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from analysis.trace.plain import plain
+
 
 class InputError(Exception):
     """Bad input, described in one line: what was wrong, what was expected, the nearest valid name.
 
     The command line prints the message and exits with 2; a library caller catches it.
     """
+
+    def __init__(self, message: str) -> None:
+        """What ``message`` quotes of files and names may be long, and hold anything."""
+        super().__init__(plain(message))
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

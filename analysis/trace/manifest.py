@@ -78,7 +78,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{run_dir}: not a trace (no {MANIFEST})")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(_well_formed(json.loads(path.read_text(encoding="utf-8"))))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     except OSError as error:
@@ -95,6 +95,12 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
                 f"{path}: files.{table} is {reprlib.repr(files)}, expected a table of files and their rows"
             )
     return manifest
+
+
+def _well_formed(values: Any) -> str:
+    """JSON of ``values`` with U+FFFD for lone surrogates, which JSON can name but no file or database holds."""
+    text = json.dumps(values, ensure_ascii=False)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

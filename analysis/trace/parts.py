@@ -99,8 +99,8 @@ def check_part(path: Path, table: Table, rows: int | None = None) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if path.is_symlink():
-        raise InputError(f"{path}: a link; a trace holds files only")
+    if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
+        raise InputError(f"{path}: a link, or no file; a trace holds files only")
     try:
         with pq.ParquetFile(path) as file:
             schema, found_rows = file.schema_arrow, file.metadata.num_rows

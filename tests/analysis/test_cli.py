@@ -11,8 +11,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from analysis.cli import app, run
-from analysis.trace import TABLES
+from analysis.cli import NOTES_SHOWN, app, run
+from analysis.trace import TABLES, TraceWriter
 
 
 @pytest.fixture
@@ -28,6 +28,17 @@ def command(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[
         return code if isinstance(code, int) else -1, captured.out, captured.err.decode()
 
     return call
+
+
+def test_what_is_missing_of_a_run_is_said_beside_the_answer(command, tmp_path: Path):
+    for number in range(NOTES_SHOWN + 2):
+        TraceWriter.create(tmp_path / f"run-{number}", {"run_id": f"run-{number}", "total_steps": 9}, ["<eos>"])
+    code, out, err = command("sql", str(tmp_path), "select count(*) as n from steps", "--format", "csv")
+    assert (code, out) == (0, b"n\n0\n")
+    lines = err.splitlines()
+    assert lines[0] == "entrace: run-0: being written or interrupted, 0 of 9 steps recorded"
+    assert lines[-1] == "entrace: 2 more runs are not there in full"
+    assert len(lines) == NOTES_SHOWN + 1
 
 
 @pytest.mark.parametrize(

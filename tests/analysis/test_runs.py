@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,23 @@ def change_manifest_version(folder: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
 
 
+def link_file(folder: Path) -> None:
+    path = part(folder, "tokens")
+    path.rename(folder / "moved.parquet")
+    path.symlink_to(folder / "moved.parquet")
+
+
+def link_folder(folder: Path) -> None:
+    (folder / "tokens").rename(folder / "moved")
+    (folder / "tokens").symlink_to(folder / "moved")
+
+
+def make_pipe(folder: Path) -> None:
+    path = part(folder, "tokens")
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing column": (drop_column, r"tokens/part-.*: column entropy \(float\) is missing; found run_id, step, "),
     "wrong type": (change_type, r"column step is string, expected int32"),
@@ -59,6 +77,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty file": (lambda folder: part(folder, "tokens").write_bytes(b""), r"damaged or truncated Parquet file"),
     "other manifest": (change_manifest_version, r"run.json: schema_version 99, this version of entrace reads 1"),
     "not JSON": (lambda folder: (folder / "run.json").write_text("{"), r"run.json: not JSON"),
+    "linked file": (link_file, r"tokens/part-.*: a link, or no file; a trace holds files only"),
+    "linked folder": (link_folder, r"tokens/part-.*: a link, or no file; a trace holds files only"),
+    "pipe": (make_pipe, r"tokens/part-.*: a link, or no file; a trace holds files only"),
     "no manifest": (lambda folder: (folder / "run.json").unlink(), r"not a trace \(no run.json\)"),
 }
 
@@ -174,6 +195,32 @@ def test_study_may_name_its_baseline(study_path: Path, tmp_path: Path):
         "select * from read_text('/etc/passwd')",
         "select * from '{tmp}/other.parquet'",
         "select * from glob('/etc/*')",
+        "select getenv('HOME')",
+        "select * from read_text('{run}/run.json')",
+        "select * from read_blob('{run}/run.json')",
+        "select * from read_csv('{run}/../../../etc/passwd')",
+        "select * from parquet_metadata('{run}/steps/../../other.parquet')",
+        "select * from read_parquet('{run}/*/*.parquet')",
+        "select * from sniff_csv('/etc/passwd')",
+        "select * from read_json('/proc/self/environ')",
+        "select * from query_table('{tmp}/other.parquet')",
+        "select * from read_csv('https://example.org/x.csv')",
+        "select * from read_parquet('s3://bucket/x.parquet')",
+        "select * from duckdb_secrets()",
+        "select * from duckdb_extensions()",
+        "create secret stolen (type s3)",
+        "copy runs from '{tmp}/other.parquet'",
+        "export database '{tmp}/all'",
+        "import database '{tmp}/all'",
+        "set variable x = 1",
+        "prepare q as select 1",
+        "execute q",
+        "checkpoint",
+        "vacuum",
+        "use temp",
+        "create macro x() as 1",
+        "update runs set run_id = 'x'",
+        "select * from enable_profiling()",
         "select * from query('copy runs to ''{run}/stolen.csv''')",
         "from enable_logging(storage='file', storage_config={{'path': '{run}'}})",
         "select * from local_frame",

@@ -1,0 +1,122 @@
+"""What readers check when they open a trace, and what they say is missing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from analysis import open_runs
+from analysis.trace import InputError, TraceWriter, read_manifest, write_manifest
+from analysis.trace.parts import last_whole_step
+from tests.analysis.conftest import VOCAB, step_row
+
+PARTS = {step: f"part-{step - 1:06d}-{step:06d}.parquet" for step in (2, 4, 6)}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Six steps in three files, of ten that were planned; being written."""
+    writer = TraceWriter.create(tmp_path / "run", {"run_id": "r", "total_steps": 10}, VOCAB)
+    for step in range(1, 7):
+        writer.append("steps", step_row(step, entropy=1.0, accuracy=0.5))
+        writer.end_step(step)
+        if step in PARTS:
+            writer.flush()
+    return tmp_path / "run"
+
+
+def change_manifest(run_dir: Path, **values: object) -> None:
+    write_manifest(run_dir, {**read_manifest(run_dir), **values})
+
+
+def test_a_run_that_is_being_written_says_how_far_it_is(run_dir: Path):
+    assert open_runs(run_dir).notes == {"r": "being written or interrupted, 6 of 10 steps recorded"}
+    change_manifest(run_dir, status="failed", error="TrainingError: step 7: loss nan")
+    assert open_runs(run_dir).notes == {"r": "failed (TrainingError: step 7: loss nan), 6 of 10 steps recorded"}
+    change_manifest(run_dir, status="complete")
+    assert open_runs(run_dir).notes == {}
+
+
+def test_steps_that_are_missing_are_named(tmp_path: Path):
+    """A trace of another trainer need not have every step; who reads it is told."""
+    writer = TraceWriter.create(tmp_path / "run", {"run_id": "r", "total_steps": 9}, VOCAB)
+    for step in (1, 2, 5, 7):
+        writer.append("steps", step_row(step, entropy=1.0, accuracy=0.5))
+    writer.flush(7)
+    writer.finish()
+    note = "complete, 4 of 9 steps recorded; steps 3 to 4, 6 are missing"
+    assert open_runs(tmp_path / "run").notes == {"r": note}
+
+
+def link_part(run_dir: Path) -> None:
+    part = run_dir / "steps" / PARTS[4]
+    part.rename(run_dir / "elsewhere")
+    part.symlink_to(run_dir / "elsewhere")
+
+
+def repeat_part(run_dir: Path) -> None:
+    shutil.copy(run_dir / "steps" / PARTS[4], run_dir / "steps" / "copy.parquet")
+
+
+def shorten_part(run_dir: Path) -> None:
+    path = run_dir / "steps" / PARTS[4]
+    table = pq.read_table(path)
+    pq.write_table(table.slice(0, 1), path)
+
+
+def drop_column(run_dir: Path) -> None:
+    path = run_dir / "steps" / PARTS[4]
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["loss"]), path)
+
+
+def change_type(run_dir: Path) -> None:
+    path = run_dir / "steps" / PARTS[4]
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(2, "loss", pa.array(["high"] * len(table))), path)
+
+
+def cut_part(run_dir: Path) -> None:
+    path = run_dir / "steps" / PARTS[4]
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "lost": (lambda run: (run / "steps" / PARTS[4]).unlink(), "missing, though run/run.json lists it; restore it, or"),
+    "cut": (cut_part, "damaged or truncated Parquet file .*; restore it, or go back to the checkpoint before it with"),
+    "fewer rows": (shorten_part, "holds 1 rows, run.json says 2"),
+    "no column": (drop_column, r"column loss \(float\) is missing; found run_id, step"),
+    "other type": (change_type, "column loss is string, expected float"),
+    "a link": (link_part, "a link, or no file; a trace holds files only"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_one_line_and_what_comes_before_it_is_whole(run_dir: Path, case: str):
+    damage, message = DAMAGE[case]
+    damage(run_dir)
+    with pytest.raises(InputError, match=message) as caught:
+        open_runs(run_dir)
+    assert "\n" not in str(caught.value)
+    step, reason = last_whole_step(run_dir, read_manifest(run_dir))
+    assert step == 2
+    assert PARTS[4] in str(reason)
+
+
+def test_a_step_recorded_twice_is_refused(run_dir: Path):
+    repeat_part(run_dir)
+    with pytest.raises(InputError, match="step 3 is recorded twice; remove the file that is no part of the run"):
+        open_runs(run_dir)
+
+
+def test_what_was_resumed_from_an_earlier_step_has_to_be_opened_again(run_dir: Path):
+    runs = open_runs(run_dir)
+    TraceWriter.resume(run_dir, 2)
+    with pytest.raises(InputError, match="gone since it was opened; open the run again"):
+        runs.sql("select max(step) from steps")
+    assert open_runs(run_dir).sql("select max(step) from steps").item() == 2
