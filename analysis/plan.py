@@ -123,8 +123,11 @@ def measure_pilot(study: Path) -> Pilot:
     from analysis.runs import open_runs
 
     runs = open_runs(study)
+    per_step = dict(runs.sql(SECONDS).drop_nulls().iter_rows())
     manifests = {
-        run_id: manifest for run_id, manifest in runs.manifests.items() if manifest.get("status") == "complete"
+        run_id: manifest
+        for run_id, manifest in runs.manifests.items()
+        if manifest.get("status") == "complete" and run_id in per_step
     }
     if not manifests:
         raise InputError(f"--pilot {study}: holds no complete run")
@@ -133,7 +136,7 @@ def measure_pilot(study: Path) -> Pilot:
     return Pilot(
         model=first.get("model") or "?",
         task=first.get("task") or "?",
-        seconds_per_step=_seconds_per_step(runs, manifests),
+        seconds_per_step=float(statistics.median(per_step[run_id] for run_id in manifests)),
         sd_difference=_sd_difference(runs, manifests, study),
         hardware=f"{hardware.get('cores', '?')} cores of {hardware.get('cpu', '?')}",
     )
@@ -156,11 +159,6 @@ FINAL = """
 with last_evals as (select run_id, max(step) as step from evals group by run_id)
 select run_id, avg(is_correct::int) as accuracy from evals join last_evals using (run_id, step) group by run_id
 """
-
-
-def _seconds_per_step(runs: Any, manifests: dict[str, dict[str, Any]]) -> float:
-    rows = runs.sql(SECONDS).iter_rows(named=True)
-    return float(statistics.median(row["per_step"] for row in rows if row["run_id"] in manifests))
 
 
 def _sd_difference(runs: Any, manifests: dict[str, dict[str, Any]], study: Path) -> float:

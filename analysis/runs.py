@@ -95,7 +95,7 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
         if not _is_utf_8(str(folder)):
             raise InputError(f"{folder}: the name is not UTF-8; rename it")
         manifest = {**read_manifest(folder), "path": str(folder)}
-        run_id = str(manifest.get("run_id", folder.name))
+        run_id = manifest.get("run_id") or folder.name
         if run_id in manifests:
             raise InputError(f'{folder}: run_id "{run_id}" also stands in {manifests[run_id]["path"]}')
         manifests[run_id] = manifest
@@ -316,7 +316,7 @@ def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, list[str]]) 
     for name, columns in (("runs", RUNS_COLUMNS), ("stages", STAGES_COLUMNS)):
         con.execute(f"create table {name} ({', '.join(f'{column} {kind}' for column, kind in columns.items())})")
     rows = [
-        [_scalar({"run_id": run_id, **manifest}.get(name)) for name in RUNS_COLUMNS]
+        [_scalar({**manifest, "run_id": run_id}.get(name)) for name in RUNS_COLUMNS]
         for run_id, manifest in manifests.items()
     ]
     con.executemany(f"insert into runs values ({', '.join('?' * len(RUNS_COLUMNS))})", rows)

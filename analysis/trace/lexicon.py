@@ -45,14 +45,16 @@ class Lexicon:
         """
         path = path or SHIPPED
         try:
-            lists = tomllib.loads(path.read_text())
+            lists = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError:
             raise InputError(f"{path}: no such lexicon") from None
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not TOML ({error})") from None
-        for category in lists:
+        for category, entries in lists.items():
             if category not in CATEGORIES:
                 raise InputError(f'{path}: unknown category "{category}"{nearest(category, CATEGORIES)}')
+            if not isinstance(entries, list) or not all(isinstance(word, str) for word in entries):
+                raise InputError(f"{path}: {category} is no list of words")
         # The earlier category in CATEGORIES order never wins by accident: the file's order decides.
         words: dict[str, str] = {}
         for category, entries in lists.items():

@@ -20,7 +20,7 @@ from analysis.trace.schema import SCHEMA_VERSION
 MANIFEST = "run.json"
 # Types of what readers rely on; other keys may hold anything.
 TEXT, NUMBER, SECTION = (str, type(None)), (int, type(None)), (dict, type(None))
-KIND_NAMES = {TEXT: "text", NUMBER: "a whole number", SECTION: "a table"}
+KIND_NAMES = {TEXT: "text", NUMBER: "a whole number of 32 bits", SECTION: "a table"}
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("run_id", "study", "arm", "baseline", "status", "error", "model", "task"), TEXT),
     **dict.fromkeys(("git_commit", "started_at", "finished_at"), TEXT),
@@ -87,8 +87,9 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise InputError(f"{path}: schema_version {version!r}, this version of entrace reads {SCHEMA_VERSION}")
     for key, kinds in KINDS.items():
-        if key in manifest and not isinstance(manifest[key], kinds):
-            raise InputError(f"{path}: {key} is {reprlib.repr(manifest[key])}, expected {KIND_NAMES[kinds]}")
+        value = manifest.get(key)
+        if not isinstance(value, kinds) or (isinstance(value, int) and not -(2**31) <= value < 2**31):
+            raise InputError(f"{path}: {key} is {reprlib.repr(value)}, expected {KIND_NAMES[kinds]}")
     for table, files in (manifest.get("files") or {}).items():
         if not isinstance(files, dict):
             raise InputError(

@@ -43,7 +43,7 @@ def last_step(name: str) -> int:
 
 def listed_files(run_dir: Path, manifest: Mapping[str, Any]) -> Files:
     """What the manifest lists; where it has no list, every file of the writer's naming that is there."""
-    if FILES in manifest:
+    if manifest.get(FILES) is not None:
         return manifest[FILES]
     return {name: {path.name: None for path in _find(run_dir, name) if PART.fullmatch(path.name)} for name in TABLES}
 
