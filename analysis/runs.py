@@ -17,7 +17,7 @@ from analysis import queries
 from analysis.interrupt import interruptible
 from analysis.trace.errors import InputError, nearest
 from analysis.trace.manifest import MANIFEST, read_manifest
-from analysis.trace.parts import check_part, list_parts
+from analysis.trace.parts import check_part, list_parts, listed_files
 from analysis.trace.schema import TABLES, Table
 
 if TYPE_CHECKING:
@@ -102,7 +102,9 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
         parts = list_parts(folder, manifest)
         for name, table in TABLES.items():
             files[name] += [str(check_part(path, table, rows)) for path, rows in parts[name].items()]
-        notes[run_id] = _describe_progress(manifest, _read_steps(folder, parts["steps"]))
+        listed = listed_files(folder, manifest)
+        gone = [name for name, found in parts.items() if not found and listed.get(name)]
+        notes[run_id] = _describe_progress(manifest, _read_steps(folder, parts["steps"]), gone)
     return Runs(manifests, files, notes)
 
 
@@ -284,16 +286,18 @@ def _read_steps(folder: Path, parts: Iterable[Path]) -> list[int]:
     return steps
 
 
-def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int]) -> str | None:
+def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int], gone: Sequence[str]) -> str | None:
     """What is missing of a run, in one line; None if it is complete."""
     gaps = [(a + 1, b - 1) for a, b in pairwise([0, *steps]) if b - a > 1]
     missing = "; steps " + ", ".join(f"{a} to {b}" if b > a else str(a) for a, b in gaps[:GAPS_SHOWN]) + " are missing"
-    done = f"{len(steps)} of {manifest.get('total_steps') or 'unknown'} steps recorded"
+    total = f" of {manifest['total_steps']}" if manifest.get("total_steps") else ""
+    done = f"{len(steps)}{total} steps recorded"
     status = {"running": "being written or interrupted", "failed": f"failed ({manifest.get('error')})"}
     state = status.get(manifest.get("status") or "")
-    if not state and not gaps:
+    if not state and not gaps and not gone:
         return None
-    return f"{state or manifest.get('status')}, {done}{missing if gaps else ''}"
+    removed = f"; removed: {', '.join(gone)}" if gone else ""
+    return f"{state or manifest.get('status')}, {done}{missing if gaps else ''}{removed}"
 
 
 def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, list[str]]) -> duckdb.DuckDBPyConnection:

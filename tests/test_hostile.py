@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import json
 import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -291,6 +295,33 @@ def test_grid_of_hostile_arms(command, tmp_path: Path):
     assert (code, err) == (0, "")
     assert not UNSEEN.search(out)
     assert re.search(r"^[\w.+=-]*_script_[\w.+=-]*  <script>", out, re.MULTILINE | re.ASCII)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "select count(*) from range(100000000000)",
+        "select * from range(10000000000)",
+        "with recursive t as (select 1 as x union all select x + 1 from t) select count(*) from t",
+    ],
+)
+def test_ctrl_c_ends_a_long_query_and_leaves_nothing(command, tiny_path: Path, tmp_path: Path, query: str, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    stop = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT))
+    stop.start()
+    code, out, _ = command("sql", str(tiny_path), query)
+    stop.join()
+    assert (code, out) == (130, "")
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_can_be_asked_again_after_ctrl_c(tiny_path: Path):
+    runs = open_runs(tiny_path)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        runs.sql("select count(*) from range(100000000000)")
+    assert runs.sql("select 1 as x").item() == 1
 
 
 @pytest.mark.parametrize(

@@ -51,13 +51,16 @@ def listed_files(run_dir: Path, manifest: Mapping[str, Any]) -> Files:
 def list_parts(run_dir: Path, manifest: Mapping[str, Any]) -> dict[str, dict[Path, int | None]]:
     """Files of each table that count, in order, with their rows where these are known.
 
+    A table may be removed as a whole, to save room; it has no files then.
+
     Raises:
-        InputError: one that the manifest lists is not there.
+        InputError: one that the manifest lists is not there, though others of its table are.
     """
     listed = listed_files(run_dir, manifest)
     parts = {}
     for table in TABLES:
-        rows = {run_dir / table / name: rows for name, rows in listed.get(table, {}).items()}
+        is_there = (run_dir / table).exists()
+        rows = {run_dir / table / name: rows for name, rows in listed.get(table, {}).items() if is_there}
         found = _find(run_dir, table)
         for path in rows:
             if path not in found:

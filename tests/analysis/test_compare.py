@@ -341,7 +341,8 @@ def entrace(*args: str) -> subprocess.CompletedProcess[str]:
 def test_command_prints_differences_aggregates_and_the_rest(grid: Path, tmp_path: Path):
     write_failed(tmp_path / "broken-seed0")
     done = entrace(str(grid), str(tmp_path))
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert "entrace: broken-seed0: failed (step 3: loss is nan), 0 steps recorded\n" in done.stderr
     assert "ppl  held  avg_at_k  inconclusive  +0.25 [-0.0605, +0.561] accuracy, k = 4\n" in done.stdout
     assert "n = 3 seeds, 6 prompts; interval covers prompts and seeds; p = 0.074, with Holm 0.074;" in done.stdout
     assert "ppl   0.75 [0.625, 0.875]  mean 0.75  improvement 1 [1, 1]  n = 3 seeds\n" in done.stdout

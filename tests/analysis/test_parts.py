@@ -108,6 +108,13 @@ def test_damage_is_one_line_and_what_comes_before_it_is_whole(run_dir: Path, cas
     assert PARTS[4] in str(reason)
 
 
+def test_a_table_removed_as_a_whole_is_not_recorded(run_dir: Path):
+    shutil.rmtree(run_dir / "vocab")
+    runs = open_runs(run_dir)
+    assert runs.sql("select count(*) from vocab").item() == 0
+    assert runs.notes == {"r": "being written or interrupted, 6 of 10 steps recorded; removed: vocab"}
+
+
 def test_a_step_recorded_twice_is_refused(run_dir: Path):
     repeat_part(run_dir)
     with pytest.raises(InputError, match="step 3 is recorded twice; remove the file that is no part of the run"):
