@@ -35,8 +35,10 @@ def interruptible(con: duckdb.DuckDBPyConnection, query: Callable[[], Result]) -
         while not is_done.wait(AWAKE_EVERY_S):
             pass
     except KeyboardInterrupt:
+        # An interrupt that meets no query at work, between two portions of rows, is lost; so it is repeated.
         con.interrupt()
-        is_done.wait()
+        while not is_done.wait(AWAKE_EVERY_S):
+            con.interrupt()
         raise
     if errors:
         raise errors[0]

@@ -193,7 +193,13 @@ def interrupt(folder, arguments):
     """Starts ``entrace ablate`` and sends its process group SIGINT, as a terminal does, once two runs are at work."""
     command = [sys.executable, "-m", "trainer", *map(str, arguments)]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A process that was started in the background may have been told to ignore it, and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 100
     while len(list(folder.glob("*/checkpoints/step-*"))) < 3 and process.poll() is None and time.monotonic() < deadline:
