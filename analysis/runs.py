@@ -18,6 +18,7 @@ from analysis.interrupt import interruptible
 from analysis.trace.errors import InputError, nearest
 from analysis.trace.manifest import MANIFEST, read_manifest
 from analysis.trace.parts import check_part, list_parts, listed_files
+from analysis.trace.plain import well_formed
 from analysis.trace.schema import TABLES, Table
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
     files: dict[str, list[str]] = {name: [] for name in TABLES}
     notes: dict[str, str | None] = {}
     for folder in folders:
-        if not _is_utf_8(str(folder)):
+        if str(folder) != well_formed(str(folder)):
             raise InputError(f"{folder}: the name is not UTF-8; rename it")
         manifest = {**read_manifest(folder), "path": str(folder)}
         run_id = manifest.get("run_id") or folder.name
@@ -354,7 +355,7 @@ def _parameters(text: str) -> set[str]:
     """Names of the ``$parameters`` of a query that is one SELECT, or EXPLAIN of one."""
     import duckdb
 
-    if not _is_utf_8(text):
+    if text != well_formed(text):
         raise InputError("sql: the query is not UTF-8")
     statements = duckdb.extract_statements(text)
     if len(statements) == 1 and statements[0].type == duckdb.StatementType.EXPLAIN:
@@ -367,11 +368,6 @@ def _parameters(text: str) -> set[str]:
 
 def _one_line(error: Exception) -> str:
     return f"sql: {' '.join(SQL_POSITION.sub('', str(error)).split())}"
-
-
-def _is_utf_8(text: str) -> bool:
-    """Whether ``text`` holds no lone surrogates, which stand for bytes that are no UTF-8."""
-    return text.encode(errors="replace").decode() == text
 
 
 def _pattern(path: str) -> str:

@@ -25,7 +25,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.cli import app, run
 from analysis.compare import compare
 from analysis.compare.text import to_text
 from analysis.export import FORMATS, render, to_report_csv
@@ -127,16 +126,12 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]):
-    """Runs ``entrace ARGS`` in this process; returns exit code, and what it wrote to stdout and stderr."""
+def command(command: Callable[..., tuple[int, bytes, str]]):
+    """``command`` with what was written to stdout as text."""
 
     def call(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["entrace", *args])
-        with pytest.raises(SystemExit) as stop:
-            run(app)
-        captured = capfdbinary.readouterr()
-        code = stop.value.code
-        return code if isinstance(code, int) else -1, captured.out.decode(), captured.err.decode()
+        code, out, err = command(*args)
+        return code, out.decode(), err
 
     return call
 

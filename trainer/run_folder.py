@@ -14,13 +14,11 @@ from typing import Any
 from analysis.trace import InputError, describe_machine, flatten, read_manifest, write_manifest
 from analysis.trace.manifest import MANIFEST, now
 from analysis.trace.schema import SCHEMA_VERSION
-from trainer.config import Config, build_config
+from trainer.config import Config, build_config, merge, nest
 from trainer.resources import EMBEDDED, find_base_policy
 
 # A folder that can be locked is one that no second process works in.
 LOCKS = ".locks"
-# Decides how much memory an update takes, and nothing else but rounding: a run that ran out of it goes on with less.
-FREE = "optim.micro_batch_tokens "
 WEIGHTS = ("*.safetensors", "*.bin")
 DIGEST_LENGTH = 16
 
@@ -81,8 +79,9 @@ def is_complete(config: Config, run_dir: Path) -> bool:
     if not run_dir.exists() or {path.name for path in run_dir.iterdir()} <= {f".{MANIFEST}.tmp"}:
         return False
     manifest = read_manifest(run_dir)
-    changed = [change for change in config_changes(manifest["config"], config) if not change.startswith(FREE)]
-    if changed:
+    # It decides how much memory an update takes, and nothing else but rounding: a run short of it goes on with less.
+    free = nest("optim.micro_batch_tokens", config.optim.micro_batch_tokens)
+    if changed := list(config_changes(merge(manifest["config"], free), config)):
         raise InputError(f"{run_dir}: made with another configuration, {', '.join(changed)}; not resumed")
     return manifest["status"] == "complete"
 

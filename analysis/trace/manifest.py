@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from analysis.trace.errors import InputError
+from analysis.trace.plain import well_formed
 from analysis.trace.schema import SCHEMA_VERSION
 
 MANIFEST = "run.json"
@@ -78,7 +79,8 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{run_dir}: not a trace (no {MANIFEST})")
     try:
-        manifest = json.loads(_well_formed(json.loads(path.read_text(encoding="utf-8"))))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(well_formed(json.dumps(values, ensure_ascii=False)))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     except OSError as error:
@@ -96,12 +98,6 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
                 f"{path}: files.{table} is {reprlib.repr(files)}, expected a table of files and their rows"
             )
     return manifest
-
-
-def _well_formed(values: Any) -> str:
-    """JSON of ``values`` with U+FFFD for lone surrogates, which JSON can name but no file or database holds."""
-    text = json.dumps(values, ensure_ascii=False)
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

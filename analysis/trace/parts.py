@@ -62,9 +62,8 @@ def list_parts(run_dir: Path, manifest: Mapping[str, Any]) -> dict[str, dict[Pat
         is_there = (run_dir / table).exists()
         rows = {run_dir / table / name: rows for name, rows in listed.get(table, {}).items() if is_there}
         found = _find(run_dir, table)
-        for path in rows:
-            if path not in found:
-                raise InputError(f"{path}: missing, though {run_dir.name}/run.json lists it; {_remedy(path)}")
+        if lost := sorted(rows.keys() - set(found)):
+            raise InputError(f"{lost[0]}: missing, though {run_dir.name}/run.json lists it; {_remedy(lost[0])}")
         parts[table] = {path: rows.get(path) for path in found if path in rows or not PART.fullmatch(path.name)}
     return parts
 

@@ -10,8 +10,15 @@ UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
+SURROGATES = re.compile("[\ud800-\udfff]")
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # Characters of a text that stands in a line of others, an error say.
 LONGEST = 2000
+
+
+def well_formed(text: str) -> str:
+    """``text`` with U+FFFD for lone surrogates, which Python and JSON can name but no file or database holds."""
+    return SURROGATES.sub(REPLACEMENT, text)
 
 
 def escape(text: str) -> str:

@@ -13,7 +13,6 @@ Usage::
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,13 @@ from analysis.trace.errors import InputError, nearest
 from analysis.trace.lexicon import Lexicon
 from analysis.trace.manifest import durable_file, now, read_manifest, write_manifest
 from analysis.trace.parts import FILES, Files, last_step, listed_files, part_name, remove_leftovers
+from analysis.trace.plain import well_formed
 from analysis.trace.precision import EXACT_BITS, MANTISSA_BITS, round_measured
 from analysis.trace.schema import SCHEMA_VERSION, TABLES, Table
 
 # Smallest exact encodings found for each kind of column: mantissa bytes of measured floats are noise and cost least
 # when split from the exponents; ids, lengths and constants within a response are runs.
 DELTA_COLUMNS = {"rollout_id", "position", "response_length"}
-SURROGATES = re.compile("[\ud800-\udfff]")
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 Gather = Callable[[Files], list[Files]]
 
@@ -257,7 +255,7 @@ def _to_array(value: Any, kind: pa.DataType, rows: int) -> pa.Array:
 
 def _without_surrogates(value: Any) -> Any:
     if isinstance(value, str):
-        return SURROGATES.sub(REPLACEMENT, value)
+        return well_formed(value)
     return [_without_surrogates(entry) for entry in value] if _is_array(value) else value
 
 

@@ -11,23 +11,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from analysis.cli import NOTES_SHOWN, app, run
+from analysis.cli import NOTES_SHOWN
 from analysis.trace import TABLES, TraceWriter
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]):
-    """Runs ``entrace ARGS`` in this process; returns exit code, stdout bytes and stderr text."""
-
-    def call(*args: str) -> tuple[int, bytes, str]:
-        monkeypatch.setattr(sys, "argv", ["entrace", *args])
-        with pytest.raises(SystemExit) as stop:
-            run(app)
-        captured = capfdbinary.readouterr()
-        code = stop.value.code
-        return code if isinstance(code, int) else -1, captured.out, captured.err.decode()
-
-    return call
 
 
 def test_what_is_missing_of_a_run_is_said_beside_the_answer(command, tmp_path: Path):

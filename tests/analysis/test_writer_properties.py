@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from analysis import open_runs
 from analysis.trace import InputError, TraceWriter, read_manifest, write_manifest
+from analysis.trace.plain import REPLACEMENT, SURROGATES
 from analysis.trace.precision import EXACT_BITS
-from analysis.trace.writer import REPLACEMENT, SURROGATES
 from tests.analysis.conftest import VOCAB, step_row
 
 FLOATS = st.floats(width=32, allow_nan=False)

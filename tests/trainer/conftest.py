@@ -1,7 +1,11 @@
+import os
+import sys
+
 import numpy as np
 import pytest
 import torch
 
+from trainer import cli
 from trainer.config import Config, PolicyConfig, load_config
 from trainer.method import TokenBatch
 from trainer.policy import Policy
@@ -40,6 +44,30 @@ def small_config() -> Config:
 @pytest.fixture
 def task(small_config) -> ReasoningGymTask:
     return ReasoningGymTask("chain_sum", small_config.task.params, seed=0, num_heldout=6)
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Runs the command line in this process; returns exit status, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["entrace", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        output = capsys.readouterr()
+        return stopped.value.code, output.out, output.err
+
+    return run
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_short(path):
+    os.truncate(path, path.stat().st_size // 2)
 
 
 def token_batch() -> tuple[torch.Tensor, TokenBatch]:

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.trace import read_manifest
-from trainer import cli
 
 from .conftest import SMALL
 
@@ -24,20 +23,6 @@ none = {}
 ppl = {}
 """
 SWEEP = '[sweep]\n"optim.lr" = [1e-4, 3e-4]\n'
-
-
-@pytest.fixture
-def call(capsys, monkeypatch):
-    """Runs the command line in this process; returns exit status, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["entrace", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        output = capsys.readouterr()
-        return stopped.value.code, output.out, output.err
-
-    return run
 
 
 def write(folder, text):

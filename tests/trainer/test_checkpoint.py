@@ -26,7 +26,7 @@ from trainer.config import load_config
 from trainer.policy import Policy
 from trainer.update import Learner
 
-from .conftest import SMALL
+from .conftest import SMALL, cut_short, flip_a_bit
 
 FILES = {
     "checksums.json",
@@ -217,16 +217,6 @@ def test_a_save_that_fails_takes_no_room_and_leaves_the_others(learner, run_dir,
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(run_dir, learner, RunState(step=80))
     assert contents(run_dir) == before
-
-
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def cut_short(path):
-    os.truncate(path, path.stat().st_size // 2)
 
 
 DAMAGE = [

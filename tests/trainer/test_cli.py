@@ -7,18 +7,9 @@ import sys
 
 import pytest
 
-from trainer import cli
 from trainer.resources import find_base_policy
 
 from .conftest import SMALL
-
-
-def call(capsys, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["entrace", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    output = capsys.readouterr()
-    return stopped.value.code, output.out, output.err
 
 
 @pytest.fixture
@@ -62,8 +53,8 @@ def folders(tmp_path):
         (["pretrain", "base-policy", "--out", "{}/full"], ["full", "not empty"]),
     ],
 )
-def test_bad_input_is_one_line(folders, capsys, monkeypatch, arguments, expected):
-    code, out, err = call(capsys, monkeypatch, *(argument.replace("{}", str(folders)) for argument in arguments))
+def test_bad_input_is_one_line(folders, call, arguments, expected):
+    code, out, err = call(*(argument.replace("{}", str(folders)) for argument in arguments))
     assert code == 2
     assert out == ""
     assert err.startswith("entrace: ")
@@ -74,26 +65,26 @@ def test_bad_input_is_one_line(folders, capsys, monkeypatch, arguments, expected
     assert [path.name for path in (folders / "full").iterdir()] == ["notes.txt"]
 
 
-def test_a_failing_run_exits_with_one(tmp_path, capsys, monkeypatch):
+def test_a_failing_run_exits_with_one(tmp_path, call):
     arguments = [*SMALL, "optim.lr=1e30", "optim.warmup_steps=0"]
-    code, _, err = call(capsys, monkeypatch, "train", "tiny", *arguments, "--out", tmp_path / "run")
+    code, _, err = call("train", "tiny", *arguments, "--out", tmp_path / "run")
     assert code == 1
     assert "step 2" in err.splitlines()[-1]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
-def test_a_run_can_be_trained_evaluated_and_queried(tmp_path, capsys, monkeypatch):
+def test_a_run_can_be_trained_evaluated_and_queried(tmp_path, call):
     run_dir = tmp_path / "study" / "first"
-    code, out, err = call(capsys, monkeypatch, "train", "tiny", *SMALL, "--out", run_dir)
+    code, out, err = call("train", "tiny", *SMALL, "--out", run_dir)
     assert (code, out.strip()) == (0, str(run_dir))
     assert "first: 4/4" in err
-    code, out, _ = call(capsys, monkeypatch, "eval", run_dir, "--json")
+    code, out, _ = call("eval", run_dir, "--json")
     metrics = json.loads(out)[str(run_dir)]
     assert code == 0
     assert set(metrics) == {"avg@2", "maj@2", "pass@2"}
     value, low, high = metrics["avg@2"]
     assert low <= value <= high
-    code, out, _ = call(capsys, monkeypatch, "sql", run_dir, "select max(step) as last from tokens", "--format", "json")
+    code, out, _ = call("sql", run_dir, "select max(step) as last from tokens", "--format", "json")
     assert json.loads(out) == [{"last": 4}]
 
 
@@ -105,16 +96,16 @@ def test_start_up_imports_nothing_heavy():
     assert done.stdout.strip() == "set()"
 
 
-def test_methods_are_listed(capsys, monkeypatch):
-    code, output, _ = call(capsys, monkeypatch, "methods")
+def test_methods_are_listed(call):
+    code, output, _ = call("methods")
     assert code == 0
     assert "entropy_advantage: uncertain tokens gain" in output
     assert "shaping.reweighting: alpha = 0.2" in output
-    code, output, _ = call(capsys, monkeypatch, "methods", "--json")
+    code, output, _ = call("methods", "--json")
     assert json.loads(output)["nsr"]["source"] == "arXiv 2506.01347"
 
 
-def test_a_misspelt_method_is_met_with_the_nearest(capsys, monkeypatch, tmp_path):
-    code, _, error = call(capsys, monkeypatch, "train", "tiny", "shaping.method=ppl_permutd", "--out", tmp_path / "run")
+def test_a_misspelt_method_is_met_with_the_nearest(call, tmp_path):
+    code, _, error = call("train", "tiny", "shaping.method=ppl_permutd", "--out", tmp_path / "run")
     assert code == 2
     assert 'did you mean "ppl_permuted"?' in error

@@ -32,7 +32,7 @@ from trainer.resources import find_base_policy
 from trainer.train import train
 from trainer.update import Learner
 
-from .conftest import SMALL
+from .conftest import SMALL, cut_short, flip_a_bit
 
 LABELS = {"study": "test", "arm": "none"}
 OVERRIDES = [*SMALL, "steps=6"]
@@ -92,29 +92,6 @@ def run_dir(interrupted, tmp_path):
     return shutil.copytree(interrupted, tmp_path / "run")
 
 
-@pytest.fixture
-def call(capsys, monkeypatch):
-    """Runs ``entrace``: exit code, and the lines on stderr that are no progress."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["entrace", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return stopped.value.code, capsys.readouterr().err.splitlines()
-
-    return run
-
-
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def cut_short(path):
-    os.truncate(path, path.stat().st_size // 2)
-
-
 def drop_a_column(path):
     rows = pq.read_table(path)
     pq.write_table(rows.drop_columns(["response_length"]), path)
@@ -132,7 +109,8 @@ def test_nothing_is_touched_where_no_checkpoint_is_whole(run_dir, call):
     for step in (2, 4):
         cut_short(run_dir / "checkpoints" / f"step-00000{step}" / "state.json")
     before = contents(run_dir)
-    code, lines = call("train", "tiny", *OVERRIDES, "--out", run_dir, "--resume")
+    code, _, err = call("train", "tiny", *OVERRIDES, "--out", run_dir, "--resume")
+    lines = err.splitlines()
     assert code == 2
     assert lines[-1].startswith(f"entrace: {run_dir}: no checkpoint to go on from: checkpoint of step 4 is damaged (st")
     assert "nothing was touched" in lines[-1]
@@ -150,7 +128,8 @@ def test_nothing_is_touched_where_no_checkpoint_is_whole(run_dir, call):
 def test_a_damaged_trace_goes_back_to_the_checkpoint_before(run_dir, whole, call, caplog, table, damage, reason):
     path = run_dir / table / "part-000004-000004.parquet"
     damage(path)
-    code, lines = call("sql", run_dir, "select max(step) from steps")
+    code, _, err = call("sql", run_dir, "select max(step) from steps")
+    lines = err.splitlines()
     assert (code, len(lines)) == (2, 1)
     assert lines[0].startswith(f"entrace: {path}: {reason}")
     resume(run_dir)
@@ -164,7 +143,8 @@ def test_a_trace_damaged_before_its_first_checkpoint_is_not_touched(run_dir, cal
     path = run_dir / "tokens" / "part-000001-000001.parquet"
     cut_short(path)
     before = contents(run_dir)
-    code, lines = call("train", "tiny", *OVERRIDES, "--out", run_dir, "--resume")
+    code, _, err = call("train", "tiny", *OVERRIDES, "--out", run_dir, "--resume")
+    lines = err.splitlines()
     assert code == 2
     assert "checkpoint of step 2 is beyond the trace, which is whole up to step 0" in lines[-1]
     assert "nothing was touched" in lines[-1]

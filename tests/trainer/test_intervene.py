@@ -20,7 +20,6 @@ from trainer.seeding import Stream, generator
 from trainer.train import train
 
 from .conftest import SMALL
-from .test_cli import call
 
 SETTINGS = Settings(checkpoint_step=4, continuations=2)
 BUDGET = 2000
@@ -325,11 +324,11 @@ def test_terciles_are_those_of_sql(count):
         (["--continuations", "3"], ["checkpoint 4 with seed 0 has continuations 2, not 3", "--seed"]),
     ],
 )
-def test_bad_input_is_one_line(run_dir, capsys, monkeypatch, arguments, expected):
+def test_bad_input_is_one_line(run_dir, call, arguments, expected):
     before = sorted((run_dir / "interventions").iterdir())
     if "--continuations" not in arguments:
         arguments = [*arguments, "--continuations", "2"]
-    code, out, err = call(capsys, monkeypatch, "intervene", run_dir, *arguments)
+    code, out, err = call("intervene", run_dir, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("entrace: ")
     assert err.count("\n") == 1
@@ -352,10 +351,10 @@ def test_responses_outside_updates_are_no_candidates(trained, tmp_path):
         load_candidates(run_dir, 4)
 
 
-def test_the_command_goes_on_and_says_when_it_is_done(trained, tmp_path, capsys, monkeypatch):
+def test_the_command_goes_on_and_says_when_it_is_done(trained, tmp_path, call):
     run_dir = shutil.copytree(trained, tmp_path / "run")
     arguments = ["intervene", run_dir, "--continuations", "2", "--budget", "100"]
-    code, out, err = call(capsys, monkeypatch, *arguments, "--json")
+    code, out, err = call(*arguments, "--json")
     figures = json.loads(out)
     rows = read(run_dir)
     assert code == 0
@@ -363,7 +362,7 @@ def test_the_command_goes_on_and_says_when_it_is_done(trained, tmp_path, capsys,
     assert (figures["checkpoint_step"], figures["seed"]) == (4, 0)
     assert figures["interventions"] == figures["num_new"] == len(rows)
     assert figures["tokens"] == rows["tokens"].sum()
-    code, out, _ = call(capsys, monkeypatch, *arguments)
+    code, out, _ = call(*arguments)
     assert (code, out.splitlines()[0]) == (
         0,
         "nothing to do: checkpoint 4 with seed 0 is finished; a larger --budget goes on",
