@@ -36,7 +36,7 @@ def short_attention(
         module: The attention layer.
         query: (B, heads, L, D).
         key: (B, key heads, S, D).
-        value: (B, key heads, S, D).
+        value: (B, key heads, S, E).
         attention_mask: (B, 1, L, S), bool (True = attend) or additive; None for causal or full attention.
         dropout: Anything above 0 goes to the fused kernel.
         scaling: Of the scores; 1 / sqrt(D) if None.
@@ -44,7 +44,7 @@ def short_attention(
         kwargs: Passed on to the fused kernel.
 
     Returns:
-        (B, L, heads, D), and None for the weights.
+        (B, L, heads, E), and None for the weights.
     """
     batch, heads, length, width = query.shape
     key_heads, keys = key.shape[1:3]
@@ -68,7 +68,7 @@ def short_attention(
         is_bool = attention_mask.dtype == torch.bool
         scores = torch.where(attention_mask, scores, lowest) if is_bool else scores + attention_mask
     weights = scores.softmax(-1).view(batch, key_heads, -1, keys)
-    return (weights @ value).view(batch, heads, length, width).transpose(1, 2).contiguous(), None
+    return (weights @ value).view(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, short_attention)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from trainer.faults import memory_advice
 from trainer.policy import Policy
 from trainer.rollout import Samples, SamplingParams, sample
 from trainer.seeding import Stream, generator
-from trainer.tasks import Prompt, ReasoningGymTask, Score
+from trainer.tasks import Prompt, Score, Task
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Batch:
     Attributes:
         samples: The responses, B rows.
         prompts: Prompt of each response.
+        new_prompts: Those that the run draws for the first time.
         completions: Decoded responses.
         scores: The verifier's verdicts.
         rewards: Score plus overlong penalty, (B,).
@@ -36,6 +38,7 @@ class Batch:
 
     samples: Samples
     prompts: list[Prompt]
+    new_prompts: list[Prompt]
     completions: list[str]
     scores: list[Score]
     rewards: Tensor
@@ -49,14 +52,22 @@ class Batch:
 class PromptSource:
     """Training prompts in order; ``position`` is all that a checkpoint needs to keep."""
 
-    def __init__(self, task: ReasoningGymTask, position: int = 0) -> None:
+    def __init__(self, task: Task, position: int = 0) -> None:
         """Starts at prompt ``position``."""
-        self.task, self.position = task, position
+        self.task, self.position = task, 0
+        self._drawn: set[str] = set()
+        self.first_drawn(self.take(position))
 
     def take(self, count: int) -> list[Prompt]:
         """The next ``count`` prompts."""
         start, self.position = self.position, self.position + count
         return [self.task.train_prompt(index) for index in range(start, self.position)]
+
+    def first_drawn(self, prompts: Iterable[Prompt]) -> list[Prompt]:
+        """Those of ``prompts`` that were not drawn before: the rows of a file come back with every epoch."""
+        new = {prompt.prompt_id: prompt for prompt in prompts if prompt.prompt_id not in self._drawn}
+        self._drawn |= new.keys()
+        return list(new.values())
 
 
 def collect_batch(config: Config, policy: Policy, source: PromptSource, step: int) -> Batch:
@@ -72,12 +83,14 @@ def collect_batch(config: Config, policy: Policy, source: PromptSource, step: in
         missing -= int(mixed_groups(rounds[-1].rewards, _group_ids(rounds[-1].rewards, rollout.group_size)).sum())
         if missing == 0:
             break
+    prompts = [prompt for part in rounds for prompt in part.prompts]
     rewards = torch.cat([part.rewards for part in rounds])
     group_ids = _group_ids(rewards, rollout.group_size)
     is_kept = mixed_groups(rewards, group_ids)[group_ids]
     return Batch(
         samples=Samples.concatenate([part.samples for part in rounds]),
-        prompts=[prompt for part in rounds for prompt in part.prompts],
+        prompts=prompts,
+        new_prompts=source.first_drawn(prompts),
         completions=[text for part in rounds for text in part.completions],
         scores=[score for part in rounds for score in part.scores],
         rewards=rewards,
@@ -102,18 +115,16 @@ class _Round:
     reward_s: float
 
 
-def _sample_round(
-    config: Config, policy: Policy, task: ReasoningGymTask, prompts: list[Prompt], place: tuple[int, int]
-) -> _Round:
+def _sample_round(config: Config, policy: Policy, task: Task, prompts: list[Prompt], place: tuple[int, int]) -> _Round:
     """Samples and scores ``group_size`` responses to each prompt; ``place`` is (step, refill)."""
     rollout = config.rollout
     started = time.perf_counter()
     with memory_advice(config, f"sampling at step {place[0]}", "rollout.prompts_per_step", "rollout.group_size"):
         samples = sample(
             policy,
-            [policy.encode_prompt(prompt.text) for prompt in prompts],
+            [policy.encode_prompt(prompt.question) for prompt in prompts],
             rollout.group_size,
-            SamplingParams(rollout.max_response_tokens, rollout.temperature),
+            SamplingParams.of(rollout),
             generator(config.seed, Stream.ROLLOUT, *place),
         )
     sampled = time.perf_counter()

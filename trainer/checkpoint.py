@@ -59,8 +59,7 @@ def save_checkpoint(run_dir: Path, learner: Learner, state: RunState) -> None:
     remove_unfinished(run_dir)
     temporary = folder / f".{final.name}.tmp"
     try:
-        learner.policy.model.save_pretrained(temporary / POLICY)
-        learner.policy.tokenizer.save_pretrained(temporary / POLICY)
+        learner.policy.save(temporary / POLICY)
         save_file(_optimizer_tensors(learner), temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
         _seal(temporary)
@@ -77,13 +76,8 @@ def save_checkpoint(run_dir: Path, learner: Learner, state: RunState) -> None:
 
 def load_checkpoint(checkpoint: Path, learner: Learner) -> RunState:
     """Restores weights and optimiser into ``learner``, bit for bit, and returns where the run stood."""
-    model = learner.policy.model
-    # The library's own way, which knows of shards, tied weights, and names that differ from those in the file.
-    saved = type(model).from_pretrained(
-        checkpoint / POLICY, local_files_only=True, dtype=torch.float32, use_safetensors=True
-    )
-    model.load_state_dict(saved.state_dict())
-    parameters = dict(model.named_parameters())
+    learner.policy.restore(checkpoint / POLICY)
+    parameters = dict(learner.policy.model.named_parameters())
     learner.optimizer.state.clear()
     for key, value in load_file(checkpoint / OPTIMIZER).items():
         name, _, part = key.rpartition(".")

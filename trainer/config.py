@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from analysis.trace import InputError, nearest
 from trainer.resources import EMBEDDED, resolve_config
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-# Whole numbers are recorded in 32 bits.
-MAX_INT = 2**31 - 1
-Positive = Annotated[int, Field(ge=1, le=MAX_INT)]
-Natural = Annotated[int, Field(ge=0, le=MAX_INT)]
+from trainer.section import Fraction, Natural, Positive, Section
+from trainer.task_config import TaskConfig
 
 SHAPING_NAMES = (
     "ppl",
@@ -50,23 +45,8 @@ def _check_shaping(method: str) -> str:
     return method if method in ("none", "scale_matched") else _check_composition(method)
 
 
-def _check_json(params: dict[str, Any]) -> dict[str, Any]:
-    try:
-        json.dumps(params, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"expected finite numbers, text, lists and tables ({error})") from None
-    return params
-
-
 Composition = Annotated[str, AfterValidator(_check_composition)]
 ShapingMethod = Annotated[str, AfterValidator(_check_shaping)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values keep their TOML types, and JSON can hold them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
 
 # pydantic puts the branch of a union that was tried into the path of the error.
 UNION_BRANCH = re.compile(r"constrained-|literal\[")
@@ -74,29 +54,54 @@ UNION_BRANCH = re.compile(r"constrained-|literal\[")
 AnySection = TypeVar("AnySection", bound=Section)
 
 
+class LoraConfig(Section):
+    """Low-rank updates of linear maps (LoRA, arXiv 2106.09685): rank, scale alpha / r, and the modules by name.
+
+    Without dropout: under it, the policy that is updated would not be the one that was sampled from.
+    """
+
+    r: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+
+
 class PolicyConfig(Section):
-    """The model to train."""
+    """The model to train, how it computes, and how it is asked.
+
+    ``template`` is the text of a prompt, ``{question}`` standing for its question, in place of the tokenizer's chat
+    template: for few-shot prompts, and models that were never taught to chat.
+    """
 
     path: str = EMBEDDED
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    template: str | None = None
 
-
-class TaskConfig(Section):
-    """A reasoning-gym task, its parameters, and the number of held-out prompts."""
-
-    name: str = "chain_sum"
-    params: Annotated[dict[str, Any], AfterValidator(_check_json)] = {}
-    num_heldout: Positive = 200
+    @field_validator("template")
+    @classmethod
+    def _asks_something(cls, template: str | None) -> str | None:
+        if template is not None and "{question}" not in template:
+            raise ValueError("{question} is missing, which stands for the question")
+        return template
 
 
 class RolloutConfig(Section):
-    """Sampling of a step's responses; ``max_refills`` bounds dynamic sampling's extra generation rounds."""
+    """Sampling of a step's responses; ``max_refills`` bounds dynamic sampling's extra generation rounds.
+
+    ``top_p`` and ``top_k`` cut the distribution, for sampling and in the update alike. ``stop`` holds texts that end a
+    response once they are complete, in evaluations too.
+    """
 
     prompts_per_step: Positive = 32
     group_size: Annotated[int, Field(ge=2)] = 8
     max_response_tokens: Positive = 64
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Positive | None = None
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     dynamic_sampling: bool = True
     max_refills: Natural = 2
     overlong_buffer_tokens: Natural = 0
@@ -358,10 +363,10 @@ def nest(key: str, value: Any) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings united; where both have a value, that of ``change``."""
+    """Nested mappings united; where both have a value, that of ``change``. An empty mapping clears."""
     merged = dict(base)
     for key, value in change.items():
-        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
+        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping) and value
         merged[key] = merge(merged[key], value) if both else value
     return merged
 
@@ -388,6 +393,9 @@ def _one_line(model: type[Section], error: ValidationError) -> str:
 
 def _keys_at(model: type[Section], path: list[str]) -> list[str]:
     for part in path:
+        # The name of an entry, such as that of a source in task.mix, is no field.
+        if part not in model.model_fields:
+            continue
         annotation = model.model_fields[part].annotation
         options = [annotation, *get_args(annotation)]
         model = next(option for option in options if isinstance(option, type) and issubclass(option, Section))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from trainer.policy import Policy
 from trainer.rollout import SamplingParams, sample
 from trainer.run_folder import has_begun
 from trainer.seeding import Stream, generator
-from trainer.tasks import ReasoningGymTask
+from trainer.tasks import Task, load_task
+from trainer.token_stats import Truncation
 
 
 def evaluate(
-    config: Config, policy: Policy, task: ReasoningGymTask, step: int, on_step: Callable[..., None] | None = None
+    config: Config, policy: Policy, task: Task, step: int, on_step: Callable[..., None] | None = None
 ) -> dict[str, Any]:
     """Samples ``eval.samples`` responses to every held-out prompt and scores them.
 
@@ -37,19 +39,20 @@ def evaluate(
     Returns:
         Columns of the ``evals`` table, one row a response.
     """
-    params = SamplingParams(config.rollout.max_response_tokens, config.eval.temperature, config.eval.top_p)
-    samples_per_prompt, size = config.eval.samples, config.rollout.prompts_per_step
-    rows: dict[str, list[Any]] = {
-        name: [] for name in ("prompt_id", "sample_index", "answer", "is_correct", "response_length", "entropy_mean")
-    }
+    rollout, truncation = config.rollout, Truncation(config.eval.top_p)
+    params = SamplingParams(rollout.max_response_tokens, config.eval.temperature, truncation, rollout.stop)
+    samples_per_prompt, size = config.eval.samples, rollout.prompts_per_step
+    rows: dict[str, list[Any]] = defaultdict(list)
     for start in range(0, len(task.heldout), size):
         prompts = task.heldout[start : start + size]
         rng = generator(config.seed, Stream.EVAL, start)
         with memory_advice(config, "evaluating", "rollout.prompts_per_step", "eval.samples"):
-            samples = sample(policy, [policy.encode_prompt(p.text) for p in prompts], samples_per_prompt, params, rng)
+            encoded = [policy.encode_prompt(prompt.question) for prompt in prompts]
+            samples = sample(policy, encoded, samples_per_prompt, params, rng)
         completions = policy.decode([response.tolist() for response in samples.responses()])
         prompts = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
         scores = [task.score(text, prompt) for text, prompt in zip(completions, prompts, strict=True)]
+        rows["benchmark"] += [prompt.task for prompt in prompts]
         rows["prompt_id"] += [prompt.prompt_id for prompt in prompts]
         rows["sample_index"] += list(range(samples_per_prompt)) * (len(prompts) // samples_per_prompt)
         rows["answer"] += [score.answer for score in scores]
@@ -58,7 +61,7 @@ def evaluate(
         rows["entropy_mean"] += samples.entropy_mean.tolist()
         if on_step:
             on_step(start + len(prompts) // samples_per_prompt, accuracy=float(np.mean(rows["is_correct"])))
-    return {"step": step, "benchmark": task.name, "temperature": config.eval.temperature, **rows}
+    return {"step": step, "temperature": config.eval.temperature, **rows}
 
 
 def find_policy(folder: Path, given: Config) -> Config:
@@ -76,5 +79,6 @@ def find_policy(folder: Path, given: Config) -> Config:
 
 def evaluate_folder(config: Config, on_step: Callable[..., None]) -> dict[str, Any]:
     """Loads ``config.policy`` and evaluates it; returns columns of the ``evals`` table."""
-    task = ReasoningGymTask(config.task.name, config.task.params, config.seed, config.task.num_heldout)
-    return evaluate(config, Policy.load(config.policy), task, step=0, on_step=on_step)
+    policy = Policy.load(config.policy)
+    task = load_task(config.task, config.seed, policy.encode_prompt)
+    return evaluate(config, policy, task, step=0, on_step=on_step)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import Field
 
@@ -201,12 +201,13 @@ def _check_key(key: str, source: str) -> None:
 def _config_keys(model: type[Section], prefix: str = "") -> Iterator[tuple[str, bool]]:
     """Every key of the config, dotted, and whether it holds a table of free keys."""
     for name, info in model.model_fields.items():
-        options = [info.annotation, *get_args(info.annotation)]
+        is_open = get_origin(info.annotation) is dict
+        options = [] if is_open else [info.annotation, *get_args(info.annotation)]
         section = next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
         if section:
             yield from _config_keys(section, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", isinstance(info.default, dict)
+            yield f"{prefix}{name}", is_open
 
 
 def _read_overrides(overrides: Sequence[str], axes: Mapping[str, Any]) -> dict[str, Any]:

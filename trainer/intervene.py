@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from analysis.trace.writer import write_part
 from trainer.candidates import load_candidates, order_candidates
 from trainer.checkpoint import find_checkpoint, read_state
 from trainer.config import Config, build_config
+from trainer.decoder import Decoder
 from trainer.policy import Policy
-from trainer.rollout import SamplingParams, invert_cdf, read_prompts, sample_at
+from trainer.rollout import SamplingParams, ends_response, invert_cdf, sample_at
 from trainer.seeding import Stream, generator
-from trainer.tasks import Prompt, ReasoningGymTask
+from trainer.tasks import Prompt, load_task
 
 TABLE = "interventions"
 SETTINGS_KEY = b"entrace_settings"
@@ -172,12 +173,12 @@ class Intervener:
         """``tokens`` hold the responses in full, by rollout_id and position."""
         self.config, self.settings = config, settings
         self.policy = Policy.load(config.policy.model_copy(update={"path": str(checkpoint / "policy")}))
-        self.task = ReasoningGymTask(config.task.name, config.task.params, config.seed, config.task.num_heldout)
+        self.task = load_task(config.task, config.seed, self.policy.encode_prompt)
         num_prompts = read_state(checkpoint).prompt_position
         self._prompts = {p.prompt_id: p for p in map(self.task.train_prompt, range(num_prompts))}
         responses = tokens.group_by("rollout_id", maintain_order=True).agg("token_id")
         self._responses = dict(zip(responses["rollout_id"], responses["token_id"], strict=True))
-        self._stop_ids = set(self.policy.stop_ids.tolist())
+        self._params = SamplingParams.of(config.rollout)
 
     def replace_tokens(self, tokens: pl.DataFrame) -> dict[str, Any]:
         """Intervenes on each of ``tokens``; what a row becomes does not depend on the others.
@@ -189,7 +190,7 @@ class Intervener:
         places = list(tokens.select("rollout_id", "position").iter_rows())
         prompts = [self._prompts[prompt_id] for prompt_id in tokens["prompt_id"]]
         before = [self._responses[rollout_id][:position].to_list() for rollout_id, position in places]
-        contexts = [self.policy.encode_prompt(p.text) + part for p, part in zip(prompts, before, strict=True)]
+        contexts = [self.policy.encode_prompt(p.question) + part for p, part in zip(prompts, before, strict=True)]
         originals = tokens["token_id"].to_list()
         draws = torch.tensor([self._generator(Stream.ALTERNATIVE, place).random(dtype=np.float32) for place in places])
         alternatives = draw_alternatives(
@@ -221,11 +222,11 @@ class Intervener:
 
         What has ended, by its stop token or at the length limit, is scored as it is.
         """
-        open_ones = [b.tokens[-1] not in self._stop_ids and b.numbers.shape[1] > 0 for b in beginnings]
+        open_ones = [b.numbers.shape[1] > 0 and not self._has_ended(b.tokens) for b in beginnings]
         endings = iter(self._sample([b for b, is_open in zip(beginnings, open_ones, strict=True) if is_open]))
         accuracy, generated = np.zeros(len(beginnings)), np.zeros(len(beginnings), dtype=np.int64)
         for i, (beginning, is_open) in enumerate(zip(beginnings, open_ones, strict=True)):
-            ends = next(endings) if is_open else [[]]
+            ends = [self._cut(beginning.tokens, end) for end in next(endings)] if is_open else [[]]
             texts = self.policy.decode([beginning.tokens + end for end in ends])
             accuracy[i] = np.mean([self.task.score(text, beginning.prompt).is_correct for text in texts])
             generated[i] = sum(map(len, ends))
@@ -235,14 +236,22 @@ class Intervener:
         """K continuations of each beginning, none longer than its room."""
         if not beginnings:
             return []
-        contexts = [self.policy.encode_prompt(b.prompt.text) + b.tokens for b in beginnings]
+        contexts = [self.policy.encode_prompt(b.prompt.question) + b.tokens for b in beginnings]
         rooms = [b.numbers.shape[1] for b in beginnings]
         padding = [((0, 0), (0, max(rooms) - room)) for room in rooms]
         uniforms = np.concatenate([np.pad(b.numbers, width) for b, width in zip(beginnings, padding, strict=True)])
-        params = SamplingParams(max(rooms), self.config.rollout.temperature)
+        params = replace(self._params, max_tokens=max(rooms))
         responses = [r.tolist() for r in sample_at(self.policy, contexts, uniforms, rooms, params).responses()]
         size = self.settings.continuations
         return [responses[start : start + size] for start in range(0, len(responses), size)]
+
+    def _cut(self, tokens: list[int], end: list[int]) -> list[int]:
+        """A continuation up to a stop text that began before it, which sampling could not see."""
+        lengths = range(1, len(end) + 1) if self._params.stop else ()
+        return end[: next((n for n in lengths if self._has_ended([*tokens, *end[:n]])), None)]
+
+    def _has_ended(self, tokens: list[int]) -> bool:
+        return bool(ends_response(self.policy, torch.tensor([tokens]), self._params.stop))
 
     def _generator(self, stream: Stream, place: tuple[int, int]) -> np.random.Generator:
         return generator(self.settings.seed, stream, self.settings.checkpoint_step, *place)
@@ -254,6 +263,8 @@ def draw_alternatives(
 ) -> Tensor:
     """Draws from p(v | not o) = p(v) / (1 - p(o)), v != o, by inverting its distribution function.
 
+    p is that of the temperature alone: top-p or top-k might leave nothing but o.
+
     Args:
         policy: The model.
         contexts: All tokens before the original, N lists.
@@ -264,7 +275,7 @@ def draw_alternatives(
     Returns:
         Token ids, (N,).
     """
-    logits = policy.head.logits(read_prompts(policy, contexts, 1)[0]) / temperature
+    logits = policy.head.logits(Decoder(policy, contexts).hidden) / temperature
     # Left out before the softmax: where the policy is sure, 1 - p(o) rounds to 0.
     logits.scatter_(1, originals[:, None].to(policy.device), -torch.inf)
     return invert_cdf(logits.softmax(-1), uniforms.to(policy.device)).cpu()

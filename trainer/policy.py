@@ -1,61 +1,80 @@
-"""A causal language model with its tokenizer, loaded from any Hugging Face folder."""
+"""A causal language model with its tokenizer: how it is loaded, asked, scored and saved."""
 
 from __future__ import annotations
 
-import json
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from analysis.trace import InputError
-from trainer import attention
+from trainer import adapters, attention
 from trainer.config import PolicyConfig
-from trainer.resources import EMBEDDED, find_base_policy
-from trainer.token_stats import LMHead, TokenStats, compute_token_stats
+from trainer.decoder import Decoder
+from trainer.pretrained import load_model, load_pretrained
+from trainer.tasks.prompt import Question, as_chat, as_text
+from trainer.token_stats import WHOLE, LMHead, TokenStats, Truncation, compute_token_stats
 
-HEAD_TOLERANCE = 1e-2
-PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-# Its bars for reading and writing weights would tear the run's own apart.
-disable_progress_bar()
+TOLERANCE = 1e-2
 
 
 @dataclass
 class Policy:
-    """The model in float32 master weights; on a GPU its arithmetic runs in ``dtype`` under autocast."""
+    """The model in float32 master weights; its arithmetic runs in ``dtype``, under autocast.
+
+    Attributes:
+        model: In evaluation mode always: with dropout, the policy that is updated would not be the one sampled from.
+        tokenizer: Its tokenizer.
+        device: Where it computes.
+        dtype: In what it computes.
+        name: Where it came from, for messages.
+        template: Text of a prompt, ``{question}`` standing for its question, in place of the chat template.
+        adapter: What is trained of the model, if not all of it.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     dtype: torch.dtype
     name: str
+    template: str | None = None
+    adapter: PeftModel | None = None
 
     @classmethod
     def load(cls, config: PolicyConfig) -> Policy:
-        """Loads a folder in Hugging Face layout; ``embedded`` names the shipped base policy.
+        """Loads the model that ``config.path`` names: a folder, a GGUF file, a model of the hub, or one that ships.
+
+        A folder that holds a LoRA adapter stands for its base model with the adapter, which is trained on if
+        ``config.lora`` is set, and merged otherwise.
 
         Raises:
-            InputError: no such folder, no model or tokenizer in it, no safetensors, code of its own, or a head that is
-                not one linear map, which the closed-form statistics need.
+            InputError: no usable model or tokenizer there; or the model has no head that is one linear map, which the
+                closed-form statistics need, or does not go on from a cache as it reads a whole text.
         """
-        path = find_base_policy() if config.path == EMBEDDED else Path(config.path)
-        _refuse_code(path)
-        if not path.is_dir():
-            raise InputError(f"policy.path: no model folder at {path}")
+        model, tokenizer, adapter = load_pretrained(config)
         device = _pick_device(config.device)
-        dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(config.dtype)
-        model = _load_part(AutoModelForCausalLM, path, "model", dtype=torch.float32, use_safetensors=True)
-        if device.type == "cpu" and model.config._attn_implementation == "sdpa":
+        if config.attention == "auto" and device.type == "cpu" and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(attention.NAME)
-        tokenizer = _load_part(AutoTokenizer, path, "tokenizer")
-        policy = cls(model.to(device).eval(), tokenizer, device, dtype or getattr(torch, config.dtype), str(path))
+        automatic = "bfloat16" if device.type == "cuda" else "float32"
+        dtype = getattr(torch, automatic if config.dtype == "auto" else config.dtype)
+        torch.nn.Module.to(model, device)
+        policy = cls(model.eval(), tokenizer, device, dtype, config.path, config.template, adapter)
         policy._check_head()
+        policy._check_decoder()
+        if config.gradient_checkpointing:
+            policy._checkpoint_layers()
         return policy
 
     @property
@@ -69,23 +88,34 @@ class Policy:
         """Rows of the LM head, which may exceed the tokenizer's entries."""
         return len(self.head.weight)
 
-    @property
+    @cached_property
     def stop_ids(self) -> Tensor:
         """Token ids that end a response."""
         configured: Any = getattr(self.model.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
-        return torch.tensor(sorted({i for i in [*ids, self.tokenizer.eos_token_id] if i is not None}))
+        found = {i for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
+        return torch.tensor(sorted(found), dtype=torch.int64)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Arithmetic in ``dtype``."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a question, through the chat template if the tokenizer has one."""
-        if self.tokenizer.chat_template is None:
+    def encode_prompt(self, question: Question) -> list[int]:
+        """Token ids of a question in ``template``, or else in the chat template if the tokenizer has one.
+
+        Raises:
+            InputError: the template refuses the question's turns.
+        """
+        if self.template or self.tokenizer.chat_template is None:
+            text = (self.template or "{question}").replace("{question}", as_text(question))
             return self.tokenizer(text)["input_ids"]
-        messages = [{"role": "user", "content": text}]
-        rendered: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            rendered: Any = self.tokenizer.apply_chat_template(
+                as_chat(question), add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as error:
+            reason = f"{error}: {as_text(question)[:60]!r}"
+            raise InputError(f"{self.name}: the chat template refuses a prompt ({reason})") from None
         # The template writes the special tokens itself.
         return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
@@ -103,7 +133,13 @@ class Policy:
         with self.autocast():
             return self.model.base_model(input_ids=input_ids, **inputs).last_hidden_state
 
-    def score(self, prompts: list[list[int]], responses: list[Tensor], temperature: float) -> TokenStats:
+    def score(
+        self,
+        prompts: list[list[int]],
+        responses: list[Tensor],
+        temperature: float,
+        truncation: Truncation = WHOLE,
+    ) -> TokenStats:
         """Statistics of given responses under the current weights, with gradient, the responses end to end.
 
         Sequences are padded on the right, where causal attention never looks, so that no mask is needed.
@@ -112,6 +148,7 @@ class Policy:
             prompts: Prompt tokens of each response, B lists.
             responses: Response tokens, B tensors, none empty.
             temperature: As in sampling.
+            truncation: As in sampling.
 
         Returns:
             ``TokenStats`` of shape (sum of response lengths,).
@@ -123,45 +160,77 @@ class Policy:
         places = torch.arange(padded.shape[1])
         is_response = ((places >= starts[:, None]) & (places < ends[:, None])).to(self.device)
         hidden = self.hidden_states(padded[:, :-1], use_cache=False)
-        return compute_token_stats(hidden[is_response[:, 1:]], self.head, padded[is_response], temperature)
+        return compute_token_stats(hidden[is_response[:, 1:]], self.head, padded[is_response], temperature, truncation)
+
+    def save(self, folder: Path) -> None:
+        """Writes a folder that ``load`` takes: the whole model, or the adapter if only that is trained."""
+        if self.adapter:
+            adapters.save_adapter(self.adapter, folder)
+        else:
+            self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def restore(self, folder: Path) -> None:
+        """Takes over the weights that ``save`` wrote, bit for bit."""
+        if self.adapter:
+            adapters.restore_adapter(self.adapter, folder)
+        else:
+            # The library's own way, which knows of shards, tied weights, and names that differ from those in the file.
+            self.model.load_state_dict(load_model(folder).state_dict())
+
+    def _checkpoint_layers(self) -> None:
+        """Layers keep their inputs alone for the backward pass, and compute the rest again.
+
+        What transformers does about this hangs on training mode, which would turn dropout on.
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise InputError(f"policy.gradient_checkpointing: {type(self.model).__name__} has no layers made for it")
+        for layer in layers:
+            layer.forward = partial(_recompute, layer.forward)
 
     @torch.no_grad()
     def _check_head(self) -> None:
         # In float32 on both sides: rounding must not pass for a difference.
+        kind = type(self.model).__name__
+        if not isinstance(self.model.get_output_embeddings(), torch.nn.Linear):
+            raise InputError(f"{self.name}: {kind} has no LM head that is one linear map")
         probe = torch.arange(min(4, self.vocab_size), device=self.device)[None]
         expected = self.model(probe, use_cache=False).logits[0]
         found = self.head.logits(self.model.base_model(probe, use_cache=False).last_hidden_state[0])
-        if not torch.allclose(found, expected, rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE * float(expected.std())):
-            raise InputError(f"{self.name}: {type(self.model).__name__} scales or caps its logits after the LM head")
+        if not _is_close(found, expected):
+            raise InputError(f"{self.name}: {kind} scales or caps its logits after the LM head")
+
+    @torch.no_grad()
+    def _check_decoder(self) -> None:
+        """Reads two texts of different lengths together, goes on from the cache, and compares with each read alone."""
+        exact = replace(self, dtype=torch.float32)
+        texts = [[i % self.vocab_size for i in range(length)] for length in (5, 3)]
+        try:
+            decoder = Decoder(exact, [text[:-1] for text in texts], 2)
+            decoder.keep(torch.tensor([0, 3]))
+            decoder.append(torch.tensor([text[-1] for text in texts]))
+            alone = [exact.hidden_states(torch.tensor([t], device=self.device), use_cache=False)[0, -1] for t in texts]
+            reason = None if _is_close(decoder.hidden, torch.stack(alone)) else "the cache changes what comes out"
+        except Exception as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if reason:
+            kind = type(self.model).__name__
+            raise InputError(f"{self.name}: {kind} cannot be sampled from a cache of keys and values ({reason})")
+
+
+def _is_close(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * float(expected.std()))
+
+
+def _recompute(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Runs a layer without keeping what is inside it for the backward pass, if there will be one."""
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **options)
+    return checkpoint(forward, *arguments, use_reentrant=False, **options)
 
 
 def _pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError('policy.device = "cuda", but torch finds no GPU')
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
-
-
-def _refuse_code(path: Path) -> None:
-    """Loading a model must not run code that came with it: neither pickles nor modules."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path] * path.is_file()
-    suffixes = {file.suffix for file in files}
-    if pickles := [file for file in files if file.suffix in PICKLES and ".safetensors" not in suffixes]:
-        raise InputError(
-            f"{path}: no usable model ({pickles[0].name} is a pickle, which can run code when it is read; if you trust "
-            "it, make a folder of safetensors: AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW))"
-        )
-    for name in ("config.json", "tokenizer_config.json"):
-        with suppress(OSError, ValueError, TypeError):
-            if "auto_map" in json.loads((path / name).read_text(encoding="utf-8")):
-                raise InputError(
-                    f"{path}: no usable model (auto_map in {name} asks for code that came with it, which is never run; "
-                    "remove that key if transformers knows the architecture by itself)"
-                )
-
-
-def _load_part(loader: Any, path: Path, part: str, **arguments: Any) -> Any:
-    try:
-        return loader.from_pretrained(path, local_files_only=True, trust_remote_code=False, **arguments)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{path}: no usable {part} ({reason})") from None

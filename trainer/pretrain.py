@@ -36,7 +36,7 @@ from trainer.config import (
 )
 from trainer.evaluate import evaluate
 from trainer.policy import Policy
-from trainer.tasks import ReasoningGymTask
+from trainer.tasks import Task, load_task
 from trainer.worked_solutions import Rates, SolutionWriter, Styles
 
 PAD, EOS = "<pad>", "<eos>"
@@ -145,7 +145,7 @@ def pretrain(recipe_path: Path, out: Path, on_step: Callable[..., None]) -> Held
         raise InputError(f"{out}: not empty; expected a new folder")
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(recipe.training.threads)
-    task = ReasoningGymTask(recipe.task.name, recipe.task.params, recipe.seed, recipe.task.num_heldout)
+    task = load_task(recipe.task, recipe.seed)
     corpus = _write_corpus(task, SolutionWriter(recipe.styles, recipe.rates, recipe.seed), recipe.training.questions)
     texts = [text for pair in islice(corpus, recipe.tokenizer.examples) for text in pair]
     tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size)
@@ -196,7 +196,7 @@ class Batch:
     is_response: Tensor
 
 
-def evaluate_heldout(model_dir: Path, task: ReasoningGymTask, recipe: Recipe) -> HeldoutFigures:
+def evaluate_heldout(model_dir: Path, task: Task, recipe: Recipe) -> HeldoutFigures:
     """Loads a finished policy as any run does, samples every held-out prompt at temperature 1, and scores it."""
     policy = Policy.load(PolicyConfig(path=str(model_dir)))
     limit, samples = recipe.training.max_response_tokens, recipe.evaluation.samples
@@ -229,7 +229,7 @@ def _model_config(shape: ModelRecipe, tokenizer: PreTrainedTokenizerFast) -> Lla
     )
 
 
-def _write_corpus(task: ReasoningGymTask, writer: SolutionWriter, questions: int) -> Iterator[tuple[str, str]]:
+def _write_corpus(task: Task, writer: SolutionWriter, questions: int) -> Iterator[tuple[str, str]]:
     """Endless pairs of a training question and a solution; no held-out question is among them."""
     for index in count():
         question = task.train_prompt(index % questions).text

@@ -46,7 +46,7 @@ def record_batch(
         temperature: Sampling temperature.
     """
     num_samples = len(batch.prompts) // int(batch.group_ids[-1] + 1)
-    record_prompts(writer, batch.prompts[::num_samples])
+    record_prompts(writer, batch.new_prompts)
     rollout_ids = first_rollout_id + np.arange(len(batch.prompts))
     prompt_ids = np.array([prompt.prompt_id for prompt in batch.prompts], dtype=object)
     is_correct = np.array([score.is_correct for score in batch.scores])

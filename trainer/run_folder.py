@@ -15,12 +15,13 @@ from analysis.trace import InputError, describe_machine, flatten, read_manifest,
 from analysis.trace.manifest import MANIFEST, now
 from analysis.trace.schema import SCHEMA_VERSION
 from trainer.config import Config, build_config, merge, nest
-from trainer.resources import EMBEDDED, find_base_policy
+from trainer.resources import find_model
 
 # A folder that can be locked is one that no second process works in.
 LOCKS = ".locks"
-WEIGHTS = ("*.safetensors", "*.bin")
+WEIGHTS = "*.safetensors"
 DIGEST_LENGTH = 16
+FIRST_TASK_KEYS = {"name", "params", "num_heldout"}
 
 
 def describe_run(config: Config, run_dir: Path, labels: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def describe_run(config: Config, run_dir: Path, labels: Mapping[str, Any]) -> di
         "seed": config.seed,
         "config": config.model_dump(mode="json"),
         "model": config.policy.path,
-        "task": config.task.name,
+        "task": " + ".join(config.task.sources),
         "total_steps": config.steps,
         **describe_machine(),
     }
@@ -43,17 +44,22 @@ def common_random_numbers(config: Config) -> dict[str, str | None]:
     """Fingerprints of what runs may have in common: where two runs' are equal, they share it.
 
     Returns:
-        ``base_policy``: of its weights; None where there is no such folder. ``prompts``: of all that decides the
-        prompts of both splits and their order. ``evaluation``: of all that decides the held-out prompts and the random
-        numbers that each of their samples is drawn with.
+        ``base_policy``: of its weights; None where there is no such model. ``prompts``: of all that decides the
+        prompts of both splits and their order, contents of files included. ``evaluation``: of all that decides the
+        held-out prompts and the random numbers that each of their samples is drawn with.
     """
     policy, rollout = config.policy, config.rollout
-    prompts = {"seed": config.seed, **config.task.model_dump(mode="json")}
+    # A key that a run made before does not know leaves its fingerprint as it was, unless it is set.
+    task = config.task.model_dump(mode="json", include=FIRST_TASK_KEYS)
+    task |= config.task.model_dump(mode="json", exclude_defaults=True)
+    if files := {path: _hash_file(Path(path)) for source in config.task.sources.values() for path in source.files}:
+        task["files"] = files
+    prompts = {"seed": config.seed, **task}
     sampling = config.eval.model_dump(mode="json", exclude={"every"})
     # Random numbers are drawn for so many prompts at a time, each as long as the longest response.
     shape = [rollout.prompts_per_step, rollout.max_response_tokens]
     return {
-        "base_policy": _hash_weights(find_base_policy() if policy.path == EMBEDDED else Path(policy.path)),
+        "base_policy": _hash_weights(policy.path),
         "prompts": _hash_json(prompts),
         "evaluation": _hash_json([prompts, sampling, shape]),
     }
@@ -84,6 +90,20 @@ def is_complete(config: Config, run_dir: Path) -> bool:
     if changed := list(config_changes(merge(manifest["config"], free), config)):
         raise InputError(f"{run_dir}: made with another configuration, {', '.join(changed)}; not resumed")
     return manifest["status"] == "complete"
+
+
+def check_prompts(config: Config, run_dir: Path) -> None:
+    """Refuses to go on with a run whose prompts would be others from here on.
+
+    Raises:
+        InputError: files of the task have changed since the run began.
+    """
+    found = read_manifest(run_dir).get("common_random_numbers", {}).get("prompts")
+    if found and found != common_random_numbers(config)["prompts"]:
+        files = ", ".join(path for source in config.task.sources.values() for path in source.files)
+        raise InputError(
+            f"{run_dir}: not resumed, its prompts would change midway; has {files} changed since it began?"
+        )
 
 
 def config_changes(found: Mapping[str, Any], config: Config) -> Iterator[str]:
@@ -148,8 +168,12 @@ def has_begun(run_dir: Path) -> bool:
 
 
 @cache
-def _hash_weights(folder: Path) -> str | None:
-    paths = sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)})
+def _hash_weights(name: str) -> str | None:
+    try:
+        found = find_model(name)
+    except InputError:
+        return None
+    paths = sorted(found.glob(WEIGHTS)) if found.is_dir() else [found]
     if not paths:
         return None
     digest = hashlib.sha256()
@@ -157,6 +181,14 @@ def _hash_weights(folder: Path) -> str | None:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:DIGEST_LENGTH]
+
+
+def _hash_file(path: Path) -> str | None:
+    """None where there is no such file: what reads it says so."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST_LENGTH]
 
 
 def _hash_json(value: Any) -> str:

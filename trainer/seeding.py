@@ -21,6 +21,9 @@ class Stream(IntEnum):
     CONTINUATION = 6
     SHAPING = 7
     LOSS = 8
+    SPLIT = 9
+    EPOCH = 10
+    MIXTURE = 11
 
 
 def generator(seed: int, stream: Stream, *indices: int) -> np.random.Generator:

@@ -39,10 +39,10 @@ from trainer.method import TokenBatch
 from trainer.plateau import PlateauDetector
 from trainer.policy import Policy
 from trainer.record import record_batch, record_prompts
-from trainer.run_folder import describe_run, has_begun, is_complete
+from trainer.run_folder import check_prompts, describe_run, has_begun, is_complete
 from trainer.seeding import Stream
 from trainer.shaping import shape
-from trainer.tasks import ReasoningGymTask
+from trainer.tasks import Task, load_task
 from trainer.update import Learner, UpdateMetrics
 
 log = logging.getLogger("entrace")
@@ -72,10 +72,11 @@ def train(
     if resume and is_complete(config, run_dir):
         return
     torch.manual_seed(config.seed)
-    task = ReasoningGymTask(config.task.name, config.task.params, config.seed, config.task.num_heldout)
-    learner = Learner(config, Policy.load(config.policy))
+    policy = Policy.load(config.policy)
+    task = load_task(config.task, config.seed, policy.encode_prompt)
+    learner = Learner(config, policy)
     with explained(run_dir):
-        writer, state = _open_trace(config, run_dir, labels, learner, resume)
+        writer, state = _open_trace(config, run_dir, {**labels, **task.describe()}, learner, resume)
         with _durable(writer):
             if state.step == 0:
                 record_prompts(writer, task.heldout)
@@ -103,13 +104,14 @@ def _durable(writer: TraceWriter) -> Iterator[None]:
 
 def _run_steps(
     config: Config,
-    task: ReasoningGymTask,
+    task: Task,
     learner: Learner,
     writer: TraceWriter,
     state: RunState,
     on_step: Callable[..., None],
 ) -> None:
     source = PromptSource(task, state.prompt_position)
+    timeouts_before = writer.manifest.get("verifier_timeouts", 0)
     plateau = PlateauDetector(config.shaping.plateau, state.history)
     for step in range(state.step + 1, config.steps + 1):
         batch = collect_batch(config, learner.policy, source, step)
@@ -144,6 +146,8 @@ def _run_steps(
         state.prompt_position = source.position
         state.next_rollout_id += len(batch.prompts)
         state.history = plateau.history
+        if task.num_timeouts:
+            writer.manifest["verifier_timeouts"] = timeouts_before + task.num_timeouts
         if is_last or step % config.record.flush_every == 0:
             writer.flush()
         if is_last or step % config.record.checkpoint_every == 0:
@@ -190,6 +194,7 @@ def _open_trace(
         checkpoint = find_intact(run_dir, at_most=whole)
         remove_unfinished(run_dir)
         if checkpoint:
+            check_prompts(config, run_dir)
             state = load_checkpoint(checkpoint, learner)
             remove_superseded(run_dir, state.step)
             writer = TraceWriter.resume(run_dir, state.step)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from trainer.batch import Batch
 from trainer.config import Config, OptimConfig
@@ -17,8 +18,13 @@ from trainer.loss import kl_penalty
 from trainer.method import TokenBatch
 from trainer.objectives import Objective
 from trainer.policy import Policy
-from trainer.rollout import Samples
+from trainer.rollout import Samples, SamplingParams
 from trainer.seeding import Stream, generator
+from trainer.token_stats import TokenStats
+
+# What the loss is multiplied by on the way back: in float16, small gradients would vanish without. Should they overflow
+# instead, the next is tried, within the same update, so that none is skipped and nothing needs to be remembered.
+LOSS_SCALES = {torch.float16: (2.0**12, 2.0**8, 2.0**4, 1.0)}
 
 MEMORY_KEY = "optim.micro_batch_tokens"
 
@@ -59,6 +65,7 @@ class Learner:
     def __init__(self, config: Config, policy: Policy) -> None:
         """Builds AdamW; weight decay spares vectors (norms and biases)."""
         self.config, self.policy = config, policy
+        self.sampling = SamplingParams.of(config.rollout)
         parameters = [p for p in policy.model.parameters() if p.requires_grad]
         decayed = [p for p in parameters if p.ndim > 1]
         spared = [p for p in parameters if p.ndim <= 1]
@@ -104,7 +111,7 @@ class Learner:
         with memory_advice(self.config, "capturing what an update did", MEMORY_KEY):
             for micro in micro_batches(samples, kept, self.config.optim.micro_batch_tokens):
                 rows = kept[micro]
-                stats = self.policy.score(*_sequences(samples, rows), self.config.rollout.temperature)
+                stats = self._score(self.policy, samples, rows)
                 logprob[rows] = samples.place(stats.logprob, rows)
                 entropy[rows] = samples.place(stats.entropy, rows)
         return AfterUpdate(logprob, entropy, metrics.is_clipped)
@@ -113,29 +120,40 @@ class Learner:
         self, samples: Samples, objective: Objective, rows: Tensor, step: int, is_clipped: Tensor
     ) -> tuple[float, float, float, float, float]:
         """One update; returns loss, gradient norm, KL and the clipped shares, and marks tokens in ``is_clipped``."""
-        sums = torch.zeros(4, dtype=torch.float64)
-        self.optimizer.zero_grad(set_to_none=True)
-        for micro in micro_batches(samples, rows, self.config.optim.micro_batch_tokens):
-            loss, kl, is_low, is_high = self._loss_sums(samples, objective, rows, micro)
-            loss.backward()
-            sums += torch.stack([loss.detach(), kl, is_low.sum(), is_high.sum()]).cpu().double()
-            is_clipped[rows[micro]] |= samples.place(is_low | is_high, rows[micro])
-        loss, kl, num_low, num_high = sums.tolist()
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self.config.optim.grad_clip))
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        loss = kl = num_low = num_high = grad_norm = math.nan
+        for scale in LOSS_SCALES.get(self.policy.dtype, (1.0,)):
+            loss, kl, num_low, num_high = self._backward(samples, objective, rows, is_clipped, scale)
+            grad_norm = float(clip_grad_norm_(self.policy.model.parameters(), self.config.optim.grad_clip))
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                break
+        else:
             raise TrainingError(f"step {step}: loss {loss}, gradient norm {grad_norm}; lower optim.lr or check rewards")
         self.optimizer.step()
         num_tokens = int(samples.lengths[rows].sum())
         return loss, grad_norm, kl, num_low / num_tokens, num_high / num_tokens
+
+    def _backward(
+        self, samples: Samples, objective: Objective, rows: Tensor, is_clipped: Tensor, scale: float
+    ) -> list[float]:
+        """Fills in gradients; returns loss, KL and the numbers of clipped tokens, and marks these in ``is_clipped``."""
+        sums = torch.zeros(4, dtype=torch.float64)
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in micro_batches(samples, rows, self.config.optim.micro_batch_tokens):
+            loss, kl, is_low, is_high = self._loss_sums(samples, objective, rows, micro)
+            (loss * scale).backward()
+            sums += torch.stack([loss.detach(), kl, is_low.sum(), is_high.sum()]).cpu().double()
+            is_clipped[rows[micro]] |= samples.place(is_low | is_high, rows[micro])
+        for parameter in self.policy.model.parameters():
+            if scale != 1 and parameter.grad is not None:
+                parameter.grad /= scale
+        return sums.tolist()
 
     def _loss_sums(
         self, samples: Samples, objective: Objective, rows: Tensor, micro: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the places ``micro`` of ``rows`` add to loss and KL, and which of their tokens the bounds clip, (N,)."""
         config, chosen = self.config.loss, rows[micro]
-        prompts, responses = _sequences(samples, chosen)
-        temperature = self.config.rollout.temperature
-        stats = self.policy.score(prompts, responses, temperature)
+        stats = self._score(self.policy, samples, chosen)
         log_ratio = stats.logprob - objective.take(samples.stats.logprob[rows], micro).to(self.policy.device)
         result = objective.evaluate(log_ratio, micro)
         share = objective.take(objective.share, micro).to(self.policy.device)
@@ -143,10 +161,16 @@ class Learner:
         kl = torch.zeros_like(loss.detach())
         if self.reference:
             with torch.no_grad():
-                reference = self.reference.score(prompts, responses, temperature).logprob
+                reference = self._score(self.reference, samples, chosen).logprob
             penalty = (share * kl_penalty(stats.logprob, reference, config.kl_estimator)).sum()
             loss, kl = loss + config.kl_coef * penalty, penalty.detach()
         return loss, kl, result.is_clipped_low, result.is_clipped_high
+
+    def _score(self, policy: Policy, samples: Samples, rows: Tensor) -> TokenStats:
+        """Statistics of the responses of ``rows`` under a policy's current weights, as it samples, end to end."""
+        prompts = [samples.prompts[row] for row in rows]
+        responses = [samples.tokens[row][samples.response_mask[row]] for row in rows]
+        return policy.score(prompts, responses, self.sampling.temperature, self.sampling.truncation)
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
@@ -177,8 +201,3 @@ def micro_batches(samples: Samples, rows: Tensor, max_tokens: int) -> list[Tenso
             parts.append([])
         parts[-1].append(index)
     return [torch.tensor(part) for part in parts if part]
-
-
-def _sequences(samples: Samples, rows: Tensor) -> tuple[list[list[int]], list[Tensor]]:
-    """Prompt and response tokens of ``rows``."""
-    return [samples.prompts[row] for row in rows], [samples.tokens[row][samples.response_mask[row]] for row in rows]

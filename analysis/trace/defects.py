@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from functools import cache
-from itertools import pairwise
-
-import numpy as np
 
 from analysis.trace.lexicon import Lexicon
 
@@ -29,9 +25,8 @@ COMMON_WORDS = (
 )
 STOP_WORDS = frozenset(COMMON_WORDS.split())
 
-REPEATS = 3
-MIN_REPEATED_WORDS = 6
-MAX_BLOCK_WORDS = 100
+# With a letter in each word's place: one word six times, or 2 to 100 words three times.
+REPEATED_BLOCK = re.compile(r"(.)\1{5}|(.{2,100})\2\2", re.DOTALL)
 MIN_SENTENCE_WORDS = 3
 IRRELEVANT_SHARE = 0.25
 
@@ -65,35 +60,26 @@ def find_defects(prompt: str, completion: str, *, has_answer: bool, is_truncated
 
 def is_repetitive(completion: str) -> bool:
     """Whether a block of words is repeated back to back; see ``find_defects``."""
+    letters: dict[str, str] = {}
     words = WORD.findall(completion.lower())
-    # A repeated block repeats its first two words; most responses end here, at a tenth of the cost.
-    if max(Counter(pairwise(words)).values(), default=0) < REPEATS:
-        return False
-    index: dict[str, int] = {}
-    ids = np.array([index.setdefault(word, len(index)) for word in words])
-    for block in range(1, min(MAX_BLOCK_WORDS, len(ids) // REPEATS) + 1):
-        # A block stands REPEATS times in a row where ids agree with themselves shifted by one block throughout
-        # (REPEATS - 1) blocks.
-        needed = max((REPEATS - 1) * block, MIN_REPEATED_WORDS - block)
-        same = ids[:-block] == ids[block:]
-        if np.count_nonzero(same) < needed:
-            continue
-        edges = np.flatnonzero(np.diff(same, prepend=False, append=False))
-        if (edges[1::2] - edges[::2]).max() >= needed:
-            return True
-    return False
+    return REPEATED_BLOCK.search("".join([letters.setdefault(word, chr(len(letters))) for word in words])) is not None
 
 
 def is_irrelevant(prompt: str, completion: str) -> bool:
     """Whether a quarter of the words is off the subject; see ``find_defects``."""
-    on_topic = _lexicon_words() | (set(ALPHABETIC.findall(prompt.lower())) - STOP_WORDS)
-    total = off = 0
-    for sentence in SENTENCE_END.split(completion.lower()):
+    text = completion.lower()
+    off = 0
+    for sentence in SENTENCE_END.split(text):
+        if FORMAL_SIGN.search(sentence):
+            continue
         words = ALPHABETIC.findall(sentence)
-        total += len(words)
-        if len(words) >= MIN_SENTENCE_WORDS and not FORMAL_SIGN.search(sentence) and on_topic.isdisjoint(words):
-            off += len(words)
-    return off > 0 and off >= IRRELEVANT_SHARE * total
+        if len(words) >= MIN_SENTENCE_WORDS and _lexicon_words().isdisjoint(words):
+            off += len(words) * _content_words(prompt).isdisjoint(words)
+    return off > 0 and off >= IRRELEVANT_SHARE * len(ALPHABETIC.findall(text))
+
+
+def _content_words(prompt: str) -> set[str]:
+    return set(ALPHABETIC.findall(prompt.lower())) - STOP_WORDS
 
 
 @cache

@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from analysis.trace import TraceWriter
-from trainer import rollout
 from trainer.batch import PromptSource, collect_batch
 from trainer.config import Config, load_config
 from trainer.method import TokenBatch
@@ -37,7 +36,8 @@ from trainer.resources import find_base_policy
 from trainer.run_folder import describe_run
 from trainer.seeding import Stream
 from trainer.shaping import shape
-from trainer.tasks import ReasoningGymTask
+from trainer.tasks import Task, load_task
+from trainer.token_stats import Softmax, TokenStats
 from trainer.update import Learner
 
 STILL = 1e-12
@@ -47,7 +47,7 @@ WARM_UP = 2
 class Ours:
     """One GRPO step at a time, on a policy of its own."""
 
-    def __init__(self, config: Config, task: ReasoningGymTask, out: Path, records: bool) -> None:
+    def __init__(self, config: Config, task: Task, out: Path, records: bool) -> None:
         self.config, self.records, self.step = config, records, 0
         self.learner = Learner(config, Policy.load(config.policy))
         self.source = PromptSource(task)
@@ -78,16 +78,16 @@ class Ours:
 def without_entropy() -> Any:
     """Sampling that computes log-probabilities only."""
 
-    def logprob_only(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        logp = torch.log_softmax(logits, dim=-1)
-        return logp, logits.new_zeros(len(logits)), logits.new_zeros(len(logits))
+    def logprob_only(softmax: Softmax, targets: torch.Tensor) -> TokenStats:
+        shares = (softmax.weights.gather(1, targets[:, None]) / softmax.weights.sum(-1, keepdim=True)).squeeze(1)
+        return TokenStats(shares.log(), torch.zeros_like(shares), torch.zeros_like(shares))
 
-    original = rollout.distribution_stats
-    rollout.distribution_stats = logprob_only  # type: ignore[assignment]
+    original = Softmax.stats
+    Softmax.stats = logprob_only  # type: ignore[method-assign]
     try:
         yield
     finally:
-        rollout.distribution_stats = original
+        Softmax.stats = original  # type: ignore[method-assign]
 
 
 class Pairing(TrainerCallback):
@@ -113,7 +113,7 @@ class Pairing(TrainerCallback):
         self.started = time.perf_counter()
 
 
-def make_trl(config: Config, task: ReasoningGymTask, steps: int, out: Path, callback: TrainerCallback) -> GRPOTrainer:
+def make_trl(config: Config, task: Task, steps: int, out: Path, callback: TrainerCallback) -> GRPOTrainer:
     """TRL's trainer on the same job, at its fastest settings for this machine."""
     size = config.rollout.prompts_per_step
     rows = [task.train_prompt(i) for i in range(size * (steps + 1))]
@@ -169,7 +169,7 @@ def main() -> None:
     config = load_config("tiny", ["rollout.dynamic_sampling=false", f"optim.lr={STILL}"])
     cycle = math.lcm(config.record.flush_every, config.record.after_update_every)
     steps = cycle * arguments.cycles
-    task = ReasoningGymTask(config.task.name, config.task.params, config.seed, config.task.num_heldout)
+    task = load_task(config.task, config.seed)
     with tempfile.TemporaryDirectory() as folder:
         arms = {
             "recording": Ours(config, task, Path(folder, "recording"), records=True),

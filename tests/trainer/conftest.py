@@ -9,7 +9,7 @@ from trainer import cli
 from trainer.config import Config, PolicyConfig, load_config
 from trainer.method import TokenBatch
 from trainer.policy import Policy
-from trainer.tasks import ReasoningGymTask
+from trainer.tasks import Task, load_task
 
 # Small enough for seconds, large enough that groups are mixed and responses end at different places.
 SMALL = [
@@ -42,8 +42,8 @@ def small_config() -> Config:
 
 
 @pytest.fixture
-def task(small_config) -> ReasoningGymTask:
-    return ReasoningGymTask("chain_sum", small_config.task.params, seed=0, num_heldout=6)
+def task(small_config) -> Task:
+    return load_task(small_config.task, seed=0)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from analysis.trace import InputError
 from trainer.pretrain import PAD, evaluate_heldout, load_recipe, pretrain
 from trainer.resources import CONFIGS, find_base_policy
-from trainer.tasks import ReasoningGymTask
+from trainer.tasks import load_task
 
 SHIPPED = CONFIGS / "base-policy.toml"
 QUESTION = "State the final answer to the following arithmetic problem: 15 - 43 - 75 ="
@@ -116,7 +116,7 @@ def test_a_bad_recipe_is_one_line_that_names_the_key(tmp_path, old, new, message
 @pytest.mark.slow
 def test_embedded_policy_has_something_to_learn_at_both_ends():
     recipe = load_recipe(SHIPPED)
-    task = ReasoningGymTask(recipe.task.name, recipe.task.params, recipe.seed, recipe.task.num_heldout)
+    task = load_task(recipe.task, recipe.seed)
     figures = evaluate_heldout(find_base_policy(), task, recipe)
     assert 0.25 <= figures.accuracy <= 0.45
     assert 0.60 <= figures.format_rate <= 0.85

@@ -3,9 +3,12 @@ import pytest
 import torch
 
 from analysis.trace import InputError
+from trainer.batch import PromptSource, collect_batch
 from trainer.config import PolicyConfig
 from trainer.policy import Policy
-from trainer.rollout import SamplingParams, _keep_top_p, invert_cdf, sample, sample_at
+from trainer.rollout import SamplingParams, invert_cdf, sample, sample_at
+from trainer.token_stats import WHOLE, Softmax, Truncation
+from trainer.update import Learner
 
 
 class FixedNumbers:
@@ -31,11 +34,88 @@ def flat(samples, name):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_recorded_values_equal_a_teacher_forced_pass(policy, prompts, temperature):
-    samples = sample(policy, prompts, 3, SamplingParams(40, temperature), np.random.default_rng(0))
-    scored = policy.score(samples.prompts, samples.responses(), temperature)
+@pytest.mark.parametrize("truncation", [WHOLE, Truncation(top_p=0.8), Truncation(top_k=3), Truncation(0.8, 5)])
+def test_recorded_values_equal_a_teacher_forced_pass(policy, prompts, temperature, truncation):
+    params = SamplingParams(40, temperature, truncation)
+    samples = sample(policy, prompts, 3, params, np.random.default_rng(0))
+    scored = policy.score(samples.prompts, samples.responses(), temperature, truncation)
     for name in ("logprob", "entropy", "sum_p2"):
         torch.testing.assert_close(flat(samples, name), getattr(scored, name), rtol=1e-4, atol=2e-5)
+
+
+def naive_distribution(logits, params):
+    """Temperature, top-k, top-p, in float64, one token after the other."""
+    p = torch.softmax(logits.double() / params.temperature, -1)
+    order = p.argsort(descending=True).tolist()[: params.truncation.top_k]
+    total, before, kept = float(p[order].sum()), 0.0, []
+    for token in order:
+        if before / total < params.truncation.top_p:
+            kept.append(token)
+        before += float(p[token])
+    left = torch.zeros_like(p)
+    left[kept] = p[kept] / p[kept].sum()
+    return left
+
+
+@pytest.mark.parametrize("truncation", [Truncation(top_p=0.8), Truncation(top_k=3), Truncation(0.8, 5)])
+def test_truncated_sampling_records_the_distribution_that_is_left(policy, prompts, truncation):
+    params = SamplingParams(30, 1.3, truncation)
+    samples = sample(policy, prompts, 2, params, np.random.default_rng(0))
+    left_out = 0.0
+    for row, (prompt, response) in enumerate(zip(samples.prompts, samples.responses(), strict=True)):
+        with torch.no_grad():
+            logits = policy.model(torch.cat((torch.tensor(prompt), response))[None]).logits[0, len(prompt) - 1 : -1]
+        for t, token in enumerate(response):
+            p = naive_distribution(logits[t], params)
+            assert samples.stats.logprob[row, t].item() == pytest.approx(p[token].log().item(), rel=1e-4, abs=2e-5)
+            assert samples.stats.entropy[row, t].item() == pytest.approx(-p.xlogy(p).sum().item(), rel=1e-4, abs=2e-5)
+            assert samples.stats.sum_p2[row, t].item() == pytest.approx(p.square().sum().item(), rel=1e-4)
+            left_out += float((logits[t] / params.temperature).softmax(-1)[p == 0].sum())
+    assert left_out > 1, "nothing was cut"
+
+
+def test_a_token_that_present_weights_would_leave_out_keeps_a_probability(policy, prompts):
+    """Drawn under the old weights, it must have a finite ratio under the new ones."""
+    whole = sample(policy, prompts, 4, SamplingParams(30), np.random.default_rng(0))
+    wide = policy.score(whole.prompts, whole.responses(), 1.0).logprob
+    narrow = policy.score(whole.prompts, whole.responses(), 1.0, Truncation(top_k=1))
+    assert narrow.logprob.isfinite().all()
+    assert (narrow.logprob > wide).all()
+    is_likeliest = narrow.logprob == 0
+    assert 0 < is_likeliest.sum() < len(is_likeliest), "no token was left out"
+    narrow.logprob.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in policy.model.parameters())
+
+
+def test_an_update_sees_the_distribution_that_was_sampled_from(policy, task, small_config):
+    """On the policy that sampled, all ratios are 1, so that nothing is clipped and the loss is minus the advantages."""
+    rollout = small_config.rollout.model_copy(update={"top_p": 0.8, "top_k": 20})
+    config = small_config.model_copy(update={"rollout": rollout})
+    batch = collect_batch(config, policy, PromptSource(task), step=1)
+    advantages = batch.advantages[:, None].expand(batch.samples.tokens.shape)
+    metrics = Learner(config, policy).update(batch, advantages, step=1)
+    is_kept = batch.is_kept[:, None] & batch.samples.response_mask
+    assert not metrics.is_clipped.any()
+    assert metrics.loss == pytest.approx(-advantages[is_kept].mean().item(), abs=1e-5)
+
+
+def test_a_stop_text_ends_a_response_with_the_token_that_completes_it(policy, prompts):
+    stop = ("</answer>", "so ", "= 1")
+    numbers = np.random.default_rng(3).random((8 * len(prompts), 40), dtype=np.float32)
+    limits = [40] * len(prompts)
+    free = sample_at(policy, prompts, numbers, limits, SamplingParams(40))
+    stopped = sample_at(policy, prompts, numbers, limits, SamplingParams(40, stop=stop))
+    ends = set()
+    for row, (response, whole) in enumerate(zip(stopped.responses(), free.responses(), strict=True)):
+        assert torch.equal(response, whole[: len(response)])
+        texts = [policy.decode([whole[:length].tolist()])[0] for length in range(1, len(whole) + 1)]
+        complete = [any(text in beginning for text in stop) for beginning in texts]
+        assert len(response) == (complete.index(True) + 1 if any(complete) else len(whole))
+        assert stopped.is_truncated[row] == (not any(complete) and free.is_truncated[row])
+        ends |= {text for text in stop if text in texts[len(response) - 1]}
+    assert ends == set(stop), "a text ended no response"
+    scored = policy.score(stopped.prompts, stopped.responses(), 1.0)
+    torch.testing.assert_close(flat(stopped, "logprob"), scored.logprob, rtol=1e-4, atol=2e-5)
 
 
 def test_recorded_values_equal_one_response_at_a_time_in_float64(policy, prompts):
@@ -132,13 +212,21 @@ def test_tokens_are_drawn_with_their_probabilities(policy, prompts):
     assert chi2 < 3 * likely.sum() + 20
 
 
-def test_top_p_keeps_the_smallest_sufficient_set():
+def test_truncation_keeps_the_smallest_sufficient_set():
     p = torch.tensor([[0.5, 0.1, 0.3, 0.1]])
-    kept = lambda top_p: (_keep_top_p(p.log(), top_p) > -torch.inf)[0].tolist()  # noqa: E731
+
+    def kept(top_p=1.0, top_k=None):
+        return Softmax.of(Truncation(top_p, top_k).apply(p.log(), 1.0)).weights[0].gt(0).tolist()
+
     assert kept(0.5) == [True, False, False, False]
     assert kept(0.6) == [True, False, True, False]
     assert kept(0.75) == [True, False, True, False]
     assert kept(1.0) == [True, True, True, True]
+    assert kept(top_k=1) == [True, False, False, False]
+    assert kept(top_k=2) == [True, False, True, False]
+    assert kept(top_k=9) == [True, True, True, True]
+    # Top-p counts of what top-k leaves: .5 of .8 is more than .6.
+    assert kept(0.6, top_k=2) == [True, False, False, False]
 
 
 def test_no_token_of_probability_zero_is_drawn():

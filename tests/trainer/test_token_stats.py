@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from trainer import token_stats
-from trainer.token_stats import LMHead, compute_token_stats, lm_head_grad_norm
+from trainer.token_stats import LMHead, Truncation, compute_stats, compute_token_stats, lm_head_grad_norm
 
 
 def naive_stats(hidden, weight, bias, targets, temperature):
@@ -22,6 +23,14 @@ def naive_stats(hidden, weight, bias, targets, temperature):
     return torch.tensor(rows, dtype=torch.float64).T
 
 
+@pytest.fixture(params=[(1, 1), (50, 1), (50, 8), (1 << 20, 256)], ids=str)
+def parts(request, monkeypatch):
+    """Rows one by one, some at a time, the same within larger products, all at once."""
+    part_logits, min_rows = request.param
+    monkeypatch.setitem(token_stats.PART_LOGITS, "cpu", part_logits)
+    monkeypatch.setattr(token_stats, "MIN_ROWS", min_rows)
+
+
 @pytest.fixture
 def case():
     generator = torch.Generator().manual_seed(0)
@@ -34,9 +43,8 @@ def case():
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("chunk_logits", [1, 50, 1 << 20])
-def test_equals_the_naive_float64_loop(case, temperature, with_bias, chunk_logits, monkeypatch):
-    monkeypatch.setitem(token_stats.CHUNK_LOGITS, "cpu", chunk_logits)
+@pytest.mark.usefixtures("parts")
+def test_equals_the_naive_float64_loop(case, temperature, with_bias):
     hidden, weight, bias, targets = case
     bias = bias if with_bias else None
     stats = compute_token_stats(hidden, LMHead(weight, bias), targets, temperature)
@@ -52,21 +60,117 @@ def test_uniform_logits_have_entropy_ln_v():
     assert stats.sum_p2.item() == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("chunk_logits", [50, 1 << 20])
-def test_gradients_equal_autograd_in_float64(case, chunk_logits, monkeypatch):
-    monkeypatch.setitem(token_stats.CHUNK_LOGITS, "cpu", chunk_logits)
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize(
+    "truncation", [Truncation(), Truncation(top_k=4), Truncation(0.9), Truncation(0.8, 5)], ids=str
+)
+def test_gradients_equal_autograd_in_float64(case, truncation):
     hidden, weight, bias, targets = case
     a, b = torch.randn(2, len(targets), generator=torch.Generator().manual_seed(1))
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-    stats = compute_token_stats(leaves[0], LMHead(leaves[1], leaves[2]), targets, 0.8)
+    stats = compute_token_stats(leaves[0], LMHead(leaves[1], leaves[2]), targets, 0.8, truncation)
     (a * stats.logprob + b * stats.entropy).sum().backward()
 
     reference = [x.double().requires_grad_() for x in (hidden, weight, bias)]
-    logp = torch.log_softmax((reference[0] @ reference[1].T + reference[2]) / 0.8, -1)
+    logits = reference[0] @ reference[1].T + reference[2]
+    kept = truncation.apply(logits.detach(), 0.8, targets) > token_stats.LEFT_OUT
+    assert kept.all() == (truncation == Truncation())
+    logp = torch.log_softmax((logits / 0.8).masked_fill(~kept, -1e9), -1)
     entropy = -(logp.exp() * logp).sum(-1)
+    torch.testing.assert_close(stats.entropy.double(), entropy, rtol=1e-5, atol=1e-6)
     (a * logp.gather(1, targets[:, None]).squeeze(1) + b * entropy).sum().backward()
     for found, wanted in zip(leaves, reference, strict=True):
         torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_head_gets_no_gradient_and_changes_none(case):
+    hidden, weight, bias, targets = case
+    grads = []
+    for requires_grad in (True, False):
+        leaf = hidden.clone().requires_grad_()
+        head = LMHead(weight.clone().requires_grad_(requires_grad), bias.clone().requires_grad_(requires_grad))
+        compute_token_stats(leaf, head, targets).logprob.sum().backward()
+        assert (head.weight.grad is None) == (head.bias.grad is None) == (not requires_grad)
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+def test_16_bit_hidden_states_on_a_cpu_meet_the_head_in_float32(case):
+    hidden, weight, bias, targets = case
+    rounded = hidden.bfloat16()
+    leaves = [rounded.clone().requires_grad_(), rounded.float().requires_grad_()]
+    found, wanted = (compute_token_stats(leaf, LMHead(weight, bias), targets) for leaf in leaves)
+    assert torch.equal(found.entropy, wanted.entropy)
+    found.logprob.sum().backward()
+    wanted.logprob.sum().backward()
+    assert torch.equal(leaves[0].grad, leaves[1].grad.bfloat16())
+
+
+@pytest.mark.parametrize("offset", [0.0, 80.0])
+@pytest.mark.parametrize("gap", [0, 5, 10, 15, 20, 30, 40])
+def test_certain_tokens_are_known_to_a_millionth_of_themselves(gap, offset):
+    """Down to log-probabilities and entropies of 1e-15: figures show them on logarithmic axes."""
+    logits = torch.randn(20, 3000, generator=torch.Generator().manual_seed(2))
+    logits[:, 7] = logits.logsumexp(1) + gap
+    logits += offset
+    targets = torch.full((20,), 7)
+    stats = compute_stats(logits, targets)
+    shifted = logits.double() - logits.max(1, keepdim=True).values
+    rest = shifted.exp().scatter(1, targets[:, None], 0).sum(1)
+    logprob = -torch.log1p(rest)
+    entropy = -logprob - (shifted.exp() * shifted).sum(1) / (1 + rest)
+    torch.testing.assert_close(stats.logprob.double(), logprob, rtol=2e-6, atol=0)
+    torch.testing.assert_close(stats.entropy.double(), entropy, rtol=2e-6, atol=0)
+    sum_p2 = (2 * (shifted - torch.log1p(rest)[:, None])).exp().sum(1)
+    torch.testing.assert_close(stats.sum_p2.double(), sum_p2, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("gap", [0, 10, 20, 30])
+def test_gradient_of_a_certain_token_is_known_to_a_millionth_of_itself(gap):
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(3))
+    logits[:, 7] = logits.logsumexp(1) + gap
+    leaf = logits.clone().requires_grad_()
+    stats = compute_token_stats(leaf, LMHead(torch.eye(300), None), torch.full((5,), 7))
+    stats.logprob.sum().backward()
+    p = torch.softmax(logits.double(), 1)
+    p[:, 7] = 0
+    torch.testing.assert_close(leaf.grad[:, 7].double(), p.sum(1), rtol=3e-6, atol=0)
+
+
+def test_an_unlikely_target_has_its_own_log_probability():
+    logits = torch.tensor([[0.0, 100.0, 99.0, -200.0]])
+    for target in range(4):
+        expected = torch.log_softmax(logits.double(), 1)[0, target]
+        assert compute_stats(logits, torch.tensor([target])).logprob.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def peak_bytes(work):
+    """Most that the allocator held at once of what ``work`` allocated."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
+        work()
+    events = [e for e in recording.profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = held = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def test_memory_of_both_passes_does_not_grow_with_the_number_of_tokens():
+    vocab, width, temperature = 4000, 16, 0.9
+    extra = {}
+    for num_tokens in (1000, 4000):
+        leaves = [torch.randn(num_tokens, width, requires_grad=True), torch.randn(vocab, width, requires_grad=True)]
+        targets = torch.arange(num_tokens) % vocab
+
+        def work(leaves=leaves, targets=targets):
+            stats = compute_token_stats(leaves[0], LMHead(leaves[1], None), targets, temperature)
+            (stats.logprob + stats.entropy).sum().backward()
+
+        extra[num_tokens] = peak_bytes(work) - sum(leaf.grad.nbytes for leaf in leaves)
+    per_token = (extra[4000] - extra[1000]) / 3000
+    assert per_token < 300 < 4 * vocab
+    assert extra[4000] < 5 * token_stats.MIN_ROWS * vocab * 4 < 4000 * vocab * 4
 
 
 def test_no_tokens_give_no_values(case):
@@ -90,3 +194,11 @@ def test_grad_norm_equals_autograd(case, temperature):
 def test_grad_norm_of_a_certain_token_is_zero_not_nan():
     norm = lm_head_grad_norm(torch.ones(1), torch.zeros(1), torch.tensor([1 - 1e-7]), torch.ones(1), 1.0)
     assert norm.item() == 0.0
+
+
+def test_grad_norm_of_a_nearly_certain_token_is_not_lost_in_rounding():
+    """Two tokens, 1 - p = 1e-6: |G| = sqrt(2) (1 - p), of a difference of numbers near 1."""
+    missing = torch.tensor([1e-6], dtype=torch.float64)
+    logprob, sum_p2 = torch.log1p(-missing), (1 - missing).square() + missing.square()
+    norm = lm_head_grad_norm(torch.ones(1), logprob.float(), sum_p2.float(), torch.ones(1), 1.0)
+    assert 1 - 1e-3 < norm.item() / 1e-6 < math.sqrt(2) + 1e-3

@@ -2,7 +2,8 @@ import pytest
 
 from analysis.trace import InputError
 from analysis.trace.defects import is_irrelevant, is_repetitive
-from trainer.tasks import ReasoningGymTask
+from trainer.task_config import TaskConfig
+from trainer.tasks import Task, load_task
 from trainer.worked_solutions import Rates, SolutionWriter, Step, Styles, parse_terms, solve
 
 RATES = Rates(
@@ -19,11 +20,11 @@ SUM = "State the final answer to the following arithmetic problem: 15 - 43 - 75 
 
 
 @pytest.fixture(scope="module")
-def task() -> ReasoningGymTask:
-    return ReasoningGymTask("chain_sum", {"max_terms": 4, "max_digits": 2}, seed=0, num_heldout=4)
+def task() -> Task:
+    return load_task(TaskConfig(params={"max_terms": 4, "max_digits": 2}, num_heldout=4), seed=0)
 
 
-def write(task: ReasoningGymTask, style: str, number: int = 200):
+def write(task: Task, style: str, number: int = 200):
     writer = SolutionWriter(EQUAL, RATES, seed=0)
     for index in range(number):
         prompt = task.train_prompt(index)

@@ -196,14 +196,14 @@ def evaluate(
     given = load_config(config)
     targets = [find_policy(Path(model), given) for model in models]
     figures = {}
-    with Progress("eval", sum(settings.task.num_heldout for settings in targets)) as progress:
+    with Progress("eval", sum(settings.task.total_heldout for settings in targets)) as progress:
         done = 0
         for model, settings in zip(models, targets, strict=True):
             rows = evaluate_folder(
                 settings, lambda n, done=done, model=model, **seen: progress.update(done + n, model, **seen)
             )
             figures[model] = _summarize_evals(rows, settings.eval.samples)
-            done += settings.task.num_heldout
+            done += settings.task.total_heldout
     if json:
         print_json(figures)
         return

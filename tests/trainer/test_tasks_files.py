@@ -1,0 +1,338 @@
+import json
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from analysis.trace import InputError, read_manifest
+from trainer.config import load_config
+from trainer.evaluate import evaluate_folder
+from trainer.run_folder import common_random_numbers
+from trainer.task_config import SourceConfig, TaskConfig
+from trainer.tasks import load_task
+from trainer.tasks.files import Epochs
+from trainer.train import train
+
+from .conftest import SMALL
+
+TABLES = ("tokens", "rollouts", "prompts", "evals")
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def questions(number, **fields):
+    return [{"prompt": f"What is {i} + {i}?", "answer": 2 * i, **fields} for i in range(number)]
+
+
+def verl_row(i, source="openai/gsm8k"):
+    return {
+        "data_source": source,
+        "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"What is {i} + {i}?"}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": str(2 * i)},
+        "extra_info": {"split": "train", "index": i},
+    }
+
+
+def load(path, num_heldout=3, seed=0, **keys):
+    return load_task(TaskConfig(name=path, num_heldout=num_heldout, **keys), seed)
+
+
+def train_texts(task, number):
+    return [task.train_prompt(i).text for i in range(number)]
+
+
+def test_rows_of_prompt_and_answer(tmp_path):
+    task = load(write_jsonl(tmp_path / "sums.jsonl", questions(10)))
+    assert [p.task for p in task.heldout] == ["sums"] * 3
+    assert sorted([*train_texts(task, 7), *(p.text for p in task.heldout)]) == [r["prompt"] for r in questions(10)]
+    prompt = next(p for p in map(task.train_prompt, range(7)) if p.text != "What is 0 + 0?")
+    line = int(prompt.prompt_id.removeprefix("train-"))
+    assert (prompt.text, prompt.ground_truth) == (f"What is {line - 1} + {line - 1}?", str(2 * (line - 1)))
+    assert prompt.origin == f"{tmp_path}/sums.jsonl, line {line}"
+    assert task.score(f"<answer>{prompt.ground_truth}</answer>", prompt).is_correct
+
+
+def test_parquet_and_jsonl_in_the_schema_of_verl_give_the_same_task(tmp_path):
+    rows = [verl_row(i, source) for i in range(6) for source in ("openai/gsm8k", "mine")]
+    for i, row in enumerate(rows):
+        row["prompt"][1]["content"] += f" ({i})"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "b").mkdir()
+    keys = {"num_heldout": 4, "verifiers": {"default": "math"}}
+    parquet = load(str(tmp_path / "a.parquet"), **keys)
+    jsonl = load(write_jsonl(tmp_path / "b" / "a.jsonl", rows), **keys)
+    for one, other in zip(map(parquet.train_prompt, range(16)), map(jsonl.train_prompt, range(16)), strict=True):
+        assert (one.prompt_id, one.task, one.question) == (other.prompt_id, other.task, other.question)
+        assert (one.ground_truth, one.entry) == (other.ground_truth, other.entry)
+    prompt = parquet.train_prompt(0)
+    assert prompt.task in ("openai/gsm8k", "mine")
+    assert prompt.text.startswith("system: Be brief.\n\nuser: What is ")
+    assert prompt.entry["extra_info"]["split"] == "train"
+    assert parquet.score(rf"\boxed{{{prompt.ground_truth}.0}}", prompt).is_correct
+
+
+def test_fields_of_other_names(tmp_path):
+    rows = [{"q": {"text": f"{i}?"}, "a": i, "kind": "x"} for i in range(5)]
+    params = {"prompt": "q.text", "answer": "a", "data_source": "kind"}
+    task = load(write_jsonl(tmp_path / "rows.jsonl", rows), num_heldout=1, params=params)
+    prompt = task.heldout[0]
+    assert (prompt.task, prompt.text) == ("x", f"{prompt.ground_truth}?")
+
+
+def test_a_number_is_its_shortest_text(tmp_path):
+    rows = [{"prompt": f"{i}", "answer": answer} for i, answer in enumerate((7, 7.0, 0.5, "7.0"))]
+    task = load(write_jsonl(tmp_path / "rows.jsonl", rows), num_heldout=1, seed=0)
+    truths = {p.text: p.ground_truth for p in [*task.heldout, *map(task.train_prompt, range(3))]}
+    assert truths == {"0": "7", "1": "7", "2": "0.5", "3": "7.0"}
+
+
+@given(st.integers(1, 60), st.integers(0, 2**31), st.integers(0, 5))
+def test_every_epoch_has_every_row_once_wherever_one_begins_to_read(number, seed, epoch):
+    rows = list(range(number))
+    epochs = Epochs(rows, seed, number=0)
+    whole = [epochs(i) for i in range((epoch + 2) * number)]
+    for start in range(0, len(whole), number):
+        assert sorted(whole[start : start + number]) == rows
+    backwards = Epochs(rows, seed, number=0)
+    assert [backwards(i) for i in reversed(range(len(whole)))] == whole[::-1]
+    quarter = number // 4
+    for start in range(len(whole) - quarter):
+        assert len(set(whole[start : start + quarter])) == quarter
+
+
+def test_order_and_split_depend_on_the_seed_and_epochs_differ(tmp_path):
+    path = write_jsonl(tmp_path / "sums.jsonl", questions(40))
+    one, same, other = (load(path, seed=s) for s in (0, 0, 1))
+    assert train_texts(one, 80) == train_texts(same, 80)
+    assert one.heldout == same.heldout
+    assert {p.text for p in one.heldout} != {p.text for p in other.heldout}
+    assert train_texts(one, 37) != train_texts(one, 74)[37:]
+
+
+def test_held_out_texts_are_nowhere_trained_on(tmp_path):
+    # Every question stands twice in the file, once as a chat; some stand in the held-out file or in another source too.
+    twice = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in questions(20)]
+    path = write_jsonl(tmp_path / "train.jsonl", [*questions(20), *twice])
+    test = write_jsonl(tmp_path / "test.jsonl", questions(30)[15:])
+    own = load(path, num_heldout=5)
+    assert len({p.text for p in own.heldout}) == 5
+    assert not {p.text for p in own.heldout} & set(train_texts(own, 60))
+    assert len(set(train_texts(own, 30))) == 15
+    separate = load(path, num_heldout=15, heldout_file=test)
+    assert {p.text for p in separate.heldout} == {row["prompt"] for row in questions(30)[15:]}
+    assert set(train_texts(separate, 60)) == {row["prompt"] for row in questions(15)}
+    mixed = load(path, mix={"other": SourceConfig(name=test, num_heldout=15, weight=0)})
+    assert not {row["prompt"] for row in questions(30)[15:]} & set(train_texts(mixed, 60))
+
+
+BAD_ROWS = [
+    ("{", "line 2: not JSON, expecting property name"),
+    ("[1, 2]", "line 2: a list, expected an object"),
+    ('{"answer": 1}', 'line 2: no "prompt"'),
+    ('{"promt": "x", "answer": 1}', 'line 2: no "prompt"; did you mean "promt"?'),
+    ('{"prompt": "x"}', 'line 2: no "answer"'),
+    ('{"prompt": "x", "reward_model": {"style": "rule"}}', 'line 2: no "reward_model.ground_truth"'),
+    ('{"prompt": " ", "answer": 1}', 'line 2: "prompt" is empty'),
+    ('{"prompt": [], "answer": 1}', 'line 2: "prompt" is empty'),
+    ('{"prompt": 5, "answer": 1}', 'line 2: "prompt" is a number, expected text or a list of turns'),
+    ('{"prompt": ["x"], "answer": 1}', 'line 2: "prompt" has a turn that is no {"role", "content"}'),
+    (
+        '{"prompt": [{"role": "user", "content": null}], "answer": 1}',
+        'line 2: "prompt", content is null, expected text',
+    ),
+    (
+        '{"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "answer": 1}',
+        'line 2: "prompt" ends with a turn of the assistant',
+    ),
+    ('{"prompt": "x", "answer": null}', 'line 2: "answer" is null, expected text'),
+    ('{"prompt": "x", "answer": true}', 'line 2: "answer" is true or false, expected text'),
+    ('{"prompt": "x", "answer": ["1"]}', 'line 2: "answer" is a list, expected text'),
+    ('{"prompt": "x", "answer": 1, "data_source": 7}', 'line 2: "data_source" is a number, expected text'),
+    (r'{"prompt": "\ud800", "answer": 1}', 'line 2: "prompt" holds half a character'),
+    ("[" * 100_000, "line 2: not JSON"),
+]
+
+
+@pytest.mark.parametrize(("row", "fault"), BAD_ROWS, ids=[row[:40] for row, _ in BAD_ROWS])
+def test_a_malformed_row_is_named_by_its_line(tmp_path, caplog, row, fault):
+    path = write_jsonl(tmp_path / "rows.jsonl", [questions(1)[0], row, "", *questions(9)[1:]])
+    with pytest.raises(InputError) as error:
+        load(path)
+    assert str(error.value).startswith(f"{path}: 1 of 10 rows are malformed ({fault}")
+    assert "\n" not in str(error.value)
+    task = load(path, on_bad_rows="skip")
+    assert task.describe() == {"data": {path: {"rows": 10, "bad_rows": 1, "too_long": 0}}}
+    assert len({*train_texts(task, 6), *(p.text for p in task.heldout)}) == 9
+    assert f"{path}: 1 of 10 rows left out ({fault}" in caplog.text
+
+
+def test_bytes_that_are_no_text_are_a_malformed_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "\xc3\xa9?", "answer": 1}\r\n{"prompt": "\xff", "answer": 1}\r\n')
+    with pytest.raises(InputError, match=r"1 of 2 rows are malformed \(line 2: not JSON, .*utf-8"):
+        load(str(path))
+
+
+def test_the_first_few_malformed_rows_are_named(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [*questions(2), *["{}"] * 8])
+    with pytest.raises(InputError) as error:
+        load(path)
+    assert "8 of 10 rows are malformed (line 3: " in str(error.value)
+    assert "line 7: " in str(error.value)
+    assert "line 8" not in str(error.value)
+    assert 'set task.on_bad_rows = "skip"' in str(error.value)
+
+
+def test_one_parquet_file_may_hold_rows_of_both_schemas(tmp_path):
+    rows = [{"prompt": verl_row(i)["prompt"][1:], "reward_model": {"ground_truth": str(2 * i)}} for i in range(3)]
+    rows += [{"prompt": [{"role": "user", "content": f"{i}?"}], "answer": str(i)} for i in range(3)]
+    tables = [pa.Table.from_pylist(rows[:3]), pa.Table.from_pylist(rows[3:])]
+    pq.write_table(pa.concat_tables(tables, promote_options="default"), tmp_path / "rows.parquet")
+    task = load(str(tmp_path / "rows.parquet"), num_heldout=1)
+    truths = {p.text: p.ground_truth for p in [*task.heldout, *map(task.train_prompt, range(5))]}
+    assert truths == {**{f"What is {i} + {i}?": str(2 * i) for i in range(3)}, **{f"{i}?": str(i) for i in range(3)}}
+
+
+def test_rows_of_parquet_are_named_by_number(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": ["a", None, "c"], "answer": ["1", "2", "3"]}), path)
+    with pytest.raises(InputError, match=r'1 of 3 rows are malformed \(row 2: "prompt" is null'):
+        load(str(path))
+
+
+def test_files_that_are_of_no_use_are_one_line(tmp_path):
+    damaged = tmp_path / "damaged.parquet"
+    damaged.write_bytes(b"PAR1 and nothing else")
+    cases = {
+        str(tmp_path / "nowhere.jsonl"): "nowhere.jsonl: no such file or directory",
+        str(damaged): "damaged.parquet: damaged or no Parquet file",
+        write_jsonl(tmp_path / "empty.jsonl", []): "empty.jsonl: no usable row, the file is empty",
+        write_jsonl(tmp_path / "few.jsonl", questions(2)): "few.jsonl: 2 distinct prompts, fewer than .* = 3",
+        write_jsonl(tmp_path / "all.jsonl", questions(3)): "all.jsonl: no row is left to train on, 3 are held out",
+    }
+    for path, message in cases.items():
+        with pytest.raises(InputError, match=message) as error:
+            load(path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r'task.params of .*few.jsonl: unknown key "promt"; did you mean "prompt"'):
+        load(str(tmp_path / "few.jsonl"), params={"promt": "x"})
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path, policy, caplog):
+    rows = [*questions(8), {"prompt": "word " * 100, "answer": 1}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = TaskConfig(name=path, num_heldout=2, max_prompt_tokens=60)
+    task = load_task(config, 0, policy.encode_prompt)
+    assert task.describe() == {"data": {path: {"rows": 9, "bad_rows": 0, "too_long": 1}}}
+    assert not any("word" in text for text in train_texts(task, 12))
+    assert "line 9: longer than task.max_prompt_tokens" in caplog.text
+
+
+def test_chats_go_through_the_template_and_text_is_one_turn_of_the_user(policy):
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is 1 + 2"}]
+    decoded = policy.tokenizer.decode(policy.encode_prompt(chat))
+    assert decoded == policy.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert "be brief" in decoded
+    assert policy.encode_prompt(chat[1:]) == policy.encode_prompt("what is 1 + 2")
+    policy.tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
+    with pytest.raises(InputError, match=r"the chat template refuses a prompt \(no system turns: 'system: be brief"):
+        policy.encode_prompt(chat)
+    policy.tokenizer.chat_template = None
+    assert policy.tokenizer.decode(policy.encode_prompt(chat)) == "system: be brief\n\nuser: what is 1 + 2"
+
+
+@pytest.fixture
+def sums(tmp_path):
+    """Rows that the embedded policy can answer, of two data sources, one of them as chats."""
+    task = load_task(load_config("tiny").task, seed=5)
+    rows = [
+        {"prompt": p.text, "answer": p.ground_truth}
+        if i % 2
+        else {**verl_row(i, "chats"), "prompt": [{"role": "user", "content": p.text}], "answer": None}
+        | {"reward_model": {"ground_truth": p.ground_truth}}
+        for i, p in enumerate(map(task.train_prompt, range(26)))
+    ]
+    return write_jsonl(tmp_path / "sums.jsonl", rows)
+
+
+def read(run_dir, table):
+    return pl.read_parquet(run_dir / table / "*.parquet").drop("run_id")
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_a_run_on_a_file_over_several_epochs_is_resumed_to_the_same_trace(sums, tmp_path):
+    config = load_config("tiny", [*SMALL, f"task.name={sums}", "task.params={}", "steps=4"])
+    train(config, tmp_path / "whole", {})
+
+    def stop(done, **figures):
+        if done == 3:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train(config, tmp_path / "resumed", {}, on_step=stop)
+    train(config, tmp_path / "resumed", {}, resume=True)
+    for table in TABLES:
+        assert read(tmp_path / "resumed", table).equals(read(tmp_path / "whole", table)), table
+    prompts, rollouts, evals = (read(tmp_path / "whole", table) for table in ("prompts", "rollouts", "evals"))
+    assert prompts["prompt_id"].is_unique().all()
+    assert set(prompts["task"]) == {"sums", "chats"}
+    assert len(prompts) == 26
+    assert rollouts.group_by("prompt_id").agg(pl.col("step").n_unique())["step"].max() > 1
+    assert set(rollouts["prompt_id"]) | set(evals["prompt_id"]) == set(prompts["prompt_id"])
+    by_task = evals.join(prompts, on="prompt_id").select("benchmark", "task")
+    assert (by_task["benchmark"] == by_task["task"]).all()
+    manifest = read_manifest(tmp_path / "whole")
+    assert manifest["task"] == "sums"
+    assert manifest["data"] == {sums: {"rows": 26, "bad_rows": 0, "too_long": 0}}
+
+
+def test_a_run_whose_file_has_changed_is_not_resumed(sums, tmp_path):
+    config = load_config("tiny", [*SMALL, f"task.name={sums}", "task.params={}", "steps=4"])
+
+    def stop(done, **figures):
+        if done == 3:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train(config, tmp_path / "run", {}, on_step=stop)
+    with open(sums, "a") as file:
+        file.write('{"prompt": "one more", "answer": 1}\n')
+    with pytest.raises(InputError, match=r"not resumed, its prompts would change midway; has .*sums.jsonl changed"):
+        train(config, tmp_path / "run", {}, resume=True)
+
+
+def test_fingerprints_cover_files_and_stay_what_they_were_for_a_task_that_names_none(sums):
+    def prompts(*overrides):
+        return common_random_numbers(load_config("tiny", overrides))["prompts"]
+
+    # What runs recorded before there were files, mixtures and verifiers.
+    assert prompts() == "e659a0a68dba8c08"
+    assert prompts("task.weight=2.0") != prompts()
+    on_file = (f"task.name={sums}", "task.params={}")
+    first = prompts(*on_file)
+    assert prompts(*on_file) == first
+    with open(sums, "a") as file:
+        file.write("\n")
+    assert prompts(*on_file) != first
+    mixed = [f'task.mix.more={{name = "{sums}"}}']
+    first = prompts(*mixed)
+    with open(sums, "a") as file:
+        file.write("\n")
+    assert len({first, prompts(*mixed), prompts()}) == 3
+
+
+def test_a_file_is_evaluated_by_data_source(sums):
+    overrides = [*SMALL, f"task.name={sums}", "task.params={}", "task.num_heldout=13", "eval.samples=1"]
+    rows = evaluate_folder(load_config("tiny", overrides), lambda *seen, **figures: None)
+    assert set(rows["benchmark"]) == {"sums", "chats"}
+    assert len(rows["prompt_id"]) == 13

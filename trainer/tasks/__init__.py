@@ -1,0 +1,124 @@
+"""Verifiable tasks: prompts by seed and index, and verdicts on what a policy answers.
+
+A task is a mixture of sources, each a reasoning-gym task or a file of rows. Held-out prompts of all sources are set
+apart first; no training prompt of any of them has the text of one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from analysis.trace import InputError
+from trainer.seeding import Stream, generator
+from trainer.task_config import TaskConfig
+from trainer.tasks.files import FileSource
+from trainer.tasks.gym import GymSource
+from trainer.tasks.prompt import Prompt, Question, Score, as_chat, as_text, extract_answer
+from trainer.tasks.source import Context, Source
+from trainer.tasks.verifiers import Verifiers
+
+__all__ = ["Mixture", "Prompt", "Question", "Score", "Task", "as_chat", "as_text", "extract_answer", "load_task"]
+
+BLOCK = 1024
+NUM_NAMED = 5
+
+logger = logging.getLogger(__name__)
+
+
+class Task:
+    """Held-out and training prompts, and their verifiers.
+
+    Attributes:
+        heldout: Held-out prompts of all sources.
+        train_prompt: The training prompt of an index, from 0; the same for every caller with the same seed.
+        num_timeouts: Answers that were counted as wrong because their verifier ran out of time.
+    """
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int) -> None:
+        """Sources of weight 0 are evaluated only."""
+        self.heldout = [prompt for source in sources for prompt in source.heldout]
+        excluded = {prompt.text for prompt in self.heldout}
+        drawn = [(source.training(excluded), weight) for source, weight in zip(sources, weights, strict=True) if weight]
+        self.train_prompt = Mixture([draw for draw, _ in drawn], [weight for _, weight in drawn], seed)
+        self.num_timeouts = 0
+        self._sources = sources
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says of files: rows read, and rows left out."""
+        files = [source for source in self._sources if isinstance(source, FileSource)]
+        data = {path: asdict(count) for source in files for path, count in source.counts.items()}
+        return {"data": data} if data else {}
+
+    def score(self, completion: str, prompt: Prompt) -> Score:
+        """The verdict of the prompt's verifier.
+
+        Raises:
+            InputError: the verifier failed.
+        """
+        try:
+            score = prompt.verifier(completion, prompt)
+        except InputError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"the verifier of {prompt.task} failed on {prompt.origin} ({reason})") from error
+        self.num_timeouts += score.is_timeout
+        if score.is_timeout and self.num_timeouts <= NUM_NAMED:
+            logger.warning("entrace: %s: no verdict in time on an answer, counted as wrong", prompt.origin)
+        return score
+
+
+class Mixture:
+    """Prompts by index, each drawn from one of several sources with probability proportional to its weight."""
+
+    def __init__(self, draws: Sequence[Callable[[int], Prompt]], weights: Sequence[float], seed: int) -> None:
+        """``draws`` give the sources' own prompts by index."""
+        self._draws, self._seed = draws, seed
+        self._shares = [weight / sum(weights) for weight in weights]
+        self._places: list[tuple[int, int]] = []
+        self._counts = [0] * len(draws)
+
+    def __call__(self, index: int) -> Prompt:
+        """The prompt of that index; a source's prompts come in its own order, none left out."""
+        while len(self._places) <= index:
+            rng = generator(self._seed, Stream.MIXTURE, len(self._places) // BLOCK)
+            for source in rng.choice(len(self._draws), size=BLOCK, p=self._shares).tolist():
+                self._places.append((source, self._counts[source]))
+                self._counts[source] += 1
+        source, place = self._places[index]
+        return self._draws[source](place)
+
+
+def load_task(config: TaskConfig, seed: int, encode: Callable[[Question], list[int]] | None = None) -> Task:
+    """Opens all sources of a task.
+
+    Args:
+        config: The task.
+        seed: Decides prompts, splits and orders.
+        encode: Token ids of a question, which ``max_prompt_tokens`` counts.
+
+    Raises:
+        InputError: an unknown task, a file that cannot be read or holds malformed rows, too few prompts, a verifier
+            that cannot be had, or a limit of tokens where there is no tokenizer yet.
+    """
+    limit = config.max_prompt_tokens
+    if limit and encode is None:
+        raise InputError("task.max_prompt_tokens: there is no tokenizer yet to count with")
+    verifiers = Verifiers(config.verifiers)
+    sources: list[Source] = []
+    for number, (label, source) in enumerate(config.sources.items()):
+        context = Context(
+            label=label,
+            prefix=f"{label}/" if number else "",
+            number=number,
+            seed=seed,
+            verifiers=verifiers,
+            is_too_long=lambda prompt: bool(limit and encode and len(encode(prompt.question)) > limit),
+            skips_bad_rows=config.on_bad_rows == "skip",
+        )
+        sources.append(FileSource(source, context) if source.is_file else GymSource(source, context))
+    verifiers.check_names()
+    return Task(sources, [source.weight for source in config.sources.values()], seed)

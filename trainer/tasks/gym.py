@@ -1,0 +1,95 @@
+"""Procedural tasks of the reasoning-gym library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import Any
+
+from analysis.trace import InputError, nearest
+from trainer.task_config import SourceConfig
+from trainer.tasks.prompt import Prompt
+from trainer.tasks.source import Context
+from trainer.tasks.verifiers import score_by
+
+# Far above any number of prompts a run draws, so that held-out and training indices never meet.
+TRAIN_OFFSET = 1_000_000
+MAX_SKIPPED_IN_A_ROW = 10_000
+
+
+class GymSource:
+    """A reasoning-gym task, split into disjoint training and held-out prompts.
+
+    Held-out prompts are the first distinct questions of one stream; training prompts come from another and skip what is
+    held out, so that the two never share a text, however small the space of questions is.
+    """
+
+    def __init__(self, config: SourceConfig, context: Context) -> None:
+        """Draws the held-out prompts.
+
+        Raises:
+            InputError: unknown task, parameters that it does not take, or too few distinct questions.
+        """
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+
+        if config.name not in DATASETS:
+            raise InputError(f'unknown task "{config.name}"{nearest(config.name, DATASETS)}')
+        try:
+            self._dataset = reasoning_gym.create_dataset(
+                config.name, seed=context.seed, size=2 * TRAIN_OFFSET, **config.params
+            )
+        except (TypeError, ValueError, AssertionError) as error:
+            raise InputError(f"task {config.name}: {error}") from None
+        self._name, self._context = config.name, context
+        self._verifier = context.verifiers.of(context.label, score_by(self._dataset.score_answer))
+        drawn = self._draw("heldout", set())
+        self.heldout = [prompt for prompt, _ in zip(drawn, range(config.num_heldout), strict=False)]
+
+    def training(self, excluded: set[str]) -> Callable[[int], Prompt]:
+        """Training prompts by index, from 0, whose texts are not in ``excluded``."""
+        drawn: list[Prompt] = []
+        stream = self._draw("train", excluded)
+
+        def draw(index: int) -> Prompt:
+            while len(drawn) <= index:
+                drawn.append(next(stream))
+            return drawn[index]
+
+        return draw
+
+    def _draw(self, split: str, excluded: set[str]) -> Iterator[Prompt]:
+        """Yields prompts whose question is not in ``excluded``; the held-out split also leaves out its own repeats."""
+        seen = set(excluded)
+        offset = TRAIN_OFFSET if split == "train" else 0
+        skipped = 0
+        for index in count():
+            entry = self._dataset[offset + index]
+            prompt = Prompt(
+                prompt_id=f"{self._context.prefix}{split}-{index:06d}",
+                split=split,
+                task=self._context.label,
+                question=entry["question"],
+                ground_truth=str(entry["answer"]),
+                difficulty=_describe_difficulty(entry["metadata"]),
+                origin=f"{self._name}, {split} index {index}",
+                entry=entry,
+                verifier=self._verifier,
+            )
+            if prompt.text in seen or self._context.is_too_long(prompt):
+                skipped += 1
+                if skipped > MAX_SKIPPED_IN_A_ROW:
+                    raise InputError(f"task {self._name}: too few distinct questions for its {split} split")
+                continue
+            skipped = 0
+            if split == "heldout":
+                seen.add(prompt.text)
+            yield prompt
+
+
+def _describe_difficulty(metadata: dict[str, Any]) -> str | None:
+    """The instance's own value for each axis that the task calls difficulty, as JSON."""
+    axes = metadata.get("difficulty") or {}
+    values = {axis: metadata.get(axis, value) for axis, value in axes.items()}
+    return json.dumps(values, default=str, sort_keys=True) if values else None

@@ -1,0 +1,149 @@
+"""Verifiers: what judges an answer, chosen by the data source of the prompt."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from analysis.trace import InputError, nearest
+from trainer.task_config import DEFAULT
+from trainer.tasks.maths import MathVerifier
+from trainer.tasks.prompt import Prompt, Score, Verifier, extract_answer, extract_boxed
+
+
+class Verifiers:
+    """The verifier of every data source, each made once."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        """``names`` is ``task.verifiers``."""
+        self._names = names
+        self._seen: set[str] = set()
+        self._made = cache(make_verifier)
+
+    def of(self, data_source: str, own: Verifier | None = None) -> Verifier:
+        """The verifier named for the data source; else its ``own``, else the default, else exact match."""
+        self._seen.add(data_source)
+        if data_source not in self._names and own:
+            return own
+        return self._made(self._names.get(data_source) or self._names.get(DEFAULT, "exact"))
+
+    def check_names(self) -> None:
+        """Refuses names of data sources that no prompt has.
+
+        Raises:
+            InputError: there is one.
+        """
+        for name in self._names.keys() - self._seen - {DEFAULT}:
+            raise InputError(f'task.verifiers: no prompt has data source "{name}"{nearest(name, self._seen)}')
+
+
+def make_verifier(name: str) -> Verifier:
+    """The verifier of a name that the configuration allows.
+
+    Raises:
+        InputError: a function that cannot be imported, or a library that is not installed.
+    """
+    known: dict[str, Callable[[], Verifier]] = {
+        "exact": lambda: match_exactly,
+        "math": MathVerifier,
+        "reasoning_gym": lambda: score_by(score_gym_row),
+    }
+    return known[name]() if name in known else UserFunction(name)
+
+
+def match_exactly(completion: str, prompt: Prompt) -> Score:
+    """1 if the last ``<answer>...</answer>`` is the ground truth but for letter case and the width of white space."""
+    answer = extract_answer(completion)
+    return Score(answer, float(answer is not None and _normalize(answer) == _normalize(prompt.ground_truth)))
+
+
+def score_by(score_answer: Callable[[str, dict[str, Any]], float]) -> Verifier:
+    """The verifier that puts the content of the last ``<answer>...</answer>`` to a reasoning-gym scorer."""
+
+    def verify(completion: str, prompt: Prompt) -> Score:
+        answer = extract_answer(completion)
+        return Score(answer, 0.0 if answer is None else float(score_answer(answer, prompt.entry)))
+
+    return verify
+
+
+def score_gym_row(answer: str, row: dict[str, Any]) -> float:
+    """Scores by the reasoning-gym task that the row's metadata name as its ``source_dataset``."""
+    from reasoning_gym import get_score_answer_fn
+
+    return get_score_answer_fn(row["metadata"]["source_dataset"])(answer, row)  # pyright: ignore[reportCallIssue]
+
+
+class UserFunction:
+    r"""A verifier of the user's own, ``module:function``, called with the completion and the prompt's row.
+
+    It returns a number or a bool, or a mapping of ``score`` and, if it likes, ``answer``. Where it names no answer,
+    that is the content of the last ``<answer>...</answer>``, else of the last ``\boxed{...}``, else the completion.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Imports the function; modules of the working directory can be named.
+
+        Raises:
+            InputError: no such module or function, or an error in it.
+        """
+        self._name = name
+        self._function = import_function(name)
+
+    def __call__(self, completion: str, prompt: Prompt) -> Score:
+        """Calls it."""
+        result = self._function(completion, dict(prompt.entry))
+        answer = None
+        if isinstance(result, Mapping):
+            if "score" not in result:
+                raise InputError(f'verifier {self._name} returned no "score" for {prompt.origin}: {result!r}')
+            result, answer = result["score"], result.get("answer")
+        try:
+            score = math.nan if isinstance(result, str) else float(result)
+        except (TypeError, ValueError):
+            score = math.nan
+        if not math.isfinite(score):
+            raise InputError(f"verifier {self._name} returned {result!r} for {prompt.origin}, expected a finite number")
+        if answer is None:
+            answer = extract_answer(completion) or extract_boxed(completion) or completion.strip() or None
+        return Score(None if answer is None else str(answer), score)
+
+
+def import_function(name: str) -> Callable[..., Any]:
+    """The function of ``module:function``.
+
+    Raises:
+        InputError: no such module or function, or an error in it.
+    """
+    module_name, _, function_name = name.partition(":")
+    here = str(Path.cwd())
+    # Last, so that no file of the working directory stands in for an installed module.
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise InputError(f"verifier {name}: module {module_name} needs {error.name}, not installed") from None
+        files = [path.stem for path in Path.cwd().glob("*.py")]
+        raise InputError(
+            f'verifier {name}: no module "{error.name}", here or installed{nearest(error.name, files) if files else ""}'
+        ) from None
+    except Exception as error:
+        raise InputError(f"verifier {name}: cannot be imported ({type(error).__name__}: {error})") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise InputError(
+            f'verifier {name}: no function "{function_name}" in {module_name}{nearest(function_name, functions)}'
+        )
+    return function
+
+
+def _normalize(text: str) -> str:
+    return " ".join(text.split()).casefold()
