@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.advantage import group_relative_advantage, mixed_groups, overlong_penalty
-from trainer.config import Config
+from trainer.config import SAMPLING_MEMORY, Config
 from trainer.faults import memory_advice
 from trainer.policy import Policy
 from trainer.rollout import Samples, SamplingParams, sample
@@ -119,7 +119,7 @@ def _sample_round(config: Config, policy: Policy, task: Task, prompts: list[Prom
     """Samples and scores ``group_size`` responses to each prompt; ``place`` is (step, refill)."""
     rollout = config.rollout
     started = time.perf_counter()
-    with memory_advice(config, f"sampling at step {place[0]}", "rollout.prompts_per_step", "rollout.group_size"):
+    with memory_advice(config, f"sampling at step {place[0]}", SAMPLING_MEMORY):
         samples = sample(
             policy,
             [policy.encode_prompt(prompt.question) for prompt in prompts],

@@ -48,6 +48,9 @@ def _check_shaping(method: str) -> str:
 Composition = Annotated[str, AfterValidator(_check_composition)]
 ShapingMethod = Annotated[str, AfterValidator(_check_shaping)]
 
+# What decides how much memory updating, and sampling, takes.
+UPDATE_MEMORY, SAMPLING_MEMORY = MEMORY_KEYS = ("optim.micro_batch_tokens", "rollout.cache_tokens")
+
 # pydantic puts the branch of a union that was tried into the path of the error.
 UNION_BRANCH = re.compile(r"constrained-|literal\[")
 
@@ -92,7 +95,8 @@ class RolloutConfig(Section):
     """Sampling of a step's responses; ``max_refills`` bounds dynamic sampling's extra generation rounds.
 
     ``top_p`` and ``top_k`` cut the distribution, for sampling and in the update alike. ``stop`` holds texts that end a
-    response once they are complete, in evaluations too.
+    response once they are complete, in evaluations too. ``cache_tokens`` is how many tokens the caches of keys and
+    values may hold at once: prompts are sampled in parts that fit, at least one prompt each.
     """
 
     prompts_per_step: Positive = 32
@@ -102,6 +106,7 @@ class RolloutConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Positive | None = None
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    cache_tokens: Positive = 1 << 20
     dynamic_sampling: bool = True
     max_refills: Natural = 2
     overlong_buffer_tokens: Natural = 0

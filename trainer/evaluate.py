@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from analysis.trace import read_manifest
 from trainer.checkpoint import find_checkpoint
-from trainer.config import Config, build_config
+from trainer.config import SAMPLING_MEMORY, Config, build_config
 from trainer.faults import memory_advice
 from trainer.policy import Policy
 from trainer.rollout import SamplingParams, sample
@@ -39,14 +40,14 @@ def evaluate(
     Returns:
         Columns of the ``evals`` table, one row a response.
     """
-    rollout, truncation = config.rollout, Truncation(config.eval.top_p)
-    params = SamplingParams(rollout.max_response_tokens, config.eval.temperature, truncation, rollout.stop)
-    samples_per_prompt, size = config.eval.samples, rollout.prompts_per_step
+    truncation = Truncation(config.eval.top_p)
+    params = replace(SamplingParams.of(config.rollout), temperature=config.eval.temperature, truncation=truncation)
+    samples_per_prompt, size = config.eval.samples, config.rollout.prompts_per_step
     rows: dict[str, list[Any]] = defaultdict(list)
     for start in range(0, len(task.heldout), size):
         prompts = task.heldout[start : start + size]
         rng = generator(config.seed, Stream.EVAL, start)
-        with memory_advice(config, "evaluating", "rollout.prompts_per_step", "eval.samples"):
+        with memory_advice(config, "evaluating", SAMPLING_MEMORY):
             encoded = [policy.encode_prompt(prompt.question) for prompt in prompts]
             samples = sample(policy, encoded, samples_per_prompt, params, rng)
         completions = policy.decode([response.tolist() for response in samples.responses()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -22,19 +23,20 @@ class SamplingParams:
     """What tokens are drawn from, and what ends a response besides the stop tokens.
 
     ``truncation`` cuts the distribution before anything is recorded of it. ``stop`` holds texts: the token that
-    completes one of them is the response's last.
+    completes one of them is the response's last. ``cache_tokens`` bounds memory, and changes nothing else.
     """
 
     max_tokens: int
     temperature: float = 1.0
     truncation: Truncation = WHOLE
     stop: tuple[str, ...] = ()
+    cache_tokens: int = sys.maxsize
 
     @classmethod
     def of(cls, config: RolloutConfig) -> SamplingParams:
         """Those of a training step."""
         truncation = Truncation(config.top_p, config.top_k)
-        return cls(config.max_response_tokens, config.temperature, truncation, config.stop)
+        return cls(config.max_response_tokens, config.temperature, truncation, config.stop, config.cache_tokens)
 
 
 @dataclass
@@ -123,7 +125,14 @@ def sample(
         ``Samples`` of P * num_samples rows, the responses of one prompt adjacent.
     """
     uniforms = rng.random((len(prompts) * num_samples, params.max_tokens), dtype=np.float32)
-    return sample_at(policy, prompts, uniforms, [params.max_tokens] * len(prompts), params)
+    longest = max(len(prompt) for prompt in prompts) + params.max_tokens
+    size = max(1, params.cache_tokens // (longest * num_samples))
+    parts = []
+    for start in range(0, len(prompts), size):
+        part = prompts[start : start + size]
+        numbers = uniforms[start * num_samples : (start + size) * num_samples]
+        parts.append(sample_at(policy, part, numbers, [params.max_tokens] * len(part), params))
+    return Samples.concatenate(parts)
 
 
 @torch.no_grad()

@@ -7,14 +7,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
 from analysis.trace import InputError, describe_machine, flatten, read_manifest, write_manifest
 from analysis.trace.manifest import MANIFEST, now
 from analysis.trace.schema import SCHEMA_VERSION
-from trainer.config import Config, build_config, merge, nest
+from trainer.config import MEMORY_KEYS, Config, build_config, merge, nest
 from trainer.resources import find_model
 
 # A folder that can be locked is one that no second process works in.
@@ -85,9 +85,10 @@ def is_complete(config: Config, run_dir: Path) -> bool:
     if not run_dir.exists() or {path.name for path in run_dir.iterdir()} <= {f".{MANIFEST}.tmp"}:
         return False
     manifest = read_manifest(run_dir)
-    # It decides how much memory an update takes, and nothing else but rounding: a run short of it goes on with less.
-    free = nest("optim.micro_batch_tokens", config.optim.micro_batch_tokens)
-    if changed := list(config_changes(merge(manifest["config"], free), config)):
+    # They decide how much memory a run takes, and nothing else but rounding: one short of it goes on with less.
+    wanted = flatten(config.model_dump(mode="json"))
+    free = reduce(merge, (nest(key, wanted[key]) for key in MEMORY_KEYS), manifest["config"])
+    if changed := list(config_changes(free, config)):
         raise InputError(f"{run_dir}: made with another configuration, {', '.join(changed)}; not resumed")
     return manifest["status"] == "complete"
 

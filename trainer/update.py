@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from trainer.batch import Batch
-from trainer.config import Config, OptimConfig
+from trainer.config import UPDATE_MEMORY, Config, OptimConfig
 from trainer.faults import TrainingError, memory_advice
 from trainer.loss import kl_penalty
 from trainer.method import TokenBatch
@@ -26,7 +26,6 @@ from trainer.token_stats import TokenStats
 # instead, the next is tried, within the same update, so that none is skipped and nothing needs to be remembered.
 LOSS_SCALES = {torch.float16: (2.0**12, 2.0**8, 2.0**4, 1.0)}
 
-MEMORY_KEY = "optim.micro_batch_tokens"
 
 
 @dataclass
@@ -92,7 +91,7 @@ class Learner:
         tokens = TokenBatch.of(batch, self.config.seed, Stream.LOSS, step)
         max_tokens = self.config.rollout.max_response_tokens
         updates = []
-        with memory_advice(self.config, f"updating at step {step}", MEMORY_KEY):
+        with memory_advice(self.config, f"updating at step {step}", UPDATE_MEMORY):
             for rows in mini_batches(self.config, batch, step):
                 objective = Objective.of(self.config.loss, advantages[rows], tokens.take(rows), max_tokens)
                 updates.append(self._step_optimizer(batch.samples, objective, rows, step, is_clipped))
@@ -108,7 +107,7 @@ class Learner:
         samples = batch.samples
         logprob, entropy = torch.zeros(samples.tokens.shape), torch.zeros(samples.tokens.shape)
         kept = torch.nonzero(batch.is_kept).squeeze(1)
-        with memory_advice(self.config, "capturing what an update did", MEMORY_KEY):
+        with memory_advice(self.config, "capturing what an update did", UPDATE_MEMORY):
             for micro in micro_batches(samples, kept, self.config.optim.micro_batch_tokens):
                 rows = kept[micro]
                 stats = self._score(self.policy, samples, rows)

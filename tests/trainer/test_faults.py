@@ -235,10 +235,9 @@ def test_out_of_memory_names_the_setting_to_lower(tmp_path, whole):
     # Of the C library's: one heap, none kept in reserve, and larger blocks go back to the system once they are free.
     found = run_child(out_of_memory, tmp_path, MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="16384")
     assert {run_id: error for run_id, (error, _) in found.items()} == {
-        "sampling": "out of memory while sampling at step 2; "
-        "lower rollout.prompts_per_step (6 now) or rollout.group_size (16 now)",
+        "sampling": "out of memory while sampling at step 2; lower rollout.cache_tokens (1048576 now)",
         "updating": "out of memory while updating at step 2; lower optim.micro_batch_tokens (4096 now)",
-        "evaluating": "out of memory while evaluating; lower rollout.prompts_per_step (6 now) or eval.samples (16 now)",
+        "evaluating": "out of memory while evaluating; lower rollout.cache_tokens (1048576 now)",
     }
     for run_id, (error, cause) in found.items():
         assert "allocate" in cause, "the allocator itself has failed"

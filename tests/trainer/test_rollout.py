@@ -173,6 +173,20 @@ def test_a_response_depends_on_its_own_random_numbers_alone(policy, prompts):
             assert torch.equal(found, wanted)
 
 
+def test_prompts_that_do_not_fit_into_the_cache_together_are_sampled_in_parts(policy, prompts):
+    longest = max(map(len, prompts)) + 24
+    together, apart = (
+        sample(policy, prompts, 2, SamplingParams(24, cache_tokens=tokens), np.random.default_rng(2))
+        for tokens in (10**6, 2 * 2 * longest)
+    )
+    mask = together.response_mask
+    assert torch.equal(apart.response_mask, mask)
+    assert torch.equal(apart.tokens[mask], together.tokens[mask])
+    assert torch.equal(apart.is_truncated, together.is_truncated)
+    for name, values in vars(apart.stats).items():
+        torch.testing.assert_close(values[mask], getattr(together.stats, name)[mask], rtol=1e-4, atol=1e-5)
+
+
 def test_responses_end_with_the_stop_token_or_at_the_limit(policy, prompts):
     samples = sample(policy, prompts, 8, SamplingParams(30), np.random.default_rng(3))
     assert 0 < samples.is_truncated.sum() < len(samples.is_truncated), "both ends are to be seen"
