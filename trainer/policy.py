@@ -74,7 +74,7 @@ class Policy:
         policy._check_head()
         policy._check_decoder()
         if config.gradient_checkpointing:
-            policy._checkpoint_layers()
+            policy.checkpoint_layers()
         return policy
 
     @property
@@ -178,10 +178,13 @@ class Policy:
             # The library's own way, which knows of shards, tied weights, and names that differ from those in the file.
             self.model.load_state_dict(load_model(folder).state_dict())
 
-    def _checkpoint_layers(self) -> None:
+    def checkpoint_layers(self) -> None:
         """Layers keep their inputs alone for the backward pass, and compute the rest again.
 
         What transformers does about this hangs on training mode, which would turn dropout on.
+
+        Raises:
+            InputError: the model has no layers made for it.
         """
         layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
         if not layers:

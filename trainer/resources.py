@@ -29,6 +29,15 @@ def find_model(name: str) -> Path:
     Raises:
         InputError: no such folder or file, or the hub does not have it or cannot be reached.
     """
+    return find_local_model(name) or _download(name)
+
+
+def find_local_model(name: str) -> Path | None:
+    """As ``find_model``; None for a model of the hub.
+
+    Raises:
+        InputError: no such folder or file.
+    """
     if name == EMBEDDED:
         return find_base_policy()
     if name == SMOLLM:
@@ -37,14 +46,14 @@ def find_model(name: str) -> Path:
     if path.exists():
         return path
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        return _download(name)
+        return None
     raise InputError(f"policy.path: no model folder at {path}")
 
 
 def resolve_config(name: str) -> Path:
     """A path as given, or else the shipped config of that name: ``tiny`` and ``tiny.toml`` both find it."""
     path = Path(name)
-    shipped = CONFIGS / f"{path.stem}.toml"
+    shipped = CONFIGS / f"{path.name.removesuffix('.toml')}.toml"
     return path if os.path.exists(path) or path.parent != Path() or not os.path.exists(shipped) else shipped
 
 

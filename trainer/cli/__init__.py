@@ -15,6 +15,7 @@ from analysis.cli import app, print_json, run, say
 from analysis.trace import InputError
 
 if TYPE_CHECKING:
+    from trainer.config import Config
     from trainer.intervene import Settings, Tally
 
 DEFAULT_BUDGET = 200_000
@@ -32,6 +33,7 @@ Overrides = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what --out already holds.")]
 Budget = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Tokens to generate, earlier calls counted.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="As --resume, and try failed runs once more.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time; each gets an equal share of the cores.")]
 
@@ -46,20 +48,33 @@ def train(
     config: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped config such as tiny.")],
     overrides: Overrides = None,
     *,
-    out: Annotated[Path, typer.Option(help="Folder of the run; its name is the run id.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; its name is the run id.")] = None,
     resume: Resume = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what the run would take.")] = False,
+    devices: Annotated[int | None, typer.Option(min=1, help="With --dry-run: processes, one a device.")] = None,
+    json: Json = False,
 ) -> None:
     """Train one policy with GRPO and record every token.
 
     Example: entrace train tiny seed=1 shaping.method=ppl --out data/runs/mine/ppl-seed1
+
+    Example: entrace train paper-qwen2.5-7b --dry-run --devices 8
     """
     _require_train_extra()
-    from analysis.progress import Progress
     from trainer.config import load_config
+
+    settings = load_config(config, overrides or [])
+    if dry_run:
+        _print_plan(settings, devices or 1, json)
+        return
+    if out is None:
+        raise InputError("--out: expected the folder of the run")
+    if devices or json:
+        raise InputError("--devices and --json go with --dry-run")
+    from analysis.progress import Progress
     from trainer.run_folder import alone_in
     from trainer.train import train as run_training
 
-    settings = load_config(config, overrides or [])
     labels = {"study": out.resolve().parent.name, "arm": settings.shaping.method}
     with (
         _stoppable(f"with --resume goes on in {out}"),
@@ -68,6 +83,32 @@ def train(
     ):
         run_training(settings, out, labels, resume=resume, on_step=progress.update)
     say(str(out))
+
+
+def _print_plan(settings: Config, devices: int, json: bool) -> None:
+    from trainer.dry_run import make_plan
+
+    plan = make_plan(settings, devices)
+    if json:
+        print_json({**asdict(plan), "peak": plan.peak, "sharded_peak": plan.sharded_peak})
+        return
+    low, high = (size / 1e6 for size in plan.trace_bytes_per_step)
+    say(f"model         {plan.model}, {plan.parameters:,} parameters, {plan.trained:,} trained")
+    say(f"shape         from {plan.shape_from}")
+    say(f"a step        {plan.responses_per_step:,} responses of up to {settings.rollout.max_response_tokens:,} tokens")
+    say(f"tokens        {plan.tokens_per_step:,} a step at most, x {plan.max_rounds} if every refill is drawn")
+    say(f"trace         {low:,.1f} to {high:,.1f} MB a step for these tokens")
+    say(f"memory        per device, {plan.dtype}, sequences of {plan.sequence_tokens:,} tokens, GB")
+    say(f"              {'each whole':>12} {f'FSDP over {devices}':>14}")
+    shared = plan.state // devices
+    for name, whole, sharded in (
+        ("state", plan.state, shared),
+        ("layers", 0, plan.gathered),
+        ("sampling", plan.sampling, plan.sampling),
+        ("update", plan.update, plan.update),
+        ("peak", plan.peak, plan.sharded_peak),
+    ):
+        say(f"  {name:12}{whole / 1e9:>12.2f} {sharded / 1e9:>14.2f}")
 
 
 @app.command()
@@ -94,7 +135,7 @@ def ablate(
         bool, typer.Option("--dry-run", help="Print runs, time and detectable difference only.")
     ] = False,
     pilot: Annotated[Path | None, typer.Option(metavar="STUDY", help="dry-run: a study to plan with.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    json: Json = False,
 ) -> None:
     """Run a grid of arms x seeds x sweep; a failed run stays in the table with its error.
 
@@ -156,7 +197,7 @@ def study(
 
 
 @app.command()
-def methods(json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False) -> None:
+def methods(json: Json = False) -> None:
     """List the methods that an arm can be: equation, what it does, parameters, source, and the keys that select it.
 
     Example: entrace methods
@@ -180,7 +221,7 @@ def methods(json: Annotated[bool, typer.Option("--json", help="Print JSON for sc
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="RUN_OR_MODEL...", help="Run folders or model folders.")],
     config: Annotated[str, typer.Option(help="Task and sampling of what is no run.")] = "tiny",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    json: Json = False,
 ) -> None:
     """Evaluate policies on held-out prompts: avg@k, maj@k, pass@k with intervals over prompts.
 
@@ -243,7 +284,7 @@ def intervene(
     position: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Relative positions of the tokens.")] = "0,1",
     ppl_tercile: Annotated[str, typer.Option(help="Thirds of their groups by perplexity; 1 = lowest.")] = "1,2,3",
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Decides tokens and continuations.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    json: Json = False,
 ) -> None:
     """Replace tokens of recorded responses, continue from both, and record what that does to the outcome.
 

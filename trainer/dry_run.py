@@ -1,0 +1,232 @@
+"""What a run will take, told from its configuration and the shape of its model: no weight and no prompt is read.
+
+Memory of the update is not a formula but a rehearsal: one micro-batch of the longest sequences goes forward and back on
+tensors that have a shape and no content, and the most that they would hold at once is counted. So gradient
+checkpointing, adapters, precision and any architecture count as what they are. The rest, in bytes::
+
+    state    4 P + (4 + 8) P_t            float32 weights; of those trained, gradients and AdamW's two moments
+             + 4 P with loss.kl_coef      the frozen reference policy
+    sampling 2 c K D b (L + 1)            keys and values of c = rollout.cache_tokens tokens, a layer's twice: it grows
+             + 2 P in 16 bits             the weights as autocast keeps them meanwhile
+             + 4 * 4 V rows               logits, and what is made of them
+
+with P parameters, P_t of them trained, V vocabulary entries, L layers of K key-value heads of D numbers of b bytes.
+FSDP (arXiv 2304.11277) divides the state by the number of devices, and gathers the largest layers two at a time.
+"""
+
+from __future__ import annotations
+
+import tomllib
+import weakref
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from analysis.trace import InputError
+from trainer import adapters
+from trainer.config import Config
+from trainer.policy import Policy
+from trainer.resources import PACKAGE, find_local_model
+from trainer.token_stats import MIN_ROWS, compute_token_stats
+
+SHAPES = PACKAGE / "shapes.toml"
+# Longest prompt where the configuration does not bound it.
+PROMPT_TOKENS = 256
+# A token record with its share of texts, measured on traces of vocabularies of 512 and of 49,152 entries.
+TRACE_BYTES_PER_TOKEN = (6.7, 12.9)
+
+
+@dataclass
+class Plan:
+    """What a run takes on each of ``devices`` devices, in bytes; everything at its most.
+
+    Attributes:
+        model: ``policy.path``.
+        shape_from: Where the shape of the model was found.
+        parameters: All of the model's.
+        trained: Those that are trained.
+        dtype: Of the arithmetic.
+        devices: Number of processes, one a device.
+        responses_per_step: Before refills.
+        tokens_per_step: If all responses are as long as allowed, before refills.
+        max_rounds: Generation rounds that refills can make of it.
+        trace_bytes_per_step: Of these tokens, as the smallest and the largest of the records measured.
+        sequence_tokens: Longest prompt and response together.
+        state: Weights, gradients, moments, and the reference policy.
+        sampling: What sampling adds.
+        update: What a micro-batch adds.
+        gathered: What FSDP adds, holding layers whole while it computes them.
+    """
+
+    model: str
+    shape_from: str
+    parameters: int
+    trained: int
+    dtype: str
+    devices: int
+    responses_per_step: int
+    tokens_per_step: int
+    max_rounds: int
+    trace_bytes_per_step: tuple[int, int]
+    sequence_tokens: int
+    state: int
+    sampling: int
+    update: int
+    gathered: int
+
+    @property
+    def peak(self) -> int:
+        """Memory per device where each holds the whole state, bytes."""
+        return self.state + max(self.sampling, self.update)
+
+    @property
+    def sharded_peak(self) -> int:
+        """Memory per device where the state is shared out (FSDP), bytes."""
+        return self.state // self.devices + self.gathered + max(self.sampling, self.update)
+
+
+def make_plan(config: Config, devices: int = 1) -> Plan:
+    """Plans a run on ``devices`` devices; ``policy.dtype = "auto"`` counts as on a GPU.
+
+    Raises:
+        InputError: the shape of the model is not known here.
+    """
+    shape, shape_from = find_shape(config.policy.path)
+    dtype = "bfloat16" if config.policy.dtype == "auto" else config.policy.dtype
+    rollout = config.rollout
+    prompt_tokens = config.task.max_prompt_tokens or PROMPT_TOKENS
+    longest = prompt_tokens + rollout.max_response_tokens
+    responses = rollout.prompts_per_step * rollout.group_size
+    tokens = responses * rollout.max_response_tokens
+    policy = _build(config, shape, getattr(torch, dtype))
+    parameters = [p.numel() for p in policy.model.parameters()]
+    trained = [p.numel() for p in policy.model.parameters() if p.requires_grad]
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in _blocks(policy)]
+    # The embedding and the head are as often the largest as a decoder layer is.
+    layers += [p for p in parameters if p > max(layers)]
+    rows = max(1, min(responses // devices, rollout.cache_tokens // longest))
+    return Plan(
+        model=config.policy.path,
+        shape_from=shape_from,
+        parameters=sum(parameters),
+        trained=sum(trained),
+        dtype=dtype,
+        devices=devices,
+        responses_per_step=responses,
+        tokens_per_step=tokens,
+        max_rounds=1 + rollout.max_refills * rollout.dynamic_sampling,
+        trace_bytes_per_step=cast("tuple[int, int]", tuple(round(tokens * size) for size in TRACE_BYTES_PER_TOKEN)),
+        sequence_tokens=longest,
+        state=4 * sum(parameters) * (1 + bool(config.loss.kl_coef)) + 12 * sum(trained),
+        sampling=_sampling_bytes(policy, rows, longest),
+        update=_update_bytes(policy, max(1, config.optim.micro_batch_tokens // longest), longest, prompt_tokens),
+        gathered=4 * sum(sorted(layers)[-2:]),
+    )
+
+
+def find_shape(name: str) -> tuple[PreTrainedConfig, str]:
+    """Architecture and sizes of the model that ``policy.path`` names, and where they were found.
+
+    Raises:
+        InputError: neither is there such a folder or file, nor is it among those known here, nor has the hub its
+            config.json.
+    """
+    known = tomllib.loads(SHAPES.read_text(encoding="utf-8"))
+    if found := find_local_model(name):
+        base = adapters.read_base(found) if found.is_dir() else None
+        if base:
+            return find_shape(base)
+        where = {"gguf_file": found.name} if found.is_file() else {}
+        return _read_config(found.parent if found.is_file() else found, **where), str(found)
+    if name in known:
+        sizes = dict(known[name])
+        return AutoConfig.for_model(sizes.pop("model_type"), **sizes), "what is known by name"
+    return _read_config(name), "the model hub"
+
+
+def _read_config(place: Any, **where: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"policy.path: the shape of {place} is not known here ({reason})") from None
+
+
+def _build(config: Config, shape: PreTrainedConfig, dtype: torch.dtype) -> Policy:
+    attention = {} if config.policy.attention == "auto" else {"attn_implementation": config.policy.attention}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, **attention).eval()
+        adapter = adapters.add_adapter(model, config.policy.lora, config.policy.path) if config.policy.lora else None
+    no_tokenizer = cast("Any", None)
+    policy = Policy(model, no_tokenizer, torch.device("cpu"), dtype, config.policy.path, adapter=adapter)
+    if config.policy.gradient_checkpointing:
+        policy.checkpoint_layers()
+    return policy
+
+
+def _blocks(policy: Policy) -> list[torch.nn.Module]:
+    lists = [list(module) for module in policy.model.base_model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len)
+
+
+def _sampling_bytes(policy: Policy, rows: int, tokens: int) -> int:
+    shape: Any = policy.model.config.get_text_config()
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    cache = 2 * rows * tokens * heads * size * policy.dtype.itemsize * (shape.num_hidden_layers + 1)
+    low_precision = 0 if policy.dtype == torch.float32 else 2 * sum(p.numel() for p in policy.model.parameters())
+    return cache + low_precision + 4 * 4 * policy.vocab_size * rows
+
+
+def _update_bytes(policy: Policy, rows: int, tokens: int, prompt_tokens: int) -> int:
+    """Most that forward and backward hold over weights and gradients, for ``rows`` sequences of ``tokens`` tokens."""
+    # Autocast knows nothing of the device "meta".
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model: Any = policy.model.to_empty(device="cpu")
+        model.tie_weights()
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        with PeakMemory([*model.parameters(), *model.buffers(), *grads]) as memory:
+            hidden = policy.hidden_states(ids[:, :-1], use_cache=False)[:, prompt_tokens - 1 :].flatten(0, 1)
+            # Statistics go through the tokens in chunks, each like the last.
+            chunk = hidden[: 2 * MIN_ROWS]
+            stats = compute_token_stats(chunk, policy.head, ids.flatten()[: len(chunk)])
+            stats.logprob.sum().backward()
+    return memory.peak
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts what operations within allocate and have not let go of; ``peak`` is the most at once, in bytes."""
+
+    def __init__(self, held_before: list[Tensor]) -> None:
+        """Memory of ``held_before`` does not count."""
+        super().__init__()
+        self.peak = self._held = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in held_before}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operation and takes account of what it returns."""
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._count, result)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            self._held += size
+            self.peak = max(self.peak, self._held)
+            weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self._held -= size
