@@ -21,19 +21,22 @@ STAGING = (
     "eval_prompts",
 )
 HEADERS = ("question", "grain", "params", "units", "needs")
-# Header "needs": how to see whether a trace holds it, and what to do where it does not.
+# Header "needs": how to see whether a trace holds it, what to do where it does not, and the table or column that
+# ``unknown`` in run.json gives a reason for where nothing can be done.
 NEEDS = {
-    "steps": ("select 1 from steps", "no step is durable yet"),
-    "responses": ("select 1 from rollouts", "no response is durable yet"),
-    "tokens": ("select 1 from tokens", "no token is durable yet"),
-    "evaluations": ("select 1 from evals", "no held-out evaluation was recorded"),
+    "steps": ("select 1 from steps", "no step is durable yet", "steps"),
+    "responses": ("select 1 from rollouts", "no response is durable yet", "rollouts"),
+    "tokens": ("select 1 from tokens", "no token is durable yet", "tokens"),
+    "evaluations": ("select 1 from evals", "no held-out evaluation was recorded", "evals"),
     "after-update values": (
         "select 1 from tokens where logprob_after is not null",
         "no after-update values were recorded; train with record.after_update_every=5",
+        "tokens.logprob_after",
     ),
     "interventions": (
         "select 1 from interventions",
         "no interventions were recorded; run `entrace intervene RUN`",
+        "interventions",
     ),
 }
 

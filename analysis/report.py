@@ -190,6 +190,7 @@ def _provenance(runs: Runs) -> dict[str, Any]:
         "run_id": first,
         **facts[first],
         "config": json.dumps(manifests[first].get("config", {}), indent=2, sort_keys=True),
+        "unknown": [f"{name}: {reason}" for name, reason in (manifests[first].get("unknown") or {}).items()],
         "runs": [
             {
                 **{name: manifest.get(name) for name in ("arm", "seed", "status", "error", "total_steps")},

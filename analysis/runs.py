@@ -176,9 +176,10 @@ class Runs:
 
     def why_empty(self, need: str) -> str:
         """Says why a question has no rows: the traces lack what it needs (header ``needs``), or hold no such case."""
-        probe, hint = queries.NEEDS[need]
+        probe, hint, name = queries.NEEDS[need]
         if self._select(f"{probe} limit 1", {}).is_empty():
-            return hint
+            reasons = {str((manifest.get("unknown") or {}).get(name, hint)) for manifest in self.manifests.values()}
+            return reasons.pop() if len(reasons) == 1 else hint
         return f"the traces hold {need}, but none that the question is about"
 
     @property
@@ -289,14 +290,16 @@ def _read_steps(folder: Path, parts: Iterable[Path]) -> list[int]:
 
 def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int], gone: Sequence[str]) -> str | None:
     """What is missing of a run, in one line; None if it is complete."""
-    gaps = [(a + 1, b - 1) for a, b in pairwise([0, *steps]) if b - a > 1]
+    # What is scored afterwards may have been kept of every tenth step only.
+    gaps = [] if manifest.get("scored") else [(a + 1, b - 1) for a, b in pairwise([0, *steps]) if b - a > 1]
     missing = "; steps " + ", ".join(f"{a} to {b}" if b > a else str(a) for a, b in gaps[:GAPS_SHOWN]) + " are missing"
     total = f" of {manifest['total_steps']}" if manifest.get("total_steps") else ""
     done = f"{len(steps)}{total} steps recorded"
     status = {"running": "being written or interrupted", "failed": f"failed ({manifest.get('error')})"}
     state = status.get(manifest.get("status") or "")
     if not state and not gaps and not gone:
-        return None
+        unknown = manifest.get("unknown")
+        return f"{len(unknown)} things are not known of it, see unknown in {MANIFEST}" if unknown else None
     removed = f"; removed: {', '.join(gone)}" if gone else ""
     return f"{state or manifest.get('status')}, {done}{missing if gaps else ''}{removed}"
 

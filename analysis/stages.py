@@ -27,6 +27,8 @@ class StageFit:
     Attributes:
         first_step: First recorded step.
         last_step: Last recorded step.
+        num_steps: Recorded steps.
+        num_rising: Those of the rising stage.
         boundary: Last step of the rising stage; None where the run shows no boundary.
         low: Lower end of the boundary's 95 % interval.
         high: Upper end.
@@ -38,6 +40,8 @@ class StageFit:
 
     first_step: int
     last_step: int
+    num_steps: int
+    num_rising: int
     boundary: float | None
     low: float | None
     high: float | None
@@ -136,6 +140,8 @@ def fit_stages(
     return StageFit(
         first_step=int(x[0]),
         last_step=int(x[-1]),
+        num_steps=len(x),
+        num_rising=after,
         boundary=float(search.knots[best]),
         low=float(low),
         high=float(high),
@@ -224,8 +230,7 @@ def fit_exchange(
 
 def num_rising_blocks(fit: StageFit) -> float:
     """Blocks of the moving-block bootstrap that the rising stage holds: how many of its steps count as independent."""
-    steps = int(fit.last_step if fit.boundary is None else fit.boundary) - fit.first_step + 1
-    return steps / block_length(steps)
+    return fit.num_rising / block_length(fit.num_rising)
 
 
 def decompose_fall(tokens: np.ndarray, entropy_sum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -313,6 +318,8 @@ def _one_stage(x: np.ndarray, y: np.ndarray, reason: str) -> StageFit:
     return StageFit(
         first_step=int(x[0]),
         last_step=int(x[-1]),
+        num_steps=len(x),
+        num_rising=len(x),
         boundary=None,
         low=None,
         high=None,

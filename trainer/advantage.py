@@ -66,7 +66,7 @@ def ppl_z(logprobs: Tensor, response_mask: Tensor, group_ids: Tensor) -> Tensor:
         z, (B,); an empty response is left out of the moments and gets 0.
     """
     log_ppl = mean_surprisal(logprobs, response_mask)
-    place = _place_in_group(group_ids)
+    place = place_in_group(group_ids)
     table = torch.full((int(group_ids.max()) + 1, int(place.max()) + 1), torch.nan, dtype=log_ppl.dtype)
     table[group_ids, place] = log_ppl
     q1, q3 = torch.nanquantile(table, torch.tensor([0.25, 0.75], dtype=table.dtype), dim=1, keepdim=True)
@@ -79,7 +79,7 @@ def ppl_z(logprobs: Tensor, response_mask: Tensor, group_ids: Tensor) -> Tensor:
     return z[group_ids, place].nan_to_num(0.0)
 
 
-def _place_in_group(group_ids: Tensor) -> Tensor:
+def place_in_group(group_ids: Tensor) -> Tensor:
     """Rank of each element among those of its group, from 0, (B,)."""
     counts = torch.bincount(group_ids)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from analysis.trace import MANIFEST, InputError, flatten, read_manifest
-from trainer.config import Config
+from trainer.section import Section
 
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
@@ -59,11 +59,11 @@ def explained(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def memory_advice(config: Config, activity: str, *keys: str) -> Iterator[None]:
+def memory_advice(config: Section, activity: str, *keys: str) -> Iterator[None]:
     """Running out of memory within names the settings to lower, with their present values.
 
     Args:
-        config: The run.
+        config: Settings of what is done, such as those of a run.
         activity: What is done within, as in ``updating at step 3``.
         keys: Dotted names of the settings that decide how much memory that takes.
 

@@ -142,8 +142,6 @@ class Policy:
     ) -> TokenStats:
         """Statistics of given responses under the current weights, with gradient, the responses end to end.
 
-        Sequences are padded on the right, where causal attention never looks, so that no mask is needed.
-
         Args:
             prompts: Prompt tokens of each response, B lists.
             responses: Response tokens, B tensors, none empty.
@@ -153,6 +151,15 @@ class Policy:
         Returns:
             ``TokenStats`` of shape (sum of response lengths,).
         """
+        hidden, targets = self.read(prompts, responses)
+        return compute_token_stats(hidden, self.head, targets, temperature, truncation)
+
+    def read(self, prompts: list[list[int]], responses: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Inputs of the LM head that predict the tokens of responses, (N, H), and those tokens, (N,), end to end.
+
+        Sequences are padded on the right, where causal attention never looks, so that no mask is needed. Arguments are
+        those of ``score``.
+        """
         sequences = [torch.cat((torch.tensor(p), r)) for p, r in zip(prompts, responses, strict=True)]
         padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(self.device)
         starts = torch.tensor([len(p) for p in prompts])
@@ -160,7 +167,7 @@ class Policy:
         places = torch.arange(padded.shape[1])
         is_response = ((places >= starts[:, None]) & (places < ends[:, None])).to(self.device)
         hidden = self.hidden_states(padded[:, :-1], use_cache=False)
-        return compute_token_stats(hidden[is_response[:, 1:]], self.head, padded[is_response], temperature, truncation)
+        return hidden[is_response[:, 1:]], padded[is_response]
 
     def save(self, folder: Path) -> None:
         """Writes a folder that ``load`` takes: the whole model, or the adapter if only that is trained."""

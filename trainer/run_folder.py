@@ -52,14 +52,14 @@ def common_random_numbers(config: Config) -> dict[str, str | None]:
     # A key that a run made before does not know leaves its fingerprint as it was, unless it is set.
     task = config.task.model_dump(mode="json", include=FIRST_TASK_KEYS)
     task |= config.task.model_dump(mode="json", exclude_defaults=True)
-    if files := {path: _hash_file(Path(path)) for source in config.task.sources.values() for path in source.files}:
+    if files := {path: hash_file(Path(path)) for source in config.task.sources.values() for path in source.files}:
         task["files"] = files
     prompts = {"seed": config.seed, **task}
     sampling = config.eval.model_dump(mode="json", exclude={"every"})
     # Random numbers are drawn for so many prompts at a time, each as long as the longest response.
     shape = [rollout.prompts_per_step, rollout.max_response_tokens]
     return {
-        "base_policy": _hash_weights(policy.path),
+        "base_policy": hash_weights(policy.path),
         "prompts": _hash_json(prompts),
         "evaluation": _hash_json([prompts, sampling, shape]),
     }
@@ -169,7 +169,8 @@ def has_begun(run_dir: Path) -> bool:
 
 
 @cache
-def _hash_weights(name: str) -> str | None:
+def hash_weights(name: str) -> str | None:
+    """Fingerprint of a model's weights; None where there is no such model."""
     try:
         found = find_model(name)
     except InputError:
@@ -184,8 +185,8 @@ def _hash_weights(name: str) -> str | None:
     return digest.hexdigest()[:DIGEST_LENGTH]
 
 
-def _hash_file(path: Path) -> str | None:
-    """None where there is no such file: what reads it says so."""
+def hash_file(path: Path) -> str | None:
+    """Fingerprint of a file; None where there is none: what reads it says so."""
     if not path.is_file():
         return None
     with open(path, "rb") as file:

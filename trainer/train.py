@@ -77,7 +77,7 @@ def train(
     learner = Learner(config, policy)
     with explained(run_dir):
         writer, state = _open_trace(config, run_dir, {**labels, **task.describe()}, learner, resume)
-        with _durable(writer):
+        with durable(writer):
             if state.step == 0:
                 record_prompts(writer, task.heldout)
                 writer.append("evals", evaluate(config, learner.policy, task, step=0))
@@ -86,7 +86,7 @@ def train(
 
 
 @contextmanager
-def _durable(writer: TraceWriter) -> Iterator[None]:
+def durable(writer: TraceWriter) -> Iterator[None]:
     """However training ends, the steps that it finished are made durable, and ``run.json`` says how it ended."""
     try:
         yield

@@ -188,11 +188,15 @@ def mini_batches(config: Config, batch: Batch, step: int) -> Iterator[Tensor]:
 
 
 def micro_batches(samples: Samples, rows: Tensor, max_tokens: int) -> list[Tensor]:
-    """Cuts ``rows``, sorted by length, into parts of at most ``max_tokens`` tokens, padding counted.
+    """``cut_by_length`` of the sequences ``rows``."""
+    return cut_by_length(samples.lengths[rows] + torch.tensor([len(samples.prompts[row]) for row in rows]), max_tokens)
 
-    A sequence longer than ``max_tokens`` makes a part of its own. The parts hold places in ``rows``.
+
+def cut_by_length(lengths: Tensor, max_tokens: int) -> list[Tensor]:
+    """Cuts sequences, sorted by their lengths, into parts of at most ``max_tokens`` tokens, padding counted.
+
+    A sequence longer than ``max_tokens`` makes a part of its own. The parts hold places in ``lengths``.
     """
-    lengths = samples.lengths[rows] + torch.tensor([len(samples.prompts[row]) for row in rows])
     ordered = lengths.argsort(stable=True)
     parts: list[list[int]] = [[]]
     for index in ordered.tolist():

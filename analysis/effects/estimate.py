@@ -48,7 +48,7 @@ def require_rising(runs: Runs, run_ids: Sequence[str]) -> None:
     """Raises ``NoEffectError`` unless every run is long enough to have a rising stage."""
     for run in run_ids:
         fit = runs.stage_fits[run]
-        if fit.last_step - fit.first_step + 1 < MIN_STEPS:
+        if fit.num_steps < MIN_STEPS:
             raise NoEffectError(f"no rising stage recorded: {fit.reason}")
 
 

@@ -34,6 +34,18 @@ NORMAL_TOP_FIFTH = 0.4399
 Judged = Callable[[Runs, Sequence[str], np.random.Generator], Estimate]
 
 
+def of_policy(judged: Judged) -> Judged:
+    """What is about the entropy of the policy itself: not judged where another model scored what it sampled."""
+
+    def judge(runs: Runs, run_ids: Sequence[str], rng: np.random.Generator) -> Estimate:
+        for run in run_ids:
+            if reason := (runs.manifests[run].get("unknown") or {}).get("policy.entropy"):
+                raise NoEffectError(str(reason))
+        return judged(runs, run_ids, rng)
+
+    return judge
+
+
 def slowdown(series: int) -> Judged:
     """S1: share of the rising stage's speed that is lost in the plateau, 1 - |relative speed|; 0 entropy, 1 accuracy.
 
@@ -51,7 +63,7 @@ def slowdown(series: int) -> Judged:
             raise NoEffectError("it does not move the expected way in the rising stage", is_recorded=True)
         draws = np.mean([relative_speed(fit.slope_draws)[:, series] for fit in fits], axis=0)
         df = sum(num_rising_blocks(fit) for fit in fits) - 1
-        n, of = sum(fit.last_step - fit.first_step + 1 for fit in fits), f"steps, {count(run_ids, 'run')}"
+        n, of = sum(fit.num_steps for fit in fits), f"steps, {count(run_ids, 'run')}"
         speed, lost = (
             widest([Estimate.from_draws(float(by_run.mean()), draws, df, n, of), *over_runs(by_run, n, of)])
             for by_run in (speeds, 1 - np.abs(speeds))
@@ -159,11 +171,11 @@ _DIRECTION += ["high_entropy_movement", "high_entropy_tokens"]
 _SIGNS = ["negative_entropy", "positive_entropy", "negative_share"]
 
 PARTS: dict[str, dict[str, Judged]] = {
-    "S1": {"entropy": slowdown(0), "accuracy": slowdown(1)},
-    "E1": {"slope": exchange_slope},
+    "S1": {"entropy": of_policy(slowdown(0)), "accuracy": of_policy(slowdown(1))},
+    "E1": {"slope": of_policy(exchange_slope)},
     "S2": {
-        "mainly negative": rising("response_series", _SIGNS, mainly_negative),
-        "same prompt": rising("response_series", ["gap"], fall),
+        "mainly negative": of_policy(rising("response_series", _SIGNS, mainly_negative)),
+        "same prompt": of_policy(rising("response_series", ["gap"], fall)),
     },
     "S3": {
         "reasoning": rising("category_series", ["reasoning_share"], lambda ends: -fall(ends)),

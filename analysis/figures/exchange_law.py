@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.figures import style
-from analysis.stages import fit_exchange
+from analysis.stages import MIN_STEPS, fit_exchange
 from analysis.stats import LEVEL
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     for _, run, line in style.by_run(fitted):
         entropy = np.sort(run["entropy"])
         ax.plot(entropy, run["b"][0] - run["a"][0] * np.exp(entropy), color=style.INK, linestyle=line)
-        ax.fill_between(entropy, *fit_band(run, entropy), color=style.INK, alpha=0.16, linewidth=0)
+        if run.height >= MIN_STEPS:
+            ax.fill_between(entropy, *fit_band(run, entropy), color=style.INK, alpha=0.16, linewidth=0)
     lengths = [run.height for _, run, _ in style.by_run(frame)]
     style.label(
         ax,

@@ -31,7 +31,7 @@ MIN_SENTENCE_WORDS = 3
 IRRELEVANT_SHARE = 0.25
 
 
-def find_defects(prompt: str, completion: str, *, has_answer: bool, is_truncated: bool) -> list[str]:
+def find_defects(prompt: str, completion: str, *, has_answer: bool | None, is_truncated: bool | None) -> list[str]:
     """Names every defect of one response (claim S4).
 
     - ``format_violation``: no answer could be parsed.
@@ -43,15 +43,15 @@ def find_defects(prompt: str, completion: str, *, has_answer: bool, is_truncated
     Args:
         prompt: The question.
         completion: The response.
-        has_answer: An answer could be parsed.
-        is_truncated: The response reached the length limit.
+        has_answer: An answer could be parsed; None where that is not known, which is no defect.
+        is_truncated: The response reached the length limit; None likewise.
 
     Returns:
         The defects that apply, in the order above.
     """
     applies = {
-        FORMAT_VIOLATION: not has_answer,
-        TRUNCATED: is_truncated,
+        FORMAT_VIOLATION: has_answer is False,
+        TRUNCATED: is_truncated is True,
         REPETITION: is_repetitive(completion),
         IRRELEVANT: is_irrelevant(prompt, completion),
     }

@@ -26,7 +26,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("run_id", "study", "arm", "baseline", "status", "error", "model", "task"), TEXT),
     **dict.fromkeys(("git_commit", "started_at", "finished_at"), TEXT),
     **dict.fromkeys(("seed", "last_durable_step", "total_steps"), NUMBER),
-    **dict.fromkeys(("config", "files", "hardware", "versions", "common_random_numbers"), SECTION),
+    **dict.fromkeys(("config", "files", "hardware", "versions", "common_random_numbers", "scored", "unknown"), SECTION),
 }
 PACKAGES = ("entrace", "torch", "transformers", "tokenizers", "reasoning-gym", "pyarrow", "duckdb", "numpy")
 

@@ -1,7 +1,9 @@
 """The trace contract: every table, column, type, unit and meaning, in one place.
 
 Arrow schemas are built from the declarations below, the writer validates against them, the reader compares files
-with them, and ``entrace tables`` prints them. Raise ``SCHEMA_VERSION`` when a column changes its meaning or type.
+with them, and ``entrace tables`` prints them. A nullable column is null where it was not captured or cannot be known;
+``unknown`` in ``run.json`` says why a run lacks it. Raise ``SCHEMA_VERSION`` when a column changes its
+meaning or type.
 """
 
 from __future__ import annotations
@@ -112,7 +114,7 @@ ROLLOUTS = Table(
         Column("answer", pa.string(), "-", "Answer extracted from the required format; null if there is none.", True),
         Column("reward", pa.float32(), "-", "What the advantage is computed from: score plus overlong penalty."),
         IS_CORRECT,
-        Column("has_answer", pa.bool_(), "-", "An answer could be parsed; false is a format violation."),
+        Column("has_answer", pa.bool_(), "-", "An answer could be parsed; false is a format violation.", True),
         Column(
             "defects",
             LIST_OF_STRINGS,
@@ -120,7 +122,7 @@ ROLLOUTS = Table(
             "Every defect that applies: format_violation, truncated, repetition, irrelevant; empty if none.",
         ),
         RESPONSE_LENGTH,
-        Column("is_truncated", pa.bool_(), "-", "Stopped by the length limit."),
+        Column("is_truncated", pa.bool_(), "-", "Stopped by the length limit.", True),
         Column("is_kept", pa.bool_(), "-", "Took part in the update; false where its group's rewards were uniform."),
         Column("entropy_mean", pa.float32(), "nats per token", "Mean token entropy of the response.", True),
         Column("surprisal_mean", pa.float32(), "nats per token", "Mean of -logprob over the response.", True),
@@ -129,7 +131,7 @@ ROLLOUTS = Table(
         Column("advantage", pa.float32(), "std of group reward", "Group-relative advantage; 0 in uniform groups."),
         Column("temperature", pa.float32(), "-", "Sampling temperature, part of every recorded probability."),
         Column("entropy_kind", pa.string(), "-", "exact: over the whole vocabulary."),
-        Column("policy_step", pa.int32(), "steps", "Updates that the sampling policy had received."),
+        Column("policy_step", pa.int32(), "steps", "Updates that the sampling policy had received.", True),
     ),
     ("step", "rollout_id"),
 )
@@ -143,7 +145,7 @@ PROMPTS = Table(
         Column("split", pa.string(), "-", "train or heldout."),
         Column("task", pa.string(), "-", "Where the prompt comes from and which verifier scores it."),
         Column("prompt", pa.string(), "-", "The question as put to the chat template."),
-        Column("ground_truth", pa.string(), "-", "The answer that the verifier compares with."),
+        Column("ground_truth", pa.string(), "-", "The answer that the verifier compares with.", True),
         Column("difficulty", pa.string(), "JSON", "The task's own description of difficulty.", True),
     ),
     ("prompt_id",),
@@ -167,26 +169,34 @@ STEPS = Table(
     (
         RUN_ID,
         STEP,
-        Column("loss", pa.float32(), "-", "Token-mean loss, averaged over mini-batches and epochs."),
+        Column("loss", pa.float32(), "-", "Token-mean loss, averaged over mini-batches and epochs.", True),
         Column("reward_mean", pa.float32(), "-", "Mean reward over all sampled responses, dropped groups included."),
         Column("accuracy", pa.float32(), "[0, 1]", "Share of correct among all sampled responses."),
-        Column("format_rate", pa.float32(), "[0, 1]", "Share with a parsable answer among all sampled responses."),
+        Column(
+            "format_rate", pa.float32(), "[0, 1]", "Share with a parsable answer among all sampled responses.", True
+        ),
         Column("entropy_token_mean", pa.float32(), "nats", "Mean token entropy over all sampled tokens."),
         Column("kl", pa.float32(), "nats", "Mean KL estimate to the reference policy; null without one.", True),
-        Column("clip_frac_low", pa.float32(), "[0, 1]", "Share of tokens whose ratio fell below 1 - clip_low, A < 0."),
         Column(
-            "clip_frac_high", pa.float32(), "[0, 1]", "Share of tokens whose ratio rose above 1 + clip_high, A > 0."
+            "clip_frac_low", pa.float32(), "[0, 1]", "Share of tokens whose ratio fell below 1 - clip_low, A < 0.", True
         ),
-        Column("grad_norm", pa.float32(), "-", "Global gradient norm before clipping, mean over updates."),
-        Column("lr", pa.float32(), "-", "Learning rate of the step."),
+        Column(
+            "clip_frac_high",
+            pa.float32(),
+            "[0, 1]",
+            "Share of tokens whose ratio rose above 1 + clip_high, A > 0.",
+            True,
+        ),
+        Column("grad_norm", pa.float32(), "-", "Global gradient norm before clipping, mean over updates.", True),
+        Column("lr", pa.float32(), "-", "Learning rate of the step.", True),
         Column("tokens", pa.int64(), "tokens", "Generated tokens, dropped groups included."),
         Column("groups_kept", pa.int32(), "groups", "Groups in the update."),
         Column("groups_dropped", pa.int32(), "groups", "Groups left out for uniform rewards."),
-        Column("is_shaped", pa.bool_(), "-", "The shaping method was switched on at this step."),
-        Column("rollout_s", pa.float32(), "s", "Seconds spent sampling."),
-        Column("reward_s", pa.float32(), "s", "Seconds spent scoring answers."),
-        Column("update_s", pa.float32(), "s", "Seconds spent on forward, backward and optimiser."),
-        Column("record_s", pa.float32(), "s", "Seconds spent on the trace."),
+        Column("is_shaped", pa.bool_(), "-", "The shaping method was switched on at this step.", True),
+        Column("rollout_s", pa.float32(), "s", "Seconds spent sampling.", True),
+        Column("reward_s", pa.float32(), "s", "Seconds spent scoring answers.", True),
+        Column("update_s", pa.float32(), "s", "Seconds spent on forward, backward and optimiser.", True),
+        Column("record_s", pa.float32(), "s", "Seconds spent on the trace.", True),
     ),
     ("step",),
 )

@@ -103,7 +103,7 @@ def test_widest_takes_an_undefined_interval_for_the_widest():
 def fit_with(speeds: np.ndarray) -> SimpleNamespace:
     """Runs whose one fit has a rising slope of -1 and 1, and draws of the plateau's relative speed."""
     slopes = np.stack((np.tile([-1.0, 1.0], (len(speeds), 1)), np.outer(speeds, [-1.0, 1.0])), axis=1)
-    fit = StageFit(1, 100, 50.0, 45.0, 55.0, "", np.zeros((2, 2)), slopes[0], slopes)
+    fit = StageFit(1, 100, 100, 50, 50.0, 45.0, 55.0, "", np.zeros((2, 2)), slopes[0], slopes)
     return SimpleNamespace(stage_fits={"r": fit})
 
 

@@ -14,8 +14,8 @@ from analysis.export import render, to_report_csv
 from analysis.figures import MODULES
 from analysis.report import MARK, NUM_PARTS, _provenance, write_report
 from analysis.runs import Runs, open_runs
-from analysis.trace import InputError
-from tests.analysis.conftest import write_failed, write_tiny
+from analysis.trace import InputError, TraceWriter
+from tests.analysis.conftest import step_row, write_failed, write_tiny
 
 HOSTILE = '<script>alert("x")</script>'
 
@@ -177,3 +177,36 @@ def test_formats_for_scripts_keep_values():
 
 def test_long_table_says_how_much_is_missing():
     assert "250 rows in all" in render(pl.DataFrame({"a": range(250)}), "table").decode()
+
+
+@pytest.mark.parametrize("steps", [(1,), (1, 2), (1, 100), (1, 100, 200)], ids=str)
+def test_runs_of_a_few_steps_have_a_report(steps: tuple[int, ...], tmp_path: Path):
+    writer = TraceWriter.create(tmp_path / "few", {"run_id": "few", "arm": "none", "seed": 0, "study": "s"}, ["a"])
+    for step in steps:
+        writer.append("steps", step_row(step, entropy=1 / step, accuracy=1 - 0.5 / step))
+        writer.end_step(step)
+    writer.flush()
+    writer.finish()
+    write_report(open_runs(tmp_path / "few"), tmp_path / "report")
+    assert (tmp_path / "report" / "exchange_law.png").exists()
+    verdicts = json.loads((tmp_path / "report" / "claims.json").read_text())["verdicts"]
+    assert {verdict["verdict"] for verdict in verdicts if verdict["claim"] != "S1"} == {"not recorded"}
+    assert f"the run has {len(steps)} steps, a boundary needs 20" in verdicts[0]["why"]
+
+
+def test_what_cannot_be_known_is_said_with_its_reason(tmp_path: Path):
+    unknown = {"interventions": "a scored trace has no <checkpoint>", "steps.loss": "not among the rows"}
+    manifest = {"run_id": "r", "scored": {"rows": 2}, "unknown": unknown}
+    writer = TraceWriter.create(tmp_path / "r", manifest, ["a"])
+    for step in (3, 20):
+        writer.append("steps", step_row(step, entropy=1.0, accuracy=0.5) | {"loss": None})
+    writer.flush(20)
+    writer.finish()
+    runs = open_runs(tmp_path / "r")
+    assert runs.notes["r"] == "2 things are not known of it, see unknown in run.json"
+    page = write_report(runs, tmp_path / "report").read_text()
+    assert "Not drawn: a scored trace has no &lt;checkpoint&gt;" in page
+    assert "steps.loss: not among the rows" in page
+    # Of runs that differ in what they lack, the general hint is all that holds for both.
+    TraceWriter.create(tmp_path / "s", {"run_id": "s"}, ["a"]).finish()
+    assert "entrace intervene" in open_runs([tmp_path / "r", tmp_path / "s"]).why_empty("interventions")

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.stages import decompose_fall, fit_exchange, fit_stages, fitted_ends, relative_speed
+from analysis.stages import (
+    decompose_fall,
+    fit_exchange,
+    fit_stages,
+    fitted_ends,
+    num_rising_blocks,
+    relative_speed,
+)
 
 STEPS = np.arange(1, 101)
 
@@ -163,3 +170,13 @@ def test_decomposition_when_a_sign_disappears():
     within, between = decompose_fall(tokens, np.array([[8.0, 4], [0, 8]]))
     np.testing.assert_allclose(within, [0, 0])
     assert between.sum() == pytest.approx(3 - 2)
+
+
+def test_steps_that_were_kept_count_and_not_those_between_them():
+    every, tenth = (fit_stages(STEPS * spacing, *two_stages(40, 0.02, 0)) for spacing in (1, 10))
+    assert (every.num_steps, every.num_rising) == (tenth.num_steps, tenth.num_rising)
+    assert every.num_rising == every.boundary
+    assert num_rising_blocks(every) == num_rising_blocks(tenth)
+    few = fit_stages(np.array([1, 100, 200]), np.ones(3), np.ones(3))
+    assert "the run has 3 steps" in few.reason
+    assert few.num_rising == 3

@@ -275,6 +275,58 @@ def _summarize_evals(rows: dict[str, Any], k: int) -> dict[str, tuple[float, flo
 
 
 @app.command()
+def score(
+    rollouts: Annotated[list[Path], typer.Argument(metavar="ROLLOUTS...", help="JSONL or Parquet files of rollouts.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the trace; its name is the run id.")],
+    model: Annotated[str, typer.Option(help="Whose probabilities to record, named as policy.path is.")] = "embedded",
+    template: Annotated[
+        str | None, typer.Option(help="Text of a prompt in place of the chat template; {question} if it was applied.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    correct_at: Annotated[float, typer.Option(help="Reward from which on a response counts as right.")] = 1.0,
+    field: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=KEY", help="Key of a field called otherwise; may be repeated.")
+    ] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens read at once, padding counted.")] = 8192,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave malformed rows out.")] = False,
+    resume: Resume = False,
+) -> None:
+    """Write the trace of rollouts that another trainer sampled: rows of prompt, response, reward, and perhaps step.
+
+    A model reads every response once, and its entropy, log-probability and gradient norm are recorded token by token.
+
+    Example: entrace score rollouts.jsonl --model data/base-policy --out data/runs/mine/scored
+    """
+    _require_train_extra()
+    from analysis.progress import Progress
+    from trainer import score as scoring
+    from trainer.config import validate_section
+    from trainer.plain_rollouts import read_rollouts
+    from trainer.policy import Policy
+    from trainer.rollout_rows import ScoreSettings
+    from trainer.run_folder import alone_in
+
+    values = {
+        "policy": {"path": model, "template": template},
+        "temperature": temperature,
+        "correct_at": correct_at,
+        "batch_tokens": batch_tokens,
+        "skip_bad_rows": skip_bad_rows,
+        "fields": _parse_fields(field or []),
+    }
+    settings = validate_section(ScoreSettings, values, "score")
+    with _stoppable(f"with --resume goes on in {out}"), alone_in(out, waits=False):
+        scoring.check_target(out, resume)
+        policy = Policy.load(settings.policy)
+        with read_rollouts(rollouts, settings, policy) as read, Progress(out.name, read.counts.rollouts) as progress:
+            for remark in read.remarks():
+                say(f"entrace: {remark}", err=True)
+            scoring.score(read, rollouts, settings, policy, out, resume=resume, on_step=progress.update)
+    say(str(out))
+
+
+@app.command()
 def intervene(
     run: Annotated[Path, typer.Argument(help="A run folder with checkpoints.")],
     checkpoint: Annotated[int | None, typer.Option(metavar="STEP", help="The latest if left out.")] = None,
@@ -357,6 +409,16 @@ def _parse_seeds(text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")] if text else None
     except ValueError:
         raise InputError(f'--seeds "{text}": expected numbers separated by commas, such as 0,1,2') from None
+
+
+def _parse_fields(pairs: list[str]) -> dict[str, str]:
+    fields = {}
+    for pair in pairs:
+        name, _, key = pair.partition("=")
+        if not (name and key):
+            raise InputError(f'--field "{pair}": expected NAME=KEY, such as reward=accuracy_reward')
+        fields[name] = key
+    return fields
 
 
 def _intervene(run: Path, settings: Settings, budget: int) -> Tally:

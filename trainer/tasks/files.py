@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from analysis.trace import InputError, nearest
+from analysis.trace import InputError
 from trainer.config import validate_section
 from trainer.seeding import Stream, generator
 from trainer.task_config import FileParams, SourceConfig
-from trainer.tasks.prompt import Prompt, Question
+from trainer.tasks.prompt import Prompt
+from trainer.tasks.rows import BadRowError, Place, field_at, kind_of, question_of, read_rows, text_of
 from trainer.tasks.source import Context
 from trainer.tasks.verifiers import UserFunction
 
@@ -24,10 +25,6 @@ NUM_NAMED = 5
 VERL_ANSWER = "reward_model.ground_truth"
 
 logger = logging.getLogger(__name__)
-
-
-class BadRowError(ValueError):
-    """What is wrong with one row."""
 
 
 @dataclass
@@ -98,15 +95,15 @@ class FileSource:
             raise row
         task = row.get(self._params.data_source) or self._context.label
         if not isinstance(task, str):
-            raise BadRowError(f'"{self._params.data_source}" is {_kind(task)}, expected text')
+            raise BadRowError(f'"{self._params.data_source}" is {kind_of(task)}, expected text')
         verifier = self._context.verifiers.of(task)
         answer = self._params.answer or (VERL_ANSWER if row.get("reward_model") else "answer")
         return Prompt(
             prompt_id=f"{self._context.prefix}train-{place.number:06d}",
             split="train",
             task=task,
-            question=_question(_field(row, self._params.prompt), self._params.prompt),
-            ground_truth=_ground_truth(_field(row, answer), answer, is_free=isinstance(verifier, UserFunction)),
+            question=question_of(field_at(row, self._params.prompt), self._params.prompt),
+            ground_truth=_ground_truth(field_at(row, answer), answer, is_free=isinstance(verifier, UserFunction)),
             difficulty=None,
             origin=f"{path}, {place}",
             entry=row,
@@ -158,98 +155,6 @@ class Epochs:
         return generator(self._seed, Stream.EPOCH, self._number, epoch).permutation(len(self._rows))
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where in its file a row stands, from 1."""
-
-    unit: str
-    number: int
-
-    def __str__(self) -> str:
-        return f"{self.unit} {self.number}"
-
-
-def read_rows(path: Path) -> Iterator[tuple[Place, dict[str, Any] | BadRowError]]:
-    """Rows of a JSONL or Parquet file with their places; of what is no row, what is wrong with it.
-
-    Raises:
-        InputError: no such file, or a damaged one.
-    """
-    is_parquet = path.suffix.lower() == ".parquet"
-    unit, rows = ("row", _read_parquet(path)) if is_parquet else ("line", _read_jsonl(path))
-    try:
-        for number, row in rows:
-            yield Place(unit, number), row
-    except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRowError]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _parse_line(line)
-
-
-def _parse_line(line: bytes) -> dict[str, Any] | BadRowError:
-    try:
-        row = json.loads(line.decode("utf-8-sig").rstrip())
-    except json.JSONDecodeError as error:
-        return BadRowError(f"not JSON, {error.msg.lower()} at column {error.colno}")
-    except (ValueError, RecursionError) as error:
-        return BadRowError(f"not JSON, {error}")
-    return row if isinstance(row, dict) else BadRowError(f"{_kind(row)}, expected an object")
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            batches = file.iter_batches(batch_size=1024)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except pa.ArrowException as error:
-        raise InputError(f"{path}: damaged or no Parquet file ({str(error).splitlines()[0]})") from None
-
-
-def _field(row: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key."""
-    value: Any = row
-    for part in key.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            raise BadRowError(f'no "{key}"{nearest(part, value) if isinstance(value, Mapping) else ""}')
-        value = value[part]
-    return value
-
-
-def _question(value: Any, key: str) -> Question:
-    if isinstance(value, str):
-        return _text(value, f'"{key}"')
-    if not isinstance(value, list):
-        raise BadRowError(f'"{key}" is {_kind(value)}, expected text or a list of turns')
-    turns = []
-    for turn in value:
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise BadRowError(f'"{key}" has a turn that is no {{"role", "content"}}')
-        turns.append({name: _text(turn[name], f'"{key}", {name}') for name in ("role", "content")})
-    if not turns or turns[-1]["role"] == "assistant":
-        raise BadRowError(f'"{key}" {"ends with a turn of the assistant" if turns else "is empty"}')
-    return turns
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise BadRowError(f"{name} is {_kind(value)}, expected text")
-    if not value.strip():
-        raise BadRowError(f"{name} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise BadRowError(f"{name} holds half a character (a lone surrogate)") from None
-    return value
-
-
 def _ground_truth(value: Any, key: str, is_free: bool) -> str:
     """Text as it is, numbers as text; lists and objects, as JSON, only for those who read the row themselves."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -257,9 +162,4 @@ def _ground_truth(value: Any, key: str, is_free: bool) -> str:
         value = int(value)
     if is_number or (is_free and isinstance(value, list | dict)):
         return json.dumps(value, default=str)
-    return _text(value, f'"{key}"')
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text"}
-    return {**names, list: "a list", dict: "an object"}.get(type(value), type(value).__name__)
+    return text_of(value, f'"{key}"')

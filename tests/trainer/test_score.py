@@ -1,0 +1,375 @@
+import json
+import math
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import analysis
+from analysis.trace import InputError, TraceWriter, read_manifest
+from trainer import score as scoring
+from trainer.config import PolicyConfig, load_config
+from trainer.faults import TrainingError
+from trainer.plain_rollouts import read_rollouts
+from trainer.policy import Policy
+from trainer.rollout_rows import ScoreSettings
+from trainer.train import train
+
+from .conftest import SMALL
+
+PROMPT = "What is 1 + 1?"
+MEASURED = ("logprob", "entropy", "grad_norm", "advantage")
+
+
+def row(**fields):
+    return {"prompt": PROMPT, "response": "1 + 1 = 2", "reward": 1.0, **fields}
+
+
+def write(path, rows):
+    path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows))
+    return path
+
+
+def table(run, name):
+    return pl.read_parquet(run / name / "*.parquet")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two steps, and its responses as plain rows with token ids."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    train(load_config("tiny", [*SMALL, "steps=2", "policy.device=cpu"]), run, {"study": "s", "arm": "none"})
+    tokens = table(run, "tokens").sort("rollout_id", "position")
+    ids = tokens.group_by("rollout_id", maintain_order=True).agg(response_ids="token_id")
+    rollouts = table(run, "rollouts").join(ids, on="rollout_id").join(table(run, "prompts"), on="prompt_id")
+    kept = ["prompt", "response_ids", "completion", "reward", "is_correct", "step", "ground_truth", "answer"]
+    return run, rollouts.sort("rollout_id").select(*kept, "is_truncated", "task").to_dicts()
+
+
+def without(rows, *names):
+    return [{key: value for key, value in entry.items() if key not in names} for entry in rows]
+
+
+def test_scores_equal_what_was_recorded_while_sampling(trained, tmp_path, call):
+    run, rows = trained
+    status, _, err = call("score", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "scored")
+    assert status == 0, err
+    # The first step was sampled by the model that scores; what the second was sampled by is another.
+    for name, key, columns in (
+        ("tokens", ("rollout_id", "position"), MEASURED),
+        ("rollouts", ("rollout_id",), ("entropy_mean", "ppl", "ppl_z", "advantage", "reward")),
+    ):
+        own, scored = (table(folder, name).filter(step=1).sort(key) for folder in (run, tmp_path / "scored"))
+        for column in columns:
+            expected, found = (torch.from_numpy(frame[column].to_numpy().copy()) for frame in (own, scored))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        for column in ("category", "token_id", "response_length") if name == "tokens" else ("defects", "answer"):
+            assert own[column].to_list() == scored[column].to_list()
+    own, scored = (table(folder, "steps").sort("step") for folder in (run, tmp_path / "scored"))
+    for column in ("reward_mean", "accuracy", "format_rate", "tokens"):
+        assert scored[column].to_list() == pytest.approx(own[column].to_list(), abs=1e-6)
+    assert own["entropy_token_mean"][0] == pytest.approx(scored["entropy_token_mean"][0], abs=1e-5)
+    assert own["entropy_token_mean"][1] != pytest.approx(scored["entropy_token_mean"][1], abs=1e-5)
+
+
+def test_text_alone_is_tokenised_to_what_was_sampled(trained, tmp_path, call):
+    _, rows = trained
+    paths = {"ids": rows, "text": without(rows, "response_ids")}
+    for name, entries in paths.items():
+        assert call("score", write(tmp_path / f"{name}.jsonl", entries), "--out", tmp_path / name)[0] == 0
+    exact, text = (table(tmp_path / name, "tokens").sort("rollout_id", "position") for name in paths)
+    assert exact["token_id"].to_list() == text["token_id"].to_list()
+    assert exact["logprob"].to_list() == pytest.approx(text["logprob"].to_list(), abs=1e-5)
+    assert read_manifest(tmp_path / "ids")["scored"]["response_tokens"] == "as given"
+    assert "anew" in read_manifest(tmp_path / "text")["scored"]["response_tokens"]
+
+
+def test_every_analysis_command_reads_a_scored_trace(trained, tmp_path, call):
+    _, rows = trained
+    run = tmp_path / "scored"
+    assert call("score", write(tmp_path / "rows.jsonl", rows), "--out", run)[0] == 0
+    status, out, err = call("claims", run, "--json")
+    assert status == 0
+    assert "not known of it, see unknown in run.json" in err
+    verdicts = json.loads(out)["verdicts"]
+    assert {verdict["verdict"] for verdict in verdicts} == {"not recorded"}
+    reasons = {verdict["claim"]: verdict["why"] for verdict in verdicts}
+    assert "2 steps, a boundary needs 20" in reasons["S3"]
+    # A fixed model's entropy must not pass for that of the policy in training.
+    for claim in ("S1", "E1", "S2"):
+        assert reasons[claim] == "entropy is that of the model that scored, not of the policies that sampled"
+    assert "no checkpoint" in reasons["I2"]
+    assert call("report", run, "--out", tmp_path / "report")[0] == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "the rows hold what was sampled, not what an update did" in page
+    assert (tmp_path / "report" / "entropy_by_position.png").exists()
+    status, out, _ = call("sql", run, "select loss, accuracy from steps order by step", "--format", "json")
+    assert [entry["loss"] for entry in json.loads(out)] == [None, None]
+    opened = analysis.open_runs(run)
+    analysis.figures.stage_dynamics(opened)
+    with pytest.raises(InputError, match="the rows hold no held-out evaluation"):
+        analysis.figures.ablation_curves(opened)
+
+
+def test_three_rows_by_hand(tmp_path, call, policy):
+    rows = [row(), row(response="2", reward=0.0), row(prompt="What is 2 + 2?", response="4", reward=0.5)]
+    assert call("score", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "run", "--correct-at", 0.5)[0] == 0
+    run = tmp_path / "run"
+    rollouts = table(run, "rollouts").sort("rollout_id")
+    a = math.sqrt(0.5)
+    assert rollouts["advantage"].to_list() == pytest.approx([a, -a, 0], abs=1e-5)
+    assert rollouts["is_correct"].to_list() == [True, False, True]
+    assert rollouts["sample_index"].to_list() == [0, 1, 0]
+    assert rollouts["prompt_id"].to_list() == ["prompt-000001", "prompt-000001", "prompt-000002"]
+    assert rollouts["is_kept"].to_list() == [True, True, False]
+    for name in ("has_answer", "is_truncated", "policy_step", "answer"):
+        assert rollouts[name].to_list() == [None] * 3
+    step = table(run, "steps").row(0, named=True)
+    expected = {"step": 1, "reward_mean": 0.5, "accuracy": 2 / 3, "groups_kept": 1, "groups_dropped": 1}
+    assert {name: step[name] for name in expected} == pytest.approx(expected)
+    assert step["format_rate"] is None
+    assert table(run, "prompts")["task"].to_list() == ["rows", "rows"]
+    # Token by token: softmax of the model's own logits, in float64.
+    tokens = table(run, "tokens").filter(rollout_id=1)
+    ids = policy.encode_prompt(PROMPT) + tokens["token_id"].to_list()
+    with torch.no_grad():
+        log_p = policy.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)[-1 - len(tokens) : -1]
+    chosen = log_p.gather(1, torch.tensor(tokens["token_id"].to_list())[:, None])[:, 0]
+    assert tokens["logprob"].to_list() == pytest.approx(chosen.tolist(), abs=1e-4)
+    assert tokens["entropy"].to_list() == pytest.approx((-(log_p.exp() * log_p).sum(-1)).tolist(), abs=1e-4)
+    unknown = read_manifest(run)["unknown"]
+    assert unknown["rollouts.has_answer"] == 'the rows have no "answer"'
+    assert {"steps.loss", "tokens.logprob_after", "evals", "prompts.ground_truth"} <= unknown.keys()
+    assert "policy.entropy" in unknown
+    nulls = {f"rollouts.{name}" for name in rollouts.columns if rollouts[name].null_count() == 3}
+    assert nulls == {name for name in unknown if name.startswith("rollouts.")}
+
+
+def test_what_others_call_the_fields_and_steps_out_of_order(tmp_path, call):
+    rows = [
+        {"input": PROMPT, "output": "2", "gts": "2", "score": 1.0, "step": 20},
+        {"input": PROMPT, "output": "3", "gts": "2", "score": 0.0, "step": 3},
+        {"input": PROMPT, "output": "4", "gts": "2", "score": 0.0, "step": 20},
+    ]
+    status, _, err = call("score", write(tmp_path / "verl.jsonl", rows), "--out", tmp_path / "run")
+    assert status == 0
+    assert "prompt from input" in err
+    rollouts = table(tmp_path / "run", "rollouts").sort("rollout_id")
+    assert rollouts["step"].to_list() == [3, 20, 20]
+    assert rollouts["completion"].to_list() == ["3", "2", "4"]
+    assert rollouts["prompt_id"].n_unique() == 1
+    # However often a prompt comes back, it is one row.
+    assert table(tmp_path / "run", "prompts").height == 1
+    # Steps between those that were kept are not missing.
+    assert "missing" not in call("claims", tmp_path / "run")[2]
+
+
+def test_parquet_of_several_files_with_chats_and_given_advantages(tmp_path, call):
+    turns = [{"role": "user", "content": PROMPT}]
+    for step in (1, 2):
+        rows = [
+            {
+                "step": step,
+                "prompt": turns,
+                "completion": [{"role": "assistant", "content": text}],
+                "ok": r,
+                "advantage": a,
+            }
+            for text, r, a in (("2", 1.0, 0.25), ("3", 0.0, -4.0))
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{step}.parquet")
+    files = [tmp_path / "1.parquet", tmp_path / "2.parquet"]
+    assert call("score", *files, "--field", "reward=ok", "--out", tmp_path / "run")[0] == 0
+    rollouts = table(tmp_path / "run", "rollouts").sort("rollout_id")
+    assert rollouts["advantage"].to_list() == [0.25, -4.0] * 2
+    assert rollouts["step"].to_list() == [1, 1, 2, 2]
+
+
+def test_groups_that_share_a_prompt_stay_apart(tmp_path, call):
+    rows = [row(group=name, reward=reward) for name, reward in (("a", 1), ("b", 1), ("a", 0), ("b", 1))]
+    assert call("score", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "run")[0] == 0
+    rollouts = table(tmp_path / "run", "rollouts").sort("rollout_id")
+    assert rollouts["prompt_id"].to_list() == ["prompt-000001"] * 2 + ["prompt-000002"] * 2
+    assert rollouts["is_kept"].to_list() == [True, True, False, False]
+
+
+BAD = {
+    b"{": "not JSON",
+    b'{"prompt": "\xff", "response": "x", "reward": 1}': "not JSON, 'utf-8' codec",
+    b"[1]": "a list, expected an object",
+    b'{"prompt": "p", "response": "r", "reward": NaN}': '"reward" is nan, expected a finite number',
+    b'{"prompt": "p", "response": "r", "reward": 1e999}': '"reward" is inf',
+    b'{"prompt": "p", "response": "r", "reward": 1e31}': "up to 1e+30",
+    b'{"prompt": "p", "response": "r", "reward": 1%s}' % (b"0" * 400): "expected a finite number",
+    b'{"prompt": "p", "response": "r", "reward": "1"}': '"reward" is text, expected a number',
+    b'{"prompt": "p", "response": "r"}': 'no "reward"',
+    b'{"prompt": "p", "respnse": "r", "reward": 1}': 'no "response"; did you mean "respnse"?',
+    b'{"response": "r", "reward": 1}': 'no "prompt"',
+    b'{"prompt": "p", "response": "", "reward": 1}': '"response" is empty',
+    b'{"prompt": "p", "response": 5, "reward": 1}': '"response" is a number',
+    b'{"prompt": "p", "response": "\\ud800", "reward": 1}': "half a character",
+    b'{"prompt": "p", "response_ids": [], "reward": 1}': '"response_ids" is empty',
+    b'{"prompt": "p", "response_ids": [3, 100000], "reward": 1}': '"response_ids" holds 100000 at place 1',
+    b'{"prompt": "p", "response_ids": [-1], "reward": 1}': "holds -1 at place 0",
+    b'{"prompt": "p", "response_ids": [true], "reward": 1}': "holds True at place 0",
+    b'{"prompt_ids": [], "response": "r", "reward": 1}': '"prompt_ids" is empty',
+    b'{"prompt": [{"role": "user"}], "response": "r", "reward": 1}': "a turn that is no",
+    b'{"prompt": "p", "output": "r", "completion": "r", "reward": 1}': "may both be response",
+    b'{"prompt": "p", "response": "r", "reward": 1, "step": 1.5}': '"step" is 1.5, expected a whole number',
+    b'{"prompt": "p", "response": "r", "reward": 1, "step": -1}': '"step" is -1',
+    b'{"prompt": "p", "response": "r", "reward": 1, "step": 99999999999999999999999999}': '"step" is 9999',
+    b'{"prompt": "p", "response": "r", "reward": 1, "is_truncated": "no"}': "expected true or false",
+    b'{"prompt": "p", "response": "r", "reward": 1, "group": [1]}': '"group" is a list',
+    b'{"prompt": "p", "response": "r", "reward": 1, "task": 7}': '"task" is a number',
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BAD.items(), ids=range(len(BAD)))
+def test_a_malformed_row_is_named(line, message, tmp_path, policy):
+    path = write(tmp_path / "rows.jsonl", [line])
+    with (
+        pytest.raises(InputError) as caught,
+        read_rollouts([path], ScoreSettings(policy=PolicyConfig()), policy),
+    ):
+        pass
+    assert f"{path}, line 1: " in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_unlike_those_before_it_is_malformed(tmp_path, policy):
+    rows = [row(step=1, group="a"), row(group="a"), row(step=1, prompt="Another?", group="a"), row(step=1, reward=None)]
+    path = write(tmp_path / "rows.jsonl", [*rows, {**row(step=1, group="b", reward=None), "score": 1}])
+    with (
+        pytest.raises(InputError) as caught,
+        read_rollouts([path], ScoreSettings(policy=PolicyConfig()), policy),
+    ):
+        pass
+    for message in (
+        'line 2: no "step", unlike rows before',
+        "line 3: group 'a' holds another prompt at step 1",
+        'line 4: no "group", unlike rows before',
+        'line 5: reward stands in "score" here, in "reward" in rows before',
+    ):
+        assert message in str(caught.value)
+
+
+def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, call):
+    path = write(tmp_path / "rows.jsonl", [row(), b"{", row(response="")])
+    status, _, err = call("score", path, "--out", tmp_path / "run")
+    assert status == 2
+    assert "2 of 3 rows are malformed" in err
+    assert not (tmp_path / "run").exists()
+    assert call("score", path, "--out", tmp_path / "run", "--skip-bad-rows")[0] == 0
+    scored = read_manifest(tmp_path / "run")["scored"]
+    assert (scored["rows"], scored["bad_rows"]) == (3, 2)
+
+
+def test_parquet_text_that_is_not_utf8_is_named(tmp_path, policy):
+    bad = pa.array([b"fine", b"\xff\xfe"]).view(pa.string())
+    rows = pa.table({"prompt": ["p", "q"], "response": bad, "reward": [1.0, 0.0]})
+    pq.write_table(rows, tmp_path / "rows.parquet")
+    with (
+        pytest.raises(InputError, match=r'row 2: "response" is unreadable .*utf-8'),
+        read_rollouts([tmp_path / "rows.parquet"], ScoreSettings(policy=PolicyConfig()), policy),
+    ):
+        pass
+
+
+def test_what_is_longer_than_the_model_takes_is_named(tmp_path, policy):
+    limit = policy.model.config.max_position_embeddings
+    path = write(tmp_path / "rows.jsonl", [row(response_ids=[5] * (limit + 1))])
+    with (
+        pytest.raises(InputError, match=f"line 1: prompt and response have .* tokens, embedded takes {limit}"),
+        read_rollouts([path], ScoreSettings(policy=PolicyConfig()), policy),
+    ):
+        pass
+
+
+def test_bad_arguments_are_one_line(tmp_path, call):
+    path = write(tmp_path / "rows.jsonl", [row()])
+    for arguments, message in (
+        ([tmp_path / "none.jsonl"], "none.jsonl: no such file"),
+        ([path, "--field", "rewrd=x"], 'did you mean "reward"?'),
+        ([path, "--field", "reward"], "expected NAME=KEY"),
+        ([path, "--temperature", "0"], "temperature"),
+        ([path, "--correct-at", "nan"], "correct_at"),
+    ):
+        status, _, err = call("score", *arguments, "--out", tmp_path / "run")
+        assert status == 2
+        assert message in err
+        assert len(err.strip().splitlines()) == 1
+
+
+def test_an_interrupted_trace_goes_on_and_equals_one_that_was_not(tmp_path, monkeypatch, policy, call):
+    rows = [row(step=step, response=f"{step} + {i} = 2", reward=i % 2) for step in (1, 4, 9) for i in range(3)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert call("score", path, "--out", tmp_path / "whole")[0] == 0
+
+    end_step = TraceWriter.end_step
+
+    def stop(self, step):
+        if step == 9:
+            raise KeyboardInterrupt
+        end_step(self, step)
+
+    monkeypatch.setattr(scoring, "FLUSH_TOKENS", 1)
+    monkeypatch.setattr(TraceWriter, "end_step", stop)
+    status, _, err = call("score", path, "--out", tmp_path / "cut")
+    assert status == 130
+    assert "--resume goes on" in err
+    monkeypatch.undo()
+    assert read_manifest(tmp_path / "cut")["last_durable_step"] == 4
+    status, _, err = call("score", write(tmp_path / "other.jsonl", rows), "--out", tmp_path / "cut", "--resume")
+    assert status == 2
+    assert "not scored from the same rows" in err
+    status, _, err = call("score", path, "--out", tmp_path / "cut")
+    assert status == 2
+    assert "--resume" in err
+    assert call("score", path, "--out", tmp_path / "cut", "--resume")[0] == 0
+    for name in ("tokens", "rollouts", "prompts", "steps", "vocab"):
+        whole, cut = (table(tmp_path / run, name).drop("run_id") for run in ("whole", "cut"))
+        assert whole.equals(cut)
+    assert read_manifest(tmp_path / "cut")["status"] == "complete"
+
+
+def test_chunks_and_batches_change_nothing_but_rounding(tmp_path, monkeypatch, call):
+    rows = [row(response=f"{i} + {i} = 2", reward=i % 2, prompt=f"{i // 4} + 1") for i in range(12)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert call("score", path, "--out", tmp_path / "one")[0] == 0
+    monkeypatch.setattr(scoring, "CHUNK_TOKENS", 1)
+    assert call("score", path, "--out", tmp_path / "many", "--batch-tokens", 1)[0] == 0
+    for name, columns in (("tokens", MEASURED), ("rollouts", ("ppl", "ppl_z")), ("steps", ("entropy_token_mean",))):
+        one, many = (table(tmp_path / run, name) for run in ("one", "many"))
+        for column in columns:
+            assert one[column].to_list() == pytest.approx(many[column].to_list(), rel=1e-5, abs=1e-4)
+
+
+def test_running_out_of_memory_names_the_option(tmp_path, monkeypatch, policy):
+    path = write(tmp_path / "rows.jsonl", [row()])
+    settings = ScoreSettings(policy=PolicyConfig())
+
+    def exhaust(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Policy, "read", exhaust)
+    with (
+        read_rollouts([path], settings, policy) as read,
+        pytest.raises(TrainingError, match=r"scoring step 1; lower batch_tokens \(8192 now\)"),
+    ):
+        scoring.score(read, [path], settings, policy, tmp_path / "run")
+    assert read_manifest(tmp_path / "run")["status"] == "failed"
+
+
+def test_probabilities_that_are_not_finite_name_the_row(tmp_path, policy):
+    path = write(tmp_path / "rows.jsonl", [row(), row(response="2 = 2")])
+    settings = ScoreSettings(policy=PolicyConfig())
+    with torch.no_grad():
+        policy.head.weight[5] = torch.nan
+    with (
+        read_rollouts([path], settings, policy) as read,
+        pytest.raises(TrainingError, match="line 1: embedded gives no finite probabilities"),
+    ):
+        scoring.score(read, [path], settings, policy, tmp_path / "run")
