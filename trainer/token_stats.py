@@ -212,8 +212,8 @@ class _ChunkedStats(torch.autograd.Function):
         for rows in _parts(hidden, len(weight), MIN_ROWS):
             logits = ctx.truncation.apply(head.logits(hidden[rows]), ctx.temperature, targets[rows])
             for part in _parts(logits, len(weight)):
-                softmax = Softmax.of(logits[part], ctx.temperature)
-                logits[part] = softmax.grad_logits(*(values[rows][part] for values in per_token))
+                rows_of_part = (values[rows][part] for values in per_token)
+                logits[part] = Softmax.of(logits[part], ctx.temperature).grad_logits(*rows_of_part)
             grad = logits.to(head.weight.dtype)
             grad_hidden[rows] = grad @ head.weight
             if grad_weight is not None:

@@ -27,7 +27,6 @@ from trainer.token_stats import TokenStats
 LOSS_SCALES = {torch.float16: (2.0**12, 2.0**8, 2.0**4, 1.0)}
 
 
-
 @dataclass
 class UpdateMetrics:
     """Means over a step's updates; ``kl`` is None without a reference policy. Zeros if no group was kept.

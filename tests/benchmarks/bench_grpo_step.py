@@ -1,38 +1,33 @@
 """Seconds per GRPO step: this trainer, recording and not, against TRL's GRPOTrainer, paired in one process.
 
-All three train the embedded base policy on the same task with the same batch, length limit, clipping and rewards. The
-learning rate is too small to move the policy, so that responses keep their lengths. TRL runs its own loop; after each
-of its steps, ours takes one step with recording and one without, in alternating order, so that all three see the
-machine in the same state. "Without" computes no entropy and no sum of squared probabilities either. After-update values
-and files are written every few steps only: figures are medians for each place in that cycle, averaged over the cycle.
-
-Run with ``make bench``, which installs TRL into an environment of its own.
+All three train the same policy on the same task with the same batch, length limit, clipping and rewards. The learning
+rate is too small to move the policy, so that responses keep their lengths. TRL runs its own loop; after each of its
+steps, ours takes one step with recording and one without, in alternating order, so that all three see the machine in
+the same state. "Without" computes no entropy and no sum of squared probabilities either. After-update values and files
+are written every few steps only: a measured value is the mean over one cycle of steps.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
 
 from analysis.trace import TraceWriter
+from tests.benchmarks.figures import AT_MOST, HAS_TRL, Figure, quotients
 from trainer.batch import PromptSource, collect_batch
 from trainer.config import Config, load_config
 from trainer.method import TokenBatch
 from trainer.policy import Policy
+from trainer.pretrained import load_pretrained
 from trainer.record import record_batch
-from trainer.resources import find_base_policy
 from trainer.run_folder import describe_run
 from trainer.seeding import Stream
 from trainer.shaping import shape
@@ -40,21 +35,30 @@ from trainer.tasks import Task, load_task
 from trainer.token_stats import Softmax, TokenStats
 from trainer.update import Learner
 
+PART = "GRPO step of the embedded policy, 256 responses"
 STILL = 1e-12
 WARM_UP = 2
+MAX_OF_TRL, MAX_OF_NOT_RECORDING = 1 / 3, 1.02
 
 
 class Ours:
-    """One GRPO step at a time, on a policy of its own."""
+    """One GRPO step at a time, on a policy of its own.
+
+    Attributes:
+        phases: Seconds of each phase, a list with one entry a step.
+        num_tokens: Generated tokens of each step.
+    """
 
     def __init__(self, config: Config, task: Task, out: Path, records: bool) -> None:
         self.config, self.records, self.step = config, records, 0
         self.learner = Learner(config, Policy.load(config.policy))
         self.source = PromptSource(task)
         self.writer = TraceWriter.create(out, describe_run(config, out, {}), self.learner.policy.vocab())
+        self.phases: dict[str, list[float]] = {"rollout": [], "reward": [], "update": [], "record": []}
+        self.num_tokens: list[int] = []
 
-    def take_step(self) -> tuple[float, int]:
-        """Returns seconds and generated tokens."""
+    def take_step(self) -> float:
+        """Returns its seconds."""
         started = time.perf_counter()
         self.step += 1
         config = self.config
@@ -64,14 +68,23 @@ class Ours:
             context = TokenBatch.of(batch, config.seed, Stream.SHAPING, self.step)
             advantages = batch.advantages[:, None].expand(samples.tokens.shape)
             shaped, _ = shape(advantages, context, config.shaping, self.step, None)
+            before = time.perf_counter()
             metrics = self.learner.update(batch, shaped, self.step)
+        if self.learner.policy.device.type == "cuda":
+            torch.cuda.synchronize()
+        updated = time.perf_counter()
         if self.records:
             after = self.learner.capture(batch, metrics) if config.record.captures(self.step) else None
             first = (self.step - 1) * len(batch.prompts)
             record_batch(self.writer, batch, shaped, after, step=self.step, first_rollout_id=first, temperature=1.0)
             if self.step % config.record.flush_every == 0:
                 self.writer.flush(self.step)
-        return time.perf_counter() - started, int(samples.lengths.sum())
+        ended = time.perf_counter()
+        seconds = (batch.rollout_s, batch.reward_s, updated - before, ended - updated)
+        for values, value in zip(self.phases.values(), seconds, strict=True):
+            values.append(value)
+        self.num_tokens.append(int(samples.lengths.sum()))
+        return ended - started
 
 
 @contextmanager
@@ -90,120 +103,132 @@ def without_entropy() -> Any:
         Softmax.stats = original  # type: ignore[method-assign]
 
 
-class Pairing(TrainerCallback):
-    """Times TRL's steps and runs ours between them."""
+class Pairing:
+    """Takes steps of ours in turn, between those of another trainer if there is one."""
 
     def __init__(self, arms: dict[str, Ours]) -> None:
         self.arms = arms
-        self.seconds: dict[str, list[float]] = {"trl": [], **{name: [] for name in arms}}
-        self.tokens: dict[str, list[float]] = {name: [] for name in arms}
-        self.started = 0.0
+        self.seconds: dict[str, list[float]] = {name: [] for name in arms}
 
-    def on_step_begin(self, *arguments: Any, **kwargs: Any) -> None:
-        self.started = self.started or time.perf_counter()
-
-    def on_step_end(self, *arguments: Any, **kwargs: Any) -> None:
-        self.seconds["trl"].append(time.perf_counter() - self.started)
+    def take_steps(self) -> None:
         names = list(self.arms)
-        for name in names if len(self.seconds["trl"]) % 2 else names[::-1]:
-            seconds, tokens = self.arms[name].take_step()
-            self.seconds[name].append(seconds)
-            self.tokens[name].append(tokens)
-        # TRL draws the next batch before it announces the step, so its clock runs on from here.
-        self.started = time.perf_counter()
+        for name in names if len(self.seconds[names[0]]) % 2 else names[::-1]:
+            self.seconds[name].append(self.arms[name].take_step())
 
 
-def make_trl(config: Config, task: Task, steps: int, out: Path, callback: TrainerCallback) -> GRPOTrainer:
-    """TRL's trainer on the same job, at its fastest settings for this machine."""
-    size = config.rollout.prompts_per_step
+def run_trl(
+    config: Config, task: Task, steps: int, between: Callable[[], None], generation: dict[str, Any] | None = None
+) -> tuple[list[float], float]:
+    """Runs TRL's trainer on the same job, at its fastest settings here, with ``between`` after each of its steps.
+
+    ``generation`` is passed on to transformers. Returns its seconds of each step, and its mean tokens of a response.
+    """
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    seconds: list[float] = []
+
+    class Timer(TrainerCallback):
+        started = 0.0
+
+        def on_step_begin(self, *arguments: Any, **kwargs: Any) -> None:
+            self.started = self.started or time.perf_counter()
+
+        def on_step_end(self, *arguments: Any, **kwargs: Any) -> None:
+            seconds.append(time.perf_counter() - self.started)
+            between()
+            # TRL draws the next batch before it announces the step, so its clock runs on from here.
+            self.started = time.perf_counter()
+
+    model, tokenizer, _ = load_pretrained(config.policy)
+    size, rollout = config.rollout.prompts_per_step, config.rollout
     rows = [task.train_prompt(i) for i in range(size * (steps + 1))]
-    by_text = {row.text: row for row in rows}
-    dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": row.text}]} for row in rows])
+    template = config.policy.template
+    texts = [template.replace("{question}", row.text) if template else row.text for row in rows]
+    by_text = dict(zip(texts, rows, strict=True))
+    prompts = texts if template else [[{"role": "user", "content": text}] for text in texts]
+
+    def text_of(message: Any) -> str:
+        return message if isinstance(message, str) else message[0]["content"]
 
     def reward(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
-        texts = [(p[0]["content"], c[0]["content"]) for p, c in zip(prompts, completions, strict=True)]
-        return [task.score(completion, by_text[prompt]).score for prompt, completion in texts]
+        pairs = zip(map(text_of, prompts), map(text_of, completions), strict=True)
+        return [task.score(completion, by_text[prompt]).score for prompt, completion in pairs]
 
-    arguments = GRPOConfig(
-        output_dir=str(out),
-        per_device_train_batch_size=size * config.rollout.group_size,
-        num_generations=config.rollout.group_size,
-        max_completion_length=config.rollout.max_response_tokens,
-        max_steps=steps,
-        learning_rate=STILL,
-        temperature=config.rollout.temperature,
-        epsilon=config.loss.clip_low,
-        epsilon_high=config.loss.clip_high,
-        beta=0.0,
-        loss_type="dapo",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-    )
-    folder = find_base_policy()
-    return GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-        reward_funcs=reward,
-        args=arguments,
-        train_dataset=dataset,
-        callbacks=[callback],
-    )
+    on_gpu = config.policy.device == "cuda"
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = GRPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=size * rollout.group_size,
+            num_generations=rollout.group_size,
+            max_completion_length=rollout.max_response_tokens,
+            max_steps=steps,
+            learning_rate=STILL,
+            temperature=rollout.temperature,
+            generation_kwargs=generation,
+            epsilon=config.loss.clip_low,
+            epsilon_high=config.loss.clip_high,
+            beta=0.0,
+            loss_type="dapo",
+            use_cpu=not on_gpu,
+            bf16=on_gpu,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=1,
+        )
+        trainer = GRPOTrainer(
+            model=model,
+            processing_class=tokenizer,
+            reward_funcs=reward,
+            args=arguments,
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+            callbacks=[Timer()],
+        )
+        trainer.train()
+    lengths = [float(entry["completions/mean_length"]) for entry in trainer.state.log_history[:-1]]
+    return seconds, statistics.mean(lengths)
 
 
-def typical(values: list[float], cycle: int) -> float:
-    """Median over cycles of the steps at each place in the cycle, averaged over places."""
-    return round(statistics.mean(statistics.median(values[place::cycle]) for place in range(cycle)), 3)
-
-
-def main() -> None:
-    """Prints medians and median paired ratios as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cycles", type=int, default=5, help="measured cycles of 10 steps of each (default 5)")
-    parser.add_argument("--out", type=Path, help="file to write the result to as well")
-    arguments = parser.parse_args()
-    config = load_config("tiny", ["rollout.dynamic_sampling=false", f"optim.lr={STILL}"])
+def measure(quick: bool) -> list[Figure]:
+    """All figures; one cycle of small steps if ``quick``, which leaves TRL out."""
+    small = ["rollout.prompts_per_step=2", "record.flush_every=2", "record.after_update_every=2"] if quick else []
+    config = load_config("tiny", ["policy.device=cpu", "rollout.dynamic_sampling=false", f"optim.lr={STILL}", *small])
     cycle = math.lcm(config.record.flush_every, config.record.after_update_every)
-    steps = cycle * arguments.cycles
+    steps = WARM_UP + cycle * (1 if quick else 6)
     task = load_task(config.task, config.seed)
     with tempfile.TemporaryDirectory() as folder:
         arms = {
-            "recording": Ours(config, task, Path(folder, "recording"), records=True),
-            "not_recording": Ours(config, task, Path(folder, "not-recording"), records=False),
+            name: Ours(config, task, Path(folder, name), records=name == "recording")
+            for name in ("recording", "not recording")
         }
         pairing = Pairing(arms)
-        trainer = make_trl(config, task, steps + WARM_UP, Path(folder, "trl"), pairing)
-        trainer.train()
-        logs = [entry for entry in trainer.state.log_history if "completions/mean_length" in entry]
-    seconds = {name: values[WARM_UP:] for name, values in pairing.seconds.items()}
-    ratio = {
-        "recording / trl": [a / b for a, b in zip(seconds["recording"], seconds["trl"], strict=True)],
-        "recording / not_recording": [
-            a / b for a, b in zip(seconds["recording"], seconds["not_recording"], strict=True)
-        ],
-    }
+        seconds = pairing.seconds
+        lengths = {}
+        if HAS_TRL and not quick:
+            seconds["trl"], lengths["trl"] = run_trl(config, task, steps, pairing.take_steps)
+        else:
+            for _ in range(steps):
+                pairing.take_steps()
     batch = config.rollout.prompts_per_step * config.rollout.group_size
-    result = {
-        "steps": steps,
-        "steps_per_cycle": cycle,
-        "responses_per_step": batch,
-        "threads": torch.get_num_threads(),
-        "median_seconds_per_step": {name: typical(values, cycle) for name, values in seconds.items()},
-        "mean_tokens_per_response": {
-            **{name: statistics.mean(values) / batch for name, values in pairing.tokens.items()},
-            "trl": statistics.mean(float(entry["completions/mean_length"]) for entry in logs),
-        },
-        "median_paired_ratio": {name: typical(values, cycle) for name, values in ratio.items()},
-    }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    lengths["recording"] = statistics.mean(arms["recording"].num_tokens) / batch
+    figures = [
+        Figure.of(
+            PART, f"recording / {peer}", "ratio", quotients(by_cycle(seconds["recording"], cycle), other), *target
+        )
+        for peer, target in (("trl", (AT_MOST, MAX_OF_TRL)), ("not recording", (AT_MOST, MAX_OF_NOT_RECORDING)))
+        if peer in seconds
+        for other in [by_cycle(seconds[peer], cycle)]
+    ]
+    figures += [Figure.of(PART, name, "s per step", by_cycle(values, cycle)) for name, values in seconds.items()]
+    phases = arms["recording"].phases
+    figures += [Figure.of(PART, f"{name} phase", "s per step", by_cycle(v, cycle)) for name, v in phases.items()]
+    return figures + [Figure.of(PART, f"{name}: length", "tokens per response", [v]) for name, v in lengths.items()]
 
 
-if __name__ == "__main__":
-    main()
+def by_cycle(values: list[float], cycle: int) -> list[float]:
+    """Means over cycles, the first steps left out."""
+    kept = values[WARM_UP:]
+    return [statistics.mean(kept[start : start + cycle]) for start in range(0, len(kept), cycle)]

@@ -1,49 +1,42 @@
 """Tokens per second of sampling and scoring with SmolLM2-135M, against ``generate`` and a plain forward pass, paired.
 
-The same weights, prompts and numbers of tokens on both sides, nobody stopping early, in turn and in alternating order;
-figures are medians of the ratios within a turn. Sampling records log-probability, entropy, sum p² and norm of every
-token, which ``generate`` does not; scoring returns them, where the plain pass returns logits.
-
-Run with ``make bench-smollm``.
+The same weights, prompts and numbers of tokens on both sides, nobody stopping early, in turn and in alternating order.
+Sampling records log-probability, entropy, sum p² and norm of every token, which ``generate`` does not; scoring returns
+them, where the plain pass returns logits.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from tests.benchmarks.figures import AT_LEAST, Figure, quotients, time_in_turn
 from trainer.config import load_config
 from trainer.policy import Policy
-from trainer.pretrained import load_model
-from trainer.resources import find_model
+from trainer.pretrained import load_pretrained
 from trainer.rollout import SamplingParams, sample
 from trainer.tasks import load_task
 
+PART = "Sampling and scoring with SmolLM2-135M, batch 16"
 BATCH = 16
 
 
 class Case:
-    """``BATCH`` responses of ``length`` tokens to ``num_prompts`` prompts."""
+    """``BATCH`` responses of ``length`` tokens to some questions."""
 
     def __init__(self, policy: Policy, plain: Any, questions: list[Any], length: int) -> None:
         self.policy, self.plain, self.length = policy, plain, length
         self.prompts = [policy.encode_prompt(question) for question in questions]
         self.num_samples = BATCH // len(questions)
         width = max(map(len, self.prompts))
-        rows = [prompt for prompt in self.prompts for _ in range(self.num_samples)]
-        self.ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-        self.mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        self.whole = torch.cat((self.ids, torch.randint(5, 1000, (BATCH, length))), dim=1)
-        self.responses = list(self.whole[:, width:])
-        self.rows = rows
+        self.rows = [prompt for prompt in self.prompts for _ in range(self.num_samples)]
+        self.ids = torch.tensor([[0] * (width - len(row)) + row for row in self.rows])
+        self.mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in self.rows])
+        drawn = torch.randint(5, 500, (BATCH, length), generator=torch.Generator().manual_seed(0))
+        self.whole = torch.cat((self.ids, drawn), dim=1)
+        self.responses = list(drawn)
 
     def sample(self) -> None:
         found = sample(
@@ -72,48 +65,29 @@ class Case:
         self.plain(self.whole)
 
 
-def compare(ours: Callable[[], None], theirs: Callable[[], None], tokens: int, rounds: int) -> dict[str, float]:
-    """Tokens per second of both, and the median of how many times the other's rate ours is."""
-    seconds: dict[Callable[[], None], list[float]] = {ours: [], theirs: []}
-    for turn in range(rounds + 1):
-        for work in (ours, theirs) if turn % 2 else (theirs, ours):
-            started = time.perf_counter()
-            work()
-            seconds[work].append(time.perf_counter() - started)
-    # The first turn warms up.
-    mine, other = seconds[ours][1:], seconds[theirs][1:]
-    return {
-        "tokens_per_s": round(tokens / statistics.median(mine), 1),
-        "transformers_tokens_per_s": round(tokens / statistics.median(other), 1),
-        "ratio": round(statistics.median(b / a for a, b in zip(mine, other, strict=True)), 3),
-    }
+def compare(name: str, ours: Any, theirs: Any, tokens: int, rounds: int) -> list[Figure]:
+    """How many times the other's tokens per second ours are, paired; and both rates."""
+    seconds = time_in_turn({"ours": ours, "theirs": theirs}, rounds)
+    rates = {key: [tokens / value for value in values] for key, values in seconds.items()}
+    peer = theirs.__name__
+    return [
+        Figure.of(PART, f"{name}: entrace / {peer}", "ratio", quotients(rates["ours"], rates["theirs"]), AT_LEAST, 1),
+        Figure.of(PART, f"{name}: entrace", "tokens per s", rates["ours"]),
+        Figure.of(PART, f"{name}: {peer}", "tokens per s", rates["theirs"]),
+    ]
 
 
-def main() -> None:
-    """Prints the result as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds (default 7)")
-    parser.add_argument("--length", type=int, default=32, help="tokens of a response (default 32)")
-    parser.add_argument("--out", type=Path, help="file to write the result to as well")
-    arguments = parser.parse_args()
-    config = load_config("smollm", ["policy.device=cpu"])
+def measure(quick: bool) -> list[Figure]:
+    """All figures; with the embedded policy if ``quick``."""
+    config = load_config("tiny" if quick else "smollm", ["policy.device=cpu"])
+    length, rounds = (4, 2) if quick else (32, 5)
     policy = Policy.load(config.policy)
     policy.stop_ids = torch.tensor([], dtype=torch.int64)
-    plain = load_model(find_model(config.policy.path))
+    plain = load_pretrained(config.policy)[0].eval()
     task = load_task(config.task, config.seed)
-    result: dict[str, Any] = {"batch": BATCH, "length": arguments.length, "threads": torch.get_num_threads()}
+    figures = []
     for num_prompts in (BATCH, 2):
-        case = Case(policy, plain, [task.train_prompt(i).question for i in range(num_prompts)], arguments.length)
-        result["prompt_tokens"] = case.ids.shape[1]
-        key = f"sampling, {num_prompts} prompts"
-        result[key] = compare(case.sample, case.generate, BATCH * arguments.length, arguments.rounds)
-        print(key, result[key], flush=True)
-    result["scoring"] = compare(case.score, case.forward, case.whole.numel(), arguments.rounds)
-    print("scoring", result["scoring"], flush=True)
-    text = json.dumps(result, indent=2)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        case = Case(policy, plain, [task.train_prompt(i).question for i in range(num_prompts)], length)
+        name = f"sampling {length} tokens, {num_prompts} prompts of {case.ids.shape[1]}"
+        figures += compare(name, case.sample, case.generate, BATCH * length, rounds)
+    return figures + compare("scoring", case.score, case.forward, case.whole.numel(), rounds)

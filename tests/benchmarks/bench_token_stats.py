@@ -7,35 +7,33 @@ Three ways to the same tokens' statistics:
 - trl: ``selective_log_softmax`` and ``entropy_from_logits``, which gives log-probability and entropy.
 
 Two readings of each: "head" starts from hidden states and includes the matrix product with the LM head, "logits" from
-logits that are there already, so that nothing but the statistics is timed. All run in turn, in alternating order;
-figures are medians of the ratios within a turn. Peak memory is what the allocator held at most over what was there
-before, less the gradients of the hidden states and of the head that the backward pass leaves.
-
-Run with ``make bench-token-stats``.
+logits that are there already, so that nothing but the statistics is timed. The ratio to "product", the product alone,
+shows how much is left to gain. Products of bfloat16 are left out: on CPUs without instructions for them they take up to
+a hundred times longer than the statistics. Extra memory is what the allocator held at most over what was there before,
+less the gradients of the hidden states and of the head, which are the model's own.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from allocator import peak_bytes
 from torch import Tensor
-from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
+from tests.benchmarks.allocator import peak_bytes
+from tests.benchmarks.figures import AT_MOST, HAS_TRL, Figure, quotients, time_in_turn
 from trainer.token_stats import LMHead, compute_stats, compute_token_stats
 
+PART = "Statistics of tokens"
 # Vocabulary and width of SmolLM2-135M and of Qwen2.5-0.5B.
 SHAPES = {"49k": (49152, 576), "152k": (151936, 896)}
+TOY_SHAPES = {"1k": (1024, 16)}
 SEQUENCES = 4
-PEERS = ("plain", "trl")
+TARGETS = {"plain": 1.3, "trl": 0.7}
+FULL_TOKENS = 8 * 2048
+MAX_EXTRA_GB = 1.5
 
 
 @dataclass
@@ -47,13 +45,13 @@ class Case:
     targets: Tensor
 
     @classmethod
-    def draw(cls, shape: tuple[int, int], num_tokens: int, dtype: torch.dtype) -> Case:
-        """Weights in float32, hidden states in ``dtype``."""
+    def draw(cls, shape: tuple[int, int], num_tokens: int, dtype: torch.dtype, device: str = "cpu") -> Case:
+        """The head in float32 as master weights are, hidden states in ``dtype``."""
         vocab, width = shape
         generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(num_tokens, width, generator=generator).to(dtype).requires_grad_()
-        weight = (torch.randn(vocab, width, generator=generator) * 3 / width**0.5).requires_grad_()
-        return cls(hidden, LMHead(weight, None), torch.randint(vocab, (num_tokens,), generator=generator))
+        hidden = torch.randn(num_tokens, width, generator=generator).to(device, dtype).requires_grad_()
+        weight = (torch.randn(vocab, width, generator=generator) * 3 / width**0.5).to(device).requires_grad_()
+        return cls(hidden, LMHead(weight, None), torch.randint(vocab, (num_tokens,), generator=generator).to(device))
 
     def logits(self) -> Tensor:
         """As a model returns them, in the dtype of the hidden states."""
@@ -74,123 +72,102 @@ def plain(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
 
 def trl(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     """Log-probabilities and entropies, (sequences, N / sequences), as TRL's trainer calls its functions."""
+    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
     logits, targets = logits.view(SEQUENCES, -1, logits.shape[-1]), targets.view(SEQUENCES, -1)
     return selective_log_softmax(logits, targets), entropy_from_logits(logits)
 
 
-def entrace(case: Case) -> tuple[Tensor, ...]:
-    """Log-probabilities and entropies, (N,); sums of squares besides."""
-    stats = compute_token_stats(case.hidden, case.head, case.targets)
-    return stats.logprob, stats.entropy
+PEERS = {"plain": plain, **({"trl": trl} if HAS_TRL else {})}
 
 
 def from_logits(case: Case) -> dict[str, Callable[[], Any]]:
     """The statistics alone."""
     with torch.no_grad():
         logits = case.logits()
-    return {
-        "entrace": lambda: compute_stats(logits, case.targets),
-        "plain": lambda: plain(logits, case.targets),
-        "trl": lambda: trl(logits, case.targets),
-    }
+    peers = {name: lambda peer=peer: peer(logits, case.targets) for name, peer in PEERS.items()}
+    return {"entrace": lambda: compute_stats(logits, case.targets), **peers}
 
 
 def from_hidden(case: Case) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """Matrix product and statistics."""
-    return {
-        "entrace": lambda: entrace(case),
-        "plain": lambda: plain(case.logits(), case.targets),
-        "trl": lambda: trl(case.logits(), case.targets),
-    }
+
+    def entrace() -> tuple[Tensor, ...]:
+        stats = compute_token_stats(case.hidden, case.head, case.targets)
+        return stats.logprob, stats.entropy
+
+    peers = {name: lambda peer=peer: peer(case.logits(), case.targets) for name, peer in PEERS.items()}
+    return {"entrace": entrace, **peers, "product": lambda: (case.logits(),)}
 
 
-def without_grad(work: Callable[[], Any]) -> Callable[[], Any]:
-    """The forward pass alone."""
-    return torch.no_grad()(work)
-
-
-def with_backward(work: Callable[[], tuple[Tensor, ...]], case: Case) -> Callable[[], Any]:
+def backward(work: Callable[[], tuple[Tensor, ...]]) -> None:
     """The forward pass and the gradient of the sum of what it returns."""
+    torch.stack([values.sum() for values in work()]).sum().backward()
 
-    def both() -> None:
-        sum(values.sum() for values in work()).backward()  # type: ignore[union-attr]
+
+def compare(name: str, works: dict[str, Callable[[], Any]], rounds: int, targets: dict[str, float]) -> list[Figure]:
+    """Ratios of the seconds of entrace to those of the others, paired, and the seconds themselves."""
+    seconds = time_in_turn(works, rounds)
+    ratios = [
+        Figure.of(
+            PART,
+            f"{name}: entrace / {peer}",
+            "ratio",
+            quotients(seconds["entrace"], values),
+            AT_MOST,
+            targets.get(peer),
+        )
+        for peer, values in seconds.items()
+        if peer != "entrace"
+    ]
+    return [*ratios, Figure.of(PART, f"{name}: entrace", "s", seconds["entrace"])]
+
+
+def measure_time(name: str, shape: tuple[int, int], num_tokens: int, rounds: int) -> list[Figure]:
+    """Both readings of the forward pass, and the one that has gradients with the backward pass."""
+    figures = []
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case.draw(shape, num_tokens, dtype)
+        works = {key: torch.no_grad()(work) for key, work in from_logits(case).items()}
+        label = f"{name}, {str(dtype).removeprefix('torch.')}"
+        figures += compare(f"{label}, from logits", works, rounds, TARGETS)
+    case = Case.draw(shape, num_tokens, torch.float32)
+    hidden = from_hidden(case)
+    works = {key: torch.no_grad()(work) for key, work in hidden.items()}
+    figures += compare(f"{name}, float32, from hidden states", works, rounds, TARGETS)
+
+    def both(work: Callable[[], tuple[Tensor, ...]]) -> None:
+        backward(work)
         case.grad_bytes()
 
-    return both
+    works = {key: lambda work=work: both(work) for key, work in hidden.items()}
+    return figures + compare(f"{name}, float32, from hidden states, with backward", works, rounds, {})
 
 
-def compare(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Medians of the seconds of entrace and of its ratios to the others."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(-1, rounds):
-        for name in list(works) if turn % 2 else list(works)[::-1]:
-            started = time.perf_counter()
-            works[name]()
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - started)
-    ours = seconds["entrace"]
-    ratios = {
-        f"entrace / {peer}": statistics.median(a / b for a, b in zip(ours, seconds[peer], strict=True))
-        for peer in PEERS
-    }
-    return {"seconds": round(statistics.median(ours), 4), **{name: round(ratio, 3) for name, ratio in ratios.items()}}
+def measure_memory(name: str, shape: tuple[int, int], counts: list[int]) -> list[Figure]:
+    """Extra memory of the forward pass against the plain one, and of both passes at several numbers of tokens."""
+    case = Case.draw(shape, counts[0], torch.bfloat16)
+    works = from_hidden(case)
+    peaks = {key: peak_bytes(torch.no_grad()(works[key])) for key in ("entrace", "plain")}
+    key = f"{name}, bfloat16, {counts[0]:,} tokens: extra memory, entrace / plain"
+    figures = [Figure.of(PART, key, "ratio", [peaks["entrace"] / peaks["plain"]], AT_MOST, 1)]
+    for count in counts:
+        case = Case.draw(shape, count, torch.bfloat16)
+        work = from_hidden(case)["entrace"]
+        extra = peak_bytes(lambda work=work: backward(work)) - case.grad_bytes()
+        key = f"{name}, bfloat16, {count:,} tokens: extra memory, both passes"
+        figures.append(Figure.of(PART, key, "GB", [extra / 1e9], AT_MOST, MAX_EXTRA_GB))
+    return figures
 
 
-def measure_memory(shape: tuple[int, int], num_tokens: int, names: list[str]) -> dict[str, dict[str, float]]:
-    """Peak megabytes beyond arguments and gradients of forward, and of forward and backward; bfloat16 hidden states."""
-    found: dict[str, dict[str, float]] = {}
-    for name in names:
-        case = Case.draw(shape, num_tokens, torch.bfloat16)
-        work = from_hidden(case)[name]
-
-        def backward(work: Callable[[], tuple[Tensor, ...]] = work) -> None:
-            sum(values.sum() for values in work()).backward()  # type: ignore[union-attr]
-
-        found[name] = {"forward": round(peak_bytes(without_grad(work)) / 1e6)}
-        if name == "entrace":
-            found[name]["forward_backward"] = round((peak_bytes(backward) - case.grad_bytes()) / 1e6)
-    return found
-
-
-def main() -> None:
-    """Prints the result as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="measured rounds (default 9)")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens timed (default 256)")
-    parser.add_argument(
-        "--memory-tokens", type=int, nargs="*", default=[512, 1024, 2048], help="tokens whose memory is measured"
-    )
-    parser.add_argument("--out", type=Path, help="file to write the result to as well")
-    arguments = parser.parse_args()
-    result: dict[str, Any] = {
-        "tokens": arguments.tokens,
-        "threads": torch.get_num_threads(),
-        "time": {},
-        "memory_mb": {},
-    }
-    for name, shape in SHAPES.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            case = Case.draw(shape, arguments.tokens, dtype)
-            logits, hidden = from_logits(case), from_hidden(case)
-            works = {
-                "logits": {key: without_grad(work) for key, work in logits.items()},
-                "head": {key: without_grad(work) for key, work in hidden.items()},
-            }
-            if dtype == torch.float32:
-                works["head, with backward"] = {key: with_backward(work, case) for key, work in hidden.items()}
-            for reading, arms in works.items():
-                key = f"{name}, {str(dtype).removeprefix('torch.')}, from {reading}"
-                result["time"][key] = compare(arms, arguments.rounds)
-                print(key, result["time"][key], flush=True)
-        for count in arguments.memory_tokens:
-            names = ["entrace", "plain"] if count == min(arguments.memory_tokens) else ["entrace"]
-            key = f"{name}, {count} tokens"
-            result["memory_mb"][key] = measure_memory(shape, count, names)
-            print(key, result["memory_mb"][key], flush=True)
-    text = json.dumps(result, indent=2)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def measure(quick: bool) -> list[Figure]:
+    """All figures, at toy size if ``quick``."""
+    shapes, tokens, rounds = (TOY_SHAPES, 64, 2) if quick else (SHAPES, 256, 9)
+    counts = [512, 1024] if quick else [512, 2048]
+    figures = []
+    for name, shape in shapes.items():
+        figures += measure_time(name, shape, tokens, rounds)
+        # The whole batch of a training step once, at the larger vocabulary.
+        full = [FULL_TOKENS] if name == "152k" else []
+        figures += measure_memory(name, shape, counts + full)
+    return figures

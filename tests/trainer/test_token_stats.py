@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from tests.benchmarks.allocator import peak_bytes
 from trainer import token_stats
 from trainer.token_stats import LMHead, Truncation, compute_stats, compute_token_stats, lm_head_grad_norm
 
@@ -142,18 +142,6 @@ def test_an_unlikely_target_has_its_own_log_probability():
     for target in range(4):
         expected = torch.log_softmax(logits.double(), 1)[0, target]
         assert compute_stats(logits, torch.tensor([target])).logprob.item() == pytest.approx(expected.item(), rel=1e-6)
-
-
-def peak_bytes(work):
-    """Most that the allocator held at once of what ``work`` allocated."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
-        work()
-    events = [e for e in recording.profiler.kineto_results.events() if e.name() == "[memory]"]
-    peak = held = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def test_memory_of_both_passes_does_not_grow_with_the_number_of_tokens():

@@ -1,0 +1,155 @@
+"""GRPO steps on a GPU against TRL on the same machine, and the statistics against the memory's bandwidth.
+
+Two models, SmolLM2-135M and a randomly initialised one of the shape of Qwen2.5-0.5B. All responses go on to the length
+limit, in TRL's trainer, which generates with transformers, as in ours, so that both do the same work. Both compute in
+bfloat16 with master weights in float32, take turns, and start from the same weights.
+
+The bandwidth is that of a copy, which reads and writes. A share of 1 would be to read every logit once at that speed,
+and nothing else.
+
+Usage: python -m tests.benchmarks.bench_gpu --out reports/benchmarks_gpu [--device cpu --quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from tests.benchmarks.bench import write_report
+from tests.benchmarks.bench_grpo_step import STILL, WARM_UP, Ours, Pairing, run_trl
+from tests.benchmarks.bench_token_stats import SHAPES, TOY_SHAPES, Case
+from tests.benchmarks.figures import HAS_TRL, Figure, quotients, time_in_turn
+from trainer.config import Config, load_config
+from trainer.pretrained import load_pretrained
+from trainer.resources import EMBEDDED, SMOLLM
+from trainer.tasks import load_task
+from trainer.token_stats import compute_stats
+
+QWEN = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+TOY = {**QWEN, "vocab_size": 1024, "hidden_size": 28, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES = {
+    False: ["rollout.prompts_per_step=32", "rollout.group_size=8", "rollout.max_response_tokens=256"],
+    True: ["rollout.prompts_per_step=2", "rollout.group_size=2", "rollout.max_response_tokens=4"],
+}
+COPIED_TOKENS = 4096
+
+
+def synchronizer(device: str) -> Callable[[], None]:
+    """Waits for all work on the device."""
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def make_random_model(folder: Path, shape: dict[str, Any]) -> str:
+    """Writes an untrained model of that shape, with the embedded policy's tokenizer; returns the folder."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(Qwen2Config(**shape)).save_pretrained(folder)
+    load_pretrained(load_config("tiny").policy)[1].save_pretrained(folder)
+    return str(folder)
+
+
+def make_config(path: str, device: str, quick: bool) -> Config:
+    """The job of one model."""
+    base = "smollm" if path == SMOLLM else "tiny"
+    fixed = [
+        "rollout.dynamic_sampling=false",
+        "rollout.stop=[]",
+        "rollout.overlong_buffer_tokens=0",
+        f"optim.lr={STILL}",
+        "optim.micro_batch_tokens=32768",
+    ]
+    return load_config(base, [f"policy.path={path}", f"policy.device={device}", *fixed, *SIZES[quick]])
+
+
+def measure_steps(part: str, config: Config, steps: int) -> list[Figure]:
+    """Samples per second of both trainers, and the share of each phase in a step of ours."""
+    task = load_task(config.task, config.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = Ours(config, task, Path(folder, "run"), records=True)
+        ours.learner.policy.stop_ids = torch.tensor([], dtype=torch.int64)
+        pairing = Pairing({"entrace": ours})
+        seconds = pairing.seconds
+        if HAS_TRL:
+            least = {"min_new_tokens": config.rollout.max_response_tokens}
+            seconds["trl"], _ = run_trl(config, task, WARM_UP + steps, pairing.take_steps, least)
+        else:
+            for _ in range(WARM_UP + steps):
+                pairing.take_steps()
+    batch = config.rollout.prompts_per_step * config.rollout.group_size
+    rates = {name: [batch / value for value in values[WARM_UP:]] for name, values in seconds.items()}
+    figures = [Figure.of(part, f"{name}: samples", "per s", values) for name, values in rates.items()]
+    if "trl" in rates:
+        ratios = quotients(rates["entrace"], rates["trl"])
+        figures.append(Figure.of(part, "samples per s, entrace / trl", "ratio", ratios))
+    whole = seconds["entrace"]
+    return figures + [
+        Figure.of(part, f"{name} phase", "share of a step", quotients(values, whole)[WARM_UP:])
+        for name, values in ours.phases.items()
+    ]
+
+
+@torch.no_grad()
+def measure_bandwidth(name: str, shape: tuple[int, int], num_tokens: int, device: str, rounds: int) -> list[Figure]:
+    """Bandwidth of a copy, and the share of it at which the statistics read logits in bfloat16."""
+    case = Case.draw(shape, num_tokens, torch.bfloat16, device)
+    logits = case.logits()
+    copy = torch.empty_like(logits)
+    works = {"copy": lambda: copy.copy_(logits), "statistics": lambda: compute_stats(logits, case.targets)}
+    seconds = time_in_turn(works, rounds, synchronizer(device))
+    copied = [2 * logits.nbytes / value / 1e9 for value in seconds["copy"]]
+    read = [logits.nbytes / value / 1e9 for value in seconds["statistics"]]
+    part = "Statistics against the memory's bandwidth"
+    return [
+        Figure.of(part, f"{name}: copy", "GB per s", copied),
+        Figure.of(part, f"{name}: log-probability, entropy, sum p²", "GB per s of logits", read),
+        Figure.of(part, f"{name}: statistics / copy", "share of bandwidth", quotients(read, copied)),
+    ]
+
+
+def measure(device: str, quick: bool) -> list[Figure]:
+    """All figures, at toy size if ``quick``."""
+    steps = 1 if quick else 10
+    with tempfile.TemporaryDirectory() as folder:
+        random = make_random_model(Path(folder, "random"), TOY if quick else QWEN)
+        models = {"SmolLM2-135M": EMBEDDED if quick else SMOLLM, "Qwen2.5-0.5B, random weights": random}
+        figures: list[Figure] = []
+        for name, path in models.items():
+            config = make_config(path, device, quick)
+            rollout = config.rollout
+            batch = f"{rollout.prompts_per_step * rollout.group_size} responses of {rollout.max_response_tokens} tokens"
+            figures += measure_steps(f"{name}, {batch}", config, steps)
+    for name, shape in (TOY_SHAPES if quick else SHAPES).items():
+        figures += measure_bandwidth(name, shape, 64 if quick else COPIED_TOKENS, device, 2 if quick else 20)
+    return figures
+
+
+def main() -> None:
+    """Measures and writes; exit code 2 where there is no such device."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="report to write, without ending")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="at toy size: that it runs, not how fast")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("torch finds no GPU; --device cpu --quick tries the benchmark without", file=sys.stderr)
+        raise SystemExit(2)
+    more = {"gpu": torch.cuda.get_device_name()} if arguments.device == "cuda" else {}
+    write_report(arguments.out, "make bench-gpu", measure(arguments.device, arguments.quick), **more)
+
+
+if __name__ == "__main__":
+    main()
