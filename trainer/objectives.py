@@ -173,6 +173,14 @@ class Objective:
         share = AGGREGATIONS[config.aggregation](weights.counted, max_tokens)
         return cls(advantages, batch.response_mask, share, weights, config)
 
+    @property
+    def has_gradient(self) -> Tensor:
+        """Responses that can move the weights, (B,) bool; of the others, every token's loss is 0 whatever its ratio."""
+        moves = self.advantages != 0
+        if self.weights.penalty is not None:
+            moves = moves | (self.weights.penalty != 0)
+        return (moves & self.mask).any(1)
+
     def take(self, values: Tensor, rows: Tensor) -> Tensor:
         """Values (B, T) of the tokens of ``rows``, end to end, (N,)."""
         return values[rows][self.mask[rows]]

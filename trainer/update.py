@@ -136,7 +136,9 @@ class Learner:
         """Fills in gradients; returns loss, KL and the numbers of clipped tokens, and marks these in ``is_clipped``."""
         sums = torch.zeros(4, dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in micro_batches(samples, rows, self.config.optim.micro_batch_tokens):
+        places = self._places_with_gradient(objective)
+        for part in micro_batches(samples, rows[places], self.config.optim.micro_batch_tokens):
+            micro = places[part]
             loss, kl, is_low, is_high = self._loss_sums(samples, objective, rows, micro)
             (loss * scale).backward()
             sums += torch.stack([loss.detach(), kl, is_low.sum(), is_high.sum()]).cpu().double()
@@ -145,6 +147,15 @@ class Learner:
             if scale != 1 and parameter.grad is not None:
                 parameter.grad /= scale
         return sums.tolist()
+
+    def _places_with_gradient(self, objective: Objective) -> Tensor:
+        """Which responses of a mini-batch need to be read: none without an advantage, unless another term has a say."""
+        config = self.config.loss
+        if config.kl_coef or config.entropy_coef:
+            return torch.arange(len(objective.mask))
+        places = torch.nonzero(objective.has_gradient).squeeze(1)
+        # Where there is none, one will do for a gradient of 0, with which weight decay and moments go on.
+        return places if len(places) else torch.zeros(1, dtype=torch.int64)
 
     def _loss_sums(
         self, samples: Samples, objective: Objective, rows: Tensor, micro: Tensor
