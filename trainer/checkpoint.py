@@ -52,8 +52,14 @@ class RunState:
 def save_checkpoint(run_dir: Path, learner: Learner, state: RunState) -> None:
     """Writes a checkpoint and then removes all but the latest few, and those of steps that are still to be done.
 
-    An error leaves the checkpoints as they were.
+    Rank 0 does, and the others wait. An error leaves the checkpoints as they were.
     """
+    if learner.world.is_main:
+        _save(run_dir, learner, state)
+    learner.world.wait()
+
+
+def _save(run_dir: Path, learner: Learner, state: RunState) -> None:
     folder = run_dir / "checkpoints"
     final = folder / f"step-{state.step:06d}"
     remove_unfinished(run_dir)

@@ -121,7 +121,8 @@ class Policy:
 
     def decode(self, responses: list[list[int]]) -> list[str]:
         """Texts of responses, special tokens left out."""
-        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        # The tokenizer would take an empty list for one response.
+        return self.tokenizer.batch_decode(responses, skip_special_tokens=True) if responses else []
 
     def vocab(self) -> list[str]:
         """Text of every vocabulary entry, decoded alone; empty for rows of the head that the tokenizer lacks."""

@@ -106,9 +106,14 @@ class Samples:
 
 
 def sample(
-    policy: Policy, prompts: list[list[int]], num_samples: int, params: SamplingParams, rng: np.random.Generator
+    policy: Policy,
+    prompts: list[list[int]],
+    num_samples: int,
+    params: SamplingParams,
+    rng: np.random.Generator,
+    part: slice = slice(None),
 ) -> Samples:
-    """Draws ``num_samples`` responses to each prompt.
+    """Draws ``num_samples`` responses to each prompt, or to each of a part of them.
 
     Equal policies sampled with equal generators give equal responses; see ``sample_at``.
 
@@ -117,13 +122,17 @@ def sample(
         prompts: Token ids of each prompt, P lists.
         num_samples: Responses to each.
         params: Limits and temperature.
-        rng: Source of the random numbers.
+        rng: Source of the random numbers, which are drawn for all prompts.
+        part: The prompts that are answered here.
 
     Returns:
-        ``Samples`` of P * num_samples rows, the responses of one prompt adjacent.
+        ``Samples`` of ``num_samples`` rows a prompt of the part, the responses of one prompt adjacent.
     """
     uniforms = rng.random((len(prompts) * num_samples, params.max_tokens), dtype=np.float32)
-    return sample_at(policy, prompts, uniforms, [params.max_tokens] * len(prompts), params)
+    if not (chosen := prompts[part]):
+        return Samples.empty([], params.max_tokens)
+    own = uniforms.reshape(len(prompts), -1)[part].reshape(-1, params.max_tokens)
+    return sample_at(policy, chosen, own, [params.max_tokens] * len(chosen), params)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -13,6 +14,7 @@ import typer
 
 from analysis.cli import app, print_json, run, say
 from analysis.trace import InputError
+from trainer.distributed import World, prepare, was_launched
 
 if TYPE_CHECKING:
     from trainer.intervene import Settings, Tally
@@ -38,6 +40,11 @@ Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time; each gets an equ
 
 def main() -> None:
     """Entry point of the console script."""
+    if was_launched():
+        prepare()
+        if sys.argv[1:2] != ["train"]:
+            say("entrace: processes that were launched together can train, and nothing else", err=True)
+            sys.exit(2)
     run(app)
 
 
@@ -59,14 +66,13 @@ def train(
     from trainer.run_folder import alone_in
     from trainer.train import train as run_training
 
-    settings = load_config(config, overrides or [])
-    labels = {"study": out.resolve().parent.name, "arm": settings.shaping.method}
-    with (
-        _stoppable(f"with --resume goes on in {out}"),
-        alone_in(out, waits=False),
-        Progress(out.name, settings.steps) as progress,
-    ):
-        run_training(settings, out, labels, resume=resume, on_step=progress.update)
+    with _stoppable(f"with --resume goes on in {out}"), World.join() as world:
+        with world.together():
+            settings = load_config(config, overrides or [])
+            world.wait()
+        labels = {"study": out.resolve().parent.name, "arm": settings.shaping.method}
+        with alone_in(out, waits=False, world=world), Progress(out.name, settings.steps) as progress:
+            run_training(settings, out, labels, resume=resume, on_step=progress.update, world=world)
     say(str(out))
 
 
