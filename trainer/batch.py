@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainer.advantage import group_relative_advantage, mixed_groups, overlong_penalty
 from trainer.config import SAMPLING_MEMORY, Config
+from trainer.distributed import ALONE, World
 from trainer.faults import memory_advice
 from trainer.policy import Policy
 from trainer.rollout import Samples, SamplingParams, sample
@@ -31,6 +32,7 @@ class Batch:
         rewards: Score plus overlong penalty, (B,).
         group_ids: (B,), from 0 within the step.
         is_kept: (B,) bool, takes part in the update.
+        is_own: (B,) bool, sampled by this process, which records it.
         advantages: Group-relative, (B,); 0 in groups of uniform reward.
         rollout_s: Seconds spent sampling.
         reward_s: Seconds spent scoring.
@@ -44,6 +46,7 @@ class Batch:
     rewards: Tensor
     group_ids: Tensor
     is_kept: Tensor
+    is_own: Tensor
     advantages: Tensor
     rollout_s: float
     reward_s: float
@@ -70,44 +73,50 @@ class PromptSource:
         return list(new.values())
 
 
-def collect_batch(config: Config, policy: Policy, source: PromptSource, step: int) -> Batch:
+def collect_batch(config: Config, policy: Policy, source: PromptSource, step: int, world: World = ALONE) -> Batch:
     """Samples and scores groups until ``prompts_per_step`` of them have mixed rewards, or the refills are used up.
 
-    Dynamic sampling (DAPO, arXiv 2503.14476) with as many new prompts in each refill as groups are missing.
+    Dynamic sampling (DAPO, arXiv 2503.14476) with as many new prompts in each refill as groups are missing. Several
+    processes share out the prompts of every refill, and all get the whole batch.
     """
     rollout = config.rollout
-    rounds: list[_Round] = []
+    rounds: list[list[_Part]] = []
+    prompts: list[Prompt] = []
     missing = rollout.prompts_per_step
     for refill in range(1 + rollout.max_refills * rollout.dynamic_sampling):
-        rounds.append(_sample_round(config, policy, source.task, source.take(missing), (step, refill)))
-        missing -= int(mixed_groups(rounds[-1].rewards, _group_ids(rounds[-1].rewards, rollout.group_size)).sum())
+        drawn = source.take(missing)
+        prompts += [prompt for prompt in drawn for _ in range(rollout.group_size)]
+        rounds.append(world.gather(_sample_part(config, policy, source.task, drawn, (step, refill), world)))
+        rewards = torch.cat([part.rewards for part in rounds[-1]])
+        missing -= int(mixed_groups(rewards, _group_ids(rewards, rollout.group_size)).sum())
         if missing == 0:
             break
-    prompts = [prompt for part in rounds for prompt in part.prompts]
-    rewards = torch.cat([part.rewards for part in rounds])
+    parts = [part for parts in rounds for part in parts]
+    rewards = torch.cat([part.rewards for part in parts])
     group_ids = _group_ids(rewards, rollout.group_size)
     is_kept = mixed_groups(rewards, group_ids)[group_ids]
     return Batch(
-        samples=Samples.concatenate([part.samples for part in rounds]),
+        samples=Samples.concatenate([part.samples for part in parts]),
         prompts=prompts,
         new_prompts=source.first_drawn(prompts),
-        completions=[text for part in rounds for text in part.completions],
-        scores=[score for part in rounds for score in part.scores],
+        completions=[text for part in parts for text in part.completions],
+        scores=[score for part in parts for score in part.scores],
         rewards=rewards,
         group_ids=group_ids,
         is_kept=is_kept if rollout.dynamic_sampling else torch.ones_like(is_kept),
+        is_own=torch.tensor([part.rank == world.rank for part in parts for _ in part.rewards]),
         advantages=group_relative_advantage(rewards, group_ids, config.loss.normalize_std),
-        rollout_s=sum(part.rollout_s for part in rounds),
-        reward_s=sum(part.reward_s for part in rounds),
+        rollout_s=sum(max(part.rollout_s for part in parts) for parts in rounds),
+        reward_s=sum(max(part.reward_s for part in parts) for parts in rounds),
     )
 
 
 @dataclass
-class _Round:
-    """What one generation round adds to the batch; fields as in ``Batch``."""
+class _Part:
+    """What one process adds to the batch in one generation round; fields as in ``Batch``."""
 
+    rank: int
     samples: Samples
-    prompts: list[Prompt]
     completions: list[str]
     scores: list[Score]
     rewards: Tensor
@@ -115,9 +124,12 @@ class _Round:
     reward_s: float
 
 
-def _sample_round(config: Config, policy: Policy, task: Task, prompts: list[Prompt], place: tuple[int, int]) -> _Round:
-    """Samples and scores ``group_size`` responses to each prompt; ``place`` is (step, refill)."""
+def _sample_part(
+    config: Config, policy: Policy, task: Task, prompts: list[Prompt], place: tuple[int, int], world: World
+) -> _Part:
+    """Samples and scores ``group_size`` responses to each of this process's prompts; ``place`` is (step, refill)."""
     rollout = config.rollout
+    own = world.share(len(prompts))
     started = time.perf_counter()
     with memory_advice(config, f"sampling at step {place[0]}", SAMPLING_MEMORY):
         samples = sample(
@@ -126,17 +138,18 @@ def _sample_round(config: Config, policy: Policy, task: Task, prompts: list[Prom
             rollout.group_size,
             SamplingParams.of(rollout),
             generator(config.seed, Stream.ROLLOUT, *place),
+            own,
         )
     sampled = time.perf_counter()
     completions = policy.decode([response.tolist() for response in samples.responses()])
-    prompts = [prompt for prompt in prompts for _ in range(rollout.group_size)]
+    prompts = [prompt for prompt in prompts[own] for _ in range(rollout.group_size)]
     scores = [task.score(text, prompt) for text, prompt in zip(completions, prompts, strict=True)]
     penalty = overlong_penalty(
         samples.lengths, rollout.max_response_tokens, rollout.overlong_buffer_tokens, rollout.overlong_penalty
     )
     rewards = torch.tensor([score.score for score in scores]) + penalty
     scored = time.perf_counter()
-    return _Round(samples, prompts, completions, scores, rewards, sampled - started, scored - sampled)
+    return _Part(world.rank, samples, completions, scores, rewards, sampled - started, scored - sampled)
 
 
 def _group_ids(rewards: Tensor, group_size: int) -> Tensor:

@@ -15,11 +15,12 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from analysis.trace import InputError
 from analysis.trace.manifest import sync_folder
+from trainer.sharding import collect, like
 from trainer.update import Learner
 
 KEPT = 2
@@ -52,15 +53,24 @@ class RunState:
 def save_checkpoint(run_dir: Path, learner: Learner, state: RunState) -> None:
     """Writes a checkpoint and then removes all but the latest few, and those of steps that are still to be done.
 
-    An error leaves the checkpoints as they were.
+    Rank 0 does, and the others wait. An error leaves the checkpoints as they were.
     """
+    weights, moments = learner.policy.weights(), collect(_optimizer_tensors(learner))
+    if learner.world.is_main:
+        _save(run_dir, learner, state, weights, moments)
+    learner.world.wait()
+
+
+def _save(
+    run_dir: Path, learner: Learner, state: RunState, weights: dict[str, Tensor] | None, moments: dict[str, Tensor]
+) -> None:
     folder = run_dir / "checkpoints"
     final = folder / f"step-{state.step:06d}"
     remove_unfinished(run_dir)
     temporary = folder / f".{final.name}.tmp"
     try:
-        learner.policy.save(temporary / POLICY)
-        save_file(_optimizer_tensors(learner), temporary / OPTIMIZER)
+        learner.policy.save(temporary / POLICY, weights)
+        save_file(moments, temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
         _seal(temporary)
     except Exception:
@@ -82,7 +92,7 @@ def load_checkpoint(checkpoint: Path, learner: Learner) -> RunState:
     for key, value in load_file(checkpoint / OPTIMIZER).items():
         name, _, part = key.rpartition(".")
         # A copy: the file's pages are only mapped, and the file will be removed.
-        learner.optimizer.state[parameters[name]][part] = value.to(learner.policy.device, copy=True)
+        learner.optimizer.state[parameters[name]][part] = like(value, parameters[name])
     return read_state(checkpoint)
 
 
@@ -186,7 +196,7 @@ def remove_superseded(run_dir: Path, step: int) -> None:
             _remove(path)
 
 
-def _optimizer_tensors(learner: Learner) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
     """AdamW's state by name of parameter; its settings are the run's configuration."""
     states = learner.optimizer.state
     named = learner.policy.model.named_parameters()

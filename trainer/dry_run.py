@@ -11,7 +11,8 @@ checkpointing, adapters, precision and any architecture count as what they are. 
              + 4 * 4 V rows               logits, and what is made of them
 
 with P parameters, P_t of them trained, V vocabulary entries, L layers of K key-value heads of D numbers of b bytes.
-FSDP (arXiv 2304.11277) divides the state by the number of devices, and gathers the largest layers two at a time.
+FSDP (arXiv 2304.11277) divides the state by the number of devices; an update then gathers the largest layers, two at a
+time, and sampling all weights, 4 P.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from trainer import adapters
 from trainer.config import Config
 from trainer.policy import Policy
 from trainer.resources import PACKAGE, find_local_model
+from trainer.sharding import blocks
 from trainer.token_stats import MIN_ROWS, compute_token_stats
 
 SHAPES = PACKAGE / "shapes.toml"
@@ -61,7 +63,7 @@ class Plan:
         state: Weights, gradients, moments, and the reference policy.
         sampling: What sampling adds.
         update: What a micro-batch adds.
-        gathered: What FSDP adds, holding layers whole while it computes them.
+        gathered: What FSDP adds to an update: layers that are whole while they are computed.
     """
 
     model: str
@@ -88,7 +90,12 @@ class Plan:
     @property
     def sharded_peak(self) -> int:
         """Memory per device where the state is shared out (FSDP), bytes."""
-        return self.state // self.devices + self.gathered + max(self.sampling, self.update)
+        return self.state // self.devices + max(self.sharded_sampling, self.gathered + self.update)
+
+    @property
+    def sharded_sampling(self) -> int:
+        """What sampling adds where the state is shared out, bytes: all weights are whole for that time."""
+        return self.sampling + 4 * self.parameters
 
 
 def make_plan(config: Config, devices: int = 1) -> Plan:
@@ -107,7 +114,7 @@ def make_plan(config: Config, devices: int = 1) -> Plan:
     policy = _build(config, shape, getattr(torch, dtype))
     parameters = [p.numel() for p in policy.model.parameters()]
     trained = [p.numel() for p in policy.model.parameters() if p.requires_grad]
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in _blocks(policy)]
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in blocks(policy.model)]
     # The embedding and the head are as often the largest as a decoder layer is.
     layers += [p for p in parameters if p > max(layers)]
     rows = max(1, min(responses // devices, rollout.cache_tokens // longest))
@@ -168,11 +175,6 @@ def _build(config: Config, shape: PreTrainedConfig, dtype: torch.dtype) -> Polic
     if config.policy.gradient_checkpointing:
         policy.checkpoint_layers()
     return policy
-
-
-def _blocks(policy: Policy) -> list[torch.nn.Module]:
-    lists = [list(module) for module in policy.model.base_model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=len)
 
 
 def _sampling_bytes(policy: Policy, rows: int, tokens: int) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from analysis.trace import read_manifest
 from trainer.checkpoint import find_checkpoint
 from trainer.config import SAMPLING_MEMORY, Config, build_config
+from trainer.distributed import ALONE, World
 from trainer.faults import memory_advice
 from trainer.policy import Policy
 from trainer.rollout import SamplingParams, sample
@@ -23,9 +24,14 @@ from trainer.token_stats import Truncation
 
 
 def evaluate(
-    config: Config, policy: Policy, task: Task, step: int, on_step: Callable[..., None] | None = None
+    config: Config,
+    policy: Policy,
+    task: Task,
+    step: int,
+    on_step: Callable[..., None] | None = None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
-    """Samples ``eval.samples`` responses to every held-out prompt and scores them.
+    """Samples ``eval.samples`` responses to every held-out prompt and scores them, shared out to all processes.
 
     Random numbers depend on the seed, the prompt and the sample index alone, so that evaluations of one run at
     different steps, and of different runs with one seed, are paired.
@@ -36,6 +42,7 @@ def evaluate(
         task: Prompts and scorer.
         step: Updates that the policy has received.
         on_step: Called with the number of prompts done.
+        world: The processes, all of which get all rows.
 
     Returns:
         Columns of the ``evals`` table, one row a response.
@@ -46,22 +53,27 @@ def evaluate(
     rows: dict[str, list[Any]] = defaultdict(list)
     for start in range(0, len(task.heldout), size):
         prompts = task.heldout[start : start + size]
+        own = world.share(len(prompts))
         rng = generator(config.seed, Stream.EVAL, start)
         with memory_advice(config, "evaluating", SAMPLING_MEMORY):
             encoded = [policy.encode_prompt(prompt.question) for prompt in prompts]
-            samples = sample(policy, encoded, samples_per_prompt, params, rng)
+            samples = sample(policy, encoded, samples_per_prompt, params, rng, own)
         completions = policy.decode([response.tolist() for response in samples.responses()])
-        prompts = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
-        scores = [task.score(text, prompt) for text, prompt in zip(completions, prompts, strict=True)]
-        rows["benchmark"] += [prompt.task for prompt in prompts]
-        rows["prompt_id"] += [prompt.prompt_id for prompt in prompts]
-        rows["sample_index"] += list(range(samples_per_prompt)) * (len(prompts) // samples_per_prompt)
-        rows["answer"] += [score.answer for score in scores]
-        rows["is_correct"] += [score.is_correct for score in scores]
-        rows["response_length"] += samples.lengths.tolist()
-        rows["entropy_mean"] += samples.entropy_mean.tolist()
+        answered = [prompt for prompt in prompts[own] for _ in range(samples_per_prompt)]
+        scores = [task.score(text, prompt) for text, prompt in zip(completions, answered, strict=True)]
+        part = {
+            "benchmark": [prompt.task for prompt in answered],
+            "prompt_id": [prompt.prompt_id for prompt in answered],
+            "sample_index": list(range(samples_per_prompt)) * len(prompts[own]),
+            "answer": [score.answer for score in scores],
+            "is_correct": [score.is_correct for score in scores],
+            "response_length": samples.lengths.tolist(),
+            "entropy_mean": samples.entropy_mean.tolist(),
+        }
+        for name, values in ((name, values) for found in world.gather(part) for name, values in found.items()):
+            rows[name] += values
         if on_step:
-            on_step(start + len(prompts) // samples_per_prompt, accuracy=float(np.mean(rows["is_correct"])))
+            on_step(start + len(prompts), accuracy=float(np.mean(rows["is_correct"])))
     return {"step": step, "temperature": config.eval.temperature, **rows}
 
 

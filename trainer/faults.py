@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from analysis.trace import MANIFEST, InputError, flatten, read_manifest
+from trainer.distributed import LostProcessError
 from trainer.section import Section
 
 REMEDIES = {
@@ -27,7 +28,7 @@ class TrainingError(RuntimeError):
 
 
 def explain_fault(error: Exception, run_dir: Path) -> Exception:
-    """What a run that ``error`` ended shall fail with: a ``TrainingError`` if the cause is a full or locked disk.
+    """What a run that ``error`` ended shall fail with: a ``TrainingError`` for a full or locked disk or a lost process.
 
     Asks the folder itself up to which step it holds the run, and writes nothing.
 
@@ -40,11 +41,14 @@ def explain_fault(error: Exception, run_dir: Path) -> Exception:
     """
     code = next((code for code in REMEDIES if _is_fault(error, code)), None)
     named = getattr(error, "filename", None)
+    recorded = f"recorded up to step {_last_durable_step(run_dir)}"
+    if isinstance(error, LostProcessError):
+        return TrainingError(f"{run_dir}: {error}; {recorded}: go on with --resume")
     if code is None or (named and not Path(os.fsdecode(named)).is_relative_to(run_dir)):
         return error
-    fault = os.strerror(code).lower()
-    recorded = f"recorded up to step {_last_durable_step(run_dir)}"
-    return TrainingError(f"{run_dir}: {fault}; {recorded}: {REMEDIES[code]} and go on with --resume")
+    return TrainingError(
+        f"{run_dir}: {os.strerror(code).lower()}; {recorded}: {REMEDIES[code]} and go on with --resume"
+    )
 
 
 @contextmanager
@@ -73,7 +77,7 @@ def memory_advice(config: Section, activity: str, *keys: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if isinstance(error, TrainingError) or not _is_out_of_memory(error):
             raise
         # The traceback would hold what filled the memory until the run has been recorded as failed, which needs some.
         traceback.clear_frames(error.__traceback__)

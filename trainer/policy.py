@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from trainer import adapters, attention
 from trainer.config import PolicyConfig
 from trainer.decoder import Decoder
 from trainer.pretrained import load_model, load_pretrained
+from trainer.sharding import collect, gathered, is_sharded, like, shard, whole
 from trainer.tasks.prompt import Question, as_chat, as_text
 from trainer.token_stats import WHOLE, LMHead, TokenStats, Truncation, compute_token_stats
 
@@ -51,6 +52,7 @@ class Policy:
     name: str
     template: str | None = None
     adapter: PeftModel | None = None
+    _whole_head: LMHead | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def load(cls, config: PolicyConfig) -> Policy:
@@ -80,13 +82,22 @@ class Policy:
     @property
     def head(self) -> LMHead:
         """The LM head's current weights."""
+        if self._whole_head:
+            return self._whole_head
         linear: Any = self.model.get_output_embeddings()
-        return LMHead(linear.weight, getattr(linear, "bias", None))
+        bias = getattr(linear, "bias", None)
+        return LMHead(whole(linear.weight), None if bias is None else whole(bias))
 
     @property
     def vocab_size(self) -> int:
         """Rows of the LM head, which may exceed the tokenizer's entries."""
-        return len(self.head.weight)
+        linear: Any = self.model.get_output_embeddings()
+        return len(linear.weight)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the processes of the run hold a part of every weight each."""
+        return is_sharded(self.model)
 
     @cached_property
     def stop_ids(self) -> Tensor:
@@ -121,7 +132,8 @@ class Policy:
 
     def decode(self, responses: list[list[int]]) -> list[str]:
         """Texts of responses, special tokens left out."""
-        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        # The tokenizer would take an empty list for one response.
+        return self.tokenizer.batch_decode(responses, skip_special_tokens=True) if responses else []
 
     def vocab(self) -> list[str]:
         """Text of every vocabulary entry, decoded alone; empty for rows of the head that the tokenizer lacks."""
@@ -169,21 +181,52 @@ class Policy:
         hidden = self.hidden_states(padded[:, :-1], use_cache=False)
         return hidden[is_response[:, 1:]], padded[is_response]
 
-    def save(self, folder: Path) -> None:
+    def shard(self) -> None:
+        """Shares the weights out to all processes, which hold the same now; see ``trainer.sharding``.
+
+        Raises:
+            InputError: only an adapter is trained.
+        """
+        if self.adapter:
+            raise InputError("policy.lora: an adapter is not shared out (FSDP); launch with ddp.yaml, or without it")
+        shard(self.model)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within, weights that are shared out are whole, and each process may read and sample at its own pace."""
+        if not self.is_sharded:
+            yield
+            return
+        with torch.no_grad():
+            self._whole_head = self.head
+        try:
+            with gathered(self.model):
+                yield
+        finally:
+            self._whole_head = None
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """What ``save`` needs of weights that are shared out, gathered by all processes together."""
+        return collect(dict(self.model.named_parameters())) if self.is_sharded else None
+
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Writes a folder that ``load`` takes: the whole model, or the adapter if only that is trained."""
         if self.adapter:
             adapters.save_adapter(self.adapter, folder)
         else:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
+    @torch.no_grad()
     def restore(self, folder: Path) -> None:
         """Takes over the weights that ``save`` wrote, bit for bit."""
         if self.adapter:
             adapters.restore_adapter(self.adapter, folder)
-        else:
-            # The library's own way, which knows of shards, tied weights, and names that differ from those in the file.
-            self.model.load_state_dict(load_model(folder).state_dict())
+            return
+        # The library's own way, which knows of shards, tied weights, and names that differ from those in the file.
+        saved = load_model(folder).state_dict()
+        for name, value in self.model.state_dict().items():
+            value.copy_(like(saved[name], value))
 
     def checkpoint_layers(self) -> None:
         """Layers keep their inputs alone for the backward pass, and compute the rest again.

@@ -34,10 +34,10 @@ def record_batch(
     first_rollout_id: int,
     temperature: float,
 ) -> None:
-    """Adds one step's tokens, rollouts and prompts.
+    """Adds one step's tokens and rollouts, of these the process's own, and its prompts.
 
     Args:
-        writer: The trace.
+        writer: The trace; that of rank 0 takes the prompts.
         batch: The step's responses, dropped groups included.
         shaped: Shaped advantages, (B, T).
         after: What the update did to the kept responses; None on steps where it is not captured.
@@ -46,7 +46,9 @@ def record_batch(
         temperature: Sampling temperature.
     """
     num_samples = len(batch.prompts) // int(batch.group_ids[-1] + 1)
-    record_prompts(writer, batch.new_prompts)
+    if writer.rank == 0:
+        record_prompts(writer, batch.new_prompts)
+    own = np.flatnonzero(batch.is_own.numpy())
     rollout_ids = first_rollout_id + np.arange(len(batch.prompts))
     prompt_ids = np.array([prompt.prompt_id for prompt in batch.prompts], dtype=object)
     is_correct = np.array([score.is_correct for score in batch.scores])
@@ -54,20 +56,20 @@ def record_batch(
         "rollouts",
         {
             "step": step,
-            "prompt_id": prompt_ids,
-            "rollout_id": rollout_ids,
-            "sample_index": np.arange(len(batch.prompts)) % num_samples,
-            "is_correct": is_correct,
+            "prompt_id": prompt_ids[own],
+            "rollout_id": rollout_ids[own],
+            "sample_index": own % num_samples,
+            "is_correct": is_correct[own],
             "temperature": temperature,
             "entropy_kind": "exact",
             "policy_step": step - 1,
-            **_response_columns(batch),
+            **_response_columns(batch, own),
         },
     )
     samples = batch.samples
-    mask = samples.response_mask
+    mask = samples.response_mask & batch.is_own[:, None]
     lengths = samples.lengths.numpy()
-    rows = np.repeat(np.arange(len(lengths)), lengths)
+    rows, positions = np.nonzero(mask.numpy())
     grad_norm = lm_head_grad_norm(shaped, samples.stats.logprob, samples.stats.sum_p2, samples.hidden_norm, temperature)
     writer.append(
         "tokens",
@@ -75,7 +77,7 @@ def record_batch(
             "step": step,
             "prompt_id": prompt_ids[rows],
             "rollout_id": rollout_ids[rows],
-            "position": np.nonzero(mask.numpy())[1],
+            "position": positions,
             "response_length": lengths[rows],
             "token_id": samples.tokens[mask].numpy(),
             "logprob": samples.stats.logprob[mask].numpy(),
@@ -84,39 +86,39 @@ def record_batch(
             "shaped_advantage": shaped[mask].numpy(),
             "grad_norm": grad_norm[mask].numpy(),
             "is_correct": is_correct[rows],
-            **(_after_columns(batch, after) if after else {}),
+            **(_after_columns(batch, after, mask) if after else {}),
         },
     )
 
 
-def _after_columns(batch: Batch, after: AfterUpdate) -> dict[str, pa.Array]:
-    """After-update columns of all tokens, null where the response took no part in the update."""
-    mask = batch.samples.response_mask
+def _after_columns(batch: Batch, after: AfterUpdate, mask: Tensor) -> dict[str, pa.Array]:
+    """After-update columns of the tokens in ``mask``, null where the response took no part in the update."""
     is_left_out = ~batch.is_kept[:, None].expand(mask.shape)[mask].numpy()
     return {f.name: pa.array(getattr(after, f.name)[mask].numpy(), mask=is_left_out) for f in fields(after)}
 
 
-def _response_columns(batch: Batch) -> dict[str, Any]:
+def _response_columns(batch: Batch, own: np.ndarray) -> dict[str, Any]:
     samples = batch.samples
     surprisal = mean_surprisal(samples.stats.logprob, samples.response_mask)
+    z = ppl_z(samples.stats.logprob, samples.response_mask, batch.group_ids)
+    completions, scores = [batch.completions[row] for row in own], [batch.scores[row] for row in own]
+    prompts, is_truncated = [batch.prompts[row] for row in own], samples.is_truncated.numpy()[own]
     defects = [
-        find_defects(prompt.text, text, has_answer=score.answer is not None, is_truncated=bool(is_truncated))
-        for prompt, text, score, is_truncated in zip(
-            batch.prompts, batch.completions, batch.scores, samples.is_truncated, strict=True
-        )
+        find_defects(prompt.text, text, has_answer=score.answer is not None, is_truncated=bool(is_cut))
+        for prompt, text, score, is_cut in zip(prompts, completions, scores, is_truncated, strict=True)
     ]
     return {
-        "completion": batch.completions,
-        "answer": [score.answer for score in batch.scores],
-        "reward": batch.rewards.numpy(),
-        "has_answer": [score.answer is not None for score in batch.scores],
+        "completion": completions,
+        "answer": [score.answer for score in scores],
+        "reward": batch.rewards.numpy()[own],
+        "has_answer": [score.answer is not None for score in scores],
         "defects": defects,
-        "response_length": samples.lengths.numpy(),
-        "is_truncated": samples.is_truncated.numpy(),
-        "is_kept": batch.is_kept.numpy(),
-        "entropy_mean": samples.entropy_mean.numpy(),
-        "surprisal_mean": surprisal.numpy(),
-        "ppl": surprisal.exp().numpy(),
-        "ppl_z": ppl_z(samples.stats.logprob, samples.response_mask, batch.group_ids).numpy(),
-        "advantage": batch.advantages.numpy(),
+        "response_length": samples.lengths.numpy()[own],
+        "is_truncated": is_truncated,
+        "is_kept": batch.is_kept.numpy()[own],
+        "entropy_mean": samples.entropy_mean.numpy()[own],
+        "surprisal_mean": surprisal.numpy()[own],
+        "ppl": surprisal.exp().numpy()[own],
+        "ppl_z": z.numpy()[own],
+        "advantage": batch.advantages.numpy()[own],
     }

@@ -108,9 +108,14 @@ class Samples:
 
 
 def sample(
-    policy: Policy, prompts: list[list[int]], num_samples: int, params: SamplingParams, rng: np.random.Generator
+    policy: Policy,
+    prompts: list[list[int]],
+    num_samples: int,
+    params: SamplingParams,
+    rng: np.random.Generator,
+    part: slice = slice(None),
 ) -> Samples:
-    """Draws ``num_samples`` responses to each prompt.
+    """Draws ``num_samples`` responses to each prompt, or to each of a part of them.
 
     Equal policies sampled with equal generators give equal responses; see ``sample_at``.
 
@@ -119,20 +124,24 @@ def sample(
         prompts: Token ids of each prompt, P lists.
         num_samples: Responses to each.
         params: Limits and temperature.
-        rng: Source of the random numbers.
+        rng: Source of the random numbers, which are drawn for all prompts.
+        part: The prompts that are answered here.
 
     Returns:
-        ``Samples`` of P * num_samples rows, the responses of one prompt adjacent.
+        ``Samples`` of ``num_samples`` rows a prompt of the part, the responses of one prompt adjacent.
     """
     uniforms = rng.random((len(prompts) * num_samples, params.max_tokens), dtype=np.float32)
     longest = max(len(prompt) for prompt in prompts) + params.max_tokens
     size = max(1, params.cache_tokens // (longest * num_samples))
-    parts = []
-    for start in range(0, len(prompts), size):
-        part = prompts[start : start + size]
-        numbers = uniforms[start * num_samples : (start + size) * num_samples]
-        parts.append(sample_at(policy, part, numbers, [params.max_tokens] * len(part), params))
-    return Samples.concatenate(parts)
+    chosen = prompts[part]
+    numbers = uniforms.reshape(len(prompts), num_samples, params.max_tokens)[part]
+    drawn = [Samples.empty([], params.max_tokens)]
+    with policy.whole():
+        for start in range(0, len(chosen), size):
+            some = slice(start, start + size)
+            limits = [params.max_tokens] * len(chosen[some])
+            drawn.append(sample_at(policy, chosen[some], numbers[some].reshape(-1, params.max_tokens), limits, params))
+    return Samples.concatenate(drawn)
 
 
 @torch.no_grad()

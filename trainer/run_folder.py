@@ -15,6 +15,7 @@ from analysis.trace import InputError, describe_machine, flatten, read_manifest,
 from analysis.trace.manifest import MANIFEST, now
 from analysis.trace.schema import SCHEMA_VERSION
 from trainer.config import MEMORY_KEYS, Config, build_config, merge, nest
+from trainer.distributed import ALONE, World
 from trainer.resources import find_model
 
 # A folder that can be locked is one that no second process works in.
@@ -123,17 +124,20 @@ def config_changes(found: Mapping[str, Any], config: Config) -> Iterator[str]:
 
 
 @contextmanager
-def alone_in(run_dir: Path, *, waits: bool) -> Iterator[None]:
+def alone_in(run_dir: Path, *, waits: bool, world: World = ALONE) -> Iterator[None]:
     """Keeps other processes out of a run's folder, where the system and its file system know locks.
 
     Args:
         run_dir: The run, begun or not.
         waits: For a process that works there, such as one that outlives its launcher by a step.
+        world: The processes that work there together, by the lock of rank 0.
 
     Raises:
         InputError: another process works there.
     """
-    file = _lock(run_dir.resolve(), waits)
+    with world.together():
+        file = _lock(run_dir.resolve(), waits) if world.is_main else None
+        world.wait()
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ that of whole weights, for these are gathered as they are, in float32; gradients
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,16 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value
+
+
+def collect(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors, which all processes gather one by one; of those in parts only rank 0 keeps any, on the CPU."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if not isinstance(tensor, DTensor) or torch.distributed.get_rank() == 0:
+            found[name] = full.cpu() if isinstance(tensor, DTensor) else full
+    return found
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from trainer.checkpoint import (
     save_checkpoint,
 )
 from trainer.config import Config
+from trainer.distributed import ALONE, World
 from trainer.evaluate import evaluate
 from trainer.faults import explain_fault, explained
 from trainer.method import TokenBatch
@@ -55,6 +56,7 @@ def train(
     *,
     resume: bool = False,
     on_step: Callable[..., None] = lambda done, **figures: None,
+    world: World = ALONE,
 ) -> None:
     """Trains one policy and records the run in ``run_dir``.
 
@@ -64,35 +66,43 @@ def train(
         labels: ``study`` and ``arm``, for the manifest.
         resume: Go on with a run that was interrupted or failed; a complete one is left alone.
         on_step: Called after every step with the step and figures to show.
+        world: The processes that train together; each calls this with the same arguments.
 
     Raises:
         InputError: bad configuration, or a folder that cannot be used.
         TrainingError: the run itself failed; it is marked so and what it recorded stays readable.
     """
-    if resume and is_complete(config, run_dir):
-        return
-    torch.manual_seed(config.seed)
-    policy = Policy.load(config.policy)
-    task = load_task(config.task, config.seed, policy.encode_prompt)
-    learner = Learner(config, policy)
+    with world.together():
+        if resume and world.from_main(lambda: is_complete(config, run_dir)):
+            return
+        torch.manual_seed(config.seed)
+        policy = Policy.load(config.policy)
+        task = load_task(config.task, config.seed, policy.encode_prompt)
+        if world.is_sharded:
+            policy.shard()
+        learner = Learner(config, policy, world)
     with explained(run_dir):
-        writer, state = _open_trace(config, run_dir, {**labels, **task.describe()}, learner, resume)
-        with durable(writer):
+        with world.together():
+            writer, state = _open_trace(config, run_dir, {**labels, **task.describe()}, learner, resume)
+        with durable(writer, world):
             if state.step == 0:
-                record_prompts(writer, task.heldout)
-                writer.append("evals", evaluate(config, learner.policy, task, step=0))
+                rows = evaluate(config, learner.policy, task, step=0, world=world)
+                if world.is_main:
+                    record_prompts(writer, task.heldout)
+                    writer.append("evals", rows)
                 writer.flush(0)
             _run_steps(config, task, learner, writer, state, on_step)
 
 
 @contextmanager
-def durable(writer: TraceWriter) -> Iterator[None]:
+def durable(writer: TraceWriter, world: World = ALONE) -> Iterator[None]:
     """However training ends, the steps that it finished are made durable, and ``run.json`` says how it ended."""
     try:
-        yield
+        with world.together():
+            yield
     except BaseException as error:
         # What ended the run, such as a full disk, may forbid writing too; what is durable already stays so.
-        with suppress(Exception):
+        with suppress(Exception), world.together():
             writer.flush()
         if isinstance(error, Exception):
             failure = explain_fault(error, writer.run_dir)
@@ -110,11 +120,12 @@ def _run_steps(
     state: RunState,
     on_step: Callable[..., None],
 ) -> None:
+    world = learner.world
     source = PromptSource(task, state.prompt_position)
     timeouts_before = writer.manifest.get("verifier_timeouts", 0)
     plateau = PlateauDetector(config.shaping.plateau, state.history)
     for step in range(state.step + 1, config.steps + 1):
-        batch = collect_batch(config, learner.policy, source, step)
+        batch = collect_batch(config, learner.policy, source, step, world)
         samples = batch.samples
         advantages = batch.advantages[:, None].expand(samples.tokens.shape)
         context = TokenBatch.of(batch, config.seed, Stream.SHAPING, step)
@@ -134,11 +145,16 @@ def _run_steps(
             temperature=config.rollout.temperature,
         )
         figures = _step_figures(batch, metrics, lr=learner.optimizer.param_groups[0]["lr"])
-        seconds = {"update_s": updated - started, "record_s": time.perf_counter() - updated}
-        writer.append("steps", {"step": step, "is_shaped": is_shaped, **figures, **seconds})
         is_last = step == config.steps
-        if is_last or step % config.eval.every == 0:
-            writer.append("evals", evaluate(config, learner.policy, task, step))
+        is_evaluated = is_last or step % config.eval.every == 0
+        seconds = {"update_s": updated - started, "record_s": time.perf_counter() - updated}
+        rows = evaluate(config, learner.policy, task, step, world=world) if is_evaluated else None
+        if world.is_main:
+            writer.append("steps", {"step": step, "is_shaped": is_shaped, **figures, **seconds})
+            if rows:
+                writer.append("evals", rows)
+        # A step has ended once it has for all processes.
+        num_timeouts = sum(world.gather(task.num_timeouts))
         writer.end_step(step)
 
         plateau.update(figures["entropy_token_mean"], figures["accuracy"])
@@ -146,8 +162,8 @@ def _run_steps(
         state.prompt_position = source.position
         state.next_rollout_id += len(batch.prompts)
         state.history = plateau.history
-        if task.num_timeouts:
-            writer.manifest["verifier_timeouts"] = timeouts_before + task.num_timeouts
+        if num_timeouts:
+            writer.manifest["verifier_timeouts"] = timeouts_before + num_timeouts
         if is_last or step % config.record.flush_every == 0:
             writer.flush()
         if is_last or step % config.record.checkpoint_every == 0:
@@ -187,30 +203,48 @@ def _open_trace(
     config: Config, run_dir: Path, labels: Mapping[str, str], learner: Learner, resume: bool
 ) -> tuple[TraceWriter, RunState]:
     """A new trace, or the one to go on with and where it stands."""
-    if resume and has_begun(run_dir):
-        whole, damage = last_whole_step(run_dir, read_manifest(run_dir))
-        if damage:
-            log.warning("%s", damage)
-        checkpoint = find_intact(run_dir, at_most=whole)
-        remove_unfinished(run_dir)
-        if checkpoint:
-            check_prompts(config, run_dir)
-            state = load_checkpoint(checkpoint, learner)
-            remove_superseded(run_dir, state.step)
-            writer = TraceWriter.resume(run_dir, state.step)
-            writer.manifest["config"] = config.model_dump(mode="json")
-            return writer, state
-    manifest = {**describe_run(config, run_dir, labels), "num_threads": torch.get_num_threads()}
-    if learner.policy.device.type == "cuda":
-        manifest["hardware"]["gpu"] = torch.cuda.get_device_name(learner.policy.device)
+    world = learner.world
+    if checkpoint := world.from_main(lambda: _find_beginning(config, run_dir) if resume else None):
+        state = load_checkpoint(checkpoint, learner)
+        with world.main_first():
+            if world.is_main:
+                remove_superseded(run_dir, state.step)
+            writer = TraceWriter.resume(run_dir, state.step, world.rank, world.gather)
+        writer.manifest |= {"config": config.model_dump(mode="json"), "num_processes": world.size}
+        return writer, state
+    manifest = world.from_main(lambda: _describe(config, run_dir, labels, learner))
     lexicon = Lexicon.load(Path(config.record.lexicon) if config.record.lexicon else None)
     # Without a checkpoint nothing is lost but time by starting again: equal seeds give equal runs.
-    writer = TraceWriter.create(
-        run_dir,
-        manifest,
-        learner.policy.vocab(),
-        lexicon,
-        replace=resume,
-        mantissa_bits=config.record.mantissa_bits,
-    )
+    with world.main_first():
+        writer = TraceWriter.create(
+            run_dir,
+            manifest,
+            learner.policy.vocab(),
+            lexicon,
+            replace=resume,
+            rank=world.rank,
+            gather=world.gather,
+            mantissa_bits=config.record.mantissa_bits,
+        )
     return writer, RunState()
+
+
+def _find_beginning(config: Config, run_dir: Path) -> Path | None:
+    """The checkpoint to go on from; None where none was written, and the run starts again."""
+    if not has_begun(run_dir):
+        return None
+    whole, damage = last_whole_step(run_dir, read_manifest(run_dir))
+    if damage:
+        log.warning("%s", damage)
+    checkpoint = find_intact(run_dir, at_most=whole)
+    remove_unfinished(run_dir)
+    if checkpoint:
+        check_prompts(config, run_dir)
+    return checkpoint
+
+
+def _describe(config: Config, run_dir: Path, labels: Mapping[str, str], learner: Learner) -> dict[str, Any]:
+    manifest = describe_run(config, run_dir, labels)
+    if learner.policy.device.type == "cuda":
+        manifest["hardware"]["gpu"] = torch.cuda.get_device_name(learner.policy.device)
+    return {**manifest, "num_processes": learner.world.size, "num_threads": torch.get_num_threads()}

@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from trainer.batch import Batch
 from trainer.config import UPDATE_MEMORY, Config, OptimConfig
+from trainer.distributed import ALONE, World
 from trainer.faults import TrainingError, memory_advice
 from trainer.loss import kl_penalty
 from trainer.method import TokenBatch
@@ -20,6 +21,7 @@ from trainer.objectives import Objective
 from trainer.policy import Policy
 from trainer.rollout import Samples, SamplingParams
 from trainer.seeding import Stream, generator
+from trainer.sharding import whole
 from trainer.token_stats import TokenStats
 
 # What the loss is multiplied by on the way back: in float16, small gradients would vanish without. Should they overflow
@@ -44,7 +46,7 @@ class UpdateMetrics:
 
 @dataclass
 class AfterUpdate:
-    """What an update did to the tokens it was made of; each (B, T), 0 outside the kept responses.
+    """What an update did to the tokens it was made of; each (B, T), 0 outside the kept responses of this process.
 
     Attributes:
         logprob_after: logprob under the updated weights, nats.
@@ -60,9 +62,9 @@ class AfterUpdate:
 class Learner:
     """Policy, optimiser and, if the loss has a KL term, the frozen reference policy."""
 
-    def __init__(self, config: Config, policy: Policy) -> None:
+    def __init__(self, config: Config, policy: Policy, world: World = ALONE) -> None:
         """Builds AdamW; weight decay spares vectors (norms and biases)."""
-        self.config, self.policy = config, policy
+        self.config, self.policy, self.world = config, policy, world
         self.sampling = SamplingParams.of(config.rollout)
         parameters = [p for p in policy.model.parameters() if p.requires_grad]
         decayed = [p for p in parameters if p.ndim > 1]
@@ -96,17 +98,18 @@ class Learner:
                 updates.append(self._step_optimizer(batch.samples, objective, rows, step, is_clipped))
         if not updates:
             return UpdateMetrics(is_clipped)
+        is_clipped = torch.stack(self.world.gather(is_clipped)).any(0)
         mean = torch.tensor(updates, dtype=torch.float64).mean(0).tolist()
         loss, grad_norm, kl, low, high = mean
         return UpdateMetrics(is_clipped, loss, grad_norm, kl if self.reference else None, low, high)
 
     @torch.no_grad()
     def capture(self, batch: Batch, metrics: UpdateMetrics) -> AfterUpdate:
-        """Scores the kept responses under the weights that ``update`` left; draws no random number."""
+        """Scores the kept responses of this process under the weights that ``update`` left; draws no random number."""
         samples = batch.samples
         logprob, entropy = torch.zeros(samples.tokens.shape), torch.zeros(samples.tokens.shape)
-        kept = torch.nonzero(batch.is_kept).squeeze(1)
-        with memory_advice(self.config, "capturing what an update did", UPDATE_MEMORY):
+        kept = torch.nonzero(batch.is_kept & batch.is_own).squeeze(1)
+        with memory_advice(self.config, "capturing what an update did", UPDATE_MEMORY), self.policy.whole():
             for micro in micro_batches(samples, kept, self.config.optim.micro_batch_tokens):
                 rows = kept[micro]
                 stats = self._score(self.policy, samples, rows)
@@ -121,7 +124,8 @@ class Learner:
         loss = kl = num_low = num_high = grad_norm = math.nan
         for scale in LOSS_SCALES.get(self.policy.dtype, (1.0,)):
             loss, kl, num_low, num_high = self._backward(samples, objective, rows, is_clipped, scale)
-            grad_norm = float(clip_grad_norm_(self.policy.model.parameters(), self.config.optim.grad_clip))
+            norm = clip_grad_norm_(self.policy.model.parameters(), self.config.optim.grad_clip)
+            grad_norm = float(whole(norm))
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 break
         else:
@@ -136,13 +140,20 @@ class Learner:
         """Fills in gradients; returns loss, KL and the numbers of clipped tokens, and marks these in ``is_clipped``."""
         sums = torch.zeros(4, dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
-        places = self._places_with_gradient(objective)
-        for part in micro_batches(samples, rows[places], self.config.optim.micro_batch_tokens):
-            micro = places[part]
+        places, world = self._places_with_gradient(objective), self.world
+        budget = self.config.optim.micro_batch_tokens
+        own = [places[part] for part in micro_batches(samples, rows[places], budget, world.rank, world.size)]
+        # Weights in parts are gathered by all processes at once: one that is done reads a response again, for nothing.
+        idle = max(world.gather(len(own))) - len(own) if self.policy.is_sharded else 0
+        for num_read, micro in enumerate([*own, *[places[:1]] * idle]):
             loss, kl, is_low, is_high = self._loss_sums(samples, objective, rows, micro)
+            if num_read >= len(own):
+                (loss * 0).backward()
+                continue
             (loss * scale).backward()
             sums += torch.stack([loss.detach(), kl, is_low.sum(), is_high.sum()]).cpu().double()
             is_clipped[rows[micro]] |= samples.place(is_low | is_high, rows[micro])
+        sums = self._add_up(sums)
         for parameter in self.policy.model.parameters():
             if scale != 1 and parameter.grad is not None:
                 parameter.grad /= scale
@@ -156,6 +167,17 @@ class Learner:
         places = torch.nonzero(objective.has_gradient).squeeze(1)
         # Where there is none, one will do for a gradient of 0, with which weight decay and moments go on.
         return places if len(places) else torch.zeros(1, dtype=torch.int64)
+
+    def _add_up(self, sums: Tensor) -> Tensor:
+        """Adds up over all processes what each has of the gradients, and of ``sums``, which are returned."""
+        parameters = list(self.policy.model.parameters())
+        answers = self.world.gather((sums, [parameter.grad is not None for parameter in parameters]))
+        for parameter, *has_grad in zip(parameters, *(has_grad for _, has_grad in answers), strict=True):
+            if parameter.grad is None and any(has_grad):
+                parameter.grad = torch.zeros_like(parameter)
+        if not self.policy.is_sharded:
+            self.world.add_up(parameter.grad for parameter in parameters if parameter.grad is not None)
+        return torch.stack([sums for sums, _ in answers]).sum(0)
 
     def _loss_sums(
         self, samples: Samples, objective: Objective, rows: Tensor, micro: Tensor
@@ -197,19 +219,21 @@ def mini_batches(config: Config, batch: Batch, step: int) -> Iterator[Tensor]:
                 yield torch.nonzero(torch.isin(batch.group_ids, torch.from_numpy(part))).squeeze(1)
 
 
-def micro_batches(samples: Samples, rows: Tensor, max_tokens: int) -> list[Tensor]:
+def micro_batches(samples: Samples, rows: Tensor, max_tokens: int, rank: int = 0, size: int = 1) -> list[Tensor]:
     """``cut_by_length`` of the sequences ``rows``."""
-    return cut_by_length(samples.lengths[rows] + torch.tensor([len(samples.prompts[row]) for row in rows]), max_tokens)
+    lengths = samples.lengths[rows] + torch.tensor([len(samples.prompts[row]) for row in rows])
+    return cut_by_length(lengths, max_tokens, rank, size)
 
 
-def cut_by_length(lengths: Tensor, max_tokens: int) -> list[Tensor]:
+def cut_by_length(lengths: Tensor, max_tokens: int, rank: int = 0, size: int = 1) -> list[Tensor]:
     """Cuts sequences, sorted by their lengths, into parts of at most ``max_tokens`` tokens, padding counted.
 
-    A sequence longer than ``max_tokens`` makes a part of its own. The parts hold places in ``lengths``.
+    A sequence longer than ``max_tokens`` makes a part of its own. The parts hold places in ``lengths``. Of ``size``
+    processes, each takes every ``size``-th sequence of that order, the one of ``rank`` from place ``rank`` on.
     """
     ordered = lengths.argsort(stable=True)
     parts: list[list[int]] = [[]]
-    for index in ordered.tolist():
+    for index in ordered[rank::size].tolist():
         if parts[-1] and int(lengths[index]) * (len(parts[-1]) + 1) > max_tokens:
             parts.append([])
         parts[-1].append(index)

@@ -44,7 +44,8 @@ class TraceWriter:
     the moment at which ``run.json``, replaced as a whole, lists it: all tables move on to a step together.
 
     Where several processes record one run, each has a writer with its own ``rank``, and all flush together: ``gather``
-    returns what every process passes to it, once all have called it. Rank 0 keeps ``run.json``.
+    returns what every process passes to it, once all have called it, or raises if one of them has failed. Rank 0 keeps
+    ``run.json``.
     """
 
     def __init__(
@@ -192,6 +193,8 @@ class TraceWriter:
         manifest = {**self.manifest, "last_durable_step": self._ended_step, FILES: files}
         if self.rank == 0:
             write_manifest(self.run_dir, manifest)
+        # Nobody lets go of rows before they are listed.
+        self._gather({})
         self.manifest = manifest
         self._buffers = {table: parts[self._num_ended[table] :] for table, parts in self._buffers.items()}
         self._num_ended = dict.fromkeys(TABLES, 0)

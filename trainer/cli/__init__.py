@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -13,6 +14,7 @@ import typer
 
 from analysis.cli import app, print_json, run, say
 from analysis.trace import InputError
+from trainer.distributed import World, prepare, was_launched
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -40,6 +42,11 @@ Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time; each gets an equ
 
 def main() -> None:
     """Entry point of the console script."""
+    if was_launched():
+        prepare()
+        if sys.argv[1:2] != ["train"]:
+            say("entrace: processes that were launched together can train, and nothing else", err=True)
+            sys.exit(2)
     run(app)
 
 
@@ -63,9 +70,8 @@ def train(
     _require_train_extra()
     from trainer.config import load_config
 
-    settings = load_config(config, overrides or [])
     if dry_run:
-        _print_plan(settings, devices or 1, json)
+        _print_plan(load_config(config, overrides or []), devices or 1, json)
         return
     if out is None:
         raise InputError("--out: expected the folder of the run")
@@ -75,13 +81,13 @@ def train(
     from trainer.run_folder import alone_in
     from trainer.train import train as run_training
 
-    labels = {"study": out.resolve().parent.name, "arm": settings.shaping.method}
-    with (
-        _stoppable(f"with --resume goes on in {out}"),
-        alone_in(out, waits=False),
-        Progress(out.name, settings.steps) as progress,
-    ):
-        run_training(settings, out, labels, resume=resume, on_step=progress.update)
+    with _stoppable(f"with --resume goes on in {out}"), World.join() as world:
+        with world.together():
+            settings = load_config(config, overrides or [])
+            world.wait()
+        labels = {"study": out.resolve().parent.name, "arm": settings.shaping.method}
+        with alone_in(out, waits=False, world=world), Progress(out.name, settings.steps) as progress:
+            run_training(settings, out, labels, resume=resume, on_step=progress.update, world=world)
     say(str(out))
 
 
@@ -103,9 +109,8 @@ def _print_plan(settings: Config, devices: int, json: bool) -> None:
     shared = plan.state // devices
     for name, whole, sharded in (
         ("state", plan.state, shared),
-        ("layers", 0, plan.gathered),
-        ("sampling", plan.sampling, plan.sampling),
-        ("update", plan.update, plan.update),
+        ("sampling", plan.sampling, plan.sharded_sampling),
+        ("update", plan.update, plan.gathered + plan.update),
         ("peak", plan.peak, plan.sharded_peak),
     ):
         say(f"  {name:12}{whole / 1e9:>12.2f} {sharded / 1e9:>14.2f}")
