@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 # Of a process that was told to end and hears nothing from the others; launchers kill after 30.
 GRACE_S = 15
+LOST = "another process of the run has ended"
 
 
 class LostProcessError(RuntimeError):
@@ -131,19 +132,27 @@ class World:
             self.wait()
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, *, in_step: bool = False) -> Iterator[None]:
         """An error within is that of all processes: the others get it from the ``gather`` that they come to next.
 
-        Where weights are shared out, they may wait for this process's part instead: the launcher ends them.
+        Args:
+            in_step: They may wait for this process's part of a weight instead, and hear nothing: it ends by itself, and
+                the launcher ends the others.
+
+        Raises:
+            LostProcessError: another process has ended while this one waited for it.
         """
         try:
             yield
         except Exception as error:
-            if self.is_sharded and error is not self._heard:
-                self._break_off()
-            elif self.size > 1 and error is not self._heard:
-                with suppress(LostProcessError):
-                    self._exchange(_Failure.of(error))
+            if self.size > 1 and error is not self._heard:
+                if in_step:
+                    self._break_off()
+                else:
+                    with suppress(LostProcessError):
+                        self._exchange(_Failure.of(error))
+            if in_step and _is_of_network(error):
+                raise LostProcessError(LOST) from error
             raise
 
     def share(self, count: int) -> slice:
@@ -173,7 +182,7 @@ class World:
             distributed.all_gather_object(found, value, group=self._group)
         except RuntimeError as error:
             self._break_off()
-            raise LostProcessError("another process of the run has ended") from error
+            raise LostProcessError(LOST) from error
         return found
 
     def _note_signal(self, *_: Any) -> None:
@@ -203,6 +212,13 @@ class World:
 
 
 ALONE = World()
+
+
+def _is_of_network(error: Exception) -> bool:
+    import torch.distributed as distributed
+
+    # Gloo has no error of its own.
+    return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def was_launched() -> bool:

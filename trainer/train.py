@@ -82,7 +82,7 @@ def train(
             policy.shard()
         learner = Learner(config, policy, world)
     with explained(run_dir):
-        with world.together():
+        with world.together(in_step=world.is_sharded):
             writer, state = _open_trace(config, run_dir, {**labels, **task.describe()}, learner, resume)
         with durable(writer, world):
             if state.step == 0:
@@ -98,7 +98,7 @@ def train(
 def durable(writer: TraceWriter, world: World = ALONE) -> Iterator[None]:
     """However training ends, the steps that it finished are made durable, and ``run.json`` says how it ended."""
     try:
-        with world.together():
+        with world.together(in_step=world.is_sharded):
             yield
     except BaseException as error:
         # What ended the run, such as a full disk, may forbid writing too; what is durable already stays so.

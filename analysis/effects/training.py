@@ -39,7 +39,7 @@ def of_policy(judged: Judged) -> Judged:
 
     def judge(runs: Runs, run_ids: Sequence[str], rng: np.random.Generator) -> Estimate:
         for run in run_ids:
-            if reason := (runs.manifests[run].get("unknown") or {}).get("policy.entropy"):
+            if reason := (runs.manifests.get(run, {}).get("unknown") or {}).get("policy.entropy"):
                 raise NoEffectError(str(reason))
         return judged(runs, run_ids, rng)
 

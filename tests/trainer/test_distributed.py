@@ -129,8 +129,8 @@ def alone(tmp_path_factory):
     return run_dir
 
 
-def launch(arguments, log):
-    config = resources.CONFIGS / "accelerate" / "ddp.yaml"
+def launch(arguments, log, sharing="ddp"):
+    config = resources.CONFIGS / "accelerate" / f"{sharing}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2]
     command += ["-m", "trainer", *arguments]
     with open(log, "w") as file:
@@ -139,9 +139,10 @@ def launch(arguments, log):
         )
 
 
-def test_two_processes_make_the_run_that_one_makes(alone, tmp_path):
+@pytest.mark.parametrize("sharing", ["ddp", "fsdp"])
+def test_two_processes_make_the_run_that_one_makes(alone, tmp_path, sharing):
     out, log = tmp_path / "two", tmp_path / "log.txt"
-    assert launch(["train", "tiny", *CONFIG, "--out", out], log).wait(SECONDS) == 0
+    assert launch(["train", "tiny", *CONFIG, "--out", out], log, sharing).wait(SECONDS) == 0
     lines = log.read_text().splitlines()
     assert [line.partition(" reward")[0] for line in lines] == ["two: 3/3", str(out)]
     assert_same_run(out, alone)
@@ -155,9 +156,10 @@ def test_two_processes_make_the_run_that_one_makes(alone, tmp_path):
     assert runs.sql("select count(*) from tokens").item() == len(read(alone, "tokens"))
 
 
-def test_a_killed_process_ends_all_with_one_line_and_the_run_goes_on(alone, tmp_path):
+@pytest.mark.parametrize("sharing", ["ddp", "fsdp"])
+def test_a_killed_process_ends_all_with_one_line_and_the_run_goes_on(alone, tmp_path, sharing):
     out, log = tmp_path / "killed", tmp_path / "log.txt"
-    launcher = launch(["train", "tiny", *CONFIG, "--out", out], log)
+    launcher = launch(["train", "tiny", *CONFIG, "--out", out], log, sharing)
     wait_for(out / "checkpoints" / "step-000001")
     os.kill(next(pid for pid in children(launcher.pid) if environment(pid)["RANK"] == "1"), signal.SIGKILL)
     assert launcher.wait(SECONDS) == 1
@@ -186,6 +188,38 @@ def children(pid):
 def environment(pid):
     pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
     return dict(pair.split("=", 1) for pair in pairs if pair)
+
+
+def share_weights(rank):
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+
+
+@pytest.mark.parametrize("overrides", [[], ["policy.gradient_checkpointing=true", "optim.micro_batch_tokens=200"]])
+def test_processes_that_share_weights_go_on_from_a_checkpoint_of_one(context, tmp_path, overrides):
+    config = [*CONFIG, *overrides, "loss.kl_coef=0.01"]
+    wanted, out = tmp_path / "wanted", tmp_path / "cut"
+    train(load_config("tiny", config), wanted, LABELS)
+
+    def stop(done, **figures):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(load_config("tiny", config), out, LABELS, on_step=stop)
+    processes, _ = fork(context, 2, ["train", "tiny", *config, "--resume", "--out", out], tmp_path, share_weights)
+    assert end(processes) == [0, 0]
+    assert_same_run(out, wanted)
+    found, moments = (load_file(run / "checkpoints" / "step-000003" / "optimizer.safetensors") for run in (out, wanted))
+    assert {name: value.shape for name, value in found.items()} == {name: v.shape for name, v in moments.items()}
+    for name, value in moments.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-6)
+
+
+def test_an_adapter_is_not_shared_out(context, tmp_path):
+    arguments = ["train", "tiny", *CONFIG, "policy.lora={r=2}", "--out", tmp_path / "run"]
+    processes, logs = fork(context, 2, arguments, tmp_path, share_weights)
+    assert end(processes) == [2, 2]
+    assert "".join(log.read_text() for log in logs).count("policy.lora: an adapter is not shared out (FSDP)") == 1
 
 
 @pytest.mark.parametrize(
