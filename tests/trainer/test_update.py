@@ -73,6 +73,30 @@ def test_micro_batches_do_not_change_the_update(policy, task, loss):
     assert whole.grad_norm > 0.01
 
 
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_responses_without_an_advantage_are_left_out_and_change_nothing(policy, task, monkeypatch, share):
+    """As in groups of uniform reward; where no response has one, weight decay and moments go on all the same."""
+    options = ["rollout.dynamic_sampling=false", "optim.lr=1e-3", "optim.warmup_steps=0", "optim.epochs=2"]
+    config, learner, batch, advantages = make_case(policy, task, *options)
+    advantages = advantages.clone()
+    advantages[: round(len(advantages) * (1 - share))] = 0
+    scored = []
+    score = type(policy).score
+    monkeypatch.setattr(type(policy), "score", lambda self, p, r, *a: scored.append(len(r)) or score(self, p, r, *a))
+    found = learner.update(batch, advantages, step=1)
+    assert sum(scored) <= 2 * max(1, share * len(advantages))
+    other = Learner(config, type(policy).load(config.policy))
+    monkeypatch.setattr(other, "_places_with_gradient", lambda objective: torch.arange(len(objective.mask)))
+    wanted = other.update(batch, advantages, step=1)
+    assert sum(scored) >= 2 * len(advantages)
+    assert (found.loss, found.grad_norm) == pytest.approx((wanted.loss, wanted.grad_norm), rel=1e-4, abs=1e-6)
+    before = dict(type(policy).load(config.policy).model.named_parameters())
+    for name, parameter in other.policy.model.named_parameters():
+        mine = dict(policy.model.named_parameters())[name]
+        torch.testing.assert_close(mine, parameter, rtol=1e-3, atol=2e-5)
+        assert parameter.ndim < 2 or not torch.equal(mine, before[name]), "weights decay at least"
+
+
 def test_micro_batches_cover_every_row_once_within_the_budget(policy, task):
     _, _, batch, _ = make_case(policy, task)
     rows = torch.nonzero(batch.is_kept).squeeze(1)
