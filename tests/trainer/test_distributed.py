@@ -35,6 +35,7 @@ TABLES = ("tokens", "rollouts", "prompts", "vocab", "evals", "steps")
 KEYS = ["step", "rollout_id", "position", "prompt_id", "sample_index", "token_id"]
 CONFIG = [*SMALL, "steps=3", "record.checkpoint_every=1"]
 SECONDS = 60
+SHARDED = (pytest.mark.slow, pytest.mark.sharded)
 # Nothing that a run of two steps or three takes so much of can tell them apart but the order in which sums are made.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -139,7 +140,7 @@ def launch(arguments, log, sharing="ddp"):
         )
 
 
-@pytest.mark.parametrize("sharing", ["ddp", "fsdp"])
+@pytest.mark.parametrize("sharing", ["ddp", pytest.param("fsdp", marks=SHARDED)])
 def test_two_processes_make_the_run_that_one_makes(alone, tmp_path, sharing):
     out, log = tmp_path / "two", tmp_path / "log.txt"
     assert launch(["train", "tiny", *CONFIG, "--out", out], log, sharing).wait(SECONDS) == 0
@@ -156,7 +157,7 @@ def test_two_processes_make_the_run_that_one_makes(alone, tmp_path, sharing):
     assert runs.sql("select count(*) from tokens").item() == len(read(alone, "tokens"))
 
 
-@pytest.mark.parametrize("sharing", ["ddp", "fsdp"])
+@pytest.mark.parametrize("sharing", ["ddp", pytest.param("fsdp", marks=SHARDED)])
 def test_a_killed_process_ends_all_with_one_line_and_the_run_goes_on(alone, tmp_path, sharing):
     out, log = tmp_path / "killed", tmp_path / "log.txt"
     launcher = launch(["train", "tiny", *CONFIG, "--out", out], log, sharing)
@@ -194,6 +195,8 @@ def share_weights(rank):
     os.environ["ACCELERATE_USE_FSDP"] = "true"
 
 
+@pytest.mark.slow
+@pytest.mark.sharded
 @pytest.mark.parametrize("overrides", [[], ["policy.gradient_checkpointing=true", "optim.micro_batch_tokens=200"]])
 def test_processes_that_share_weights_go_on_from_a_checkpoint_of_one(context, tmp_path, overrides):
     config = [*CONFIG, *overrides, "loss.kl_coef=0.01"]
@@ -206,8 +209,9 @@ def test_processes_that_share_weights_go_on_from_a_checkpoint_of_one(context, tm
 
     with pytest.raises(KeyboardInterrupt):
         train(load_config("tiny", config), out, LABELS, on_step=stop)
-    processes, _ = fork(context, 2, ["train", "tiny", *config, "--resume", "--out", out], tmp_path, share_weights)
-    assert end(processes) == [0, 0]
+    arguments = ["train", "tiny", *config, "--resume", "--out", out]
+    processes, logs = fork(context, 2, arguments, tmp_path, share_weights)
+    assert end(processes) == [0, 0], [log.read_text() for log in logs]
     assert_same_run(out, wanted)
     found, moments = (load_file(run / "checkpoints" / "step-000003" / "optimizer.safetensors") for run in (out, wanted))
     assert {name: value.shape for name, value in found.items()} == {name: v.shape for name, v in moments.items()}
