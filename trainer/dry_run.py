@@ -97,6 +97,27 @@ class Plan:
         """What sampling adds where the state is shared out, bytes: all weights are whole for that time."""
         return self.sampling + 4 * self.parameters
 
+    def lines(self) -> list[str]:
+        """The plan to read."""
+        low, high = (size / 1e6 for size in self.trace_bytes_per_step)
+        longest = self.tokens_per_step // self.responses_per_step
+        rows = (
+            ("state", self.state, self.state // self.devices),
+            ("sampling", self.sampling, self.sharded_sampling),
+            ("update", self.update, self.gathered + self.update),
+            ("peak", self.peak, self.sharded_peak),
+        )
+        return [
+            f"model         {self.model}, {self.parameters:,} parameters, {self.trained:,} trained",
+            f"shape         from {self.shape_from}",
+            f"a step        {self.responses_per_step:,} responses of up to {longest:,} tokens",
+            f"tokens        {self.tokens_per_step:,} a step at most, x {self.max_rounds} if every refill is drawn",
+            f"trace         {low:,.1f} to {high:,.1f} MB a step for these tokens",
+            f"memory        per device, {self.dtype}, sequences of {self.sequence_tokens:,} tokens, GB",
+            f"              {'each whole':>12} {f'FSDP over {self.devices}':>14}",
+            *(f"  {name:12}{whole / 1e9:>12.2f} {sharded / 1e9:>14.2f}" for name, whole, sharded in rows),
+        ]
+
 
 def make_plan(config: Config, devices: int = 1) -> Plan:
     """Plans a run on ``devices`` devices; ``policy.dtype = "auto"`` counts as on a GPU.

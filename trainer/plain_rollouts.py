@@ -16,12 +16,11 @@ import pyarrow.parquet as pq
 
 from analysis.trace import InputError
 from trainer.rollout_rows import Rollout, RowReader, ScoreSettings
-from trainer.tasks.rows import BadRowError, read_rows
+from trainer.tasks.rows import NUM_NAMED, BadRowError, name_some, read_rows
 
 if TYPE_CHECKING:
     from trainer.policy import Policy
 
-NUM_NAMED = 5
 ROWS_AT_ONCE = 1024
 SORT_MEMORY = "1GiB"
 
@@ -163,7 +162,7 @@ def _read_files(
                 if len(faults) < NUM_NAMED:
                     faults.append(f"{path}, {place}: {fault}")
     left_out = f"{counts.bad_rows} of {counts.rows} rows"
-    named = "; ".join(faults) + ("; ..." if counts.bad_rows > NUM_NAMED else "")
+    named = name_some(faults, counts.bad_rows)
     if counts.bad_rows and not settings.skip_bad_rows:
         raise InputError(f"{left_out} are malformed ({named}); mend them, or leave them out with --skip-bad-rows")
     if not counts.rollouts:

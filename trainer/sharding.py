@@ -70,9 +70,12 @@ def collect(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors, which all processes gather one by one; of those in parts only rank 0 keeps any, on the CPU."""
     found = {}
     for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            found[name] = tensor
+            continue
         full = whole(tensor.detach())
-        if not isinstance(tensor, DTensor) or torch.distributed.get_rank() == 0:
-            found[name] = full.cpu() if isinstance(tensor, DTensor) else full
+        if torch.distributed.get_rank() == 0:
+            found[name] = full.cpu()
     return found
 
 

@@ -145,14 +145,13 @@ class Learner:
         own = [places[part] for part in micro_batches(samples, rows[places], budget, world.rank, world.size)]
         # Weights in parts are gathered by all processes at once: one that is done reads a response again, for nothing.
         idle = max(world.gather(len(own))) - len(own) if self.policy.is_sharded else 0
-        for num_read, micro in enumerate([*own, *[places[:1]] * idle]):
+        for micro in own:
             loss, kl, is_low, is_high = self._loss_sums(samples, objective, rows, micro)
-            if num_read >= len(own):
-                (loss * 0).backward()
-                continue
             (loss * scale).backward()
             sums += torch.stack([loss.detach(), kl, is_low.sum(), is_high.sum()]).cpu().double()
             is_clipped[rows[micro]] |= samples.place(is_low | is_high, rows[micro])
+        for _ in range(idle):
+            (self._loss_sums(samples, objective, rows, places[:1])[0] * 0).backward()
         sums = self._add_up(sums)
         for parameter in self.policy.model.parameters():
             if scale != 1 and parameter.grad is not None:

@@ -98,22 +98,8 @@ def _print_plan(settings: Config, devices: int, json: bool) -> None:
     if json:
         print_json({**asdict(plan), "peak": plan.peak, "sharded_peak": plan.sharded_peak})
         return
-    low, high = (size / 1e6 for size in plan.trace_bytes_per_step)
-    say(f"model         {plan.model}, {plan.parameters:,} parameters, {plan.trained:,} trained")
-    say(f"shape         from {plan.shape_from}")
-    say(f"a step        {plan.responses_per_step:,} responses of up to {settings.rollout.max_response_tokens:,} tokens")
-    say(f"tokens        {plan.tokens_per_step:,} a step at most, x {plan.max_rounds} if every refill is drawn")
-    say(f"trace         {low:,.1f} to {high:,.1f} MB a step for these tokens")
-    say(f"memory        per device, {plan.dtype}, sequences of {plan.sequence_tokens:,} tokens, GB")
-    say(f"              {'each whole':>12} {f'FSDP over {devices}':>14}")
-    shared = plan.state // devices
-    for name, whole, sharded in (
-        ("state", plan.state, shared),
-        ("sampling", plan.sampling, plan.sharded_sampling),
-        ("update", plan.update, plan.gathered + plan.update),
-        ("peak", plan.peak, plan.sharded_peak),
-    ):
-        say(f"  {name:12}{whole / 1e9:>12.2f} {sharded / 1e9:>14.2f}")
+    for line in plan.lines():
+        say(line)
 
 
 @app.command()

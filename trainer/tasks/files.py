@@ -16,11 +16,10 @@ from trainer.config import validate_section
 from trainer.seeding import Stream, generator
 from trainer.task_config import FileParams, SourceConfig
 from trainer.tasks.prompt import Prompt
-from trainer.tasks.rows import BadRowError, Place, field_at, kind_of, question_of, read_rows, text_of
+from trainer.tasks.rows import BadRowError, Place, field_at, kind_of, name_some, question_of, read_rows, text_of
 from trainer.tasks.source import Context
 from trainer.tasks.verifiers import UserFunction
 
-NUM_NAMED = 5
 # Where verl's schema keeps the answer.
 VERL_ANSWER = "reward_model.ground_truth"
 
@@ -78,7 +77,7 @@ class FileSource:
                 faults.append(f"{place}: longer than task.max_prompt_tokens")
             else:
                 prompts.append(prompt)
-        named = "; ".join(faults[:NUM_NAMED]) + ("; ..." if len(faults) > NUM_NAMED else "")
+        named = name_some(faults, len(faults))
         if count.bad_rows and not self._context.skips_bad_rows:
             raise InputError(
                 f"{path}: {count.bad_rows} of {count.rows} rows are malformed ({named}); mend them, or set "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 
 class BadRowError(ValueError):
     """What is wrong with one row."""
+
+
+# Faults that are spelled out where there are more.
+NUM_NAMED = 5
+
+
+def name_some(faults: Sequence[str], count: int) -> str:
+    """The first of ``count`` faults in one line, which shows if there are more."""
+    return "; ".join(faults[:NUM_NAMED]) + ("; ..." if count > NUM_NAMED else "")
 
 
 @dataclass(frozen=True)
