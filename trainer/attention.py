@@ -1,4 +1,4 @@
-"""Attention by plain matrix products, for short sequences on a CPU.
+"""Attention by plain matrix products, for short sequences on a CPU, and for sequences packed into one row.
 
 Torch's fused CPU kernel is made for long sequences; below some hundred keys two matrix products and a softmax take half
 its time in training and a fifth in decoding. Everything else goes to the fused kernel.
@@ -14,8 +14,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from trainer.packing import take_rows
+
 NAME = "entrace_short"
 MAX_KEYS = 256
+
+# Places of padded sequences whose scores are computed at once.
+PART_PLACES = 4096
 UNUSUAL = ("softcap", "position_bias", "cache")
 
 
@@ -37,7 +42,8 @@ def short_attention(
         query: (B, heads, L, D).
         key: (B, key heads, S, D).
         value: (B, key heads, S, E).
-        attention_mask: (B, 1, L, S), bool (True = attend) or additive; None for causal or full attention.
+        attention_mask: (B, 1, L, S), bool (True = attend) or additive; None for causal or full attention; or the
+            ``layout`` of a ``trainer.packing.Packing``, int64, where B is 1.
         dropout: Anything above 0 goes to the fused kernel.
         scaling: Of the scores; 1 / sqrt(D) if None.
         is_causal: Whether a missing mask means causal attention; the layer's own property if None.
@@ -46,29 +52,45 @@ def short_attention(
     Returns:
         (B, L, heads, E), and None for the weights.
     """
+    options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+    if attention_mask is not None and attention_mask.dtype == torch.int64:
+        return _attend_packed(module, query, key, value, attention_mask, options), None
     batch, heads, length, width = query.shape
     key_heads, keys = key.shape[1:3]
     is_plain = not dropout and all(kwargs.get(name) is None for name in UNUSUAL)
     has_shared_mask = attention_mask is None or attention_mask.shape[1] == 1
     if keys > MAX_KEYS or not is_plain or not has_shared_mask:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
-    # The heads that share a key head stand one after another, as if they were more queries.
-    packed = query.reshape(batch, key_heads, -1, width)
-    scores = packed @ key.transpose(-1, -2) * (width**-0.5 if scaling is None else scaling)
-    scores = scores.view(batch, heads, length, keys)
-    if (
-        attention_mask is None
-        and length > 1
-        and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    ):
-        attention_mask = torch.ones(length, keys, dtype=torch.bool).tril(keys - length)
-    if attention_mask is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and length > 1 and is_causal:
+        attention_mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
         # The lowest number, not -inf: a padded query that sees nothing must stay finite.
-        lowest = torch.finfo(scores.dtype).min
-        is_bool = attention_mask.dtype == torch.bool
-        scores = torch.where(attention_mask, scores, lowest) if is_bool else scores + attention_mask
+        lowest = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, lowest)
+    # The heads that share a key head stand one after another, as if they were more queries.
+    packed = (query * (width**-0.5 if scaling is None else scaling)).reshape(batch, key_heads, -1, width)
+    scores = (packed @ key.transpose(-1, -2)).view(batch, heads, length, keys)
+    if attention_mask is not None:
+        scores = scores + attention_mask
     weights = scores.softmax(-1).view(batch, key_heads, -1, keys)
     return (weights @ value).view(batch, heads, length, -1).transpose(1, 2).contiguous(), None
+
+
+def _attend_packed(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """Causal attention within each of the sequences that ``layout`` says, all arguments (1, heads, M, ...)."""
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+    slots, is_first = layout[0]
+    attended = []
+    # Sequences come sorted by length: in parts, they need less padding, and their scores stay in the cache.
+    for slots, is_first in zip(*(values.split(max(1, PART_PLACES // slots.shape[1])) for values in layout[0])):
+        width = int((slots >= 0).any(0).sum())
+        side_by_side = (take_rows(x, slots[:, :width].clamp(min=0)).transpose(1, 2) for x in rows)
+        part, _ = short_attention(module, *side_by_side, None, **options)
+        attended.append(take_rows(part.flatten(0, 1), torch.nonzero(is_first[:, :width].flatten()).squeeze(1)))
+    return torch.cat(attended)[None]
 
 
 AttentionInterface.register(NAME, short_attention)

@@ -35,7 +35,7 @@ from trainer.config import Config
 from trainer.policy import Policy
 from trainer.resources import PACKAGE, find_local_model
 from trainer.sharding import blocks
-from trainer.token_stats import MIN_ROWS, compute_token_stats
+from trainer.token_stats import BLOCK, compute_token_stats
 
 SHAPES = PACKAGE / "shapes.toml"
 # Longest prompt where the configuration does not bound it.
@@ -219,8 +219,8 @@ def _update_bytes(policy: Policy, rows: int, tokens: int, prompt_tokens: int) ->
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         with PeakMemory([*model.parameters(), *model.buffers(), *grads]) as memory:
             hidden = policy.hidden_states(ids[:, :-1], use_cache=False)[:, prompt_tokens - 1 :].flatten(0, 1)
-            # Statistics go through the tokens in chunks, each like the last.
-            chunk = hidden[: 2 * MIN_ROWS]
+            # Statistics go through the tokens in blocks, each like the last.
+            chunk = hidden[: 2 * BLOCK["cpu"][0]]
             stats = compute_token_stats(chunk, policy.head, ids.flatten()[: len(chunk)])
             stats.logprob.sum().backward()
     return memory.peak

@@ -13,13 +13,15 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from analysis.trace import InputError
 from trainer import adapters, attention
+from trainer.allocator import keep_freed_memory
 from trainer.config import PolicyConfig
 from trainer.decoder import Decoder
+from trainer.packing import Packing, Sequences, take_rows
 from trainer.pretrained import load_model, load_pretrained
 from trainer.sharding import collect, gathered, is_sharded, like, shard, whole
 from trainer.tasks.prompt import Question, as_chat, as_text
@@ -43,6 +45,7 @@ class Policy:
         name: Where it came from, for messages.
         template: Text of a prompt, ``{question}`` standing for its question, in place of the chat template.
         adapter: What is trained of the model, if not all of it.
+        packs: Whether given responses are read without padding; see ``trainer.packing``.
     """
 
     model: PreTrainedModel
@@ -52,6 +55,7 @@ class Policy:
     name: str
     template: str | None = None
     adapter: PeftModel | None = None
+    packs: bool = False
     _whole_head: LMHead | None = field(default=None, init=False, repr=False)
 
     @classmethod
@@ -69,12 +73,15 @@ class Policy:
         device = _pick_device(config.device)
         if config.attention == "auto" and device.type == "cpu" and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(attention.NAME)
+        if device.type == "cpu":
+            keep_freed_memory()
         automatic = "bfloat16" if device.type == "cuda" else "float32"
         dtype = getattr(torch, automatic if config.dtype == "auto" else config.dtype)
         torch.nn.Module.to(model, device)
         policy = cls(model.eval(), tokenizer, device, dtype, config.path, config.template, adapter)
         policy._check_head()
         policy._check_decoder()
+        policy.packs = policy._can_pack()
         if config.gradient_checkpointing:
             policy.checkpoint_layers()
         return policy
@@ -169,17 +176,18 @@ class Policy:
     def read(self, prompts: list[list[int]], responses: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Inputs of the LM head that predict the tokens of responses, (N, H), and those tokens, (N,), end to end.
 
-        Sequences are padded on the right, where causal attention never looks, so that no mask is needed. Arguments are
-        those of ``score``.
+        Arguments are those of ``score``. Where the model allows it, no padding is computed, and equal prompts once.
         """
-        sequences = [torch.cat((torch.tensor(p), r)) for p, r in zip(prompts, responses, strict=True)]
-        padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(self.device)
-        starts = torch.tensor([len(p) for p in prompts])
-        ends = torch.tensor([len(s) for s in sequences])
-        places = torch.arange(padded.shape[1])
-        is_response = ((places >= starts[:, None]) & (places < ends[:, None])).to(self.device)
-        hidden = self.hidden_states(padded[:, :-1], use_cache=False)
-        return hidden[is_response[:, 1:]], padded[is_response]
+        sequences = Sequences.of(prompts, responses)
+        targets = sequences.targets.to(self.device)
+        if not self.packs:
+            hidden = self.hidden_states(sequences.ids.to(self.device), use_cache=False)
+            return hidden[sequences.predicts.to(self.device)], targets
+        packing = Packing.of(sequences, prompts)
+        ids, positions, layout, predictors = (values.to(self.device) for values in vars(packing).values())
+        # A mask of four dimensions reaches the attention of every layer as it is.
+        hidden = self.hidden_states(ids, position_ids=positions, attention_mask=layout, use_cache=False)
+        return take_rows(hidden[0], predictors), targets
 
     def shard(self) -> None:
         """Shares the weights out to all processes, which hold the same now; see ``trainer.sharding``.
@@ -270,6 +278,20 @@ class Policy:
         if reason:
             kind = type(self.model).__name__
             raise InputError(f"{self.name}: {kind} cannot be sampled from a cache of keys and values ({reason})")
+
+    @torch.no_grad()
+    def _can_pack(self) -> bool:
+        """Whether the model reads packed sequences as it reads padded ones: two of one prompt, one of another."""
+        config = self.model.config
+        if config._attn_implementation != attention.NAME or any(DynamicCache(config=config).is_sliding):
+            return False
+        prompts = [[i % self.vocab_size for i in start] for start in ((1, 2, 3), (1, 2, 3), (4, 5))]
+        responses = [torch.tensor([i % self.vocab_size for i in end]) for end in ((6, 7, 8), (9, 10), (11, 12, 13, 14))]
+        padded, packed = (replace(self, dtype=torch.float32, packs=packs) for packs in (False, True))
+        try:
+            return _is_close(packed.read(prompts, responses)[0], padded.read(prompts, responses)[0])
+        except Exception:
+            return False
 
 
 def _is_close(found: Tensor, expected: Tensor) -> bool:

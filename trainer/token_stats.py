@@ -23,15 +23,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-# Logits worked on at once: few enough to stay in a CPU's cache, enough to fill a GPU.
-PART_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}
-# Rows of logits made by one matrix product: with fewer, reading the head's weight takes longer than multiplying by it.
-MIN_ROWS = 256
+# Tokens and vocabulary entries whose logits are made and worked on at once: few enough to stay in a CPU's cache, where
+# they never reach memory, and enough tokens that reading the head's weight takes no longer than multiplying by it.
+BLOCK = {"cpu": (256, 1024), "cuda": (2048, 16384)}
+# Of logits that are in memory already, so many at once.
+GIVEN_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}
 # Logit of tokens left out. Its exponential is 0 and, unlike that of -inf, so is its product with a probability of 0.
 LEFT_OUT = -1e30
 
@@ -65,6 +66,10 @@ class LMHead:
         head = self.in_dtype_of(hidden)
         return torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
 
+    def of(self, entries: slice) -> LMHead:
+        """The head of some vocabulary entries only."""
+        return LMHead(self.weight[entries], None if self.bias is None else self.bias[entries])
+
 
 @dataclass(frozen=True)
 class Truncation:
@@ -96,62 +101,153 @@ class Truncation:
 
 
 WHOLE = Truncation()
+T = TypeVar("T", "TokenStats", "Sums")
 
 
 @dataclass
 class Softmax:
-    """softmax(z / T) of rows of logits, taken apart.
+    """softmax(z / T) of rows of logits, or of a block of their columns, taken apart.
 
     Attributes:
-        shifted: z - max(z), (N, V).
+        peak: max(z) of each row, (N, 1).
+        shifted: z - peak, (N, V).
         weights: exp(shifted / T), (N, V); the probabilities, but for their sum.
         temperature: T.
     """
 
+    peak: Tensor
     shifted: Tensor
     weights: Tensor
     temperature: float
 
     @classmethod
-    def of(cls, logits: Tensor, temperature: float = 1.0) -> Softmax:
-        """Of logits (N, V), those of tokens left out being ``LEFT_OUT``."""
-        shifted = logits - logits.amax(-1, keepdim=True)
+    def of(
+        cls, logits: Tensor, temperature: float = 1.0, room: Tensor | None = None, peak: Tensor | None = None
+    ) -> Softmax:
+        """Of logits (N, V), those of tokens left out being ``LEFT_OUT``.
+
+        Args:
+            logits: Of any floating dtype.
+            temperature: Divides them.
+            room: Memory for both tensors, float32, at least 2 N V numbers; taken anew each time, it would cost more
+                time than what is computed in it.
+            peak: Something else than the maximum to subtract, (N, 1).
+        """
+        if peak is None:
+            peak = logits.amax(-1, keepdim=True).float()
+        if room is None:
+            room = torch.empty(2 * logits.numel(), device=logits.device)
+        shifted, weights = room[: 2 * logits.numel()].view(2, *logits.shape)
+        torch.sub(logits, peak, out=shifted)
         # On a CPU, powers of 2 take half the time of powers of e.
-        return cls(shifted, (shifted * (math.log2(math.e) / temperature)).exp2_(), temperature)
+        return cls(peak, shifted, torch.mul(shifted, math.log2(math.e) / temperature, out=weights).exp2_(), temperature)
 
     def stats(self, targets: Tensor) -> TokenStats:
-        """Statistics of target tokens (N,), each (N,). Uses up both tensors."""
-        own, own_shifted, rest, log_total = self._set_apart(targets)
-        total = own + rest
-        logprob = own_shifted / self.temperature - log_total
-        others_p2 = (torch.linalg.vector_norm(self.weights, dim=-1) / total).square()
-        mean_shifted = (self.shifted.mul_(self.weights).sum(-1) + own * own_shifted) / total
-        return TokenStats(logprob, log_total - mean_shifted / self.temperature, (2 * logprob).exp() + others_p2)
+        """Statistics of target tokens (N,), each (N,), if this is of whole rows. Uses up both tensors."""
+        return self.sums(targets).stats(self.temperature)
 
-    def grad_logits(self, targets: Tensor, entropy: Tensor, grad_logprob: Tensor, grad_entropy: Tensor) -> Tensor:
-        """Gradient at the logits, (N, V), from those at log-probability and entropy, (N,). Uses up both tensors."""
-        own, own_shifted, rest, log_total = self._set_apart(targets)
-        scale = 1 / (self.temperature * (own + rest))
-        # Through the entropy: -e_v (a + b x_v), a and b of each row.
-        a = scale * grad_entropy * (entropy - log_total)
-        b = scale * grad_entropy / self.temperature
-        at_target = scale * grad_logprob * rest - own * (a + b * own_shifted)
-        a = a + scale * grad_logprob
-        grad = torch.addcmul(-a[:, None], -b[:, None], self.shifted, out=self.shifted).mul_(self.weights)
-        return grad.scatter_(1, targets[:, None], at_target[:, None])
+    def sums(self, targets: Tensor, first: int = 0) -> Sums:
+        """What statistics of target tokens (N,) need of these columns, the first of which is entry ``first``.
 
-    def _set_apart(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The targets' e_o, which become 0 in ``weights``, and x_o; the sum of all other e; ln s; each (N,)."""
-        at_targets = targets[:, None]
-        own, own_shifted = (values.gather(1, at_targets).squeeze(1) for values in (self.weights, self.shifted))
-        rest = self.weights.scatter_(1, at_targets, 0.0).sum(-1)
-        return own, own_shifted, rest, torch.log1p(rest + (own - 1))
+        Uses up both tensors.
+        """
+        is_here, columns = _columns(targets, first, self.shifted.shape[1])
+        own = torch.where(is_here, self.shifted.gather(1, columns), -math.inf)
+        self.weights.scatter_(1, columns, self.weights.gather(1, columns).masked_fill_(is_here, 0.0))
+        others, norm = self.weights.sum(-1), torch.linalg.vector_norm(self.weights, dim=-1)
+        return Sums(self.peak.squeeze(1), own.squeeze(1), others, self.shifted.mul_(self.weights).sum(-1), norm)
+
+    def grad_logits(self, grads: LogitGrads, first: int) -> Tensor:
+        """Gradient at these logits, (N, V), if ``peak`` is that of whole rows. Uses up both tensors."""
+        is_here, columns = _columns(grads.targets, first, self.shifted.shape[1])
+        others = torch.addcmul(-grads.a[:, None], -grads.b[:, None], self.shifted, out=self.shifted)
+        gradient = others.mul_(self.weights)
+        own = torch.where(is_here, grads.at_target[:, None], gradient.gather(1, columns))
+        return gradient.scatter_(1, columns, own)
+
+
+def _columns(targets: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Whether targets (N,) are among ``count`` entries from ``first`` on, and at which place, both (N, 1)."""
+    columns = (targets - first)[:, None]
+    return (columns >= 0) & (columns < count), columns.clamp(0, count - 1)
+
+
+@dataclass
+class Sums:
+    """What the statistics of tokens need of logits z, each (N,); o is the target, x = z - peak, e = exp(x / T).
+
+    Attributes:
+        peak: max(z).
+        own: x_o; minus infinity if o is elsewhere.
+        others: Sum of e without e_o.
+        moment: Sum of e x without e_o x_o.
+        norm: Square root of the sum of e^2 without e_o^2.
+    """
+
+    peak: Tensor
+    own: Tensor
+    others: Tensor
+    moment: Tensor
+    norm: Tensor
+
+    @classmethod
+    def join(cls, blocks: list[Sums], temperature: float) -> Sums:
+        """Those of all columns from those of blocks of columns."""
+        peaks, own, others, moment, norm = (torch.stack([getattr(b, f.name) for b in blocks]) for f in fields(cls))
+        peak = peaks.amax(0)
+        lower = peaks - peak
+        scale = (lower / temperature).exp()
+        return cls(
+            peak,
+            (own + lower).amax(0),
+            (others * scale).sum(0),
+            ((moment + lower * others) * scale).sum(0),
+            torch.linalg.vector_norm(norm * scale, dim=0),
+        )
+
+    def log_total(self, temperature: float) -> Tensor:
+        """ln of the sum of all e."""
+        return torch.log1p(self.others + torch.expm1(self.own / temperature))
+
+    def stats(self, temperature: float) -> TokenStats:
+        """The statistics."""
+        log_total = self.log_total(temperature)
+        total = log_total.exp()
+        logprob = self.own / temperature - log_total
+        mean_shifted = (self.moment + (self.own / temperature).exp() * self.own) / total
+        entropy = log_total - mean_shifted / temperature
+        return TokenStats(logprob, entropy, (2 * logprob).exp() + (self.norm / total).square())
+
+
+@dataclass
+class LogitGrads:
+    """The gradient at logits z, relative to their peak: -e_v (a + b x_v), but for the target's; each (N,)."""
+
+    targets: Tensor
+    a: Tensor
+    b: Tensor
+    at_target: Tensor
+
+    @classmethod
+    def of(
+        cls, targets: Tensor, sums: Sums, temperature: float, grad_logprob: Tensor, grad_entropy: Tensor
+    ) -> LogitGrads:
+        """From the gradients at log-probability and entropy."""
+        log_total = sums.log_total(temperature)
+        own = (sums.own / temperature).exp()
+        scale = 1 / (temperature * log_total.exp())
+        through_entropy = scale * grad_entropy * (sums.stats(temperature).entropy - log_total)
+        b = scale * grad_entropy / temperature
+        at_target = scale * grad_logprob * sums.others - own * (through_entropy + b * sums.own)
+        return cls(targets, through_entropy + scale * grad_logprob, b, at_target)
 
 
 def compute_stats(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenStats:
     """Statistics of target tokens (N,) under softmax(logits / temperature), logits (N, V); without gradient."""
-    parts = _parts(logits, logits.shape[1])
-    return _join([Softmax.of(logits[rows].float(), temperature).stats(targets[rows]) for rows in parts])
+    tokens = max(1, GIVEN_LOGITS[logits.device.type] // logits.shape[1])
+    room = torch.empty(2 * min(tokens, len(logits)) * logits.shape[1], device=logits.device)
+    parts = _cut(len(logits), tokens)
+    return _join([Softmax.of(logits[rows], temperature, room).stats(targets[rows]) for rows in parts], TokenStats)
 
 
 def compute_token_stats(
@@ -160,9 +256,9 @@ def compute_token_stats(
     """Statistics of target tokens under ``softmax(head(hidden) / temperature)``, truncated.
 
     Differentiable with respect to ``hidden``, ``head.weight`` and ``head.bias`` through ``logprob`` and ``entropy``;
-    ``sum_p2`` carries no gradient. The backward pass computes the logits once more, chunk by chunk, so that memory over
-    that of the arguments and their gradients does not depend on the number of tokens: it is that of some ``MIN_ROWS``
-    rows of logits, and of the head where it is multiplied in another dtype than its own.
+    ``sum_p2`` carries no gradient. The backward pass computes the logits once more, block by block, so that memory over
+    that of the arguments and their gradients does not depend on the number of tokens: it is that of a block of logits
+    (of all entries of its tokens if some are left out), and of the head where it is multiplied in another dtype.
 
     Args:
         hidden: Hidden states that predict the targets, (N, H).
@@ -174,10 +270,10 @@ def compute_token_stats(
     Returns:
         ``TokenStats`` of shape (N,); empty for N = 0.
     """
-    return TokenStats(*_ChunkedStats.apply(hidden, head.weight, head.bias, targets, temperature, truncation))
+    return TokenStats(*_BlockedStats.apply(hidden, head.weight, head.bias, targets, temperature, truncation))
 
 
-class _ChunkedStats(torch.autograd.Function):
+class _BlockedStats(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -188,40 +284,71 @@ class _ChunkedStats(torch.autograd.Function):
         temperature: float,
         truncation: Truncation,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        head = LMHead(weight, bias).in_dtype_of(hidden)
-        chunks = []
-        for rows in _parts(hidden, len(weight), MIN_ROWS):
-            logits = truncation.apply(head.logits(hidden[rows]), temperature, targets[rows])
-            chunks.append(compute_stats(logits, targets[rows], temperature))
-        stats = _join(chunks)
-        ctx.save_for_backward(hidden, weight, bias, targets, stats.entropy)
+        blocks = _Blocks(hidden, LMHead(weight, bias), targets, temperature, truncation)
+        parts = []
+        for rows in blocks.rows:
+            own = targets[rows]
+            found = [blocks.softmax(rows, entries).sums(own, entries.start) for entries in blocks.entries]
+            parts.append(Sums.join(found, temperature))
+        sums = _join(parts, Sums)
+        ctx.save_for_backward(hidden, weight, bias, targets, *vars(sums).values())
         ctx.temperature, ctx.truncation = temperature, truncation
+        stats = sums.stats(temperature)
         ctx.mark_non_differentiable(stats.sum_p2)
         return stats.logprob, stats.entropy, stats.sum_p2
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, entropy = ctx.saved_tensors
-        per_token = (targets, entropy, *grad_outputs[:2])
-        head = LMHead(weight, bias).in_dtype_of(hidden)
-        grad_hidden = torch.empty_like(hidden)
+        hidden, weight, bias, targets, *saved = ctx.saved_tensors
+        sums = Sums(*saved)
+        grads = LogitGrads.of(targets, sums, ctx.temperature, *grad_outputs[:2])
+        blocks = _Blocks(hidden, LMHead(weight, bias), targets, ctx.temperature, ctx.truncation)
+        grad_hidden = torch.zeros_like(hidden, dtype=blocks.head.weight.dtype)
         # A frozen head, as under LoRA, spares the dearest of the products. Sums over tokens are in float32.
         needs_weight, needs_bias = ctx.needs_input_grad[1:3]
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-        for rows in _parts(hidden, len(weight), MIN_ROWS):
-            logits = ctx.truncation.apply(head.logits(hidden[rows]), ctx.temperature, targets[rows])
-            for part in _parts(logits, len(weight)):
-                rows_of_part = (values[rows][part] for values in per_token)
-                logits[part] = Softmax.of(logits[part], ctx.temperature).grad_logits(*rows_of_part)
-            grad = logits.to(head.weight.dtype)
-            grad_hidden[rows] = grad @ head.weight
-            if grad_weight is not None:
-                _add_product(grad_weight, grad.T, hidden[rows].to(grad.dtype))
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
+        for rows in blocks.rows:
+            of_rows = LogitGrads(*(values[rows] for values in vars(grads).values()))
+            for entries in blocks.entries:
+                softmax = blocks.softmax(rows, entries, sums.peak[rows, None])
+                grad = softmax.grad_logits(of_rows, entries.start).to(blocks.head.weight.dtype)
+                grad_hidden[rows].addmm_(grad, blocks.head.weight[entries])
+                if grad_weight is not None:
+                    _add_product(grad_weight[entries], grad.T, blocks.hidden[rows])
+                if grad_bias is not None:
+                    grad_bias[entries] += grad.sum(0)
         in_dtype = (None if grad is None else grad.to(weight.dtype) for grad in (grad_weight, grad_bias))
-        return grad_hidden, *in_dtype, None, None, None
+        return grad_hidden.to(hidden.dtype), *in_dtype, None, None, None
+
+
+class _Blocks:
+    """The logits of tokens, block by block, in memory that each uses again."""
+
+    def __init__(
+        self, hidden: Tensor, head: LMHead, targets: Tensor, temperature: float, truncation: Truncation
+    ) -> None:
+        self.head = head.in_dtype_of(hidden)
+        self.hidden = hidden.to(self.head.weight.dtype)
+        self._targets, self._temperature, self._truncation = targets, temperature, truncation
+        tokens, entries = BLOCK[hidden.device.type]
+        vocab_size = len(head.weight)
+        # Which tokens are left out is seen from all entries alone.
+        entries = vocab_size if truncation != WHOLE else min(entries, vocab_size)
+        tokens = min(tokens, max(1, len(hidden)))
+        self.rows, self.entries = _cut(len(hidden), tokens), _cut(vocab_size, entries)
+        self._product = torch.empty(tokens * entries, device=hidden.device, dtype=self.head.weight.dtype)
+        self._room = torch.empty(2 * tokens * entries, device=hidden.device)
+
+    def softmax(self, rows: slice, entries: slice, peak: Tensor | None = None) -> Softmax:
+        """Of the block's logits; good until the next block."""
+        hidden, head = self.hidden[rows], self.head.of(entries)
+        logits = self._product[: len(hidden) * len(head.weight)].view(len(hidden), len(head.weight))
+        torch.mm(hidden, head.weight.T, out=logits)
+        if head.bias is not None:
+            logits += head.bias
+        logits = self._truncation.apply(logits, self._temperature, self._targets[rows])
+        return Softmax.of(logits, self._temperature, self._room, peak)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -232,14 +359,13 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def _parts(rows: Tensor, vocab_size: int, least: int = 1) -> list[slice]:
-    """Cuts rows into parts of some ``PART_LOGITS`` logits, at least ``least`` rows; one empty part of no rows."""
-    size = max(least, PART_LOGITS[rows.device.type] // vocab_size)
-    return [slice(start, start + size) for start in range(0, max(len(rows), 1), size)]
+def _cut(length: int, size: int) -> list[slice]:
+    """Parts of at most ``size``; one empty part of nothing."""
+    return [slice(start, min(start + size, length)) for start in range(0, max(length, 1), size)]
 
 
-def _join(parts: list[TokenStats]) -> TokenStats:
-    return TokenStats(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(TokenStats)))
+def _join(parts: list[T], kind: type[T]) -> T:
+    return kind(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(kind)))
 
 
 def lm_head_grad_norm(

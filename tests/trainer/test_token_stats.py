@@ -23,12 +23,10 @@ def naive_stats(hidden, weight, bias, targets, temperature):
     return torch.tensor(rows, dtype=torch.float64).T
 
 
-@pytest.fixture(params=[(1, 1), (50, 1), (50, 8), (1 << 20, 256)], ids=str)
-def parts(request, monkeypatch):
-    """Rows one by one, some at a time, the same within larger products, all at once."""
-    part_logits, min_rows = request.param
-    monkeypatch.setitem(token_stats.PART_LOGITS, "cpu", part_logits)
-    monkeypatch.setattr(token_stats, "MIN_ROWS", min_rows)
+@pytest.fixture(params=[(1, 1), (8, 3), (50, 4), (256, 1024)], ids=str)
+def blocks(request, monkeypatch):
+    """Logits one by one, some at a time, all at once."""
+    monkeypatch.setitem(token_stats.BLOCK, "cpu", request.param)
 
 
 @pytest.fixture
@@ -43,7 +41,7 @@ def case():
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.usefixtures("parts")
+@pytest.mark.usefixtures("blocks")
 def test_equals_the_naive_float64_loop(case, temperature, with_bias):
     hidden, weight, bias, targets = case
     bias = bias if with_bias else None
@@ -60,7 +58,7 @@ def test_uniform_logits_have_entropy_ln_v():
     assert stats.sum_p2.item() == pytest.approx(0.25)
 
 
-@pytest.mark.usefixtures("parts")
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize(
     "truncation", [Truncation(), Truncation(top_k=4), Truncation(0.9), Truncation(0.8, 5)], ids=str
 )
@@ -158,7 +156,8 @@ def test_memory_of_both_passes_does_not_grow_with_the_number_of_tokens():
         extra[num_tokens] = peak_bytes(work) - sum(leaf.grad.nbytes for leaf in leaves)
     per_token = (extra[4000] - extra[1000]) / 3000
     assert per_token < 300 < 4 * vocab
-    assert extra[4000] < 5 * token_stats.MIN_ROWS * vocab * 4 < 4000 * vocab * 4
+    tokens, entries = token_stats.BLOCK["cpu"]
+    assert extra[4000] < 5 * tokens * entries * 4 + 300 * 4000 < 4000 * vocab * 4
 
 
 def test_no_tokens_give_no_values(case):
