@@ -19,7 +19,8 @@ from trainer.packing import take_rows
 NAME = "entrace_short"
 MAX_KEYS = 256
 
-# Places of padded sequences whose scores are computed at once.
+# Places of packed sequences whose scores are computed at once. They come sorted by length: in parts, there is less
+# padding among them, and their scores stay in the cache.
 PART_PLACES = 4096
 UNUSUAL = ("softcap", "position_bias", "cache")
 
@@ -81,15 +82,15 @@ def _attend_packed(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, options: dict[str, Any]
 ) -> Tensor:
     """Causal attention within each of the sequences that ``layout`` says, all arguments (1, heads, M, ...)."""
-    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
     slots, is_first = layout[0]
+    size = max(1, PART_PLACES // slots.shape[1])
     attended = []
-    # Sequences come sorted by length: in parts, they need less padding, and their scores stay in the cache.
-    for slots, is_first in zip(*(values.split(max(1, PART_PLACES // slots.shape[1])) for values in layout[0])):
-        width = int((slots >= 0).any(0).sum())
-        side_by_side = (take_rows(x, slots[:, :width].clamp(min=0)).transpose(1, 2) for x in rows)
-        part, _ = short_attention(module, *side_by_side, None, **options)
-        attended.append(take_rows(part.flatten(0, 1), torch.nonzero(is_first[:, :width].flatten()).squeeze(1)))
+    for some, stands_first in zip(slots.split(size), is_first.split(size), strict=True):
+        width = int((some >= 0).any(0).sum())
+        index = some[:, :width].clamp(min=0)
+        q, k, v = (take_rows(x[0].transpose(0, 1), index).transpose(1, 2) for x in (query, key, value))
+        part, _ = short_attention(module, q, k, v, None, **options)
+        attended.append(take_rows(part.flatten(0, 1), torch.nonzero(stands_first[:, :width].flatten()).squeeze(1)))
     return torch.cat(attended)[None]
 
 

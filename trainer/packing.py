@@ -53,8 +53,8 @@ class Packing:
     Attributes:
         ids: (1, M).
         positions: Of each token in its sequence, (1, M).
-        layout: What takes the place of an attention mask, (1, 2, B, L) int64: which of the M tokens stands at each place
-            of the padded sequences, -1 at padding; and whether it stands there first, which the M tokens do in order.
+        layout: What takes the place of an attention mask, (1, 2, B, L) int64: which of the M tokens stands at each
+            place of the padded sequences, -1 at padding; and whether it does so first, in which order they are read.
         predictors: Which of the M tokens predicts each target, (N,).
     """
 

@@ -206,7 +206,7 @@ class Sums:
         )
 
     def log_total(self, temperature: float) -> Tensor:
-        """ln of the sum of all e."""
+        """Logarithm of the sum of all e."""
         return torch.log1p(self.others + torch.expm1(self.own / temperature))
 
     def stats(self, temperature: float) -> TokenStats:

@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from tests.trainer.test_policy import ARCHITECTURES, LLAMA_LIKE, load, write_model
+from trainer import attention
+from trainer.attention import PART_PLACES
+from trainer.packing import Packing, Sequences, take_rows
+
+PROMPTS = [[5, 6, 7], [5, 6, 7], [8, 9], [5, 6, 7], [8, 9], [10]]
+RESPONSES = [[11], [12, 13, 14, 15], [16, 17], [18, 19], [20], [21, 22, 23, 24, 25]]
+# Layers that look back a limited way, positions that are counted by the model, experts that see all tokens, and so on.
+NOT_PACKED = {"mistral-sliding", "gemma3-sliding", "bloom-alibi"}
+
+
+@pytest.fixture
+def batch():
+    return PROMPTS, [torch.tensor(response) for response in RESPONSES]
+
+
+def test_every_token_is_read_once_and_stands_where_it_should(batch):
+    sequences = Sequences.of(*batch)
+    packing = Packing.of(sequences, PROMPTS)
+    slots, is_first = packing.layout[0]
+    whole = [prompt + response[:-1] for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+    for row, expected in zip(slots.tolist(), whole, strict=True):
+        used = [slot for slot in row if slot >= 0]
+        assert packing.ids[0, used].tolist() == expected
+        assert packing.positions[0, used].tolist() == list(range(len(expected)))
+    distinct = {tuple(prompt) for prompt in PROMPTS}
+    assert packing.ids.shape[1] == sum(map(len, distinct)) + sum(len(response) - 1 for response in RESPONSES)
+    assert slots[is_first.bool()].tolist() == list(range(packing.ids.shape[1]))
+
+
+def test_what_predicts_the_targets(batch):
+    sequences = Sequences.of(*batch)
+    packing = Packing.of(sequences, PROMPTS)
+    assert sequences.targets.tolist() == [token for response in RESPONSES for token in response]
+    before = [token for prompt, response in zip(*batch, strict=True) for token in [prompt[-1], *response[:-1].tolist()]]
+    assert packing.ids[0, packing.predictors].tolist() == before
+    assert sequences.ids[sequences.predicts].tolist() == before
+
+
+def test_take_rows_equals_an_index_with_its_gradient():
+    index = torch.tensor([[0, 2, 2], [4, 0, 2]])
+    leaves = [torch.arange(30.0).view(5, 2, 3).requires_grad_() for _ in range(2)]
+    found, expected = take_rows(leaves[0], index), leaves[1][index]
+    assert torch.equal(found, expected)
+    for values in (found, expected):
+        values.square().sum().backward()
+    assert torch.equal(leaves[0].grad, leaves[1].grad)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("part_places", [1, 12, PART_PLACES])
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_packed_equals_padded_with_gradients(tmp_path, monkeypatch, batch, name, part_places, checkpointing):
+    monkeypatch.setattr(attention, "PART_PLACES", part_places)
+    policy = load(write_model(tmp_path, *ARCHITECTURES[name]), gradient_checkpointing=checkpointing)
+    assert policy.packs == (name not in NOT_PACKED)
+    results = []
+    for packs in (policy.packs, False):
+        policy.packs = packs
+        hidden, targets = policy.read(*batch)
+        policy.model.zero_grad()
+        (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+        grads = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
+        results.append((hidden, targets, grads))
+    (hidden, targets, grads), (expected, expected_targets, expected_grads) = results
+    assert torch.equal(targets, expected_targets)
+    torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
+    assert grads.keys() == expected_grads.keys()
+    # A key's bias moves no attention: its gradient is rounding, and nothing to measure differences by.
+    scale = max(float(grad.abs().max()) for grad in expected_grads.values())
+    for key, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[key], rtol=1e-3, atol=1e-5 * scale, msg=key)
+
+
+def test_packing_is_not_trusted_but_tried(tmp_path, monkeypatch):
+    """A model that does not pass the layout on to its attention would read all sequences as one."""
+    folder = write_model(tmp_path, "LlamaConfig", LLAMA_LIKE)
+    monkeypatch.setattr(attention, "_attend_packed", lambda module, q, k, v, layout, options: q.transpose(1, 2))
+    assert not load(folder).packs
+    monkeypatch.undo()
+    assert load(folder).packs
+    assert not load(folder, attention="sdpa").packs
