@@ -10,9 +10,9 @@ from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralFo
 
 from analysis.trace import InputError
 from trainer import continuous, rollout
-from trainer.config import LoraConfig, PolicyConfig
+from trainer.config import LoraConfig, PolicyConfig, RolloutConfig
 from trainer.policy import Policy
-from trainer.rollout import SamplingParams, sample
+from trainer.rollout import SamplingParams, check_engine, sample
 from trainer.token_stats import WHOLE, Truncation
 
 STATS = ("logprob", "entropy", "sum_p2")
@@ -170,7 +170,7 @@ def test_a_model_whose_attention_cannot_read_pages_is_refused_in_one_line(policy
     config = BloomConfig(vocab_size=512, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.5)
     other = replace(policy, model=BloomForCausalLM(config).eval())
     with pytest.raises(InputError, match=r'^rollout\.engine = "continuous": BloomForCausalLM cannot be sampled[^\n]*$'):
-        continuous.check(other)
+        check_engine(other, RolloutConfig(engine="continuous"))
 
 
 def test_a_run_leaves_the_trace_that_it_leaves_with_the_cache(call, tmp_path):
