@@ -32,6 +32,7 @@ LossMethod = Literal["grpo", "entropy_mask", "clip_cov", "kl_cov", "low_ppl_only
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 Denominator = Literal["selected", "all"]
 KLEstimator = Literal["k1", "k2", "k3"]
+Engine = Literal["cache", "continuous"]
 
 
 def _check_composition(method: str) -> str:
@@ -96,7 +97,8 @@ class RolloutConfig(Section):
 
     ``top_p`` and ``top_k`` cut the distribution, for sampling and in the update alike. ``stop`` holds texts that end a
     response once they are complete, in evaluations too. ``cache_tokens`` is how many tokens the caches of keys and
-    values may hold at once: prompts are sampled in parts that fit, at least one prompt each.
+    values may hold at once: prompts are sampled in parts that fit, at least one prompt each. ``engine`` samples, in
+    evaluations too: ``trainer.rollout.sample_at`` or ``trainer.continuous.sample_at``.
     """
 
     prompts_per_step: Positive = 32
@@ -107,6 +109,7 @@ class RolloutConfig(Section):
     top_k: Positive | None = None
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     cache_tokens: Positive = 1 << 20
+    engine: Engine = "cache"
     dynamic_sampling: bool = True
     max_refills: Natural = 2
     overlong_buffer_tokens: Natural = 0

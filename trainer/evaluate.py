@@ -16,7 +16,7 @@ from trainer.config import SAMPLING_MEMORY, Config, build_config
 from trainer.distributed import ALONE, World
 from trainer.faults import memory_advice
 from trainer.policy import Policy
-from trainer.rollout import SamplingParams, sample
+from trainer.rollout import SamplingParams, check_engine, sample
 from trainer.run_folder import has_begun
 from trainer.seeding import Stream, generator
 from trainer.tasks import Task, load_task
@@ -93,5 +93,6 @@ def find_policy(folder: Path, given: Config) -> Config:
 def evaluate_folder(config: Config, on_step: Callable[..., None]) -> dict[str, Any]:
     """Loads ``config.policy`` and evaluates it; returns columns of the ``evals`` table."""
     policy = Policy.load(config.policy)
+    check_engine(policy, config.rollout)
     task = load_task(config.task, config.seed, policy.encode_prompt)
     return evaluate(config, policy, task, step=0, on_step=on_step)

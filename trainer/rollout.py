@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, fields
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.config import RolloutConfig
+from analysis.trace import InputError
+from trainer.config import Engine, RolloutConfig
 from trainer.decoder import Decoder
 from trainer.policy import Policy
 from trainer.token_stats import WHOLE, Softmax, TokenStats, Truncation
@@ -23,7 +25,8 @@ class SamplingParams:
     """What tokens are drawn from, and what ends a response besides the stop tokens.
 
     ``truncation`` cuts the distribution before anything is recorded of it. ``stop`` holds texts: the token that
-    completes one of them is the response's last. ``cache_tokens`` bounds memory, and changes nothing else.
+    completes one of them is the response's last. ``cache_tokens`` bounds memory, and ``engine``
+    says how ``sample`` computes; neither changes what is drawn but for rounding.
     """
 
     max_tokens: int
@@ -31,12 +34,15 @@ class SamplingParams:
     truncation: Truncation = WHOLE
     stop: tuple[str, ...] = ()
     cache_tokens: int = sys.maxsize
+    engine: Engine = "cache"
 
     @classmethod
     def of(cls, config: RolloutConfig) -> SamplingParams:
         """Those of a training step."""
         truncation = Truncation(config.top_p, config.top_k)
-        return cls(config.max_response_tokens, config.temperature, truncation, config.stop, config.cache_tokens)
+        return cls(
+            config.max_response_tokens, config.temperature, truncation, config.stop, config.cache_tokens, config.engine
+        )
 
 
 @dataclass
@@ -107,6 +113,25 @@ class Samples:
         return placed
 
 
+def check_engine(policy: Policy, config: RolloutConfig) -> None:
+    """Refuses an engine that does not sample from this model what it should.
+
+    Raises:
+        InputError: it does not, or the transformers installed has no such engine.
+    """
+    if config.engine == "continuous":
+        _continuous().check(policy)
+
+
+def _continuous() -> ModuleType:
+    # It draws as is done here, and needs parts of transformers that older ones lack.
+    try:
+        from trainer import continuous
+    except ImportError as error:
+        raise InputError(f'rollout.engine = "continuous" needs transformers >= 5.23 ({error})') from None
+    return continuous
+
+
 def sample(
     policy: Policy,
     prompts: list[list[int]],
@@ -134,13 +159,18 @@ def sample(
     longest = max(len(prompt) for prompt in prompts) + params.max_tokens
     size = max(1, params.cache_tokens // (longest * num_samples))
     chosen = prompts[part]
+    sample_part = sample_at
+    if params.engine == "continuous":
+        # It keeps to ``cache_tokens`` by itself.
+        size, sample_part = max(1, len(chosen)), _continuous().sample_at
     numbers = uniforms.reshape(len(prompts), num_samples, params.max_tokens)[part]
     drawn = [Samples.empty([], params.max_tokens)]
     with policy.whole():
         for start in range(0, len(chosen), size):
             some = slice(start, start + size)
             limits = [params.max_tokens] * len(chosen[some])
-            drawn.append(sample_at(policy, chosen[some], numbers[some].reshape(-1, params.max_tokens), limits, params))
+            some_numbers = numbers[some].reshape(-1, params.max_tokens)
+            drawn.append(sample_part(policy, chosen[some], some_numbers, limits, params))
     return Samples.concatenate(drawn)
 
 
@@ -172,14 +202,8 @@ def sample_at(
     rows = torch.arange(len(samples.prompts))
     live = torch.ones(len(rows), dtype=torch.bool)
     for t in range(params.max_tokens):
-        logits = params.truncation.apply(policy.head.logits(decoder.hidden), params.temperature)
-        softmax = Softmax.of(logits, params.temperature)
-        tokens = invert_cdf(softmax.weights, numbers[rows, t].to(policy.device))
-        samples.tokens[rows, t] = tokens.cpu()
+        tokens = draw(policy, decoder.hidden, samples, rows, t, numbers, params)
         samples.response_mask[rows, t] = live
-        for name, values in vars(softmax.stats(tokens)).items():
-            getattr(samples.stats, name)[rows, t] = values.cpu()
-        samples.hidden_norm[rows, t] = decoder.hidden.float().norm(dim=-1).cpu()
         has_ended = live & ends_response(policy, samples.tokens[rows, : t + 1], params.stop)
         samples.is_truncated[rows[has_ended]] = False
         live &= ~has_ended & (t + 1 < row_limits[rows])
@@ -192,6 +216,39 @@ def sample_at(
             decoder.keep(kept)
         decoder.append(tokens)
     return samples
+
+
+def draw(
+    policy: Policy,
+    hidden: Tensor,
+    samples: Samples,
+    rows: Tensor,
+    place: int | Tensor,
+    numbers: Tensor,
+    params: SamplingParams,
+) -> Tensor:
+    """Draws a token for each of some rows, and records it with the distribution that it is drawn from.
+
+    Args:
+        policy: The model.
+        hidden: The LM head's input before each token, (N, H).
+        samples: What the tokens belong to.
+        rows: Their rows, (N,).
+        place: Their place in the response, one for all or (N,).
+        numbers: Random numbers in [0, 1) of all rows and places, (B, T).
+        params: Temperature and truncation.
+
+    Returns:
+        The tokens, (N,), on the policy's device.
+    """
+    logits = params.truncation.apply(policy.head.logits(hidden), params.temperature)
+    softmax = Softmax.of(logits, params.temperature)
+    tokens = invert_cdf(softmax.weights, numbers[rows, place].to(policy.device))
+    samples.tokens[rows, place] = tokens.cpu()
+    for name, values in vars(softmax.stats(tokens)).items():
+        getattr(samples.stats, name)[rows, place] = values.cpu()
+    samples.hidden_norm[rows, place] = hidden.float().norm(dim=-1).cpu()
+    return tokens
 
 
 def ends_response(policy: Policy, tokens: Tensor, stop: tuple[str, ...]) -> Tensor:

@@ -40,6 +40,7 @@ from trainer.method import TokenBatch
 from trainer.plateau import PlateauDetector
 from trainer.policy import Policy
 from trainer.record import record_batch, record_prompts
+from trainer.rollout import check_engine
 from trainer.run_folder import check_prompts, describe_run, has_begun, is_complete
 from trainer.seeding import Stream
 from trainer.shaping import shape
@@ -77,6 +78,7 @@ def train(
             return
         torch.manual_seed(config.seed)
         policy = Policy.load(config.policy)
+        check_engine(policy, config.rollout)
         task = load_task(config.task, config.seed, policy.encode_prompt)
         if world.is_sharded:
             policy.shard()
