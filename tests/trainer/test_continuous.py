@@ -158,7 +158,7 @@ def test_layers_that_look_back_a_limited_way(policy, prompts):
         sliding_window=4,
         initializer_range=0.5,
     )
-    other = replace(policy, model=MistralForCausalLM(config).eval())
+    other = replace(policy, model=MistralForCausalLM(config).eval(), packs=False)
     continuous.check(other)
     samples = sample_continuously(other, prompts, 2)
     scored = other.score(samples.prompts, samples.responses(), 1.0)
@@ -168,7 +168,7 @@ def test_layers_that_look_back_a_limited_way(policy, prompts):
 def test_a_model_whose_attention_cannot_read_pages_is_refused_in_one_line(policy):
     torch.manual_seed(0)
     config = BloomConfig(vocab_size=512, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.5)
-    other = replace(policy, model=BloomForCausalLM(config).eval())
+    other = replace(policy, model=BloomForCausalLM(config).eval(), packs=False)
     with pytest.raises(InputError, match=r'^rollout\.engine = "continuous": BloomForCausalLM cannot be sampled[^\n]*$'):
         check_engine(other, RolloutConfig(engine="continuous"))
 
