@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -86,15 +85,19 @@ def record_batch(
             "shaped_advantage": shaped[mask].numpy(),
             "grad_norm": grad_norm[mask].numpy(),
             "is_correct": is_correct[rows],
-            **(_after_columns(batch, after, mask) if after else {}),
+            **(_after_columns(batch, after, mask, rows) if after else {}),
         },
     )
 
 
-def _after_columns(batch: Batch, after: AfterUpdate, mask: Tensor) -> dict[str, pa.Array]:
-    """After-update columns of the tokens in ``mask``, null where the response took no part in the update."""
-    is_left_out = ~batch.is_kept[:, None].expand(mask.shape)[mask].numpy()
-    return {f.name: pa.array(getattr(after, f.name)[mask].numpy(), mask=is_left_out) for f in fields(after)}
+def _after_columns(batch: Batch, after: AfterUpdate, mask: Tensor, rows: np.ndarray) -> dict[str, pa.Array]:
+    """After-update columns of the tokens in ``mask``, of the responses ``rows``.
+
+    Clipping is known wherever the response took part in the update, probabilities only where it was scored again.
+    """
+    is_kept, is_scored = batch.is_kept.numpy()[rows], after.is_scored.numpy()[rows]
+    is_known = {"logprob_after": is_scored, "entropy_after": is_scored, "is_clipped": is_kept}
+    return {name: pa.array(getattr(after, name)[mask].numpy(), mask=~known) for name, known in is_known.items()}
 
 
 def _response_columns(batch: Batch, own: np.ndarray) -> dict[str, Any]:
