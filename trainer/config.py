@@ -266,8 +266,8 @@ class EvalConfig(Section):
 class RecordConfig(Section):
     """How often, in steps, buffered rows become Parquet files, after-update values are captured, a checkpoint is kept.
 
-    ``after_update_every`` = 0 captures none; else those of ``after_update_groups`` of the groups in the update, if there
-    are as many. ``mantissa_bits`` is to what measured columns of tokens are rounded.
+    ``after_update_every`` = 0 captures none; else ``after_update_groups`` of the groups in the update, at most, are
+    captured. ``mantissa_bits`` is to what measured columns of tokens are rounded.
     """
 
     flush_every: Positive = 10

@@ -114,7 +114,7 @@ def test_repetition_equals_the_naive_search() -> None:
 
 
 # Words that cutting short makes alike or leaves nothing of, signs that end sentences, and all kinds of gaps.
-PIECES = st.sampled_from("a bc my dog Dog an don't ' é x² 7 77 + = . ! ? , sum".split())
+PIECES = st.sampled_from(["a", "bc", "my", "dog", "Dog", "an", "sum", "don't", "é", "x²", "7", "77", *"'+=.!?,"])
 SPACES = st.sampled_from(["", " ", " ", "  ", "_", "\n", "\n\n", ". ", "\x1c", "\u00a0", "\t", "\r\n"])
 BLOCKS = st.lists(st.tuples(PIECES, SPACES), min_size=1, max_size=6)
 
@@ -131,7 +131,7 @@ def texts(draw: st.DrawFn) -> str:
     return text if draw(st.booleans()) else text.encode("ascii", "ignore").decode()
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(texts())
 def test_the_fast_search_for_repetition_equals_the_definition(text: str) -> None:
     assert is_repetitive(text) == repeats_naively(WORD.findall(text.lower()))
@@ -149,7 +149,7 @@ def is_irrelevant_plainly(prompt: str, text: str) -> bool:
     return off > 0 and off >= 0.25 * len(ALPHABETIC.findall(text.lower()))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(texts())
 def test_the_fast_search_for_what_is_off_the_subject_equals_the_definition(text: str) -> None:
     assert is_irrelevant("Is my dog old?", text) == is_irrelevant_plainly("Is my dog old?", text)
