@@ -9,6 +9,7 @@ meaning or type.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import pyarrow as pa
 
@@ -49,7 +50,7 @@ class Table:
     columns: tuple[Column, ...]
     sort_by: tuple[str, ...]
 
-    @property
+    @cached_property
     def arrow_schema(self) -> pa.Schema:
         """Arrow schema whose field metadata carry unit and meaning."""
         fields = [
