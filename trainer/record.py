@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -50,13 +49,13 @@ def record_batch(
         record_prompts(writer, batch.new_prompts)
     own = np.flatnonzero(batch.is_own.numpy())
     rollout_ids = first_rollout_id + np.arange(len(batch.prompts))
-    prompt_ids = np.array([prompt.prompt_id for prompt in batch.prompts], dtype=object)
+    prompt_ids = pa.array([prompt.prompt_id for prompt in batch.prompts])
     is_correct = np.array([score.is_correct for score in batch.scores])
     writer.append(
         "rollouts",
         {
             "step": step,
-            "prompt_id": prompt_ids[own],
+            "prompt_id": prompt_ids.take(pa.array(own)),
             "rollout_id": rollout_ids[own],
             "sample_index": own % num_samples,
             "is_correct": is_correct[own],
@@ -67,34 +66,38 @@ def record_batch(
         },
     )
     samples = batch.samples
-    mask = samples.response_mask & batch.is_own[:, None]
+    mask = (samples.response_mask & batch.is_own[:, None]).numpy()
     lengths = samples.lengths.numpy()
-    rows, positions = np.nonzero(mask.numpy())
+    rows, positions = np.nonzero(mask)
     grad_norm = lm_head_grad_norm(shaped, samples.stats.logprob, samples.stats.sum_p2, samples.hidden_norm, temperature)
     writer.append(
         "tokens",
         {
             "step": step,
-            "prompt_id": prompt_ids[rows],
+            "prompt_id": prompt_ids.take(pa.array(rows)),
             "rollout_id": rollout_ids[rows],
             "position": positions,
             "response_length": lengths[rows],
-            "token_id": samples.tokens[mask].numpy(),
-            "logprob": samples.stats.logprob[mask].numpy(),
-            "entropy": samples.stats.entropy[mask].numpy(),
+            "token_id": samples.tokens.numpy()[mask],
+            "logprob": samples.stats.logprob.numpy()[mask],
+            "entropy": samples.stats.entropy.numpy()[mask],
             "advantage": batch.advantages.numpy()[rows],
-            "shaped_advantage": shaped[mask].numpy(),
-            "grad_norm": grad_norm[mask].numpy(),
+            "shaped_advantage": shaped.numpy()[mask],
+            "grad_norm": grad_norm.numpy()[mask],
             "is_correct": is_correct[rows],
-            **(_after_columns(batch, after, mask) if after else {}),
+            **(_after_columns(batch, after, mask, rows) if after else {}),
         },
     )
 
 
-def _after_columns(batch: Batch, after: AfterUpdate, mask: Tensor) -> dict[str, pa.Array]:
-    """After-update columns of the tokens in ``mask``, null where the response took no part in the update."""
-    is_left_out = ~batch.is_kept[:, None].expand(mask.shape)[mask].numpy()
-    return {f.name: pa.array(getattr(after, f.name)[mask].numpy(), mask=is_left_out) for f in fields(after)}
+def _after_columns(batch: Batch, after: AfterUpdate, mask: np.ndarray, rows: np.ndarray) -> dict[str, pa.Array]:
+    """After-update columns of the tokens in ``mask``, of the responses ``rows``.
+
+    Clipping is known wherever the response took part in the update, probabilities only where it was scored again.
+    """
+    is_kept, is_scored = batch.is_kept.numpy()[rows], after.is_scored.numpy()[rows]
+    is_known = {"logprob_after": is_scored, "entropy_after": is_scored, "is_clipped": is_kept}
+    return {name: pa.array(getattr(after, name).numpy()[mask], mask=~known) for name, known in is_known.items()}
 
 
 def _response_columns(batch: Batch, own: np.ndarray) -> dict[str, Any]:

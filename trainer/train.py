@@ -136,7 +136,7 @@ def _run_steps(
         started = time.perf_counter()
         metrics = learner.update(batch, shaped, step)
         updated = time.perf_counter()
-        after = learner.capture(batch, metrics) if config.record.captures(step) else None
+        after = learner.capture(batch, metrics, step) if config.record.captures(step) else None
         record_batch(
             writer,
             batch,

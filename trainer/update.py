@@ -46,14 +46,16 @@ class UpdateMetrics:
 
 @dataclass
 class AfterUpdate:
-    """What an update did to the tokens it was made of; each (B, T), 0 outside the kept responses of this process.
+    """What an update did to the tokens it was made of.
 
     Attributes:
-        logprob_after: logprob under the updated weights, nats.
-        entropy_after: Entropy under the updated weights, nats.
+        is_scored: Responses that were scored again, (B,) bool.
+        logprob_after: logprob under the updated weights, nats; (B, T), 0 in all others.
+        entropy_after: Entropy under the updated weights, nats; (B, T), 0 in all others.
         is_clipped: As in ``UpdateMetrics``.
     """
 
+    is_scored: Tensor
     logprob_after: Tensor
     entropy_after: Tensor
     is_clipped: Tensor
@@ -104,18 +106,20 @@ class Learner:
         return UpdateMetrics(is_clipped, loss, grad_norm, kl if self.reference else None, low, high)
 
     @torch.no_grad()
-    def capture(self, batch: Batch, metrics: UpdateMetrics) -> AfterUpdate:
-        """Scores the kept responses of this process under the weights that ``update`` left; draws no random number."""
+    def capture(self, batch: Batch, metrics: UpdateMetrics, step: int) -> AfterUpdate:
+        """Scores responses of ``after_update_groups`` groups, this process its own, under the weights of ``update``."""
         samples = batch.samples
         logprob, entropy = torch.zeros(samples.tokens.shape), torch.zeros(samples.tokens.shape)
-        kept = torch.nonzero(batch.is_kept & batch.is_own).squeeze(1)
+        groups = captured_groups(self.config, batch, step)
+        is_scored = torch.isin(batch.group_ids, groups) & batch.is_own
+        scored = torch.nonzero(is_scored).squeeze(1)
         with memory_advice(self.config, "capturing what an update did", UPDATE_MEMORY), self.policy.whole():
-            for micro in micro_batches(samples, kept, self.config.optim.micro_batch_tokens):
-                rows = kept[micro]
+            for micro in micro_batches(samples, scored, self.config.optim.micro_batch_tokens):
+                rows = scored[micro]
                 stats = self._score(self.policy, samples, rows)
                 logprob[rows] = samples.place(stats.logprob, rows)
                 entropy[rows] = samples.place(stats.entropy, rows)
-        return AfterUpdate(logprob, entropy, metrics.is_clipped)
+        return AfterUpdate(is_scored, logprob, entropy, metrics.is_clipped)
 
     def _step_optimizer(
         self, samples: Samples, objective: Objective, rows: Tensor, step: int, is_clipped: Tensor
@@ -216,6 +220,13 @@ def mini_batches(config: Config, batch: Batch, step: int) -> Iterator[Tensor]:
         for part in np.array_split(rng.permutation(groups), config.optim.mini_batches):
             if len(part):
                 yield torch.nonzero(torch.isin(batch.group_ids, torch.from_numpy(part))).squeeze(1)
+
+
+def captured_groups(config: Config, batch: Batch, step: int) -> Tensor:
+    """Kept groups whose after-update values are captured, drawn without regard to anything but the step."""
+    groups = batch.group_ids[batch.is_kept].unique().numpy()
+    rng = generator(config.seed, Stream.CAPTURE, step)
+    return torch.from_numpy(rng.permutation(groups)[: config.record.after_update_groups])
 
 
 def micro_batches(samples: Samples, rows: Tensor, max_tokens: int, rank: int = 0, size: int = 1) -> list[Tensor]:

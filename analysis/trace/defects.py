@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from functools import cache
+import string
+from functools import cache, lru_cache
+from itertools import compress
 
 from analysis.trace.lexicon import Lexicon
 
@@ -15,9 +17,10 @@ FORMAT_VIOLATION, TRUNCATED, REPETITION, IRRELEVANT = DEFECTS = (
 )
 
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?|\d+|[^\w\s]")
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+SENTENCE_END = re.compile(r"[.!?\n]\s+|\n")
 ALPHABETIC = re.compile(r"[^\W\d_]{2,}")
-FORMAL_SIGN = re.compile(r"[\d=+*/^<>\\]")
+FORMAL = r"\d=+*/^<>\\"
+FORMAL_SIGN = re.compile(f"[{FORMAL}]")
 # Words too common to tie a sentence to its prompt.
 COMMON_WORDS = (
     "a an and are as at be by do does for from has have how i in is it its of on or that the this to was we what "
@@ -25,10 +28,18 @@ COMMON_WORDS = (
 )
 STOP_WORDS = frozenset(COMMON_WORDS.split())
 
-# With a letter in each word's place: one word six times, or 2 to 100 words three times.
-REPEATED_BLOCK = re.compile(r"(.)\1{5}|(.{2,100})\2\2", re.DOTALL)
+SIX_TIMES = re.compile(r"(.)\1{5}", re.DOTALL)
+THREE_TIMES = re.compile(r"(.)\1\1", re.DOTALL)
+MAX_BLOCK_WORDS = 100
+# What stands between words, made blanks, and what is left out where words are cut short: all letters but one, which is
+# frequent and hardly ever doubled.
+GAPS = "".join(sign for sign in map(chr, range(128)) if sign.isspace() or sign == "_")
+BLANKS = bytes.maketrans(GAPS.encode(), b" " * len(GAPS))
+LEFT_OUT = string.ascii_lowercase.replace("a", "").encode()
 MIN_SENTENCE_WORDS = 3
 IRRELEVANT_SHARE = 0.25
+# After the end of a sentence, as much as three words of two letters take, and then all up to a possible end.
+INFORMAL = re.compile(rf"[.!?\n](?=[^{FORMAL}]{{8}})[^{FORMAL}.!?\n]*(?:[.!?\n]|\Z)")
 
 
 def find_defects(prompt: str, completion: str, *, has_answer: bool | None, is_truncated: bool | None) -> list[str]:
@@ -49,25 +60,51 @@ def find_defects(prompt: str, completion: str, *, has_answer: bool | None, is_tr
     Returns:
         The defects that apply, in the order above.
     """
-    applies = {
-        FORMAT_VIOLATION: has_answer is False,
-        TRUNCATED: is_truncated is True,
-        REPETITION: is_repetitive(completion),
-        IRRELEVANT: is_irrelevant(prompt, completion),
-    }
-    return [name for name in DEFECTS if applies[name]]
+    applies = (has_answer is False, is_truncated is True, is_repetitive(completion), is_irrelevant(prompt, completion))
+    return list(compress(DEFECTS, applies))
 
 
 def is_repetitive(completion: str) -> bool:
     """Whether a block of words is repeated back to back; see ``find_defects``."""
+    text = completion.lower()
+    if _cannot_repeat(text):
+        return False
     letters: dict[str, str] = {}
-    words = WORD.findall(completion.lower())
-    return REPEATED_BLOCK.search("".join([letters.setdefault(word, chr(len(letters))) for word in words])) is not None
+    words = "".join([letters.setdefault(word, chr(len(letters))) for word in WORD.findall(text)])
+    return SIX_TIMES.search(words) is not None or _stands_thrice(words, 2, MAX_BLOCK_WORDS)
+
+
+def _cannot_repeat(text: str) -> bool:
+    """Rules most texts of sums out, without a look at their words.
+
+    Words are cut short, each always to the same, so that a block that stands three times still does, or nothing is left
+    of it: then six words of which nothing is left stand in a row, with five gaps.
+    """
+    if not text.isascii():
+        return False
+    short = text.encode().translate(BLANKS, LEFT_OUT)
+    if b" " * 5 in short:
+        return False
+    short = short.replace(b" ", b"").decode()
+    return not _stands_thrice(short, 1, len(short))
+
+
+def _stands_thrice(text: str, smallest: int, largest: int) -> bool:
+    """Whether a part of a size within these bounds stands three times in a row.
+
+    Then of the letters at multiples of its size, which are much faster to search, one does.
+    """
+    for size in range(smallest, min(largest, len(text) // 3) + 1):
+        if THREE_TIMES.search(text[::size]) and re.search(rf"(?s)(.{{{size}}})\1\1", text):
+            return True
+    return False
 
 
 def is_irrelevant(prompt: str, completion: str) -> bool:
     """Whether a quarter of the words is off the subject; see ``find_defects``."""
     text = completion.lower()
+    if not INFORMAL.search(f"\n{text}"):
+        return False
     off = 0
     for sentence in SENTENCE_END.split(text):
         if FORMAL_SIGN.search(sentence):
@@ -78,6 +115,8 @@ def is_irrelevant(prompt: str, completion: str) -> bool:
     return off > 0 and off >= IRRELEVANT_SHARE * len(ALPHABETIC.findall(text))
 
 
+# The responses to a prompt follow each other.
+@lru_cache(maxsize=1)
 def _content_words(prompt: str) -> set[str]:
     return set(ALPHABETIC.findall(prompt.lower())) - STOP_WORDS
 

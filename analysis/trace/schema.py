@@ -9,6 +9,7 @@ meaning or type.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import pyarrow as pa
 
@@ -49,7 +50,7 @@ class Table:
     columns: tuple[Column, ...]
     sort_by: tuple[str, ...]
 
-    @property
+    @cached_property
     def arrow_schema(self) -> pa.Schema:
         """Arrow schema whose field metadata carry unit and meaning."""
         fields = [
@@ -94,8 +95,8 @@ TOKENS = Table(
             "|shaped_advantage| sqrt(1 - 2 p + sum p^2) |h| / temperature, before clipping and averaging.",
         ),
         IS_CORRECT,
-        _measured("logprob_after", "nats", "logprob after the step's update; null if not captured.", nullable=True),
-        _measured("entropy_after", "nats", "entropy after the step's update; null if not captured.", nullable=True),
+        _measured("logprob_after", "nats", "logprob after the step's update; null if not scored again.", nullable=True),
+        _measured("entropy_after", "nats", "entropy after the step's update; null if not scored again.", nullable=True),
         Column("is_clipped", pa.bool_(), "-", "The ratio clip took the token's gradient; null if not captured.", True),
     ),
     ("step", "rollout_id", "position"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from analysis.trace import InputError, Lexicon, find_defects
-from analysis.trace.defects import is_repetitive
+from analysis.trace.defects import ALPHABETIC, FORMAL_SIGN, STOP_WORDS, WORD, is_irrelevant, is_repetitive
 
 
 @pytest.mark.parametrize(
@@ -108,3 +111,45 @@ def test_repetition_equals_the_naive_search() -> None:
     expected = [repeats_naively(words) for words in texts]
     assert 100 < sum(expected) < 2900
     assert [is_repetitive(" ".join(words)) for words in texts] == expected
+
+
+# Words that cutting short makes alike or leaves nothing of, signs that end sentences, and all kinds of gaps.
+PIECES = st.sampled_from(["a", "bc", "my", "dog", "Dog", "an", "sum", "don't", "é", "x²", "7", "77", *"'+=.!?,"])
+SPACES = st.sampled_from(["", " ", " ", "  ", "_", "\n", "\n\n", ". ", "\x1c", "\u00a0", "\t", "\r\n"])
+BLOCKS = st.lists(st.tuples(PIECES, SPACES), min_size=1, max_size=6)
+
+
+@st.composite
+def texts(draw: st.DrawFn) -> str:
+    """Blocks of words, some repeated, with gaps that may differ between the repeats; half of the texts are ASCII."""
+    written = []
+    for block in draw(st.lists(BLOCKS, max_size=5)):
+        for _ in range(draw(st.integers(1, 6))):
+            gap = draw(st.none() | SPACES)
+            written += [word + (space if gap is None else gap) for word, space in block]
+    text = "".join(written)
+    return text if draw(st.booleans()) else text.encode("ascii", "ignore").decode()
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts())
+def test_the_fast_search_for_repetition_equals_the_definition(text: str) -> None:
+    assert is_repetitive(text) == repeats_naively(WORD.findall(text.lower()))
+
+
+LEXICON_WORDS = set(Lexicon.load().words)
+
+
+def is_irrelevant_plainly(prompt: str, text: str) -> bool:
+    words_of_prompt = set(ALPHABETIC.findall(prompt.lower())) - STOP_WORDS
+    on_subject = words_of_prompt | LEXICON_WORDS
+    sentences = [part for part in re.split(r"(?<=[.!?])\s+|\n+", text.lower()) if not FORMAL_SIGN.search(part)]
+    words = [ALPHABETIC.findall(sentence) for sentence in sentences]
+    off = sum(len(found) for found in words if len(found) >= 3 and on_subject.isdisjoint(found))
+    return off > 0 and off >= 0.25 * len(ALPHABETIC.findall(text.lower()))
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts())
+def test_the_fast_search_for_what_is_off_the_subject_equals_the_definition(text: str) -> None:
+    assert is_irrelevant("Is my dog old?", text) == is_irrelevant_plainly("Is my dog old?", text)

@@ -74,7 +74,7 @@ class Ours:
             torch.cuda.synchronize()
         updated = time.perf_counter()
         if self.records:
-            after = self.learner.capture(batch, metrics) if config.record.captures(self.step) else None
+            after = self.learner.capture(batch, metrics, self.step) if config.record.captures(self.step) else None
             first = (self.step - 1) * len(batch.prompts)
             record_batch(self.writer, batch, shaped, after, step=self.step, first_rollout_id=first, temperature=1.0)
             if self.step % config.record.flush_every == 0:

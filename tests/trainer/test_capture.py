@@ -1,5 +1,6 @@
 """What an update did to its own tokens: scored again under the new weights, recorded every n-th step."""
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -10,11 +11,12 @@ from trainer.config import load_config
 from trainer.policy import Policy
 from trainer.record import record_batch
 from trainer.train import train
-from trainer.update import Learner
+from trainer.update import Learner, captured_groups
 
 from .conftest import SMALL
 
-CAPTURED = ["logprob_after", "entropy_after", "is_clipped"]
+SCORED = ["logprob_after", "entropy_after"]
+CAPTURED = [*SCORED, "is_clipped"]
 # Two epochs, the second far from the first: the clip is certain.
 LEAP = ["optim.epochs=2", "optim.lr=5e-3", "optim.warmup_steps=0"]
 
@@ -42,7 +44,7 @@ def test_values_equal_a_float64_pass_of_the_updated_weights(policy, task, tmp_pa
     advantages = batch.advantages[:, None].expand(batch.samples.tokens.shape)
     metrics = learner.update(batch, advantages, step=1)
     writer = TraceWriter.create(tmp_path / "run", {"run_id": "run"}, policy.vocab())
-    after = learner.capture(batch, metrics)
+    after = learner.capture(batch, metrics, step=1)
     record_batch(writer, batch, advantages, after, step=1, first_rollout_id=0, temperature=0.8)
     writer.flush(1)
     tokens = read(tmp_path / "run", "tokens")
@@ -85,6 +87,38 @@ def test_clipped_tokens_are_those_that_the_step_counts(leap):
     assert captured.filter(pl.col("shaped_advantage") == 0).filter("is_clipped").is_empty()
 
 
+def test_whole_groups_are_scored_again_and_nothing_else_changes(leap, tmp_path):
+    """Two of a step's kept groups have values, those that they have where all do."""
+    config = load_config("tiny", [*SMALL, *LEAP, "record.after_update_groups=2"])
+    train(config, tmp_path / "run", {})
+    tokens, everything = with_is_kept(tmp_path / "run"), with_is_kept(leap)
+    assert tokens.drop("run_id", *SCORED).equals(everything.drop("run_id", *SCORED))
+    scored = tokens.filter(pl.col("logprob_after").is_not_null())
+    assert scored.select("is_kept", (pl.col("step") % 2 == 0).alias("is_even")).unique().rows() == [(True, True)]
+    assert scored["entropy_after"].null_count() == 0
+    same = everything.join(scored.select("rollout_id", "position"), on=["rollout_id", "position"])
+    for name in SCORED:
+        np.testing.assert_allclose(scored[name], same[name], rtol=1e-4, atol=1e-5)
+    assert len(scored) == len(tokens.join(scored, on="prompt_id", how="semi")), "a group is scored in part"
+    num_groups = [
+        dict(rows.group_by("step").agg(pl.col("prompt_id").n_unique()).rows())
+        for rows in (scored, everything.drop_nulls("logprob_after"))
+    ]
+    assert num_groups[0] == {step: min(2, kept) for step, kept in num_groups[1].items()}
+    assert num_groups[0] != num_groups[1]
+
+
+def test_which_groups_are_scored_again_depends_on_the_step_alone(small_config, policy, task):
+    config = load_config("tiny", [*SMALL, "record.after_update_groups=2"])
+    batch = collect_batch(config, policy, PromptSource(task), step=1)
+    chosen = [set(captured_groups(config, batch, step).tolist()) for step in range(1, 21)]
+    assert chosen == [set(captured_groups(config, batch, step).tolist()) for step in range(1, 21)]
+    kept = set(batch.group_ids[batch.is_kept].tolist())
+    assert all(len(groups) == 2 and groups <= kept for groups in chosen)
+    assert set.union(*chosen) == kept, "some group is never chosen"
+    assert torch.equal(captured_groups(small_config, batch, 1).sort().values, batch.group_ids[batch.is_kept].unique())
+
+
 def test_any_epoch_counts(policy, task):
     """Over many epochs, at least as many as in one of them, at most as many as in all of them."""
     config = load_config("tiny", [*SMALL, *LEAP, "optim.epochs=5", "optim.mini_batches=2"])
@@ -117,7 +151,8 @@ def test_a_step_without_kept_groups_captures_nothing(policy: Policy, task, small
     batch = collect_batch(small_config, policy, PromptSource(task), step=1)
     batch.is_kept[:] = False
     metrics = learner.update(batch, torch.zeros(batch.samples.tokens.shape), step=1)
-    after = learner.capture(batch, metrics)
+    after = learner.capture(batch, metrics, step=1)
     assert metrics.loss == 0.0
+    assert not after.is_scored.any()
     assert not after.is_clipped.any()
     assert not after.logprob_after.any()
