@@ -57,6 +57,8 @@ class Decoder:
         self.hidden = self._forward(tokens[:, None].to(self._policy.device), mask, self._lengths[:, None])
         self._lengths = self._lengths + 1
 
+    # Spares every operation what autograd would keep account of.
+    @torch.inference_mode()
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         inputs = {"position_ids": positions} if self._takes_positions else {}
         mask_given = None if mask.all() else mask

@@ -335,7 +335,8 @@ class _Blocks:
         vocab_size = len(head.weight)
         # Which tokens are left out is seen from all entries alone.
         entries = vocab_size if truncation != WHOLE else min(entries, vocab_size)
-        tokens = min(tokens, max(1, len(hidden)))
+        # A small vocabulary leaves room for more tokens.
+        tokens = min(max(tokens, math.prod(BLOCK[hidden.device.type]) // entries), max(1, len(hidden)))
         self.rows, self.entries = _cut(len(hidden), tokens), _cut(vocab_size, entries)
         self._product = torch.empty(tokens * entries, device=hidden.device, dtype=self.head.weight.dtype)
         self._room = torch.empty(2 * tokens * entries, device=hidden.device)

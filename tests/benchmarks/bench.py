@@ -24,7 +24,7 @@ PACKAGES = ("torch", "transformers", "trl", "numpy", "pyarrow")
 INTRODUCTION = """# Speed
 
 Written by `{command}`. Figures are medians over turns, in each of which everything that is
-compared runs once, in alternating order, in one process; quartiles show the spread between turns. Ratios are taken
+compared runs once, in alternating order; quartiles show the spread between turns. Ratios are taken
 within a turn.
 """
 

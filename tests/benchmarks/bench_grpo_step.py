@@ -1,20 +1,23 @@
-"""Seconds per GRPO step: this trainer, recording and not, against TRL's GRPOTrainer, paired in one process.
+"""Seconds per GRPO step: this trainer, recording and not, against TRL's GRPOTrainer, paired.
 
 All three train the same policy on the same task with the same batch, length limit, clipping and rewards. The learning
-rate is too small to move the policy, so that responses keep their lengths. TRL runs its own loop; after each of its
-steps, ours takes one step with recording and one without, in alternating order, so that all three see the machine in
-the same state. "Without" computes no entropy and no sum of squared probabilities either. After-update values and files
-are written every few steps only: a measured value is the mean over one cycle of steps.
+rate is too small to move the policy, so that responses keep their lengths. TRL runs its own loop, in a process of its
+own, so that neither sees what the other did to memory; after each of its steps, ours takes one step with recording and
+one without, in alternating order, so that all three see the machine in the same state. "Without" computes no entropy
+and no sum of squared probabilities either. After-update values and files are written every few steps only: a measured
+value is the mean over one cycle of steps.
 """
 
 from __future__ import annotations
 
 import math
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +195,38 @@ def run_trl(
     return seconds, statistics.mean(lengths)
 
 
+def _answer_with_trl(peer: Connection, name: str, overrides: list[str], steps: int) -> None:
+    """What the process of TRL does: says when a step is done, and waits until the next may begin."""
+
+    def between() -> None:
+        peer.send("stepped")
+        peer.recv()
+
+    config = load_config(name, overrides)
+    peer.send(run_trl(config, load_task(config.task, config.seed), steps, between))
+
+
+def run_trl_apart(
+    name: str, overrides: list[str], steps: int, between: Callable[[], None]
+) -> tuple[list[float], float]:
+    """``run_trl`` in a process of its own, which stands still while ``between`` runs here."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_answer_with_trl, args=(there, name, overrides, steps), daemon=True)
+    process.start()
+    there.close()
+    while (answer := here.recv()) == "stepped":
+        between()
+        here.send("go on")
+    process.join()
+    return answer
+
+
 def measure(quick: bool) -> list[Figure]:
     """All figures; one cycle of small steps if ``quick``, which leaves TRL out."""
     small = ["rollout.prompts_per_step=2", "record.flush_every=2", "record.after_update_every=2"] if quick else []
-    config = load_config("tiny", ["policy.device=cpu", "rollout.dynamic_sampling=false", f"optim.lr={STILL}", *small])
+    overrides = ["policy.device=cpu", "rollout.dynamic_sampling=false", f"optim.lr={STILL}", *small]
+    config = load_config("tiny", overrides)
     cycle = math.lcm(config.record.flush_every, config.record.after_update_every)
     steps = WARM_UP + cycle * (1 if quick else 6)
     task = load_task(config.task, config.seed)
@@ -208,7 +239,7 @@ def measure(quick: bool) -> list[Figure]:
         seconds = pairing.seconds
         lengths = {}
         if HAS_TRL and not quick:
-            seconds["trl"], lengths["trl"] = run_trl(config, task, steps, pairing.take_steps)
+            seconds["trl"], lengths["trl"] = run_trl_apart("tiny", overrides, steps, pairing.take_steps)
         else:
             for _ in range(steps):
                 pairing.take_steps()
