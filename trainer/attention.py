@@ -21,7 +21,7 @@ MAX_KEYS = 256
 
 # Places of packed sequences whose scores are computed at once. They come sorted by length: in parts, there is less
 # padding among them, and their scores stay in the cache.
-PART_PLACES = 4096
+PART_PLACES = {"cpu": 1 << 12, "cuda": 1 << 16}
 UNUSUAL = ("softcap", "position_bias", "cache")
 
 
@@ -67,8 +67,7 @@ def short_attention(
         attention_mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         # The lowest number, not -inf: a padded query that sees nothing must stay finite.
-        lowest = torch.finfo(query.dtype).min
-        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, lowest)
+        attention_mask = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
     # The heads that share a key head stand one after another, as if they were more queries.
     packed = (query * (width**-0.5 if scaling is None else scaling)).reshape(batch, key_heads, -1, width)
     scores = (packed @ key.transpose(-1, -2)).view(batch, heads, length, keys)
@@ -83,7 +82,7 @@ def _attend_packed(
 ) -> Tensor:
     """Causal attention within each of the sequences that ``layout`` says, all arguments (1, heads, M, ...)."""
     slots, is_first = layout[0]
-    size = max(1, PART_PLACES // slots.shape[1])
+    size = max(1, PART_PLACES[slots.device.type] // slots.shape[1])
     attended = []
     for some, stands_first in zip(slots.split(size), is_first.split(size), strict=True):
         width = int((some >= 0).any(0).sum())

@@ -79,7 +79,7 @@ class PolicyConfig(Section):
     path: str = EMBEDDED
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    attention: Literal["auto", "packed", "sdpa", "eager"] = "auto"
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
     template: str | None = None

@@ -32,12 +32,12 @@ class Decoder:
         self._mask = places >= (width - lengths)[:, None]
         self._lengths = lengths
         self._cache = DynamicCache(config=policy.model.config)
-        # A mask of four dimensions is used as it is; one of two would be expanded by the model at every step. But only
-        # these read a mask of truth values, and layers that look back a limited way need one of their own.
+        # A mask of four dimensions is used as it is; one of two would be expanded by the model at every step. But that
+        # is known of these only, and layers that look back a limited way need one of their own.
         is_plain = policy.model.config._attn_implementation in ("sdpa", attention.NAME)
         self._takes_mask_as_is = is_plain and not any(self._cache.is_sliding)
         self._takes_positions = "position_ids" in inspect.signature(policy.model.base_model.forward).parameters
-        self.hidden = self._forward(ids, self._mask, (places - (width - lengths)[:, None]).clamp(min=0))
+        self.hidden = self._forward(ids, (places - (width - lengths)[:, None]).clamp(min=0))
         if num_samples > 1:
             self._cache.batch_repeat_interleave(num_samples)
             self._mask, self._lengths, self.hidden = (
@@ -53,15 +53,18 @@ class Decoder:
     def append(self, tokens: Tensor) -> None:
         """Adds a token (B,) to each sequence."""
         self._mask = torch.cat((self._mask, self._mask.new_ones(len(tokens), 1)), dim=1)
-        mask = self._mask[:, None, None, :] if self._takes_mask_as_is else self._mask
-        self.hidden = self._forward(tokens[:, None].to(self._policy.device), mask, self._lengths[:, None])
+        self.hidden = self._forward(tokens[:, None].to(self._policy.device), self._lengths[:, None])
         self._lengths = self._lengths + 1
 
     # Spares every operation what autograd would keep account of.
     @torch.inference_mode()
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         inputs = {"position_ids": positions} if self._takes_positions else {}
-        mask_given = None if mask.all() else mask
+        mask = None if self._mask.all() else self._mask
+        if mask is not None and ids.shape[1] == 1 and self._takes_mask_as_is:
+            # Additive, so that no layer has to make it so.
+            dtype = self._policy.dtype
+            mask = torch.where(mask[:, None, None, :], 0.0, torch.finfo(dtype).min).to(dtype)
         return self._policy.hidden_states(
-            ids, attention_mask=mask_given, past_key_values=self._cache, use_cache=True, **inputs
+            ids, attention_mask=mask, past_key_values=self._cache, use_cache=True, **inputs
         )[:, -1]

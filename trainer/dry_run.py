@@ -187,7 +187,9 @@ def _read_config(place: Any, **where: str) -> PreTrainedConfig:
 
 
 def _build(config: Config, shape: PreTrainedConfig, dtype: torch.dtype) -> Policy:
-    attention = {} if config.policy.attention == "auto" else {"attn_implementation": config.policy.attention}
+    attention = (
+        {} if config.policy.attention in ("auto", "packed") else {"attn_implementation": config.policy.attention}
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, **attention).eval()
         adapter = adapters.add_adapter(model, config.policy.lora, config.policy.path) if config.policy.lora else None

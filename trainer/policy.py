@@ -71,7 +71,8 @@ class Policy:
         """
         model, tokenizer, adapter = load_pretrained(config)
         device = _pick_device(config.device)
-        if config.attention == "auto" and device.type == "cpu" and model.config._attn_implementation == "sdpa":
+        is_ours = config.attention == "packed" or (config.attention == "auto" and device.type == "cpu")
+        if is_ours and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(attention.NAME)
         if device.type == "cpu":
             keep_freed_memory()
@@ -82,6 +83,8 @@ class Policy:
         policy._check_head()
         policy._check_decoder()
         policy.packs = policy._can_pack()
+        if config.attention == "packed" and not policy.packs:
+            raise InputError(f"{config.path}: {type(model).__name__} cannot read sequences that are packed")
         if config.gradient_checkpointing:
             policy.checkpoint_layers()
         return policy

@@ -59,7 +59,7 @@ def load_model(path: Path, attention: str = "auto") -> PreTrainedModel:
 
     Args:
         path: A folder, or a GGUF file.
-        attention: An implementation of transformers, or ``auto`` for what it takes by itself.
+        attention: An implementation of transformers; ``auto`` and ``packed`` leave the choice to it.
 
     Raises:
         InputError: no usable model there.
@@ -67,7 +67,7 @@ def load_model(path: Path, attention: str = "auto") -> PreTrainedModel:
     _refuse_code(path)
     if path.is_file() and path.suffix != ".gguf":
         raise InputError(f"policy.path: expected a model folder or a .gguf file, found {path}")
-    chosen = {} if attention == "auto" else {"attn_implementation": attention}
+    chosen = {} if attention in ("auto", "packed") else {"attn_implementation": attention}
     return _load(AutoModelForCausalLM, path, "model", dtype=torch.float32, use_safetensors=True, **chosen)
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +101,6 @@ class Truncation:
 
 
 WHOLE = Truncation()
-T = TypeVar("T", "TokenStats", "Sums")
 
 
 @dataclass
@@ -146,16 +145,24 @@ class Softmax:
         """Statistics of target tokens (N,), each (N,), if this is of whole rows. Uses up both tensors."""
         return self.sums(targets).stats(self.temperature)
 
-    def sums(self, targets: Tensor, first: int = 0) -> Sums:
-        """What statistics of target tokens (N,) need of these columns, the first of which is entry ``first``.
+    def sums(self, targets: Tensor) -> Sums:
+        """What the statistics of target tokens (N,) need, if this is of whole rows. Uses up both tensors."""
+        columns = targets[:, None]
+        own = self.shifted.gather(1, columns)
+        self.weights.scatter_(1, columns, 0.0)
+        return self._add_up(own)
 
-        Uses up both tensors.
-        """
+    def sums_of_block(self, targets: Tensor, first: int) -> Sums:
+        """The same of columns of which the first is entry ``first``."""
         is_here, columns = _columns(targets, first, self.shifted.shape[1])
         own = torch.where(is_here, self.shifted.gather(1, columns), -math.inf)
         self.weights.scatter_(1, columns, self.weights.gather(1, columns).masked_fill_(is_here, 0.0))
+        return self._add_up(own)
+
+    def _add_up(self, own: Tensor) -> Sums:
         others, norm = self.weights.sum(-1), torch.linalg.vector_norm(self.weights, dim=-1)
-        return Sums(self.peak.squeeze(1), own.squeeze(1), others, self.shifted.mul_(self.weights).sum(-1), norm)
+        moment = self.shifted.mul_(self.weights).sum(-1)
+        return Sums(self.peak.squeeze(1), own.squeeze(1), others, moment, norm)
 
     def grad_logits(self, grads: LogitGrads, first: int) -> Tensor:
         """Gradient at these logits, (N, V), if ``peak`` is that of whole rows. Uses up both tensors."""
@@ -246,8 +253,8 @@ def compute_stats(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> 
     """Statistics of target tokens (N,) under softmax(logits / temperature), logits (N, V); without gradient."""
     tokens = max(1, GIVEN_LOGITS[logits.device.type] // logits.shape[1])
     room = torch.empty(2 * min(tokens, len(logits)) * logits.shape[1], device=logits.device)
-    parts = _cut(len(logits), tokens)
-    return _join([Softmax.of(logits[rows], temperature, room).stats(targets[rows]) for rows in parts], TokenStats)
+    parts = [Softmax.of(logits[rows], temperature, room).sums(targets[rows]) for rows in _cut(len(logits), tokens)]
+    return _join(parts).stats(temperature)
 
 
 def compute_token_stats(
@@ -288,9 +295,9 @@ class _BlockedStats(torch.autograd.Function):
         parts = []
         for rows in blocks.rows:
             own = targets[rows]
-            found = [blocks.softmax(rows, entries).sums(own, entries.start) for entries in blocks.entries]
+            found = [blocks.softmax(rows, entries).sums_of_block(own, entries.start) for entries in blocks.entries]
             parts.append(Sums.join(found, temperature))
-        sums = _join(parts, Sums)
+        sums = _join(parts)
         ctx.save_for_backward(hidden, weight, bias, targets, *vars(sums).values())
         ctx.temperature, ctx.truncation = temperature, truncation
         stats = sums.stats(temperature)
@@ -365,8 +372,8 @@ def _cut(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, max(length, 1), size)]
 
 
-def _join(parts: list[T], kind: type[T]) -> T:
-    return kind(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(kind)))
+def _join(parts: list[Sums]) -> Sums:
+    return Sums(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Sums)))
 
 
 def lm_head_grad_norm(

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from analysis.trace import InputError
 from tests.trainer.test_policy import ARCHITECTURES, LLAMA_LIKE, load, write_model
 from trainer import attention
 from trainer.attention import PART_PLACES
@@ -51,10 +52,10 @@ def test_take_rows_equals_an_index_with_its_gradient():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("part_places", [1, 12, PART_PLACES])
+@pytest.mark.parametrize("part_places", [1, 12, 1 << 12])
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_packed_equals_padded_with_gradients(tmp_path, monkeypatch, batch, name, part_places, checkpointing):
-    monkeypatch.setattr(attention, "PART_PLACES", part_places)
+    monkeypatch.setitem(PART_PLACES, "cpu", part_places)
     policy = load(write_model(tmp_path, *ARCHITECTURES[name]), gradient_checkpointing=checkpointing)
     assert policy.packs == (name not in NOT_PACKED)
     results = []
@@ -80,6 +81,9 @@ def test_packing_is_not_trusted_but_tried(tmp_path, monkeypatch):
     folder = write_model(tmp_path, "LlamaConfig", LLAMA_LIKE)
     monkeypatch.setattr(attention, "_attend_packed", lambda module, q, k, v, layout, options: q.transpose(1, 2))
     assert not load(folder).packs
+    with pytest.raises(InputError, match=r"^[^\n]*: LlamaForCausalLM cannot read sequences that are packed$"):
+        load(folder, attention="packed")
     monkeypatch.undo()
+    assert load(folder, attention="packed").packs
     assert load(folder).packs
     assert not load(folder, attention="sdpa").packs

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from analysis.cli import app, print_json, run, say
 from analysis.trace import InputError
+from trainer.cli.evaluate import evaluate
+from trainer.cli.intervene import DEFAULT_BUDGET, intervene, run_interventions
+from trainer.cli.options import Jobs, Json, Overrides, Resume, RetryFailed, require_train_extra, stoppable
+from trainer.cli.score import score
 from trainer.distributed import World, prepare, was_launched
 
 if TYPE_CHECKING:
     from trainer.config import Config
-    from trainer.intervene import Settings, Tally
-
-DEFAULT_BUDGET = 200_000
 
 
 class Where(StrEnum):
@@ -28,16 +27,6 @@ class Where(StrEnum):
 
     LOCAL = "local"
     RAY = "ray"
-
-
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Override single keys.", show_default=False)
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with what --out already holds.")]
-Budget = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Tokens to generate, earlier calls counted.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="As --resume, and try failed runs once more.")]
-Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time; each gets an equal share of the cores.")]
 
 
 def main() -> None:
@@ -67,7 +56,7 @@ def train(
 
     Example: entrace train paper-qwen2.5-7b --dry-run --devices 8
     """
-    _require_train_extra()
+    require_train_extra()
     from trainer.config import load_config
 
     if dry_run:
@@ -81,7 +70,7 @@ def train(
     from trainer.run_folder import alone_in
     from trainer.train import train as run_training
 
-    with _stoppable(f"with --resume goes on in {out}"), World.join() as world:
+    with stoppable(f"with --resume goes on in {out}"), World.join() as world:
         with world.together():
             settings = load_config(config, overrides or [])
             world.wait()
@@ -132,7 +121,7 @@ def ablate(
 
     Example: entrace ablate tiny-study --seeds 0,1,2 --jobs 2 --out data/runs/three-seeds
     """
-    _require_train_extra()
+    require_train_extra()
     from trainer.cli import grid as grid_command
     from trainer.grid import load_grid
 
@@ -148,7 +137,7 @@ def ablate(
         return
     if pilot:
         raise InputError("--pilot belongs to --dry-run")
-    with _stoppable(f"with --resume goes on in {out}"):
+    with stoppable(f"with --resume goes on in {out}"):
         failed = grid_command.run(specs, out, chosen, resume, retry_failed)
     if json:
         print_json(grid_command.summarize(specs, out))
@@ -169,7 +158,7 @@ def study(
 
     Example: entrace study --out data/runs/study --report reports/study
     """
-    _require_train_extra()
+    require_train_extra()
     from analysis.cli import report as write_report
     from trainer.cli import grid as grid_command
     from trainer.grid import load_grid
@@ -177,12 +166,12 @@ def study(
     from trainer.launch.local import LocalLauncher
 
     specs = load_grid("tiny-study")
-    with _stoppable(f"with --resume goes on in {out}"):
+    with stoppable(f"with --resume goes on in {out}"):
         failed = grid_command.run(specs, out, LocalLauncher(jobs), resume, retry_failed)
     for spec in specs:
         if spec.arm == spec.baseline and spec.run_id not in failed:
             run = out / spec.run_id
-            _intervene(run, Settings(resolve_checkpoint(run, None)), DEFAULT_BUDGET)
+            run_interventions(run, Settings(resolve_checkpoint(run, None)), DEFAULT_BUDGET)
     write_report([str(out)], out=report)
     raise typer.Exit(1 if failed else 0)
 
@@ -193,7 +182,7 @@ def methods(json: Json = False) -> None:
 
     Example: entrace methods
     """
-    _require_train_extra()
+    require_train_extra()
     from trainer.methods import describe_methods
 
     found = describe_methods()
@@ -208,150 +197,9 @@ def methods(json: Json = False) -> None:
         typer.echo(f"    {entry['kind']}: {' '.join(entry['settings']) or 'nothing to set'}")
 
 
-@app.command(name="eval")
-def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="RUN_OR_MODEL...", help="Run folders or model folders.")],
-    config: Annotated[str, typer.Option(help="Task and sampling of what is no run.")] = "tiny",
-    json: Json = False,
-) -> None:
-    """Evaluate policies on held-out prompts: avg@k, maj@k, pass@k with intervals over prompts.
-
-    A run is evaluated at its latest checkpoint with its own configuration.
-
-    Example: entrace eval data/runs/study/none-seed0 data/base-policy
-    """
-    _require_train_extra()
-    from analysis.progress import Progress
-    from trainer.config import load_config
-    from trainer.evaluate import evaluate_folder, find_policy
-
-    given = load_config(config)
-    targets = [find_policy(Path(model), given) for model in models]
-    figures = {}
-    with Progress("eval", sum(settings.task.total_heldout for settings in targets)) as progress:
-        done = 0
-        for model, settings in zip(models, targets, strict=True):
-            rows = evaluate_folder(
-                settings, lambda n, done=done, model=model, **seen: progress.update(done + n, model, **seen)
-            )
-            figures[model] = _summarize_evals(rows, settings.eval.samples)
-            done += settings.task.total_heldout
-    if json:
-        print_json(figures)
-        return
-    for model, metrics in figures.items():
-        for name, (value, low, high) in metrics.items():
-            say(f"{model}  {name:<9} {value:.3f} [{low:.3f}, {high:.3f}]")
-
-
-def _summarize_evals(rows: dict[str, Any], k: int) -> dict[str, tuple[float, float, float]]:
-    """Mean and 95 % interval over prompts of avg@k, maj@k and pass@k."""
-    import numpy as np
-
-    from analysis.stats import Estimate, avg_at_k, maj_at_k, pass_at_k, resample_clusters
-
-    correct = np.array(rows["is_correct"]).reshape(-1, k).tolist()
-    answers = np.array(rows["answer"], dtype=object).reshape(-1, k).tolist()
-    metrics = {
-        f"avg@{k}": [avg_at_k(c, k) for c in correct],
-        f"maj@{k}": [maj_at_k(a, c, k) for a, c in zip(answers, correct, strict=True)],
-        f"pass@{k}": [pass_at_k(k, sum(c), k) for c in correct],
-    }
-    figures = {}
-    for name, values in metrics.items():
-        draws = resample_clusters(np.array(values), np.random.default_rng(0)) / len(values)
-        estimate = Estimate.from_draws(float(np.mean(values)), draws, len(values) - 1, len(values), "prompts")
-        figures[name] = (estimate.value, estimate.low, estimate.high)
-    return figures
-
-
-@app.command()
-def score(
-    rollouts: Annotated[list[Path], typer.Argument(metavar="ROLLOUTS...", help="JSONL or Parquet files of rollouts.")],
-    *,
-    out: Annotated[Path, typer.Option(help="Folder of the trace; its name is the run id.")],
-    model: Annotated[str, typer.Option(help="Whose probabilities to record, named as policy.path is.")] = "embedded",
-    template: Annotated[
-        str | None, typer.Option(help="Text of a prompt in place of the chat template; {question} if it was applied.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
-    correct_at: Annotated[float, typer.Option(help="Reward from which on a response counts as right.")] = 1.0,
-    field: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=KEY", help="Key of a field called otherwise; may be repeated.")
-    ] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens read at once, padding counted.")] = 8192,
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave malformed rows out.")] = False,
-    resume: Resume = False,
-) -> None:
-    """Write the trace of rollouts that another trainer sampled: rows of prompt, response, reward, and perhaps step.
-
-    A model reads every response once, and its entropy, log-probability and gradient norm are recorded token by token.
-
-    Example: entrace score rollouts.jsonl --model data/base-policy --out data/runs/mine/scored
-    """
-    _require_train_extra()
-    from analysis.progress import Progress
-    from trainer import score as scoring
-    from trainer.config import validate_section
-    from trainer.plain_rollouts import read_rollouts
-    from trainer.policy import Policy
-    from trainer.rollout_rows import ScoreSettings
-    from trainer.run_folder import alone_in
-
-    values = {
-        "policy": {"path": model, "template": template},
-        "temperature": temperature,
-        "correct_at": correct_at,
-        "batch_tokens": batch_tokens,
-        "skip_bad_rows": skip_bad_rows,
-        "fields": _parse_fields(field or []),
-    }
-    settings = validate_section(ScoreSettings, values, "score")
-    with _stoppable(f"with --resume goes on in {out}"), alone_in(out, waits=False):
-        scoring.check_target(out, resume)
-        policy = Policy.load(settings.policy)
-        with read_rollouts(rollouts, settings, policy) as read, Progress(out.name, read.counts.rollouts) as progress:
-            for remark in read.remarks():
-                say(f"entrace: {remark}", err=True)
-            scoring.score(read, rollouts, settings, policy, out, resume=resume, on_step=progress.update)
-    say(str(out))
-
-
-@app.command()
-def intervene(
-    run: Annotated[Path, typer.Argument(help="A run folder with checkpoints.")],
-    checkpoint: Annotated[int | None, typer.Option(metavar="STEP", help="The latest if left out.")] = None,
-    continuations: Annotated[int, typer.Option(min=1, help="Responses continued from either prefix.")] = 8,
-    budget: Budget = DEFAULT_BUDGET,
-    entropy: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Quantiles of entropy of the tokens.")] = "0,1",
-    position: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Relative positions of the tokens.")] = "0,1",
-    ppl_tercile: Annotated[str, typer.Option(help="Thirds of their groups by perplexity; 1 = lowest.")] = "1,2,3",
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Decides tokens and continuations.")] = 0,
-    json: Json = False,
-) -> None:
-    """Replace tokens of recorded responses, continue from both, and record what that does to the outcome.
-
-    Adds table interventions to the run. Called again, it goes on where it stopped.
-
-    Example: entrace intervene data/runs/study/none-seed0 --entropy 0.8,1 --budget 500000
-    """
-    _require_train_extra()
-    from trainer.intervene import Settings, resolve_checkpoint
-
-    filters = {
-        "entropy": _parse_range("--entropy", entropy),
-        "position": _parse_range("--position", position),
-        "ppl_tercile": _parse_terciles(ppl_tercile),
-    }
-    settings = Settings(resolve_checkpoint(run, checkpoint), seed, continuations, **filters)
-    tally = _intervene(run, settings, budget)
-    if json:
-        print_json({"checkpoint_step": settings.checkpoint_step, "seed": seed, **asdict(tally)})
-        return
-    if not tally.num_new:
-        why = "no candidate is left" if tally.is_exhausted else "a larger --budget goes on"
-        typer.echo(f"nothing to do: checkpoint {settings.checkpoint_step} with seed {seed} is finished; {why}")
-    typer.echo(f"{tally.interventions} interventions, {tally.tokens} tokens, mean |impact| {tally.mean_abs_impact:.3f}")
+app.command(name="eval")(evaluate)
+app.command()(score)
+app.command()(intervene)
 
 
 @app.command()
@@ -364,7 +212,7 @@ def pretrain(
 
     Example: entrace pretrain base-policy --out data/my-base-policy
     """
-    _require_train_extra()
+    require_train_extra()
     from analysis.progress import Progress
     from trainer.pretrain import load_recipe
     from trainer.pretrain import pretrain as run_pretraining
@@ -378,63 +226,8 @@ def pretrain(
     say(str(out))
 
 
-def _require_train_extra() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("torch") is None or find_spec("transformers") is None:
-        raise InputError("this command needs the train extra: pip install 'entrace[train]'")
-
-
-@contextmanager
-def _stoppable(how: str) -> Iterator[None]:
-    """Ctrl-C ends the command with a line that says what the same command does later."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        say(f"entrace: stopped; the same command {how}", err=True)
-        raise typer.Exit(130) from None
-
-
 def _parse_seeds(text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")] if text else None
     except ValueError:
         raise InputError(f'--seeds "{text}": expected numbers separated by commas, such as 0,1,2') from None
-
-
-def _parse_fields(pairs: list[str]) -> dict[str, str]:
-    fields = {}
-    for pair in pairs:
-        name, _, key = pair.partition("=")
-        if not (name and key):
-            raise InputError(f'--field "{pair}": expected NAME=KEY, such as reward=accuracy_reward')
-        fields[name] = key
-    return fields
-
-
-def _intervene(run: Path, settings: Settings, budget: int) -> Tally:
-    from analysis.progress import Progress
-    from trainer.intervene import intervene as run_interventions
-
-    with _stoppable(f"goes on in {run / 'interventions'}"), Progress("intervene", budget) as progress:
-
-        def show(tally: Tally) -> None:
-            note = f"{tally.interventions} interventions"
-            progress.update(min(tally.tokens, budget), note, mean_abs_impact=tally.mean_abs_impact)
-
-        return run_interventions(run, settings, budget, show)
-
-
-def _parse_range(option: str, text: str) -> tuple[float, float]:
-    with suppress(ValueError):
-        low, high = map(float, text.split(","))
-        if 0 <= low < high <= 1:
-            return low, high
-    raise InputError(f'{option} "{text}": expected LOW,HIGH with 0 <= LOW < HIGH <= 1, such as 0.8,1')
-
-
-def _parse_terciles(text: str) -> tuple[int, ...]:
-    given = {part.strip() for part in text.split(",")}
-    if not given <= {"1", "2", "3"}:
-        raise InputError(f'--ppl-tercile "{text}": expected some of 1,2,3, such as 1,3')
-    return tuple(sorted(map(int, given)))
