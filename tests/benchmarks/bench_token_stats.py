@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.benchmarks.allocator import peak_bytes
+from tests.benchmarks.allocator import give_back_memory, peak_bytes
 from tests.benchmarks.figures import AT_MOST, HAS_TRL, Figure, quotients, time_in_turn
 from trainer.token_stats import LMHead, compute_stats, compute_token_stats
 
@@ -105,9 +105,15 @@ def backward(work: Callable[[], tuple[Tensor, ...]]) -> None:
     torch.stack([values.sum() for values in work()]).sum().backward()
 
 
+def settle(work: Callable[[], Any]) -> None:
+    """Brings memory into the state in which ``work`` finds it if it runs again and again, and nothing else does."""
+    give_back_memory()
+    work()
+
+
 def compare(name: str, works: dict[str, Callable[[], Any]], rounds: int, targets: dict[str, float]) -> list[Figure]:
     """Ratios of the seconds of entrace to those of the others, paired, and the seconds themselves."""
-    seconds = time_in_turn(works, rounds)
+    seconds = time_in_turn(works, rounds, prepare=settle)
     ratios = [
         Figure.of(
             PART,

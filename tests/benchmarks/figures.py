@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from tests.benchmarks.allocator import give_back_memory
-
 HAS_TRL = find_spec("trl") is not None
 
 AT_MOST, AT_LEAST = "at most", "at least"
@@ -61,17 +59,20 @@ class Figure:
 
 
 def time_in_turn(
-    works: Mapping[str, Callable[[], Any]], rounds: int, synchronize: Callable[[], Any] = lambda: None
+    works: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    synchronize: Callable[[], Any] = lambda: None,
+    prepare: Callable[[Callable[[], Any]], Any] = lambda work: None,
 ) -> dict[str, list[float]]:
     """Seconds of each work in each of ``rounds`` turns, in alternating order, after one turn that warms up.
 
-    Before each, memory that is free goes back to the system: none shall profit from what another has left.
+    ``prepare`` is called with each work before its time starts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(-1, rounds):
         for name in list(works) if turn % 2 else list(works)[::-1]:
+            prepare(works[name])
             synchronize()
-            give_back_memory()
             started = time.perf_counter()
             works[name]()
             synchronize()
