@@ -66,8 +66,7 @@ def short_attention(
     if attention_mask is None and length > 1 and is_causal:
         attention_mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        # The lowest number, not -inf: a padded query that sees nothing must stay finite.
-        attention_mask = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+        attention_mask = additive(attention_mask, query.dtype)
     # The heads that share a key head stand one after another, as if they were more queries.
     packed = (query * (width**-0.5 if scaling is None else scaling)).reshape(batch, key_heads, -1, width)
     scores = (packed @ key.transpose(-1, -2)).view(batch, heads, length, keys)
@@ -75,6 +74,12 @@ def short_attention(
         scores = scores + attention_mask
     weights = scores.softmax(-1).view(batch, key_heads, -1, keys)
     return (weights @ value).view(batch, heads, length, -1).transpose(1, 2).contiguous(), None
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to scores for a mask (True = attend)."""
+    # The lowest number, not -inf: a padded query that sees nothing must stay finite.
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _attend_packed(

@@ -62,9 +62,8 @@ class Decoder:
         inputs = {"position_ids": positions} if self._takes_positions else {}
         mask = None if self._mask.all() else self._mask
         if mask is not None and ids.shape[1] == 1 and self._takes_mask_as_is:
-            # Additive, so that no layer has to make it so.
-            dtype = self._policy.dtype
-            mask = torch.where(mask[:, None, None, :], 0.0, torch.finfo(dtype).min).to(dtype)
+            # Once for all layers.
+            mask = attention.additive(mask[:, None, None, :], self._policy.dtype)
         return self._policy.hidden_states(
             ids, attention_mask=mask, past_key_values=self._cache, use_cache=True, **inputs
         )[:, -1]
