@@ -22,6 +22,7 @@ Where sampling leaves out tokens (top-k, top-p), e_v of those left out is 0, and
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -295,7 +296,8 @@ class _BlockedStats(torch.autograd.Function):
         parts = []
         for rows in blocks.rows:
             own = targets[rows]
-            found = [blocks.softmax(rows, entries).sums_of_block(own, entries.start) for entries in blocks.entries]
+            softmaxes = blocks.softmaxes(rows)
+            found = [softmax.sums_of_block(own, entries.start) for entries, softmax in softmaxes]
             parts.append(Sums.join(found, temperature))
         sums = _join(parts)
         ctx.save_for_backward(hidden, weight, bias, targets, *vars(sums).values())
@@ -310,23 +312,25 @@ class _BlockedStats(torch.autograd.Function):
         sums = Sums(*saved)
         grads = LogitGrads.of(targets, sums, ctx.temperature, *grad_outputs[:2])
         blocks = _Blocks(hidden, LMHead(weight, bias), targets, ctx.temperature, ctx.truncation)
-        grad_hidden = torch.zeros_like(hidden, dtype=blocks.head.weight.dtype)
+        grad_hidden = torch.empty_like(hidden)
         # A frozen head, as under LoRA, spares the dearest of the products. Sums over tokens are in float32.
         needs_weight, needs_bias = ctx.needs_input_grad[1:3]
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         for rows in blocks.rows:
             of_rows = LogitGrads(*(values[rows] for values in vars(grads).values()))
-            for entries in blocks.entries:
-                softmax = blocks.softmax(rows, entries, sums.peak[rows, None])
-                grad = softmax.grad_logits(of_rows, entries.start).to(blocks.head.weight.dtype)
-                grad_hidden[rows].addmm_(grad, blocks.head.weight[entries])
+            own = hidden[rows].to(blocks.head.weight.dtype)
+            grad_own = torch.zeros_like(own)
+            for entries, softmax in blocks.softmaxes(rows, sums.peak):
+                grad = softmax.grad_logits(of_rows, entries.start).to(own.dtype)
+                grad_own.addmm_(grad, blocks.head.weight[entries])
                 if grad_weight is not None:
-                    _add_product(grad_weight[entries], grad.T, blocks.hidden[rows])
+                    _add_product(grad_weight[entries], grad.T, own)
                 if grad_bias is not None:
                     grad_bias[entries] += grad.sum(0)
+            grad_hidden[rows] = grad_own
         in_dtype = (None if grad is None else grad.to(weight.dtype) for grad in (grad_weight, grad_bias))
-        return grad_hidden.to(hidden.dtype), *in_dtype, None, None, None
+        return grad_hidden, *in_dtype, None, None, None
 
 
 class _Blocks:
@@ -336,27 +340,28 @@ class _Blocks:
         self, hidden: Tensor, head: LMHead, targets: Tensor, temperature: float, truncation: Truncation
     ) -> None:
         self.head = head.in_dtype_of(hidden)
-        self.hidden = hidden.to(self.head.weight.dtype)
-        self._targets, self._temperature, self._truncation = targets, temperature, truncation
+        self._hidden, self._targets, self._temperature, self._truncation = hidden, targets, temperature, truncation
         tokens, entries = BLOCK[hidden.device.type]
         vocab_size = len(head.weight)
         # Which tokens are left out is seen from all entries alone.
         entries = vocab_size if truncation != WHOLE else min(entries, vocab_size)
         # A small vocabulary leaves room for more tokens.
         tokens = min(max(tokens, math.prod(BLOCK[hidden.device.type]) // entries), max(1, len(hidden)))
-        self.rows, self.entries = _cut(len(hidden), tokens), _cut(vocab_size, entries)
+        self.rows, self._entries = _cut(len(hidden), tokens), _cut(vocab_size, entries)
         self._product = torch.empty(tokens * entries, device=hidden.device, dtype=self.head.weight.dtype)
         self._room = torch.empty(2 * tokens * entries, device=hidden.device)
 
-    def softmax(self, rows: slice, entries: slice, peak: Tensor | None = None) -> Softmax:
-        """Of the block's logits; good until the next block."""
-        hidden, head = self.hidden[rows], self.head.of(entries)
-        logits = self._product[: len(hidden) * len(head.weight)].view(len(hidden), len(head.weight))
-        torch.mm(hidden, head.weight.T, out=logits)
-        if head.bias is not None:
-            logits += head.bias
-        logits = self._truncation.apply(logits, self._temperature, self._targets[rows])
-        return Softmax.of(logits, self._temperature, self._room, peak)
+    def softmaxes(self, rows: slice, peak: Tensor | None = None) -> Iterator[tuple[slice, Softmax]]:
+        """Of these tokens, block by block, with the entries of each; good until the next. ``peak`` (N,) is of all."""
+        hidden = self._hidden[rows].to(self.head.weight.dtype)
+        for entries in self._entries:
+            head = self.head.of(entries)
+            logits = self._product[: len(hidden) * len(head.weight)].view(len(hidden), len(head.weight))
+            torch.mm(hidden, head.weight.T, out=logits)
+            if head.bias is not None:
+                logits += head.bias
+            logits = self._truncation.apply(logits, self._temperature, self._targets[rows])
+            yield entries, Softmax.of(logits, self._temperature, self._room, None if peak is None else peak[rows, None])
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
