@@ -313,17 +313,17 @@ class _BlockedStats(torch.autograd.Function):
         grads = LogitGrads.of(targets, sums, ctx.temperature, *grad_outputs[:2])
         blocks = _Blocks(hidden, LMHead(weight, bias), targets, ctx.temperature, ctx.truncation)
         grad_hidden = torch.empty_like(hidden)
-        # A frozen head, as under LoRA, spares the dearest of the products. Sums over tokens are in float32.
+        # A frozen head, as under LoRA, spares the dearest of the products. All sums are in float32.
         needs_weight, needs_bias = ctx.needs_input_grad[1:3]
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         for rows in blocks.rows:
             of_rows = LogitGrads(*(values[rows] for values in vars(grads).values()))
             own = hidden[rows].to(blocks.head.weight.dtype)
-            grad_own = torch.zeros_like(own)
+            grad_own = torch.zeros_like(own, dtype=torch.float32)
             for entries, softmax in blocks.softmaxes(rows, sums.peak):
                 grad = softmax.grad_logits(of_rows, entries.start).to(own.dtype)
-                grad_own.addmm_(grad, blocks.head.weight[entries])
+                _add_product(grad_own, grad, blocks.head.weight[entries])
                 if grad_weight is not None:
                     _add_product(grad_weight[entries], grad.T, own)
                 if grad_bias is not None:
