@@ -18,11 +18,10 @@ from trainer.packing import take_rows
 
 NAME = "entrace_short"
 MAX_KEYS = 256
-
+UNUSUAL = ("softcap", "position_bias", "cache")
 # Places of packed sequences whose scores are computed at once. They come sorted by length: in parts, there is less
 # padding among them, and their scores stay in the cache.
 PART_PLACES = {"cpu": 1 << 12, "cuda": 1 << 16}
-UNUSUAL = ("softcap", "position_bias", "cache")
 
 
 def short_attention(

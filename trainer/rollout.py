@@ -25,8 +25,8 @@ class SamplingParams:
     """What tokens are drawn from, and what ends a response besides the stop tokens.
 
     ``truncation`` cuts the distribution before anything is recorded of it. ``stop`` holds texts: the token that
-    completes one of them is the response's last. ``cache_tokens`` bounds memory, and ``engine``
-    says how ``sample`` computes; neither changes what is drawn but for rounding.
+    completes one of them is the response's last. ``cache_tokens`` bounds memory, and ``engine`` says how ``sample``
+    computes; neither changes what is drawn but for rounding.
     """
 
     max_tokens: int

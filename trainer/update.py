@@ -107,7 +107,7 @@ class Learner:
 
     @torch.no_grad()
     def capture(self, batch: Batch, metrics: UpdateMetrics, step: int) -> AfterUpdate:
-        """Scores responses of ``after_update_groups`` groups, this process its own, under the weights of ``update``."""
+        """Scores this process's responses of ``captured_groups`` under the weights that ``update`` left."""
         samples = batch.samples
         logprob, entropy = torch.zeros(samples.tokens.shape), torch.zeros(samples.tokens.shape)
         groups = captured_groups(self.config, batch, step)
