@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -58,8 +58,9 @@ def short_attention(
     batch, heads, length, width = query.shape
     key_heads, keys = key.shape[1:3]
     is_plain = not dropout and all(kwargs.get(name) is None for name in UNUSUAL)
-    has_shared_mask = attention_mask is None or attention_mask.shape[1] == 1
-    if keys > MAX_KEYS or not is_plain or not has_shared_mask:
+    # What is recorded (see trainer.step_graph) is run for such alone, and may not hang on sizes.
+    is_short = _is_recorded() or (keys <= MAX_KEYS and (attention_mask is None or attention_mask.shape[1] == 1))
+    if not (is_plain and is_short):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None and length > 1 and is_causal:
@@ -75,6 +76,11 @@ def short_attention(
     return (weights @ value).view(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
+def is_ours(model: PreTrainedModel) -> bool:
+    """Whether a model's attention is ``short_attention``."""
+    return model.config._attn_implementation == NAME
+
+
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What to add to scores for a mask (True = attend)."""
     # The lowest number, not -inf: a padded query that sees nothing must stay finite.
@@ -85,16 +91,29 @@ def _attend_packed(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, options: dict[str, Any]
 ) -> Tensor:
     """Causal attention within each of the sequences that ``layout`` says, all arguments (1, heads, M, ...)."""
-    slots, is_first = layout[0]
+    slots, read_here = layout[0]
     size = max(1, PART_PLACES[slots.device.type] // slots.shape[1])
     attended = []
-    for some, stands_first in zip(slots.split(size), is_first.split(size), strict=True):
-        width = int((some >= 0).any(0).sum())
-        index = some[:, :width].clamp(min=0)
-        q, k, v = (take_rows(x[0].transpose(0, 1), index).transpose(1, 2) for x in (query, key, value))
-        part, _ = short_attention(module, q, k, v, None, **options)
-        attended.append(take_rows(part.flatten(0, 1), torch.nonzero(stands_first[:, :width].flatten()).squeeze(1)))
+    for keys, queries in zip(slots.split(size), read_here.split(size), strict=True):
+        keys, queries = (index[:, (index >= 0).any(0)] for index in (keys, queries))
+        is_query = queries >= 0
+        before = (keys >= 0).sum(1) - is_query.sum(1)
+        # Without a mask, attention is causal, and need not compute what the mask would hide.
+        mask = None
+        if before.any():
+            places = torch.arange(keys.shape[1], device=keys.device)
+            mask = (places <= before[:, None, None] + places[: queries.shape[1], None])[:, None]
+        q = take_rows(query[0].transpose(0, 1), queries.clamp(min=0)).transpose(1, 2)
+        k, v = (take_rows(x[0].transpose(0, 1), keys.clamp(min=0)).transpose(1, 2) for x in (key, value))
+        part, _ = short_attention(module, q, k, v, mask, **options)
+        attended.append(take_rows(part.flatten(0, 1), torch.nonzero(is_query.flatten()).squeeze(1)))
     return torch.cat(attended)[None]
+
+
+def _is_recorded() -> bool:
+    # Torch's type stubs leave out what its documentation names.
+    jit: Any = torch.jit
+    return jit.is_tracing()
 
 
 AttentionInterface.register(NAME, short_attention)

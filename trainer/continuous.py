@@ -66,14 +66,12 @@ def sample_at(
         while processor.has_pending_requests():
             rows, hidden = _read_batch(policy, processor)
             places = samples.response_mask[rows].sum(1)
-            tokens = draw(policy, hidden, samples, rows, places, numbers, params)
+            tokens = draw(policy, hidden, torch.arange(len(rows)), samples, rows, places, numbers, params)
             samples.response_mask[rows, places] = True
             has_ended = _ends(policy, samples, rows, places, params)
             samples.is_truncated[rows[has_ended]] = False
             has_ended |= places + 1 == row_limits[rows]
-            processor.inputs_and_outputs.output_ids[0, : len(rows)] = tokens.masked_fill(
-                has_ended.to(policy.device), ended
-            )
+            processor.inputs_and_outputs.output_ids[0, : len(rows)] = tokens.masked_fill(has_ended, ended)
             processor.update_batch()
     return samples
 

@@ -278,7 +278,8 @@ def draw_alternatives(
     logits = policy.head.logits(Decoder(policy, contexts).hidden) / temperature
     # Left out before the softmax: where the policy is sure, 1 - p(o) rounds to 0.
     logits.scatter_(1, originals[:, None].to(policy.device), -torch.inf)
-    return invert_cdf(logits.softmax(-1), uniforms.to(policy.device)).cpu()
+    rows = torch.arange(len(logits), device=policy.device)
+    return invert_cdf(logits.softmax(-1), rows, uniforms.to(policy.device)).cpu()
 
 
 def _check_settings(run_dir: Path, settings: Settings) -> None:

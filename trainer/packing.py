@@ -1,4 +1,4 @@
-"""Sequences read together without padding, a prompt that several of them begin with once.
+"""Sequences read together without padding, what several of them begin with once.
 
 Everything that works on each token by itself (projections, feed-forward layers, norms) sees one row of all tokens. Only
 attention lays the sequences out side by side again, as ``Packing.layout`` says; see ``trainer.attention``.
@@ -53,8 +53,9 @@ class Packing:
     Attributes:
         ids: (1, M).
         positions: Of each token in its sequence, (1, M).
-        layout: What takes the place of an attention mask, (1, 2, B, L) int64: which of the M tokens stands at each
-            place of the padded sequences, -1 at padding; and whether it does so first, in which order they are read.
+        layout: What takes the place of an attention mask, (1, 2, R, L) int64, for each sequence with a token that is
+            read there: which of the M tokens stands at each of its places, and which of them are read there, its last
+            ones; -1 beyond.
         predictors: Which of the M tokens predicts each target, (N,).
     """
 
@@ -64,22 +65,52 @@ class Packing:
     predictors: Tensor
 
     @classmethod
-    def of(cls, sequences: Sequences, prompts: list[list[int]]) -> Packing:
-        """Equal prompts are read once, with the first of the responses to them."""
-        first_rows: dict[tuple[int, ...], int] = {}
-        first = torch.tensor([first_rows.setdefault(tuple(prompt), row) for row, prompt in enumerate(prompts)])
+    def of(cls, sequences: Sequences) -> Packing:
+        """A token that several sequences share, with all before it, is read once; so is a sequence equal to another."""
         batch, length = sequences.ids.shape
-        columns = torch.arange(length).expand(batch, length)
-        is_shared = (columns < sequences.prompt_lengths[:, None]) & (first < torch.arange(batch))[:, None]
-        is_first = sequences.is_read & ~is_shared
+        ids = sequences.ids.masked_fill(~sequences.is_read, -1)
+        # In alphabetical order, what a sequence shares with any before it, it shares with the one right before it.
+        order = torch.tensor(sorted(range(batch), key=ids.tolist().__getitem__))
+        ordered = ids[order]
+        is_new = torch.ones_like(sequences.is_read)
+        is_new[1:] = (ordered[1:] != ordered[:-1]).cumsum(1) > 0
+        reads = torch.arange(batch)[:, None].where(is_new, 0).cummax(0).values
+        is_first, reader = torch.empty_like(is_new), torch.empty_like(reads)
+        is_first[order] = is_new & sequences.is_read[order]
+        reader[order] = order[reads]
         own = (is_first.flatten().cumsum(0) - 1).view(batch, length)
-        slots = torch.where(is_shared, own[first], own).where(sequences.is_read, -1)
+        slots = own.gather(0, reader).where(sequences.is_read, -1)
+        places = torch.arange(length).expand(batch, length)
+        counts = is_first.sum(1, keepdim=True)
+        read_here = torch.where(places < counts, counts.cumsum(0) - counts + places, -1)
         return cls(
             sequences.ids[is_first][None],
-            columns[is_first][None],
-            torch.stack((slots, is_first))[None],
+            places[is_first][None],
+            torch.stack((slots, read_here))[None, :, counts.squeeze(1) > 0],
             slots[sequences.predicts],
         )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The distinct among N pairs of whole numbers, in ascending order.
+
+    Attributes:
+        first: (C,).
+        second: (C,).
+        index: Which of them each given pair is, (N,).
+    """
+
+    first: Tensor
+    second: Tensor
+    index: Tensor
+
+    @classmethod
+    def of(cls, first: Tensor, second: Tensor) -> Pairs:
+        """Of numbers >= 0, (N,) each."""
+        base = int(second.max()) + 1 if len(second) else 1
+        distinct, index = torch.unique(first * base + second, return_inverse=True)
+        return cls(distinct // base, distinct % base, index)
 
 
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:

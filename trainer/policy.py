@@ -21,9 +21,10 @@ from trainer import adapters, attention
 from trainer.allocator import keep_freed_memory
 from trainer.config import PolicyConfig
 from trainer.decoder import Decoder
-from trainer.packing import Packing, Sequences, take_rows
+from trainer.packing import Packing, Pairs, Sequences, take_rows
 from trainer.pretrained import load_model, load_pretrained
 from trainer.sharding import collect, gathered, is_sharded, like, shard, whole
+from trainer.step_graph import StepGraph
 from trainer.tasks.prompt import Question, as_chat, as_text
 from trainer.token_stats import WHOLE, LMHead, TokenStats, Truncation, compute_token_stats
 
@@ -46,6 +47,7 @@ class Policy:
         template: Text of a prompt, ``{question}`` standing for its question, in place of the chat template.
         adapter: What is trained of the model, if not all of it.
         packs: Whether given responses are read without padding; see ``trainer.packing``.
+        step_graph: How the decoder reads one more token of short sequences, if the model could be recorded.
     """
 
     model: PreTrainedModel
@@ -56,6 +58,7 @@ class Policy:
     template: str | None = None
     adapter: PeftModel | None = None
     packs: bool = False
+    step_graph: StepGraph | None = field(default=None, init=False, repr=False)
     _whole_head: LMHead | None = field(default=None, init=False, repr=False)
 
     @classmethod
@@ -82,6 +85,7 @@ class Policy:
         policy = cls(model.eval(), tokenizer, device, dtype, config.path, config.template, adapter)
         policy._check_head()
         policy._check_decoder()
+        policy.step_graph = policy._record_step()
         policy.packs = policy._can_pack()
         if config.attention == "packed" and not policy.packs:
             raise InputError(f"{config.path}: {type(model).__name__} cannot read sequences that are packed")
@@ -173,24 +177,35 @@ class Policy:
         Returns:
             ``TokenStats`` of shape (sum of response lengths,).
         """
-        hidden, targets = self.read(prompts, responses)
-        return compute_token_stats(hidden, self.head, targets, temperature, truncation)
+        hidden, targets, index = self.read(prompts, responses)
+        return compute_token_stats(hidden, self.head, targets, temperature, truncation).take(index)
 
-    def read(self, prompts: list[list[int]], responses: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Inputs of the LM head that predict the tokens of responses, (N, H), and those tokens, (N,), end to end.
+    def read(self, prompts: list[list[int]], responses: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What predicts the tokens of responses, each token with the same before it once.
 
-        Arguments are those of ``score``. Where the model allows it, no padding is computed, and equal prompts once.
+        Where the model allows it, neither padding nor what several sequences begin with is computed more than needed.
+
+        Args:
+            prompts: As in ``score``.
+            responses: As in ``score``.
+
+        Returns:
+            Inputs of the LM head, (C, H); the token that each predicts, (C,); and which of these each token of the
+            responses is, end to end, (N,).
         """
         sequences = Sequences.of(prompts, responses)
-        targets = sequences.targets.to(self.device)
-        if not self.packs:
+        if self.packs:
+            packing = Packing.of(sequences)
+            ids, positions, layout = (x.to(self.device) for x in (packing.ids, packing.positions, packing.layout))
+            # A mask of four dimensions reaches the attention of every layer as it is.
+            hidden = self.hidden_states(ids, position_ids=positions, attention_mask=layout, use_cache=False)
+            predictors = packing.predictors
+        else:
             hidden = self.hidden_states(sequences.ids.to(self.device), use_cache=False)
-            return hidden[sequences.predicts.to(self.device)], targets
-        packing = Packing.of(sequences, prompts)
-        ids, positions, layout, predictors = (values.to(self.device) for values in vars(packing).values())
-        # A mask of four dimensions reaches the attention of every layer as it is.
-        hidden = self.hidden_states(ids, position_ids=positions, attention_mask=layout, use_cache=False)
-        return take_rows(hidden[0], predictors), targets
+            predictors = torch.nonzero(sequences.predicts.flatten()).squeeze(1)
+        distinct = Pairs.of(predictors, sequences.targets)
+        first, targets, index = (x.to(self.device) for x in vars(distinct).values())
+        return take_rows(hidden.flatten(0, 1), first), targets, index
 
     def shard(self) -> None:
         """Shares the weights out to all processes, which hold the same now; see ``trainer.sharding``.
@@ -265,22 +280,34 @@ class Policy:
         if not _is_close(found, expected):
             raise InputError(f"{self.name}: {kind} scales or caps its logits after the LM head")
 
-    @torch.no_grad()
     def _check_decoder(self) -> None:
-        """Reads two texts of different lengths together, goes on from the cache, and compares with each read alone."""
-        exact = replace(self, dtype=torch.float32)
-        texts = [[i % self.vocab_size for i in range(length)] for length in (5, 3)]
         try:
-            decoder = Decoder(exact, [text[:-1] for text in texts], 2)
-            decoder.keep(torch.tensor([0, 3]))
-            decoder.append(torch.tensor([text[-1] for text in texts]))
-            alone = [exact.hidden_states(torch.tensor([t], device=self.device), use_cache=False)[0, -1] for t in texts]
-            reason = None if _is_close(decoder.hidden, torch.stack(alone)) else "the cache changes what comes out"
+            reason = None if replace(self, dtype=torch.float32)._can_decode() else "the cache changes what comes out"
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if reason:
             kind = type(self.model).__name__
             raise InputError(f"{self.name}: {kind} cannot be sampled from a cache of keys and values ({reason})")
+
+    @torch.no_grad()
+    def _can_decode(self) -> bool:
+        """Reads two texts of different lengths together, goes on from the cache, and compares with each read alone."""
+        texts = [[i % self.vocab_size for i in range(length)] for length in (5, 3)]
+        decoder = Decoder(self, [text[:-1] for text in (texts[1], *texts)])
+        decoder.append(torch.tensor([text[-1] for text in texts]), torch.tensor([1, 2]))
+        alone = [self.hidden_states(torch.tensor([t], device=self.device), use_cache=False)[0, -1] for t in texts]
+        return _is_close(decoder.hidden, torch.stack(alone))
+
+    @torch.no_grad()
+    def _record_step(self) -> StepGraph | None:
+        """The pass over one token, recorded on other sequences than those that it is tried with."""
+        if self.device.type != "cpu" or self.dtype != torch.float32:
+            return None
+        self.step_graph = Decoder(self, [[0, 1 % self.vocab_size], [0]] * 2).record_step()
+        try:
+            return self.step_graph if self._can_decode() else None
+        except Exception:
+            return None
 
     @torch.no_grad()
     def _can_pack(self) -> bool:
@@ -292,7 +319,10 @@ class Policy:
         responses = [torch.tensor([i % self.vocab_size for i in end]) for end in ((6, 7, 8), (9, 10), (11, 12, 13, 14))]
         padded, packed = (replace(self, dtype=torch.float32, packs=packs) for packs in (False, True))
         try:
-            return _is_close(packed.read(prompts, responses)[0], padded.read(prompts, responses)[0])
+            found, expected = (
+                hidden[index] for hidden, _, index in (p.read(prompts, responses) for p in (packed, padded))
+            )
+            return _is_close(found, expected)
         except Exception:
             return False
 

@@ -13,11 +13,9 @@ from torch import Tensor
 from analysis.trace import InputError
 from trainer.config import Engine, RolloutConfig
 from trainer.decoder import Decoder
+from trainer.packing import Pairs
 from trainer.policy import Policy
 from trainer.token_stats import WHOLE, Softmax, TokenStats, Truncation
-
-# Ended responses leave the batch once they make up this share of it: each time, the whole cache is copied.
-ENDED_FRAC = 0.1
 
 
 @dataclass(frozen=True)
@@ -180,9 +178,9 @@ def sample_at(
 ) -> Samples:
     """Draws responses at given random numbers.
 
-    A prompt is read once and its cache shared out to its responses; responses that have ended leave the batch. Every
-    token is drawn by inverting the distribution function at the random number of its response and position, so that
-    what a response draws depends neither on its batch nor on when others end.
+    What responses have in common from the prompt on is computed once: they part where they differ, and leave where they
+    end. Every token is drawn by inverting the distribution function at the random number of its response and position,
+    so that what a response draws depends neither on its batch nor on when others end.
 
     Args:
         policy: The model.
@@ -198,29 +196,28 @@ def sample_at(
     samples = Samples.empty([prompt for prompt in prompts for _ in range(num_samples)], params.max_tokens)
     numbers = torch.from_numpy(uniforms)
     row_limits = torch.tensor(limits).repeat_interleave(num_samples)
-    decoder = Decoder(policy, prompts, num_samples)
+    decoder = Decoder(policy, prompts)
     rows = torch.arange(len(samples.prompts))
-    live = torch.ones(len(rows), dtype=torch.bool)
+    stands_at = torch.arange(len(prompts)).repeat_interleave(num_samples)
     for t in range(params.max_tokens):
-        tokens = draw(policy, decoder.hidden, samples, rows, t, numbers, params)
-        samples.response_mask[rows, t] = live
-        has_ended = live & ends_response(policy, samples.tokens[rows, : t + 1], params.stop)
+        tokens = draw(policy, decoder.hidden, stands_at, samples, rows, t, numbers, params)
+        samples.response_mask[rows, t] = True
+        has_ended = ends_response(policy, samples.tokens[rows, : t + 1], params.stop)
         samples.is_truncated[rows[has_ended]] = False
-        live &= ~has_ended & (t + 1 < row_limits[rows])
-        if not live.any():
+        goes_on = ~has_ended & (t + 1 < row_limits[rows])
+        if not goes_on.any():
             break
-        if live.float().mean() <= 1 - ENDED_FRAC:
-            kept = torch.nonzero(live).squeeze(1)
-            rows, live = rows[kept], live[kept]
-            tokens = tokens[kept.to(policy.device)]
-            decoder.keep(kept)
-        decoder.append(tokens)
+        rows = rows[goes_on]
+        branches = Pairs.of(stands_at[goes_on], tokens[goes_on])
+        decoder.append(branches.second, branches.first)
+        stands_at = branches.index
     return samples
 
 
 def draw(
     policy: Policy,
     hidden: Tensor,
+    stands_at: Tensor,
     samples: Samples,
     rows: Tensor,
     place: int | Tensor,
@@ -231,7 +228,8 @@ def draw(
 
     Args:
         policy: The model.
-        hidden: The LM head's input before each token, (N, H).
+        hidden: Inputs of the LM head, (S, H).
+        stands_at: Which of them each token is drawn from, (N,).
         samples: What the tokens belong to.
         rows: Their rows, (N,).
         place: Their place in the response, one for all or (N,).
@@ -239,16 +237,18 @@ def draw(
         params: Temperature and truncation.
 
     Returns:
-        The tokens, (N,), on the policy's device.
+        The tokens, (N,).
     """
     logits = params.truncation.apply(policy.head.logits(hidden), params.temperature)
     softmax = Softmax.of(logits, params.temperature)
-    tokens = invert_cdf(softmax.weights, numbers[rows, place].to(policy.device))
+    device_at = stands_at.to(policy.device)
+    tokens = invert_cdf(softmax.weights, device_at, numbers[rows, place].to(policy.device))
+    drawn = Pairs.of(device_at, tokens)
     samples.tokens[rows, place] = tokens.cpu()
-    for name, values in vars(softmax.stats(tokens)).items():
+    for name, values in vars(softmax.take(drawn.first).stats(drawn.second).take(drawn.index)).items():
         getattr(samples.stats, name)[rows, place] = values.cpu()
-    samples.hidden_norm[rows, place] = hidden.float().norm(dim=-1).cpu()
-    return tokens
+    samples.hidden_norm[rows, place] = hidden.float().norm(dim=-1)[device_at].cpu()
+    return tokens.cpu()
 
 
 def ends_response(policy: Policy, tokens: Tensor, stop: tuple[str, ...]) -> Tensor:
@@ -261,9 +261,18 @@ def ends_response(policy: Policy, tokens: Tensor, stop: tuple[str, ...]) -> Tens
     return has_ended
 
 
-def invert_cdf(p: Tensor, uniforms: Tensor) -> Tensor:
-    """Token (N,) whose cumulative probability first exceeds the uniform number; p (N, V), uniforms (N,) in [0, 1)."""
-    cdf = p.cumsum(-1)
+def invert_cdf(p: Tensor, rows: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens whose cumulative probability first exceeds a uniform number.
+
+    Args:
+        p: Probabilities, or numbers in proportion to them, (S, V).
+        rows: Which row of ``p`` each token is drawn from, (N,).
+        uniforms: In [0, 1), (N,).
+
+    Returns:
+        Token ids, (N,).
+    """
+    cdf = p.cumsum(-1).index_select(0, rows)
     # Scaled to the rounded total, and kept below it, so that no token of probability 0 can be drawn.
     target = torch.minimum(uniforms * cdf[:, -1], cdf[:, -1].nextafter(torch.zeros((), device=p.device)))
     return torch.searchsorted(cdf, target[:, None], right=True).squeeze(1)

@@ -8,7 +8,7 @@ what an update did, is null, and ``unknown`` in ``run.json`` says why.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -277,11 +277,11 @@ def _read(chunk: Sequence[Rollout], settings: ScoreSettings, policy: Policy) -> 
     for part in cut_by_length(whole, settings.batch_tokens):
         chosen = [chunk[i] for i in part.tolist()]
         responses = [torch.tensor(rollout.response_ids) for rollout in chosen]
-        hidden, targets = policy.read([rollout.prompt_ids for rollout in chosen], responses)
+        hidden, targets, index = policy.read([rollout.prompt_ids for rollout in chosen], responses)
         stats = compute_token_stats(hidden, policy.head, targets, settings.temperature)
         places = torch.cat([torch.arange(len(r)) + start for r, start in zip(responses, starts[part], strict=True)])
-        norms = hidden.float().norm(dim=-1)
-        values[:, places] = torch.stack([*(getattr(stats, f.name) for f in fields(stats)), norms]).cpu()
+        distinct = torch.stack([*vars(stats).values(), hidden.float().norm(dim=-1)])
+        values[:, places] = distinct[:, index].cpu()
     if not values.isfinite().all():
         first = int((~values.isfinite()).any(0).nonzero()[0])
         place = chunk[int(torch.searchsorted(starts, first, right=True)) - 1].place

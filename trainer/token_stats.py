@@ -46,6 +46,10 @@ class TokenStats:
     entropy: Tensor
     sum_p2: Tensor
 
+    def take(self, index: Tensor) -> TokenStats:
+        """Some of them, each as often as it is named; of statistics (N,)."""
+        return TokenStats(*(values.index_select(0, index) for values in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class LMHead:
@@ -141,6 +145,11 @@ class Softmax:
         torch.sub(logits, peak, out=shifted)
         # On a CPU, powers of 2 take half the time of powers of e.
         return cls(peak, shifted, torch.mul(shifted, math.log2(math.e) / temperature, out=weights).exp2_(), temperature)
+
+    def take(self, rows: Tensor) -> Softmax:
+        """Some of the rows, each as often as it is named."""
+        peak, shifted, weights = (x.index_select(0, rows) for x in (self.peak, self.shifted, self.weights))
+        return Softmax(peak, shifted, weights, self.temperature)
 
     def stats(self, targets: Tensor) -> TokenStats:
         """Statistics of target tokens (N,), each (N,), if this is of whole rows. Uses up both tensors."""

@@ -7,8 +7,9 @@ from trainer import attention
 from trainer.attention import PART_PLACES
 from trainer.packing import Packing, Sequences, take_rows
 
-PROMPTS = [[5, 6, 7], [5, 6, 7], [8, 9], [5, 6, 7], [8, 9], [10]]
-RESPONSES = [[11], [12, 13, 14, 15], [16, 17], [18, 19], [20], [21, 22, 23, 24, 25]]
+PROMPTS = [[5, 6, 7], [5, 6, 7], [8, 9], [5, 6, 7], [8, 9], [10], [5, 6, 7], [8, 9], [5, 6, 7]]
+# Some agree for a while, one with all that is read of another, two whole, and one with the prompt of others.
+RESPONSES = [[11], [12, 13, 14, 15], [16, 17], [12, 13, 19], [20], [21, 22, 23], [12, 13, 14], [16, 17], [12, 26]]
 # Layers that look back a limited way, positions that are counted by the model, experts that see all tokens, and so on.
 NOT_PACKED = {"mistral-sliding", "gemma3-sliding", "bloom-alibi"}
 
@@ -20,21 +21,26 @@ def batch():
 
 def test_every_token_is_read_once_and_stands_where_it_should(batch):
     sequences = Sequences.of(*batch)
-    packing = Packing.of(sequences, PROMPTS)
-    slots, is_first = packing.layout[0]
+    packing = Packing.of(sequences)
+    slots, read_here = packing.layout[0]
     whole = [prompt + response[:-1] for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
-    for row, expected in zip(slots.tolist(), whole, strict=True):
-        used = [slot for slot in row if slot >= 0]
-        assert packing.ids[0, used].tolist() == expected
-        assert packing.positions[0, used].tolist() == list(range(len(expected)))
-    distinct = {tuple(prompt) for prompt in PROMPTS}
-    assert packing.ids.shape[1] == sum(map(len, distinct)) + sum(len(response) - 1 for response in RESPONSES)
-    assert slots[is_first.bool()].tolist() == list(range(packing.ids.shape[1]))
+    beginnings = {tuple(row[:length]) for row in whole for length in range(1, len(row) + 1)}
+    assert packing.ids.shape[1] == len(beginnings), "what several begin with is read once"
+    found = set()
+    for row, own in zip(slots.tolist(), read_here.tolist(), strict=True):
+        used, own = ([slot for slot in some if slot >= 0] for some in (row, own))
+        tokens = packing.ids[0, used].tolist()
+        assert packing.positions[0, used].tolist() == list(range(len(tokens)))
+        assert used[len(used) - len(own) :] == own, "what is read here stands last"
+        assert tokens in whole
+        found |= {tuple(tokens[:length]) for length in range(1, len(tokens) + 1)}
+    assert found == beginnings
+    assert read_here[read_here >= 0].tolist() == list(range(len(beginnings)))
 
 
 def test_what_predicts_the_targets(batch):
     sequences = Sequences.of(*batch)
-    packing = Packing.of(sequences, PROMPTS)
+    packing = Packing.of(sequences)
     assert sequences.targets.tolist() == [token for response in RESPONSES for token in response]
     before = [token for prompt, response in zip(*batch, strict=True) for token in [prompt[-1], *response[:-1].tolist()]]
     assert packing.ids[0, packing.predictors].tolist() == before
@@ -61,7 +67,8 @@ def test_packed_equals_padded_with_gradients(tmp_path, monkeypatch, batch, name,
     results = []
     for packs in (policy.packs, False):
         policy.packs = packs
-        hidden, targets = policy.read(*batch)
+        hidden, targets, index = policy.read(*batch)
+        hidden, targets = hidden[index], targets[index]
         policy.model.zero_grad()
         (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
         grads = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}

@@ -5,6 +5,7 @@ import torch
 from analysis.trace import InputError
 from trainer.batch import PromptSource, collect_batch
 from trainer.config import PolicyConfig
+from trainer.decoder import Decoder
 from trainer.policy import Policy
 from trainer.rollout import SamplingParams, invert_cdf, sample, sample_at
 from trainer.token_stats import WHOLE, Softmax, Truncation
@@ -173,6 +174,18 @@ def test_a_response_depends_on_its_own_random_numbers_alone(policy, prompts):
             assert torch.equal(found, wanted)
 
 
+def test_what_responses_have_in_common_is_computed_once(policy, prompts, monkeypatch):
+    read, append = [], Decoder.append
+    monkeypatch.setattr(
+        Decoder, "append", lambda self, tokens, parents: read.append(len(tokens)) or append(self, tokens, parents)
+    )
+    samples = sample(policy, prompts, 8, SamplingParams(24), np.random.default_rng(2))
+    texts = [(prompt, response.tolist()) for prompt, response in zip(samples.prompts, samples.responses(), strict=True)]
+    # Nothing is computed after a last token.
+    beginnings = {(*prompt, *response[:end]) for prompt, response in texts for end in range(1, len(response))}
+    assert sum(read) == len(beginnings) < 0.95 * sum(len(response) - 1 for _, response in texts)
+
+
 def test_prompts_that_do_not_fit_into_the_cache_together_are_sampled_in_parts(policy, prompts):
     longest = max(map(len, prompts)) + 24
     together, apart = (
@@ -208,9 +221,10 @@ def test_each_prompt_has_its_own_limit(policy, prompts):
         assert cut.is_truncated[row] != torch.isin(response[-1], policy.stop_ids)
 
 
-def test_mean_entropy_leaves_out_what_was_sampled_after_the_end(policy, prompts):
+def test_mean_entropy_is_that_of_the_response_alone(policy, prompts):
     samples = sample(policy, prompts, 8, SamplingParams(40), np.random.default_rng(6))
-    assert (samples.stats.entropy[~samples.response_mask] > 0).any(), "nothing stands after an end"
+    assert (~samples.response_mask).any(), "no response ends early"
+    samples.stats.entropy[~samples.response_mask] = 1.0
     for row, length in enumerate(samples.lengths.tolist()):
         wanted = samples.stats.entropy[row, :length].mean().item()
         assert samples.entropy_mean[row].item() == pytest.approx(wanted, rel=1e-5)
@@ -246,4 +260,4 @@ def test_truncation_keeps_the_smallest_sufficient_set():
 def test_no_token_of_probability_zero_is_drawn():
     p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).expand(4, 5)
     uniforms = torch.tensor([0.0, 0.25, 0.9, float(np.nextafter(np.float32(1), np.float32(0)))])
-    assert invert_cdf(p, uniforms).tolist() == [1, 3, 3, 3]
+    assert invert_cdf(p, torch.arange(4), uniforms).tolist() == [1, 3, 3, 3]

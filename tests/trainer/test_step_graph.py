@@ -1,0 +1,81 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from tests.trainer.test_policy import ARCHITECTURES, load, write_model
+from trainer import attention
+from trainer.decoder import Decoder
+from trainer.rollout import SamplingParams, sample
+
+# Layers that look back a limited way, positions that are counted by the model, or follow from the mask.
+NOT_RECORDED = {"mistral-sliding", "gemma3-sliding", "bloom-alibi", "opt"}
+
+
+def largest_difference(policy, seed):
+    """Between sequences that branch with and without what was recorded, of several numbers and lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high, size=1):
+        return torch.randint(low, high, (size,), generator=generator)
+
+    found = []
+    for _ in range(4):
+        prompts = [draw(0, policy.vocab_size, int(draw(1, 9))).tolist() for _ in range(int(draw(1, 12)))]
+        decoders = [Decoder(policy, prompts), Decoder(replace(policy), prompts)]
+        for _ in range(5):
+            count = int(draw(1, 20))
+            tokens, parents = draw(0, policy.vocab_size, count), draw(0, len(decoders[0].hidden), count)
+            for decoder in decoders:
+                decoder.append(tokens, parents)
+            found.append((decoders[0].hidden - decoders[1].hidden).abs().max())
+    return float(torch.stack(found).max())
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_what_was_recorded_reads_any_sequences_under_any_weights(tmp_path, name):
+    policy = load(write_model(tmp_path, *ARCHITECTURES[name]))
+    assert (policy.step_graph is None) == (name in NOT_RECORDED)
+    assert replace(policy).step_graph is None
+    assert largest_difference(policy, 0) < 1e-5
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(1.1)
+    assert largest_difference(policy, 1) < 1e-5
+
+
+def test_long_sequences_are_read_without(policy, monkeypatch):
+    monkeypatch.setattr(attention, "MAX_KEYS", 10)
+    lengths, graph = [], policy.step_graph
+
+    def counted(*arguments):
+        lengths.append(arguments[2].shape[-1])
+        return graph(*arguments)
+
+    policy.step_graph = counted
+    sample(policy, [[5, 6], [7]], 2, SamplingParams(20), np.random.default_rng(0))
+    assert max(lengths) == 10
+
+
+def test_a_model_that_decides_by_values_is_not_recorded(tmp_path, monkeypatch):
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x) if x.isfinite().all() else x)
+    policy = load(write_model(tmp_path, *ARCHITECTURES["llama"]))
+    assert policy.step_graph is None
+    assert sample(policy, [[5, 6]], 2, SamplingParams(4), np.random.default_rng(0)).lengths.min() > 0
+
+
+def test_what_was_recorded_is_tried(tmp_path, monkeypatch):
+    folder = write_model(tmp_path, *ARCHITECTURES["llama"])
+    assert load(folder).step_graph is not None
+    monkeypatch.setattr(
+        Decoder, "record_step", lambda self: lambda ids, *arguments: (torch.zeros(len(ids), 32), *arguments[2:])
+    )
+    assert load(folder).step_graph is None
+
+
+@pytest.mark.parametrize("values", [{"dtype": "bfloat16"}, {"attention": "sdpa"}, {"attention": "eager"}])
+def test_other_arithmetic_is_not_recorded(tmp_path, values):
+    assert load(write_model(tmp_path, *ARCHITECTURES["llama"]), **values).step_graph is None
