@@ -21,6 +21,7 @@ from trainer import adapters, attention
 from trainer.allocator import keep_freed_memory
 from trainer.config import PolicyConfig
 from trainer.decoder import Decoder
+from trainer.norms import replace_norms
 from trainer.packing import Packing, Pairs, Sequences, take_rows
 from trainer.pretrained import load_model, load_pretrained
 from trainer.sharding import collect, gathered, is_sharded, like, shard, whole
@@ -82,6 +83,8 @@ class Policy:
         automatic = "bfloat16" if device.type == "cuda" else "float32"
         dtype = getattr(torch, automatic if config.dtype == "auto" else config.dtype)
         torch.nn.Module.to(model, device)
+        if device.type == "cpu" and dtype == torch.float32 and attention.is_ours(model):
+            replace_norms(model)
         policy = cls(model.eval(), tokenizer, device, dtype, config.path, config.template, adapter)
         policy._check_head()
         policy._check_decoder()
