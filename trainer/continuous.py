@@ -32,7 +32,7 @@ from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 from analysis.trace import InputError
 from trainer.policy import Policy
-from trainer.rollout import Samples, SamplingParams, draw, ends_response
+from trainer.rollout import Drawing, Samples, SamplingParams
 
 # Without a kernel for pages, every response's query meets the keys of all: time grows with the square of these.
 MAX_ROWS = 64
@@ -52,10 +52,8 @@ def sample_at(
 
     Equal arguments give equal results on one machine, and those of the other engine but for rounding.
     """
-    num_samples = len(uniforms) // len(prompts)
-    samples = Samples.empty([prompt for prompt in prompts for _ in range(num_samples)], params.max_tokens)
-    numbers = torch.from_numpy(uniforms)
-    row_limits = torch.tensor(limits).repeat_interleave(num_samples)
+    drawing = Drawing(policy, prompts, uniforms, limits, params)
+    samples = drawing.samples
     # An id that no token has tells the scheduler that a response has ended, for whichever reason.
     ended = policy.vocab_size
     with _paged_attention(policy.model):
@@ -66,14 +64,10 @@ def sample_at(
         while processor.has_pending_requests():
             rows, hidden = _read_batch(policy, processor)
             places = samples.response_mask[rows].sum(1)
-            tokens = draw(policy, hidden, torch.arange(len(rows)), samples, rows, places, numbers, params)
-            samples.response_mask[rows, places] = True
-            has_ended = _ends(policy, samples, rows, places, params)
-            samples.is_truncated[rows[has_ended]] = False
-            has_ended |= places + 1 == row_limits[rows]
-            processor.inputs_and_outputs.output_ids[0, : len(rows)] = tokens.masked_fill(has_ended, ended)
+            tokens, goes_on = drawing.draw(hidden, torch.arange(len(rows)), rows, places)
+            processor.inputs_and_outputs.output_ids[0, : len(rows)] = tokens.masked_fill(~goes_on, ended)
             processor.update_batch()
-    return samples
+    return drawing.finish()
 
 
 @torch.no_grad()
@@ -108,15 +102,6 @@ def _read_batch(policy: Policy, processor: ContinuousBatchProcessor) -> tuple[Te
     last = inputs.pop("logits_indices")[: len(rows)]
     del inputs["logits_processor_args"]
     return rows, policy.hidden_states(**inputs)[0, last]
-
-
-def _ends(policy: Policy, samples: Samples, rows: Tensor, places: Tensor, params: SamplingParams) -> Tensor:
-    """Whether the tokens at places (N,) of rows (N,) end their responses; those of one length are asked together."""
-    has_ended = torch.zeros(len(rows), dtype=torch.bool)
-    for place in places.unique().tolist():
-        is_here = places == place
-        has_ended[is_here] = ends_response(policy, samples.tokens[rows[is_here], : place + 1], params.stop)
-    return has_ended
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from trainer.checkpoint import find_checkpoint, read_state
 from trainer.config import Config, build_config
 from trainer.decoder import Decoder
 from trainer.policy import Policy
-from trainer.rollout import SamplingParams, ends_response, invert_cdf, sample_at
+from trainer.rollout import SamplingParams, completes_stop_text, invert_cdf, sample_at
 from trainer.seeding import Stream, generator
 from trainer.tasks import Prompt, load_task
 
@@ -251,7 +251,10 @@ class Intervener:
         return end[: next((n for n in lengths if self._has_ended([*tokens, *end[:n]])), None)]
 
     def _has_ended(self, tokens: list[int]) -> bool:
-        return bool(ends_response(self.policy, torch.tensor([tokens]), self._params.stop))
+        stop = self._params.stop
+        if tokens[-1] in self.policy.stop_ids:
+            return True
+        return bool(stop) and bool(completes_stop_text(self.policy, [tokens], stop))
 
     def _generator(self, stream: Stream, place: tuple[int, int]) -> np.random.Generator:
         return generator(self.settings.seed, stream, self.settings.checkpoint_step, *place)

@@ -15,7 +15,7 @@ from trainer.config import Engine, RolloutConfig
 from trainer.decoder import Decoder
 from trainer.packing import Pairs
 from trainer.policy import Policy
-from trainer.token_stats import WHOLE, Softmax, TokenStats, Truncation
+from trainer.token_stats import WHOLE, Softmax, Sums, TokenStats, Truncation
 
 
 @dataclass(frozen=True)
@@ -192,73 +192,93 @@ def sample_at(
     Returns:
         ``Samples`` of B rows, the responses of one prompt adjacent.
     """
-    num_samples = len(uniforms) // len(prompts)
-    samples = Samples.empty([prompt for prompt in prompts for _ in range(num_samples)], params.max_tokens)
-    numbers = torch.from_numpy(uniforms)
-    row_limits = torch.tensor(limits).repeat_interleave(num_samples)
+    drawing = Drawing(policy, prompts, uniforms, limits, params)
     decoder = Decoder(policy, prompts)
-    rows = torch.arange(len(samples.prompts))
-    stands_at = torch.arange(len(prompts)).repeat_interleave(num_samples)
+    rows = torch.arange(len(uniforms))
+    stands_at = rows // (len(uniforms) // len(prompts))
     for t in range(params.max_tokens):
-        tokens = draw(policy, decoder.hidden, stands_at, samples, rows, t, numbers, params)
-        samples.response_mask[rows, t] = True
-        has_ended = ends_response(policy, samples.tokens[rows, : t + 1], params.stop)
-        samples.is_truncated[rows[has_ended]] = False
-        goes_on = ~has_ended & (t + 1 < row_limits[rows])
+        tokens, goes_on = drawing.draw(decoder.hidden, stands_at, rows, torch.full_like(rows, t))
         if not goes_on.any():
             break
         rows = rows[goes_on]
         branches = Pairs.of(stands_at[goes_on], tokens[goes_on])
         decoder.append(branches.second, branches.first)
         stands_at = branches.index
-    return samples
+    return drawing.finish()
 
 
-def draw(
-    policy: Policy,
-    hidden: Tensor,
-    stands_at: Tensor,
-    samples: Samples,
-    rows: Tensor,
-    place: int | Tensor,
-    numbers: Tensor,
-    params: SamplingParams,
-) -> Tensor:
-    """Draws a token for each of some rows, and records it with the distribution that it is drawn from.
+class Drawing:
+    """Tokens drawn at given random numbers, each recorded with the distribution that it is drawn from.
 
-    Args:
-        policy: The model.
-        hidden: Inputs of the LM head, (S, H).
-        stands_at: Which of them each token is drawn from, (N,).
-        samples: What the tokens belong to.
-        rows: Their rows, (N,).
-        place: Their place in the response, one for all or (N,).
-        numbers: Random numbers in [0, 1) of all rows and places, (B, T).
-        params: Temperature and truncation.
-
-    Returns:
-        The tokens, (N,).
+    Attributes:
+        samples: What they belong to; statistics and norms are there once it is finished.
     """
-    logits = params.truncation.apply(policy.head.logits(hidden), params.temperature)
-    softmax = Softmax.of(logits, params.temperature)
-    device_at = stands_at.to(policy.device)
-    tokens = invert_cdf(softmax.weights, device_at, numbers[rows, place].to(policy.device))
-    drawn = Pairs.of(device_at, tokens)
-    samples.tokens[rows, place] = tokens.cpu()
-    for name, values in vars(softmax.take(drawn.first).stats(drawn.second).take(drawn.index)).items():
-        getattr(samples.stats, name)[rows, place] = values.cpu()
-    samples.hidden_norm[rows, place] = hidden.float().norm(dim=-1)[device_at].cpu()
-    return tokens.cpu()
+
+    def __init__(
+        self, policy: Policy, prompts: list[list[int]], uniforms: np.ndarray, limits: list[int], params: SamplingParams
+    ) -> None:
+        """Arguments are those of ``sample_at``."""
+        num_samples = len(uniforms) // len(prompts)
+        self.samples = Samples.empty([prompt for prompt in prompts for _ in range(num_samples)], params.max_tokens)
+        self._policy, self._params = policy, params
+        self._numbers = torch.from_numpy(uniforms)
+        self._limits = torch.tensor(limits).repeat_interleave(num_samples)
+        self._places: list[tuple[Tensor, Tensor]] = []
+        self._sums: list[Sums] = []
+        self._norms: list[Tensor] = []
+
+    def draw(self, hidden: Tensor, stands_at: Tensor, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws the next token of some responses.
+
+        Args:
+            hidden: Inputs of the LM head, (S, H).
+            stands_at: Which of them each token is drawn from, (N,).
+            rows: The responses, (N,).
+            places: The token's place in each, (N,).
+
+        Returns:
+            The tokens, (N,), and whether each response goes on after it, (N,).
+        """
+        policy, params, samples = self._policy, self._params, self.samples
+        logits = params.truncation.apply(policy.head.logits(hidden), params.temperature)
+        softmax = Softmax.of(logits, params.temperature)
+        stands_at = stands_at.to(policy.device)
+        drawn = invert_cdf(softmax.weights, stands_at, self._numbers[rows, places].to(policy.device))
+        # Responses that draw the same from the same share its statistics.
+        distinct = Pairs.of(stands_at, drawn)
+        self._places.append((rows, places))
+        self._sums.append(softmax.take(distinct.first).sums(distinct.second).take(distinct.index))
+        self._norms.append(hidden.float().norm(dim=-1)[stands_at])
+        tokens = drawn.cpu()
+        samples.tokens[rows, places] = tokens
+        samples.response_mask[rows, places] = True
+        has_ended = torch.isin(tokens, policy.stop_ids) | self._completes_stop_text(rows, places)
+        samples.is_truncated[rows[has_ended]] = False
+        return tokens, ~has_ended & (places + 1 < self._limits[rows])
+
+    def finish(self) -> Samples:
+        """All that was drawn, with its statistics."""
+        samples = self.samples
+        rows, places = (torch.cat(parts) for parts in zip(*self._places, strict=True))
+        for name, values in vars(Sums.concatenate(self._sums).stats(self._params.temperature)).items():
+            getattr(samples.stats, name)[rows, places] = values.cpu()
+        samples.hidden_norm[rows, places] = torch.cat(self._norms).cpu()
+        return samples
+
+    def _completes_stop_text(self, rows: Tensor, places: Tensor) -> Tensor:
+        stop = self._params.stop
+        if not stop:
+            return torch.zeros(len(rows), dtype=torch.bool)
+        beginnings = zip(self.samples.tokens[rows], (places + 1).tolist(), strict=True)
+        return completes_stop_text(self._policy, [tokens[:length].tolist() for tokens, length in beginnings], stop)
 
 
-def ends_response(policy: Policy, tokens: Tensor, stop: tuple[str, ...]) -> Tensor:
-    """Whether the last of tokens (B, L) ends the response, by itself or as the end of a stop text; none before does."""
-    has_ended = torch.isin(tokens[:, -1], policy.stop_ids)
-    if stop:
-        # No token writes less than a byte; one more, for the space that some tokenizers take off a text's beginning.
-        tail = tokens[:, -1 - max(len(text.encode()) for text in stop) :]
-        has_ended |= torch.tensor([any(text in end for text in stop) for end in policy.decode(tail.tolist())])
-    return has_ended
+def completes_stop_text(policy: Policy, responses: list[list[int]], stop: tuple[str, ...]) -> Tensor:
+    """Whether each response's last token completes a stop text, (N,), if none did before."""
+    # No token writes less than a byte; one more, for the space that some tokenizers take off a text's beginning.
+    size = 1 + max(len(text.encode()) for text in stop)
+    ends = policy.decode([tokens[-size:] for tokens in responses])
+    return torch.tensor([any(text in end for text in stop) for end in ends], dtype=torch.bool)
 
 
 def invert_cdf(p: Tensor, rows: Tensor, uniforms: Tensor) -> Tensor:

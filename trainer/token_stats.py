@@ -151,10 +151,6 @@ class Softmax:
         peak, shifted, weights = (x.index_select(0, rows) for x in (self.peak, self.shifted, self.weights))
         return Softmax(peak, shifted, weights, self.temperature)
 
-    def stats(self, targets: Tensor) -> TokenStats:
-        """Statistics of target tokens (N,), each (N,), if this is of whole rows. Uses up both tensors."""
-        return self.sums(targets).stats(self.temperature)
-
     def sums(self, targets: Tensor) -> Sums:
         """What the statistics of target tokens (N,) need, if this is of whole rows. Uses up both tensors."""
         columns = targets[:, None]
@@ -208,6 +204,11 @@ class Sums:
     norm: Tensor
 
     @classmethod
+    def concatenate(cls, parts: list[Sums]) -> Sums:
+        """Those of tokens end to end."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    @classmethod
     def join(cls, blocks: list[Sums], temperature: float) -> Sums:
         """Those of all columns from those of blocks of columns."""
         peaks, own, others, moment, norm = (torch.stack([getattr(b, f.name) for b in blocks]) for f in fields(cls))
@@ -221,6 +222,10 @@ class Sums:
             ((moment + lower * others) * scale).sum(0),
             torch.linalg.vector_norm(norm * scale, dim=0),
         )
+
+    def take(self, index: Tensor) -> Sums:
+        """Some of them, each as often as it is named."""
+        return Sums(*(values.index_select(0, index) for values in vars(self).values()))
 
     def log_total(self, temperature: float) -> Tensor:
         """Logarithm of the sum of all e."""
@@ -264,7 +269,7 @@ def compute_stats(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> 
     tokens = max(1, GIVEN_LOGITS[logits.device.type] // logits.shape[1])
     room = torch.empty(2 * min(tokens, len(logits)) * logits.shape[1], device=logits.device)
     parts = [Softmax.of(logits[rows], temperature, room).sums(targets[rows]) for rows in _cut(len(logits), tokens)]
-    return _join(parts).stats(temperature)
+    return Sums.concatenate(parts).stats(temperature)
 
 
 def compute_token_stats(
@@ -308,7 +313,7 @@ class _BlockedStats(torch.autograd.Function):
             softmaxes = blocks.softmaxes(rows)
             found = [softmax.sums_of_block(own, entries.start) for entries, softmax in softmaxes]
             parts.append(Sums.join(found, temperature))
-        sums = _join(parts)
+        sums = Sums.concatenate(parts)
         ctx.save_for_backward(hidden, weight, bias, targets, *vars(sums).values())
         ctx.temperature, ctx.truncation = temperature, truncation
         stats = sums.stats(temperature)
@@ -384,10 +389,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _cut(length: int, size: int) -> list[slice]:
     """Parts of at most ``size``; one empty part of nothing."""
     return [slice(start, min(start + size, length)) for start in range(0, max(length, 1), size)]
-
-
-def _join(parts: list[Sums]) -> Sums:
-    return Sums(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Sums)))
 
 
 def lm_head_grad_norm(

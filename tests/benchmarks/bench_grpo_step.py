@@ -35,7 +35,7 @@ from trainer.run_folder import describe_run
 from trainer.seeding import Stream
 from trainer.shaping import shape
 from trainer.tasks import Task, load_task
-from trainer.token_stats import Softmax, TokenStats
+from trainer.token_stats import Softmax, Sums
 from trainer.update import Learner
 
 PART = "GRPO step of the embedded policy, 256 responses"
@@ -94,16 +94,18 @@ class Ours:
 def without_entropy() -> Any:
     """Sampling that computes log-probabilities only."""
 
-    def logprob_only(softmax: Softmax, targets: torch.Tensor) -> TokenStats:
-        shares = (softmax.weights.gather(1, targets[:, None]) / softmax.weights.sum(-1, keepdim=True)).squeeze(1)
-        return TokenStats(shares.log(), torch.zeros_like(shares), torch.zeros_like(shares))
+    def target_and_total(softmax: Softmax, targets: torch.Tensor) -> Sums:
+        own = softmax.shifted.gather(1, targets[:, None])
+        others = softmax.weights.scatter_(1, targets[:, None], 0.0).sum(-1)
+        nothing = torch.zeros_like(others)
+        return Sums(softmax.peak.squeeze(1), own.squeeze(1), others, nothing, nothing)
 
-    original = Softmax.stats
-    Softmax.stats = logprob_only  # type: ignore[method-assign]
+    original = Softmax.sums
+    Softmax.sums = target_and_total  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Softmax.stats = original  # type: ignore[method-assign]
+        Softmax.sums = original  # type: ignore[method-assign]
 
 
 class Pairing:
