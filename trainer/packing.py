@@ -116,6 +116,7 @@ class Pairs:
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:
     """Rows (N, ...) by their indices, of any shape; the gradient of a row that is taken twice is added up.
 
-    What ``rows[index]`` does, but for a backward pass that is several times faster on a CPU.
+    What ``rows[index]`` does, but for a backward pass that is many times faster on a CPU.
     """
-    return torch.nn.functional.embedding(index, rows.flatten(1)).unflatten(-1, rows.shape[1:])
+    taken = rows.flatten(1).index_select(0, index.flatten())
+    return taken.view(*index.shape, *rows.shape[1:])
