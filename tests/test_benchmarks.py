@@ -36,7 +36,7 @@ def test_a_figure_is_held_against_its_target_by_its_median():
 def test_the_benchmarks_write_their_report(tmp_path, monkeypatch):
     run(bench, monkeypatch, "--quick", "--out", tmp_path / "report")
     figures = json.loads((tmp_path / "report.json").read_text())["figures"]
-    assert len({figure["part"] for figure in figures}) == 3
+    assert len({figure["part"] for figure in figures}) == 4
     assert all(figure["median"] > 0 for figure in figures)
     assert all(figure["name"] in (tmp_path / "report.md").read_text() for figure in figures)
 

@@ -90,4 +90,5 @@ def measure(quick: bool) -> list[Figure]:
         case = Case(policy, plain, [task.train_prompt(i).question for i in range(num_prompts)], length)
         name = f"sampling {length} tokens, {num_prompts} prompts of {case.ids.shape[1]}"
         figures += compare(name, case.sample, case.generate, BATCH * length, rounds)
-    return figures + compare("scoring", case.score, case.forward, case.whole.numel(), rounds)
+    name = f"scoring {BATCH} responses to 2 prompts"
+    return figures + compare(name, case.score, case.forward, case.whole.numel(), rounds)
