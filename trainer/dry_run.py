@@ -206,7 +206,8 @@ def _sampling_bytes(policy: Policy, rows: int, tokens: int) -> int:
     size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     cache = 2 * rows * tokens * heads * size * policy.dtype.itemsize * (shape.num_hidden_layers + 1)
     low_precision = 0 if policy.dtype == torch.float32 else 2 * sum(p.numel() for p in policy.model.parameters())
-    return cache + low_precision + 4 * 4 * policy.vocab_size * rows
+    # Logits, both parts of their softmax, and as much again to draw and to record.
+    return cache + low_precision + 5 * 4 * policy.vocab_size * rows
 
 
 def _update_bytes(policy: Policy, rows: int, tokens: int, prompt_tokens: int) -> int:

@@ -251,10 +251,9 @@ class Intervener:
         return end[: next((n for n in lengths if self._has_ended([*tokens, *end[:n]])), None)]
 
     def _has_ended(self, tokens: list[int]) -> bool:
-        stop = self._params.stop
-        if tokens[-1] in self.policy.stop_ids:
-            return True
-        return bool(stop) and bool(completes_stop_text(self.policy, [tokens], stop))
+        stop, response = self._params.stop, torch.tensor(tokens)
+        is_at_stop_token = bool(torch.isin(response[-1], self.policy.stop_ids))
+        return is_at_stop_token or (bool(stop) and bool(completes_stop_text(self.policy, [response], stop)))
 
     def _generator(self, stream: Stream, place: tuple[int, int]) -> np.random.Generator:
         return generator(self.settings.seed, stream, self.settings.checkpoint_step, *place)

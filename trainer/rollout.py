@@ -270,14 +270,14 @@ class Drawing:
         if not stop:
             return torch.zeros(len(rows), dtype=torch.bool)
         beginnings = zip(self.samples.tokens[rows], (places + 1).tolist(), strict=True)
-        return completes_stop_text(self._policy, [tokens[:length].tolist() for tokens, length in beginnings], stop)
+        return completes_stop_text(self._policy, [tokens[:length] for tokens, length in beginnings], stop)
 
 
-def completes_stop_text(policy: Policy, responses: list[list[int]], stop: tuple[str, ...]) -> Tensor:
-    """Whether each response's last token completes a stop text, (N,), if none did before."""
+def completes_stop_text(policy: Policy, responses: list[Tensor], stop: tuple[str, ...]) -> Tensor:
+    """Whether the last token of each of N responses completes a stop text, (N,), if none did before."""
     # No token writes less than a byte; one more, for the space that some tokenizers take off a text's beginning.
     size = 1 + max(len(text.encode()) for text in stop)
-    ends = policy.decode([tokens[-size:] for tokens in responses])
+    ends = policy.decode([tokens[-size:].tolist() for tokens in responses])
     return torch.tensor([any(text in end for text in stop) for end in ends], dtype=torch.bool)
 
 
