@@ -7,8 +7,10 @@ values or sizes: of those torch warns, and nothing is recorded.
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,11 +58,26 @@ def record_step(policy: Policy, ids: Tensor, positions: Tensor, mask: Tensor, st
     # Its type stubs leave out what its documentation names.
     jit: Any = torch.jit
     step = _Step(policy.model.base_model, policy.model.config)
-    with warnings.catch_warnings():
-        # It is deprecated, and what is to follow it, torch.export, runs its graphs in Python again.
-        warnings.simplefilter("ignore")
+    with _quietly():
         warnings.simplefilter("error", jit.TracerWarning)
         try:
             return jit.trace(step, (ids, positions, mask, *states), check_trace=False)
         except Exception:
             return None
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Recording asks a model for all of its properties, of which some warn; and is deprecated by torch.
+
+    What is to follow it, torch.export, runs its graphs in Python again.
+    """
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

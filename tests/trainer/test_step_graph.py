@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -44,6 +46,13 @@ def test_what_was_recorded_reads_any_sequences_under_any_weights(tmp_path, name)
         for parameter in policy.model.parameters():
             parameter.mul_(1.1)
     assert largest_difference(policy, 1) < 1e-5
+
+
+def test_recording_says_nothing():
+    """In a process of its own: some warnings are given once."""
+    load_one = "from trainer.config import PolicyConfig as C; from trainer.policy import Policy as P; p = P.load(C())"
+    code = f"{load_one}; assert p.device.type != 'cpu' or p.step_graph"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr == ""
 
 
 def test_long_sequences_are_read_without(policy, monkeypatch):
