@@ -27,7 +27,7 @@ from trainer.checkpoint import find_checkpoint, read_state
 from trainer.config import Config, build_config
 from trainer.decoder import Decoder
 from trainer.policy import Policy
-from trainer.rollout import SamplingParams, completes_stop_text, invert_cdf, sample_at
+from trainer.rollout import SamplingParams, ends_response, invert_cdf, sample_at
 from trainer.seeding import Stream, generator
 from trainer.tasks import Prompt, load_task
 
@@ -251,9 +251,8 @@ class Intervener:
         return end[: next((n for n in lengths if self._has_ended([*tokens, *end[:n]])), None)]
 
     def _has_ended(self, tokens: list[int]) -> bool:
-        stop, response = self._params.stop, torch.tensor(tokens)
-        is_at_stop_token = bool(torch.isin(response[-1], self.policy.stop_ids))
-        return is_at_stop_token or (bool(stop) and bool(completes_stop_text(self.policy, [response], stop)))
+        row, last = torch.tensor([0]), torch.tensor([len(tokens) - 1])
+        return bool(ends_response(self.policy, torch.tensor([tokens]), row, last, self._params.stop))
 
     def _generator(self, stream: Stream, place: tuple[int, int]) -> np.random.Generator:
         return generator(self.settings.seed, stream, self.settings.checkpoint_step, *place)

@@ -75,8 +75,8 @@ class Policy:
         """
         model, tokenizer, adapter = load_pretrained(config)
         device = _pick_device(config.device)
-        is_ours = config.attention == "packed" or (config.attention == "auto" and device.type == "cpu")
-        if is_ours and model.config._attn_implementation == "sdpa":
+        wants_ours = config.attention == "packed" or (config.attention == "auto" and device.type == "cpu")
+        if wants_ours and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(attention.NAME)
         if device.type == "cpu":
             keep_freed_memory()
@@ -317,8 +317,7 @@ class Policy:
     @torch.no_grad()
     def _can_pack(self) -> bool:
         """Whether the model reads packed sequences as it reads padded ones: two of one prompt, one of another."""
-        config = self.model.config
-        if config._attn_implementation != attention.NAME or any(DynamicCache(config=config).is_sliding):
+        if not attention.is_ours(self.model) or any(DynamicCache(config=self.model.config).is_sliding):
             return False
         prompts = [[i % self.vocab_size for i in start] for start in ((1, 2, 3), (1, 2, 3), (4, 5))]
         responses = [torch.tensor([i % self.vocab_size for i in end]) for end in ((6, 7, 8), (9, 10), (11, 12, 13, 14))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from types import ModuleType
 
 import numpy as np
@@ -223,9 +224,7 @@ class Drawing:
         self._policy, self._params = policy, params
         self._numbers = torch.from_numpy(uniforms)
         self._limits = torch.tensor(limits).repeat_interleave(num_samples)
-        self._places: list[tuple[Tensor, Tensor]] = []
-        self._sums: list[Sums] = []
-        self._norms: list[Tensor] = []
+        self._drawn: list[tuple[Tensor, Tensor, Tensor, Sums, Tensor]] = []
 
     def draw(self, hidden: Tensor, stands_at: Tensor, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Draws the next token of some responses.
@@ -246,39 +245,51 @@ class Drawing:
         drawn = invert_cdf(softmax.weights, stands_at, self._numbers[rows, places].to(policy.device))
         # Responses that draw the same from the same share its statistics.
         distinct = Pairs.of(stands_at, drawn)
-        self._places.append((rows, places))
-        self._sums.append(softmax.take(distinct.first).sums(distinct.second).take(distinct.index))
-        self._norms.append(hidden.float().norm(dim=-1)[stands_at])
+        sums = softmax.take(distinct.first).sums(distinct.second)
+        self._drawn.append((rows, places, distinct.index, sums, hidden.float().norm(dim=-1)[stands_at]))
         tokens = drawn.cpu()
         samples.tokens[rows, places] = tokens
         samples.response_mask[rows, places] = True
-        has_ended = torch.isin(tokens, policy.stop_ids) | self._completes_stop_text(rows, places)
+        has_ended = ends_response(policy, samples.tokens, rows, places, params.stop)
         samples.is_truncated[rows[has_ended]] = False
         return tokens, ~has_ended & (places + 1 < self._limits[rows])
 
     def finish(self) -> Samples:
         """All that was drawn, with its statistics."""
         samples = self.samples
-        rows, places = (torch.cat(parts) for parts in zip(*self._places, strict=True))
-        for name, values in vars(Sums.concatenate(self._sums).stats(self._params.temperature)).items():
+        rows, places, index, sums, norms = zip(*self._drawn, strict=True)
+        starts = accumulate((len(part.own) for part in sums), initial=0)
+        index = torch.cat([part + start for part, start in zip(index, starts, strict=False)])
+        rows, places = torch.cat(rows), torch.cat(places)
+        stats = Sums.concatenate(list(sums)).stats(self._params.temperature).take(index)
+        for name, values in vars(stats).items():
             getattr(samples.stats, name)[rows, places] = values.cpu()
-        samples.hidden_norm[rows, places] = torch.cat(self._norms).cpu()
+        samples.hidden_norm[rows, places] = torch.cat(norms).cpu()
         return samples
 
-    def _completes_stop_text(self, rows: Tensor, places: Tensor) -> Tensor:
-        stop = self._params.stop
-        if not stop:
-            return torch.zeros(len(rows), dtype=torch.bool)
-        beginnings = zip(self.samples.tokens[rows], (places + 1).tolist(), strict=True)
-        return completes_stop_text(self._policy, [tokens[:length] for tokens, length in beginnings], stop)
 
+def ends_response(policy: Policy, tokens: Tensor, rows: Tensor, places: Tensor, stop: tuple[str, ...]) -> Tensor:
+    """Whether tokens end their responses, by themselves or as the end of a stop text; none before does.
 
-def completes_stop_text(policy: Policy, responses: list[Tensor], stop: tuple[str, ...]) -> Tensor:
-    """Whether the last token of each of N responses completes a stop text, (N,), if none did before."""
-    # No token writes less than a byte; one more, for the space that some tokenizers take off a text's beginning.
-    size = 1 + max(len(text.encode()) for text in stop)
-    ends = policy.decode([tokens[-size:].tolist() for tokens in responses])
-    return torch.tensor([any(text in end for text in stop) for end in ends], dtype=torch.bool)
+    Args:
+        policy: The model.
+        tokens: Of all responses, (B, T).
+        rows: The responses that are asked about, (N,).
+        places: Their last tokens, (N,).
+        stop: Texts that end a response.
+
+    Returns:
+        (N,) bool.
+    """
+    has_ended = torch.isin(tokens[rows, places], policy.stop_ids)
+    if stop:
+        # No token writes less than a byte; one more, for the space that some tokenizers take off a text's beginning.
+        size = 1 + max(len(text.encode()) for text in stop)
+        tails = [tokens[row, max(0, end - size) : end].tolist() for row, end in zip(rows, places + 1, strict=True)]
+        has_ended |= torch.tensor(
+            [any(text in tail for text in stop) for tail in policy.decode(tails)], dtype=torch.bool
+        )
+    return has_ended
 
 
 def invert_cdf(p: Tensor, rows: Tensor, uniforms: Tensor) -> Tensor:

@@ -223,10 +223,6 @@ class Sums:
             torch.linalg.vector_norm(norm * scale, dim=0),
         )
 
-    def take(self, index: Tensor) -> Sums:
-        """Some of them, each as often as it is named."""
-        return Sums(*(values.index_select(0, index) for values in vars(self).values()))
-
     def log_total(self, temperature: float) -> Tensor:
         """Logarithm of the sum of all e."""
         return torch.log1p(self.others + torch.expm1(self.own / temperature))

@@ -12,7 +12,7 @@ from trainer import attention
 from trainer.decoder import Decoder
 from trainer.rollout import SamplingParams, sample
 
-# Layers that look back a limited way, positions that are counted by the model, or follow from the mask.
+# Layers that look back a limited way, a mask of another shape, or a padding index above 0, whose bound torch checks.
 NOT_RECORDED = {"mistral-sliding", "gemma3-sliding", "bloom-alibi", "opt"}
 
 
