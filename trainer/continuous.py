@@ -63,8 +63,8 @@ def sample_at(
             processor.scheduler.add_waiting_request(request)
         while processor.has_pending_requests():
             rows, hidden = _read_batch(policy, processor)
-            places = samples.response_mask[rows].sum(1)
-            tokens, goes_on = drawing.draw(hidden, torch.arange(len(rows)), rows, places)
+            drawn, goes_on = drawing.draw(hidden, torch.arange(len(rows)), rows)
+            tokens = drawn.second[drawn.index]
             processor.inputs_and_outputs.output_ids[0, : len(rows)] = tokens.masked_fill(~goes_on, ended)
             processor.update_batch()
     return drawing.finish()

@@ -5,87 +5,145 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from trainer import attention
-from trainer.step_graph import StepGraph, hold_states, record_step, states_of
+from trainer.step_graph import StepGraph, record_step, states_of, step_cache
 
 if TYPE_CHECKING:
     from trainer.policy import Policy
+
+# Tokens that room is made for at once.
+GROWTH = 16
 
 
 class Decoder:
     """Sequences that grow by a token at a time and branch, prompts padded on the left.
 
+    Each stands in a slot of memory. One that goes on stays there, and nothing of it is copied; one that branches off
+    another moves into a slot that is free, as the last ones do where others have ended, so that there are no gaps.
+
     Attributes:
         hidden: The LM head's input at the last token of each sequence, (B, H).
     """
 
-    def __init__(self, policy: Policy, prompts: list[list[int]]) -> None:
-        """Begins with the prompts."""
-        self._policy, device = policy, policy.device
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        places = torch.arange(width, device=device)
-        self._mask = places >= (width - lengths)[:, None]
-        self._lengths = lengths
-        self._cache = DynamicCache(config=policy.model.config)
+    @torch.inference_mode()
+    def __init__(self, policy: Policy, prompts: list[list[int]], num_slots: int) -> None:
+        """Begins with the prompts; there will be ``num_slots`` sequences at most, and not fewer than prompts."""
+        self._policy, self._num_slots, device, config = policy, num_slots, policy.device, policy.model.config
+        self._cache = DynamicCache(config=config)
         self._is_plain = all(type(layer) is DynamicLayer for layer in self._cache.layers)
         # A mask of four dimensions is used as it is; one of two would be expanded by the model at every step. But that
         # is known of these only, and layers that look back a limited way need one of their own.
-        is_fused = policy.model.config._attn_implementation in ("sdpa", attention.NAME)
+        is_fused = config._attn_implementation in ("sdpa", attention.NAME)
         self._takes_mask_as_is = is_fused and not any(self._cache.is_sliding)
         self._takes_positions = "position_ids" in inspect.signature(policy.model.base_model.forward).parameters
-        self.hidden = self._forward(ids, (places - (width - lengths)[:, None]).clamp(min=0))
+        self._width = width = max(len(prompt) for prompt in prompts)
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        self._lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        places = torch.arange(width, device=device) - (width - self._lengths)[:, None]
+        self._mask = places >= 0
+        self._is_padded = not bool(self._mask.all())
+        self.hidden = self._forward(ids, places.clamp(min=0), self._mask if self._is_padded else None, self._cache)
+        self._slots = np.arange(len(prompts))
+        self._states = states_of(self._cache) if self._is_plain else []
+        self._grow()
 
+    @torch.inference_mode()
     def append(self, tokens: Tensor, parents: Tensor) -> None:
         """Goes on with other sequences.
 
         Args:
             tokens: Last token of each, (C,).
-            parents: Which of the present sequences stands before it, (C,).
+            parents: Which of the present sequences stands before it, (C,), in ascending order.
         """
-        tokens, parents = tokens.to(self._policy.device), parents.to(self._policy.device)
-        if not torch.equal(parents, torch.arange(len(self.hidden), device=parents.device)):
-            self._select(parents)
-        self._mask = torch.cat((self._mask, self._mask.new_ones(len(tokens), 1)), dim=1)
-        self.hidden = self._forward(tokens[:, None], self._lengths[:, None])
-        self._lengths = self._lengths + 1
+        if self._width == self._mask.shape[1]:
+            self._grow()
+        count, device = len(tokens), self._policy.device
+        self._slots, sources, targets = _assign(self._slots, parents.numpy())
+        self._move(torch.from_numpy(sources).to(device), torch.from_numpy(targets).to(device), count)
+        slots = torch.from_numpy(self._slots)
+        ids = torch.empty_like(tokens).index_copy_(0, slots, tokens).to(device)
+        self.hidden = self._read(ids[:, None]).index_select(0, slots.to(device))
+        self._width += 1
+        self._lengths[:count] += 1
 
+    @torch.inference_mode()
     def record_step(self) -> StepGraph | None:
         """Records the pass over a further token, for these and other sequences; None where that cannot be."""
         is_ours = attention.is_ours(self._policy.model) and self._takes_mask_as_is
         if not (is_ours and self._is_plain and self._takes_positions):
             return None
-        mask = torch.cat((self._mask, self._mask[:, :1]), dim=1)
-        ids, mask = torch.zeros_like(self._lengths[:, None]), attention.additive(mask[:, None, None, :], torch.float32)
-        return record_step(self._policy, ids, self._lengths[:, None], mask, states_of(self._cache))
+        positions, mask, *states = self._held(len(self._slots))
+        mask = attention.additive(mask[:, None, None, :], torch.float32)
+        return record_step(self._policy, torch.zeros_like(positions), positions, mask, states)
 
-    def _select(self, rows: Tensor) -> None:
-        self._mask, self._lengths = self._mask[rows], self._lengths[rows]
-        if self._is_plain:
-            # What the library's own method does takes several times as long on a CPU.
-            hold_states(self._cache, [states.index_select(0, rows) for states in states_of(self._cache)])
-        else:
-            self._cache.batch_select_indices(rows)
+    def _grow(self) -> None:
+        """Makes room for all slots, and for some more tokens of each.
 
-    # Spares every operation what autograd would keep account of.
-    @torch.inference_mode()
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        is_step, policy = ids.shape[1] == 1, self._policy
-        graph = policy.step_graph if is_step and self._mask.shape[1] <= attention.MAX_KEYS else None
-        mask = None if self._mask.all() and graph is None else self._mask
-        if mask is not None and is_step and self._takes_mask_as_is:
+        Not for all that may follow: what lies far apart in memory takes longer to read.
+        """
+        used, width = self._mask.shape
+        rows = self._num_slots - used
+        self._mask = pad(self._mask, (0, GROWTH, 0, rows), value=True)
+        self._lengths = pad(self._lengths, (0, rows))
+        for i, states in enumerate(self._states):
+            _, heads, _, size = states.shape
+            self._states[i] = states.new_empty(self._num_slots, heads, width + GROWTH, size)
+            self._states[i][:used, :, :width] = states
+
+    def _move(self, sources: Tensor, targets: Tensor, count: int) -> None:
+        """Copies what stands in some slots to others; ``count`` are in use then."""
+        if not self._is_plain:
+            order = torch.arange(count, device=targets.device).index_copy_(0, targets, sources)
+            self._cache.batch_select_indices(order)
+        if len(targets):
+            used = [states[:, :, : self._width] for states in self._states]
+            for tensor in (self._mask, self._lengths, *used):
+                tensor.index_copy_(0, targets, tensor.index_select(0, sources))
+
+    def _held(self, count: int) -> list[Tensor]:
+        """Positions (B, 1), mask (B, S + 1) and keys and values of the first slots, with a place for the next token."""
+        places = self._width + 1
+        states = [states[:count, :, :places] for states in self._states]
+        return [self._lengths[:count, None], self._mask[:count, :places], *states]
+
+    def _read(self, ids: Tensor) -> Tensor:
+        """Reads a token (B, 1) in each of the first slots."""
+        policy = self._policy
+        positions, mask, *states = self._held(len(ids))
+        graph = policy.step_graph if mask.shape[1] <= attention.MAX_KEYS else None
+        if graph is None and not self._is_padded:
+            mask = None
+        elif self._takes_mask_as_is:
             # Once for all layers.
             mask = attention.additive(mask[:, None, None, :], policy.dtype)
         if graph is not None:
-            hidden, *states = graph(ids, positions, mask, *states_of(self._cache))
-            hold_states(self._cache, states)
-            return hidden
+            return graph(ids, positions, mask, *states)
+        return self._forward(ids, positions, mask, step_cache(policy, states) if self._is_plain else self._cache)
+
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache) -> Tensor:
         inputs = {"position_ids": positions} if self._takes_positions else {}
-        hidden = policy.hidden_states(ids, attention_mask=mask, past_key_values=self._cache, use_cache=True, **inputs)
+        hidden = self._policy.hidden_states(ids, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs)
         return hidden[:, -1]
+
+
+def _assign(slots: np.ndarray, parents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Slots (C,) of sequences that go on from others, of which ``slots`` (B,) says where they stand.
+
+    Also what has to be copied: from which slots, and to which. None of the latter is among the former.
+    """
+    came_from = slots[parents]
+    stays = came_from < len(parents)
+    stays[1:] &= parents[1:] != parents[:-1]
+    is_free = np.ones(len(parents), dtype=bool)
+    is_free[came_from[stays]] = False
+    targets = np.flatnonzero(is_free)
+    assigned = came_from.copy()
+    assigned[~stays] = targets
+    return assigned, came_from[~stays], targets

@@ -276,7 +276,7 @@ def draw_alternatives(
     Returns:
         Token ids, (N,).
     """
-    logits = policy.head.logits(Decoder(policy, contexts).hidden) / temperature
+    logits = policy.head.logits(Decoder(policy, contexts, len(contexts)).hidden) / temperature
     # Left out before the softmax: where the policy is sure, 1 - p(o) rounds to 0.
     logits.scatter_(1, originals[:, None].to(policy.device), -torch.inf)
     rows = torch.arange(len(logits), device=policy.device)

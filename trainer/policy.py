@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -164,8 +164,8 @@ class Policy:
 
     def score(
         self,
-        prompts: list[list[int]],
-        responses: list[Tensor],
+        prompts: Sequence[list[int]],
+        responses: Sequence[Tensor],
         temperature: float,
         truncation: Truncation = WHOLE,
     ) -> TokenStats:
@@ -183,7 +183,7 @@ class Policy:
         hidden, targets, index = self.read(prompts, responses)
         return compute_token_stats(hidden, self.head, targets, temperature, truncation).take(index)
 
-    def read(self, prompts: list[list[int]], responses: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, prompts: Sequence[list[int]], responses: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """What predicts the tokens of responses, each token with the same before it once.
 
         Where the model allows it, neither padding nor what several sequences begin with is computed more than needed.
@@ -298,7 +298,7 @@ class Policy:
     def _can_decode(self) -> bool:
         """Reads two texts of different lengths together, goes on from the cache, and compares with each read alone."""
         texts = [[i % self.vocab_size for i in range(length)] for length in (5, 3)]
-        decoder = Decoder(self, [text[:-1] for text in (texts[1], *texts)])
+        decoder = Decoder(self, [text[:-1] for text in (texts[1], *texts)], 3)
         decoder.append(torch.tensor([text[-1] for text in texts]), torch.tensor([1, 2]))
         alone = [self.hidden_states(torch.tensor([t], device=self.device), use_cache=False)[0, -1] for t in texts]
         return _is_close(decoder.hidden, torch.stack(alone))
@@ -308,7 +308,7 @@ class Policy:
         """The pass over one token, recorded on other sequences than those that it is tried with."""
         if self.device.type != "cpu" or self.dtype != torch.float32:
             return None
-        self.step_graph = Decoder(self, [[0, 1 % self.vocab_size], [0]] * 2).record_step()
+        self.step_graph = Decoder(self, [[0, 1 % self.vocab_size], [0]] * 2, 4).record_step()
         try:
             return self.step_graph if self._can_decode() else None
         except Exception:

@@ -194,25 +194,24 @@ def sample_at(
         ``Samples`` of B rows, the responses of one prompt adjacent.
     """
     drawing = Drawing(policy, prompts, uniforms, limits, params)
-    decoder = Decoder(policy, prompts)
+    decoder = Decoder(policy, prompts, len(uniforms))
     rows = torch.arange(len(uniforms))
     stands_at = rows // (len(uniforms) // len(prompts))
-    for t in range(params.max_tokens):
-        tokens, goes_on = drawing.draw(decoder.hidden, stands_at, rows, torch.full_like(rows, t))
+    while True:
+        drawn, goes_on = drawing.draw(decoder.hidden, stands_at, rows)
         if not goes_on.any():
-            break
-        rows = rows[goes_on]
-        branches = Pairs.of(stands_at[goes_on], tokens[goes_on])
-        decoder.append(branches.second, branches.first)
-        stands_at = branches.index
-    return drawing.finish()
+            return drawing.finish()
+        # Responses that draw the same from the same go on together, or end together.
+        is_left = torch.zeros_like(drawn.first, dtype=torch.bool).index_put((drawn.index,), goes_on)
+        decoder.append(drawn.second[is_left], drawn.first[is_left])
+        rows, stands_at = rows[goes_on], (is_left.cumsum(0) - 1)[drawn.index[goes_on]]
 
 
 class Drawing:
     """Tokens drawn at given random numbers, each recorded with the distribution that it is drawn from.
 
     Attributes:
-        samples: What they belong to; statistics and norms are there once it is finished.
+        samples: What they belong to; all but the tokens is there once it is finished.
     """
 
     def __init__(
@@ -224,47 +223,49 @@ class Drawing:
         self._policy, self._params = policy, params
         self._numbers = torch.from_numpy(uniforms)
         self._limits = torch.tensor(limits).repeat_interleave(num_samples)
+        self._lengths = torch.zeros_like(self._limits)
         self._drawn: list[tuple[Tensor, Tensor, Tensor, Sums, Tensor]] = []
 
-    def draw(self, hidden: Tensor, stands_at: Tensor, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, hidden: Tensor, stands_at: Tensor, rows: Tensor) -> tuple[Pairs, Tensor]:
         """Draws the next token of some responses.
 
         Args:
             hidden: Inputs of the LM head, (S, H).
             stands_at: Which of them each token is drawn from, (N,).
             rows: The responses, (N,).
-            places: The token's place in each, (N,).
 
         Returns:
-            The tokens, (N,), and whether each response goes on after it, (N,).
+            What was drawn, pairs of an input and a token; and whether each response goes on after it, (N,).
         """
         policy, params, samples = self._policy, self._params, self.samples
         logits = params.truncation.apply(policy.head.logits(hidden), params.temperature)
         softmax = Softmax.of(logits, params.temperature)
-        stands_at = stands_at.to(policy.device)
-        drawn = invert_cdf(softmax.weights, stands_at, self._numbers[rows, places].to(policy.device))
+        places = self._lengths[rows]
+        numbers = self._numbers[rows, places]
+        tokens = invert_cdf(softmax.weights, stands_at.to(policy.device), numbers.to(policy.device)).cpu()
         # Responses that draw the same from the same share its statistics.
-        distinct = Pairs.of(stands_at, drawn)
-        sums = softmax.take(distinct.first).sums(distinct.second)
-        self._drawn.append((rows, places, distinct.index, sums, hidden.float().norm(dim=-1)[stands_at]))
-        tokens = drawn.cpu()
+        drawn = Pairs.of(stands_at, tokens)
+        first, second = drawn.first.to(policy.device), drawn.second.to(policy.device)
+        sums = softmax.take(first).sums(second)
+        self._drawn.append((rows, places, drawn.index, sums, hidden.float().norm(dim=-1)[first]))
         samples.tokens[rows, places] = tokens
-        samples.response_mask[rows, places] = True
+        self._lengths[rows] += 1
         has_ended = ends_response(policy, samples.tokens, rows, places, params.stop)
         samples.is_truncated[rows[has_ended]] = False
-        return tokens, ~has_ended & (places + 1 < self._limits[rows])
+        return drawn, ~has_ended & (places + 1 < self._limits[rows])
 
     def finish(self) -> Samples:
         """All that was drawn, with its statistics."""
         samples = self.samples
+        samples.response_mask[:] = torch.arange(samples.tokens.shape[1]) < self._lengths[:, None]
         rows, places, index, sums, norms = zip(*self._drawn, strict=True)
         starts = accumulate((len(part.own) for part in sums), initial=0)
         index = torch.cat([part + start for part, start in zip(index, starts, strict=False)])
         rows, places = torch.cat(rows), torch.cat(places)
-        stats = Sums.concatenate(list(sums)).stats(self._params.temperature).take(index)
+        stats = Sums.concatenate(list(sums)).stats(self._params.temperature)
         for name, values in vars(stats).items():
-            getattr(samples.stats, name)[rows, places] = values.cpu()
-        samples.hidden_norm[rows, places] = torch.cat(norms).cpu()
+            getattr(samples.stats, name)[rows, places] = values.cpu()[index]
+        samples.hidden_norm[rows, places] = torch.cat(norms).cpu()[index]
         return samples
 
 

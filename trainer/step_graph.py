@@ -16,27 +16,49 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 if TYPE_CHECKING:
     from trainer.policy import Policy
 
-# Takes tokens (B, 1), their positions (B, 1), an additive mask (B, 1, 1, S + 1) and keys and values of each layer,
-# (B, heads, S, D), one after the other; returns the LM head's input, (B, H), and the keys and values that follow.
-StepGraph = Callable[..., tuple[Tensor, ...]]
+# Takes tokens (B, 1), their positions (B, 1), an additive mask (B, 1, 1, S), and keys and values of each layer,
+# one after the other, (B, heads, S, D), whose last place it fills in. Returns the LM head's input, (B, H).
+StepGraph = Callable[..., Tensor]
+
+
+class StepLayer(DynamicLayer):
+    """Keys and values with a place for the token that is read: ``update`` fills that in, where others copy them all."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        """Both (B, heads, S, D), the last place to be filled in."""
+        super().__init__()
+        self.keys, self.values, self.dtype, self.device = keys, values, keys.dtype, keys.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Takes the keys and values of the token, (B, heads, 1, D); returns those of all."""
+        keys: Any = self.keys
+        values: Any = self.values
+        keys[:, :, -1:], values[:, :, -1:] = key_states, value_states
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Tokens before the one that is read."""
+        keys: Any = self.keys
+        return keys.shape[-2] - 1
 
 
 class _Step(nn.Module):
-    def __init__(self, model: nn.Module, config: Any) -> None:
+    def __init__(self, policy: Policy) -> None:
         super().__init__()
-        self.model, self._config = model, config
+        self.model, self._policy = policy.model.base_model, policy
 
-    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-        cache = DynamicCache(config=self._config)
-        hold_states(cache, states)
+    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, *states: Tensor) -> Tensor:
+        cache = step_cache(self._policy, states)
         found = self.model(
             input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
         )
-        return found.last_hidden_state[:, -1], *states_of(cache)
+        return found.last_hidden_state[:, -1]
 
 
 def states_of(cache: DynamicCache) -> list[Tensor]:
@@ -45,23 +67,22 @@ def states_of(cache: DynamicCache) -> list[Tensor]:
     return [states for layer in layers for states in (layer.keys, layer.values)]
 
 
-def hold_states(cache: DynamicCache, states: Sequence[Tensor]) -> None:
-    """Puts in what ``states_of`` gave."""
-    layers: list[Any] = cache.layers
-    for layer, keys, values in zip(layers, states[::2], states[1::2], strict=True):
-        layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
-        layer.is_initialized = True
+def step_cache(policy: Policy, states: Sequence[Tensor]) -> DynamicCache:
+    """A cache of such keys and values as ``states_of`` gives, each with a last place for the token that is read."""
+    cache = DynamicCache(config=policy.model.config)
+    layers: list[Any] = [StepLayer(*pair) for pair in zip(states[::2], states[1::2], strict=True)]
+    cache.layers = layers
+    return cache
 
 
 def record_step(policy: Policy, ids: Tensor, positions: Tensor, mask: Tensor, states: list[Tensor]) -> StepGraph | None:
     """Records a pass over such arguments; None if torch cannot, or warns that it would not hold for others."""
     # Its type stubs leave out what its documentation names.
     jit: Any = torch.jit
-    step = _Step(policy.model.base_model, policy.model.config)
     with _quietly():
         warnings.simplefilter("error", jit.TracerWarning)
         try:
-            return jit.trace(step, (ids, positions, mask, *states), check_trace=False)
+            return jit.trace(_Step(policy), (ids, positions, mask, *states), check_trace=False)
         except Exception:
             return None
 
