@@ -6,11 +6,12 @@ attention lays the sequences out side by side again, as ``Packing.layout`` says;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,16 @@ class Sequences:
     targets: Tensor
 
     @classmethod
-    def of(cls, prompts: list[list[int]], responses: list[Tensor]) -> Sequences:
+    def of(cls, prompts: Sequence[list[int]], responses: Sequence[Tensor]) -> Sequences:
         """Of B prompts and as many responses, none empty."""
-        rows = [torch.cat((torch.tensor(p), r[:-1])) for p, r in zip(prompts, responses, strict=True)]
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = pad_sequence(rows, batch_first=True)
-        is_read = torch.arange(ids.shape[1]) < lengths[:, None]
-        return cls(ids, is_read, torch.tensor([len(p) for p in prompts]), torch.cat(responses))
+        prompt_lengths, lengths = (torch.tensor([len(row) for row in rows]) for rows in (prompts, responses))
+        targets, ends = torch.cat(list(responses)), (prompt_lengths + lengths)[:, None]
+        places = torch.arange(int(ends.max()))
+        is_prompt = places < prompt_lengths[:, None]
+        ids = torch.zeros(is_prompt.shape, dtype=torch.int64)
+        ids[is_prompt] = torch.tensor(list(chain.from_iterable(prompts)))
+        ids[~is_prompt & (places < ends)] = targets
+        return cls(ids[:, :-1], (places < ends - 1)[:, :-1], prompt_lengths, targets)
 
     @property
     def predicts(self) -> Tensor:
@@ -54,8 +58,8 @@ class Packing:
         ids: (1, M).
         positions: Of each token in its sequence, (1, M).
         layout: What takes the place of an attention mask, (1, 2, R, L) int64, for each sequence with a token that is
-            read there: which of the M tokens stands at each of its places, and which of them are read there, its last
-            ones; -1 beyond.
+            read there, shorter ones first: which of the M tokens stands at each of its places, and which of them are
+            read there, its last ones; -1 beyond.
         predictors: Which of the M tokens predicts each target, (N,).
     """
 
@@ -67,27 +71,30 @@ class Packing:
     @classmethod
     def of(cls, sequences: Sequences) -> Packing:
         """A token that several sequences share, with all before it, is read once; so is a sequence equal to another."""
-        batch, length = sequences.ids.shape
-        ids = sequences.ids.masked_fill(~sequences.is_read, -1)
+        # Shorter ones first, so that few places stay empty in a part of them.
+        by_length = sequences.is_read.sum(1).argsort(stable=True)
+        ids, is_read = sequences.ids[by_length], sequences.is_read[by_length]
+        batch, length = ids.shape
+        marked = ids.masked_fill(~is_read, -1)
         # In alphabetical order, what a sequence shares with any before it, it shares with the one right before it.
-        order = torch.tensor(sorted(range(batch), key=ids.tolist().__getitem__))
-        ordered = ids[order]
-        is_new = torch.ones_like(sequences.is_read)
+        order = torch.tensor(sorted(range(batch), key=marked.tolist().__getitem__))
+        ordered = marked[order]
+        is_new = torch.ones_like(is_read)
         is_new[1:] = (ordered[1:] != ordered[:-1]).cumsum(1) > 0
         reads = torch.arange(batch)[:, None].where(is_new, 0).cummax(0).values
         is_first, reader = torch.empty_like(is_new), torch.empty_like(reads)
-        is_first[order] = is_new & sequences.is_read[order]
+        is_first[order] = is_new & is_read[order]
         reader[order] = order[reads]
         own = (is_first.flatten().cumsum(0) - 1).view(batch, length)
-        slots = own.gather(0, reader).where(sequences.is_read, -1)
+        slots = own.gather(0, reader).where(is_read, -1)
         places = torch.arange(length).expand(batch, length)
         counts = is_first.sum(1, keepdim=True)
         read_here = torch.where(places < counts, counts.cumsum(0) - counts + places, -1)
         return cls(
-            sequences.ids[is_first][None],
+            ids[is_first][None],
             places[is_first][None],
             torch.stack((slots, read_here))[None, :, counts.squeeze(1) > 0],
-            slots[sequences.predicts],
+            slots[by_length.argsort()][sequences.predicts],
         )
 
 

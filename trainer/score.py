@@ -27,7 +27,7 @@ from trainer.rollout_rows import Rollout, ScoreSettings
 from trainer.run_folder import has_begun, hash_file, hash_weights
 from trainer.token_stats import TokenStats, compute_token_stats, lm_head_grad_norm
 from trainer.train import durable
-from trainer.update import cut_by_length
+from trainer.update import cut_by_tokens
 
 # Of tokens: scored together, as far as groups can be kept whole, and made durable together, as far as steps can.
 CHUNK_TOKENS = 1 << 17
@@ -274,7 +274,7 @@ def _read(chunk: Sequence[Rollout], settings: ScoreSettings, policy: Policy) -> 
     starts = lengths.cumsum(0) - lengths
     values = torch.empty(4, int(lengths.sum()))
     whole = lengths + torch.tensor([len(rollout.prompt_ids) for rollout in chunk])
-    for part in cut_by_length(whole, settings.batch_tokens):
+    for part in cut_by_tokens(whole, settings.batch_tokens, is_padded=not policy.packs):
         chosen = [chunk[i] for i in part.tolist()]
         responses = [torch.tensor(rollout.response_ids) for rollout in chosen]
         hidden, targets, index = policy.read([rollout.prompt_ids for rollout in chosen], responses)

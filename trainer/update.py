@@ -114,7 +114,7 @@ class Learner:
         is_scored = torch.isin(batch.group_ids, groups) & batch.is_own
         scored = torch.nonzero(is_scored).squeeze(1)
         with memory_advice(self.config, "capturing what an update did", UPDATE_MEMORY), self.policy.whole():
-            for micro in micro_batches(samples, scored, self.config.optim.micro_batch_tokens):
+            for micro in self._micro_batches(samples, scored):
                 rows = scored[micro]
                 stats = self._score(self.policy, samples, rows)
                 logprob[rows] = samples.place(stats.logprob, rows)
@@ -145,8 +145,7 @@ class Learner:
         sums = torch.zeros(4, dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
         places, world = self._places_with_gradient(objective), self.world
-        budget = self.config.optim.micro_batch_tokens
-        own = [places[part] for part in micro_batches(samples, rows[places], budget, world.rank, world.size)]
+        own = [places[part] for part in self._micro_batches(samples, rows[places], world.rank, world.size)]
         # Weights in parts are gathered by all processes at once: one that is done reads a response again, for nothing.
         idle = max(world.gather(len(own))) - len(own) if self.policy.is_sharded else 0
         for micro in own:
@@ -161,6 +160,12 @@ class Learner:
             if scale != 1 and parameter.grad is not None:
                 parameter.grad /= scale
         return sums.tolist()
+
+    def _micro_batches(self, samples: Samples, rows: Tensor, rank: int = 0, size: int = 1) -> list[Tensor]:
+        """Places in ``rows`` of the responses that are read at once."""
+        lengths = samples.lengths[rows] + torch.tensor([len(samples.prompts[row]) for row in rows])
+        budget = self.config.optim.micro_batch_tokens
+        return cut_by_tokens(lengths, budget, is_padded=not self.policy.packs, rank=rank, size=size)
 
     def _places_with_gradient(self, objective: Objective) -> Tensor:
         """Which responses of a mini-batch need to be read: none without an advantage, unless another term has a say."""
@@ -203,7 +208,7 @@ class Learner:
     def _score(self, policy: Policy, samples: Samples, rows: Tensor) -> TokenStats:
         """Statistics of the responses of ``rows`` under a policy's current weights, as it samples, end to end."""
         prompts = [samples.prompts[row] for row in rows]
-        responses = [samples.tokens[row][samples.response_mask[row]] for row in rows]
+        responses = samples.tokens[rows][samples.response_mask[rows]].split(samples.lengths[rows].tolist())
         return policy.score(prompts, responses, self.sampling.temperature, self.sampling.truncation)
 
 
@@ -229,22 +234,21 @@ def captured_groups(config: Config, batch: Batch, step: int) -> Tensor:
     return torch.from_numpy(rng.permutation(groups)[: config.record.after_update_groups])
 
 
-def micro_batches(samples: Samples, rows: Tensor, max_tokens: int, rank: int = 0, size: int = 1) -> list[Tensor]:
-    """``cut_by_length`` of the sequences ``rows``."""
-    lengths = samples.lengths[rows] + torch.tensor([len(samples.prompts[row]) for row in rows])
-    return cut_by_length(lengths, max_tokens, rank, size)
+def cut_by_tokens(lengths: Tensor, max_tokens: int, *, is_padded: bool, rank: int = 0, size: int = 1) -> list[Tensor]:
+    """Cuts sequences into parts of at most ``max_tokens`` tokens; one longer than that makes a part of its own.
 
-
-def cut_by_length(lengths: Tensor, max_tokens: int, rank: int = 0, size: int = 1) -> list[Tensor]:
-    """Cuts sequences, sorted by their lengths, into parts of at most ``max_tokens`` tokens, padding counted.
-
-    A sequence longer than ``max_tokens`` makes a part of its own. The parts hold places in ``lengths``. Of ``size``
-    processes, each takes every ``size``-th sequence of that order, the one of ``rank`` from place ``rank`` on.
+    Where padding is read, it counts, and sequences are sorted by length, so that there is little; else those that stand
+    together stay together. The parts hold places in ``lengths``. Of ``size`` processes, each takes every ``size``-th
+    sequence, the one of ``rank`` from place ``rank`` on.
     """
-    ordered = lengths.argsort(stable=True)
+    order = lengths.argsort(stable=True) if is_padded else torch.arange(len(lengths))
     parts: list[list[int]] = [[]]
-    for index in ordered[rank::size].tolist():
-        if parts[-1] and int(lengths[index]) * (len(parts[-1]) + 1) > max_tokens:
+    filled = 0
+    for index in order[rank::size].tolist():
+        length = int(lengths[index])
+        filled = length * (len(parts[-1]) + 1) if is_padded else filled + length
+        if parts[-1] and filled > max_tokens:
             parts.append([])
+            filled = length
         parts[-1].append(index)
     return [torch.tensor(part) for part in parts if part]

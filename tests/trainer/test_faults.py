@@ -239,7 +239,7 @@ def test_out_of_memory_names_the_setting_to_lower(tmp_path, whole):
     found = run_child(out_of_memory, tmp_path, MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="16384")
     assert {run_id: error for run_id, (error, _) in found.items()} == {
         "sampling": "out of memory while sampling at step 2; lower rollout.cache_tokens (1048576 now)",
-        "updating": "out of memory while updating at step 2; lower optim.micro_batch_tokens (8192 now)",
+        "updating": "out of memory while updating at step 2; lower optim.micro_batch_tokens (16384 now)",
         "evaluating": "out of memory while evaluating; lower rollout.cache_tokens (1048576 now)",
     }
     for run_id, (error, cause) in found.items():

@@ -36,6 +36,8 @@ def test_every_token_is_read_once_and_stands_where_it_should(batch):
         found |= {tuple(tokens[:length]) for length in range(1, len(tokens) + 1)}
     assert found == beginnings
     assert read_here[read_here >= 0].tolist() == list(range(len(beginnings)))
+    lengths = (slots >= 0).sum(1).tolist()
+    assert lengths == sorted(lengths)
 
 
 def test_what_predicts_the_targets(batch):

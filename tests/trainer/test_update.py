@@ -1,10 +1,14 @@
+import itertools
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainer.batch import PromptSource, collect_batch
 from trainer.config import OptimConfig, load_config
 from trainer.loss import policy_loss
-from trainer.update import Learner, TrainingError, learning_rate, micro_batches, mini_batches
+from trainer.update import Learner, TrainingError, cut_by_tokens, learning_rate, mini_batches
 
 from .conftest import SMALL
 
@@ -97,14 +101,25 @@ def test_responses_without_an_advantage_are_left_out_and_change_nothing(policy, 
         assert parameter.ndim < 2 or not torch.equal(mine, before[name]), "weights decay at least"
 
 
-def test_micro_batches_cover_every_row_once_within_the_budget(policy, task):
-    _, _, batch, _ = make_case(policy, task)
-    rows = torch.nonzero(batch.is_kept).squeeze(1)
-    parts = micro_batches(batch.samples, rows, 300)
-    assert sorted(torch.cat(parts).tolist()) == list(range(len(rows)))
-    for part in (rows[part] for part in parts):
-        longest = max(int(batch.samples.lengths[r]) + len(batch.samples.prompts[r]) for r in part)
-        assert len(part) == 1 or longest * len(part) <= 300
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("is_padded", [False, True])
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30), max_tokens=st.integers(1, 100))
+def test_parts_cover_every_sequence_once_within_the_budget(lengths, max_tokens, is_padded, size):
+    all_lengths = torch.tensor(lengths)
+    ranks = [cut_by_tokens(all_lengths, max_tokens, is_padded=is_padded, rank=r, size=size) for r in range(size)]
+    assert sorted(torch.cat([part for parts in ranks for part in parts]).tolist()) == list(range(len(lengths)))
+    counts = [sum(map(len, parts)) for parts in ranks]
+    assert max(counts) - min(counts) <= 1
+
+    def tokens(part):
+        return int(all_lengths[part].max()) * len(part) if is_padded else int(all_lengths[part].sum())
+
+    for parts in ranks:
+        assert all(len(part) == 1 or tokens(part) <= max_tokens for part in parts)
+        # None is smaller than it needs to be.
+        assert all(tokens(torch.cat((part, after[:1]))) > max_tokens for part, after in itertools.pairwise(parts))
+        order = torch.cat(parts) if parts else all_lengths[:0]
+        assert torch.equal(order, order.sort().values) or is_padded, "what stands together stays together"
 
 
 def test_mini_batches_cover_kept_groups_once_an_epoch(policy, task):

@@ -25,7 +25,7 @@ def score(
     field: Annotated[
         list[str] | None, typer.Option(metavar="NAME=KEY", help="Key of a field called otherwise; may be repeated.")
     ] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens read at once, padding counted.")] = 8192,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens read at once, padding too if there is any.")] = 8192,
     skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave malformed rows out.")] = False,
     resume: Resume = False,
 ) -> None:
