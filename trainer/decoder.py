@@ -33,9 +33,19 @@ class Decoder:
     """
 
     @torch.inference_mode()
-    def __init__(self, policy: Policy, prompts: list[list[int]], num_slots: int) -> None:
-        """Begins with the prompts; there will be ``num_slots`` sequences at most, and not fewer than prompts."""
-        self._policy, self._num_slots, device, config = policy, num_slots, policy.device, policy.model.config
+    def __init__(
+        self, policy: Policy, prompts: list[list[int]], num_slots: int, graph: StepGraph | None = None
+    ) -> None:
+        """Begins with the prompts.
+
+        Args:
+            policy: The model.
+            prompts: Token ids of each.
+            num_slots: Most sequences at any time, at least as many as prompts.
+            graph: What was recorded of the policy, for sequences that are short enough.
+        """
+        self._policy, self._num_slots, self._graph = policy, num_slots, graph
+        device, config = policy.device, policy.model.config
         self._cache = DynamicCache(config=config)
         self._is_plain = all(type(layer) is DynamicLayer for layer in self._cache.layers)
         # A mask of four dimensions is used as it is; one of two would be expanded by the model at every step. But that
@@ -117,7 +127,7 @@ class Decoder:
         """Reads a token (B, 1) in each of the first slots."""
         policy = self._policy
         positions, mask, *states = self._held(len(ids))
-        graph = policy.step_graph if mask.shape[1] <= attention.MAX_KEYS else None
+        graph = self._graph if mask.shape[1] <= attention.MAX_KEYS else None
         if graph is None and not self._is_padded:
             mask = None
         elif self._takes_mask_as_is:

@@ -48,24 +48,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * _scale(x, eps) * weight
 
 
-def replace_norms(model: nn.Module) -> int:
-    """Lets a model's layers of that name use ``rms_norm`` if it gives what they give; returns how many do."""
-    found = 0
+@torch.no_grad()
+def replace_norms(model: nn.Module) -> None:
+    """Lets a model's layers of that name use ``rms_norm`` if it gives what they give."""
     for module in model.modules():
         eps = getattr(module, "variance_epsilon", None)
         if "RMSNorm" in type(module).__name__ and eps is not None:
-            found += _replace(module, eps)
-    return found
-
-
-@torch.no_grad()
-def _replace(module: nn.Module, eps: float) -> bool:
-    weight: Any = module.weight
-    probe = torch.linspace(-2, 3, 2 * len(weight), device=weight.device).view(2, -1)
-    if not torch.allclose(module(probe), rms_norm(probe, weight, eps), rtol=TOLERANCE, atol=TOLERANCE):
-        return False
-    module.forward = partial(_forward, module, eps)
-    return True
+            weight: Any = module.weight
+            probe = torch.linspace(-2, 3, 2 * len(weight), device=weight.device).view(2, -1)
+            if torch.allclose(module(probe), rms_norm(probe, weight, eps), rtol=TOLERANCE, atol=TOLERANCE):
+                module.forward = partial(_forward, module, eps)
 
 
 def _forward(module: nn.Module, eps: float, hidden_states: Tensor) -> Tensor:

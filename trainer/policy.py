@@ -48,7 +48,6 @@ class Policy:
         template: Text of a prompt, ``{question}`` standing for its question, in place of the chat template.
         adapter: What is trained of the model, if not all of it.
         packs: Whether given responses are read without padding; see ``trainer.packing``.
-        step_graph: How the decoder reads one more token of short sequences, if the model could be recorded.
     """
 
     model: PreTrainedModel
@@ -59,7 +58,6 @@ class Policy:
     template: str | None = None
     adapter: PeftModel | None = None
     packs: bool = False
-    step_graph: StepGraph | None = field(default=None, init=False, repr=False)
     _whole_head: LMHead | None = field(default=None, init=False, repr=False)
 
     @classmethod
@@ -88,7 +86,6 @@ class Policy:
         policy = cls(model.eval(), tokenizer, device, dtype, config.path, config.template, adapter)
         policy._check_head()
         policy._check_decoder()
-        policy.step_graph = policy._record_step()
         policy.packs = policy._can_pack()
         if config.attention == "packed" and not policy.packs:
             raise InputError(f"{config.path}: {type(model).__name__} cannot read sequences that are packed")
@@ -123,6 +120,21 @@ class Policy:
         ids = configured if isinstance(configured, list) else [configured]
         found = {i for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
         return torch.tensor(sorted(found), dtype=torch.int64)
+
+    @cached_property
+    def step_graph(self) -> StepGraph | None:
+        """How a decoder reads one more token of short sequences, if the model can be recorded.
+
+        Recorded on other sequences than those that it is tried with, when it is first asked for: not every policy is
+        sampled from.
+        """
+        if self.device.type != "cpu" or self.dtype != torch.float32 or self.is_sharded:
+            return None
+        try:
+            graph = Decoder(self, [[0, 1 % self.vocab_size], [0]] * 2, 4).record_step()
+            return graph if graph and self._can_decode(graph) else None
+        except Exception:
+            return None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Arithmetic in ``dtype``."""
@@ -218,8 +230,6 @@ class Policy:
         """
         if self.adapter:
             raise InputError("policy.lora: an adapter is not shared out (FSDP); launch with ddp.yaml, or without it")
-        # It was recorded with the weights as they were.
-        self.step_graph = None
         shard(self.model)
 
     @contextmanager
@@ -295,24 +305,13 @@ class Policy:
             raise InputError(f"{self.name}: {kind} cannot be sampled from a cache of keys and values ({reason})")
 
     @torch.no_grad()
-    def _can_decode(self) -> bool:
+    def _can_decode(self, graph: StepGraph | None = None) -> bool:
         """Reads two texts of different lengths together, goes on from the cache, and compares with each read alone."""
         texts = [[i % self.vocab_size for i in range(length)] for length in (5, 3)]
-        decoder = Decoder(self, [text[:-1] for text in (texts[1], *texts)], 3)
+        decoder = Decoder(self, [text[:-1] for text in (texts[1], *texts)], 3, graph)
         decoder.append(torch.tensor([text[-1] for text in texts]), torch.tensor([1, 2]))
         alone = [self.hidden_states(torch.tensor([t], device=self.device), use_cache=False)[0, -1] for t in texts]
         return _is_close(decoder.hidden, torch.stack(alone))
-
-    @torch.no_grad()
-    def _record_step(self) -> StepGraph | None:
-        """The pass over one token, recorded on other sequences than those that it is tried with."""
-        if self.device.type != "cpu" or self.dtype != torch.float32:
-            return None
-        self.step_graph = Decoder(self, [[0, 1 % self.vocab_size], [0]] * 2, 4).record_step()
-        try:
-            return self.step_graph if self._can_decode() else None
-        except Exception:
-            return None
 
     @torch.no_grad()
     def _can_pack(self) -> bool:

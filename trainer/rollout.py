@@ -194,7 +194,7 @@ def sample_at(
         ``Samples`` of B rows, the responses of one prompt adjacent.
     """
     drawing = Drawing(policy, prompts, uniforms, limits, params)
-    decoder = Decoder(policy, prompts, len(uniforms))
+    decoder = Decoder(policy, prompts, len(uniforms), policy.step_graph)
     rows = torch.arange(len(uniforms))
     stands_at = rows // (len(uniforms) // len(prompts))
     while True:

@@ -79,12 +79,26 @@ def record_step(policy: Policy, ids: Tensor, positions: Tensor, mask: Tensor, st
     """Records a pass over such arguments; None if torch cannot, or warns that it would not hold for others."""
     # Its type stubs leave out what its documentation names.
     jit: Any = torch.jit
-    with _quietly():
+    with _quietly(), _without_padding_index(policy.model):
         warnings.simplefilter("error", jit.TracerWarning)
         try:
             return jit.trace(_Step(policy), (ids, positions, mask, *states), check_trace=False)
         except Exception:
             return None
+
+
+@contextmanager
+def _without_padding_index(model: nn.Module) -> Iterator[None]:
+    """Within, embeddings do not compare their padding index with their size; it says what has no gradient, no more."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    indices = [module.padding_idx for module in embeddings]
+    try:
+        for module in embeddings:
+            module.padding_idx = None
+        yield
+    finally:
+        for module, index in zip(embeddings, indices, strict=True):
+            module.padding_idx = index
 
 
 @contextmanager

@@ -7,16 +7,18 @@ Three ways to the same tokens' statistics:
 - trl: ``selective_log_softmax`` and ``entropy_from_logits``, which gives log-probability and entropy.
 
 Two readings of each: "head" starts from hidden states and includes the matrix product with the LM head, "logits" from
-logits that are there already, so that nothing but the statistics is timed. The ratio to "product", the product alone,
-shows how much is left to gain. Products of bfloat16 are left out: on CPUs without instructions for them they take up to
-a hundred times longer than the statistics. Extra memory is what the allocator held at most over what was there before,
-less the gradients of the hidden states and of the head, which are the model's own.
+logits that are there already, so that nothing but the statistics is timed. "product" is the product alone. TRL's
+functions are given logits: from hidden states, the target holds for what each adds to the product. Products of bfloat16
+are left out: on CPUs without instructions for them they take up to a hundred times longer than the statistics. Extra
+memory is what the allocator held at most over what was there before, less the gradients of the hidden states and of the
+head, which are the model's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import sub
 from typing import Any
 
 import torch
@@ -111,8 +113,13 @@ def settle(work: Callable[[], Any]) -> None:
     work()
 
 
-def compare(name: str, works: dict[str, Callable[[], Any]], rounds: int, targets: dict[str, float]) -> list[Figure]:
-    """Ratios of the seconds of entrace to those of the others, paired, and the seconds themselves."""
+def compare(
+    name: str, works: dict[str, Callable[[], Any]], rounds: int, targets: dict[str, float], added: float | None = None
+) -> list[Figure]:
+    """Ratios of the seconds of entrace to those of the others, paired, and the seconds themselves.
+
+    ``targets`` are those of the ratios by peer, ``added`` that of what is added to the product, against TRL.
+    """
     seconds = time_in_turn(works, rounds, prepare=settle)
     ratios = [
         Figure.of(
@@ -126,6 +133,10 @@ def compare(name: str, works: dict[str, Callable[[], Any]], rounds: int, targets
         for peer, values in seconds.items()
         if peer != "entrace"
     ]
+    if {"product", "trl"} <= seconds.keys():
+        entrace, peer = (map(sub, seconds[key], seconds["product"]) for key in ("entrace", "trl"))
+        values = quotients(list(entrace), list(peer))
+        ratios.append(Figure.of(PART, f"{name}: added to the product, entrace / trl", "ratio", values, AT_MOST, added))
     return [*ratios, Figure.of(PART, f"{name}: entrace", "s", seconds["entrace"])]
 
 
@@ -140,7 +151,9 @@ def measure_time(name: str, shape: tuple[int, int], num_tokens: int, rounds: int
     case = Case.draw(shape, num_tokens, torch.float32)
     hidden = from_hidden(case)
     works = {key: torch.no_grad()(work) for key, work in hidden.items()}
-    figures += compare(f"{name}, float32, from hidden states", works, rounds, TARGETS)
+    figures += compare(
+        f"{name}, float32, from hidden states", works, rounds, {"plain": TARGETS["plain"]}, TARGETS["trl"]
+    )
 
     def both(work: Callable[[], tuple[Tensor, ...]]) -> None:
         backward(work)

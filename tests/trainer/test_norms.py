@@ -23,7 +23,8 @@ def test_equals_the_layer_that_it_replaces(shape, trains_weight):
     layer.weight.data.uniform_(-1, 2)
     layer.weight.requires_grad_(trains_weight)
     fast = copy.deepcopy(layer)
-    assert replace_norms(fast) == 1
+    replace_norms(fast)
+    assert "forward" in vars(fast)
     x, grad = torch.randn(shape), torch.randn(shape)
     results = []
     for module in (layer, fast):
@@ -41,7 +42,8 @@ def test_equals_the_layer_that_it_replaces(shape, trains_weight):
 def test_a_layer_that_does_something_else_is_left_alone():
     layer = Gemma3RMSNorm(8)
     layer.variance_epsilon = layer.eps
-    assert replace_norms(torch.nn.Sequential(layer, torch.nn.LayerNorm(8))) == 0
+    replace_norms(layer)
+    assert "forward" not in vars(layer)
 
 
 @pytest.mark.parametrize(("dtype", "replaced"), [("float32", True), ("bfloat16", False)])

@@ -175,6 +175,7 @@ def test_a_response_depends_on_its_own_random_numbers_alone(policy, prompts):
 
 
 def test_what_responses_have_in_common_is_computed_once(policy, prompts, monkeypatch):
+    assert policy.step_graph, "recorded before anything is counted"
     read, append = [], Decoder.append
     monkeypatch.setattr(
         Decoder, "append", lambda self, tokens, parents: read.append(len(tokens)) or append(self, tokens, parents)
