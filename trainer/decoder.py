@@ -46,12 +46,12 @@ class Decoder:
         """
         self._policy, self._num_slots, self._graph = policy, num_slots, graph
         device, config = policy.device, policy.model.config
-        self._cache = DynamicCache(config=config)
-        self._is_plain = all(type(layer) is DynamicLayer for layer in self._cache.layers)
+        cache = DynamicCache(config=config)
+        is_plain = all(type(layer) is DynamicLayer for layer in cache.layers)
         # A mask of four dimensions is used as it is; one of two would be expanded by the model at every step. But that
         # is known of these only, and layers that look back a limited way need one of their own.
         is_fused = config._attn_implementation in ("sdpa", attention.NAME)
-        self._takes_mask_as_is = is_fused and not any(self._cache.is_sliding)
+        self._takes_mask_as_is = is_fused and not any(cache.is_sliding)
         self._takes_positions = "position_ids" in inspect.signature(policy.model.base_model.forward).parameters
         self._width = width = max(len(prompt) for prompt in prompts)
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -59,10 +59,11 @@ class Decoder:
         places = torch.arange(width, device=device) - (width - self._lengths)[:, None]
         self._mask = places >= 0
         self._is_padded = not bool(self._mask.all())
-        self.hidden = self._forward(ids, places.clamp(min=0), self._mask if self._is_padded else None, self._cache)
+        self.hidden = self._forward(ids, places.clamp(min=0), self._mask if self._is_padded else None, cache)
         self._slots = np.arange(len(prompts))
-        self._states = states_of(self._cache) if self._is_plain else []
-        self._grow()
+        # Layers that keep something else than the keys and values of all tokens see to it themselves.
+        self._states = states_of(cache) if is_plain else []
+        self._cache = None if is_plain else cache
 
     @torch.inference_mode()
     def append(self, tokens: Tensor, parents: Tensor) -> None:
@@ -87,8 +88,9 @@ class Decoder:
     def record_step(self) -> StepGraph | None:
         """Records the pass over a further token, for these and other sequences; None where that cannot be."""
         is_ours = attention.is_ours(self._policy.model) and self._takes_mask_as_is
-        if not (is_ours and self._is_plain and self._takes_positions):
+        if not (is_ours and self._states and self._takes_positions):
             return None
+        self._grow()
         positions, mask, *states = self._held(len(self._slots))
         mask = attention.additive(mask[:, None, None, :], torch.float32)
         return record_step(self._policy, torch.zeros_like(positions), positions, mask, states)
@@ -98,18 +100,17 @@ class Decoder:
 
         Not for all that may follow: what lies far apart in memory takes longer to read.
         """
-        used, width = self._mask.shape
-        rows = self._num_slots - used
+        width, used, rows = self._width, len(self._slots), self._num_slots - len(self._mask)
         self._mask = pad(self._mask, (0, GROWTH, 0, rows), value=True)
         self._lengths = pad(self._lengths, (0, rows))
         for i, states in enumerate(self._states):
             _, heads, _, size = states.shape
             self._states[i] = states.new_empty(self._num_slots, heads, width + GROWTH, size)
-            self._states[i][:used, :, :width] = states
+            self._states[i][:used, :, :width] = states[:used]
 
     def _move(self, sources: Tensor, targets: Tensor, count: int) -> None:
         """Copies what stands in some slots to others; ``count`` are in use then."""
-        if not self._is_plain:
+        if self._cache is not None:
             order = torch.arange(count, device=targets.device).index_copy_(0, targets, sources)
             self._cache.batch_select_indices(order)
         if len(targets):
@@ -135,7 +136,7 @@ class Decoder:
             mask = attention.additive(mask[:, None, None, :], policy.dtype)
         if graph is not None:
             return graph(ids, positions, mask, *states)
-        return self._forward(ids, positions, mask, step_cache(policy, states) if self._is_plain else self._cache)
+        return self._forward(ids, positions, mask, step_cache(policy, states) if self._cache is None else self._cache)
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache) -> Tensor:
         inputs = {"position_ids": positions} if self._takes_positions else {}
