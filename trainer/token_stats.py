@@ -137,12 +137,14 @@ class Softmax:
                 time than what is computed in it.
             peak: Something else than the maximum to subtract, (N, 1).
         """
-        if peak is None:
-            peak = logits.amax(-1, keepdim=True).float()
         if room is None:
             room = torch.empty(2 * logits.numel(), device=logits.device)
         shifted, weights = room[: 2 * logits.numel()].view(2, *logits.shape)
-        torch.sub(logits, peak, out=shifted)
+        # Widened once: operations of mixed dtypes do it each for themselves.
+        wide = logits if logits.dtype == torch.float32 else shifted.copy_(logits)
+        if peak is None:
+            peak = wide.amax(-1, keepdim=True)
+        torch.sub(wide, peak, out=shifted)
         # On a CPU, powers of 2 take half the time of powers of e.
         return cls(peak, shifted, torch.mul(shifted, math.log2(math.e) / temperature, out=weights).exp2_(), temperature)
 
