@@ -230,6 +230,8 @@ class Policy:
         """
         if self.adapter:
             raise InputError("policy.lora: an adapter is not shared out (FSDP); launch with ddp.yaml, or without it")
+        # What was recorded reads the weights as they were.
+        vars(self).pop("step_graph", None)
         shard(self.model)
 
     @contextmanager
