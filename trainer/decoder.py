@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from trainer import attention
@@ -75,9 +75,10 @@ class Decoder:
         """
         if self._width == self._mask.shape[1]:
             self._grow()
-        count, device = len(tokens), self._policy.device
+        before, count, device = len(self._slots), len(tokens), self._policy.device
         self._slots, sources, targets = _assign(self._slots, parents.numpy())
-        self._move(torch.from_numpy(sources).to(device), torch.from_numpy(targets).to(device), count)
+        if len(targets) or count < before:
+            self._move(torch.from_numpy(sources).to(device), torch.from_numpy(targets).to(device), count)
         slots = torch.from_numpy(self._slots)
         ids = torch.empty_like(tokens).index_copy_(0, slots, tokens).to(device)
         self.hidden = self._read(ids[:, None]).index_select(0, slots.to(device))
@@ -113,10 +114,9 @@ class Decoder:
         if self._cache is not None:
             order = torch.arange(count, device=targets.device).index_copy_(0, targets, sources)
             self._cache.batch_select_indices(order)
-        if len(targets):
-            used = [states[:, :, : self._width] for states in self._states]
-            for tensor in (self._mask, self._lengths, *used):
-                tensor.index_copy_(0, targets, tensor.index_select(0, sources))
+        used = [states[:, :, : self._width] for states in self._states]
+        for tensor in (self._mask, self._lengths, *used):
+            tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
     def _held(self, count: int) -> list[Tensor]:
         """Positions (B, 1), mask (B, S + 1) and keys and values of the first slots, with a place for the next token."""
@@ -136,9 +136,9 @@ class Decoder:
             mask = attention.additive(mask[:, None, None, :], policy.dtype)
         if graph is not None:
             return graph(ids, positions, mask, *states)
-        return self._forward(ids, positions, mask, step_cache(policy, states) if self._cache is None else self._cache)
+        return self._forward(ids, positions, mask, step_cache(states) if self._cache is None else self._cache)
 
-    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
         inputs = {"position_ids": positions} if self._takes_positions else {}
         hidden = self._policy.hidden_states(ids, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs)
         return hidden[:, -1]

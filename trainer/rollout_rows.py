@@ -51,7 +51,7 @@ class ScoreSettings(Section):
     """How plain rollouts are read and scored.
 
     ``fields`` names the keys of fields that are called otherwise, dotted where nested; ``correct_at`` is the reward
-    from which on a response counts as right; ``batch_tokens`` bounds a forward pass, padding counted.
+    from which on a response counts as right; ``batch_tokens`` bounds a forward pass, padding counted if there is any.
     """
 
     policy: PolicyConfig

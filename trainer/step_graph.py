@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 if TYPE_CHECKING:
@@ -49,30 +49,27 @@ class StepLayer(DynamicLayer):
 
 
 class _Step(nn.Module):
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self._policy = policy.model.base_model, policy
+        self.model = model
 
     def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, *states: Tensor) -> Tensor:
-        cache = step_cache(self._policy, states)
+        cache = step_cache(states)
         found = self.model(
             input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
         )
         return found.last_hidden_state[:, -1]
 
 
-def states_of(cache: DynamicCache) -> list[Tensor]:
+def states_of(cache: Cache) -> list[Tensor]:
     """Keys and values of each layer, one after the other."""
     layers: list[Any] = cache.layers
     return [states for layer in layers for states in (layer.keys, layer.values)]
 
 
-def step_cache(policy: Policy, states: Sequence[Tensor]) -> DynamicCache:
+def step_cache(states: Sequence[Tensor]) -> Cache:
     """A cache of such keys and values as ``states_of`` gives, each with a last place for the token that is read."""
-    cache = DynamicCache(config=policy.model.config)
-    layers: list[Any] = [StepLayer(*pair) for pair in zip(states[::2], states[1::2], strict=True)]
-    cache.layers = layers
-    return cache
+    return Cache(layers=[StepLayer(*pair) for pair in zip(states[::2], states[1::2], strict=True)])
 
 
 def record_step(policy: Policy, ids: Tensor, positions: Tensor, mask: Tensor, states: list[Tensor]) -> StepGraph | None:
@@ -82,7 +79,7 @@ def record_step(policy: Policy, ids: Tensor, positions: Tensor, mask: Tensor, st
     with _quietly(), _without_padding_index(policy.model):
         warnings.simplefilter("error", jit.TracerWarning)
         try:
-            return jit.trace(_Step(policy), (ids, positions, mask, *states), check_trace=False)
+            return jit.trace(_Step(policy.model.base_model), (ids, positions, mask, *states), check_trace=False)
         except Exception:
             return None
 
