@@ -6,6 +6,8 @@ its time in training and a fifth in decoding. Everything else goes to the fused 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -87,27 +89,66 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """How packed sequences are laid out side by side, in parts.
+
+    Attributes:
+        sizes: Of each part: sequences, most places that are read in one, most places.
+        masks: Of each part, which places a place that is read may look at; None where those are all up to itself.
+        queries: Which of the M tokens stands at each place that is read, end to end; any of them where none does.
+        keys: The same for all places.
+        is_read: Where in ``queries`` a token stands.
+    """
+
+    sizes: list[tuple[int, int, int]]
+    masks: list[Tensor | None]
+    queries: Tensor
+    keys: Tensor
+    is_read: Tensor
+
+    @classmethod
+    def of(cls, layout: Tensor) -> _Plan:
+        """Of a ``Packing.layout``."""
+        slots, read_here = layout[0]
+        size = max(1, PART_PLACES[slots.device.type] // slots.shape[1])
+        sizes, masks, all_queries, all_keys = [], [], [], []
+        for keys, queries in zip(slots.split(size), read_here.split(size), strict=True):
+            keys, queries = (index[:, (index >= 0).any(0)] for index in (keys, queries))
+            before = (keys >= 0).sum(1) - (queries >= 0).sum(1)
+            # Without a mask, attention is causal, and need not compute what the mask would hide.
+            mask = None
+            if before.any():
+                places = torch.arange(keys.shape[1], device=keys.device)
+                mask = (places <= before[:, None, None] + places[: queries.shape[1], None])[:, None]
+            masks.append(mask)
+            sizes.append((*queries.shape, keys.shape[1]))
+            all_queries.append(queries.flatten())
+            all_keys.append(keys.flatten())
+        queries, keys = torch.cat(all_queries), torch.cat(all_keys)
+        return cls(sizes, masks, queries.clamp(min=0), keys.clamp(min=0), torch.nonzero(queries >= 0).squeeze(1))
+
+
+# The layers of a model share it.
+_plan_of = lru_cache(maxsize=1)(_Plan.of)
+
+
 def _attend_packed(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, options: dict[str, Any]
 ) -> Tensor:
     """Causal attention within each of the sequences that ``layout`` says, all arguments (1, heads, M, ...)."""
-    slots, read_here = layout[0]
-    size = max(1, PART_PLACES[slots.device.type] // slots.shape[1])
+    plan = _plan_of(layout)
+    # Those of all parts at once: where one part takes its own, the gradient is as large as that of all.
+    laid_out = (
+        take_rows(x[0].transpose(0, 1), index).split([count * size[which] for count, *size in plan.sizes])
+        for x, index, which in ((query, plan.queries, 0), (key, plan.keys, 1), (value, plan.keys, 1))
+    )
     attended = []
-    for keys, queries in zip(slots.split(size), read_here.split(size), strict=True):
-        keys, queries = (index[:, (index >= 0).any(0)] for index in (keys, queries))
-        is_query = queries >= 0
-        before = (keys >= 0).sum(1) - is_query.sum(1)
-        # Without a mask, attention is causal, and need not compute what the mask would hide.
-        mask = None
-        if before.any():
-            places = torch.arange(keys.shape[1], device=keys.device)
-            mask = (places <= before[:, None, None] + places[: queries.shape[1], None])[:, None]
-        q = take_rows(query[0].transpose(0, 1), queries.clamp(min=0)).transpose(1, 2)
-        k, v = (take_rows(x[0].transpose(0, 1), keys.clamp(min=0)).transpose(1, 2) for x in (key, value))
-        part, _ = short_attention(module, q, k, v, mask, **options)
-        attended.append(take_rows(part.flatten(0, 1), torch.nonzero(is_query.flatten()).squeeze(1)))
-    return torch.cat(attended)[None]
+    for q, k, v, (count, *_), mask in zip(*laid_out, plan.sizes, plan.masks, strict=True):
+        side_by_side = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
+        part, _ = short_attention(module, *side_by_side, mask, **options)
+        attended.append(part.flatten(0, 1))
+    return take_rows(torch.cat(attended), plan.is_read)[None]
 
 
 def _is_recorded() -> bool:
