@@ -7,6 +7,7 @@ measured, and in which unit, stands in reports/claims.toml.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -114,6 +115,22 @@ def plateau(stem: str, values: Sequence[str], effect: Effect) -> Judged:
     return judge
 
 
+def excess(stem: str, values: Sequence[str], effect: Effect) -> Judged:
+    """By how much an effect that is a ratio exceeds 1 over the plateau.
+
+    It is judged by its logarithm, and of several runs it is the geometric mean: where the divisor is small, an interval
+    as wide on either side of the ratio itself would reach below 0.
+    """
+    log = plateau(stem, values, lambda totals: np.log(effect(totals)))
+
+    def judge(runs: Runs, run_ids: Sequence[str], rng: np.random.Generator) -> Estimate:
+        found = log(runs, run_ids, rng)
+        value, low, high = np.expm1([found.value, found.low, found.high]).tolist()
+        return replace(found, value=value, low=low, high=high)
+
+    return judge
+
+
 def interventions(values: Sequence[str], effect: Effect) -> Judged:
     """An effect on sums over interventions, wherever their checkpoint stands."""
 
@@ -145,9 +162,9 @@ def minus(effect: Effect, constant: float) -> Effect:
     return lambda totals: effect(totals) - constant
 
 
-def excess(totals: np.ndarray) -> np.ndarray:
-    """First mean relative to the second, minus 1; totals are sum, number, sum, number."""
-    return ratio(0, 1)(totals) / ratio(2, 3)(totals) - 1
+def quotient(totals: np.ndarray) -> np.ndarray:
+    """First mean divided by the second; totals are sum, number, sum, number."""
+    return ratio(0, 1)(totals) / ratio(2, 3)(totals)
 
 
 def difference(totals: np.ndarray) -> np.ndarray:
@@ -155,10 +172,10 @@ def difference(totals: np.ndarray) -> np.ndarray:
     return ratio(0, 1)(totals) - ratio(2, 3)(totals)
 
 
-def excess_over_rest(totals: np.ndarray) -> np.ndarray:
-    """Mean of a kind relative to that of the rest, minus 1; totals are sum and number of the kind, then of all."""
+def quotient_of_rest(totals: np.ndarray) -> np.ndarray:
+    """Mean of a kind divided by that of the rest; totals are sum and number of the kind, then of all."""
     rest = (totals[..., 2] - totals[..., 0]) / (totals[..., 3] - totals[..., 1])
-    return ratio(0, 1)(totals) / rest - 1
+    return ratio(0, 1)(totals) / rest
 
 
 def direction(totals: np.ndarray) -> np.ndarray:
@@ -187,15 +204,15 @@ PARTS: dict[str, dict[str, Judged]] = {
         "hardly move": plateau("movement_sums", ["still_tokens", "tokens"], minus(ratio(0, 1), 0.5)),
     },
     "S6": {
-        "high entropy": plateau(
+        "high entropy": excess(
             "movement_sums",
             ["high_entropy_movement", "high_entropy_tokens", "movement", "tokens"],
-            excess_over_rest,
+            quotient_of_rest,
         ),
-        "large gradient": plateau(
+        "large gradient": excess(
             "movement_sums",
             ["high_gradient_movement", "high_gradient_tokens", "movement", "tokens"],
-            excess_over_rest,
+            quotient_of_rest,
         ),
         "direction": plateau("movement_sums", _DIRECTION, direction),
     },
@@ -209,16 +226,16 @@ PARTS: dict[str, dict[str, Judged]] = {
         "impact": interventions(["high_ppl_impact", "high_ppl_tokens", "low_ppl_impact", "low_ppl_tokens"], difference)
     },
     "T1": {
-        "beginning": plateau("position_fifths", ["first_sum", "middle_sum"], minus(ratio(0, 1), 1)),
-        "end": plateau("position_fifths", ["last_sum", "middle_sum"], minus(ratio(0, 1), 1)),
+        "beginning": excess("position_fifths", ["first_sum", "middle_sum"], ratio(0, 1)),
+        "end": excess("position_fifths", ["last_sum", "middle_sum"], ratio(0, 1)),
     },
     "T2": {"impact": interventions(["late_impact", "late_tokens", "early_impact", "early_tokens"], difference)},
     "T3": {
-        "movement": plateau(
-            "movement_sums", ["end_movement", "end_tokens", "middle_movement", "middle_tokens"], excess
+        "movement": excess(
+            "movement_sums", ["end_movement", "end_tokens", "middle_movement", "middle_tokens"], quotient
         ),
-        "gradient": plateau(
-            "movement_sums", ["end_grad_norm", "end_tokens", "middle_grad_norm", "middle_tokens"], excess
+        "gradient": excess(
+            "movement_sums", ["end_grad_norm", "end_tokens", "middle_grad_norm", "middle_tokens"], quotient
         ),
     },
 }
