@@ -47,10 +47,11 @@ def round_mantissa(values: np.ndarray, bits: int) -> np.ndarray:
 
 def round_measured(rows: pa.Table, table: Table, bits: int) -> pa.Table:
     """Rounds the measured columns of ``rows``, as they are declared in ``table``, and states it in their metadata."""
+    columns, fields = rows.columns, list(rows.schema)
     for i, column in enumerate(table.columns):
         if column.is_measured:
-            exact, field = rows.column(i), rows.field(i)
-            rounded = pa.array(round_mantissa(exact.to_numpy(), bits), mask=exact.is_null().to_numpy())
-            field = field.with_metadata({**(field.metadata or {}), MANTISSA_BITS: str(bits)})
-            rows = rows.set_column(i, field, rounded)
-    return rows
+            fields[i] = fields[i].with_metadata({**(fields[i].metadata or {}), MANTISSA_BITS: str(bits)})
+            if bits < EXACT_BITS:
+                exact = columns[i]
+                columns[i] = pa.array(round_mantissa(exact.to_numpy(), bits), mask=exact.is_null().to_numpy())
+    return pa.Table.from_arrays(columns, schema=pa.schema(fields, rows.schema.metadata))

@@ -155,9 +155,10 @@ class TraceWriter:
         rows = _as_arrow(TABLES[table], columns)
         self._buffers[table].append(round_measured(rows, TABLES[table], self._mantissa_bits))
 
-    def _categorize(self, token_ids: Any) -> pa.Array:
+    def _categorize(self, token_ids: Any) -> Any:
         try:
-            return self._categories.take(_to_array(token_ids, pa.int64(), rows=1))
+            found = self._categories.take(_to_array(token_ids, pa.int64(), rows=1))
+            return found if _is_array(token_ids) else found[0].as_py()
         except (pa.ArrowException, TypeError, ValueError) as error:
             size = len(self._categories)
             raise InputError(f"table tokens: token_id is no entry of a vocabulary of {size} ({error})") from None
@@ -249,6 +250,8 @@ def _as_arrow(table: Table, columns: Mapping[str, Any]) -> pa.Table:
 
 
 def _to_array(value: Any, kind: pa.DataType, rows: int) -> pa.Array:
+    # Arrow would go on looking at the caller's memory, which may hold something else by the time it is written.
+    value = value.copy() if isinstance(value, np.ndarray) else value
     try:
         return pa.array(value, kind) if _is_array(value) else pa.repeat(pa.scalar(value, kind), rows)
     except UnicodeEncodeError:

@@ -67,6 +67,20 @@ def test_tokens_come_back_exactly_and_sorted(rows: list[tuple]):
     ]
 
 
+def test_arrays_may_be_used_again_once_appended(tmp_path: Path):
+    writer = new_writer(tmp_path)
+    numbers = {"rollout_id": np.arange(3), "position": np.arange(3, dtype=np.int32)}
+    measured = {name: np.ones(3, dtype=np.float32) for name in ("logprob", "entropy", "grad_norm")}
+    known = {"step": 1, "prompt_id": "p", "response_length": 3, "token_id": 0, "is_correct": True, "advantage": 0.5}
+    writer.append("tokens", {**known, "shaped_advantage": 0.5, **numbers, **measured})
+    for array in (numbers | measured).values():
+        array[:] = 7
+    writer.flush(1)
+    found = pl.read_parquet(f"{tmp_path}/run/tokens/*.parquet")
+    assert found["rollout_id"].to_list() == found["position"].to_list() == [0, 1, 2]
+    assert set(found["entropy"]) == {1.0}
+
+
 def test_columns_carry_unit_and_meaning(tiny_path: Path):
     for name, table in TABLES.items():
         for path in (tiny_path / name).glob("*.parquet"):
