@@ -275,7 +275,7 @@ class RecordConfig(Section):
 
     flush_every: Positive = 10
     after_update_every: Natural = 5
-    after_update_groups: Positive = 8
+    after_update_groups: Positive = 6
     checkpoint_every: Positive = 50
     lexicon: str | None = None
     mantissa_bits: Annotated[int, Field(ge=1, le=23)] = 23
