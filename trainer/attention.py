@@ -139,14 +139,14 @@ def _attend_packed(
     """Causal attention within each of the sequences that ``layout`` says, all arguments (1, heads, M, ...)."""
     plan = _plan_of(layout)
     # Those of all parts at once: where one part takes its own, the gradient is as large as that of all.
-    laid_out = (
+    queries, keys, values = (
         take_rows(x[0].transpose(0, 1), index).split([count * size[which] for count, *size in plan.sizes])
         for x, index, which in ((query, plan.queries, 0), (key, plan.keys, 1), (value, plan.keys, 1))
     )
     attended = []
-    for q, k, v, (count, *_), mask in zip(*laid_out, plan.sizes, plan.masks, strict=True):
-        side_by_side = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
-        part, _ = short_attention(module, *side_by_side, mask, **options)
+    for q, k, v, (count, *_), mask in zip(queries, keys, values, plan.sizes, plan.masks, strict=True):
+        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
+        part, _ = short_attention(module, q, k, v, mask, **options)
         attended.append(part.flatten(0, 1))
     return take_rows(torch.cat(attended), plan.is_read)[None]
 

@@ -102,7 +102,7 @@ class Samples:
 
     def responses(self) -> list[Tensor]:
         """Token ids of each response."""
-        return [row[mask] for row, mask in zip(self.tokens, self.response_mask, strict=True)]
+        return list(self.tokens[self.response_mask].split(self.lengths.tolist()))
 
     def place(self, values: Tensor, rows: Tensor) -> Tensor:
         """Puts values (N,) of the tokens of ``rows``, end to end, at their places, (len(rows), T); 0 elsewhere."""
