@@ -105,14 +105,17 @@ def is_irrelevant(prompt: str, completion: str) -> bool:
     text = completion.lower()
     if not INFORMAL.search(f"\n{text}"):
         return False
-    off = 0
-    for sentence in SENTENCE_END.split(text):
-        if FORMAL_SIGN.search(sentence):
-            continue
-        words = ALPHABETIC.findall(sentence)
-        if len(words) >= MIN_SENTENCE_WORDS and _lexicon_words().isdisjoint(words):
-            off += len(words) * _content_words(prompt).isdisjoint(words)
+    suspects = filter(None, map(_suspect_words, SENTENCE_END.split(text)))
+    off = sum(len(words) for words in suspects if _content_words(prompt).isdisjoint(words))
     return off > 0 and off >= IRRELEVANT_SHARE * len(ALPHABETIC.findall(text))
+
+
+# A policy says the same again and again.
+@lru_cache(maxsize=1 << 12)
+def _suspect_words(sentence: str) -> list[str]:
+    """Words of a sentence that is off the subject unless it shares one of them with the prompt; none of others."""
+    words = [] if FORMAL_SIGN.search(sentence) else ALPHABETIC.findall(sentence)
+    return words if len(words) >= MIN_SENTENCE_WORDS and _lexicon_words().isdisjoint(words) else []
 
 
 # The responses to a prompt follow each other.
