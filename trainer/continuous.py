@@ -30,7 +30,7 @@ from transformers.generation.continuous_batching.distributed import DistributedH
 from transformers.generation.continuous_batching.requests import RequestState
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
-from analysis.trace import InputError
+from analysis.trace import InputError, in_one_line
 from trainer.policy import Policy
 from trainer.rollout import Drawing, Samples, SamplingParams
 
@@ -86,7 +86,7 @@ def check(policy: Policy) -> None:
         off = float((samples.stats.logprob[samples.response_mask] - scored).abs().max())
         reason = None if off < TOLERANCE else f"log-probabilities are off by {off:.2g}"
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = in_one_line(error)
     if reason:
         kind = type(policy.model).__name__
         raise InputError(f'rollout.engine = "continuous": {kind} cannot be sampled from that way ({reason})')

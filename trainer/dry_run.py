@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from analysis.trace import InputError
+from analysis.trace import InputError, in_one_line
 from trainer import adapters
 from trainer.config import Config
 from trainer.policy import Policy
@@ -182,7 +182,7 @@ def _read_config(place: Any, **where: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = in_one_line(error)
         raise InputError(f"policy.path: the shape of {place} is not known here ({reason})") from None
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from analysis.trace import InputError
+from analysis.trace import InputError, in_one_line
 from trainer import adapters, attention
 from trainer.allocator import keep_freed_memory
 from trainer.config import PolicyConfig
@@ -301,7 +301,7 @@ class Policy:
         try:
             reason = None if replace(self, dtype=torch.float32)._can_decode() else "the cache changes what comes out"
         except Exception as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = in_one_line(error)
         if reason:
             kind = type(self.model).__name__
             raise InputError(f"{self.name}: {kind} cannot be sampled from a cache of keys and values ({reason})")

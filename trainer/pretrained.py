@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from analysis.trace import InputError
+from analysis.trace import InputError, in_one_line
 from trainer import adapters
 from trainer.config import PolicyConfig
 from trainer.resources import find_model
@@ -77,7 +77,7 @@ def _load(loader: Any, path: Path, part: str, **arguments: Any) -> Any:
             return loader.from_pretrained(path, local_files_only=True, trust_remote_code=False, **arguments)
         return _load_gguf(loader, path, **arguments)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = in_one_line(error)
         raise InputError(f"{path}: no usable {part} ({reason})") from None
 
 

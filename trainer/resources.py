@@ -7,7 +7,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from analysis.trace import InputError
+from analysis.trace import InputError, in_one_line
 
 PACKAGE = Path(__file__).parent
 CONFIGS = PACKAGE / "configs"
@@ -77,5 +77,5 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = in_one_line(error)
         raise InputError(f'policy.path: no folder "{name}" here, and none from the model hub ({reason})') from None

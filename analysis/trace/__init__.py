@@ -8,7 +8,7 @@ from analysis.lazy import names_from
 
 if TYPE_CHECKING:
     from analysis.trace.defects import find_defects
-    from analysis.trace.errors import InputError, nearest
+    from analysis.trace.errors import InputError, in_one_line, nearest
     from analysis.trace.lexicon import CATEGORIES, Lexicon
     from analysis.trace.manifest import MANIFEST, describe_machine, flatten, read_manifest, write_manifest
     from analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
@@ -27,6 +27,7 @@ __all__ = [
     "describe_machine",
     "find_defects",
     "flatten",
+    "in_one_line",
     "nearest",
     "read_manifest",
     "write_manifest",
@@ -37,6 +38,7 @@ __getattr__ = names_from(
     {
         "find_defects": "analysis.trace.defects",
         "InputError": "analysis.trace.errors",
+        "in_one_line": "analysis.trace.errors",
         "nearest": "analysis.trace.errors",
         "CATEGORIES": "analysis.trace.lexicon",
         "Lexicon": "analysis.trace.lexicon",

@@ -26,3 +26,8 @@ def nearest(name: str, options: Iterable[str]) -> str:
     if close:
         return f'; did you mean "{close[0]}"?'
     return f"; valid: {', '.join(sorted(options))}"
+
+
+def in_one_line(error: Exception) -> str:
+    """First line of what a library's exception says; its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

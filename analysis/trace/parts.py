@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.trace.errors import InputError
+from analysis.trace.errors import InputError, in_one_line
 from analysis.trace.schema import SCHEMA_VERSION, TABLES, VERSION_KEY, Table
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def check_part(path: Path, table: Table, rows: int | None = None) -> Path:
         with pq.ParquetFile(path) as file:
             schema, found_rows = file.schema_arrow, file.metadata.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = in_one_line(error)
         raise InputError(f"{path}: damaged or truncated Parquet file ({reason}); {_remedy(path)}") from None
     _check_schema(path, schema, table)
     if rows is not None and found_rows != rows:
