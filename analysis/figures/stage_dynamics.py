@@ -40,5 +40,6 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     right.set_ylabel("accuracy of sampled responses", color=style.BLUE)
     ax.yaxis.label.set_color(style.VERMILLION)
     ax.set_ylim(0, ax.get_ylim()[1] * 1.1)
-    right.set_ylim(0, 1)
+    # Room for the names of the stages, and for a fit that ends above 1.
+    right.set(ylim=(0, 1.1), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
     return ax
