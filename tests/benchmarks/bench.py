@@ -27,7 +27,8 @@ INTRODUCTION = """# Speed
 
 Written by `{command}`. Figures are medians over turns, in each of which everything that is
 compared runs once, in alternating order; quartiles show the spread between turns. Ratios are taken
-within a turn.
+within a turn, but for those of what is added to the product, which are taken between medians: their
+quartiles are those of medians over turns drawn with replacement.
 """
 
 
