@@ -95,14 +95,14 @@ class _Plan:
 
     Attributes:
         sizes: Of each part: sequences, most places that are read in one, most places.
-        masks: Of each part, which places a place that is read may look at; None where those are all up to itself.
+        before: Of each part, how many tokens of each sequence, its first ones, are read elsewhere; None if none is.
         queries: Which of the M tokens stands at each place that is read, end to end; any of them where none does.
         keys: The same for all places.
         is_read: Where in ``queries`` a token stands.
     """
 
     sizes: list[tuple[int, int, int]]
-    masks: list[Tensor | None]
+    before: list[Tensor | None]
     queries: Tensor
     keys: Tensor
     is_read: Tensor
@@ -112,21 +112,16 @@ class _Plan:
         """Of a ``Packing.layout``."""
         slots, read_here = layout[0]
         size = max(1, PART_PLACES[slots.device.type] // slots.shape[1])
-        sizes, masks, all_queries, all_keys = [], [], [], []
+        sizes, before, all_queries, all_keys = [], [], [], []
         for keys, queries in zip(slots.split(size), read_here.split(size), strict=True):
             keys, queries = (index[:, (index >= 0).any(0)] for index in (keys, queries))
-            before = (keys >= 0).sum(1) - (queries >= 0).sum(1)
-            # Without a mask, attention is causal, and need not compute what the mask would hide.
-            mask = None
-            if before.any():
-                places = torch.arange(keys.shape[1], device=keys.device)
-                mask = (places <= before[:, None, None] + places[: queries.shape[1], None])[:, None]
-            masks.append(mask)
+            elsewhere = (keys >= 0).sum(1) - (queries >= 0).sum(1)
+            before.append(elsewhere if elsewhere.any() else None)
             sizes.append((*queries.shape, keys.shape[1]))
             all_queries.append(queries.flatten())
             all_keys.append(keys.flatten())
         queries, keys = torch.cat(all_queries), torch.cat(all_keys)
-        return cls(sizes, masks, queries.clamp(min=0), keys.clamp(min=0), torch.nonzero(queries >= 0).squeeze(1))
+        return cls(sizes, before, queries.clamp(min=0), keys.clamp(min=0), torch.nonzero(queries >= 0).squeeze(1))
 
 
 # The layers of a model share it.
@@ -144,7 +139,12 @@ def _attend_packed(
         for x, index, which in ((query, plan.queries, 0), (key, plan.keys, 1), (value, plan.keys, 1))
     )
     attended = []
-    for q, k, v, (count, *_), mask in zip(queries, keys, values, plan.sizes, plan.masks, strict=True):
+    for q, k, v, (count, length, num_keys), before in zip(queries, keys, values, plan.sizes, plan.before, strict=True):
+        # Without a mask, attention is causal, and need not compute what the mask would hide.
+        mask = None
+        if before is not None:
+            places = torch.arange(num_keys, device=before.device)
+            mask = (places <= before[:, None, None] + places[:length, None])[:, None]
         q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
         part, _ = short_attention(module, q, k, v, mask, **options)
         attended.append(part.flatten(0, 1))
