@@ -107,25 +107,23 @@ class _Plan:
     keys: Tensor
     is_read: Tensor
 
-    @classmethod
-    def of(cls, layout: Tensor) -> _Plan:
-        """Of a ``Packing.layout``."""
-        slots, read_here = layout[0]
-        size = max(1, PART_PLACES[slots.device.type] // slots.shape[1])
-        sizes, before, all_queries, all_keys = [], [], [], []
-        for keys, queries in zip(slots.split(size), read_here.split(size), strict=True):
-            keys, queries = (index[:, (index >= 0).any(0)] for index in (keys, queries))
-            elsewhere = (keys >= 0).sum(1) - (queries >= 0).sum(1)
-            before.append(elsewhere if elsewhere.any() else None)
-            sizes.append((*queries.shape, keys.shape[1]))
-            all_queries.append(queries.flatten())
-            all_keys.append(keys.flatten())
-        queries, keys = torch.cat(all_queries), torch.cat(all_keys)
-        return cls(sizes, before, queries.clamp(min=0), keys.clamp(min=0), torch.nonzero(queries >= 0).squeeze(1))
-
 
 # The layers of a model share it.
-_plan_of = lru_cache(maxsize=1)(_Plan.of)
+@lru_cache(maxsize=1)
+def _plan_of(layout: Tensor) -> _Plan:
+    """Of a ``Packing.layout``."""
+    slots, read_here = layout[0]
+    size = max(1, PART_PLACES[slots.device.type] // slots.shape[1])
+    sizes, before, all_queries, all_keys = [], [], [], []
+    for keys, queries in zip(slots.split(size), read_here.split(size), strict=True):
+        keys, queries = (index[:, (index >= 0).any(0)] for index in (keys, queries))
+        elsewhere = (keys >= 0).sum(1) - (queries >= 0).sum(1)
+        before.append(elsewhere if elsewhere.any() else None)
+        sizes.append((*queries.shape, keys.shape[1]))
+        all_queries.append(queries.flatten())
+        all_keys.append(keys.flatten())
+    queries, keys = torch.cat(all_queries), torch.cat(all_keys)
+    return _Plan(sizes, before, queries.clamp(min=0), keys.clamp(min=0), torch.nonzero(queries >= 0).squeeze(1))
 
 
 def _attend_packed(

@@ -100,9 +100,9 @@ class Samples:
         """Mean token entropy of each response, nats, (B,)."""
         return (self.stats.entropy * self.response_mask).sum(1) / self.lengths
 
-    def responses(self) -> list[Tensor]:
-        """Token ids of each response."""
-        return list(self.tokens[self.response_mask].split(self.lengths.tolist()))
+    def responses(self, rows: Tensor | slice = slice(None)) -> list[Tensor]:
+        """Token ids of each response, or of each of some."""
+        return list(self.tokens[rows][self.response_mask[rows]].split(self.lengths[rows].tolist()))
 
     def place(self, values: Tensor, rows: Tensor) -> Tensor:
         """Puts values (N,) of the tokens of ``rows``, end to end, at their places, (len(rows), T); 0 elsewhere."""

@@ -208,8 +208,7 @@ class Learner:
     def _score(self, policy: Policy, samples: Samples, rows: Tensor) -> TokenStats:
         """Statistics of the responses of ``rows`` under a policy's current weights, as it samples, end to end."""
         prompts = [samples.prompts[row] for row in rows]
-        responses = samples.tokens[rows][samples.response_mask[rows]].split(samples.lengths[rows].tolist())
-        return policy.score(prompts, responses, self.sampling.temperature, self.sampling.truncation)
+        return policy.score(prompts, samples.responses(rows), self.sampling.temperature, self.sampling.truncation)
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:

@@ -105,7 +105,7 @@ def is_irrelevant(prompt: str, completion: str) -> bool:
     text = completion.lower()
     if not INFORMAL.search(f"\n{text}"):
         return False
-    suspects = filter(None, map(_suspect_words, SENTENCE_END.split(text)))
+    suspects = map(_suspect_words, SENTENCE_END.split(text))
     off = sum(len(words) for words in suspects if _content_words(prompt).isdisjoint(words))
     return off > 0 and off >= IRRELEVANT_SHARE * len(ALPHABETIC.findall(text))
 

@@ -27,8 +27,6 @@ def round_mantissa(values: np.ndarray, bits: int) -> np.ndarray:
     Returns:
         float32 of the same shape, a copy.
     """
-    if bits == EXACT_BITS:
-        return values.copy()
     codes = values.view(np.uint32)
     shift = EXACT_BITS - bits
     dropped = np.uint32((1 << shift) - 1)
