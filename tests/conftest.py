@@ -1,8 +1,14 @@
+import os
+import shutil
 import sys
 
 import pytest
 
 from analysis.cli import app, run
+
+# Triton asks once, when it is imported: without a GPU, its kernels are interpreted.
+if not shutil.which("nvidia-smi"):
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

@@ -24,6 +24,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -58,18 +61,19 @@ class LMHead:
     weight: Tensor
     bias: Tensor | None
 
-    def in_dtype_of(self, hidden: Tensor) -> LMHead:
-        """The head as it is multiplied with ``hidden``: in its dtype on a GPU, in float32 on a CPU.
+    def for_hidden(self, dtype: torch.dtype) -> LMHead:
+        """The head as it is multiplied with hidden states of a dtype: in that on a GPU, in float32 on a CPU.
 
         CPUs without instructions for it multiply in 16 bits ten to a hundred times more slowly.
         """
-        dtype = torch.float32 if hidden.device.type == "cpu" else hidden.dtype
+        dtype = torch.float32 if self.weight.device.type == "cpu" else dtype
         return LMHead(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits (N, V) of hidden states (N, H)."""
-        head = self.in_dtype_of(hidden)
-        return torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = self.for_hidden(hidden.dtype)
+            return torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
 
     def of(self, entries: slice) -> LMHead:
         """The head of some vocabulary entries only."""
@@ -93,13 +97,14 @@ class Truncation:
                 probability of 0 would have neither a ratio nor a gradient.
         """
         kept = logits
+        left_out = max(LEFT_OUT, torch.finfo(logits.dtype).min)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            kept = kept.masked_fill(kept < kept.topk(self.top_k).values[:, -1:], LEFT_OUT)
+            kept = kept.masked_fill(kept < kept.topk(self.top_k).values[:, -1:], left_out)
         if self.top_p < 1:
             ordered, order = kept.sort(descending=True)
             p = (ordered / temperature).softmax(-1)
             is_rest = torch.zeros_like(kept, dtype=torch.bool).scatter(1, order, p.cumsum(-1) - p >= self.top_p)
-            kept = kept.masked_fill(is_rest, LEFT_OUT)
+            kept = kept.masked_fill(is_rest, left_out)
         if targets is None or kept is logits:
             return kept
         return kept.scatter(1, targets[:, None], logits.gather(1, targets[:, None]))
@@ -231,6 +236,8 @@ class Sums:
 
     def stats(self, temperature: float) -> TokenStats:
         """The statistics."""
+        if fused := _fused(self.own.device):
+            return TokenStats(*fused.stats(tuple(vars(self).values()), temperature))
         log_total = self.log_total(temperature)
         total = log_total.exp()
         logprob = self.own / temperature - log_total
@@ -264,6 +271,8 @@ class LogitGrads:
 
 def compute_stats(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenStats:
     """Statistics of target tokens (N,) under softmax(logits / temperature), logits (N, V); without gradient."""
+    if fused := _fused(logits.device):
+        return Sums(*fused.sums(logits, targets, 0, temperature)).stats(temperature)
     tokens = max(1, GIVEN_LOGITS[logits.device.type] // logits.shape[1])
     room = torch.empty(2 * min(tokens, len(logits)) * logits.shape[1], device=logits.device)
     parts = [Softmax.of(logits[rows], temperature, room).sums(targets[rows]) for rows in _cut(len(logits), tokens)]
@@ -307,9 +316,7 @@ class _BlockedStats(torch.autograd.Function):
         blocks = _Blocks(hidden, LMHead(weight, bias), targets, temperature, truncation)
         parts = []
         for rows in blocks.rows:
-            own = targets[rows]
-            softmaxes = blocks.softmaxes(rows)
-            found = [softmax.sums_of_block(own, entries.start) for entries, softmax in softmaxes]
+            found = [blocks.sums(rows, entries, logits) for entries, logits in blocks.logits(rows)]
             parts.append(Sums.join(found, temperature))
         sums = Sums.concatenate(parts)
         ctx.save_for_backward(hidden, weight, bias, targets, *vars(sums).values())
@@ -333,8 +340,8 @@ class _BlockedStats(torch.autograd.Function):
             of_rows = LogitGrads(*(values[rows] for values in vars(grads).values()))
             own = hidden[rows].to(blocks.head.weight.dtype)
             grad_own = torch.zeros_like(own, dtype=torch.float32)
-            for entries, softmax in blocks.softmaxes(rows, sums.peak):
-                grad = softmax.grad_logits(of_rows, entries.start).to(own.dtype)
+            for entries, logits in blocks.logits(rows):
+                grad = blocks.grad_logits(of_rows, sums.peak[rows], entries, logits)
                 _add_product(grad_own, grad, blocks.head.weight[entries])
                 if grad_weight is not None:
                     _add_product(grad_weight[entries], grad.T, own)
@@ -351,7 +358,7 @@ class _Blocks:
     def __init__(
         self, hidden: Tensor, head: LMHead, targets: Tensor, temperature: float, truncation: Truncation
     ) -> None:
-        self.head = head.in_dtype_of(hidden)
+        self.head = head.for_hidden(hidden.dtype)
         self._hidden, self._targets, self._temperature, self._truncation = hidden, targets, temperature, truncation
         tokens, entries = BLOCK[hidden.device.type]
         vocab_size = len(head.weight)
@@ -361,10 +368,11 @@ class _Blocks:
         tokens = min(max(tokens, math.prod(BLOCK[hidden.device.type]) // entries), max(1, len(hidden)))
         self.rows, self._entries = _cut(len(hidden), tokens), _cut(vocab_size, entries)
         self._product = torch.empty(tokens * entries, device=hidden.device, dtype=self.head.weight.dtype)
-        self._room = torch.empty(2 * tokens * entries, device=hidden.device)
+        self._fused = _fused(hidden.device)
+        self._room = None if self._fused else torch.empty(2 * tokens * entries, device=hidden.device)
 
-    def softmaxes(self, rows: slice, peak: Tensor | None = None) -> Iterator[tuple[slice, Softmax]]:
-        """Of these tokens, block by block, with the entries of each; good until the next. ``peak`` (N,) is of all."""
+    def logits(self, rows: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Of these tokens, block by block, with the entries of each; good until the next."""
         hidden = self._hidden[rows].to(self.head.weight.dtype)
         for entries in self._entries:
             head = self.head.of(entries)
@@ -372,8 +380,31 @@ class _Blocks:
             torch.mm(hidden, head.weight.T, out=logits)
             if head.bias is not None:
                 logits += head.bias
-            logits = self._truncation.apply(logits, self._temperature, self._targets[rows])
-            yield entries, Softmax.of(logits, self._temperature, self._room, None if peak is None else peak[rows, None])
+            yield entries, self._truncation.apply(logits, self._temperature, self._targets[rows])
+
+    def sums(self, rows: slice, entries: slice, logits: Tensor) -> Sums:
+        """Of one of these blocks."""
+        targets = self._targets[rows]
+        if self._fused:
+            return Sums(*self._fused.sums(logits, targets, entries.start, self._temperature))
+        return Softmax.of(logits, self._temperature, self._room).sums_of_block(targets, entries.start)
+
+    def grad_logits(self, grads: LogitGrads, peak: Tensor, entries: slice, logits: Tensor) -> Tensor:
+        """Gradient at one of these blocks, whose memory it may use; ``peak`` (n,) is that of whole rows."""
+        if self._fused:
+            return self._fused.to_gradient(logits, entries.start, self._temperature, peak, **vars(grads))
+        softmax = Softmax.of(logits, self._temperature, self._room, peak[:, None])
+        return softmax.grad_logits(grads, entries.start).to(logits.dtype)
+
+
+@cache
+def _fused(device: torch.device) -> ModuleType | None:
+    """The kernels for a device, if there are any."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from trainer import fused_stats
+
+    return fused_stats
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -1,0 +1,71 @@
+"""The kernels, run by Triton's interpreter, against the statistics that need none."""
+
+import sys
+
+import pytest
+import torch
+
+from trainer import token_stats
+from trainer.token_stats import LMHead, Truncation, compute_stats, compute_token_stats
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def fused():
+    if torch.cuda.is_available():
+        pytest.skip("tests/trainer/test_cuda.py runs them")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        from trainer import fused_stats
+
+        for name, value in {"LANES": 32, "DEPTH": 2, "BLOCK": 64}.items():
+            patch.setattr(fused_stats, name, value)
+        yield fused_stats
+    del sys.modules["trainer.fused_stats"]
+
+
+@pytest.fixture
+def with_kernels(fused, monkeypatch):
+    return lambda: monkeypatch.setattr(token_stats, "_fused", lambda device: fused)
+
+
+@pytest.mark.parametrize("gap", [0, 5, 15, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_statistics_of_logits(with_kernels, gap, dtype):
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)) * 3
+    logits[:, 7] = logits.logsumexp(1) + gap
+    logits = logits.to(dtype)
+    targets = torch.tensor([7, 7, 0, 63, 64, 299])
+    expected = compute_stats(logits.float(), targets, 0.8)
+    with_kernels()
+    found = compute_stats(logits, targets, 0.8)
+    for name, values in vars(expected).items():
+        torch.testing.assert_close(getattr(found, name), values, rtol=3e-6, atol=5e-7)
+        # A certain token's are known as well as elsewhere; those of others pass through 1.
+        torch.testing.assert_close(getattr(found, name)[:2], values[:2], rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("block", [(5, 100), (64, 1000)], ids=str)
+@pytest.mark.parametrize("truncation", [Truncation(), Truncation(0.9), Truncation(0.8, 50)], ids=str)
+def test_both_passes_from_hidden_states(with_kernels, monkeypatch, block, truncation):
+    monkeypatch.setitem(token_stats.BLOCK, "cpu", block)
+    generator = torch.Generator().manual_seed(0)
+    case = [torch.randn(*shape, generator=generator) for shape in ((13, 8), (333, 8), (333,))]
+    targets = torch.randint(333, (13,), generator=generator)
+    weights = torch.randn(2, 13, generator=generator)
+    results = []
+    for _ in range(2):
+        leaves = [x.clone().requires_grad_() for x in case]
+        stats = compute_token_stats(leaves[0], LMHead(*leaves[1:]), targets, 0.9, truncation)
+        (weights[0] * stats.logprob + weights[1] * stats.entropy).sum().backward()
+        results.append([*vars(stats).values(), *(leaf.grad for leaf in leaves)])
+        with_kernels()
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_of_no_tokens(with_kernels):
+    with_kernels()
+    stats = compute_stats(torch.zeros(0, 9), torch.zeros(0, dtype=torch.int64))
+    assert [len(values) for values in vars(stats).values()] == [0, 0, 0]
