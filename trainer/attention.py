@@ -59,7 +59,7 @@ def short_attention(
         return _attend_packed(module, query, key, value, attention_mask, options), None
     batch, heads, length, width = query.shape
     key_heads, keys = key.shape[1:3]
-    is_plain = not dropout and all(kwargs.get(name) is None for name in UNUSUAL)
+    is_plain = query.device.type == "cpu" and not dropout and all(kwargs.get(name) is None for name in UNUSUAL)
     # What is recorded (see trainer.step_graph) is run for such alone, and may not hang on sizes.
     is_short = _is_recorded() or (keys <= MAX_KEYS and (attention_mask is None or attention_mask.shape[1] == 1))
     if not (is_plain and is_short):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,13 +14,15 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from trainer import attention
+from trainer.replay import Replay
 from trainer.step_graph import StepGraph, record_step, states_of, step_cache
 
 if TYPE_CHECKING:
     from trainer.policy import Policy
 
-# Tokens that room is made for at once.
-GROWTH = 16
+# Tokens that room is made for at once. What lies far apart in memory takes longer to read; but on a GPU, the pass is
+# recorded anew each time.
+GROWTH = {"cpu": 16, "cuda": 256}
 
 
 class Decoder:
@@ -34,7 +37,14 @@ class Decoder:
 
     @torch.inference_mode()
     def __init__(
-        self, policy: Policy, prompts: list[list[int]], num_slots: int, graph: StepGraph | None = None
+        self,
+        policy: Policy,
+        prompts: list[list[int]],
+        num_slots: int,
+        graph: StepGraph | None = None,
+        *,
+        max_tokens: int = sys.maxsize,
+        replays: bool = False,
     ) -> None:
         """Begins with the prompts.
 
@@ -43,8 +53,14 @@ class Decoder:
             prompts: Token ids of each.
             num_slots: Most sequences at any time, at least as many as prompts.
             graph: What was recorded of the policy, for sequences that are short enough.
+            max_tokens: Most tokens that each may grow by.
+            replays: Read further tokens in all slots at once, whether in use or not, and up to all places that there is
+                room for, so that on a GPU the pass can be recorded and replayed.
+
+        Raises:
+            ValueError: the model cannot be read so.
         """
-        self._policy, self._num_slots, self._graph = policy, num_slots, graph
+        self._policy, self._num_slots, self._graph, self._replays = policy, num_slots, graph, replays
         device, config = policy.device, policy.model.config
         cache = DynamicCache(config=config)
         is_plain = all(type(layer) is DynamicLayer for layer in cache.layers)
@@ -54,6 +70,7 @@ class Decoder:
         self._takes_mask_as_is = is_fused and not any(cache.is_sliding)
         self._takes_positions = "position_ids" in inspect.signature(policy.model.base_model.forward).parameters
         self._width = width = max(len(prompt) for prompt in prompts)
+        self._max_width = width + max_tokens
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
         self._lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         places = torch.arange(width, device=device) - (width - self._lengths)[:, None]
@@ -64,6 +81,9 @@ class Decoder:
         # Layers that keep something else than the keys and values of all tokens see to it themselves.
         self._states = states_of(cache) if is_plain else []
         self._cache = None if is_plain else cache
+        if replays and not self._is_replayable:
+            raise ValueError("a pass over further tokens cannot be replayed")
+        self._step: Replay | None = None
 
     @torch.inference_mode()
     def append(self, tokens: Tensor, parents: Tensor) -> None:
@@ -73,9 +93,9 @@ class Decoder:
             tokens: Last token of each, (C,).
             parents: Which of the present sequences stands before it, (C,), in ascending order.
         """
-        if self._width == self._mask.shape[1]:
-            self._grow()
         before, count, device = len(self._slots), len(tokens), self._policy.device
+        if self._width == self._mask.shape[1] or count > len(self._mask):
+            self._grow(count)
         self._slots, sources, targets = _assign(self._slots, parents.numpy())
         if len(targets) or count < before:
             self._move(torch.from_numpy(sources).to(device), torch.from_numpy(targets).to(device), count)
@@ -88,26 +108,38 @@ class Decoder:
     @torch.inference_mode()
     def record_step(self) -> StepGraph | None:
         """Records the pass over a further token, for these and other sequences; None where that cannot be."""
-        is_ours = attention.is_ours(self._policy.model) and self._takes_mask_as_is
-        if not (is_ours and self._states and self._takes_positions):
+        if not (attention.is_ours(self._policy.model) and self._is_replayable):
             return None
-        self._grow()
+        self._grow(len(self._slots))
         positions, mask, *states = self._held(len(self._slots))
         mask = attention.additive(mask[:, None, None, :], torch.float32)
         return record_step(self._policy, torch.zeros_like(positions), positions, mask, states)
 
-    def _grow(self) -> None:
-        """Makes room for all slots, and for some more tokens of each.
+    @property
+    def _is_replayable(self) -> bool:
+        return bool(self._states) and self._takes_mask_as_is and self._takes_positions
+
+    def _grow(self, count: int) -> None:
+        """Makes room for twice ``count`` sequences, of those that there may be, and for some more tokens of each.
 
         Not for all that may follow: what lies far apart in memory takes longer to read.
         """
-        width, used, rows = self._width, len(self._slots), self._num_slots - len(self._mask)
-        self._mask = pad(self._mask, (0, GROWTH, 0, rows), value=True)
-        self._lengths = pad(self._lengths, (0, rows))
+        used, width, device = len(self._slots), self._width, self._policy.device
+        rows = min(self._num_slots, 2 * max(used, count))
+        places = min(self._max_width, width + GROWTH[device.type])
+        self._mask = pad(self._mask[:used, :width], (0, places - width, 0, rows - used), value=True)
+        self._lengths = pad(self._lengths[:used], (0, rows - used))
         for i, states in enumerate(self._states):
             _, heads, _, size = states.shape
-            self._states[i] = states.new_empty(self._num_slots, heads, width + GROWTH, size)
-            self._states[i][:used, :, :width] = states[:used]
+            # Places that are read before anything is written there may not hold what is no number.
+            new = states.new_zeros if self._replays else states.new_empty
+            dtype = self._policy.dtype if self._replays else states.dtype
+            self._states[i] = new((rows, heads, places, size), dtype=dtype)
+            self._states[i][:used, :, :width] = states[:used, :, :width]
+        if self._replays:
+            self._ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+            self._place = torch.zeros(1, dtype=torch.int64, device=device)
+            self._step = Replay()
 
     def _move(self, sources: Tensor, targets: Tensor, count: int) -> None:
         """Copies what stands in some slots to others; ``count`` are in use then."""
@@ -126,6 +158,10 @@ class Decoder:
 
     def _read(self, ids: Tensor) -> Tensor:
         """Reads a token (B, 1) in each of the first slots."""
+        if self._step is not None:
+            self._ids[: len(ids)] = ids
+            self._place.fill_(self._width)
+            return self._step(self._read_all_slots)
         policy = self._policy
         positions, mask, *states = self._held(len(ids))
         graph = self._graph if mask.shape[1] <= attention.MAX_KEYS else None
@@ -137,6 +173,12 @@ class Decoder:
         if graph is not None:
             return graph(ids, positions, mask, *states)
         return self._forward(ids, positions, mask, step_cache(states) if self._cache is None else self._cache)
+
+    def _read_all_slots(self) -> Tensor:
+        """Reads ``_ids`` (rows, 1) at ``_place``, with nothing that hangs on how many there are, or how long."""
+        is_seen = self._mask & (torch.arange(self._mask.shape[1], device=self._mask.device) <= self._place)
+        mask = attention.additive(is_seen[:, None, None, :], self._policy.dtype)
+        return self._forward(self._ids, self._lengths[:, None], mask, step_cache(self._states, self._place))
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
         inputs = {"position_ids": positions} if self._takes_positions else {}

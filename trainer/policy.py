@@ -136,6 +136,16 @@ class Policy:
         except Exception:
             return None
 
+    @cached_property
+    def replays(self) -> bool:
+        """Whether a decoder's pass over one more token can be recorded on the GPU that there is, and replayed."""
+        if self.device.type != "cuda" or self.is_sharded:
+            return False
+        try:
+            return replace(self, dtype=torch.float32)._can_decode(replays=True)
+        except Exception:
+            return False
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Arithmetic in ``dtype``."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -172,7 +182,7 @@ class Policy:
     def hidden_states(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Inputs of the LM head, (B, L) -> (B, L, H); further arguments as the model takes them."""
         with self.autocast():
-            return self.model.base_model(input_ids=input_ids, **inputs).last_hidden_state
+            return self.model.base_model(input_ids=input_ids, **inputs).last_hidden_state.to(self.dtype)
 
     def score(
         self,
@@ -231,7 +241,8 @@ class Policy:
         if self.adapter:
             raise InputError("policy.lora: an adapter is not shared out (FSDP); launch with ddp.yaml, or without it")
         # What was recorded reads the weights as they were.
-        vars(self).pop("step_graph", None)
+        for name in ("step_graph", "replays"):
+            vars(self).pop(name, None)
         shard(self.model)
 
     @contextmanager
@@ -307,11 +318,13 @@ class Policy:
             raise InputError(f"{self.name}: {kind} cannot be sampled from a cache of keys and values ({reason})")
 
     @torch.no_grad()
-    def _can_decode(self, graph: StepGraph | None = None) -> bool:
+    def _can_decode(self, graph: StepGraph | None = None, *, replays: bool = False) -> bool:
         """Reads two texts of different lengths together, goes on from the cache, and compares with each read alone."""
-        texts = [[i % self.vocab_size for i in range(length)] for length in (5, 3)]
-        decoder = Decoder(self, [text[:-1] for text in (texts[1], *texts)], 3, graph)
-        decoder.append(torch.tensor([text[-1] for text in texts]), torch.tensor([1, 2]))
+        texts = [[i % self.vocab_size for i in range(length)] for length in (8, 6)]
+        decoder = Decoder(self, [text[:-3] for text in (texts[1], *texts)], 3, graph, replays=replays)
+        # As it is, recorded, replayed.
+        for place, parents in ((-3, [1, 2]), (-2, [0, 1]), (-1, [0, 1])):
+            decoder.append(torch.tensor([text[place] for text in texts]), torch.tensor(parents))
         alone = [self.hidden_states(torch.tensor([t], device=self.device), use_cache=False)[0, -1] for t in texts]
         return _is_close(decoder.hidden, torch.stack(alone))
 

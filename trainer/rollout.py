@@ -194,17 +194,26 @@ def sample_at(
         ``Samples`` of B rows, the responses of one prompt adjacent.
     """
     drawing = Drawing(policy, prompts, uniforms, limits, params)
-    decoder = Decoder(policy, prompts, len(uniforms), policy.step_graph)
     rows = torch.arange(len(uniforms))
     stands_at = rows // (len(uniforms) // len(prompts))
-    while True:
-        drawn, goes_on = drawing.draw(decoder.hidden, stands_at, rows)
-        if not goes_on.any():
-            return drawing.finish()
-        # Responses that draw the same from the same go on together, or end together.
-        is_left = torch.zeros_like(drawn.first, dtype=torch.bool).index_put((drawn.index,), goes_on)
-        decoder.append(drawn.second[is_left], drawn.first[is_left])
-        rows, stands_at = rows[goes_on], (is_left.cumsum(0) - 1)[drawn.index[goes_on]]
+    # Weights that are cast are cast once for all tokens.
+    with policy.autocast():
+        decoder = Decoder(
+            policy,
+            prompts,
+            len(uniforms),
+            policy.step_graph,
+            max_tokens=params.max_tokens,
+            replays=policy.replays,
+        )
+        while True:
+            drawn, goes_on = drawing.draw(decoder.hidden, stands_at, rows)
+            if not goes_on.any():
+                return drawing.finish()
+            # Responses that draw the same from the same go on together, or end together.
+            is_left = torch.zeros_like(drawn.first, dtype=torch.bool).index_put((drawn.index,), goes_on)
+            decoder.append(drawn.second[is_left], drawn.first[is_left])
+            rows, stands_at = rows[goes_on], (is_left.cumsum(0) - 1)[drawn.index[goes_on]]
 
 
 class Drawing:
@@ -221,6 +230,7 @@ class Drawing:
         num_samples = len(uniforms) // len(prompts)
         self.samples = Samples.empty([prompt for prompt in prompts for _ in range(num_samples)], params.max_tokens)
         self._policy, self._params = policy, params
+        self._head = policy.head.for_hidden(policy.dtype)
         self._numbers = torch.from_numpy(uniforms)
         self._limits = torch.tensor(limits).repeat_interleave(num_samples)
         self._lengths = torch.zeros_like(self._limits)
@@ -238,7 +248,7 @@ class Drawing:
             What was drawn, pairs of an input and a token; and whether each response goes on after it, (N,).
         """
         policy, params, samples = self._policy, self._params, self.samples
-        logits = params.truncation.apply(policy.head.logits(hidden), params.temperature)
+        logits = params.truncation.apply(self._head.logits(hidden), params.temperature)
         softmax = Softmax.of(logits, params.temperature)
         places = self._lengths[rows]
         numbers = self._numbers[rows, places]
@@ -286,7 +296,8 @@ def ends_response(policy: Policy, tokens: Tensor, rows: Tensor, places: Tensor, 
     if stop:
         # No token writes less than a byte; one more, for the space that some tokenizers take off a text's beginning.
         size = 1 + max(len(text.encode()) for text in stop)
-        tails = [tokens[row, max(0, end - size) : end].tolist() for row, end in zip(rows, places + 1, strict=True)]
+        ends = (places + 1).tolist()
+        tails = [row[max(0, end - size) : end] for row, end in zip(tokens[rows].tolist(), ends, strict=True)]
         has_ended |= torch.tensor(
             [any(text in tail for text in stop) for tail in policy.decode(tails)], dtype=torch.bool
         )

@@ -29,17 +29,22 @@ StepGraph = Callable[..., Tensor]
 class StepLayer(DynamicLayer):
     """Keys and values with a place for the token that is read: ``update`` fills that in, where others copy them all."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        """Both (B, heads, S, D), the last place to be filled in."""
+    def __init__(self, keys: Tensor, values: Tensor, place: Tensor | None = None) -> None:
+        """Both (B, heads, S, D), to be filled in at ``place``, (1,), or the last one."""
         super().__init__()
         self.keys, self.values, self.dtype, self.device = keys, values, keys.dtype, keys.device
         self.is_initialized = True
+        self._place = place
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Takes the keys and values of the token, (B, heads, 1, D); returns those of all."""
         keys: Any = self.keys
         values: Any = self.values
-        keys[:, :, -1:], values[:, :, -1:] = key_states, value_states
+        if self._place is None:
+            keys[:, :, -1:], values[:, :, -1:] = key_states, value_states
+        else:
+            keys.index_copy_(2, self._place, key_states.to(keys.dtype))
+            values.index_copy_(2, self._place, value_states.to(values.dtype))
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -67,9 +72,14 @@ def states_of(cache: Cache) -> list[Tensor]:
     return [states for layer in layers for states in (layer.keys, layer.values)]
 
 
-def step_cache(states: Sequence[Tensor]) -> Cache:
-    """A cache of such keys and values as ``states_of`` gives, each with a last place for the token that is read."""
-    return Cache(layers=[StepLayer(*pair) for pair in zip(states[::2], states[1::2], strict=True)])
+def step_cache(states: Sequence[Tensor], place: Tensor | None = None) -> Cache:
+    """A cache of such keys and values as ``states_of`` gives, each with a place for the token that is read: the last.
+
+    Args:
+        states: (B, heads, S, D) each.
+        place: Another place, (1,) int64; what is read sees the later ones too, unless a mask hides them.
+    """
+    return Cache(layers=[StepLayer(*pair, place) for pair in zip(states[::2], states[1::2], strict=True)])
 
 
 def record_step(policy: Policy, ids: Tensor, positions: Tensor, mask: Tensor, states: list[Tensor]) -> StepGraph | None:
