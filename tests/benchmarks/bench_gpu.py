@@ -1,9 +1,10 @@
 """GRPO steps on a GPU against TRL on the same machine, and the statistics against the memory's bandwidth.
 
 Two models, SmolLM2-135M and a randomly initialised one of the shape of Qwen2.5-0.5B, each in two ways, with responses
-padded and packed in the update. All responses go on to the length
-limit, in TRL's trainer, which generates with transformers, as in ours, so that both do the same work. Both compute in
-bfloat16 with master weights in float32, take turns, and start from the same weights.
+padded and packed in the update. All responses go on to the length limit, in TRL's trainer, which generates with
+transformers, as in ours, and are right or wrong by chance, so that both do the same work: few groups are all right or
+all wrong. Both compute in bfloat16 with master weights in float32, read about as many tokens at once in the update,
+take turns, and start from the same weights.
 
 The bandwidth is that of a copy, which reads and writes. A share of 1 would be to read every logit once at that speed,
 and nothing else.
@@ -16,18 +17,27 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from tests.benchmarks.bench import write_report
 from tests.benchmarks.bench_grpo_step import STILL, WARM_UP, Ours, Pairing, run_trl
-from tests.benchmarks.bench_token_stats import SHAPES, TOY_SHAPES, Case
-from tests.benchmarks.figures import AT_LEAST, HAS_TRL, Figure, quotients, time_in_turn
+from tests.benchmarks.bench_token_stats import (
+    FULL_TOKENS,
+    MAX_EXTRA_GB,
+    SHAPES,
+    TOY_SHAPES,
+    Case,
+    backward,
+    from_hidden,
+)
+from tests.benchmarks.figures import AT_LEAST, AT_MOST, HAS_TRL, Figure, quotients, time_in_turn
 from trainer.config import Config, load_config
 from trainer.pretrained import load_pretrained
 from trainer.resources import EMBEDDED, SMOLLM
@@ -45,11 +55,18 @@ QWEN = {
 }
 TOY = {**QWEN, "vocab_size": 1024, "hidden_size": 28, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZES = {
-    False: ["rollout.prompts_per_step=32", "rollout.group_size=8", "rollout.max_response_tokens=256"],
+    False: ["rollout.prompts_per_step=32", "rollout.group_size=8", "rollout.max_response_tokens=128"],
     True: ["rollout.prompts_per_step=2", "rollout.group_size=2", "rollout.max_response_tokens=4"],
 }
+TRL_MICRO_BATCHES = {False: 8, True: 2}
+PART = "Statistics of tokens, and the memory's bandwidth"
 COPIED_TOKENS = 4096
 LEAST_OF_TRL, LEAST_OF_BANDWIDTH = 2, 0.6
+
+
+def toss(completion: str, row: dict[str, Any]) -> float:
+    """A verifier that says right or wrong by chance, and always the same of the same."""
+    return float(crc32(completion.encode()) & 1)
 
 
 def synchronizer(device: str) -> Callable[[], None]:
@@ -73,12 +90,13 @@ def make_config(path: str, device: str, quick: bool, *more: str) -> Config:
         "rollout.stop=[]",
         "rollout.overlong_buffer_tokens=0",
         f"optim.lr={STILL}",
-        "optim.micro_batch_tokens=32768",
+        'task.verifiers.chain_sum="tests.benchmarks.bench_gpu:toss"',
+        "optim.micro_batch_tokens=12288",
     ]
     return load_config(base, [f"policy.path={path}", f"policy.device={device}", *fixed, *SIZES[quick], *more])
 
 
-def measure_steps(part: str, configs: dict[str, Config], steps: int) -> list[Figure]:
+def measure_steps(part: str, configs: dict[str, Config], steps: int, trl_micro_batches: int) -> list[Figure]:
     """Samples per second of TRL and of each of our configs, and the share of each phase in a step of the first."""
     config = next(iter(configs.values()))
     task = load_task(config.task, config.seed)
@@ -90,7 +108,7 @@ def measure_steps(part: str, configs: dict[str, Config], steps: int) -> list[Fig
         seconds = pairing.seconds
         if HAS_TRL:
             least = {"min_new_tokens": config.rollout.max_response_tokens}
-            seconds["trl"], _ = run_trl(config, task, WARM_UP + steps, pairing.take_steps, least)
+            seconds["trl"], _ = run_trl(config, task, WARM_UP + steps, pairing.take_steps, least, trl_micro_batches)
         else:
             for _ in range(WARM_UP + steps):
                 pairing.take_steps()
@@ -117,12 +135,11 @@ def measure_bandwidth(name: str, shape: tuple[int, int], num_tokens: int, device
     seconds = time_in_turn(works, rounds, synchronizer(device))
     copied = [2 * logits.nbytes / value / 1e9 for value in seconds["copy"]]
     read = [logits.nbytes / value / 1e9 for value in seconds["statistics"]]
-    part = "Statistics against the memory's bandwidth"
     return [
-        Figure.of(part, f"{name}: copy", "GB per s", copied),
-        Figure.of(part, f"{name}: log-probability, entropy, sum p²", "GB per s of logits", read),
+        Figure.of(PART, f"{name}: copy", "GB per s", copied),
+        Figure.of(PART, f"{name}: log-probability, entropy, sum p²", "GB per s of logits", read),
         Figure.of(
-            part,
+            PART,
             f"{name}: statistics / copy",
             "share of bandwidth",
             quotients(read, copied),
@@ -132,22 +149,33 @@ def measure_bandwidth(name: str, shape: tuple[int, int], num_tokens: int, device
     ]
 
 
-def measure(device: str, quick: bool) -> list[Figure]:
-    """All figures, at toy size if ``quick``."""
-    steps = 1 if quick else 10
+def measure_memory(name: str, shape: tuple[int, int], num_tokens: int) -> Figure:
+    """What the statistics and their gradients take of a GPU's memory from hidden states, beyond the gradients."""
+    case = Case.draw(shape, num_tokens, torch.bfloat16, "cuda")
+    work = from_hidden(case)["entrace"]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    backward(work)
+    extra = torch.cuda.max_memory_allocated() - before - case.grad_bytes()
+    key = f"{name}, bfloat16, {num_tokens:,} tokens: extra memory, both passes"
+    return Figure.of(PART, key, "GB", [extra / 1e9], AT_MOST, MAX_EXTRA_GB)
+
+
+def measure(device: str, quick: bool) -> Iterator[list[Figure]]:
+    """The figures of one part after another, at toy size if ``quick``."""
+    for name, shape in (TOY_SHAPES if quick else SHAPES).items():
+        yield measure_bandwidth(name, shape, 64 if quick else COPIED_TOKENS, device, 2 if quick else 20)
+        if device == "cuda":
+            yield [measure_memory(name, shape, 64 if quick else FULL_TOKENS)]
     with tempfile.TemporaryDirectory() as folder:
         random = make_random_model(Path(folder, "random"), TOY if quick else QWEN)
         models = {"SmolLM2-135M": EMBEDDED if quick else SMOLLM, "Qwen2.5-0.5B, random weights": random}
-        figures: list[Figure] = []
         for name, path in models.items():
             ways = {"entrace": "auto", "entrace, packed": "packed"}
             configs = {way: make_config(path, device, quick, f"policy.attention={key}") for way, key in ways.items()}
             rollout = configs["entrace"].rollout
             batch = f"{rollout.prompts_per_step * rollout.group_size} responses of {rollout.max_response_tokens} tokens"
-            figures += measure_steps(f"{name}, {batch}", configs, steps)
-    for name, shape in (TOY_SHAPES if quick else SHAPES).items():
-        figures += measure_bandwidth(name, shape, 64 if quick else COPIED_TOKENS, device, 2 if quick else 20)
-    return figures
+            yield measure_steps(f"{name}, {batch}", configs, 1 if quick else 5, TRL_MICRO_BATCHES[quick])
 
 
 def main() -> None:
@@ -160,11 +188,12 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("torch finds no GPU; --device cpu --quick tries the benchmark without", file=sys.stderr)
         raise SystemExit(2)
-    figures = measure(arguments.device, arguments.quick)
-    if arguments.quick:
-        figures = [replace(figure, bound=None, target=None) for figure in figures]
     more = {"gpu": torch.cuda.get_device_name()} if arguments.device == "cuda" else {}
-    write_report(arguments.out, "make bench-gpu", figures, **more)
+    figures: list[Figure] = []
+    for found in measure(arguments.device, arguments.quick):
+        figures += [replace(figure, bound=None, target=None) for figure in found] if arguments.quick else found
+        # After each part: time on a GPU may end at any moment.
+        write_report(arguments.out, "make bench-gpu", figures, **more)
 
 
 if __name__ == "__main__":

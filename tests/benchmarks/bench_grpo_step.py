@@ -127,17 +127,24 @@ class Pairing:
 
 
 def run_trl(
-    config: Config, task: Task, steps: int, between: Callable[[], None], generation: dict[str, Any] | None = None
+    config: Config,
+    task: Task,
+    steps: int,
+    between: Callable[[], None],
+    generation: dict[str, Any] | None = None,
+    num_micro_batches: int = 1,
 ) -> tuple[list[float], float]:
     """Runs TRL's trainer on the same job, at its fastest settings here, with ``between`` after each of its steps.
 
-    ``generation`` is passed on to transformers. Returns its seconds of each step, and its mean tokens of a response.
+    ``generation`` is passed on to transformers. All responses of a step are generated at once, and read in the update
+    in ``num_micro_batches``. Returns its seconds of each step, and its mean tokens of a response.
     """
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     seconds: list[float] = []
+    on_gpu = config.policy.device == "cuda"
 
     class Timer(TrainerCallback):
         started = 0.0
@@ -146,6 +153,8 @@ def run_trl(
             self.started = self.started or time.perf_counter()
 
         def on_step_end(self, *arguments: Any, **kwargs: Any) -> None:
+            if on_gpu:
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - self.started)
             between()
             # TRL draws the next batch before it announces the step, so its clock runs on from here.
@@ -166,11 +175,11 @@ def run_trl(
         pairs = zip(map(text_of, prompts), map(text_of, completions), strict=True)
         return [task.score(completion, by_text[prompt]).score for prompt, completion in pairs]
 
-    on_gpu = config.policy.device == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         arguments = GRPOConfig(
             output_dir=folder,
-            per_device_train_batch_size=size * rollout.group_size,
+            per_device_train_batch_size=size * rollout.group_size // num_micro_batches,
+            gradient_accumulation_steps=num_micro_batches,
             num_generations=rollout.group_size,
             max_completion_length=rollout.max_response_tokens,
             max_steps=steps,
