@@ -30,9 +30,7 @@ words as (
     run_id,
     token_id,
     category,
-    coalesce(
-      nullif(lower(trim(text, '▁ĠĊĉ ' || chr(9) || chr(10) || chr(13))), ''), '<' || token_id || '>'
-    ) as text
+    coalesce(nullif(lower(trim(text, '▁ĠĊĉ ' || chr(9) || chr(10) || chr(13))), ''), '(blank)') as text
   from vocab
 ),
 per_step as (
