@@ -269,13 +269,13 @@ class EvalConfig(Section):
 class RecordConfig(Section):
     """How often, in steps, buffered rows become Parquet files, after-update values are captured, a checkpoint is kept.
 
-    ``after_update_every`` = 0 captures none; else ``after_update_groups`` of the groups in the update, at most, are
+    ``after_update_every`` = 0 captures none; else ``after_update_responses`` of those in the update, at most, are
     captured. ``mantissa_bits`` is to what measured columns of tokens are rounded.
     """
 
     flush_every: Positive = 10
     after_update_every: Natural = 5
-    after_update_groups: Positive = 6
+    after_update_responses: Positive = 24
     checkpoint_every: Positive = 50
     lexicon: str | None = None
     mantissa_bits: Annotated[int, Field(ge=1, le=23)] = 23

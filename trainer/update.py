@@ -107,11 +107,12 @@ class Learner:
 
     @torch.no_grad()
     def capture(self, batch: Batch, metrics: UpdateMetrics, step: int) -> AfterUpdate:
-        """Scores this process's responses of ``captured_groups`` under the weights that ``update`` left."""
+        """Scores this process's part of ``captured_responses`` under the weights that ``update`` left."""
         samples = batch.samples
         logprob, entropy = torch.zeros(samples.tokens.shape), torch.zeros(samples.tokens.shape)
-        groups = captured_groups(self.config, batch, step)
-        is_scored = torch.isin(batch.group_ids, groups) & batch.is_own
+        is_scored = torch.zeros_like(batch.is_own)
+        is_scored[captured_responses(self.config, batch, step)] = True
+        is_scored &= batch.is_own
         scored = torch.nonzero(is_scored).squeeze(1)
         with memory_advice(self.config, "capturing what an update did", UPDATE_MEMORY), self.policy.whole():
             for micro in self._micro_batches(samples, scored):
@@ -226,11 +227,14 @@ def mini_batches(config: Config, batch: Batch, step: int) -> Iterator[Tensor]:
                 yield torch.nonzero(torch.isin(batch.group_ids, torch.from_numpy(part))).squeeze(1)
 
 
-def captured_groups(config: Config, batch: Batch, step: int) -> Tensor:
-    """Kept groups whose after-update values are captured, drawn without regard to anything but the step."""
-    groups = batch.group_ids[batch.is_kept].unique().numpy()
+def captured_responses(config: Config, batch: Batch, step: int) -> Tensor:
+    """Kept responses whose after-update values are captured, drawn without regard to anything but the step.
+
+    Not whole groups: what an update does differs more between prompts than between the responses to one.
+    """
+    kept = torch.nonzero(batch.is_kept).squeeze(1).numpy()
     rng = generator(config.seed, Stream.CAPTURE, step)
-    return torch.from_numpy(rng.permutation(groups)[: config.record.after_update_groups])
+    return torch.from_numpy(rng.permutation(kept)[: config.record.after_update_responses])
 
 
 def cut_by_tokens(lengths: Tensor, max_tokens: int, *, is_padded: bool, rank: int = 0, size: int = 1) -> list[Tensor]:

@@ -11,7 +11,7 @@ from trainer.config import load_config
 from trainer.policy import Policy
 from trainer.record import record_batch
 from trainer.train import train
-from trainer.update import Learner, captured_groups
+from trainer.update import Learner, captured_responses
 
 from .conftest import SMALL
 
@@ -87,9 +87,9 @@ def test_clipped_tokens_are_those_that_the_step_counts(leap):
     assert captured.filter(pl.col("shaped_advantage") == 0).filter("is_clipped").is_empty()
 
 
-def test_whole_groups_are_scored_again_and_nothing_else_changes(leap, tmp_path):
-    """Two of a step's kept groups have values, those that they have where all do."""
-    config = load_config("tiny", [*SMALL, *LEAP, "record.after_update_groups=2"])
+def test_some_responses_are_scored_again_and_nothing_else_changes(leap, tmp_path):
+    """Five of a step's kept responses have values, those that they have where all do."""
+    config = load_config("tiny", [*SMALL, *LEAP, "record.after_update_responses=5"])
     train(config, tmp_path / "run", {})
     tokens, everything = with_is_kept(tmp_path / "run"), with_is_kept(leap)
     assert tokens.drop("run_id", *SCORED).equals(everything.drop("run_id", *SCORED))
@@ -99,24 +99,24 @@ def test_whole_groups_are_scored_again_and_nothing_else_changes(leap, tmp_path):
     same = everything.join(scored.select("rollout_id", "position"), on=["rollout_id", "position"])
     for name in SCORED:
         np.testing.assert_allclose(scored[name], same[name], rtol=1e-4, atol=1e-5)
-    assert len(scored) == len(tokens.join(scored, on="prompt_id", how="semi")), "a group is scored in part"
-    num_groups = [
-        dict(rows.group_by("step").agg(pl.col("prompt_id").n_unique()).rows())
+    assert len(scored) == len(tokens.join(scored, on="rollout_id", how="semi")), "a response is scored in part"
+    num_responses = [
+        dict(rows.group_by("step").agg(pl.col("rollout_id").n_unique()).rows())
         for rows in (scored, everything.drop_nulls("logprob_after"))
     ]
-    assert num_groups[0] == {step: min(2, kept) for step, kept in num_groups[1].items()}
-    assert num_groups[0] != num_groups[1]
+    assert num_responses[0] == {step: min(5, kept) for step, kept in num_responses[1].items()}
+    assert num_responses[0] != num_responses[1]
 
 
-def test_which_groups_are_scored_again_depends_on_the_step_alone(small_config, policy, task):
-    config = load_config("tiny", [*SMALL, "record.after_update_groups=2"])
+def test_which_responses_are_scored_again_depends_on_the_step_alone(small_config, policy, task):
+    config = load_config("tiny", [*SMALL, "record.after_update_responses=5"])
     batch = collect_batch(config, policy, PromptSource(task), step=1)
-    chosen = [set(captured_groups(config, batch, step).tolist()) for step in range(1, 21)]
-    assert chosen == [set(captured_groups(config, batch, step).tolist()) for step in range(1, 21)]
-    kept = set(batch.group_ids[batch.is_kept].tolist())
-    assert all(len(groups) == 2 and groups <= kept for groups in chosen)
-    assert set.union(*chosen) == kept, "some group is never chosen"
-    assert torch.equal(captured_groups(small_config, batch, 1).sort().values, batch.group_ids[batch.is_kept].unique())
+    chosen = [set(captured_responses(config, batch, step).tolist()) for step in range(1, 41)]
+    assert chosen == [set(captured_responses(config, batch, step).tolist()) for step in range(1, 41)]
+    kept = torch.nonzero(batch.is_kept).squeeze(1)
+    assert all(len(rows) == 5 and rows <= set(kept.tolist()) for rows in chosen)
+    assert set.union(*chosen) == set(kept.tolist()), "some response is never chosen"
+    assert torch.equal(captured_responses(small_config, batch, 1).sort().values, kept)
 
 
 def test_any_epoch_counts(policy, task):
