@@ -17,6 +17,7 @@ time, and sampling all weights, 4 P.
 
 from __future__ import annotations
 
+import math
 import tomllib
 import weakref
 from dataclasses import dataclass
@@ -38,8 +39,10 @@ from trainer.sharding import blocks
 from trainer.token_stats import BLOCK, compute_token_stats
 
 SHAPES = PACKAGE / "shapes.toml"
-# Longest prompt where the configuration does not bound it.
+# Longest prompt where the configuration does not bound it, and a few-shot template is not longer.
 PROMPT_TOKENS = 256
+# Of templates of sums, which hold few words and many digits.
+CHARACTERS_PER_TOKEN = 2.5
 # A token record with its share of texts, measured on traces of vocabularies of 512 and of 49,152 entries.
 TRACE_BYTES_PER_TOKEN = (6.7, 12.9)
 
@@ -128,7 +131,8 @@ def make_plan(config: Config, devices: int = 1) -> Plan:
     shape, shape_from = find_shape(config.policy.path)
     dtype = "bfloat16" if config.policy.dtype == "auto" else config.policy.dtype
     rollout = config.rollout
-    prompt_tokens = config.task.max_prompt_tokens or PROMPT_TOKENS
+    of_template = math.ceil(len(config.policy.template or "") / CHARACTERS_PER_TOKEN)
+    prompt_tokens = config.task.max_prompt_tokens or max(PROMPT_TOKENS, of_template)
     longest = prompt_tokens + rollout.max_response_tokens
     responses = rollout.prompts_per_step * rollout.group_size
     tokens = responses * rollout.max_response_tokens

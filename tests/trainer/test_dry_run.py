@@ -54,6 +54,14 @@ def test_the_memory_of_an_update_is_near_what_the_allocator_counts(tmp_path, pol
     assert plan.update == pytest.approx(peak_bytes(update), rel=0.1)
 
 
+def test_a_long_template_lengthens_the_prompts():
+    config = load_config("tiny", ["rollout.max_response_tokens=100", f"policy.template={'7 ' * 500}{{question}}"])
+    assert make_plan(config).sequence_tokens == 404 + 100
+    bounded = config.model_copy(update={"task": config.task.model_copy(update={"max_prompt_tokens": 50})})
+    assert make_plan(bounded).sequence_tokens == 150
+    assert make_plan(load_config("tiny")).sequence_tokens == 256 + load_config("tiny").rollout.max_response_tokens
+
+
 def test_fewer_parameters_are_trained_with_an_adapter():
     plan = make_plan(load_config("tiny", ["policy.lora={r=4}", *FAST]))
     assert plan.trained < plan.parameters / 10
