@@ -9,6 +9,8 @@ from trainer import token_stats
 from trainer.token_stats import LMHead, Truncation, compute_stats, compute_token_stats
 
 pytest.importorskip("triton")
+# Of what lies beyond the last column.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests.trainer.test_policy import ARCHITECTURES, load, write_model
-from trainer import attention
+from trainer import attention, decoder
 from trainer.decoder import Decoder
 from trainer.rollout import SamplingParams, sample
 
@@ -15,8 +15,8 @@ from trainer.rollout import SamplingParams, sample
 NOT_RECORDED = {"mistral-sliding", "gemma3-sliding", "bloom-alibi"}
 
 
-def largest_difference(policy, seed):
-    """Between sequences that branch with and without what was recorded, of several numbers and lengths."""
+def largest_difference(policy, seed, steps=5, **way):
+    """Between sequences that branch when read in one way and as it is, of several numbers and lengths."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low, high, size=1):
@@ -25,12 +25,12 @@ def largest_difference(policy, seed):
     found = []
     for _ in range(4):
         prompts = [draw(0, policy.vocab_size, int(draw(1, 9))).tolist() for _ in range(int(draw(1, 12)))]
-        decoders = [Decoder(policy, prompts, 20, graph) for graph in (policy.step_graph, None)]
-        for _ in range(5):
+        decoders = [Decoder(policy, prompts, 20, **way), Decoder(policy, prompts, 20)]
+        for _ in range(steps):
             count = int(draw(1, 20))
             tokens, parents = draw(0, policy.vocab_size, count), draw(0, len(decoders[0].hidden), count).sort().values
-            for decoder in decoders:
-                decoder.append(tokens, parents)
+            for one in decoders:
+                one.append(tokens, parents)
             found.append((decoders[0].hidden - decoders[1].hidden).abs().max())
     return float(torch.stack(found).max())
 
@@ -39,11 +39,39 @@ def largest_difference(policy, seed):
 def test_what_was_recorded_reads_any_sequences_under_any_weights(tmp_path, name):
     policy = load(write_model(tmp_path, *ARCHITECTURES[name]))
     assert (policy.step_graph is None) == (name in NOT_RECORDED)
-    assert largest_difference(policy, 0) < 1e-5
+    assert largest_difference(policy, 0, graph=policy.step_graph) < 1e-5
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.mul_(1.1)
-    assert largest_difference(policy, 1) < 1e-5
+    assert largest_difference(policy, 1, graph=policy.step_graph) < 1e-5
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_reading_all_slots_up_to_all_places_changes_nothing(tmp_path, monkeypatch, name):
+    """What is replayed on a GPU, without replaying; slots and places run out again and again."""
+    monkeypatch.setitem(decoder.GROWTH, "cpu", 3)
+    policy = load(write_model(tmp_path, *ARCHITECTURES[name]))
+    if name in NOT_RECORDED:
+        with pytest.raises(ValueError, match="cannot be replayed"):
+            Decoder(policy, [[1, 2]], 2, replays=True)
+    else:
+        assert largest_difference(policy, 0, steps=8, replays=True) < 1e-5
+
+
+def test_there_is_room_for_no_more_tokens_than_may_follow(policy, monkeypatch):
+    monkeypatch.setitem(decoder.GROWTH, "cpu", 16)
+    rooms = []
+    grow = Decoder._grow
+
+    def counted(self, count):
+        grow(self, count)
+        rooms.append(self._mask.shape[1])
+
+    monkeypatch.setattr(Decoder, "_grow", counted)
+    few = Decoder(policy, [[1, 2, 3], [4]], 4, max_tokens=20)
+    for _ in range(20):
+        few.append(torch.tensor([5, 6]), torch.tensor([0, 1]))
+    assert rooms == [19, 23]
 
 
 def test_recording_says_nothing():
