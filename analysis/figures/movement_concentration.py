@@ -56,7 +56,9 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         f"{style.span(frame['num_tokens'])} tokens, {style.span(frame['num_prompts'])} prompts a bar; "
         "95 % interval, clustered by prompt",
     )
-    ax.set_ylim(0, 1.05)
+    # The legend stands above the highest bar there can be.
+    ax.set_ylim(0, 1.25)
+    ax.set_yticks(np.linspace(0, 1, 6))
     ax.grid(visible=False, axis="x")
-    style.legend(ax, loc="best")
+    style.legend(ax, loc="upper left", ncols=2)
     return ax
