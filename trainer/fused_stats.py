@@ -102,8 +102,8 @@ def sums(logits: Tensor, targets: Tensor, first: int, temperature: float) -> tup
     """Fields of ``trainer.token_stats.Sums``, each (N,).
 
     Args:
-        logits: Of a block of entries, (N, V), of any floating dtype, rows contiguous.
-        targets: Entries, (N,); those outside the block do not matter.
+        logits: Of a block of entries, (N, V), of any floating dtype, contiguous.
+        targets: Entries, (N,), contiguous; those outside the block do not matter.
         first: Entry of the block's first column.
         temperature: Divides the logits.
     """

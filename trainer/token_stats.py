@@ -272,7 +272,7 @@ class LogitGrads:
 def compute_stats(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenStats:
     """Statistics of target tokens (N,) under softmax(logits / temperature), logits (N, V); without gradient."""
     if fused := _fused(logits.device):
-        return Sums(*fused.sums(logits, targets, 0, temperature)).stats(temperature)
+        return Sums(*fused.sums(logits.contiguous(), targets.contiguous(), 0, temperature)).stats(temperature)
     tokens = max(1, GIVEN_LOGITS[logits.device.type] // logits.shape[1])
     room = torch.empty(2 * min(tokens, len(logits)) * logits.shape[1], device=logits.device)
     parts = [Softmax.of(logits[rows], temperature, room).sums(targets[rows]) for rows in _cut(len(logits), tokens)]
@@ -299,6 +299,7 @@ def compute_token_stats(
     Returns:
         ``TokenStats`` of shape (N,); empty for N = 0.
     """
+    targets = targets.contiguous()
     return TokenStats(*_BlockedStats.apply(hidden, head.weight, head.bias, targets, temperature, truncation))
 
 

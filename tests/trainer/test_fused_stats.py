@@ -67,6 +67,18 @@ def test_both_passes_from_hidden_states(with_kernels, monkeypatch, block, trunca
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_arguments_may_lie_in_memory_as_they_like(with_kernels):
+    logits, targets = torch.randn(300, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12).view(6, 2)
+    expected = compute_stats(logits.T.contiguous(), targets[:, 1].contiguous())
+    with_kernels()
+    torch.testing.assert_close(vars(compute_stats(logits.T, targets[:, 1])), vars(expected))
+    weight = torch.eye(300, requires_grad=True)
+    stats = compute_token_stats(logits.T, LMHead(weight, None), targets[:, 1])
+    torch.testing.assert_close(vars(stats), vars(expected), rtol=1e-5, atol=1e-5)
+    stats.logprob.sum().backward()
+    assert weight.grad is not None
+
+
 def test_nothing_of_no_tokens(with_kernels):
     with_kernels()
     stats = compute_stats(torch.zeros(0, 9), torch.zeros(0, dtype=torch.int64))
