@@ -82,12 +82,14 @@ class World:
         distributed = torch.distributed
         # Over the network of the CPUs, whatever gradients go over: a process that dies is noticed there at once.
         is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
-        group = distributed.new_group(backend="gloo")
-        world = cls(distributed.get_rank(), distributed.get_world_size(), is_sharded, group)
+        world = cls(distributed.get_rank(), distributed.get_world_size(), is_sharded)
+        world._group = distributed.new_group(backend="gloo")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, world._note_signal)
         signal.signal(signal.SIGALRM, world._give_up)
         yield world
+        # Its threads may not outlive the interpreter: to let go of a tensor then would abort the process.
+        world._group = None
         distributed.destroy_process_group()
 
     @property
