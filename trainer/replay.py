@@ -1,7 +1,7 @@
 """Work on a GPU whose kernels are recorded once and launched again as one.
 
-To read one more token of each sequence, a GPU computes for a millisecond or two what takes Python twenty to launch. A
-CUDA graph launches all of it at once, on the memory, and with the sizes, that it was recorded with.
+To read one more token of each sequence, a GPU computes for a few milliseconds what takes Python many times as long to
+launch. A CUDA graph launches all of it at once, on the memory, and with the sizes, that it was recorded with.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _side_stream() -> torch.cuda.Stream:
 
 @cache
 def _kept_graph() -> torch.cuda.CUDAGraph:
-    """A graph of next to nothing: as long as it is there, so is the memory that others before it have used."""
+    """A graph of next to nothing. As long as it is there, memory that graphs have used is kept for the next ones."""
     graph = torch.cuda.CUDAGraph()
     _record(graph, lambda: torch.zeros(1, device="cuda"), None)
     return graph

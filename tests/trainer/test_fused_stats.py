@@ -1,7 +1,5 @@
 """The kernels, run by Triton's interpreter, against the statistics that need none."""
 
-import sys
-
 import pytest
 import torch
 
@@ -13,23 +11,16 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-@pytest.fixture(scope="module")
-def fused():
+@pytest.fixture
+def with_kernels(monkeypatch):
+    """From its call on, statistics are made by the kernels; see tests/conftest.py for how these run."""
     if torch.cuda.is_available():
         pytest.skip("tests/trainer/test_cuda.py runs them")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        from trainer import fused_stats
+    from trainer import fused_stats
 
-        for name, value in {"LANES": 32, "DEPTH": 2, "BLOCK": 64}.items():
-            patch.setattr(fused_stats, name, value)
-        yield fused_stats
-    del sys.modules["trainer.fused_stats"]
-
-
-@pytest.fixture
-def with_kernels(fused, monkeypatch):
-    return lambda: monkeypatch.setattr(token_stats, "_fused", lambda device: fused)
+    for name, value in {"LANES": 32, "DEPTH": 2, "BLOCK": 64}.items():
+        monkeypatch.setattr(fused_stats, name, value)
+    return lambda: monkeypatch.setattr(token_stats, "_fused", lambda device: fused_stats)
 
 
 @pytest.mark.parametrize("gap", [0, 5, 15, 30])
