@@ -30,8 +30,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         f"{frame['num_responses'].sum():,} responses, {style.span(frame['num_prompts'])} prompts a decile;\n"
         "bars: 95 % interval, clustered by prompt",
     )
-    ax.set_ylim(0, 1)
-    style.legend(ax)
+    style.legend_above_shares(ax)
     return ax
 
 

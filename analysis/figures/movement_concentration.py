@@ -56,9 +56,6 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         f"{style.span(frame['num_tokens'])} tokens, {style.span(frame['num_prompts'])} prompts a bar; "
         "95 % interval, clustered by prompt",
     )
-    # The legend stands above the highest bar there can be.
-    ax.set_ylim(0, 1.25)
-    ax.set_yticks(np.linspace(0, 1, 6))
     ax.grid(visible=False, axis="x")
-    style.legend(ax, loc="upper left", ncols=2)
+    style.legend_above_shares(ax, ncols=2)
     return ax

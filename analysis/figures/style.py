@@ -96,6 +96,13 @@ def legend(ax: Axes, **options: Any) -> None:
     ax.legend(frameon=False, fontsize=8, handlelength=1.6, **options)
 
 
+def legend_above_shares(ax: Axes, **options: Any) -> None:
+    """Scales the axis to shares from 0 to 1, and draws the legend above the highest that there can be."""
+    ax.set_ylim(0, 1.25)
+    ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    legend(ax, loc="upper left", **options)
+
+
 def band(ax: Axes, frame: pl.DataFrame, x: str, y: str, **line: Any) -> None:
     """Draws ``y`` over ``x`` with the band between columns ``low`` and ``high``."""
     ax.plot(frame[x], frame[y], **line)
