@@ -55,8 +55,9 @@ precision: $(READY)  ## what fewer mantissa bits would save of the study's recor
 	$(BIN)/python tests/benchmarks/measure_precision.py data/runs/study \
 		--others $(wildcard data/runs/ablation/*-seed0) --out reports/precision
 
-calibrate: $(READY)  ## how often verdicts are wrong, on simulated runs with known truth
-	$(BIN)/python -m tests.calibration.calibrate --out reports/calibration
+calibrate: $(READY)  ## how often verdicts are wrong, on simulated runs with known truth; WORLDS=a,b SIMULATIONS=400
+	$(BIN)/python -m tests.calibration.calibrate --out reports/calibration \
+		$(if $(WORLDS),--worlds $(WORLDS)) $(if $(SIMULATIONS),--simulations $(SIMULATIONS))
 
 chaos: $(READY)  ## kills runs at 100 random moments, resumes them, compares them with one left alone
 	$(BIN)/python -m tests.chaos.chaos --out reports/chaos.json

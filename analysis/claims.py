@@ -4,33 +4,45 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from analysis import queries
-from analysis.effects import methods, training
-from analysis.effects.estimate import MIN_RUNS, NoEffectError
+from analysis.compare.claims import MethodFinding, judge_methods
+from analysis.effects import training
+from analysis.effects.estimate import NoEffectError
+from analysis.intervals import MIN_BLOCKS
 from analysis.runs import Runs
 from analysis.stats import Estimate, holm
+from analysis.trace.errors import InputError
+from analysis.verdict_rules import CONTRADICTED, INCONCLUSIVE, NOT_RECORDED, SUPPORTED, Size, decide
 
-SUPPORTED, CONTRADICTED, INCONCLUSIVE, NOT_RECORDED = "supported", "contradicted", "inconclusive", "not recorded"
-MAX_P_VALUE = 0.05
+# Keys of every claim and of every part of one.
+CLAIM_KEYS = ("question", "test", "figure", "parts")
+PART_KEYS = ("statistic", "null", "unit", "direction", "smallest_effect", "limit")
+
+# What an effect of either sign is called where the claim expects a positive one.
+WAYS = ("the expected way", "the other way around")
+
+Ledger = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of the scorecard: a part of a claim, judged on one subject (a run, the baseline runs, or an arm)."""
+    """One line of the scorecard: a part of a claim, judged on one subject (a run, the baseline runs, or an arm).
+
+    ``detectable`` is the effect that the runs would have found with 80 % power, None where unknown.
+    """
 
     claim: str
     part: str
     subject: str
     question: str
     statistic: str
+    null: str
     unit: str
     direction: str
     smallest_effect: float
@@ -40,6 +52,7 @@ class Verdict:
     high: float | None
     p_value: float | None
     p_adjusted: float | None
+    detectable: float | None
     n: int
     of: str
     why: str
@@ -47,13 +60,13 @@ class Verdict:
     figure: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields by name, ready for JSON: six significant digits, null for what is not finite."""
+        """Return the fields by name, ready for JSON: six significant digits, null for what is not finite."""
         return {name: _plain(value) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class _Finding:
-    """What a part came to before claims are looked at together: an estimate, or why there is none."""
+    """A part of a claim about training before all are looked at together: an estimate, or why there is none."""
 
     claim: str
     part: str
@@ -61,123 +74,165 @@ class _Finding:
     estimate: Estimate | None
     reason: str = ""
     is_recorded: bool = True
-    num_seeds: int | None = None
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the finding could earn a verdict: it has an interval, and enough steps behind it."""
+        return (
+            self.estimate is not None
+            and math.isfinite(self.estimate.low)
+            and math.isfinite(self.estimate.high)
+            and self.estimate.blocks >= MIN_BLOCKS
+        )
 
 
-@cache
-def load_ledger() -> dict[str, dict[str, Any]]:
-    """Claims by id; the file lies beside this module in a wheel and in ``reports/`` of a checkout."""
-    here = Path(__file__).parent
-    path = next(p for p in (here / "claims.toml", here.parent / "reports" / "claims.toml") if p.is_file())
-    return tomllib.loads(path.read_text())
-
-
-def judge(runs: Runs, seed: int = 0) -> list[Verdict]:
-    """Judges every part of every claim.
-
-    Claims about training are judged on the runs of the baseline arm, or on each run where there is none; claims about
-    methods on pairs of complete runs, reference and method, of equal seed. P-values are adjusted for all that is
-    judged here together (Holm).
+def load_ledger(path: Path | None = None) -> dict[str, dict[str, Any]]:
+    """Return the claims by id.
 
     Args:
-        runs: The runs.
-        seed: Of the bootstraps; each claim has its own stream, so that one does not move another.
+        path: A ledger; the shipped one if not given, beside this module in a wheel and in ``reports/`` of a checkout.
+
+    Raises:
+        InputError: no such file, no TOML, or a claim or part that lacks a key, such as its null.
     """
-    findings = []
-    for number, (claim, entry) in enumerate(load_ledger().items()):
-        rng = np.random.default_rng([seed, number])
-        findings += _about_methods(claim, entry, runs, rng) if "arms" in entry else _about_training(claim, runs, rng)
-    estimates = [finding.estimate for finding in findings if finding.estimate]
-    adjusted = iter(holm([estimate.p_value for estimate in estimates]))
-    return [_verdict(finding, float(next(adjusted)) if finding.estimate else None) for finding in findings]
+    return _shipped_ledger() if path is None else _read_ledger(Path(path))
+
+
+def judge(runs: Runs, ledger: Ledger | None = None) -> list[Verdict]:
+    """Judge every part of every claim.
+
+    Claims about training are judged on each of ``runs.subjects``, those about methods on each arm, by ``compare``.
+    P-values of the first are adjusted for all of them that could earn a verdict, those of the second as in ``compare``.
+    """
+    ledger = load_ledger() if ledger is None else ledger
+    by_claim: dict[str, list[_Finding | MethodFinding]] = {claim: [] for claim in ledger}
+    about_training: list[_Finding] = []
+    for claim, entry in ledger.items():
+        if "arms" not in entry:
+            about_training += _about_training(claim, entry, runs)
+    judged = [finding for finding in about_training if finding.is_judged]
+    adjusted = dict(
+        zip(map(id, judged), map(float, holm([f.estimate.p_value for f in judged if f.estimate])), strict=True)
+    )
+    for finding in (*about_training, *judge_methods(runs, ledger)):
+        by_claim[finding.claim].append(finding)
+    return [
+        _of_method(ledger, finding)
+        if isinstance(finding, MethodFinding)
+        else _of_training(ledger, finding, adjusted.get(id(finding)), len(judged))
+        for findings in by_claim.values()
+        for finding in findings
+    ]
 
 
 def overall(verdicts: Sequence[Verdict]) -> dict[str, str]:
-    """One word a claim: supported if every part is, contradicted if any part is."""
+    """Return one word per claim: supported if every part is, contradicted if any part is."""
     words: dict[str, list[str]] = {}
     for verdict in verdicts:
         words.setdefault(verdict.claim, []).append(verdict.verdict)
     return {claim: _combine(found) for claim, found in words.items()}
 
 
-def decide(estimate: Estimate, p_adjusted: float, direction: str, smallest_effect: float) -> tuple[str, str]:
-    """Verdict and reason from an effect, its interval, and the smallest effect that matters.
-
-    - supported: the effect is established (the interval excludes zero, and p, adjusted for all claims judged together,
-      is at most .05), goes the expected way and is at least the smallest that matters;
-    - contradicted: the same, the other way round;
-    - inconclusive: anything else; the reason tells an effect too small to matter from too little data.
-    """
-    sign = -1.0 if direction == "negative" else 1.0
-    low, high = sorted((sign * estimate.low, sign * estimate.high))
-    value = sign * estimate.value
-    if not (math.isfinite(value) and math.isfinite(low) and math.isfinite(high)):
-        return INCONCLUSIVE, "the effect or its interval is not finite"
-    way = "the expected way" if value > 0 else "the other way round"
-    if low <= 0 <= high:
-        if max(-low, high) < smallest_effect:
-            return INCONCLUSIVE, f"no effect that matters: the whole interval lies within ±{smallest_effect:g}"
-        return INCONCLUSIVE, "the interval holds zero as well as effects that matter"
-    if abs(value) < smallest_effect:
-        return INCONCLUSIVE, f"{way}, but smaller than {smallest_effect:g}, the smallest effect that matters"
-    if p_adjusted > MAX_P_VALUE:
-        return INCONCLUSIVE, f"{way}, but not beyond chance among all claims judged together (p = {p_adjusted:.2g})"
-    return SUPPORTED if value > 0 else CONTRADICTED, f"{way}, beyond chance, and at least {smallest_effect:g}"
+@cache
+def _shipped_ledger() -> dict[str, dict[str, Any]]:
+    here = Path(__file__).parent
+    return _read_ledger(next(p for p in (here / "claims.toml", here.parent / "reports" / "claims.toml") if p.is_file()))
 
 
-def _about_training(claim: str, runs: Runs, rng: np.random.Generator) -> Iterator[_Finding]:
+def _read_ledger(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        ledger = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not a ledger ({' '.join(str(error).split())})") from None
+    for claim, entry in ledger.items():
+        _require(entry, CLAIM_KEYS, f"{path}: claim {claim}")
+        known = training.PARTS.get(claim)
+        for part, spec in entry["parts"].items():
+            name = f'{path}: claim {claim}, part "{part}"'
+            _require(spec, PART_KEYS, name)
+            if "arms" not in entry and (known is None or part not in known):
+                raise InputError(f"{name}: no such part; valid are {', '.join(known or training.PARTS)}")
+    return ledger
+
+
+def _require(entry: Any, keys: Sequence[str], name: str) -> None:
+    for key in keys:
+        if not isinstance(entry, dict) or entry.get(key) in (None, ""):
+            hint = "; say what the effect is compared with" if key == "null" else ""
+            raise InputError(f'{name}: "{key}" is missing{hint}')
+
+
+def _about_training(claim: str, entry: Mapping[str, Any], runs: Runs) -> Iterator[_Finding]:
     for subject, run_ids in (runs.subjects() or {"-": []}).items():
-        for part, effect in training.PARTS[claim].items():
+        for part in entry["parts"]:
             if not run_ids:
                 yield _Finding(claim, part, subject, None, "no run has recorded a step", is_recorded=False)
-            else:
-                yield _find(claim, part, subject, partial(effect, runs, run_ids, rng))
+                continue
+            try:
+                yield _Finding(claim, part, subject, training.PARTS[claim][part](runs, run_ids))
+            except NoEffectError as reason:
+                yield _Finding(claim, part, subject, None, str(reason), reason.is_recorded)
 
 
-def _about_methods(claim: str, entry: dict[str, Any], runs: Runs, rng: np.random.Generator) -> Iterator[_Finding]:
-    reference = entry.get("reference", runs.baseline)
-    for arm in entry["arms"]:
-        pairs = methods.paired_runs(runs, reference, arm)
-        subject = f"{arm} vs {reference}"
-        for part, effect in methods.PARTS[claim].items():
-            if not pairs:
-                reason = f"no complete run of arm {arm} beside one of arm {reference} of equal seed"
-                yield _Finding(claim, part, subject, None, reason, is_recorded=False)
-            else:
-                yield _find(claim, part, subject, partial(effect, runs, pairs, rng), len(pairs))
-
-
-def _find(
-    claim: str, part: str, subject: str, effect: Callable[[], Estimate], num_seeds: int | None = None
-) -> _Finding:
-    try:
-        return _Finding(claim, part, subject, effect(), num_seeds=num_seeds)
-    except NoEffectError as reason:
-        return _Finding(claim, part, subject, None, str(reason), reason.is_recorded, num_seeds)
-
-
-def _verdict(finding: _Finding, p_adjusted: float | None) -> Verdict:
-    entry = load_ledger()[finding.claim]
-    spec = entry["parts"][finding.part]
+def _of_training(ledger: Ledger, finding: _Finding, p_adjusted: float | None, num_tests: int) -> Verdict:
+    spec = ledger[finding.claim]["parts"][finding.part]
     estimate = finding.estimate
-    if estimate is None or p_adjusted is None:
+    found = math.nan
+    if estimate is None:
         word, why = INCONCLUSIVE if finding.is_recorded else NOT_RECORDED, finding.reason
-    else:
-        word, why = decide(estimate, p_adjusted, spec["direction"], spec["smallest_effect"])
-        if finding.num_seeds is not None and finding.num_seeds < MIN_RUNS:
-            seeds = "one seed" if finding.num_seeds == 1 else f"{finding.num_seeds} seeds"
+    elif p_adjusted is None:
+        word = INCONCLUSIVE
+        why = "the effect or its interval is not finite"
+        if estimate.blocks < MIN_BLOCKS:
             why = (
-                f"{seeds} only, a verdict needs {MIN_RUNS}: the interval leaves out how other seeds would turn out. "
-                f"For these runs alone: {word}, {why}"
+                f"steps depend on each other so much that they are worth {estimate.blocks:.1f} independent ones; "
+                f"a verdict needs {MIN_BLOCKS:g}: record more steps"
             )
-            word = INCONCLUSIVE
+    else:
+        sign = -1 if spec["direction"] == "negative" else 1
+        ways = WAYS if sign > 0 else (WAYS[1], WAYS[0])
+        size = Size(estimate.n, spec["limit"])
+        outcome = decide(estimate, p_adjusted, spec["smallest_effect"], num_tests=num_tests, size=size, ways=ways)
+        word = {1: SUPPORTED, 0: INCONCLUSIVE, -1: CONTRADICTED}[sign * outcome.direction]
+        why, found = outcome.why, outcome.detectable
+    return _verdict(ledger, finding.claim, finding.part, finding.subject, word, why, estimate, p_adjusted, found)
+
+
+def _of_method(ledger: Ledger, finding: MethodFinding) -> Verdict:
+    return _verdict(
+        ledger,
+        finding.claim,
+        finding.part,
+        finding.subject,
+        finding.verdict,
+        finding.why,
+        finding.estimate,
+        finding.p_adjusted,
+        finding.detectable,
+    )
+
+
+def _verdict(
+    ledger: Ledger,
+    claim: str,
+    part: str,
+    subject: str,
+    word: str,
+    why: str,
+    estimate: Estimate | None,
+    p_adjusted: float | None,
+    detectable: float,
+) -> Verdict:
+    entry = ledger[claim]
+    spec = entry["parts"][part]
     stem = spec.get("figure", entry["figure"])
     return Verdict(
-        claim=finding.claim,
-        part=finding.part,
-        subject=finding.subject,
+        claim=claim,
+        part=part,
+        subject=subject,
         question=entry["question"],
         statistic=spec["statistic"],
+        null=spec["null"],
         unit=spec["unit"],
         direction=spec["direction"],
         smallest_effect=spec["smallest_effect"],
@@ -187,6 +242,7 @@ def _verdict(finding: _Finding, p_adjusted: float | None) -> Verdict:
         high=estimate.high if estimate else None,
         p_value=estimate.p_value if estimate else None,
         p_adjusted=p_adjusted,
+        detectable=detectable if math.isfinite(detectable) else None,
         n=estimate.n if estimate else 0,
         of=estimate.of if estimate else "-",
         why=why,

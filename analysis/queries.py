@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
 from analysis.trace.errors import InputError, nearest
+from analysis.trace.schema import TABLES
 
 SQL_ROOT = Path(__file__).with_name("sql")
 LEVELS = ("stage", "instance", "token", "ablation", "cluster")
@@ -16,11 +18,14 @@ STAGING = (
     "staged_responses",
     "staged_tokens",
     "staged_movements",
+    "responses_at_length",
     "response_fifths",
     "entropy_thresholds",
     "eval_prompts",
 )
 HEADERS = ("question", "grain", "params", "units", "needs")
+WORD = re.compile(r"\w+")
+CREATED = re.compile(r"^create (?:view|macro) (\w+)", re.MULTILINE)
 # Header "needs": how to see whether a trace holds it, what to do where it does not, and the table or column that
 # ``unknown`` in run.json gives a reason for where nothing can be done.
 NEEDS = {
@@ -82,3 +87,17 @@ def need(stem: str) -> str:
 def staging() -> list[str]:
     """SQL of the shared views and macros, each after what it builds on."""
     return [(SQL_ROOT / "staging" / f"{name}.sql").read_text() for name in STAGING]
+
+
+def tables_in(text: str) -> set[str]:
+    """Return the tables of the trace that a query may read, directly or through the shared views and macros."""
+    behind = _tables_behind()
+    return set().union(*(behind.get(word, ()) for word in WORD.findall(text.lower())))
+
+
+@cache
+def _tables_behind() -> dict[str, set[str]]:
+    behind = {name: {name} for name in TABLES}
+    for text in staging():
+        behind |= dict.fromkeys(CREATED.findall(text), set().union(*(behind.get(w, ()) for w in WORD.findall(text))))
+    return behind

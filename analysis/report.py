@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import polars as pl
     from markupsafe import Markup
 
+    from analysis.stages import StageFit
+
 PAGE, CLAIMS = "report.html", "claims.json"
 MARK = '<meta name="generator" content="entrace report">'
 TEMPLATES = Path(__file__).with_name("templates")
@@ -198,11 +200,26 @@ def _provenance(runs: Runs) -> dict[str, Any]:
                 "run_id": run,
                 "steps": manifest.get("last_durable_step"),
                 "fit": runs.stage_fits.get(run),
+                "online": _describe_online(manifest, runs.stage_fits.get(run)),
                 "changes": _changes(recorded[first], recorded[run]) if manifest.get("config") else [],
             }
             for run, manifest in manifests.items()
         ],
     }
+
+
+def _describe_online(manifest: dict[str, Any], fit: StageFit | None) -> str:
+    """Return what the trainer's own detector found while training, and whether the fitted boundary agrees."""
+    if "plateau_step" not in manifest:
+        return ""
+    found = manifest["plateau_step"]
+    if found is None:
+        return "while training, no plateau was detected"
+    text = f"while training, the plateau was detected at step {found}"
+    if fit is None or fit.boundary is None or fit.low is None or fit.high is None:
+        return text
+    agrees = fit.low <= found - 1 <= fit.high
+    return f"{text}, {'within' if agrees else 'outside'} the interval of the boundary"
 
 
 def _changes(reference: dict[str, Any], own: dict[str, Any]) -> list[tuple[str, str]]:

@@ -13,13 +13,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis import queries
+from analysis import interval_functions, queries
 from analysis.interrupt import interruptible
 from analysis.trace.errors import InputError, nearest
 from analysis.trace.manifest import MANIFEST, read_manifest
 from analysis.trace.parts import check_part, list_parts, listed_files
 from analysis.trace.plain import well_formed
-from analysis.trace.schema import TABLES, Table
+from analysis.trace.schema import SCHEMA_VERSION, TABLES, Table
 
 if TYPE_CHECKING:
     import duckdb
@@ -64,6 +64,21 @@ STAGES_COLUMNS = {
     "accuracy_slope_low": "double",
     "accuracy_slope_high": "double",
 }
+# Columns that version 1 does not store but implies.
+DERIVED = {
+    # A prompt sampled twice in one step is two groups, each of which has every sample_index once.
+    "rollouts": (
+        "group_id",
+        "(select *, min(rollout_id) over (partition by run_id, step, prompt_id, repeat) as group_id from (select *, "
+        "row_number() over (partition by run_id, step, prompt_id, sample_index order by rollout_id) as repeat "
+        "from {source}))",
+    ),
+    "tokens": (
+        "is_kept",
+        "(select * from {source} left join (select run_id, rollout_id, bool_or(is_kept) as is_kept from rollouts "
+        "group by all) using (run_id, rollout_id))",
+    ),
+}
 # EXPLAIN ANALYZE runs what it explains, so what follows has to be a SELECT as well.
 EXPLAIN = re.compile(r"\s*explain\s*(\([^)]*\)|analyze\b)?", re.IGNORECASE)
 # Of what is missing of a run.
@@ -83,14 +98,14 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
         The runs, failed ones and those without any data yet included.
 
     Raises:
-        InputError: a path is no trace, has another schema version, misses a column, or holds a damaged file.
+        InputError: a path is no trace, has an unreadable schema version, misses a column, or holds a damaged file.
     """
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
         raise InputError("no run given; name at least one run or study folder")
     folders = dict.fromkeys(folder.resolve() for path in given for folder in _find_run_folders(path))
     manifests: dict[str, dict[str, Any]] = {}
-    files: dict[str, list[str]] = {name: [] for name in TABLES}
+    files: dict[str, dict[str, int]] = {name: {} for name in TABLES}
     notes: dict[str, str | None] = {}
     for folder in folders:
         if str(folder) != well_formed(str(folder)):
@@ -102,7 +117,7 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
         manifests[run_id] = manifest
         parts = list_parts(folder, manifest)
         for name, table in TABLES.items():
-            files[name] += [str(check_part(path, table, rows)) for path, rows in parts[name].items()]
+            files[name] |= {str(path): check_part(path, table, rows) for path, rows in parts[name].items()}
         listed = listed_files(folder, manifest)
         gone = [name for name, found in parts.items() if not found and listed.get(name)]
         notes[run_id] = _describe_progress(manifest, _read_steps(folder, parts["steps"]), gone)
@@ -118,14 +133,15 @@ class Runs:
     """
 
     def __init__(
-        self, manifests: dict[str, dict[str, Any]], files: dict[str, list[str]], notes: dict[str, str | None]
+        self, manifests: dict[str, dict[str, Any]], files: dict[str, dict[str, int]], notes: dict[str, str | None]
     ) -> None:
-        """``files`` lists the Parquet files of each table, all runs together."""
+        """``files`` gives the schema version of each Parquet file of each table, all runs together."""
         self.manifests = manifests
         self.notes = {run_id: note for run_id, note in notes.items() if note}
         self._fits: dict[str, StageFit] | None = None
         self._has_stages = False
         self._kept: dict[tuple[str, ...], pl.DataFrame] = {}
+        self._finite: set[str] = set()
         self._files = [path for paths in files.values() for path in paths]
         self._con = _connect(manifests, files)
 
@@ -188,9 +204,9 @@ class Runs:
         if self._fits is None:
             from analysis.stages import fit_stages
 
-            finite = "isfinite(entropy_token_mean) and isfinite(accuracy)"
+            known = "entropy_token_mean is not null and accuracy is not null"
             steps = self._select(
-                f"select run_id, step, entropy_token_mean, accuracy from steps where {finite} order by run_id, step", {}
+                f"select run_id, step, entropy_token_mean, accuracy from steps where {known} order by run_id, step", {}
             )
             self._fits = {
                 str(run_id): fit_stages(
@@ -228,6 +244,35 @@ class Runs:
             self._con.executemany(f"insert into stages values ({', '.join('?' * len(STAGES_COLUMNS))})", rows)
 
     def _select(self, text: str, params: dict[str, Any]) -> pl.DataFrame:
+        for name in queries.tables_in(text):
+            self._check_finite(TABLES[name])
+        return self._run(text, params)
+
+    def _check_finite(self, table: Table) -> None:
+        """Refuse a table that holds NaN or infinity, which would silently spread through every mean.
+
+        Each table is scanned once, before the first query that reads it: 50 ms per million tokens, about as long as one
+        question takes, so a trace opened for its steps alone does not pay for its tokens.
+
+        Raises:
+            InputError: a float column holds NaN or infinity.
+        """
+        if table.name in self._finite or not table.float_columns:
+            return
+        counts = ", ".join(f"count(*) filter (not isfinite({c.name})) as {c.name}" for c in table.float_columns)
+        found = self._run(
+            f"select run_id, count(*) as num_rows, {counts} from {table.name} group by all order by 1", {}
+        )
+        for row in found.iter_rows(named=True):
+            if column := next((column for column in table.float_columns if row[column.name]), None):
+                remedy = "write null where the value is unknown" if column.nullable else "correct or remove these rows"
+                raise InputError(
+                    f"run {row['run_id']}: table {table.name}: column {column.name} is NaN or infinite in "
+                    f"{row[column.name]} of {row['num_rows']} rows; {remedy}, and write the trace again"
+                )
+        self._finite.add(table.name)
+
+    def _run(self, text: str, params: dict[str, Any]) -> pl.DataFrame:
         import duckdb
         import polars as pl
 
@@ -304,7 +349,7 @@ def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int], gone: 
     return f"{state or manifest.get('status')}, {done}{missing if gaps else ''}{removed}"
 
 
-def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, list[str]]) -> duckdb.DuckDBPyConnection:
+def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, dict[str, int]]) -> duckdb.DuckDBPyConnection:
     import duckdb
 
     # What does not fit into memory would go to the working directory. DuckDB makes the folder when it is needed.
@@ -319,8 +364,9 @@ def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, list[str]]) 
         }
     )
     weakref.finalize(con, shutil.rmtree, spill, ignore_errors=True)
-    for name, table in TABLES.items():
-        _create_view(con, table, files[name])
+    # Tokens of version 1 look up their rollouts.
+    for name in reversed(TABLES):
+        _create_view(con, TABLES[name], files[name])
     for name, columns in (("runs", RUNS_COLUMNS), ("stages", STAGES_COLUMNS)):
         con.execute(f"create table {name} ({', '.join(f'{column} {kind}' for column, kind in columns.items())})")
     rows = [
@@ -328,6 +374,7 @@ def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, list[str]]) 
         for run_id, manifest in manifests.items()
     ]
     con.executemany(f"insert into runs values ({', '.join('?' * len(RUNS_COLUMNS))})", rows)
+    interval_functions.register(con)
     for text in queries.staging():
         con.execute(text)
     # A pattern is checked as it stands, and so is each file that it finds.
@@ -338,7 +385,7 @@ def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, list[str]]) 
     return con
 
 
-def _create_view(con: duckdb.DuckDBPyConnection, table: Table, files: list[str]) -> None:
+def _create_view(con: duckdb.DuckDBPyConnection, table: Table, files: dict[str, int]) -> None:
     import duckdb
 
     if not files:
@@ -346,12 +393,27 @@ def _create_view(con: duckdb.DuckDBPyConnection, table: Table, files: list[str])
         con.execute(f"create table {table.name} as select * from empty")
         con.unregister("empty")
         return
-    columns = ", ".join(column.name for column in table.columns)
-    paths = ", ".join(_quote(_pattern(path)) for path in files)
+    sources = [
+        _select_version(table, version, [path for path, found in files.items() if found == version])
+        for version in sorted(set(files.values()))
+    ]
     try:
-        con.execute(f"create view {table.name} as select {columns} from read_parquet([{paths}])")
+        con.execute(f"create view {table.name} as {' union all '.join(sources)}")
     except duckdb.Error as error:
         raise InputError(_one_line(error)) from None
+
+
+def _select_version(table: Table, version: int, files: list[str]) -> str:
+    """Return a SELECT of all columns of ``table`` from files of one schema version."""
+    paths = ", ".join(_quote(_pattern(path)) for path in files)
+    stored = ", ".join(column.name for column in table.columns if column.since <= version)
+    source = f"(select {stored} from read_parquet([{paths}]))"
+    if version < SCHEMA_VERSION and table.name in DERIVED:
+        name, derived = DERIVED[table.name]
+        source, stored = derived.format(source=source), f"{stored}, {name}"
+    known = stored.split(", ")
+    columns = (c.name if c.name in known else f"null::{c.type} as {c.name}" for c in table.columns)
+    return f"select {', '.join(columns)} from {source}"
 
 
 def _parameters(text: str) -> set[str]:

@@ -1,13 +1,24 @@
-"""The two stages of training: where the boundary lies, how fast each goes, and who lost the entropy."""
+"""The stages of training: does it slow down, where is the boundary, and are there two stages rather than a curve?
+
+Three questions with nulls of their own (claim S1):
+
+- Does a series move less in the second half of the run than in the first? Null: a straight line, or only noise.
+- Where do two lines that meet fit best? Null: one line. This boundary splits the run into rising stage and plateau.
+- Do two lines fit better than a smooth curve? Null: the smooth curve that fits best.
+
+Errors are autocorrelated throughout; see ``analysis.intervals``.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from analysis.stats import DRAWS, LEVEL, block_length, resample_blocks
+from analysis.intervals import contrast, draw_contrasts, draw_errors
+from analysis.stats import LEVEL, ONE_SD, Estimate
 
 RISING, PLATEAU = "rising", "plateau"
 MIN_STEPS = 20
@@ -15,9 +26,17 @@ MIN_SEGMENT = 5
 MIN_SEGMENT_SHARE = 0.05
 MAX_KNOTS = 200
 MAX_P_VALUE = 0.05
-BOOTSTRAPS = 500
-# Entropy is to fall and accuracy to rise.
+BOOTSTRAPS = 400
+DRAWS = 4000
+# Longer runs are averaged over neighboring steps before they are fitted.
+MAX_FITTED = 400
+# Entropy is expected to fall and accuracy to rise.
 EXPECTED_SIGNS = np.array([-1.0, 1.0])
+# Interior knots, as shares of the run, of the piecewise linear trend that measures movement in each half.
+QUARTERS = (0.25, 0.5, 0.75)
+# Time constants of smooth curves, centers and widths of logistic ones, as shares of the run.
+TIME_CONSTANTS = tuple(np.geomspace(0.03, 2, 16))
+CENTERS, WIDTHS = tuple(np.linspace(0, 0.8, 9)), tuple(np.geomspace(0.04, 0.3, 6))
 
 
 @dataclass(frozen=True)
@@ -28,14 +47,16 @@ class StageFit:
         first_step: First recorded step.
         last_step: Last recorded step.
         num_steps: Recorded steps.
-        num_rising: Those of the rising stage.
+        num_rising: Steps of the rising stage.
         boundary: Last step of the rising stage; None where the run shows no boundary.
         low: Lower end of the boundary's 95 % interval.
         high: Upper end.
         reason: Why there is no boundary; empty where there is one.
         starts: Fitted entropy and accuracy at the first step of each stage, shape ``(stages, 2)``.
         slopes: Change per step, shape ``(stages, 2)``.
-        slope_draws: Bootstrapped slopes, shape ``(draws, 2, 2)``; empty without a boundary.
+        slope_draws: Simulated slopes, shape ``(draws, 2, 2)``; empty without a boundary.
+        steps: Fitted steps, shape ``(n,)``.
+        values: Entropy and accuracy at these, shape ``(n, 2)``.
     """
 
     first_step: int
@@ -49,9 +70,11 @@ class StageFit:
     starts: np.ndarray
     slopes: np.ndarray
     slope_draws: np.ndarray = field(repr=False)
+    steps: np.ndarray = field(repr=False, default_factory=lambda: np.empty(0))
+    values: np.ndarray = field(repr=False, default_factory=lambda: np.empty((0, 2)))
 
     def segments(self) -> list[dict[str, Any]]:
-        """One row a stage, as table ``stages`` holds it."""
+        """Return one row per stage, as table ``stages`` holds it."""
         spans = {RISING: (self.first_step, self.last_step)}
         if self.boundary is not None:
             spans = {
@@ -73,7 +96,7 @@ class StageFit:
         ]
 
     def _measure(self, name: str, stage: int, series: int) -> dict[str, float | None]:
-        """Start and slope of one series in one stage, with the slope's 95 % interval where there is a boundary."""
+        """Return start and slope of one series in one stage, with the slope's 95 % interval if there is a boundary."""
         ends = np.percentile(self.slope_draws[:, stage, series], LEVEL) if len(self.slope_draws) else (None, None)
         return {
             f"{name}_start": float(self.starts[stage, series]),
@@ -82,6 +105,15 @@ class StageFit:
             f"{name}_slope_high": None if ends[1] is None else float(ends[1]),
         }
 
+    def movement(self, series: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """Return how far one series moved the expected way in each half of the run; see ``stages.movement``."""
+        return movement(self.steps, self.values[:, series] * EXPECTED_SIGNS[series])
+
+    @cached_property
+    def two_stages(self) -> Estimate:
+        """How much better two lines fit than the best smooth curve; see ``compare_shapes``."""
+        return compare_shapes(self.steps, self.values)
+
 
 def fit_stages(
     step: np.ndarray,
@@ -89,17 +121,16 @@ def fit_stages(
     accuracy: np.ndarray,
     rng: np.random.Generator | None = None,
 ) -> StageFit:
-    """Finds the boundary between rising stage and plateau (claim S1).
+    """Find the boundary between rising stage and plateau.
 
-    Both series are standardised and fitted together by least squares with lines that meet at one boundary, a recorded
-    step with at least 5 steps and 5 % of the run on either side. The interval is the percentile interval of a
-    moving-block bootstrap of the residuals within each stage, since noise often shrinks with entropy; the same blocks
-    for both series.
+    Both series are standardized and fitted together by least squares with lines that meet at one boundary, a recorded
+    step with at least 5 steps and 5 % of the run on either side. Its interval holds the middle 95 % of the boundaries
+    found in simulations of the fit, with errors drawn by ``intervals.draw_errors``.
 
-    There is no boundary inside the run if it has fewer than 20 steps; or the two segments do not fit better than one
-    line (p > .05 by a bootstrap of the largest improvement over all boundaries, blocks of the line's residuals); or
-    the second segment is the faster one (standardised change per step, both series together); or the best boundary
-    is the first or the last that is allowed.
+    There is no boundary if the run has fewer than 20 steps; or two segments fit no better than one line (p > .05, by
+    simulations of the line with the largest improvement over all boundaries); or the second segment is the faster one
+    (standardized change per step, both series together); or the first one does not move the expected way (entropy down,
+    accuracy up, both together); or the best boundary is the first or the last that is allowed.
 
     Args:
         step: Steps in order, shape ``(n,)``.
@@ -108,133 +139,153 @@ def fit_stages(
         rng: Source of randomness; the same for every run if not given.
     """
     rng = rng or np.random.default_rng(0)
-    x = np.asarray(step, dtype=float)
-    y = np.column_stack((entropy, accuracy)).astype(float)
-    line = np.column_stack((np.ones_like(x), x))
+    recorded = np.asarray(step, dtype=float)
+    x, y = _average(recorded, np.column_stack((entropy, accuracy)).astype(float))
+    spans = (int(recorded[0]), int(recorded[-1]), len(recorded))
     if len(x) < MIN_STEPS:
-        return _one_stage(x, y, f"the run has {len(x)} steps, a boundary needs {MIN_STEPS}")
+        return _one_stage(spans, x, y, f"the run has {len(x)} steps, a boundary needs {MIN_STEPS}")
     center, scale = y.mean(0), y.std(0)
     z = (y - center) / np.where(scale > 0, scale, 1)
-    search = _Search(x)
+    search = _Family(_two_lines(x))
+    line = np.column_stack((np.ones_like(x), x - x[0]))
 
-    on_line = line @ np.linalg.lstsq(line, z, rcond=None)[0]
-    blocks = resample_blocks(len(x), rng, BOOTSTRAPS)
-    null = on_line[:, :, None] + np.moveaxis((z - on_line)[blocks], 2, 1)
-    p_value = float(np.mean(search.improvement(null) >= search.improvement(z[:, :, None])[0]))
     best = int(search.best(z[:, :, None])[0])
     coefficients = search.coefficients(z[:, :, None], np.array([best]))[0]
-    rising, plateau = np.abs(_slopes(coefficients)).sum(1)
-    if p_value > MAX_P_VALUE:
-        return _one_stage(x, y, f"two segments fit no better than one line (p = {p_value:.2f})")
-    if plateau >= rising:
-        return _one_stage(x, y, f"the run is faster after step {search.knots[best]:.0f} than before")
-    if best in (0, len(search.knots) - 1):
-        return _one_stage(x, y, f"the best boundary, step {search.knots[best]:.0f}, lies at the edge of the run")
-
     fitted = search.bases[best] @ coefficients
-    after = int(np.searchsorted(x, search.knots[best], side="right"))
-    residuals = (z - fitted) * _inflation(len(x), search.bases.shape[2])
-    resampled = fitted[:, :, None] + np.moveaxis(residuals[_blocks_by_stage(after, len(x), rng, BOOTSTRAPS)], 2, 1)
-    knots = search.best(resampled)
-    low, high = np.percentile(search.knots[knots], LEVEL)
+    errors = draw_errors(z - fitted, search.bases[best], x, BOOTSTRAPS, rng)
+    on_line = line @ np.linalg.lstsq(line, z, rcond=None)[0]
+    improvement = _improvement(search, line, z[:, :, None])[0]
+    p_value = float(np.mean(_improvement(search, line, on_line[:, :, None] + errors) >= improvement))
+    knots = _knots(x)
+    slopes = _slopes(coefficients)
+    rising, plateau = np.abs(slopes).sum(1)
+    if p_value > MAX_P_VALUE:
+        return _one_stage(spans, x, y, f"two segments fit no better than one line (p = {p_value:.2f})")
+    if plateau >= rising:
+        return _one_stage(spans, x, y, f"the run is faster after step {knots[best]:.0f} than before")
+    if slopes[0] @ EXPECTED_SIGNS <= 0:
+        return _one_stage(spans, x, y, "entropy and accuracy do not move the expected way")
+    if best in (0, len(knots) - 1):
+        return _one_stage(spans, x, y, f"the best boundary, step {knots[best]:.0f}, lies at the edge of the run")
+
+    simulated = fitted[:, :, None] + errors
+    found = search.best(simulated)
+    low, high = np.percentile(knots[found], LEVEL)
+    after = int(np.searchsorted(x, knots[best], side="right"))
     return StageFit(
-        first_step=int(x[0]),
-        last_step=int(x[-1]),
-        num_steps=len(x),
-        num_rising=after,
-        boundary=float(search.knots[best]),
-        low=float(low),
-        high=float(high),
+        *spans,
+        num_rising=int(np.searchsorted(recorded, knots[best], side="right")),
+        boundary=float(knots[best]),
+        low=float(min(low, knots[best])),
+        high=float(max(high, knots[best])),
         reason="",
         starts=fitted[[0, after]] * scale + center,
-        slopes=_slopes(coefficients) * scale,
-        slope_draws=_slopes(search.coefficients(resampled, knots)) * scale,
+        slopes=slopes * scale,
+        slope_draws=_slopes(search.coefficients(simulated, found)) * scale,
+        steps=x,
+        values=y,
     )
 
 
-def relative_speed(slopes: np.ndarray) -> np.ndarray:
-    """Speed of the plateau relative to that of the rising stage, signed: 0 = standstill, 1 = as fast as before.
+def movement(step: np.ndarray, series: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return how far a series rose over the first and over the second half of the run, with draws of the posterior.
+
+    The rise is that of a trend of four lines that meet at the quarters of the run.
 
     Args:
-        slopes: Shape ``(..., 2 stages, 2 series)``, entropy first.
+        step: Steps in order, shape ``(n,)``.
+        series: Shape ``(n,)``.
 
     Returns:
-        Shape ``(..., 2)``: entropy, accuracy; nan where the rising stage does not move the expected way.
+        Values ``(2,)``, draws ``(DRAWS, 2)``, and the effective number of independent steps.
     """
-    rising = slopes[..., 0, :] * EXPECTED_SIGNS
+    x = (step - step[0]) / (step[-1] - step[0])
+
+    def columns(at: np.ndarray) -> np.ndarray:
+        return np.column_stack((np.ones_like(at), at, *(np.maximum(at - knot, 0) for knot in QUARTERS)))
+
+    basis = columns(x)
+    weights = np.diff(columns(np.array([0.0, 0.5, 1.0])), axis=0) @ np.linalg.pinv(basis)
+    draws = draw_contrasts(series, basis, weights, step, DRAWS, np.random.default_rng(0))
+    blocks = contrast(series, basis, weights[0] - weights[1], steps=step).blocks
+    return weights @ series, draws, blocks
+
+
+def slowdown(movements: np.ndarray) -> np.ndarray:
+    """Return (v1 - |v2|) / (|v1| + |v2|) of movements ``(..., 2)`` in both halves of a run.
+
+    0 is a straight line; 1 a standstill in the second half; -1 a standstill in the first half, or a movement that goes
+    the other way from the start.
+    """
+    first, second = movements[..., 0], np.abs(movements[..., 1])
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(rising > 0, slopes[..., 1, :] / slopes[..., 0, :], np.nan)
+        return (first - second) / (np.abs(first) + second)
 
 
-def fitted_ends(
-    fit: StageFit, step: np.ndarray, series: np.ndarray, rng: np.random.Generator, draws: int = DRAWS
-) -> tuple[np.ndarray, np.ndarray]:
-    """Fitted values of further series at the first step and at the end of the rising stage, with their bootstrap.
+def compare_shapes(step: np.ndarray, values: np.ndarray) -> Estimate:
+    """Compare two lines that meet with the best smooth curve, in squared error.
 
-    Each series is fitted by least squares with the run's two segments, which meet at the boundary already found (one
-    line over all steps where there is none). Residuals are resampled as for the stages themselves, the same blocks for
-    all series: what neighbouring steps share, and what the series share, stays.
+    Curves are exponential, logarithmic, or logistic in the step, with one time constant for both series, each beside a
+    line; so they have as many parameters as two lines or more. The advantage of a shape is 1 - its squared error / that
+    of the other one. It is held against simulations of the other shape, with errors drawn by
+    ``intervals.draw_errors``: noise alone makes either shape fit better at times.
 
     Args:
-        fit: The run's stages.
-        step: Recorded steps, shape ``(n,)``.
-        series: Values, shape ``(n, S)``.
-        rng: Source of randomness.
-        draws: Number of bootstrap samples.
+        step: Steps in order, shape ``(n,)``.
+        values: Series, ``(n, S)``.
 
     Returns:
-        Fitted values, shape ``(2, S)``, start first, and draws of them, ``(draws, 2, S)``.
+        Where two lines fit better, their advantage beyond what they would have if the curve were true, positive; else
+        that of the curve beyond what it would have if two lines were true, negative.
+    """
+    rng = np.random.default_rng(0)
+    scale = values.std(0)
+    z = ((values - values.mean(0)) / np.where(scale > 0, scale, 1))[:, :, None]
+    families = _Family(_two_lines(step)), _Family(_curves(step))
+    best = [int(family.best(z)[0]) for family in families]
+    fits = [f.bases[i] @ f.coefficients(z, np.array([i]))[0] for f, i in zip(families, best, strict=True)]
+    advantage = float(_advantage(families, z)[0])
+    better, other = (0, 1) if advantage > 0 else (1, 0)
+    errors = draw_errors(z[:, :, 0] - fits[better], families[better].bases[best[better]], step, BOOTSTRAPS, rng)
+    null = _advantage(families, fits[other][:, :, None] + errors)
+    low, middle, high = np.percentile(null, (ONE_SD[0], 50, ONE_SD[1]))
+    return Estimate.from_error(advantage - float(middle), float(high - low) / 2, np.inf, len(step), "steps")
+
+
+def trend_weights(fit: StageFit, step: np.ndarray, noise: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the trend's columns, and weights of the change over the rising stage.
+
+    The trend is two lines within each stage, all meeting: a fall that slows down within a stage is not noise. It is
+    fitted by least squares, weighted where the noise of steps is known.
+
+    Args:
+        fit: The run's stages; one stage where it has no boundary.
+        step: Steps at which the series is known, shape ``(n,)``.
+        noise: Sampling variance of the series at these.
+
+    Returns:
+        Columns ``(n, p)``, and weights ``(n,)`` by which a series gives its fitted value at the end of the rising stage
+        minus that at the first step.
     """
     x = np.asarray(step, dtype=float)
-    end = fit.last_step if fit.boundary is None else fit.boundary
-    columns = [np.ones_like(x), x - fit.first_step]
-    if fit.boundary is not None:
-        columns.append(np.maximum(x - fit.boundary, 0))
-    basis = np.column_stack(columns)
-    solver = np.linalg.pinv(basis)
-    fitted = basis @ (solver @ series)
-    residuals = (series - fitted) * _inflation(len(x), basis.shape[1])
-    rising = int(np.searchsorted(x, end, side="right"))
-    resampled = fitted[:, None, :] + residuals[_blocks_by_stage(rising, len(x), rng, draws)]
-    at_ends = np.zeros((2, basis.shape[1]))
-    at_ends[:, 0] = 1
-    at_ends[1, 1] = end - fit.first_step
-    project = at_ends @ solver
-    return project @ series, np.moveaxis(np.tensordot(project, resampled, axes=(1, 0)), 1, 0)
+    first, last = fit.first_step, fit.last_step
+    end = last if fit.boundary is None else fit.boundary
+    knots = [(first + end) / 2]
+    if (x > end).sum() >= MIN_SEGMENT:
+        knots += [end, (end + last) / 2]
 
+    def columns(at: np.ndarray) -> np.ndarray:
+        return np.column_stack((np.ones_like(at), at - first, *(np.maximum(at - knot, 0) for knot in knots)))
 
-def fit_exchange(
-    exp_entropy: np.ndarray, accuracy: np.ndarray, num_rising: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Least-squares fit of accuracy = -a exp(H) + b (arXiv 2505.22617) over the steps of a run, with its bootstrap.
-
-    Steps keep their entropy, because resampled pairs would often miss the few steps of high entropy that carry the fit;
-    residuals are resampled in blocks within each stage.
-
-    Args:
-        exp_entropy: exp of mean token entropy per step, shape ``(n,)``, not all equal.
-        accuracy: Accuracy per step.
-        num_rising: Steps of the rising stage.
-        rng: Source of randomness.
-
-    Returns:
-        a and b, shape ``(2,)``, and draws of them, ``(draws, 2)``.
-    """
-    basis = np.column_stack((-exp_entropy, np.ones_like(exp_entropy)))
-    solver = np.linalg.pinv(basis)
-    fitted = basis @ (solver @ accuracy)
-    residuals = (accuracy - fitted) * _inflation(len(accuracy), 2)
-    resampled = fitted[:, None] + residuals[_blocks_by_stage(num_rising, len(accuracy), rng, DRAWS)]
-    return solver @ accuracy, (solver @ resampled).T
-
-
-def num_rising_blocks(fit: StageFit) -> float:
-    """Blocks of the moving-block bootstrap that the rising stage holds: how many of its steps count as independent."""
-    return fit.num_rising / block_length(fit.num_rising)
+    basis = columns(x)
+    # Half of the average noise stands for the state of the policy, which no number of prompts averages out.
+    precision = np.ones_like(x) if noise is None or not noise.mean() > 0 else 1 / (noise + noise.mean() / 2)
+    solver = np.linalg.pinv(basis * np.sqrt(precision)[:, None]) * np.sqrt(precision)
+    return basis, np.diff(columns(np.array([first, end], dtype=float)), axis=0)[0] @ solver
 
 
 def decompose_fall(tokens: np.ndarray, entropy_sum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Splits the fall of mean token entropy between two windows into parts of each sample sign (claim S2).
+    """Split the fall of mean token entropy between two windows into parts of each sample sign (claim S2).
 
     With w the share of a sign in the tokens and m its mean entropy, the fall is, exactly, the sum over signs of
     mean(w) (m_start - m_end), the change within the sign, and (w_start - w_end) mean(m), the change in its share
@@ -258,68 +309,95 @@ def decompose_fall(tokens: np.ndarray, entropy_sum: np.ndarray) -> tuple[np.ndar
     return within, between
 
 
-def _blocks_by_stage(rising: int, steps: int, rng: np.random.Generator, draws: int) -> np.ndarray:
-    """Indices of a moving-block bootstrap that stays within each stage, shape ``(steps, draws)``."""
-    parts = [resample_blocks(rising, rng, draws)]
-    if rising < steps:
-        parts.append(rising + resample_blocks(steps - rising, rng, draws))
-    return np.concatenate(parts)
+class _Family:
+    """Least-squares fits of all shapes of a family at once; series have shape ``(n, S, draws)``."""
 
+    def __init__(self, bases: np.ndarray) -> None:
+        """Keep the columns of each shape, ``(shapes, n, p)``, and their QR decompositions."""
+        self.bases = bases
+        self._q, self._r = np.linalg.qr(bases)
 
-def _inflation(steps: int, coefficients: int) -> float:
-    """Residuals of a fit are smaller than the noise by the inverse of this."""
-    return float(np.sqrt(steps / (steps - coefficients)))
-
-
-class _Search:
-    """Least-squares fits of all allowed boundaries at once; series have shape ``(n, 2, draws)``."""
-
-    def __init__(self, x: np.ndarray) -> None:
-        margin = max(MIN_SEGMENT, int(np.ceil(MIN_SEGMENT_SHARE * len(x))))
-        allowed = x[margin - 1 : -margin]
-        self.knots = allowed[np.unique(np.linspace(0, len(allowed) - 1, MAX_KNOTS).round().astype(int))]
-        hinge = np.maximum(x[None, :] - self.knots[:, None], 0)
-        ones = np.ones_like(hinge)
-        self.bases = np.stack((ones, ones * (x - x[0]), hinge), axis=2)
-        self._q, self._r = np.linalg.qr(self.bases)
-
-    def _squared_error(self, z: np.ndarray) -> np.ndarray:
+    def squared_error(self, z: np.ndarray) -> np.ndarray:
+        """Return the squared error of every shape and draw, ``(shapes, draws)``."""
         total = (z**2).sum((0, 1))
-        projected = np.tensordot(self._q, z, axes=(1, 0))
-        return total - (projected**2).sum((1, 2))
+        projected = np.einsum("knp,nm->kpm", self._q, z.reshape(len(z), -1), optimize=True)
+        return total - (projected**2).reshape(len(self._q), -1, *z.shape[1:]).sum((1, 2))
 
     def best(self, z: np.ndarray) -> np.ndarray:
-        """Index of the best boundary of each draw."""
-        return self._squared_error(z).argmin(0)
+        """Return the index of the best shape of each draw."""
+        return self.squared_error(z).argmin(0)
 
-    def improvement(self, z: np.ndarray) -> np.ndarray:
-        """Largest relative fall of the squared error against one line, per draw."""
-        line = (z**2).sum((0, 1)) - (np.tensordot(self._q[0, :, :2], z, axes=(0, 0)) ** 2).sum((0, 1))
-        two = np.maximum(self._squared_error(z).min(0), 1e-12)
-        return (line - two) / two
+    def smallest(self, z: np.ndarray) -> np.ndarray:
+        """Return the squared error of the best shape of each draw."""
+        return np.maximum(self.squared_error(z).min(0), 1e-12)
 
-    def coefficients(self, z: np.ndarray, knots: np.ndarray) -> np.ndarray:
-        """Intercept, slope and change of slope at the boundary of each draw, shape ``(draws, 3, 2)``."""
-        found = np.empty((z.shape[2], 3, z.shape[1]))
-        for knot in np.unique(knots):
-            draws = knots == knot
-            solver = np.linalg.solve(self._r[knot], self._q[knot].T)
+    def coefficients(self, z: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+        """Return the coefficients of the given shape of each draw, ``(draws, p, S)``."""
+        found = np.empty((z.shape[2], self.bases.shape[2], z.shape[1]))
+        for shape in np.unique(shapes):
+            draws = shapes == shape
+            solver = np.linalg.solve(self._r[shape], self._q[shape].T)
             found[draws] = np.moveaxis(np.tensordot(solver, z[:, :, draws], axes=(1, 0)), 2, 0)
         return found
 
 
+def _knots(x: np.ndarray) -> np.ndarray:
+    """Return the boundaries that are allowed."""
+    margin = max(MIN_SEGMENT, int(np.ceil(MIN_SEGMENT_SHARE * len(x))))
+    allowed = x[margin - 1 : -margin]
+    return allowed[np.unique(np.linspace(0, len(allowed) - 1, MAX_KNOTS).round().astype(int))]
+
+
+def _two_lines(x: np.ndarray) -> np.ndarray:
+    """Return the columns of two lines that meet, one shape per allowed boundary."""
+    hinge = np.maximum(x[None, :] - _knots(x)[:, None], 0)
+    ones = np.ones_like(hinge)
+    return np.stack((ones, ones * (x - x[0]), hinge), axis=2)
+
+
+def _curves(x: np.ndarray) -> np.ndarray:
+    """Return the columns of the smooth curves, each beside a line."""
+    time = (x - x[0]) / (x[-1] - x[0])
+    shapes = [np.exp(-time / constant) for constant in TIME_CONSTANTS]
+    shapes += [np.log1p(time / constant) for constant in TIME_CONSTANTS]
+    shapes += [1 / (1 + np.exp(-(time - center) / width)) for center in CENTERS for width in WIDTHS]
+    curves = np.array(shapes)
+    ones = np.ones_like(curves)
+    return np.stack((ones, ones * time, curves), axis=2)
+
+
+def _improvement(search: _Family, line: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Return the largest relative fall of the squared error of each draw against one line."""
+    q = np.linalg.qr(line)[0]
+    one = (z**2).sum((0, 1)) - (np.tensordot(q, z, axes=(0, 0)) ** 2).sum((0, 1))
+    two = search.smallest(z)
+    return (one - two) / two
+
+
+def _advantage(families: tuple[_Family, _Family], z: np.ndarray) -> np.ndarray:
+    """Return how much smaller the squared error of the first family is than that of the second, in [-1, 1]."""
+    first, second = (family.smallest(z) for family in families)
+    return (second - first) / np.maximum(first, second)
+
+
 def _slopes(coefficients: np.ndarray) -> np.ndarray:
-    """Slopes of both stages from ``(..., 3, 2)`` coefficients."""
+    """Return the slopes of both stages from ``(..., 3, S)`` coefficients."""
     return np.stack((coefficients[..., 1, :], coefficients[..., 1, :] + coefficients[..., 2, :]), axis=-2)
 
 
-def _one_stage(x: np.ndarray, y: np.ndarray, reason: str) -> StageFit:
+def _average(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the last step and the mean values of groups of neighboring steps, where there are too many."""
+    if len(x) <= MAX_FITTED:
+        return x, y
+    groups = np.array_split(np.arange(len(x)), MAX_FITTED)
+    return x[[group[-1] for group in groups]], np.array([y[group].mean(0) for group in groups])
+
+
+def _one_stage(spans: tuple[int, int, int], x: np.ndarray, y: np.ndarray, reason: str) -> StageFit:
     slope, start = np.polyfit(x - x[0], y, 1) if len(x) > 1 else (np.zeros(2), y[0])
     return StageFit(
-        first_step=int(x[0]),
-        last_step=int(x[-1]),
-        num_steps=len(x),
-        num_rising=len(x),
+        *spans,
+        num_rising=spans[2],
         boundary=None,
         low=None,
         high=None,
@@ -327,4 +405,6 @@ def _one_stage(x: np.ndarray, y: np.ndarray, reason: str) -> StageFit:
         starts=start[None],
         slopes=slope[None],
         slope_draws=np.empty((0, 2, 2)),
+        steps=x,
+        values=y,
     )

@@ -6,9 +6,9 @@ never tokens, and takes its random generator from the caller.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -34,8 +34,11 @@ class Estimate:
         low: Lower end of the interval.
         high: Upper end.
         p_value: Two-sided, of the hypothesis that the truth is 0, before any correction for multiple claims.
-        n: Number of what was resampled.
-        of: What that is.
+        n: Number of units behind the estimate.
+        of: What these are.
+        error: Standard error; nan where unknown.
+        df: Its degrees of freedom.
+        blocks: Effective number of independent steps, infinite where steps play no part.
     """
 
     value: float
@@ -44,20 +47,33 @@ class Estimate:
     p_value: float
     n: int
     of: str
+    error: float = np.nan
+    df: float = np.nan
+    blocks: float = np.inf
 
     @classmethod
-    def from_error(cls, value: float, error: float, df: float, n: int, of: str) -> Estimate:
-        """Student's t interval and p-value from a standard error with ``df`` degrees of freedom.
+    def from_error(cls, value: float, error: float, df: float, n: int, of: str, blocks: float = np.inf) -> Estimate:
+        """Return Student's t interval and p-value from a standard error with ``df`` degrees of freedom.
 
         An error of 0 gives an interval without width, and p = 0 unless the value is 0 as well.
         """
         from scipy import stats
 
         if df <= 0:
-            return cls(float(value), -np.inf, np.inf, 1.0, n, of)
+            return cls(float(value), -np.inf, np.inf, 1.0, n, of, np.nan, 0.0, blocks)
         half = stats.t.ppf((1 + CONFIDENCE) / 2, df) * error
         p_value = 2 * stats.t.sf(abs(value) / error, df) if error > 0 else value == 0
-        return cls(float(value), float(value - half), float(value + half), float(p_value), n, of)
+        ends = float(value - half), float(value + half)
+        return cls(float(value), *ends, float(p_value), n, of, float(error), float(df), blocks)
+
+    def moved_to(self, value: float) -> Estimate:
+        """Return the estimate with its interval around another value."""
+        shift = value - self.value
+        return replace(self, value=value, low=self.low + shift, high=self.high + shift)
+
+    def with_blocks(self, blocks: float) -> Estimate:
+        """Return the estimate with another effective number of steps."""
+        return replace(self, blocks=blocks)
 
     @classmethod
     def from_draws(cls, value: float, draws: np.ndarray, df: float, n: int, of: str) -> Estimate:
@@ -242,15 +258,24 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return float(1 - np.prod(np.maximum(num_samples - num_correct - draws, 0) / (num_samples - draws)))
 
 
-def maj_at_k(answers: Sequence[str | None] | np.ndarray, is_correct: Sequence[bool] | np.ndarray, k: int) -> float:
-    """Correctness of the most frequent answer among the first ``k`` samples of one prompt.
+def maj_at_k(
+    answers: Sequence[str | None] | np.ndarray,
+    is_correct: Sequence[bool | None] | np.ndarray,
+    k: int,
+    answer_classes: Sequence[str | None] | np.ndarray | None = None,
+) -> float:
+    """Return the correctness of the most frequent answer among the first ``k`` samples of one prompt.
 
-    A missing answer has no vote. Among tied answers the expected correctness of a fair draw. 0 without any answer.
+    Correct answers share one vote. Wrong answers share a vote where they have the same class, or the same text if they
+    have no class. A missing answer or an unknown correctness has no vote. Ties give the expected correctness of a fair
+    draw; 0 without any vote.
     """
-    votes: dict[str, list[bool]] = defaultdict(list)
-    for answer, correct in zip(answers[:k], is_correct[:k], strict=True):
-        if answer is not None:
-            votes[answer].append(correct)
-    most = max(map(len, votes.values()), default=0)
-    tied = [np.mean(correct) for correct in votes.values() if len(correct) == most]
+    classes = [None] * len(answers) if answer_classes is None else answer_classes
+    votes: Counter[tuple[bool, str | None, str | None]] = Counter()
+    for answer, correct, answer_class in zip(answers[:k], is_correct[:k], classes[:k], strict=True):
+        if answer is not None and correct is not None:
+            is_text = not correct and answer_class is None
+            votes[bool(correct), None if correct else answer_class, answer if is_text else None] += 1
+    most = max(votes.values(), default=0)
+    tied = [correct for (correct, _, _), count in votes.items() if count == most]
     return float(np.mean(tied)) if tied else 0.0

@@ -378,7 +378,8 @@ def test_ten_megabytes_pass_through(tmp_path: Path, command):
     frozen = Path(__file__).parent / "fixtures" / "frozen" / "none-seed0" / "rollouts"
     row = pq.read_table(next(frozen.glob("*.parquet"))).slice(0, 1).to_pydict()
     writer = TraceWriter.create(tmp_path / "run", {"run_id": "run"}, [*VOCAB, LONG])
-    writer.append("rollouts", {**row, "run_id": "run", "step": 1, "completion": [LONG], "answer": [LONG]})
+    texts = {"completion": [LONG], "answer": [LONG]}
+    writer.append("rollouts", {**row, **texts, "run_id": "run", "step": 1, "group_id": 0})
     writer.append("vocab", {"token_id": [99], "text": [f"{HOSTILE}{LONG}"], "category": "special"})
     writer.flush(1)
     writer.finish(error=LONG)

@@ -17,31 +17,44 @@ STRATA = ("fifth", "ppl_tercile", "is_high_entropy")
 
 
 def load_candidates(run_dir: Path, last_step: int) -> pl.DataFrame:
-    """Tokens of the responses in the updates of the ``WINDOW_STEPS`` steps up to ``last_step``.
+    """Load tokens of the responses in the updates of the ``WINDOW_STEPS`` steps up to ``last_step``.
+
+    A response of unknown perplexity belongs to no tercile and is left out.
 
     Returns:
         Columns of table tokens, and the response's ``ppl`` and ``ppl_tercile``, by rollout_id and position.
 
     Raises:
-        InputError: no response took part in these updates.
+        InputError: no response of known perplexity took part in these updates.
     """
     in_window = pl.col("step").is_between(last_step - WINDOW_STEPS + 1, last_step)
-    group = ("step", "prompt_id")
+    # Traces of schema 1 have no group_id: a prompt sampled twice in one step is two groups of equal sample indices.
+    repeat = pl.int_range(pl.len()).over("step", "prompt_id", "sample_index")
+    group = ("step", "prompt_id", "repeat")
     rank = pl.col("ppl").rank("ordinal").over(group).cast(pl.Int64) - 1
     responses = (
-        pl.scan_parquet(run_dir / "rollouts" / "*.parquet")
+        _scan(run_dir, "rollouts")
         .filter(in_window)
         .sort("rollout_id")
+        .with_columns(repeat.alias("repeat"))
+        .filter(pl.col("ppl").is_not_null())
         .with_columns(ntile(rank, pl.len().over(group).cast(pl.Int64), 3).alias("ppl_tercile"))
         .filter("is_kept")
         .select("rollout_id", "ppl", "ppl_tercile")
     )
-    tokens = pl.scan_parquet(run_dir / "tokens" / "*.parquet").filter(in_window)
+    tokens = _scan(run_dir, "tokens").filter(in_window)
     found = tokens.join(responses, on="rollout_id").sort("rollout_id", "position").collect()
     if found.is_empty():
         first_step = max(1, last_step - WINDOW_STEPS + 1)
-        raise InputError(f"{run_dir}: no response took part in the updates of steps {first_step} to {last_step}")
+        raise InputError(
+            f"{run_dir}: no response of known perplexity took part in the updates of steps {first_step} to {last_step}"
+        )
     return found
+
+
+def _scan(run_dir: Path, table: str) -> pl.LazyFrame:
+    """Scan a table whose parts may have different schema versions."""
+    return pl.scan_parquet(run_dir / table / "*.parquet", missing_columns="insert", extra_columns="ignore")
 
 
 def order_candidates(

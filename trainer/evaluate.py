@@ -19,7 +19,7 @@ from trainer.policy import Policy
 from trainer.rollout import SamplingParams, check_engine, sample
 from trainer.run_folder import has_begun
 from trainer.seeding import Stream, generator
-from trainer.tasks import Task, load_task
+from trainer.tasks import Task, answer_classes, load_task
 from trainer.token_stats import Truncation
 
 
@@ -61,11 +61,17 @@ def evaluate(
         completions = policy.decode([response.tolist() for response in samples.responses()])
         answered = [prompt for prompt in prompts[own] for _ in range(samples_per_prompt)]
         scores = [task.score(text, prompt) for text, prompt in zip(completions, answered, strict=True)]
+        groups = [scores[i : i + samples_per_prompt] for i in range(0, len(scores), samples_per_prompt)]
         part = {
             "benchmark": [prompt.task for prompt in answered],
             "prompt_id": [prompt.prompt_id for prompt in answered],
             "sample_index": list(range(samples_per_prompt)) * len(prompts[own]),
             "answer": [score.answer for score in scores],
+            "answer_class": [
+                answer_class
+                for prompt, group in zip(prompts[own], groups, strict=True)
+                for answer_class in answer_classes(prompt, group)
+            ],
             "is_correct": [score.is_correct for score in scores],
             "response_length": samples.lengths.tolist(),
             "entropy_mean": samples.entropy_mean.tolist(),

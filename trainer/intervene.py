@@ -69,6 +69,12 @@ class Settings:
     position: tuple[float, float] = (0.0, 1.0)
     ppl_tercile: tuple[int, ...] = (1, 2, 3)
 
+    @property
+    def selection(self) -> str:
+        """Limits on the tokens to replace, as column ``selection`` states them."""
+        entropy, position = (f"{low:g}-{high:g}" for low, high in (self.entropy, self.position))
+        return f"entropy {entropy}, position {position}, ppl_tercile {','.join(map(str, self.ppl_tercile))}"
+
     def part(self, run_dir: Path, number: int) -> Path:
         """The file of one batch; no name that ``TraceWriter`` would remove when a run is resumed."""
         return run_dir / TABLE / f"step-{self.checkpoint_step:06d}-seed-{self.seed}-{number:06d}.parquet"
@@ -209,6 +215,8 @@ class Intervener:
             **{name: tokens[name].to_list() for name in AS_RECORDED},
             "checkpoint_step": settings.checkpoint_step,
             "seed": settings.seed,
+            "selection": settings.selection,
+            "temperature": self.config.rollout.temperature,
             "num_continuations": settings.continuations,
             "alternative_id": alternatives,
             "accuracy_original": original,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from analysis.trace import TraceWriter, find_defects
 from trainer.advantage import mean_surprisal, ppl_z
 from trainer.batch import Batch
-from trainer.tasks import Prompt
+from trainer.tasks import Prompt, answer_classes
 from trainer.token_stats import lm_head_grad_norm
 from trainer.update import AfterUpdate
 
@@ -57,6 +58,8 @@ def record_batch(
             "step": step,
             "prompt_id": prompt_ids.take(pa.array(own)),
             "rollout_id": rollout_ids[own],
+            # Its first response identifies a group within the run.
+            "group_id": first_rollout_id + num_samples * batch.group_ids.numpy()[own],
             "sample_index": own % num_samples,
             "is_correct": is_correct[own],
             "temperature": temperature,
@@ -85,6 +88,7 @@ def record_batch(
             "shaped_advantage": shaped.numpy()[mask],
             "grad_norm": grad_norm.numpy()[mask],
             "is_correct": is_correct[rows],
+            "is_kept": batch.is_kept.numpy()[rows],
             **(_after_columns(batch, after, mask, rows) if after else {}),
         },
     )
@@ -113,6 +117,7 @@ def _response_columns(batch: Batch, own: np.ndarray) -> dict[str, Any]:
     return {
         "completion": completions,
         "answer": [score.answer for score in scores],
+        "answer_class": _answer_classes(batch, own),
         "reward": batch.rewards.numpy()[own],
         "has_answer": [score.answer is not None for score in scores],
         "defects": defects,
@@ -125,3 +130,12 @@ def _response_columns(batch: Batch, own: np.ndarray) -> dict[str, Any]:
         "ppl_z": z.numpy()[own],
         "advantage": batch.advantages.numpy()[own],
     }
+
+
+def _answer_classes(batch: Batch, own: np.ndarray) -> list[str | None]:
+    """Return the class of each own answer, found group by group; the responses to one prompt have one process."""
+    classes: list[str | None] = []
+    for _, rows in groupby(own, key=batch.group_ids.tolist().__getitem__):
+        group = list(rows)
+        classes += answer_classes(batch.prompts[group[0]], [batch.scores[row] for row in group])
+    return classes

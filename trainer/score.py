@@ -37,6 +37,7 @@ NO_UPDATE = "the rows hold what was sampled, not what an update did"
 UNKNOWN = {
     "policy.entropy": "entropy is that of the model that scored, not of the policies that sampled",
     "rollouts.policy_step": "the rows do not say how many updates the sampling policy had received",
+    "rollouts.answer_class": "the rows do not say which answers count as equal",
     "interventions": "a trace scored afterwards has no checkpoint to go on from",
     "evals": "the rows hold no held-out evaluation",
     **{f"tokens.{name}": NO_UPDATE for name in ("logprob_after", "entropy_after", "is_clipped")},
@@ -306,6 +307,9 @@ def _record_chunk(
     rollout_ids = first_rollout_id + np.arange(len(chunk))
     prompt_ids = np.array([rollout.prompt_id for rollout in chunk], dtype=object)
     is_correct = np.array([rollout.is_correct for rollout in chunk])
+    is_kept = scored.group_is_kept[scored.group_ids].numpy()
+    # A group's first response identifies it, as in training.
+    first_of_group = np.unique(scored.group_ids, return_index=True)[1]
     surprisal = scored.mean(-stats.logprob)
     as_read = ("completion", "answer", "reward", "has_answer", "is_truncated")
     writer.append(
@@ -314,6 +318,7 @@ def _record_chunk(
             "step": chunk[0].step,
             "prompt_id": prompt_ids,
             "rollout_id": rollout_ids,
+            "group_id": rollout_ids[first_of_group][scored.group_ids],
             "sample_index": place_in_group(scored.group_ids).numpy(),
             **{name: [getattr(rollout, name) for rollout in chunk] for name in as_read},
             "is_correct": is_correct,
@@ -322,7 +327,7 @@ def _record_chunk(
                 for r in chunk
             ],
             "response_length": lengths,
-            "is_kept": scored.group_is_kept[scored.group_ids].numpy(),
+            "is_kept": is_kept,
             "entropy_mean": scored.mean(stats.entropy).numpy(),
             "surprisal_mean": surprisal.numpy(),
             "ppl": surprisal.exp().numpy(),
@@ -350,6 +355,7 @@ def _record_chunk(
             "shaped_advantage": advantages.numpy(),
             "grad_norm": grad_norm.numpy(),
             "is_correct": is_correct[rows],
+            "is_kept": is_kept[rows],
         },
     )
     return scored

@@ -150,17 +150,28 @@ def shape(
         mirrors = config.model_copy(update={"method": config.scale_matched.mirrors})
         mirrored, is_shaped = shape(advantages, batch, mirrors, step, plateau_step)
         return scale_matched(advantages, batch, mirrored), is_shaped
-    parts = [] if config.method == "none" else [METHODS[name] for name in config.method.split("+")]
-    active = [part for part in parts if is_on(_window(part, config), step, plateau_step)]
+    active = [part for part in _parts(config) if is_on(_window(part, config), step, plateau_step)]
     for part in active:
         advantages = part.function(advantages, batch, **part.parameters(config))
     return advantages, bool(active)
+
+
+def waits_for_plateau(config: ShapingConfig) -> bool:
+    """Return whether shaping starts, wholly or in part, at the plateau that is detected while training."""
+    if config.method == "scale_matched":
+        return waits_for_plateau(config.model_copy(update={"method": config.scale_matched.mirrors}))
+    return any(_window(part, config).start_step == "plateau" for part in _parts(config))
 
 
 def is_on(window: Window, step: int, plateau_step: int | None) -> bool:
     """Whether ``step`` lies in the window; both ends included."""
     start = plateau_step if window.start_step == "plateau" else window.start_step
     return start is not None and start <= step <= (window.end_step or step)
+
+
+def _parts(config: ShapingConfig) -> list[Method]:
+    """Return the methods to apply, in order."""
+    return [] if config.method == "none" else [METHODS[name] for name in config.method.split("+")]
 
 
 def _window(method: Method, config: ShapingConfig) -> Window:

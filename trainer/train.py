@@ -43,7 +43,7 @@ from trainer.record import record_batch, record_prompts
 from trainer.rollout import check_engine
 from trainer.run_folder import check_prompts, describe_run, has_begun, is_complete
 from trainer.seeding import Stream
-from trainer.shaping import shape
+from trainer.shaping import shape, waits_for_plateau
 from trainer.tasks import Task, load_task
 from trainer.update import Learner, UpdateMetrics
 
@@ -160,6 +160,7 @@ def _run_steps(
         writer.end_step(step)
 
         plateau.update(figures["entropy_token_mean"], figures["accuracy"])
+        writer.manifest["plateau_step"] = plateau.plateau_step
         state.step = step
         state.prompt_position = source.position
         state.next_rollout_id += len(batch.prompts)
@@ -177,6 +178,8 @@ def _run_steps(
             entropy=figures["entropy_token_mean"],
             tokens_per_s=figures["tokens"] / (figures["rollout_s"] + figures["reward_s"] + sum(seconds.values())),
         )
+    if world.is_main and plateau.plateau_step is None and waits_for_plateau(config.shaping):
+        log.warning("no plateau was detected in %d steps: shaping that starts there stayed off", config.steps)
 
 
 def _step_figures(batch: Batch, metrics: UpdateMetrics, lr: float) -> dict[str, Any]:

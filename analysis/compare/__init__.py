@@ -1,4 +1,4 @@
-"""Arms against their baseline: paired differences with intervals, verdicts, aggregates over seeds, what is left out.
+"""Compare arms with their baseline: paired differences with intervals, verdicts, and aggregates over seeds.
 
 Usage::
 
@@ -6,15 +6,16 @@ Usage::
     comparison.differences.filter(is_primary=True)
 
 Runs are paired by seed, prompts by their text. ``paired.over_prompts_and_seeds`` is the interval of one arm, which
-``moderate`` strengthens by what the other arms say; ``verdict.decide`` is the verdict, and ``rows`` says what each
-metric is.
+``moderate`` strengthens with the other arms; ``verdict.judge_rows`` judges all rows together, and ``rows`` defines
+each metric. The scorecard takes its rows about methods from here (``claims.judge_methods``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -30,10 +31,10 @@ from analysis.compare.measure import (
     read_prompts,
 )
 from analysis.compare.moderate import moderate
-from analysis.compare.pairs import Pair, pair_runs
+from analysis.compare.pairs import Pair, pair_runs, why_nothing_to_compare
 from analysis.compare.rows import Row, evaluation_rows, half_way, training_row
 from analysis.compare.tables import aggregate_table, difference_table, seed_table, unpaired_table
-from analysis.compare.verdict import PRIMARY
+from analysis.compare.verdict import PRIMARY, Judged, judge_rows
 from analysis.runs import Runs
 from analysis.trace.errors import InputError
 
@@ -41,55 +42,99 @@ if TYPE_CHECKING:
     import polars as pl
 
 
+_kept: WeakKeyDictionary[Runs, dict[tuple[tuple[str, str], ...], Comparison]] = WeakKeyDictionary()
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare`` found, as polars frames; a number that is not finite is null.
+    """Result of ``compare``, as polars frames; a number that is not finite is null.
 
     Attributes:
-        differences: One row per arm, benchmark and metric: arm minus baseline with interval and verdict.
+        differences: One row per arm, benchmark, and metric: arm minus baseline with interval and verdict.
             ``is_primary`` marks avg@k, the metric that was fixed beforehand. ``error`` is the standard error, with
-            ``df`` degrees of freedom. ``detectable`` is the smallest true difference that the design finds with 80 %
-            power, ``covers`` says what the interval stands for.
-        by_seed: One row per arm, benchmark, metric and paired seed.
+            ``df`` degrees of freedom. ``p_adjusted`` is null for a row that cannot earn a verdict. ``detectable`` is
+            the smallest true difference that the design finds with 80 % power; ``covers`` says what the interval
+            stands for.
+        by_seed: One row per arm, benchmark, metric, and paired seed.
         aggregates: One row per arm, the baseline included, on avg@k of the last evaluation, all benchmarks together:
             interquartile mean, mean, and the probability that a run scores higher than one of the baseline.
         unpaired: One row per run that takes no part, with the reason.
+        judged: The rows behind ``differences``.
     """
 
     differences: pl.DataFrame
     by_seed: pl.DataFrame
     aggregates: pl.DataFrame
     unpaired: pl.DataFrame
+    judged: Sequence[Judged] = ()
 
 
-def compare(runs: Runs, accuracy: float | None = None, seed: int = 0) -> Comparison:
-    """Compares every arm with its baseline.
+def compare(
+    runs: Runs, accuracy: float | None = None, seed: int = 0, references: Mapping[str, str] | None = None
+) -> Comparison:
+    """Compare every arm with its baseline.
 
     Args:
         runs: The runs; complete ones take part.
         accuracy: Held-out accuracy that steps_to_accuracy counts the steps to; None is half way between the baseline's
             mean first and mean last, to .01.
         seed: Of the bootstraps of the aggregates.
+        references: Arm to compare an arm with, in the primary metric, in addition to its baseline; None takes the
+            references of the ledger's claims.
 
     Raises:
-        InputError: no run is of a baseline arm, or every run is, or ``accuracy`` is none.
+        InputError: no run is of a baseline arm, every run is, or ``accuracy`` is not between 0 and 1.
     """
     if accuracy is not None and not 0 <= accuracy <= 1:
         raise InputError(f"accuracy: expected a number between 0 and 1, found {accuracy:g}")
-    pairs, reasons = pair_runs(runs)
+    references = _shipped_references() if references is None else references
+    if reason := why_nothing_to_compare(runs, references):
+        raise InputError(reason)
+    pairs, reasons = pair_runs(runs, references)
     rows, aggregates = _measure_all(runs, pairs, accuracy, seed) if pairs else ([], [])
+    judged = judge_rows(rows)
     return Comparison(
-        difference_table(rows), seed_table(rows), aggregate_table(aggregates), unpaired_table(runs.manifests, reasons)
+        difference_table(judged),
+        seed_table(rows),
+        aggregate_table(aggregates),
+        unpaired_table(runs.manifests, reasons),
+        judged,
     )
+
+
+def compare_once(runs: Runs, references: Mapping[str, str] | None = None) -> Comparison | None:
+    """Return ``compare`` of the runs, kept for the next call; None if they hold no baseline or no other arm."""
+    references = _shipped_references() if references is None else references
+    if why_nothing_to_compare(runs, references):
+        return None
+    kept = _kept.setdefault(runs, {})
+    key = tuple(sorted(references.items()))
+    if key not in kept:
+        kept[key] = compare(runs, references=references)
+    return kept[key]
+
+
+def references_of(ledger: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the arm that the claims of a ledger compare an arm with, where it is not the baseline."""
+    entries = [entry for entry in ledger.values() if "reference" in entry]
+    return {arm: entry["reference"] for entry in entries for arm in entry["arms"]}
+
+
+def _shipped_references() -> dict[str, str]:
+    # The scorecard imports this module.
+    from analysis.claims import load_ledger
+
+    return references_of(load_ledger())
 
 
 def _measure_all(
     runs: Runs, pairs: Sequence[Pair], accuracy: float | None, seed: int
 ) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Rows and aggregates, arms in the order of their gain in the primary metric, the largest first."""
+    """Return rows and aggregates, arms in the order of their gain in the primary metric, the largest first."""
     arms: dict[tuple[str, str], list[Pair]] = {}
     for pair in pairs:
         arms.setdefault((pair.arm, pair.baseline), []).append(pair)
+    own_pairs = [pair for pair in pairs if not pair.is_extra]
     run_ids = sorted({run for pair in pairs for run in pair.run_ids})
     prompts = read_prompts(runs, run_ids)
     evaluations = Evaluations(runs, run_ids)
@@ -97,7 +142,7 @@ def _measure_all(
     scores: Scores = {}
     for benchmark in evaluations.num_samples:
         outcomes = evaluations.outcomes(benchmark, prompts)
-        scores[benchmark] = last_scores(pairs, evaluations, benchmark, outcomes)
+        scores[benchmark] = last_scores(own_pairs, evaluations, benchmark, outcomes)
         measured = {names: measure(own, evaluations, benchmark, outcomes) for names, own in arms.items()}
         for (arm, baseline), own in measured.items():
             level = half_way(_curves_beside(measured, baseline)) if accuracy is None else accuracy
@@ -105,18 +150,22 @@ def _measure_all(
     formal = name_prompts(runs.query("formal_sums", runs=run_ids), prompts)
     for (arm, baseline), own in arms.items():
         rows.append(training_row(arm, baseline, TRAINING, measure_training(own, formal), len(own)))
+    # A reference other than the baseline is for a claim about the primary metric alone.
+    own_arms = {names: own for names, own in arms.items() if not own[0].is_extra}
+    rows = [row for row in rows if row.metric == PRIMARY or (row.arm, row.baseline) in own_arms]
     order = sorted(arms, key=lambda names: (-_gain(rows, names), names))
     rows.sort(key=lambda row: order.index((row.arm, row.baseline)))
-    return moderate(rows), aggregate_arms({names: arms[names] for names in order}, scores, np.random.default_rng(seed))
+    in_order = {names: own_arms[names] for names in order if names in own_arms}
+    return moderate(rows), aggregate_arms(in_order, scores, np.random.default_rng(seed))
 
 
 def _curves_beside(measured: dict[tuple[str, str], Measured], baseline: str) -> list[Curve]:
-    """Curves of all pairs of a baseline, so that its arms are held against one accuracy."""
+    """Return the curves of all pairs of a baseline: its arms are held against one accuracy."""
     return [curve for (_, name), own in measured.items() if name == baseline for curve in own.curves]
 
 
 def _gain(rows: Sequence[Row], names: tuple[str, str]) -> float:
-    """Mean difference in the primary metric over benchmarks; -inf for an arm without one."""
+    """Return the mean difference in the primary metric over benchmarks; -inf for an arm without one."""
     gains = [
         row.difference.estimate.value
         for row in rows

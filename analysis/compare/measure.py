@@ -1,4 +1,4 @@
-"""What two paired runs came to, metric by metric: sums by prompt, and curves of held-out accuracy."""
+"""Measure paired runs, metric by metric: sums by prompt, and curves of held-out accuracy."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 
 from analysis.compare.paired import SeedSums
 from analysis.compare.pairs import Pair
-from analysis.compare.verdict import FORMAL
-from analysis.effects.estimate import tensor
+from analysis.compare.verdict import FORMAL, metric_of
 from analysis.runs import Runs
 from analysis.stats import pass_at_k
 
@@ -30,7 +29,7 @@ from prompts where list_contains($runs, run_id) group by all
 NUM_SAMPLES = """
 with by_prompt as (
   select run_id, benchmark, step, prompt_id, count(*) as num_samples
-  from evals where list_contains($runs, run_id) group by all
+  from evals where is_correct is not null and list_contains($runs, run_id) group by all
 )
 select run_id, benchmark, step, min(num_samples) as num_samples from by_prompt group by all order by all
 """
@@ -48,7 +47,7 @@ class Curve:
 
 @dataclass
 class Measured:
-    """What the pairs of one arm came to on one benchmark.
+    """Measurements of the pairs of one arm on one benchmark.
 
     Attributes:
         sums: By metric, one entry a seed.
@@ -61,10 +60,12 @@ class Measured:
     curves: list[Curve] = field(default_factory=list)
 
     def add(self, metric: str, seed: int, prompts: np.ndarray, sums: np.ndarray) -> None:
-        """Adds a seed, unless one of its runs holds nothing of the metric. ``sums`` (P, 2 runs, 2)."""
+        """Add a seed, unless one of its runs lacks the metric. ``sums`` (P, 2 runs, 2)."""
         counted = sums[..., 1].sum(0)
-        if np.isfinite(sums).all() and (counted > 0).all():
-            self.sums.setdefault(metric, []).append(SeedSums(seed, prompts, sums))
+        is_relative = metric_of(metric).is_relative
+        if not (np.isfinite(sums).all() and (counted > 0).all()) or (is_relative and sums[:, 1, 0].sum() == 0):
+            return
+        self.sums.setdefault(metric, []).append(SeedSums(seed, prompts, sums, is_relative))
 
 
 class Evaluations:
@@ -77,7 +78,7 @@ class Evaluations:
     """
 
     def __init__(self, runs: Runs, run_ids: Sequence[str]) -> None:
-        """Reads the numbers of samples; outcomes are read when they are asked for."""
+        """Read the numbers of samples; outcomes are read on request."""
         self._runs, self._run_ids = runs, list(run_ids)
         counts = runs.sql(NUM_SAMPLES, {"runs": self._run_ids})
         self.steps: dict[tuple[str, str], list[int]] = {}
@@ -90,17 +91,17 @@ class Evaluations:
         self.num_samples = dict(sorted(fewest.items()))
 
     def last_common_step(self, run_ids: Sequence[str], benchmark: str) -> int:
-        """0 where the runs have no common evaluation after training."""
+        """Return the last step that all runs evaluated; 0 without one after training."""
         return max(self.common_steps(run_ids, benchmark), default=0)
 
     def common_steps(self, run_ids: Sequence[str], benchmark: str) -> list[int]:
-        """Steps that every one of the runs evaluated."""
+        """Return the steps that every one of the runs evaluated."""
         return sorted(set.intersection(*(set(self.steps.get((run, benchmark), ())) for run in run_ids)))
 
     def outcomes(self, benchmark: str, prompts: pl.DataFrame) -> dict[str, pl.DataFrame]:
-        """One row per step and prompt_id of each run: every metric, ``prompt`` (its text), and what to divide by.
+        """Return one row per step and prompt_id of each run: every metric, ``prompt`` (its text), and the divisors.
 
-        That is ``count``, and ``entropy_count`` for the entropy, which may not be known.
+        The divisors are ``count``, and ``entropy_count`` for the entropy, which may be unknown.
         """
         import polars as pl
 
@@ -117,17 +118,17 @@ class Evaluations:
 
 
 def pass_metrics(num_samples: int) -> dict[str, int]:
-    """Names and k of pass@k for powers of two from 2 up to ``num_samples``."""
+    """Return names and k of pass@k for powers of two from 2 up to ``num_samples``."""
     return {f"pass_at_{2**i}": 2**i for i in range(1, num_samples.bit_length())}
 
 
 def read_prompts(runs: Runs, run_ids: Sequence[str]) -> pl.DataFrame:
-    """``prompt``, an integer that stands for the text, by run_id and prompt_id."""
+    """Return ``prompt``, an integer that stands for the text, by run_id and prompt_id."""
     return runs.sql(PROMPTS, {"runs": list(run_ids)})
 
 
 def name_prompts(frame: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
-    """Adds column ``prompt`` to rows with run_id and prompt_id."""
+    """Add column ``prompt`` to rows with run_id and prompt_id."""
     import polars as pl
 
     named = frame.join(prompts, on=["run_id", "prompt_id"], how="left", maintain_order="left")
@@ -137,7 +138,7 @@ def name_prompts(frame: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
 def measure(
     pairs: Sequence[Pair], evaluations: Evaluations, benchmark: str, outcomes: Mapping[str, pl.DataFrame]
 ) -> Measured:
-    """All metrics of held-out responses of one arm's pairs; pairs without a common evaluation are left out."""
+    """Measure all metrics of held-out responses of one arm's pairs, except pairs without a common evaluation."""
     import polars as pl
 
     num_samples = evaluations.num_samples[benchmark]
@@ -150,7 +151,7 @@ def measure(
             continue
         frame = pl.concat([outcomes[run] for run in pair.run_ids])
         prompts = frame["prompt"].unique().sort().to_list()
-        cube = tensor(frame, {"run_id": pair.run_ids, "step": steps, "prompt": prompts}, columns)
+        cube = _tensor(frame, {"run_id": pair.run_ids, "step": steps, "prompt": prompts}, columns)
         names = np.array(prompts, dtype=np.uint64)
         by_name = dict(zip(columns, np.moveaxis(cube, -1, 0), strict=True))
 
@@ -171,20 +172,20 @@ def measure(
 
 
 def measure_training(pairs: Sequence[Pair], formal_sums: pl.DataFrame) -> Measured:
-    """Share of formal-reasoning tokens of one arm's pairs; pairs with a run that has no tokens are left out."""
+    """Measure the share of formal-reasoning tokens of one arm's pairs, except pairs with a run without tokens."""
     import polars as pl
 
     measured = Measured()
     for pair in pairs:
         frame = formal_sums.filter(pl.col("run_id").is_in(pair.run_ids))
         prompts = frame["prompt"].unique().sort().to_list()
-        sums = tensor(frame, {"prompt": prompts, "run_id": pair.run_ids}, ["num_formal", "num_tokens"])
+        sums = _tensor(frame, {"prompt": prompts, "run_id": pair.run_ids}, ["num_formal", "num_tokens"])
         measured.add(FORMAL, pair.seed, np.array(prompts, dtype=np.uint64), sums)
     return measured
 
 
 def first_reached(steps: np.ndarray, accuracy: np.ndarray, level: float) -> float:
-    """First step at which a curve, straight between evaluations, is at ``level`` or above; nan if it never is."""
+    """Return the first step at which a curve, straight between evaluations, reaches ``level``; nan if it never does."""
     above = np.flatnonzero(accuracy >= level)
     if not above.size:
         return float("nan")
@@ -194,15 +195,30 @@ def first_reached(steps: np.ndarray, accuracy: np.ndarray, level: float) -> floa
     return float(np.interp(level, accuracy[i - 1 : i + 1], steps[i - 1 : i + 1]))
 
 
+def _tensor(frame: pl.DataFrame, axes: Mapping[str, Sequence[object]], values: Sequence[str]) -> np.ndarray:
+    """Return sums of ``values`` by ``axes``, shape ``(*axes, values)``; rows of other levels are left out."""
+    import polars as pl
+
+    for name, levels in axes.items():
+        frame = frame.filter(pl.col(name).is_in(list(levels)))
+    sums = np.zeros((*map(len, axes.values()), len(values)))
+    codes = [
+        frame[name].replace_strict(list(levels), range(len(levels)), return_dtype=pl.Int64).to_numpy()
+        for name, levels in axes.items()
+    ]
+    np.add.at(sums, tuple(codes), frame.select(values).to_numpy())
+    return sums
+
+
 def _mean_over_steps(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Area under ``values`` (runs, T, prompts) by the trapezoid rule, divided by the span of the steps (T,)."""
+    """Return the area under ``values`` (runs, T, prompts) by the trapezoid rule, divided by the span of the steps."""
     gaps = np.diff(steps) / (steps[-1] - steps[0])
     weights = (np.append(gaps, 0) + np.insert(gaps, 0, 0)) / 2
     return np.einsum("t,rtp->rp", weights, values)
 
 
 def _pass_at_k(frame: pl.DataFrame, k: int) -> pl.Series:
-    """Unbiased pass@k of each row; null for rows of fewer than k samples, as an early evaluation may have."""
+    """Return the unbiased pass@k of each row; null for rows of fewer than k samples, as in an early evaluation."""
     import polars as pl
 
     kinds = frame.select("num_samples", "num_correct").unique()

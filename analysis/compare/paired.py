@@ -8,30 +8,33 @@ from functools import cached_property
 
 import numpy as np
 
+from analysis.intervals import NO_ERROR, bounded
 from analysis.stats import Estimate
 
 PROMPTS_ONLY = "prompts only; other seeds not covered"
 PROMPTS_AND_SEEDS = "prompts and seeds"
 SEEDS_ONLY = "seeds"
 NOTHING = "nothing; one seed, and no prompts to stand for others"
-# Below it a standard error is rounding, in units of accuracy, tokens or steps alike.
-NO_ERROR = 1e-12
+
+Bounds = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class SeedSums:
-    """What the two runs of a pair measured, by prompt.
+    """Measurements of the two runs of a pair, by prompt.
 
     Attributes:
         seed: Of both runs.
         prompts: Integers that name the prompts, each once; equal ones are the same prompt in other seeds too, (P,).
         sums: Total and count of each prompt in the run and in the baseline run, (P, 2 runs, 2). The value of a run is
             sum of totals / sum of counts.
+        is_relative: The difference is run / baseline run - 1 instead of run - baseline run.
     """
 
     seed: int
     prompts: np.ndarray
     sums: np.ndarray
+    is_relative: bool = False
 
     @cached_property
     def values(self) -> np.ndarray:
@@ -41,40 +44,47 @@ class SeedSums:
 
     @property
     def difference(self) -> float:
-        """Run minus baseline run."""
-        return float(self.values[0] - self.values[1])
+        """Run minus baseline run, or the relative difference."""
+        run, baseline = self.values
+        return float(run / baseline - 1 if self.is_relative else run - baseline)
 
     @cached_property
     def residuals(self) -> np.ndarray:
         """Influence of each prompt on the difference, (P,), mean 0.
 
-        Where every prompt counts once it is the prompt's own difference minus that of the seed.
+        Where every prompt counts once, it is the prompt's own difference minus that of the seed.
         """
         deviations = (self.sums[..., 0] - self.values * self.sums[..., 1]) / self.sums[..., 1].mean(0)
+        run, baseline = self.values
+        if self.is_relative:
+            return (deviations[:, 0] - run / baseline * deviations[:, 1]) / baseline
         return deviations[:, 0] - deviations[:, 1]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """An estimate with what its interval was made from.
+    """An estimate with its origin.
 
     Attributes:
-        estimate: Value, interval and p-value.
-        error: Standard error.
-        df: Its degrees of freedom.
-        covers: What the interval stands for.
-        shared_variance: Part of the squared error that prompts shared between seeds add.
+        estimate: Value, interval, p-value, standard error, and degrees of freedom.
+        covers: Population that the interval stands for.
+        shared_variance: Part of the squared error that is due to prompts shared between seeds.
+        bounds: Range of possible differences, if it is known.
     """
 
     estimate: Estimate
-    error: float
-    df: float
     covers: str
     shared_variance: float = 0.0
+    bounds: Bounds | None = None
+
+    def with_error(self, error: float, df: float) -> Difference:
+        """Return the difference with another standard error."""
+        old = self.estimate
+        return replace(self, estimate=_t_interval(old.value, error, df, old.n, old.of, self.bounds))
 
 
-def over_prompts_and_seeds(pairs: Sequence[SeedSums]) -> Difference:
-    """Mean difference over seeds, 95 % interval clustered by prompt and by seed.
+def over_prompts_and_seeds(pairs: Sequence[SeedSums], bounds: Bounds | None = None) -> Difference:
+    """Return the mean difference over seeds, with a 95 % interval clustered by prompt and by seed.
 
     Per seed s: theta_s = run - baseline run, r_sp = influence of prompt p on it, P_s prompts. The estimate is the mean
     of theta_s over S seeds, and its variance
@@ -82,35 +92,43 @@ def over_prompts_and_seeds(pairs: Sequence[SeedSums]) -> Difference:
         var(theta) / S + max(0, C),    C = mean over ordered pairs s != s' of
         sum over prompts p common to s and s' of r_sp r_s'p / sqrt(P_s (P_s - 1) P_s' (P_s' - 1)).
 
-    The first term holds all that differs from seed to seed, the draw of prompts included where each seed has its own:
-    then C is 0. Prompts that several seeds share move all their theta_s together, which no spread between seeds shows;
-    C estimates that part, the covariance of two theta_s. Interval: Student's t with S - 1 degrees of freedom, which
-    errs on the wide side where C dominates.
+    The first term holds everything that differs from seed to seed, including the draw of prompts if each seed has its
+    own; C is 0 then. Prompts that several seeds share move all their theta_s together, which the spread between seeds
+    does not show; C estimates that part, the covariance of two theta_s. Interval: Student's t with S - 1 degrees of
+    freedom, which errs on the wide side where C dominates.
 
     One seed: sd(r) / sqrt(P) with P - 1 degrees of freedom, over prompts only.
+
+    Args:
+        pairs: One per seed.
+        bounds: Range of possible differences. Where the differences agree exactly, no error can be estimated; the
+            interval is then that of ``intervals.bounded``, over the prompts if all of them agree, otherwise over the
+            seeds. Without bounds it is undefined.
     """
     differences = np.array([pair.difference for pair in pairs])
+    prompts = len(np.unique(np.concatenate([pair.prompts for pair in pairs])))
     if len(pairs) == 1:
-        prompts = len(pairs[0].prompts)
         error = float(np.std(pairs[0].residuals, ddof=1) / np.sqrt(prompts)) if prompts > 1 else np.nan
-        return _difference(differences, error, prompts - 1, prompts, "prompts, 1 seed", PROMPTS_ONLY)
+        return _difference(differences, error, prompts - 1, prompts, "prompts, 1 seed", PROMPTS_ONLY, bounds, prompts)
     shared = max(0.0, _shared_variance(pairs))
     error = float(np.sqrt(np.var(differences, ddof=1) / len(pairs) + shared))
-    prompts = len(np.unique(np.concatenate([pair.prompts for pair in pairs])))
+    prompts_agree = all(np.abs(pair.residuals).max() <= NO_ERROR for pair in pairs)
+    agreeing = prompts if prompts_agree else len(pairs)
     of = f"prompts, {len(pairs)} seeds"
-    found = _difference(differences, error, len(pairs) - 1, prompts, of, PROMPTS_AND_SEEDS)
+    found = _difference(differences, error, len(pairs) - 1, prompts, of, PROMPTS_AND_SEEDS, bounds, agreeing)
     return replace(found, shared_variance=shared)
 
 
-def over_seeds(differences: np.ndarray) -> Difference:
-    """The same for what is measured once a run, from the spread between seeds alone."""
+def over_seeds(differences: np.ndarray, bounds: Bounds | None = None) -> Difference:
+    """Return the mean of a quantity measured once per run, with an interval from the spread between seeds alone."""
     seeds = len(differences)
     error = float(np.std(differences, ddof=1) / np.sqrt(seeds)) if seeds > 1 else np.nan
-    return _difference(differences, error, seeds - 1, seeds, "seeds", SEEDS_ONLY if seeds > 1 else NOTHING)
+    covers = SEEDS_ONLY if seeds > 1 else NOTHING
+    return _difference(differences, error, seeds - 1, seeds, "seeds", covers, bounds, seeds)
 
 
 def _shared_variance(pairs: Sequence[SeedSums]) -> float:
-    """C of ``over_prompts_and_seeds``: by prompt, the square of the sum over seeds minus the sum of squares."""
+    """Return C of ``over_prompts_and_seeds``: per prompt, the squared sum over seeds minus the sum of squares."""
     scaled = [pair.residuals / np.sqrt(len(pair.prompts) * max(len(pair.prompts) - 1, 1)) for pair in pairs]
     _, codes = np.unique(np.concatenate([pair.prompts for pair in pairs]), return_inverse=True)
     flat = np.concatenate(scaled)
@@ -118,11 +136,29 @@ def _shared_variance(pairs: Sequence[SeedSums]) -> float:
     return float((sums @ sums - flat @ flat) / (len(pairs) * (len(pairs) - 1)))
 
 
-def _difference(differences: np.ndarray, error: float, df: float, n: int, of: str, covers: str) -> Difference:
+def _difference(
+    differences: np.ndarray,
+    error: float,
+    df: float,
+    n: int,
+    of: str,
+    covers: str,
+    bounds: Bounds | None,
+    agreeing: int,
+) -> Difference:
+    """Return the mean of ``differences``; ``agreeing`` is the number of units that agree where the error is 0."""
     value = float(differences.mean())
-    if df > 0 and error <= NO_ERROR:
-        if abs(value) > NO_ERROR:
-            # Equal throughout, as on few prompts that are always solved: no error can be estimated, and none is not it.
-            return Difference(Estimate(value, np.nan, np.nan, 1.0, n, of), np.nan, df, covers)
-        value, error = 0.0, 0.0
-    return Difference(Estimate.from_error(value, error, df, n, of), error, df, covers)
+    if df <= 0 or error > NO_ERROR:
+        return Difference(_t_interval(value, error, df, n, of, bounds), covers, bounds=bounds)
+    if bounds is None:
+        return Difference(Estimate(value, np.nan, np.nan, 1.0, n, of, np.nan, df), covers)
+    estimate = bounded(value, 0.0, agreeing - 1, agreeing, of, bounds)
+    return Difference(replace(estimate, n=n), covers, bounds=bounds)
+
+
+def _t_interval(value: float, error: float, df: float, n: int, of: str, bounds: Bounds | None) -> Estimate:
+    """Return Student's t interval; the part beyond ``bounds`` cannot hold the truth and is cut off."""
+    estimate = Estimate.from_error(value, error, df, n, of)
+    if bounds is None or not np.isfinite(estimate.low):
+        return estimate
+    return replace(estimate, low=max(estimate.low, bounds[0]), high=min(estimate.high, bounds[1]))

@@ -1,4 +1,4 @@
-"""Which run is compared with which, and why a run takes no part."""
+"""Pair runs by seed, and say why a run takes no part."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.runs import Runs
-from analysis.trace.errors import InputError
 
-# Manifest key common_random_numbers: what two runs must share, and what it is called.
+# Entries of manifest key common_random_numbers that two runs must share, and their names.
 SHARED = {
     "base_policy": "the base policy",
     "prompts": "the prompts",
@@ -17,18 +16,23 @@ SHARED = {
 }
 
 
-EVALUATED = "select distinct run_id, benchmark, step from evals where step > 0"
+EVALUATED = "select distinct run_id, benchmark, step from evals where step > 0 and is_correct is not null"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A complete run and the complete run of its own baseline that has the same seed."""
+    """A complete run, and the complete run of another arm with the same seed that it is compared with.
+
+    Attributes:
+        is_extra: ``baseline`` is not the baseline of the run's own study but a reference named by a claim.
+    """
 
     arm: str
     baseline: str
     seed: int
     run: str
     baseline_run: str
+    is_extra: bool = False
 
     @property
     def run_ids(self) -> tuple[str, str]:
@@ -36,49 +40,59 @@ class Pair:
         return self.run, self.baseline_run
 
 
-def pair_runs(runs: Runs) -> tuple[list[Pair], dict[str, str]]:
-    """Pairs every complete run with its baseline run, and says why others have none.
+def pair_runs(runs: Runs, references: Mapping[str, str]) -> tuple[list[Pair], dict[str, str]]:
+    """Pair every complete run with its baseline run, and with the run of its reference arm where one is named.
+
+    Args:
+        runs: The runs.
+        references: Arm to compare an arm with in addition to its baseline.
 
     Returns:
-        The pairs in order of the runs, and the reason by run_id of every run that takes no part.
-
-    Raises:
-        InputError: no run is of a baseline arm, or every run is.
+        The pairs in order of the runs, and the reason by run_id for every run that takes no part.
     """
-    _check_arms(runs)
     by_seed, reasons = _complete_runs(runs)
     evaluated: dict[str, set[tuple[str, int]]] = {}
     for run, *evaluation in runs.sql(EVALUATED).iter_rows():
         evaluated.setdefault(run, set()).add(tuple(evaluation))
     pairs = []
     for (arm, seed), run in by_seed.items():
-        baseline = _baseline(runs, run)
-        if arm == baseline:
-            continue
-        other = by_seed.get((baseline, seed))
-        if other is None:
-            reasons[run] = f"no complete run of arm {baseline} has seed {seed}"
-        elif unshared := _unshared(runs.manifests[run], runs.manifests[other]):
-            reasons[run] = f"does not share {unshared} with {other}"
-        elif not evaluated.get(run, set()) & evaluated.get(other, set()):
-            reasons[run] = f"has no evaluation after training in common with {other}"
-        else:
-            pairs.append(Pair(arm, baseline, seed, run, other))
-    return pairs, reasons | _lonely_baselines(runs, by_seed, pairs)
+        own = _baseline(runs, run)
+        for baseline in dict.fromkeys((own, references.get(arm, own))):
+            if arm == baseline:
+                continue
+            other = by_seed.get((baseline, seed))
+            if other is None:
+                reason = f"no complete run of arm {baseline} has seed {seed}"
+            elif unshared := _unshared(runs.manifests[run], runs.manifests[other]):
+                reason = f"does not share {unshared} with {other}"
+            elif not evaluated.get(run, set()) & evaluated.get(other, set()):
+                reason = f"has no evaluation after training in common with {other}"
+            else:
+                pairs.append(Pair(arm, baseline, seed, run, other, baseline != own))
+                continue
+            reasons.setdefault(run, reason)
+    used = {run for pair in pairs for run in pair.run_ids}
+    for (arm, seed), run in by_seed.items():
+        if arm == _baseline(runs, run):
+            reasons.setdefault(run, f"no run of another arm with seed {seed} can be compared with it")
+    return pairs, {run: reason for run, reason in reasons.items() if run not in used}
 
 
-def _check_arms(runs: Runs) -> None:
-    arms = {arm_of(manifest): run for run, manifest in runs.manifests.items()}
+def why_nothing_to_compare(runs: Runs, references: Mapping[str, str]) -> str:
+    """Return why no run could have a partner, in one line; empty where some could."""
+    arms = {arm_of(manifest) for manifest in runs.manifests.values()}
     baselines = {_baseline(runs, run) for run in runs.manifests}
-    if not baselines & set(arms):
-        missing = sorted(baselines)[0]
-        raise InputError(f'compare: no run is of the baseline arm "{missing}"; found {", ".join(sorted(arms))}')
-    if set(arms) <= baselines:
-        raise InputError(f"compare: every run is of the baseline arm ({', '.join(sorted(arms))}); name runs of others")
+    if any(arm in arms and reference in arms for arm, reference in references.items()):
+        return ""
+    if not baselines & arms:
+        return f'compare: no run is of the baseline arm "{sorted(baselines)[0]}"; found {", ".join(sorted(arms))}'
+    if arms <= baselines:
+        return f"compare: every run is of the baseline arm ({', '.join(sorted(arms))}); name runs of others"
+    return ""
 
 
 def _complete_runs(runs: Runs) -> tuple[dict[tuple[str, int], str], dict[str, str]]:
-    """Complete run of each arm and seed, and the reason why others are none."""
+    """Return the complete run of each arm and seed, and the reason why others take no part."""
     by_seed: dict[tuple[str, int], str] = {}
     reasons: dict[str, str] = {}
     for run, manifest in runs.manifests.items():
@@ -95,17 +109,8 @@ def _complete_runs(runs: Runs) -> tuple[dict[tuple[str, int], str], dict[str, st
     return by_seed, reasons
 
 
-def _lonely_baselines(runs: Runs, by_seed: Mapping[tuple[str, int], str], pairs: list[Pair]) -> dict[str, str]:
-    used = {run for pair in pairs for run in pair.run_ids}
-    return {
-        run: f"no run of another arm with seed {seed} can be compared with it"
-        for (arm, seed), run in by_seed.items()
-        if arm == _baseline(runs, run) and run not in used
-    }
-
-
 def _unshared(manifest: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """What two runs are known not to share; runs that did not record it are taken at their word."""
+    """Name what two runs are known not to share; a run that recorded nothing is assumed to share everything."""
     mine, theirs = (m.get("common_random_numbers") or {} for m in (manifest, other))
     return " and ".join(
         label for key, label in SHARED.items() if key in mine and key in theirs and mine[key] != theirs[key]
@@ -117,5 +122,5 @@ def _baseline(runs: Runs, run: str) -> str:
 
 
 def arm_of(manifest: Mapping[str, Any]) -> str:
-    """Label of a run's arm; a run by itself may have none."""
+    """Return the label of a run's arm; a single run may have none."""
     return str(manifest.get("arm") or "-")

@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis.compare.measure import Curve, Measured, first_reached, pass_metrics
 from analysis.compare.paired import Difference, SeedSums, over_prompts_and_seeds, over_seeds
-from analysis.compare.verdict import FORMAL, PRIMARY, STEPS, metric_of
+from analysis.compare.verdict import FORMAL, LENGTH, PRIMARY, STEPS, metric_of
 
 # Smallest rise of the baseline's accuracy that has a half way.
 SMALLEST_RISE = 0.01
@@ -17,7 +17,7 @@ SMALLEST_RISE = 0.01
 
 @dataclass(frozen=True)
 class SeedValue:
-    """What a pair of runs came to; the value of a run that never reached the accuracy asked for is None."""
+    """Result of a pair of runs; the value of a run that never reached the requested accuracy is None."""
 
     seed: int
     value: float | None
@@ -43,15 +43,15 @@ class Row:
 
 
 def metric_names(num_samples: int) -> list[str]:
-    """All metrics for ``num_samples`` samples a prompt, in the order of the tables."""
+    """Return all metrics for ``num_samples`` samples per prompt, in the order of the tables."""
     accuracies = [PRIMARY, "maj_at_k", *pass_metrics(num_samples)]
-    return [*accuracies, "accuracy_auc", STEPS, "entropy", "response_length", FORMAL]
+    return [*accuracies, "accuracy_auc", STEPS, "entropy", LENGTH, FORMAL]
 
 
 def evaluation_rows(
     arm: str, baseline: str, benchmark: str, measured: Measured, num_pairs: int, level: float | None
 ) -> Iterator[Row]:
-    """Rows of all metrics of held-out responses; ``level`` is the accuracy to reach, None if there is none."""
+    """Yield the rows of all metrics of held-out responses; ``level`` is the accuracy to reach, if there is one."""
     for name in metric_names(measured.num_samples):
         unit = metric_of(name).unit + (f", k = {measured.num_samples}" if name in (PRIMARY, "maj_at_k") else "")
         if name == STEPS:
@@ -61,12 +61,12 @@ def evaluation_rows(
 
 
 def training_row(arm: str, baseline: str, benchmark: str, measured: Measured, num_pairs: int) -> Row:
-    """The row of the share of formal-reasoning tokens."""
+    """Return the row of the share of formal-reasoning tokens."""
     return _from_sums(Row(arm, baseline, benchmark, FORMAL, metric_of(FORMAL).unit), measured, num_pairs)
 
 
 def half_way(curves: Iterable[Curve]) -> float | None:
-    """Half way between the baseline's mean first and mean last accuracy, to .01; None where it did not rise."""
+    """Return half way between the baseline's mean first and mean last accuracy, to .01; None if it did not rise."""
     by_run = {curve.baseline_run: curve.accuracy[1] for curve in curves}
     if not by_run:
         return None
@@ -84,7 +84,7 @@ def _from_sums(empty: Row, measured: Measured, num_pairs: int) -> Row:
         seeds=seeds,
         value=float(np.mean([pair.values[0] for pair in sums])),
         baseline_value=float(np.mean([pair.values[1] for pair in sums])),
-        difference=over_prompts_and_seeds(sums),
+        difference=over_prompts_and_seeds(sums, metric_of(empty.metric).bounds),
         num_prompts=len(np.unique(np.concatenate([pair.prompts for pair in sums]))),
         note=_measured_note(len(sums), num_pairs),
     )
@@ -93,12 +93,12 @@ def _from_sums(empty: Row, measured: Measured, num_pairs: int) -> Row:
 def _steps_row(
     arm: str, baseline: str, benchmark: str, curves: Sequence[Curve], num_pairs: int, level: float | None
 ) -> Row:
-    """Steps until the held-out accuracy is at ``level``, within the steps that both runs evaluated.
+    """Compare the steps until the held-out accuracy is at ``level``, within the steps that both runs evaluated.
 
-    A run that never gets there is censored: no number of steps is known, only that it is more than the last. It counts
-    as the last common step, so that the difference is one of restricted means, E[min(T, last)] (Royston and Parmar,
-    BMC Med. Res. Methodol. 13:152, 2013): defined whatever is censored, and where one run of a pair is, the size of
-    the pair's difference is a lower bound.
+    A run that never gets there is censored: its number of steps is only known to exceed the last. It counts as the last
+    common step, so that the difference is one of restricted means, E[min(T, last)] (Royston and Parmar, BMC Med. Res.
+    Methodol. 13:152, 2013). This is always defined, and where one run of a pair is censored, the size of the pair's
+    difference is a lower bound.
     """
     empty = Row(arm, baseline, benchmark, STEPS, f"steps to accuracy {level:g}" if level is not None else "steps")
     if not curves:
@@ -124,7 +124,9 @@ def _steps_row(
     if not any(counts):
         return row
     value, baseline_value = restricted.mean(0)
-    return replace(row, value=float(value), baseline_value=float(baseline_value), difference=over_seeds(differences))
+    bounds = (-float(last.max()), float(last.max()))
+    difference = over_seeds(differences, bounds)
+    return replace(row, value=float(value), baseline_value=float(baseline_value), difference=difference)
 
 
 def _measured_note(num_measured: int, num_pairs: int) -> str:

@@ -6,13 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from analysis.claims import INCONCLUSIVE
 from analysis.compare.pairs import arm_of
 from analysis.compare.rows import Row
-from analysis.compare.verdict import PRIMARY, decide, metric_of
-from analysis.stats import detectable, holm
+from analysis.compare.verdict import PRIMARY, Judged
 
 if TYPE_CHECKING:
     import polars as pl
@@ -43,24 +39,15 @@ AGGREGATES = {
 UNPAIRED = {"run_id": str, "arm": str, "seed": int, "status": str, "why": str}
 
 
-def difference_table(rows: Sequence[Row]) -> pl.DataFrame:
-    """Judges all rows together: the primary metric is one family of Holm's correction, all others are the second."""
+def difference_table(judged: Sequence[Judged]) -> pl.DataFrame:
+    """Return one row per difference; a number that is not finite is null."""
     import polars as pl
 
-    families = {
-        is_primary: [row for row in rows if row.difference and (row.metric == PRIMARY) == is_primary]
-        for is_primary in (True, False)
-    }
-    adjusted: dict[int, float] = {}
-    for family in families.values():
-        p_values = [row.difference.estimate.p_value for row in family if row.difference]
-        adjusted |= zip(map(id, family), map(float, holm(p_values)), strict=True)
-    records = [_judged(row, adjusted.get(id(row), 1.0), len(families[row.metric == PRIMARY])) for row in rows]
-    return pl.DataFrame(records, schema=DIFFERENCES, orient="row")
+    return pl.DataFrame([_record(found) for found in judged], schema=DIFFERENCES, orient="row")
 
 
 def seed_table(rows: Sequence[Row]) -> pl.DataFrame:
-    """One row per row and paired seed."""
+    """Return one row per difference and paired seed."""
     import polars as pl
 
     records = [
@@ -72,14 +59,14 @@ def seed_table(rows: Sequence[Row]) -> pl.DataFrame:
 
 
 def aggregate_table(records: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
-    """One row per arm; what a record leaves out is null."""
+    """Return one row per arm; a value that a record lacks is null."""
     import polars as pl
 
     return pl.DataFrame([[record.get(name) for name in AGGREGATES] for record in records], AGGREGATES, orient="row")
 
 
 def unpaired_table(manifests: Mapping[str, Mapping[str, Any]], reasons: Mapping[str, str]) -> pl.DataFrame:
-    """One row per run that takes no part, in the order of the runs."""
+    """Return one row per run that takes no part, in the order of the runs."""
     import polars as pl
 
     records = [
@@ -90,28 +77,18 @@ def unpaired_table(manifests: Mapping[str, Mapping[str, Any]], reasons: Mapping[
     return pl.DataFrame(records, schema=UNPAIRED, orient="row")
 
 
-def _judged(row: Row, p_adjusted: float, num_tests: int) -> tuple[Any, ...]:
-    """One row of the table; what is not finite is null."""
+def _record(found: Judged) -> tuple[Any, ...]:
+    row = found.row
     names = (row.arm, row.baseline, row.benchmark, row.metric, row.unit)
-    num_seeds, is_primary = len(row.seeds), row.metric == PRIMARY
-    if row.difference is None:
-        numbers = (row.value, row.baseline_value, *[None] * 8)
-        return (*names, *numbers, INCONCLUSIVE, row.note, num_seeds, row.num_prompts, None, is_primary)
-    estimate = row.difference.estimate
-    word, why = decide(row.difference, p_adjusted, num_tests, num_seeds, metric_of(row.metric))
-    # An error of zero, as where both arms solve everything, says nothing about the design.
-    found = detectable(row.difference.error or np.nan, row.difference.df, num_tests)
-    error, df = row.difference.error, row.difference.df
-    measured = (estimate.value, estimate.low, estimate.high, error, df, estimate.p_value, p_adjusted, found)
-    return (
-        *names,
-        row.value,
-        row.baseline_value,
-        *(number if math.isfinite(number) else None for number in measured),
-        word,
-        f"{why} ({row.note})" if row.note else why,
-        num_seeds,
-        row.num_prompts,
-        row.difference.covers,
-        is_primary,
-    )
+    measured: list[float | None] = [None] * 8
+    if row.difference and found.outcome:
+        estimate = row.difference.estimate
+        numbers = (estimate.value, estimate.low, estimate.high, estimate.error, estimate.df, estimate.p_value)
+        measured = [_finite(number) for number in (*numbers, found.p_adjusted, found.outcome.detectable)]
+    verdict = (found.verdict, found.why, len(row.seeds), row.num_prompts)
+    covers = row.difference.covers if row.difference else None
+    return (*names, row.value, row.baseline_value, *measured, *verdict, covers, row.metric == PRIMARY)
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None

@@ -1,4 +1,4 @@
-"""A comparison as text, for people and for scripts."""
+"""Format a comparison as text, for people and for scripts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from analysis.compare.rows import metric_names
-from analysis.effects.estimate import count
 from analysis.export import readable
 from analysis.trace.errors import InputError, nearest
 
@@ -20,10 +19,10 @@ ALL = "all"
 
 
 def choose_metrics(comparison: Comparison, metrics: Sequence[str]) -> Comparison:
-    """Keeps the rows of some metrics; their p-values stay adjusted for all that was judged together.
+    """Keep the rows of some metrics; their p-values stay adjusted for all that was judged together.
 
     Raises:
-        InputError: no such metric.
+        InputError: a metric is unknown.
     """
     import polars as pl
 
@@ -40,13 +39,13 @@ def choose_metrics(comparison: Comparison, metrics: Sequence[str]) -> Comparison
 
 
 def to_json(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
-    """Rows of all frames by name."""
+    """Return the rows of all frames by name."""
     names = ("differences", "by_seed", "aggregates", "unpaired")
     return {name: getattr(comparison, name).to_dicts() for name in names}
 
 
 def to_text(comparison: Comparison) -> str:
-    """Differences with their reasons, aggregates, and the runs that take no part."""
+    """Format differences with their reasons, aggregates, and the runs that take no part."""
     lines = list(_difference_lines(readable(comparison.differences)))
     lines += ["", *_aggregate_lines(readable(comparison.aggregates))] if comparison.aggregates.height else []
     lines += ["", *_unpaired_lines(readable(comparison.unpaired))] if comparison.unpaired.height else []
@@ -57,7 +56,12 @@ def _difference_lines(frame: pl.DataFrame) -> Iterator[str]:
     if frame.is_empty():
         yield "nothing to compare: no complete run of an arm could be paired with one of its baseline"
         return
-    yield "Differences to the baseline, paired by seed and prompt, with 95 % intervals; errors moderated across arms"
+    import polars as pl
+
+    yield "Differences from the baseline, paired by seed and prompt, with 95 % intervals; errors moderated across arms"
+    is_twice = pl.col("baseline").n_unique().over("arm") > 1
+    named = pl.when(is_twice).then(pl.col("arm") + " vs " + pl.col("baseline")).otherwise("arm")
+    frame = frame.with_columns(arm=named)
     widths = {name: max(map(len, frame[name])) for name in ("arm", "benchmark", "metric", "verdict")}
     for row in frame.iter_rows(named=True):
         names = "  ".join(f"{row[name]:<{width}}" for name, width in widths.items())
@@ -100,7 +104,7 @@ def _unpaired_lines(frame: pl.DataFrame) -> Iterator[str]:
 
 
 def _seeds(row: dict[str, Any]) -> str:
-    return count(range(row["num_seeds"]), "seed")
+    return f"{row['num_seeds']} seed{'s' * (row['num_seeds'] != 1)}"
 
 
 def _interval(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:

@@ -1,13 +1,18 @@
-"""What each metric is, what difference of it matters, and which word a difference earns."""
+"""Metrics, the smallest difference of each that matters, and the word that a difference earns."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from analysis.claims import INCONCLUSIVE, MAX_P_VALUE
-from analysis.compare.paired import Difference
-from analysis.effects.estimate import MIN_RUNS
+from analysis.stats import holm
+from analysis.verdict_rules import INCONCLUSIVE, MIN_RUNS, Outcome, Size, decide
+
+if TYPE_CHECKING:
+    from analysis.compare.paired import Bounds
+    from analysis.compare.rows import Row
 
 NO_DIFFERENCE = "no difference that matters"
 
@@ -17,69 +22,120 @@ class Metric:
     """A quantity that arms are compared by.
 
     Attributes:
-        unit: Of its values and differences.
+        unit: Of its differences.
         smallest: Smallest difference that matters.
-        words: What a positive and a negative difference are called.
+        words: Names of a positive and a negative difference.
+        bounds: Range of possible differences, if it is known.
+        is_relative: A difference is relative to the baseline.
     """
 
     unit: str
     smallest: float
     words: tuple[str, str] = ("higher", "lower")
+    bounds: Bounds | None = None
+    is_relative: bool = False
 
 
 BETTER_HIGH, BETTER_LOW = ("better", "worse"), ("worse", "better")
+OF_SHARES = (-1.0, 1.0)
 PRIMARY = "avg_at_k"
 STEPS = "steps_to_accuracy"
+LENGTH = "response_length"
 FORMAL = "formal_share"
-# A point of accuracy or of token share, one training step, a hundredth of a nat, one token.
+# A point of accuracy or of token share, one training step, a hundredth of a nat, a twentieth of the length.
 METRICS = {
-    PRIMARY: Metric("accuracy", 0.01, BETTER_HIGH),
-    "maj_at_k": Metric("accuracy", 0.01, BETTER_HIGH),
-    "pass_at_k": Metric("accuracy", 0.01, BETTER_HIGH),
-    "accuracy_auc": Metric("accuracy, mean over training", 0.01, BETTER_HIGH),
+    PRIMARY: Metric("accuracy", 0.01, BETTER_HIGH, OF_SHARES),
+    "maj_at_k": Metric("accuracy", 0.01, BETTER_HIGH, OF_SHARES),
+    "pass_at_k": Metric("accuracy", 0.01, BETTER_HIGH, OF_SHARES),
+    "accuracy_auc": Metric("accuracy, mean over training", 0.01, BETTER_HIGH, OF_SHARES),
     STEPS: Metric("steps", 1, BETTER_LOW),
     "entropy": Metric("nats per token", 0.01),
-    "response_length": Metric("tokens", 1),
-    FORMAL: Metric("share of tokens", 0.01),
+    LENGTH: Metric("of the baseline", 0.05, is_relative=True),
+    FORMAL: Metric("share of tokens", 0.01, bounds=OF_SHARES),
 }
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A row with its verdict.
+
+    Attributes:
+        row: The difference, or the reason why there is none.
+        verdict: One of ``Metric.words``, ``NO_DIFFERENCE``, or ``INCONCLUSIVE``.
+        why: Reason, in words.
+        p_adjusted: P-value among all rows of the family (Holm); None for a row that cannot earn a verdict.
+        outcome: Of these runs alone, whatever their number; None without a difference.
+    """
+
+    row: Row
+    verdict: str
+    why: str
+    p_adjusted: float | None = None
+    outcome: Outcome | None = None
+
+    @property
+    def established(self) -> int:
+        """Sign of the difference that earned a verdict, 0 without one."""
+        earned = self.outcome and self.verdict in metric_of(self.row.metric).words
+        return self.outcome.direction if self.outcome and earned else 0
+
+
 def metric_of(name: str) -> Metric:
-    """The metric of a name; ``pass_at_4`` and its like are all ``pass_at_k``."""
+    """Return the metric of a name; ``pass_at_4`` and its like are all ``pass_at_k``."""
     return METRICS["pass_at_k" if name.startswith("pass_at_") else name]
 
 
-def decide(
-    difference: Difference, p_adjusted: float, num_tests: int, num_seeds: int, metric: Metric
-) -> tuple[str, str]:
-    """Verdict and reason; the rule of ``claims.decide``, with words of its own.
+def judge_rows(rows: Sequence[Row]) -> list[Judged]:
+    """Judge all rows together, in their order.
 
-    - better or worse, higher or lower: the interval excludes zero, p, adjusted for all differences of the family
-      (Holm), is at most .05, and the difference is at least the smallest that matters;
-    - no difference that matters: the whole interval lies below the smallest that matters, either way;
-    - inconclusive: anything else, and whatever rests on fewer than ``MIN_RUNS`` seeds.
+    The primary metric is one family of Holm's correction, all other metrics are the second. A family holds the rows
+    that can earn a verdict, those of ``MIN_RUNS`` seeds with a finite interval.
     """
-    word, why = _decide(difference, p_adjusted, num_tests, metric)
-    if num_seeds >= MIN_RUNS:
-        return word, why
-    seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
-    return INCONCLUSIVE, f"{seeds} only, a verdict needs {MIN_RUNS}. For these runs alone: {word}, {why}"
+    adjusted: dict[int, float] = {}
+    num_tests = {}
+    for is_primary in (True, False):
+        family = [row for row in rows if (row.metric == PRIMARY) == is_primary and _may_earn_verdict(row)]
+        p_values = [row.difference.estimate.p_value for row in family if row.difference]
+        adjusted |= zip(map(id, family), map(float, holm(p_values)), strict=True)
+        num_tests[is_primary] = max(len(family), 1)
+    return [_judge(row, adjusted.get(id(row)), num_tests[row.metric == PRIMARY]) for row in rows]
 
 
-def _decide(difference: Difference, p_adjusted: float, num_tests: int, metric: Metric) -> tuple[str, str]:
-    value, low, high = (getattr(difference.estimate, name) for name in ("value", "low", "high"))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        if difference.df > 0:
-            return INCONCLUSIVE, "the difference is equal throughout, so that its error cannot be estimated"
-        return INCONCLUSIVE, "there is no interval"
-    if max(-low, high) < metric.smallest:
-        return NO_DIFFERENCE, f"the whole interval lies within ±{metric.smallest:g}"
-    if low <= 0 <= high:
-        return INCONCLUSIVE, "the interval holds zero as well as differences that matter"
-    way = "higher" if value > 0 else "lower"
-    if abs(value) < metric.smallest:
-        return INCONCLUSIVE, f"{way}, but by less than {metric.smallest:g}, the smallest difference that matters"
-    if p_adjusted > MAX_P_VALUE:
-        among = f"among the {num_tests} differences judged together (p = {p_adjusted:.2g})"
-        return INCONCLUSIVE, f"{way}, but not beyond chance {among}"
-    return metric.words[value < 0], f"{way}, beyond chance, and by at least {metric.smallest:g}"
+def _may_earn_verdict(row: Row) -> bool:
+    if row.difference is None or len(row.seeds) < MIN_RUNS:
+        return False
+    estimate = row.difference.estimate
+    return math.isfinite(estimate.low) and math.isfinite(estimate.high)
+
+
+def _judge(row: Row, p_adjusted: float | None, num_tests: int) -> Judged:
+    """Judge one row; a row with fewer than ``MIN_RUNS`` seeds is inconclusive, with the result for its runs alone.
+
+    - better or worse, higher or lower: the difference is established;
+    - no difference that matters: it is negligible;
+    - inconclusive: anything else.
+    """
+    if row.difference is None:
+        return Judged(row, INCONCLUSIVE, row.note)
+    estimate, metric, num_seeds = row.difference.estimate, metric_of(row.metric), len(row.seeds)
+    outcome = decide(
+        estimate,
+        estimate.p_value if p_adjusted is None else p_adjusted,
+        metric.smallest,
+        num_tests=num_tests,
+        size=Size(num_seeds, "seeds", "this comparison"),
+        noun="difference",
+    )
+    why = outcome.why
+    if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
+        equal = "the difference is equal in all seeds, so its error cannot be estimated"
+        why = equal if estimate.df > 0 else "there is no interval"
+    word = INCONCLUSIVE
+    if num_seeds < MIN_RUNS:
+        seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
+        why = f"{seeds} only, a verdict needs {MIN_RUNS}. For these runs alone: {why}"
+    elif outcome.direction:
+        word = metric.words[outcome.direction < 0]
+    elif outcome.is_negligible:
+        word = NO_DIFFERENCE
+    return Judged(row, word, f"{why} ({row.note})" if row.note else why, p_adjusted, outcome)

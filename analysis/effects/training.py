@@ -1,241 +1,344 @@
 """Effects that claims about training itself are judged by: one function for each part of a claim.
 
-Every function takes the runs, the run_ids to look at and a random generator, and returns an ``Estimate``. What is
-measured, and in which unit, stands in reports/claims.toml.
+Every function takes the runs and the run_ids to look at, and returns an ``Estimate``. Statistic, unit, and null of each
+part are in reports/claims.toml.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from analysis.effects import exchange, potential
 from analysis.effects.estimate import (
-    Effect,
     NoEffectError,
-    change,
+    change_of,
     count,
     fetch,
-    level,
+    mean_of_runs,
+    mean_of_steps,
     over_runs,
+    plateau_level,
+    prompts_level,
     ratio,
     require_plateau,
     require_rising,
-    widest,
+    rising_change,
 )
+from analysis.intervals import MAX_DF, Effect
 from analysis.runs import Runs
-from analysis.stages import decompose_fall, fit_exchange, num_rising_blocks, relative_speed
-from analysis.stats import Estimate, block_length
+from analysis.stages import MIN_STEPS, StageFit, slowdown
+from analysis.stats import LEVEL, ONE_SD, Estimate
 
-# Share of all movement that the top fifth of tokens would carry if movements were normally distributed:
-# exp(-z^2 / 2) with z the quantile of the normal distribution at 0.9.
-NORMAL_TOP_FIFTH = 0.4399
+if TYPE_CHECKING:
+    import polars as pl
 
-Judged = Callable[[Runs, Sequence[str], np.random.Generator], Estimate]
+# Bins of response length within which shares of tokens are compared.
+LENGTH_BINS = 12
+
+Judged = Callable[[Runs, Sequence[str]], Estimate]
 
 
 def of_policy(judged: Judged) -> Judged:
-    """What is about the entropy of the policy itself: not judged where another model scored what it sampled."""
+    """Return a judge that refuses runs whose entropy is not that of the policy, as where another model scored it."""
 
-    def judge(runs: Runs, run_ids: Sequence[str], rng: np.random.Generator) -> Estimate:
+    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         for run in run_ids:
             if reason := (runs.manifests.get(run, {}).get("unknown") or {}).get("policy.entropy"):
                 raise NoEffectError(str(reason))
-        return judged(runs, run_ids, rng)
+        return judged(runs, run_ids)
 
     return judge
 
 
-def slowdown(series: int) -> Judged:
-    """S1: share of the rising stage's speed that is lost in the plateau, 1 - |relative speed|; 0 entropy, 1 accuracy.
+def slows(series: int) -> Judged:
+    """S1: how much a series slows down from the first to the second half; 0 entropy, 1 accuracy. See ``slowdown``."""
 
-    The interval is that of the signed relative speed, mapped: where it holds 0, a standstill is possible.
-    """
-
-    def judge(runs: Runs, run_ids: Sequence[str], rng: np.random.Generator) -> Estimate:
-        del rng  # The fit brings its own bootstrap.
-        fits = [runs.stage_fits[run] for run in run_ids]
-        for run, fit in zip(run_ids, fits, strict=True):
-            if fit.boundary is None:
-                raise NoEffectError(f"no boundary inside run {run}: {fit.reason}", is_recorded=True)
-        speeds = np.array([relative_speed(fit.slopes)[series] for fit in fits])
-        if not np.isfinite(speeds).all():
-            raise NoEffectError("it does not move the expected way in the rising stage", is_recorded=True)
-        draws = np.mean([relative_speed(fit.slope_draws)[:, series] for fit in fits], axis=0)
-        df = sum(num_rising_blocks(fit) for fit in fits) - 1
-        n, of = sum(fit.num_steps for fit in fits), f"steps, {count(run_ids, 'run')}"
-        speed, lost = (
-            widest([Estimate.from_draws(float(by_run.mean()), draws, df, n, of), *over_runs(by_run, n, of)])
-            for by_run in (speeds, 1 - np.abs(speeds))
-        )
-        ends = sorted((abs(speed.low), abs(speed.high)))
-        slowest = 0.0 if speed.low <= 0 <= speed.high else ends[0]
-        return Estimate(lost.value, 1 - ends[1], 1 - slowest, lost.p_value, n, of)
+    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+        found = [_slowdown_of(_long_enough(runs, run), series) for run in run_ids]
+        of = f"steps, {count(run_ids, 'run')}"
+        return replace(found[0], of=of) if len(found) == 1 else mean_of_runs(found, of)
 
     return judge
 
 
-def exchange_slope(runs: Runs, run_ids: Sequence[str], rng: np.random.Generator) -> Estimate:
-    """E1: a in accuracy = -a exp(H) + b, least squares over all steps of a run (arXiv 2505.22617)."""
-    require_rising(runs, run_ids)
-    frame = fetch(runs, "exchange_law", run_ids)
-    slopes, draws, blocks = [], [], 0.0
-    for run in run_ids:
-        part = frame.filter(run_id=run)
-        x, y = (part[name].cast(float).to_numpy() for name in ("exp_entropy", "accuracy"))
-        if np.ptp(x) == 0:
-            raise NoEffectError("entropy did not move", is_recorded=True)
-        fit, drawn = fit_exchange(x, y, part.filter(stage="rising").height, rng)
-        slopes.append(fit[0])
-        draws.append(drawn[:, 0])
-        blocks += len(x) / block_length(len(x))
-    n, of = frame.height, f"steps, {count(run_ids, 'run')}"
-    estimate = Estimate.from_draws(float(np.mean(slopes)), np.mean(draws, axis=0), blocks - 1, n, of)
-    return widest([estimate, *over_runs(np.array(slopes), n, of)])
+def _slowdown_of(fit: StageFit, series: int) -> Estimate:
+    moved, draws, blocks = fit.movement(series)
+    if not np.abs(moved).sum() > 0:
+        raise NoEffectError("the series does not move", is_recorded=True)
+    value, drawn = float(slowdown(moved)), slowdown(draws)
+    low, high = np.percentile(drawn, LEVEL)
+    # To move less in the second half is both v1 > v2 and v1 > -v2; the opposite is one of two, hence twice.
+    rate = max(np.mean(draws[:, 0] <= sign * draws[:, 1]) for sign in (1, -1))
+    p_value = float(np.clip(2 * rate if value > 0 else 4 * (1 - rate), 1 / len(draws), 1))
+    error = float(np.diff(np.percentile(drawn, ONE_SD))[0]) / 2
+    ends = float(min(low, value)), float(max(high, value))
+    return Estimate(value, *ends, p_value, fit.num_steps, "steps", error, MAX_DF, blocks)
 
 
-def rising(stem: str, values: Sequence[str], effect: Effect) -> Judged:
-    """An effect on series of query ``stem``, fitted at both ends of the rising stage; see ``estimate.change``."""
+def two_stages(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+    """S1: how much better two lines fit than a smooth curve; see ``stages.compare_shapes``."""
+    fits = [_long_enough(runs, run) for run in run_ids]
+    for run, fit in zip(run_ids, fits, strict=True):
+        if fit.boundary is None:
+            raise NoEffectError(f"run {run} has no boundary: {fit.reason}", is_recorded=True)
+    return mean_of_runs([fit.two_stages for fit in fits], f"steps, {count(run_ids, 'run')}")
 
-    def judge(runs: Runs, run_ids: Sequence[str], rng: np.random.Generator) -> Estimate:
+
+def rising(stem: str, values: Sequence[str], effect: Effect, sign: float = 1.0) -> Judged:
+    """Return a judge of the change, end minus start of the rising stage, of an effect on the totals of a step."""
+
+    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_rising(runs, run_ids)
-        return change(runs, fetch(runs, stem, run_ids), run_ids, values, effect, rng)
+        found = rising_change(runs, fetch(runs, stem, run_ids), run_ids, values, effect)
+        return found if sign > 0 else negate(found)
 
     return judge
+
+
+def share_at_equal_length(column: str, sign: float = 1.0) -> Judged:
+    """S3: change of a share of tokens over the rising stage, among responses of equal length."""
+
+    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+        require_rising(runs, run_ids)
+
+        def change(run: str, part: pl.DataFrame) -> Estimate:
+            steps, shares = shares_at_equal_length(
+                *(part[name].to_numpy().astype(float) for name in ("step", "response_length", "tokens", column))
+            )
+            return change_of(runs, run, steps, shares)
+
+        found = over_runs(fetch(runs, "category_by_length", run_ids), run_ids, change, "steps")
+        return found if sign > 0 else negate(found)
+
+    return judge
+
+
+def shares_at_equal_length(
+    step: np.ndarray, length: np.ndarray, tokens: np.ndarray, matching: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the share of matching tokens by step, had responses been equally long at every step.
+
+    Shares are fitted as step effect + length effect, by least squares weighted by tokens; what length alone does to the
+    mix of tokens, such as an opening phrase that every response has, is in the second one. A step shares lengths with
+    its neighbors, so that steps are comparable along a chain even where first and last have no length in common.
+
+    Args:
+        step: Of each cell, ``(cells,)``.
+        length: Response length of the cell, tokens.
+        tokens: Tokens in the cell.
+        matching: Of these, tokens of the kind.
+
+    Returns:
+        Steps in order and shares, the length effect averaged over all tokens.
+
+    Raises:
+        NoEffectError: steps have no lengths in common.
+    """
+    edges = np.unique(np.quantile(length, np.linspace(0, 1, LENGTH_BINS + 1)[1:-1]))
+    bins = np.searchsorted(edges, length, side="right")
+    steps, at = np.unique(step, return_inverse=True)
+    _, bins = np.unique(bins, return_inverse=True)
+    num_bins = int(bins.max()) + 1
+    weight, matched = np.zeros((len(steps), num_bins)), np.zeros((len(steps), num_bins))
+    np.add.at(weight, (at, bins), tokens)
+    np.add.at(matched, (at, bins), matching)
+    by_step = weight.sum(1)
+    # Normal equations with step effects eliminated; they leave the mean of the length effects free.
+    within = np.diag(weight.sum(0)) - weight.T @ (weight / by_step[:, None])
+    right = matched.sum(0) - weight.T @ (matched.sum(1) / by_step)
+    if np.linalg.matrix_rank(within, tol=1e-9 * weight.sum()) < num_bins - 1:
+        raise NoEffectError("responses of different steps have no lengths in common", is_recorded=True)
+    effect = np.linalg.pinv(within) @ right
+    return steps, (matched.sum(1) - weight @ effect) / by_step + weight.sum(0) @ effect / weight.sum()
 
 
 def plateau(stem: str, values: Sequence[str], effect: Effect) -> Judged:
-    """An effect on sums of query ``stem`` over the plateau; see ``estimate.level``."""
+    """Return a judge of an effect on sums of query ``stem`` over the plateau; see ``estimate.plateau_level``."""
 
-    def judge(runs: Runs, run_ids: Sequence[str], rng: np.random.Generator) -> Estimate:
+    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_plateau(runs, run_ids)
-        return level(fetch(runs, stem, run_ids), run_ids, values, effect, rng)
+        return plateau_level(fetch(runs, stem, run_ids), run_ids, values, effect)
 
     return judge
 
 
-def excess(stem: str, values: Sequence[str], effect: Effect) -> Judged:
-    """By how much an effect that is a ratio exceeds 1 over the plateau.
+def excess(judged: Judged) -> Judged:
+    """Return a judge of by how much a ratio exceeds 1, from one of its logarithm.
 
-    It is judged by its logarithm, and of several runs it is the geometric mean: where the divisor is small, an interval
-    as wide on either side of the ratio itself would reach below 0.
+    On the logarithm an interval is symmetric; around the ratio itself it could reach below 0. Over several runs it is
+    the geometric mean.
     """
-    log = plateau(stem, values, lambda totals: np.log(effect(totals)))
 
-    def judge(runs: Runs, run_ids: Sequence[str], rng: np.random.Generator) -> Estimate:
-        found = log(runs, run_ids, rng)
+    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+        found = judged(runs, run_ids)
         value, low, high = np.expm1([found.value, found.low, found.high]).tolist()
-        return replace(found, value=value, low=low, high=high)
+        return replace(found, value=value, low=low, high=high, error=found.error * (1 + value))
+
+    return judge
+
+
+def moved(values: Sequence[str], effect: Effect) -> Judged:
+    """Return a judge of an effect on ``movement_sums`` over the plateau, of updates that did more than rounding."""
+
+    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+        require_plateau(runs, run_ids)
+        frame = fetch(runs, "movement_sums", run_ids)
+        potential.require_movement(frame)
+        return plateau_level(frame, run_ids, values, effect)
+
+    return judge
+
+
+def relative_movement(kind: str) -> Judged:
+    """S6: return a judge of the log of movement of a kind of tokens relative to the rest, beyond random updates.
+
+    A random update changes logits by equal amounts, or, since larger logits come from larger weights and activations,
+    in proportion to their margin. Where a run lies between the two, it is like some random update: the effect is 0, and
+    its interval reaches from the lower end of one comparison to the upper end of the other.
+    """
+    sides = [(f"{side}_{kind}_movement", f"{side}_{kind}") for side in ("high", "low")]
+    by_null = [
+        moved([name for movement, side in sides for name in (movement, f"{side}_{null}")], log_relative)
+        for null in ("potential", "margin")
+    ]
+
+    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+        equal, proportional = sorted((judge(runs, run_ids) for judge in by_null), key=lambda found: found.value)
+        ends = min(equal.low, proportional.low), max(equal.high, proportional.high)
+        if equal.value <= 0 <= proportional.value:
+            return replace(equal, value=0.0, low=ends[0], high=ends[1], p_value=1.0)
+        nearer = equal if equal.value > 0 else proportional
+        return replace(nearer, low=ends[0], high=ends[1])
+
+    return judge
+
+
+def against_random(effect: Effect) -> Judged:
+    """S5: return a judge of an effect that compares a step's movements with random logit changes; see ``potential``."""
+
+    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+        require_plateau(runs, run_ids)
+        sums = fetch(runs, "movement_sums", run_ids)
+        potential.require_movement(sums)
+        frame = potential.with_bins(sums, fetch(runs, "movement_potential", run_ids))
+        return mean_of_steps(frame, run_ids, potential.VALUES, effect)
+
+    return judge
+
+
+def end_at_equal_entropy(column: str) -> Judged:
+    """T3: log ratio of ``column`` of high-entropy tokens, last fifth over the middle, at equal entropy."""
+
+    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+        require_plateau(runs, run_ids)
+        potential.require_movement(fetch(runs, "movement_sums", run_ids))
+        frame = potential.spread_parts(fetch(runs, "end_by_entropy", run_ids), column)
+        return plateau_level(frame, run_ids, potential.PARTS, potential.end_over_middle)
 
     return judge
 
 
 def interventions(values: Sequence[str], effect: Effect) -> Judged:
-    """An effect on sums over interventions, wherever their checkpoint stands."""
+    """Return a judge of an effect on the rows of ``impact_sums``, of one series per run."""
 
-    def judge(runs: Runs, run_ids: Sequence[str], rng: np.random.Generator) -> Estimate:
-        return level(fetch(runs, "impact_sums", run_ids), run_ids, values, effect, rng)
+    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+        frame = fetch(runs, "impact_sums", run_ids)
+        series = frame.select("run_id", *SERIES).unique()
+        kinds = series.select(SERIES).unique().sort(SERIES)
+        if len(series) > len(run_ids) or len(kinds) > 1:
+            found = "; ".join(
+                ", ".join(f"{name} {value}" for name, value in zip(SERIES, row, strict=True)) for row in kinds.rows()
+            )
+            raise NoEffectError(f"series of interventions that differ are not pooled: {found}", is_recorded=True)
+        return prompts_level(frame, run_ids, values, effect, bounds=(-2.0, 2.0))
 
     return judge
 
 
-def mainly_negative(ends: np.ndarray) -> np.ndarray:
-    """(Fall within negative - fall within positive samples) / fall of entropy; nan where entropy did not fall.
-
-    Args:
-        ends: Negative entropy, positive entropy, negative share at both ends, shape ``(..., 2, 3)``.
-    """
-    share = np.stack((ends[..., 2], 1 - ends[..., 2]), axis=-1)
-    within, between = decompose_fall(share, share * ends[..., :2])
-    fall = (within + between).sum(-1)
-    return np.where(fall > 0, (within[..., 0] - within[..., 1]) / fall, np.nan)
+# What sets series of interventions apart.
+SERIES = ("checkpoint_step", "selection", "seed", "temperature")
 
 
-def fall(ends: np.ndarray) -> np.ndarray:
-    """Value at the start minus value at the end, of the one series in ``(..., 2, 1)``."""
-    return ends[..., 0, 0] - ends[..., 1, 0]
+def negate(found: Estimate) -> Estimate:
+    """Return the estimate of the opposite."""
+    return replace(found, value=-found.value, low=-found.high, high=-found.low)
 
 
-def minus(effect: Effect, constant: float) -> Effect:
-    """Effect less what it would be without what is claimed."""
-    return lambda totals: effect(totals) - constant
-
-
-def quotient(totals: np.ndarray) -> np.ndarray:
-    """First mean divided by the second; totals are sum, number, sum, number."""
-    return ratio(0, 1)(totals) / ratio(2, 3)(totals)
+def log_ratio(totals: np.ndarray) -> np.ndarray:
+    """Return the logarithm of the first total over the second."""
+    return np.log(totals[..., 0] / totals[..., 1])
 
 
 def difference(totals: np.ndarray) -> np.ndarray:
-    """First mean minus the second; totals are sum, number, sum, number."""
+    """Return the first mean minus the second; totals are sum, number, sum, number."""
     return ratio(0, 1)(totals) - ratio(2, 3)(totals)
 
 
-def quotient_of_rest(totals: np.ndarray) -> np.ndarray:
-    """Mean of a kind divided by that of the rest; totals are sum and number of the kind, then of all."""
-    rest = (totals[..., 2] - totals[..., 0]) / (totals[..., 3] - totals[..., 1])
-    return ratio(0, 1)(totals) / rest
+def log_relative(totals: np.ndarray) -> np.ndarray:
+    """Return the log of movement over potential of a kind, relative to the rest; totals are these four."""
+    return np.log(ratio(0, 1)(totals) / ratio(2, 3)(totals))
 
 
 def direction(totals: np.ndarray) -> np.ndarray:
-    """Mean change in positive minus in negative samples, relative to mean movement; sums and numbers of each."""
+    """Return the mean change in positive minus negative samples over mean movement; sums and numbers of each."""
     return difference(totals[..., :4]) / ratio(4, 5)(totals)
 
 
-_DIRECTION = ["positive_dp", "positive_tokens", "negative_dp", "negative_tokens"]
-_DIRECTION += ["high_entropy_movement", "high_entropy_tokens"]
-_SIGNS = ["negative_entropy", "positive_entropy", "negative_share"]
+def _long_enough(runs: Runs, run: str) -> StageFit:
+    """Return the run's stages, or raise ``NoEffectError`` where the run is too short for any."""
+    fit = runs.stage_fits[run]
+    if fit.num_steps < MIN_STEPS:
+        raise NoEffectError(f"run {run} has {count(range(fit.num_steps), 'step')}, a trend needs {MIN_STEPS}")
+    return fit
+
+
+_DIRECTION = ["positive_dp", "positive_tokens", "negative_dp", "negative_tokens", "high_movement", "high_tokens"]
 
 PARTS: dict[str, dict[str, Judged]] = {
-    "S1": {"entropy": of_policy(slowdown(0)), "accuracy": of_policy(slowdown(1))},
-    "E1": {"slope": of_policy(exchange_slope)},
+    "S1": {
+        "entropy slows": of_policy(slows(0)),
+        "accuracy slows": of_policy(slows(1)),
+        "two stages": of_policy(two_stages),
+    },
+    "E1": {"association": of_policy(exchange.association), "fit": of_policy(exchange.captured)},
     "S2": {
-        "mainly negative": of_policy(rising("response_series", _SIGNS, mainly_negative)),
-        "same prompt": of_policy(rising("response_series", ["gap"], fall)),
+        "mainly negative": of_policy(rising("sign_entropy", ["negative_sum", "positive_sum"], log_ratio, -1)),
+        "same prompt": of_policy(rising("sign_entropy", ["negative_mean", "positive_mean"], log_ratio, -1)),
     },
     "S3": {
-        "reasoning": rising("category_series", ["reasoning_share"], lambda ends: -fall(ends)),
-        "other words": rising("category_series", ["semantic_share"], fall),
+        "reasoning": share_at_equal_length("reasoning"),
+        "other words": share_at_equal_length("semantic", -1),
     },
-    "S4": {"any defect": rising("response_series", ["defect_share"], fall)},
+    "S4": {"any defect": rising("defect_sums", ["defective", "responses"], ratio(0, 1), -1)},
     "S5": {
-        "concentration": plateau("movement_sums", ["top_movement", "movement"], minus(ratio(0, 1), NORMAL_TOP_FIFTH)),
-        "hardly move": plateau("movement_sums", ["still_tokens", "tokens"], minus(ratio(0, 1), 0.5)),
+        "concentration": against_random(potential.concentration),
+        "hardly move": against_random(potential.stillness),
     },
     "S6": {
-        "high entropy": excess(
-            "movement_sums",
-            ["high_entropy_movement", "high_entropy_tokens", "movement", "tokens"],
-            quotient_of_rest,
-        ),
-        "large gradient": excess(
-            "movement_sums",
-            ["high_gradient_movement", "high_gradient_tokens", "movement", "tokens"],
-            quotient_of_rest,
-        ),
-        "direction": plateau("movement_sums", _DIRECTION, direction),
+        "high entropy": excess(relative_movement("entropy")),
+        "large gradient": excess(relative_movement("gradient")),
+        "direction": moved(_DIRECTION, direction),
     },
     "I1": {
         "accuracy": plateau("ppl_halves", ["difference", "num_groups"], ratio(0, 1)),
         "reasoning tokens": plateau(
-            "high_entropy_terciles", ["low_reasoning", "low_tokens", "high_reasoning", "high_tokens"], difference
+            "high_entropy_terciles", ["low_excess", "low_tokens", "high_excess", "high_tokens"], difference
         ),
     },
     "I2": {
         "impact": interventions(["high_ppl_impact", "high_ppl_tokens", "low_ppl_impact", "low_ppl_tokens"], difference)
     },
     "T1": {
-        "beginning": excess("position_fifths", ["first_sum", "middle_sum"], ratio(0, 1)),
-        "end": excess("position_fifths", ["last_sum", "middle_sum"], ratio(0, 1)),
+        "beginning": excess(plateau("position_fifths", ["first_sum", "middle_sum"], log_ratio)),
+        "end": excess(plateau("position_fifths", ["last_sum", "middle_sum"], log_ratio)),
     },
     "T2": {"impact": interventions(["late_impact", "late_tokens", "early_impact", "early_tokens"], difference)},
     "T3": {
-        "movement": excess(
-            "movement_sums", ["end_movement", "end_tokens", "middle_movement", "middle_tokens"], quotient
-        ),
-        "gradient": excess(
-            "movement_sums", ["end_grad_norm", "end_tokens", "middle_grad_norm", "middle_tokens"], quotient
-        ),
+        "movement": excess(end_at_equal_entropy("movement")),
+        "gradient": excess(end_at_equal_entropy("grad_norm")),
     },
 }

@@ -52,7 +52,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         panel.locator_params(axis="x", nbins=4)
         if i == 0 and len(benchmarks) > 1:
             style.legend(panel, loc="best")
-    note = f"{arms.counts(shown)}\nlarge dots: means; bars: {arms.covers(shown)}"
+    note = f"{arms.counts(frame)}\nlarge dots: means; bars: {arms.covers(shown)}"
     style.label(ax, "held-out accuracy", "", note)
     return ax
 

@@ -28,7 +28,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "decile of perplexity, all prompts together",
         "accuracy",
         f"{frame['num_responses'].sum():,} responses, {style.span(frame['num_prompts'])} prompts a decile;\n"
-        "bars: 95 % interval, clustered by prompt",
+        "bars: 95 % interval over steps and prompts",
     )
     style.legend_above_shares(ax)
     return ax

@@ -1,13 +1,15 @@
-"""Arms beside each other: their means over seeds, and a panel for each where there are many."""
+"""Draw arms side by side: their means over seeds, with one panel per arm where there are many."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from analysis.effects.estimate import MIN_RUNS
+import numpy as np
+
 from analysis.figures import style
-from analysis.stats import CONFIDENCE
+from analysis.intervals import NO_ERROR, bounded
+from analysis.verdict_rules import MIN_RUNS
 
 if TYPE_CHECKING:
     import polars as pl
@@ -25,18 +27,20 @@ X_PAD, Y_PAD = 15, 25
 
 
 def with_means(runs: Runs, frame: pl.DataFrame, value: str, keys: Sequence[str]) -> pl.DataFrame:
-    """Adds to every run's row the ``baseline`` of its arm and the arm's mean of ``value`` at equal ``keys``.
+    """Add to every row of a run the ``baseline`` of its arm and the arm's mean of ``value`` at equal ``keys``.
 
-    Columns ``mean``, ``mean_low``, ``mean_high`` (95 % interval) and ``num_seeds``. The interval is Student's t over
-    runs if there are ``MIN_RUNS``; else it is over prompts, as wide as those of the single runs, and leaves out how
-    other seeds would turn out. They are null for a run that was not evaluated as far as others of its arm, if last
-    evaluations are averaged, and for metrics that are no shares.
+    Columns ``mean``, ``mean_low``, ``mean_high`` (95 % interval), and ``num_seeds``. All points of an arm average the
+    same seeds: those whose evaluations reach the last step of the arm on that benchmark. A point that one of these
+    lacks has no mean. Rows that take no part, and metrics that are not shares, hold null.
+
+    The interval is Student's t over runs (``intervals.bounded``) if there are ``MIN_RUNS`` that do not all agree;
+    otherwise it is the mean interval over prompts of the runs, which leaves out the variation between seeds.
 
     Args:
         runs: Says which arm each is compared with.
         frame: Rows of runs with ``run_id``, ``arm``, ``benchmark``, ``step``, ``low``, ``high``, ``value``, ``keys``.
         value: Column of shares, in [0, 1].
-        keys: What must be equal, apart from the arm.
+        keys: Columns that must be equal, apart from the arm; without ``step``, last evaluations are averaged.
     """
     import polars as pl
 
@@ -46,36 +50,34 @@ def with_means(runs: Runs, frame: pl.DataFrame, value: str, keys: Sequence[str])
         baseline=pl.col("run_id").replace_strict(baselines, default=runs.baseline, return_dtype=pl.String),
     )
     part = frame.drop_nulls(value)
-    if "step" not in keys:
-        part = part.filter(pl.col("step") == pl.col("step").max().over("arm", "benchmark"))
-    group = list(dict.fromkeys(("arm", "step", *keys)))
     if "metric" in keys:
         part = part.filter(pl.col("metric").str.ends_with("_at_k"))
-    # Where one end is cut off at 0 or 1, the other tells how far the interval reaches.
-    reach = pl.max_horizontal(pl.col(value) - pl.col("low"), pl.col("high") - pl.col(value))
-    means = part.group_by(group).agg(
-        mean=pl.col(value).mean(),
-        reach=reach.mean(),
-        error=pl.col(value).std() / pl.len().sqrt(),
-        num_seeds=pl.len().cast(pl.Int64),
-    )
-    over_seeds = pl.col("error") * pl.col("num_seeds").replace_strict(_student(means["num_seeds"]))
-    half = pl.when(pl.col("num_seeds") < MIN_RUNS).then("reach").otherwise(over_seeds)
-    means = means.select(
-        *group,
-        "mean",
-        "num_seeds",
-        mean_low=(pl.col("mean") - half).clip(0, 1),
-        mean_high=(pl.col("mean") + half).clip(0, 1),
-    )
-    return frame.join(means, on=group, how="left", maintain_order="left")
+    curve = ["arm", "benchmark"]
+    is_last = pl.col("step") == pl.col("step").max().over(curve)
+    part = part.join(part.filter(is_last), on=["run_id", "benchmark"], how="semi", maintain_order="left")
+    if "step" not in keys:
+        part = part.filter(is_last)
+    group = list(dict.fromkeys((*curve, *keys)))
+    num_runs = pl.col("run_id").n_unique()
+    part = part.filter(num_runs.over(group) == num_runs.over(curve))
+    rows = [
+        (*point, *_mean(*(own[name].to_numpy() for name in (value, "low", "high"))), own.height)
+        for point, own in part.group_by(group, maintain_order=True)
+    ]
+    numbers = dict.fromkeys(("mean", "mean_low", "mean_high"), pl.Float64) | {"num_seeds": pl.Int64}
+    means = pl.DataFrame(rows, {name: frame.schema[name] for name in group} | numbers, orient="row")
+    taking_part = part.select("run_id", *group).join(means, on=group, how="left", maintain_order="left")
+    return frame.join(taking_part, on=["run_id", *group], how="left", maintain_order="left")
 
 
-def _student(num_seeds: pl.Series) -> dict[int, float]:
-    """Half an interval in standard errors, by number of runs."""
-    from scipy import stats
-
-    return {n: float(stats.t.ppf((1 + CONFIDENCE) / 2, max(n - 1, 1))) for n in num_seeds.unique()}
+def _mean(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[float, float, float]:
+    """Return the mean over runs with its interval; see ``with_means``."""
+    n, value = len(values), float(values.mean())
+    error = float(np.std(values, ddof=1) / np.sqrt(n)) if n >= MIN_RUNS else 0.0
+    if error <= NO_ERROR:
+        return value, float(low.mean()), float(high.mean())
+    estimate = bounded(value, error, n - 1, n, "seeds")
+    return value, estimate.low, estimate.high
 
 
 def names(frame: pl.DataFrame) -> list[str]:
@@ -95,7 +97,7 @@ def mean_rows(frame: pl.DataFrame, *keys: str) -> pl.DataFrame:
 
 
 def covers(frame: pl.DataFrame) -> str:
-    """What the intervals of ``with_means`` cover."""
+    """Say what the intervals of ``with_means`` cover."""
     seeds = frame["num_seeds"].drop_nulls()
     if seeds.is_empty() or seeds.max() < MIN_RUNS:  # pyright: ignore[reportOperatorIssue]
         return "95 % interval over prompts"
@@ -103,14 +105,25 @@ def covers(frame: pl.DataFrame) -> str:
 
 
 def counts(frame: pl.DataFrame) -> str:
-    """Arms, seeds, prompts and samples behind means, in words."""
-    prompts, samples = style.span(frame["num_prompts"]), style.span(frame["k"])
-    number = style.count(names(frame), "arm")
-    return f"{number}, {seeds(frame)} each, {prompts} held-out prompts, {samples} samples each"
+    """Count the arms, seeds, prompts, and samples behind means, and the seeds that were left out, in words."""
+    shown = frame.drop_nulls("mean")
+    prompts, samples = style.span(shown["num_prompts"]), style.span(shown["k"])
+    number = style.count(names(shown), "arm")
+    text = f"{number}, {seeds(shown)} each, {prompts} held-out prompts, {samples} samples each"
+    return "\n".join(filter(None, (text, _left_out(frame))))
+
+
+def _left_out(frame: pl.DataFrame) -> str:
+    """Say how many evaluated runs take no part in any mean, and why; empty without any."""
+    import polars as pl
+
+    by_run = frame.drop_nulls("num_prompts").group_by("run_id", "benchmark").agg(pl.col("mean").count())
+    ended_early = by_run.filter(mean=0)["run_id"].unique().to_list()
+    return f"left out: {style.count(ended_early, 'run')} that ended before others of the arm" if ended_early else ""
 
 
 def seeds(frame: pl.DataFrame) -> str:
-    """``1 seed`` or ``3-5 seeds``."""
+    """Return ``1 seed`` or ``3-5 seeds``."""
     found = frame["num_seeds"].drop_nulls()
     return f"{style.span(found)} seed{'s' * (found.to_list() != [1] * len(found))}"
 

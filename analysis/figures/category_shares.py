@@ -18,9 +18,12 @@ CAPTION = (
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws one line a category, with its interval."""
+    """Draw one line for each category that occurs at all, with its interval."""
+    seen = set(frame.filter(frame["share"] > 0)["category"])
     for i, (_, run, line) in enumerate(style.by_run(frame)):
         for category, color in style.CATEGORY_COLORS.items():
+            if category not in seen:
+                continue
             name = category.replace("_", " ") if i == 0 else None
             style.band(ax, run.filter(category=category), "step", "share", color=color, linestyle=line, label=name)
     style.mark_boundary(ax, frame)
@@ -29,7 +32,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         style.STEP,
         "share of tokens",
         f"{frame['num_tokens'].sum():,} tokens, {style.span(frame['num_prompts'])} prompts a step; "
-        "band: 95 % interval, clustered by prompt",
+        "band: 95 % interval over prompts",
     )
     style.start_at_zero(ax)
     style.legend(ax, loc="upper center", bbox_to_anchor=(0.5, 0.97), ncols=3, columnspacing=1.2)

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "The responses to one prompt are ranked by perplexity and cut into equal parts; only groups that hold right and "
-    "wrong responses count, so that easy and hard prompts cannot make the difference. A line that falls to the right "
-    "says that what the policy finds likely is more often right."
+    "The responses to one prompt are ranked by perplexity and cut into equal parts. Only groups that hold right and "
+    "wrong responses count, so that easy and hard prompts cannot make the difference. Perplexity is taken at equal "
+    "length, because longer responses have other perplexities whether they are right or not. A line that falls to the "
+    "right says that what the policy finds likely is more often right."
 )
 
 
@@ -29,7 +30,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         "perplexity within the prompt's group",
         "accuracy",
-        f"{style.span(frame['num_prompts'])} prompts; bars: 95 % interval, clustered by prompt",
+        f"{style.span(frame['num_prompts'])} prompts; bars: 95 % interval over steps and prompts",
     )
     ax.set_ylim(0, 1)
     style.legend(ax)

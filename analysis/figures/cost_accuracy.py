@@ -49,7 +49,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         if len(parts) > 1:
             panels[0].set_title(style.shorten(part["benchmark"][0]), fontsize=7, loc="left", pad=2)
         _draw_names(panels[1], part, looks)
-    note = f"{arms.counts(shown)}\nlarge marks: means; bars: {arms.covers(shown)}"
+    note = f"{arms.counts(frame)}\nlarge marks: means; bars: {arms.covers(shown)}"
     label = f"held-out accuracy (avg@{style.span(shown['k'])})"
     style.label(ax, "cost of training up to the last evaluation", label, note)
     return ax
@@ -82,17 +82,20 @@ def _panels(ax: Axes, bottom: float, height: float, accuracy: np.ndarray) -> tup
 
 
 def _draw_points(ax: Axes, part: pl.DataFrame, cost: str, looks: dict[str, dict[str, Any]]) -> None:
-    for (arm,), runs in part.partition_by("arm", maintain_order=True, as_dict=True).items():
-        look = looks[str(arm)]
-        costs, accuracy = runs[cost].to_numpy(), runs["avg_at_k"].to_numpy()
-        low, high = runs.select("mean_low", "mean_high").row(0)
-        ax.plot(costs, accuracy, **look, markersize=2, alpha=0.35)
+    """Draw the runs whose cost is known, and the mean of each arm at their mean cost."""
+    known = part.drop_nulls(cost)
+    if known.is_empty():
+        ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", color=style.GREY, fontsize=7)
+    for (arm,), runs in known.partition_by("arm", maintain_order=True, as_dict=True).items():
+        look, costs = looks[str(arm)], runs[cost].to_numpy()
+        mean, low, high = runs.select("mean", "mean_low", "mean_high").row(0)
+        ax.plot(costs, runs["avg_at_k"], **look, markersize=2, alpha=0.35)
         ax.vlines(costs.mean(), low, high, color=look["color"], linewidth=0.7, alpha=0.3)
-        ax.plot(costs.mean(), accuracy.mean(), **look, markersize=4.5)
+        ax.plot(costs.mean(), mean, **look, markersize=4.5)
 
 
 def _draw_names(ax: Axes, part: pl.DataFrame, looks: dict[str, dict[str, Any]]) -> None:
-    """Writes the arms beside ``ax``, the most accurate on top, each with a line to its mean."""
+    """Write the arms beside ``ax``, the most accurate on top, each with a line to its mean where it is drawn."""
     import polars as pl
 
     means = part.group_by("arm").agg(pl.col("mean").first(), pl.col("seconds").mean())
@@ -101,13 +104,14 @@ def _draw_names(ax: Axes, part: pl.DataFrame, looks: dict[str, dict[str, Any]]) 
     heights = _spread((means["mean"].to_numpy() - low) / (high - low))
     for (arm, accuracy, seconds), height in zip(means.iter_rows(), heights, strict=True):
         ax.plot(1.07, height, transform=ax.transAxes, clip_on=False, markersize=3.5, **looks[arm])
-        ax.annotate(
-            "",
-            (seconds, accuracy),
-            (1.07, height),
-            textcoords="axes fraction",
-            arrowprops={"arrowstyle": "-", "color": looks[arm]["color"], "linewidth": 0.4, "alpha": 0.5},
-        )
+        if seconds is not None:
+            ax.annotate(
+                "",
+                (seconds, accuracy),
+                (1.07, height),
+                textcoords="axes fraction",
+                arrowprops={"arrowstyle": "-", "color": looks[arm]["color"], "linewidth": 0.4, "alpha": 0.5},
+            )
         ax.text(1.11, height, style.shorten(arm), transform=ax.transAxes, va="center", fontsize=6.5)
 
 

@@ -39,7 +39,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         style.STEP,
         "share of responses",
-        f"{style.span(frame['num_responses'])} responses a step; band: 95 % interval, clustered by prompt",
+        f"{style.span(frame['num_responses'])} responses a step; band: 95 % interval over prompts",
     )
     style.start_at_zero(ax)
     style.legend(ax, loc="upper right", bbox_to_anchor=(1, 0.97), ncols=2)

@@ -33,7 +33,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "relative position in the response",
         "mean token entropy (nats)",
         f"{frame['num_tokens'].sum():,} tokens, {style.span(frame['num_prompts'])} prompts a line; "
-        "band: 95 % interval, clustered by prompt",
+        "band: 95 % interval over steps and prompts",
     )
     ax.set_xlim(0, 1)
     ax.set_ylim(bottom=0)

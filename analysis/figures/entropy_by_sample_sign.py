@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Mean token entropy of responses with a positive advantage (better than their group) and with a negative one. The "
-    "text splits the fall between the first steps and the end of the rising stage exactly: how much happened within "
-    "each kind, and how much because wrong responses became fewer. These are means of steps; the verdict takes the "
-    "ends of fitted lines."
+    "Mean token entropy of responses with a positive advantage (better than their group) and with a negative one. "
+    "The text splits the fall between the first steps and the end of the rising stage exactly: how much happened "
+    "within each kind, and how much because wrong responses became fewer. Shares of the fall follow base accuracy, "
+    "so the verdict compares the relative fall of either kind, at equal weight of every group."
 )
 
 
@@ -33,7 +33,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         style.STEP,
         "mean token entropy (nats)",
-        f"{style.span(frame['num_prompts'])} prompts a step and sign; band: 95 % interval, clustered by prompt",
+        f"{style.span(frame['num_prompts'])} prompts a step and sign; band: 95 % interval over prompts",
     )
     style.start_at_zero(ax)
     style.legend(

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 CAPTION = (
     "Mean entropy of the negative responses to a prompt minus that of the positive ones to the same prompt, averaged "
     "over prompts that have both. Hard prompts have more wrong responses and may have more entropy anyway; comparing "
-    "within a prompt leaves that out. A gap that closes says that wrong responses lost the entropy."
+    "within a prompt leaves that out. If all responses lose the same share of their entropy, the gap closes, too; the "
+    "verdict therefore compares logarithms."
 )
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.figures import style
-from analysis.stages import MIN_STEPS, fit_exchange
-from analysis.stats import LEVEL
+from analysis.intervals import contrast
+from analysis.stages import MIN_STEPS
 
 if TYPE_CHECKING:
     import polars as pl
@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Each point is a training step. The curve is accuracy = b - a exp(entropy) (arXiv 2505.22617), fitted to all steps "
-    "of a run: if it holds, accuracy is bought with entropy, b - a being the accuracy when entropy is used up. "
-    "A good fit alone says little, because both measures follow the step; look whether the plateau lies on the curve."
+    "of a run; b - a is the accuracy that it predicts at zero entropy. A good fit alone says little: both measures "
+    "follow the step, and a batch of hard prompts moves both. The verdicts therefore take entropy and accuracy from "
+    "different halves of each step's prompts, and compare the law with the step as a predictor."
 )
+# Entropies at which the band is drawn.
+NUM_PLACES = 40
 STAGES = {"rising": (style.ORANGE, "o"), "plateau": (style.BLUE, "s")}
 
 
@@ -30,7 +33,8 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
             ax.scatter(part["entropy"], part["accuracy"], s=12, color=color, marker=marker, alpha=0.6, label=stage)
     fitted = frame.filter(frame["a"].is_finite(), frame["b"].is_finite())
     for _, run, line in style.by_run(fitted):
-        entropy = np.sort(run["entropy"])
+        values = run["entropy"].to_numpy()
+        entropy = np.linspace(values.min(), values.max(), NUM_PLACES)
         ax.plot(entropy, run["b"][0] - run["a"][0] * np.exp(entropy), color=style.INK, linestyle=line)
         if run.height >= MIN_STEPS:
             ax.fill_between(entropy, *fit_band(run, entropy), color=style.INK, alpha=0.16, linewidth=0)
@@ -39,8 +43,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         "mean token entropy (nats)",
         "accuracy of sampled responses",
-        f"n = {style.span(lengths)} steps in {style.count(lengths, 'run')}, not independent; "
-        "band: 95 % interval, block bootstrap",
+        f"n = {style.span(lengths)} steps in {style.count(lengths, 'run')}; band: 95 % interval, steps autocorrelated",
     )
     ax.set_xlim(left=0)
     ax.set_ylim(0, 1)
@@ -49,7 +52,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
 
 
 def fit_band(run: pl.DataFrame, entropy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of one run's fitted curve; see ``analysis.stages.fit_exchange``.
+    """Return the 95 % interval of one run's fitted curve; see ``analysis.intervals.contrast``.
 
     Args:
         run: Rows of one run in the order of steps.
@@ -58,10 +61,11 @@ def fit_band(run: pl.DataFrame, entropy: np.ndarray) -> tuple[np.ndarray, np.nda
     Returns:
         Lower and upper end of accuracy, shape ``(n,)`` each.
     """
-    x, y = run["exp_entropy"].to_numpy(), run["accuracy"].cast(float).to_numpy()
-    _, draws = fit_exchange(x, y, run.filter(stage="rising").height, np.random.default_rng(0))
-    low, high = np.percentile(draws @ np.stack((-np.exp(entropy), np.ones_like(entropy))), LEVEL, axis=0)
-    return low, high
+    x, y, step = (run[name].to_numpy().astype(float) for name in ("exp_entropy", "accuracy", "step"))
+    basis = np.column_stack((-x, np.ones_like(x)))
+    weights = np.column_stack((-np.exp(entropy), np.ones_like(entropy))) @ np.linalg.pinv(basis)
+    found = [contrast(y, basis, row, steps=step) for row in weights]
+    return np.array([estimate.low for estimate in found]), np.array([estimate.high for estimate in found])
 
 
 def describe_fit(frame: pl.DataFrame) -> str:

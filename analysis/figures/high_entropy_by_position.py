@@ -34,7 +34,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "relative position in the response",
         "share of tokens with high entropy",
         f"{frame['num_tokens'].sum():,} tokens, {style.span(frame['num_prompts'])} prompts a point;\n"
-        "band: 95 % interval, clustered by prompt",
+        "band: 95 % interval over steps and prompts",
     )
     ax.set_xlim(0, 1)
     style.start_at_zero(ax)

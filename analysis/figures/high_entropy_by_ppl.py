@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "The responses to one prompt are cut into thirds by perplexity; each dot is the share of a category among the "
-    "20 % of tokens with the highest entropy, so that the five categories of a third add up to 1. 'All reasoning' is "
-    "the sum of formal, logical and metacognitive: the claim expects it to be highest in the lowest third."
+    "The responses to one prompt are cut into thirds by perplexity at equal length. Each dot is the share of a "
+    "category among the 20 % of tokens with the highest entropy, so that the five categories of a third add up to 1. "
+    "'All reasoning' is the sum of formal, logical, and metacognitive: the claim expects it to be highest in the "
+    "lowest third. The verdict compares tokens at equal position."
 )
 CATEGORIES = {
     "reasoning": "all\nreasoning",
@@ -61,7 +62,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "function of the token",
         "share of high-entropy tokens",
         f"{stage}; {style.span(shown['num_tokens'])} high-entropy tokens a third of "
-        f"{style.span(shown['num_prompts'])} prompts;\nbars: 95 % interval, clustered by prompt",
+        f"{style.span(shown['num_prompts'])} prompts;\nbars: 95 % interval over steps and prompts",
     )
     style.start_at_zero(ax)
     ax.set_yticks([tick for tick in ax.get_yticks() if tick <= 1])

@@ -20,7 +20,7 @@ KINDS = {True: ("right responses", style.BLUE, "o"), False: ("wrong responses", 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     """Draws mean impact over relative position, one colour for right and one for wrong responses."""
-    for i, (_, run, line) in enumerate(style.by_run(frame)):
+    for i, (_, run, line) in enumerate(style.by_series(frame)):
         for is_correct, (name, color, marker) in KINDS.items():
             part = run.filter(is_correct=is_correct)
             if part.is_empty():
@@ -33,7 +33,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "relative position of the replaced token",
         "accuracy lost by replacing the token",
         f"{style.span(frame['num_interventions'])} replacements, {style.span(frame['num_prompts'])} prompts a point;\n"
-        "band: 95 % interval, clustered by prompt",
+        "band: 95 % interval over prompts",
     )
     ax.set_xlim(0, 1)
     style.legend(ax, loc="best")

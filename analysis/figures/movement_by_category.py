@@ -48,7 +48,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "mean change of probability, Δp (percentage points)",
         "",
         f"{stage}; {shown['num_tokens'].sum():,} tokens, {style.span(shown['num_prompts'])} prompts a dot\n"
-        "bars: 95 % interval, clustered by prompt",
+        "bars: 95 % interval over steps and prompts",
     )
     style.legend(ax, loc="upper center", ncols=2)
     return ax

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Mean change of the probability of the sampled token by one update, over tenths of the tokens by entropy (1 = "
-    "lowest). The claim expects lines that part towards the right: what was uncertain is reinforced in positive "
-    "samples and suppressed in negative ones, what was certain stays. The table adds mean |Δp| and gradient norm."
+    "lowest). The claim expects lines that part toward the right: what was uncertain is reinforced in positive samples "
+    "and suppressed in negative ones. Uncertain tokens move most under any update; the verdicts divide movement by "
+    "p (1 - p), which random logit changes would follow. The table adds mean |Δp| and gradient norm."
 )
 DECILES = range(1, 11)
 
@@ -38,7 +39,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         "decile of token entropy",
         "mean Δp (percentage points)",
-        f"{stage}; {style.span(shown['num_prompts'])} prompts a point; band: 95 % interval, clustered by prompt",
+        f"{stage}; {style.span(shown['num_prompts'])} prompts a point; band: 95 % interval over steps and prompts",
     )
     style.legend(ax, loc="best")
     return ax

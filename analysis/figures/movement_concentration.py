@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Tokens are ranked by |Δp|, how far an update moved the probability of the token that had been sampled; a bar is "
-    "what the top 1, 5 and 20 % hold of all movement. Dashes mark what a normal distribution of Δp would give, dots "
-    "what equal movement of all tokens would. Bars far above both say that few tokens carry the learning."
+    "The tokens of a step are ranked by |Δp|, how far its update moved the probability of the sampled token. A bar is "
+    "what the top 1, 5, and 20 % hold of all movement, on average over steps. Dashes mark what random logit changes of "
+    "equal size would give at the recorded probabilities: most of these are near 1 and cannot move. Dots mark equal "
+    "movement. Only bars above the dashes say that the update chose few tokens."
 )
 STAGES = {"rising": style.ORANGE, "plateau": style.BLUE}
 # Column: what the mark says, line style.
-MARKS = {"normal": ("if Δp were normally distributed", "--"), "even": ("if all tokens moved equally", ":")}
+MARKS = {"random": ("random logit changes", "--"), "even": ("equal movement", ":")}
 WIDTH = 0.8
 
 
@@ -54,7 +55,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "tokens that move most, by |Δp|",
         "share of all movement",
         f"{style.span(frame['num_tokens'])} tokens, {style.span(frame['num_prompts'])} prompts a bar; "
-        "95 % interval, clustered by prompt",
+        "95 % interval over steps and prompts",
     )
     ax.grid(visible=False, axis="x")
     style.legend_above_shares(ax, ncols=2)

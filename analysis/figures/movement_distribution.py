@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "How far one update moved the probability of each token that had been sampled, |Δp|, on a logarithmic scale; every "
-    "bin is 0.25 of a power of ten wide. Most probabilities hardly move if the mass lies far to the left."
+    "How far one update moved the probability of each token that had been sampled, |Δp|, on a logarithmic scale; "
+    "every bin is 0.25 of a power of ten wide. Most mass lies far to the left under any update, because most "
+    "probabilities are near 1; the verdict compares the share below .01 with random logit changes of equal size."
 )
 SMALLEST = 1e-6
 LEFT = SMALLEST / 10**0.25
@@ -42,7 +43,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         "change of the token's probability by the update, |Δp|",
         "share of tokens",
-        f"{stage}; {style.span(shown['num_prompts'])} prompts a line; band: 95 % interval, clustered by prompt",
+        f"{stage}; {style.span(shown['num_prompts'])} prompts a line; band: 95 % interval over steps and prompts",
     )
     style.start_at_zero(ax)
     style.legend(ax, loc="upper right")

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.patches import Patch
 
+from analysis.compare import compare_once as comparison
 from analysis.compare.verdict import METRICS, PRIMARY
 from analysis.figures import arms, style
-from analysis.trace.errors import InputError
 
 if TYPE_CHECKING:
     import polars as pl
     from matplotlib.axes import Axes
 
-    from analysis.compare import Comparison
     from analysis.runs import Runs
 
 CAPTION = (
@@ -38,34 +36,21 @@ VERDICTS = {
 REACH = 2.5
 # Between axis and legend, in heights of a letter: room for numbers and label of the axis.
 LEGEND_PAD = 4.5
-_kept: WeakKeyDictionary[Runs, Comparison] = WeakKeyDictionary()
-
-
-def comparison(runs: Runs) -> Comparison | None:
-    """What ``analysis.compare`` says of the runs, found once; None if they hold no baseline or no other arm."""
-    from analysis.compare import compare
-
-    if runs not in _kept:
-        try:
-            _kept[runs] = compare(runs)
-        except InputError:
-            return None
-    return _kept[runs]
 
 
 def query(runs: Runs) -> pl.DataFrame:
-    """Rows of the query whose runs may be compared, with mean over seeds, interval and verdict of ``comparison``."""
+    """Return the rows of the query whose runs can be compared, with the mean, interval, and verdict of ``compare``."""
     baselines = {str(m.get("arm") or "-"): m.get("baseline") or runs.baseline for m in runs.manifests.values()}
     pairs = {"key": list(baselines), "value": list(baselines.values())}
     frame = runs.query("paired_differences", baselines=pairs)
     found = comparison(runs)
     if found is None:
         return frame.clear()
-    keys = ["arm", "benchmark", "metric"]
+    keys = ["arm", "baseline", "benchmark", "metric"]
     judged = found.differences.select(
         *keys, "low", "high", "p_adjusted", "detectable", "verdict", "covers", "num_seeds", mean="difference"
     )
-    taking_part = frame.join(found.by_seed, on=["arm", "seed"], how="semi", maintain_order="left")
+    taking_part = frame.join(found.by_seed, on=["arm", "baseline", "seed"], how="semi", maintain_order="left")
     return taking_part.join(judged, on=keys, how="left", maintain_order="left")
 
 

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "How far one update moved the probability of the sampled tokens, up or down, along the response: all tokens, and "
-    "the 20 % with the highest entropy. The claim expects high-entropy tokens to be moved most at the end. The table "
+    "the 20 % with the highest entropy. The claim expects high-entropy tokens to be moved most at the end. Where "
+    "entropy itself is higher at the end, so is movement; the verdict compares tokens of equal entropy. The table "
     "adds the gradient norm and the direction."
 )
 KINDS = {"": ("-", "o", "all tokens"), "_high_entropy": ("--", "s", "high entropy")}
@@ -35,7 +36,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "relative position in the response",
         "movement of probability, mean |Δp|",
         f"{stage}; {shown['num_tokens'].sum():,} tokens, {style.span(shown['num_prompts'])} prompts a point;\n"
-        "band: 95 % interval, clustered by prompt",
+        "band: 95 % interval over steps and prompts",
     )
     ax.set_xlim(0, 1)
     style.start_at_zero(ax)

@@ -25,7 +25,7 @@ LEGEND_ROOM = 0.15
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     """Draws one bar a tercile, correctness and run, with its interval."""
-    runs = style.by_run(frame)
+    runs = style.by_series(frame)
     width = SPREAD / (len(KINDS) * len(runs))
     places = ((np.arange(len(KINDS) * len(runs)) + 0.5) * width - SPREAD / 2).reshape(len(KINDS), -1)
     for (is_correct, (name, color)), offsets in zip(KINDS.items(), places, strict=True):
@@ -48,7 +48,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "perplexity within the prompt's group",
         "accuracy lost by replacing a token",
         f"{style.span(frame['num_interventions'])} replaced tokens, {style.span(frame['num_prompts'])} prompts a bar;\n"
-        "bars: 95 % interval, clustered by prompt",
+        "bars: 95 % interval over prompts",
     )
     low, high = ax.get_ylim()
     ax.set_ylim(low, high + LEGEND_ROOM * (high - low))

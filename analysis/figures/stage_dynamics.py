@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Thin lines are single steps, thick ones the fit of two straight segments that meet at one boundary. Two stages "
-    "show as a steep part followed by a flat one, in both measures; the grey strip is where the boundary may lie."
+    "Thin lines are single steps, thick ones the fit of two straight segments that meet at one boundary; the gray "
+    "strip is where the boundary may be. The boundary splits the run into a fast and a slow part. Any curve that "
+    "slows down has one: whether two lines fit better than a smooth curve is a verdict of its own."
 )
 
 

@@ -7,6 +7,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from analysis.trace.plain import plain
@@ -104,10 +105,19 @@ def legend_above_shares(ax: Axes, **options: Any) -> None:
 
 
 def band(ax: Axes, frame: pl.DataFrame, x: str, y: str, **line: Any) -> None:
-    """Draws ``y`` over ``x`` with the band between columns ``low`` and ``high``."""
+    """Draw ``y`` over ``x`` with the band between columns ``low`` and ``high``.
+
+    The widest twentieth of the steps may reach beyond the axes: a step of two prompts would flatten all others.
+    """
     ax.plot(frame[x], frame[y], **line)
     low, high = (frame[name].cast(float).fill_null(float("nan")) for name in ("low", "high"))
+    limits = ax.dataLim.frozen()
     ax.fill_between(frame[x], low, high, color=line["color"], alpha=0.16, linewidth=0)
+    known = frame.drop_nulls("low")
+    if x == "step" and not known.is_empty():
+        ends = [np.quantile(known[end], part, method="nearest") for end, part in (("low", 0.05), ("high", 0.95))]
+        ax.dataLim.set(limits)
+        ax.update_datalim([(known[x][0], end) for end in ends])
 
 
 def by_run(frame: pl.DataFrame) -> list[tuple[str, pl.DataFrame, str]]:
@@ -115,6 +125,15 @@ def by_run(frame: pl.DataFrame) -> list[tuple[str, pl.DataFrame, str]]:
     parts = frame.partition_by("run_id", maintain_order=True, as_dict=True)
     lines = cycle(RUN_STYLES)
     return [(shorten(str(run)), part, next(lines)) for (run,), part in parts.items()]
+
+
+def by_series(frame: pl.DataFrame) -> list[tuple[str, pl.DataFrame, str]]:
+    """Return ``by_run``, with a line of its own for every series of interventions of a run."""
+    import polars as pl
+
+    if frame["series"].n_unique() > 1:
+        frame = frame.with_columns(run_id=pl.concat_str("run_id", "series", separator=", ", ignore_nulls=True))
+    return by_run(frame)
 
 
 def errors(frame: pl.DataFrame, y: str, low: str = "low", high: str = "high") -> list[pl.Series]:

@@ -51,7 +51,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "entropy relative to the middle of the response, minus 1",
         "",
         f"{style.span(frame['num_responses'])} responses to {style.span(frame['num_prompts'])} prompts a dot;\n"
-        "bars: 95 % interval, clustered by prompt",
+        "bars: 95 % interval over steps and prompts",
     )
     style.legend(ax, loc="upper right", ncols=2)
     return ax

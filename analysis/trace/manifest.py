@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from analysis.trace.errors import InputError
 from analysis.trace.plain import well_formed
-from analysis.trace.schema import SCHEMA_VERSION
+from analysis.trace.schema import check_version
 
 MANIFEST = "run.json"
 # Types of what readers rely on; other keys may hold anything.
@@ -73,7 +73,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     """Returns the content of ``run.json``.
 
     Raises:
-        InputError: the folder is no trace, the file is not JSON, or another schema version wrote it.
+        InputError: the folder is no trace, the file is not JSON, or its schema version is not readable.
     """
     path = Path(run_dir) / MANIFEST
     if not path.is_file():
@@ -86,8 +86,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if version != SCHEMA_VERSION:
-        raise InputError(f"{path}: schema_version {version!r}, this version of entrace reads {SCHEMA_VERSION}")
+    check_version(f"{path}: schema_version", version)
     for key, kinds in KINDS.items():
         value = manifest.get(key)
         if not isinstance(value, kinds) or (isinstance(value, int) and not -(2**31) <= value < 2**31):

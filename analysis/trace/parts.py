@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.trace.errors import InputError, in_one_line
-from analysis.trace.schema import SCHEMA_VERSION, TABLES, VERSION_KEY, Table
+from analysis.trace.schema import TABLES, VERSION_KEY, Table, check_version
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -92,11 +92,11 @@ def remove_leftovers(run_dir: Path, manifest: Mapping[str, Any]) -> None:
                 path.unlink()
 
 
-def check_part(path: Path, table: Table, rows: int | None = None) -> Path:
-    """Checks that a file has the columns of ``table``, and ``rows`` rows if that is known; returns the path.
+def check_part(path: Path, table: Table, rows: int | None = None) -> int:
+    """Return the schema version of a file that has the columns of ``table``, and ``rows`` rows if that is known.
 
     Raises:
-        InputError: damaged, of another schema version, lacking a column or with one of another type, or a link.
+        InputError: damaged, of an unreadable schema version, lacking a column or with one of another type, or a link.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -109,17 +109,18 @@ def check_part(path: Path, table: Table, rows: int | None = None) -> Path:
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = in_one_line(error)
         raise InputError(f"{path}: damaged or truncated Parquet file ({reason}); {_remedy(path)}") from None
-    _check_schema(path, schema, table)
+    version = _check_schema(path, schema, table)
     if rows is not None and found_rows != rows:
         raise InputError(f"{path}: holds {found_rows} rows, run.json says {rows}; {_remedy(path)}")
-    return path
+    return version
 
 
-def _check_schema(path: Path, schema: pa.Schema, table: Table) -> None:
-    version = (schema.metadata or {}).get(VERSION_KEY, b"none").decode(errors="replace")
-    if version != str(SCHEMA_VERSION):
-        raise InputError(f"{path}: schema version {version}, this version of entrace reads {SCHEMA_VERSION}")
+def _check_schema(path: Path, schema: pa.Schema, table: Table) -> int:
+    found = (schema.metadata or {}).get(VERSION_KEY, b"none").decode(errors="replace")
+    version = check_version(f"{path}: schema version", found)
     for column in table.columns:
+        if column.since > version:
+            continue
         if column.name not in schema.names:
             found = ", ".join(schema.names)
             raise InputError(f"{path}: column {column.name} ({column.type}) is missing; found {found}")
@@ -128,6 +129,7 @@ def _check_schema(path: Path, schema: pa.Schema, table: Table) -> None:
         stored = schema.field(column.name).type
         if _kind(stored) != _kind(column.type):
             raise InputError(f"{path}: column {column.name} is {stored}, expected {column.type}")
+    return version
 
 
 def _find(run_dir: Path, table: str) -> list[Path]:

@@ -1,9 +1,12 @@
 """The trace contract: every table, column, type, unit and meaning, in one place.
 
 Arrow schemas are built from the declarations below, the writer validates against them, the reader compares files
-with them, and ``entrace tables`` prints them. A nullable column is null where it was not captured or cannot be known;
-``unknown`` in ``run.json`` says why a run lacks it. Raise ``SCHEMA_VERSION`` when a column changes its
-meaning or type.
+with them, and ``entrace tables`` prints them. A nullable column is null where its value was not captured or is unknown;
+``unknown`` in ``run.json`` gives the reason. No float column holds NaN or infinity. Raise ``SCHEMA_VERSION`` when a
+column is added or changes its meaning or type, and keep ``OLDEST_VERSION`` readable.
+
+Version 2 added the columns with ``since=2`` and made ``is_correct`` and ``reward`` nullable. The views of
+``analysis.runs`` show the same columns for both versions.
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ from functools import cached_property
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+from analysis.trace.errors import InputError
+
+SCHEMA_VERSION = 2
+OLDEST_VERSION = 1
 
 VERSION_KEY = b"entrace_schema_version"
 
@@ -31,6 +37,7 @@ class Column:
         meaning: In a sentence.
         nullable: May be left out when writing.
         is_measured: float32 that was measured, rounded to the ``mantissa_bits`` that the field's metadata state.
+        since: First schema version with the column.
     """
 
     name: str
@@ -39,6 +46,7 @@ class Column:
     meaning: str
     nullable: bool = False
     is_measured: bool = False
+    since: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,11 @@ class Table:
     sort_by: tuple[str, ...]
 
     @cached_property
+    def float_columns(self) -> tuple[Column, ...]:
+        """Columns that must not hold NaN or infinity."""
+        return tuple(column for column in self.columns if pa.types.is_floating(column.type))
+
+    @cached_property
     def arrow_schema(self) -> pa.Schema:
         """Arrow schema whose field metadata carry unit and meaning."""
         fields = [
@@ -60,6 +73,21 @@ class Table:
         return pa.schema(fields, metadata={VERSION_KEY: str(SCHEMA_VERSION).encode(), b"grain": self.grain.encode()})
 
 
+def check_version(place: str, found: object) -> int:
+    """Return a schema version that this version of entrace reads; ``place`` names where it was found.
+
+    Raises:
+        InputError: another version.
+    """
+    readable = range(OLDEST_VERSION, SCHEMA_VERSION + 1)
+    if version := next((version for version in readable if str(version) == str(found)), None):
+        return version
+    raise InputError(
+        f"{place} {found}, this version of entrace reads {OLDEST_VERSION} to {SCHEMA_VERSION}; upgrade entrace to read "
+        "newer traces"
+    )
+
+
 def _measured(name: str, unit: str, meaning: str, *, nullable: bool = False) -> Column:
     meaning = f"{meaning} Rounded to mantissa_bits of run.json."
     return Column(name, pa.float32(), unit, meaning, nullable, is_measured=True)
@@ -67,10 +95,18 @@ def _measured(name: str, unit: str, meaning: str, *, nullable: bool = False) -> 
 
 RUN_ID = Column("run_id", pa.string(), "-", "The run; unique within a study.")
 STEP = Column("step", pa.int32(), "steps, from 1", "Training step that consumed the row.")
-PROMPT_ID = Column("prompt_id", pa.string(), "-", "The prompt; the responses of one prompt at one step are a group.")
+PROMPT_ID = Column("prompt_id", pa.string(), "-", "The prompt.")
 ROLLOUT_ID = Column("rollout_id", pa.int64(), "-", "The response; unique within the run, rising with step.")
 RESPONSE_LENGTH = Column("response_length", pa.int32(), "tokens", "Generated tokens, end of sequence included.")
-IS_CORRECT = Column("is_correct", pa.bool_(), "-", "The verifier gave the response full marks.")
+IS_CORRECT = Column("is_correct", pa.bool_(), "-", "The verifier gave the response full marks; null if unknown.", True)
+ANSWER_CLASS = Column(
+    "answer_class",
+    pa.string(),
+    "-",
+    "Answers to one prompt that the verifier considers equal share a class; null = answers compare as text.",
+    nullable=True,
+    since=2,
+)
 
 TOKENS = Table(
     "tokens",
@@ -98,6 +134,9 @@ TOKENS = Table(
         _measured("logprob_after", "nats", "logprob after the step's update; null if not scored again.", nullable=True),
         _measured("entropy_after", "nats", "entropy after the step's update; null if not scored again.", nullable=True),
         Column("is_clipped", pa.bool_(), "-", "The ratio clip took the token's gradient; null if not captured.", True),
+        Column(
+            "is_kept", pa.bool_(), "-", "Took part in the update, as rollouts.is_kept; null if unknown.", True, since=2
+        ),
     ),
     ("step", "rollout_id", "position"),
 )
@@ -110,10 +149,18 @@ ROLLOUTS = Table(
         STEP,
         PROMPT_ID,
         ROLLOUT_ID,
+        Column(
+            "group_id",
+            pa.int64(),
+            "-",
+            "The group: responses to one prompt, sampled and compared together; unique within the run.",
+            since=2,
+        ),
         Column("sample_index", pa.int32(), "from 0", "Index of the response within its group."),
         Column("completion", pa.string(), "-", "Generated text, special tokens left out."),
         Column("answer", pa.string(), "-", "Answer extracted from the required format; null if there is none.", True),
-        Column("reward", pa.float32(), "-", "What the advantage is computed from: score plus overlong penalty."),
+        ANSWER_CLASS,
+        Column("reward", pa.float32(), "-", "Score plus overlong penalty; the advantage is computed from it.", True),
         IS_CORRECT,
         Column("has_answer", pa.bool_(), "-", "An answer could be parsed; false is a format violation.", True),
         Column(
@@ -124,7 +171,7 @@ ROLLOUTS = Table(
         ),
         RESPONSE_LENGTH,
         Column("is_truncated", pa.bool_(), "-", "Stopped by the length limit.", True),
-        Column("is_kept", pa.bool_(), "-", "Took part in the update; false where its group's rewards were uniform."),
+        Column("is_kept", pa.bool_(), "-", "Took part in the update; false where its group was left out."),
         Column("entropy_mean", pa.float32(), "nats per token", "Mean token entropy of the response.", True),
         Column("surprisal_mean", pa.float32(), "nats per token", "Mean of -logprob over the response.", True),
         Column("ppl", pa.float32(), ">= 1", "Perplexity exp(surprisal_mean) of the response.", True),
@@ -212,6 +259,7 @@ EVALS = Table(
         PROMPT_ID,
         Column("sample_index", pa.int32(), "from 0", "Index of the sample; equal indices share random numbers."),
         Column("answer", pa.string(), "-", "Extracted answer; null if there is none.", True),
+        ANSWER_CLASS,
         IS_CORRECT,
         RESPONSE_LENGTH,
         Column("entropy_mean", pa.float32(), "nats per token", "Mean token entropy of the response.", True),
@@ -227,6 +275,15 @@ INTERVENTIONS = Table(
         RUN_ID,
         Column("checkpoint_step", pa.int32(), "steps", "Updates that the policy of alternative and continuations had."),
         Column("seed", pa.int32(), "-", "Seed of the choice of tokens, the alternatives and the continuations."),
+        Column(
+            "selection",
+            pa.string(),
+            "-",
+            "Limits on entropy quantile, position, and tercile of the tokens to choose from.",
+            True,
+            since=2,
+        ),
+        Column("temperature", pa.float32(), "-", "Sampling temperature of the continuations.", True, since=2),
         STEP,
         PROMPT_ID,
         ROLLOUT_ID,
@@ -238,8 +295,8 @@ INTERVENTIONS = Table(
         Column("logprob", pa.float32(), "nats", "logprob of the original, as recorded when it was sampled."),
         Column("entropy", pa.float32(), "nats", "entropy at the original, as recorded when it was sampled."),
         Column("ppl", pa.float32(), ">= 1", "Perplexity of the response."),
-        Column("ppl_tercile", pa.int32(), "1, 2, 3", "Third of the prompt's group by perplexity; 1 = lowest."),
-        IS_CORRECT,
+        Column("ppl_tercile", pa.int32(), "1, 2, 3", "Third of the response's group by perplexity; 1 = lowest."),
+        Column("is_correct", pa.bool_(), "-", "The verifier gave the response full marks."),
         Column("num_continuations", pa.int32(), "responses", "Continuations sampled from either prefix."),
         Column("accuracy_original", pa.float32(), "[0, 1]", "Correct among those from the prefix with the original."),
         Column("accuracy_alternative", pa.float32(), "[0, 1]", "Correct among those with the alternative."),

@@ -27,7 +27,7 @@ from analysis.trace.manifest import durable_file, now, read_manifest, write_mani
 from analysis.trace.parts import FILES, Files, last_step, listed_files, part_name, remove_leftovers
 from analysis.trace.plain import well_formed
 from analysis.trace.precision import EXACT_BITS, MANTISSA_BITS, round_measured
-from analysis.trace.schema import SCHEMA_VERSION, TABLES, Table
+from analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
 
 # Smallest exact encodings found for each kind of column: mantissa bytes of measured floats are noise and cost least
 # when split from the exponents; ids, lengths and constants within a response are runs.
@@ -126,7 +126,8 @@ class TraceWriter:
         if not parts:
             raise InputError(f"{run_dir}: nothing durable to resume from; remove the folder and start again")
         manifest.pop("error", None)
-        state = {"status": "running", "last_durable_step": step, FILES: kept}
+        # Files of an earlier schema version stay as they are; new ones have the current version.
+        state = {"schema_version": SCHEMA_VERSION, "status": "running", "last_durable_step": step, FILES: kept}
         categories = pa.concat_tables(parts)["category"].to_numpy(zero_copy_only=False)
         writer = cls(run_dir, {**manifest, **state}, categories, rank, gather)
         if rank == 0:
@@ -145,7 +146,8 @@ class TraceWriter:
                 hold, become U+FFFD.
 
         Raises:
-            InputError: unknown table or column, a column missing, lengths that differ, or a value of a wrong type.
+            InputError: unknown table or column, a column missing, lengths that differ, a value of a wrong type, or a
+                float that is NaN or infinite.
         """
         if table not in TABLES:
             raise InputError(f'unknown table "{table}"{nearest(table, TABLES)}')
@@ -245,8 +247,18 @@ def _as_arrow(table: Table, columns: Mapping[str, Any]) -> pa.Table:
             raise InputError(f"table {table.name}: column {column.name} is no {column.type} ({error})") from None
         if array.null_count and not column.nullable:
             raise InputError(f"table {table.name}: column {column.name} holds {array.null_count} nulls")
+        if column in table.float_columns:
+            _check_finite(array, table, column)
         arrays.append(array)
     return pa.Table.from_arrays(arrays, schema=table.arrow_schema)
+
+
+def _check_finite(array: pa.Array, table: Table, column: Column) -> None:
+    if bad := np.count_nonzero(~np.isfinite(np.asarray(array.drop_null()))):
+        remedy = "leave it null where unknown" if column.nullable else "it must be a finite number in every row"
+        raise InputError(
+            f"table {table.name}: column {column.name} is NaN or infinite in {bad} of {len(array)} rows; {remedy}"
+        )
 
 
 def _to_array(value: Any, kind: pa.DataType, rows: int) -> pa.Array:

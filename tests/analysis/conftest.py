@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from analysis.runs import Runs, open_runs
-from analysis.trace import TraceWriter, write_manifest
+from analysis.trace import SCHEMA_VERSION, TraceWriter, write_manifest
 from tests.analysis.synthetic import Planted, write_run
 
 VOCAB = ["<eos>", "1", " so", " dog"]
@@ -102,7 +102,7 @@ def _append_response(
     advantage = (1.0 if is_correct else -1.0) if is_kept else 0.0
     length = len(entropies)
     common = {"step": step, "prompt_id": prompt, "rollout_id": rollout_id, "is_correct": is_correct}
-    common |= {"advantage": advantage, "response_length": length}
+    common |= {"advantage": advantage, "response_length": length, "is_kept": is_kept}
     tokens = {"position": np.arange(length), "entropy": entropies, "logprob": np.log(0.5)}
     tokens["token_id"] = TOKEN_IDS.get(rollout_id, [1] + [3] * (length - 1))
     tokens["grad_norm"] = GRAD_NORMS.get(rollout_id, 1.0)
@@ -114,6 +114,7 @@ def _append_response(
         "rollouts",
         {
             **common,
+            "group_id": (rollout_id - 1) // 2,
             "sample_index": rollout_id % 2,
             "completion": "so 1",
             "answer": None if "format_violation" in defects else "1",
@@ -121,7 +122,6 @@ def _append_response(
             "has_answer": "format_violation" not in defects,
             "defects": [defects],
             "is_truncated": "truncated" in defects,
-            "is_kept": is_kept,
             "entropy_mean": float(np.mean(entropies)),
             "surprisal_mean": float(np.log(ppl)),
             "ppl": ppl,
@@ -142,6 +142,8 @@ def _append_intervention(
         {
             "checkpoint_step": 24,
             "seed": 0,
+            "selection": "entropy 0-1, position 0-1, ppl_tercile 1,2,3",
+            "temperature": 1.0,
             "step": step,
             "prompt_id": prompt,
             "rollout_id": rollout_id,
@@ -167,7 +169,7 @@ def _append_intervention(
 def write_failed(folder: Path, error: str = "step 3: loss is nan") -> Path:
     """A run that failed before anything was durable."""
     folder.mkdir(parents=True)
-    manifest = {"schema_version": 1, "run_id": folder.name, "arm": "broken", "seed": 0, "status": "failed"}
+    manifest = {"schema_version": SCHEMA_VERSION, "run_id": folder.name, "arm": "broken", "seed": 0, "status": "failed"}
     write_manifest(folder, {**manifest, "error": error})
     return folder
 

@@ -107,7 +107,7 @@ def _append_step(
     entropy, surprisal = _token_measures(level, is_correct, planted, rng)
     defective = rng.random(size) < (0.5 - 0.4 * done if planted.defects_fall else 0.3)
     ids = (step - 1) * size + np.arange(size)
-    common = {"step": step, "prompt_id": prompt_ids, "rollout_id": ids, "is_correct": is_correct}
+    common = {"step": step, "prompt_id": prompt_ids, "rollout_id": ids, "is_correct": is_correct, "is_kept": is_kept}
     other_ids = rng.integers(VOCAB.index(" so"), len(VOCAB), (size, LENGTH))
     token_ids = np.where(rng.random((size, LENGTH)) < planted.formal_share, 5, other_ids)
     writer.append(
@@ -130,6 +130,7 @@ def _append_step(
         "rollouts",
         {
             **common,
+            "group_id": ids // GROUP * GROUP,
             "sample_index": np.tile(np.arange(GROUP), groups),
             "completion": "so 1 + 1 = 2",
             "answer": [None if bad else "2" for bad in defective],
@@ -138,7 +139,6 @@ def _append_step(
             "defects": [["format_violation"] if bad else [] for bad in defective],
             "response_length": LENGTH,
             "is_truncated": False,
-            "is_kept": is_kept,
             "entropy_mean": entropy.mean(1),
             "surprisal_mean": surprisal.mean(1),
             "ppl": np.exp(surprisal.mean(1)),
@@ -167,6 +167,8 @@ def _append_interventions(writer: TraceWriter, steps: int, groups: int, rng: np.
         {
             "checkpoint_step": steps,
             "seed": 0,
+            "selection": "entropy 0-1, position 0-1, ppl_tercile 1,2,3",
+            "temperature": 1.0,
             "step": steps,
             "prompt_id": np.repeat([f"train-{i}" for i in range(groups)], GROUP),
             "rollout_id": (steps - 1) * size + np.arange(size),

@@ -2,71 +2,45 @@
 
 from __future__ import annotations
 
-import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.claims import CONTRADICTED, INCONCLUSIVE, NOT_RECORDED, SUPPORTED, decide, judge, load_ledger, overall
+from analysis.claims import CONTRADICTED, INCONCLUSIVE, NOT_RECORDED, SUPPORTED, Verdict, judge, load_ledger, overall
 from analysis.runs import Runs, open_runs
-from analysis.stats import Estimate, holm
+from analysis.stats import holm
+from analysis.trace.errors import InputError
 from tests.analysis.conftest import write_failed
 from tests.analysis.synthetic import NOTHING, Planted, write_run
 
 
-@pytest.mark.parametrize(
-    ("value", "low", "high", "p_adjusted", "expected", "why"),
-    [
-        (0.3, 0.2, 0.4, 0.01, SUPPORTED, "the expected way, beyond chance, and at least 0.1"),
-        (0.1, 0.01, 0.2, 0.05, SUPPORTED, "beyond chance"),
-        (-0.3, -0.4, -0.2, 0.01, CONTRADICTED, "the other way round, beyond chance"),
-        (0.3, 0.2, 0.4, 0.06, INCONCLUSIVE, "among all claims judged together (p = 0.06)"),
-        (0.3, -0.1, 0.7, 0.2, INCONCLUSIVE, "holds zero as well as effects that matter"),
-        (0.05, 0.01, 0.12, 0.01, INCONCLUSIVE, "smaller than 0.1"),
-        (-0.05, -0.09, -0.01, 0.01, INCONCLUSIVE, "the other way round, but smaller"),
-        (0.0, -0.05, 0.05, 1.0, INCONCLUSIVE, "no effect that matters: the whole interval lies within ±0.1"),
-        (math.nan, math.nan, math.nan, 1.0, INCONCLUSIVE, "not finite"),
-        (0.3, 0.2, math.inf, 0.01, INCONCLUSIVE, "not finite"),
-    ],
-)
-def test_verdict_needs_interval_size_and_all_claims_together(
-    value: float, low: float, high: float, p_adjusted: float, expected: str, why: str
-):
-    word, reason = decide(Estimate(value, low, high, p_adjusted, 10, "prompts"), p_adjusted, "positive", 0.1)
-    assert word == expected
-    assert why in reason
-    mirrored = Estimate(-value, -high, -low, p_adjusted, 10, "prompts")
-    assert decide(mirrored, p_adjusted, "negative", 0.1)[0] == expected
-
-
 def test_more_claims_need_stronger_evidence(study: Runs):
-    found = [v for v in judge(study) if v.p_value is not None]
-    assert len(found) > 20
-    for verdict in found:
-        assert verdict.p_adjusted is not None
-        assert verdict.p_value is not None
-        assert verdict.p_adjusted >= verdict.p_value
-    np.testing.assert_allclose([v.p_adjusted for v in found], holm([v.p_value for v in found if v.p_value is not None]))
+    ledger = load_ledger()
+    found = [v for v in judge(study) if "arms" not in ledger[v.claim] and v.p_adjusted is not None]
+    assert len(found) > 10
+    p_values = [v.p_value for v in found if v.p_value is not None]
+    np.testing.assert_allclose([v.p_adjusted for v in found if v.p_adjusted is not None], holm(p_values))
 
 
-def test_planted_effects_are_found(study: Runs):
-    words = overall(judge(study))
-    assert {claim: words[claim] for claim in ("S1", "E1", "S2", "S4", "T1", "M1")} == dict.fromkeys(
-        ("S1", "E1", "S2", "S4", "T1", "M1"), SUPPORTED
-    )
-    assert (words["M2"], words["I3"]) == (NOT_RECORDED, NOT_RECORDED)
-    parts = {(v.claim, v.part): v.verdict for v in judge(study)}
-    assert parts["I1", "accuracy"] == SUPPORTED
-    assert parts["I1", "reasoning tokens"] == INCONCLUSIVE
+def test_planted_effects_are_found(tmp_path):
+    found = {(v.claim, v.part): v for v in judge(open_runs(write_run(tmp_path / "run", steps=80, groups=16)))}
+    planted = [("S1", "entropy slows"), ("S1", "accuracy slows"), ("E1", "association"), ("S2", "mainly negative")]
+    planted += [("S2", "same prompt"), ("S4", "any defect"), ("I1", "accuracy"), ("T1", "beginning"), ("T1", "end")]
+    assert {key: found[key].verdict for key in planted} == dict.fromkeys(planted, SUPPORTED)
+    assert found["I1", "reasoning tokens"].verdict == INCONCLUSIVE
+    assert all(verdict.null for verdict in found.values())
 
 
 def test_parts_of_a_claim_about_methods(study: Runs):
     verdicts = {(v.subject, v.part): v for v in judge(study) if v.claim == "M3"}
-    assert verdicts["ppl vs none", "length"].verdict == SUPPORTED
+    # Every response is longer by exactly a fifth, so the spread between seeds is unknown.
+    assert verdicts["ppl vs none", "length"].verdict == INCONCLUSIVE
     assert verdicts["ppl vs none", "length"].effect == pytest.approx(0.2)
+    assert verdicts["ppl vs none", "formal tokens"].verdict == SUPPORTED
     assert verdicts["ppl vs none", "formal tokens"].effect == pytest.approx(0.2, abs=0.02)
     assert verdicts["position vs none", "length"].verdict == NOT_RECORDED
 
@@ -82,9 +56,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def test_absent_effects_are_not_found(plain: Runs):
     found = {(v.claim, v.part): v for v in judge(plain)}
-    # Entropy falls and accuracy rises evenly there, so that one does follow the other.
-    assert {v.claim for v in found.values() if v.verdict in (SUPPORTED, CONTRADICTED)} == {"E1"}
-    assert "two segments fit no better than one line" in found["S1", "entropy"].why
+    # Entropy falls and accuracy rises along a line there: the law fits, but so does the step.
+    assert {key for key, v in found.items() if v.verdict in (SUPPORTED, CONTRADICTED)} <= {("E1", "fit")}
+    assert overall(list(found.values()))["E1"] == INCONCLUSIVE
+    assert "two segments fit no better than one line" in found["S1", "two stages"].why
     assert "has no plateau" in found["I1", "accuracy"].why
     assert "the interval holds zero" in found["S4", "any defect"].why
 
@@ -93,10 +68,112 @@ def test_absent_effects_in_a_run_with_a_plateau(tmp_path):
     flat = Planted(two_stages=True, negative_falls=False, defects_fall=False, ppl_orders=False, ends_high=False)
     write_run(tmp_path / "run", planted=flat, groups=32)
     found = {(v.claim, v.part): v for v in judge(open_runs(tmp_path))}
-    assert found["S1", "entropy"].verdict == SUPPORTED
+    assert found["S1", "entropy slows"].verdict == SUPPORTED
     for part in (("S4", "any defect"), ("I1", "accuracy"), ("T1", "beginning"), ("T1", "end")):
         assert found[part].verdict == INCONCLUSIVE
+    for part in (("T1", "beginning"), ("T1", "end")):
         assert "no effect that matters" in found[part].why
+
+
+CASES = Path(__file__).parents[1] / "fixtures" / "cases"
+
+
+def judge_case(name: str) -> dict[tuple[str, str], Verdict]:
+    return {(v.claim, v.part): v for v in judge(open_runs(CASES / name))}
+
+
+def test_a_frozen_policy_supports_nothing():
+    found = judge_case("frozen-real-steps")
+    assert {v.verdict for v in found.values()} == {INCONCLUSIVE, NOT_RECORDED}
+    # Means of steps cannot tell a change of the policy from the difficulty of a batch.
+    assert found["E1", "association"].verdict == NOT_RECORDED
+
+
+def test_a_smooth_decay_slows_down_and_has_no_two_stages():
+    found = judge_case("pure-exponential")
+    assert found["S1", "entropy slows"].verdict == SUPPORTED
+    assert found["S1", "two stages"].verdict == CONTRADICTED
+
+
+def test_a_speed_up_contradicts():
+    found = judge_case("slow-then-fast")
+    assert {found["S1", part].verdict for part in ("entropy slows", "accuracy slows")} == {CONTRADICTED}
+    assert "faster after step" in found["S5", "concentration"].why
+
+
+def test_entropy_first_and_accuracy_late():
+    found = judge_case("entropy-first-accuracy-late")
+    assert found["S1", "entropy slows"].verdict == SUPPORTED
+    assert found["S1", "accuracy slows"].verdict == CONTRADICTED
+    assert SUPPORTED not in {v.verdict for (claim, _), v in found.items() if claim == "E1"}
+
+
+def test_each_benchmark_has_its_own_last_evaluation():
+    found = [v for v in judge(open_runs(CASES / "two-benchmarks")) if v.claim == "M1"]
+    assert [v.subject for v in found] == ["ppl vs none, gpqa", "ppl vs none, math"]
+    assert [v.n for v in found] == [100, 100]
+    assert found[1].effect == pytest.approx(0.203, abs=0.001)
+    assert found[1].verdict == SUPPORTED
+
+
+def test_one_nan_is_reported_with_table_column_and_count():
+    with pytest.raises(InputError, match="entropy") as error:
+        judge(open_runs(CASES / "one-nan-entropy"))
+    assert "\n" not in str(error.value)
+    assert "tokens" in str(error.value)
+    assert "1 of 10105 rows" in str(error.value)
+
+
+def test_only_tokens_of_kept_responses_count():
+    runs = open_runs(CASES / "dropped-with-advantage")
+    assert runs.sql("select count(*) from staged_tokens where sample_sign is not null").item() == 1697
+    assert runs.sql("select count(*) from tokens where advantage <> 0").item() == 4405
+
+
+def test_two_series_of_interventions_are_not_pooled(tmp_path):
+    path = write_run(tmp_path / "run")
+    part = next((path / "interventions").glob("*.parquet"))
+    table = pq.read_table(part)
+    column = table.schema.get_field_index("selection")
+    other = pa.array(["entropy 0.8-1"] * len(table), pa.string())
+    pq.write_table(table.set_column(column, table.schema.field(column), other), part.with_name("step-000060-b.parquet"))
+    found = {(v.claim, v.part): v for v in judge(open_runs(path))}
+    for claim in ("T2", "I2"):
+        assert found[claim, "impact"].verdict == INCONCLUSIVE
+        assert "not pooled" in found[claim, "impact"].why
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            'null = "a share that drifts without trend"\n',
+            "",
+            'claim S4, part "any defect": "null" is missing; say what',
+        ),
+        ('[S4.parts."any defect"]', '[S4.parts."no such"]', 'claim S4, part "no such": no such part; valid are any'),
+        ("[S4]", "[S4", "not a ledger"),
+    ],
+)
+def test_a_bad_ledger_is_one_line(tmp_path, old: str, new: str, message: str):
+    text = (Path(__file__).parents[2] / "reports" / "claims.toml").read_text()
+    (tmp_path / "ledger.toml").write_text(text.replace(old, new))
+    with pytest.raises(InputError) as error:
+        load_ledger(tmp_path / "ledger.toml")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_could_have_been_detected_is_reported(study: Runs):
+    ledger = load_ledger()
+    for verdict in judge(study):
+        if verdict.p_adjusted is not None and "arms" not in ledger[verdict.claim]:
+            assert verdict.detectable is not None
+            assert verdict.detectable > 0
+        if "too small" in verdict.why:
+            assert verdict.verdict == INCONCLUSIVE
+            assert verdict.detectable is not None
+            assert verdict.detectable > verdict.smallest_effect
 
 
 def test_what_was_not_recorded_is_named_with_the_way_to_record_it(tmp_path):
@@ -163,5 +240,4 @@ def test_same_seed_same_scorecard(study: Runs):
 def test_a_trace_too_short_for_stages(tmp_path):
     write_run(tmp_path / "short", steps=6)
     words = overall(judge(open_runs(tmp_path)))
-    assert {words[claim] for claim in ("S2", "S4", "I1", "T1")} == {NOT_RECORDED}
-    assert words["S1"] == INCONCLUSIVE
+    assert {words[claim] for claim in ("S1", "S2", "S4", "I1", "T1")} == {NOT_RECORDED}

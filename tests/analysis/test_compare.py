@@ -1,4 +1,4 @@
-"""Comparing arms: literal numbers on a grid made by hand, naive loops, and coverage of a known truth."""
+"""Comparing arms: literal numbers on a grid made by hand, verdicts, and the scorecard's rows about methods."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ import pytest
 
 import analysis
 from analysis.aggregate import iqm
+from analysis.claims import load_ledger
 from analysis.compare import Comparison, compare
+from analysis.compare.claims import PARTS, judge_methods
 from analysis.compare.measure import first_reached
 from analysis.compare.paired import Difference
-from analysis.compare.verdict import METRICS, decide
+from analysis.compare.rows import Row, SeedValue
+from analysis.compare.verdict import judge_rows, metric_of
 from analysis.runs import open_runs
 from analysis.stats import Estimate, detectable, holm
 from analysis.trace import InputError, TraceWriter, read_manifest, write_manifest
@@ -39,9 +42,13 @@ def write_arm(
     length: int = 5,
     steps: Sequence[int] = STEPS,
     is_complete: bool = True,
+    is_early_too: bool = False,
     **manifest: Any,
 ) -> Path:
-    """A run that holds evaluations alone; prompts have the same ids in every seed, but other texts unless given."""
+    """Write a run that holds evaluations alone; prompts have equal ids in every seed, but other texts unless given.
+
+    ``is_early_too`` adds a benchmark with the same outcomes that the last step does not evaluate.
+    """
     folder = root / f"{arm}-seed{seed}"
     fields = {"run_id": folder.name, "arm": arm, "seed": seed, "study": "hand", "total_steps": 20, **manifest}
     writer = TraceWriter.create(folder, fields, ["<eos>"])
@@ -50,9 +57,11 @@ def write_arm(
     writer.append(
         "prompts", {"prompt_id": ids, "split": "heldout", "task": "t", "prompt": list(texts), "ground_truth": "1"}
     )
-    for step, right in zip(steps, counts, strict=True):
+    evaluated = [("held", step, right) for step, right in zip(steps, counts, strict=True)]
+    evaluated += [("early", step, right) for _, step, right in evaluated[:-1] if is_early_too]
+    for benchmark, step, right in evaluated:
         for name, count in zip(ids, right, strict=True):
-            columns = {"step": step, "benchmark": "held", "prompt_id": name, "sample_index": [0, 1, 2, 3]}
+            columns = {"step": step, "benchmark": benchmark, "prompt_id": name, "sample_index": [0, 1, 2, 3]}
             answers = ["1"] * count + [f"wrong {i}" for i in range(4 - count)]
             measures = {"response_length": length, "entropy_mean": 0.5 if arm == "none" else 0.25, "temperature": 1.0}
             writer.append(
@@ -97,7 +106,11 @@ def test_primary_metric_by_hand(comparison: Comparison):
     assert (row["num_seeds"], row["num_prompts"], row["covers"]) == (3, 6, "prompts and seeds")
     assert (row["arm"], row["baseline"], row["benchmark"], row["unit"]) == ("ppl", "none", "held", "accuracy, k = 4")
     assert (row["is_primary"], row["verdict"]) == (True, "inconclusive")
-    assert row["why"] == "the interval holds zero as well as differences that matter"
+    # (.407 / .01)^2 times three seeds, rounded up to two digits.
+    assert row["why"] == (
+        "the interval holds zero as well as differences that matter; this comparison was too small: it could have "
+        "detected 0.41; about 5,000 seeds would be enough"
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,14 +124,16 @@ def test_primary_metric_by_hand(comparison: Comparison):
         # Trapezoids over 0, 10, 20; the baseline's mean is (.375 + .5) / 2.
         ("accuracy_auc", [0.65625 - 0.4375, 0.5625 - 0.4375, 0.46875 - 0.4375]),
         ("entropy", [-0.25, -0.25, -0.25]),
-        ("response_length", [0, 1, 2]),
+        # 5, 6 and 7 tokens against 5.
+        ("response_length", [0, 0.2, 0.4]),
     ],
 )
 def test_every_metric_by_seed(comparison: Comparison, metric: str, by_seed: list[float]):
     part = comparison.by_seed.filter(metric=metric)
     assert part["seed"].to_list() == [0, 1, 2]
     assert part["difference"].to_list() == pytest.approx(by_seed)
-    assert (part["value"] - part["baseline_value"]).to_list() == pytest.approx(by_seed)
+    divisor = part["baseline_value"] if metric == "response_length" else 1
+    assert ((part["value"] - part["baseline_value"]) / divisor).to_list() == pytest.approx(by_seed)
     assert find(comparison, metric)["difference"] == pytest.approx(np.mean(by_seed))
 
 
@@ -174,7 +189,9 @@ def test_prompts_that_seeds_share_widen_the_interval(tmp_path: Path):
     # Deviations of p by seed: 1/8, 1/4, 1/8, of q the opposite; over ordered pairs the mean of 2 r r' is .05208, and
     # C that over P (P - 1) = 2. Error sqrt(.125^2 / 3 + .026042).
     half = 4.302653 * 0.03125**0.5
-    assert (row["low"], row["high"]) == pytest.approx((0.25 - half, 0.25 + half), abs=1e-6)
+    assert row["error"] == pytest.approx(0.03125**0.5)
+    # No difference of shares exceeds 1.
+    assert (row["low"], row["high"]) == pytest.approx((0.25 - half, 1), abs=1e-6)
     assert row["num_prompts"] == 2
 
 
@@ -195,11 +212,13 @@ def test_prompts_are_known_by_their_text_not_their_id(tmp_path: Path):
 def test_one_seed_gives_an_interval_over_prompts_and_says_so(tmp_path: Path):
     comparison = compare(open_runs(write_grid(tmp_path, seeds=[0])), accuracy=0.7)
     row = find(comparison, "avg_at_k")
-    # Differences of the two prompts: .5 and .25. Standard error .125, t(.975, 1) = 12.7062.
-    assert (row["low"], row["high"]) == pytest.approx((0.375 - 12.7062 * 0.125, 0.375 + 12.7062 * 0.125), abs=1e-5)
+    # Differences of the two prompts: .5 and .25. Standard error .125, t(.975, 1) = 12.7062: all that is possible.
+    assert (row["error"], row["low"], row["high"]) == (pytest.approx(0.125), -1, 1)
+    # The row cannot earn a verdict and takes no part in Holm's correction.
+    assert row["p_adjusted"] is None
     assert (row["covers"], row["num_seeds"]) == ("prompts only; other seeds not covered", 1)
     assert row["verdict"] == "inconclusive"
-    assert row["why"].startswith("one seed only, a verdict needs 3. For these runs alone: inconclusive, ")
+    assert row["why"].startswith("one seed only, a verdict needs 3. For these runs alone: the interval ")
     steps = find(comparison, "steps_to_accuracy")
     assert (steps["difference"], steps["low"], steps["covers"]) == (
         pytest.approx(-11),
@@ -272,9 +291,16 @@ def test_primary_metric_is_a_family_of_its_own(tmp_path: Path):
         write_arm(tmp_path, "none", seed, NONE[seed])
         write_arm(tmp_path, "ppl", seed, PPL[seed], length=5 + seed)
         write_arm(tmp_path, "late", seed, [*PPL[2 - seed][:2], (4, 4 - seed)], length=7 - seed)
+    # A fourth arm has two seeds only.
+    for seed in range(2):
+        write_arm(tmp_path, "few", seed, PPL[seed], length=5 + seed)
     table = compare(open_runs(tmp_path)).differences.drop_nulls("p_value")
-    for is_primary, num_tests in ((True, 2), (False, 14)):
-        family = table.filter(is_primary=is_primary)
+    assert table.filter(arm="few")["p_adjusted"].null_count() == table.filter(arm="few").height > 5
+    table = table.filter(table["arm"] != "few")
+    # Both arms differ equally in entropy in all seeds: without an error, such a row can earn no verdict either.
+    assert table.filter(metric="entropy")["p_adjusted"].null_count() == 2
+    for is_primary, num_tests in ((True, 2), (False, 12)):
+        family = table.filter(is_primary=is_primary).drop_nulls("p_adjusted")
         assert family.height == num_tests
         assert family["p_adjusted"].to_list() == pytest.approx(holm(family["p_value"].to_list()).tolist())
     # The arm with the larger gain comes first.
@@ -304,17 +330,14 @@ def test_formal_share_is_a_ratio_of_tokens(study: analysis.Runs):
 @pytest.mark.parametrize(
     ("metric", "value", "low", "high", "p", "seeds", "word", "why"),
     [
-        ("avg_at_k", 0.05, 0.02, 0.08, 0.01, 3, "better", "higher, beyond chance, and by at least 0.01"),
-        ("avg_at_k", -0.05, -0.08, -0.02, 0.01, 3, "worse", "lower, beyond chance, and by at least 0.01"),
-        ("pass_at_k", 0.05, 0.02, 0.08, 0.01, 3, "better", "higher, beyond chance, and by at least 0.01"),
-        ("steps_to_accuracy", -5, -8, -2, 0.01, 3, "better", "lower, beyond chance, and by at least 1"),
-        ("entropy", -0.05, -0.08, -0.02, 0.01, 3, "lower", "lower, beyond chance, and by at least 0.01"),
-        ("response_length", 5, 2, 8, 0.01, 3, "higher", "higher, beyond chance, and by at least 1"),
-        ("avg_at_k", 0.002, -0.004, 0.008, 0.5, 3, "no difference that matters", "whole interval lies within ±0.01"),
+        ("avg_at_k", 0.05, 0.02, 0.08, 0.01, 3, "better", "higher, beyond chance, and at least 0.01"),
+        ("avg_at_k", -0.05, -0.08, -0.02, 0.01, 3, "worse", "lower, beyond chance, and at least 0.01"),
+        ("pass_at_2", 0.05, 0.02, 0.08, 0.01, 3, "better", "higher, beyond chance, and at least 0.01"),
+        ("steps_to_accuracy", -5, -8, -2, 0.01, 3, "better", "lower, beyond chance, and at least 1"),
+        ("entropy", -0.05, -0.08, -0.02, 0.01, 3, "lower", "lower, beyond chance, and at least 0.01"),
+        ("response_length", 0.2, 0.1, 0.3, 0.01, 3, "higher", "higher, beyond chance, and at least 0.05"),
         ("avg_at_k", 0.005, 0.002, 0.008, 0.01, 3, "no difference that matters", "whole interval lies within ±0.01"),
         ("avg_at_k", 0.05, -0.01, 0.11, 0.1, 3, "inconclusive", "holds zero as well as differences that matter"),
-        ("avg_at_k", 0.008, 0.002, 0.014, 0.01, 3, "inconclusive", "higher, but by less than 0.01"),
-        ("avg_at_k", 0.05, 0.01, 0.09, 0.2, 3, "inconclusive", "beyond chance among the 7 differences"),
         (
             "avg_at_k",
             0.05,
@@ -325,13 +348,71 @@ def test_formal_share_is_a_ratio_of_tokens(study: analysis.Runs):
             "inconclusive",
             "2 seeds only, a verdict needs 3. For these runs alone",
         ),
+        ("entropy", 0.05, np.nan, np.nan, 1, 3, "inconclusive", "equal in all seeds, so its error cannot be estimated"),
+        ("entropy", 0.05, -np.inf, np.inf, 1, 1, "inconclusive", "there is no interval"),
     ],
 )
 def test_verdicts(metric: str, value: float, low: float, high: float, p: float, seeds: int, word: str, why: str):
-    difference = Difference(Estimate(value, low, high, p, 9, "prompts"), 0.01, 2, "prompts and seeds")
-    found = decide(difference, p, 7, seeds, METRICS[metric])
-    assert found[0] == word
-    assert why in found[1]
+    df = 0 if np.isinf(low) else 2
+    difference = Difference(Estimate(value, low, high, p, 9, "prompts", 0.01, df), "prompts and seeds")
+    values = [SeedValue(seed, None, None, value) for seed in range(seeds)]
+    (found,) = judge_rows([Row("a", "none", "b", metric, "", values, difference=difference)])
+    assert found.verdict == word
+    assert why in found.why
+
+
+def test_scorecard_rows_are_rows_of_the_comparison(tmp_path: Path):
+    """Two benchmarks whose last evaluations are at different steps, and a reference that is not the baseline."""
+    for seed in range(3):
+        for arm, counts in (("none", NONE), ("ppl", PPL), ("ppl_high", NONE)):
+            write_arm(tmp_path, arm, seed, counts[seed], length=6 if arm == "ppl" else 5, is_early_too=True)
+    runs = open_runs(tmp_path)
+    comparison = compare(runs)
+    found = {(f.claim, f.part, f.subject): f for f in judge_methods(runs, load_ledger())}
+    assert {name for name in found if name[0] == "M1"} == {
+        ("M1", "avg@k", "ppl vs none, early"),
+        ("M1", "avg@k", "ppl vs none, held"),
+    }
+    for claim, baseline in (("M1", "none"), ("I3", "ppl_high")):
+        for benchmark, value in (("held", 0.25), ("early", 0.125)):
+            finding = found[claim, "avg@k", f"ppl vs {baseline}, {benchmark}"]
+            row = comparison.differences.filter(
+                arm="ppl", baseline=baseline, benchmark=benchmark, metric="avg_at_k"
+            ).row(0, named=True)
+            assert finding.estimate is not None
+            assert finding.estimate.value == pytest.approx(value)
+            numbers = (finding.estimate.value, finding.estimate.low, finding.estimate.high, finding.p_adjusted)
+            assert numbers == (row["difference"], row["low"], row["high"], row["p_adjusted"])
+            assert (finding.why, finding.detectable) == (row["why"], row["detectable"])
+            assert (finding.num_seeds, finding.estimate.n) == (3, 6)
+    assert found["M2", "avg@k", "position vs none"].verdict == "not recorded"
+    assert found["M3", "formal tokens", "ppl vs none"].verdict == "not recorded"
+    # A reference stands beside the baseline in the primary metric alone, and in no aggregate.
+    extra = comparison.differences.filter(arm="ppl", baseline="ppl_high")
+    assert set(extra["metric"]) == {"avg_at_k"}
+    assert comparison.aggregates["arm"].to_list() == ["none", "ppl", "ppl_high"]
+
+
+def test_verdicts_about_methods_follow_the_direction_of_the_claim(study: analysis.Runs):
+    ledger = load_ledger()
+    found = {(f.claim, f.part): f.verdict for f in judge_methods(study, ledger) if f.subject.startswith("ppl vs none")}
+    assert found == {
+        ("M1", "avg@k"): "supported",
+        # Every response of the arm is longer by the same fifth.
+        ("M3", "length"): "inconclusive",
+        ("M3", "formal tokens"): "supported",
+    }
+    parts = {name: spec | {"direction": "negative"} for name, spec in ledger["M1"]["parts"].items()}
+    (turned,) = judge_methods(study, {"M1": ledger["M1"] | {"parts": parts}})
+    assert turned.verdict == "contradicted"
+
+
+def test_metrics_agree_with_the_ledger():
+    about_methods = [part for entry in load_ledger().values() if "arms" in entry for part in entry["parts"].items()]
+    assert {part for part, _ in about_methods} == set(PARTS)
+    for part, spec in about_methods:
+        metric = metric_of(PARTS[part])
+        assert (spec["unit"], spec["smallest_effect"]) == (metric.unit, metric.smallest)
 
 
 def entrace(*args: str) -> subprocess.CompletedProcess[str]:

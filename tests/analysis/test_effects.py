@@ -1,4 +1,4 @@
-"""Effects and their intervals: against plain numpy, and against how often they hold a known truth."""
+"""Effects against plain numpy, and against runs in which what is claimed is absent."""
 
 from __future__ import annotations
 
@@ -8,98 +8,77 @@ import numpy as np
 import polars as pl
 import pytest
 
-from analysis.effects import training
-from analysis.effects.estimate import NoEffectError, level, ratio, tensor, widest
-from analysis.stages import StageFit
+from analysis.effects import potential, training
+from analysis.effects.estimate import NoEffectError, mean_of_runs, plateau_level, ratio, tensor
+from analysis.stages import fit_stages
 from analysis.stats import Estimate
+from tests.analysis.test_intervals import autoregression
 
-STEPS, PROMPTS = 60, 8
+STEPS, PROMPTS = 100, 8
+STEP = np.arange(1, STEPS + 1)
 
 
-def sums_of(values: np.ndarray, prompt_ids: np.ndarray) -> pl.DataFrame:
-    """One row per step and prompt, ``values`` (steps, prompts)."""
+def sums_of(values: np.ndarray, run: str = "r") -> pl.DataFrame:
+    """Return one row per step and prompt, ``values`` (steps, prompts)."""
     steps = np.arange(1, len(values) + 1).repeat(values.shape[1])
-    return pl.DataFrame({"run_id": "r", "step": steps, "prompt_id": prompt_ids, "total": values.ravel(), "n": 1})
+    prompts = np.arange(values.size).astype(str)
+    return pl.DataFrame({"run_id": run, "step": steps, "prompt_id": prompts, "total": values.ravel(), "n": 1})
 
 
-def fresh(steps: int) -> np.ndarray:
-    return np.arange(steps * PROMPTS).astype(str)
+def fake_runs(frame: pl.DataFrame, **frames: pl.DataFrame) -> SimpleNamespace:
+    """Return runs with one run of two stages, whose queries give the frames."""
+    shape = np.minimum(STEP / 40, 1)
+    rng = np.random.default_rng(0)
+    fit = fit_stages(STEP, 1 - shape / 2 + rng.normal(0, 0.01, STEPS), shape / 2 + rng.normal(0, 0.01, STEPS))
+    return SimpleNamespace(
+        stage_fits={"r": fit}, manifests={"r": {}}, query_once=lambda stem, run_ids: frames.get(stem, frame)
+    )
 
 
-def coverage(make, truth: float = 0.0, runs: int = 150) -> float:
-    """Share of intervals that hold the truth; ``make`` returns values and prompt ids."""
-    hits = 0
-    for seed in range(runs):
-        rng = np.random.default_rng(seed)
-        estimate = level(sums_of(*make(rng)), ["r"], ["total", "n"], ratio(0, 1), rng)
-        hits += estimate.low <= truth <= estimate.high
-    return hits / runs
-
-
-def drift(rng: np.random.Generator, steps: int = STEPS, correlation: float = 0.5) -> np.ndarray:
-    state = np.zeros(steps + 20)
-    for i in range(1, len(state)):
-        state[i] = correlation * state[i - 1] + rng.normal()
-    return state[20:]
-
-
-def test_interval_of_a_level_knows_that_steps_drift():
-    found = coverage(lambda rng: (drift(rng)[:, None] + rng.normal(size=(STEPS, PROMPTS)), fresh(STEPS)))
-    assert found >= 0.9
-
-
-def test_interval_of_a_level_knows_that_prompts_return():
-    # The same eight prompts at every step, each hard or easy throughout.
-    ids = np.tile(np.arange(PROMPTS), STEPS).astype(str)
-    assert coverage(lambda rng: (rng.normal(size=PROMPTS) + rng.normal(size=(STEPS, PROMPTS)), ids)) >= 0.9
-
-
-def test_interval_of_a_level_is_not_too_wide_where_all_is_independent():
-    values = np.random.default_rng(0).normal(size=(STEPS, PROMPTS))
-    estimate = level(sums_of(values, fresh(STEPS)), ["r"], ["total", "n"], ratio(0, 1), np.random.default_rng(1))
-    assert estimate.value == pytest.approx(values.mean())
-    assert estimate.width == pytest.approx(2 * 1.96 * values.std() / np.sqrt(values.size), rel=0.5)
-    assert (estimate.n, estimate.of) == (STEPS * PROMPTS, "prompts in 60 steps, 1 run")
-
-
-def test_too_few_steps_leave_the_prompts():
-    values = np.random.default_rng(0).normal(size=(4, PROMPTS))
-    estimate = level(sums_of(values, fresh(4)), ["r"], ["total", "n"], ratio(0, 1), np.random.default_rng(1))
-    assert estimate.width == pytest.approx(2 * 2.04 * values.std(ddof=1) / np.sqrt(values.size), rel=0.1)
+def test_level_is_the_ratio_of_totals():
+    rng = np.random.default_rng(0)
+    frame = sums_of(rng.normal(3, 1, (60, PROMPTS))).with_columns(n=rng.integers(1, 4, 60 * PROMPTS))
+    estimate = plateau_level(frame, ["r"], ["total", "n"], ratio(0, 1))
+    assert estimate.value == pytest.approx(frame["total"].sum() / frame["n"].sum())
+    assert (estimate.n, estimate.of) == (60 * PROMPTS, "prompts, 1 run")
 
 
 def test_runs_that_disagree_widen_the_interval():
-    parts = []
-    for run, mean in (("a", 0.0), ("b", 1.0), ("c", 2.0)):
-        values = mean + np.random.default_rng(0).normal(0, 0.1, (STEPS, PROMPTS))
-        parts.append(sums_of(values, fresh(STEPS)).with_columns(run_id=pl.lit(run)))
-    rng = np.random.default_rng(1)
-    estimate = level(pl.concat(parts), ["a", "b", "c"], ["total", "n"], ratio(0, 1), rng)
+    rng = np.random.default_rng(0)
+    frame = pl.concat(
+        [sums_of(rng.normal(mean, 0.1, (60, PROMPTS)), run) for run, mean in (("a", 0), ("b", 1), ("c", 2))]
+    )
+    estimate = plateau_level(frame, ["a", "b", "c"], ["total", "n"], ratio(0, 1))
     assert estimate.value == pytest.approx(1, abs=0.01)
     # Student's t with two degrees of freedom over 0, 1, 2.
     assert estimate.width == pytest.approx(2 * 4.3027 / np.sqrt(3), rel=0.02)
 
 
-def test_interval_of_an_excess_holds_where_the_divisor_is_small():
-    # Most of the rest hardly moves, as on a plateau: an interval even about the ratio reaches below -1, and finds a
-    # fifth of what is there.
-    found = []
-    for seed in range(150):
-        rng = np.random.default_rng(seed)
-        kind, rest = rng.gamma(4, size=(20, PROMPTS)), rng.gamma(0.02, size=(20, PROMPTS))
-        frame = sums_of(kind, fresh(20)).with_columns(n=rest.ravel())
-        runs = SimpleNamespace(
-            stage_fits={"r": SimpleNamespace(boundary=1)}, query_once=lambda stem, run_ids, frame=frame: frame
-        )
-        found.append(training.excess("sums", ["total", "n"], ratio(0, 1))(runs, ["r"], rng))
-    assert np.mean([estimate.low <= 4 / 0.02 - 1 <= estimate.high for estimate in found]) >= 0.9
-    assert np.mean([estimate.low > 0 for estimate in found]) >= 0.9
+def test_one_run_without_information_leaves_none_to_the_mean_of_two():
+    short, long = (Estimate.from_error(0.0, 0.1, 5, 10, "steps", blocks=blocks) for blocks in (2.0, 20.0))
+    assert mean_of_runs([short, long], "steps, 2 runs").blocks == 2.0
+    # Three runs have an interval of their own: that of their spread.
+    three = mean_of_runs([short, long, Estimate.from_error(0.3, 0.1, 5, 10, "steps", blocks=2.0)], "steps, 3 runs")
+    assert three.blocks == np.inf
+    assert three.error == pytest.approx(0.1)
 
 
 def test_effect_without_a_denominator_is_no_effect():
-    frame = sums_of(np.ones((STEPS, PROMPTS)), fresh(STEPS)).with_columns(n=0)
+    frame = sums_of(np.ones((STEPS, PROMPTS))).with_columns(n=0)
     with pytest.raises(NoEffectError, match="holds no such tokens or responses"):
-        level(frame, ["r"], ["total", "n"], ratio(0, 1), np.random.default_rng(0))
+        plateau_level(frame, ["r"], ["total", "n"], ratio(0, 1))
+
+
+def test_interval_of_an_excess_holds_where_the_divisor_is_small():
+    # Most of the rest hardly moves: an interval symmetric around the ratio itself would reach below -1.
+    found = []
+    judge = training.excess(training.plateau("sums", ["total", "n"], training.log_ratio))
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        kind, rest = rng.gamma(4, size=(20, PROMPTS)), rng.gamma(0.02, size=(20, PROMPTS))
+        found.append(judge(fake_runs(sums_of(kind).with_columns(n=rest.ravel())), ["r"]))
+    assert np.mean([estimate.low <= 4 / 0.02 - 1 <= estimate.high for estimate in found]) >= 0.88
+    assert np.mean([estimate.low > 0 for estimate in found]) >= 0.9
 
 
 def test_tensor_adds_up_and_leaves_other_levels_out():
@@ -109,43 +88,208 @@ def test_tensor_adds_up_and_leaves_other_levels_out():
     )
 
 
-def test_widest_takes_an_undefined_interval_for_the_widest():
-    narrow, wide = (Estimate.from_error(0.0, error, 9, 10, "prompts") for error in (1.0, 2.0))
-    undefined = Estimate(0.0, np.nan, np.nan, 1.0, 10, "prompts")
-    assert widest([narrow, wide]) is wide
-    assert widest([narrow, undefined, wide]) is undefined
+def signs(negative: np.ndarray, positive: np.ndarray) -> pl.DataFrame:
+    """Return ``sign_entropy`` rows of four groups per step around the given means."""
+    rng = np.random.default_rng(0)
+    noise = rng.lognormal(0, 0.02, (2, STEPS, 4))
+    frame = sums_of(noise[0] * negative[:, None]).rename({"total": "negative_sum"})
+    return frame.with_columns(positive_sum=pl.Series((noise[1] * positive[:, None]).ravel()))
 
 
-def fit_with(speeds: np.ndarray) -> SimpleNamespace:
-    """Runs whose one fit has a rising slope of -1 and 1, and draws of the plateau's relative speed."""
-    slopes = np.stack((np.tile([-1.0, 1.0], (len(speeds), 1)), np.outer(speeds, [-1.0, 1.0])), axis=1)
-    fit = StageFit(1, 100, 100, 50, 50.0, 45.0, 55.0, "", np.zeros((2, 2)), slopes[0], slopes)
-    return SimpleNamespace(stage_fits={"r": fit})
+@pytest.mark.parametrize(("kept", "expected"), [(0.6, 0.0), (0.3, np.log(2))])
+def test_equal_relative_loss_is_no_difference_between_signs(kept: float, expected: float):
+    shape = np.minimum((STEP - 1) / 39, 1)
+    # Both lose 40 %, from different levels; or negative samples lose 70 %.
+    frame = signs(0.4 * kept**shape, 0.3 * 0.6**shape)
+    judge = training.rising("sign_entropy", ["negative_sum", "positive_sum"], training.log_ratio, -1)
+    estimate = judge(fake_runs(frame), ["r"])
+    assert estimate.value == pytest.approx(expected, abs=0.06)
+    assert (estimate.low > 0) == (expected > 0)
+
+
+def cells(lengths: np.ndarray, share_of: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return step, length, tokens, and matching tokens of 20 responses per step; ``share_of`` (steps, responses)."""
+    step = STEP.repeat(lengths.shape[1])
+    return step, lengths.ravel(), lengths.ravel().astype(float), (lengths * share_of).ravel()
+
+
+def test_shares_at_equal_length_ignore_what_length_does():
+    # Every response opens with 8 tokens of the kind, and lengths double over the run.
+    rng = np.random.default_rng(0)
+    lengths = np.round(np.linspace(20, 40, STEPS)[:, None] * rng.uniform(0.7, 1.4, (STEPS, 20)))
+    raw = 8 / lengths
+    _, shares = training.shares_at_equal_length(*cells(lengths, raw))
+    assert raw.mean(1)[0] - raw.mean(1)[-1] > 0.15
+    assert abs(shares[:10].mean() - shares[-10:].mean()) < 0.03
+
+
+def test_shares_at_equal_length_keep_a_change_of_their_own():
+    rng = np.random.default_rng(0)
+    lengths = np.round(np.linspace(20, 40, STEPS)[:, None] * rng.uniform(0.7, 1.4, (STEPS, 20)))
+    steps, shares = training.shares_at_equal_length(*cells(lengths, 8 / lengths + np.linspace(0, 0.1, STEPS)[:, None]))
+    assert list(steps) == list(STEP)
+    assert shares[-10:].mean() - shares[:10].mean() == pytest.approx(0.1 * 0.9, abs=0.03)
+
+
+def test_steps_without_a_length_in_common_are_not_compared():
+    lengths = np.where(STEP[:, None] <= 50, 10, 30) * np.ones((STEPS, 4))
+    with pytest.raises(NoEffectError, match="have no lengths in common"):
+        training.shares_at_equal_length(*cells(lengths, 0.2 * np.ones((STEPS, 4))))
+
+
+def bins_of(potential_of_tokens: np.ndarray) -> np.ndarray:
+    bins = np.clip(np.floor(-4 * np.log2(4 * potential_of_tokens)), 0, potential.NUM_BINS - 1).astype(int)
+    return np.bincount(bins, minlength=potential.NUM_BINS).astype(float)
+
+
+def random_update(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return p (1 - p) of tokens as a language model has them, and what random logit changes do to p."""
+    p = 1 / (1 + np.exp(-rng.normal(4, 3, size)))
+    potential_of_tokens = p * (1 - p)
+    return potential_of_tokens, potential_of_tokens * rng.normal(0, 0.2, size)
+
+
+def test_share_of_the_top_fifth_under_random_changes_equals_a_simulation():
+    w, dp = random_update(np.random.default_rng(0), 1_000_000)
+    movement = np.sort(np.abs(dp))[::-1]
+    top = movement[: len(dp) // 5].sum() / movement.sum()
+    assert potential.random_top_share(bins_of(w)) == pytest.approx(top, abs=0.004)
+    # Equal potential: that of a normal distribution, exp(-z^2 / 2) with z its quantile at .9.
+    assert potential.random_top_share(bins_of(np.full(10, 0.2))) == pytest.approx(0.4399, abs=1e-4)
+
+
+def test_share_of_still_tokens_under_random_changes_equals_a_simulation():
+    w, dp = random_update(np.random.default_rng(1), 1_000_000)
+    found = potential.random_still_share(bins_of(w), np.abs(dp).sum())
+    assert found == pytest.approx((np.abs(dp) <= 0.01).mean(), abs=0.005)
+
+
+def movements(seed: int, learned: bool) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return ``movement_sums`` and ``movement_potential`` of 12 captured steps of 8 prompts of 60 tokens."""
+    rng = np.random.default_rng(seed)
+    sums, bins = [], []
+    for step in range(5, 65, 5):
+        w, dp = random_update(rng, 480)
+        # The size of an update differs between steps; a learned one also moves a twentieth of the tokens thirtyfold.
+        size = rng.lognormal(0, 0.5) * np.where(learned & (rng.random(480) < 0.05), 30, 1)
+        movement = np.abs(dp) * size
+        threshold = np.quantile(movement, 0.8)
+        for prompt in range(8):
+            own = slice(60 * prompt, 60 * (prompt + 1))
+            keys = {"run_id": "r", "step": step, "prompt_id": f"{step}-{prompt}"}
+            still, top = movement[own] <= 0.01, np.maximum(movement[own] - threshold, 0) + 0.2 * threshold
+            sums.append(keys | {"tokens": 60, "movement": movement[own].sum(), "still_tokens": still.sum()})
+            sums[-1] |= {"top_movement": top.sum(), "coarse_tokens": 0, "uncertain_tokens": 10, "uncertain_shift": 1.0}
+            counts = bins_of(w[own])
+            bins += [keys | {"bin": i, "tokens": int(n)} for i, n in enumerate(counts) if n]
+    return pl.DataFrame(sums), pl.DataFrame(bins)
 
 
 @pytest.mark.parametrize(
-    ("speed", "value", "touches_standstill"), [(0.02, 0.98, True), (-0.02, 0.98, True), (0.5, 0.5, False)]
+    ("learned", "part"), [(False, "concentration"), (False, "hardly move"), (True, "concentration")]
 )
-def test_slowdown_maps_the_interval_of_the_signed_speed(speed: float, value: float, touches_standstill: bool):
-    noise = np.random.default_rng(0).normal(0, 0.05, 1000)
-    noise[0] = 0
-    estimate = training.slowdown(0)(fit_with(speed + noise), ["r"], np.random.default_rng(0))
-    assert estimate.value == pytest.approx(value)
-    assert (estimate.high == 1) == touches_standstill
-    assert estimate.low < value <= estimate.high
-    assert estimate.p_value < 0.001
+def test_random_changes_are_not_concentrated_and_learned_ones_are(learned: bool, part: str):
+    verdicts = []
+    for seed in range(12):
+        sums, bins = movements(seed, learned)
+        runs = fake_runs(sums, movement_potential=bins)
+        estimate = training.PARTS["S5"][part](runs, ["r"])
+        verdicts.append(estimate.low > 0 or estimate.high < 0)
+        assert abs(estimate.value) < 0.05 or learned
+    assert np.mean(verdicts) >= 0.9 if learned else sum(verdicts) <= 2
 
 
-def test_slowdown_of_a_plateau_as_fast_as_the_rise_is_none():
-    noise = np.random.default_rng(0).normal(0, 0.05, 1000)
-    noise[0] = 0
-    estimate = training.slowdown(1)(fit_with(1 + noise), ["r"], np.random.default_rng(0))
-    assert estimate.value == pytest.approx(0)
-    assert estimate.low < 0 < estimate.high
-    assert estimate.p_value == pytest.approx(1)
+@pytest.mark.parametrize(("shift", "coarse"), [(2e-6, 0), (0.015, 60)])
+def test_rounding_is_no_movement(shift: float, coarse: int):
+    # Two passes in float32; logarithms stored with the eight bits of bfloat16.
+    sums, bins = movements(0, learned=False)
+    sums = sums.with_columns(uncertain_shift=10 * shift, coarse_tokens=pl.lit(coarse))
+    for claim, part in (("S5", "concentration"), ("S6", "direction"), ("S6", "high entropy")):
+        with pytest.raises(NoEffectError, match="no more than rounding does"):
+            training.PARTS[claim][part](fake_runs(sums, movement_potential=bins), ["r"])
 
 
-def test_share_of_normally_distributed_movement():
-    movement = np.abs(np.random.default_rng(0).normal(size=2_000_000))
-    top = movement[movement >= np.quantile(movement, 0.8)].sum() / movement.sum()
-    assert pytest.approx(top, abs=1e-3) == training.NORMAL_TOP_FIFTH
+def test_end_over_middle_equals_a_loop():
+    rng = np.random.default_rng(0)
+    tokens, sums = rng.integers(1, 9, (2, 10)).astype(float), rng.gamma(2, size=(2, 10))
+    expected = []
+    for part in (0, 1):
+        usual = sum(tokens[part, b] * sums[:, b].sum() / tokens[:, b].sum() for b in range(10))
+        expected.append(sums[part].sum() / usual)
+    found = potential.end_over_middle(np.concatenate([tokens.ravel(), sums.ravel()]))
+    assert found == pytest.approx(np.log(expected[1] / expected[0]))
+
+
+def test_more_entropy_at_the_end_is_no_greater_potential():
+    # Movement is three times the entropy bin, wherever a token is; the end has more tokens in the upper bins.
+    usual = 1.0 + np.arange(10)
+    tokens = np.array([np.linspace(10, 1, 10), np.linspace(1, 10, 10)])
+    found = potential.end_over_middle(np.concatenate([tokens.ravel(), (tokens * usual).ravel()]))
+    assert found == pytest.approx(0, abs=1e-12)
+
+
+def halves_of(entropy: np.ndarray, accuracy: np.ndarray, seed: int, difficulty: float = 0.0) -> pl.DataFrame:
+    """Return ``exchange_halves``: 32 prompts per step; hard ones have more entropy and less accuracy."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for step, h, a in zip(STEP, entropy, accuracy, strict=True):
+        hard = rng.normal(size=(2, 16))
+        own = h + difficulty * 0.1 * hard + rng.normal(0, 0.05, hard.shape)
+        right = rng.binomial(8, np.clip(a - difficulty * 0.2 * hard, 0, 1))
+        for half in (0, 1):
+            sums = {"entropy_sum": 100 * own[half].sum(), "tokens": 1600.0, "correct": float(right[half].sum())}
+            rows.append({"run_id": "r", "step": int(step), "half": half, "responses": 128.0} | sums)
+    return pl.DataFrame(rows)
+
+
+def judge_exchange(frame: pl.DataFrame, part: str) -> Estimate | None:
+    try:
+        return training.PARTS["E1"][part](fake_runs(frame), ["r"])
+    except NoEffectError:
+        return None
+
+
+def test_the_exchange_law_is_found_where_it_holds():
+    shape = np.minimum(STEP / 35, 1)
+    entropy = 0.9 - 0.5 * shape
+    for seed in range(4):
+        frame = halves_of(entropy, 1.3 - 0.4 * np.exp(entropy), seed, difficulty=1.0)
+        association, fit = (judge_exchange(frame, part) for part in ("association", "fit"))
+        assert association
+        assert association.low > 0
+        assert association.value == pytest.approx(0.4, abs=0.1)
+        assert fit
+        assert fit.low > 0
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
+def test_a_policy_that_does_not_learn_has_no_exchange(correlation: float):
+    found = []
+    for seed in range(25):
+        rng = np.random.default_rng(seed)
+        drift = [autoregression(rng, STEPS, correlation) for _ in range(2)]
+        frame = halves_of(0.5 + 0.02 * drift[0], 0.5 + 0.02 * drift[1], seed, difficulty=1.0)
+        association, fit = (judge_exchange(frame, part) for part in ("association", "fit"))
+        found.append(
+            bool(association and association.blocks >= 3 and (association.low > 0.1 or association.high < -0.1))
+        )
+        assert fit is None or fit.low <= 0.02
+    assert sum(found) <= 2
+
+
+def test_entropy_that_falls_first_does_not_carry_an_accuracy_that_rises_late():
+    entropy, accuracy = 0.3 + 0.5 * np.exp(-STEP / 12), 0.3 + 0.5 / (1 + np.exp(-(STEP - 75) / 5))
+    for seed in range(5):
+        frame = halves_of(entropy, accuracy, seed)
+        association, fit = (judge_exchange(frame, part) for part in ("association", "fit"))
+        assert association is None or association.low < 0.1
+        assert fit
+        assert fit.high < 0
+
+
+def test_series_of_interventions_that_differ_are_not_pooled():
+    row = {"run_id": "r", "prompt_id": "p", "checkpoint_step": 100, "seed": 0, "temperature": 1.0}
+    row |= dict.fromkeys(("late_impact", "late_tokens", "early_impact", "early_tokens"), 1.0)
+    frame = pl.DataFrame([row | {"selection": name} for name in ("entropy 0-1", "entropy 0.8-1")])
+    with pytest.raises(NoEffectError, match=r"not pooled: .*entropy 0-1.*; .*entropy 0\.8-1"):
+        training.PARTS["T2"]["impact"](fake_runs(frame), ["r"])

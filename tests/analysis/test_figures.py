@@ -107,15 +107,21 @@ def write_arm(
         writer.finish()
 
 
+def on_logit_scale(share: float, half: float) -> tuple[float, float]:
+    """Return the ends of an interval of a share that stays within [0, 1]."""
+    middle, reach = np.log(share / (1 - share)), half / (share * (1 - share))
+    return 1 / (1 + np.exp(reach - middle)), 1 / (1 + np.exp(-reach - middle))
+
+
 def test_mean_over_three_seeds_has_an_interval_over_seeds(tmp_path: Path):
     # 40, 50 and 60 % of ten prompts are solved every time: t(2) = 4.3027, sd = .1.
     for seed in range(3):
         write_arm(tmp_path, "none", seed, [4] * (4 + seed) + [0] * (6 - seed))
     last = analysis.figures.query(open_runs(tmp_path), "ablation_curves").filter(step=2)
-    half = 4.302653 * 0.1 / 3**0.5
+    low, high = on_logit_scale(0.5, 4.302653 * 0.1 / 3**0.5)
     assert last["avg_at_k"].to_list() == pytest.approx([0.4, 0.5, 0.6])
     for row in last.select("mean", "mean_low", "mean_high", "num_seeds").rows():
-        assert row == pytest.approx((0.5, 0.5 - half, 0.5 + half, 3))
+        assert row == pytest.approx((0.5, low, high, 3), abs=1e-6)
 
 
 def test_mean_over_two_seeds_has_an_interval_over_prompts_and_says_so(tmp_path: Path, ax):
@@ -123,8 +129,9 @@ def test_mean_over_two_seeds_has_an_interval_over_prompts_and_says_so(tmp_path: 
         write_arm(tmp_path, "none", seed, [4] * (4 + seed) + [0] * (6 - seed))
     runs = open_runs(tmp_path)
     row = analysis.figures.query(runs, "ablation_curves").filter(step=2).row(0, named=True)
-    half = 1.96 * ((0.24 / 9) ** 0.5 + (0.25 / 9) ** 0.5) / 2
-    assert (row["mean"], row["mean_low"], row["mean_high"]) == pytest.approx((0.45, 0.45 - half, 0.45 + half))
+    # The mean of both runs' intervals, t(.975, 9) = 2.2622.
+    both = [on_logit_scale(0.4, 2.262157 * (0.24 / 9) ** 0.5), on_logit_scale(0.5, 2.262157 * (0.25 / 9) ** 0.5)]
+    assert (row["mean"], row["mean_low"], row["mean_high"]) == pytest.approx((0.45, *np.mean(both, axis=0)), abs=1e-6)
     title = analysis.figures.ablation_curves(runs, ax=ax).get_title(loc="left")
     assert title == "1 arm, 2 seeds each, 10 held-out prompts, 4 samples each\nband: 95 % interval over prompts"
 

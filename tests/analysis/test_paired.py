@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from analysis.compare.paired import SeedSums, over_prompts_and_seeds, over_seeds
-from analysis.compare.verdict import METRICS, decide
-from analysis.stats import Estimate
 
 
-def seed_sums(seed: int, prompts: Sequence[int], differences: np.ndarray) -> SeedSums:
+def seed_sums(seed: int, prompts: Sequence[int] | np.ndarray, differences: np.ndarray) -> SeedSums:
     sums = np.ones((len(differences), 2, 2))
     sums[:, 0, 0] = 0.5 + differences
     sums[:, 1, 0] = 0.5
@@ -40,14 +38,16 @@ def test_variance_against_a_naive_double_loop():
             covariances.append(total)
     assert np.mean(covariances) > 0
     found = over_prompts_and_seeds(pairs)
-    assert found.error**2 == pytest.approx(np.var(thetas, ddof=1) / 3 + np.mean(covariances))
-    assert (found.df, found.estimate.value, found.estimate.n) == (2, pytest.approx(np.mean(thetas)), 12)
+    estimate = found.estimate
+    assert estimate.error**2 == pytest.approx(np.var(thetas, ddof=1) / 3 + np.mean(covariances))
+    assert (estimate.df, estimate.value, estimate.n) == (2, pytest.approx(np.mean(thetas)), 12)
 
 
-def test_influence_is_how_a_ratio_moves_with_a_prompt():
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_influence_is_how_a_ratio_moves_with_a_prompt(is_relative: bool):
     sums = np.random.default_rng(1).integers(1, 50, (200, 2, 2)).astype(float)
-    pair = SeedSums(0, np.arange(200, dtype=np.uint64), sums)
-    without = [SeedSums(0, pair.prompts[1:], np.delete(sums, i, 0)).difference for i in range(200)]
+    pair = SeedSums(0, np.arange(200, dtype=np.uint64), sums, is_relative)
+    without = [SeedSums(0, pair.prompts[1:], np.delete(sums, i, 0), is_relative).difference for i in range(200)]
     jackknife = 199 * (pair.difference - np.array(without))
     assert pair.residuals.mean() == pytest.approx(0, abs=1e-12)
     np.testing.assert_allclose(pair.residuals, jackknife, rtol=0.05, atol=0.02)
@@ -79,12 +79,39 @@ def test_interval_errs_on_the_wide_side_where_shared_prompts_dominate(num_seeds:
     assert coverage(num_seeds, True, of_prompts=0.2, of_seeds=0.02, noise=0.2) >= 0.95
 
 
-def test_equal_differences_have_no_error():
-    found = over_seeds(np.array([0.1, 0.1, 0.1]))
-    assert (found.estimate.value, found.estimate.p_value) == (pytest.approx(0.1), 1)
-    assert np.isnan(found.estimate.low)
-    assert decide(found, 1.0, 1, 3, METRICS["avg_at_k"]) == (
-        "inconclusive",
-        "the difference is equal throughout, so that its error cannot be estimated",
-    )
-    assert over_seeds(np.array([1e-17, -1e-17, 3e-17])).estimate == Estimate(0.0, 0.0, 0.0, 1.0, 3, "seeds")
+def test_relative_difference():
+    # 30 tokens in 2 responses against 36 in 3.
+    sums = np.array([[[10.0, 1], [12, 2]], [[20, 1], [24, 1]]])
+    assert SeedSums(0, np.arange(2, dtype=np.uint64), sums, is_relative=True).difference == pytest.approx(15 / 12 - 1)
+
+
+def test_differences_that_agree_have_an_interval_with_a_width():
+    # Both arms solve all 20 prompts in every seed: Wilson's interval of a share of one half, t(.975, 19) = 2.0930.
+    pairs = [seed_sums(s, range(20), np.zeros(20)) for s in range(3)]
+    found = over_prompts_and_seeds(pairs, (-1, 1)).estimate
+    half = 2 * 2.093024 / (1 + 2.093024**2 / 20) * (0.25 / 20 + 2.093024**2 / 1600) ** 0.5
+    assert (found.value, found.low, found.high) == pytest.approx((0, -half, half), abs=1e-5)
+    assert (found.n, found.p_value) == (20, 1)
+
+
+def test_seeds_that_agree_while_prompts_differ_count_as_three():
+    pairs = [seed_sums(s, range(20 * s, 20 * s + 20), np.tile([0.1, -0.1], 10)) for s in range(3)]
+    # t(.975, 2) = 4.3027 and three units.
+    found = over_prompts_and_seeds(pairs, (-1, 1)).estimate
+    half = 2 * 4.302653 / (1 + 4.302653**2 / 3) * (0.25 / 3 + 4.302653**2 / 36) ** 0.5
+    assert (found.value, found.low, found.high) == pytest.approx((0, -half, half), abs=1e-5)
+    assert found.n == 60
+
+
+def test_equal_differences_without_bounds_have_no_interval():
+    found = over_seeds(np.array([0.1, 0.1, 0.1])).estimate
+    assert (found.value, found.p_value) == (pytest.approx(0.1), 1)
+    assert np.isnan([found.low, found.high]).all()
+    # So have differences that are rounding.
+    assert np.isnan(over_seeds(np.array([1e-17, -1e-17, 3e-17])).estimate.low)
+
+
+def test_interval_of_a_difference_of_shares_ends_at_one():
+    found = over_prompts_and_seeds([seed_sums(0, [0, 1], np.array([0.5, 0.25]))], (-1, 1)).estimate
+    # 12.7062 standard errors of .125 would reach far beyond both ends.
+    assert (found.value, found.low, found.high) == (0.375, -1, 1)

@@ -72,10 +72,10 @@ def make_pipe(folder: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing column": (drop_column, r"tokens/part-.*: column entropy \(float\) is missing; found run_id, step, "),
     "wrong type": (change_type, r"column step is string, expected int32"),
-    "other version": (change_version, r"rollouts/part-.*: schema version 7, this version of entrace reads 1"),
+    "other version": (change_version, r"rollouts/part-.*: schema version 7, this version of entrace reads 1 to 2"),
     "truncated": (truncate, r"steps/part-.*: damaged or truncated Parquet file"),
     "empty file": (lambda folder: part(folder, "tokens").write_bytes(b""), r"damaged or truncated Parquet file"),
-    "other manifest": (change_manifest_version, r"run.json: schema_version 99, this version of entrace reads 1"),
+    "other manifest": (change_manifest_version, r"run.json: schema_version 99, this version of entrace reads 1 to 2"),
     "not JSON": (lambda folder: (folder / "run.json").write_text("{"), r"run.json: not JSON"),
     "linked file": (link_file, r"tokens/part-.*: a link, or no file; a trace holds files only"),
     "linked folder": (link_folder, r"tokens/part-.*: a link, or no file; a trace holds files only"),

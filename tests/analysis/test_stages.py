@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from analysis.stages import (
-    decompose_fall,
-    fit_exchange,
-    fit_stages,
-    fitted_ends,
-    num_rising_blocks,
-    relative_speed,
-)
+from analysis.stages import decompose_fall, fit_stages, movement, slowdown, trend_weights
+from tests.analysis.test_intervals import autoregression
 
 STEPS = np.arange(1, 101)
 
@@ -92,61 +88,128 @@ def test_constant_series_do_not_divide_by_zero():
     assert np.isfinite(fit.slopes).all()
 
 
+def noisy(shape: np.ndarray, seed: int, correlation: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+    """Return an entropy that falls and an accuracy that rises by ``shape``, half of their noise a drifting state."""
+    rng = np.random.default_rng(seed)
+    drift = np.column_stack([autoregression(rng, len(shape), correlation) for _ in range(2)])
+    noise = (drift + rng.normal(size=drift.shape)) / np.sqrt(2)
+    return 0.75 - 0.3 * shape + 0.02 * noise[:, 0], 0.35 + 0.3 * shape + 0.02 * noise[:, 1]
+
+
+SHARE = np.linspace(0, 1, 100)
+CURVES = {
+    "exponential": 1 - np.exp(-3 * SHARE),
+    "logarithm": np.log1p(SHARE / 0.05) / np.log(21),
+    "sigmoid": 1 / (1 + np.exp(-(SHARE - 0.3) / 0.08)),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_a_smooth_curve_slows_down_and_has_no_two_stages(name: str):
+    fits = [fit_stages(STEPS, *noisy(CURVES[name], seed)) for seed in range(10)]
+    assert sum(fit.two_stages.low > 0 for fit in fits if fit.boundary) <= 1
+    slow = [slowdown(fit.movement(0)[0]) for fit in fits]
+    assert np.mean(slow) > 0.3
+
+
+def test_two_lines_are_told_from_a_curve():
+    shape = np.minimum(STEPS / 30, 1)
+    fits = [fit_stages(STEPS, *noisy(shape, seed, 0.0)) for seed in range(10)]
+    assert sum(fit.two_stages.low > 0 for fit in fits) >= 8
+
+
 @pytest.mark.parametrize(
-    ("rising", "plateau", "expected"),
-    [
-        ((-0.1, 0.2), (0, 0.1), (0, 0.5)),
-        ((-0.1, 0.2), (0.1, -0.2), (-1, -1)),
-        ((0.1, -0.2), (0, 0), (np.nan, np.nan)),
-    ],
+    ("movements", "expected"),
+    [((1, 0), 1), ((1, 1), 0), ((0, 1), -1), ((-1, -1), -1), ((-1, 0), -1), ((1, -1), 0), ((3, 1), 0.5)],
 )
-def test_relative_speed(rising, plateau, expected):
-    np.testing.assert_allclose(relative_speed(np.array([rising, plateau])), expected)
+def test_slowdown_by_hand(movements: tuple[float, float], expected: float):
+    assert slowdown(np.array(movements, dtype=float)) == expected
 
 
-def test_ends_of_the_rising_stage_equal_a_plain_least_squares_fit():
-    entropy, accuracy = two_stages(40, 0.03, 5)
-    fit = fit_stages(STEPS, entropy, accuracy)
-    other = np.random.default_rng(6).normal(size=100) - np.minimum(STEPS, 40) / 10
-    ends, draws = fitted_ends(fit, STEPS, np.column_stack((other, accuracy)), np.random.default_rng(0), draws=400)
+def test_movement_equals_a_plain_fit():
+    rng = np.random.default_rng(0)
+    series = rng.normal(size=100).cumsum()
+    values, draws, _ = movement(STEPS.astype(float), series)
+    x = (STEPS - 1) / 99
+    knots = (0.25, 0.5, 0.75)
+    basis = np.column_stack((np.ones(100), x, *(np.maximum(x - knot, 0) for knot in knots)))
+    coefficients = np.linalg.lstsq(basis, series)[0]
+    start, half, end = (coefficients @ [1, at, *(max(at - knot, 0) for knot in knots)] for at in (0, 0.5, 1))
+    np.testing.assert_allclose(values, (half - start, end - half))
+    np.testing.assert_allclose(draws.mean(0), values, atol=0.5)
+
+
+def test_change_over_the_rising_stage_equals_a_plain_least_squares_fit():
+    fit = fit_stages(STEPS, *two_stages(40, 0.03, 5))
     assert fit.boundary is not None
-    basis = np.column_stack((np.ones(100), STEPS, np.maximum(STEPS - fit.boundary, 0)))
-    for i, series in enumerate((other, accuracy)):
-        fitted = basis @ np.linalg.lstsq(basis, series, rcond=None)[0]
-        np.testing.assert_allclose(ends[:, i], fitted[[0, int(fit.boundary) - 1]])
-    assert draws.shape == (400, 2, 2)
-    np.testing.assert_allclose(draws.mean(0), ends, atol=0.05)
+    other = np.random.default_rng(6).normal(size=100) - np.sqrt(STEPS)
+    knots = ((1 + fit.boundary) / 2, fit.boundary, (fit.boundary + 100) / 2)
+    basis = np.column_stack((np.ones(100), STEPS, *(np.maximum(STEPS - knot, 0) for knot in knots)))
+    fitted = basis @ np.linalg.lstsq(basis, other)[0]
+    columns, weights = trend_weights(fit, STEPS)
+    assert weights @ other == pytest.approx(fitted[int(fit.boundary) - 1] - fitted[0])
+    assert columns.shape == (100, 5)
 
 
-def test_error_of_the_ends_is_that_of_least_squares_where_steps_are_independent():
-    found, spread = [], []
-    fit = fit_stages(STEPS, *two_stages(40, 0.001, 7))
-    for seed in range(200):
-        noise = np.random.default_rng(seed).normal(size=(100, 1))
-        ends, draws = fitted_ends(fit, STEPS, noise, np.random.default_rng(seed), draws=100)
-        found.append(ends[1, 0] - ends[0, 0])
-        spread.append((draws[:, 1, 0] - draws[:, 0, 0]).std())
-    assert np.mean(spread) == pytest.approx(np.std(found), rel=0.15)
+def test_steps_of_few_prompts_count_less():
+    fit = fit_stages(STEPS, *two_stages(40, 0.03, 5))
+    noise = np.where(STEPS <= 40, 1.0, 100.0)
+    _, weights = trend_weights(fit, STEPS, noise)
+    _, alike = trend_weights(fit, STEPS)
+    assert np.abs(weights[40:]).sum() < 0.5 * np.abs(alike[40:]).sum()
+    assert weights @ (STEPS * 2.0) == pytest.approx(2 * (fit.boundary - 1) if fit.boundary else 0)
 
 
-def test_exchange_law_equals_a_plain_fit_and_its_error_that_of_repeated_runs():
-    exp_entropy = np.exp(two_stages(40, 0.0, 0)[0])
-    found, spread = [], []
-    for seed in range(200):
-        accuracy = 1 - 0.4 * exp_entropy + np.random.default_rng(seed).normal(0, 0.02, 100)
-        fit, draws = fit_exchange(exp_entropy, accuracy, 40, np.random.default_rng(seed))
-        found.append(fit)
-        spread.append(draws.std(0))
-    slope, intercept = np.polyfit(exp_entropy, accuracy, 1)
-    np.testing.assert_allclose(found[-1], [-slope, intercept])
-    np.testing.assert_allclose(np.mean(found, axis=0), [0.4, 1], rtol=0.01)
-    np.testing.assert_allclose(np.mean(spread, axis=0), np.std(found, axis=0), rtol=0.15)
-
-
-def test_without_a_boundary_the_ends_are_those_of_one_line():
+def test_without_a_boundary_the_change_is_that_of_the_run():
     fit = fit_stages(STEPS, np.ones(100), np.zeros(100))
-    ends, _ = fitted_ends(fit, STEPS, STEPS[:, None] * 2.0, np.random.default_rng(0))
-    np.testing.assert_allclose(ends[:, 0], [2, 200])
+    _, weights = trend_weights(fit, STEPS)
+    assert weights @ (STEPS * 2.0) == pytest.approx(198)
+
+
+def test_a_change_depends_little_on_where_the_boundary_lies_within_its_interval():
+    entropy, accuracy = noisy(np.minimum(STEPS / 35, 1), 1)
+    fit = fit_stages(STEPS, entropy, accuracy)
+    assert fit.low is not None
+    assert fit.high is not None
+    changes = []
+    for boundary in np.linspace(fit.low, fit.high, 7).round():
+        _, weights = trend_weights(replace(fit, boundary=float(boundary)), STEPS)
+        changes.append(weights @ accuracy)
+    # The rise is .3.
+    assert max(changes) - min(changes) < 0.06
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
+def test_interval_of_the_boundary_covers_under_autocorrelation(correlation: float):
+    shape = np.minimum(STEPS / 36, 1)
+    fits = [fit_stages(STEPS, *noisy(shape, seed, correlation)) for seed in range(40)]
+    hits = [fit.low <= 36 <= fit.high for fit in fits if fit.low is not None and fit.high is not None]
+    assert len(hits) >= 36
+    assert np.mean(hits) >= 0.85
+
+
+def test_noise_that_drifts_has_no_boundary():
+    found = 0
+    for seed in range(30):
+        entropy, accuracy = noisy(np.zeros(100), seed, 0.9)
+        found += fit_stages(STEPS, entropy, accuracy).boundary is not None
+    assert found <= 4
+
+
+def test_rising_entropy_has_no_rising_stage():
+    entropy, accuracy = noisy(-np.minimum(STEPS / 30, 1), 0)
+    fit = fit_stages(STEPS, entropy, accuracy)
+    assert fit.boundary is None
+    assert "do not move the expected way" in fit.reason
+    assert slowdown(fit.movement(0)[0]) == pytest.approx(-1)
+
+
+def test_long_runs_are_averaged():
+    steps = np.arange(1, 2001)
+    shape = np.minimum(steps / 700, 1)
+    fit = fit_stages(steps, *noisy(shape, 0))
+    assert fit.boundary == pytest.approx(700, abs=40)
+    assert (fit.num_steps, fit.first_step, fit.last_step) == (2000, 1, 2000)
 
 
 def test_decomposition_is_exact():
@@ -176,7 +239,6 @@ def test_steps_that_were_kept_count_and_not_those_between_them():
     every, tenth = (fit_stages(STEPS * spacing, *two_stages(40, 0.02, 0)) for spacing in (1, 10))
     assert (every.num_steps, every.num_rising) == (tenth.num_steps, tenth.num_rising)
     assert every.num_rising == every.boundary
-    assert num_rising_blocks(every) == num_rising_blocks(tenth)
     few = fit_stages(np.array([1, 100, 200]), np.ones(3), np.ones(3))
     assert "the run has 3 steps" in few.reason
     assert few.num_rising == 3

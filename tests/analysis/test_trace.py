@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from analysis.trace import TABLES, InputError, TraceWriter, read_manifest
 from tests.analysis.conftest import VOCAB, step_row
 
-FLOATS = st.floats(width=32, allow_nan=False)
+FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 TOKENS = st.lists(
     st.tuples(
         st.integers(1, 5),

@@ -21,7 +21,7 @@ from analysis.trace.plain import REPLACEMENT, SURROGATES
 from analysis.trace.precision import EXACT_BITS
 from tests.analysis.conftest import VOCAB, step_row
 
-FLOATS = st.floats(width=32, allow_nan=False)
+FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 TEXTS = st.text(st.characters(exclude_categories=()), max_size=12)
 TABLES = ("prompts", "rollouts", "steps", "tokens")
 
@@ -82,7 +82,7 @@ def append_response(writer: TraceWriter, step: int, rollout_id: int, response: R
     writer.append("prompts", question)
     measures = dict.fromkeys(("reward", "advantage", "temperature"), 1.0)
     flags = {"has_answer": False, "is_truncated": False, "is_kept": True, "defects": [[response.text]]}
-    text = {"completion": response.text, "entropy_kind": "exact", "policy_step": 0, "sample_index": 0}
+    text = {"completion": response.text, "entropy_kind": "exact", "policy_step": 0, "sample_index": 0, "group_id": 0}
     writer.append("rollouts", {**same, **measures, **flags, **text})
     values = [value for value, _ in response.tokens]
     ids = [entry for _, entry in response.tokens]

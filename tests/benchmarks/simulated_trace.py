@@ -68,6 +68,7 @@ class Simulation:
             "step": step,
             "prompt_id": self._prompt_ids.take(pa.array(np.repeat(prompts, GROUP))),
             "rollout_id": (step - 1) * RESPONSES + np.arange(RESPONSES),
+            "group_id": (step - 1) * PROMPTS + np.repeat(np.arange(PROMPTS), GROUP),
             "is_correct": is_correct,
             "response_length": np.clip(length, 2, MAX_LENGTH),
             "is_kept": np.repeat(std.ravel() > 0, GROUP),
@@ -88,7 +89,7 @@ class Simulation:
         logprob = -entropy * rng.standard_exponential(len(row), dtype=np.float32)
         shaped = (advantage * rng.uniform(0.9, 1.1, RESPONSES)).astype(np.float32)
         spread = np.sqrt(np.maximum(1 - 2 * np.exp(logprob) + np.exp(-entropy), 0))
-        columns = {name: _take(responses[name], row) for name in ("prompt_id", "rollout_id", "is_correct")}
+        columns = {name: _take(responses[name], row) for name in ("prompt_id", "rollout_id", "is_correct", "is_kept")}
         columns |= {
             "step": step,
             "position": position,

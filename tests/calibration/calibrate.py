@@ -1,175 +1,210 @@
-"""How often are verdicts wrong? Simulated runs with known truth, judged as any run is.
+"""Measure how often verdicts are wrong: simulated runs with known truth, judged as any run is.
 
-Usage: python -m tests.calibration.calibrate [--simulations 200] [--jobs 2] [--out reports/calibration]
+Usage: python -m tests.calibration.calibrate [--worlds frozen,planted] [--simulations 200] [--jobs 2]
+       [--out reports/calibration] [--cache data/runs/calibration] [--keep]
 
-Writes OUT.json and OUT.md. Per part of a claim: how often a run without the effect is called supported or contradicted,
-how often the planted effect is found, and how often the 95 % interval holds the truth.
+Writes OUT.json and OUT.md. Each outcome is saved in the cache as it comes, and the command resumes from there: a world
+that needs more simulations is named with ``--worlds``, and the page still holds the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import shutil
+import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import beta
 
-from analysis.claims import CONTRADICTED, SUPPORTED, judge, load_ledger
+import analysis
+from analysis.claims import judge
 from analysis.progress import Progress
 from analysis.runs import open_runs
-from tests.calibration.simulate import simulate_run, write_run
-from tests.calibration.simulate_arms import write_ablation, write_flat_run
-from tests.calibration.truth import Truth, truth_of_flat_run, truth_of_methods, truth_of_run
-from tests.calibration.worlds import NULL, NULL_METHODS, PLANTED, PLANTED_METHODS
+from analysis.trace.errors import InputError, nearest
+from tests.calibration import parameters, simulate, simulate_arms, truth
+from tests.calibration.parameters import World
+from tests.calibration.summary import Outcome, render, summarize
+from tests.calibration.worlds import WORLDS
 
-# Where an effect is absent, and where it is planted. Stages and the exchange law are what a flat run lacks.
-ABSENT = {"S1": "flat", "E1": "flat", "M1": "equal arms", "M2": "equal arms", "M3": "equal arms", "I3": "equal arms"}
-PRESENT = {"M1": "better arms", "M2": "better arms", "M3": "better arms", "I3": "better arms"}
-WORLDS = ("flat", "two stages", "planted", "equal arms", "better arms")
-TRUTH_RUNS = 40
-
-Outcome = dict[str, tuple[str, float, float, float]]
+SEED = 2508
+# Files that are written, judged, and removed belong in memory where there is a file system for it.
+SHARED_MEMORY = Path("/dev/shm")
+SIMULATORS = (parameters, simulate, simulate_arms)
 
 
-def simulate(world: str, seed: int) -> Outcome:
-    """Writes and judges one simulation; returns verdict, effect and interval by ``claim/part``."""
-    rng = np.random.default_rng([seed, WORLDS.index(world)])
-    folder = Path(tempfile.mkdtemp(prefix="entrace-"))
+def simulate_once(name: str, seed: int) -> Outcome:
+    """Write and judge one simulation."""
+    world = WORLDS[name].world
+    rng = np.random.default_rng([seed, *name.encode()])
+    folder = Path(tempfile.mkdtemp(prefix="entrace-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
     try:
-        if world == "flat":
-            write_flat_run(folder / "run", rng)
-        elif world.endswith("arms"):
-            write_ablation(folder, PLANTED_METHODS if world == "better arms" else NULL_METHODS, rng)
+        if isinstance(world, World):
+            simulate.write_run(folder / "run", simulate.simulate_run(world, rng), rng)
         else:
-            sizes = PLANTED if world == "planted" else NULL
-            write_run(folder / "run", simulate_run(sizes, rng), sizes, rng)
-        verdicts = judge(open_runs(folder), seed)
+            simulate_arms.write_ablation(folder, world, rng)
+        verdicts = judge(open_runs(folder))
     finally:
         shutil.rmtree(folder)
-    # Claim M3 is made of two arms that are alike here; one stands for both.
-    found = [v for v in verdicts if not (v.claim == "M3" and v.subject.startswith("position"))]
-    return {
-        f"{v.claim}/{v.part}": (v.verdict, *(np.nan if x is None else x for x in (v.effect, v.low, v.high)))
-        for v in found
-    }
+    return [(f"{v.claim}/{v.part}", v.subject, v.verdict, v.effect, v.low, v.high) for v in verdicts]
 
 
-def truths() -> dict[str, Truth]:
-    """Truth of every world."""
-    rng = np.random.default_rng(2508)
-    return {
-        "flat": truth_of_flat_run(),
-        "two stages": truth_of_run(NULL, TRUTH_RUNS, rng),
-        "planted": truth_of_run(PLANTED, TRUTH_RUNS, rng),
-        "equal arms": truth_of_methods(NULL_METHODS),
-        "better arms": truth_of_methods(PLANTED_METHODS),
-    }
+def truth_once(name: str, num_runs: int = truth.TRUTH_RUNS) -> truth.Truth:
+    """Return the truth of a world."""
+    return truth.truth_of(WORLDS[name].world, np.random.default_rng([SEED, *name.encode()]), num_runs)
 
 
-def summarize(outcomes: dict[str, list[Outcome]], truth: dict[str, Truth]) -> list[dict[str, Any]]:
-    """One row a part of a claim."""
-    rows = []
-    for claim, entry in load_ledger().items():
-        absent, present = ABSENT.get(claim, "two stages"), PRESENT.get(claim, "planted")
-        for part, spec in entry["parts"].items():
-            key = f"{claim}/{part}"
-            words = [outcome[key][0] for outcome in outcomes[absent]]
-            false = sum(word in (SUPPORTED, CONTRADICTED) for word in words)
-            found = [outcome[key][0] for outcome in outcomes[present]]
-            rows.append(
-                {
-                    "claim": claim,
-                    "part": part,
-                    "unit": spec["unit"],
-                    "smallest_effect": spec["smallest_effect"],
-                    "null": absent,
-                    "simulations": len(words),
-                    "false_supported": words.count(SUPPORTED) / len(words),
-                    "false_contradicted": words.count(CONTRADICTED) / len(words),
-                    "false_upper": upper_end(false, len(words)),
-                    "planted": truth[present][claim, part],
-                    "power": found.count(SUPPORTED) / len(found),
-                    **_coverage(outcomes, truth, claim, part),
-                }
-            )
-    return rows
+class Store:
+    """Outcomes and truths on disk, one file of JSON lines per world.
+
+    Each line carries a hash of everything that it depends on; lines with another hash are ignored unless ``keep``.
+    """
+
+    def __init__(self, folder: Path, *, keep: bool = False) -> None:
+        """Create ``folder`` if need be."""
+        self.folder, self.keep = folder, keep
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def outcomes(self, name: str) -> dict[int, Outcome]:
+        """Return saved outcomes of a world by seed."""
+        return {line["seed"]: line["outcome"] for line in self._lines(f"{name}.jsonl", outcome_key(name))}
+
+    def save_outcome(self, name: str, seed: int, outcome: Outcome) -> None:
+        """Append an outcome."""
+        self._append(f"{name}.jsonl", {"key": outcome_key(name), "seed": seed, "outcome": outcome})
+
+    def truth(self, name: str) -> truth.Truth | None:
+        """Return the saved truth of a world."""
+        return next((line["truth"] for line in self._lines(f"{name}.truth.jsonl", truth_key(name))), None)
+
+    def save_truth(self, name: str, found: truth.Truth) -> None:
+        """Append a truth."""
+        self._append(f"{name}.truth.jsonl", {"key": truth_key(name), "truth": found})
+
+    def _append(self, file: str, line: dict[str, Any]) -> None:
+        with (self.folder / file).open("a") as stream:
+            # The line before is incomplete where an earlier command was killed while it wrote.
+            stream.write("\n" + json.dumps(line))
+
+    def _lines(self, file: str, key: str) -> list[dict[str, Any]]:
+        path = self.folder / file
+        lines = [_parse(text) for text in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in lines if line and (self.keep or line["key"] == key)]
 
 
-def upper_end(hits: int, n: int) -> float:
-    """Upper end of the 95 % interval of a rate (Clopper and Pearson, Biometrika 1934)."""
-    return 1.0 if hits == n else float(beta.ppf(0.975, hits + 1, n - hits))
+def _parse(text: str) -> dict[str, Any] | None:
+    """Return a line; None for one that is empty or incomplete."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
 
 
-def _coverage(outcomes: dict[str, list[Outcome]], truth: dict[str, Truth], claim: str, part: str) -> dict[str, Any]:
-    """Share of intervals that hold the truth, over all worlds that have both, and how far they reach."""
-    hits: dict[str, list[bool]] = {}
-    half_widths = []
-    for world, simulations in outcomes.items():
-        # Without stages the speed of one relative to the other has no truth to cover.
-        if (claim, part) not in truth[world] or (claim == "S1" and world == "flat"):
-            continue
-        for outcome in simulations:
-            _, effect, low, high = outcome[f"{claim}/{part}"]
-            if np.isfinite(effect):
-                hits.setdefault(world, []).append(low <= truth[world][claim, part] <= high)
-                half_widths.append((high - low) / 2)
-    every = [hit for found in hits.values() for hit in found]
-    return {
-        "coverage": float(np.mean(every)) if every else None,
-        "intervals": len(every),
-        "half_width": float(np.median(half_widths)),
-        "coverage_by_world": {world: float(np.mean(found)) for world, found in hits.items()},
-    }
+@cache
+def outcome_key(name: str) -> str:
+    """Return a hash of a world's parameters, the simulator, and everything that judges."""
+    folder = Path(analysis.__file__).parent
+    ledger = folder.parent / "reports" / "claims.toml"
+    paths = [*sorted(folder.rglob("*.py")), *sorted(folder.rglob("*.sql")), ledger]
+    return _hash(name, [path for path in paths if "figures" not in path.parts])
 
 
-def render(rows: list[dict[str, Any]]) -> str:
-    """The table as Markdown."""
-    lines = [
-        "# How often verdicts are wrong",
-        "",
-        f"{rows[0]['simulations']} simulated runs a world, of the default study's size, judged as any run is by",
-        "`entrace claims`. `make calibrate` makes this page; [verdicts.md](verdicts.md) says what they contain.",
-        "",
-        "| Claim | Part | False supported | False contradicted | Upper end of both | Planted effect | Found "
-        "| Interval holds the truth | Its half width | Matters from |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['claim']} | {row['part']} | {row['false_supported']:.1%} | {row['false_contradicted']:.1%} "
-            f"| {row['false_upper']:.1%} | {row['planted']:.3g} {row['unit']} | {row['power']:.1%} "
-            f"| {row['coverage']:.1%} of {row['intervals']} | {row['half_width']:.2g} | {row['smallest_effect']:g} |"
-        )
-    return "\n".join(lines) + "\n"
+@cache
+def truth_key(name: str) -> str:
+    """Return a hash of a world's parameters, the simulator, and the reference statistics."""
+    return _hash(name, [Path(truth.__file__)])
 
 
-def main() -> None:
-    """Runs all simulations and writes the two files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--simulations", type=int, default=200, help="per world")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("reports/calibration"), help="without suffix")
-    options = parser.parse_args()
-    tasks = [(world, seed) for seed in range(options.simulations) for world in WORLDS]
-    results: dict[tuple[str, int], Outcome] = {}
+def _hash(name: str, paths: Sequence[Path]) -> str:
+    content = hashlib.sha256(repr(WORLDS[name].world).encode())
+    for path in [*paths, *(Path(str(module.__file__)) for module in SIMULATORS)]:
+        content.update(path.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def run(names: Sequence[str], simulations: int, jobs: int, store: Store, truth_runs: int = truth.TRUTH_RUNS) -> None:
+    """Simulate whatever the store lacks; outcomes of different worlds arrive evenly."""
+    saved = {name: store.outcomes(name) for name in names}
+    tasks = [(name, seed) for seed in range(simulations) for name in names if seed not in saved[name]]
+    truths = [name for name in names if store.truth(name) is None]
     context = multiprocessing.get_context("forkserver")
-    with Progress("calibrate", len(tasks)) as progress, ProcessPoolExecutor(options.jobs, context) as pool:
-        futures = {pool.submit(simulate, *task): task for task in tasks}
-        for done, future in enumerate(as_completed(futures), start=1):
-            results[futures[future]] = future.result()
-            progress.update(done)
-    outcomes = {world: [results[world, seed] for seed in range(options.simulations)] for world in WORLDS}
-    rows = summarize(outcomes, truths())
-    options.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(render(rows))
-    print(render(rows))
+    total = len(tasks) + len(truths)
+    if not total:
+        return
+    with Progress("calibrate", total) as progress, ProcessPoolExecutor(jobs, context) as pool:
+        progress.update(0)
+        pending: dict[Any, tuple[str, int | None]] = {
+            pool.submit(truth_once, name, truth_runs): (name, None) for name in truths
+        }
+        pending |= {pool.submit(simulate_once, *task): task for task in tasks}
+        try:
+            for done, future in enumerate(as_completed(pending), start=1):
+                name, seed = pending[future]
+                if seed is None:
+                    store.save_truth(name, future.result())
+                else:
+                    store.save_outcome(name, seed, future.result())
+                progress.update(done, name)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def choose(text: str | None) -> list[str]:
+    """Return the worlds named in a comma-separated list, all without one.
+
+    Raises:
+        InputError: a world is unknown.
+    """
+    if text is None:
+        return list(WORLDS)
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in WORLDS:
+            raise InputError(f'--worlds: unknown world "{name}"{nearest(name, WORLDS)}')
+    return list(dict.fromkeys(names))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the simulations and write the two files; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worlds", help="comma-separated names (default: all)")
+    parser.add_argument("--simulations", type=_positive, default=200, help="per world (default 200)")
+    parser.add_argument("--jobs", type=_positive, default=2, help="processes (default 2)")
+    parser.add_argument("--out", type=Path, default=Path("reports/calibration"), help="files to write, without suffix")
+    parser.add_argument("--cache", type=Path, default=Path("data/runs/calibration"), help="folder of saved outcomes")
+    parser.add_argument("--keep", action="store_true", help="reuse outcomes of other versions of the code")
+    options = parser.parse_args(arguments)
+    try:
+        names = choose(options.worlds)
+    except InputError as error:
+        print(f"calibrate: {error}", file=sys.stderr)
+        return 2
+    store = Store(options.cache, keep=options.keep)
+    run(names, options.simulations, options.jobs, store)
+    # The page holds every world that was ever simulated with this code, with all its simulations.
+    saved = {name: list(store.outcomes(name).values()) for name in WORLDS}
+    summary = summarize({name: (found, store.truth(name) or {}) for name, found in saved.items() if found})
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    options.out.with_suffix(".md").write_text(render(summary))
+    print(render(summary, with_cells=False))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

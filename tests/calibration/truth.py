@@ -1,125 +1,245 @@
-"""What each effect comes to in a simulated world: closed forms, and plain numpy on many runs at once.
+"""Compute the true size of each effect in a world: closed forms, and plain numpy on many simulated runs.
 
-The second is a reference of its own: it shares neither SQL nor statistics with the toolkit.
+The second is an independent reference: it shares neither SQL nor statistics with the toolkit. States of the policy are
+drawn without autocorrelation, which leaves their distribution as it is and averages them out faster.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import replace
+
 import numpy as np
 
-from analysis.effects.training import mainly_negative
-from tests.calibration.simulate import CAPTURE_EVERY, Step, simulate_run
-from tests.calibration.worlds import BOUNDARY, GROUP, GROUPS, LENGTHS, STEPS, MethodWorld, World, path
+from tests.calibration.parameters import LENGTHS, MethodWorld, World, curve
+from tests.calibration.simulate import SPECIAL_SHARE, Run, Tokens, simulate_run, terciles
 
-Truth = dict[tuple[str, str], float]
+TRUTH_RUNS = 40
+EXCHANGE_RUNS = 200
+MIN_MOBILITY, STILL = 0.001, 0.01
+# A change below this share of the larger half is rounding.
+STANDSTILL = 1e-9
 
-
-def truth_of_flat_run() -> Truth:
-    """A run in which nothing moves."""
-    return {("S1", "entropy"): 0.0, ("S1", "accuracy"): 0.0, ("E1", "slope"): 0.0}
-
-
-def truth_of_methods(world: MethodWorld) -> Truth:
-    """An ablation."""
-    return {
-        **dict.fromkeys((("M1", "avg@k"), ("M2", "avg@k"), ("I3", "avg@k")), world.accuracy),
-        ("M3", "length"): world.length,
-        ("M3", "formal tokens"): world.formal,
-    }
+# By ``claim/part``.
+Truth = dict[str, float]
 
 
-def truth_of_run(world: World, num_runs: int, rng: np.random.Generator) -> Truth:
-    """A run with two stages; what has no closed form is measured on ``num_runs`` simulated runs."""
-    runs = [simulate_run(world, rng) for _ in range(num_runs)]
-    plateau = [step for run in runs for step in run[BOUNDARY:]]
-    fifths = np.array([_fifth_means(step) for step in plateau]).mean(0)
-    return {
-        **_rising_truth(world),
-        ("E1", "slope"): _exchange_slope(runs),
-        ("I1", "accuracy"): _half_difference(plateau),
-        ("I1", "reasoning tokens"): world.reasoning_by_ppl,
-        ("T1", "beginning"): fifths[0] / fifths[1] - 1,
-        ("T1", "end"): fifths[2] / fifths[1] - 1,
-        **_movement_truth([step for step in plateau if step.step % CAPTURE_EVERY == 0]),
-        ("I2", "impact"): world.impact_by_ppl,
-        ("T2", "impact"): world.impact_slope * _half_distance(),
-    }
+def truth_of(world: World | MethodWorld, rng: np.random.Generator, num_runs: int = TRUTH_RUNS) -> Truth:
+    """Return the truth of every part that has one; the rest of the ledger is left out."""
+    if isinstance(world, MethodWorld):
+        return {
+            **dict.fromkeys(("M1/avg@k", "M2/avg@k", "I3/avg@k"), world.accuracy),
+            "M3/length": world.length,
+            "M3/formal tokens": world.formal,
+        }
+    truth = {**_halves(world), **_exchange(world, rng, 5 * num_runs)}
+    if not world.has_responses:
+        return truth
+    truth |= {**_changes(world), **_relative_falls(world)}
+    if _changes_over_training(world) and not world.boundary:
+        return truth
+    levels: dict[str, list[float]] = defaultdict(list)
+    for _ in range(num_runs):
+        for part, value in _levels(simulate_run(replace(world, rho=0.0), rng), rng).items():
+            levels[part].append(value)
+    return truth | {part: float(np.mean(values)) for part, values in levels.items()}
 
 
-def _rising_truth(world: World) -> Truth:
-    accuracy, negative, positive = (
-        np.array(pair) for pair in (world.accuracy, world.negative_entropy, world.positive_entropy)
-    )
-    gap = negative - positive
-    return {
-        ("S1", "entropy"): _slowdown(world),
-        ("S1", "accuracy"): 1 - world.plateau_speed,
-        ("S2", "mainly negative"): float(mainly_negative(np.column_stack((negative, positive, 1 - accuracy)))),
-        ("S2", "same prompt"): float(gap[0] - gap[1]),
-        ("S3", "reasoning"): world.reasoning[1] - world.reasoning[0],
-        ("S3", "other words"): 0.95 * (world.reasoning[1] - world.reasoning[0]),
-        ("S4", "any defect"): world.defects[0] - world.defects[1],
-    }
+def _changes_over_training(world: World) -> bool:
+    return world.course != "flat"
 
 
-def _slowdown(world: World) -> float:
-    """That of entropy, a mixture whose shares and means both change, so that its path is not quite straight."""
-    right = path(world.accuracy, world)
-    entropy = right * path(world.positive_entropy, world) + (1 - right) * path(world.negative_entropy, world)
-    step = np.arange(1, STEPS + 1)
-    basis = np.column_stack((np.ones(STEPS), step, np.maximum(step - BOUNDARY, 0)))
-    _, rising, change = np.linalg.lstsq(basis, entropy, rcond=None)[0]
-    return float(1 - abs((rising + change) / rising))
+def _halves(world: World) -> Truth:
+    """S1: (v1 - |v2|) / (|v1| + |v2|) of the mean course, where it moves and lengths leave it alone."""
+    if world.growth or world.wrong_length or (world.hard_entropy and world.negative_entropy != world.positive_entropy):
+        return {}
+    entropy, accuracy = _mean_courses(world)
+    truth = {}
+    for part, values in (("S1/entropy slows", -entropy), ("S1/accuracy slows", accuracy)):
+        start, end = values[0], values[-1]
+        middle = np.interp((world.steps - 1) / 2, np.arange(world.steps), values)
+        first, second = middle - start, end - middle
+        size = abs(first) + abs(second)
+        value = float((first - abs(second)) / size) if size > STANDSTILL else -1.0
+        # No interval excludes a truth at the end of the scale.
+        if abs(value) < 1 - STANDSTILL:
+            truth[part] = value
+    return truth
 
 
-def _exchange_slope(runs: list[list[Step]]) -> float:
-    """Covariance over variance within runs: the drift of the policy counts, as it does in a recorded run."""
-    x = np.array([[-np.exp(step.entropy[step.mask].mean()) for step in run] for run in runs])
-    y = np.array([[step.is_correct.mean() for step in run] for run in runs])
-    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
-    return float((x * y).sum() / (x * x).sum())
+def _mean_courses(world: World) -> tuple[np.ndarray, np.ndarray]:
+    accuracy = curve(world.accuracy, world, world.accuracy_course)
+    negative, positive = curve(world.negative_entropy, world), curve(world.positive_entropy, world)
+    return (1 - accuracy) * negative + accuracy * positive, accuracy
 
 
-def _half_difference(steps: list[Step]) -> float:
-    groups = np.concatenate([step.is_correct.reshape(GROUPS, GROUP) for step in steps])
-    order = np.concatenate([step.surprisal.reshape(GROUPS, GROUP).argsort(1) for step in steps])
-    ordered = np.take_along_axis(groups, order, 1)
-    return float(ordered[:, : GROUP // 2].mean() - ordered[:, GROUP // 2 :].mean())
+def _exchange(world: World, rng: np.random.Generator, num_runs: int) -> Truth:
+    """E1: slope given a linear trend, with noise of either half of the groups left out; fit of the mean course.
+
+    Drift of the policy counts, as it does in a recorded run.
+    """
+    if not _changes_over_training(world):
+        return {"E1/association": 0.0}
+    entropy, accuracy = _mean_courses(world)
+    basis = np.column_stack((-np.exp(entropy), np.ones(world.steps)))
+    residual = accuracy - basis @ np.linalg.lstsq(basis, accuracy, rcond=None)[0]
+    fit = 1 - residual.var() / accuracy.var()
+    trend = np.column_stack((np.ones(world.steps), np.linspace(-1, 1, world.steps)))
+    product = square = 0.0
+    for _ in range(num_runs):
+        run = simulate_run(replace(world, has_tokens=False), rng)
+        tokens, total = run.by_group(run.length), run.by_group(run.length * run.entropy)
+        right = run.by_group(run.is_correct)
+        x = [-np.exp(total[:, half::2].sum((1, 2)) / tokens[:, half::2].sum((1, 2))) for half in (0, 1)]
+        y = [right[:, half::2].mean((1, 2)) for half in (0, 1)]
+        x0, x1, y0, y1 = (values - trend @ np.linalg.lstsq(trend, values, rcond=None)[0] for values in (*x, *y))
+        product += x0 @ y1 + x1 @ y0
+        square += 2 * (x0 @ x1)
+    return {"E1/association": float(product / square), "E1/fit": float(fit - 0.9)}
 
 
-def _fifth_means(step: Step) -> list[float]:
-    """Mean over responses of the mean entropy of first fifth, middle and last fifth."""
-    fifth = np.where(step.mask, np.arange(step.mask.shape[1]) * 5 // step.length[:, None], -1)
-    parts = (fifth == 0, (fifth > 0) & (fifth < 4), fifth == 4)
-    return [float(((step.entropy * part).sum(1) / part.sum(1)).mean()) for part in parts]
+def _changes(world: World) -> Truth:
+    """S3, S4, and interventions, in closed form."""
+    truth = {"S4/any defect": world.defects[0] - world.defects[1]}
+    if world.has_tokens:
+        change = world.reasoning[1] - world.reasoning[0]
+        truth |= {"S3/reasoning": change, "S3/other words": (1 - SPECIAL_SHARE) * change}
+    if world.has_interventions:
+        truth |= {"I2/impact": world.impact_by_ppl, "T2/impact": world.impact_slope * _half_distance()}
+    return truth if world.boundary or not _changes_over_training(world) else {k: v for k, v in truth.items() if v == 0}
 
 
 def _half_distance() -> float:
-    """Mean relative position in the second half minus that in the first, places drawn evenly from responses."""
+    """Return mean relative position in the second half minus that in the first, places drawn evenly from responses."""
     places = [(np.arange(length) / length, np.full(length, 1 / length)) for length in LENGTHS]
     place, weight = (np.concatenate(parts) for parts in zip(*places, strict=True))
     late = place >= 0.5
     return float(np.average(place[late], weights=weight[late]) - np.average(place[~late], weights=weight[~late]))
 
 
-def _movement_truth(steps: list[Step]) -> Truth:
-    def tokens(values: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate([value[step.mask] for value, step in zip(values, steps, strict=True)])
+def _relative_falls(world: World) -> Truth:
+    """S2: ln(start / end) of negative minus that of positive entropy, over the rising stage or the run.
 
-    dp = tokens([step.movement for step in steps])
-    sign = tokens([np.broadcast_to(np.sign(step.advantage)[:, None], step.mask.shape) for step in steps])
-    place = tokens([np.arange(step.mask.shape[1]) / step.length[:, None] for step in steps])
-    entropy, grad = tokens([step.entropy for step in steps]), tokens([step.grad_norm for step in steps])
-    size = np.abs(dp)
-    is_high, is_steep = entropy >= np.quantile(entropy, 0.8), grad >= np.quantile(grad, 0.8)
-    end, middle = is_high & (place >= 0.8), is_high & (place >= 0.2) & (place < 0.8)
-    turn = dp[is_high & (sign > 0)].mean() - dp[is_high & (sign < 0)].mean()
+    Right and wrong responses to the same prompts are compared, so that what a prompt is like does not matter.
+    """
+    ratio = np.log(curve(world.negative_entropy, world) / curve(world.positive_entropy, world))
+    fall = float(ratio[0] - ratio[(world.boundary or world.steps) - 1])
+    return dict.fromkeys(("S2/mainly negative", "S2/same prompt"), fall if abs(fall) > STANDSTILL else 0.0)
+
+
+def _levels(run: Run, rng: np.random.Generator) -> Truth:
+    """Return what is measured over the plateau, or over the whole run where nothing changes."""
+    in_plateau = run.step > run.world.boundary
+    truth = {"I1/accuracy": _half_difference(run, in_plateau)}
+    if run.tokens is None:
+        return truth
+    chosen = in_plateau & run.is_kept
     return {
-        ("S5", "concentration"): size[size >= np.quantile(size, 0.8)].sum() / size.sum() - 0.4399,
-        ("S5", "hardly move"): float((size <= 0.01).mean() - 0.5),
-        ("S6", "high entropy"): size[is_high].mean() / size[~is_high].mean() - 1,
-        ("S6", "large gradient"): size[is_steep].mean() / size[~is_steep].mean() - 1,
-        ("S6", "direction"): turn / size[is_high].mean(),
-        ("T3", "movement"): size[end].mean() / size[middle].mean() - 1,
-        ("T3", "gradient"): grad[end].mean() / grad[middle].mean() - 1,
+        **truth,
+        "I1/reasoning tokens": _reasoning_difference(run, run.tokens, in_plateau),
+        **_ends(run, run.tokens, chosen),
+        **_movement(run, run.tokens, rng),
     }
+
+
+def _at_length(run: Run, in_plateau: np.ndarray) -> np.ndarray:
+    """Return surprisal at equal log length within groups, ``(groups, responses)`` of the plateau."""
+    keep = run.by_group(in_plateau)[..., 0]
+    x, y = np.log(run.by_group(run.length)[keep]), run.by_group(run.surprisal)[keep]
+    x, y = (values - values.mean(1, keepdims=True) for values in (x, y))
+    return y - (x * y).sum() / (x * x).sum() * x
+
+
+def _half_difference(run: Run, in_plateau: np.ndarray) -> float:
+    """Return the accuracy of the low-perplexity half of mixed groups minus that of the high half."""
+    right = run.by_group(run.is_correct)[run.by_group(in_plateau)[..., 0]]
+    mixed = right.any(1) & ~right.all(1)
+    order = _at_length(run, in_plateau)[mixed].argsort(1)
+    ordered = np.take_along_axis(right[mixed], order, 1)
+    half = run.world.group // 2
+    return float(ordered[:, :half].mean() - ordered[:, -half:].mean())
+
+
+def _high(values: np.ndarray) -> np.ndarray:
+    return values >= np.quantile(values, 0.8)
+
+
+def _reasoning_difference(run: Run, tokens: Tokens, in_plateau: np.ndarray) -> float:
+    """Return the share of reasoning tokens beyond that of other responses at equal position, low minus high third."""
+    tercile = np.zeros(len(run.step), dtype=int)
+    tercile[in_plateau] = terciles(_at_length(run, in_plateau)[None])
+    at = np.flatnonzero((in_plateau & run.is_kept)[tokens.row])
+    at = at[_high(tokens.entropy[at])]
+    row = tokens.row[at]
+    tenth = tokens.position[at] * 10 // run.length[row]
+    reasoning = tokens.is_reasoning[at].astype(float)
+    expected = np.bincount(tenth, weights=reasoning) / np.bincount(tenth)
+    excess = reasoning - expected[tenth]
+    return float(excess[tercile[row] == 1].mean() - excess[tercile[row] == 3].mean())
+
+
+def _ends(run: Run, tokens: Tokens, chosen: np.ndarray) -> Truth:
+    """Entropy of the first and last fifth over that of the middle, responses weighted alike."""
+    fifth = tokens.position * 5 // run.length[tokens.row]
+    means = []
+    for part in (fifth == 0, fifth == 4, (fifth > 0) & (fifth < 4)):
+        size = len(run.step)
+        count = np.bincount(tokens.row[part], minlength=size)
+        total = np.bincount(tokens.row[part], weights=tokens.entropy[part], minlength=size)
+        means.append((total[chosen] / count[chosen]).mean())
+    return {"T1/beginning": means[0] / means[2] - 1, "T1/end": means[1] / means[2] - 1}
+
+
+def _movement(run: Run, tokens: Tokens, rng: np.random.Generator) -> Truth:
+    """S5, S6, T3, over captured tokens of the plateau."""
+    if run.world.update in ("none", "float32", "bf16"):
+        return {}
+    at = np.flatnonzero((run.step > run.world.boundary)[tokens.row] & np.isfinite(tokens.logprob_after))
+    row, before, after = tokens.row[at], tokens.logprob[at], tokens.logprob_after[at]
+    p, dp = np.exp(before), np.exp(after) - np.exp(before)
+    size, mobility = np.abs(dp), p * (1 - p)
+    step = run.step[row]
+    by_step = np.array([_against_random(p[step == i], size[step == i], rng) for i in np.unique(step)]).mean(0)
+    truth = {"S5/concentration": float(by_step[0]), "S5/hardly move": float(by_step[1])}
+    entropy, grad_norm = tokens.entropy[at], tokens.grad_norm[at]
+    in_update = (run.is_kept & (run.step > run.world.boundary))[tokens.row]
+    is_high = entropy >= np.quantile(tokens.entropy[in_update], 0.8)
+    can_move = mobility >= MIN_MOBILITY
+    is_steep = grad_norm >= np.quantile(grad_norm[can_move], 0.8)
+    for part, chosen in (("S6/high entropy", is_high), ("S6/large gradient", is_steep)):
+        kind, rest = can_move & chosen, can_move & ~chosen
+        truth[part] = float(size[kind].sum() / mobility[kind].sum() / (size[rest].sum() / mobility[rest].sum()) - 1)
+    sign = np.sign(run.advantage)[row]
+    turn = dp[is_high & (sign > 0)].mean() - dp[is_high & (sign < 0)].mean()
+    truth["S6/direction"] = float(turn / size[is_high].mean())
+    place = tokens.position[at] * 5 // run.length[row]
+    end, middle = is_high & (place == 4), is_high & (place > 0) & (place < 4)
+    bins = np.searchsorted(np.quantile(entropy[end | middle], np.linspace(0, 1, 11)[1:-1]), entropy)
+    for part, values in (("T3/movement", size), ("T3/gradient", grad_norm)):
+        truth[part] = _at_equal(values, bins, end, middle)
+    return truth
+
+
+def _against_random(p: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    """Return the share of the top fifth, and of tokens that hardly move, minus those under random logit changes."""
+    drawn = _random_movement(p, size, rng)
+    return _top_share(size) - _top_share(drawn), float((size <= STILL).mean() - (drawn <= STILL).mean())
+
+
+def _random_movement(p: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return |dp|, to first order, under normal logit changes that move as much in total."""
+    mobility = p * (1 - p)
+    spread = size.sum() / mobility.sum() * np.sqrt(np.pi / 2)
+    return spread * mobility * np.abs(rng.normal(size=len(p)))
+
+
+def _top_share(size: np.ndarray) -> float:
+    ordered = np.sort(size)[::-1]
+    return float(ordered[: round(0.2 * len(ordered))].sum() / ordered.sum())
+
+
+def _at_equal(values: np.ndarray, bins: np.ndarray, end: np.ndarray, middle: np.ndarray) -> float:
+    """Return end over middle, minus 1, each relative to what tokens of equal entropy have on average."""
+    either = end | middle
+    usual = np.bincount(bins[either], weights=values[either]) / np.bincount(bins[either])
+    return float(values[end].sum() / usual[bins[end]].sum() / (values[middle].sum() / usual[bins[middle]].sum()) - 1)

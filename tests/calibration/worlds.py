@@ -1,82 +1,279 @@
-"""What is true in a simulated run: the size of every effect, stage by stage and arm by arm."""
+"""Named worlds: what each is like, its parameters, and what the scorecard is expected to say of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-import numpy as np
+from tests.calibration.parameters import MethodWorld, World
 
-STEPS, BOUNDARY = 120, 36
-GROUPS, GROUP = 32, 8
-LENGTHS = np.arange(20, 29)
+# Expectations. A null part must earn no verdict; a part that is "not supported" may be contradicted.
+NULL, SUPPORTED, CONTRADICTED, NOT_SUPPORTED, INCONCLUSIVE = (
+    "null",
+    "supported",
+    "contradicted",
+    "not supported",
+    "inconclusive",
+)
+METHOD_CLAIMS = ("M1", "M2", "M3", "I3")
 
 
 @dataclass(frozen=True)
-class World:
-    """Sizes of all effects. Pairs are values at the first step and at the end of the rising stage.
+class Entry:
+    """A world to judge.
 
     Attributes:
-        plateau_speed: Speed after the boundary relative to that before it.
-        accuracy: Of sampled responses.
-        negative_entropy: Mean token entropy of wrong responses, nats.
-        positive_entropy: Of right ones.
-        reasoning: Share of reasoning tokens.
-        defects: Share of defective responses.
-        ends: Entropy of the first and the last fifth of a response relative to its middle.
-        wrong_surprisal: What wrong responses have more of mean surprisal, nats.
-        reasoning_by_ppl: Share of reasoning tokens that the low-perplexity third has more than the high one.
-        is_concentrated: Movement is concentrated on tokens of high entropy, more so at the end, and follows the sign of
-            the advantage; else it is normally distributed and depends on nothing.
-        impact_by_ppl: Accuracy lost by a replacement, high minus low perplexity third.
-        impact_slope: Change of that loss from the first to the last token.
+        about: What it is like, in a sentence.
+        world: Its parameters.
+        default: Expectation of parts that ``expected`` does not name; None for parts that are not counted.
+        expected: Expectation by ``claim/part`` or by claim.
+        is_covered: Count how often intervals hold the truth.
     """
 
-    plateau_speed: float = 0.05
-    accuracy: tuple[float, float] = (0.35, 0.65)
-    negative_entropy: tuple[float, float] = (0.8, 0.5)
-    positive_entropy: tuple[float, float] = (0.8, 0.5)
-    reasoning: tuple[float, float] = (0.35, 0.35)
-    defects: tuple[float, float] = (0.3, 0.3)
-    ends: tuple[float, float] = (1.0, 1.0)
-    wrong_surprisal: float = 0.0
-    reasoning_by_ppl: float = 0.0
-    is_concentrated: bool = False
-    impact_by_ppl: float = 0.0
-    impact_slope: float = 0.0
+    about: str
+    world: World | MethodWorld
+    default: str | None = NULL
+    expected: Mapping[str, str | None] = field(default_factory=dict)
+    is_covered: bool = True
+
+    def expectation(self, part: str) -> str | None:
+        """Return what is expected of ``claim/part``; a run says nothing of methods, and an ablation nothing else."""
+        claim = part.partition("/")[0]
+        if (claim in METHOD_CLAIMS) != isinstance(self.world, MethodWorld):
+            return NULL
+        return self.expected.get(part, self.expected.get(claim, self.default))
 
 
-# A run with two stages, and nothing else of what is claimed.
-NULL = World()
+RESPONSES = World()
+TOKENS = World(has_tokens=True, has_interventions=True)
+# Drift of accuracy that entropy does not follow is not captured by the law: no support, but a contradiction is true.
+UNRELATED: dict[str, str | None] = {"E1/fit": NOT_SUPPORTED}
+FLAT = replace(RESPONSES, course="flat", accuracy=(0.5, 0.5))
 PLANTED = replace(
-    NULL,
-    negative_entropy=(1.0, 0.5),
-    positive_entropy=(0.6, 0.5),
+    TOKENS,
+    negative_entropy=(0.8, 0.3),
+    positive_entropy=(0.4, 0.22),
     reasoning=(0.30, 0.40),
     defects=(0.40, 0.20),
     ends=(1.4, 1.3),
-    wrong_surprisal=0.05,
     reasoning_by_ppl=0.08,
-    is_concentrated=True,
+    update="learned",
+    push=0.7,
+    end_movement=1.5,
+    end_gradient=1.4,
     impact_by_ppl=0.2,
     impact_slope=0.3,
 )
+REVERSED = replace(
+    TOKENS,
+    negative_entropy=(0.4, 0.22),
+    positive_entropy=(0.8, 0.3),
+    reasoning=(0.40, 0.30),
+    defects=(0.20, 0.40),
+    ends=(0.7, 0.7),
+    reasoning_by_ppl=-0.08,
+    update="even",
+    push=-0.7,
+    end_movement=0.6,
+    end_gradient=0.6,
+    impact_by_ppl=-0.2,
+    impact_slope=-0.3,
+)
+
+# In a run of two lines these claims hold; what their parts measure is compared with the truth.
+STAGES = {"S1": None, "E1": None}
+# A smooth course is not two stages, and whether its halves differ is known by course.
+SMOOTH = {"S1": None, "E1": None, "S1/two stages": NOT_SUPPORTED}
+STEADY = {**SMOOTH, "S1/entropy slows": NULL, "S1/accuracy slows": NULL}
+FASTER = {**SMOOTH, "S1/entropy slows": CONTRADICTED, "S1/accuracy slows": CONTRADICTED}
+NO_UPDATE = {**STAGES, "S5": NULL, "S6": NULL, "T3": NULL}
 
 
-@dataclass(frozen=True)
-class MethodWorld:
-    """What each arm adds to its reference: accuracy, relative length, share of formal tokens."""
-
-    accuracy: float = 0.0
-    length: float = 0.0
-    formal: float = 0.0
+def _of(course: str, about: str, expected: Mapping[str, str | None]) -> Entry:
+    return Entry(about, replace(RESPONSES, course=course), expected=expected)
 
 
-NULL_METHODS = MethodWorld()
-PLANTED_METHODS = MethodWorld(accuracy=0.15, length=0.2, formal=0.1)
+def _at(low: float, high: float) -> Entry:
+    world = replace(
+        RESPONSES, accuracy=(low, high), negative_entropy=(0.6, 0.4), positive_entropy=(0.42, 0.28), difficulty=0.5
+    )
+    about = (
+        f"Right and wrong responses lose a third of their entropy while accuracy rises from {low:.0%} to {high:.0%}."
+    )
+    return Entry(about, world, expected={**STAGES, "I1/accuracy": None})
 
 
-def path(pair: tuple[float, float], world: World) -> np.ndarray:
-    """Values of all steps, shape ``(STEPS,)``: a straight line to the boundary, then one of ``plateau_speed``."""
-    step = np.arange(1, STEPS + 1)
-    done = np.minimum(step - 1, BOUNDARY - 1) + world.plateau_speed * np.maximum(step - BOUNDARY, 0)
-    return pair[0] + (pair[1] - pair[0]) * done / (BOUNDARY - 1)
+def _autocorrelated(rho: float) -> Entry:
+    about = f"Two stages and nothing else; the policy's states have autocorrelation {rho:g}."
+    return Entry(about, replace(TOKENS, rho=rho, drift=2.0), expected=STAGES)
+
+
+def _drifting(rho: float) -> Entry:
+    about = f"Entropy and accuracy drift independently, without trend, with autocorrelation {rho:g}."
+    world = replace(FLAT, rho=rho, drift=3.0, hard_entropy=0.3)
+    return Entry(about, world, default=INCONCLUSIVE if rho > 0.9 else NULL, expected=UNRELATED)
+
+
+BETTER = MethodWorld(accuracy=0.15, length=0.2, formal=0.1)
+WORSE = MethodWorld(accuracy=-0.15, length=-0.2, formal=-0.1)
+
+WORLDS: dict[str, Entry] = {
+    "frozen": Entry("A frozen policy and prompts of equal entropy.", replace(FLAT, drift=0.0)),
+    "frozen-unequal": Entry(
+        "A frozen policy; hard prompts have higher entropy and lower accuracy.",
+        replace(FLAT, drift=0.0, hard_entropy=0.4, difficulty=1.5),
+    ),
+    "frozen-rounding": Entry(
+        "A frozen policy, prompts of unequal difficulty, after-update values that differ by float32 rounding.",
+        replace(
+            TOKENS,
+            course="flat",
+            accuracy=(0.5, 0.5),
+            drift=0.0,
+            hard_entropy=0.4,
+            difficulty=1.5,
+            update="float32",
+            groups=16,
+        ),
+    ),
+    **{f"drift-{rho:g}": _drifting(rho) for rho in (0.0, 0.5, 0.9, 0.95)},
+    "steps-only": Entry(
+        "Drift without trend, recorded as figures of each step alone: few rows are judged.",
+        replace(FLAT, has_responses=False, rho=0.9, drift=3.0),
+    ),
+    "linear": _of("linear", "Entropy falls and accuracy rises along a line.", STEADY),
+    **{
+        f"exponential-{k}": _of(
+            f"exponential, {k} time constant{'s' * (k > 1)}",
+            f"Exponential decay over {k} time constant{'s' * (k > 1)}.",
+            SMOOTH,
+        )
+        for k in (1, 2, 3, 4)
+    },
+    "logarithm": _of("logarithm", "Logarithmic course.", SMOOTH),
+    "sigmoid": _of("sigmoid", "Sigmoid course, fastest in the middle of the run.", STEADY),
+    "non-monotone": _of("there and back", "Entropy falls and returns, accuracy rises and returns.", STEADY),
+    "slow-then-fast": _of("slow then fast", "Slow at first, fast from 60 % of the run on.", FASTER),
+    "rising-entropy": Entry(
+        "Entropy rises along two lines while accuracy rises.",
+        replace(RESPONSES, negative_entropy=(0.25, 0.6), positive_entropy=(0.25, 0.6)),
+        expected={**STAGES, "E1/association": NOT_SUPPORTED, "S1/entropy slows": CONTRADICTED},
+    ),
+    "entropy-first": Entry(
+        "Entropy falls in the first third of the run, accuracy rises in the last third.",
+        replace(RESPONSES, course="early", accuracy_course="late"),
+        expected={
+            **SMOOTH,
+            "S1/entropy slows": SUPPORTED,
+            "E1/fit": NOT_SUPPORTED,
+            "E1/association": NOT_SUPPORTED,
+        },
+    ),
+    "reversed-exchange": Entry(
+        "Entropy and accuracy fall together, along two lines.",
+        replace(RESPONSES, accuracy=(0.8, 0.4)),
+        expected={**STAGES, "E1/association": CONTRADICTED, "S1/accuracy slows": CONTRADICTED},
+    ),
+    "accuracy-10": _at(0.08, 0.22),
+    "accuracy-50": _at(0.4, 0.6),
+    "accuracy-90": _at(0.78, 0.92),
+    **{f"two-stages-{rho:g}": _autocorrelated(rho) for rho in (0.0, 0.5, 0.9, 0.95)},
+    "no-update": Entry("Two stages; no update moves any token.", replace(TOKENS, update="none"), expected=NO_UPDATE),
+    "rounding-float32": Entry(
+        "Two stages; after-update values differ by float32 rounding alone.",
+        replace(TOKENS, update="float32"),
+        expected=NO_UPDATE,
+    ),
+    "rounding-bf16": Entry(
+        "Two stages; after-update values differ by bfloat16 rounding alone.",
+        replace(TOKENS, update="bf16"),
+        expected=NO_UPDATE,
+    ),
+    "random-update": Entry(
+        "Two stages; updates change logits at random, by a standard deviation of one.",
+        replace(TOKENS, update_size=1.0),
+        expected=STAGES,
+    ),
+    "longer": Entry(
+        "Lengths double over training; entropy and reasoning tokens depend on position only.",
+        replace(TOKENS, groups=16, growth=1.0, position_entropy=0.3, position_reasoning=0.1),
+        expected={**STAGES, "T1": None},
+    ),
+    "wrong-longer": Entry(
+        "Wrong responses are half as long again, and entropy rises with length; nothing else differs.",
+        replace(TOKENS, groups=16, wrong_length=0.5, length_entropy=0.5),
+        expected=STAGES,
+    ),
+    "end": Entry(
+        "Entropy is higher at the end of responses, and nothing else.",
+        replace(TOKENS, ends=(1.0, 1.5)),
+        expected={**STAGES, "T1/end": SUPPORTED},
+    ),
+    "capture-20": Entry(
+        "After-update values of every 20th step only, autocorrelation .9.",
+        replace(TOKENS, capture_every=20, rho=0.9),
+        expected=STAGES,
+    ),
+    "small-groups": Entry(
+        "Four responses to each of 16 prompts.", replace(TOKENS, groups=16, group=4), expected=STAGES
+    ),
+    "heavy-tails": Entry(
+        "Noise of tokens, responses, and updates follows Student's t with 3 degrees of freedom.",
+        replace(TOKENS, is_heavy_tailed=True),
+        expected=STAGES,
+    ),
+    "uniform-groups": Entry(
+        "Half of the groups are uniform and dropped: accuracy near 90 %, very unequal prompts.",
+        replace(TOKENS, accuracy=(0.75, 0.9), difficulty=2.0),
+        expected=STAGES,
+    ),
+    "recurring-prompts": Entry(
+        "Prompts recur: 32 of 64 at every step.",
+        replace(TOKENS, pool=64, hard_entropy=0.2),
+        expected=STAGES,
+    ),
+    "combined": Entry(
+        "All nuisances together: unequal prompts, autocorrelation .9, growing lengths, wrong responses longer, heavy "
+        "tails, capture every 20 steps, 16 groups of 4.",
+        replace(
+            TOKENS,
+            groups=16,
+            group=4,
+            difficulty=1.5,
+            hard_entropy=0.2,
+            rho=0.9,
+            growth=0.5,
+            wrong_length=0.3,
+            length_entropy=0.3,
+            position_reasoning=0.1,
+            capture_every=20,
+            is_heavy_tailed=True,
+        ),
+        expected=STAGES,
+        is_covered=False,
+    ),
+    "planted": Entry("Every effect that is claimed, at the default study's size.", PLANTED, default=SUPPORTED),
+    "planted-0.9": Entry(
+        "Every effect that is claimed, with autocorrelation .9.", replace(PLANTED, rho=0.9), default=None
+    ),
+    "reversed": Entry(
+        "Two stages, and the opposite of every other effect that is claimed.",
+        REVERSED,
+        default=CONTRADICTED,
+        expected=STAGES,
+    ),
+    "equal-arms": Entry("Arms that are alike, five seeds.", MethodWorld()),
+    "equal-arms-3": Entry("Arms that are alike, three seeds.", MethodWorld(seeds=3)),
+    "noisy-arm": Entry("Arms that are alike, arm ppl four times as variable over seeds.", MethodWorld(spread=4.0)),
+    "two-benchmarks": Entry(
+        "Arms that are alike; two benchmarks whose last evaluations are at different steps.",
+        MethodWorld(last_steps=(6, 10)),
+    ),
+    "better-arms": Entry("Better, longer, and more formal arms.", BETTER, default=SUPPORTED),
+    "better-two-benchmarks": Entry(
+        "Better arms; two benchmarks whose last evaluations are at different steps.",
+        replace(BETTER, last_steps=(6, 10)),
+        default=SUPPORTED,
+    ),
+    "worse-arms": Entry("Worse, shorter, and less formal arms.", WORSE, default=CONTRADICTED),
+}

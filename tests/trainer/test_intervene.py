@@ -347,8 +347,47 @@ def test_responses_outside_updates_are_no_candidates(trained, tmp_path):
     run_dir = shutil.copytree(trained, tmp_path / "run")
     for path in (run_dir / "rollouts").iterdir():
         pl.read_parquet(path).with_columns(is_kept=pl.lit(False)).write_parquet(path)
-    with pytest.raises(InputError, match="no response took part in the updates of steps 1 to 4"):
+    with pytest.raises(InputError, match="no response of known perplexity took part in the updates of steps 1 to 4"):
         load_candidates(run_dir, 4)
+
+
+def test_a_response_of_unknown_perplexity_is_no_candidate(trained, tmp_path):
+    run_dir = shutil.copytree(trained, tmp_path / "run")
+    path = next((run_dir / "rollouts").iterdir())
+    rows = pl.read_parquet(path)
+    unknown = rows.filter("is_kept")["rollout_id"][0]
+    known = pl.when(pl.col("rollout_id") != unknown).then("ppl")
+    rows.with_columns(ppl=known).write_parquet(path)
+    found, before = load_candidates(run_dir, 4), load_candidates(trained, 4)
+    assert unknown in before["rollout_id"]
+    assert unknown not in found["rollout_id"]
+    assert set(found["ppl_tercile"]) == {1, 2, 3}
+
+
+def test_a_prompt_sampled_twice_is_ranked_group_by_group(trained, tmp_path):
+    """The same with and without the columns that schema 2 added, and with parts of both versions."""
+    expected = load_candidates(trained, 4).select("rollout_id", "position", "ppl_tercile")
+    for versions in ((2, 2), (1, 1), (1, 2)):
+        run_dir = shutil.copytree(trained, tmp_path / f"run-{versions}")
+        for name, added in (("rollouts", ["group_id", "answer_class"]), ("tokens", ["is_kept"])):
+            for i, path in enumerate(sorted((run_dir / name).iterdir())):
+                rows = pl.read_parquet(path).with_columns(prompt_id=pl.lit("same"))
+                (rows.drop(added) if versions[i > 1] == 1 else rows).write_parquet(path)
+        assert load_candidates(run_dir, 4).select(expected.columns).equals(expected)
+
+
+def test_rows_say_what_was_selected_and_at_which_temperature(trained, run_dir, tmp_path):
+    assert set(read(run_dir)["selection"]) == {"entropy 0-1, position 0-1, ppl_tercile 1,2,3"}
+    temperature = read_manifest(trained)["config"]["rollout"]["temperature"]
+    assert read(run_dir)["temperature"].to_list() == pytest.approx([temperature] * len(read(run_dir)))
+    narrow = replace(SETTINGS, seed=1, entropy=(0.5, 1.0), position=(0.25, 0.75), ppl_tercile=(1, 3))
+    both = shutil.copytree(run_dir, tmp_path / "both")
+    intervene(both, narrow, 100)
+    added = read(both).filter(seed=1)
+    assert set(added["selection"]) == {"entropy 0.5-1, position 0.25-0.75, ppl_tercile 1,3"}
+    assert read(both).filter(seed=0).equals(read(run_dir))
+    with pytest.raises(InputError, match="another --seed"):
+        intervene(both, replace(narrow, seed=0), 100)
 
 
 def test_the_command_goes_on_and_says_when_it_is_done(trained, tmp_path, call):

@@ -192,7 +192,10 @@ def test_groups_that_share_a_prompt_stay_apart(tmp_path, call):
     assert call("score", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "run")[0] == 0
     rollouts = table(tmp_path / "run", "rollouts").sort("rollout_id")
     assert rollouts["prompt_id"].to_list() == ["prompt-000001"] * 2 + ["prompt-000002"] * 2
+    assert rollouts["group_id"].to_list() == [0, 0, 2, 2]
     assert rollouts["is_kept"].to_list() == [True, True, False, False]
+    tokens = table(tmp_path / "run", "tokens").join(rollouts.select("rollout_id", kept="is_kept"), on="rollout_id")
+    assert tokens["is_kept"].to_list() == tokens["kept"].to_list()
 
 
 BAD = {

@@ -12,7 +12,7 @@ from trainer.task_config import TaskConfig
 from trainer.tasks import load_task
 from trainer.tasks.maths import MathVerifier
 from trainer.tasks.prompt import Prompt, Score
-from trainer.tasks.verifiers import make_verifier
+from trainer.tasks.verifiers import answer_classes, make_verifier
 from trainer.train import train
 
 from .conftest import SMALL
@@ -75,6 +75,51 @@ def test_other_mathematics_is_wrong(maths, truth, answer):
 
 def test_no_box_is_a_format_violation(maths):
     assert maths("it is <answer>5</answer>", prompt("5")).answer is None
+
+
+def classes(verifier, truth, answers, wrap=r"\boxed{{{}}}"):
+    row = prompt(truth, verifier)
+    scores = [verifier("no answer" if a is None else wrap.format(a), row) for a in answers]
+    return answer_classes(row, scores), [score.is_correct for score in scores]
+
+
+def test_equal_mathematics_shares_a_class(maths):
+    answers = ["0.25", "3", r"\frac14", None, "0.5", "3.0", r"\frac{1}{2}", "1/2", "x+1", "1+x"]
+    found, is_correct = classes(maths, "1/4", answers)
+    assert found == ["0.25", "3", "0.25", None, "0.5", "3", "0.5", "0.5", "x+1", "x+1"]
+    assert is_correct == [True, False, True, *[False] * 7]
+
+
+def test_mathematics_that_times_out_is_a_class_of_its_own():
+    verifier = MathVerifier(limit_s=0.5)
+    found, _ = classes(verifier, "10", ["7", HOSTILE[0], "7.0", HOSTILE[0], "9" * 5000])
+    assert found == ["7", HOSTILE[0], "7", HOSTILE[0], "9" * 5000]
+
+
+def test_exact_answers_that_match_each_other_share_a_class():
+    found, _ = classes(
+        make_verifier("exact"), "Paris", ["Rome", " ROME", "new  York", "New York", None], "<answer>{}</answer>"
+    )
+    assert found == ["rome", "rome", "new york", "new york", None]
+
+
+def test_verifiers_that_know_only_the_truth_give_no_class():
+    own = load_task(TaskConfig(num_heldout=1), seed=0).heldout[0]
+    scores = [own.verifier(f"<answer>{n}</answer>", own) for n in (1, 1, 2)]
+    assert answer_classes(own, scores) == [None] * 3
+
+
+def test_classes_are_recorded_with_answers(tmp_path):
+    """Held-out and training answers to prompts of math rows, at every evaluation and step."""
+    rows = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [*SMALL, f"task.name={tmp_path / 'rows.jsonl'}", "task.num_heldout=2", "task.verifiers.default=exact"]
+    train(load_config("tiny", [*settings, "steps=1", "task.params={}"]), tmp_path / "run", {})
+    for table in ("evals", "rollouts"):
+        found = pl.read_parquet(tmp_path / "run" / table / "*.parquet")
+        assert found["answer"].count() > 0
+        expected = [answer and " ".join(answer.split()).casefold() for answer in found["answer"]]
+        assert found["answer_class"].to_list() == expected
 
 
 # Each takes longer than anybody waits, in C, in SymPy, or in the parser.

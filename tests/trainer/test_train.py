@@ -83,6 +83,32 @@ def test_rows_agree_across_tables(run_dir):
     assert (rollouts.filter(~pl.col("is_kept"))["advantage"] == 0).all()
 
 
+def test_groups_are_numbered_within_the_run(run_dir):
+    rollouts = read(run_dir, "rollouts").sort("rollout_id")
+    sizes = rollouts.group_by("group_id").agg(
+        pl.len(), pl.col("prompt_id", "step").n_unique(), pl.col("rollout_id").min()
+    )
+    assert set(sizes["len"]) == {4}
+    assert set(sizes["prompt_id"]) == set(sizes["step"]) == {1}
+    assert sizes["group_id"].to_list() == sizes["rollout_id"].to_list()
+    tokens = read(run_dir, "tokens").join(rollouts.select("rollout_id", kept="is_kept"), on="rollout_id")
+    assert tokens["is_kept"].to_list() == tokens["kept"].to_list()
+    assert set(tokens["is_kept"]) == {True, False}
+
+
+def test_a_prompt_drawn_twice_in_one_step_is_two_groups(tmp_path):
+    """A step larger than an epoch of its file repeats prompts."""
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "{i} + 1 =", "answer": "{i + 1}"}}\n' for i in range(4)))
+    settings = [*SMALL, f"task.name={tmp_path / 'rows.jsonl'}", "task.num_heldout=2", "task.params={}", "steps=1"]
+    train(load_config("tiny", settings), tmp_path / "run", LABELS)
+    rollouts = read(tmp_path / "run", "rollouts")
+    assert rollouts["prompt_id"].n_unique() == 2
+    groups = rollouts.group_by("group_id").agg(pl.col("prompt_id").n_unique(), pl.col("sample_index").sort())
+    assert len(groups) >= 6
+    assert set(groups["prompt_id"]) == {1}
+    assert all(indices.to_list() == [0, 1, 2, 3] for indices in groups["sample_index"])
+
+
 def test_a_response_without_answer_is_a_format_violation_and_earns_nothing(run_dir):
     rollouts = read(run_dir, "rollouts")
     missing = rollouts.filter(~pl.col("has_answer"))

@@ -13,10 +13,10 @@ from trainer.cli.options import Json, require_train_extra
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="RUN_OR_MODEL...", help="Run folders or model folders.")],
-    config: Annotated[str, typer.Option(help="Task and sampling of what is no run.")] = "tiny",
+    config: Annotated[str, typer.Option(help="Task and sampling for model folders (default tiny).")] = "tiny",
     json: Json = False,
 ) -> None:
-    """Evaluate policies on held-out prompts: avg@k, maj@k, pass@k with intervals over prompts.
+    """Evaluate policies on held-out prompts: avg@k, maj@k, pass@k per benchmark, with intervals over prompts.
 
     A run is evaluated at its latest checkpoint with its own configuration.
 
@@ -41,27 +41,34 @@ def evaluate(
     if json:
         print_json(figures)
         return
-    for model, metrics in figures.items():
-        for name, (value, low, high) in metrics.items():
-            say(f"{model}  {name:<9} {value:.3f} [{low:.3f}, {high:.3f}]")
+    for model, benchmarks in figures.items():
+        width = max(map(len, benchmarks))
+        for benchmark, metrics in benchmarks.items():
+            for name, (value, low, high) in metrics.items():
+                say(f"{model}  {benchmark:<{width}}  {name:<9} {value:.3f} [{low:.3f}, {high:.3f}]")
 
 
-def _summarize_evals(rows: dict[str, Any], k: int) -> dict[str, tuple[float, float, float]]:
-    """Mean and 95 % interval over prompts of avg@k, maj@k and pass@k."""
+def _summarize_evals(rows: dict[str, Any], k: int) -> dict[str, dict[str, tuple[float | None, ...]]]:
+    """Return mean and 95 % interval over prompts of avg@k, maj@k, and pass@k, by benchmark."""
     import numpy as np
 
-    from analysis.stats import Estimate, avg_at_k, maj_at_k, pass_at_k, resample_clusters
+    from analysis.interval_functions import BOUNDS, mean_with_interval
+    from analysis.stats import avg_at_k, maj_at_k, pass_at_k
 
-    correct = np.array(rows["is_correct"]).reshape(-1, k).tolist()
-    answers = np.array(rows["answer"], dtype=object).reshape(-1, k).tolist()
-    metrics = {
-        f"avg@{k}": [avg_at_k(c, k) for c in correct],
-        f"maj@{k}": [maj_at_k(a, c, k) for a, c in zip(answers, correct, strict=True)],
-        f"pass@{k}": [pass_at_k(k, sum(c), k) for c in correct],
+    names = ("benchmark", "answer", "answer_class", "is_correct")
+    samples = (np.array(rows[name], dtype=object).reshape(-1, k).tolist() for name in names)
+    by_benchmark: dict[str, dict[str, list[float]]] = {}
+    for benchmarks, answers, classes, correct in zip(*samples, strict=True):
+        metrics = by_benchmark.setdefault(benchmarks[0], {f"avg@{k}": [], f"maj@{k}": [], f"pass@{k}": []})
+        values = avg_at_k(correct, k), maj_at_k(answers, correct, k, classes), pass_at_k(k, sum(correct), k)
+        for found, value in zip(metrics.values(), values, strict=True):
+            found.append(value)
+
+    def estimate(values: list[float]) -> tuple[float | None, ...]:
+        ones = np.ones(len(values))
+        return mean_with_interval(0 * ones, np.arange(len(values)), np.array(values), ones, BOUNDS["estimate_share"])
+
+    return {
+        benchmark: {name: estimate(values) for name, values in metrics.items()}
+        for benchmark, metrics in by_benchmark.items()
     }
-    figures = {}
-    for name, values in metrics.items():
-        draws = resample_clusters(np.array(values), np.random.default_rng(0)) / len(values)
-        estimate = Estimate.from_draws(float(np.mean(values)), draws, len(values) - 1, len(values), "prompts")
-        figures[name] = (estimate.value, estimate.low, estimate.high)
-    return figures

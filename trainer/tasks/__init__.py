@@ -18,9 +18,20 @@ from trainer.tasks.files import FileSource
 from trainer.tasks.gym import GymSource
 from trainer.tasks.prompt import Prompt, Question, Score, as_chat, as_text, extract_answer
 from trainer.tasks.source import Context, Source
-from trainer.tasks.verifiers import Verifiers
+from trainer.tasks.verifiers import Verifiers, answer_classes
 
-__all__ = ["Mixture", "Prompt", "Question", "Score", "Task", "as_chat", "as_text", "extract_answer", "load_task"]
+__all__ = [
+    "Mixture",
+    "Prompt",
+    "Question",
+    "Score",
+    "Task",
+    "answer_classes",
+    "as_chat",
+    "as_text",
+    "extract_answer",
+    "load_task",
+]
 
 BLOCK = 1024
 NUM_NAMED = 5

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -47,6 +48,34 @@ class MathVerifier:
         truth = extract_boxed(prompt.ground_truth) or prompt.ground_truth.strip()
         verdict = truth == answer or self._judge(truth, answer)
         return Score(answer, float(bool(verdict)), is_timeout=verdict is None)
+
+    def classes(self, scores: Sequence[Score]) -> list[str | None]:
+        """Return the class of each answer to one prompt: the first answer that math-verify considers equal to it.
+
+        Correct answers equal the ground truth and hence each other. An answer that was not read, or whose comparison
+        timed out, is a class of its own. A missing answer has none.
+        """
+        right = next((score.answer for score in scores if score.is_correct), None)
+        found: dict[str | None, str | None] = {None: None}
+        wrong: list[str] = []
+        for score in scores:
+            if score.answer is None or score.answer in found:
+                continue
+            found[score.answer] = right if score.is_correct else self._first_equal(wrong, score)
+            if not score.is_correct and found[score.answer] == score.answer:
+                wrong.append(score.answer)
+        return [found[score.answer] for score in scores]
+
+    def _first_equal(self, answers: Sequence[str], score: Score) -> str | None:
+        if score.answer is None or score.is_timeout or len(score.answer) > MAX_CHARACTERS:
+            return score.answer
+        for answer in answers:
+            verdict = len(answer) <= MAX_CHARACTERS and self._judge(answer, score.answer)
+            if verdict is None:
+                break
+            if verdict:
+                return answer
+        return score.answer
 
     def _ask(self, truth: str, answer: str) -> bool | None:
         """The worker's verdict; None if it ended without one."""

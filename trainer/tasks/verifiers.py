@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,18 @@ def match_exactly(completion: str, prompt: Prompt) -> Score:
     """1 if the last ``<answer>...</answer>`` is the ground truth but for letter case and the width of white space."""
     answer = extract_answer(completion)
     return Score(answer, float(answer is not None and _normalize(answer) == _normalize(prompt.ground_truth)))
+
+
+def answer_classes(prompt: Prompt, scores: Sequence[Score]) -> list[str | None]:
+    """Return the class of each answer to one prompt; answers that its verifier considers equal share one.
+
+    None for a missing answer, and for verifiers that compare answers only with the ground truth.
+    """
+    if isinstance(prompt.verifier, MathVerifier):
+        return prompt.verifier.classes(scores)
+    if prompt.verifier is match_exactly:
+        return [score.answer and _normalize(score.answer) for score in scores]
+    return [None] * len(scores)
 
 
 def score_by(score_answer: Callable[[str, dict[str, Any]], float]) -> Verifier:

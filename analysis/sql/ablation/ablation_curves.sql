@@ -13,9 +13,7 @@ per_step as (
     run_id,
     benchmark,
     step,
-    clustered_mean(avg_at_k, 1) as avg_at_k,
-    as_share(clustered_low(avg_at_k, 1)) as low,
-    as_share(clustered_high(avg_at_k, 1)) as high,
+    estimate_share(list(step_prompt(step, prompt_id, avg_at_k, 1))) as accuracy,
     avg(response_length) as response_length,
     avg(entropy) as entropy,
     min(num_samples) as k,
@@ -24,7 +22,19 @@ per_step as (
   group by all
 ),
 final as (
-  select runs.arm, runs.seed, per_step.*
+  select
+    runs.arm,
+    runs.seed,
+    per_step.run_id,
+    per_step.benchmark,
+    per_step.step,
+    per_step.accuracy.value as avg_at_k,
+    per_step.accuracy.low as low,
+    per_step.accuracy.high as high,
+    per_step.response_length,
+    per_step.entropy,
+    per_step.k,
+    per_step.num_prompts
   from per_step
   left join runs on runs.run_id = per_step.run_id
   order by arm, seed, per_step.run_id, benchmark, step

@@ -5,7 +5,7 @@
 -- needs: evaluations
 with measured as (
   unpivot (
-    select run_id, benchmark, step, num_samples, avg_at_k, maj_at_k, pass_at_k, response_length, entropy
+    select run_id, benchmark, step, prompt_id, num_samples, avg_at_k, maj_at_k, pass_at_k, response_length, entropy
     from last_eval_prompts(coalesce($k, 8)::integer)
   )
   on avg_at_k, maj_at_k, pass_at_k, response_length, entropy
@@ -17,13 +17,17 @@ per_metric as (
     benchmark,
     step,
     metric,
-    clustered_mean(measure, 1) as value,
-    clustered_low(measure, 1) as low,
-    clustered_high(measure, 1) as high,
+    list(step_prompt(step, prompt_id, measure, 1)) as measures,
     min(num_samples) as k,
     count(*) as num_prompts
   from measured
   group by all
+),
+estimated as (
+  select
+    *,
+    if(metric like '%_at_k', estimate_share(measures), estimate_positive(measures)) as mean
+  from per_metric
 ),
 final as (
   select
@@ -32,16 +36,16 @@ final as (
     runs.run_id,
     runs.status,
     runs.error,
-    per_metric.benchmark,
-    per_metric.step,
-    per_metric.metric,
-    per_metric.value,
-    if(metric like '%_at_k', as_share(low), low) as low,
-    if(metric like '%_at_k', as_share(high), high) as high,
-    per_metric.k,
-    per_metric.num_prompts
+    estimated.benchmark,
+    estimated.step,
+    estimated.metric,
+    estimated.mean.value as value,
+    estimated.mean.low as low,
+    estimated.mean.high as high,
+    estimated.k,
+    estimated.num_prompts
   from runs
-  left join per_metric on per_metric.run_id = runs.run_id
+  left join estimated on estimated.run_id = runs.run_id
   where $runs is null or list_contains($runs, runs.run_id)
   order by arm, seed, runs.run_id, benchmark, metric
 )

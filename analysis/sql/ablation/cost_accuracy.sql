@@ -8,9 +8,7 @@ with accuracies as (
     run_id,
     benchmark,
     step,
-    clustered_mean(avg_at_k, 1) as avg_at_k,
-    as_share(clustered_low(avg_at_k, 1)) as low,
-    as_share(clustered_high(avg_at_k, 1)) as high,
+    estimate_share(list(step_prompt(step, prompt_id, avg_at_k, 1))) as accuracy,
     min(num_samples) as k,
     count(*) as num_prompts
   from last_eval_prompts(coalesce($k, 8)::integer)
@@ -22,13 +20,30 @@ costs as (
     accuracies.run_id,
     accuracies.benchmark,
     sum(steps.tokens)::bigint as tokens,
-    sum(steps.rollout_s::double + steps.reward_s + steps.update_s + steps.record_s) as seconds
+    -- A step without timings leaves the run's cost unknown.
+    if(
+      count(rollout_s + reward_s + update_s + record_s) = count(*),
+      sum(rollout_s::double + reward_s + update_s + record_s),
+      null
+    ) as seconds
   from accuracies
   join steps on steps.run_id = accuracies.run_id and steps.step <= accuracies.step
   group by all
 ),
 final as (
-  select runs.arm, runs.seed, accuracies.*, costs.tokens, costs.seconds
+  select
+    runs.arm,
+    runs.seed,
+    accuracies.run_id,
+    accuracies.benchmark,
+    accuracies.step,
+    accuracies.accuracy.value as avg_at_k,
+    accuracies.accuracy.low as low,
+    accuracies.accuracy.high as high,
+    accuracies.k,
+    accuracies.num_prompts,
+    costs.tokens,
+    costs.seconds
   from accuracies
   join costs using (run_id, benchmark)
   left join runs on runs.run_id = accuracies.run_id

@@ -1,7 +1,7 @@
 -- question: M1, M2, M3. By how much does each arm differ from its baseline, seed by seed, on the same held-out prompts?
 -- grain: one row per arm, benchmark, metric and seed of which arm and baseline have a complete run
 -- params: $runs list of run_id, null = all; $baselines map of arm to baseline, null = none; $k samples, null = 8
--- units: *_at_k in [0, 1]; response_length in tokens; entropy in nats per token; at the last common evaluation
+-- units: *_at_k in [0, 1]; response_length in tokens, its difference relative; entropy in nats; last common evaluation
 -- needs: evaluations
 with complete as (
   select
@@ -57,7 +57,11 @@ final as (
     step,
     avg(measure) as value,
     avg(baseline_measure) as baseline_value,
-    avg(measure - baseline_measure) as difference,
+    if(
+      any_value(metric) = 'response_length',
+      avg(measure) / avg(baseline_measure) - 1,
+      avg(measure - baseline_measure)
+    ) as difference,
     count(*) as num_prompts
   from paired
   group by all

@@ -23,9 +23,7 @@ exceeding as (
     run_id,
     benchmark,
     num_below / k as tau,
-    clustered_mean(is_above, 1) as share,
-    as_share(clustered_low(is_above, 1)) as low,
-    as_share(clustered_high(is_above, 1)) as high
+    estimate_share(list(step_prompt(step, prompt_id, is_above, 1))) as share
   from (
     select *, (num_correct * k > num_below * num_samples)::integer as is_above
     from thresholds
@@ -37,7 +35,12 @@ final as (
   select
     runs.arm,
     runs.seed,
-    exceeding.*,
+    exceeding.run_id,
+    exceeding.benchmark,
+    exceeding.tau,
+    exceeding.share.value as share,
+    exceeding.share.low as low,
+    exceeding.share.high as high,
     sample_counts.step,
     sample_counts.k,
     sample_counts.num_prompts

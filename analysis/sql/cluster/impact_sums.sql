@@ -1,5 +1,5 @@
 -- question: I2, T2. What did replacing a token cost right responses, by perplexity and position?
--- grain: one row per run and prompt, over interventions in responses that were right
+-- grain: one row per run, series (checkpoint, selection, seed and temperature) and prompt, over right responses
 -- params: $runs list of run_id, null = all
 -- units: *_impact = sums of accuracy with the original minus with the alternative; *_tokens in interventions
 -- needs: interventions
@@ -11,6 +11,10 @@ with right_responses as (
 final as (
   select
     run_id,
+    checkpoint_step,
+    selection,
+    seed,
+    temperature,
     prompt_id,
     count(*) filter (where ppl_tercile = 1) as low_ppl_tokens,
     coalesce(sum(impact::double) filter (where ppl_tercile = 1), 0) as low_ppl_impact,

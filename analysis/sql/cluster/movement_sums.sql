@@ -1,7 +1,7 @@
--- question: S5, S6, T3. How much did the update move the probability of each prompt's tokens, in the plateau?
+-- question: S5, S6. How much did the update move the probability of each prompt's tokens, in the plateau?
 -- grain: one row per run, step and prompt, over tokens with after-update values
 -- params: $runs list of run_id, null = all
--- units: *movement = sums of |dp|, *_dp of dp; *tokens in tokens, still = |dp| <= .01; *_grad_norm in nats
+-- units: *movement = sums of |dp|, *_dp of dp, *_potential of p (1 - p), *_margin times |logit p|; *shift of |d ln p|
 -- needs: after-update values
 with moved as (
   select
@@ -9,42 +9,28 @@ with moved as (
     step,
     prompt_id,
     sample_sign,
-    relative_position,
     entropy,
     grad_norm,
-    dp
+    dp,
+    abs(dp) as movement,
+    exp(logprob::double) * (1 - exp(logprob::double)) as potential,
+    -- The margin counts as 1 at least: between equals, any change is one.
+    potential * greatest(abs(logprob - ln(greatest(1 - exp(logprob::double), 1e-12))), 1) as margin,
+    abs(logprob_after::double - logprob) as shift,
+    has_short_mantissa(logprob) and has_short_mantissa(logprob_after) as is_coarse
   from staged_movements
   where stage = 'plateau' and ($runs is null or list_contains($runs, run_id))
 ),
--- Top fifth of |dp| and of gradient norms, from histograms 0.1 % wide: thresholds are at most 0.1 % too low.
-bins as (
-  select
-    run_id,
-    unnest([
-      {'measure': 'movement', 'bin': floor(1000 * ln(greatest(abs(dp), 1e-12)))},
-      {'measure': 'grad_norm', 'bin': floor(1000 * ln(greatest(grad_norm, 1e-12)))}
-    ], recursive := true)
+-- Tokens whose probability can move at all: below, rounding is as large as what an update does.
+thresholds as (
+  select run_id, quantile_cont(grad_norm, 0.8) as grad_norm_threshold
   from moved
-),
-counted as (
-  select run_id, measure, bin, count(*) as tokens
-  from bins
+  where potential >= 0.001
   group by all
 ),
-ranked as (
-  select
-    *,
-    sum(tokens) over (partition by run_id, measure order by bin desc) as tokens_from,
-    sum(tokens) over (partition by run_id, measure) as tokens_all
-  from counted
-),
-thresholds as (
-  select
-    run_id,
-    exp(min(bin) filter (where measure = 'movement') / 1000) as movement_threshold,
-    exp(min(bin) filter (where measure = 'grad_norm') / 1000) as grad_norm_threshold
-  from ranked
-  where tokens_from - tokens < 0.2 * tokens_all
+step_thresholds as (
+  select run_id, step, quantile_cont(movement, 0.8) as movement_threshold
+  from moved
   group by all
 ),
 entropies as (
@@ -55,13 +41,14 @@ entropies as (
 marked as (
   select
     moved.*,
-    abs(dp) as movement,
     movement_threshold,
+    potential >= 0.001 as can_move,
     entropy >= entropy_threshold as is_high_entropy,
     grad_norm >= grad_norm_threshold as is_high_gradient
   from moved
-  join thresholds using (run_id)
+  join step_thresholds using (run_id, step)
   join entropies using (run_id)
+  left join thresholds using (run_id)
 ),
 final as (
   select
@@ -71,26 +58,29 @@ final as (
     count(*) as tokens,
     sum(movement) as movement,
     count(*) filter (where movement <= 0.01) as still_tokens,
-    -- Adds up to what exactly the top fifth moves, ties shared out, and hardly depends on the threshold's own error.
+    -- Adds up to what exactly the top fifth of the step moves, ties shared out.
     sum(greatest(movement - movement_threshold, 0) + 0.2 * movement_threshold) as top_movement,
-    count(*) filter (where is_high_entropy) as high_entropy_tokens,
-    coalesce(sum(movement) filter (where is_high_entropy), 0) as high_entropy_movement,
-    count(*) filter (where is_high_gradient) as high_gradient_tokens,
-    coalesce(sum(movement) filter (where is_high_gradient), 0) as high_gradient_movement,
+    coalesce(sum(movement) filter (where can_move and is_high_entropy), 0) as high_entropy_movement,
+    coalesce(sum(potential) filter (where can_move and is_high_entropy), 0) as high_entropy_potential,
+    coalesce(sum(margin) filter (where can_move and is_high_entropy), 0) as high_entropy_margin,
+    coalesce(sum(movement) filter (where can_move and not is_high_entropy), 0) as low_entropy_movement,
+    coalesce(sum(potential) filter (where can_move and not is_high_entropy), 0) as low_entropy_potential,
+    coalesce(sum(margin) filter (where can_move and not is_high_entropy), 0) as low_entropy_margin,
+    coalesce(sum(movement) filter (where can_move and is_high_gradient), 0) as high_gradient_movement,
+    coalesce(sum(potential) filter (where can_move and is_high_gradient), 0) as high_gradient_potential,
+    coalesce(sum(margin) filter (where can_move and is_high_gradient), 0) as high_gradient_margin,
+    coalesce(sum(movement) filter (where can_move and not is_high_gradient), 0) as low_gradient_movement,
+    coalesce(sum(potential) filter (where can_move and not is_high_gradient), 0) as low_gradient_potential,
+    coalesce(sum(margin) filter (where can_move and not is_high_gradient), 0) as low_gradient_margin,
+    count(*) filter (where is_high_entropy) as high_tokens,
+    coalesce(sum(movement) filter (where is_high_entropy), 0) as high_movement,
     count(*) filter (where is_high_entropy and sample_sign = 'positive') as positive_tokens,
     coalesce(sum(dp) filter (where is_high_entropy and sample_sign = 'positive'), 0) as positive_dp,
     count(*) filter (where is_high_entropy and sample_sign = 'negative') as negative_tokens,
     coalesce(sum(dp) filter (where is_high_entropy and sample_sign = 'negative'), 0) as negative_dp,
-    count(*) filter (where is_high_entropy and relative_position >= 0.8) as end_tokens,
-    coalesce(sum(movement) filter (where is_high_entropy and relative_position >= 0.8), 0) as end_movement,
-    coalesce(sum(grad_norm::double) filter (where is_high_entropy and relative_position >= 0.8), 0) as end_grad_norm,
-    count(*) filter (where is_high_entropy and relative_position >= 0.2 and relative_position < 0.8) as middle_tokens,
-    coalesce(
-      sum(movement) filter (where is_high_entropy and relative_position >= 0.2 and relative_position < 0.8), 0
-    ) as middle_movement,
-    coalesce(
-      sum(grad_norm::double) filter (where is_high_entropy and relative_position >= 0.2 and relative_position < 0.8), 0
-    ) as middle_grad_norm
+    count(*) filter (where potential >= 0.05) as uncertain_tokens,
+    coalesce(sum(shift) filter (where potential >= 0.05), 0) as uncertain_shift,
+    count(*) filter (where is_coarse) as coarse_tokens
   from marked
   group by all
   order by run_id, step, prompt_id

@@ -1,28 +1,28 @@
 -- question: I1. By how much is the low-perplexity half of each mixed group more often right in the plateau?
--- grain: one row per run, step and prompt (a group that holds right and wrong responses)
+-- grain: one row per run, step and group that holds right and wrong responses
 -- params: $runs list of run_id, null = all
--- units: difference = accuracy (low half) - accuracy (high half), in [-1, 1]; num_groups counts it
+-- units: difference = accuracy (low half) - accuracy (high half), in [-1, 1], perplexity at equal length; num_groups = 1
 -- needs: responses
 with ranked as (
   select
     *,
-    row_number() over (partition by run_id, step, prompt_id order by ppl, sample_index) as ppl_rank,
-    count(*) over (partition by run_id, step, prompt_id) as group_size
-  from staged_responses
-  where stage = 'plateau' and ppl is not null and ($runs is null or list_contains($runs, run_id))
+    row_number() over (partition by run_id, group_id order by surprisal_at_length, sample_index) as ppl_rank,
+    count(*) over (partition by run_id, group_id) as group_size
+  from responses_at_length
+  where stage = 'plateau' and is_correct is not null and ($runs is null or list_contains($runs, run_id))
 ),
 -- The middle response of an odd group belongs to neither half.
 final as (
   select
     run_id,
     step,
-    prompt_id,
+    any_value(prompt_id) as prompt_id,
     avg(is_correct::integer) filter (where ppl_rank <= group_size // 2)
       - avg(is_correct::integer) filter (where ppl_rank > group_size - group_size // 2) as difference,
     1 as num_groups
   from ranked
-  group by all
+  group by run_id, step, group_id
   having bool_or(is_correct) and not bool_and(is_correct)
-  order by all
+  order by run_id, step, group_id
 )
 select * from final

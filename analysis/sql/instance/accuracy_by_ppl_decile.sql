@@ -1,12 +1,13 @@
 -- question: I1. Over the responses to all prompts together, are those of low perplexity more often right?
 -- grain: one row per run, stage and perplexity bin (1 = lowest), over all sampled responses to easy and hard prompts
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both; $bins of perplexity, null = 10
--- units: accuracy, low, high in [0, 1] (95 % interval, clustered by prompt); ppl_* are perplexities, >= 1
+-- units: accuracy, low, high in [0, 1] (95 % interval over steps and prompts); ppl_* are perplexities, >= 1
 -- needs: responses
 with responses as (
   select
     run_id,
     stage,
+    step,
     prompt_id,
     is_correct,
     ppl,
@@ -14,6 +15,7 @@ with responses as (
   from staged_responses
   where
     ppl is not null
+    and is_correct is not null
     and ($runs is null or list_contains($runs, run_id))
     and ($stage is null or stage = $stage)
 ),
@@ -22,6 +24,7 @@ per_prompt as (
     run_id,
     stage,
     ppl_bin,
+    step,
     prompt_id,
     sum(is_correct::integer) as correct,
     sum(ppl) as ppl_sum,
@@ -31,21 +34,34 @@ per_prompt as (
   from responses
   group by all
 ),
+per_bin as (
+  select
+    run_id,
+    stage,
+    ppl_bin,
+    estimate_share(list(step_prompt(step, prompt_id, correct, responses))) as accuracy,
+    sum(ppl_sum) / sum(responses) as ppl_mean,
+    min(ppl_low) as ppl_low,
+    max(ppl_high) as ppl_high,
+    sum(responses)::bigint as num_responses,
+    count(distinct prompt_id) as num_prompts
+  from per_prompt
+  group by all
+),
 final as (
   select
     run_id,
     stage,
     ppl_bin,
-    clustered_mean(correct, responses) as accuracy,
-    as_share(clustered_low(correct, responses)) as low,
-    as_share(clustered_high(correct, responses)) as high,
-    clustered_mean(ppl_sum, responses) as ppl_mean,
-    min(ppl_low) as ppl_low,
-    max(ppl_high) as ppl_high,
-    sum(responses)::bigint as num_responses,
-    count(*) as num_prompts
-  from per_prompt
-  group by all
+    accuracy.value as accuracy,
+    accuracy.low as low,
+    accuracy.high as high,
+    ppl_mean,
+    ppl_low,
+    ppl_high,
+    num_responses,
+    num_prompts
+  from per_bin
   order by run_id, stage desc, ppl_bin
 )
 select * from final

@@ -1,7 +1,7 @@
 -- question: I1. Are the high-entropy tokens of low-perplexity responses more often reasoning tokens?
--- grain: one row per run, stage, perplexity tercile of the group (1 = lowest) and category; responses in the update
+-- grain: one row per run, stage, tercile of perplexity at equal length (1 = lowest) and category; in the update
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both; $top share of tokens, null = 0.2
--- units: share, low, high in [0, 1] of the num_tokens high-entropy tokens (95 % interval, clustered by prompt)
+-- units: share, low, high in [0, 1] of the num_tokens high-entropy tokens (95 % interval over steps and prompts)
 -- needs: tokens
 with
 -- High-entropy: the $top share of the stage's tokens in the update, by a threshold that is at most 0.5 % too low.
@@ -17,19 +17,20 @@ high_entropy as (
     on thresholds.run_id = tokens.run_id
     and thresholds.step = tokens.step
     and tokens.entropy >= thresholds.entropy_threshold
-  where tokens.advantage <> 0
+  where tokens.is_kept
   group by all
 ),
 terciles as (
   select
     run_id,
     stage,
+    step,
     prompt_id,
     rollout_id,
-    ntile(3) over (partition by run_id, step, prompt_id order by ppl, sample_index) as ppl_tercile
-  from staged_responses
+    ntile(3) over (partition by run_id, group_id order by surprisal_at_length, sample_index) as ppl_tercile
+  from responses_at_length
   where
-    sample_sign is not null
+    is_kept
     and ($runs is null or list_contains($runs, run_id))
     and ($stage is null or stage = $stage)
 ),
@@ -46,6 +47,7 @@ per_prompt as (
     stage,
     ppl_tercile,
     kinds.category,
+    step,
     prompt_id,
     sum(tokens) as tokens,
     sum(
@@ -61,19 +63,30 @@ per_prompt as (
   cross join kinds
   group by all
 ),
+per_category as (
+  select
+    run_id,
+    stage,
+    ppl_tercile,
+    category,
+    estimate_share(list(step_prompt(step, prompt_id, tokens_of_category, tokens))) as share,
+    sum(tokens)::bigint as num_tokens,
+    count(distinct prompt_id) as num_prompts
+  from per_prompt
+  group by all
+),
 final as (
   select
     run_id,
     stage,
     ppl_tercile,
     category,
-    clustered_mean(tokens_of_category, tokens) as share,
-    as_share(clustered_low(tokens_of_category, tokens)) as low,
-    as_share(clustered_high(tokens_of_category, tokens)) as high,
-    sum(tokens)::bigint as num_tokens,
-    count(*) as num_prompts
-  from per_prompt
-  group by all
+    share.value as share,
+    share.low as low,
+    share.high as high,
+    num_tokens,
+    num_prompts
+  from per_category
   order by run_id, stage desc, ppl_tercile, category
 )
 select * from final

@@ -1,13 +1,15 @@
 -- question: I2. Does replacing a token change the outcome of low-perplexity responses less often?
--- grain: one row per run, correctness of the response and perplexity tercile of its group (1 = lowest)
+-- grain: one row per run, series of interventions, correctness of the response and perplexity tercile of its group (1 = lowest)
 -- params: $runs list of run_id, null = all
--- units: impact, low, high in [-1, 1], movement*, accuracy_* in [0, 1] of accuracy (95 % interval, clustered by prompt)
+-- units: impact, low, high in [-1, 1], movement*, accuracy_* in [0, 1] of accuracy (95 % interval over prompts)
 -- needs: interventions
 with
--- All checkpoints and seeds together. movement = mean |impact|, which chance alone keeps above 0.
+-- Series of another checkpoint, selection, seed or temperature stay apart. movement = mean |impact|, which chance alone
+-- keeps above 0.
 per_prompt as (
   select
     run_id,
+    intervention_series(checkpoint_step, selection, seed, temperature) as series,
     is_correct,
     ppl_tercile,
     prompt_id,
@@ -20,23 +22,38 @@ per_prompt as (
   where $runs is null or list_contains($runs, run_id)
   group by all
 ),
-final as (
+per_tercile as (
   select
     run_id,
+    series,
     is_correct,
     ppl_tercile,
-    clustered_mean(impact_sum, replaced) as impact,
-    clustered_low(impact_sum, replaced) as low,
-    clustered_high(impact_sum, replaced) as high,
-    clustered_mean(movement_sum, replaced) as movement,
-    as_share(clustered_low(movement_sum, replaced)) as movement_low,
-    as_share(clustered_high(movement_sum, replaced)) as movement_high,
-    clustered_mean(original_sum, replaced) as accuracy_original,
-    clustered_mean(alternative_sum, replaced) as accuracy_alternative,
+    estimate_difference(list(step_prompt(0, prompt_id, impact_sum, replaced))) as impact,
+    estimate_share(list(step_prompt(0, prompt_id, movement_sum, replaced))) as movement,
+    sum(original_sum) / sum(replaced) as accuracy_original,
+    sum(alternative_sum) / sum(replaced) as accuracy_alternative,
     sum(replaced)::bigint as num_interventions,
     count(*) as num_prompts
   from per_prompt
   group by all
-  order by run_id, is_correct, ppl_tercile
+),
+final as (
+  select
+    run_id,
+    series,
+    is_correct,
+    ppl_tercile,
+    impact.value as impact,
+    impact.low as low,
+    impact.high as high,
+    movement.value as movement,
+    movement.low as movement_low,
+    movement.high as movement_high,
+    accuracy_original,
+    accuracy_alternative,
+    num_interventions,
+    num_prompts
+  from per_tercile
+  order by run_id, series, is_correct, ppl_tercile
 )
 select * from final

@@ -1,7 +1,7 @@
 -- question: S3. Do task-irrelevant tokens become rarer, and reasoning tokens more frequent, in the rising stage?
 -- grain: one row per run, step and token category, over all sampled tokens; share 0 where a category does not occur
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: share, low, high in [0, 1] of tokens (95 % interval, clustered by prompt); num_tokens in tokens
+-- units: share, low, high in [0, 1] of tokens (95 % interval over prompts); num_tokens in tokens
 -- needs: tokens
 with
 -- Tokens are counted before they meet their stage: joining each of them would take most of the time.
@@ -38,16 +38,26 @@ per_step as (
     step,
     stage,
     category,
-    clustered_mean(occurrences, tokens) as share,
-    as_share(clustered_low(occurrences, tokens)) as low,
-    as_share(clustered_high(occurrences, tokens)) as high,
+    estimate_share(list(step_prompt(step, prompt_id, occurrences, tokens))) as share,
     sum(occurrences)::bigint as num_tokens,
     count(*) as num_prompts
   from per_category
   group by all
 ),
 final as (
-  select per_step.*, boundary_step, boundary_low, boundary_high
+  select
+    run_id,
+    step,
+    stage,
+    category,
+    share.value as share,
+    share.low as low,
+    share.high as high,
+    num_tokens,
+    num_prompts,
+    boundary_step,
+    boundary_low,
+    boundary_high
   from per_step
   join stages using (run_id, stage)
   order by run_id, step, category

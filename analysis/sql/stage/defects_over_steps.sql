@@ -1,7 +1,7 @@
 -- question: S4. Do defective outputs become rarer in the rising stage?
 -- grain: one row per run, step and defect, over all sampled responses; defect 'any' = at least one of them
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: share, low, high in [0, 1] of responses (95 % interval, clustered by prompt)
+-- units: share, low, high in [0, 1] of responses (95 % interval over prompts)
 -- needs: responses
 with responses as (
   select run_id, step, stage, prompt_id, defects
@@ -34,16 +34,26 @@ per_step as (
     step,
     stage,
     defect,
-    clustered_mean(defective, responses) as share,
-    as_share(clustered_low(defective, responses)) as low,
-    as_share(clustered_high(defective, responses)) as high,
+    estimate_share(list(step_prompt(step, prompt_id, defective, responses))) as share,
     sum(responses)::bigint as num_responses,
     count(*) as num_prompts
   from per_defect
   group by all
 ),
 final as (
-  select per_step.*, boundary_step, boundary_low, boundary_high
+  select
+    run_id,
+    step,
+    stage,
+    defect,
+    share.value as share,
+    share.low as low,
+    share.high as high,
+    num_responses,
+    num_prompts,
+    boundary_step,
+    boundary_low,
+    boundary_high
   from per_step
   join stages using (run_id, stage)
   order by run_id, step, defect

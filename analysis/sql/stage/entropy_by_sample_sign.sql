@@ -1,13 +1,14 @@
 -- question: S2. Whose entropy falls in the rising stage: that of right (positive) or of wrong (negative) samples?
 -- grain: one row per run, step and sample sign (sign of the group-relative advantage; responses in the update only)
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: entropy, low, high in nats per token (95 % interval, clustered by prompt); token_share in [0, 1]
+-- units: entropy, low, high in nats per token (95 % interval over prompts); token_share in [0, 1]
 -- needs: responses
 with responses as (
   select *, entropy_mean::double * response_length as entropy_sum
   from staged_responses
   where
     sample_sign is not null
+    and entropy_mean is not null
     and ($runs is null or list_contains($runs, run_id))
     and ($stage is null or stage = $stage)
 ),
@@ -32,9 +33,7 @@ per_sign as (
     stage,
     "window",
     sample_sign,
-    clustered_mean(entropy_sum, tokens) as entropy,
-    clustered_low(entropy_sum, tokens) as low,
-    clustered_high(entropy_sum, tokens) as high,
+    estimate_positive(list(step_prompt(step, prompt_id, entropy_sum, tokens))) as entropy,
     sum(tokens)::bigint as num_tokens,
     sum(responses)::bigint as num_responses,
     count(*) as num_prompts
@@ -43,7 +42,17 @@ per_sign as (
 ),
 final as (
   select
-    per_sign.*,
+    run_id,
+    step,
+    stage,
+    "window",
+    sample_sign,
+    entropy.value as entropy,
+    entropy.low as low,
+    entropy.high as high,
+    num_tokens,
+    num_responses,
+    num_prompts,
     num_tokens / sum(num_tokens) over (partition by run_id, step) as token_share,
     boundary_step,
     boundary_low,

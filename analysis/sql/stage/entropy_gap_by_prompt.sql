@@ -4,21 +4,28 @@
 -- units: gap = negative - positive, low, high in nats per token (95 % interval over prompts); boundary_* in steps
 -- needs: responses
 with responses as (
-  select run_id, step, stage, prompt_id, sample_sign, entropy_mean::double as entropy
+  select run_id, step, stage, prompt_id, group_id, sample_sign, entropy_mean::double as entropy
   from staged_responses
   where
     sample_sign is not null
     and ($runs is null or list_contains($runs, run_id))
     and ($stage is null or stage = $stage)
 ),
-per_prompt as (
+per_group as (
   select
     run_id,
     step,
     stage,
     prompt_id,
+    group_id,
     avg(entropy) filter (where sample_sign = 'negative') - avg(entropy) filter (where sample_sign = 'positive') as gap
   from responses
+  group by all
+),
+per_prompt as (
+  select run_id, step, stage, prompt_id, sum(gap) as gap_sum, count(*) as num_groups
+  from per_group
+  where gap is not null
   group by all
 ),
 per_step as (
@@ -26,16 +33,23 @@ per_step as (
     run_id,
     step,
     stage,
-    clustered_mean(gap, 1) as gap,
-    clustered_low(gap, 1) as low,
-    clustered_high(gap, 1) as high,
+    estimate(list(step_prompt(step, prompt_id, gap_sum, num_groups))) as gap,
     count(*) as num_prompts
   from per_prompt
-  where gap is not null
   group by all
 ),
 final as (
-  select per_step.*, boundary_step, boundary_low, boundary_high
+  select
+    run_id,
+    step,
+    stage,
+    gap.value as gap,
+    gap.low as low,
+    gap.high as high,
+    num_prompts,
+    boundary_step,
+    boundary_low,
+    boundary_high
   from per_step
   join stages using (run_id, stage)
   order by run_id, step

@@ -17,7 +17,8 @@ logs as (
     log10(grad_norm::double) as log_grad_norm
   from tokens
   where
-    advantage <> 0
+    is_kept
+    and advantage <> 0
     and entropy > 0
     and grad_norm > 0
     and ($runs is null or list_contains($runs, run_id))
@@ -69,9 +70,7 @@ correlations as (
     run_id,
     stage,
     sample_sign,
-    clustered_mean(correlation, 1) as correlation,
-    clustered_low(correlation, 1) as low,
-    clustered_high(correlation, 1) as high,
+    estimate(list(step_prompt(step, step, correlation, 1))) as correlation,
     count(*) as num_steps
   from counted
   where step is not null and isfinite(correlation)
@@ -86,9 +85,9 @@ final as (
     pow(10, grad_norm_bin * 0.15 - 4) as grad_norm_low,
     tokens as num_tokens,
     tokens / sum(tokens) over (partition by counted.run_id, counted.stage, counted.sample_sign) as share,
-    correlations.correlation,
-    correlations.low,
-    correlations.high,
+    correlations.correlation.value as correlation,
+    correlations.correlation.low as low,
+    correlations.correlation.high as high,
     correlations.num_steps
   from counted
   left join correlations using (run_id, stage, sample_sign)

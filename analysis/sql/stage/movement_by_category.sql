@@ -1,7 +1,7 @@
 -- question: S6. Which kinds of tokens does an update move: up in positive samples, down in negative ones?
 -- grain: one row per run, stage, sample sign and token category, over tokens with after-update values
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: dp in probability, movement = |dp| (95 % intervals, clustered by prompt); grad_norm in nats
+-- units: dp in probability, movement = |dp| (95 % intervals over steps and prompts); grad_norm in nats
 -- needs: after-update values
 with per_prompt as (
   select
@@ -9,13 +9,31 @@ with per_prompt as (
     stage,
     sample_sign,
     category,
+    step,
     prompt_id,
     sum(dp) as dp_sum,
     sum(abs(dp)) as movement_sum,
     sum(grad_norm::double) as grad_norm_sum,
     count(*) as tokens
   from staged_movements
-  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
+  where
+    sample_sign is not null
+    and ($runs is null or list_contains($runs, run_id))
+    and ($stage is null or stage = $stage)
+  group by all
+),
+per_category as (
+  select
+    run_id,
+    stage,
+    sample_sign,
+    category,
+    estimate(list(step_prompt(step, prompt_id, dp_sum, tokens))) as dp,
+    estimate_positive(list(step_prompt(step, prompt_id, movement_sum, tokens))) as movement,
+    sum(grad_norm_sum) / sum(tokens) as grad_norm,
+    sum(tokens)::bigint as num_tokens,
+    count(distinct prompt_id) as num_prompts
+  from per_prompt
   group by all
 ),
 final as (
@@ -24,17 +42,16 @@ final as (
     stage,
     sample_sign,
     category,
-    clustered_mean(dp_sum, tokens) as dp,
-    clustered_low(dp_sum, tokens) as low,
-    clustered_high(dp_sum, tokens) as high,
-    clustered_mean(movement_sum, tokens) as movement,
-    clustered_low(movement_sum, tokens) as movement_low,
-    clustered_high(movement_sum, tokens) as movement_high,
-    clustered_mean(grad_norm_sum, tokens) as grad_norm,
-    sum(tokens)::bigint as num_tokens,
-    count(*) as num_prompts
-  from per_prompt
-  group by all
+    dp.value as dp,
+    dp.low as low,
+    dp.high as high,
+    movement.value as movement,
+    movement.low as movement_low,
+    movement.high as movement_high,
+    grad_norm,
+    num_tokens,
+    num_prompts
+  from per_category
   order by run_id, stage desc, sample_sign, category
 )
 select * from final

@@ -1,20 +1,24 @@
 -- question: S6. Do the tokens of high entropy move most: up in positive samples, down in negative ones?
 -- grain: one row per run, stage, sample sign and decile of entropy (1 = lowest), over tokens with after-update values
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: dp in probability, movement = |dp| (95 % intervals, clustered by prompt); grad_norm, entropy_mean in nats
+-- units: dp in probability, movement = |dp| (95 % intervals over steps and prompts); grad_norm, entropy_mean in nats
 -- needs: after-update values
 with moved as (
   select
     run_id,
     stage,
     sample_sign,
+    step,
     prompt_id,
     entropy,
     floor(1000 * ln(greatest(entropy, 1e-9)))::integer as bin,
     grad_norm,
     dp
   from staged_movements
-  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
+  where
+    sample_sign is not null
+    and ($runs is null or list_contains($runs, run_id))
+    and ($stage is null or stage = $stage)
 ),
 bins as (
   select run_id, stage, bin, count(*) as tokens
@@ -40,6 +44,7 @@ per_prompt as (
     stage,
     sample_sign,
     entropy_decile,
+    step,
     prompt_id,
     sum(dp) as dp_sum,
     sum(abs(dp)) as movement_sum,
@@ -50,24 +55,38 @@ per_prompt as (
   join deciles using (run_id, stage, bin)
   group by all
 ),
+per_decile as (
+  select
+    run_id,
+    stage,
+    sample_sign,
+    entropy_decile,
+    estimate(list(step_prompt(step, prompt_id, dp_sum, tokens))) as dp,
+    estimate_positive(list(step_prompt(step, prompt_id, movement_sum, tokens))) as movement,
+    sum(grad_norm_sum) / sum(tokens) as grad_norm,
+    sum(entropy_sum) / sum(tokens) as entropy_mean,
+    sum(tokens)::bigint as num_tokens,
+    count(distinct prompt_id) as num_prompts
+  from per_prompt
+  group by all
+),
 final as (
   select
     run_id,
     stage,
     sample_sign,
     entropy_decile,
-    clustered_mean(dp_sum, tokens) as dp,
-    clustered_low(dp_sum, tokens) as low,
-    clustered_high(dp_sum, tokens) as high,
-    clustered_mean(movement_sum, tokens) as movement,
-    clustered_low(movement_sum, tokens) as movement_low,
-    clustered_high(movement_sum, tokens) as movement_high,
-    clustered_mean(grad_norm_sum, tokens) as grad_norm,
-    clustered_mean(entropy_sum, tokens) as entropy_mean,
-    sum(tokens)::bigint as num_tokens,
-    count(*) as num_prompts
-  from per_prompt
-  group by all
+    dp.value as dp,
+    dp.low as low,
+    dp.high as high,
+    movement.value as movement,
+    movement.low as movement_low,
+    movement.high as movement_high,
+    grad_norm,
+    entropy_mean,
+    num_tokens,
+    num_prompts
+  from per_decile
   order by run_id, stage desc, sample_sign, entropy_decile
 )
 select * from final

@@ -1,92 +1,90 @@
--- question: S5. How much of all movement of token probabilities lies in the 1, 5 and 20 % of tokens that move most?
--- grain: one row per run, stage and top share (0.01, 0.05, 0.2), over tokens with after-update values
+-- question: S5. How much of a step's movement lies in the 1, 5 and 20 % of its tokens that move most?
+-- grain: one row per run, stage and top share (0.01, 0.05, 0.2), mean over steps with after-update values
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: share, low, high, even, normal in [0, 1] of all |dp| (95 % interval, clustered by prompt); threshold in |dp|
+-- units: share, low, high, even, random in [0, 1] of all |dp| (95 % interval over steps and prompts)
 -- needs: after-update values
 with moved as (
-  select run_id, stage, prompt_id, abs(dp) as movement
+  select
+    run_id,
+    stage,
+    step,
+    prompt_id,
+    abs(dp) as movement,
+    potential_bin(exp(logprob::double)) as bin
   from staged_movements
   where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
 ),
--- normal: share of the sum of |Z| in its top q for a standard normal Z, exp(-z^2 / 2) with P(|Z| > z) = q.
-tops as (
-  select tier, top::double as top, normal::double as normal
-  from (values (3, 0.01, 0.03624520), (2, 0.05, 0.14650006), (1, 0.2, 0.43990908)) as _ (tier, top, normal)
+per_step as (
+  select
+    run_id,
+    stage,
+    step,
+    quantile_cont(movement, [0.99, 0.95, 0.8]) as thresholds,
+    sum(movement) as step_movement
+  from moved
+  group by all
+  having sum(movement) > 0
 ),
--- The bin's lower edge is taken, so that a threshold is at most 0.1 % too low.
+-- What random logit changes of equal size would do at the recorded probabilities: see analysis/effects/potential.py.
 bins as (
-  select run_id, stage, floor(1000 * ln(greatest(movement, 1e-12)))::integer as bin, count(*) as tokens
+  select run_id, stage, step, bin, count(*) as tokens
   from moved
   group by all
 ),
-ranked as (
-  select
-    *,
-    sum(tokens) over (partition by run_id, stage order by bin desc) - tokens as tokens_above,
-    sum(tokens) over (partition by run_id, stage) as tokens_all
-  from bins
+tops as (
+  select place, top::double as top
+  from (values (1, 0.01), (2, 0.05), (3, 0.2)) as _ (place, top)
 ),
-thresholds as (
-  select
-    run_id,
-    stage,
-    exp(min(bin) filter (where tokens_above < 0.01 * tokens_all) / 1000) as top_1,
-    exp(min(bin) filter (where tokens_above < 0.05 * tokens_all) / 1000) as top_5,
-    exp(min(bin) filter (where tokens_above < 0.2 * tokens_all) / 1000) as top_20
-  from ranked
+random_shares as (
+  select run_id, stage, top, avg(random_share) as random
+  from (
+    select run_id, stage, step, top, random_top_share(list({'bin': bin, 'tokens': tokens}), top) as random_share
+    from bins, tops
+    group by run_id, stage, step, top
+  )
   group by all
 ),
--- tier: how many of the three thresholds a token reaches.
-per_tier as (
-  select
-    run_id,
-    stage,
-    prompt_id,
-    (movement >= top_1)::integer + (movement >= top_5)::integer + (movement >= top_20)::integer as tier,
-    sum(movement) as movement,
-    count(*) as tokens
-  from moved
-  join thresholds using (run_id, stage)
-  group by all
-),
-thresholds_by_top as (
-  select run_id, stage, tier, top, normal, case tier when 3 then top_1 when 2 then top_5 else top_20 end as threshold
-  from thresholds, tops
-),
--- top_movement adds up to what exactly the top share moves, ties at the threshold shared out, and hardly depends on the
--- threshold's own error.
+-- top_movement adds up to what exactly the top share of the step moves, ties at the threshold shared out.
 per_prompt as (
   select
     run_id,
     stage,
     top,
-    normal,
-    threshold,
+    step,
     prompt_id,
-    coalesce(sum(movement) filter (where per_tier.tier >= thresholds_by_top.tier), 0)
-      - threshold * coalesce(sum(tokens) filter (where per_tier.tier >= thresholds_by_top.tier), 0)
-      + top * threshold * sum(tokens) as top_movement,
-    sum(movement) as movement,
-    sum(tokens) as tokens
-  from per_tier
-  join thresholds_by_top using (run_id, stage)
-  group by run_id, stage, top, normal, threshold, prompt_id
+    sum(greatest(movement - thresholds[place], 0) + top * thresholds[place]) / any_value(step_movement) as top_share,
+    sum(movement) / any_value(step_movement) as share_of_step,
+    count(*) as tokens
+  from moved
+  join per_step using (run_id, stage, step)
+  cross join tops
+  group by run_id, stage, top, step, prompt_id
+),
+per_top as (
+  select
+    run_id,
+    stage,
+    top,
+    estimate_share(list(step_prompt(step, prompt_id, top_share, share_of_step))) as share,
+    sum(tokens)::bigint as num_tokens,
+    count(distinct prompt_id) as num_prompts
+  from per_prompt
+  group by all
 ),
 final as (
   select
     run_id,
     stage,
     top,
-    clustered_mean(top_movement, movement) as share,
-    as_share(clustered_low(top_movement, movement)) as low,
-    as_share(clustered_high(top_movement, movement)) as high,
+    share.value as share,
+    share.low as low,
+    share.high as high,
     top as even,
-    normal,
-    threshold,
-    sum(tokens)::bigint as num_tokens,
-    count(*) as num_prompts
-  from per_prompt
-  group by all
+    random,
+    num_tokens,
+    num_prompts
+  from per_top
+  join random_shares using (run_id, stage, top)
   order by run_id, stage desc, top
 )
 select * from final

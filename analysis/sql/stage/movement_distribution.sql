@@ -1,18 +1,22 @@
 -- question: S5. How far does an update move the probabilities of the sampled tokens: do most hardly move?
 -- grain: one row per run, stage, sample sign and bin of |dp| (0.25 in log10 wide, the first [0, 1e-6)), empty ones too
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: share, low, high in [0, 1] of the sign's tokens (95 % interval, clustered by prompt); bin_* in |dp|
+-- units: share, low, high in [0, 1] of the sign's tokens (95 % interval over steps and prompts); bin_* in |dp|
 -- needs: after-update values
 with moved as (
-  select run_id, stage, sample_sign, prompt_id, abs(dp) as movement
+  select run_id, stage, sample_sign, step, prompt_id, abs(dp) as movement
   from staged_movements
-  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
+  where
+    sample_sign is not null
+    and ($runs is null or list_contains($runs, run_id))
+    and ($stage is null or stage = $stage)
 ),
 counted as (
   select
     run_id,
     stage,
     sample_sign,
+    step,
     prompt_id,
     case
       when movement < 1e-6 then -25
@@ -26,7 +30,7 @@ bins as (
   select unnest(range(-25, 0)) as bin
 ),
 prompts as (
-  select run_id, stage, sample_sign, prompt_id, sum(tokens) as tokens
+  select run_id, stage, sample_sign, step, prompt_id, sum(tokens) as tokens
   from counted
   group by all
 ),
@@ -34,7 +38,19 @@ per_prompt as (
   select prompts.*, bins.bin, coalesce(counted.tokens, 0) as in_bin
   from prompts
   cross join bins
-  left join counted using (run_id, stage, sample_sign, prompt_id, bin)
+  left join counted using (run_id, stage, sample_sign, step, prompt_id, bin)
+),
+per_bin as (
+  select
+    run_id,
+    stage,
+    sample_sign,
+    bin,
+    estimate_share(list(step_prompt(step, prompt_id, in_bin, tokens))) as share,
+    sum(in_bin)::bigint as num_tokens,
+    count(distinct prompt_id) as num_prompts
+  from per_prompt
+  group by run_id, stage, sample_sign, bin
 ),
 final as (
   select
@@ -43,13 +59,12 @@ final as (
     sample_sign,
     if(bin = -25, 0, pow(10, bin / 4)) as bin_low,
     pow(10, (bin + 1) / 4) as bin_high,
-    clustered_mean(in_bin, tokens) as share,
-    as_share(clustered_low(in_bin, tokens)) as low,
-    as_share(clustered_high(in_bin, tokens)) as high,
-    sum(in_bin)::bigint as num_tokens,
-    count(*) as num_prompts
-  from per_prompt
-  group by run_id, stage, sample_sign, bin
+    share.value as share,
+    share.low as low,
+    share.high as high,
+    num_tokens,
+    num_prompts
+  from per_bin
   order by run_id, stage desc, sample_sign, bin
 )
 select * from final

@@ -1,7 +1,7 @@
 -- question: S3. Which words become more frequent in the rising stage, and which rarer?
 -- grain: one row per run and word (lower case, without word-start marks), the $words largest rises and falls
 -- params: $runs list of run_id, null = all; $words a side, null = 10; $min_count occurrences in both windows, null = 20
--- units: share_*, change = end - start, low, high in shares of a window's tokens (95 % interval, clustered by step)
+-- units: share_*, change = end - start, low, high in shares of a window's tokens (95 % interval over steps)
 -- needs: tokens
 with window_steps as (
   select run_id, step, "window"
@@ -46,8 +46,7 @@ per_window as (
     word,
     frequent.category,
     "window",
-    clustered_mean(coalesce(per_word.occurrences, 0), per_step.tokens) as share,
-    clustered_se(coalesce(per_word.occurrences, 0), per_step.tokens) as se,
+    list(step_prompt(step, step, coalesce(per_word.occurrences, 0), per_step.tokens)) as shares,
     sum(coalesce(per_word.occurrences, 0))::bigint as num,
     sum(per_step.tokens)::bigint as num_tokens
   from frequent
@@ -60,11 +59,9 @@ changes as (
     s.run_id,
     s.word,
     s.category,
-    s.share as share_start,
-    e.share as share_end,
-    e.share - s.share as change,
-    change - 1.96 * sqrt(s.se * s.se + e.se * e.se) as low,
-    change + 1.96 * sqrt(s.se * s.se + e.se * e.se) as high,
+    s.shares as shares_start,
+    e.shares as shares_end,
+    e.num / e.num_tokens - s.num / s.num_tokens as change,
     s.num as num_start,
     e.num as num_end,
     s.num_tokens as num_tokens_start,
@@ -80,12 +77,32 @@ ranked as (
     row_number() over (partition by run_id order by change, word) as rank_fall
   from changes
 ),
-final as (
-  select *
+-- Only for the few words that are kept: there may be thousands.
+estimated as (
+  select *, estimate(shares_start) as share_start, estimate(shares_end) as share_end
   from ranked
   where
     (change > 0 and rank_rise <= coalesce($words, 10)::integer)
     or (change < 0 and rank_fall <= coalesce($words, 10)::integer)
+),
+-- The windows have no step in common, so that squares of errors add up.
+final as (
+  select
+    run_id,
+    word,
+    category,
+    share_start.value as share_start,
+    share_end.value as share_end,
+    change,
+    change - sqrt(pow(share_start.high - share_start.value, 2) + pow(share_end.high - share_end.value, 2)) as low,
+    change + sqrt(pow(share_start.high - share_start.value, 2) + pow(share_end.high - share_end.value, 2)) as high,
+    num_start,
+    num_end,
+    num_tokens_start,
+    num_tokens_end,
+    rank_rise,
+    rank_fall
+  from estimated
   order by run_id, rank_rise
 )
 select * from final

@@ -1,6 +1,8 @@
--- One row per evaluated prompt, over its first k samples, or as many as there are (num_samples). maj_at_k: the most
--- frequent answer wins, a missing answer has no vote; among tied answers the expected correctness of a fair draw; 0
--- where no sample has an answer. pass_at_k is estimated from all samples.
+-- One row per evaluated prompt, over its first k samples, or as many as there are; num_samples counts those of known
+-- correctness, and a prompt without any is left out. maj_at_k: the most frequent answer wins. Correct answers share one
+-- vote; wrong answers share one where they have the same class, or the same text if they have no class; a missing answer
+-- or an unknown correctness has no vote. Ties give the expected correctness of a fair draw; 0 where nothing has a vote.
+-- pass_at_k is estimated from all samples.
 create macro eval_prompts(k) as table
 with samples as (
   select *
@@ -8,13 +10,21 @@ with samples as (
   qualify row_number() over (partition by run_id, benchmark, step, prompt_id order by sample_index) <= k
 ),
 votes as (
-  select run_id, benchmark, step, prompt_id, answer, count(*) as num_votes, avg(is_correct::integer) as correctness
+  select
+    run_id,
+    benchmark,
+    step,
+    prompt_id,
+    is_correct,
+    if(is_correct, null, answer_class) as wrong_class,
+    if(is_correct or answer_class is not null, null, answer) as wrong_text,
+    count(*) as num_votes
   from samples
-  where answer is not null
+  where answer is not null and is_correct is not null
   group by all
 ),
 winners as (
-  select run_id, benchmark, step, prompt_id, avg(correctness) as maj_at_k
+  select run_id, benchmark, step, prompt_id, avg(is_correct::integer) as maj_at_k
   from (
     select *
     from votes
@@ -28,15 +38,16 @@ scored as (
     benchmark,
     step,
     prompt_id,
-    count(*) as num_samples,
+    count(is_correct) as num_samples,
     sum(is_correct::integer) as num_correct,
     avg(response_length) as response_length,
     avg(entropy_mean) as entropy
   from samples
   group by all
+  having count(is_correct) > 0
 ),
 all_samples as (
-  select run_id, benchmark, step, prompt_id, count(*) as n, sum(is_correct::integer) as c
+  select run_id, benchmark, step, prompt_id, count(is_correct) as n, sum(is_correct::integer) as c
   from evals
   group by all
 )

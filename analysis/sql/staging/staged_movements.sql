@@ -2,4 +2,4 @@
 create view staged_movements as
 select *, exp(logprob_after::double) - exp(logprob::double) as dp
 from staged_tokens
-where logprob_after is not null and sample_sign is not null;
+where is_kept and logprob_after is not null;

@@ -1,7 +1,7 @@
 -- question: T1. Is entropy higher at the beginning and at the end of a response than in the middle?
 -- grain: one row per run, stage, sample sign and bin of relative position (0 = first), responses in the update only
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both; $bins of position, null = 10
--- units: entropy, low, high in nats per token (95 % interval, clustered by prompt); position_mid in [0, 1]
+-- units: entropy, low, high in nats per token (95 % interval over steps and prompts); position_mid in [0, 1]
 -- needs: tokens
 with steps_of_stage as (
   select run_id, step, stage
@@ -9,7 +9,7 @@ with steps_of_stage as (
   where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
 ),
 -- Tokens are added up before they meet their stage: joining each of them would take most of the time.
-per_group as (
+per_prompt as (
   select
     run_id,
     step,
@@ -19,19 +19,19 @@ per_group as (
     sum(entropy) as entropy_sum,
     count(*) as tokens
   from tokens
-  where advantage <> 0 and ($runs is null or list_contains($runs, run_id))
+  where is_kept and advantage <> 0 and ($runs is null or list_contains($runs, run_id))
   group by all
 ),
-per_prompt as (
+per_bin as (
   select
-    per_group.run_id,
+    run_id,
     stage,
-    if(is_positive, 'positive', 'negative') as sample_sign,
+    is_positive,
     position_bin,
-    prompt_id,
-    sum(entropy_sum) as entropy_sum,
-    sum(per_group.tokens) as tokens
-  from per_group
+    estimate_positive(list(step_prompt(step, prompt_id, entropy_sum, tokens))) as entropy,
+    sum(tokens)::bigint as num_tokens,
+    count(distinct prompt_id) as num_prompts
+  from per_prompt
   join steps_of_stage using (run_id, step)
   group by all
 ),
@@ -39,16 +39,15 @@ final as (
   select
     run_id,
     stage,
-    sample_sign,
+    if(is_positive, 'positive', 'negative') as sample_sign,
     position_bin,
     (position_bin + 0.5) / coalesce($bins, 10)::integer as position_mid,
-    clustered_mean(entropy_sum, tokens) as entropy,
-    clustered_low(entropy_sum, tokens) as low,
-    clustered_high(entropy_sum, tokens) as high,
-    sum(tokens)::bigint as num_tokens,
-    count(*) as num_prompts
-  from per_prompt
-  group by all
+    entropy.value as entropy,
+    entropy.low as low,
+    entropy.high as high,
+    num_tokens,
+    num_prompts
+  from per_bin
   order by run_id, stage desc, sample_sign, position_bin
 )
 select * from final

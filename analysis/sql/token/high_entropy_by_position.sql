@@ -1,7 +1,7 @@
 -- question: S6, T3. Where in a response do the high-entropy tokens stand?
 -- grain: one row per run, stage and bin of relative position (0 = first), over tokens in the update
 -- params: $runs list of run_id, null = all; $stage, null = both; $bins of position, null = 10; $top share, null = 0.2
--- units: share*, low, high, position_mid in [0, 1] (95 % interval, clustered by prompt); entropy_threshold in nats
+-- units: share*, low, high, position_mid in [0, 1] (95 % interval over steps and prompts); entropy_threshold in nats
 -- needs: tokens
 with
 -- High-entropy: the $top share of the stage's tokens in the update, by a threshold that is at most 0.5 % too low.
@@ -15,18 +15,20 @@ tokens_in_update as (
     tokens.run_id,
     thresholds.stage,
     tokens.position * coalesce($bins, 10)::integer // tokens.response_length as position_bin,
+    tokens.step,
     tokens.prompt_id,
     tokens.entropy >= thresholds.entropy_threshold as is_high_entropy,
     thresholds.entropy_threshold
   from tokens
   join thresholds on thresholds.run_id = tokens.run_id and thresholds.step = tokens.step
-  where tokens.advantage <> 0
+  where tokens.is_kept
 ),
 per_prompt as (
   select
     run_id,
     stage,
     position_bin,
+    step,
     prompt_id,
     any_value(entropy_threshold) as entropy_threshold,
     count(*) as tokens,
@@ -39,19 +41,28 @@ per_bin as (
     run_id,
     stage,
     position_bin,
-    (position_bin + 0.5) / coalesce($bins, 10)::integer as position_mid,
-    clustered_mean(high_tokens, tokens) as share,
-    as_share(clustered_low(high_tokens, tokens)) as low,
-    as_share(clustered_high(high_tokens, tokens)) as high,
+    estimate_share(list(step_prompt(step, prompt_id, high_tokens, tokens))) as share,
     sum(high_tokens)::bigint as num_high,
     sum(tokens)::bigint as num_tokens,
-    count(*) as num_prompts,
+    count(distinct prompt_id) as num_prompts,
     any_value(entropy_threshold) as entropy_threshold
   from per_prompt
   group by all
 ),
 final as (
-  select *, num_high / sum(num_high) over (partition by run_id, stage) as share_of_high
+  select
+    run_id,
+    stage,
+    position_bin,
+    (position_bin + 0.5) / coalesce($bins, 10)::integer as position_mid,
+    share.value as share,
+    share.low as low,
+    share.high as high,
+    num_high,
+    num_tokens,
+    num_prompts,
+    entropy_threshold,
+    num_high / sum(num_high) over (partition by run_id, stage) as share_of_high
   from per_bin
   order by run_id, stage desc, position_bin
 )

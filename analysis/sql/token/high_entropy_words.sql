@@ -1,7 +1,7 @@
 -- question: S6, T3. Which words are the high-entropy tokens?
 -- grain: one row per run, stage and word, the $words most frequent among high-entropy tokens; tokens in the update only
 -- params: $runs list of run_id, null = all; $stage, null = both; $top share, null = 0.2; $words to keep, null = 15
--- units: share, low, high, high_rate in [0, 1] (95 % interval, clustered by step); entropy_mean in nats
+-- units: share, low, high, high_rate in [0, 1] (95 % interval over steps); entropy_mean in nats
 -- needs: tokens
 with
 -- High-entropy: the $top share of the stage's tokens in the update, by a threshold that is at most 0.5 % too low.
@@ -21,7 +21,7 @@ counted as (
     sum(tokens.entropy) as entropy_sum
   from tokens
   join thresholds on thresholds.run_id = tokens.run_id and thresholds.step = tokens.step
-  where tokens.advantage <> 0
+  where tokens.is_kept
   group by tokens.run_id, tokens.step, tokens.token_id
 ),
 -- Case, white space and the marks that tokenizers put on word starts make no other word.
@@ -74,9 +74,7 @@ shares as (
     run_id,
     stage,
     text,
-    clustered_mean(coalesce(high_tokens, 0), all_high_tokens) as share,
-    as_share(clustered_low(coalesce(high_tokens, 0), all_high_tokens)) as low,
-    as_share(clustered_high(coalesce(high_tokens, 0), all_high_tokens)) as high,
+    estimate_share(list(step_prompt(step, step, coalesce(high_tokens, 0), all_high_tokens))) as share,
     count(*) as num_steps
   from most_frequent
   join steps_with_any using (run_id, stage)
@@ -90,9 +88,9 @@ final as (
     rank,
     text,
     category,
-    share,
-    low,
-    high,
+    share.value as share,
+    share.low as low,
+    share.high as high,
     num_high / num_all as high_rate,
     entropy_mean,
     num_high,

@@ -1,7 +1,7 @@
 -- question: T3. Where in a response do updates move the probability of tokens most, and that of high-entropy ones?
 -- grain: one row per run, stage, sample sign and bin of relative position (0 = first), tokens with after-update values
 -- params: $runs list of run_id, null = all; $stage, null = both; $bins of position, null = 10; $top share, null = 0.2
--- units: movement*, dp in probability; grad_* as tokens.grad_norm; entropy in nats (95 % interval, clustered by prompt)
+-- units: movement*, dp in probability; grad_* as tokens.grad_norm; entropy in nats (95 % interval over steps and prompts)
 -- needs: after-update values
 with
 -- dp = change of the sampled token's probability by the update, movement = mean |dp|. High-entropy: the $top share of
@@ -12,6 +12,7 @@ captured as (
     moved.stage,
     moved.sample_sign,
     floor(moved.relative_position * coalesce($bins, 10)::integer)::integer as position_bin,
+    moved.step,
     moved.prompt_id,
     moved.entropy::double as entropy,
     moved.grad_norm::double as grad_norm,
@@ -20,7 +21,10 @@ captured as (
   from staged_movements as moved
   join entropy_thresholds(coalesce($top, 0.2)) as thresholds
     on thresholds.run_id = moved.run_id and thresholds.stage = moved.stage
-  where ($runs is null or list_contains($runs, moved.run_id)) and ($stage is null or moved.stage = $stage)
+  where
+    moved.sample_sign is not null
+    and ($runs is null or list_contains($runs, moved.run_id))
+    and ($stage is null or moved.stage = $stage)
 ),
 per_prompt as (
   select
@@ -28,6 +32,7 @@ per_prompt as (
     stage,
     sample_sign,
     position_bin,
+    step,
     prompt_id,
     sum(abs(dp)) as movement_sum,
     sum(dp) as dp_sum,
@@ -39,49 +44,45 @@ per_prompt as (
   from captured
   group by all
 ),
-all_tokens as (
+per_bin as (
   select
     run_id,
     stage,
     sample_sign,
     position_bin,
-    clustered_mean(movement_sum, tokens) as movement,
-    as_share(clustered_low(movement_sum, tokens)) as low,
-    as_share(clustered_high(movement_sum, tokens)) as high,
-    clustered_mean(dp_sum, tokens) as dp,
-    clustered_mean(grad_sum, tokens) as grad_norm,
-    clustered_low(grad_sum, tokens) as grad_low,
-    clustered_high(grad_sum, tokens) as grad_high,
-    clustered_mean(entropy_sum, tokens) as entropy,
+    estimate_positive(list(step_prompt(step, prompt_id, movement_sum, tokens))) as movement,
+    sum(dp_sum) / sum(tokens) as dp,
+    estimate_positive(list(step_prompt(step, prompt_id, grad_sum, tokens))) as grad_norm,
+    sum(entropy_sum) / sum(tokens) as entropy,
     sum(tokens)::bigint as num_tokens,
-    count(*) as num_prompts
-  from per_prompt
-  group by all
-),
-high_entropy_tokens as (
-  select
-    run_id,
-    stage,
-    sample_sign,
-    position_bin,
-    clustered_mean(high_movement_sum, high_tokens) as movement_high_entropy,
-    as_share(clustered_low(high_movement_sum, high_tokens)) as movement_high_entropy_low,
-    as_share(clustered_high(high_movement_sum, high_tokens)) as movement_high_entropy_high,
+    count(distinct prompt_id) as num_prompts,
+    estimate_positive(list(step_prompt(step, prompt_id, high_movement_sum, high_tokens))) as movement_high_entropy,
     sum(high_tokens)::bigint as num_high_entropy
   from per_prompt
-  where high_tokens > 0
   group by all
 ),
 final as (
   select
-    all_tokens.*,
+    run_id,
+    stage,
+    sample_sign,
+    position_bin,
+    movement.value as movement,
+    movement.low as low,
+    movement.high as high,
+    dp,
+    grad_norm.value as grad_norm,
+    grad_norm.low as grad_low,
+    grad_norm.high as grad_high,
+    entropy,
+    num_tokens,
+    num_prompts,
     (position_bin + 0.5) / coalesce($bins, 10)::integer as position_mid,
-    movement_high_entropy,
-    movement_high_entropy_low,
-    movement_high_entropy_high,
-    coalesce(num_high_entropy, 0) as num_high_entropy
-  from all_tokens
-  left join high_entropy_tokens using (run_id, stage, sample_sign, position_bin)
+    movement_high_entropy.value as movement_high_entropy,
+    movement_high_entropy.low as movement_high_entropy_low,
+    movement_high_entropy.high as movement_high_entropy_high,
+    num_high_entropy
+  from per_bin
   order by run_id, stage desc, sample_sign, position_bin
 )
 select * from final

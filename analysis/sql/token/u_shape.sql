@@ -1,14 +1,15 @@
 -- question: T1. Is entropy higher at both ends of a response than in its middle (U shape), by stage and sign?
 -- grain: one row per run, stage, sample sign and part; responses in the update of five tokens or more, weighted alike
 -- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: excess, low, high = entropy of the part / that of the middle - 1 (95 % interval, clustered by prompt)
+-- units: excess, low, high = entropy of the part / that of the middle - 1 (95 % interval over steps and prompts)
 -- needs: tokens
 with per_response as (
   select response_fifths.*, staged_steps.stage
   from response_fifths
   join staged_steps on staged_steps.run_id = response_fifths.run_id and staged_steps.step = response_fifths.step
   where
-    ($runs is null or list_contains($runs, response_fifths.run_id))
+    response_fifths.sample_sign is not null
+    and ($runs is null or list_contains($runs, response_fifths.run_id))
     and ($stage is null or staged_steps.stage = $stage)
 ),
 -- 'beginning' = first fifth, 'end' = last; the middle = the three fifths between.
@@ -21,6 +22,7 @@ per_prompt as (
     stage,
     sample_sign,
     part,
+    step,
     prompt_id,
     sum(if(part = 'beginning', first_mean, last_mean)) as part_sum,
     sum(middle_mean) as middle_sum,
@@ -34,17 +36,25 @@ per_part as (
     stage,
     sample_sign,
     part,
-    clustered_mean(part_sum, middle_sum) - 1 as excess,
-    clustered_low(part_sum, middle_sum) - 1 as low,
-    clustered_high(part_sum, middle_sum) - 1 as high,
+    estimate_positive(list(step_prompt(step, prompt_id, part_sum, middle_sum))) as ratio,
     sum(responses)::bigint as num_responses,
-    count(*) as num_prompts
+    count(distinct prompt_id) as num_prompts
   from per_prompt
   group by all
 ),
 -- Both ends have to be higher, so that two tests at once need no correction (intersection-union test).
 final as (
-  select *, bool_and(coalesce(low > 0, false)) over (partition by run_id, stage, sample_sign) as has_u_shape
+  select
+    run_id,
+    stage,
+    sample_sign,
+    part,
+    ratio.value - 1 as excess,
+    ratio.low - 1 as low,
+    ratio.high - 1 as high,
+    num_responses,
+    num_prompts,
+    bool_and(coalesce(ratio.low > 1, false)) over (partition by run_id, stage, sample_sign) as has_u_shape
   from per_part
   order by run_id, stage desc, sample_sign, part
 )

@@ -1,0 +1,110 @@
+"""Means over the seeds of an arm: which seeds they average, and their intervals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import polars as pl
+import pytest
+from matplotlib.figure import Figure
+
+import analysis
+from analysis.runs import open_runs
+from analysis.trace import TraceWriter
+from tests.analysis.conftest import step_row
+
+mpl.use("Agg")
+
+
+def write_run(folder: Path, arm: str, seed: int, num_right: list[int], last: int, seconds: float | None = 1.0) -> None:
+    """Write a run evaluated at steps 0, 2, ... ``last``, with ``num_right[p]`` of four samples right on prompt p.
+
+    The run failed unless it reached step 6.
+    """
+    run = folder / f"{arm}-{seed}"
+    writer = TraceWriter.create(run, {"run_id": run.name, "arm": arm, "seed": seed, "baseline": "none"}, ["<eos>"])
+    for step in range(1, last + 1):
+        times = dict.fromkeys(("rollout_s", "reward_s", "update_s", "record_s"), seconds)
+        writer.append("steps", step_row(step, entropy=1, accuracy=0.5) | times)
+    for step in range(0, last + 1, 2):
+        for prompt, times in enumerate(num_right):
+            columns = {"step": step, "benchmark": "held", "prompt_id": f"p{prompt}", "sample_index": [0, 1, 2, 3]}
+            measures = {"response_length": 5, "entropy_mean": 0.5, "temperature": 1.0, "answer": None}
+            writer.append("evals", columns | measures | {"is_correct": [sample < times for sample in range(4)]})
+    writer.flush(last)
+    writer.finish() if last == 6 else writer.finish(error="out of memory")
+
+
+@pytest.fixture
+def dead_seed(tmp_path: Path) -> Path:
+    """Three seeds per arm; the seed of arm b with the lowest accuracy died at step 2."""
+    for seed in range(3):
+        write_run(tmp_path, "none", seed, [2] * 10, last=6)
+    for seed, (right, last) in enumerate(((1, 2), (2, 6), (4, 6))):
+        write_run(tmp_path, "b", seed, [right] * 10, last)
+    return tmp_path
+
+
+@pytest.mark.parametrize("stem", ["ablation_curves", "performance_profile", "ablation_final", "cost_accuracy"])
+def test_all_points_average_the_same_seeds(dead_seed: Path, stem: str):
+    runs = open_runs(dead_seed)
+    shown = analysis.figures.query(runs, stem).filter(arm="b").drop_nulls("mean")
+    assert set(shown["run_id"]) == {"b-1", "b-2"}
+    assert set(shown["num_seeds"]) == {2}
+    if stem == "ablation_curves":
+        # Half and all of the samples are right throughout, so the mean does not jump where the third seed ends.
+        assert shown["mean"].to_list() == pytest.approx([0.75] * 8)
+        assert set(shown["step"]) == {0, 2, 4, 6}
+    title = getattr(analysis.figures, stem)(runs, ax=Figure().subplots()).get_title(loc="left")
+    assert "left out: 1 run that ended before others of the arm" in title
+
+
+def test_a_step_that_one_seed_did_not_evaluate_is_not_drawn(tmp_path: Path):
+    frame = pl.DataFrame(
+        {
+            "run_id": ["a-0", "a-0", "a-0", "a-1", "a-1"],
+            "arm": "a",
+            "benchmark": "held",
+            "step": [0, 5, 10, 0, 10],
+            "avg_at_k": [0.1, 0.5, 0.6, 0.3, 0.8],
+            "low": 0.05,
+            "high": 0.9,
+        }
+    )
+    write_run(tmp_path, "none", 0, [2], last=6)
+    found = analysis.figures.arms.with_means(open_runs(tmp_path), frame, "avg_at_k", ("benchmark", "step"))
+    assert found["step"].to_list() == [0, 5, 10, 0, 10]
+    assert found["mean"].is_null().to_list() == [False, True, False, False, False]
+    assert found["mean"].drop_nulls().to_list() == pytest.approx([0.2, 0.7, 0.2, 0.7])
+
+
+def test_intervals_of_shares_stay_within_their_range(tmp_path: Path):
+    # 8, 9 and 10 of ten prompts are always solved: t would reach 1.15.
+    for seed, solved in enumerate((8, 9, 10)):
+        write_run(tmp_path, "none", seed, [4] * solved + [0] * (10 - solved), last=6)
+    row = analysis.figures.query(open_runs(tmp_path), "ablation_curves").row(0, named=True)
+    half = 4.302653 * 0.1 / 3**0.5 / (0.9 * 0.1)
+    ends = 1 / (1 + np.exp(-np.log(9) + np.array([half, -half])))
+    assert (row["mean"], row["mean_low"], row["mean_high"]) == pytest.approx((0.9, *ends), abs=1e-6)
+
+
+def test_seeds_that_agree_have_the_interval_over_prompts(tmp_path: Path):
+    for seed in range(3):
+        write_run(tmp_path, "none", seed, [4] * 10, last=6)
+    row = analysis.figures.query(open_runs(tmp_path), "ablation_curves").row(0, named=True)
+    # Wilson's interval of 10 of 10, t(.975, 9) = 2.2622.
+    assert (row["mean"], row["mean_low"], row["mean_high"]) == pytest.approx(
+        (1, 1 / (1 + 2.262157**2 / 10), 1), abs=1e-6
+    )
+
+
+def test_runs_without_times_are_drawn_by_their_tokens(tmp_path: Path):
+    for seed in range(3):
+        write_run(tmp_path, "none", seed, [4, 2], last=6, seconds=None)
+    ax = analysis.figures.cost_accuracy(open_runs(tmp_path))
+    ax.figure.canvas.draw()
+    tokens, seconds = ax.child_axes
+    assert len(tokens.lines[0].get_xdata()) == 3
+    assert [text.get_text() for text in seconds.texts] == ["not recorded", "none"]

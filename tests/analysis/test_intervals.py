@@ -1,0 +1,186 @@
+"""Intervals hold known truths as often as they say, whatever the autocorrelation; closed forms where there are any."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from analysis.intervals import bounded, combine, contrast, draw_contrasts, draw_errors, level, over_clusters, ratio
+from analysis.stats import Estimate
+
+
+def autoregression(rng: np.random.Generator, size: int, correlation: float) -> np.ndarray:
+    """Return a stationary first-order autoregression with variance 1."""
+    values = rng.normal(size=size)
+    for i in range(1, size):
+        values[i] = correlation * values[i - 1] + np.sqrt(1 - correlation**2) * values[i]
+    return values
+
+
+def levels(correlation: float, share: float, steps: int, spacing: int = 1, runs: int = 120) -> list[Estimate]:
+    """Return estimates of 10 from runs of 16 prompts per step whose state has ``share`` of a step's variance."""
+    found = []
+    for seed in range(runs):
+        rng = np.random.default_rng(seed)
+        state = autoregression(rng, steps * spacing, correlation)[::spacing]
+        noise = rng.normal(size=(steps, 16)) * np.sqrt((1 - share) * 16)
+        values = 10 + np.sqrt(share) * state[:, None] + noise
+        rows = np.repeat(np.arange(steps) * spacing, 16)
+        sums = np.column_stack((values.ravel(), np.ones(values.size)))
+        found.append(level(rows, np.arange(values.size), sums, ratio))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("correlation", "share", "steps", "spacing"),
+    [(0.0, 0.5, 84, 1), (0.5, 0.5, 84, 1), (0.9, 0.5, 84, 1), (0.9, 0.9, 120, 1), (0.9, 0.9, 17, 5), (0.5, 0.5, 5, 20)],
+)
+def test_level_covers_under_autocorrelation(correlation: float, share: float, steps: int, spacing: int):
+    found = levels(correlation, share, steps, spacing)
+    # 120 runs at 95 %: fewer than 106 hits, or 120, have probability .005 each.
+    hits = sum(estimate.low <= 10 <= estimate.high for estimate in found)
+    assert hits >= 106
+
+
+def test_level_is_not_much_wider_than_it_must_be():
+    found = levels(0.0, 0.5, 84)
+    assert np.median([estimate.error for estimate in found]) == pytest.approx(1 / np.sqrt(84), rel=0.3)
+    assert np.median([estimate.blocks for estimate in found]) > 40
+
+
+def test_a_slow_state_leaves_few_blocks():
+    # (1 - r) / (1 + r) of the steps count: 84 / 39 = 2.2 of them.
+    found = levels(0.95, 1.0, 84)
+    assert np.mean([estimate.blocks < 3 for estimate in found]) > 0.4
+    misses = [not estimate.low <= 10 <= estimate.high for estimate in found]
+    assert np.mean([miss and estimate.blocks >= 3 for miss, estimate in zip(misses, found, strict=True)]) <= 0.07
+
+
+def test_two_runs_are_not_narrower_than_their_errors_say():
+    # Few captured steps leave a run without information, and the mean of two runs with it.
+    wide = Estimate.from_error(-0.014, 0.05, 3, 4, "steps", blocks=2.0)
+    narrow = Estimate.from_error(-0.107, 0.007, 30, 40, "steps", blocks=20.0)
+    both = combine([wide, narrow])
+    assert both.error == pytest.approx(np.hypot(0.05, 0.007) / 2)
+    assert both.blocks == 2.0
+    # Welch and Satterthwaite.
+    assert both.df == pytest.approx((0.05**2 + 0.007**2) ** 2 / (0.05**4 / 3 + 0.007**4 / 30))
+
+
+def test_contrast_equals_generalized_least_squares_without_a_state():
+    # Without a state the interval is that of the paired regression; the posterior keeps some doubt, hence 25 %.
+    rng = np.random.default_rng(0)
+    x = np.arange(100.0)
+    basis = np.column_stack((np.ones(100), x))
+    weights = np.linalg.pinv(basis)[1]
+    found = [contrast(basis @ [1, 0.1] + rng.normal(size=100), basis, weights, steps=x) for _ in range(50)]
+    expected = 1 / np.sqrt(((x - x.mean()) ** 2).sum())
+    assert np.mean([estimate.value for estimate in found]) == pytest.approx(0.1, abs=0.002)
+    assert np.median([estimate.error for estimate in found]) == pytest.approx(expected, rel=0.6)
+    assert np.median([estimate.error for estimate in found]) >= 0.95 * expected
+
+
+def test_contrast_of_a_drifting_trend_covers():
+    x = np.arange(100.0)
+    basis = np.column_stack((np.ones(100), x))
+    weights = np.linalg.pinv(basis)[1]
+    hits = 0
+    for seed in range(120):
+        y = 0.1 * x + autoregression(np.random.default_rng(seed), 100, 0.9)
+        estimate = contrast(y, basis, weights, steps=x)
+        hits += estimate.low <= 0.1 <= estimate.high
+    assert hits >= 106
+
+
+def test_draws_agree_with_the_interval():
+    rng = np.random.default_rng(0)
+    x = np.arange(80.0)
+    y = autoregression(rng, 80, 0.7)
+    basis, weights = np.ones((80, 1)), np.full(80, 1 / 80)
+    estimate = contrast(y, basis, weights, steps=x)
+    draws = draw_contrasts(y, basis, weights[None], x, 20_000, np.random.default_rng(1))[:, 0]
+    np.testing.assert_allclose(np.percentile(draws, (2.5, 97.5)), (estimate.low, estimate.high), rtol=0.1)
+
+
+def test_drawn_errors_have_the_spread_and_correlation_of_the_series():
+    rng = np.random.default_rng(0)
+    first = autoregression(rng, 200, 0.8)
+    series = np.column_stack((first, 0.6 * first + 0.8 * autoregression(rng, 200, 0.8)))
+    errors = draw_errors(series, np.ones((200, 1)), np.arange(200.0), 200, rng)
+    assert errors.shape == (200, 2, 200)
+    assert errors[:, 0].std() == pytest.approx(series[:, 0].std(), rel=0.3)
+    correlation = np.mean([np.corrcoef(errors[:, :, i].T)[0, 1] for i in range(200)])
+    assert correlation == pytest.approx(np.corrcoef(series.T)[0, 1], abs=0.1)
+    lagged = np.mean([np.corrcoef(errors[1:, 0, i], errors[:-1, 0, i])[0, 1] for i in range(200)])
+    assert lagged == pytest.approx(0.8, abs=0.15)
+
+
+def test_jackknife_over_clusters_equals_a_loop():
+    rng = np.random.default_rng(0)
+    clusters = rng.integers(0, 12, 60)
+    sums = np.column_stack((rng.normal(size=60), rng.integers(1, 5, 60).astype(float)))
+    estimate = over_clusters(sums, clusters, ratio, "prompts")
+    left_out = []
+    for cluster in np.unique(clusters):
+        rest = sums[clusters != cluster].sum(0)
+        left_out.append(rest[0] / rest[1])
+    n = len(left_out)
+    assert estimate.value == pytest.approx(sums[:, 0].sum() / sums[:, 1].sum())
+    assert estimate.error == pytest.approx(np.sqrt((n - 1) * np.var(left_out)))
+    size = np.bincount(clusters, sums[:, 1])
+    assert estimate.df == pytest.approx(size.sum() ** 2 / (size**2).sum() - 1)
+
+
+def test_seven_prompts_have_students_quantile():
+    values = np.random.default_rng(0).normal(size=7)
+    estimate = over_clusters(np.column_stack((values, np.ones(7))), np.arange(7), ratio, "prompts")
+    expected = stats.t.interval(0.95, 6, values.mean(), values.std(ddof=1) / np.sqrt(7))
+    np.testing.assert_allclose((estimate.low, estimate.high), expected)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.5])
+def test_agreement_of_a_few_prompts_is_no_certainty(value: float):
+    estimate = over_clusters(np.column_stack((np.full(5, value), np.ones(5))), np.arange(5), ratio, "prompts", (0, 1))
+    assert 0 <= estimate.low <= value <= estimate.high <= 1
+    assert estimate.width > 0.3
+
+
+def test_wilson_by_hand():
+    # All of ten: from n / (n + t^2), t the quantile of nine degrees of freedom.
+    estimate = bounded(1.0, 0.0, 9, 10, "prompts")
+    t = stats.t.ppf(0.975, 9)
+    assert (estimate.low, estimate.high) == (pytest.approx(10 / (10 + t**2)), 1.0)
+
+
+@pytest.mark.parametrize("value", [0.02, 0.5, 0.97])
+def test_intervals_of_shares_stay_within_bounds(value: float):
+    estimate = bounded(value, 0.05, 20, 30, "prompts")
+    assert 0 < estimate.low < value < estimate.high < 1
+
+
+def test_a_difference_on_which_all_prompts_agree_has_a_width():
+    estimate = bounded(0.0, 0.0, 9, 10, "prompts", bounds=(-1, 1))
+    assert estimate.low < 0 < estimate.high
+    assert estimate.p_value == 1
+
+
+def test_a_prompt_that_returns_is_one_prompt():
+    # The same eight prompts at each of 60 steps, each hard or easy throughout: eight units, not 480.
+    hits = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        values = rng.normal(size=8) + rng.normal(size=(60, 8))
+        rows, prompts = np.repeat(np.arange(60), 8), np.tile(np.arange(8), 60)
+        estimate = level(rows, prompts, np.column_stack((values.ravel(), np.ones(480))), ratio)
+        hits += estimate.low <= 0 <= estimate.high
+    assert hits >= 88
+
+
+def test_long_series_are_shortened_and_keep_their_value():
+    rng = np.random.default_rng(0)
+    values = 3 + autoregression(rng, 5000, 0.9)
+    estimate = level(np.arange(5000), np.arange(5000), np.column_stack((values, np.ones(5000))), ratio)
+    assert estimate.value == pytest.approx(values.mean())
+    # The variance of the mean is that of the noise times (1 + r) / (1 - r) / n.
+    assert estimate.error == pytest.approx(np.sqrt(19 / 5000), rel=0.4)

@@ -1,0 +1,118 @@
+"""Null means unknown: no question, figure, verdict, or report fails on a null in a nullable column."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from matplotlib.figure import Figure
+
+from analysis import figures, queries
+from analysis.report import write_report
+from analysis.runs import Runs, open_runs
+from analysis.trace import TABLES
+from tests.analysis.synthetic import Planted, write_run
+
+mpl.use("Agg")
+
+NULLABLE = {name: [c.name for c in table.columns if c.nullable] for name, table in TABLES.items()}
+SHARES = ["all", "half"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two arms with two seeds each, nothing unknown."""
+    root = tmp_path_factory.mktemp("nulls") / "study"
+    for seed in range(2):
+        for arm, accuracy in (("none", 0.6), ("ppl", 0.9)):
+            planted = Planted(eval_accuracy=accuracy)
+            write_run(root / f"{arm}-seed{seed}", arm=arm, seed=seed, planted=planted, steps=24, groups=3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def drawn(whole: Path) -> dict[str, pl.DataFrame]:
+    """What each figure draws where nothing is unknown."""
+    runs = open_runs(whole)
+    return {stem: figures.query(runs, stem) for stem in figures.MODULES}
+
+
+def forget(root: Path, copy: Path, table: str, columns: Iterable[str], share: str) -> None:
+    """Copy a study with columns of a table null, in all rows or in every other one."""
+    if not copy.exists():
+        shutil.copytree(root, copy)
+    for path in copy.glob(f"*/{table}/*.parquet"):
+        rows = pq.read_table(path)
+        is_known = pa.array(np.arange(len(rows)) % 2 == 1) if share == "half" else pa.array([False] * len(rows))
+        for column in columns:
+            i = rows.schema.get_field_index(column)
+            values = [
+                value if known else None for value, known in zip(rows[i].to_pylist(), is_known.to_pylist(), strict=True)
+            ]
+            rows = rows.set_column(i, rows.schema.field(i), pa.array(values, rows.schema.field(i).type))
+        pq.write_table(rows, path)
+
+
+@cache
+def names_in(stem: str) -> set[str]:
+    """Every name in a question's SQL and in that of the views and macros it is built on."""
+    names = set(queries.WORD.findall(queries.read(stem)))
+    for text in reversed(queries.staging()):
+        if names & set(queries.CREATED.findall(text)):
+            names |= set(queries.WORD.findall(text))
+    return names
+
+
+def draw(runs: Runs, stem: str, whole: pl.DataFrame) -> None:
+    """Draw a figure that the nulls change; where nothing is left to draw, there is a reason."""
+    frame = figures.query(runs, stem)
+    if not figures.is_drawable(frame):
+        assert runs.why_empty(queries.need(stem))
+    elif not frame.equals(whole):
+        canvas = Figure(figsize=figures.size(stem, frame))
+        figures.MODULES[stem].draw(frame, canvas.subplots())
+        canvas.canvas.draw()
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(("table", "column"), [(table, c) for table, names in NULLABLE.items() for c in names])
+def test_questions_and_figures(
+    whole: Path, drawn: dict[str, pl.DataFrame], tmp_path: Path, table: str, column: str, share: str
+):
+    forget(whole, tmp_path / "study", table, [column], share)
+    runs = open_runs(tmp_path / "study")
+    assert runs.sql(f"select count(*) from {table} where {column} is null").item() > 0
+    for stem in (stem for stem in queries.paths() if {table, column} <= names_in(stem)):
+        if stem in figures.MODULES:
+            draw(runs, stem, drawn[stem])
+        else:
+            runs.query(stem)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_questions_and_report(whole: Path, tmp_path: Path, share: str):
+    for table, columns in NULLABLE.items():
+        forget(whole, tmp_path / "study", table, columns, share)
+    runs = open_runs(tmp_path / "study")
+    for stem in queries.paths():
+        runs.query(stem)
+    page = write_report(runs, tmp_path / "report")
+    assert "none-seed1" in page.read_text()
+
+
+def test_a_null_perplexity_belongs_to_no_tercile(whole: Path, tmp_path: Path):
+    forget(whole, tmp_path / "study", "rollouts", ["ppl"], "half")
+    runs = open_runs(tmp_path / "study" / "none-seed0")
+    found = runs.query("high_entropy_by_ppl", top=1.0).filter(category="reasoning")
+    kept = "select count(*) from tokens join rollouts using (rollout_id) where rollouts.is_kept"
+    known = runs.sql(f"{kept} and ppl is not null").item()
+    assert 0 < found["num_tokens"].sum() == known < runs.sql(kept).item()
+    assert set(found["ppl_tercile"]) == {1, 2, 3}

@@ -1,0 +1,64 @@
+"""Two runs of the embedded policy in which nothing that the claims are about can be true.
+
+- *frozen*: the learning rate is 0 for all purposes, and weights never move. No claim about training may be supported.
+- *random update*: training is real, and so is the plateau, but after-update values are those of weights that moved by
+  random noise as long as the update. No claim about what an update does may be supported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer import train as training
+from trainer.batch import Batch
+from trainer.config import load_config
+from trainer.update import AfterUpdate, Learner, UpdateMetrics
+
+FROZEN = ["optim.lr=1e-12", "optim.weight_decay=0.0", "steps=60", "eval.every=60"]
+RANDOM_UPDATE = ["steps=120", "eval.every=120"]
+# Claims about what an update does to tokens.
+ABOUT_UPDATES = ("S5", "S6", "T3")
+# Claims that no unchanging policy can support: all but those about the shape of responses and about methods.
+ABOUT_TRAINING = ("S1", "E1", "S2", "S3", "S4", *ABOUT_UPDATES)
+
+
+class RandomlyCaptured(Learner):
+    """A learner whose after-update values come from weights moved at random, each tensor as far as the update did."""
+
+    def update(self, batch: Batch, advantages: torch.Tensor, step: int) -> UpdateMetrics:
+        """Keep the weights that the update starts from."""
+        self._before = [weight.detach().clone() for weight in self.policy.model.parameters()]
+        return super().update(batch, advantages, step)
+
+    @torch.no_grad()
+    def capture(self, batch: Batch, metrics: UpdateMetrics, step: int) -> AfterUpdate:
+        """Capture at random weights, and put back those of the update."""
+        weights = list(self.policy.model.parameters())
+        updated = [weight.detach().clone() for weight in weights]
+        rng = torch.Generator().manual_seed(step)
+        for weight, old, new in zip(weights, self._before, updated, strict=True):
+            noise = torch.randn(weight.shape, generator=rng)
+            weight.copy_(old + noise * (new - old).norm() / noise.norm())
+        try:
+            return super().capture(batch, metrics, step)
+        finally:
+            for weight, new in zip(weights, updated, strict=True):
+                weight.copy_(new)
+
+
+def train_frozen(folder: Path, overrides: Sequence[str] = FROZEN) -> Path:
+    """Train the embedded policy without moving it, and record the run in ``folder``."""
+    training.train(load_config("tiny", list(overrides)), folder, {"study": "real", "arm": "none"})
+    return folder
+
+
+def train_with_random_updates(folder: Path, overrides: Sequence[str] = RANDOM_UPDATE) -> Path:
+    """Train the embedded policy, capture what random updates would have done, and record the run in ``folder``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "Learner", RandomlyCaptured)
+        training.train(load_config("tiny", list(overrides)), folder, {"study": "real", "arm": "none"})
+    return folder

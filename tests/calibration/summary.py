@@ -1,0 +1,190 @@
+"""Summarize outcomes of simulations: rates of false and of missed verdicts, coverage, and the targets they miss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import beta
+
+from analysis.claims import CONTRADICTED, NOT_RECORDED, SUPPORTED
+from tests.calibration.truth import Truth
+from tests.calibration.worlds import INCONCLUSIVE, NOT_SUPPORTED, NULL, WORLDS
+
+# Per claim/part, subject: verdict, effect, and interval.
+Outcome = Sequence[Sequence[Any]]
+
+MAX_FALSE, MAX_FALSE_UPPER = 0.05, 0.08
+MIN_COVERAGE, MAX_COVERAGE = 0.92, 0.98
+MIN_DETECTED = 0.9
+COLUMNS = ["Part", "Expected", "Supported", "Contradicted", "False, upper end", "Truth", "Coverage", "Half width"]
+# Verdicts that are false, by expectation; one that goes the wrong way is false wherever there is an effect.
+FALSE = {
+    NULL: (SUPPORTED, CONTRADICTED),
+    INCONCLUSIVE: (SUPPORTED, CONTRADICTED),
+    NOT_SUPPORTED: (SUPPORTED,),
+    SUPPORTED: (CONTRADICTED,),
+    CONTRADICTED: (SUPPORTED,),
+}
+
+
+def rate_interval(hits: int, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a rate (Clopper and Pearson, Biometrika 1934)."""
+    low = 0.0 if hits == 0 else float(beta.ppf(0.025, hits, n - hits + 1))
+    return low, 1.0 if hits == n else float(beta.ppf(0.975, hits + 1, n - hits))
+
+
+def summarize(results: Mapping[str, tuple[Sequence[Outcome], Truth]]) -> dict[str, Any]:
+    """Return all worlds with their cells, and the targets that are missed, ready for JSON."""
+    worlds = [_world(name, *result) for name, result in results.items()]
+    misses = [f"{world['world']}: {miss}" for world in worlds for miss in world["misses"]]
+    misses += [
+        f"{world['world']}, {cell['part']}: {miss}"
+        for world in worlds
+        for cell in world["cells"]
+        for miss in cell["misses"]
+    ]
+    return {"worlds": worlds, "misses": misses}
+
+
+def _world(name: str, outcomes: Sequence[Outcome], truth: Truth) -> dict[str, Any]:
+    entry = WORLDS[name]
+    n = len(outcomes)
+    parts = dict.fromkeys(part for outcome in outcomes for part, *_ in outcome)
+    cells = [_cell(part, entry.expectation(part), outcomes, truth if entry.is_covered else {}) for part in parts]
+    cells = [cell for cell in cells if cell["judged"]]
+    false = sum(
+        any(verdict in FALSE.get(entry.expectation(part) or "", ()) for part, _, verdict, *_ in outcome)
+        for outcome in outcomes
+    )
+    hits, intervals = (sum(cell[field] for cell in cells) for field in ("covered", "intervals"))
+    coverage = hits / intervals if intervals else None
+    misses = _false_misses(false, n, "scorecards")
+    if coverage is not None and not MIN_COVERAGE <= coverage <= MAX_COVERAGE:
+        misses.append(f"intervals hold the truth in {coverage:.1%}, all parts together")
+    return {
+        "world": name,
+        "about": entry.about,
+        "simulations": n,
+        "rows_judged": float(np.mean([sum(row[3] is not None for row in outcome) for outcome in outcomes])),
+        "false_scorecards": false / n,
+        "false_scorecards_upper": rate_interval(false, n)[1],
+        "coverage": coverage,
+        "intervals": intervals,
+        "misses": misses,
+        "cells": cells,
+    }
+
+
+def _cell(part: str, expectation: str | None, outcomes: Sequence[Outcome], truth: Truth) -> dict[str, Any]:
+    """Return the rates of one part; arms are simulated alike, and the first stands for all."""
+    rows = [next(row for row in outcome if row[0] == part) for outcome in outcomes]
+    n = len(rows)
+    words = [row[2] for row in rows]
+    false = sum(word in FALSE.get(expectation or "", ()) for word in words)
+    found = words.count(expectation) / n if expectation in (SUPPORTED, CONTRADICTED) else None
+    misses = _false_misses(false, n, "verdicts")
+    if found is not None and found < MIN_DETECTED:
+        misses.append(f"{expectation} in {found:.1%} only")
+    ends = np.array([row[4:6] for row in rows if None not in row[3:6]], dtype=float).reshape(-1, 2)
+    ends = ends[np.isfinite(ends).all(1)]
+    covered = intervals = 0
+    if part in truth:
+        covered, intervals = int(((ends[:, 0] <= truth[part]) & (truth[part] <= ends[:, 1])).sum()), len(ends)
+    coverage = None
+    if intervals:
+        low, high = rate_interval(covered, intervals)
+        coverage = {"rate": covered / intervals, "low": low, "high": high}
+        if low > MAX_COVERAGE or high < MIN_COVERAGE:
+            misses.append(f"interval holds the truth in {covered / intervals:.1%} [{low:.1%}, {high:.1%}]")
+    return {
+        "part": part,
+        "expectation": expectation,
+        "judged": sum(word != NOT_RECORDED for word in words),
+        "supported": words.count(SUPPORTED) / n,
+        "contradicted": words.count(CONTRADICTED) / n,
+        "false": false / n if expectation else None,
+        "false_upper": rate_interval(false, n)[1] if expectation else None,
+        "detected": found,
+        "truth": truth.get(part),
+        "covered": covered,
+        "intervals": intervals,
+        "coverage": coverage,
+        "half_width": float(np.median(ends[:, 1] - ends[:, 0])) / 2 if len(ends) else None,
+        "misses": misses,
+    }
+
+
+def _false_misses(false: int, n: int, noun: str) -> list[str]:
+    upper = rate_interval(false, n)[1]
+    # With few simulations the upper end says nothing.
+    is_met = false / n <= MAX_FALSE and (upper <= MAX_FALSE_UPPER or false == 0)
+    return [] if is_met else [f"false {noun} {false / n:.1%}, up to {upper:.1%}"]
+
+
+def render(summary: dict[str, Any], *, with_cells: bool = True) -> str:
+    """Return the page as Markdown; without cells, only the table of worlds and the misses."""
+    worlds, misses = summary["worlds"], summary["misses"]
+    sizes = sorted({world["simulations"] for world in worlds})
+    count = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+    lines = [
+        "# How often verdicts are wrong",
+        "",
+        f"{count} simulated runs per world, judged as `entrace claims` judges any run. `make calibrate` makes this",
+        "page; [verdicts.md](verdicts.md) explains the verdicts.",
+        "",
+        f"Targets: false verdicts at most {MAX_FALSE:.0%} (upper end of the 95 % interval {MAX_FALSE_UPPER:.0%}) per",
+        f"part and per scorecard. Intervals hold the truth in {MIN_COVERAGE:.0%} to {MAX_COVERAGE:.0%} of runs; of a",
+        "single part, the 95 % interval of that rate reaches into this range. Planted effects are found in at least",
+        f"{MIN_DETECTED:.0%} of runs.",
+        "",
+        f"Missed targets: {len(misses)}.",
+        "",
+        *[f"- {miss}" for miss in misses],
+        *([""] if misses else []),
+        *_table(
+            ["World", "Description", "Runs", "Rows judged", "False scorecards", "Upper end", "Coverage"],
+            [
+                [
+                    world["world"],
+                    world["about"],
+                    world["simulations"],
+                    f"{world['rows_judged']:.1f}",
+                    _percent(world["false_scorecards"]),
+                    _percent(world["false_scorecards_upper"]),
+                    _percent(world["coverage"]),
+                ]
+                for world in worlds
+            ],
+        ),
+    ]
+    for world in worlds if with_cells else ():
+        lines += ["", f"## {world['world']}", "", world["about"], "", *_table(COLUMNS, map(_describe, world["cells"]))]
+    return "\n".join(lines) + "\n"
+
+
+def _describe(cell: dict[str, Any]) -> list[Any]:
+    return [
+        cell["part"],
+        cell["expectation"] or "-",
+        _percent(cell["supported"]),
+        _percent(cell["contradicted"]),
+        _percent(cell["false_upper"]),
+        _number(cell["truth"]),
+        _percent(cell["coverage"] and cell["coverage"]["rate"]),
+        _number(cell["half_width"]),
+    ]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    return [f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _number(value: float | None) -> str:
+    # A truth that was measured on simulations is not known to more digits.
+    return "-" if value is None else f"{round(value, 3) + 0.0:.3g}"
