@@ -28,12 +28,15 @@ import numpy as np
 
 from analysis.stats import CONFIDENCE, Estimate
 
-# Autocorrelation from one training step to the next, and prior weight: a slow state matters more than a fast one, which
-# averages out like noise.
-AUTOCORRELATIONS = {0.0: 1.0, 0.3: 0.7, 0.5: 1.0, 0.65: 1.0, 0.8: 1.0, 0.9: 1.5, 0.95: 2.0, 0.98: 1.5}
+# Autocorrelation of the state from one training step to the next, and its prior weight. Where the noise of steps is
+# measured, a state shows as what exceeds it. Where it is not, only the order of steps can tell, and slow states, which
+# matter most, hide in the trend: they get more weight, and so does that there is a state at all.
+CORRELATIONS = (0.0, 0.3, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98)
+MEASURED = (1.0, 0.7, 1.0, 1.0, 1.0, 1.5, 2.0, 1.5)
+UNMEASURED = (0.5, 0.5, 1.0, 1.0, 1.0, 2.0, 4.0, 4.0)
 # Variance of the state relative to that of the noise.
 VARIANCE_RATIOS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 102.4, 409.6)
-NO_STATE_PRIOR = 0.25
+NO_STATE_MEASURED, NO_STATE_UNMEASURED = 0.5, 0.1
 # Longer series are averaged over neighboring steps until they are this short.
 MAX_STEPS = 600
 # Mixture components of less weight do not matter to an interval.
@@ -45,6 +48,7 @@ NO_ERROR = 1e-9
 # Of a step whose prompts all agree.
 MIN_RELATIVE_NOISE = 0.05
 MIN_BLOCKS = 3.0
+BLOCKS_CERTAINTY = 0.8
 # Beyond it, Student's t is normal.
 MAX_DF = 1e9
 
@@ -61,6 +65,7 @@ def contrast(
     noise: np.ndarray | None = None,
     noise_df: float = 0.0,
     num_relevant: int | None = None,
+    persistence: tuple[float, ...] = MEASURED,
     of: str = "steps",
     n: int | None = None,
 ) -> Estimate:
@@ -74,11 +79,14 @@ def contrast(
         noise: Sampling variance of each value, ``(n,)``, where known from the prompts of the step.
         noise_df: Degrees of freedom behind ``noise``.
         num_relevant: Steps that the estimate is about, if not all; scales ``Estimate.blocks``.
+        persistence: Prior weight of each of ``CORRELATIONS`` where the noise is known; see ``persistence_of``.
         of: What the estimate counts.
         n: Number of these; the number of steps if not given.
 
     Returns:
-        ``blocks`` is the effective number of independent steps.
+        ``blocks`` is the effective number of independent steps: n over the factor by which autocorrelation inflates the
+        variance, averaged over noise and state by their part in it. There are more of them with a posterior probability
+        of 80 %.
     """
     value = float(weights @ y)
     count = len(y) if n is None else n
@@ -91,16 +99,19 @@ def contrast(
     if noise is not None and float(noise.mean()) * max(VARIANCE_RATIOS) <= _residual_variance(y, basis):
         noise = None
     if noise is not None and noise.mean() > 0:
-        # In units of its own noise, every step has the same: one with few prompts says less.
-        unit = np.sqrt(np.maximum(noise / noise.mean(), MIN_RELATIVE_NOISE))
+        # In units of its own noise, every step has the same: one with few prompts says less. The noise of single steps
+        # goes along with their values, which would pass for a state.
+        unit = np.sqrt(np.maximum(_smooth(noise / noise.mean()), MIN_RELATIVE_NOISE))
         y, basis, weights = y / unit, basis / unit[:, None], weights * unit
-    posterior = _posterior(y, basis, steps, noise, noise_df)
+    posterior = _posterior(y, basis, steps, noise, noise_df, persistence)
     if posterior is None:
         return Estimate.from_error(value, 0.0, size - columns, count, of, blocks=part)
-    spread = weights @ weights + posterior.ratio * (posterior.state @ _cosines(weights) ** 2)
-    # Variance if steps were independent, relative to what it is.
-    independent = (weights @ weights) * posterior.variance.mean(1)
-    blocks = part / float(posterior.weight @ (spread / np.maximum(independent, 1e-300)))
+    white = float(weights @ weights)
+    drift = posterior.state @ _cosines(weights) ** 2
+    spread = white + posterior.ratio * drift
+    # The state repeats itself, the noise does not: each counts as far as it makes the error.
+    inflation = (white + posterior.ratio * drift * drift / white) / spread
+    blocks = part / _quantile(inflation, posterior.weight, BLOCKS_CERTAINTY)
     scale = np.sqrt(posterior.noise * spread)
     return _from_mixture(value, posterior.weight, scale, posterior.df, count, of, min(blocks, part))
 
@@ -189,8 +200,35 @@ class _Posterior:
         return 1 + self.ratio[:, None] * self.state
 
 
+def persistence_of(series: np.ndarray, basis: np.ndarray, steps: np.ndarray) -> tuple[float, ...]:
+    """Return prior weights of ``CORRELATIONS`` for a run, from series that it recorded at every step.
+
+    States of one policy are taken to persist alike: a few captured steps cannot tell how slowly they drift, but entropy
+    and accuracy of all steps can. Half of the weight is the prior, half the prior times the likelihood of each
+    autocorrelation in each series: states need not all be alike.
+
+    Args:
+        series: Such series, ``(n, S)``.
+        basis: Columns of their trend, ``(n, p)``.
+        steps: Training steps, ascending.
+    """
+    weights = np.array(MEASURED)
+    for values in series.T:
+        posterior = _posterior(values, basis, steps, None, 0.0)
+        if posterior is not None:
+            by_correlation = posterior.weight[1:].reshape(len(CORRELATIONS), -1).sum(1)
+            weights = weights * by_correlation / np.array(UNMEASURED)
+    prior = np.array(MEASURED) / sum(MEASURED)
+    return tuple(((prior + weights / weights.sum()) / 2).tolist())
+
+
 def _posterior(
-    y: np.ndarray, basis: np.ndarray, steps: np.ndarray, noise: np.ndarray | None, noise_df: float
+    y: np.ndarray,
+    basis: np.ndarray,
+    steps: np.ndarray,
+    noise: np.ndarray | None,
+    noise_df: float,
+    persistence: tuple[float, ...] = MEASURED,
 ) -> _Posterior | None:
     """Return the posterior of noise and state, or None for a series that follows the trend exactly."""
     size, columns = basis.shape
@@ -201,7 +239,11 @@ def _posterior(
     if noise is not None and noise_df > 0:
         measured = float(noise.mean()) / unit**2
         extra = min(noise_df, float(MAX_NOISE_WEIGHT * size))
-    state, ratio, prior = _grid(size, float(np.median(np.diff(steps))))
+    spacing = float(np.median(np.diff(steps)))
+    if extra > 0:
+        state, ratio, prior = _grid(size, spacing, persistence, NO_STATE_MEASURED)
+    else:
+        state, ratio, prior = _grid(size, spacing, UNMEASURED, NO_STATE_UNMEASURED)
     variance = 1 + ratio[:, None] * state
     z, x = _cosines(y / unit), _cosines(basis)
     scaled = x / variance[:, :, None]
@@ -214,7 +256,14 @@ def _posterior(
     return _Posterior(weight / weight.sum(), unit**2 * squares / df, df, ratio, state)
 
 
-def level(steps: np.ndarray, prompts: np.ndarray, sums: np.ndarray, effect: Effect, of: str | None = None) -> Estimate:
+def level(
+    steps: np.ndarray,
+    prompts: np.ndarray,
+    sums: np.ndarray,
+    effect: Effect,
+    of: str | None = None,
+    persistence: tuple[float, ...] = MEASURED,
+) -> Estimate:
     """Estimate an effect on totals over the steps of one run.
 
     The effect is linearized: a row contributes its sums times the gradient of the effect at the totals (infinitesimal
@@ -227,6 +276,7 @@ def level(steps: np.ndarray, prompts: np.ndarray, sums: np.ndarray, effect: Effe
         sums: What the row adds to the totals, ``(rows, values)``.
         effect: See ``Effect``; a homogeneous function of degree 0, such as a ratio.
         of: What the estimate counts.
+        persistence: See ``contrast``.
     """
     totals = sums.sum(0)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -248,6 +298,7 @@ def level(steps: np.ndarray, prompts: np.ndarray, sums: np.ndarray, effect: Effe
         steps=found,
         noise=None if noise is None else noise * num_steps**2,
         noise_df=noise_df,
+        persistence=persistence,
         n=len(clusters),
         of=of,
     )
@@ -451,23 +502,40 @@ def _match_df(tail: float) -> float:
     return _match_df_rounded(round(tail, 3))
 
 
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Return means over a tenth of the series, around each of its values."""
+    window = np.ones(2 * (len(values) // 20) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def _quantile(values: np.ndarray, weights: np.ndarray, level: float) -> float:
+    """Return the value that a share ``level`` of the weight lies at or below."""
+    order = np.argsort(values)
+    place = int(np.searchsorted(np.cumsum(weights[order]), level * weights.sum()))
+    return float(values[order[min(place, len(order) - 1)]])
+
+
 def _residual_variance(y: np.ndarray, basis: np.ndarray) -> float:
     return float(np.var(y - basis @ np.linalg.lstsq(basis, y, rcond=None)[0]))
 
 
-@lru_cache(maxsize=32)
-def _grid(size: int, spacing: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _grid(
+    size: int, spacing: float, weights: tuple[float, ...], no_state: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the state's variance by frequency ``(K, n)``, its ratio to the noise ``(K,)``, and the prior ``(K,)``."""
-    squares = _lag_products(size)
-    total = sum(AUTOCORRELATIONS.values())
-    states, ratios, priors = [np.zeros(size)], [0.0], [NO_STATE_PRIOR]
-    for correlation, weight in AUTOCORRELATIONS.items():
-        state = squares @ (correlation**spacing) ** np.arange(size)
-        for ratio_ in VARIANCE_RATIOS:
-            states.append(state)
-            ratios.append(ratio_)
-            priors.append((1 - NO_STATE_PRIOR) * weight / total / len(VARIANCE_RATIOS))
-    return np.array(states), np.array(ratios), np.array(priors)
+    state, ratio = _states(size, spacing)
+    by_correlation = np.array(weights) / sum(weights) / len(VARIANCE_RATIOS)
+    prior = np.concatenate([[no_state], (1 - no_state) * np.repeat(by_correlation, len(VARIANCE_RATIOS))])
+    return state, ratio, prior
+
+
+@lru_cache(maxsize=32)
+def _states(size: int, spacing: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the state's variance by frequency and its ratio to the noise: no state first, then by correlation."""
+    products = _lag_products(size)
+    states = [products @ (correlation**spacing) ** np.arange(size) for correlation in CORRELATIONS]
+    state = np.concatenate([np.zeros((1, size)), np.repeat(np.array(states), len(VARIANCE_RATIOS), axis=0)])
+    return state, np.concatenate([[0.0], np.tile(VARIANCE_RATIOS, len(CORRELATIONS))])
 
 
 def _lag_products(size: int) -> np.ndarray:

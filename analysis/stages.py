@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.intervals import contrast, draw_contrasts, draw_errors
+from analysis.intervals import MEASURED, contrast, draw_contrasts, draw_errors, persistence_of
 from analysis.stats import LEVEL, ONE_SD, Estimate
 
 RISING, PLATEAU = "rising", "plateau"
@@ -108,6 +108,13 @@ class StageFit:
     def movement(self, series: int) -> tuple[np.ndarray, np.ndarray, float]:
         """Return how far one series moved the expected way in each half of the run; see ``stages.movement``."""
         return movement(self.steps, self.values[:, series] * EXPECTED_SIGNS[series])
+
+    @cached_property
+    def persistence(self) -> tuple[float, ...]:
+        """Prior weights of the autocorrelation of the run's states; see ``intervals.persistence_of``."""
+        if len(self.steps) < MIN_STEPS:
+            return MEASURED
+        return persistence_of(self.values, trend_weights(self, self.steps)[0], self.steps)
 
     @cached_property
     def two_stages(self) -> Estimate:

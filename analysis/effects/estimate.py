@@ -108,24 +108,38 @@ def mean_of_runs(found: Sequence[Estimate], of: str) -> Estimate:
     return between if between.width > within.width else replace(within, blocks=np.inf)
 
 
-def plateau_level(frame: pl.DataFrame, run_ids: Sequence[str], values: Sequence[str], effect: Effect) -> Estimate:
+def plateau_level(
+    runs: Runs, frame: pl.DataFrame, run_ids: Sequence[str], values: Sequence[str], effect: Effect
+) -> Estimate:
     """Return an effect on totals over a stage; ``frame`` has one row per run, step, and prompt."""
 
-    def judge(_: str, part: pl.DataFrame) -> Estimate:
-        return level(_codes(part, "step"), _codes(part, "prompt_id"), _matrix(part, values), effect)
+    def judge(run: str, part: pl.DataFrame) -> Estimate:
+        persistence = runs.stage_fits[run].persistence
+        steps, prompts = _codes(part, "step"), _codes(part, "prompt_id")
+        return level(steps, prompts, _matrix(part, values), effect, persistence=persistence)
 
     return over_runs(frame, run_ids, judge, "prompts")
 
 
-def mean_of_steps(frame: pl.DataFrame, run_ids: Sequence[str], values: Sequence[str], effect: Effect) -> Estimate:
+def mean_of_steps(
+    runs: Runs, frame: pl.DataFrame, run_ids: Sequence[str], values: Sequence[str], effect: Effect
+) -> Estimate:
     """Return the mean over steps of an effect on the totals of each step."""
 
-    def judge(_: str, part: pl.DataFrame) -> Estimate:
+    def judge(run: str, part: pl.DataFrame) -> Estimate:
         steps, series, noise, noise_df = step_values(
             _codes(part, "step"), _codes(part, "prompt_id"), _matrix(part, values), effect
         )
         weights = np.full(len(steps), 1 / max(len(steps), 1))
-        return contrast(series, np.ones((len(steps), 1)), weights, steps=steps, noise=noise, noise_df=noise_df)
+        return contrast(
+            series,
+            np.ones((len(steps), 1)),
+            weights,
+            steps=steps,
+            noise=noise,
+            noise_df=noise_df,
+            persistence=runs.stage_fits[run].persistence,
+        )
 
     return over_runs(frame, run_ids, judge, "steps")
 
@@ -173,7 +187,15 @@ def change_of(
         )
     basis, weights = trend_weights(fit, steps, noise)
     return contrast(
-        series, basis, weights, steps=steps, noise=noise, noise_df=noise_df, num_relevant=rising, n=len(steps)
+        series,
+        basis,
+        weights,
+        steps=steps,
+        noise=noise,
+        noise_df=noise_df,
+        num_relevant=rising,
+        persistence=fit.persistence,
+        n=len(steps),
     )
 
 

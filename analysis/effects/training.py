@@ -161,7 +161,7 @@ def plateau(stem: str, values: Sequence[str], effect: Effect) -> Judged:
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_plateau(runs, run_ids)
-        return plateau_level(fetch(runs, stem, run_ids), run_ids, values, effect)
+        return plateau_level(runs, fetch(runs, stem, run_ids), run_ids, values, effect)
 
     return judge
 
@@ -188,7 +188,7 @@ def moved(values: Sequence[str], effect: Effect) -> Judged:
         require_plateau(runs, run_ids)
         frame = fetch(runs, "movement_sums", run_ids)
         potential.require_movement(frame)
-        return plateau_level(frame, run_ids, values, effect)
+        return plateau_level(runs, frame, run_ids, values, effect)
 
     return judge
 
@@ -225,7 +225,7 @@ def against_random(effect: Effect) -> Judged:
         sums = fetch(runs, "movement_sums", run_ids)
         potential.require_movement(sums)
         frame = potential.with_bins(sums, fetch(runs, "movement_potential", run_ids))
-        return mean_of_steps(frame, run_ids, potential.VALUES, effect)
+        return mean_of_steps(runs, frame, run_ids, potential.VALUES, effect)
 
     return judge
 
@@ -237,7 +237,7 @@ def end_at_equal_entropy(column: str) -> Judged:
         require_plateau(runs, run_ids)
         potential.require_movement(fetch(runs, "movement_sums", run_ids))
         frame = potential.spread_parts(fetch(runs, "end_by_entropy", run_ids), column)
-        return plateau_level(frame, run_ids, potential.PARTS, potential.end_over_middle)
+        return plateau_level(runs, frame, run_ids, potential.PARTS, potential.end_over_middle)
 
     return judge
 
@@ -292,7 +292,7 @@ def _long_enough(runs: Runs, run: str) -> StageFit:
     """Return the run's stages, or raise ``NoEffectError`` where the run is too short for any."""
     fit = runs.stage_fits[run]
     if fit.num_steps < MIN_STEPS:
-        raise NoEffectError(f"run {run} has {count(range(fit.num_steps), 'step')}, a trend needs {MIN_STEPS}")
+        raise NoEffectError(f"the run has {count(range(fit.num_steps), 'step')}, a trend needs {MIN_STEPS}")
     return fit
 
 

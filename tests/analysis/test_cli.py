@@ -94,9 +94,11 @@ def test_tables_prints_every_column(command):
 
 def test_claims_as_text_and_json(command, tiny_path: Path):
     text = command("claims", str(tiny_path))[1]
-    assert b"S1  entropy          none             supported" in text
+    assert b"S1  entropy slows    none             supported" in text
     assert b"    figure stage_dynamics, analysis/sql/stage/stage_dynamics.sql\n" in text
-    assert json.loads(command("claims", str(tiny_path), "--json")[1])["overall"]["S1"] == "supported"
+    first = json.loads(command("claims", str(tiny_path), "--json")[1])["verdicts"][0]
+    assert (first["claim"], first["part"], first["verdict"]) == ("S1", "entropy slows", "supported")
+    assert first["null"] == "a straight line, or noise that drifts"
 
 
 def test_report_names_the_page(command, tiny_path: Path, tmp_path: Path):

@@ -106,10 +106,10 @@ def test_primary_metric_by_hand(comparison: Comparison):
     assert (row["num_seeds"], row["num_prompts"], row["covers"]) == (3, 6, "prompts and seeds")
     assert (row["arm"], row["baseline"], row["benchmark"], row["unit"]) == ("ppl", "none", "held", "accuracy, k = 4")
     assert (row["is_primary"], row["verdict"]) == (True, "inconclusive")
-    # (.407 / .01)^2 times three seeds, rounded up to two digits.
+    # (.407 / .01)^2 times three seeds would be no advice.
     assert row["why"] == (
         "the interval holds zero as well as differences that matter; this comparison was too small: it could have "
-        "detected 0.41; about 5,000 seeds would be enough"
+        "detected 0.41; it would take more than 100 times its 3 seeds"
     )
 
 

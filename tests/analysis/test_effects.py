@@ -31,14 +31,16 @@ def fake_runs(frame: pl.DataFrame, **frames: pl.DataFrame) -> SimpleNamespace:
     rng = np.random.default_rng(0)
     fit = fit_stages(STEP, 1 - shape / 2 + rng.normal(0, 0.01, STEPS), shape / 2 + rng.normal(0, 0.01, STEPS))
     return SimpleNamespace(
-        stage_fits={"r": fit}, manifests={"r": {}}, query_once=lambda stem, run_ids: frames.get(stem, frame)
+        stage_fits=dict.fromkeys("rabc", fit),
+        manifests={"r": {}},
+        query_once=lambda stem, run_ids: frames.get(stem, frame),
     )
 
 
 def test_level_is_the_ratio_of_totals():
     rng = np.random.default_rng(0)
     frame = sums_of(rng.normal(3, 1, (60, PROMPTS))).with_columns(n=rng.integers(1, 4, 60 * PROMPTS))
-    estimate = plateau_level(frame, ["r"], ["total", "n"], ratio(0, 1))
+    estimate = plateau_level(fake_runs(frame), frame, ["r"], ["total", "n"], ratio(0, 1))
     assert estimate.value == pytest.approx(frame["total"].sum() / frame["n"].sum())
     assert (estimate.n, estimate.of) == (60 * PROMPTS, "prompts, 1 run")
 
@@ -48,7 +50,7 @@ def test_runs_that_disagree_widen_the_interval():
     frame = pl.concat(
         [sums_of(rng.normal(mean, 0.1, (60, PROMPTS)), run) for run, mean in (("a", 0), ("b", 1), ("c", 2))]
     )
-    estimate = plateau_level(frame, ["a", "b", "c"], ["total", "n"], ratio(0, 1))
+    estimate = plateau_level(fake_runs(frame), frame, ["a", "b", "c"], ["total", "n"], ratio(0, 1))
     assert estimate.value == pytest.approx(1, abs=0.01)
     # Student's t with two degrees of freedom over 0, 1, 2.
     assert estimate.width == pytest.approx(2 * 4.3027 / np.sqrt(3), rel=0.02)
@@ -66,7 +68,7 @@ def test_one_run_without_information_leaves_none_to_the_mean_of_two():
 def test_effect_without_a_denominator_is_no_effect():
     frame = sums_of(np.ones((STEPS, PROMPTS))).with_columns(n=0)
     with pytest.raises(NoEffectError, match="holds no such tokens or responses"):
-        plateau_level(frame, ["r"], ["total", "n"], ratio(0, 1))
+        plateau_level(fake_runs(frame), frame, ["r"], ["total", "n"], ratio(0, 1))
 
 
 def test_interval_of_an_excess_holds_where_the_divisor_is_small():

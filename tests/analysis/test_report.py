@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -10,6 +11,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from analysis.effects.estimate import count
 from analysis.export import render, to_report_csv
 from analysis.figures import MODULES
 from analysis.report import MARK, NUM_PARTS, _provenance, write_report
@@ -60,7 +62,9 @@ def test_page_shows_failed_runs_queries_and_verdicts(report: Path):
     assert "analysis/sql/token/entropy_by_position.sql" in page
     assert "select * from final" in page
     assert page.count('class="chip supported"') > 5
-    assert json.loads((report / "claims.json").read_text())["overall"]["S1"] == "supported"
+    scorecard = json.loads((report / "claims.json").read_text())
+    assert scorecard["overall"]["S2"] == "supported"
+    assert all(verdict["null"] in html.unescape(page) for verdict in scorecard["verdicts"])
 
 
 def test_final_table_in_csv_keeps_failed_runs(report: Path):
@@ -191,7 +195,7 @@ def test_runs_of_a_few_steps_have_a_report(steps: tuple[int, ...], tmp_path: Pat
     assert (tmp_path / "report" / "exchange_law.png").exists()
     verdicts = json.loads((tmp_path / "report" / "claims.json").read_text())["verdicts"]
     assert {verdict["verdict"] for verdict in verdicts if verdict["claim"] != "S1"} == {"not recorded"}
-    assert f"the run has {len(steps)} steps, a boundary needs 20" in verdicts[0]["why"]
+    assert f"the run has {count(steps, 'step')}, a trend needs 20" in verdicts[0]["why"]
 
 
 def test_what_cannot_be_known_is_said_with_its_reason(tmp_path: Path):

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from analysis.claims import judge
 from analysis.progress import Progress
 from analysis.runs import open_runs
 from analysis.trace.errors import InputError, nearest
-from tests.calibration import parameters, simulate, simulate_arms, truth
+from tests.calibration import figure_rows, parameters, simulate, simulate_arms, truth
 from tests.calibration.parameters import World
 from tests.calibration.summary import Outcome, render, summarize
 from tests.calibration.worlds import WORLDS
@@ -50,15 +51,25 @@ def simulate_once(name: str, seed: int) -> Outcome:
             simulate.write_run(folder / "run", simulate.simulate_run(world, rng), rng)
         else:
             simulate_arms.write_ablation(folder, world, rng)
-        verdicts = judge(open_runs(folder))
+        runs = open_runs(folder)
+        found = [(f"{v.claim}/{v.part}", v.subject, v.verdict, v.effect, v.low, v.high) for v in judge(runs)]
+        if isinstance(world, World) and world.has_tokens:
+            found += figure_rows.figure_rows(runs)
     finally:
         shutil.rmtree(folder)
-    return [(f"{v.claim}/{v.part}", v.subject, v.verdict, v.effect, v.low, v.high) for v in verdicts]
+    return found
 
 
 def truth_once(name: str, num_runs: int = truth.TRUTH_RUNS) -> truth.Truth:
     """Return the truth of a world."""
-    return truth.truth_of(WORLDS[name].world, np.random.default_rng([SEED, *name.encode()]), num_runs)
+    world, rng = WORLDS[name].world, np.random.default_rng([SEED, *name.encode()])
+    found = truth.truth_of(world, rng, num_runs)
+    if isinstance(world, World) and world.has_tokens and world.boundary:
+        of_runs = [
+            figure_rows.figure_truth(simulate.simulate_run(replace(world, rho=0.0), rng)) for _ in range(num_runs)
+        ]
+        found |= {part: float(np.mean([run[part] for run in of_runs])) for part in of_runs[0]}
+    return found
 
 
 class Store:
@@ -113,13 +124,14 @@ def outcome_key(name: str) -> str:
     folder = Path(analysis.__file__).parent
     ledger = folder.parent / "reports" / "claims.toml"
     paths = [*sorted(folder.rglob("*.py")), *sorted(folder.rglob("*.sql")), ledger]
+    paths.append(Path(figure_rows.__file__))
     return _hash(name, [path for path in paths if "figures" not in path.parts])
 
 
 @cache
 def truth_key(name: str) -> str:
     """Return a hash of a world's parameters, the simulator, and the reference statistics."""
-    return _hash(name, [Path(truth.__file__)])
+    return _hash(name, [Path(truth.__file__), Path(figure_rows.__file__)])
 
 
 def _hash(name: str, paths: Sequence[Path]) -> str:

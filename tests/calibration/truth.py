@@ -142,7 +142,7 @@ def _levels(run: Run, rng: np.random.Generator) -> Truth:
     }
 
 
-def _at_length(run: Run, in_plateau: np.ndarray) -> np.ndarray:
+def at_equal_length(run: Run, in_plateau: np.ndarray) -> np.ndarray:
     """Return surprisal at equal log length within groups, ``(groups, responses)`` of the plateau."""
     keep = run.by_group(in_plateau)[..., 0]
     x, y = np.log(run.by_group(run.length)[keep]), run.by_group(run.surprisal)[keep]
@@ -154,7 +154,7 @@ def _half_difference(run: Run, in_plateau: np.ndarray) -> float:
     """Return the accuracy of the low-perplexity half of mixed groups minus that of the high half."""
     right = run.by_group(run.is_correct)[run.by_group(in_plateau)[..., 0]]
     mixed = right.any(1) & ~right.all(1)
-    order = _at_length(run, in_plateau)[mixed].argsort(1)
+    order = at_equal_length(run, in_plateau)[mixed].argsort(1)
     ordered = np.take_along_axis(right[mixed], order, 1)
     half = run.world.group // 2
     return float(ordered[:, :half].mean() - ordered[:, -half:].mean())
@@ -167,7 +167,7 @@ def _high(values: np.ndarray) -> np.ndarray:
 def _reasoning_difference(run: Run, tokens: Tokens, in_plateau: np.ndarray) -> float:
     """Return the share of reasoning tokens beyond that of other responses at equal position, low minus high third."""
     tercile = np.zeros(len(run.step), dtype=int)
-    tercile[in_plateau] = terciles(_at_length(run, in_plateau)[None])
+    tercile[in_plateau] = terciles(at_equal_length(run, in_plateau)[None])
     at = np.flatnonzero((in_plateau & run.is_kept)[tokens.row])
     at = at[_high(tokens.entropy[at])]
     row = tokens.row[at]
@@ -223,7 +223,7 @@ def _movement(run: Run, tokens: Tokens, rng: np.random.Generator) -> Truth:
 def _against_random(p: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
     """Return the share of the top fifth, and of tokens that hardly move, minus those under random logit changes."""
     drawn = _random_movement(p, size, rng)
-    return _top_share(size) - _top_share(drawn), float((size <= STILL).mean() - (drawn <= STILL).mean())
+    return top_share(size) - top_share(drawn), float((size <= STILL).mean() - (drawn <= STILL).mean())
 
 
 def _random_movement(p: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -233,7 +233,7 @@ def _random_movement(p: np.ndarray, size: np.ndarray, rng: np.random.Generator) 
     return spread * mobility * np.abs(rng.normal(size=len(p)))
 
 
-def _top_share(size: np.ndarray) -> float:
+def top_share(size: np.ndarray) -> float:
     ordered = np.sort(size)[::-1]
     return float(ordered[: round(0.2 * len(ordered))].sum() / ordered.sum())
 

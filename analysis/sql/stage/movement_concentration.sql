@@ -20,7 +20,7 @@ per_step as (
     stage,
     step,
     quantile_cont(movement, [0.99, 0.95, 0.8]) as thresholds,
-    sum(movement) as step_movement
+    sum(movement order by movement) as step_movement
   from moved
   group by all
   having sum(movement) > 0
@@ -36,9 +36,9 @@ tops as (
   from (values (1, 0.01), (2, 0.05), (3, 0.2)) as _ (place, top)
 ),
 random_shares as (
-  select run_id, stage, top, avg(random_share) as random
+  select run_id, stage, top, avg(random_share order by step) as random
   from (
-    select run_id, stage, step, top, random_top_share(list({'bin': bin, 'tokens': tokens}), top) as random_share
+    select run_id, stage, step, top, random_top_share(list({'bin': bin, 'tokens': tokens} order by bin), top) as random_share
     from bins, tops
     group by run_id, stage, step, top
   )
@@ -52,8 +52,9 @@ per_prompt as (
     top,
     step,
     prompt_id,
-    sum(greatest(movement - thresholds[place], 0) + top * thresholds[place]) / any_value(step_movement) as top_share,
-    sum(movement) / any_value(step_movement) as share_of_step,
+    sum(greatest(movement - thresholds[place], 0) + top * thresholds[place] order by movement)
+      / any_value(step_movement) as top_share,
+    sum(movement order by movement) / any_value(step_movement) as share_of_step,
     count(*) as tokens
   from moved
   join per_step using (run_id, stage, step)
