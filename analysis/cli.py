@@ -107,16 +107,23 @@ def tables(
 
 
 @app.command()
-def claims(runs: RunsArgument, json: JsonOption = False) -> None:
+def claims(
+    runs: RunsArgument,
+    ledger: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Claims to judge (default: the shipped claims.toml).")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
     """Print the scorecard: what the runs say about each claim.
 
     Example: entrace claims data/runs/study --json
     """
-    from analysis.claims import judge, overall
+    from analysis.claims import judge, load_ledger, overall
     from analysis.runs import open_runs
 
+    chosen = load_ledger(ledger)
     opened = open_runs(runs)
-    verdicts = judge(opened)
+    verdicts = judge(opened, chosen)
     _remark(opened)
     if json:
         print_json({"overall": overall(verdicts), "verdicts": [verdict.to_dict() for verdict in verdicts]})
@@ -125,6 +132,7 @@ def claims(runs: RunsArgument, json: JsonOption = False) -> None:
         figures = f"{v.effect:.3g} [{v.low:.3g}, {v.high:.3g}] {v.unit}, n = {v.n:,} {v.of}" if v.n else ""
         say(f"{v.claim:<3} {v.part:<16} {v.subject:<16} {v.verdict:<13} {figures}".rstrip())
         say(f"    {v.why}")
+        say(f"    null: {v.null}" + (f"; detectable from {v.detectable:.3g} on" if v.detectable is not None else ""))
         say(f"    figure {v.figure}, {v.sql}")
 
 
