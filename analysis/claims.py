@@ -142,7 +142,9 @@ def _shipped_ledger() -> dict[str, dict[str, Any]]:
 def _read_ledger(path: Path) -> dict[str, dict[str, Any]]:
     try:
         ledger = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path}: not a ledger ({' '.join(str(error).split())})") from None
     for claim, entry in ledger.items():
         _require(entry, CLAIM_KEYS, f"{path}: claim {claim}")
