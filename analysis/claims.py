@@ -170,10 +170,12 @@ def _about_training(claim: str, entry: Mapping[str, Any], runs: Runs) -> Iterato
             if not run_ids:
                 yield _Finding(claim, part, subject, None, "no run has recorded a step", is_recorded=False)
                 continue
-            try:
-                yield _Finding(claim, part, subject, training.PARTS[claim][part](runs, run_ids))
-            except NoEffectError as reason:
-                yield _Finding(claim, part, subject, None, str(reason), reason.is_recorded)
+            for series, judged in training.judges(claim, part, runs, run_ids):
+                name = f"{subject}, {series}" if series else subject
+                try:
+                    yield _Finding(claim, part, name, judged())
+                except NoEffectError as reason:
+                    yield _Finding(claim, part, name, None, str(reason), reason.is_recorded)
 
 
 def _of_training(ledger: Ledger, finding: _Finding, p_adjusted: float | None, num_tests: int) -> Verdict:

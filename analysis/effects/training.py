@@ -6,8 +6,9 @@ part are in reports/claims.toml.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -242,25 +243,42 @@ def end_at_equal_entropy(column: str) -> Judged:
     return judge
 
 
-def interventions(values: Sequence[str], effect: Effect) -> Judged:
-    """Return a judge of an effect on the rows of ``impact_sums``, of one series per run."""
+def interventions(values: Sequence[str], effect: Effect) -> Callable[..., Estimate]:
+    """Return a judge of an effect on the rows of ``impact_sums``, of one series if the runs hold several."""
 
-    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+    def judge(runs: Runs, run_ids: Sequence[str], series: Series | None = None) -> Estimate:
+        import polars as pl
+
         frame = fetch(runs, "impact_sums", run_ids)
-        series = frame.select("run_id", *SERIES).unique()
-        kinds = series.select(SERIES).unique().sort(SERIES)
-        if len(series) > len(run_ids) or len(kinds) > 1:
-            found = "; ".join(
-                ", ".join(f"{name} {value}" for name, value in zip(SERIES, row, strict=True)) for row in kinds.rows()
-            )
-            raise NoEffectError(f"series of interventions that differ are not pooled: {found}", is_recorded=True)
-        return prompts_level(frame, run_ids, values, effect, bounds=(-2.0, 2.0))
+        if series is not None:
+            frame = frame.filter(pl.col(name).eq_missing(pl.lit(value)) for name, value in series.items())
+        return prompts_level(frame, sorted(frame["run_id"].unique()), values, effect, bounds=(-2.0, 2.0))
 
     return judge
 
 
-# What sets series of interventions apart.
+def judges(claim: str, part: str, runs: Runs, run_ids: Sequence[str]) -> Iterator[tuple[str, Callable[[], Estimate]]]:
+    """Yield how to judge a part of a claim, once for each series of interventions where it is about those.
+
+    Series with another checkpoint, selection, seed, or temperature measure another quantity, and are never pooled.
+
+    Returns:
+        Name of the series, empty where there is one or none, and a function that gives the estimate.
+    """
+    judge = PARTS[claim][part]
+    frame = runs.query_once("impact_sums", run_ids).select(SERIES).unique() if claim in INTERVENED else None
+    if frame is None or frame.height < 2:
+        yield "", partial(judge, runs, run_ids)
+        return
+    for series in frame.sort(SERIES).iter_rows(named=True):
+        known = {name.removesuffix("_step"): value for name, value in series.items() if value is not None}
+        yield ", ".join(f"{name} {value}" for name, value in known.items()), partial(judge, runs, run_ids, series)
+
+
+# What sets series of interventions apart, and the claims that are judged on them.
 SERIES = ("checkpoint_step", "selection", "seed", "temperature")
+INTERVENED = ("I2", "T2")
+Series = Mapping[str, object]
 
 
 def negate(found: Estimate) -> Estimate:
@@ -298,7 +316,7 @@ def _long_enough(runs: Runs, run: str) -> StageFit:
 
 _DIRECTION = ["positive_dp", "positive_tokens", "negative_dp", "negative_tokens", "high_movement", "high_tokens"]
 
-PARTS: dict[str, dict[str, Judged]] = {
+PARTS: dict[str, dict[str, Callable[..., Estimate]]] = {
     "S1": {
         "entropy slows": of_policy(slows(0)),
         "accuracy slows": of_policy(slows(1)),

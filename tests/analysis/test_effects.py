@@ -289,9 +289,16 @@ def test_entropy_that_falls_first_does_not_carry_an_accuracy_that_rises_late():
         assert fit.high < 0
 
 
-def test_series_of_interventions_that_differ_are_not_pooled():
-    row = {"run_id": "r", "prompt_id": "p", "checkpoint_step": 100, "seed": 0, "temperature": 1.0}
-    row |= dict.fromkeys(("late_impact", "late_tokens", "early_impact", "early_tokens"), 1.0)
-    frame = pl.DataFrame([row | {"selection": name} for name in ("entropy 0-1", "entropy 0.8-1")])
-    with pytest.raises(NoEffectError, match=r"not pooled: .*entropy 0-1.*; .*entropy 0\.8-1"):
-        training.PARTS["T2"]["impact"](fake_runs(frame), ["r"])
+def test_each_series_of_interventions_is_judged_by_itself():
+    series = {"checkpoint_step": 100, "seed": 0, "temperature": 1.0}
+    rows = [
+        {"run_id": "r", "prompt_id": f"p{i}", "selection": selection, "late_impact": impact} | series
+        for selection, impact in (("entropy 0-1", 0.1), ("entropy 0.8-1", 0.3))
+        for i in range(6)
+    ]
+    frame = pl.DataFrame(rows).with_columns(late_tokens=1, early_tokens=1, early_impact=0.0)
+    found = {name: judged().value for name, judged in training.judges("T2", "impact", fake_runs(frame), ["r"])}
+    assert found == {
+        "checkpoint 100, selection entropy 0-1, seed 0, temperature 1.0": pytest.approx(0.1),
+        "checkpoint 100, selection entropy 0.8-1, seed 0, temperature 1.0": pytest.approx(0.3),
+    }
