@@ -30,7 +30,7 @@ from analysis.claims import judge
 from analysis.progress import Progress
 from analysis.runs import open_runs
 from analysis.trace.errors import InputError, nearest
-from tests.calibration import figure_rows, parameters, simulate, simulate_arms, truth
+from tests.calibration import figure_rows, parameters, real_cases, simulate, simulate_arms, truth
 from tests.calibration.parameters import World
 from tests.calibration.summary import Outcome, render, summarize
 from tests.calibration.worlds import WORLDS
@@ -91,6 +91,14 @@ class Store:
         """Append an outcome."""
         self._append(f"{name}.jsonl", {"key": outcome_key(name), "seed": seed, "outcome": outcome})
 
+    def real(self, name: str) -> list[Any] | None:
+        """Return the saved verdicts on a real case."""
+        return next((line["rows"] for line in self._lines(f"{name}.jsonl", real_key())), None)
+
+    def save_real(self, name: str, rows: Sequence[Any]) -> None:
+        """Append the verdicts on a real case."""
+        self._append(f"{name}.jsonl", {"key": real_key(), "rows": rows})
+
     def truth(self, name: str) -> truth.Truth | None:
         """Return the saved truth of a world."""
         return next((line["truth"] for line in self._lines(f"{name}.truth.jsonl", truth_key(name))), None)
@@ -121,11 +129,20 @@ def _parse(text: str) -> dict[str, Any] | None:
 @cache
 def outcome_key(name: str) -> str:
     """Return a hash of a world's parameters, the simulator, and everything that judges."""
+    return _hash(name, [*_judging(), Path(figure_rows.__file__)])
+
+
+def _judging() -> list[Path]:
+    """Return the files that verdicts depend on."""
     folder = Path(analysis.__file__).parent
-    ledger = folder.parent / "reports" / "claims.toml"
-    paths = [*sorted(folder.rglob("*.py")), *sorted(folder.rglob("*.sql")), ledger]
-    paths.append(Path(figure_rows.__file__))
-    return _hash(name, [path for path in paths if "figures" not in path.parts])
+    paths = [*sorted(folder.rglob("*.py")), *sorted(folder.rglob("*.sql")), folder.parent / "reports" / "claims.toml"]
+    return [path for path in paths if "figures" not in path.parts]
+
+
+@cache
+def real_key() -> str:
+    """Return a hash of everything that judges a real case; its training takes the same code as any."""
+    return _hash("", [Path(real_cases.__file__), *_judging()])
 
 
 @cache
@@ -135,7 +152,7 @@ def truth_key(name: str) -> str:
 
 
 def _hash(name: str, paths: Sequence[Path]) -> str:
-    content = hashlib.sha256(repr(WORLDS[name].world).encode())
+    content = hashlib.sha256(repr(WORLDS[name].world if name else "").encode())
     for path in [*paths, *(Path(str(module.__file__)) for module in SIMULATORS)]:
         content.update(path.read_bytes())
     return content.hexdigest()[:16]
@@ -169,18 +186,27 @@ def run(names: Sequence[str], simulations: int, jobs: int, store: Store, truth_r
             raise
 
 
+def run_real(names: Sequence[str], store: Store) -> None:
+    """Train and judge the real cases that the store lacks."""
+    for name in names:
+        if store.real(name) is None:
+            with tempfile.TemporaryDirectory(prefix="entrace-") as folder:
+                store.save_real(name, real_cases.judge_real(name, Path(folder) / "run"))
+
+
 def choose(text: str | None) -> list[str]:
-    """Return the worlds named in a comma-separated list, all without one.
+    """Return the worlds and real cases named in a comma-separated list, all without one.
 
     Raises:
         InputError: a world is unknown.
     """
+    known = [*WORLDS, *real_cases.REAL_CASES]
     if text is None:
-        return list(WORLDS)
+        return known
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in WORLDS:
-            raise InputError(f'--worlds: unknown world "{name}"{nearest(name, WORLDS)}')
+        if name not in known:
+            raise InputError(f'--worlds: unknown world "{name}"{nearest(name, known)}')
     return list(dict.fromkeys(names))
 
 
@@ -207,10 +233,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"calibrate: {error}", file=sys.stderr)
         return 2
     store = Store(options.cache, keep=options.keep)
-    run(names, options.simulations, options.jobs, store)
+    run([name for name in names if name in WORLDS], options.simulations, options.jobs, store)
+    run_real([name for name in names if name in real_cases.REAL_CASES], store)
     # The page holds every world that was ever simulated with this code, with all its simulations.
     saved = {name: list(store.outcomes(name).values()) for name in WORLDS}
-    summary = summarize({name: (found, store.truth(name) or {}) for name, found in saved.items() if found})
+    real = {name: rows for name in real_cases.REAL_CASES if (rows := store.real(name)) is not None}
+    summary = summarize({name: (found, store.truth(name) or {}) for name, found in saved.items() if found}, real)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
     options.out.with_suffix(".md").write_text(render(summary))

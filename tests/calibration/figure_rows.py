@@ -27,7 +27,7 @@ def figure_rows(runs: Runs) -> list[tuple[str, str, str, float | None, float | N
     """Return part, subject, verdict, value, and interval of each figure that has such a row."""
     found = []
     for stem, (which, name) in ROWS.items():
-        frame = runs.query(stem, stage=STAGE).filter(pl.col(key) == value for key, value in which.items())
+        frame = runs.query(stem, stage=STAGE).filter([pl.col(key) == value for key, value in which.items()])
         for run_id, *numbers in frame.select("run_id", name, "low", "high").iter_rows():
             found.append((f"figure/{stem}", run_id, INCONCLUSIVE, *numbers))
     return found

@@ -7,22 +7,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from analysis.claims import CONTRADICTED, SUPPORTED, judge
+from analysis.runs import open_runs
 from trainer import train as training
 from trainer.batch import Batch
 from trainer.config import load_config
 from trainer.update import AfterUpdate, Learner, UpdateMetrics
 
-FROZEN = ["optim.lr=1e-12", "optim.weight_decay=0.0", "steps=60", "eval.every=60"]
-RANDOM_UPDATE = ["steps=120", "eval.every=120"]
-# Claims about what an update does to tokens.
-ABOUT_UPDATES = ("S5", "S6", "T3")
-# Claims that no unchanging policy can support: all but those about the shape of responses and about methods.
+FROZEN = ("optim.lr=1e-12", "optim.weight_decay=0.0")
+# Parts about what an update does to tokens, and all about training. (The gradient of T3 is one of the policy as it is.)
+ABOUT_UPDATES = ("S5", "S6", "T3/movement")
 ABOUT_TRAINING = ("S1", "E1", "S2", "S3", "S4", *ABOUT_UPDATES)
 
 
@@ -50,15 +51,57 @@ class RandomlyCaptured(Learner):
                 weight.copy_(new)
 
 
-def train_frozen(folder: Path, overrides: Sequence[str] = FROZEN) -> Path:
+def train_frozen(folder: Path, overrides: Sequence[str]) -> Path:
     """Train the embedded policy without moving it, and record the run in ``folder``."""
-    training.train(load_config("tiny", list(overrides)), folder, {"study": "real", "arm": "none"})
+    training.train(load_config("tiny", [*FROZEN, *overrides]), folder, {"study": "real", "arm": "none"})
     return folder
 
 
-def train_with_random_updates(folder: Path, overrides: Sequence[str] = RANDOM_UPDATE) -> Path:
+def train_with_random_updates(folder: Path, overrides: Sequence[str]) -> Path:
     """Train the embedded policy, capture what random updates would have done, and record the run in ``folder``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "Learner", RandomlyCaptured)
         training.train(load_config("tiny", list(overrides)), folder, {"study": "real", "arm": "none"})
     return folder
+
+
+@dataclass(frozen=True)
+class RealCase:
+    """A real run: what it is, how to make it, and the claims that must earn no verdict on it."""
+
+    about: str
+    train: Callable[[Path, Sequence[str]], Path]
+    overrides: tuple[str, ...]
+    absent: tuple[str, ...]
+
+
+REAL_CASES = {
+    "real-frozen": RealCase(
+        "The embedded policy for 60 steps, its weights never moved.",
+        train_frozen,
+        ("steps=60", "eval.every=60"),
+        ABOUT_TRAINING,
+    ),
+    "real-random-update": RealCase(
+        "The embedded policy, trained for 120 steps; after-update values of weights that moved at random, as far as "
+        "the update moved them.",
+        train_with_random_updates,
+        ("steps=120", "eval.every=120"),
+        ABOUT_UPDATES,
+    ),
+}
+
+
+def judge_real(
+    name: str, folder: Path, overrides: Sequence[str] | None = None
+) -> list[tuple[str, str, float | None, float | None, float | None]]:
+    """Train a real case in ``folder`` and return part, verdict, effect, and interval of the claims absent from it."""
+    case = REAL_CASES[name]
+    verdicts = judge(open_runs(case.train(folder, case.overrides if overrides is None else overrides)))
+    found = [(f"{v.claim}/{v.part}", v.verdict, v.effect, v.low, v.high) for v in verdicts]
+    return [row for row in found if row[0].startswith(case.absent)]
+
+
+def false_parts(rows: Sequence[Sequence[object]]) -> list[str]:
+    """Return the parts that earned a verdict all the same."""
+    return [str(part) for part, verdict, *_ in rows if verdict in (SUPPORTED, CONTRADICTED)]

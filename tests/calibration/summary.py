@@ -9,6 +9,7 @@ import numpy as np
 from scipy.stats import beta
 
 from analysis.claims import CONTRADICTED, NOT_RECORDED, SUPPORTED
+from tests.calibration.real_cases import REAL_CASES, false_parts
 from tests.calibration.truth import Truth
 from tests.calibration.worlds import INCONCLUSIVE, NOT_SUPPORTED, NULL, WORLDS
 
@@ -35,8 +36,10 @@ def rate_interval(hits: int, n: int) -> tuple[float, float]:
     return low, 1.0 if hits == n else float(beta.ppf(0.975, hits + 1, n - hits))
 
 
-def summarize(results: Mapping[str, tuple[Sequence[Outcome], Truth]]) -> dict[str, Any]:
-    """Return all worlds with their cells, and the targets that are missed, ready for JSON."""
+def summarize(
+    results: Mapping[str, tuple[Sequence[Outcome], Truth]], real: Mapping[str, Sequence[Sequence[Any]]] | None = None
+) -> dict[str, Any]:
+    """Return all worlds with their cells, real cases, and the targets that are missed, ready for JSON."""
     worlds = [_world(name, *result) for name, result in results.items()]
     misses = [f"{world['world']}: {miss}" for world in worlds for miss in world["misses"]]
     misses += [
@@ -45,7 +48,12 @@ def summarize(results: Mapping[str, tuple[Sequence[Outcome], Truth]]) -> dict[st
         for cell in world["cells"]
         for miss in cell["misses"]
     ]
-    return {"worlds": worlds, "misses": misses}
+    cases = [
+        {"case": name, "about": REAL_CASES[name].about, "false": false_parts(rows), "rows": list(map(list, rows))}
+        for name, rows in (real or {}).items()
+    ]
+    misses += [f"{case['case']}: a verdict on {', '.join(case['false'])}" for case in cases if case["false"]]
+    return {"worlds": worlds, "real": cases, "misses": misses}
 
 
 def _world(name: str, outcomes: Sequence[Outcome], truth: Truth) -> dict[str, Any]:
@@ -159,6 +167,12 @@ def render(summary: dict[str, Any], *, with_cells: bool = True) -> str:
             ],
         ),
     ]
+    for case in summary["real"]:
+        rows = [
+            [part, verdict, "-" if effect is None else f"{_number(effect)} [{_number(low)}, {_number(high)}]"]
+            for part, verdict, effect, low, high in case["rows"]
+        ]
+        lines += ["", f"## {case['case']}", "", case["about"], "", *_table(["Part", "Verdict", "Effect"], rows)]
     for world in worlds if with_cells else ():
         lines += ["", f"## {world['world']}", "", world["about"], "", *_table(COLUMNS, map(_describe, world["cells"]))]
     return "\n".join(lines) + "\n"
