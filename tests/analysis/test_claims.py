@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.claims import CONTRADICTED, INCONCLUSIVE, NOT_RECORDED, SUPPORTED, Verdict, judge, load_ledger, overall
+from analysis.effects.training import PARTS
 from analysis.runs import Runs, open_runs
-from analysis.stats import holm
+from analysis.stats import Estimate, holm
 from analysis.trace.errors import InputError
 from tests.analysis.conftest import write_failed
 from tests.analysis.synthetic import NOTHING, Planted, write_run
@@ -73,6 +75,24 @@ def test_absent_effects_in_a_run_with_a_plateau(tmp_path):
         assert found[part].verdict == INCONCLUSIVE
     for part in (("T1", "beginning"), ("T1", "end")):
         assert "no effect that matters" in found[part].why
+
+
+def test_claims_change_little_when_the_boundary_moves_within_its_interval(tmp_path):
+    path = write_run(tmp_path / "run", steps=80, groups=16)
+    fit = open_runs(path).stage_fits["run"]
+    assert fit.low is not None
+    assert fit.high is not None
+    assert fit.low < fit.high
+    found: dict[tuple[str, str], list[Estimate]] = {}
+    for boundary in (fit.boundary, fit.low, fit.high):
+        runs = open_runs(path)
+        runs._fits = {"run": replace(fit, boundary=boundary)}
+        for claim in ("E1", "S2", "S3", "S4", "S5", "S6", "I1", "T1", "T3"):
+            for part, judge_part in PARTS[claim].items():
+                found.setdefault((claim, part), []).append(judge_part(runs, ["run"]))
+    for key, (at_boundary, *moved) in found.items():
+        for estimate in moved:
+            assert abs(estimate.value - at_boundary.value) <= at_boundary.width / 2, key
 
 
 CASES = Path(__file__).parents[1] / "fixtures" / "cases"

@@ -18,6 +18,7 @@ from analysis.report import MARK, NUM_PARTS, _provenance, write_report
 from analysis.runs import Runs, open_runs
 from analysis.trace import InputError, TraceWriter
 from tests.analysis.conftest import step_row, write_failed, write_tiny
+from tests.analysis.synthetic import write_run
 
 HOSTILE = '<script>alert("x")</script>'
 
@@ -214,3 +215,19 @@ def test_what_cannot_be_known_is_said_with_its_reason(tmp_path: Path):
     # Of runs that differ in what they lack, the general hint is all that holds for both.
     TraceWriter.create(tmp_path / "s", {"run_id": "s"}, ["a"]).finish()
     assert "entrace intervene" in open_runs([tmp_path / "r", tmp_path / "s"]).why_empty("interventions")
+
+
+@pytest.mark.parametrize(
+    ("plateau_step", "text"),
+    [
+        (25, "while training, the plateau was detected at step 25, within the interval of the boundary"),
+        (55, "while training, the plateau was detected at step 55, outside the interval of the boundary"),
+        (None, "while training, no plateau was detected"),
+    ],
+)
+def test_page_shows_the_plateau_that_was_detected_while_training(plateau_step: int | None, text: str, tmp_path: Path):
+    path = write_run(tmp_path / "run")
+    manifest = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**manifest, "plateau_step": plateau_step}))
+    [run] = _provenance(open_runs(path))["runs"]
+    assert run["online"] == text

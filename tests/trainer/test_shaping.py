@@ -11,7 +11,7 @@ from trainer import shaping
 from trainer.advantage import ppl_z
 from trainer.config import SHAPING_NAMES, PositionConfig, PplConfig, ShapingConfig, Window
 from trainer.method import TokenBatch
-from trainer.shaping import METHODS, is_on, shape
+from trainer.shaping import METHODS, is_on, shape, waits_for_plateau
 
 from .conftest import token_batch
 
@@ -230,3 +230,17 @@ def test_windows_include_both_ends(window, on):
 
 def test_no_plateau_no_window():
     assert not is_on(Window(start_step="plateau"), 100, plateau_step=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "waits"),
+    [
+        ({"method": "none"}, False),
+        ({"method": "ppl"}, False),
+        ({"method": "ppl+position"}, True),
+        ({"method": "position", "position": {"start_step": 3}}, False),
+        ({"method": "scale_matched", "scale_matched": {"mirrors": "position"}}, True),
+    ],
+)
+def test_shaping_that_starts_at_the_plateau_waits_for_it(options, waits):
+    assert waits_for_plateau(ShapingConfig.model_validate(options)) == waits

@@ -8,6 +8,7 @@ import torch
 from analysis.trace import InputError, read_manifest
 from trainer import train as train_module
 from trainer.config import load_config
+from trainer.plateau import PlateauDetector
 from trainer.train import train
 from trainer.update import TrainingError
 
@@ -238,3 +239,22 @@ def test_a_foreign_schema_version_is_refused(run_dir, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({**read_manifest(run_dir), "schema_version": 99}))
     with pytest.raises(InputError, match="schema_version 99"):
         read_manifest(tmp_path)
+
+
+def test_a_run_without_a_plateau_says_that_position_shaping_stayed_off(tmp_path, caplog):
+    train(load_config("tiny", [*SMALL, "shaping.method=position"]), tmp_path / "run", LABELS)
+    assert "no plateau was detected in 4 steps: shaping that starts there stayed off" in caplog.text
+    assert read_manifest(tmp_path / "run")["plateau_step"] is None
+    assert not read(tmp_path / "run", "steps")["is_shaped"].any()
+
+
+def test_the_detected_plateau_is_recorded(tmp_path):
+    # With a window of two steps and any change tolerated, the seventh step follows the first plateau.
+    detector = ["shaping.plateau.window_steps=2", "shaping.plateau.tolerance=1.0", "steps=8"]
+    train(load_config("tiny", [*SMALL, *detector]), tmp_path / "run", LABELS)
+    found = read_manifest(tmp_path / "run")["plateau_step"]
+    steps = read(tmp_path / "run", "steps")
+    expected = PlateauDetector(load_config("tiny", detector).shaping.plateau)
+    for entropy, accuracy in steps.select("entropy_token_mean", "accuracy").iter_rows():
+        expected.update(entropy, accuracy)
+    assert found == expected.plateau_step
