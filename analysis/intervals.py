@@ -48,7 +48,6 @@ NO_ERROR = 1e-9
 # Of a step whose prompts all agree.
 MIN_RELATIVE_NOISE = 0.05
 MIN_BLOCKS = 3.0
-BLOCKS_CERTAINTY = 0.8
 # Beyond it, Student's t is normal.
 MAX_DF = 1e9
 
@@ -84,9 +83,8 @@ def contrast(
         n: Number of these; the number of steps if not given.
 
     Returns:
-        ``blocks`` is the effective number of independent steps: n over the factor by which autocorrelation inflates the
-        variance, averaged over noise and state by their part in it. There are more of them with a posterior probability
-        of 80 %.
+        ``blocks`` is the effective number of independent steps: their number over the factor by which autocorrelation
+        inflates the variance, averaged over noise and state by their part in it.
     """
     value = float(weights @ y)
     count = len(y) if n is None else n
@@ -111,7 +109,7 @@ def contrast(
     spread = white + posterior.ratio * drift
     # The state repeats itself, the noise does not: each counts as far as it makes the error.
     inflation = (white + posterior.ratio * drift * drift / white) / spread
-    blocks = part / _quantile(inflation, posterior.weight, BLOCKS_CERTAINTY)
+    blocks = part / float(posterior.weight @ inflation)
     scale = np.sqrt(posterior.noise * spread)
     return _from_mixture(value, posterior.weight, scale, posterior.df, count, of, min(blocks, part))
 
@@ -508,13 +506,6 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def _quantile(values: np.ndarray, weights: np.ndarray, level: float) -> float:
-    """Return the value that a share ``level`` of the weight lies at or below."""
-    order = np.argsort(values)
-    place = int(np.searchsorted(np.cumsum(weights[order]), level * weights.sum()))
-    return float(values[order[min(place, len(order) - 1)]])
-
-
 def _residual_variance(y: np.ndarray, basis: np.ndarray) -> float:
     return float(np.var(y - basis @ np.linalg.lstsq(basis, y, rcond=None)[0]))
 
@@ -562,7 +553,10 @@ def _shorten(
         return y, basis, weights, noise, np.asarray(steps)
     starts = np.linspace(0, len(y), MAX_STEPS + 1).astype(int)[:-1]
     sizes = np.diff(np.append(starts, len(y)))
-    mean = lambda values: np.add.reduceat(values, starts, axis=0) / sizes.reshape(-1, *[1] * (values.ndim - 1))  # noqa: E731
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(values, starts, axis=0) / sizes.reshape(-1, *[1] * (values.ndim - 1))
+
     noise = None if noise is None else mean(noise) / sizes
     return mean(y), mean(basis), np.add.reduceat(weights, starts), noise, np.asarray(steps)[starts]
 

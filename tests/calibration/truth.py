@@ -35,7 +35,7 @@ def truth_of(world: World | MethodWorld, rng: np.random.Generator, num_runs: int
     truth = {**_halves(world), **_exchange(world, rng, 5 * num_runs)}
     if not world.has_responses:
         return truth
-    truth |= {**_changes(world), **_relative_falls(world)}
+    truth |= {**_changes(world), **_relative_falls(world, rng, num_runs)}
     if _changes_over_training(world) and not world.boundary:
         return truth
     levels: dict[str, list[float]] = defaultdict(list)
@@ -117,13 +117,28 @@ def _half_distance() -> float:
     return float(np.average(place[late], weights=weight[late]) - np.average(place[~late], weights=weight[~late]))
 
 
-def _relative_falls(world: World) -> Truth:
+def _relative_falls(world: World, rng: np.random.Generator, num_runs: int) -> Truth:
     """S2: ln(start / end) of negative minus that of positive entropy, over the rising stage or the run.
 
-    Right and wrong responses to the same prompts are compared, so that what a prompt is like does not matter.
+    Right and wrong responses to the same prompts are compared, so that what a prompt is like does not matter. With
+    tokens, whose entropy has an upper end, means fall short of the course: the ratio is that of simulated runs, all
+    groups of a step together, along a cubic.
     """
     ratio = np.log(curve(world.negative_entropy, world) / curve(world.positive_entropy, world))
-    fall = float(ratio[0] - ratio[(world.boundary or world.steps) - 1])
+    end = world.boundary or world.steps
+    fall = float(ratio[0] - ratio[end - 1])
+    if world.has_tokens and abs(fall) > STANDSTILL:
+        sums = np.zeros((2, world.steps))
+        for _ in range(num_runs):
+            run = simulate_run(replace(world, rho=0.0), rng)
+            right, level = run.by_group(run.is_correct), run.by_group(run.entropy)
+            mixed = right.any(2) & ~right.all(2)
+            for i, kind in enumerate((~right, right)):
+                means = (level * kind).sum(2) / np.maximum(kind.sum(2), 1)
+                sums[i] += (means * mixed).sum(1)
+        step = np.arange(end)
+        fitted = np.polyval(np.polyfit(step, np.log(sums[0] / sums[1])[:end], 3), step[[0, -1]])
+        fall = float(fitted[0] - fitted[1])
     return dict.fromkeys(("S2/mainly negative", "S2/same prompt"), fall if abs(fall) > STANDSTILL else 0.0)
 
 
