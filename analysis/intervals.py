@@ -441,7 +441,7 @@ def combine(estimates: Sequence[Estimate]) -> Estimate:
     if not (np.isfinite(squares).all() and min(found.df for found in estimates) > 0):
         return Estimate(value, -np.inf, np.inf, 1.0, n, of, np.nan, 0.0, blocks)
     total = squares.sum()
-    # Relative to the largest: squares of small errors underflow.
+    # Relative to the total: squares of small errors underflow.
     share = squares / total if total > 0 else np.full(len(squares), 1 / len(squares))
     pooled = 1 / (share**2 / df).sum()
     return Estimate.from_error(value, float(np.sqrt(total)) / len(estimates), float(pooled), n, of, blocks=blocks)

@@ -98,7 +98,7 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
         The runs, failed ones and those without any data yet included.
 
     Raises:
-        InputError: a path is no trace, has an unreadable schema version, misses a column, or holds a damaged file.
+        InputError: a path is not a trace, has an unreadable schema version, misses a column, or holds a damaged file.
     """
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:

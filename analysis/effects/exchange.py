@@ -59,7 +59,7 @@ def _association(run: str, part: pl.DataFrame) -> Estimate:
         weights = -np.linalg.pinv(basis)[2]
         found.append(contrast(y[:, other], basis, weights, steps=steps))
     both = combine(found)
-    # Both directions share their errors: no gain from averaging, but for the value.
+    # Both directions share their errors: averaging changes the value alone.
     error = float(np.mean([estimate.error for estimate in found])) / reliability
     df = min(estimate.df for estimate in found)
     blocks = min(estimate.blocks for estimate in found)

@@ -73,7 +73,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     """Returns the content of ``run.json``.
 
     Raises:
-        InputError: the folder is no trace, the file is not JSON, or its schema version is not readable.
+        InputError: the folder is not a trace, the file is not JSON, or its schema version is not readable.
     """
     path = Path(run_dir) / MANIFEST
     if not path.is_file():
