@@ -21,12 +21,13 @@ autocorrelation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
 from analysis.stats import CONFIDENCE, Estimate
+from analysis.verdict_rules import MIN_RUNS
 
 # Autocorrelation of the state from one training step to the next, and its prior weight. Where the noise of steps is
 # measured, a state shows as what exceeds it. Where it is not, only the order of steps can tell, and slow states, which
@@ -37,6 +38,8 @@ UNMEASURED = (0.5, 0.5, 1.0, 1.0, 1.0, 2.0, 4.0, 4.0)
 # Variance of the state relative to that of the noise.
 VARIANCE_RATIOS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 102.4, 409.6)
 NO_STATE_MEASURED, NO_STATE_UNMEASURED = 0.5, 0.1
+# Prior weight of runs whose effects are alike, so that they differ by their errors alone.
+ALIKE = 0.2
 # Longer series are averaged over neighboring steps until they are this short.
 MAX_STEPS = 600
 # Mixture components of less weight do not matter to an interval.
@@ -287,7 +290,7 @@ def level(
     of = of or f"prompts in {len(found)} steps"
     num_steps = len(found)
     if num_steps == 1:
-        return over_clusters(sums, prompts, effect, of).with_blocks(1.0)
+        return replace(over_clusters(sums, prompts, effect, of), blocks=1.0)
     series, noise, noise_df = _series(where, prompts, influence, num_steps)
     over_time = contrast(
         series * num_steps + value,
@@ -305,7 +308,7 @@ def level(
     if len(clusters) == len(np.unique(np.column_stack((where, prompts)), axis=0)):
         return over_time
     over_prompts = over_clusters(sums, prompts, effect, of)
-    return over_time if over_prompts.width <= over_time.width else over_prompts.with_blocks(over_time.blocks)
+    return over_time if over_prompts.width <= over_time.width else replace(over_prompts, blocks=over_time.blocks)
 
 
 def step_values(
@@ -425,26 +428,48 @@ def bounded(
     return Estimate(value, min(lower, value), max(upper, value), float(p_value), n, of, float(error), df)
 
 
-def combine(estimates: Sequence[Estimate]) -> Estimate:
-    """Return the mean of estimates of independent runs.
+def combine(estimates: Sequence[Estimate], of: str) -> Estimate:
+    """Return the mean of the estimates of independent runs, with an interval for other runs of the kind.
 
-    Errors add up in squares, with Welch and Satterthwaite's degrees of freedom; ``blocks`` is that of the run with the
-    fewest, since one run without information makes the mean uninformative.
+    Effects of R runs scatter around their mean with some variance u, beyond the error e within each run, so that the
+    mean has variance sum(e^2 + u) / R^2. A few runs cannot determine u: the interval averages over its posterior, on a
+    grid relative to the mean of e^2 (likelihood of the residuals, as in the module). Errors within runs add up with
+    Welch and Satterthwaite's degrees of freedom. Student's t over runs takes their place where they hardly
+    matter beside u, and, given ``MIN_RUNS`` runs, where they are unknown or rest on too few steps (``MIN_BLOCKS``).
+
+    Args:
+        estimates: One per run; a single one is returned as it is, about that run alone.
+        of: What the mean counts.
     """
     if len(estimates) == 1:
-        return estimates[0]
-    value = float(np.mean([found.value for found in estimates]))
+        return replace(estimates[0], of=of)
+    num = len(estimates)
+    values = np.array([found.value for found in estimates])
     squares = np.array([found.error for found in estimates]) ** 2
-    df = np.clip([found.df for found in estimates], 1e-9, MAX_DF)
-    n, of = sum(found.n for found in estimates), estimates[0].of
+    df = np.array([found.df for found in estimates])
+    value, between = float(values.mean()), float(values.var(ddof=1))
+    n = sum(found.n for found in estimates)
     blocks = min(found.blocks for found in estimates)
-    if not (np.isfinite(squares).all() and min(found.df for found in estimates) > 0):
+    is_known = bool(np.isfinite(squares).all() and (df > 0).all())
+    unit = float(squares.mean())
+    if num >= MIN_RUNS and (not is_known or blocks < MIN_BLOCKS):
+        return Estimate.from_error(value, float(np.sqrt(between / num)), num - 1, n, of)
+    if not is_known:
         return Estimate(value, -np.inf, np.inf, 1.0, n, of, np.nan, 0.0, blocks)
-    total = squares.sum()
-    # Relative to the total: squares of small errors underflow.
-    share = squares / total if total > 0 else np.full(len(squares), 1 / len(squares))
-    pooled = 1 / (share**2 / df).sum()
-    return Estimate.from_error(value, float(np.sqrt(total)) / len(estimates), float(pooled), n, of, blocks=blocks)
+    if between >= unit * max(VARIANCE_RATIOS):
+        return Estimate.from_error(value, float(np.sqrt(between / num)), num - 1, n, of, blocks=blocks)
+    ratios = np.array((0.0, *VARIANCE_RATIOS))
+    total = squares / unit + ratios[:, None]
+    part = 1 / total
+    center = (part @ values) / part.sum(1)
+    fit = -0.5 * (np.log(total).sum(1) + np.log(part.sum(1)) + (part * (values - center[:, None]) ** 2).sum(1) / unit)
+    weight = np.full(len(ratios), (1 - ALIKE) / len(VARIANCE_RATIOS))
+    weight[0] = ALIKE
+    weight *= np.exp(fit - fit.max())
+    # Relative to their mean: squares of small errors underflow.
+    pooled = total.sum(1) ** 2 / ((squares / unit) ** 2 / np.minimum(df, MAX_DF)).sum()
+    scale = np.sqrt(unit * total.sum(1)) / num
+    return _from_mixture(value, weight / weight.sum(), scale, pooled, n, of, blocks)
 
 
 def ratio(totals: np.ndarray) -> np.ndarray:
@@ -453,13 +478,14 @@ def ratio(totals: np.ndarray) -> np.ndarray:
 
 
 def _from_mixture(
-    value: float, weights: np.ndarray, scale: np.ndarray, df: float, n: int, of: str, blocks: float
+    value: float, weights: np.ndarray, scale: np.ndarray, df: float | np.ndarray, n: int, of: str, blocks: float
 ) -> Estimate:
     """Summarize a mixture of central t distributions around ``value``, as wide as ``scale``."""
     from scipy import special
 
     kept = weights > NEGLIGIBLE
     weights, scale = weights[kept] / weights[kept].sum(), scale[kept]
+    df = np.broadcast_to(df, kept.shape)[kept]
 
     def below(x: float) -> float:
         return float(weights @ special.stdtr(df, x / scale))

@@ -71,10 +71,6 @@ class Estimate:
         shift = value - self.value
         return replace(self, value=value, low=self.low + shift, high=self.high + shift)
 
-    def with_blocks(self, blocks: float) -> Estimate:
-        """Return the estimate with another effective number of steps."""
-        return replace(self, blocks=blocks)
-
     @classmethod
     def from_draws(cls, value: float, draws: np.ndarray, df: float, n: int, of: str) -> Estimate:
         """Interval and p-value from a bootstrap of ``df`` + 1 independent units.

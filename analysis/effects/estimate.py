@@ -1,24 +1,21 @@
 """From sums per prompt, or series per step, to an effect with its interval.
 
-An effect of several runs is the mean over them. Within a run, ``analysis.intervals`` accounts for autocorrelated steps
-and returning prompts. With ``MIN_RUNS`` runs or more, Student's t over their effects is the second interval, and the
-wider one holds.
+Within a run, ``analysis.intervals`` accounts for autocorrelated steps and returning prompts. An effect of several runs
+is the mean over them; its interval accounts for how much runs differ, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from analysis import queries
-from analysis.intervals import MIN_BLOCKS, Effect, combine, contrast, level, over_clusters, step_values
+from analysis.intervals import Effect, combine, contrast, level, over_clusters, step_values
 from analysis.runs import Runs
 from analysis.stages import MIN_STEPS, trend_weights
 from analysis.stats import Estimate
-from analysis.verdict_rules import MIN_RUNS
 
 if TYPE_CHECKING:
     import polars as pl
@@ -89,23 +86,14 @@ def over_runs(
 
 
 def mean_of_runs(found: Sequence[Estimate], of: str) -> Estimate:
-    """Return the mean of the effects of runs, with the wider of the intervals within and over runs.
+    """Return the mean of the effects of runs; see ``analysis.intervals.combine``.
 
     Raises:
         NoEffectError: an effect is not finite.
     """
     if not all(np.isfinite(estimate.value) for estimate in found):
         raise NoEffectError("a run holds no such tokens or responses", is_recorded=True)
-    within = replace(combine(found), of=of)
-    if len(found) < MIN_RUNS:
-        return within
-    values = np.array([estimate.value for estimate in found])
-    error = float(np.std(values, ddof=1) / np.sqrt(len(values)))
-    between = Estimate.from_error(float(values.mean()), error, len(values) - 1, within.n, of)
-    # Runs are independent: their spread is a valid interval where single runs are too short for one of their own.
-    if not np.isfinite(within.width) or within.blocks < MIN_BLOCKS:
-        return between
-    return between if between.width > within.width else replace(within, blocks=np.inf)
+    return combine(found, of)
 
 
 def plateau_level(

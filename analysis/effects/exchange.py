@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.effects.estimate import NoEffectError, count, fetch, over_runs
-from analysis.intervals import combine, contrast, draw_errors
+from analysis.intervals import contrast, draw_errors
 from analysis.runs import Runs
 from analysis.stages import MIN_STEPS
 from analysis.stats import ONE_SD, Estimate
@@ -58,12 +58,12 @@ def _association(run: str, part: pl.DataFrame) -> Estimate:
         basis = np.column_stack((line, x[:, own]))
         weights = -np.linalg.pinv(basis)[2]
         found.append(contrast(y[:, other], basis, weights, steps=steps))
-    both = combine(found)
+    value = float(np.mean([estimate.value for estimate in found])) / reliability
     # Both directions share their errors: averaging changes the value alone.
     error = float(np.mean([estimate.error for estimate in found])) / reliability
     df = min(estimate.df for estimate in found)
     blocks = min(estimate.blocks for estimate in found)
-    return Estimate.from_error(both.value / reliability, error, df, len(steps), "steps", blocks=blocks)
+    return Estimate.from_error(value, error, df, len(steps), "steps", blocks=blocks)
 
 
 def _captured(run: str, part: pl.DataFrame) -> Estimate:

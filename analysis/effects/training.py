@@ -60,8 +60,7 @@ def slows(series: int) -> Judged:
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         found = [_slowdown_of(_long_enough(runs, run), series) for run in run_ids]
-        of = f"steps, {count(run_ids, 'run')}"
-        return replace(found[0], of=of) if len(found) == 1 else mean_of_runs(found, of)
+        return mean_of_runs(found, f"steps, {count(run_ids, 'run')}")
 
     return judge
 
@@ -89,18 +88,17 @@ def two_stages(runs: Runs, run_ids: Sequence[str]) -> Estimate:
     return mean_of_runs([fit.two_stages for fit in fits], f"steps, {count(run_ids, 'run')}")
 
 
-def rising(stem: str, values: Sequence[str], effect: Effect, sign: float = 1.0) -> Judged:
+def rising(stem: str, values: Sequence[str], effect: Effect) -> Judged:
     """Return a judge of the change, end minus start of the rising stage, of an effect on the totals of a step."""
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_rising(runs, run_ids)
-        found = rising_change(runs, fetch(runs, stem, run_ids), run_ids, values, effect)
-        return found if sign > 0 else negate(found)
+        return rising_change(runs, fetch(runs, stem, run_ids), run_ids, values, effect)
 
     return judge
 
 
-def share_at_equal_length(column: str, sign: float = 1.0) -> Judged:
+def share_at_equal_length(column: str) -> Judged:
     """S3: change of a share of tokens over the rising stage, among responses of equal length."""
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
@@ -112,8 +110,7 @@ def share_at_equal_length(column: str, sign: float = 1.0) -> Judged:
             )
             return change_of(runs, run, steps, shares)
 
-        found = over_runs(fetch(runs, "category_by_length", run_ids), run_ids, change, "steps")
-        return found if sign > 0 else negate(found)
+        return over_runs(fetch(runs, "category_by_length", run_ids), run_ids, change, "steps")
 
     return judge
 
@@ -208,7 +205,7 @@ def relative_movement(kind: str) -> Judged:
     ]
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
-        equal, proportional = sorted((judge(runs, run_ids) for judge in by_null), key=lambda found: found.value)
+        equal, proportional = sorted((against(runs, run_ids) for against in by_null), key=lambda found: found.value)
         ends = min(equal.low, proportional.low), max(equal.high, proportional.high)
         if equal.value <= 0 <= proportional.value:
             return replace(equal, value=0.0, low=ends[0], high=ends[1], p_value=1.0)
@@ -281,9 +278,14 @@ INTERVENED = ("I2", "T2")
 Series = Mapping[str, object]
 
 
-def negate(found: Estimate) -> Estimate:
-    """Return the estimate of the opposite."""
-    return replace(found, value=-found.value, low=-found.high, high=-found.low)
+def fall(judged: Judged) -> Judged:
+    """Return a judge of how much a quantity falls, from one of how much it rises."""
+
+    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+        found = judged(runs, run_ids)
+        return replace(found, value=-found.value, low=-found.high, high=-found.low)
+
+    return judge
 
 
 def log_ratio(totals: np.ndarray) -> np.ndarray:
@@ -324,14 +326,14 @@ PARTS: dict[str, dict[str, Callable[..., Estimate]]] = {
     },
     "E1": {"association": of_policy(exchange.association), "fit": of_policy(exchange.captured)},
     "S2": {
-        "mainly negative": of_policy(rising("sign_entropy", ["negative_sum", "positive_sum"], log_ratio, -1)),
-        "same prompt": of_policy(rising("sign_entropy", ["negative_mean", "positive_mean"], log_ratio, -1)),
+        "mainly negative": of_policy(fall(rising("sign_entropy", ["negative_sum", "positive_sum"], log_ratio))),
+        "same prompt": of_policy(fall(rising("sign_entropy", ["negative_mean", "positive_mean"], log_ratio))),
     },
     "S3": {
         "reasoning": share_at_equal_length("reasoning"),
-        "other words": share_at_equal_length("semantic", -1),
+        "other words": fall(share_at_equal_length("semantic")),
     },
-    "S4": {"any defect": rising("defect_sums", ["defective", "responses"], ratio(0, 1), -1)},
+    "S4": {"any defect": fall(rising("defect_sums", ["defective", "responses"], ratio(0, 1)))},
     "S5": {
         "concentration": against_random(potential.concentration),
         "hardly move": against_random(potential.stillness),

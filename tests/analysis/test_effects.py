@@ -103,7 +103,7 @@ def test_equal_relative_loss_is_no_difference_between_signs(kept: float, expecte
     shape = np.minimum((STEP - 1) / 39, 1)
     # Both lose 40 %, from different levels; or negative samples lose 70 %.
     frame = signs(0.4 * kept**shape, 0.3 * 0.6**shape)
-    judge = training.rising("sign_entropy", ["negative_sum", "positive_sum"], training.log_ratio, -1)
+    judge = training.fall(training.rising("sign_entropy", ["negative_sum", "positive_sum"], training.log_ratio))
     estimate = judge(fake_runs(frame), ["r"])
     assert estimate.value == pytest.approx(expected, abs=0.06)
     assert (estimate.low > 0) == (expected > 0)

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.intervals import bounded, combine, contrast, draw_contrasts, draw_errors, level, over_clusters, ratio
+from analysis.intervals import (
+    VARIANCE_RATIOS,
+    bounded,
+    combine,
+    contrast,
+    draw_contrasts,
+    draw_errors,
+    level,
+    over_clusters,
+    ratio,
+)
 from analysis.stats import Estimate
 
 
@@ -61,11 +71,47 @@ def test_two_runs_are_not_narrower_than_their_errors_say():
     # Few captured steps leave a run without information, and the mean of two runs with it.
     wide = Estimate.from_error(-0.014, 0.05, 3, 4, "steps", blocks=2.0)
     narrow = Estimate.from_error(-0.107, 0.007, 30, 40, "steps", blocks=20.0)
-    both = combine([wide, narrow])
-    assert both.error == pytest.approx(np.hypot(0.05, 0.007) / 2)
+    both = combine([wide, narrow], "steps, 2 runs")
+    assert both.value == pytest.approx(-0.0605)
+    assert both.error >= np.hypot(0.05, 0.007) / 2
     assert both.blocks == 2.0
-    # Welch and Satterthwaite.
-    assert both.df == pytest.approx((0.05**2 + 0.007**2) ** 2 / (0.05**4 / 3 + 0.007**4 / 30))
+    assert combine([wide], "steps, 1 run").error == wide.error
+
+
+def means_of_runs(scatter: float, num: int, seeds: int = 400) -> list[Estimate]:
+    """Return means, true value 0, of runs whose effects scatter and have an error of 1 each."""
+    found = []
+    for seed in range(seeds):
+        values = np.random.default_rng(seed).normal(0, np.hypot(1, scatter), num)
+        found.append(combine([Estimate.from_error(value, 1.0, 60, 100, "steps") for value in values], "steps"))
+    return found
+
+
+@pytest.mark.parametrize("num", [3, 5])
+@pytest.mark.parametrize("scatter", [0.0, 1.0, 3.0, 100.0])
+def test_mean_of_runs_covers_however_much_they_differ(scatter: float, num: int):
+    hits = np.mean([estimate.low <= 0 <= estimate.high for estimate in means_of_runs(scatter, num)])
+    assert hits >= 0.90
+
+
+def test_runs_that_agree_are_worth_more_than_their_number():
+    # Student's t over three runs would be 4.30 / sqrt(3) to either side.
+    found = means_of_runs(0.0, 3)
+    assert np.median([estimate.width / 2 for estimate in found]) < 0.75 * stats.t.ppf(0.975, 2) / np.sqrt(3)
+
+
+def test_mean_of_runs_equals_numerical_integration():
+    values, errors = np.array([0.1, 0.5, 1.2]), np.array([0.2, 0.3, 0.25])
+    found = combine([Estimate.from_error(*pair, 1e9, 1, "steps") for pair in zip(values, errors, strict=True)], "steps")
+    unit = np.mean(errors**2)
+    mu = np.linspace(-60, 60, 40001)
+    density = 0.0
+    for u, prior in [(0.0, 0.2), *((share * unit, 0.8 / len(VARIANCE_RATIOS)) for share in VARIANCE_RATIOS)]:
+        spread = np.sqrt(errors**2 + u)
+        likelihood = np.prod(stats.norm.pdf(values[:, None], mu, spread[:, None]), axis=0).sum() * (mu[1] - mu[0])
+        density = density + prior * likelihood * stats.norm.pdf(mu, values.mean(), np.sqrt((spread**2).sum()) / 3)
+    below = np.cumsum(density) / np.sum(density)
+    np.testing.assert_allclose((found.low, found.high), np.interp([0.025, 0.975], below, mu), atol=0.01)
 
 
 def test_contrast_equals_generalized_least_squares_without_a_state():

@@ -48,12 +48,13 @@ def simulate_once(name: str, seed: int) -> Outcome:
     folder = Path(tempfile.mkdtemp(prefix="entrace-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
     try:
         if isinstance(world, World):
-            simulate.write_run(folder / "run", simulate.simulate_run(world, rng), rng)
+            for seed_of_run in range(world.runs):
+                simulate.write_run(folder / f"run-{seed_of_run}", simulate.simulate_run(world, rng), rng, seed_of_run)
         else:
             simulate_arms.write_ablation(folder, world, rng)
         runs = open_runs(folder)
         found = [(f"{v.claim}/{v.part}", v.subject, v.verdict, v.effect, v.low, v.high) for v in judge(runs)]
-        if isinstance(world, World) and world.has_tokens:
+        if isinstance(world, World) and world.has_tokens and world.runs == 1:
             found += figure_rows.figure_rows(runs)
     finally:
         shutil.rmtree(folder)
@@ -64,7 +65,7 @@ def truth_once(name: str, num_runs: int = truth.TRUTH_RUNS) -> truth.Truth:
     """Return the truth of a world."""
     world, rng = WORLDS[name].world, np.random.default_rng([SEED, *name.encode()])
     found = truth.truth_of(world, rng, num_runs)
-    if isinstance(world, World) and world.has_tokens and world.boundary:
+    if isinstance(world, World) and world.has_tokens and world.boundary and world.runs == 1:
         of_runs = [
             figure_rows.figure_truth(simulate.simulate_run(replace(world, rho=0.0), rng)) for _ in range(num_runs)
         ]

@@ -16,6 +16,7 @@ class World:
     """Parameters of a simulated run. A pair holds values where its course has done 0 and 1 of the change.
 
     Attributes:
+        runs: Runs of the kind, judged together as seeds of the baseline arm.
         steps: Training steps.
         groups: Prompts per step.
         group: Responses per prompt.
@@ -53,6 +54,7 @@ class World:
         impact_slope: Change of that loss from the first to the last token.
     """
 
+    runs: int = 1
     steps: int = 120
     groups: int = 32
     group: int = 8

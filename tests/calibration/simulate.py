@@ -326,10 +326,10 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x8000) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(float)
 
 
-def write_run(folder: Path, run: Run, rng: np.random.Generator) -> Path:
+def write_run(folder: Path, run: Run, rng: np.random.Generator, seed: int = 0) -> Path:
     """Record a simulated run, with interventions on its last ten steps if the world has any."""
     world = run.world
-    manifest = {"run_id": folder.name, "arm": "none", "seed": 0, "total_steps": world.steps}
+    manifest = {"run_id": folder.name, "arm": "none", "seed": seed, "total_steps": world.steps}
     writer = TraceWriter.create(folder, manifest, VOCAB)
     if world.has_tokens:
         _append_tokens(writer, run)

@@ -261,6 +261,14 @@ WORLDS: dict[str, Entry] = {
     "planted-0.9": Entry(
         "Every effect that is claimed, with autocorrelation .9.", replace(PLANTED, rho=0.9), default=None
     ),
+    "planted-3": Entry(
+        "Every effect that is claimed, three seeds judged together.", replace(PLANTED, runs=3), default=SUPPORTED
+    ),
+    "two-stages-0.9-3": Entry(
+        "Two stages and nothing else, autocorrelation .9, three seeds judged together.",
+        replace(TOKENS, rho=0.9, drift=2.0, runs=3),
+        expected=STAGES,
+    ),
     "reversed": Entry(
         "Two stages, and the opposite of every other effect that is claimed.",
         REVERSED,
