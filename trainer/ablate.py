@@ -10,7 +10,7 @@ from typing import Any
 from analysis.trace import MANIFEST, InputError, read_manifest
 from trainer.grid import RunSpec
 from trainer.launch.work import Launcher, Watcher, Work
-from trainer.run_folder import config_changes
+from trainer.run_folder import config_changes, extend
 
 CHANGES_SHOWN = 3
 
@@ -51,11 +51,14 @@ def survey(specs: Sequence[RunSpec], out: Path) -> dict[str, Found]:
         if run_id not in known:
             place = f'arm "{manifest.get("arm")}", seed {manifest.get("seed")}'
             raise InputError(f"{out}: made from another grid: it holds {run_id} ({place}), this grid does not")
-        if changes := _differences(manifest, known[run_id]):
+        there, is_extended = extend(manifest["config"], known[run_id].config, path.parent)
+        if changes := _differences({**manifest, "config": there}, known[run_id]):
             more = f" and {len(changes) - CHANGES_SHOWN} more" if len(changes) > CHANGES_SHOWN else ""
             shown = ", ".join(changes[:CHANGES_SHOWN])
             raise InputError(f"{out}: made from another grid: of {run_id}, {shown}{more}")
-        found[run_id] = Found(manifest["status"], manifest["last_durable_step"], manifest.get("error"))
+        # A complete run that shall have more steps is one that was interrupted.
+        status = "running" if is_extended and manifest["status"] == "complete" else manifest["status"]
+        found[run_id] = Found(status, manifest["last_durable_step"], manifest.get("error"))
     return found
 
 

@@ -8,36 +8,53 @@ from torch import Tensor
 EPS = 1e-6
 
 
-def group_relative_advantage(rewards: Tensor, group_ids: Tensor, normalize_std: bool = True) -> Tensor:
-    """A_i = (r_i - mean(r)) / (std(r) + eps) within the group of one prompt (GRPO, arXiv 2402.03300).
+def group_relative_advantage(
+    rewards: Tensor, group_ids: Tensor, normalize_std: bool = True, is_counted: Tensor | None = None
+) -> Tensor:
+    """Return A_i = (r_i - mean(r)) / (std(r) + eps) within the group of one prompt (GRPO, arXiv 2402.03300).
 
     Args:
-        rewards: One a response, (B,).
+        rewards: One per response, (B,).
         group_ids: Group of each response, (B,), integers from 0.
         normalize_std: Divide by the group's standard deviation (with Bessel's correction); Dr.GRPO does not.
+        is_counted: Responses that have a reward, (B,) bool; all if not given.
 
     Returns:
-        Advantages (B,); 0 in groups of uniform reward or of one response.
+        Advantages, (B,). Exactly 0 where all rewards of a group are equal, whatever their value, in groups of one
+        response, and for responses that do not count.
     """
-    count = _group_sum(torch.ones_like(rewards), group_ids)
-    centered = rewards - (_group_sum(rewards, group_ids) / count)[group_ids]
+    is_counted = torch.ones_like(rewards, dtype=torch.bool) if is_counted is None else is_counted
+    counted = is_counted.to(rewards.dtype)
+    count = _group_sum(counted, group_ids).clamp(min=1)
+    # Differences of equal numbers are exactly 0, those from their mean are not: 8 x 0.7 / 8 is another float than 0.7.
+    lowest = torch.full_like(count, torch.inf).scatter_reduce(0, group_ids[is_counted], rewards[is_counted], "amin")
+    above = torch.where(is_counted, rewards - lowest[group_ids], 0)
+    centered = (above - (_group_sum(above, group_ids) / count)[group_ids]) * counted
     if not normalize_std:
         return centered
     variance = _group_sum(centered.square(), group_ids) / (count - 1).clamp(min=1)
     return centered / (variance.sqrt() + EPS)[group_ids]
 
 
-def mixed_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """Which groups hold different rewards, (num_groups,) bool: the ones that dynamic sampling keeps."""
-    low = torch.full((int(group_ids.max()) + 1,), torch.inf).scatter_reduce(0, group_ids, rewards, "amin")
-    high = torch.full_like(low, -torch.inf).scatter_reduce(0, group_ids, rewards, "amax")
+def mixed_groups(values: Tensor, group_ids: Tensor, is_counted: Tensor) -> Tensor:
+    """Return the groups that dynamic sampling keeps, (num_groups,) bool: those whose counted values differ.
+
+    Args:
+        values: Correctness (0 or 1) or reward of each response, (B,).
+        group_ids: Group of each response, (B,), integers from 0.
+        is_counted: Responses that have a value, (B,) bool.
+    """
+    ids, values = group_ids[is_counted], values[is_counted].to(torch.get_default_dtype())
+    low = torch.full((int(group_ids.max()) + 1,), torch.inf).scatter_reduce(0, ids, values, "amin")
+    high = torch.full_like(low, -torch.inf).scatter_reduce(0, ids, values, "amax")
     return high > low
 
 
 def overlong_penalty(lengths: Tensor, max_tokens: int, buffer_tokens: int, factor: float) -> Tensor:
-    """Soft penalty on the last ``buffer_tokens`` before the length limit (DAPO, arXiv 2503.14476, eq. 13).
+    """Return the soft penalty on the last ``buffer_tokens`` before the length limit (DAPO, arXiv 2503.14476, eq. 13).
 
-    0 up to max - buffer, then falling linearly to ``-factor`` at max; lengths (B,) in tokens, result (B,) float32.
+    0 up to max - buffer, then falling linearly to ``-factor`` at max; lengths (B,) in tokens, result (B,) float32, on
+    the scale of rewards.
     """
     if buffer_tokens == 0:
         return torch.zeros(len(lengths))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,11 +13,17 @@ from torch import Tensor
 from trainer.advantage import group_relative_advantage, mixed_groups, overlong_penalty
 from trainer.config import SAMPLING_MEMORY, Config
 from trainer.distributed import ALONE, World
-from trainer.faults import memory_advice
+from trainer.faults import TrainingError, memory_advice
 from trainer.policy import Policy
 from trainer.rollout import Samples, SamplingParams, sample
 from trainer.seeding import Stream, generator
 from trainer.tasks import Prompt, Score, Task
+
+# Why a response takes no part in the update: the verifier did not judge it, its group is uniform and dropped by dynamic
+# sampling, or it reached the length limit and loss.mask_truncated is set.
+DROP_REASONS = NO_VERDICT, UNIFORM_GROUP, TRUNCATED = "no_verdict", "uniform_group", "truncated"
+# Rounds of dynamic sampling in a row without any usable group after which no further one is tried.
+MAX_ROUNDS_IN_VAIN = 100
 
 
 @dataclass
@@ -29,11 +36,12 @@ class Batch:
         new_prompts: Those that the run draws for the first time.
         completions: Decoded responses.
         scores: The verifier's verdicts.
-        rewards: Score plus overlong penalty, (B,).
+        rewards: Scores on the scale of ``task.reward_values``, (B,); 0 without a verdict.
+        length_penalties: What is added to the rewards for length, (B,), at most 0.
         group_ids: (B,), from 0 within the step.
-        is_kept: (B,) bool, takes part in the update.
+        drop_reasons: Why a response takes no part in the update, one of ``DROP_REASONS``; None if it does.
         is_own: (B,) bool, sampled by this process, which records it.
-        advantages: Group-relative, (B,); 0 in groups of uniform reward.
+        advantages: Group-relative, of reward plus penalty, (B,); 0 in groups where these are uniform.
         rollout_s: Seconds spent sampling.
         reward_s: Seconds spent scoring.
     """
@@ -44,12 +52,23 @@ class Batch:
     completions: list[str]
     scores: list[Score]
     rewards: Tensor
+    length_penalties: Tensor
     group_ids: Tensor
-    is_kept: Tensor
+    drop_reasons: list[str | None]
     is_own: Tensor
     advantages: Tensor
     rollout_s: float
     reward_s: float
+
+    @cached_property
+    def is_kept(self) -> Tensor:
+        """Responses that take part in the update, (B,) bool."""
+        return torch.tensor([reason is None for reason in self.drop_reasons])
+
+    @cached_property
+    def has_verdict(self) -> Tensor:
+        """Responses that the verifier judged, (B,) bool."""
+        return _has_verdict(self.scores)
 
 
 class PromptSource:
@@ -74,38 +93,55 @@ class PromptSource:
 
 
 def collect_batch(config: Config, policy: Policy, source: PromptSource, step: int, world: World = ALONE) -> Batch:
-    """Samples and scores groups until ``prompts_per_step`` of them have mixed rewards, or the refills are used up.
+    """Sample and score a step's groups.
 
-    Dynamic sampling (DAPO, arXiv 2503.14476) with as many new prompts in each refill as groups are missing. Several
-    processes share out the prompts of every refill, and all get the whole batch.
+    Dynamic sampling (DAPO, arXiv 2503.14476) draws further rounds until ``prompts_per_step`` groups differ in
+    ``rollout.filter_metric``, with as many new prompts per round as groups are missing. Several processes share out the
+    prompts of every round, and all get the whole batch.
+
+    Raises:
+        TrainingError: no response has a verdict, or groups are missing and ``rollout.when_short`` does not allow it.
     """
     rollout = config.rollout
     rounds: list[list[_Part]] = []
     prompts: list[Prompt] = []
-    missing = rollout.prompts_per_step
-    for refill in range(1 + rollout.max_refills * rollout.dynamic_sampling):
+    missing, in_vain = rollout.prompts_per_step, 0
+    while missing:
         drawn = source.take(missing)
         prompts += [prompt for prompt in drawn for _ in range(rollout.group_size)]
-        rounds.append(world.gather(_sample_part(config, policy, source.task, drawn, (step, refill), world)))
-        rewards = torch.cat([part.rewards for part in rounds[-1]])
-        missing -= int(mixed_groups(rewards, _group_ids(rewards, rollout.group_size)).sum())
-        if missing == 0:
+        rounds.append(world.gather(_sample_part(config, policy, source.task, drawn, (step, len(rounds)), world)))
+        found = int(_mixed(config, rounds[-1]).sum())
+        missing, in_vain = missing - found, 0 if found else in_vain + 1
+        if not rollout.dynamic_sampling or (len(rounds) > rollout.max_refills and rollout.when_short == "fewer"):
             break
+        is_last = len(rounds) > rollout.max_refills and rollout.when_short == "error"
+        if missing and (is_last or in_vain == MAX_ROUNDS_IN_VAIN):
+            have = rollout.prompts_per_step - missing
+            raise TrainingError(
+                f"step {step}: after {len(rounds)} rounds, {have} of {rollout.prompts_per_step} groups differ in "
+                f'{rollout.filter_metric}; choose easier or harder prompts, or set rollout.when_short = "fewer"'
+            )
     parts = [part for parts in rounds for part in parts]
-    rewards = torch.cat([part.rewards for part in parts])
-    group_ids = _group_ids(rewards, rollout.group_size)
-    is_kept = mixed_groups(rewards, group_ids)[group_ids]
+    scores = [score for part in parts for score in part.scores]
+    samples = Samples.concatenate([part.samples for part in parts])
+    rewards, penalties = (torch.cat([getattr(part, name) for part in parts]) for name in ("rewards", "penalties"))
+    group_ids = _group_ids(len(rewards), rollout.group_size)
+    has_verdict = _has_verdict(scores)
+    if not has_verdict.any():
+        raise TrainingError(f"step {step}: the verifier gave no verdict on any of {len(scores)} responses")
+    is_mixed = torch.cat([_mixed(config, parts) for parts in rounds])[group_ids]
     return Batch(
-        samples=Samples.concatenate([part.samples for part in parts]),
+        samples=samples,
         prompts=prompts,
         new_prompts=source.first_drawn(prompts),
         completions=[text for part in parts for text in part.completions],
-        scores=[score for part in parts for score in part.scores],
+        scores=scores,
         rewards=rewards,
+        length_penalties=penalties,
         group_ids=group_ids,
-        is_kept=is_kept if rollout.dynamic_sampling else torch.ones_like(is_kept),
+        drop_reasons=_drop_reasons(config, has_verdict, is_mixed, samples.is_truncated),
         is_own=torch.tensor([part.rank == world.rank for part in parts for _ in part.rewards]),
-        advantages=group_relative_advantage(rewards, group_ids, config.loss.normalize_std),
+        advantages=group_relative_advantage(rewards + penalties, group_ids, config.loss.normalize_std, has_verdict),
         rollout_s=sum(max(part.rollout_s for part in parts) for parts in rounds),
         reward_s=sum(max(part.reward_s for part in parts) for parts in rounds),
     )
@@ -120,6 +156,7 @@ class _Part:
     completions: list[str]
     scores: list[Score]
     rewards: Tensor
+    penalties: Tensor
     rollout_s: float
     reward_s: float
 
@@ -144,13 +181,41 @@ def _sample_part(
     completions = policy.decode([response.tolist() for response in samples.responses()])
     prompts = [prompt for prompt in prompts[own] for _ in range(rollout.group_size)]
     scores = [task.score(text, prompt) for text, prompt in zip(completions, prompts, strict=True)]
-    penalty = overlong_penalty(
-        samples.lengths, rollout.max_response_tokens, rollout.overlong_buffer_tokens, rollout.overlong_penalty
+    penalties = overlong_penalty(
+        samples.lengths, rollout.max_response_tokens, rollout.overlong_buffer_tokens, config.overlong_penalty
     )
-    rewards = torch.tensor([score.score for score in scores]) + penalty
+    wrong, right = config.task.reward_values
+    rewards = torch.tensor([0.0 if s.score is None else wrong + (right - wrong) * s.score for s in scores])
     scored = time.perf_counter()
-    return _Part(world.rank, samples, completions, scores, rewards, sampled - started, scored - sampled)
+    return _Part(world.rank, samples, completions, scores, rewards, penalties, sampled - started, scored - sampled)
 
 
-def _group_ids(rewards: Tensor, group_size: int) -> Tensor:
-    return torch.arange(len(rewards)) // group_size
+def _mixed(config: Config, parts: list[_Part]) -> Tensor:
+    """Return the groups of a round that differ in the metric of dynamic sampling, (groups,) bool."""
+    scores = [score for part in parts for score in part.scores]
+    if config.rollout.filter_metric == "acc":
+        values = torch.tensor([bool(score.is_correct) for score in scores])
+    else:
+        values = torch.cat([part.rewards + part.penalties for part in parts])
+    return mixed_groups(values, _group_ids(len(values), config.rollout.group_size), _has_verdict(scores))
+
+
+def _drop_reasons(config: Config, has_verdict: Tensor, is_mixed: Tensor, is_truncated: Tensor) -> list[str | None]:
+    reasons: list[str | None] = []
+    drops_uniform, drops_truncated = config.rollout.dynamic_sampling, config.loss.mask_truncated
+    for judged, mixed, truncated in zip(*(x.tolist() for x in (has_verdict, is_mixed, is_truncated)), strict=True):
+        if not judged:
+            reasons.append(NO_VERDICT)
+        elif drops_uniform and not mixed:
+            reasons.append(UNIFORM_GROUP)
+        else:
+            reasons.append(TRUNCATED if drops_truncated and truncated else None)
+    return reasons
+
+
+def _has_verdict(scores: Sequence[Score]) -> Tensor:
+    return torch.tensor([score.score is not None for score in scores])
+
+
+def _group_ids(num_responses: int, group_size: int) -> Tensor:
+    return torch.arange(num_responses) // group_size

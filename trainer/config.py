@@ -32,6 +32,9 @@ LossMethod = Literal["grpo", "entropy_mask", "clip_cov", "kl_cov", "low_ppl_only
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 Denominator = Literal["selected", "all"]
 KLEstimator = Literal["k1", "k2", "k3"]
+FilterMetric = Literal["acc", "reward"]
+WhenShort = Literal["fewer", "more", "error"]
+Schedule = Literal["constant", "linear", "cosine"]
 Engine = Literal["cache", "continuous"]
 
 
@@ -93,8 +96,12 @@ class PolicyConfig(Section):
 
 
 class RolloutConfig(Section):
-    """Sampling of a step's responses; ``max_refills`` bounds dynamic sampling's extra generation rounds.
+    """Sampling of a step's responses.
 
+    Dynamic sampling drops groups whose ``filter_metric`` is uniform, and draws up to ``max_refills`` more rounds.
+    ``when_short`` says what follows if groups are still missing: an update from ``fewer`` groups, ``more`` rounds, or
+    an ``error``. ``overlong_penalty`` is the largest deduction for length, on the scale of ``task.reward_values``; if
+    not set, half the distance between these, the published strength (1 on a scale from -1 to 1).
     ``top_p`` and ``top_k`` cut the distribution, for sampling and in the update alike. ``stop`` holds texts that end a
     response once they are complete, in evaluations too. ``cache_tokens`` is how many tokens the caches of keys and
     values may hold at once: prompts are sampled in parts that fit, at least one prompt each. ``engine`` samples, in
@@ -111,9 +118,11 @@ class RolloutConfig(Section):
     cache_tokens: Positive = 1 << 20
     engine: Engine = "cache"
     dynamic_sampling: bool = True
+    filter_metric: FilterMetric = "acc"
     max_refills: Natural = 2
+    when_short: WhenShort = "fewer"
     overlong_buffer_tokens: Natural = 0
-    overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
+    overlong_penalty: Annotated[float, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _buffer_fits(self) -> RolloutConfig:
@@ -228,13 +237,20 @@ class PplOnlyConfig(Section):
 
 
 class LossConfig(Section):
-    """Clipped policy loss: its method, ratio and denominator; and the optional KL and entropy terms."""
+    """Clipped policy loss: its method, ratio and denominator; and the optional KL and entropy terms.
+
+    ``dual_clip`` caps the ratio of tokens with a negative advantage (verl's ``clip_ratio_c``, TRL's ``delta``).
+    ``mask_truncated`` leaves responses that reached the length limit out of the loss; their rewards still enter the
+    mean and standard deviation of their group. ``kl_clamp`` bounds the KL estimate as verl's ``low_var_kl`` does.
+    """
 
     method: LossMethod = "grpo"
     ratio: Literal["token", "sequence"] = "token"
     aggregation: Aggregation = "token_mean"
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.28
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    mask_truncated: bool = False
     normalize_std: bool = True
     entropy_mask: EntropyMaskConfig = EntropyMaskConfig()
     clip_cov: ClipCovConfig = ClipCovConfig()
@@ -242,19 +258,38 @@ class LossConfig(Section):
     ppl_only: PplOnlyConfig = PplOnlyConfig()
     kl_coef: Annotated[float, Field(ge=0)] = 0.0
     kl_estimator: KLEstimator = "k3"
+    kl_clamp: bool = False
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0
 
 
 class OptimConfig(Section):
-    """AdamW, its schedule, and how a step's batch is cut up."""
+    """AdamW, its schedule, and how a step's batch is cut up.
+
+    The learning rate rises over ``warmup_steps``, from ``lr / warmup_steps`` at the first step, or from 0 with
+    ``warmup_from_zero``. It then stays, or falls to 0 at ``schedule_steps`` (the run's ``steps`` if not set). Weight
+    decay spares norms and biases unless ``decay_all`` is set.
+    """
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
     warmup_steps: Natural = 5
+    warmup_from_zero: bool = False
+    schedule: Schedule = "constant"
+    schedule_steps: Positive | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    decay_all: bool = False
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     mini_batches: Positive = 1
     epochs: Positive = 1
     micro_batch_tokens: Positive = 4096
+
+    @model_validator(mode="after")
+    def _has_a_schedule(self) -> OptimConfig:
+        if self.schedule_steps is not None:
+            if self.schedule == "constant":
+                raise ValueError('schedule_steps has no effect with schedule = "constant"; set "linear" or "cosine"')
+            if self.schedule_steps <= self.warmup_steps:
+                raise ValueError("schedule_steps must be larger than warmup_steps")
+        return self
 
 
 class EvalConfig(Section):
@@ -310,6 +345,12 @@ class Config(Section):
         if self.optim.mini_batches > self.rollout.prompts_per_step:
             raise ValueError("optim.mini_batches is larger than rollout.prompts_per_step")
         return self
+
+    @property
+    def overlong_penalty(self) -> float:
+        """Largest deduction for length, on the scale of rewards."""
+        wrong, right = self.task.reward_values
+        return (right - wrong) / 2 if self.rollout.overlong_penalty is None else self.rollout.overlong_penalty
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:

@@ -236,7 +236,11 @@ class Intervener:
         for i, (beginning, is_open) in enumerate(zip(beginnings, open_ones, strict=True)):
             ends = [self._cut(beginning.tokens, end) for end in next(endings)] if is_open else [[]]
             texts = self.policy.decode([beginning.tokens + end for end in ends])
-            accuracy[i] = np.mean([self.task.score(text, beginning.prompt).is_correct for text in texts])
+            verdicts = [self.task.score(text, beginning.prompt).is_correct for text in texts]
+            judged = [verdict for verdict in verdicts if verdict is not None]
+            if not judged:
+                raise InputError(f"the verifier gave no verdict on any continuation of {beginning.prompt.origin}")
+            accuracy[i] = np.mean(judged)
             generated[i] = sum(map(len, ends))
         return accuracy, generated
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,36 +10,58 @@ from torch import Tensor
 
 from trainer.config import KLEstimator
 
+# Bounds of clamped KL estimates, in nats.
+MAX_LOG_RATIO, MAX_KL = 20.0, 10.0
+
 
 @dataclass
 class PolicyLoss:
-    """``loss`` (N,) with gradient; ``is_clipped_low`` and ``is_clipped_high`` (N,) bool, tokens without gradient."""
+    """Losses of tokens, and which of them have no gradient because a bound was reached.
+
+    Attributes:
+        loss: (N,), with gradient.
+        is_clipped_low: (N,) bool.
+        is_clipped_high: (N,) bool.
+        is_clipped_dual: (N,) bool.
+    """
 
     loss: Tensor
     is_clipped_low: Tensor
     is_clipped_high: Tensor
+    is_clipped_dual: Tensor
 
 
-def policy_loss(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> PolicyLoss:
-    """max(-rho A, -clip(rho, 1 - clip_low, 1 + clip_high) A), rho = exp(log_ratio).
+def policy_loss(
+    log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
+) -> PolicyLoss:
+    """Return max(-rho A, -clip(rho, 1 - clip_low, 1 + clip_high) A), rho = exp(log_ratio).
 
-    PPO's surrogate (arXiv 1707.06347) with DAPO's two bounds (arXiv 2503.14476).
+    PPO's surrogate (arXiv 1707.06347) with DAPO's two bounds (arXiv 2503.14476). Where A < 0, ``dual_clip`` = c caps
+    rho, so that the loss is at most -c A (dual-clip PPO, arXiv 1912.09729, eq. 5). For c >= 1 + clip_high this equals
+    the two-sided clip of INTELLECT-2 (arXiv 2505.07291).
 
     Args:
         log_ratio: ln p - ln p_old of each token, or ``sequence_log_ratio`` of it, (N,), with gradient.
         advantage: Shaped advantages, (N,).
         clip_low: Bound below 1.
         clip_high: Bound above 1.
+        dual_clip: c > 1, or None for no cap.
 
     Returns:
         Per-token losses and which tokens the clip cut off; empty for N = 0.
     """
+    is_dual = torch.zeros_like(advantage, dtype=torch.bool)
+    if dual_clip is not None:
+        cap = math.log(dual_clip)
+        is_dual = (log_ratio.detach() > cap) & (advantage < 0)
+        # Before the exponential, whose gradient at an infinite ratio would be 0 x infinity.
+        log_ratio = torch.where(advantage < 0, log_ratio.clamp(max=cap), log_ratio)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     with torch.no_grad():
         is_low = (ratio < 1 - clip_low) & (advantage < 0)
         is_high = (ratio > 1 + clip_high) & (advantage > 0)
-    return PolicyLoss(torch.maximum(-ratio * advantage, -clipped * advantage), is_low, is_high)
+    return PolicyLoss(torch.maximum(-ratio * advantage, -clipped * advantage), is_low, is_high, is_dual)
 
 
 def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:
@@ -57,15 +80,21 @@ def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:
     return log_ratio - log_ratio.detach() + (totals / lengths.to(totals))[rows]
 
 
-def kl_penalty(logprob: Tensor, ref_logprob: Tensor, estimator: KLEstimator) -> Tensor:
-    """Per-token estimate of KL(policy || reference) from sampled tokens (Schulman, "Approximating KL", 2020).
+def kl_penalty(logprob: Tensor, ref_logprob: Tensor, estimator: KLEstimator, clamp: bool = False) -> Tensor:
+    """Estimate KL(policy || reference) per token from sampled tokens (Schulman, "Approximating KL", 2020).
 
     With d = ref_logprob - logprob: k1 = -d (unbiased, high variance), k2 = d^2 / 2 (biased, its gradient is that of
     the KL), k3 = exp(d) - 1 - d (unbiased, never negative). All (N,), nats.
+
+    ``clamp`` bounds d to +-20 and the estimate to +-10; for k3 this is ``low_var_kl`` of verl.
     """
     delta = ref_logprob - logprob
+    if clamp:
+        delta = delta.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if estimator == "k1":
-        return -delta
-    if estimator == "k2":
-        return delta.square() / 2
-    return delta.exp() - 1 - delta
+        found = -delta
+    elif estimator == "k2":
+        found = delta.square() / 2
+    else:
+        found = delta.exp() - 1 - delta
+    return found.clamp(-MAX_KL, MAX_KL) if clamp else found

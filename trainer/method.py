@@ -28,7 +28,7 @@ class TokenBatch:
     Attributes:
         logprobs: Of the sampled tokens, under the policy that sampled, nats, (B, T).
         entropy: Of the distributions sampled from, nats, (B, T).
-        is_correct: (B,) bool.
+        is_correct: (B,) bool; False without a verdict.
         response_mask: (B, T) bool, True at the first |o_i| places of each row.
         group_ids: The prompt of each response, (B,).
         rng: For methods that draw.
@@ -48,7 +48,7 @@ class TokenBatch:
         return cls(
             samples.stats.logprob,
             samples.stats.entropy,
-            torch.tensor([score.is_correct for score in batch.scores]),
+            torch.tensor([bool(score.is_correct) for score in batch.scores]),
             samples.response_mask,
             batch.group_ids,
             generator(seed, stream, step),

@@ -18,7 +18,7 @@ Deviations from the sources:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -198,12 +198,15 @@ class Objective:
         )
         is_sequence = self.config.ratio == "sequence"
         ratio = sequence_log_ratio(log_ratio, self.mask[rows].sum(1)) if is_sequence else log_ratio
-        bounds = (self.config.clip_low, self.config.clip_high) if self.weights.is_clipped else (1.0, float("inf"))
+        config = self.config
+        bounds = (
+            (config.clip_low, config.clip_high, config.dual_clip) if self.weights.is_clipped else (1.0, float("inf"))
+        )
         result = policy_loss(ratio, advantages, *bounds)
         loss = share * surrogate * result.loss
         if self.weights.penalty is not None:
             loss = loss + share * self.take(self.weights.penalty, rows).to(log_ratio.device) * log_ratio.abs()
-        return PolicyLoss(loss, result.is_clipped_low, result.is_clipped_high)
+        return replace(result, loss=loss)
 
 
 def _covariance(advantages: Tensor, batch: TokenBatch) -> Tensor:

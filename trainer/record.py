@@ -51,7 +51,7 @@ def record_batch(
     own = np.flatnonzero(batch.is_own.numpy())
     rollout_ids = first_rollout_id + np.arange(len(batch.prompts))
     prompt_ids = pa.array([prompt.prompt_id for prompt in batch.prompts])
-    is_correct = np.array([score.is_correct for score in batch.scores])
+    is_correct = pa.array([score.is_correct for score in batch.scores], pa.bool_())
     writer.append(
         "rollouts",
         {
@@ -61,7 +61,7 @@ def record_batch(
             # Its first response identifies a group within the run.
             "group_id": first_rollout_id + num_samples * batch.group_ids.numpy()[own],
             "sample_index": own % num_samples,
-            "is_correct": is_correct[own],
+            "is_correct": is_correct.take(pa.array(own)),
             "temperature": temperature,
             "entropy_kind": "exact",
             "policy_step": step - 1,
@@ -87,7 +87,7 @@ def record_batch(
             "advantage": batch.advantages.numpy()[rows],
             "shaped_advantage": shaped.numpy()[mask],
             "grad_norm": grad_norm.numpy()[mask],
-            "is_correct": is_correct[rows],
+            "is_correct": is_correct.take(pa.array(rows)),
             "is_kept": batch.is_kept.numpy()[rows],
             **(_after_columns(batch, after, mask, rows) if after else {}),
         },
@@ -118,12 +118,14 @@ def _response_columns(batch: Batch, own: np.ndarray) -> dict[str, Any]:
         "completion": completions,
         "answer": [score.answer for score in scores],
         "answer_class": _answer_classes(batch, own),
-        "reward": batch.rewards.numpy()[own],
+        "reward": pa.array(batch.rewards.numpy()[own], mask=~batch.has_verdict.numpy()[own]),
+        "length_penalty": batch.length_penalties.numpy()[own],
         "has_answer": [score.answer is not None for score in scores],
         "defects": defects,
         "response_length": samples.lengths.numpy()[own],
         "is_truncated": is_truncated,
         "is_kept": batch.is_kept.numpy()[own],
+        "drop_reason": [batch.drop_reasons[row] for row in own],
         "entropy_mean": samples.entropy_mean.numpy()[own],
         "surprisal_mean": surprisal.numpy()[own],
         "ppl": surprisal.exp().numpy()[own],

@@ -22,6 +22,8 @@ from trainer.resources import find_model
 LOCKS = ".locks"
 WEIGHTS = "*.safetensors"
 DIGEST_LENGTH = 16
+# Raised when equal seeds draw other prompts than before, so that runs of either kind are never compared as pairs.
+STREAMS = 2
 FIRST_TASK_KEYS = {"name", "params", "num_heldout"}
 
 
@@ -55,7 +57,7 @@ def common_random_numbers(config: Config) -> dict[str, str | None]:
     task |= config.task.model_dump(mode="json", exclude_defaults=True)
     if files := {path: hash_file(Path(path)) for source in config.task.sources.values() for path in source.files}:
         task["files"] = files
-    prompts = {"seed": config.seed, **task}
+    prompts = {"seed": config.seed, "streams": STREAMS, **task}
     sampling = config.eval.model_dump(mode="json", exclude={"every"})
     # Random numbers are drawn for so many prompts at a time, each as long as the longest response.
     shape = [rollout.prompts_per_step, rollout.max_response_tokens]
@@ -77,10 +79,12 @@ def mark_failed(config: Config, run_dir: Path, labels: Mapping[str, Any], error:
 
 
 def is_complete(config: Config, run_dir: Path) -> bool:
-    """Whether a run that shall be resumed is done already; False where none has begun.
+    """Return whether a run to resume is done already; False where none has begun.
+
+    A run may be extended to more steps where its learning rate does not depend on their number.
 
     Raises:
-        InputError: the folder is no trace, or was made with another configuration.
+        InputError: the folder is not a trace, or was made with another configuration.
     """
     # A process killed while it wrote its first manifest leaves that file's temporary name.
     if not run_dir.exists() or {path.name for path in run_dir.iterdir()} <= {f".{MANIFEST}.tmp"}:
@@ -89,9 +93,27 @@ def is_complete(config: Config, run_dir: Path) -> bool:
     # They decide how much memory a run takes, and nothing else but rounding: one short of it goes on with less.
     wanted = flatten(config.model_dump(mode="json"))
     free = reduce(merge, (nest(key, wanted[key]) for key in MEMORY_KEYS), manifest["config"])
+    free, is_extended = extend(free, config, run_dir)
     if changed := list(config_changes(free, config)):
         raise InputError(f"{run_dir}: made with another configuration, {', '.join(changed)}; not resumed")
-    return manifest["status"] == "complete"
+    return manifest["status"] == "complete" and not is_extended
+
+
+def extend(found: Mapping[str, Any], config: Config, run_dir: Path) -> tuple[Mapping[str, Any], bool]:
+    """Return a run's configuration with the steps of ``config``, where these are more, and whether they are.
+
+    Raises:
+        InputError: more steps would change the learning rates of those that the run has made.
+    """
+    steps = found.get("steps", config.steps)
+    if config.steps <= steps:
+        return found, False
+    if config.optim.schedule != "constant" and config.optim.schedule_steps is None:
+        raise InputError(
+            f"{run_dir}: cannot be extended from {steps} to {config.steps} steps, its learning rate falls to 0 at the "
+            "last one; a run to extend later needs optim.schedule_steps"
+        )
+    return merge(found, {"steps": config.steps}), True
 
 
 def check_prompts(config: Config, run_dir: Path) -> None:

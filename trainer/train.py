@@ -5,9 +5,8 @@ penalty). Deviations from its released code:
 
 1. Old log-probabilities are those recorded while sampling, of the distribution sampled from; no second pass.
 2. A refill draws as many prompts as groups are missing, not a whole batch.
-3. Groups are uniform, and dropped, by reward after the overlong penalty.
-4. PPL shaping applies its factor in the low-perplexity branch too.
-5. The position window may start at the plateau detected online instead of at a fixed step.
+3. PPL shaping applies its factor in the low-perplexity branch too.
+4. The position window may start at the plateau detected online instead of at a fixed step.
 """
 
 from __future__ import annotations
@@ -44,10 +43,13 @@ from trainer.rollout import check_engine
 from trainer.run_folder import check_prompts, describe_run, has_begun, is_complete
 from trainer.seeding import Stream
 from trainer.shaping import shape, waits_for_plateau
-from trainer.tasks import Task, load_task
+from trainer.tasks import Score, Task, load_task
 from trainer.update import Learner, UpdateMetrics
 
 log = logging.getLogger("entrace")
+
+# Steps after which a threshold of correctness that separates nothing is remarked on.
+EARLY_STEPS = 3
 
 
 def train(
@@ -125,6 +127,8 @@ def _run_steps(
     world = learner.world
     source = PromptSource(task, state.prompt_position)
     timeouts_before = writer.manifest.get("verifier_timeouts", 0)
+    num_unjudged = writer.manifest.get("responses_without_verdict", 0)
+    early: list[Score] = []
     plateau = PlateauDetector(config.shaping.plateau, state.history)
     for step in range(state.step + 1, config.steps + 1):
         batch = collect_batch(config, learner.policy, source, step, world)
@@ -157,6 +161,11 @@ def _run_steps(
                 writer.append("evals", rows)
         # A step has ended once it has for all processes.
         num_timeouts = sum(world.gather(task.num_timeouts))
+        num_unjudged += int((~batch.has_verdict).sum())
+        if world.is_main and step <= EARLY_STEPS:
+            early += batch.scores
+            if step == min(EARLY_STEPS, config.steps):
+                _remark_on_threshold(early, config)
         writer.end_step(step)
 
         plateau.update(figures["entropy_token_mean"], figures["accuracy"])
@@ -167,6 +176,8 @@ def _run_steps(
         state.history = plateau.history
         if num_timeouts:
             writer.manifest["verifier_timeouts"] = timeouts_before + num_timeouts
+        if num_unjudged:
+            writer.manifest["responses_without_verdict"] = num_unjudged
         if is_last or step % config.record.flush_every == 0:
             writer.flush()
         if is_last or step % config.record.checkpoint_every == 0:
@@ -182,18 +193,35 @@ def _run_steps(
         log.warning("no plateau was detected in %d steps: shaping that starts there stayed off", config.steps)
 
 
+def _remark_on_threshold(scores: list[Score], config: Config) -> None:
+    """Log a remark where no response, or every one, counts as right: the threshold may not fit the verifier."""
+    judged = [score for score in scores if score.score is not None]
+    verdicts = {score.is_correct for score in judged}
+    if len(verdicts) == 1:
+        values = [score.score for score in judged if score.score is not None]
+        log.warning(
+            "%s of the first %d responses counts as right: their scores lie from %g to %g, task.correct_at is %g",
+            "every one" if verdicts == {True} else "none",
+            len(judged),
+            min(values),
+            max(values),
+            config.task.correct_at,
+        )
+
+
 def _step_figures(batch: Batch, metrics: UpdateMetrics, lr: float) -> dict[str, Any]:
     mask = batch.samples.response_mask
     kept = int(batch.group_ids[batch.is_kept].unique().numel())
     return {
         "loss": metrics.loss,
-        "reward_mean": float(batch.rewards.mean()),
-        "accuracy": sum(score.is_correct for score in batch.scores) / len(batch.scores),
+        "reward_mean": float(batch.rewards[batch.has_verdict].mean()),
+        "accuracy": sum(bool(score.is_correct) for score in batch.scores) / int(batch.has_verdict.sum()),
         "format_rate": sum(score.answer is not None for score in batch.scores) / len(batch.scores),
         "entropy_token_mean": float(batch.samples.stats.entropy[mask].mean()),
         "kl": metrics.kl,
         "clip_frac_low": metrics.clip_frac_low,
         "clip_frac_high": metrics.clip_frac_high,
+        "clip_frac_dual": metrics.clip_frac_dual,
         "grad_norm": metrics.grad_norm,
         "lr": lr,
         "tokens": int(mask.sum()),
@@ -215,7 +243,11 @@ def _open_trace(
             if world.is_main:
                 remove_superseded(run_dir, state.step)
             writer = TraceWriter.resume(run_dir, state.step, world.rank, world.gather)
-        writer.manifest |= {"config": config.model_dump(mode="json"), "num_processes": world.size}
+        writer.manifest |= {
+            "config": config.model_dump(mode="json"),
+            "total_steps": config.steps,
+            "num_processes": world.size,
+        }
         return writer, state
     manifest = world.from_main(lambda: _describe(config, run_dir, labels, learner))
     lexicon = Lexicon.load(Path(config.record.lexicon) if config.record.lexicon else None)

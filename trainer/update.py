@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ LOSS_SCALES = {torch.float16: (2.0**12, 2.0**8, 2.0**4, 1.0)}
 class UpdateMetrics:
     """Means over a step's updates; ``kl`` is None without a reference policy. Zeros if no group was kept.
 
-    ``is_clipped`` (B, T): the ratio clip took the token's gradient in at least one of the updates.
+    ``is_clipped`` (B, T): a bound on the ratio took the token's gradient in at least one of the updates.
     """
 
     is_clipped: Tensor
@@ -42,6 +42,7 @@ class UpdateMetrics:
     kl: float | None = None
     clip_frac_low: float = 0.0
     clip_frac_high: float = 0.0
+    clip_frac_dual: float = 0.0
 
 
 @dataclass
@@ -65,14 +66,14 @@ class Learner:
     """Policy, optimiser and, if the loss has a KL term, the frozen reference policy."""
 
     def __init__(self, config: Config, policy: Policy, world: World = ALONE) -> None:
-        """Builds AdamW; weight decay spares vectors (norms and biases)."""
+        """Build AdamW; weight decay spares vectors (norms and biases) unless ``optim.decay_all`` is set."""
         self.config, self.policy, self.world = config, policy, world
         self.sampling = SamplingParams.of(config.rollout)
         parameters = [p for p in policy.model.parameters() if p.requires_grad]
-        decayed = [p for p in parameters if p.ndim > 1]
-        spared = [p for p in parameters if p.ndim <= 1]
-        groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
         optim = config.optim
+        decayed = [p for p in parameters if p.ndim > 1 or optim.decay_all]
+        spared = [p for p in parameters if p.ndim <= 1 and not optim.decay_all]
+        groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
         self.reference = Policy.load(config.policy) if config.loss.kl_coef else None
 
@@ -89,9 +90,10 @@ class Learner:
                 that update.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.optim, step)
+            group["lr"] = learning_rate(self.config.optim, step, self.config.steps)
         is_clipped = torch.zeros_like(batch.samples.response_mask)
         tokens = TokenBatch.of(batch, self.config.seed, Stream.LOSS, step)
+        tokens = replace(tokens, response_mask=tokens.response_mask & batch.is_kept[:, None])
         max_tokens = self.config.rollout.max_response_tokens
         updates = []
         with memory_advice(self.config, f"updating at step {step}", UPDATE_MEMORY):
@@ -102,8 +104,8 @@ class Learner:
             return UpdateMetrics(is_clipped)
         is_clipped = torch.stack(self.world.gather(is_clipped)).any(0)
         mean = torch.tensor(updates, dtype=torch.float64).mean(0).tolist()
-        loss, grad_norm, kl, low, high = mean
-        return UpdateMetrics(is_clipped, loss, grad_norm, kl if self.reference else None, low, high)
+        loss, grad_norm, kl, *clipped = mean
+        return UpdateMetrics(is_clipped, loss, grad_norm, kl if self.reference else None, *clipped)
 
     @torch.no_grad()
     def capture(self, batch: Batch, metrics: UpdateMetrics, step: int) -> AfterUpdate:
@@ -124,11 +126,12 @@ class Learner:
 
     def _step_optimizer(
         self, samples: Samples, objective: Objective, rows: Tensor, step: int, is_clipped: Tensor
-    ) -> tuple[float, float, float, float, float]:
-        """One update; returns loss, gradient norm, KL and the clipped shares, and marks tokens in ``is_clipped``."""
-        loss = kl = num_low = num_high = grad_norm = math.nan
+    ) -> list[float]:
+        """Update once; return loss, gradient norm, KL, and the clipped shares, and mark tokens in ``is_clipped``."""
+        loss = kl = grad_norm = math.nan
+        counts: list[float] = []
         for scale in LOSS_SCALES.get(self.policy.dtype, (1.0,)):
-            loss, kl, num_low, num_high = self._backward(samples, objective, rows, is_clipped, scale)
+            loss, kl, *counts = self._backward(samples, objective, rows, is_clipped, scale)
             norm = clip_grad_norm_(self.policy.model.parameters(), self.config.optim.grad_clip)
             grad_norm = float(whole(norm))
             if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -136,24 +139,24 @@ class Learner:
         else:
             raise TrainingError(f"step {step}: loss {loss}, gradient norm {grad_norm}; lower optim.lr or check rewards")
         self.optimizer.step()
-        num_tokens = int(samples.lengths[rows].sum())
-        return loss, grad_norm, kl, num_low / num_tokens, num_high / num_tokens
+        num_tokens = int(objective.mask.sum())
+        return [loss, grad_norm, kl, *(count / num_tokens for count in counts)]
 
     def _backward(
         self, samples: Samples, objective: Objective, rows: Tensor, is_clipped: Tensor, scale: float
     ) -> list[float]:
         """Fills in gradients; returns loss, KL and the numbers of clipped tokens, and marks these in ``is_clipped``."""
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(5, dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
         places, world = self._places_with_gradient(objective), self.world
         own = [places[part] for part in self._micro_batches(samples, rows[places], world.rank, world.size)]
         # Weights in parts are gathered by all processes at once: one that is done reads a response again, for nothing.
         idle = max(world.gather(len(own))) - len(own) if self.policy.is_sharded else 0
         for micro in own:
-            loss, kl, is_low, is_high = self._loss_sums(samples, objective, rows, micro)
+            loss, kl, *clips = self._loss_sums(samples, objective, rows, micro)
             (loss * scale).backward()
-            sums += torch.stack([loss.detach(), kl, is_low.sum(), is_high.sum()]).cpu().double()
-            is_clipped[rows[micro]] |= samples.place(is_low | is_high, rows[micro])
+            sums += torch.stack([loss.detach(), kl, *(clip.sum() for clip in clips)]).cpu().double()
+            is_clipped[rows[micro]] |= samples.place(torch.stack(clips).any(0), rows[micro])
         for _ in range(idle):
             (self._loss_sums(samples, objective, rows, places[:1])[0] * 0).backward()
         sums = self._add_up(sums)
@@ -172,10 +175,10 @@ class Learner:
         """Which responses of a mini-batch need to be read: none without an advantage, unless another term has a say."""
         config = self.config.loss
         if config.kl_coef or config.entropy_coef:
-            return torch.arange(len(objective.mask))
+            return torch.nonzero(objective.mask.any(1)).squeeze(1)
         places = torch.nonzero(objective.has_gradient).squeeze(1)
-        # Where there is none, one will do for a gradient of 0, with which weight decay and moments go on.
-        return places if len(places) else torch.zeros(1, dtype=torch.int64)
+        # Where there is none, one will do for a gradient of 0, with which weight decay and moments continue.
+        return places if len(places) else torch.nonzero(objective.mask.any(1)).squeeze(1)[:1]
 
     def _add_up(self, sums: Tensor) -> Tensor:
         """Adds up over all processes what each has of the gradients, and of ``sums``, which are returned."""
@@ -188,10 +191,8 @@ class Learner:
             self.world.add_up(parameter.grad for parameter in parameters if parameter.grad is not None)
         return torch.stack([sums for sums, _ in answers]).sum(0)
 
-    def _loss_sums(
-        self, samples: Samples, objective: Objective, rows: Tensor, micro: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the places ``micro`` of ``rows`` add to loss and KL, and which of their tokens the bounds clip, (N,)."""
+    def _loss_sums(self, samples: Samples, objective: Objective, rows: Tensor, micro: Tensor) -> list[Tensor]:
+        """Return what places ``micro`` of ``rows`` add to loss and KL, and the tokens that each bound clips, (N,)."""
         config, chosen = self.config.loss, rows[micro]
         stats = self._score(self.policy, samples, chosen)
         log_ratio = stats.logprob - objective.take(samples.stats.logprob[rows], micro).to(self.policy.device)
@@ -202,9 +203,9 @@ class Learner:
         if self.reference:
             with torch.no_grad():
                 reference = self._score(self.reference, samples, chosen).logprob
-            penalty = (share * kl_penalty(stats.logprob, reference, config.kl_estimator)).sum()
+            penalty = (share * kl_penalty(stats.logprob, reference, config.kl_estimator, config.kl_clamp)).sum()
             loss, kl = loss + config.kl_coef * penalty, penalty.detach()
-        return loss, kl, result.is_clipped_low, result.is_clipped_high
+        return [loss, kl, result.is_clipped_low, result.is_clipped_high, result.is_clipped_dual]
 
     def _score(self, policy: Policy, samples: Samples, rows: Tensor) -> TokenStats:
         """Statistics of the responses of ``rows`` under a policy's current weights, as it samples, end to end."""
@@ -212,19 +213,34 @@ class Learner:
         return policy.score(prompts, samples.responses(rows), self.sampling.temperature, self.sampling.truncation)
 
 
-def learning_rate(optim: OptimConfig, step: int) -> float:
-    """Linear warm-up over ``warmup_steps``, then constant; ``step`` from 1."""
-    return optim.lr * min(1.0, step / max(1, optim.warmup_steps))
+def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
+    """Return the learning rate of ``step``, from 1, in a run of ``steps``.
+
+    With w warm-up steps and n ``schedule_steps``, ``lr`` times step / w, or (step - 1) / w with ``warmup_from_zero``,
+    up to step w; then 1, 1 - x, or (1 + cos(pi x)) / 2 with x = (step - 1 - w) / (n - w). With ``warmup_from_zero``
+    these are transformers' ``get_{constant,linear,cosine}_schedule_with_warmup``.
+    """
+    done, warmup = step - 1, optim.warmup_steps
+    if done < warmup:
+        return optim.lr * (done if optim.warmup_from_zero else step) / warmup
+    total = optim.schedule_steps or steps
+    x = min(1.0, (done - warmup) / max(1, total - warmup))
+    return optim.lr * {"constant": 1.0, "linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2}[optim.schedule]
 
 
 def mini_batches(config: Config, batch: Batch, step: int) -> Iterator[Tensor]:
-    """Row indices of each mini-batch of each epoch: whole groups, shuffled, in parts of nearly equal size."""
+    """Yield row indices of each mini-batch of each epoch: whole groups, shuffled, in parts of nearly equal size.
+
+    Responses without a verdict are left out. Truncated ones are in, since they count in constant denominators, though
+    not in the loss.
+    """
     groups = batch.group_ids[batch.is_kept].unique().numpy()
     for epoch in range(config.optim.epochs):
         rng = generator(config.seed, Stream.MINI_BATCH, step, epoch)
         for part in np.array_split(rng.permutation(groups), config.optim.mini_batches):
             if len(part):
-                yield torch.nonzero(torch.isin(batch.group_ids, torch.from_numpy(part))).squeeze(1)
+                is_in = torch.isin(batch.group_ids, torch.from_numpy(part)) & batch.has_verdict
+                yield torch.nonzero(is_in).squeeze(1)
 
 
 def captured_responses(config: Config, batch: Batch, step: int) -> Tensor:

@@ -3,6 +3,8 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from trainer.advantage import group_relative_advantage, mean_surprisal, mixed_groups, overlong_penalty, ppl_z
 
@@ -18,9 +20,30 @@ def test_group_relative_advantage_equals_the_loop():
             assert advantage == pytest.approx(wanted, abs=1e-9)
 
 
-def test_uniform_and_single_groups_get_zero():
-    found = group_relative_advantage(torch.tensor([1.0, 1, 0.3]), torch.tensor([0, 0, 1]))
-    assert found.tolist() == [0, 0, 0]
+@given(
+    value=st.floats(-(2.0**100), 2.0**100, width=32),
+    size=st.integers(1, 9),
+    normalize_std=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+@example(value=0.7, size=8, normalize_std=True, dtype=torch.float32)
+@example(value=0.1, size=8, normalize_std=False, dtype=torch.float64)
+def test_uniform_rewards_of_any_value_get_exactly_zero(value, size, normalize_std, dtype):
+    # A second, mixed group shares the tensor.
+    rewards = torch.tensor([value] * size + [0.0, 1.0], dtype=dtype)
+    groups = torch.tensor([0] * size + [1, 1])
+    found = group_relative_advantage(rewards, groups, normalize_std)
+    assert found[:size].abs().max() == 0
+    assert found[size:].abs().min() > 0.4
+
+
+def test_responses_without_a_reward_enter_neither_mean_nor_spread():
+    rewards, groups = torch.tensor([1.0, 0, 9, 0, 5, 5]).double(), torch.tensor([0, 0, 0, 0, 1, 1])
+    is_counted = torch.tensor([True, True, False, True, True, False])
+    found = group_relative_advantage(rewards, groups, is_counted=is_counted)
+    wanted = group_relative_advantage(torch.tensor([1.0, 0, 0]).double(), torch.zeros(3, dtype=torch.int64))
+    assert found[[0, 1, 3]].tolist() == wanted.tolist()
+    assert found[[2, 4, 5]].tolist() == [0, 0, 0]
 
 
 def test_without_std_only_the_mean_is_taken_off():
@@ -28,17 +51,28 @@ def test_without_std_only_the_mean_is_taken_off():
     assert found.tolist() == [0.75, -0.25, -0.25, -0.25]
 
 
-def test_mixed_groups_differ_in_reward():
-    assert mixed_groups(torch.tensor([1.0, 1, 0, 1, 0, 0]), torch.tensor([0, 0, 1, 1, 2, 2])).tolist() == [
-        False,
-        True,
-        False,
-    ]
+def test_mixed_groups_differ_in_what_is_counted():
+    values, groups = torch.tensor([1.0, 1, 0, 1, 0, 0]), torch.tensor([0, 0, 1, 1, 2, 2])
+    everything = torch.ones(6, dtype=torch.bool)
+    assert mixed_groups(values, groups, everything).tolist() == [False, True, False]
+    assert mixed_groups(values == 1, groups, everything).tolist() == [False, True, False]
+    assert mixed_groups(values, groups, torch.tensor([True] * 3 + [False] + [True] * 2)).tolist() == [False] * 3
 
 
 @pytest.mark.parametrize(("length", "penalty"), [(0, 0.0), (48, 0.0), (49, -2 / 16), (56, -1.0), (64, -2.0)])
 def test_overlong_penalty(length, penalty):
     assert overlong_penalty(torch.tensor([length]), 64, 16, 2.0).item() == pytest.approx(penalty)
+
+
+@pytest.mark.parametrize(("values", "factor"), [((-1.0, 1.0), 1.0), ((0.0, 1.0), 0.5)])
+def test_a_correct_answer_at_the_length_limit_keeps_a_positive_advantage(values, factor):
+    """As in DAPO, which subtracts up to 1 from rewards of -1 and 1: (0 + 3/8) / 0.9161 = .41; also on the 0/1 scale."""
+    wrong, right = values
+    rewards = torch.tensor([right, right, right] + [wrong] * 5).double()
+    lengths = torch.tensor([64] + [10] * 7)
+    total = rewards + overlong_penalty(lengths, 64, 16, factor)
+    found = group_relative_advantage(total, torch.zeros(8, dtype=torch.int64))
+    assert found[0].item() == pytest.approx(0.4093, abs=1e-4)
 
 
 def test_no_buffer_no_penalty():

@@ -221,6 +221,42 @@ def test_a_complete_run_is_left_alone_and_another_config_refused(run_dir):
         train(load_config("tiny", [*SMALL, "optim.lr=1"]), run_dir, LABELS, resume=True)
 
 
+@pytest.mark.parametrize("schedule", [[], ["optim.schedule=cosine", "optim.schedule_steps=9"]])
+def test_an_extended_run_equals_one_that_was_as_long_from_the_start(run_dir, tmp_path, schedule):
+    train(load_config("tiny", [*SMALL, *schedule, "steps=2"]), tmp_path / "short", LABELS)
+    assert read_manifest(tmp_path / "short")["status"] == "complete"
+    train(load_config("tiny", [*SMALL, *schedule]), tmp_path / "short", LABELS, resume=True)
+    whole = run_dir
+    if schedule:
+        whole = tmp_path / "whole"
+        train(load_config("tiny", [*SMALL, *schedule]), whole, LABELS)
+    assert_same_trace(whole, tmp_path / "short")
+    manifest = read_manifest(tmp_path / "short")
+    assert (manifest["status"], manifest["total_steps"], manifest["config"]["steps"]) == ("complete", 4, 4)
+    policies = [sorted(d.glob("checkpoints/*/policy/model.safetensors"))[-1] for d in (whole, tmp_path / "short")]
+    assert policies[0].read_bytes() == policies[1].read_bytes()
+
+
+def test_a_run_whose_learning_rate_ends_with_it_is_not_extended(tmp_path):
+    falling = [*SMALL, "optim.schedule=linear"]
+    train(load_config("tiny", [*falling, "steps=2"]), tmp_path / "run", LABELS)
+    with pytest.raises(InputError, match="cannot be extended from 2 to 4 steps, .* needs optim.schedule_steps"):
+        train(load_config("tiny", falling), tmp_path / "run", LABELS, resume=True)
+    with pytest.raises(InputError, match="steps is 2 there, 1 here; not resumed"):
+        train(load_config("tiny", [*falling, "steps=1"]), tmp_path / "run", LABELS, resume=True)
+
+
+@pytest.mark.parametrize(("threshold", "remark"), [(1.0, None), (5.0, "none of the first"), (-1.0, "every one of the")])
+def test_a_threshold_that_separates_nothing_is_remarked_on(tmp_path, caplog, threshold, remark):
+    train(load_config("tiny", [*SMALL, "steps=3", f"task.correct_at={threshold}"]), tmp_path / "run", LABELS)
+    remarks = [r.message for r in caplog.records if "counts as right" in r.message]
+    assert len(remarks) == (remark is not None)
+    if remark:
+        assert remark in remarks[0]
+        assert f"task.correct_at is {threshold:g}" in remarks[0]
+    assert read_manifest(tmp_path / "run")["config"]["task"]["correct_at"] == threshold
+
+
 def test_a_run_short_of_memory_goes_on_with_smaller_micro_batches(run_dir, tmp_path):
     def stop(done, **figures):
         if done == 2:

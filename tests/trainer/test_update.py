@@ -1,13 +1,16 @@
 import itertools
+import math
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.batch import PromptSource, collect_batch
 from trainer.config import OptimConfig, load_config
 from trainer.loss import policy_loss
+from trainer.tasks import Score
 from trainer.update import Learner, TrainingError, cut_by_tokens, learning_rate, mini_batches
 
 from .conftest import SMALL
@@ -184,18 +187,160 @@ def test_nan_stops_before_the_weights_change(policy, task):
 
 def test_learning_rate_warms_up_and_stays():
     optim = OptimConfig(lr=1e-3, warmup_steps=4)
-    assert [learning_rate(optim, step) for step in (1, 2, 4, 100)] == pytest.approx([2.5e-4, 5e-4, 1e-3, 1e-3])
+    assert [learning_rate(optim, step, 200) for step in (1, 2, 4, 100)] == pytest.approx([2.5e-4, 5e-4, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_schedules_from_zero_are_those_of_transformers(schedule, warmup):
+    steps = 30
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    reference = transformers.get_scheduler(name, optimizer, warmup, steps)
+    optim = OptimConfig(lr=1e-3, warmup_steps=warmup, warmup_from_zero=True, schedule=schedule)
+    for step in range(1, steps + 1):
+        assert learning_rate(optim, step, steps) == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        reference.step()
+
+
+def test_schedules_end_at_schedule_steps_and_stay_there():
+    optim = OptimConfig(lr=1.0, warmup_steps=2, schedule="cosine", schedule_steps=12)
+    # x = (step - 3) / 10.
+    expected = [0.5, 1.0, 1.0, (1 + math.cos(math.pi * 0.5)) / 2, 0.0, 0.0]
+    assert [learning_rate(optim, step, 99) for step in (1, 2, 3, 8, 13, 40)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_weight_decay_spares_vectors_unless_told_otherwise(policy, task, decay_all):
+    _, learner, batch, advantages = make_case(
+        policy, task, "optim.lr=0.01", "optim.warmup_steps=0", f"optim.decay_all={str(decay_all).lower()}"
+    )
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    learner.update(batch, torch.zeros_like(advantages), step=1)
+    for name, p in policy.model.named_parameters():
+        factor = 1 - 0.01 * 0.1 if p.ndim > 1 or decay_all else 1.0
+        torch.testing.assert_close(p.detach(), before[name] * factor, rtol=1e-5, atol=1e-8)
+
+
+def judged_by(task, monkeypatch, verdict):
+    """Let ``verdict`` judge: from the completion and its number within the task so far to a score or None."""
+    count = itertools.count()
+    monkeypatch.setattr(task, "score", lambda text, prompt: Score(text, verdict(text, next(count))))
+    return task
 
 
 def test_dynamic_sampling_keeps_mixed_groups_and_bounds_refills(policy, task):
     _, _, batch, _ = make_case(policy, task, "rollout.max_refills=1")
+    is_correct = torch.tensor([score.is_correct for score in batch.scores])
     for group in batch.group_ids.unique():
-        rewards = batch.rewards[batch.group_ids == group]
-        assert bool(batch.is_kept[batch.group_ids == group].all()) == (len(rewards.unique()) > 1)
+        is_mixed = len(is_correct[batch.group_ids == group].unique()) > 1
+        assert bool(batch.is_kept[batch.group_ids == group].all()) == is_mixed
+        if not is_mixed:
+            assert {batch.drop_reasons[row] for row in torch.nonzero(batch.group_ids == group)} == {"uniform_group"}
     groups = int(batch.group_ids[-1]) + 1
     first_round = batch.is_kept[: 6 * 4].sum() // 4
     assert groups == 12 - first_round
     assert batch.advantages.isfinite().all()
+
+
+PENALIZED = ["rollout.overlong_buffer_tokens=60", "rollout.max_refills=0"]
+
+
+def test_wrong_answers_of_different_length_are_dropped_by_correctness(policy, task, monkeypatch):
+    judged_by(task, monkeypatch, lambda text, _: 0.0)
+    _, _, batch, _ = make_case(policy, task, *PENALIZED)
+    assert batch.length_penalties.unique().numel() > 1
+    assert batch.drop_reasons == ["uniform_group"] * len(batch.prompts)
+    _, _, batch, _ = make_case(policy, task, *PENALIZED, "rollout.filter_metric=reward")
+    for group in batch.group_ids.unique():
+        rows = batch.group_ids == group
+        assert batch.is_kept[rows].all() == (batch.length_penalties[rows].unique().numel() > 1)
+    assert batch.is_kept.any()
+
+
+def test_penalties_are_on_the_scale_of_rewards(policy, task, monkeypatch):
+    judged_by(task, monkeypatch, lambda text, i: float(i % 2))
+    _, _, unit, _ = make_case(policy, task, *PENALIZED)
+    _, _, signed, _ = make_case(policy, task, *PENALIZED, "task.reward_values=[-1, 1]")
+    assert unit.rewards.unique().tolist() == [0, 1]
+    assert signed.rewards.unique().tolist() == [-1, 1]
+    torch.testing.assert_close(signed.length_penalties, 2 * unit.length_penalties)
+    torch.testing.assert_close(signed.advantages, unit.advantages, rtol=1e-4, atol=1e-5)
+    assert unit.length_penalties.min() >= -0.5
+
+
+@pytest.mark.parametrize(("when_short", "rounds"), [("fewer", 2), ("more", 4), ("error", None)])
+def test_what_follows_when_groups_run_short(policy, task, monkeypatch, when_short, rounds):
+    # Groups differ from the fourth round of 6 x 4 responses on.
+    judged_by(task, monkeypatch, lambda text, i: float(i >= 72 and i % 2))
+    options = [f"rollout.when_short={when_short}", "rollout.max_refills=1"]
+    if rounds is None:
+        with pytest.raises(TrainingError, match="step 1: after 2 rounds, 0 of 6 groups differ in acc; choose easier"):
+            make_case(policy, task, *options)
+        return
+    _, _, batch, _ = make_case(policy, task, *options)
+    assert len(batch.prompts) == rounds * 24
+    assert int(batch.is_kept.sum()) == (24 if when_short == "more" else 0)
+
+
+def test_more_rounds_end_where_no_group_is_ever_mixed(policy, task, monkeypatch):
+    judged_by(task, monkeypatch, lambda text, i: 1.0)
+    monkeypatch.setattr("trainer.batch.MAX_ROUNDS_IN_VAIN", 3)
+    with pytest.raises(TrainingError, match="after 3 rounds, 0 of 6 groups"):
+        make_case(policy, task, "rollout.when_short=more", "rollout.max_refills=0")
+
+
+def test_responses_without_a_verdict_enter_neither_group_mean_nor_loss(policy, task, monkeypatch):
+    judged_by(task, monkeypatch, lambda text, i: None if i % 4 == 0 else float(i % 2))
+    config, learner, batch, advantages = make_case(policy, task)
+    is_judged = torch.arange(len(batch.prompts)) % 4 != 0
+    assert torch.equal(batch.has_verdict, is_judged)
+    assert torch.equal(batch.is_kept, is_judged)
+    assert {batch.drop_reasons[row] for row in torch.nonzero(~is_judged)} == {"no_verdict"}
+    # 1, 0, 1 in each group: mean 2/3, standard deviation .5774.
+    assert batch.advantages[:4].tolist() == pytest.approx([0, 0.57735, -1.1547, 0.57735], abs=1e-4)
+    rows = torch.cat(list(mini_batches(config, batch, 1)))
+    assert is_judged[rows].all()
+    assert learner.update(batch, advantages, step=1).grad_norm > 0
+
+
+def test_a_step_without_any_verdict_stops(policy, task, monkeypatch):
+    judged_by(task, monkeypatch, lambda text, i: None)
+    with pytest.raises(TrainingError, match="step 1: the verifier gave no verdict on any of 24 responses"):
+        make_case(policy, task, "rollout.dynamic_sampling=false")
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_masked_truncated_responses_enter_the_mean_but_not_the_loss(policy, task, aggregation, kl_coef):
+    options = [
+        "rollout.dynamic_sampling=false",
+        "rollout.max_response_tokens=40",
+        "rollout.overlong_buffer_tokens=0",
+        f"loss.aggregation={aggregation}",
+        f"loss.kl_coef={kl_coef}",
+        "optim.grad_clip=1e9",
+    ]
+    _, learner, batch, advantages = make_case(policy, task, *options, "loss.mask_truncated=true")
+    cut = batch.samples.is_truncated
+    assert 0 < cut.sum() < len(cut)
+    assert torch.equal(batch.is_kept, ~cut)
+    assert {batch.drop_reasons[row] for row in torch.nonzero(cut)} == {"truncated"}
+    # The group's mean and spread are those of all its responses.
+    _, _, unmasked, _ = make_case(policy, task, *options)
+    assert torch.equal(batch.advantages, unmasked.advantages)
+    found = learner.update(batch, advantages, step=1)
+    # At ratio 1 the loss is minus the weighted mean advantage; its denominators differ by aggregation.
+    lengths, values = batch.samples.lengths.double(), batch.advantages.double()
+    total = -(values * lengths)[~cut].sum()
+    wanted = {
+        "token_mean": total / lengths[~cut].sum(),
+        "sequence_mean": -values[~cut].sum() / (~cut).sum(),
+        "constant": total / (len(cut) * 40),
+    }[aggregation]
+    assert found.loss == pytest.approx(float(wanted), abs=1e-4)
+    assert found.grad_norm > 0
 
 
 def test_without_dynamic_sampling_everything_is_kept(policy, task):
