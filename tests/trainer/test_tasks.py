@@ -104,8 +104,18 @@ def test_bad_tasks_are_one_line(config, message):
 
 
 BAD_OVERRIDES = [
-    ("task.name=train.csv", ["task.name", '"train.csv" is no .jsonl or .parquet file']),
-    ("task.heldout_file=test.jsonl", ["heldout_file", "chain_sum draws its own"]),
+    ("task.name=train.csv", ["task.name", '"train.csv" is not a .jsonl or .parquet file']),
+    ("task.heldout_file=test.jsonl", ["heldout_file", "chain_sum draws its own", "task.mix.NAME", "weight = 0"]),
+    ("task.heldout_file=7", ["task.heldout_file: expected a file, a list of files, or a table", "found 7"]),
+    ('task.heldout_file=["a.jsonl", 7]', ["task.heldout_file: expected a file, a list of files, or a table"]),
+    ('task.heldout_file={x = "test.csv"}', ['task.heldout_file: "test.csv" is not a .jsonl or .parquet file']),
+    ('task.heldout_file={" " = "test.jsonl"}', ["task.heldout_file: a benchmark has no name"]),
+    (
+        'task.heldout_file=["a/test.jsonl", "b/test.parquet"]',
+        ['both "a/test.jsonl" and "b/test.parquet" would be the benchmark "test"', "heldout_file = { NAME"],
+    ),
+    ("task.num_heldout=all", ['num_heldout = "all" needs a file of rows', "chain_sum has no end"]),
+    ("task.num_heldout=many", ["task.num_heldout", "'all'", "'many'"]),
     ("task.weight=0", ["task", "no source has a weight above 0"]),
     ("task.mix.chain_sum.name=basic_arithmetic", ['"chain_sum" is the name of the task itself']),
     ("task.mix.other.nam=basic_arithmetic", ['"task.mix.other.nam"', 'did you mean "name"']),

@@ -142,7 +142,7 @@ BAD_ROWS = [
     ('{"prompt": " ", "answer": 1}', 'line 2: "prompt" is empty'),
     ('{"prompt": [], "answer": 1}', 'line 2: "prompt" is empty'),
     ('{"prompt": 5, "answer": 1}', 'line 2: "prompt" is a number, expected text or a list of turns'),
-    ('{"prompt": ["x"], "answer": 1}', 'line 2: "prompt" has a turn that is no {"role", "content"}'),
+    ('{"prompt": ["x"], "answer": 1}', 'line 2: "prompt" has a turn that is not {"role", "content"}'),
     (
         '{"prompt": [{"role": "user", "content": null}], "answer": 1}',
         'line 2: "prompt", content is null, expected text',
@@ -212,7 +212,7 @@ def test_files_that_are_of_no_use_are_one_line(tmp_path):
     damaged.write_bytes(b"PAR1 and nothing else")
     cases = {
         str(tmp_path / "nowhere.jsonl"): "nowhere.jsonl: no such file or directory",
-        str(damaged): "damaged.parquet: damaged or no Parquet file",
+        str(damaged): "damaged.parquet: damaged, or not a Parquet file",
         write_jsonl(tmp_path / "empty.jsonl", []): "empty.jsonl: no usable row, the file is empty",
         write_jsonl(tmp_path / "few.jsonl", questions(2)): "few.jsonl: 2 distinct prompts, fewer than .* = 3",
         write_jsonl(tmp_path / "all.jsonl", questions(3)): "all.jsonl: no row is left to train on, 3 are held out",
@@ -315,8 +315,8 @@ def test_fingerprints_cover_files_and_stay_what_they_were_for_a_task_that_names_
     def prompts(*overrides):
         return common_random_numbers(load_config("tiny", overrides))["prompts"]
 
-    # What runs recorded before there were files, mixtures and verifiers.
-    assert prompts() == "e659a0a68dba8c08"
+    # A new key of the task must not change it unless the key is set.
+    assert prompts() == "d8c492f55cad0507"
     assert prompts("task.weight=2.0") != prompts()
     on_file = (f"task.name={sums}", "task.params={}")
     first = prompts(*on_file)
@@ -336,3 +336,216 @@ def test_a_file_is_evaluated_by_data_source(sums):
     rows = evaluate_folder(load_config("tiny", overrides), lambda *seen, **figures: None)
     assert set(rows["benchmark"]) == {"sums", "chats"}
     assert len(rows["prompt_id"]) == 13
+
+
+def texts(prompts):
+    return [prompt.text for prompt in prompts]
+
+
+def test_a_held_out_file_is_evaluated_in_full_unless_a_number_is_requested(tmp_path):
+    path = write_jsonl(tmp_path / "train.jsonl", questions(10))
+    # One question stands twice, once with other white space.
+    rows = [{"prompt": f"And {i}?", "answer": i} for i in range(300)]
+    test = write_jsonl(tmp_path / "test.jsonl", [*rows, {"prompt": "And\u00a00? ", "answer": 0}])
+    whole = load_task(TaskConfig(name=path, heldout_file=test), seed=0)
+    assert texts(whole.heldout) == [f"And {i}?" for i in range(300)]
+    assert whole.heldout == load_task(TaskConfig(name=path, heldout_file=test, num_heldout=300), seed=0).heldout
+    some = load_task(TaskConfig(name=path, heldout_file=test, num_heldout=7), seed=0)
+    assert len(some.heldout) == 7
+    message = r"test.jsonl: 300 distinct prompts, fewer than task.num_heldout = 301; lower it, or leave it out to"
+    with pytest.raises(InputError, match=message):
+        load_task(TaskConfig(name=path, heldout_file=test, num_heldout=301), seed=0)
+    shipped = load_config("tiny", [f"task.name={path}", "task.params={}", f"task.heldout_file={test}"])
+    assert len(load_task(shipped.task, seed=0).heldout) == 300
+    # A shipped config's own number gives way to a request for all.
+    sampled = load_config("smollm", [f"task.name={path}", "task.params={}", f"task.heldout_file={test}"])
+    assert sampled.task.heldout_limit == 40
+    full = load_config("smollm", ["task.num_heldout=all", f"task.name={path}", f"task.heldout_file={test}"])
+    assert full.task.heldout_limit is None
+
+
+def test_rows_of_its_own_are_200_by_default_and_a_file_of_weight_0_is_evaluated_in_full(tmp_path):
+    path = write_jsonl(tmp_path / "train.jsonl", questions(250))
+    test = write_jsonl(tmp_path / "test.jsonl", [{"prompt": f"And {i}?", "answer": i} for i in range(3)])
+    config = TaskConfig.model_validate({"name": path, "mix": {"exam": {"name": test, "weight": 0}}})
+    task = load_task(config, seed=0)
+    assert [prompt.task for prompt in task.heldout] == ["train"] * 200 + ["exam"] * 3
+    assert len({*train_texts(task, 50)}) == 50
+    with pytest.raises(InputError, match=r"no row is left to train on, 250 are held out; lower task.num_heldout"):
+        load_task(TaskConfig(name=path, num_heldout="all"), seed=0)
+    few = SourceConfig(name=test, num_heldout=4)
+    with pytest.raises(InputError, match=r"3 distinct prompts, fewer than task.mix.exam.num_heldout = 4; lower it$"):
+        load_task(TaskConfig(name=path, mix={"exam": few}), seed=0)
+
+
+def test_several_held_out_files_are_benchmarks_of_their_own(tmp_path):
+    path = write_jsonl(tmp_path / "train.jsonl", questions(10))
+    # Both name one data source, and share a question with each other and with the training file.
+    for name in ("aime24", "aime25"):
+        rows = [{"prompt": f"{name}, problem {i}?", "answer": i, "data_source": "contest"} for i in range(4)]
+        write_jsonl(tmp_path / f"{name}.jsonl", [*rows, {"prompt": "What is  3 + 3?", "answer": 6}])
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("aime24", "aime25")]
+    listed = load_task(TaskConfig(name=path, heldout_file=tuple(files)), seed=0)
+    assert [prompt.task for prompt in listed.heldout] == ["aime24"] * 5 + ["aime25"] * 5
+    assert listed.heldout[5].prompt_id == "heldout-aime25-000001"
+    assert len({prompt.prompt_id for prompt in listed.heldout}) == 10
+    assert "What is 3 + 3?" not in train_texts(listed, 90)
+    table = {"old": files[0], "new": files[1]}
+    named = load_task(TaskConfig(name=path, heldout_file=table, num_heldout=2), seed=0)
+    assert [prompt.task for prompt in named.heldout] == ["old"] * 2 + ["new"] * 2
+    assert named.heldout == load_task(TaskConfig(name=path, heldout_file=table, num_heldout=2), seed=0).heldout
+    assert named.describe()["data"][files[1]] == {"rows": 5, "bad_rows": 0, "too_long": 0}
+    assert load_config("tiny", [f"task.name={path}", f"task.heldout_file.old={files[0]}"]).task.heldout_files == {
+        "old": files[0]
+    }
+    # One file whose rows name data sources holds a benchmark for each.
+    rows = [{"prompt": f"{i}?", "answer": i, "data_source": "ab"[i % 2]} for i in range(4)]
+    single = load(path, num_heldout=4, heldout_file=write_jsonl(tmp_path / "both.jsonl", rows))
+    assert [prompt.task for prompt in single.heldout] == ["a", "b", "a", "b"]
+
+
+def test_the_verifier_of_a_named_benchmark_is_that_of_its_data_source_its_name_or_its_source(tmp_path):
+    path = write_jsonl(tmp_path / "train.jsonl", questions(10))
+    plain = write_jsonl(tmp_path / "plain.jsonl", [{"prompt": "1/2?", "answer": "0.5"}])
+    typed = write_jsonl(tmp_path / "typed.jsonl", [{"prompt": "1/4?", "answer": "0.25", "data_source": "maths"}])
+
+    def right(**verifiers):
+        config = TaskConfig(name=path, heldout_file={"plain": plain, "typed": typed}, verifiers=verifiers)
+        task = load_task(config, seed=0)
+        return [task.score(rf"\boxed{{{prompt.ground_truth}}}", prompt).is_correct for prompt in task.heldout]
+
+    assert right() == [False, False]
+    assert right(train="math") == [True, True]
+    assert right(plain="math") == [True, False]
+    assert right(maths="math") == [False, True]
+    assert right(typed="math", maths="exact") == [False, False]
+    assert right(default="math") == [True, True]
+    with pytest.raises(InputError, match='no prompt has data source "plane"; did you mean "plain"'):
+        right(plane="math")
+
+
+def test_a_name_that_two_held_out_sets_share_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "train.jsonl", questions(10))
+    test = write_jsonl(tmp_path / "test.jsonl", [{"prompt": "And?", "answer": 1}])
+    other = SourceConfig(name=write_jsonl(tmp_path / "other.jsonl", questions(4)), num_heldout=2)
+    with pytest.raises(InputError, match=r'task.heldout_file: another held-out set is called "exam" too; name this'):
+        load_task(TaskConfig(name=path, heldout_file={"exam": test}, mix={"exam": other}), seed=0)
+    rows = write_jsonl(
+        tmp_path / "rows.jsonl", [{"prompt": f"{i}?", "answer": 1, "data_source": "a"} for i in range(4)]
+    )
+    mixed = {"more": SourceConfig(name=rows, heldout_file={"a": test}, weight=1)}
+    with pytest.raises(InputError, match=r'task.mix.more.heldout_file: another held-out set is called "a" too'):
+        load_task(TaskConfig(name=rows, num_heldout=1, mix=mixed), seed=0)
+
+
+LEAK = [
+    "What is 2 + 3?",
+    "What is 2 + 3? ",
+    " What is 2  +\n3?",
+    "What\u00a0is\u20092 + 3?",
+    "What is 2\u200b + 3?\ufeff",
+    "What is \uff12 + \uff13?",
+    [{"role": "user", "content": "What is 2 + 3?\n"}],
+    "WHAT IS 2 + 3?",
+]
+
+
+@pytest.mark.parametrize("heldout", [0, 1, 3, 5, 6])
+def test_the_split_is_disjoint_after_white_space_and_unicode_are_normalized(tmp_path, heldout):
+    rows = [{"prompt": prompt, "answer": 5} for prompt in LEAK]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, *questions(2)])
+    test = write_jsonl(tmp_path / "test.jsonl", [rows[heldout]])
+    task = load_task(TaskConfig(name=path, heldout_file=test), seed=0)
+    assert {*train_texts(task, 30)} == {"WHAT IS 2 + 3?", "What is 0 + 0?", "What is 1 + 1?"}
+    # Repeats within the held-out set count once, the first of them.
+    same = write_jsonl(tmp_path / "same.jsonl", rows)
+    assert texts(load_task(TaskConfig(name=path, heldout_file=same), seed=0).heldout) == [LEAK[0], LEAK[7]]
+    # What one source holds out, no other one trains on.
+    mix = {"more": SourceConfig(name=path, num_heldout=1)}
+    evaluated = {"exam": SourceConfig(name=test, num_heldout=1, weight=0)}
+    mixed = load_task(TaskConfig(name=path, num_heldout=1, mix=mix | evaluated), seed=0)
+    assert not {*train_texts(mixed, 60)} & set(LEAK[:6])
+
+
+def test_chats_are_compared_with_all_of_their_turns(tmp_path):
+    def chat(system, user):
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        return {"prompt": turns, "answer": 1}
+
+    rows = [
+        chat("Be\u00a0brief. ", "What is 1 + 1? "),
+        chat("Be brief.", "What is 1 + 2?"),
+        chat("Be long.", "What is 1 + 1?"),
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    test = write_jsonl(tmp_path / "test.jsonl", [chat("Be brief.", "What is\n1 + 1?")])
+    task = load_task(TaskConfig(name=path, heldout_file=test), seed=0)
+    assert {*train_texts(task, 8)} == {
+        "system: Be brief.\n\nuser: What is 1 + 2?",
+        "system: Be long.\n\nuser: What is 1 + 1?",
+    }
+
+
+def test_rows_without_an_answer_are_accepted_where_a_function_of_the_user_judges(tmp_path, monkeypatch, caplog):
+    (tmp_path / "free_judge.py").write_text("def judge(completion, row):\n    return row['prompt'][0] in completion\n")
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": "a?"},
+        {"prompt": "b?", "answer": None},
+        {"prompt": "c?", "answer": " "},
+        {"prompt": "d?", "answer": True},
+        {"prompt": "e?", "reward_model": {"style": "model"}},
+        {"prompt": "f?", "reward_model": {"ground_truth": None}},
+        {"prompt": "g?", "answer": ["x", 1]},
+        {"prompt": "h?", "answer": 7.0},
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    task = load(path, num_heldout=1, verifiers={"default": "free_judge:judge"})
+    prompts = [*task.heldout, *(task.train_prompt(i) for i in range(7))]
+    assert {prompt.text: prompt.ground_truth for prompt in prompts} == {
+        "a?": None,
+        "b?": None,
+        "c?": None,
+        "d?": "true",
+        "e?": None,
+        "f?": None,
+        "g?": '["x", 1]',
+        "h?": "7",
+    }
+    assert all(task.score(prompt.text[0], prompt).is_correct for prompt in prompts)
+    assert task.describe()["data"][path] == {"rows": 8, "bad_rows": 0, "too_long": 0, "without_answer": 5}
+    assert not caplog.text
+    load(path, num_heldout=1, params={"answer": "anser"}, verifiers={"default": "free_judge:judge"})
+    assert f'{path}: no row has an answer at "anser", see task.params.answer' in caplog.text
+
+
+def test_rows_without_an_answer_are_told_apart_and_named_where_a_verifier_needs_one(tmp_path):
+    rows = [
+        {"prompt": "a?"},
+        {"prompt": "b?", "answer": None},
+        {"prompt": "c?", "answer": ""},
+        {"prompt": "d?", "answer": 1},
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    for verifier in ("exact", "math", "reasoning_gym"):
+        with pytest.raises(InputError) as error:
+            load(path, num_heldout=1, verifiers={"default": verifier})
+        assert str(error.value) == (
+            f'{path}: 3 of 4 rows are malformed (line 1: no "answer"; valid: prompt; line 2: "answer" is null, '
+            'expected text or a number; line 3: "answer" is empty); fix them, or set task.on_bad_rows = "skip"; '
+            "only a function of your own (task.verifiers) can judge rows without an answer"
+        )
+
+
+def test_a_data_source_may_be_nested(tmp_path):
+    rows = [{"prompt": f"{i}?", "answer": i, "meta": {"set": "ab"[i % 2]}} for i in range(4)]
+    task = load(
+        write_jsonl(tmp_path / "rows.jsonl", [*rows, {"prompt": "x?", "answer": 1}]),
+        5,
+        params={"data_source": "meta.set"},
+        heldout_file=write_jsonl(
+            tmp_path / "test.jsonl",
+            [*({**row, "prompt": f"And {i}?"} for i, row in enumerate(rows)), {"prompt": "y?", "answer": 1}],
+        ),
+    )
+    assert [prompt.task for prompt in task.heldout] == ["a", "b", "a", "b", "rows"]

@@ -1,14 +1,14 @@
 """Verifiable tasks: prompts by seed and index, and verdicts on what a policy answers.
 
 A task is a mixture of sources, each a reasoning-gym task or a file of rows. Held-out prompts of all sources are set
-apart first; no training prompt of any of them has the text of one.
+apart first. No training prompt has the text of one, after white space and Unicode are normalized.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from analysis.trace import InputError
@@ -16,6 +16,7 @@ from trainer.seeding import Stream, generator
 from trainer.task_config import TaskConfig
 from trainer.tasks.files import FileSource
 from trainer.tasks.gym import GymSource
+from trainer.tasks.normalize import normalize_text
 from trainer.tasks.prompt import Prompt, Question, Score, as_chat, as_text, extract_answer
 from trainer.tasks.source import Context, Source
 from trainer.tasks.verifiers import Verifiers, answer_classes
@@ -43,24 +44,28 @@ class Task:
     """Held-out and training prompts, and their verifiers.
 
     Attributes:
+        sources: Sources of prompts, the task's own first.
         heldout: Held-out prompts of all sources.
         train_prompt: The training prompt of an index, from 0; the same for every caller with the same seed.
         num_timeouts: Answers that were counted as wrong because their verifier ran out of time.
     """
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int) -> None:
-        """Sources of weight 0 are evaluated only."""
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int, correct_at: float = 1.0) -> None:
+        """Sources of weight 0 are evaluated only; ``correct_at`` is that of the configuration."""
         self.heldout = [prompt for source in sources for prompt in source.heldout]
-        excluded = {prompt.text for prompt in self.heldout}
+        excluded = {normalize_text(prompt.text) for prompt in self.heldout}
         drawn = [(source.training(excluded), weight) for source, weight in zip(sources, weights, strict=True) if weight]
         self.train_prompt = Mixture([draw for draw, _ in drawn], [weight for _, weight in drawn], seed)
         self.num_timeouts = 0
-        self._sources = sources
+        self.sources, self._correct_at = sources, correct_at
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of files: rows read, and rows left out."""
-        files = [source for source in self._sources if isinstance(source, FileSource)]
+        """Return what the manifest says of files: rows read, rows left out, and rows without an answer if any."""
+        files = [source for source in self.sources if isinstance(source, FileSource)]
         data = {path: asdict(count) for source in files for path, count in source.counts.items()}
+        for count in data.values():
+            if not count["without_answer"]:
+                del count["without_answer"]
         return {"data": data} if data else {}
 
     def score(self, completion: str, prompt: Prompt) -> Score:
@@ -79,7 +84,7 @@ class Task:
         self.num_timeouts += score.is_timeout
         if score.is_timeout and self.num_timeouts <= NUM_NAMED:
             logger.warning("entrace: %s: no verdict in time on an answer, counted as wrong", prompt.origin)
-        return score
+        return replace(score, correct_at=self._correct_at)
 
 
 class Mixture:
@@ -122,6 +127,7 @@ def load_task(config: TaskConfig, seed: int, encode: Callable[[Question], list[i
     sources: list[Source] = []
     for number, (label, source) in enumerate(config.sources.items()):
         context = Context(
+            section=f"task.mix.{label}" if number else "task",
             label=label,
             prefix=f"{label}/" if number else "",
             number=number,
@@ -132,4 +138,19 @@ def load_task(config: TaskConfig, seed: int, encode: Callable[[Question], list[i
         )
         sources.append(FileSource(source, context) if source.is_file else GymSource(source, context))
     verifiers.check_names()
-    return Task(sources, [source.weight for source in config.sources.values()], seed)
+    _check_benchmarks(config, sources)
+    weights = [source.weight for source in config.sources.values()]
+    return Task(sources, weights, seed, config.correct_at)
+
+
+def _check_benchmarks(config: TaskConfig, sources: Sequence[Source]) -> None:
+    """Refuse a name of a held-out file that other held-out prompts have too: their results would be pooled."""
+    names = [{prompt.task for prompt in source.heldout} for source in sources]
+    for number, (label, source) in enumerate(config.sources.items()):
+        others = {name for other, found in enumerate(names) if other != number for name in found}
+        for name in others.intersection(name for name in source.heldout_files if name):
+            section = f"task.mix.{label}" if number else "task"
+            raise InputError(
+                f'{section}.heldout_file: another held-out set is called "{name}" too; name this one in a table, '
+                f'heldout_file = {{ NAME = "{source.heldout_files[name]}" }}'
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,20 @@ from analysis.trace import InputError
 from trainer.config import validate_section
 from trainer.seeding import Stream, generator
 from trainer.task_config import FileParams, SourceConfig
-from trainer.tasks.prompt import Prompt
-from trainer.tasks.rows import BadRowError, Place, field_at, kind_of, name_some, question_of, read_rows, text_of
+from trainer.tasks.normalize import normalize_text
+from trainer.tasks.prompt import Prompt, Verifier
+from trainer.tasks.rows import (
+    BadRowError,
+    MissingFieldError,
+    NoAnswerError,
+    Place,
+    field_at,
+    kind_of,
+    name_some,
+    question_of,
+    read_rows,
+    text_of,
+)
 from trainer.tasks.source import Context
 from trainer.tasks.verifiers import UserFunction
 
@@ -28,97 +40,139 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RowCount:
-    """Rows of a file, and those of them that were left out."""
+    """Rows of a file, those left out, and those without an answer, which a function of the user's judges."""
 
     rows: int = 0
     bad_rows: int = 0
     too_long: int = 0
+    without_answer: int = 0
 
 
 class FileSource:
-    """Rows of a file: some, or those of another file, are held out; the rest is shuffled anew for every epoch."""
+    """Rows of a file: some, or those of other files, are held out; the rest is shuffled anew for every epoch.
+
+    Attributes:
+        heldout: Held-out prompts, those of each held-out file together.
+        counts: Rows of each file.
+        num_training: Prompts to train on; 0 before ``training`` is called.
+    """
 
     def __init__(self, config: SourceConfig, context: Context) -> None:
-        """Reads the files and chooses the held-out prompts.
+        """Read the files and choose the held-out prompts.
 
         Raises:
-            InputError: a file that cannot be read or holds too few rows, or a malformed row that shall not be skipped.
+            InputError: a file that cannot be read or holds too few rows, or a malformed row that must not be skipped.
         """
         self._config, self._context = config, context
-        self._params = validate_section(FileParams, config.params, f"task.params of {config.name}")
+        self._params = validate_section(FileParams, config.params, f"{context.section}.params of {config.name}")
         self.counts: dict[str, RowCount] = {}
+        self.num_training = 0
         self._rows = self._read(config.name)
-        candidates = self._read(config.heldout_file) if config.heldout_file else self._rows
-        self.heldout = self._choose(candidates, config.heldout_file or config.name)
+        self.heldout: list[Prompt] = []
+        for place, (benchmark, path) in enumerate(config.heldout_files.items()):
+            self.heldout += self._choose(self._read(path, benchmark), path, benchmark, place)
+        if not config.heldout_files:
+            self.heldout = self._choose(self._rows, config.name)
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Return all prompts that were read, held-out ones first."""
+        return [*self.heldout, *self._rows]
 
     def training(self, excluded: set[str]) -> Callable[[int], Prompt]:
-        """Training prompts by index, from 0, epoch after epoch, whose texts are not in ``excluded``."""
-        rows = [row for row in self._rows if row.text not in excluded]
+        """Return training prompts by index, from 0, epoch after epoch, whose normalized texts are not ``excluded``."""
+        rows = [row for row in self._rows if normalize_text(row.text) not in excluded]
         if not rows:
             raise InputError(
                 f"{self._config.name}: no row is left to train on, {len(self._rows)} are held out; lower "
-                "task.num_heldout, or name a task.heldout_file"
+                f"{self._context.section}.num_heldout, or name another {self._context.section}.heldout_file"
             )
+        self.num_training = len(rows)
         return Epochs(rows, self._context.seed, self._context.number)
 
-    def _read(self, path: str) -> list[Prompt]:
-        count = self.counts.setdefault(path, RowCount())
-        prompts, faults = [], []
+    def _read(self, path: str, benchmark: str | None = None) -> list[Prompt]:
+        count = self.counts[path] = RowCount()
+        prompts: list[Prompt] = []
+        faults: list[str] = []
+        lacks_answers = False
         for place, row in read_rows(Path(path)):
             count.rows += 1
             try:
-                prompt = self._prompt(path, place, row)
+                prompt = self._prompt(path, place, row, benchmark)
             except BadRowError as fault:
                 count.bad_rows += 1
                 faults.append(f"{place}: {fault}")
+                lacks_answers |= isinstance(fault, NoAnswerError)
                 continue
             if self._context.is_too_long(prompt):
                 count.too_long += 1
                 faults.append(f"{place}: longer than task.max_prompt_tokens")
             else:
                 prompts.append(prompt)
+            count.without_answer += prompt.ground_truth is None
         named = name_some(faults, len(faults))
         if count.bad_rows and not self._context.skips_bad_rows:
-            raise InputError(
-                f"{path}: {count.bad_rows} of {count.rows} rows are malformed ({named}); mend them, or set "
-                'task.on_bad_rows = "skip"'
-            )
+            advice = 'fix them, or set task.on_bad_rows = "skip"'
+            if lacks_answers:
+                advice += "; only a function of your own (task.verifiers) can judge rows without an answer"
+            raise InputError(f"{path}: {count.bad_rows} of {count.rows} rows are malformed ({named}); {advice}")
         if not prompts:
             raise InputError(f"{path}: no usable row{f' ({named})' if named else ', the file is empty'}")
         if faults:
             logger.warning("entrace: %s: %d of %d rows left out (%s)", path, len(faults), count.rows, named)
+        if self._params.answer and all(prompt.ground_truth is None for prompt in prompts):
+            key = f"{self._context.section}.params.answer"
+            logger.warning('entrace: %s: no row has an answer at "%s", see %s', path, self._params.answer, key)
         return prompts
 
-    def _prompt(self, path: str, place: Place, row: dict[str, Any] | BadRowError) -> Prompt:
+    def _prompt(self, path: str, place: Place, row: dict[str, Any] | BadRowError, benchmark: str | None) -> Prompt:
         if isinstance(row, BadRowError):
             raise row
-        task = row.get(self._params.data_source) or self._context.label
-        if not isinstance(task, str):
-            raise BadRowError(f'"{self._params.data_source}" is {kind_of(task)}, expected text')
-        verifier = self._context.verifiers.of(task)
+        data_source = _value_at(row, self._params.data_source)
+        if not isinstance(data_source, str | None):
+            raise BadRowError(f'"{self._params.data_source}" is {kind_of(data_source)}, expected text')
+        verifier = self._verifier(data_source or None, benchmark)
         answer = self._params.answer or (VERL_ANSWER if row.get("reward_model") else "answer")
         return Prompt(
             prompt_id=f"{self._context.prefix}train-{place.number:06d}",
             split="train",
-            task=task,
+            task=benchmark or data_source or self._context.label,
             question=question_of(field_at(row, self._params.prompt), self._params.prompt),
-            ground_truth=_ground_truth(field_at(row, answer), answer, is_free=isinstance(verifier, UserFunction)),
+            ground_truth=_ground_truth(row, answer, is_free=isinstance(verifier, UserFunction)),
             difficulty=None,
             origin=f"{path}, {place}",
             entry=row,
             verifier=verifier,
         )
 
-    def _choose(self, candidates: list[Prompt], path: str) -> list[Prompt]:
-        """The held-out prompts, of distinct texts, drawn by seed, in the order of the file."""
-        distinct = list({prompt.text: prompt for prompt in reversed(candidates)}.values())[::-1]
-        wanted = self._config.num_heldout
-        if len(distinct) < wanted:
-            raise InputError(f"{path}: {len(distinct)} distinct prompts, fewer than task.num_heldout = {wanted}")
-        rng = generator(self._context.seed, Stream.SPLIT, self._context.number)
-        chosen = [distinct[i] for i in sorted(rng.permutation(len(distinct))[:wanted].tolist())]
+    def _verifier(self, data_source: str | None, benchmark: str | None) -> Verifier:
+        """Return the verifier of the data source; in a named held-out file also that of the file, or of the source."""
+        verifiers, label = self._context.verifiers, self._context.label
+        if benchmark is None:
+            return verifiers.of(data_source or label)
+        of_benchmark = verifiers.of(benchmark, verifiers.of(label))
+        return verifiers.of(data_source, of_benchmark) if data_source else of_benchmark
+
+    def _choose(
+        self, candidates: list[Prompt], path: str, benchmark: str | None = None, place: int = 0
+    ) -> list[Prompt]:
+        """Return the held-out prompts of a file, of distinct texts, drawn by seed, in the order of the file."""
+        distinct: dict[str, Prompt] = {}
+        for prompt in candidates:
+            distinct.setdefault(normalize_text(prompt.text), prompt)
+        chosen, wanted = list(distinct.values()), self._config.heldout_limit
+        if wanted is not None:
+            if len(chosen) < wanted:
+                key = f"{self._context.section}.num_heldout"
+                whole = ", or leave it out to evaluate the whole file" if path != self._config.name else ""
+                raise InputError(
+                    f"{path}: {len(chosen)} distinct prompts, fewer than {key} = {wanted}; lower it{whole}"
+                )
+            rng = generator(self._context.seed, Stream.SPLIT, self._context.number, *[place] * (place > 0))
+            chosen = [chosen[i] for i in sorted(rng.permutation(len(chosen))[:wanted].tolist())]
         prefix = self._context.prefix
-        ids = [f"{prefix}heldout{prompt.prompt_id.removeprefix(f'{prefix}train')}" for prompt in chosen]
+        split = f"heldout-{benchmark}" if benchmark else "heldout"
+        ids = [f"{prefix}{split}{prompt.prompt_id.removeprefix(f'{prefix}train')}" for prompt in chosen]
         return [replace(prompt, split="heldout", prompt_id=i) for prompt, i in zip(chosen, ids, strict=True)]
 
 
@@ -154,11 +208,35 @@ class Epochs:
         return generator(self._seed, Stream.EPOCH, self._number, epoch).permutation(len(self._rows))
 
 
-def _ground_truth(value: Any, key: str, is_free: bool) -> str:
-    """Text as it is, numbers as text; lists and objects, as JSON, only for those who read the row themselves."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+def _value_at(row: Mapping[str, Any], key: str) -> Any:
+    """Return the value at a dotted key, None if there is none."""
+    try:
+        return field_at(row, key)
+    except MissingFieldError:
+        return None
+
+
+def _ground_truth(row: Mapping[str, Any], key: str, is_free: bool) -> str | None:
+    """Return text as it is and numbers as text; None for a missing, null, or blank answer.
+
+    Only rows that a function of the user's judges (``is_free``) may lack the answer, or hold any JSON.
+
+    Raises:
+        BadRowError: any other value, or none.
+    """
+    try:
+        value = field_at(row, key)
+    except MissingFieldError as error:
+        if is_free:
+            return None
+        raise NoAnswerError(str(error)) from None
+    if value is None or (isinstance(value, str) and not value.strip()):
+        if is_free:
+            return None
+        raise NoAnswerError(f'"{key}" is null, expected text or a number' if value is None else f'"{key}" is empty')
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if is_number or (is_free and isinstance(value, list | dict)):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number or (is_free and isinstance(value, list | dict | bool)):
         return json.dumps(value, default=str)
     return text_of(value, f'"{key}"')

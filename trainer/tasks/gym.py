@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 from analysis.trace import InputError, nearest
 from trainer.task_config import SourceConfig
+from trainer.tasks.normalize import normalize_text
 from trainer.tasks.prompt import Prompt
 from trainer.tasks.source import Context
 from trainer.tasks.verifiers import score_by
@@ -44,11 +45,15 @@ class GymSource:
             raise InputError(f"task {config.name}: {error}") from None
         self._name, self._context = config.name, context
         self._verifier = context.verifiers.of(context.label, score_by(self._dataset.score_answer))
-        drawn = self._draw("heldout", set())
-        self.heldout = [prompt for prompt, _ in zip(drawn, range(config.num_heldout), strict=False)]
+        self.heldout = list(islice(self._draw("heldout", set()), config.heldout_limit))
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Return the held-out prompts."""
+        return self.heldout
 
     def training(self, excluded: set[str]) -> Callable[[int], Prompt]:
-        """Training prompts by index, from 0, whose texts are not in ``excluded``."""
+        """Return training prompts by index, from 0, whose normalized texts are not ``excluded``."""
         drawn: list[Prompt] = []
         stream = self._draw("train", excluded)
 
@@ -60,7 +65,7 @@ class GymSource:
         return draw
 
     def _draw(self, split: str, excluded: set[str]) -> Iterator[Prompt]:
-        """Yields prompts whose question is not in ``excluded``; the held-out split also leaves out its own repeats."""
+        """Yield prompts whose question is not ``excluded``; the held-out split also leaves out its own repeats."""
         seen = set(excluded)
         offset = TRAIN_OFFSET if split == "train" else 0
         skipped = 0
@@ -77,14 +82,15 @@ class GymSource:
                 entry=entry,
                 verifier=self._verifier,
             )
-            if prompt.text in seen or self._context.is_too_long(prompt):
+            text = normalize_text(prompt.text)
+            if text in seen or self._context.is_too_long(prompt):
                 skipped += 1
                 if skipped > MAX_SKIPPED_IN_A_ROW:
                     raise InputError(f"task {self._name}: too few distinct questions for its {split} split")
                 continue
             skipped = 0
             if split == "heldout":
-                seen.add(prompt.text)
+                seen.add(text)
             yield prompt
 
 

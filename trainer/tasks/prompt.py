@@ -17,16 +17,24 @@ BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 @dataclass(frozen=True)
 class Score:
-    """Verdict on one completion: ``answer`` is None for a format violation; a time-out scores 0."""
+    """Verdict on one completion.
+
+    Attributes:
+        answer: None for a format violation.
+        score: From 0 (wrong) to 1 (right) as a rule; None where the verifier gives no verdict.
+        is_timeout: The verifier ran out of time; the score is 0.
+        correct_at: Score from which the completion is correct.
+    """
 
     answer: str | None
-    score: float
+    score: float | None
     is_timeout: bool = False
+    correct_at: float = 1.0
 
     @property
-    def is_correct(self) -> bool:
-        """Full marks."""
-        return self.score >= 1.0
+    def is_correct(self) -> bool | None:
+        """Whether the score reaches ``correct_at``; None without a verdict."""
+        return None if self.score is None else self.score >= self.correct_at
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,9 @@ class Prompt:
     Attributes:
         prompt_id: Unique within the task.
         split: ``train`` or ``heldout``.
-        task: Its data source.
+        task: Its data source, or the benchmark whose held-out file it is from.
         question: What is put to the chat template.
-        ground_truth: The right answer.
+        ground_truth: The right answer; None if only a function of the user's judges the prompt.
         difficulty: The task's own description, JSON.
         origin: Where it comes from, for messages.
         entry: The row as it was read or generated.
@@ -49,7 +57,7 @@ class Prompt:
     split: str
     task: str
     question: Question
-    ground_truth: str
+    ground_truth: str | None
     difficulty: str | None
     origin: str
     entry: dict[str, Any] = field(repr=False)

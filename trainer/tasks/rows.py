@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
 
 class BadRowError(ValueError):
-    """What is wrong with one row."""
+    """A fault of one row, in words."""
+
+
+class MissingFieldError(BadRowError):
+    """A field that the row does not have, as opposed to one that is null."""
+
+
+class NoAnswerError(BadRowError):
+    """An answer that is missing, null, or blank."""
 
 
 # Faults that are spelled out where there are more.
@@ -24,13 +32,13 @@ NUM_NAMED = 5
 
 
 def name_some(faults: Sequence[str], count: int) -> str:
-    """The first of ``count`` faults in one line, which shows if there are more."""
+    """Return the first of ``count`` faults in one line, which shows whether there are more."""
     return "; ".join(faults[:NUM_NAMED]) + ("; ..." if count > NUM_NAMED else "")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in its file a row stands, from 1."""
+    """Position of a row in its file, from 1."""
 
     unit: str
     number: int
@@ -40,7 +48,7 @@ class Place:
 
 
 def read_rows(path: Path) -> Iterator[tuple[Place, dict[str, Any] | BadRowError]]:
-    """Rows of a JSONL or Parquet file with their places; of what is no row, what is wrong with it.
+    """Yield rows of a JSONL or Parquet file with their places; in place of a malformed row, its fault.
 
     Raises:
         InputError: no such file, or a damaged one.
@@ -80,11 +88,11 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             batches = file.iter_batches(batch_size=1024)
             yield from enumerate((row for batch in batches for row in _as_dicts(batch)), start=1)
     except pa.ArrowException as error:
-        raise InputError(f"{path}: damaged or no Parquet file ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: damaged, or not a Parquet file ({str(error).splitlines()[0]})") from None
 
 
 def _as_dicts(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Rows; a value that Python cannot hold, such as text that is not UTF-8, is the error that says so."""
+    """Return rows; a value that Python cannot hold, such as text that is not UTF-8, becomes its error."""
     try:
         return batch.to_pylist()
     except ValueError:
@@ -99,17 +107,25 @@ def _as_py(value: pa.Scalar) -> Any:
 
 
 def field_at(row: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key."""
+    """Return the value at a dotted key.
+
+    Raises:
+        MissingFieldError: the row has no such key.
+    """
     value: Any = row
     for part in key.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            raise BadRowError(f'no "{key}"{nearest(part, value) if isinstance(value, Mapping) else ""}')
+            raise MissingFieldError(f'no "{key}"{nearest(part, value) if isinstance(value, Mapping) else ""}')
         value = value[part]
     return value
 
 
 def question_of(value: Any, key: str) -> Question:
-    """Text, or the turns of a chat that ends before the assistant's next one."""
+    """Return text, or the turns of a chat that ends before the assistant's next one.
+
+    Raises:
+        BadRowError: anything else.
+    """
     if isinstance(value, str):
         return text_of(value, f'"{key}"')
     if not isinstance(value, list):
@@ -117,7 +133,7 @@ def question_of(value: Any, key: str) -> Question:
     turns = []
     for turn in value:
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise BadRowError(f'"{key}" has a turn that is no {{"role", "content"}}')
+            raise BadRowError(f'"{key}" has a turn that is not {{"role", "content"}}')
         turns.append({name: text_of(turn[name], f'"{key}", {name}') for name in ("role", "content")})
     if not turns or turns[-1]["role"] == "assistant":
         raise BadRowError(f'"{key}" {"ends with a turn of the assistant" if turns else "is empty"}')
@@ -125,7 +141,11 @@ def question_of(value: Any, key: str) -> Question:
 
 
 def text_of(value: Any, name: str) -> str:
-    """Text that is not blank; ``name`` begins the message where it is anything else."""
+    """Return text that is not blank; ``name`` begins the message about anything else.
+
+    Raises:
+        BadRowError: anything else.
+    """
     if not isinstance(value, str):
         raise BadRowError(f"{name} is {kind_of(value)}, expected text")
     if not value.strip():
@@ -138,7 +158,7 @@ def text_of(value: Any, name: str) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in the words of JSON."""
+    """Return the type of a value, in the words of JSON."""
     if isinstance(value, Exception):
         return f"unreadable ({value})"
     names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text"}

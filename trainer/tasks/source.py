@@ -1,4 +1,4 @@
-"""What every source of prompts offers, and what it is told of the task that it belongs to."""
+"""The interface of sources of prompts, and what a source is told of the task that it belongs to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class Context:
     """The place of a source in its task, and what it shares with the others.
 
     Attributes:
-        label: What its prompts call their task, where rows do not say.
+        section: Key of its configuration, for messages.
+        label: Name of its prompts' task, for rows that name no data source.
         prefix: Begins its prompt ids.
         number: From 0, among the sources.
         seed: Decides splits and orders.
@@ -24,6 +25,7 @@ class Context:
         skips_bad_rows: Leaves malformed rows out instead of stopping.
     """
 
+    section: str
     label: str
     prefix: str
     number: int
@@ -34,10 +36,15 @@ class Context:
 
 
 class Source(Protocol):
-    """Prompts of one origin, in two splits that share no text."""
+    """Prompts of one origin, in two splits that share no normalized text (``trainer.tasks.normalize``)."""
 
     heldout: list[Prompt]
 
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Return the prompts that are known without drawing any, held-out ones first."""
+        ...
+
     def training(self, excluded: set[str]) -> Callable[[int], Prompt]:
-        """Training prompts by index, from 0, whose texts are not in ``excluded``, without end."""
+        """Return training prompts by index, from 0, without end, whose normalized texts are not ``excluded``."""
         ...
