@@ -55,8 +55,8 @@ class World:
     """
 
     runs: int = 1
-    steps: int = 120
-    groups: int = 32
+    steps: int = 100
+    groups: int = 24
     group: int = 8
     pool: int | None = None
     capture_every: int = 5

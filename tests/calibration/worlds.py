@@ -257,22 +257,28 @@ WORLDS: dict[str, Entry] = {
         expected=STAGES,
         is_covered=False,
     ),
-    "planted": Entry("Every effect that is claimed, at the default study's size.", PLANTED, default=SUPPORTED),
+    "planted": Entry(
+        "Every effect that is claimed, at the default study's size: three seeds.",
+        replace(PLANTED, runs=3),
+        default=SUPPORTED,
+    ),
+    "planted-1": Entry("Every effect that is claimed, in one run.", PLANTED, default=None),
     "planted-0.9": Entry(
-        "Every effect that is claimed, with autocorrelation .9.", replace(PLANTED, rho=0.9), default=None
-    ),
-    "planted-3": Entry(
-        "Every effect that is claimed, three seeds judged together.", replace(PLANTED, runs=3), default=SUPPORTED
-    ),
-    "two-stages-0.9-3": Entry(
-        "Two stages and nothing else, autocorrelation .9, three seeds judged together.",
-        replace(TOKENS, rho=0.9, drift=2.0, runs=3),
-        expected=STAGES,
+        "Every effect that is claimed, in one run with autocorrelation .9.", replace(PLANTED, rho=0.9), default=None
     ),
     "reversed": Entry(
-        "Two stages, and the opposite of every other effect that is claimed.",
-        REVERSED,
+        "Two stages, and the opposite of every other effect that is claimed, in three seeds.",
+        replace(REVERSED, runs=3),
         default=CONTRADICTED,
+        expected=STAGES,
+    ),
+    "frozen-unequal-3": Entry(
+        "A frozen policy in three seeds; hard prompts have higher entropy and lower accuracy.",
+        replace(FLAT, drift=0.0, hard_entropy=0.4, difficulty=1.5, runs=3),
+    ),
+    "two-stages-0.9-3": Entry(
+        "Two stages and nothing else, autocorrelation .9, in three seeds.",
+        replace(TOKENS, rho=0.9, drift=2.0, runs=3),
         expected=STAGES,
     ),
     "equal-arms": Entry("Arms that are alike, five seeds.", MethodWorld()),
