@@ -79,8 +79,12 @@ DERIVED = {
         "group by all) using (run_id, rollout_id))",
     ),
 }
-# EXPLAIN ANALYZE runs what it explains, so what follows has to be a SELECT as well.
-EXPLAIN = re.compile(r"\s*explain\s*(\([^)]*\)|analyze\b)?", re.IGNORECASE)
+# EXPLAIN ANALYZE runs what it explains, so what follows must be a query as well.
+COMMENTS = r"(?:\s|--[^\n]*|/\*(?:(?!\*/).)*\*/)*"
+EXPLAIN = re.compile(rf"{COMMENTS}explain\b\s*(\([^)]*\)|analyze\b)?", re.IGNORECASE | re.DOTALL)
+FINAL_SEMICOLON = re.compile(rf";{COMMENTS}\Z", re.DOTALL)
+# What DuckDB calls several statements that it makes of one.
+STATEMENT_NAMES = {"MULTI": "a PIVOT inside another statement"}
 # Of what is missing of a run.
 GAPS_SHOWN = 3
 # Each in brackets stands for itself.
@@ -149,7 +153,7 @@ class Runs:
         return f"Runs({', '.join(self.manifests)})"
 
     def sql(self, text: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
-        """Runs one SELECT (or EXPLAIN of one) over the views.
+        """Run one query (SELECT, PIVOT, DESCRIBE, SUMMARIZE and the like, or EXPLAIN of one) over the views.
 
         Views: the tables of the trace (``entrace tables``), ``runs``, ``stages``, and those of sql/staging.
 
@@ -158,7 +162,7 @@ class Runs:
             params: Values of ``$name`` parameters; those left out are null, which by convention means "all".
 
         Raises:
-            InputError: anything but a single SELECT, an unknown parameter, or whatever DuckDB refuses.
+            InputError: anything but a single query, an unknown parameter, or whatever DuckDB refuses.
         """
         import duckdb
 
@@ -417,18 +421,38 @@ def _select_version(table: Table, version: int, files: list[str]) -> str:
 
 
 def _parameters(text: str) -> set[str]:
-    """Names of the ``$parameters`` of a query that is one SELECT, or EXPLAIN of one."""
+    """Return the names of the ``$parameters`` of one query, or of EXPLAIN of one.
+
+    Raises:
+        InputError: anything but a single query.
+        duckdb.Error: SQL that cannot be parsed.
+    """
     import duckdb
 
     if text != well_formed(text):
         raise InputError("sql: the query is not UTF-8")
+    if explain := EXPLAIN.match(text):
+        text = text[explain.end() :]
     statements = duckdb.extract_statements(text)
-    if len(statements) == 1 and statements[0].type == duckdb.StatementType.EXPLAIN:
-        statements = duckdb.extract_statements(EXPLAIN.sub("", statements[0].query, count=1))
-    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-        found = " and ".join(statement.type.name for statement in statements) or "nothing"
-        raise InputError(f"sql is read-only: expected one SELECT, found {found}")
-    return set(statements[0].named_parameters)
+    is_select = len(statements) == 1 and statements[0].type == duckdb.StatementType.SELECT
+    if not is_select and not _is_pivot(text):
+        found = " and ".join(STATEMENT_NAMES.get(s.type.name, s.type.name) for s in statements) or "nothing"
+        raise InputError(f"sql is read-only: expected one query, such as SELECT or PIVOT; found {found}")
+    return {name for statement in statements for name in statement.named_parameters}
+
+
+def _is_pivot(text: str) -> bool:
+    """Return whether SQL is one query of which DuckDB makes several statements, to find the columns of a PIVOT first.
+
+    No other statement may stand in EXISTS, nor may several.
+    """
+    import duckdb
+
+    try:
+        duckdb.extract_statements(f"select exists ({FINAL_SEMICOLON.sub('', text)}\n)")
+    except duckdb.Error:
+        return False
+    return True
 
 
 def _one_line(error: Exception) -> str:

@@ -39,7 +39,7 @@ def test_what_is_missing_of_a_run_is_said_beside_the_answer(command, tmp_path: P
         (["sql", "select 1"], "name the runs first"),
         (["sql", "RUN", "selec 1"], "syntax error"),
         (["sql", "RUN", "select stepp from tokens"], "step"),
-        (["sql", "RUN", "drop table runs"], "expected one SELECT, found DROP"),
+        (["sql", "RUN", "drop table runs"], "expected one query, such as SELECT or PIVOT; found DROP"),
         (["sql", "RUN", "--file", "nowhere.sql"], "nowhere.sql: No such file"),
         (["sql", "RUN", "select $a", "--param", "a"], "expected NAME=VALUE"),
         (["sql", "RUN", "select $alpha", "--param", "alpa=1"], 'did you mean "alpha"'),

@@ -217,6 +217,9 @@ def test_study_may_name_its_baseline(study_path: Path, tmp_path: Path):
         "execute q",
         "checkpoint",
         "vacuum",
+        "begin",
+        "commit",
+        "rollback",
         "use temp",
         "create macro x() as 1",
         "update runs set run_id = 'x'",
@@ -224,6 +227,18 @@ def test_study_may_name_its_baseline(study_path: Path, tmp_path: Path):
         "select * from query('copy runs to ''{run}/stolen.csv''')",
         "from enable_logging(storage='file', storage_config={{'path': '{run}'}})",
         "select * from local_frame",
+        "create table x as (pivot rollouts on step using count(*))",
+        "create temp table x as (pivot rollouts on step using count(*))",
+        "insert into runs (pivot runs on study using count(*))",
+        "with w as (select 1) insert into runs (pivot runs on study using count(*))",
+        "explain analyze create temp table x as (pivot rollouts on step using count(*))",
+        "with w as (insert into runs (run_id) values ('x') returning *) pivot w on run_id using count(*)",
+        "copy (pivot rollouts on step using count(*)) to '{run}/stolen.csv'",
+        "pivot runs on study using count(*); drop table runs",
+        "pivot runs on study using count(*); /* a */ rollback; drop table runs /* b */",
+        "select 1; /* a */ rollback; drop table runs /* b */",
+        "select 1) from runs; drop table runs; select exists (select 1",
+        "pivot read_csv('/etc/passwd') on column0 using count(*)",
         "selec 1",
         "select nothing from tokens",
         "-- only a comment",
@@ -245,10 +260,48 @@ def test_query_can_neither_write_nor_look_elsewhere(tiny_path: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     "statement",
-    ["explain select 1", "explain analyze select count(*) from tokens", "from runs", "describe tokens", "select 1;"],
+    [
+        "explain select 1",
+        "-- why\nexplain analyze select count(*) from tokens",
+        "explain pivot rollouts on step using count(*)",
+        "from runs",
+        "table runs",
+        "values (1), (2)",
+        "with w as (select 1) select * from w",
+        "describe tokens",
+        "describe pivot rollouts on step using count(*)",
+        "show tables",
+        "show tokens",
+        "summarize steps",
+        "unpivot steps on accuracy, reward_mean into name figure value value",
+        "pivot_longer steps on accuracy, reward_mean",
+        "pivot_wider rollouts on step using count(*)",
+        "select * from (pivot rollouts on step using count(*))",
+        "with w as (from rollouts) pivot w on step in (1, 2) using count(*)",
+        "pivot rollouts on step using count(*); -- done",
+        "select 1;",
+        "select '; -- not a comment'",
+        "pivot rollouts on step using count(*) /* ; */ ; /* done */ -- yes",
+    ],
 )
 def test_reading_statements_pass(tiny: Runs, statement: str):
     assert tiny.sql(statement).height >= 1
+
+
+def test_pivot_finds_its_columns_in_the_data(tiny: Runs):
+    query = "pivot rollouts on is_correct using count(*) group by step order by step"
+    found = tiny.sql(query)
+    assert found.columns == ["step", "false", "true"]
+    assert found.rows() == [(1, 2, 2), (10, 1, 1), (20, 2, 4)]
+    # The type that DuckDB makes for it lasts as long as the query.
+    assert tiny.sql(query).equals(found)
+
+
+def test_a_pivot_that_writes_is_named(tiny: Runs):
+    with pytest.raises(InputError) as caught:
+        tiny.sql("create temp table x as (pivot rollouts on step using count(*))")
+    expected = "sql is read-only: expected one query, such as SELECT or PIVOT; found a PIVOT inside another statement"
+    assert str(caught.value) == expected
 
 
 def test_names_are_suggested(tiny: Runs):
