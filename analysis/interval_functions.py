@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis import intervals
+from analysis.stats import Estimate
 
 if TYPE_CHECKING:
     import duckdb
@@ -65,24 +66,35 @@ def mean_with_interval(
 ) -> tuple[float | None, float | None, float | None]:
     """Return ``sum(totals) / sum(counts)`` and the ends of its interval, None where they are not finite.
 
+    Arguments as for ``estimate_mean``.
+    """
+    if not counts.sum():
+        return None, None, None
+    found = estimate_mean(steps, prompts, totals, counts, bounds)
+    if not np.isfinite([found.value, found.low, found.high]).all():
+        return (float(found.value) if np.isfinite(found.value) else None), None, None
+    return found.value, max(found.low, bounds[0]), min(found.high, bounds[1])
+
+
+def estimate_mean(
+    steps: np.ndarray, prompts: np.ndarray, totals: np.ndarray, counts: np.ndarray, bounds: Bounds
+) -> Estimate:
+    """Estimate ``sum(totals) / sum(counts)`` over prompts of one step, or over several steps.
+
     Args:
         steps: Step of each row, ``(rows,)``.
         prompts: Prompt of each row, integers; a prompt may return at several steps.
         totals: Sum of the quantity over the row.
-        counts: Number of units in the row, or whatever else divides ``totals``.
+        counts: Number of units in the row, or whatever else divides ``totals``; their sum must not be 0.
         bounds: Lowest and highest possible mean.
     """
-    if not counts.sum():
-        return None, None, None
     mean = float(totals.sum() / counts.sum())
     # Deviations add up to exactly 0 where all rows agree, so that no rounding passes for a spread.
     sums = np.column_stack((totals - mean * counts, counts))
     found = intervals.level(steps, prompts, sums, lambda added: mean + intervals.ratio(added))
     if np.isfinite(bounds).all():
         found = intervals.bounded(found.value, found.error, found.df, found.n, found.of, bounds)
-    if not np.isfinite([found.value, found.low, found.high]).all():
-        return (float(found.value) if np.isfinite(found.value) else None), None, None
-    return found.value, max(found.low, bounds[0]), min(found.high, bounds[1])
+    return found
 
 
 def _random_top_share(bins: Sequence[Mapping[str, int]], top: float) -> float:

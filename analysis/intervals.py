@@ -472,6 +472,30 @@ def combine(estimates: Sequence[Estimate], of: str) -> Estimate:
     return _from_mixture(value, weight / weight.sum(), scale, pooled, n, of, blocks)
 
 
+def mean_of_parts(estimates: Sequence[Estimate], of: str, bounds: tuple[float, float]) -> Estimate:
+    """Return the unweighted mean of independent estimates, with an interval for the mean of these very parts.
+
+    Unlike the runs of ``combine``, the parts, such as benchmarks, stand for no others: their differences are no error.
+    The errors within them add up, with Welch and Satterthwaite's degrees of freedom. Nothing bounds the mean beyond
+    ``bounds`` where the error of a part is unknown.
+
+    Args:
+        estimates: One per part; a single one is returned as it is.
+        of: What the mean counts; ``n`` is the sum over the parts.
+        bounds: Lowest and highest possible value; see ``bounded``.
+    """
+    if len(estimates) == 1:
+        return replace(estimates[0], of=of)
+    squares = np.array([found.error for found in estimates]) ** 2
+    df = np.array([found.df for found in estimates])
+    value = float(np.mean([found.value for found in estimates]))
+    n = sum(found.n for found in estimates)
+    if not np.isfinite(squares).all() or (df <= 0).any():
+        return bounded(value, np.nan, 0.0, n, of, bounds)
+    pooled = float(squares.sum() ** 2 / (squares**2 / np.minimum(df, MAX_DF)).sum())
+    return bounded(value, float(np.sqrt(squares.sum())) / len(estimates), pooled, n, of, bounds)
+
+
 def ratio(totals: np.ndarray) -> np.ndarray:
     """Effect: the first total divided by the second."""
     return totals[..., 0] / totals[..., 1]

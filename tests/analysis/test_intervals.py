@@ -14,6 +14,7 @@ from analysis.intervals import (
     draw_contrasts,
     draw_errors,
     level,
+    mean_of_parts,
     over_clusters,
     ratio,
 )
@@ -209,6 +210,40 @@ def test_a_difference_on_which_all_prompts_agree_has_a_width():
     estimate = bounded(0.0, 0.0, 9, 10, "prompts", bounds=(-1, 1))
     assert estimate.low < 0 < estimate.high
     assert estimate.p_value == 1
+
+
+def test_the_mean_of_parts_by_hand():
+    parts = [Estimate.from_error(0.2, 0.03, 10, 11, "prompts"), Estimate.from_error(0.6, 0.04, 40, 41, "prompts")]
+    mean = mean_of_parts(parts, "prompts in 2 benchmarks", (0, 1))
+    # sqrt(.03^2 + .04^2) / 2, and (9 + 16)^2 / (81 / 10 + 256 / 40) degrees of freedom.
+    assert (mean.value, mean.error, mean.df) == (pytest.approx(0.4), pytest.approx(0.025), pytest.approx(625 / 14.5))
+    expected = bounded(0.4, 0.025, 625 / 14.5, 52, "prompts in 2 benchmarks")
+    assert (mean.low, mean.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
+    assert (mean.n, mean.of) == (52, "prompts in 2 benchmarks")
+    # That the parts differ adds nothing, and they weigh alike whatever their size.
+    assert mean.high - mean.low < 0.11
+    assert mean_of_parts(parts[:1], "prompts", (0, 1)) == parts[0]
+
+
+def test_a_part_without_an_error_leaves_the_mean_of_parts_unbounded():
+    parts = [bounded(0.5, np.nan, 0, 1, "prompts"), bounded(0.5, 0.05, 20, 21, "prompts")]
+    mean = mean_of_parts(parts, "prompts", (0, 1))
+    assert (mean.value, mean.low, mean.high) == (0.5, 0, 1)
+
+
+def test_the_mean_of_parts_covers_parts_of_unlike_sizes():
+    hits = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        drawn = [rng.binomial(8, rng.beta(2 * p, 2 * (1 - p), n)) / 8 for p, n in ((0.2, 30), (0.7, 200))]
+        parts = [
+            over_clusters(np.column_stack((x, np.ones(len(x)))), np.arange(len(x)), ratio, "prompts", (0, 1))
+            for x in drawn
+        ]
+        mean = mean_of_parts(parts, "prompts", (0, 1))
+        hits += mean.low <= 0.45 <= mean.high
+    # 200 draws at 95 %: fewer than 181 hits have probability .003.
+    assert hits >= 181
 
 
 def test_a_prompt_that_returns_is_one_prompt():
