@@ -1,4 +1,4 @@
-"""Held-out evaluation: k samples of every held-out prompt, with the same random numbers every time."""
+"""Held-out evaluation: k samples of every held-out prompt, with equal random numbers every time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from analysis.trace import read_manifest
+from trainer.characters import warn_of_lost
 from trainer.checkpoint import find_checkpoint
 from trainer.config import SAMPLING_MEMORY, Config, build_config
 from trainer.distributed import ALONE, World
@@ -31,7 +32,7 @@ def evaluate(
     on_step: Callable[..., None] | None = None,
     world: World = ALONE,
 ) -> dict[str, Any]:
-    """Samples ``eval.samples`` responses to every held-out prompt and scores them, shared out to all processes.
+    """Sample ``eval.samples`` responses to every held-out prompt and score them, shared out to all processes.
 
     Random numbers depend on the seed, the prompt and the sample index alone, so that evaluations of one run at
     different steps, and of different runs with one seed, are paired.
@@ -41,11 +42,11 @@ def evaluate(
         policy: The model.
         task: Prompts and scorer.
         step: Updates that the policy has received.
-        on_step: Called with the number of prompts done.
+        on_step: Called with the number of prompts done, and the accuracy of the responses that got a verdict.
         world: The processes, all of which get all rows.
 
     Returns:
-        Columns of the ``evals`` table, one row a response.
+        Columns of the ``evals`` table, one row per response.
     """
     truncation = Truncation(config.eval.top_p)
     params = replace(SamplingParams.of(config.rollout), temperature=config.eval.temperature, truncation=truncation)
@@ -79,12 +80,13 @@ def evaluate(
         for name, values in ((name, values) for found in world.gather(part) for name, values in found.items()):
             rows[name] += values
         if on_step:
-            on_step(start + len(prompts), accuracy=float(np.mean(rows["is_correct"])))
+            judged = [verdict for verdict in rows["is_correct"] if verdict is not None]
+            on_step(start + len(prompts), accuracy=float(np.mean(judged)) if judged else float("nan"))
     return {"step": step, "temperature": config.eval.temperature, **rows}
 
 
 def find_policy(folder: Path, given: Config) -> Config:
-    """The configuration to evaluate a folder with: a run's own at its latest checkpoint, or ``given`` for a model.
+    """Return the configuration to evaluate a folder with: a run's own at its latest checkpoint, ``given`` for a model.
 
     Raises:
         InputError: a run without a checkpoint.
@@ -96,9 +98,10 @@ def find_policy(folder: Path, given: Config) -> Config:
     return config.model_copy(update={"policy": config.policy.model_copy(update={"path": str(checkpoint / "policy")})})
 
 
-def evaluate_folder(config: Config, on_step: Callable[..., None]) -> dict[str, Any]:
-    """Loads ``config.policy`` and evaluates it; returns columns of the ``evals`` table."""
+def load_policy_and_task(config: Config) -> tuple[Policy, Task]:
+    """Load what an evaluation of ``config.policy`` needs, and warn of characters that its tokenizer cannot encode."""
     policy = Policy.load(config.policy)
     check_engine(policy, config.rollout)
     task = load_task(config.task, config.seed, policy.encode_prompt)
-    return evaluate(config, policy, task, step=0, on_step=on_step)
+    warn_of_lost(policy.tokenizer, task, policy.name, policy.template)
+    return policy, task

@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from analysis.trace import InputError, in_one_line
 from trainer import adapters
 from trainer.config import PolicyConfig
-from trainer.resources import find_model
+from trainer.resources import find_model, find_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,6 +52,19 @@ def load_pretrained(config: PolicyConfig) -> tuple[PreTrainedModel, PreTrainedTo
     else:
         adapter = None
     return model, tokenizer, adapter
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the model that ``policy.path`` names, without the weights.
+
+    Raises:
+        InputError: no usable tokenizer there.
+    """
+    path = find_tokenizer(name)
+    base = adapters.read_base(path)
+    if base and not (path / TOKENIZER).is_file():
+        return load_tokenizer(base)
+    return _load(AutoTokenizer, path, "tokenizer")
 
 
 def load_model(path: Path, attention: str = "auto") -> PreTrainedModel:

@@ -13,8 +13,9 @@ PACKAGE = Path(__file__).parent
 CONFIGS = PACKAGE / "configs"
 EMBEDDED = "embedded"
 SMOLLM = "smollm2-135m"
-# What a model needs of a repository on the hub: neither pickles nor code, and nothing in folders below.
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# Files that a tokenizer, and a model, needs of a repository on the hub: no pickles, no code, and no folders below.
+TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
 def find_base_policy() -> Path:
@@ -30,6 +31,15 @@ def find_model(name: str) -> Path:
         InputError: no such folder or file, or the hub does not have it or cannot be reached.
     """
     return find_local_model(name) or _download(name)
+
+
+def find_tokenizer(name: str) -> Path:
+    """Return where the tokenizer of a model is; of a model of the hub, no weights are downloaded.
+
+    Raises:
+        InputError: as for ``find_model``.
+    """
+    return find_local_model(name) or _download(name, TOKENIZER_FILES)
 
 
 def find_local_model(name: str) -> Path | None:
@@ -70,12 +80,12 @@ def _find_smollm() -> Path:
     return files[0]
 
 
-def _download(name: str) -> Path:
+def _download(name: str, files: list[str] = HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns="*/*"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = in_one_line(error)
         raise InputError(f'policy.path: no folder "{name}" here, and none from the model hub ({reason})') from None

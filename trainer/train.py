@@ -23,6 +23,7 @@ import torch
 from analysis.trace import Lexicon, TraceWriter, read_manifest
 from analysis.trace.parts import last_whole_step
 from trainer.batch import Batch, PromptSource, collect_batch
+from trainer.characters import warn_of_lost
 from trainer.checkpoint import (
     RunState,
     find_intact,
@@ -82,6 +83,7 @@ def train(
         policy = Policy.load(config.policy)
         check_engine(policy, config.rollout)
         task = load_task(config.task, config.seed, policy.encode_prompt)
+        warn_of_lost(policy.tokenizer, task, policy.name, policy.template)
         if world.is_sharded:
             policy.shard()
         learner = Learner(config, policy, world)

@@ -81,7 +81,8 @@ def test_a_run_can_be_trained_evaluated_and_queried(tmp_path, call):
     code, out, _ = call("eval", run_dir, "--json")
     (metrics,) = json.loads(out)[str(run_dir)].values()
     assert code == 0
-    assert set(metrics) == {"avg@2", "maj@2", "pass@2"}
+    assert set(metrics) == {"avg@2", "maj@2", "pass@2", "n"}
+    assert metrics["n"] == 6
     value, low, high = metrics["avg@2"]
     # All of a few prompts agree here, which leaves an interval with a width.
     assert 0 <= low <= value <= high <= 1

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from analysis.trace import InputError, read_manifest
 from trainer.config import load_config
-from trainer.evaluate import evaluate_folder
+from trainer.evaluate import evaluate, load_policy_and_task
 from trainer.run_folder import common_random_numbers
 from trainer.task_config import SourceConfig, TaskConfig
 from trainer.tasks import load_task
@@ -107,12 +107,16 @@ def test_every_epoch_has_every_row_once_wherever_one_begins_to_read(number, seed
         assert len(set(whole[start : start + quarter])) == quarter
 
 
-def test_order_and_split_depend_on_the_seed_and_epochs_differ(tmp_path):
+def test_order_depends_on_the_seed_split_on_the_held_out_seed_and_epochs_differ(tmp_path):
     path = write_jsonl(tmp_path / "sums.jsonl", questions(40))
     one, same, other = (load(path, seed=s) for s in (0, 0, 1))
     assert train_texts(one, 80) == train_texts(same, 80)
     assert one.heldout == same.heldout
-    assert {p.text for p in one.heldout} != {p.text for p in other.heldout}
+    # One split for all seeds, another order for each.
+    assert one.heldout == other.heldout
+    assert train_texts(one, 37) != train_texts(other, 37)
+    assert set(train_texts(one, 37)) == set(train_texts(other, 37))
+    assert {p.text for p in load(path, heldout_seed=1).heldout} != {p.text for p in one.heldout}
     assert train_texts(one, 37) != train_texts(one, 74)[37:]
 
 
@@ -333,7 +337,8 @@ def test_fingerprints_cover_files_and_stay_what_they_were_for_a_task_that_names_
 
 def test_a_file_is_evaluated_by_data_source(sums):
     overrides = [*SMALL, f"task.name={sums}", "task.params={}", "task.num_heldout=13", "eval.samples=1"]
-    rows = evaluate_folder(load_config("tiny", overrides), lambda *seen, **figures: None)
+    config = load_config("tiny", overrides)
+    rows = evaluate(config, *load_policy_and_task(config), step=0)
     assert set(rows["benchmark"]) == {"sums", "chats"}
     assert len(rows["prompt_id"]) == 13
 

@@ -2,73 +2,128 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from analysis.cli import print_json, say
 from trainer.cli.options import Json, require_train_extra
 
+if TYPE_CHECKING:
+    from analysis.stats import Estimate
+
+# Estimates by metric, by benchmark.
+Summary = dict[str, dict[str, "Estimate"]]
+
+# No benchmark: in parentheses, so that none has its name.
+MEAN = "(mean)"
+
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="RUN_OR_MODEL...", help="Run folders or model folders.")],
     config: Annotated[str, typer.Option(help="Task and sampling for model folders (default tiny).")] = "tiny",
+    mean: Annotated[
+        bool,
+        typer.Option(
+            "--mean",
+            help="Add the unweighted mean over benchmarks, with an interval over the prompts of these benchmarks "
+            "(default: each benchmark alone).",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Evaluate policies on held-out prompts: avg@k, maj@k, pass@k per benchmark, with intervals over prompts.
 
-    A run is evaluated at its latest checkpoint with its own configuration.
+    A run is evaluated at its latest checkpoint with its own configuration. Each benchmark is one row, with the number
+    of its prompts: a data source of the task, or a held-out file of a list or table in task.heldout_file.
 
     Example: entrace eval data/runs/study/none-seed0 data/base-policy
     """
     require_train_extra()
     from analysis.progress import Progress
     from trainer.config import load_config
-    from trainer.evaluate import evaluate_folder, find_policy
+    from trainer.evaluate import evaluate as evaluate_policy
+    from trainer.evaluate import find_policy, load_policy_and_task
 
     given = load_config(config)
     targets = [find_policy(Path(model), given) for model in models]
-    figures = {}
-    with Progress("eval", sum(settings.task.total_heldout for settings in targets)) as progress:
-        done = 0
-        for model, settings in zip(models, targets, strict=True):
-            rows = evaluate_folder(
-                settings, lambda n, done=done, model=model, **seen: progress.update(done + n, model, **seen)
-            )
-            figures[model] = _summarize_evals(rows, settings.eval.samples)
-            done += settings.task.total_heldout
+    found: dict[str, Summary] = {}
+    for model, settings in zip(models, targets, strict=True):
+        policy, task = load_policy_and_task(settings)
+        with Progress(f"eval {model}", len(task.heldout)) as progress:
+            rows = evaluate_policy(settings, policy, task, step=0, on_step=progress.update)
+        found[model] = summarize_evals(rows, settings.eval.samples)
+        if mean:
+            found[model][MEAN] = mean_over_benchmarks(found[model])
     if json:
-        print_json(figures)
+        print_json({model: {name: _to_json(metrics) for name, metrics in by.items()} for model, by in found.items()})
         return
-    for model, benchmarks in figures.items():
-        width = max(map(len, benchmarks))
-        for benchmark, metrics in benchmarks.items():
-            for name, (value, low, high) in metrics.items():
-                say(f"{model}  {benchmark:<{width}}  {name:<9} {value:.3f} [{low:.3f}, {high:.3f}]")
+    for line in _lines(found):
+        say(line)
 
 
-def _summarize_evals(rows: dict[str, Any], k: int) -> dict[str, dict[str, tuple[float | None, ...]]]:
-    """Return mean and 95 % interval over prompts of avg@k, maj@k, and pass@k, by benchmark."""
+def summarize_evals(rows: Mapping[str, Any], k: int) -> Summary:
+    """Estimate avg@k, maj@k, and pass@k by benchmark, with 95 % intervals over prompts.
+
+    Responses without a verdict do not count; a prompt without any verdict is left out.
+
+    Args:
+        rows: Columns of the ``evals`` table, ``k`` consecutive rows per prompt.
+        k: Samples per prompt.
+    """
     import numpy as np
 
-    from analysis.interval_functions import BOUNDS, mean_with_interval
+    from analysis.interval_functions import BOUNDS, estimate_mean
     from analysis.stats import avg_at_k, maj_at_k, pass_at_k
 
     names = ("benchmark", "answer", "answer_class", "is_correct")
     samples = (np.array(rows[name], dtype=object).reshape(-1, k).tolist() for name in names)
-    by_benchmark: dict[str, dict[str, list[float]]] = {}
-    for benchmarks, answers, classes, correct in zip(*samples, strict=True):
-        metrics = by_benchmark.setdefault(benchmarks[0], {f"avg@{k}": [], f"maj@{k}": [], f"pass@{k}": []})
-        values = avg_at_k(correct, k), maj_at_k(answers, correct, k, classes), pass_at_k(k, sum(correct), k)
-        for found, value in zip(metrics.values(), values, strict=True):
-            found.append(value)
+    values: dict[str, dict[str, list[float]]] = {}
+    for benchmarks, answers, classes, verdicts in zip(*samples, strict=True):
+        metrics = values.setdefault(benchmarks[0], {f"avg@{k}": [], f"maj@{k}": [], f"pass@{k}": []})
+        judged = [verdict for verdict in verdicts if verdict is not None]
+        if judged:
+            metrics[f"avg@{k}"].append(avg_at_k(judged, k))
+            metrics[f"maj@{k}"].append(maj_at_k(answers, verdicts, k, classes))
+            metrics[f"pass@{k}"].append(pass_at_k(len(judged), sum(judged), len(judged)))
 
-    def estimate(values: list[float]) -> tuple[float | None, ...]:
+    def estimate(values: list[float]) -> Estimate:
         ones = np.ones(len(values))
-        return mean_with_interval(0 * ones, np.arange(len(values)), np.array(values), ones, BOUNDS["estimate_share"])
+        return estimate_mean(0 * ones, np.arange(len(values)), np.array(values), ones, BOUNDS["estimate_share"])
 
     return {
-        benchmark: {name: estimate(values) for name, values in metrics.items()}
-        for benchmark, metrics in by_benchmark.items()
+        benchmark: {name: estimate(found) for name, found in metrics.items() if found}
+        for benchmark, metrics in values.items()
     }
+
+
+def mean_over_benchmarks(summary: Summary) -> dict[str, Estimate]:
+    """Return the unweighted mean of each metric over benchmarks that have one, with its interval."""
+    from analysis.interval_functions import BOUNDS
+    from analysis.intervals import mean_of_parts
+
+    parts: dict[str, list[Estimate]] = {}
+    for metrics in summary.values():
+        for name, estimate in metrics.items():
+            parts.setdefault(name, []).append(estimate)
+    return {
+        name: mean_of_parts(estimates, f"prompts of {len(estimates)} benchmarks", BOUNDS["estimate_share"])
+        for name, estimates in parts.items()
+    }
+
+
+def _to_json(metrics: Mapping[str, Estimate]) -> dict[str, Any]:
+    by_metric = {name: (estimate.value, estimate.low, estimate.high) for name, estimate in metrics.items()}
+    return {**by_metric, "n": max((estimate.n for estimate in metrics.values()), default=0)}
+
+
+def _lines(found: Mapping[str, Summary]) -> Iterator[str]:
+    """Yield one row per model and benchmark."""
+    width = max(len(benchmark) for summary in found.values() for benchmark in summary)
+    for model, summary in found.items():
+        for benchmark, metrics in summary.items():
+            cells = [f"{name} {e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for name, e in metrics.items()]
+            n = max((estimate.n for estimate in metrics.values()), default=0)
+            yield "  ".join([model, f"{benchmark:<{width}}", f"n = {n:<6,}", *(cells or ["no verdicts"])])
