@@ -1,4 +1,4 @@
-"""What a run will take, told from its configuration and the shape of its model: no weight and no prompt is read.
+"""Plan of the memory of a run, from its configuration and the shape of its model: no weights and no prompts are read.
 
 Memory of the update is not a formula but a rehearsal: one micro-batch of the longest sequences goes forward and back on
 tensors that have a shape and no content, and the most that they would hold at once is counted. So gradient
@@ -49,7 +49,7 @@ TRACE_BYTES_PER_TOKEN = (6.7, 12.9)
 
 @dataclass
 class Plan:
-    """What a run takes on each of ``devices`` devices, in bytes; everything at its most.
+    """Most bytes that a run takes on each of ``devices`` devices.
 
     Attributes:
         model: ``policy.path``.
@@ -57,7 +57,7 @@ class Plan:
         parameters: All of the model's.
         trained: Those that are trained.
         dtype: Of the arithmetic.
-        devices: Number of processes, one a device.
+        devices: Number of processes, one per device.
         responses_per_step: Before refills.
         tokens_per_step: If all responses are as long as allowed, before refills.
         max_rounds: Generation rounds that refills can make of it.
@@ -87,21 +87,21 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Memory per device where each holds the whole state, bytes."""
+        """Return the memory per device where each holds the whole state, bytes."""
         return self.state + max(self.sampling, self.update)
 
     @property
     def sharded_peak(self) -> int:
-        """Memory per device where the state is shared out (FSDP), bytes."""
+        """Return the memory per device where the state is sharded (FSDP), bytes."""
         return self.state // self.devices + max(self.sharded_sampling, self.gathered + self.update)
 
     @property
     def sharded_sampling(self) -> int:
-        """What sampling adds where the state is shared out, bytes: all weights are whole for that time."""
+        """Return what sampling adds where the state is sharded, bytes: all weights are whole for that time."""
         return self.sampling + 4 * self.parameters
 
     def lines(self) -> list[str]:
-        """The plan to read."""
+        """Return the plan to read, one line per fact."""
         low, high = (size / 1e6 for size in self.trace_bytes_per_step)
         longest = self.tokens_per_step // self.responses_per_step
         rows = (
@@ -113,9 +113,9 @@ class Plan:
         return [
             f"model         {self.model}, {self.parameters:,} parameters, {self.trained:,} trained",
             f"shape         from {self.shape_from}",
-            f"a step        {self.responses_per_step:,} responses of up to {longest:,} tokens",
-            f"tokens        {self.tokens_per_step:,} a step at most, x {self.max_rounds} if every refill is drawn",
-            f"trace         {low:,.1f} to {high:,.1f} MB a step for these tokens",
+            f"per step      {self.responses_per_step:,} responses of up to {longest:,} tokens",
+            f"tokens        {self.tokens_per_step:,} per step at most, x {self.max_rounds} if every refill is drawn",
+            f"trace         {low:,.1f} to {high:,.1f} MB per step for these tokens",
             f"memory        per device, {self.dtype}, sequences of {self.sequence_tokens:,} tokens, GB",
             f"              {'each whole':>12} {f'FSDP over {self.devices}':>14}",
             *(f"  {name:12}{whole / 1e9:>12.2f} {sharded / 1e9:>14.2f}" for name, whole, sharded in rows),
@@ -123,7 +123,7 @@ class Plan:
 
 
 def make_plan(config: Config, devices: int = 1) -> Plan:
-    """Plans a run on ``devices`` devices; ``policy.dtype = "auto"`` counts as on a GPU.
+    """Plan a run on ``devices`` devices; ``policy.dtype = "auto"`` counts as on a GPU.
 
     Raises:
         InputError: the shape of the model is not known here.
@@ -163,7 +163,7 @@ def make_plan(config: Config, devices: int = 1) -> Plan:
 
 
 def find_shape(name: str) -> tuple[PreTrainedConfig, str]:
-    """Architecture and sizes of the model that ``policy.path`` names, and where they were found.
+    """Return architecture and sizes of the model that ``policy.path`` names, and where they were found.
 
     Raises:
         InputError: neither is there such a folder or file, nor is it among those known here, nor has the hub its

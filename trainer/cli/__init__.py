@@ -46,8 +46,17 @@ def train(
     *,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; its name is the run id.")] = None,
     resume: Resume = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what the run would take.")] = False,
-    devices: Annotated[int | None, typer.Option(min=1, help="With --dry-run: processes, one a device.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only print the memory, files, prompts, tokenizer, verifiers, and evaluations that the run needs, and "
+            "warn of what is wrong with them; exit code 2 if it cannot start (default: train).",
+        ),
+    ] = False,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: number of processes, one per device (default 1).")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Train one policy with GRPO and record every token.
@@ -60,8 +69,7 @@ def train(
     from trainer.config import load_config
 
     if dry_run:
-        _print_plan(load_config(config, overrides or []), devices or 1, json)
-        return
+        raise typer.Exit(_print_plan(load_config(config, overrides or []), devices or 1, json))
     if out is None:
         raise InputError("--out: expected the folder of the run")
     if devices or json:
@@ -80,15 +88,24 @@ def train(
     say(str(out))
 
 
-def _print_plan(settings: Config, devices: int, json: bool) -> None:
+def _print_plan(settings: Config, devices: int, json: bool) -> int:
+    """Print what a run needs, and return the exit code: 2 if it cannot start."""
     from trainer.dry_run import make_plan
+    from trainer.preflight import check_run
 
     plan = make_plan(settings, devices)
+    if not json:
+        for line in plan.lines():
+            say(line)
+    checks = check_run(settings)
     if json:
-        print_json({**asdict(plan), "peak": plan.peak, "sharded_peak": plan.sharded_peak})
-        return
-    for line in plan.lines():
-        say(line)
+        print_json({**asdict(plan), "peak": plan.peak, "sharded_peak": plan.sharded_peak, **asdict(checks)})
+    else:
+        for line in checks.lines():
+            say(line)
+    for line in (*checks.warnings, *checks.problems):
+        say(f"entrace: {line}", err=True)
+    return 2 if checks.problems else 0
 
 
 @app.command()

@@ -84,7 +84,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        # A file that cannot be opened is Python's error, which says why in fewer words than pyarrow's.
+        with open(path, "rb") as opened, pq.ParquetFile(opened) as file:
             batches = file.iter_batches(batch_size=1024)
             yield from enumerate((row for batch in batches for row in _as_dicts(batch)), start=1)
     except pa.ArrowException as error:

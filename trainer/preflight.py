@@ -1,0 +1,174 @@
+"""What a run needs besides memory, tried before it starts: data files, tokenizer, verifiers, and evaluation tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from analysis.trace import InputError, Lexicon
+from trainer.characters import describe_lost, find_lost, task_texts
+from trainer.config import Config
+from trainer.policy import Policy
+from trainer.pretrained import load_tokenizer
+from trainer.tasks import Prompt, Task, load_task
+from trainer.tasks.files import FileSource
+
+# Answers that the verifier of each data source is tried on.
+NUM_TRIED = 5
+GOLD_FORMATS = ("<answer>{}</answer>", r"\boxed{{{}}}", "{}")
+NAME_WIDTH = 14
+
+T = TypeVar("T")
+
+
+@dataclass
+class Checks:
+    """Findings about what a run needs.
+
+    Attributes:
+        files: Rows of each file, as in ``RowCount``.
+        training: Prompts to train on by source; None for a task that generates them without end.
+        heldout: Held-out prompts by benchmark.
+        tokenizer_entries: Size of the tokenizer; None if it cannot be loaded.
+        lost_characters: Characters of the task that it cannot encode.
+        gold_accepted: By data source, how many right answers its verifier was tried on, and how many it accepted.
+        evaluations: Number over the run, before the first step and after the last included.
+        evaluation_responses: Responses that each of them samples.
+        evaluation_tokens: Most tokens that each of them samples.
+        warnings: What the run can do without, one line each.
+        problems: What stops the run, one line each.
+    """
+
+    files: dict[str, dict[str, int]] = field(default_factory=dict)
+    training: dict[str, int | None] = field(default_factory=dict)
+    heldout: dict[str, int] = field(default_factory=dict)
+    tokenizer_entries: int | None = None
+    lost_characters: list[str] = field(default_factory=list)
+    gold_accepted: dict[str, tuple[int, int]] = field(default_factory=dict)
+    evaluations: int = 0
+    evaluation_responses: int = 0
+    evaluation_tokens: int = 0
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def lines(self) -> Iterator[str]:
+        """Yield the findings to read, one line per fact; warnings and problems are left to the caller."""
+        for path, count in self.files.items():
+            left_out = {"malformed": count["bad_rows"], "too long": count["too_long"]}
+            parts = [f"{number:,} {name}" for name, number in left_out.items() if number]
+            parts += [f"{count['without_answer']:,} without an answer"] if count.get("without_answer") else []
+            yield _line("file", ", ".join([f"{path}: {count['rows']:,} rows", *parts]))
+        for label, number in self.training.items():
+            prompts = "generated without end" if number is None else f"{number:,} prompts"
+            yield _line("training", f"{label}: {prompts}")
+        for benchmark, number in self.heldout.items():
+            yield _line("held out", f"{benchmark}: {number:,} prompts")
+        if self.tokenizer_entries is not None:
+            yield _line("tokenizer", f"{self.tokenizer_entries:,} entries")
+        for name, (tried, accepted) in self.gold_accepted.items():
+            verdict = f"accepts {accepted} of {tried} right answers" if tried else "runs; there is no answer to try"
+            yield _line("verifier", f"{name}: {verdict}")
+        if self.evaluations:
+            each = f"{self.evaluation_responses:,} responses, {self.evaluation_tokens:,} tokens at most"
+            total = f"{self.evaluations} times, {self.evaluations * self.evaluation_tokens:,} tokens over the run"
+            yield _line("evaluation", f"{each}; {total}")
+
+
+def check_run(config: Config) -> Checks:
+    """Open the files, load the tokenizer, and try the verifiers of a run; no weights are read.
+
+    A failed check is a line of ``problems`` instead of an error, so that one call names all that is missing.
+    """
+    found = Checks()
+    tokenizer = _try(found, lambda: load_tokenizer(config.policy.path))
+    if config.record.lexicon:
+        _try(found, lambda: Lexicon.load(Path(str(config.record.lexicon))))
+    task = _try(found, lambda: _load_task(config, tokenizer))
+    if task:
+        _count_prompts(found, config, task)
+        for name, prompts in _by_data_source(task).items():
+            _try(found, lambda name=name, prompts=prompts: _try_verifier(found, task, name, prompts))
+    if tokenizer:
+        found.tokenizer_entries = len(tokenizer)
+    if task and tokenizer:
+        found.lost_characters = find_lost(tokenizer, task_texts(task, config.policy.template))
+        if found.lost_characters:
+            found.warnings.append(describe_lost(found.lost_characters, config.policy.path))
+    return found
+
+
+def _try(found: Checks, check: Callable[[], T]) -> T | None:
+    """Return what the check returns; None after an error, which becomes a problem."""
+    try:
+        return check()
+    except InputError as error:
+        found.problems.append(str(error))
+        return None
+
+
+def _load_task(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Task:
+    if tokenizer is None:
+        # Prompts cannot be measured, but files and rows can be checked.
+        return load_task(config.task.model_copy(update={"max_prompt_tokens": None}), config.seed)
+    no_model = cast("Any", None)
+    device, dtype, template = torch.device("cpu"), torch.float32, config.policy.template
+    policy = Policy(no_model, tokenizer, device, dtype, config.policy.path, template)
+    return load_task(config.task, config.seed, policy.encode_prompt)
+
+
+def _count_prompts(found: Checks, config: Config, task: Task) -> None:
+    found.files = task.describe().get("data", {})
+    for (label, source), loaded in zip(config.task.sources.items(), task.sources, strict=True):
+        if source.weight:
+            found.training[label] = loaded.num_training if isinstance(loaded, FileSource) else None
+    found.heldout = dict(Counter(prompt.task for prompt in task.heldout))
+    needed, numbers = config.rollout.prompts_per_step, list(found.training.values())
+    if None not in numbers and (there := sum(number or 0 for number in numbers)) < needed:
+        found.warnings.append(
+            f"rollout.prompts_per_step = {needed}: there are {there} prompts to train on, so that steps repeat some"
+        )
+    steps, every = config.steps, config.eval.every
+    found.evaluations = 1 + steps // every + (steps % every > 0)
+    found.evaluation_responses = len(task.heldout) * config.eval.samples
+    found.evaluation_tokens = found.evaluation_responses * config.rollout.max_response_tokens
+
+
+def _by_data_source(task: Task) -> dict[str, list[Prompt]]:
+    """Return a few prompts of each data source, those with an answer first."""
+    found: dict[str, list[Prompt]] = {}
+    for source in task.sources:
+        for prompt in source.prompts:
+            found.setdefault(prompt.task, []).append(prompt)
+    for prompts in found.values():
+        prompts.sort(key=lambda prompt: prompt.ground_truth is None)
+    return {name: prompts[:NUM_TRIED] for name, prompts in found.items()}
+
+
+def _try_verifier(found: Checks, task: Task, name: str, prompts: list[Prompt]) -> None:
+    """Judge right answers, in each form that verifiers look for; without any, an empty response."""
+    with_answer = [prompt for prompt in prompts if prompt.ground_truth is not None]
+    if not with_answer:
+        task.score("", prompts[0])
+    rejected: list[str] = []
+    for prompt in with_answer:
+        scores = [task.score(form.format(prompt.ground_truth), prompt) for form in GOLD_FORMATS]
+        if not any(score.is_correct for score in scores):
+            best = max((score.score for score in scores if score.score is not None), default=None)
+            verdict = "no verdict" if best is None else f"{best:g}"
+            rejected.append(f"{prompt.origin} ({str(prompt.ground_truth)[:40]!r} gets {verdict})")
+    found.gold_accepted[name] = len(with_answer), len(with_answer) - len(rejected)
+    if rejected:
+        found.warnings.append(
+            f"task.verifiers: {len(rejected)} of {len(with_answer)} right answers of {name} are judged wrong, in tags, "
+            f"boxed, and plain: {rejected[0]}; check the answers, the verifier, and task.correct_at"
+        )
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<{NAME_WIDTH}}{text}"
