@@ -233,7 +233,7 @@ WORLDS: dict[str, Entry] = {
         expected=STAGES,
     ),
     "recurring-prompts": Entry(
-        "Prompts recur: 32 of 64 at every step.",
+        "Prompts recur: 24 of 64 at every step.",
         replace(TOKENS, pool=64, hard_entropy=0.2),
         expected=STAGES,
     ),

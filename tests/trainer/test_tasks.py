@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from analysis.trace import InputError
 from trainer.config import load_config
 from trainer.task_config import SourceConfig, TaskConfig
-from trainer.tasks import Mixture, extract_answer, load_task
+from trainer.tasks import Mixture, Score, extract_answer, load_task
 from trainer.tasks.prompt import extract_boxed
 
 PARAMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -27,7 +27,25 @@ def test_splits_share_no_question_even_where_questions_are_few():
 def test_prompts_depend_on_the_seed_alone():
     one, same, other = (load_task(chain_sum(), seed=s) for s in (0, 0, 1))
     assert [one.train_prompt(i) for i in (7, 3)] == [same.train_prompt(i) for i in (7, 3)]
-    assert [p.text for p in one.heldout] != [p.text for p in other.heldout]
+    assert [p.text for p in one.heldout] == [p.text for p in other.heldout]
+    assert [p.text for p in load_task(chain_sum(heldout_seed=1), seed=0).heldout] != [p.text for p in one.heldout]
+
+
+def test_seeds_train_on_different_prompts_and_share_the_held_out_set():
+    long = {"min_terms": 6, "max_terms": 8, "min_digits": 3, "max_digits": 4}
+    tasks = [load_task(TaskConfig(params=long, num_heldout=50), seed=s) for s in (0, 1, 2, 17)]
+    trained = [{task.train_prompt(i).text for i in range(500)} for task in tasks]
+    assert len(set.union(*trained)) == 4 * 500
+    assert all(task.heldout == tasks[0].heldout for task in tasks)
+
+
+def test_correctness_has_a_threshold():
+    task, strict = (load_task(chain_sum(correct_at=value), seed=0) for value in (0.0, 1.5))
+    prompt = task.train_prompt(0)
+    right = f"<answer>{prompt.ground_truth}</answer>"
+    assert (task.score("", prompt).is_correct, task.score(right, prompt).is_correct) == (True, True)
+    assert (strict.score("", prompt).is_correct, strict.score(right, prompt).is_correct) == (False, False)
+    assert Score(None, None).is_correct is None
 
 
 def test_scores_come_from_the_task():

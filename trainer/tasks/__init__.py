@@ -109,11 +109,11 @@ class Mixture:
 
 
 def load_task(config: TaskConfig, seed: int, encode: Callable[[Question], list[int]] | None = None) -> Task:
-    """Opens all sources of a task.
+    """Open all sources of a task.
 
     Args:
         config: The task.
-        seed: Decides prompts, splits and orders.
+        seed: Decides training prompts and their order; ``config.heldout_seed`` decides the held-out ones.
         encode: Token ids of a question, which ``max_prompt_tokens`` counts.
 
     Raises:
@@ -132,6 +132,7 @@ def load_task(config: TaskConfig, seed: int, encode: Callable[[Question], list[i
             prefix=f"{label}/" if number else "",
             number=number,
             seed=seed,
+            heldout_seed=config.heldout_seed,
             verifiers=verifiers,
             is_too_long=lambda prompt: bool(limit and encode and len(encode(prompt.question)) > limit),
             skips_bad_rows=config.on_bad_rows == "skip",

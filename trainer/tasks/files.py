@@ -156,7 +156,7 @@ class FileSource:
     def _choose(
         self, candidates: list[Prompt], path: str, benchmark: str | None = None, place: int = 0
     ) -> list[Prompt]:
-        """Return the held-out prompts of a file, of distinct texts, drawn by seed, in the order of the file."""
+        """Return the held-out prompts of a file, of distinct texts, drawn by ``heldout_seed``, in the order of the file."""
         distinct: dict[str, Prompt] = {}
         for prompt in candidates:
             distinct.setdefault(normalize_text(prompt.text), prompt)
@@ -168,7 +168,7 @@ class FileSource:
                 raise InputError(
                     f"{path}: {len(chosen)} distinct prompts, fewer than {key} = {wanted}; lower it{whole}"
                 )
-            rng = generator(self._context.seed, Stream.SPLIT, self._context.number, *[place] * (place > 0))
+            rng = generator(self._context.heldout_seed, Stream.SPLIT, self._context.number, *[place] * (place > 0))
             chosen = [chosen[i] for i in sorted(rng.permutation(len(chosen))[:wanted].tolist())]
         prefix = self._context.prefix
         split = f"heldout-{benchmark}" if benchmark else "heldout"

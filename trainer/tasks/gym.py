@@ -14,20 +14,22 @@ from trainer.tasks.prompt import Prompt
 from trainer.tasks.source import Context
 from trainer.tasks.verifiers import score_by
 
-# Far above any number of prompts a run draws, so that held-out and training indices never meet.
-TRAIN_OFFSET = 1_000_000
+# Entries of each stream, far above any number of prompts that a run draws. The library draws an entry from the sum of
+# the dataset's seed and the entry's index, so that streams whose seeds are this far apart have no entry in common.
+STREAM_LENGTH = 1_000_000
 MAX_SKIPPED_IN_A_ROW = 10_000
 
 
 class GymSource:
     """A reasoning-gym task, split into disjoint training and held-out prompts.
 
-    Held-out prompts are the first distinct questions of one stream; training prompts come from another and skip what is
-    held out, so that the two never share a text, however small the space of questions is.
+    Held-out prompts are the first distinct questions of one stream, the same for all seeds of a run. Training prompts
+    come from another stream per seed and skip what is held out, so that the two never share a text, however small the
+    space of questions is.
     """
 
     def __init__(self, config: SourceConfig, context: Context) -> None:
-        """Draws the held-out prompts.
+        """Draw the held-out prompts.
 
         Raises:
             InputError: unknown task, parameters that it does not take, or too few distinct questions.
@@ -37,14 +39,18 @@ class GymSource:
 
         if config.name not in DATASETS:
             raise InputError(f'unknown task "{config.name}"{nearest(config.name, DATASETS)}')
+        streams = {"heldout": 2 * context.heldout_seed, "train": 2 * context.seed + 1}
         try:
-            self._dataset = reasoning_gym.create_dataset(
-                config.name, seed=context.seed, size=2 * TRAIN_OFFSET, **config.params
-            )
+            self._datasets = {
+                split: reasoning_gym.create_dataset(
+                    config.name, seed=stream * STREAM_LENGTH, size=STREAM_LENGTH, **config.params
+                )
+                for split, stream in streams.items()
+            }
         except (TypeError, ValueError, AssertionError) as error:
             raise InputError(f"task {config.name}: {error}") from None
         self._name, self._context = config.name, context
-        self._verifier = context.verifiers.of(context.label, score_by(self._dataset.score_answer))
+        self._verifier = context.verifiers.of(context.label, score_by(self._datasets["heldout"].score_answer))
         self.heldout = list(islice(self._draw("heldout", set()), config.heldout_limit))
 
     @property
@@ -66,11 +72,10 @@ class GymSource:
 
     def _draw(self, split: str, excluded: set[str]) -> Iterator[Prompt]:
         """Yield prompts whose question is not ``excluded``; the held-out split also leaves out its own repeats."""
-        seen = set(excluded)
-        offset = TRAIN_OFFSET if split == "train" else 0
+        seen, dataset = set(excluded), self._datasets[split]
         skipped = 0
         for index in count():
-            entry = self._dataset[offset + index]
+            entry = dataset[index]
             prompt = Prompt(
                 prompt_id=f"{self._context.prefix}{split}-{index:06d}",
                 split=split,

@@ -19,7 +19,8 @@ class Context:
         label: Name of its prompts' task, for rows that name no data source.
         prefix: Begins its prompt ids.
         number: From 0, among the sources.
-        seed: Decides splits and orders.
+        seed: Decides training prompts and their order.
+        heldout_seed: Decides held-out prompts.
         verifiers: By data source.
         is_too_long: Prompts to leave out.
         skips_bad_rows: Leaves malformed rows out instead of stopping.
@@ -30,6 +31,7 @@ class Context:
     prefix: str
     number: int
     seed: int
+    heldout_seed: int
     verifiers: Verifiers
     is_too_long: Callable[[Prompt], bool]
     skips_bad_rows: bool
