@@ -205,8 +205,9 @@ VOCAB = Table(
     (
         RUN_ID,
         Column("token_id", pa.int32(), "-", "Vocabulary entry."),
-        Column("text", pa.string(), "-", "Its text, decoded alone."),
+        Column("text", pa.string(), "-", "Its text, decoded alone; bytes of an incomplete character as <0xF0>."),
         Column("category", pa.string(), "-", "Its function; see analysis/trace/lexicon.toml."),
+        Column("is_special", pa.bool_(), "-", "The tokenizer marks it as special; null if unknown.", True, since=2),
     ),
     ("token_id",),
 )
