@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from analysis.compare import Comparison
     from analysis.report import write_report
     from analysis.runs import Runs, open_runs
-    from analysis.trace import InputError, TraceWriter
+    from analysis.trace import InputError, TraceWriter, Vocabulary
 
 __all__ = [
     "Comparison",
@@ -30,6 +30,7 @@ __all__ = [
     "Runs",
     "TraceWriter",
     "Verdict",
+    "Vocabulary",
     "compare",
     "figures",
     "judge",
@@ -42,6 +43,7 @@ __getattr__ = names_from(
     {
         "InputError": "analysis.trace",
         "TraceWriter": "analysis.trace",
+        "Vocabulary": "analysis.trace",
         "Runs": "analysis.runs",
         "open_runs": "analysis.runs",
         "Verdict": "analysis.claims",

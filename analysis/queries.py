@@ -22,6 +22,7 @@ STAGING = (
     "response_fifths",
     "entropy_thresholds",
     "eval_prompts",
+    "vocab_words",
 )
 HEADERS = ("question", "grain", "params", "units", "needs")
 WORD = re.compile(r"\w+")

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from analysis.trace import InputError, in_one_line
+from analysis.trace import InputError, Vocabulary, in_one_line
 from trainer import adapters, attention
 from trainer.allocator import keep_freed_memory
 from trainer.config import PolicyConfig
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 TOLERANCE = 1e-2
+# Stands for a response, to see what the chat template writes after it.
+PROBE = "entrace"
 
 
 @dataclass
@@ -122,6 +124,24 @@ class Policy:
         return torch.tensor(sorted(found), dtype=torch.int64)
 
     @cached_property
+    def turn_end(self) -> int | None:
+        """The stop token that a response ends with, None if unknown.
+
+        It is the one that the chat template writes after a response; without one, the tokenizer's end of sequence, or
+        the only stop token that there is.
+        """
+        stop_ids = self.stop_ids.tolist()
+        written = (i for i in self._after_response() if i in stop_ids)
+        otherwise: Any = stop_ids[0] if len(stop_ids) == 1 else self.tokenizer.eos_token_id
+        return next(written, otherwise)
+
+    @cached_property
+    def opening(self) -> list[int]:
+        """Special tokens that the tokenizer puts before a text, such as a beginning of sequence."""
+        bare, whole = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        return whole[: next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)]
+
+    @cached_property
     def step_graph(self) -> StepGraph | None:
         """How a decoder reads one more token of short sequences, if the model can be recorded.
 
@@ -151,14 +171,18 @@ class Policy:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def encode_prompt(self, question: Question) -> list[int]:
-        """Token ids of a question in ``template``, or else in the chat template if the tokenizer has one.
+        """Return the token ids of a question in ``template``, or in the chat template if the tokenizer has one.
+
+        A text in ``template`` is preceded by the tokenizer's beginning of sequence unless it begins with it.
 
         Raises:
             InputError: the template refuses the question's turns.
         """
         if self.template or self.tokenizer.chat_template is None:
             text = (self.template or "{question}").replace("{question}", as_text(question))
-            return self.tokenizer(text)["input_ids"]
+            # Without the end of sequence that some tokenizers append, which would end the prompt.
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return ids if ids[: len(self.opening)] == self.opening else [*self.opening, *ids]
         try:
             rendered: Any = self.tokenizer.apply_chat_template(
                 as_chat(question), add_generation_prompt=True, tokenize=False
@@ -174,10 +198,9 @@ class Policy:
         # The tokenizer would take an empty list for one response.
         return self.tokenizer.batch_decode(responses, skip_special_tokens=True) if responses else []
 
-    def vocab(self) -> list[str]:
-        """Text of every vocabulary entry, decoded alone; empty for rows of the head that the tokenizer lacks."""
-        known = min(len(self.tokenizer), self.vocab_size)
-        return self.tokenizer.batch_decode([[i] for i in range(known)]) + [""] * (self.vocab_size - known)
+    def vocab(self) -> Vocabulary:
+        """Return the tokenizer's vocabulary, one entry per row of the LM head."""
+        return Vocabulary.of(self.tokenizer, self.vocab_size)
 
     def hidden_states(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Inputs of the LM head, (B, L) -> (B, L, H); further arguments as the model takes them."""
@@ -295,6 +318,18 @@ class Policy:
             raise InputError(f"policy.gradient_checkpointing: {type(self.model).__name__} has no layers made for it")
         for layer in layers:
             layer.forward = partial(_recompute, layer.forward)
+
+    def _after_response(self) -> list[int]:
+        """Return the tokens that the chat template writes after a response; none if it has no say."""
+        if self.tokenizer.chat_template is None:
+            return []
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+        try:
+            rendered: Any = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        except TemplateError:
+            return []
+        _, found, rest = rendered.rpartition(PROBE)
+        return self.tokenizer(rest, add_special_tokens=False)["input_ids"] if found else []
 
     @torch.no_grad()
     def _check_head(self) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from analysis.trace.lexicon import CATEGORIES, Lexicon
     from analysis.trace.manifest import MANIFEST, describe_machine, flatten, read_manifest, write_manifest
     from analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
+    from analysis.trace.vocabulary import Vocabulary
     from analysis.trace.writer import TraceWriter
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Lexicon",
     "Table",
     "TraceWriter",
+    "Vocabulary",
     "describe_machine",
     "find_defects",
     "flatten",
@@ -51,6 +53,7 @@ __getattr__ = names_from(
         "TABLES": "analysis.trace.schema",
         "Column": "analysis.trace.schema",
         "Table": "analysis.trace.schema",
+        "Vocabulary": "analysis.trace.vocabulary",
         "TraceWriter": "analysis.trace.writer",
     },
 )

@@ -23,7 +23,9 @@ FORMAL, LOGICAL, META, SEMANTIC, SPECIAL = CATEGORIES = (
 SHIPPED = Path(__file__).with_name("lexicon.toml")
 # Word starts, line ends and tabs as SentencePiece and byte-level BPE write them.
 MARKS_TO_BLANKS = dict.fromkeys(map(ord, "\u2581\u0120\u010a\u0109\u010d"), " ")
-MARKUP = re.compile(r"<[^<>\s]+>|\[[A-Z]{3,}\]|\ufffd+")
+# Looks like a special token, for vocabularies of which nobody says what is special.
+MARKUP = re.compile(r"<[^<>\s]+>|\[[A-Z]{3,}\]")
+NO_TEXT = re.compile(r"\ufffd+|(?:<0x[0-9A-F]{2}>)+")
 RULER = re.compile(r"\*\*+|([-_/=])\1\1+")
 PUNCTUATION = ".,:;!?\"'`"
 FORMAL_TEXT = re.compile(r"[\d+\-*/^=<>%×÷±√∑∫≤≥≠≈∞(){}\[\]|\\_]+|[a-zA-Z]'?|[\d.,]*\d[\d.,]*|\\[a-zA-Z]+")
@@ -32,7 +34,7 @@ SINGLE_LETTER_WORDS = {"a", "i"}
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Maps words to categories; ``categorize`` adds the rules for everything that is no listed word."""
+    """Maps words to categories; ``categorize`` adds the rules for everything that is not a listed word."""
 
     words: dict[str, str]
 
@@ -54,7 +56,7 @@ class Lexicon:
             if category not in CATEGORIES:
                 raise InputError(f'{path}: unknown category "{category}"{nearest(category, CATEGORIES)}')
             if not isinstance(entries, list) or not all(isinstance(word, str) for word in entries):
-                raise InputError(f"{path}: {category} is no list of words")
+                raise InputError(f"{path}: {category} is not a list of words")
         # The earlier category in CATEGORIES order never wins by accident: the file's order decides.
         words: dict[str, str] = {}
         for category, entries in lists.items():
@@ -62,25 +64,30 @@ class Lexicon:
                 words.setdefault(word, category)
         return cls(words)
 
-    def categorize(self, vocab: Sequence[str]) -> np.ndarray:
-        """Returns the category of every vocabulary entry.
+    def categorize(self, vocab: Sequence[str], is_special: Sequence[bool] | None = None) -> np.ndarray:
+        """Return the category of every vocabulary entry.
 
-        Rules, first match, punctuation around a word left out: markup such as ``<eos>``, ``</answer>`` or ``[PAD]``,
-        blanks, and bytes that are no text are ``special``; a listed word has its listed category; digits, operators,
-        brackets, LaTeX commands and single letters other than the words a and i are ``formal_reasoning``; anything
-        else, punctuation, rulers and word pieces included, is ``semantic_support``.
+        Rules, first match, punctuation around a word left out: what the tokenizer marks as special, blanks, and bytes
+        of incomplete characters are ``special``; a listed word has its listed category; digits, operators, brackets,
+        LaTeX commands and single letters other than the words a and i are ``formal_reasoning``; anything else,
+        punctuation, rulers, markup and word pieces included, is ``semantic_support``.
 
         Args:
-            vocab: Texts, one an entry; word-start marks of byte-level BPE and SentencePiece are understood.
+            vocab: Texts, one per entry; word-start marks of byte-level BPE and SentencePiece are understood.
+            is_special: What the tokenizer marks, one per entry; if unknown, what looks like it, such as ``<eos>``,
+                ``</answer>`` or ``[PAD]``, counts as marked.
 
         Returns:
             Array of category names, dtype object, shape ``(V,)``.
         """
-        return np.array([self._categorize_one(text) for text in vocab], dtype=object)
+        marks = [None] * len(vocab) if is_special is None else is_special
+        return np.array([self._categorize_one(t, mark) for t, mark in zip(vocab, marks, strict=True)], dtype=object)
 
-    def _categorize_one(self, text: str) -> str:
+    def _categorize_one(self, text: str, is_special: bool | None) -> str:
         text = text.translate(MARKS_TO_BLANKS).strip()
-        if not text or MARKUP.fullmatch(text):
+        if is_special is None:
+            is_special = MARKUP.fullmatch(text) is not None
+        if is_special or not text or NO_TEXT.fullmatch(text):
             return SPECIAL
         text = text.strip(PUNCTUATION).strip() or text
         word = text.lower()

@@ -28,6 +28,7 @@ from analysis.trace.parts import FILES, Files, last_step, listed_files, part_nam
 from analysis.trace.plain import well_formed
 from analysis.trace.precision import EXACT_BITS, MANTISSA_BITS, round_measured
 from analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
+from analysis.trace.vocabulary import Vocabulary
 
 # Smallest exact encodings found for each kind of column: mantissa bytes of measured floats are noise and cost least
 # when split from the exponents; ids, lengths and constants within a response are runs.
@@ -67,7 +68,7 @@ class TraceWriter:
         cls,
         run_dir: Path,
         manifest: Mapping[str, Any],
-        vocab: Sequence[str],
+        vocab: Vocabulary | Sequence[str],
         lexicon: Lexicon | None = None,
         *,
         replace: bool = False,
@@ -80,7 +81,7 @@ class TraceWriter:
         Args:
             run_dir: Folder to create; it must not hold anything yet.
             manifest: What ``run.json`` shall say of the run; ``run_id`` is required.
-            vocab: Text of every vocabulary entry, indexed by token id.
+            vocab: The tokenizer's vocabulary, as from ``Vocabulary.of``, or the text of every entry, by token id.
             lexicon: Words and rules of the token categories; the shipped ones if not given.
             replace: The folder may hold a trace, whose rows are removed.
             rank: Of this process among those that record the run.
@@ -97,7 +98,8 @@ class TraceWriter:
             raise InputError('the manifest of a trace needs a "run_id"')
         if rank == 0 and not replace and run_dir.exists() and any(run_dir.iterdir()):
             raise InputError(f"{run_dir}: already holds files; choose another folder, or go on with --resume")
-        categories = (lexicon or Lexicon.load()).categorize(vocab)
+        entries = vocab if isinstance(vocab, Vocabulary) else Vocabulary(list(vocab))
+        categories = (lexicon or Lexicon.load()).categorize(entries.texts, entries.is_special)
         contract = {"schema_version": SCHEMA_VERSION, MANTISSA_BITS: mantissa_bits}
         state = {"status": "running", "started_at": now(), "last_durable_step": 0, FILES: {}}
         writer = cls(run_dir, {**manifest, **contract, **state}, categories, rank, gather)
@@ -105,7 +107,8 @@ class TraceWriter:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_manifest(run_dir, writer.manifest)
             remove_leftovers(run_dir, writer.manifest)
-            writer.append("vocab", {"token_id": np.arange(len(vocab)), "text": list(vocab), "category": categories})
+            columns = {"text": entries.texts, "category": categories, "is_special": entries.is_special}
+            writer.append("vocab", {"token_id": np.arange(len(entries.texts)), **columns})
         return writer
 
     @classmethod

@@ -54,6 +54,30 @@ def test_category(text: str, category: str):
 
 
 @pytest.mark.parametrize(
+    ("text", "is_special", "category"),
+    [
+        ("[INST]", True, "special"),
+        ("<｜end▁of▁sentence｜>", True, "special"),
+        ("7", True, "special"),
+        ("[INST]", False, "semantic_support"),
+        ("<b>", False, "semantic_support"),
+        ("</answer>", False, "semantic_support"),
+        (" answer", False, "semantic_support"),
+        ("system", False, "semantic_support"),
+        ("<0xF0>", False, "special"),
+        (" <0xF0><0x9F>", False, "special"),
+        ("<0xf0>", False, "semantic_support"),
+        ("\ufffd", False, "special"),
+        (" \n", False, "special"),
+        ("==", False, "formal_reasoning"),
+        (" wait", False, "metacognitive"),
+    ],
+)
+def test_category_where_the_tokenizer_marks_special_tokens(text: str, is_special: bool, category: str):
+    assert list(Lexicon.load().categorize([text], [is_special])) == [category]
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [("logic = ['so']", 'unknown category "logic"'), ("= 1", "not TOML"), (None, "no such lexicon")],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,8 @@ from analysis import queries
 from analysis.claims import load_ledger
 from analysis.figures import MODULES
 from analysis.runs import Runs, open_runs
+from analysis.trace import TraceWriter, Vocabulary
+from tests.analysis.conftest import step_row
 from tests.analysis.expected import ablation, cluster, instance, stage, token
 
 EXPECTED = stage.EXPECTED | instance.EXPECTED | token.EXPECTED | ablation.EXPECTED | cluster.EXPECTED
@@ -45,6 +49,42 @@ def test_each_question_has_query_figure_and_claim():
             claim["figure"],
             *(part.get("figure", claim["figure"]) for part in claim["parts"].values()),
         } <= questions
+
+
+def test_words_leave_out_case_and_white_space_except_in_special_tokens_and_bytes(tmp_path: Path):
+    texts = [" So", "so\n", "Ġso", "<EOS>", " <EOS>", "<0xF0>", " <0xF0><0x9F>", "a<0xF0>", " ", "<B>"]
+    for name, vocab in (
+        ("marked", Vocabulary(texts, [text.strip() == "<EOS>" for text in texts])),
+        ("texts", texts),
+    ):
+        TraceWriter.create(tmp_path / name, {"run_id": name}, vocab).flush(0)
+    words = open_runs(tmp_path).sql("select run_id, list(word order by token_id) as words from vocab_words group by 1")
+    found = dict(words.rows())
+    both = ["so", "so", "so"]
+    assert found["marked"] == [*both, "<EOS>", "<EOS>", "<0xF0>", "<0xF0><0x9F>", "a<0xF0>", "(blank)", "<b>"]
+    assert found["texts"] == [*both, "<eos>", "<eos>", "<0xF0>", "<0xF0><0x9F>", "a<0xF0>", "(blank)", "<b>"]
+
+
+def test_bytes_are_words_of_their_own(tmp_path: Path):
+    folder = tmp_path / "bytes"
+    vocab = Vocabulary([" So", "so", "<0xF0>", "<0x9F>"], [False] * 4)
+    writer = TraceWriter.create(folder, {"run_id": "bytes"}, vocab)
+    for step in range(1, 25):
+        common = {"step": step, "prompt_id": "p", "rollout_id": step, "is_correct": True, "response_length": 4}
+        measured = {"logprob": -1.0, "entropy": 1.0, "grad_norm": 1.0, "advantage": 1.0, "shaped_advantage": 1.0}
+        positions = {"position": np.arange(4), "token_id": np.arange(4)}
+        writer.append("tokens", {**common, **measured, **positions, "is_kept": True})
+        writer.append("steps", step_row(step, entropy=2 - min(step, 10) / 10, accuracy=min(step, 10) / 20))
+        writer.end_step(step)
+    writer.flush()
+    found = open_runs(folder).query("high_entropy_words", stage="plateau", top=1.0)
+    assert found.select("text", "category", "share", "num_all").rows() == [
+        ("so", "logical_structuring", 0.5, 28),
+        ("<0x9F>", "special", 0.25, 14),
+        ("<0xF0>", "special", 0.25, 14),
+    ]
+    changes = open_runs(folder).query("word_changes", min_count=1)
+    assert set(changes["word"]) <= {"so", "<0x9F>", "<0xF0>"}
 
 
 def test_run_without_evaluations_stays_in_the_final_table(study_path):

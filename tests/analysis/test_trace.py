@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.trace import TABLES, InputError, TraceWriter, read_manifest
+from analysis.trace import TABLES, InputError, TraceWriter, Vocabulary, read_manifest
 from tests.analysis.conftest import VOCAB, step_row
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -116,6 +116,19 @@ def new_writer(folder: Path) -> TraceWriter:
 def test_rows_that_do_not_fit_are_refused(tmp_path: Path, table: str, columns: dict, message: str):
     with pytest.raises(InputError, match=message):
         new_writer(tmp_path).append(table, columns)
+
+
+def test_vocabulary_and_its_marks_are_recorded(tmp_path: Path):
+    marked = Vocabulary(["[INST]", "<b>", "<0xF0>"], [True, False, False])
+    for name, vocab, categories, marks in (
+        ("marked", marked, ["special", "semantic_support", "special"], [True, False, False]),
+        ("texts", marked.texts, ["special"] * 3, [None] * 3),
+    ):
+        TraceWriter.create(tmp_path / name, {"run_id": "r"}, vocab).flush(0)
+        found = pl.read_parquet(tmp_path / name / "vocab" / "*.parquet")
+        assert found["text"].to_list() == ["[INST]", "<b>", "<0xF0>"]
+        assert found["category"].to_list() == categories
+        assert found["is_special"].to_list() == marks
 
 
 def test_folder_in_use_is_refused(tmp_path: Path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 
@@ -233,6 +234,43 @@ def test_a_template_takes_the_place_of_the_chat_template():
     assert policy.tokenizer.decode(policy.encode_prompt(turns)) == "1 + 1 = 2\nsystem: Add.\n\nuser: 3 + 4 ="
     with pytest.raises(InputError, match=r"policy\.template: .*{question} is missing"):
         load_config("tiny", ["policy.template=What is it?"])
+
+
+@pytest.mark.parametrize("single", ["<system> $A", "<system> $A <eos>", "$A <eos>", "$A"])
+def test_a_text_begins_once_and_does_not_end(policy, single):
+    specials = [("<system>", 2), ("<eos>", 1)]
+    policy.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=specials)
+    policy.template = "{question}"
+    begins = single.startswith("<system>")
+    bare = policy.tokenizer("3 + 4 =", add_special_tokens=False)["input_ids"]
+    assert policy.encode_prompt("3 + 4 =") == ([2, *bare] if begins else bare)
+    assert policy.encode_prompt("<system>3 + 4 =") == [2, *bare]
+    policy.template = "<system>{question}"
+    assert policy.encode_prompt("3 + 4 =") == [2, *bare]
+
+
+TURNS = "{% for message in messages %}<user>{{ message.content }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "eos_token", "stop_ids", "expected"),
+    [
+        # As in Gemma: the turn ends with another stop token than the tokenizer's end of sequence.
+        (TURNS + "<eos>\n{% endfor %}", "<system>", [2, 1], 1),
+        (TURNS + "<system>{% endfor %}", "<system>", [2, 1], 2),
+        # Not a stop token of the model.
+        (TURNS + "<pad>{% endfor %}", "<system>", [2, 1], 2),
+        (TURNS + "{% endfor %}", "<eos>", [2, 1], 1),
+        ("{{ raise_exception('no turn of an assistant') }}", "<eos>", [2, 1], 1),
+        (None, "<eos>", [2, 1], 1),
+        (None, None, [1], 1),
+        (None, None, [2, 1], None),
+    ],
+)
+def test_the_token_that_ends_a_response(policy, template, eos_token, stop_ids, expected):
+    policy.tokenizer.chat_template, policy.tokenizer.eos_token = template, eos_token
+    policy.model.generation_config.eos_token_id = stop_ids
+    assert policy.turn_end == expected
 
 
 class TestLora:

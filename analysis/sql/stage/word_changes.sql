@@ -14,18 +14,16 @@ per_token as (
   join window_steps on window_steps.run_id = tokens.run_id and window_steps.step = tokens.step
   group by all
 ),
-words as (
-  select
-    run_id,
-    token_id,
-    coalesce(nullif(lower(trim(text, '▁ĠĊĉ ' || chr(9) || chr(10) || chr(13))), ''), '(blank)') as word,
-    category
-  from vocab
-),
 per_word as (
-  select run_id, "window", step, word, min(category) as category, sum(occurrences) as occurrences
+  select
+    per_token.run_id,
+    per_token.window,
+    per_token.step,
+    vocab_words.word,
+    min(vocab_words.category) as category,
+    sum(per_token.occurrences) as occurrences
   from per_token
-  join words using (run_id, token_id)
+  join vocab_words on vocab_words.run_id = per_token.run_id and vocab_words.token_id = per_token.token_id
   group by all
 ),
 frequent as (

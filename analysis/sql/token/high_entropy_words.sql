@@ -24,27 +24,18 @@ counted as (
   where tokens.is_kept
   group by tokens.run_id, tokens.step, tokens.token_id
 ),
--- Case, white space and the marks that tokenizers put on word starts make no other word.
-words as (
-  select
-    run_id,
-    token_id,
-    category,
-    coalesce(nullif(lower(trim(text, '▁ĠĊĉ ' || chr(9) || chr(10) || chr(13))), ''), '(blank)') as text
-  from vocab
-),
 per_step as (
   select
-    run_id,
-    stage,
-    text,
-    step,
-    min(category) as category,
-    sum(tokens) as tokens,
-    sum(high_tokens) as high_tokens,
-    sum(entropy_sum) as entropy_sum
+    counted.run_id,
+    counted.stage,
+    vocab_words.word as text,
+    counted.step,
+    min(vocab_words.category) as category,
+    sum(counted.tokens) as tokens,
+    sum(counted.high_tokens) as high_tokens,
+    sum(counted.entropy_sum) as entropy_sum
   from counted
-  join words using (run_id, token_id)
+  join vocab_words on vocab_words.run_id = counted.run_id and vocab_words.token_id = counted.token_id
   group by all
 ),
 most_frequent as (
