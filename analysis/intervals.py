@@ -48,7 +48,7 @@ NEGLIGIBLE = 1e-6
 MAX_NOISE_WEIGHT = 10
 # Below it an error is rounding.
 NO_ERROR = 1e-9
-# Of a step whose prompts all agree.
+# Of a step whose prompts all agree, and of a run whose steps do.
 MIN_RELATIVE_NOISE = 0.05
 MIN_BLOCKS = 3.0
 # Beyond it, Student's t is normal.
@@ -459,15 +459,16 @@ def combine(estimates: Sequence[Estimate], of: str) -> Estimate:
     if between >= unit * max(VARIANCE_RATIOS):
         return Estimate.from_error(value, float(np.sqrt(between / num)), num - 1, n, of, blocks=blocks)
     ratios = np.array((0.0, *VARIANCE_RATIOS))
-    total = squares / unit + ratios[:, None]
+    # A run without error of its own would leave no likelihood at u = 0.
+    own = np.maximum(squares / unit, MIN_RELATIVE_NOISE**2)
+    total = own + ratios[:, None]
     part = 1 / total
     center = (part @ values) / part.sum(1)
     fit = -0.5 * (np.log(total).sum(1) + np.log(part.sum(1)) + (part * (values - center[:, None]) ** 2).sum(1) / unit)
     weight = np.full(len(ratios), (1 - ALIKE) / len(VARIANCE_RATIOS))
     weight[0] = ALIKE
     weight *= np.exp(fit - fit.max())
-    # Relative to their mean: squares of small errors underflow.
-    pooled = total.sum(1) ** 2 / ((squares / unit) ** 2 / np.minimum(df, MAX_DF)).sum()
+    pooled = total.sum(1) ** 2 / (own**2 / np.minimum(df, MAX_DF)).sum()
     scale = np.sqrt(unit * total.sum(1)) / num
     return _from_mixture(value, weight / weight.sum(), scale, pooled, n, of, blocks)
 

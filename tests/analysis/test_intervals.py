@@ -95,6 +95,16 @@ def test_mean_of_runs_covers_however_much_they_differ(scatter: float, num: int):
     assert hits >= 0.90
 
 
+@pytest.mark.parametrize("errors", [(0.0, 0.1, 0.1), (0.0, 0.0, 1e-160), (0.0, 0.0, 0.0), (1e-200, 1e-200, 2e-200)])
+@pytest.mark.parametrize("values", [(1.0, 1.0, 1.0), (1.0, 1.05, 0.9), (-1e9, 0.0, 1e9)])
+def test_mean_of_runs_without_an_error_of_their_own_is_finite(errors: tuple[float, ...], values: tuple[float, ...]):
+    runs = [Estimate.from_error(value, error, 1e9, 9, "steps") for value, error in zip(values, errors, strict=True)]
+    with np.errstate(all="raise", under="ignore"):
+        found = combine(runs, "steps, 3 runs")
+    assert np.isfinite([found.low, found.high, found.p_value]).all()
+    assert found.low <= np.mean(values) <= found.high
+
+
 def test_runs_that_agree_are_worth_more_than_their_number():
     # Student's t over three runs would be 4.30 / sqrt(3) to either side.
     found = means_of_runs(0.0, 3)
