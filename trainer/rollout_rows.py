@@ -1,8 +1,10 @@
-"""One row of a plain rollouts file: which of its fields are what, and whether they can be scored."""
+"""Read one row of a plain rollouts file: find its fields, and check that they can be scored."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
@@ -30,6 +32,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "prompt_ids": ("prompt_token_ids",),
     "response": ("completion", "output"),
     "response_ids": ("completion_ids", "response_token_ids"),
+    "loss_mask": ("response_mask", "completion_mask", "tool_mask", "assistant_mask"),
     "reward": ("score",),
     "step": ("global_step",),
     "group": ("uid",),
@@ -45,13 +48,20 @@ UNIFORM = ("step", "group", "advantage", "is_correct")
 # Larger numbers leave float32 no room to be multiplied in.
 MAX_NUMBER = 1e30
 ENCODINGS_KEPT = 256
+NEEDED = {"prompt": "text or a list of turns", "response": "text", "reward": "a number"}
+# JSON writers that cannot represent a library's Boolean or number write its text.
+FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+NUMBER = re.compile(r"\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*", re.ASCII)
+# Verifiers write this in place of an answer where they found none: verl's [INVALID], lm-eval's [invalid].
+NO_ANSWER = re.compile(r"\s*(?:\[(?:invalid|(?:invalid|no)[ _-]?answer)\]\s*)?", re.IGNORECASE)
 
 
 class ScoreSettings(Section):
     """How plain rollouts are read and scored.
 
-    ``fields`` names the keys of fields that are called otherwise, dotted where nested; ``correct_at`` is the reward
-    from which on a response counts as right; ``batch_tokens`` bounds a forward pass, padding counted if there is any.
+    ``fields`` names the keys of fields that are called otherwise, dotted where nested, and empty for a field to leave
+    out; ``correct_at`` is the lowest reward of a correct response; ``batch_tokens`` bounds a forward pass, padding
+    included.
     """
 
     policy: PolicyConfig
@@ -66,13 +76,17 @@ class ScoreSettings(Section):
     def _exist(cls, fields: dict[str, str]) -> dict[str, str]:
         for name in fields:
             if name not in ALIASES:
-                raise ValueError(f'"{name}" is no field of a rollout{nearest(name, ALIASES)}')
+                raise ValueError(f'"{name}" is not a field of a rollout{nearest(name, ALIASES)}')
         return fields
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response, ready to be scored; None where the rows do not say."""
+    """One response, ready to be scored; None where the rows do not say.
+
+    ``loss_mask`` marks the tokens of ``response_ids`` that the policy generated, None if all; the others, such as what
+    a tool returned, are read and not recorded.
+    """
 
     place: str
     step: int
@@ -82,6 +96,7 @@ class Rollout:
     prompt_ids: list[int]
     completion: str
     response_ids: list[int]
+    loss_mask: list[bool] | None
     reward: float
     advantage: float | None
     is_correct: bool
@@ -91,18 +106,30 @@ class Rollout:
     ground_truth: str | None
     task: str
 
+    @property
+    def is_generated(self) -> list[bool]:
+        """Which tokens of the response the policy generated."""
+        return self.loss_mask or [True] * len(self.response_ids)
+
+    @property
+    def generated_ids(self) -> list[int]:
+        """The tokens of the response that the policy generated."""
+        return [token for token, mark in zip(self.response_ids, self.is_generated, strict=True) if mark]
+
 
 class RowReader:
-    """Makes rollouts of rows.
+    """Turn rows into rollouts.
 
     Attributes:
-        keys: Key that each field stands under; what it was called in the first row, it is called in all.
+        keys: Key of each field; a field has the same key in all rows.
+        columns: Keys of the rows so far.
         num_groups: Groups so far.
     """
 
     def __init__(self, settings: ScoreSettings, policy: Policy) -> None:
         """``policy`` is the one that scores."""
         self.keys: dict[str, str] = {}
+        self.columns: dict[str, None] = {}
         self.num_groups = 0
         self._settings, self._policy = settings, policy
         self._has_rows = False
@@ -115,7 +142,7 @@ class RowReader:
         self._repeats: Counter[tuple[int, int]] = Counter()
 
     def read(self, row: dict[str, Any] | BadRowError, place: str, default_task: str) -> tuple[Rollout, dict[str, str]]:
-        """One rollout, and the keys of the fields that its row has.
+        """Return one rollout, and the keys of the fields that its row has.
 
         Raises:
             BadRowError: the row is malformed.
@@ -129,6 +156,9 @@ class RowReader:
         prompt, prompt_ids = self._prompt(given, keys)
         truncated = _flag(given["is_truncated"], keys["is_truncated"]) if "is_truncated" in keys else None
         completion, response_ids = self._response(given, keys, truncated)
+        if loss_mask := _loss_mask(given, keys, len(prompt_ids), len(response_ids)):
+            # The text may hold what a tool returned, too.
+            completion = self._text([token for token, mark in zip(response_ids, loss_mask, strict=True) if mark])
         if len(prompt_ids) + len(response_ids) > self._max_tokens:
             raise BadRowError(
                 f"prompt and response have {len(prompt_ids) + len(response_ids)} tokens, {self._policy.name} takes "
@@ -137,8 +167,8 @@ class RowReader:
         reward = _number(given["reward"], keys["reward"])
         is_correct = reward >= self._settings.correct_at
         if "is_correct" in keys:
-            is_correct = _flag(given["is_correct"], keys["is_correct"])
-        answer = _plain_text(given.get("answer"))
+            is_correct = _flag(given["is_correct"], keys["is_correct"], "is_correct")
+        answer = _answer(given.get("answer"))
         advantage = _number(given["advantage"], keys["advantage"]) if "advantage" in keys else None
         group_id, prompt_id = self._place(step, _digest([task, prompt]), group)
         rollout = Rollout(
@@ -150,6 +180,7 @@ class RowReader:
             prompt_ids=prompt_ids,
             completion=completion,
             response_ids=response_ids,
+            loss_mask=loss_mask,
             reward=reward,
             advantage=advantage,
             is_correct=is_correct,
@@ -164,38 +195,62 @@ class RowReader:
         return rollout, keys
 
     def _fields(self, row: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-        """Keys and values of the fields that a row has."""
+        """Return keys and values of the fields that a row has."""
         keys, given = {}, {}
+        self.columns |= dict.fromkeys(row)
         for name in ALIASES:
             if key := self._key(row, name):
                 keys[name], given[name] = key, _look_up(row, key)
                 if self.keys.get(name, key) != key:
                     raise BadRowError(f'{name} stands in "{key}" here, in "{self.keys[name]}" in rows before')
         for name in UNIFORM:
-            if self._has_rows and (name in keys) != (name in self.keys):
-                raise BadRowError(f'{"a" if name in keys else "no"} "{name}", unlike rows before')
-        for name in ("prompt", "response"):
+            if self._has_rows and name in keys and name not in self.keys:
+                raise BadRowError(f'a "{name}", unlike rows before')
+            if name in self.keys and name not in keys:
+                null = self._null(row, name)
+                raise BadRowError(f"{null}, unlike rows before" if null else f'no "{name}", unlike rows before')
+        for name, expected in NEEDED.items():
             if not {name, f"{name}_ids"} & keys.keys():
-                raise BadRowError(f'no "{name}"{nearest(name, row)}')
-        if "reward" not in keys:
-            raise BadRowError(f'no "reward"{nearest("reward", row)}')
+                null = self._null(row, name)
+                raise BadRowError(f"{null}, expected {expected}" if null else self._missing(row, name, keys))
         return keys, given
 
-    def _key(self, row: dict[str, Any], name: str) -> str | None:
-        """Where a field stands in a row; None if nowhere, null being nothing, but for an answer: that there is none."""
+    def _null(self, row: dict[str, Any], name: str) -> str | None:
+        """Say under which key a field is null; None if the row does not have it."""
+        return next((f'"{key}" is null' for key in self._names(name) if _has(row, key)), None)
+
+    def _missing(self, row: dict[str, Any], name: str, keys: Mapping[str, str]) -> str:
+        """Say that a row lacks a field, and which of its keys may be meant."""
+        wanted = self._settings.fields.get(name, name)
+        if not wanted:
+            return f'no "{name}", which every row needs; --field {name}= leaves it out'
+        spare = [key for key in row if key not in keys.values() and not self._is_known(key)]
+        return f'no "{wanted}"{nearest(wanted, spare, "found")} (--field {name}=KEY names the key of {name})'
+
+    def _is_known(self, key: str) -> bool:
+        return any(key in self._names(name) for name in ALIASES)
+
+    def _names(self, name: str) -> tuple[str, ...]:
+        """Return the keys under which a field may stand."""
         chosen = self._settings.fields.get(name)
-        names = (chosen,) if chosen else (name, *ALIASES[name])
+        if chosen is None:
+            return (name, *ALIASES[name])
+        return (chosen,) if chosen else ()
+
+    def _key(self, row: dict[str, Any], name: str) -> str | None:
+        """Return the key of a field in a row, or None; null counts as missing, except for an answer."""
+        names = self._names(name)
         there = [key for key in names if _look_up(row, key) is not None]
         if len(there) > 1 and there[0] != name:
             raise BadRowError(
                 f'"{there[0]}" and "{there[1]}" may both be {name}; choose with --field {name}={there[0]}'
             )
         if not there and name == "answer":
-            there = [key for key in names if key in row]
+            there = [key for key in names if _has(row, key)]
         return there[0] if there else None
 
     def _prompt(self, given: Mapping[str, Any], keys: Mapping[str, str]) -> tuple[str, list[int]]:
-        """Text and tokens."""
+        """Return text and tokens."""
         question: Question | None = question_of(given["prompt"], keys["prompt"]) if "prompt" in keys else None
         if "prompt_ids" in keys:
             ids = self._ids(given["prompt_ids"], keys["prompt_ids"])
@@ -209,16 +264,28 @@ class RowReader:
     def _response(
         self, given: Mapping[str, Any], keys: Mapping[str, str], truncated: bool | None
     ) -> tuple[str, list[int]]:
-        """Text and tokens; text that was not cut gets the end of sequence that it was sampled with."""
+        """Return text and tokens; a text that was not cut short gets the stop token that it was sampled with."""
         text = _response_text(given["response"], keys["response"]) if "response" in keys else None
+        end = self._policy.turn_end
         if "response_ids" in keys:
-            ids = self._ids(given["response_ids"], keys["response_ids"])
-            return self._text(ids) if text is None else well_formed(text), ids
-        text = text_of(text, f'"{keys["response"]}"')
-        tokens: Any = self._policy.tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = self._ids(tokens, keys["response"])
-        end: Any = self._policy.tokenizer.eos_token_id
-        return text, [*ids, end] if truncated is False and end is not None and ids[-1] not in self._stop_ids else ids
+            ids, key = given["response_ids"], keys["response_ids"]
+        else:
+            key = keys["response"]
+            ids = self._policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+            has_end = bool(ids) and ids[-1] in self._stop_ids
+            ids = [*ids, end] if truncated is False and end is not None and not has_end else ids
+        if ids == []:
+            ids = self._empty(key, truncated, end)
+        ids = self._ids(ids, key)
+        return self._text(ids) if text is None else well_formed(text), ids
+
+    def _empty(self, key: str, truncated: bool | None, end: int | None) -> list[int]:
+        """Return the tokens of an empty response: one that was not cut short is a stop token alone."""
+        if truncated is not False:
+            raise BadRowError(f'"{key}" is empty, which takes "is_truncated": false, and then counts as one stop token')
+        if end is None:
+            raise BadRowError(f'"{key}" is empty, and {self._policy.name} has no end of sequence')
+        return [end]
 
     def _ids(self, value: Any, key: str) -> list[int]:
         if not isinstance(value, list):
@@ -237,7 +304,10 @@ class RowReader:
         return self._policy.decode([ids])[0]
 
     def _place(self, step: int, prompt: int, group: Any) -> tuple[int, str]:
-        """Number of the group within all files, and id of the prompt; groups that share a prompt at one step differ."""
+        """Return the number of the group in all files, and the id of the prompt.
+
+        Groups that share a prompt at one step have different ids.
+        """
         key = (step, prompt if group is None else _digest(group))
         if key not in self._groups:
             repeat = (prompt, self._repeats[step, prompt])
@@ -252,7 +322,7 @@ class RowReader:
 
 
 def _look_up(row: Mapping[str, Any], key: str) -> Any:
-    """The value at a key, dotted where nested; None if there is none."""
+    """Return the value at a key, dotted where nested, or None."""
     if key in row:
         return row[key]
     value: Any = row
@@ -261,32 +331,70 @@ def _look_up(row: Mapping[str, Any], key: str) -> Any:
     return value
 
 
+def _has(row: Mapping[str, Any], key: str) -> bool:
+    """Return whether a key, dotted where nested, is there, even if its value is null."""
+    parent, _, last = key.rpartition(".")
+    place = _look_up(row, parent) if parent else row
+    return key in row or (isinstance(place, Mapping) and last in place)
+
+
 def _response_text(value: Any, key: str) -> str:
-    """Text, or a list of the assistant's one turn."""
+    """Return a text, or that of a list of the assistant's one turn."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        value = value[0].get("content")
+        value, key = value[0].get("content"), f"{key}.content"
     if not isinstance(value, str):
         raise BadRowError(f'"{key}" is {kind_of(value)}, expected text or one turn of the assistant')
-    return value
+    # A policy may sample nothing, or white space alone.
+    return text_of(value, f'"{key}"') if value.strip() else value
+
+
+def _loss_mask(
+    given: Mapping[str, Any], keys: Mapping[str, str], num_prompt: int, num_response: int
+) -> list[bool] | None:
+    """Return which tokens of a response were generated, None if all of them; a mask may cover the prompt as well."""
+    if "loss_mask" not in keys:
+        return None
+    value, key = given["loss_mask"], keys["loss_mask"]
+    if not isinstance(value, list):
+        raise BadRowError(f'"{key}" is {kind_of(value)}, expected a list of 0 and 1')
+    for place, mark in enumerate(value):
+        if not isinstance(mark, int | float) or mark not in (0, 1):
+            raise BadRowError(f'"{key}" holds {reprlib.repr(mark)} at place {place}, expected 0 or 1')
+    mask = [bool(mark) for mark in value]
+    if "response_ids" not in keys:
+        if all(mask):
+            return None
+        raise BadRowError(f'"{key}" leaves out tokens of a text, which takes "response_ids" to tell which they are')
+    if len(mask) == num_prompt + num_response and not any(mask[:num_prompt]):
+        mask = mask[num_prompt:]
+    if len(mask) != num_response:
+        raise BadRowError(f'"{key}" has {len(mask)} entries, "{keys["response_ids"]}" has {num_response}')
+    if not any(mask):
+        raise BadRowError(f'"{key}" leaves out every token of the response')
+    return None if all(mask) else mask
 
 
 def _number(value: Any, key: str) -> float:
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        value = float(value)
     if not isinstance(value, int | float | Decimal):
         raise BadRowError(f'"{key}" is {kind_of(value)}, expected a number')
-    # Also false for what is no number at all.
+    # Also false for NaN.
     if not abs(value) <= MAX_NUMBER:
         raise BadRowError(f'"{key}" is {reprlib.repr(value)}, expected a finite number up to {MAX_NUMBER:g}')
     return float(value)
 
 
-def _flag(value: Any, key: str) -> bool:
-    if not isinstance(value, int | float) or value not in (0, 1):
-        raise BadRowError(f'"{key}" is {reprlib.repr(value)}, expected true or false')
-    return bool(value)
+def _flag(value: Any, key: str, field: str = "") -> bool:
+    """Return a truth value, also one that was written as text; ``field`` is named if its rows can do without it."""
+    if (flag := FLAGS.get(str(value).strip().lower())) is None:
+        remedy = f"; leave it out with --field {field}=" if field else ""
+        raise BadRowError(f'"{key}" is {reprlib.repr(value)}, expected true or false{remedy}')
+    return flag
 
 
 def _step(value: Any, key: str) -> int:
-    """A whole number, as text or with a decimal point too."""
+    """Return a whole number, which may be text or have a decimal point."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
@@ -297,13 +405,22 @@ def _step(value: Any, key: str) -> int:
 
 
 def _group(value: Any, key: str) -> str | int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not isinstance(value, str | int):
-        raise BadRowError(f'"{key}" is {kind_of(value)}, expected text or a number')
+        found = reprlib.repr(value) if isinstance(value, float) else kind_of(value)
+        raise BadRowError(f'"{key}" is {found}, expected text or a whole number')
     return value
 
 
+def _answer(value: Any) -> str | None:
+    """Return an answer as text; None for a blank, NaN, and what verifiers write where they found none."""
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return None if is_nan or (isinstance(value, str) and NO_ANSWER.fullmatch(value)) else _plain_text(value)
+
+
 def _plain_text(value: Any) -> str | None:
-    """Text as it is, None if it is empty; whatever else there is, as JSON."""
+    """Return text as it is, None if it is empty; anything else as JSON."""
     if value is None or isinstance(value, str):
         return well_formed(value) if value else None
     return json.dumps(value, default=str)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from analysis.trace import InputError, TraceWriter, describe_machine, find_defects, read_manifest
 from analysis.trace.parts import last_step, last_whole_step, listed_files
-from trainer.advantage import group_relative_advantage, mixed_groups, place_in_group, ppl_z
+from trainer.advantage import group_relative_advantage, place_in_group, ppl_z
 from trainer.faults import TrainingError, explained, memory_advice
 from trainer.plain_rollouts import Counts, PlainRollouts
 from trainer.policy import Policy
@@ -33,15 +33,18 @@ from trainer.update import cut_by_tokens
 CHUNK_TOKENS = 1 << 17
 FLUSH_TOKENS = 1 << 20
 
+STEPS_OF_UPDATE = ("loss", "kl", "clip_frac_low", "clip_frac_high", "clip_frac_dual", "grad_norm", "lr")
 NO_UPDATE = "the rows hold what was sampled, not what an update did"
 UNKNOWN = {
     "policy.entropy": "entropy is that of the model that scored, not of the policies that sampled",
+    "rollouts.length_penalty": "the rows give one reward, and not what was deducted in it for length",
+    "rollouts.drop_reason": NO_UPDATE,
     "rollouts.policy_step": "the rows do not say how many updates the sampling policy had received",
     "rollouts.answer_class": "the rows do not say which answers count as equal",
     "interventions": "a trace scored afterwards has no checkpoint to go on from",
     "evals": "the rows hold no held-out evaluation",
     **{f"tokens.{name}": NO_UPDATE for name in ("logprob_after", "entropy_after", "is_clipped")},
-    **{f"steps.{name}": NO_UPDATE for name in ("loss", "kl", "clip_frac_low", "clip_frac_high", "grad_norm", "lr")},
+    **{f"steps.{name}": NO_UPDATE for name in STEPS_OF_UPDATE},
     "steps.is_shaped": NO_UPDATE,
     **{f"steps.{name}": "not timed" for name in ("rollout_s", "reward_s", "update_s", "record_s")},
 }
@@ -99,6 +102,7 @@ def _describe(rollouts: PlainRollouts, sources: Sequence[Path], settings: ScoreS
     """What ``run.json`` says of how the trace was made; equal for those that may be gone on with."""
     counts = rollouts.counts
     exact = counts.known["response_ids"]
+    masked = f", without {counts.masked} outside loss_mask" if counts.masked else ""
     return {
         "files": {str(path): hash_file(path) for path in sources},
         "weights": hash_weights(settings.policy.path),
@@ -106,7 +110,9 @@ def _describe(rollouts: PlainRollouts, sources: Sequence[Path], settings: ScoreS
         "bad_rows": counts.bad_rows,
         "fields": dict(rollouts.fields),
         "advantage": "as given" if "advantage" in rollouts.fields else "group-relative, from rewards",
-        "response_tokens": "as given" if exact == counts.rollouts else f"text tokenised anew, but for {exact} rows",
+        "response_tokens": (
+            f"as given{masked}" if exact == counts.rollouts else f"text tokenized anew, except {exact} rows{masked}"
+        ),
         "settings": settings.model_dump(mode="json", exclude={"batch_tokens"}),
     }
 
@@ -260,7 +266,7 @@ def _score_chunk(chunk: Sequence[Rollout], settings: ScoreSettings, policy: Poli
     given = [rollout.advantage for rollout in chunk if rollout.advantage is not None]
     # In float64: what rewards of other trainers are squared to may not fit into less.
     rewards = torch.tensor([rollout.reward for rollout in chunk], dtype=torch.float64)
-    relative = group_relative_advantage(rewards, group_ids) * mixed_groups(rewards.float(), group_ids)[group_ids]
+    relative = group_relative_advantage(rewards, group_ids)
     advantages = torch.tensor(given) if given else relative.float()
     largest = torch.zeros(int(group_ids.max()) + 1).scatter_reduce(0, group_ids, advantages.abs(), "amax")
     with memory_advice(settings, f"scoring step {chunk[0].step}", "batch_tokens"):
@@ -270,7 +276,13 @@ def _score_chunk(chunk: Sequence[Rollout], settings: ScoreSettings, policy: Poli
 
 @torch.no_grad()
 def _read(chunk: Sequence[Rollout], settings: ScoreSettings, policy: Policy) -> tuple[TokenStats, Tensor, Tensor]:
-    """Statistics of all tokens and norms of the LM head's inputs, end to end, (N,); lengths of responses, (B,)."""
+    """Return statistics of generated tokens, norms of the LM head's inputs, and the number of tokens per response.
+
+    A token outside ``loss_mask`` is read by those after it, and otherwise left out.
+
+    Returns:
+        ``TokenStats`` and norms, end to end, (N,); lengths, (B,).
+    """
     lengths = torch.tensor([len(rollout.response_ids) for rollout in chunk])
     starts = lengths.cumsum(0) - lengths
     values = torch.empty(4, int(lengths.sum()))
@@ -287,7 +299,9 @@ def _read(chunk: Sequence[Rollout], settings: ScoreSettings, policy: Policy) -> 
         first = int((~values.isfinite()).any(0).nonzero()[0])
         place = chunk[int(torch.searchsorted(starts, first, right=True)) - 1].place
         raise TrainingError(f"{place}: {policy.name} gives no finite probabilities to this response")
-    return TokenStats(*values[:3]), values[3], lengths
+    marks = [torch.tensor(rollout.is_generated) for rollout in chunk]
+    values = values[:, torch.cat(marks)]
+    return TokenStats(*values[:3]), values[3], torch.stack([mark.sum() for mark in marks])
 
 
 def _record_prompts(writer: TraceWriter, chunk: Sequence[Rollout], known: set[str]) -> None:
@@ -348,7 +362,7 @@ def _record_chunk(
             "rollout_id": rollout_ids[rows],
             "position": np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths),
             "response_length": lengths[rows],
-            "token_id": np.concatenate([rollout.response_ids for rollout in chunk]),
+            "token_id": np.concatenate([rollout.generated_ids for rollout in chunk]),
             "logprob": stats.logprob.numpy(),
             "entropy": stats.entropy.numpy(),
             "advantage": advantages.numpy(),

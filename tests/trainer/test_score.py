@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import analysis
 from analysis.trace import InputError, TraceWriter, read_manifest
@@ -206,11 +207,20 @@ BAD = {
     b'{"prompt": "p", "response": "r", "reward": 1e999}': '"reward" is inf',
     b'{"prompt": "p", "response": "r", "reward": 1e31}': "up to 1e+30",
     b'{"prompt": "p", "response": "r", "reward": 1%s}' % (b"0" * 400): "expected a finite number",
-    b'{"prompt": "p", "response": "r", "reward": "1"}': '"reward" is text, expected a number',
-    b'{"prompt": "p", "response": "r"}': 'no "reward"',
+    b'{"prompt": "p", "response": "r", "reward": "one"}': '"reward" is text, expected a number',
+    b'{"prompt": "p", "response": "r", "reward": "nan"}': '"reward" is text, expected a number',
+    b'{"prompt": "p", "response": "r", "reward": null}': '"reward" is null, expected a number',
+    b'{"prompt": "p", "response": "r", "score": null}': '"score" is null, expected a number',
+    b'{"prompt": null, "response": "r", "reward": 1}': '"prompt" is null, expected text or a list of turns',
+    b'{"prompt": "p", "completion": null, "reward": 1}': '"completion" is null, expected text',
+    b'{"prompt": "p", "completion": [{"content": null}], "reward": 1}': '"completion.content" is null, expected text',
+    b'{"prompt": "p", "response": "r"}': 'no "reward" (--field reward=KEY names the key of reward)',
+    b'{"prompt": "p", "response": "r", "rewards": 1}': 'no "reward"; did you mean "rewards"? (--field reward=KEY',
+    b'{"prompt": "p", "response": "r", "xyz": 1, "k": 2}': 'no "reward"; found: k, xyz (--field reward=KEY',
     b'{"prompt": "p", "respnse": "r", "reward": 1}': 'no "response"; did you mean "respnse"?',
     b'{"response": "r", "reward": 1}': 'no "prompt"',
-    b'{"prompt": "p", "response": "", "reward": 1}': '"response" is empty',
+    b'{"prompt": "p", "response": "", "reward": 1}': '"response" is empty, which takes "is_truncated": false',
+    b'{"prompt": "p", "response": "", "reward": 1, "truncated": true}': '"response" is empty',
     b'{"prompt": "p", "response": 5, "reward": 1}': '"response" is a number',
     b'{"prompt": "p", "response": "\\ud800", "reward": 1}': "half a character",
     b'{"prompt": "p", "response_ids": [], "reward": 1}': '"response_ids" is empty',
@@ -224,7 +234,18 @@ BAD = {
     b'{"prompt": "p", "response": "r", "reward": 1, "step": -1}': '"step" is -1',
     b'{"prompt": "p", "response": "r", "reward": 1, "step": 99999999999999999999999999}': '"step" is 9999',
     b'{"prompt": "p", "response": "r", "reward": 1, "is_truncated": "no"}': "expected true or false",
+    b'{"prompt": "p", "response": "r", "reward": 1, "acc": 0.5}': (
+        '"acc" is 0.5, expected true or false; leave it out with --field is_correct='
+    ),
     b'{"prompt": "p", "response": "r", "reward": 1, "group": [1]}': '"group" is a list',
+    b'{"prompt": "p", "response": "r", "reward": 1, "group": 1.5}': '"group" is 1.5, expected text or a whole number',
+    b'{"prompt": "p", "response": "r", "reward": 1, "loss_mask": 1}': '"loss_mask" is a number, expected a list',
+    b'{"prompt": "p", "response": "r", "reward": 1, "loss_mask": [1, 0]}': '"loss_mask" leaves out tokens of a text',
+    b'{"prompt": "p", "response_ids": [5, 6], "reward": 1, "loss_mask": [1]}': (
+        '"loss_mask" has 1 entries, "response_ids" has 2'
+    ),
+    b'{"prompt": "p", "response_ids": [5, 6], "reward": 1, "loss_mask": [1, 0.5]}': "holds 0.5 at place 1",
+    b'{"prompt": "p", "response_ids": [5, 6], "reward": 1, "tool_mask": [0, 0]}': '"tool_mask" leaves out every token',
     b'{"prompt": "p", "response": "r", "reward": 1, "task": 7}': '"task" is a number',
 }
 
@@ -244,6 +265,7 @@ def test_a_malformed_row_is_named(line, message, tmp_path, policy):
 
 def test_a_row_unlike_those_before_it_is_malformed(tmp_path, policy):
     rows = [row(step=1, group="a"), row(group="a"), row(step=1, prompt="Another?", group="a"), row(step=1, reward=None)]
+    rows[1]["step"] = None
     path = write(tmp_path / "rows.jsonl", [*rows, {**row(step=1, group="b", reward=None), "score": 1}])
     with (
         pytest.raises(InputError) as caught,
@@ -251,12 +273,160 @@ def test_a_row_unlike_those_before_it_is_malformed(tmp_path, policy):
     ):
         pass
     for message in (
-        'line 2: no "step", unlike rows before',
+        'line 2: "step" is null, unlike rows before',
         "line 3: group 'a' holds another prompt at step 1",
         'line 4: no "group", unlike rows before',
         'line 5: reward stands in "score" here, in "reward" in rows before',
     ):
         assert message in str(caught.value)
+
+
+FOREIGN = {
+    "dump.pt": (b"PK\x03\x04\x00\x00", "found a zip archive; one of torch.save is a pickle, which can run code"),
+    "dump.jsonl": (b"\x80\x04\x95", "found a pickle, which can run code when it is loaded"),
+    "old.pkl": (b"(lp0\n.", "found a pickle"),
+    "rows": (b"PAR1\x15\x04", "found Parquet; rename the file to .parquet"),
+    "rows.jsonl.gz": (b"\x1f\x8b\x08", "found gzip; decompress the file"),
+    "rows.jsonl.zst": (b"\x28\xb5\x2f\xfd", "found zstd; decompress the file"),
+    "rows.arrow": (b"ARROW1\x00\x00", "found an Arrow file; write Parquet"),
+    "rows.csv": (b"prompt,response\n", "found a table of text; write Parquet"),
+    "rows.json": (b"[\n  {}\n]", "found a JSON array; write one object per line"),
+    "wide.jsonl": ('{"prompt": "p"}'.encode("utf-16"), "found text in UTF-16; write UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_of_another_format_is_named(name, tmp_path, policy):
+    content, message = FOREIGN[name]
+    (tmp_path / name).write_bytes(content)
+    expected = f"{tmp_path / name}: expected JSONL or Parquet, one response per row; {message}"
+    with (
+        pytest.raises(InputError) as caught,
+        read_rollouts([tmp_path / name], ScoreSettings(policy=PolicyConfig()), policy),
+    ):
+        pass
+    assert str(caught.value).startswith(expected)
+
+
+def test_a_field_that_no_row_has_is_named(tmp_path, policy):
+    settings = ScoreSettings(policy=PolicyConfig(), fields={"is_correct": "acuracy"})
+    path = write(tmp_path / "rows.jsonl", [row(accuracy=True)])
+    with (
+        pytest.raises(
+            InputError, match=r'--field is_correct=acuracy: no row has .* "acuracy"; did you mean "accuracy"'
+        ),
+        read_rollouts([path], settings, policy),
+    ):
+        pass
+
+
+def read_all(path, policy, **fields):
+    with read_rollouts([path], ScoreSettings(policy=PolicyConfig(), fields=fields), policy) as read:
+        return list(read.in_order()), read.remarks()
+
+
+def test_a_verdict_may_be_text_or_left_out(tmp_path, policy):
+    values = ["True", "False", "true", "1", "0", 1.0, 0, True]
+    expected = [True, False, True, True, False, True, False, True]
+    path = write(tmp_path / "rows.jsonl", [row(reward=0.0, acc=value) for value in values])
+    found, remarks = read_all(path, policy)
+    assert [rollout.is_correct for rollout in found] == expected
+    assert remarks == ["read is_correct from acc"]
+    found, remarks = read_all(path, policy, is_correct="")
+    assert [rollout.is_correct for rollout in found] == [False] * 8
+    assert remarks == ["no responses count as right by reward >= 1; see --correct-at"]
+
+
+def test_numbers_may_be_text(tmp_path, policy):
+    values = {"1.0": 1.0, "-1": -1.0, " .5": 0.5, "1e-2": 0.01}
+    path = write(tmp_path / "rows.jsonl", [row(reward=value) for value in values])
+    assert [rollout.reward for rollout in read_all(path, policy)[0]] == list(values.values())
+
+
+def test_groups_of_one_response_each_are_named(tmp_path, policy):
+    path = write(tmp_path / "rows.jsonl", [row(uid=float(i), reward=i) for i in range(2)])
+    remark = "all advantages are 0: no two responses share uid; --field group= groups by prompt and step"
+    assert remark in read_all(path, policy)[1]
+    found, remarks = read_all(path, policy, group="")
+    assert [rollout.group_id for rollout in found] == [0, 0]
+    assert remarks == []
+
+
+def test_what_verifiers_write_without_an_answer_is_not_one(tmp_path, policy):
+    answers = ["[INVALID]", "[invalid]", "[invalidanswer]", "[No answer]", " ", "", None, math.nan]
+    found, _ = read_all(write(tmp_path / "rows.jsonl", [row(pred=answer) for answer in answers]), policy)
+    assert [(rollout.answer, rollout.has_answer) for rollout in found] == [(None, False)] * 8
+    answers = ["2", "[1, 2]", "no answer", 0, "None"]
+    found, _ = read_all(write(tmp_path / "rows.jsonl", [row(pred=answer) for answer in answers]), policy)
+    assert [rollout.answer for rollout in found] == ["2", "[1, 2]", "no answer", "0", "None"]
+
+
+def test_an_empty_response_that_was_not_truncated_is_one_stop_token(tmp_path, policy, call):
+    rows = [row(is_truncated=False) for _ in range(3)]
+    rows[0]["response"], rows[1]["response"] = "", [{"role": "assistant", "content": ""}]
+    rows[2] = {"prompt": PROMPT, "response_ids": [], "reward": 0, "is_truncated": False}
+    found, _ = read_all(write(tmp_path / "rows.jsonl", rows), policy)
+    assert [(rollout.completion, rollout.response_ids) for rollout in found] == [("", [1])] * 3
+    assert call("score", tmp_path / "rows.jsonl", "--out", tmp_path / "run")[0] == 0
+    tokens = table(tmp_path / "run", "tokens")
+    assert tokens.select("position", "response_length", "token_id").rows() == [(0, 1, 1)] * 3
+    blank = policy.tokenizer(" \n", add_special_tokens=False)["input_ids"]
+    found, _ = read_all(write(tmp_path / "rows.jsonl", [row(response=" \n")]), policy)
+    assert found[0].response_ids == blank
+
+
+def test_any_stop_token_ends_a_response_and_the_template_says_which_is_appended(tmp_path, policy):
+    policy.tokenizer.eos_token = "<system>"
+    policy.model.generation_config.eos_token_id = [2, 1]
+    policy.tokenizer.chat_template = policy.tokenizer.chat_template.replace("{{ eos_token }}", "<eos>")
+    rows = [row(response=text, is_truncated=False) for text in ("2", "2<eos>", "2<system>")]
+    found, _ = read_all(write(tmp_path / "rows.jsonl", rows), policy)
+    two = policy.tokenizer("2", add_special_tokens=False)["input_ids"]
+    assert [rollout.response_ids for rollout in found] == [[*two, 1], [*two, 1], [*two, 2]]
+
+
+def test_tokens_outside_the_loss_mask_are_read_and_enter_no_statistic(tmp_path, call):
+    prompt, ids, mask = [3, 265, 4], [504, 335, 225, 63, 18, 321], [1, 1, 0, 0, 1, 1]
+    whole = {"prompt_ids": prompt, "response_ids": ids, "reward": 1.0, "group": "a"}
+    other = {**whole, "response_ids": ids[:2], "reward": 0.0}
+    masked = [{**whole, "loss_mask": mask}, {**other, "loss_mask": None}]
+    covers_prompt = [{**whole, "response_mask": [False] * 3 + [bool(m) for m in mask]}, other]
+    for name, rows in (("whole", [whole, other]), ("masked", masked), ("covers_prompt", covers_prompt)):
+        status, _, err = call("score", write(tmp_path / f"{name}.jsonl", rows), "--out", tmp_path / name)
+        assert status == 0, err
+        assert ("leaves out 2 of 8 tokens" in err) == (name != "whole")
+    expected = table(tmp_path / "whole", "tokens").sort("rollout_id", "position")
+    expected = expected.filter(pl.Series([True, True, False, False, *[True] * 4]))
+    for name in ("masked", "covers_prompt"):
+        tokens = table(tmp_path / name, "tokens").sort("rollout_id", "position")
+        assert tokens["token_id"].to_list() == [504, 335, 18, 321, 504, 335]
+        assert tokens["position"].to_list() == [0, 1, 2, 3, 0, 1]
+        assert tokens["response_length"].to_list() == [4, 4, 4, 4, 2, 2]
+        for column in MEASURED:
+            assert tokens[column].to_list() == pytest.approx(expected[column].to_list(), abs=1e-5)
+        rollout = table(tmp_path / name, "rollouts").sort("rollout_id").row(0, named=True)
+        assert rollout["response_length"] == 4
+        assert rollout["ppl"] == pytest.approx(math.exp(-expected["logprob"].head(4).mean()), rel=1e-5)
+        assert rollout["entropy_mean"] == pytest.approx(expected["entropy"].head(4).mean(), rel=1e-5)
+        step = table(tmp_path / name, "steps").row(0, named=True)
+        assert step["tokens"] == 6
+        assert step["entropy_token_mean"] == pytest.approx(expected["entropy"].mean(), rel=1e-5)
+        scored = read_manifest(tmp_path / name)["scored"]
+        assert scored["response_tokens"] == "as given, without 2 outside loss_mask"
+    completion = table(tmp_path / "masked", "rollouts").sort("rollout_id")["completion"][0]
+    assert completion == "so we. so"
+
+
+def test_a_prompt_that_holds_its_beginning_of_sequence_gets_no_second_one(tmp_path, policy):
+    specials = [("<system>", 2)]
+    policy.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<system> $A", special_tokens=specials
+    )
+    policy.template = "{question}"
+    bare = policy.tokenizer("1 + 1 =", add_special_tokens=False)["input_ids"]
+    rows = [row(prompt=text) for text in ("<system><user>1 + 1 =<assistant>", "1 + 1 =")]
+    found, _ = read_all(write(tmp_path / "rows.jsonl", rows), policy)
+    assert [rollout.prompt_ids for rollout in found] == [[2, 3, *bare, 4], [2, *bare]]
 
 
 def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, call):
@@ -292,11 +462,13 @@ def test_what_is_longer_than_the_model_takes_is_named(tmp_path, policy):
 
 
 def test_bad_arguments_are_one_line(tmp_path, call):
-    path = write(tmp_path / "rows.jsonl", [row()])
+    path = write(tmp_path / "rows.jsonl", [row(score=1)])
     for arguments, message in (
         ([tmp_path / "none.jsonl"], "none.jsonl: no such file"),
         ([path, "--field", "rewrd=x"], 'did you mean "reward"?'),
         ([path, "--field", "reward"], "expected NAME=KEY"),
+        ([path, "--field", "reward="], 'no "reward", which every row needs; --field reward= leaves it out'),
+        ([path, "--field", "reward=scor"], 'no "scor"; did you mean "score"?'),
         ([path, "--temperature", "0"], "temperature"),
         ([path, "--correct-at", "nan"], "correct_at"),
     ):

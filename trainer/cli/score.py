@@ -23,7 +23,8 @@ def score(
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
     correct_at: Annotated[float, typer.Option(help="Reward from which on a response counts as right.")] = 1.0,
     field: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=KEY", help="Key of a field called otherwise; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="NAME=KEY", help="Key of a field called otherwise; NAME= leaves it out; may be repeated."),
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens read at once, padding too if there is any.")] = 8192,
     skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave malformed rows out.")] = False,
@@ -66,8 +67,8 @@ def score(
 def _parse_fields(pairs: list[str]) -> dict[str, str]:
     fields = {}
     for pair in pairs:
-        name, _, key = pair.partition("=")
-        if not (name and key):
+        name, sign, key = pair.partition("=")
+        if not (name and sign):
             raise InputError(f'--field "{pair}": expected NAME=KEY, such as reward=accuracy_reward')
         fields[name] = key
     return fields
