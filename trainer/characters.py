@@ -10,21 +10,29 @@ from collections.abc import Iterable, Iterator
 from transformers import PreTrainedTokenizerBase
 
 from trainer.tasks import Task
+from trainer.tasks.maths import MathVerifier
+from trainer.tasks.prompt import Verifier
+from trainer.tasks.verifiers import UserFunction
 
 NUM_NAMED = 20
-# Tags and boxes in which verifiers look for an answer.
-ANSWER_FORMATS = ("<answer></answer>", r"\boxed{}")
 
 logger = logging.getLogger(__name__)
 
 
 def task_texts(task: Task, template: str | None) -> Iterator[str]:
-    """Yield what a policy reads and must be able to write: template, questions, answers, and their formats."""
-    yield from (template or "", *ANSWER_FORMATS)
+    """Yield what a policy must read and write: template, questions, and answers in the form that verifiers expect."""
+    yield template or ""
     for source in task.sources:
         for prompt in source.prompts:
             yield prompt.text
-            yield prompt.ground_truth or ""
+            yield answer_format(prompt.verifier).format(prompt.ground_truth or "")
+
+
+def answer_format(verifier: Verifier) -> str:
+    """Return the form in which a verifier looks for an answer, ``{}`` standing for it; a user's function has none."""
+    if isinstance(verifier, UserFunction):
+        return "{}"
+    return r"\boxed{{{}}}" if isinstance(verifier, MathVerifier) else "<answer>{}</answer>"
 
 
 def find_lost(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[str]:
@@ -46,7 +54,7 @@ def find_lost(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[
 def describe_lost(characters: list[str], model: str) -> str:
     """Return one line that names the characters and says what follows."""
     number = "1 character" if len(characters) == 1 else f"{len(characters)} characters"
-    named = ", ".join(f"{character!r} (U+{ord(character):04X})" for character in characters[:NUM_NAMED])
+    named = ", ".join(_name(character) for character in characters[:NUM_NAMED])
     more = f", and {len(characters) - NUM_NAMED} more" if len(characters) > NUM_NAMED else ""
     return (
         f"policy.path: the tokenizer of {model} cannot encode {number} of the task, {named}{more}; "
@@ -58,6 +66,11 @@ def warn_of_lost(tokenizer: PreTrainedTokenizerBase, task: Task, model: str, tem
     """Log a warning that names the task's characters which the tokenizer cannot encode, if there are any."""
     if lost := find_lost(tokenizer, task_texts(task, template)):
         logger.warning("entrace: %s", describe_lost(lost, model))
+
+
+def _name(character: str) -> str:
+    code = f"U+{ord(character):04X}"
+    return f'"{character}" ({code})' if character.isprintable() and not character.isspace() else code
 
 
 def _lost_in(tokenizer: PreTrainedTokenizerBase, text: str) -> set[str]:

@@ -21,7 +21,7 @@ from trainer.tasks.files import FileSource
 
 # Answers that the verifier of each data source is tried on.
 NUM_TRIED = 5
-GOLD_FORMATS = ("<answer>{}</answer>", r"\boxed{{{}}}", "{}")
+FORMATS = ("<answer>{}</answer>", r"\boxed{{{}}}", "{}")
 NAME_WIDTH = 14
 
 T = TypeVar("T")
@@ -157,7 +157,7 @@ def _try_verifier(found: Checks, task: Task, name: str, prompts: list[Prompt]) -
         task.score("", prompts[0])
     rejected: list[str] = []
     for prompt in with_answer:
-        scores = [task.score(form.format(prompt.ground_truth), prompt) for form in GOLD_FORMATS]
+        scores = [task.score(form.format(prompt.ground_truth), prompt) for form in FORMATS]
         if not any(score.is_correct for score in scores):
             best = max((score.score for score in scores if score.score is not None), default=None)
             verdict = "no verdict" if best is None else f"{best:g}"

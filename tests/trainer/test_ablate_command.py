@@ -100,6 +100,20 @@ def test_a_dry_run_prints_runs_time_and_detectable_difference(call, tmp_path):
     assert any("embedded policy" in line for line in lines)
 
 
+def test_a_dry_run_checks_what_the_runs_need(call, tmp_path):
+    grid = write(tmp_path, GRID)
+    arguments = ("ablate", grid, "--out", tmp_path / "study", "--dry-run")
+    missing = f"{tmp_path}/nowhere.jsonl"
+    # One line, however many runs need the file.
+    code, out, err = call(*arguments, f"task.name={missing}", "task.params={}")
+    assert (code, err) == (2, f"entrace: {missing}: no such file or directory\n")
+    assert "detectable difference" in out
+    code, out, err = call(*arguments, "--json", "task.correct_at=2")
+    found = json.loads(out)
+    assert (code, found["problems"]) == (0, [])
+    assert "5 of 5 right answers of chain_sum are judged wrong" in found["warnings"][0]
+
+
 def planned_seconds():
     import tomllib
 

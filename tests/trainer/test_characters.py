@@ -53,32 +53,38 @@ def test_only_what_is_new_in_a_text_is_encoded(monkeypatch):
     assert tried == ["ab", "abc"]
 
 
-def test_all_rows_answers_and_formats_of_a_task_are_tried(tmp_path, caplog):
+def test_all_rows_and_answers_of_a_task_are_tried(tmp_path, caplog):
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"what is {i}?", "answer": i} for i in range(3)]
     rows[2] = {"prompt": "what is ö?", "answer": "ü"}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = load_task(TaskConfig(name=str(path), num_heldout=1), seed=0)
-    texts = list(task_texts(task, "Q: {question}"))
-    assert texts[:3] == ["Q: {question}", "<answer></answer>", r"\boxed{}"]
-    assert {"what is ö?", "ü", "0"} <= set(texts)
+    texts = set(task_texts(task, "Q: {question}"))
+    assert texts == {
+        "Q: {question}",
+        *("what is 0?", "<answer>0</answer>", "what is 1?", "<answer>1</answer>", "what is ö?", "<answer>ü</answer>"),
+    }
+    maths = load_task(TaskConfig(name=str(path), num_heldout=1, verifiers={"default": "math"}), seed=0)
+    assert {r"\boxed{0}", r"\boxed{ü}"} <= set(task_texts(maths, None))
+    free = load_task(TaskConfig(name=str(path), num_heldout=1, verifiers={"default": "builtins:len"}), seed=0)
+    assert {"0", "1", "ü"} <= set(task_texts(free, None))
     warn_of_lost(load_tokenizer("embedded"), task, "embedded")
     assert not caplog.text
     with caplog.at_level(logging.WARNING):
         warn_of_lost(word_level(), task, "mine")
     message = caplog.records[0].getMessage()
     assert message.startswith("entrace: policy.path: the tokenizer of mine cannot encode ")
-    assert "'ö' (U+00F6), 'ü' (U+00FC)" in message
+    assert '"ö" (U+00F6), "ü" (U+00FC)' in message
     assert "\n" not in message
 
 
 def test_the_first_twenty_characters_are_named():
     line = describe_lost([chr(i) for i in range(0x4E00, 0x4E00 + 23)], "mine")
-    assert "cannot encode 23 characters of the task, '一' (U+4E00), " in line
+    assert 'cannot encode 23 characters of the task, "一" (U+4E00), ' in line
     assert "(U+4E13), and 3 more;" in line
 
 
 @pytest.mark.parametrize("character", ["\n", "\u200b"])
 def test_characters_that_are_not_seen_are_named_by_their_code(character):
-    assert f"(U+{ord(character):04X})" in describe_lost([character], "mine")
+    assert f"task, U+{ord(character):04X};" in describe_lost([character], "mine")
     assert "\n" not in describe_lost([character], "mine")

@@ -98,4 +98,4 @@ def test_the_command_prints_one_row_per_benchmark_and_the_mean_on_request(exams,
 def test_an_evaluation_warns_of_characters_that_the_tokenizer_lacks(exams, monkeypatch, caplog):
     monkeypatch.setattr("trainer.characters.find_lost", lambda tokenizer, texts: ["é"])
     load_policy_and_task(load_config(str(exams)))
-    assert "cannot encode 1 character of the task, 'é' (U+00E9)" in caplog.text
+    assert 'cannot encode 1 character of the task, "é" (U+00E9)' in caplog.text

@@ -144,7 +144,7 @@ def test_characters_that_the_tokenizer_lacks_are_a_warning(files, monkeypatch):
     monkeypatch.setattr("trainer.preflight.find_lost", lambda tokenizer, texts: ["é"] if "And 3?" in texts else [])
     found = check_run(configure(files))
     assert found.lost_characters == ["é"]
-    assert "cannot encode 1 character of the task, 'é' (U+00E9)" in found.warnings[0]
+    assert 'cannot encode 1 character of the task, "é" (U+00E9)' in found.warnings[0]
 
 
 def test_only_the_tokenizer_of_a_model_is_loaded(files, tmp_path):

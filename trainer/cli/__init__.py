@@ -103,9 +103,14 @@ def _print_plan(settings: Config, devices: int, json: bool) -> int:
     else:
         for line in checks.lines():
             say(line)
-    for line in (*checks.warnings, *checks.problems):
+    return _report(checks.warnings, checks.problems)
+
+
+def _report(warnings: list[str], problems: list[str]) -> int:
+    """Print what a dry run found wrong, and return the exit code: 2 if a run cannot start."""
+    for line in (*warnings, *problems):
         say(f"entrace: {line}", err=True)
-    return 2 if checks.problems else 0
+    return 2 if problems else 0
 
 
 @app.command()
@@ -129,7 +134,12 @@ def ablate(
         float | None, typer.Option(min=0, help="ray: GPUs of a run; 1 if left out and there are any.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print runs, time and detectable difference only.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only print runs, time, and detectable difference, and warn of what is wrong with files, tokenizer, "
+            "and verifiers; exit code 2 if a run cannot start (default: run).",
+        ),
     ] = False,
     pilot: Annotated[Path | None, typer.Option(metavar="STUDY", help="dry-run: a study to plan with.")] = None,
     json: Json = False,
@@ -146,12 +156,13 @@ def ablate(
     chosen = grid_command.choose_launcher(launcher.value, jobs, address, cpus_per_run, gpus_per_run)
     if dry_run:
         plan = grid_command.plan(specs, out, chosen, retry_failed, pilot)
+        warnings, problems = grid_command.check(specs)
         if json:
-            print_json(plan.to_dict())
-            return
-        for line in plan.lines():
-            say(line)
-        return
+            print_json({**plan.to_dict(), "warnings": warnings, "problems": problems})
+        else:
+            for line in plan.lines():
+                say(line)
+        raise typer.Exit(_report(warnings, problems))
     if pilot:
         raise InputError("--pilot belongs to --dry-run")
     with stoppable(f"with --resume goes on in {out}"):

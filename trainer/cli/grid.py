@@ -65,6 +65,23 @@ def summarize(specs: Sequence[RunSpec], out: Path) -> dict[str, Any]:
     }
 
 
+def check(specs: Sequence[RunSpec]) -> tuple[list[str], list[str]]:
+    """Return warnings and problems of the runs, each once; runs that need the same are checked once."""
+    from trainer.preflight import check_run
+
+    distinct = {}
+    for spec in specs:
+        config = spec.config
+        needs = config.task, config.policy, config.rollout.prompts_per_step, config.record.lexicon
+        distinct.setdefault(repr(needs), config)
+    found = [check_run(config) for config in distinct.values()]
+    warnings, problems = (
+        list(dict.fromkeys(line for checks in found for line in getattr(checks, name)))
+        for name in ("warnings", "problems")
+    )
+    return warnings, problems
+
+
 def plan(specs: Sequence[RunSpec], out: Path, launcher: Launcher, retry_failed: bool, pilot: Path | None) -> Plan:
     """What running the grid would mean, given what ``out`` already holds.
 
