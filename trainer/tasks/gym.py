@@ -49,7 +49,7 @@ class GymSource:
             }
         except (TypeError, ValueError, AssertionError) as error:
             raise InputError(f"task {config.name}: {error}") from None
-        self._name, self._context = config.name, context
+        self._name, self._num_heldout, self._context = config.name, config.heldout_limit, context
         self._verifier = context.verifiers.of(context.label, score_by(self._datasets["heldout"].score_answer))
         self.heldout = list(islice(self._draw("heldout", set()), config.heldout_limit))
 
@@ -91,12 +91,24 @@ class GymSource:
             if text in seen or self._context.is_too_long(prompt):
                 skipped += 1
                 if skipped > MAX_SKIPPED_IN_A_ROW:
-                    raise InputError(f"task {self._name}: too few distinct questions for its {split} split")
+                    raise InputError(self._shortage(split, len(seen)))
                 continue
             skipped = 0
             if split == "heldout":
                 seen.add(text)
             yield prompt
+
+    def _shortage(self, split: str, known: int) -> str:
+        section = self._context.section
+        if split == "heldout":
+            return (
+                f"{section}.num_heldout = {self._num_heldout}: too few distinct questions, {self._name} gives {known} "
+                f"with these params; lower it, or change {section}.params"
+            )
+        return (
+            f"{section}.params: too few distinct questions, {self._name} gives none that is not held out; change them, "
+            f"or lower {section}.num_heldout"
+        )
 
 
 def _describe_difficulty(metadata: dict[str, Any]) -> str | None:
