@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from analysis.trace import nearest
 from trainer.section import Natural, Positive, Section
 
-VERIFIERS = ("exact", "math", "reasoning_gym")
+VERIFIERS = ("exact", "math", "math_text", "reasoning_gym")
 # The key of task.verifiers that stands for all data sources not named there.
 DEFAULT = "default"
 ROW_FILES = (".jsonl", ".parquet")
@@ -155,7 +155,9 @@ class TaskConfig(SourceConfig):
 
     A response is correct if its verifier's score reaches ``correct_at``. Its reward is the score, from 0 to 1, mapped
     to ``reward_values`` = [wrong, right]. ``heldout_seed`` chooses the held-out prompts, for runs of all seeds alike.
-    ``verifiers`` maps data sources to exact, math, reasoning_gym, or a function as ``module:function``.
+    ``verifiers`` maps data sources to exact, math (the answer must be marked, for example by a box), math_text (reads
+    the whole text if no answer is marked), reasoning_gym, or a function as ``module:function``. ``default`` judges all
+    data sources that are not named, tasks of reasoning-gym included, which otherwise have scorers of their own.
     """
 
     name: SourceName = "chain_sum"

@@ -86,6 +86,11 @@ BOXES = [
     (r"{\boxed{4}", "4"),
     (r"\boxed{x \boxed{4}}", r"x \boxed{4}"),
     (r"\fbox{4} 4}", None),
+    (r"\boxed 73", "73"),
+    (r"\boxed\frac12. So", r"\frac12"),
+    (r"\boxed{4} \boxed", "4"),
+    (r"\boxed{4 \boxed{5}", "5"),
+    (r"\\boxed{4}", "4"),
     ("", None),
 ]
 
@@ -142,6 +147,7 @@ BAD_OVERRIDES = [
     ("task.mix.other.nam=basic_arithmetic", ['"task.mix.other.nam"', 'did you mean "name"']),
     ("task.mix.other={}", ['"task.mix.other.name" is missing']),
     ("task.verifiers.default=exakt", ["task.verifiers.default", 'did you mean "exact"']),
+    ("task.verifiers.default=math_txt", ["task.verifiers.default", 'did you mean "math_text"']),
     ("task.on_bad_rows=ignore", ["task.on_bad_rows", "valid: skip, stop"]),
 ]
 

@@ -4,50 +4,87 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from analysis.trace import InputError
-from trainer.tasks.prompt import Prompt, Score, extract_boxed
+from trainer.tasks.maths_text import PUNCTUATION, count_words, find_answer, normalize, normalize_formulas, restore
+from trainer.tasks.prompt import Prompt, Score, Verifier
 
 LIMIT_S = 3.0
 # No answer is as long; a policy that repeats itself inside the braces is.
 MAX_CHARACTERS = 2000
+# math-verify reads more words, too, as a product of their letters, but no answer repeats them all.
+MAX_WORDS = 8
+# Ground truths that are parsed before a run starts; each takes milliseconds.
+MAX_PARSED = 2000
+NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:/\d+)?")
+PLAIN_WORDS = re.compile(r"(?:\\text\s*\{)?[^\W\d_]+(?:[ '.-]+[^\W_]+)*\}?")
+EXPECTED = r"a number, a formula, or a text that marks one as \boxed{42} or, on its last line, as #### 42"
 WORKER = Path(__file__).with_name("maths_worker.py")
 
 
 class MathVerifier:
-    r"""1 if the last ``\boxed{...}`` equals the ground truth, as math-verify sees it.
+    r"""Score 1 if the answer equals the ground truth, as math-verify sees them after ``normalize``.
 
-    A verdict that takes more than ``limit_s`` of processor time, or ends the worker otherwise, is a time-out. Answers
-    of more than ``MAX_CHARACTERS`` are wrong unread. math-verify's own limit is an alarm, which needs the main thread
-    and waits for the end of a computation in C.
+    The answer is the content of the last ``\boxed{...}``, of several that belong together, or of a line ``#### 42``:
+    see ``find_answer``. Without any, a verifier that ``reads_text`` takes the answer that math-verify finds in the
+    whole text, as the study's reward does. Otherwise the completion has no answer.
+
+    A verdict that takes more than ``limit_s`` of processor time, or one second more on the clock, or ends the worker
+    otherwise, is a time-out. Answers of more than ``MAX_CHARACTERS`` are wrong unread. math-verify's own limit is an
+    alarm, which needs the main thread and waits for the end of a computation in C.
     """
 
-    def __init__(self, limit_s: float = LIMIT_S) -> None:
-        """Starts nothing yet.
+    def __init__(self, limit_s: float = LIMIT_S, *, reads_text: bool = False) -> None:
+        """Start nothing yet.
 
         Raises:
             InputError: math-verify is not installed.
         """
         if importlib.util.find_spec("math_verify") is None:
-            raise InputError('verifier "math" needs math-verify: pip install "entrace[train]"')
-        self._limit_s = limit_s
+            name = "math_text" if reads_text else "math"
+            raise InputError(f'verifier "{name}" needs math-verify: pip install "entrace[train]"')
+        self._limit_s, self._reads_text = limit_s, reads_text
         self._worker: subprocess.Popen[str] | None = None
         # The answers to one prompt are few; each is judged once.
-        self._judge = lru_cache(maxsize=10_000)(self._ask)
+        self._judge = lru_cache(maxsize=10_000)(self._ask_equal)
+        self._num_parsed = 0
 
     def __call__(self, completion: str, prompt: Prompt) -> Score:
-        """Compares."""
-        answer = extract_boxed(completion)
-        if answer is None or len(answer) > MAX_CHARACTERS:
-            return Score(answer, 0.0)
-        truth = extract_boxed(prompt.ground_truth) or prompt.ground_truth.strip()
-        verdict = truth == answer or self._judge(truth, answer)
+        """Compare the answer in a completion with the ground truth."""
+        answer = find_answer(completion)
+        if answer is None and self._reads_text:
+            reply = self._ask("find", normalize_formulas(completion))
+            if reply is None:
+                return Score(None, 0.0, is_timeout=True)
+            answer = reply[0] and restore(reply[0])
+        if answer is None:
+            return Score(None, 0.0)
+        truth = prompt.ground_truth or ""
+        verdict = self._are_equal(find_answer(truth) or truth, answer)
         return Score(answer, float(bool(verdict)), is_timeout=verdict is None)
+
+    def fault_of(self, truth: str) -> str | None:
+        """Return the ground truth, shortened, if no answer can equal it, for math-verify does not read it; else None.
+
+        Of those that are neither numbers nor long texts, the first ``MAX_PARSED`` are parsed.
+        """
+        text = normalize(find_answer(truth) or truth)
+        if NUMBER.fullmatch(text):
+            return None
+        if len(text) <= MAX_CHARACTERS and count_words(text) <= MAX_WORDS:
+            if self._num_parsed >= MAX_PARSED or PLAIN_WORDS.fullmatch(text):
+                return None
+            self._num_parsed += 1
+            if self._ask("is_readable", text) == [True]:
+                return None
+        return json.dumps(truth if len(truth) <= 40 else f"{truth[:37]}...", ensure_ascii=False)
 
     def classes(self, scores: Sequence[Score]) -> list[str | None]:
         """Return the class of each answer to one prompt: the first answer that math-verify considers equal to it.
@@ -67,23 +104,34 @@ class MathVerifier:
         return [found[score.answer] for score in scores]
 
     def _first_equal(self, answers: Sequence[str], score: Score) -> str | None:
-        if score.answer is None or score.is_timeout or len(score.answer) > MAX_CHARACTERS:
+        if score.answer is None or score.is_timeout:
             return score.answer
         for answer in answers:
-            verdict = len(answer) <= MAX_CHARACTERS and self._judge(answer, score.answer)
+            verdict = self._are_equal(answer, score.answer)
             if verdict is None:
                 break
             if verdict:
                 return answer
         return score.answer
 
-    def _ask(self, truth: str, answer: str) -> bool | None:
-        """The worker's verdict; None if it ended without one."""
+    def _are_equal(self, truth: str, answer: str) -> bool | None:
+        """Whether two answers are equal; None if time ran out."""
+        if max(len(text.rstrip(PUNCTUATION)) for text in (truth, answer)) > MAX_CHARACTERS:
+            return False
+        truth, answer = normalize(truth), normalize(answer)
+        return bool(truth) and (truth == answer or self._judge(truth, answer))
+
+    def _ask_equal(self, truth: str, answer: str) -> bool | None:
+        reply = self._ask("are_equal", truth, answer)
+        return None if reply is None else reply[0]
+
+    def _ask(self, *question: str) -> list[Any] | None:
+        """The worker's answer in a list; None if it ended without one."""
         if self._worker is None or self._worker.poll() is not None:
             self._worker = self._start()
         assert self._worker.stdin is not None
         assert self._worker.stdout is not None
-        print(json.dumps([truth, answer]), file=self._worker.stdin, flush=True)
+        print(json.dumps(question), file=self._worker.stdin, flush=True)
         line = self._worker.stdout.readline()
         if not line:
             self._worker.wait()
@@ -97,3 +145,8 @@ class MathVerifier:
         if not worker.stdout.readline():
             raise RuntimeError(f"math-verify did not start: exit code {worker.wait()}")
         return worker
+
+
+def fault_of(verifier: Verifier, truth: str | None) -> str | None:
+    """Return the ground truth, shortened, if its verifier cannot read it; None otherwise."""
+    return verifier.fault_of(truth) if isinstance(verifier, MathVerifier) and truth is not None else None

@@ -11,8 +11,23 @@ from typing import Any
 Question = str | list[dict[str, str]]
 
 OPEN, CLOSE = "<answer>", "</answer>"
-# An escaped character is skipped whole, so that \{ and \} of a set do not count as braces.
-BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+# An escaped character is skipped whole, so that \{ and \} of a set do not count as braces. Some models escape \\boxed.
+BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*\{?|\\.|[{}]", re.DOTALL)
+BOX_COMMANDS = (r"\boxed", r"\fbox")
+# The content of a box without braces: numbers, operators, and commands with their arguments, up to a space.
+BARE = re.compile(
+    r"(?:[\w+*/^_=()!|<>°√∞-]|[.,:](?=\d)| (?=\d+/\d)|\\(?!boxed|fbox|[()\[\]\s])(?:[A-Za-z]++\s?|.)"
+    r"|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*+\})*+\})*+\})+"
+)
+
+
+@dataclass(frozen=True)
+class Box:
+    r"""The content of a ``\boxed{...}``, stripped, and its place in the text, braces included."""
+
+    content: str
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -97,13 +112,38 @@ def extract_answer(completion: str) -> str | None:
 
 
 def extract_boxed(completion: str) -> str | None:
-    r"""The content of the last non-empty ``\boxed{...}``, braces matched, stripped; None if there is none."""
-    found: str | None = None
-    starts: list[int | None] = []
-    for match in BRACES.finditer(completion):
-        if match[0] == "}" and starts:
-            if (start := starts.pop()) is not None:
-                found = completion[start : match.start()].strip() or found
+    r"""Return the content of the last non-empty ``\boxed{...}``, braces matched, stripped; None if there is none."""
+    boxes = find_boxes(completion, r"\boxed")
+    return boxes[-1].content if boxes else None
+
+
+def find_boxes(completion: str, *commands: str) -> list[Box]:
+    r"""Return the non-empty boxes of a text in order; of nested ones the outermost that is closed.
+
+    Without braces, as in ``\boxed 73``, a box holds what follows up to a space or the end of the formula. ``commands``
+    are ``\boxed`` and ``\fbox`` unless given.
+    """
+    commands = commands or BOX_COMMANDS
+    found: list[Box] = []
+    # Where each open brace's box starts, and its content; None for other braces.
+    opened: list[tuple[int, int] | None] = []
+    position = 0
+    while match := BRACES.search(completion, position):
+        position = match.end()
+        is_box = match[0].rstrip("{ \t\r\n").replace("\\\\", "\\") in commands
+        if match[0] == "}":
+            if opened and (begin := opened.pop()):
+                _add_box(found, Box(completion[begin[1] : match.start()].strip(), begin[0], match.end()))
         elif match[0].endswith("{") and match[0] != r"\{":
-            starts.append(match.end() if len(match[0]) > 1 else None)
+            opened.append((match.start(), match.end()) if is_box else None)
+        elif is_box and (bare := BARE.match(completion, position)):
+            position = bare.end()
+            _add_box(found, Box(bare[0].strip(), match.start(), bare.end()))
     return found
+
+
+def _add_box(found: list[Box], box: Box) -> None:
+    if box.content:
+        while found and found[-1].start > box.start:
+            found.pop()
+        found.append(box)

@@ -23,27 +23,38 @@ class Verifiers:
         """``names`` is ``task.verifiers``."""
         self._names = names
         self._seen: set[str] = set()
+        self._needs_default = False
         self._made = cache(make_verifier)
 
-    def of(self, data_source: str, own: Verifier | None = None) -> Verifier:
-        """The verifier named for the data source; else its ``own``, else the default, else exact match."""
+    def of(self, data_source: str, own: Verifier | None = None, *, scorer: Verifier | None = None) -> Verifier:
+        """Return the verifier named for the data source; else ``own``, the default, ``scorer``, or exact match."""
         self._seen.add(data_source)
-        if data_source not in self._names and own:
+        if name := self._names.get(data_source):
+            return self._made(name)
+        if own:
             return own
-        return self._made(self._names.get(data_source) or self._names.get(DEFAULT, "exact"))
+        self._needs_default = True
+        if name := self._names.get(DEFAULT):
+            return self._made(name)
+        return scorer or self._made("exact")
 
     def check_names(self) -> None:
-        """Refuses names of data sources that no prompt has.
+        """Refuse names of data sources that no prompt has, and a default that judges no prompt.
 
         Raises:
             InputError: there is one.
         """
-        for name in self._names.keys() - self._seen - {DEFAULT}:
+        for name in sorted(self._names.keys() - self._seen - {DEFAULT}):
             raise InputError(f'task.verifiers: no prompt has data source "{name}"{nearest(name, self._seen)}')
+        if DEFAULT in self._names and not self._needs_default:
+            raise InputError(
+                f"task.verifiers.default: judges no prompt, because every data source has a verifier of its own "
+                f"({', '.join(sorted(self._seen))}); remove it"
+            )
 
 
 def make_verifier(name: str) -> Verifier:
-    """The verifier of a name that the configuration allows.
+    """Return the verifier of a name that the configuration allows.
 
     Raises:
         InputError: a function that cannot be imported, or a library that is not installed.
@@ -51,6 +62,7 @@ def make_verifier(name: str) -> Verifier:
     known: dict[str, Callable[[], Verifier]] = {
         "exact": lambda: match_exactly,
         "math": MathVerifier,
+        "math_text": lambda: MathVerifier(reads_text=True),
         "reasoning_gym": lambda: score_by(score_gym_row),
     }
     return known[name]() if name in known else UserFunction(name)
@@ -58,8 +70,8 @@ def make_verifier(name: str) -> Verifier:
 
 def match_exactly(completion: str, prompt: Prompt) -> Score:
     """1 if the last ``<answer>...</answer>`` is the ground truth but for letter case and the width of white space."""
-    answer = extract_answer(completion)
-    return Score(answer, float(answer is not None and _normalize(answer) == _normalize(prompt.ground_truth)))
+    answer, truth = extract_answer(completion), prompt.ground_truth
+    return Score(answer, float(answer is not None and truth is not None and _normalize(answer) == _normalize(truth)))
 
 
 def answer_classes(prompt: Prompt, scores: Sequence[Score]) -> list[str | None]:
