@@ -1,14 +1,16 @@
 import json
+import re
 import sys
 import threading
 import time
 
 import polars as pl
+import psutil
 import pytest
 
 from analysis.trace import InputError, read_manifest
 from trainer.config import load_config
-from trainer.task_config import TaskConfig
+from trainer.task_config import SourceConfig, TaskConfig
 from trainer.tasks import load_task
 from trainer.tasks.maths import MathVerifier
 from trainer.tasks.prompt import Prompt, Score
@@ -168,6 +170,43 @@ def test_a_worker_that_was_killed_is_replaced():
     assert verify(r"\boxed{3/6}", prompt("1/2")).is_correct
 
 
+def test_a_worker_whose_copy_was_killed_goes_on_with_the_same_answers():
+    verify = MathVerifier()
+    answers = [("1/2", True), ("1/3", False), ("2/4", True), ("2/6", False)]
+    for answer, is_right in answers:
+        assert verify(rf"\boxed{{{answer}+0}}", prompt("0.5")).is_correct is is_right
+        for copy in psutil.Process(verify._worker.pid).children():
+            copy.kill()
+    pid = verify._worker.pid
+    assert [verify(rf"\boxed{{{answer}}}", prompt("0.5")).is_correct for answer, _ in answers] == [
+        is_right for _, is_right in answers
+    ]
+    assert verify._worker.pid == pid
+
+
+def test_a_time_out_costs_little_more_than_its_limit():
+    verify = MathVerifier(limit_s=0.5)
+    assert verify(r"\boxed{2/4}", prompt("1/2")).is_correct
+    started = time.monotonic()
+    for i in range(3):
+        assert verify(rf"\boxed{{{HOSTILE[0]}+{i}}}", prompt("10")).is_timeout
+        assert verify(rf"\boxed{{{10 + i}.0}}", prompt(str(10 + i))).is_correct
+    # Ten times the limits: what must not happen is that each waits for a machine that is busy, or for an import.
+    assert time.monotonic() - started < 10 * 3 * 0.5
+
+
+def test_a_worker_ends_with_its_verifier():
+    verify = MathVerifier()
+    assert verify(r"\boxed{2/4}", prompt("1/2")).is_correct
+    worker = psutil.Process(verify._worker.pid)
+    processes = [worker, *worker.children()]
+    assert len(processes) == 2
+    worker.kill()
+    verify._worker.wait()
+    verify._worker.stdin.close()
+    assert psutil.wait_procs(processes, timeout=60)[1] == []
+
+
 def test_time_outs_are_counted_and_the_first_named(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("trainer.tasks.verifiers.MathVerifier", lambda: MathVerifier(limit_s=0.5))
     path = tmp_path / "rows.jsonl"
@@ -241,6 +280,45 @@ def test_what_goes_wrong_in_a_function_of_the_user_names_the_row(module, result,
     task = load_task(TaskConfig(num_heldout=1), seed=0)
     with pytest.raises(InputError, match=message):
         task.score("5", prompt("1", verify))
+
+
+@pytest.mark.parametrize("mix", [{}, {"more": SourceConfig(name="letter_counting", num_heldout=1)}])
+def test_the_default_judges_every_data_source_that_is_not_named(mix):
+    task = load_task(TaskConfig(num_heldout=1, mix=mix, verifiers={"default": "math"}), seed=0)
+    for row in task.heldout:
+        assert task.score(rf"\boxed{{{row.ground_truth}.0}}", row).is_correct
+        assert task.score(f"<answer>{row.ground_truth}</answer>", row).answer is None
+    named = load_task(TaskConfig(num_heldout=1, verifiers={"chain_sum": "reasoning_gym"}), seed=0)
+    (row,) = named.heldout
+    assert named.score(f"<answer>{row.ground_truth}</answer>", row).is_correct
+
+
+@pytest.mark.parametrize(
+    ("verifiers", "message"),
+    [
+        ({"default": "nosuchmodule:fn"}, 'verifier nosuchmodule:fn: no module "nosuchmodule", here or installed'),
+        ({"chain_sum": "nosuchmodule:fn"}, 'verifier nosuchmodule:fn: no module "nosuchmodule", here or installed'),
+        ({"default": "json:laods"}, 'verifier json:laods: no function "laods" in json; did you mean "loads"'),
+        (
+            {"default": "math", "chain_sum": "exact"},
+            "task.verifiers.default: judges no prompt, because every data source has a verifier of its own "
+            "(chain_sum); remove it",
+        ),
+        ({"chain_sun": "math"}, 'task.verifiers: no prompt has data source "chain_sun"; did you mean "chain_sum"'),
+    ],
+)
+def test_a_verifier_without_effect_is_refused(verifiers, message):
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        load_task(TaskConfig(num_heldout=1, verifiers=verifiers), seed=0)
+    assert "\n" not in str(error.value)
+
+
+def test_the_choice_of_the_mathematical_verifier_is_recorded(tmp_path):
+    rows = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [f"task.name={tmp_path / 'rows.jsonl'}", "task.num_heldout=2", "task.verifiers.default=math_text"]
+    train(load_config("tiny", [*SMALL, *settings, "steps=1", "task.params={}"]), tmp_path / "run", {})
+    assert read_manifest(tmp_path / "run")["config"]["task"]["verifiers"] == {"default": "math_text"}
 
 
 def test_a_function_that_cannot_be_had_is_one_line(module):

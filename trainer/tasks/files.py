@@ -15,6 +15,7 @@ from analysis.trace import InputError
 from trainer.config import validate_section
 from trainer.seeding import Stream, generator
 from trainer.task_config import FileParams, SourceConfig
+from trainer.tasks.maths import fault_of
 from trainer.tasks.normalize import normalize_text
 from trainer.tasks.prompt import Prompt, Verifier
 from trainer.tasks.rows import (
@@ -22,6 +23,7 @@ from trainer.tasks.rows import (
     MissingFieldError,
     NoAnswerError,
     Place,
+    UnreadableAnswerError,
     field_at,
     kind_of,
     name_some,
@@ -94,7 +96,7 @@ class FileSource:
         count = self.counts[path] = RowCount()
         prompts: list[Prompt] = []
         faults: list[str] = []
-        lacks_answers = False
+        advice: dict[str, None] = {}
         for place, row in read_rows(Path(path)):
             count.rows += 1
             try:
@@ -102,7 +104,7 @@ class FileSource:
             except BadRowError as fault:
                 count.bad_rows += 1
                 faults.append(f"{place}: {fault}")
-                lacks_answers |= isinstance(fault, NoAnswerError)
+                advice[fault.advice] = None
                 continue
             if self._context.is_too_long(prompt):
                 count.too_long += 1
@@ -112,10 +114,8 @@ class FileSource:
             count.without_answer += prompt.ground_truth is None
         named = name_some(faults, len(faults))
         if count.bad_rows and not self._context.skips_bad_rows:
-            advice = 'fix them, or set task.on_bad_rows = "skip"'
-            if lacks_answers:
-                advice += "; only a function of your own (task.verifiers) can judge rows without an answer"
-            raise InputError(f"{path}: {count.bad_rows} of {count.rows} rows are malformed ({named}); {advice}")
+            told = "; ".join(filter(None, ['fix them, or set task.on_bad_rows = "skip"', *advice]))
+            raise InputError(f"{path}: {count.bad_rows} of {count.rows} rows are malformed ({named}); {told}")
         if not prompts:
             raise InputError(f"{path}: no usable row{f' ({named})' if named else ', the file is empty'}")
         if faults:
@@ -133,12 +133,15 @@ class FileSource:
             raise BadRowError(f'"{self._params.data_source}" is {kind_of(data_source)}, expected text')
         verifier = self._verifier(data_source or None, benchmark)
         answer = self._params.answer or (VERL_ANSWER if row.get("reward_model") else "answer")
+        ground_truth = _ground_truth(row, answer, is_free=isinstance(verifier, UserFunction))
+        if fault := fault_of(verifier, ground_truth):
+            raise UnreadableAnswerError(f'"{answer}" is unreadable, {fault}')
         return Prompt(
             prompt_id=f"{self._context.prefix}train-{place.number:06d}",
             split="train",
             task=benchmark or data_source or self._context.label,
             question=question_of(field_at(row, self._params.prompt), self._params.prompt),
-            ground_truth=_ground_truth(row, answer, is_free=isinstance(verifier, UserFunction)),
+            ground_truth=ground_truth,
             difficulty=None,
             origin=f"{path}, {place}",
             entry=row,
@@ -156,7 +159,7 @@ class FileSource:
     def _choose(
         self, candidates: list[Prompt], path: str, benchmark: str | None = None, place: int = 0
     ) -> list[Prompt]:
-        """Return the held-out prompts of a file, of distinct texts, drawn by ``heldout_seed``, in the order of the file."""
+        """Return the held-out prompts of a file, of distinct texts, drawn by ``heldout_seed``, in file order."""
         distinct: dict[str, Prompt] = {}
         for prompt in candidates:
             distinct.setdefault(normalize_text(prompt.text), prompt)

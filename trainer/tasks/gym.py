@@ -9,6 +9,7 @@ from typing import Any
 
 from analysis.trace import InputError, nearest
 from trainer.task_config import SourceConfig
+from trainer.tasks.maths import EXPECTED, fault_of
 from trainer.tasks.normalize import normalize_text
 from trainer.tasks.prompt import Prompt
 from trainer.tasks.source import Context
@@ -50,8 +51,12 @@ class GymSource:
         except (TypeError, ValueError, AssertionError) as error:
             raise InputError(f"task {config.name}: {error}") from None
         self._name, self._num_heldout, self._context = config.name, config.heldout_limit, context
-        self._verifier = context.verifiers.of(context.label, score_by(self._datasets["heldout"].score_answer))
+        scorer = score_by(self._datasets["heldout"].score_answer)
+        self._verifier = context.verifiers.of(context.label, scorer=scorer)
         self.heldout = list(islice(self._draw("heldout", set()), config.heldout_limit))
+        for prompt in self.heldout:
+            if fault := fault_of(self._verifier, prompt.ground_truth):
+                raise InputError(f"{prompt.origin}: answer {fault}, expected {EXPECTED}; choose another verifier")
 
     @property
     def prompts(self) -> list[Prompt]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.trace import InputError, nearest
+from trainer.tasks.maths import EXPECTED
 from trainer.tasks.prompt import Question
 
 if TYPE_CHECKING:
@@ -16,7 +17,13 @@ if TYPE_CHECKING:
 
 
 class BadRowError(ValueError):
-    """A fault of one row, in words."""
+    """A fault of one row, in words.
+
+    Attributes:
+        advice: Said once, after the faults of all rows.
+    """
+
+    advice = ""
 
 
 class MissingFieldError(BadRowError):
@@ -25,6 +32,14 @@ class MissingFieldError(BadRowError):
 
 class NoAnswerError(BadRowError):
     """An answer that is missing, null, or blank."""
+
+    advice = "only a function of your own (task.verifiers) can judge rows without an answer"
+
+
+class UnreadableAnswerError(BadRowError):
+    """An answer that its verifier cannot read, so that no response to the prompt would be right."""
+
+    advice = f"math and math_text read {EXPECTED}"
 
 
 # Faults that are spelled out where there are more.
