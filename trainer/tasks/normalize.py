@@ -18,6 +18,8 @@ def normalize_text(text: str) -> str:
 
     White space is what ``str.isspace`` calls so, no-break spaces and line breaks included. Letter case counts.
     """
-    # First, for an invisible character between a letter and its accent keeps the two from becoming one character.
-    visible = IGNORABLE.sub("", text)
-    return " ".join(unicodedata.normalize("NFKC", visible).split())
+    # Most prompts are ASCII, which is in NFKC and has no invisible characters.
+    if not text.isascii():
+        # In this order: an invisible character between a letter and its accent keeps them from becoming one character.
+        text = unicodedata.normalize("NFKC", IGNORABLE.sub("", text))
+    return " ".join(text.split())
