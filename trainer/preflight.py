@@ -89,14 +89,18 @@ def check_run(config: Config) -> Checks:
     tokenizer = _try(found, lambda: load_tokenizer(config.policy.path))
     if config.record.lexicon:
         _try(found, lambda: Lexicon.load(Path(str(config.record.lexicon))))
-    task = _try(found, lambda: _load_task(config, tokenizer))
-    if task:
-        _count_prompts(found, config, task)
-        for name, prompts in _by_data_source(task).items():
-            _try(found, lambda name=name, prompts=prompts: _try_verifier(found, task, name, prompts))
+    policy = _without_model(config, tokenizer) if tokenizer else None
+    task = _try(found, lambda: _load_task(config, policy))
     if tokenizer:
         found.tokenizer_entries = len(tokenizer)
-    if task and tokenizer:
+    if not task:
+        return found
+    _count_prompts(found, config, task)
+    tried = _by_data_source(task)
+    for name, prompts in tried.items():
+        _try(found, lambda name=name, prompts=prompts: _try_verifier(found, task, name, prompts))
+    if tokenizer and policy:
+        _try(found, lambda: [policy.encode_prompt(prompt.question) for part in tried.values() for prompt in part])
         found.lost_characters = find_lost(tokenizer, task_texts(task, config.policy.template))
         if found.lost_characters:
             found.warnings.append(describe_lost(found.lost_characters, config.policy.path))
@@ -112,13 +116,17 @@ def _try(found: Checks, check: Callable[[], T]) -> T | None:
         return None
 
 
-def _load_task(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Task:
-    if tokenizer is None:
+def _without_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> Policy:
+    """Return a policy that can encode prompts, and nothing else."""
+    no_model = cast("Any", None)
+    device, dtype = torch.device("cpu"), torch.float32
+    return Policy(no_model, tokenizer, device, dtype, config.policy.path, config.policy.template)
+
+
+def _load_task(config: Config, policy: Policy | None) -> Task:
+    if policy is None:
         # Prompts cannot be measured, but files and rows can be checked.
         return load_task(config.task.model_copy(update={"max_prompt_tokens": None}), config.seed)
-    no_model = cast("Any", None)
-    device, dtype, template = torch.device("cpu"), torch.float32, config.policy.template
-    policy = Policy(no_model, tokenizer, device, dtype, config.policy.path, template)
     return load_task(config.task, config.seed, policy.encode_prompt)
 
 

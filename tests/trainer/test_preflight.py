@@ -147,6 +147,16 @@ def test_characters_that_the_tokenizer_lacks_are_a_warning(files, monkeypatch):
     assert 'cannot encode 1 character of the task, "é" (U+00E9)' in found.warnings[0]
 
 
+def test_prompts_that_the_chat_template_refuses_are_a_problem(files, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_bytes((find_base_policy() / name).read_bytes())
+    (model / "chat_template.jinja").write_text("{{ raise_exception('no turns') }}")
+    (problem,) = check_run(configure(files, f"policy.path={model}")).problems
+    assert "the chat template refuses a prompt (no turns: " in problem
+
+
 def test_only_the_tokenizer_of_a_model_is_loaded(files, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
