@@ -17,6 +17,7 @@ from functools import cached_property
 import pyarrow as pa
 
 from analysis.trace.errors import InputError
+from analysis.trace.plain import plain
 
 SCHEMA_VERSION = 2
 OLDEST_VERSION = 1
@@ -82,10 +83,10 @@ def check_version(place: str, found: object) -> int:
     readable = range(OLDEST_VERSION, SCHEMA_VERSION + 1)
     if version := next((version for version in readable if str(version) == str(found)), None):
         return version
-    raise InputError(
-        f"{place} {found}, this version of entrace reads {OLDEST_VERSION} to {SCHEMA_VERSION}; upgrade entrace to read "
-        "newer traces"
-    )
+    is_newer = str(found).isdigit() and int(str(found)) > SCHEMA_VERSION
+    remedy = "; upgrade entrace to read newer traces" if is_newer else ""
+    readable = f"{OLDEST_VERSION} to {SCHEMA_VERSION}"
+    raise InputError(f"{place} {plain(str(found), 50)}, this version of entrace reads {readable}{remedy}")
 
 
 def _measured(name: str, unit: str, meaning: str, *, nullable: bool = False) -> Column:
