@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from analysis.effects.estimate import NoEffectError
 from analysis.intervals import MIN_BLOCKS
 from analysis.runs import Runs
 from analysis.stats import Estimate, holm
-from analysis.trace.errors import InputError
+from analysis.trace.errors import InputError, in_one_line, nearest
 from analysis.verdict_rules import CONTRADICTED, INCONCLUSIVE, NOT_RECORDED, SUPPORTED, Size, decide
 
 # Keys of every claim and of every part of one.
@@ -145,23 +146,29 @@ def _read_ledger(path: Path) -> dict[str, dict[str, Any]]:
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: not a ledger ({' '.join(str(error).split())})") from None
+        raise InputError(f"{path}: not a ledger ({in_one_line(error)})") from None
     for claim, entry in ledger.items():
         _require(entry, CLAIM_KEYS, f"{path}: claim {claim}")
+        _require(entry["parts"], (), f"{path}: claim {claim}, parts")
         known = training.PARTS.get(claim)
+        if known is None and "arms" not in entry:
+            raise InputError(f'{path}: unknown claim "{claim}"{nearest(claim, training.PARTS)}')
         for part, spec in entry["parts"].items():
             name = f'{path}: claim {claim}, part "{part}"'
             _require(spec, PART_KEYS, name)
-            if "arms" not in entry and (known is None or part not in known):
-                raise InputError(f"{name}: no such part; valid are {', '.join(known or training.PARTS)}")
+            if "arms" not in entry and part not in (known or ()):
+                raise InputError(f"{name}: no such part{nearest(part, known or ())}")
     return ledger
 
 
 def _require(entry: Any, keys: Sequence[str], name: str) -> None:
+    if not isinstance(entry, dict):
+        expected = f"a table with {', '.join(keys)}" if keys else "a table"
+        raise InputError(f"{name}: expected {expected}; found {reprlib.repr(entry)}")
     for key in keys:
-        if not isinstance(entry, dict) or entry.get(key) in (None, ""):
+        if entry.get(key) in (None, ""):
             hint = "; say what the effect is compared with" if key == "null" else ""
-            raise InputError(f'{name}: "{key}" is missing{hint}')
+            raise InputError(f'{name}: "{key}" is {"empty" if key in entry else "missing"}{hint}')
 
 
 def _about_training(claim: str, entry: Mapping[str, Any], runs: Runs) -> Iterator[_Finding]:

@@ -216,7 +216,8 @@ def _describe(error: Exception) -> tuple[str, int]:
     # Only typer's usage errors have it; their class has moved between its versions.
     if describe := getattr(error, "format_message", None):
         return f"{describe().rstrip('.')}; see --help", 2
-    return f"{type(error).__name__}: {error}", 1
+    kind, said = type(error).__name__, str(error).strip()
+    return f"{kind}: {said}" if said else kind, 1
 
 
 def _fail(message: str, status: int) -> None:
@@ -249,14 +250,14 @@ def _remark(runs: Runs) -> None:
 
 
 def _read_text(path: Path) -> str:
-    from analysis.trace.errors import InputError
+    from analysis.trace.errors import InputError, in_one_line
 
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+        raise InputError(f"{path}: {(error.strerror or in_one_line(error)).lower()}") from None
     except ValueError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error})") from None
+        raise InputError(f"{path}: not text ({in_one_line(error)})") from None
 
 
 def _parse_params(pairs: list[str]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def _check_target(out: Path) -> None:
         raise InputError(f"{out}: is a file; --out names a folder")
     page = out / PAGE
     if out.exists() and any(out.iterdir()) and not (page.is_file() and MARK.encode() in page.read_bytes()):
-        raise InputError(f"{out}: holds files that are no report; choose another folder")
+        raise InputError(f"{out}: holds files other than a report; choose another folder")
 
 
 def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis import interval_functions, queries
 from analysis.interrupt import interruptible
-from analysis.trace.errors import InputError, nearest
+from analysis.trace.errors import InputError, in_one_line, nearest
 from analysis.trace.manifest import MANIFEST, read_manifest
 from analysis.trace.parts import check_part, list_parts, listed_files
 from analysis.trace.plain import well_formed
@@ -117,7 +117,7 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
         manifest = {**read_manifest(folder), "path": str(folder)}
         run_id = manifest.get("run_id") or folder.name
         if run_id in manifests:
-            raise InputError(f'{folder}: run_id "{run_id}" also stands in {manifests[run_id]["path"]}')
+            raise InputError(f'{folder}: run_id "{run_id}" is also that of {manifests[run_id]["path"]}')
         manifests[run_id] = manifest
         parts = list_parts(folder, manifest)
         for name, table in TABLES.items():
@@ -290,7 +290,7 @@ class Runs:
                 raise InputError(f"{gone}: gone since it was opened; open the run again") from None
             raise InputError(_one_line(error)) from None
         except pl.exceptions.PolarsError as error:
-            reason = str(error).partition("\n")[0]
+            reason = in_one_line(error)
             raise InputError(
                 f"sql: a column of this type cannot be read ({reason}); cast it, as in x::varchar"
             ) from None
@@ -328,11 +328,11 @@ def _read_steps(folder: Path, parts: Iterable[Path]) -> list[int]:
     try:
         columns = [pq.read_table(path, columns=["step"])["step"].drop_null() for path in parts]
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{folder / 'steps'}: damaged Parquet file ({str(error).partition(chr(10))[0]})") from None
+        raise InputError(f"{folder / 'steps'}: damaged Parquet file ({in_one_line(error)})") from None
     steps = sorted(step for column in columns for step in column.to_pylist())
     if twice := next((step for step, following in pairwise(steps) if step == following), None):
         raise InputError(
-            f"{folder / 'steps'}: step {twice} is recorded twice; remove the file that is no part of the run"
+            f"{folder / 'steps'}: step {twice} is recorded twice; remove the file that is not part of the run"
         )
     return steps
 

@@ -100,7 +100,7 @@ def run_grid(
     """
     watcher = watcher or Unwatched()
     if not (resume or retry_failed) and out.exists() and any(out.iterdir()):
-        raise InputError(f"{out}: already holds files; choose another folder, or go on with --resume")
+        raise InputError(f"{out}: already holds files; choose another folder, or continue with --resume")
     found = survey(specs, out)
     works = [
         Work(spec.config, out.resolve() / spec.run_id, spec.labels(out))

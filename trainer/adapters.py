@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from analysis.trace import InputError
+from analysis.trace import InputError, in_one_line
 from trainer.config import LoraConfig
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def read_base(folder: Path) -> str | None:
         return None
     found = _read_config(folder)
     if found.get("peft_type") != "LORA" or not found.get("base_model_name_or_path"):
-        raise InputError(f"{folder}: {CONFIG} describes no LoRA adapter of a named base model")
+        raise InputError(f"{folder}: {CONFIG} must have peft_type = LORA and name base_model_name_or_path")
     if not (folder / WEIGHTS).is_file():
         raise InputError(f"{folder}: no {WEIGHTS} beside {CONFIG}")
     return found["base_model_name_or_path"]
@@ -54,7 +54,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str) -> PeftMo
     try:
         adapter = peft.PeftModel(model, settings)
     except ValueError as error:
-        raise InputError(f"policy.lora.target_modules: {str(error).splitlines()[0]}") from None
+        raise InputError(f"policy.lora.target_modules: {in_one_line(error)}") from None
     head: Any = model.get_output_embeddings()
     if hasattr(head, "base_layer"):
         raise InputError("policy.lora.target_modules names the LM head, whose statistics need it to be one linear map")

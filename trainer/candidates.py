@@ -90,7 +90,9 @@ def order_candidates(
         (5 * pl.col("position") // pl.col("response_length")).alias("fifth"), (value >= top).alias("is_high_entropy")
     )
     if chosen.is_empty():
-        raise InputError(f"none of {len(tokens)} tokens passes --entropy, --position and --ppl-tercile together")
+        raise InputError(
+            f"--entropy, --position, --ppl-tercile: none of {len(tokens)} tokens passes all three; widen one of them"
+        )
     shuffled = chosen[rng.permutation(len(chosen))]
     turn = pl.int_range(pl.len()).over(STRATA)
     return shuffled.with_columns(turn.alias("turn")).sort("turn", maintain_order=True).drop("turn")

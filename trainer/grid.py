@@ -107,7 +107,7 @@ def load_grid(path: str, overrides: Sequence[str] = (), seeds: Sequence[int] | N
     if not arms:
         raise InputError(f"{path}: the grid is empty, it has no arms")
     if grid.baseline not in grid.arms:
-        raise InputError(f'{path}: baseline "{grid.baseline}" is no arm; arms: {", ".join(grid.arms)}')
+        raise InputError(f'{path}: baseline: unknown arm "{grid.baseline}"{nearest(grid.baseline, grid.arms)}')
     _refuse_seed(grid.base, f"{path}, [base]")
     axes = _read_axes(grid.sweep, path)
     changes = _read_overrides(overrides, axes)
@@ -172,7 +172,7 @@ def _read_axes(sweep: Mapping[str, Any], path: str) -> dict[str, list[Scalar]]:
     for key, values in axes.items():
         source = f"{path}, [sweep] {key}"
         if key == "seed":
-            raise InputError(f"{source}: seeds are no axis; name them in seeds = [...]")
+            raise InputError(f"{source}: seeds are not an axis; name them in seeds = [...]")
         _check_key(key, f"{path}, [sweep]")
         if not isinstance(values, list):
             raise InputError(f"{source}: expected a list of values, found {values!r}")

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from analysis.trace import InputError, Vocabulary, in_one_line
+from analysis.trace.plain import plain
 from trainer import adapters, attention
 from trainer.allocator import keep_freed_memory
 from trainer.config import PolicyConfig
@@ -90,7 +91,9 @@ class Policy:
         policy._check_decoder()
         policy.packs = policy._can_pack()
         if config.attention == "packed" and not policy.packs:
-            raise InputError(f"{config.path}: {type(model).__name__} cannot read sequences that are packed")
+            raise InputError(
+                f'policy.attention = "packed": {type(model).__name__} cannot read packed sequences; set "auto"'
+            )
         if config.gradient_checkpointing:
             policy.checkpoint_layers()
         return policy
@@ -188,8 +191,10 @@ class Policy:
                 as_chat(question), add_generation_prompt=True, tokenize=False
             )
         except TemplateError as error:
-            reason = f"{error}: {as_text(question)[:60]!r}"
-            raise InputError(f"{self.name}: the chat template refuses a prompt ({reason})") from None
+            reason = f"{in_one_line(error)}: {plain(as_text(question), 60)!r}"
+            raise InputError(
+                f"{self.name}: the chat template refuses a prompt ({reason}); policy.template takes its place"
+            ) from None
         # The template writes the special tokens itself.
         return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
@@ -315,7 +320,8 @@ class Policy:
         """
         layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
         if not layers:
-            raise InputError(f"policy.gradient_checkpointing: {type(self.model).__name__} has no layers made for it")
+            kind = type(self.model).__name__
+            raise InputError(f"policy.gradient_checkpointing: {kind} has no layers made for it; set it to false")
         for layer in layers:
             layer.forward = partial(_recompute, layer.forward)
 
@@ -391,5 +397,5 @@ def _recompute(forward: Callable[..., Any], *arguments: Any, **options: Any) -> 
 
 def _pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError('policy.device = "cuda", but torch finds no GPU')
+        raise InputError('policy.device = "cuda", but torch finds no GPU; set "cpu" or "auto"')
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))

@@ -95,7 +95,7 @@ def check_target(run_dir: Path, resume: bool) -> None:
     """
     is_used = run_dir.is_dir() and any(not path.name.startswith(".") for path in run_dir.iterdir())
     if is_used and not (resume and has_begun(run_dir)):
-        raise InputError(f"{run_dir}: already holds files; choose another folder, or go on with --resume")
+        raise InputError(f"{run_dir}: already holds files; choose another folder, or continue with --resume")
 
 
 def _describe(rollouts: PlainRollouts, sources: Sequence[Path], settings: ScoreSettings) -> dict[str, Any]:

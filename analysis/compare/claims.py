@@ -11,7 +11,7 @@ from analysis.compare import compare_once, references_of
 from analysis.compare.verdict import FORMAL, LENGTH, PRIMARY, Judged, metric_of
 from analysis.runs import Runs
 from analysis.stats import Estimate
-from analysis.trace.errors import InputError
+from analysis.trace.errors import InputError, nearest
 from analysis.verdict_rules import CONTRADICTED, INCONCLUSIVE, NOT_RECORDED, SUPPORTED
 
 # Metric of the comparison by part of a claim; unit and smallest effect that matters are those of the ledger.
@@ -70,7 +70,7 @@ def judge_methods(runs: Runs, ledger: Mapping[str, Mapping[str, Any]]) -> list[M
 
 def _check(name: str, part: str, spec: Mapping[str, Any]) -> None:
     if part not in PARTS:
-        raise InputError(f"{name}: no such part; valid are {', '.join(PARTS)}")
+        raise InputError(f"{name}: no such part{nearest(part, PARTS)}")
     metric = metric_of(PARTS[part])
     if spec["smallest_effect"] != metric.smallest:
         stated = f"smallest_effect is {spec['smallest_effect']:g}"

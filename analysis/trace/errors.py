@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 from analysis.trace.plain import plain
 
+# Characters of a message of several lines.
+ANNOUNCED = 500
+
 
 class InputError(Exception):
     """Bad input, described in one line: what was wrong, what was expected, the nearest valid name.
@@ -34,15 +37,22 @@ def nearest(name: str, options: Iterable[str], others: str = "valid") -> str:
     return f"; {others}: {', '.join(sorted(options))}" if options else ""
 
 
-def in_one_line(error: Exception) -> str:
-    """Return what a library's exception says first, in one line; its kind if it says nothing.
+def in_one_line(error: BaseException) -> str:
+    """Return the first line of a library's exception, its kind if it says nothing.
 
-    A line that ends with a colon announces the next one, which is then part of it.
+    A first line that ends with a colon announces what follows, which is then part of it.
     """
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte 0x{error.object[error.start]:02x} at offset {error.start} is not {error.encoding.upper()}"
+    if isinstance(error, KeyError):
+        return f"no key {error}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = ""
-    for line in lines:
-        said = f"{said} {line}".lstrip()
-        if not line.endswith(":"):
-            break
-    return said.removesuffix(":") or type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return plain(" ".join(lines), ANNOUNCED).removesuffix(":") if lines[0].endswith(":") else lines[0]
+
+
+def with_kind(error: BaseException) -> str:
+    """Return ``in_one_line`` after the kind of the exception."""
+    kind, said = type(error).__name__, in_one_line(error)
+    return kind if said == kind else f"{kind}: {said}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.trace.errors import InputError, nearest
+from analysis.trace.errors import InputError, in_one_line, nearest
 
 FORMAL, LOGICAL, META, SEMANTIC, SPECIAL = CATEGORIES = (
     "formal_reasoning",
@@ -48,15 +49,17 @@ class Lexicon:
         path = path or SHIPPED
         try:
             lists = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError:
+        except FileNotFoundError:
             raise InputError(f"{path}: no such lexicon") from None
+        except OSError as error:
+            raise InputError(f"{path}: {(error.strerror or in_one_line(error)).lower()}") from None
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not TOML ({error})") from None
+            raise InputError(f"{path}: not TOML ({in_one_line(error)})") from None
         for category, entries in lists.items():
             if category not in CATEGORIES:
                 raise InputError(f'{path}: unknown category "{category}"{nearest(category, CATEGORIES)}')
             if not isinstance(entries, list) or not all(isinstance(word, str) for word in entries):
-                raise InputError(f"{path}: {category} is not a list of words")
+                raise InputError(f"{path}: {category} is {reprlib.repr(entries)}, expected a list of words")
         # The earlier category in CATEGORIES order never wins by accident: the file's order decides.
         words: dict[str, str] = {}
         for category, entries in lists.items():

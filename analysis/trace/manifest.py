@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from analysis.trace.errors import InputError
+from analysis.trace.errors import InputError, in_one_line
 from analysis.trace.plain import well_formed
 from analysis.trace.schema import check_version
 
@@ -82,11 +82,15 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
         manifest = json.loads(well_formed(json.dumps(values, ensure_ascii=False)))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
+        raise InputError(f"{path}: not JSON ({in_one_line(error)})") from None
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    check_version(f"{path}: schema_version", version)
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path}: expected an object, found {reprlib.repr(manifest)}; not the manifest of a trace")
+    if manifest.get("schema_version") is None:
+        state = "is null" if "schema_version" in manifest else "is missing"
+        raise InputError(f"{path}: schema_version {state}; not the manifest of a trace")
+    check_version(f"{path}: schema_version", manifest["schema_version"])
     for key, kinds in KINDS.items():
         value = manifest.get(key)
         if not isinstance(value, kinds) or (isinstance(value, int) and not -(2**31) <= value < 2**31):

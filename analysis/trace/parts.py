@@ -37,7 +37,7 @@ def last_step(name: str) -> int:
         InputError: another name.
     """
     if not (match := PART.fullmatch(name)):
-        raise InputError(f'"{name}": no name of a file of a trace')
+        raise InputError(f'"{name}": not the name of a file of a trace, such as part-000001-000010.parquet')
     return int(match[2])
 
 
@@ -102,7 +102,7 @@ def check_part(path: Path, table: Table, rows: int | None = None) -> int:
     import pyarrow.parquet as pq
 
     if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
-        raise InputError(f"{path}: a link, or no file; a trace holds files only")
+        raise InputError(f"{path}: a link, or not a file; a trace holds regular files only")
     try:
         with pq.ParquetFile(path) as file:
             schema, found_rows = file.schema_arrow, file.metadata.num_rows
@@ -116,8 +116,10 @@ def check_part(path: Path, table: Table, rows: int | None = None) -> int:
 
 
 def _check_schema(path: Path, schema: pa.Schema, table: Table) -> int:
-    found = (schema.metadata or {}).get(VERSION_KEY, b"none").decode(errors="replace")
-    version = check_version(f"{path}: schema version", found)
+    stored = (schema.metadata or {}).get(VERSION_KEY)
+    if stored is None:
+        raise InputError(f"{path}: no schema version in its metadata ({VERSION_KEY.decode()}); {_remedy(path)}")
+    version = check_version(f"{path}: schema version", stored.decode(errors="replace"))
     for column in table.columns:
         if column.since > version:
             continue

@@ -88,4 +88,3 @@ def _text(entry: str, decoded: str) -> str:
     if all(sign in BYTE_ALPHABET for sign in entry):
         return show_bytes(bytes(BYTE_ALPHABET[sign] for sign in entry))
     return decoded
-

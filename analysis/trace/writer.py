@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from analysis.trace.errors import InputError, nearest
+from analysis.trace.errors import InputError, in_one_line, nearest
 from analysis.trace.lexicon import Lexicon
 from analysis.trace.manifest import durable_file, now, read_manifest, write_manifest
 from analysis.trace.parts import FILES, Files, last_step, listed_files, part_name, remove_leftovers
@@ -94,10 +94,11 @@ class TraceWriter:
         run_dir = Path(run_dir)
         if not 1 <= mantissa_bits <= EXACT_BITS:
             raise InputError(f"mantissa_bits: expected 1 to {EXACT_BITS}, found {mantissa_bits}")
-        if "run_id" not in manifest:
-            raise InputError('the manifest of a trace needs a "run_id"')
+        if manifest.get("run_id") is None:
+            state = "is null" if "run_id" in manifest else "is missing"
+            raise InputError(f"manifest: run_id {state}; name the run")
         if rank == 0 and not replace and run_dir.exists() and any(run_dir.iterdir()):
-            raise InputError(f"{run_dir}: already holds files; choose another folder, or go on with --resume")
+            raise InputError(f"{run_dir}: already holds files; choose another folder, or continue with --resume")
         entries = vocab if isinstance(vocab, Vocabulary) else Vocabulary(list(vocab))
         categories = (lexicon or Lexicon.load()).categorize(entries.texts, entries.is_special)
         contract = {"schema_version": SCHEMA_VERSION, MANTISSA_BITS: mantissa_bits}
@@ -166,7 +167,8 @@ class TraceWriter:
             return found if _is_array(token_ids) else found[0].as_py()
         except (pa.ArrowException, TypeError, ValueError) as error:
             size = len(self._categories)
-            raise InputError(f"table tokens: token_id is no entry of a vocabulary of {size} ({error})") from None
+            reason = in_one_line(error)
+            raise InputError(f"table tokens: token_id is not in the vocabulary, 0 to {size - 1} ({reason})") from None
 
     def end_step(self, step: int) -> None:
         """Says that the rows appended so far complete ``step``; only rows of ended steps are ever written."""
@@ -247,9 +249,11 @@ def _as_arrow(table: Table, columns: Mapping[str, Any]) -> pa.Table:
         try:
             array = _to_array(value, column.type, rows)
         except (pa.ArrowException, TypeError, ValueError) as error:
-            raise InputError(f"table {table.name}: column {column.name} is no {column.type} ({error})") from None
+            place, reason = f"table {table.name}: column {column.name}", in_one_line(error)
+            raise InputError(f"{place} is not {column.type} ({reason})") from None
         if array.null_count and not column.nullable:
-            raise InputError(f"table {table.name}: column {column.name} holds {array.null_count} nulls")
+            nulls = f"holds {array.null_count} nulls in {len(array)} rows, and must have a value in each"
+            raise InputError(f"table {table.name}: column {column.name} {nulls}")
         if column in table.float_columns:
             _check_finite(array, table, column)
         arrays.append(array)

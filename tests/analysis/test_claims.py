@@ -171,7 +171,7 @@ def test_two_series_of_interventions_are_not_pooled(tmp_path):
             "",
             'claim S4, part "any defect": "null" is missing; say what',
         ),
-        ('[S4.parts."any defect"]', '[S4.parts."no such"]', 'claim S4, part "no such": no such part; valid are any'),
+        ('[S4.parts."any defect"]', '[S4.parts."no such"]', 'claim S4, part "no such": no such part; valid: any'),
         ("[S4]", "[S4", "not a ledger"),
     ],
 )

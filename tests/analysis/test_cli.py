@@ -40,11 +40,11 @@ def test_what_is_missing_of_a_run_is_said_beside_the_answer(command, tmp_path: P
         (["sql", "RUN", "selec 1"], "syntax error"),
         (["sql", "RUN", "select stepp from tokens"], "step"),
         (["sql", "RUN", "drop table runs"], "expected one query, such as SELECT or PIVOT; found DROP"),
-        (["sql", "RUN", "--file", "nowhere.sql"], "nowhere.sql: No such file"),
+        (["sql", "RUN", "--file", "nowhere.sql"], "nowhere.sql: no such file"),
         (["sql", "RUN", "select $a", "--param", "a"], "expected NAME=VALUE"),
         (["sql", "RUN", "select $alpha", "--param", "alpa=1"], 'did you mean "alpha"'),
         (["tables", "tokenz"], 'unknown table "tokenz"; did you mean "tokens"?'),
-        (["report", "RUN", "--out", "FULL"], "holds files that are no report"),
+        (["report", "RUN", "--out", "FULL"], "holds files other than a report"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(command, tiny_path: Path, tmp_path: Path, args: list[str], message: str):

@@ -92,7 +92,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "fewer rows": (shorten_part, "holds 1 rows, run.json says 2"),
     "no column": (drop_column, r"column loss \(float\) is missing; found run_id, step"),
     "other type": (change_type, "column loss is string, expected float"),
-    "a link": (link_part, "a link, or no file; a trace holds files only"),
+    "a link": (link_part, "a link, or not a file; a trace holds regular files only"),
 }
 
 
@@ -117,7 +117,7 @@ def test_a_table_removed_as_a_whole_is_not_recorded(run_dir: Path):
 
 def test_a_step_recorded_twice_is_refused(run_dir: Path):
     repeat_part(run_dir)
-    with pytest.raises(InputError, match="step 3 is recorded twice; remove the file that is no part of the run"):
+    with pytest.raises(InputError, match="step 3 is recorded twice; remove the file that is not part of the run"):
         open_runs(run_dir)
 
 

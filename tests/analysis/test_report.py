@@ -87,7 +87,7 @@ def test_report_replaces_a_report_with_equal_bytes_and_shows_progress(report: Pa
 def test_report_replaces_nothing_but_a_report(tiny: Runs, tmp_path: Path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "report.html").write_text("mine")
-    with pytest.raises(InputError, match="holds files that are no report"):
+    with pytest.raises(InputError, match="holds files other than a report"):
         write_report(tiny, tmp_path / "other")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["report.html"]
     (tmp_path / "file").touch()

@@ -77,9 +77,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty file": (lambda folder: part(folder, "tokens").write_bytes(b""), r"damaged or truncated Parquet file"),
     "other manifest": (change_manifest_version, r"run.json: schema_version 99, this version of entrace reads 1 to 2"),
     "not JSON": (lambda folder: (folder / "run.json").write_text("{"), r"run.json: not JSON"),
-    "linked file": (link_file, r"tokens/part-.*: a link, or no file; a trace holds files only"),
-    "linked folder": (link_folder, r"tokens/part-.*: a link, or no file; a trace holds files only"),
-    "pipe": (make_pipe, r"tokens/part-.*: a link, or no file; a trace holds files only"),
+    "linked file": (link_file, r"tokens/part-.*: a link, or not a file; a trace holds regular files only"),
+    "linked folder": (link_folder, r"tokens/part-.*: a link, or not a file; a trace holds regular files only"),
+    "pipe": (make_pipe, r"tokens/part-.*: a link, or not a file; a trace holds regular files only"),
     "no manifest": (lambda folder: (folder / "run.json").unlink(), r"not a trace \(no run.json\)"),
 }
 
@@ -103,7 +103,7 @@ def test_no_such_folder(tmp_path: Path, path: str, message: str):
 
 def test_equal_run_ids_are_refused(tiny_path: Path, tmp_path: Path):
     shutil.copytree(tiny_path, tmp_path / "copy")
-    with pytest.raises(InputError, match='run_id "tiny" also stands in'):
+    with pytest.raises(InputError, match='run_id "tiny" is also that of '):
         open_runs([tiny_path, tmp_path / "copy"])
 
 

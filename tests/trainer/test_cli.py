@@ -33,7 +33,7 @@ def folders(tmp_path):
     ("arguments", "expected"),
     [
         (["train", "tiny", "--out", "{}/run", "policy.path={}/nowhere"], ["policy.path", "no model folder", "nowhere"]),
-        (["train", "tiny", "--out", "{}/run", "policy.path={}/no-tokenizer"], ["no-tokenizer", "no usable tokenizer"]),
+        (["train", "tiny", "--out", "{}/run", "policy.path={}/no-tokenizer"], ["no-tokenizer", "no usable tokenizer (", "one of: (1)", "(3)"]),
         (["train", "tiny", "--out", "{}/run", "policy.path={}/no-weights"], ["no-weights", "no usable model"]),
         (["train", "tiny", "--out", "{}/run", "policy.path={}/pickled"], ["pickled", "no usable model", "safetensors"]),
         (["train", "{}/bad.toml", "--out", "{}/run"], ["bad.toml", "not TOML", "line"]),

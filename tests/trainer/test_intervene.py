@@ -299,7 +299,7 @@ def test_filters_choose_tokens(tokens):
     keys = ["rollout_id", "position"]
     assert 0 < len(wanted) < len(tokens)
     assert chosen.select(keys).sort(keys).equals(wanted.select(keys).sort(keys))
-    with pytest.raises(InputError, match=r"none of \d+ tokens passes --entropy, --position and --ppl-tercile"):
+    with pytest.raises(InputError, match=r"--ppl-tercile: none of \d+ tokens passes all three; widen one of them"):
         order_candidates(tokens.filter(ppl_tercile=1), (0.0, 1.0), (0.0, 1.0), (2,), np.random.default_rng(0))
 
 

@@ -12,7 +12,8 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
-from analysis.trace import InputError
+from analysis.trace import InputError, in_one_line
+from analysis.trace.errors import with_kind
 from trainer.launch.work import Watcher, Work, carry_out, settle
 
 CONNECT_S = 5.0
@@ -61,7 +62,7 @@ class RayLauncher:
                 ray.init(address=self.address, logging_level=logging.ERROR, log_to_driver=False)
             except Exception as error:
                 where = f"--address {address}" if address else "ray"
-                raise InputError(f"{where}: no Ray cluster answers ({' '.join(str(error).split())})") from None
+                raise InputError(f"{where}: no Ray cluster answers ({in_one_line(error)})") from None
             self._is_ours = True
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         has_gpus = any(node.get("GPU", 0) for node in nodes)
@@ -142,8 +143,7 @@ def _death(ref: Any) -> str:
     try:
         ray.get(ref)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        return f"the process was killed ({type(error).__name__}: {reason})"
+        return f"the process was killed ({with_kind(error)})"
     return "the process was killed"
 
 
@@ -156,7 +156,7 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
         subprocess.run([sys.executable, "-c", PROBE, address], capture_output=True, timeout=PROBE_S, check=True)
     except subprocess.SubprocessError:
-        raise InputError(f"--address {address}: what answers there is no Ray cluster that can be joined") from None
+        raise InputError(f"--address {address}: what answers there is not a Ray cluster that can be joined") from None
     except (OSError, OverflowError) as error:
         raise InputError(f"--address {address}: no Ray cluster answers ({error})") from None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from analysis.trace import read_manifest
+from analysis.trace.errors import with_kind
 from trainer.config import Config
 from trainer.run_folder import alone_in, has_begun, mark_failed
 
@@ -67,7 +68,7 @@ def carry_out(work: Work, threads: int, report: Callable[..., None]) -> None:
             train(work.config, work.run_dir, work.labels, resume=True, on_step=report)
         except Exception as error:
             with suppress(OSError):
-                mark_failed(work.config, work.run_dir, work.labels, f"{type(error).__name__}: {error}")
+                mark_failed(work.config, work.run_dir, work.labels, with_kind(error))
 
 
 def settle(work: Work, death: str = KILLED) -> str | None:
