@@ -258,6 +258,13 @@ def test_a_function_of_the_user_scores_the_completion_with_its_row(module, resul
     assert (found.answer, found.score) == (answer, score)
 
 
+@pytest.mark.parametrize("result", ["None", "{'score': None, 'answer': 4}"])
+def test_a_function_of_the_user_may_give_no_verdict(module, result):
+    verify = make_verifier(f"{module(f'def score(completion, row): return {result}')}:score")
+    found = load_task(TaskConfig(num_heldout=1), seed=0).score("<answer>4</answer>", prompt("10", verify))
+    assert (found.answer, found.score, found.is_correct) == ("4", None, None)
+
+
 def test_without_an_answer_the_completion_is_the_answer(module):
     verify = make_verifier(f"{module('def score(completion, row): return 1')}:score")
     answers = [verify(text, prompt("1")).answer for text in (r"so \boxed{7}", " seven\n", " ")]
@@ -269,8 +276,8 @@ def test_without_an_answer_the_completion_is_the_answer(module):
     [
         ("1 / 0", r"verifier of mine failed on rows.jsonl, line 7 \(ZeroDivisionError: division by zero\)"),
         ("row['anser']", r"verifier of mine failed on rows.jsonl, line 7 \(KeyError: 'anser'\)"),
-        ("None", "returned None for rows.jsonl, line 7, expected a finite number"),
-        ("'1'", "returned '1' for rows.jsonl, line 7, expected a finite number"),
+        ("'1'", "returned '1' for rows.jsonl, line 7, expected a finite number or None"),
+        ("[]", r"returned \[\] for rows.jsonl, line 7, expected a finite number or None"),
         ("float('nan')", "returned nan for rows.jsonl, line 7"),
         ("{'reward': 1}", 'returned no "score" for rows.jsonl, line 7'),
     ],

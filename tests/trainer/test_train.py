@@ -5,6 +5,8 @@ import polars as pl
 import pytest
 import torch
 
+from analysis.claims import judge
+from analysis.runs import open_runs
 from analysis.trace import InputError, read_manifest
 from trainer import train as train_module
 from trainer.config import load_config
@@ -255,6 +257,33 @@ def test_a_threshold_that_separates_nothing_is_remarked_on(tmp_path, caplog, thr
         assert remark in remarks[0]
         assert f"task.correct_at is {threshold:g}" in remarks[0]
     assert read_manifest(tmp_path / "run")["config"]["task"]["correct_at"] == threshold
+
+
+def test_a_verifier_may_give_no_verdict(tmp_path, monkeypatch):
+    (tmp_path / "shy.py").write_text(
+        "def score(completion, row):\n"
+        "    return None if 'wait' in completion else float(f'<answer>{row[\"answer\"]}<' in completion)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    train(load_config("tiny", [*SMALL, 'task.verifiers={chain_sum="shy:score"}']), tmp_path / "run", LABELS)
+    rollouts, evals = read(tmp_path / "run", "rollouts"), read(tmp_path / "run", "evals")
+    unjudged = rollouts.filter(pl.col("completion").str.contains("wait"))
+    assert len(unjudged) > 0
+    assert unjudged["reward"].is_null().all()
+    assert unjudged["is_correct"].is_null().all()
+    assert not unjudged["is_kept"].any()
+    assert unjudged["drop_reason"].unique().to_list() == ["no_verdict"]
+    assert (unjudged["advantage"] == 0).all()
+    assert read_manifest(tmp_path / "run")["responses_without_verdict"] == len(unjudged)
+    judged = rollouts.filter(pl.col("reward").is_not_null())
+    accuracy = judged.group_by("step").agg(pl.mean("is_correct")).sort("step")["is_correct"]
+    np.testing.assert_allclose(read(tmp_path / "run", "steps").sort("step")["accuracy"], accuracy, rtol=1e-6)
+    assert evals["is_correct"].is_null().any()
+    runs = open_runs(tmp_path / "run")
+    for stem in ("correctness_by_ppl", "defects_over_steps", "stage_dynamics", "eval_outcomes"):
+        runs.query(stem)
+    assert judge(runs)
 
 
 def test_a_run_short_of_memory_goes_on_with_smaller_micro_batches(run_dir, tmp_path):

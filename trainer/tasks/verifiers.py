@@ -106,8 +106,9 @@ def score_gym_row(answer: str, row: dict[str, Any]) -> float:
 class UserFunction:
     r"""A verifier of the user's own, ``module:function``, called with the completion and the prompt's row.
 
-    It returns a number or a bool, or a mapping of ``score`` and, if it likes, ``answer``. Where it names no answer,
-    that is the content of the last ``<answer>...</answer>``, else of the last ``\boxed{...}``, else the completion.
+    It returns a number or a bool, or a mapping of ``score`` and, optionally, ``answer``. A score of None is no verdict:
+    the response is left out of its group's mean and of the loss. Where the function names no answer, that is the content
+    of the last ``<answer>...</answer>``, else of the last ``\boxed{...}``, else the completion.
     """
 
     def __init__(self, name: str) -> None:
@@ -120,7 +121,11 @@ class UserFunction:
         self._function = import_function(name)
 
     def __call__(self, completion: str, prompt: Prompt) -> Score:
-        """Calls it."""
+        """Call it.
+
+        Raises:
+            InputError: it returned anything but a finite number or None.
+        """
         result = self._function(completion, dict(prompt.entry))
         answer = None
         if isinstance(result, Mapping):
@@ -128,11 +133,13 @@ class UserFunction:
                 raise InputError(f'verifier {self._name} returned no "score" for {prompt.origin}: {result!r}')
             result, answer = result["score"], result.get("answer")
         try:
-            score = math.nan if isinstance(result, str) else float(result)
+            score = math.nan if isinstance(result, str) else None if result is None else float(result)
         except (TypeError, ValueError):
             score = math.nan
-        if not math.isfinite(score):
-            raise InputError(f"verifier {self._name} returned {result!r} for {prompt.origin}, expected a finite number")
+        if score is not None and not math.isfinite(score):
+            raise InputError(
+                f"verifier {self._name} returned {result!r} for {prompt.origin}, expected a finite number or None"
+            )
         if answer is None:
             answer = extract_answer(completion) or extract_boxed(completion) or completion.strip() or None
         return Score(None if answer is None else str(answer), score)
