@@ -123,8 +123,12 @@ def _open_trace(
     """A new trace, or the one to go on with; and the last step that it holds, -1 for none."""
     if resume and has_begun(run_dir):
         manifest = read_manifest(run_dir)
-        if manifest.get("scored") != scored:
-            raise InputError(f"{run_dir}: not scored from the same rows, model and settings; choose another folder")
+        before = manifest.get("scored")
+        if before is None:
+            raise InputError(f"{run_dir}: not a trace of entrace score; choose another folder")
+        if before != scored:
+            changed = ", ".join(key for key in {**before, **scored} if before.get(key) != scored.get(key))
+            raise InputError(f"{run_dir}: scored with other {changed}; choose another folder")
         whole, damage = last_whole_step(run_dir, manifest)
         begins = any(last_step(name) <= whole for name in listed_files(run_dir, manifest).get("vocab", {}))
         if begins and (whole or not damage):

@@ -499,7 +499,7 @@ def test_an_interrupted_trace_goes_on_and_equals_one_that_was_not(tmp_path, monk
     assert read_manifest(tmp_path / "cut")["last_durable_step"] == 4
     status, _, err = call("score", write(tmp_path / "other.jsonl", rows), "--out", tmp_path / "cut", "--resume")
     assert status == 2
-    assert "not scored from the same rows" in err
+    assert f"{tmp_path / 'cut'}: scored with other files; choose another folder" in err
     status, _, err = call("score", path, "--out", tmp_path / "cut")
     assert status == 2
     assert "--resume" in err
