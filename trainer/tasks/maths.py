@@ -22,7 +22,7 @@ MAX_CHARACTERS = 2000
 # math-verify reads more words, too, as a product of their letters, but no answer repeats them all.
 MAX_WORDS = 8
 # Ground truths that are parsed before a run starts; each takes milliseconds.
-MAX_PARSED = 2000
+MAX_PARSED = 1000
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:/\d+)?")
 PLAIN_WORDS = re.compile(r"(?:\\text\s*\{)?[^\W\d_]+(?:[ '.-]+[^\W_]+)*\}?")
 EXPECTED = r"a number, a formula, or a text that marks one as \boxed{42} or, on its last line, as #### 42"
@@ -75,8 +75,7 @@ class MathVerifier:
 
         Of those that are neither numbers nor long texts, the first ``MAX_PARSED`` are parsed.
         """
-        text = normalize(find_answer(truth) or truth)
-        if NUMBER.fullmatch(text):
+        if NUMBER.fullmatch(truth) or NUMBER.fullmatch(text := normalize(find_answer(truth) or truth)):
             return None
         if len(text) <= MAX_CHARACTERS and count_words(text) <= MAX_WORDS:
             if self._num_parsed >= MAX_PARSED or PLAIN_WORDS.fullmatch(text):
@@ -115,7 +114,7 @@ class MathVerifier:
         return score.answer
 
     def _are_equal(self, truth: str, answer: str) -> bool | None:
-        """Whether two answers are equal; None if time ran out."""
+        """Return whether two answers are equal; None if time ran out."""
         if max(len(text.rstrip(PUNCTUATION)) for text in (truth, answer)) > MAX_CHARACTERS:
             return False
         truth, answer = normalize(truth), normalize(answer)
@@ -126,7 +125,7 @@ class MathVerifier:
         return None if reply is None else reply[0]
 
     def _ask(self, *question: str) -> list[Any] | None:
-        """The worker's answer in a list; None if it ended without one."""
+        """Return the worker's answer in a list; None if time ran out."""
         if self._worker is None or self._worker.poll() is not None:
             self._worker = self._start()
         assert self._worker.stdin is not None

@@ -1,4 +1,4 @@
-r"""Finding an answer in a text, and writing it as math-verify reads it.
+r"""Find an answer in a text, and write it as math-verify reads it.
 
 math-verify stays the parser. These rules only rewrite what it cannot read (Unicode, thin spaces, ``3 1/4``) or reads as
 something else (``52_8`` as 52, ``8\,178`` as 8 + 178), for ground truths and answers alike.
@@ -24,7 +24,6 @@ WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")
 
 # At the end of an answer these have no meaning. A lone backslash is left where "\ " was stripped.
 PUNCTUATION = " \t\r\n.,;:~\\"
-SPACING = re.compile(r"\\(?:[,;:! ]|(?:q?quad|thinspace|medspace|thickspace)(?![A-Za-z]))")
 MATH_PAIRS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 MATH_WRAPPER = re.compile(
     r"(?:\\(?:boxed|fbox|mathbf|boldsymbol|bm|displaystyle|textcolor\s*\{\w+\})\s*)?\{"
@@ -42,12 +41,12 @@ SYMBOLS = {
     **{"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}"},
     **{"٫": ".", "٬": ",", "。": ".", "、": ",", "⁄": "/", "∕": "/", "′": "'"},
 }
-GREEK_CAPITALS = {"Gamma", "Delta", "Theta", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega"}
+GREEK_CAPITALS = {"Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega"}
 
 THIN = r"(?:\\[,!]|\\thinspace\s*|\{\\,\})"
 WIDE = r"(?:\\[;: ]|~| )"
 GROUPED = re.compile(
-    rf"(?<![\d.^_])(?:\d{{1,3}}(?:{THIN}\d{{2,3}}){{0,9}}{THIN}\d{{3}}|\d{{1,3}}(?:{WIDE}\d{{3}}){{1,9}})(?!\d|\s*/)"
+    rf"(?<![\d.^_])(?:\d{{1,3}}(?:{THIN}\d{{2,3}}){{0,9}}{THIN}\d{{3}}|\d{{1,3}}(?:{WIDE}\d{{3}}){{1,9}})(?!\d)"
 )
 DECIMALS = re.compile(rf"\.\d{{3}}(?:{THIN}\d{{1,3}}){{1,9}}")
 SEPARATOR = re.compile(f"{THIN}|{WIDE}")
@@ -56,7 +55,9 @@ NEGATIVE_SPACE = re.compile(r"(?<!\\)\\!")
 # Digits of one argument each, as TeX reads them.
 TWO_DIGITS = re.compile(r"\\([dtc]?frac|[dt]?binom)\s*(\d)\s*(\d)")
 MIXED = re.compile(
-    r"(?<![\w.,/^_})\\])(\d{1,9})(?: +(\d{1,9}) */ *(\d{1,9})(?![\w./(^])|\s*\\[dtc]?frac\{(\d{1,9})\}\{(\d{1,9})\})"
+    # Of 1,234 1/2, the whole number is not 234.
+    rf"(?<![\w./^_}})\\])(?:(?<!\d,)|(?!\d{{3}}(?!\d)))(\d{{1,9}})(?:(?:{THIN}|{WIDE})+([1-9]\d{{0,8}})"
+    rf" */ *(\d{{1,9}})(?![\w/(^]|\.\d)|(?:{THIN}|{WIDE})*\\[dtc]?frac\{{(\d{{1,9}})\}}\{{(\d{{1,9}})\}})"
 )
 # A period behind digits, without decimals.
 BARE_POINT = re.compile(r"(?<=\d)\.(?![\d.\\])")
@@ -106,7 +107,7 @@ def find_answer(completion: str) -> str | None:
         end = box.end
     lines = [line for line in HASH_LINE.finditer(completion, max(end, 0)) if line[1].strip(PUNCTUATION)]
     answers = [line for line in lines if not WORD.search(line[1])]
-    if not answers and lines and not completion[lines[-1].end() :].strip():
+    if not answers and lines and not completion[lines[-1].end() :].strip(PUNCTUATION):
         answers = lines
     return answers[-1][1].strip() if answers else ", ".join(found) or None
 
@@ -120,16 +121,15 @@ def normalize(answer: str) -> str:
 def normalize_formulas(text: str) -> str:
     """Return a whole text with its formulas as math-verify reads them; the period that ends a formula is left out."""
     text = _to_ascii(text).rstrip(PUNCTUATION)
-    return rewrite(re.sub(r"(?<!\.)\.++(?=\s*(?:\$|\\\)|\\\]))", "", text))
+    return rewrite(re.sub(r"(?<!\.)\.++(?=\s*(?:[$}]|\\\)|\\\]))", "", text))
 
 
 def rewrite(text: str) -> str:
     """Return the text with every notation replaced that math-verify does not read, or reads as something else."""
+    text = MIXED.sub(_add_mixed, TWO_DIGITS.sub(r"\\\1{\2}{\3}", text))
     for pattern in (GROUPED, DECIMALS):
         text = pattern.sub(lambda match: SEPARATOR.sub("", match[0]), text)
     text = SPACE.sub(" ", NEGATIVE_SPACE.sub("", text))
-    text = TWO_DIGITS.sub(r"\\\1{\2}{\3}", text)
-    text = MIXED.sub(_add_mixed, text)
     text = REPEATING.sub(_add_repeating, text)
     text = DEGREES.sub("", text)
     text = INFINITY.sub(_sign_infinity, text)
@@ -163,7 +163,7 @@ def _convert_run(match: re.Match[str]) -> str:
 
 @lru_cache(maxsize=4096)
 def _convert(char: str) -> str:
-    """The ASCII or LaTeX equivalent of one character; the character itself if it has none."""
+    """Return the ASCII or LaTeX equivalent of one character; the character itself if it has none."""
     if char.isascii():
         return char
     if char in SYMBOLS:
@@ -182,13 +182,13 @@ def _convert(char: str) -> str:
         letter = name[2].lower().replace("lamda", "lambda")
         if name[1] == "SMALL" and letter != "omicron":
             return rf"\{letter} "
-        if letter.capitalize() in GREEK_CAPITALS | {"Lambda"}:
+        if letter.capitalize() in GREEK_CAPITALS:
             return rf"\{letter.capitalize()} "
     return char
 
 
 def _strip(text: str) -> str:
-    r"""The text without ``$...$``, ``\text{...}`` around digits, and the like, and without punctuation at its end."""
+    r"""Remove ``$...$``, ``\text{...}`` around digits, and the like from a text, and punctuation from its end."""
     before = None
     while text != before:
         before = text
@@ -197,7 +197,7 @@ def _strip(text: str) -> str:
 
 
 def _strip_end(text: str) -> str:
-    """Without punctuation and spacing at the end, also within braces that end there."""
+    """Remove punctuation and spacing from the end of a text, also within braces that end there."""
     before = None
     while text != before:
         before = text
@@ -228,7 +228,7 @@ def _unwrap(text: str) -> str:
 
 
 def _match_brackets(text: str) -> dict[int, int]:
-    """Where each parenthesis and brace that is closed opens, and where it is closed."""
+    """Return where each parenthesis and brace that opens is closed, if it is."""
     opened: dict[str, list[int]] = {"(": [], "{": []}
     closed: dict[int, int] = {}
     for match in BRACKET.finditer(text):
@@ -240,7 +240,7 @@ def _match_brackets(text: str) -> dict[int, int]:
 
 
 def _brace_roots(text: str) -> str:
-    """The text with the radicand of each root in braces, from ``\u221a2``, ``sqrt(x+1)``, and the like."""
+    """Put the radicand of each root in braces, as in ``√2``, ``sqrt(x+1)``, and the like."""
     closed = _match_brackets(text)
     edits: list[tuple[int, int, str]] = []
     for match in ROOT.finditer(text):
@@ -274,7 +274,7 @@ def _sign_infinity(match: re.Match[str]) -> str:
 
 
 def _name_based(match: re.Match[str]) -> str:
-    """A number in another base than ten as a symbol of its own: equal to itself, and to no number."""
+    """Return a number in a base other than ten as a symbol of its own: equal to itself, and to no number."""
     number = next(filter(None, match.groups()[:3]))
     name = re.sub(r"\\[a-z]+|\bbase\b|\W", "", match[4] or match[5]).lower()
     base = BASE_WORDS.get(name) or (int(name) if re.fullmatch(r"\d{1,3}", name) else None)

@@ -1,4 +1,4 @@
-"""Answers questions about mathematics: a JSON list per line, answered by a list of one, or null if time ran out.
+"""Answer questions about mathematics: a JSON list per line, answered by a list of one, or null if time ran out.
 
 A program of its own: the kernel's timers end a computation in C too. The first process imports math-verify once and
 passes questions on to a copy of itself. A copy that ended is replaced in milliseconds.
