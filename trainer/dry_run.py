@@ -58,6 +58,8 @@ class Plan:
         trained: Those that are trained.
         dtype: Of the arithmetic.
         devices: Number of processes, one per device.
+        rewards: Of a wrong and of a right response.
+        length_penalty: Largest deduction from these for length.
         responses_per_step: Before refills.
         tokens_per_step: If all responses are as long as allowed, before refills.
         max_rounds: Generation rounds that refills can make of it.
@@ -75,6 +77,8 @@ class Plan:
     trained: int
     dtype: str
     devices: int
+    rewards: tuple[float, float]
+    length_penalty: float
     responses_per_step: int
     tokens_per_step: int
     max_rounds: int
@@ -104,6 +108,7 @@ class Plan:
         """Return the plan to read, one line per fact."""
         low, high = (size / 1e6 for size in self.trace_bytes_per_step)
         longest = self.tokens_per_step // self.responses_per_step
+        wrong, right = self.rewards
         rows = (
             ("state", self.state, self.state // self.devices),
             ("sampling", self.sampling, self.sharded_sampling),
@@ -113,6 +118,7 @@ class Plan:
         return [
             f"model         {self.model}, {self.parameters:,} parameters, {self.trained:,} trained",
             f"shape         from {self.shape_from}",
+            f"rewards       {wrong:g} wrong, {right:g} right, at most {self.length_penalty:g} off for length",
             f"per step      {self.responses_per_step:,} responses of up to {longest:,} tokens",
             f"tokens        {self.tokens_per_step:,} per step at most, x {self.max_rounds} if every refill is drawn",
             f"trace         {low:,.1f} to {high:,.1f} MB per step for these tokens",
@@ -150,6 +156,8 @@ def make_plan(config: Config, devices: int = 1) -> Plan:
         trained=sum(trained),
         dtype=dtype,
         devices=devices,
+        rewards=config.task.reward_values,
+        length_penalty=config.overlong_penalty if rollout.overlong_buffer_tokens else 0.0,
         responses_per_step=responses,
         tokens_per_step=tokens,
         max_rounds=1 + rollout.max_refills * rollout.dynamic_sampling,

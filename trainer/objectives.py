@@ -199,10 +199,10 @@ class Objective:
         is_sequence = self.config.ratio == "sequence"
         ratio = sequence_log_ratio(log_ratio, self.mask[rows].sum(1)) if is_sequence else log_ratio
         config = self.config
-        bounds = (
-            (config.clip_low, config.clip_high, config.dual_clip) if self.weights.is_clipped else (1.0, float("inf"))
-        )
-        result = policy_loss(ratio, advantages, *bounds)
+        low, high, dual = config.clip_low, config.clip_high, config.dual_clip
+        if not self.weights.is_clipped:
+            low, high, dual = 1.0, float("inf"), None
+        result = policy_loss(ratio, advantages, low, high, dual)
         loss = share * surrogate * result.loss
         if self.weights.penalty is not None:
             loss = loss + share * self.take(self.weights.penalty, rows).to(log_ratio.device) * log_ratio.abs()

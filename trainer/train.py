@@ -40,17 +40,15 @@ from trainer.method import TokenBatch
 from trainer.plateau import PlateauDetector
 from trainer.policy import Policy
 from trainer.record import record_batch, record_prompts
+from trainer.remarks import Remarks
 from trainer.rollout import check_engine
 from trainer.run_folder import check_prompts, describe_run, has_begun, is_complete
 from trainer.seeding import Stream
-from trainer.shaping import shape, waits_for_plateau
-from trainer.tasks import Score, Task, load_task
+from trainer.shaping import shape
+from trainer.tasks import Task, load_task
 from trainer.update import Learner, UpdateMetrics
 
 log = logging.getLogger("entrace")
-
-# Steps after which a threshold of correctness that separates nothing is remarked on.
-EARLY_STEPS = 3
 
 
 def train(
@@ -130,7 +128,7 @@ def _run_steps(
     source = PromptSource(task, state.prompt_position)
     timeouts_before = writer.manifest.get("verifier_timeouts", 0)
     num_unjudged = writer.manifest.get("responses_without_verdict", 0)
-    early: list[Score] = []
+    remarks = Remarks(config)
     plateau = PlateauDetector(config.shaping.plateau, state.history)
     for step in range(state.step + 1, config.steps + 1):
         batch = collect_batch(config, learner.policy, source, step, world)
@@ -164,10 +162,8 @@ def _run_steps(
         # A step has ended once it has for all processes.
         num_timeouts = sum(world.gather(task.num_timeouts))
         num_unjudged += int((~batch.has_verdict).sum())
-        if world.is_main and step <= EARLY_STEPS:
-            early += batch.scores
-            if step == min(EARLY_STEPS, config.steps):
-                _remark_on_threshold(early, config)
+        if world.is_main:
+            remarks.after_step(step, batch)
         writer.end_step(step)
 
         plateau.update(figures["entropy_token_mean"], figures["accuracy"])
@@ -191,24 +187,8 @@ def _run_steps(
             entropy=figures["entropy_token_mean"],
             tokens_per_s=figures["tokens"] / (figures["rollout_s"] + figures["reward_s"] + sum(seconds.values())),
         )
-    if world.is_main and plateau.plateau_step is None and waits_for_plateau(config.shaping):
-        log.warning("no plateau was detected in %d steps: shaping that starts there stayed off", config.steps)
-
-
-def _remark_on_threshold(scores: list[Score], config: Config) -> None:
-    """Log a remark where no response, or every one, counts as right: the threshold may not fit the verifier."""
-    judged = [score for score in scores if score.score is not None]
-    verdicts = {score.is_correct for score in judged}
-    if len(verdicts) == 1:
-        values = [score.score for score in judged if score.score is not None]
-        log.warning(
-            "%s of the first %d responses counts as right: their scores lie from %g to %g, task.correct_at is %g",
-            "every one" if verdicts == {True} else "none",
-            len(judged),
-            min(values),
-            max(values),
-            config.task.correct_at,
-        )
+    if world.is_main:
+        remarks.at_end(plateau.plateau_step)
 
 
 def _step_figures(batch: Batch, metrics: UpdateMetrics, lr: float) -> dict[str, Any]:

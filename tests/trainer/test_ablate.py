@@ -24,7 +24,7 @@ seeds = [0]
 none = {}
 late = { shaping.method = "position", shaping.position.start_step = 2 }
 """
-DIVERGING = "\n[arms.diverging]\noptim.lr = 1e30\n"
+DIVERGING = '\n[arms.diverging]\noptim.lr = 1e30\nrollout.when_short = "error"\n'
 
 
 class Seen:
@@ -157,7 +157,7 @@ def test_a_grid_may_grow_but_not_change(grid, tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "made from another grid: of none-seed0, steps is 4 there, 5 here" in refused(grid, ["steps=5"])
+    assert "made from another grid: of none-seed0, steps is 4 there, 3 here" in refused(grid, ["steps=3"])
     assert 'it holds none-seed0 (arm "none", seed 0), this grid does not' in refused(grid, seeds=[1])
     grid.write_text(GRID.replace('baseline = "none"', 'baseline = "late"'))
     assert 'of none-seed0, baseline is "none" there, "late" here' in refused(grid)
@@ -169,6 +169,21 @@ def test_a_grid_may_grow_but_not_change(grid, tmp_path):
     assert run_grid(load_grid(str(grid), SMALL), out, one_thread_each(), resume=True, watcher=seen) == {}
     assert {run_id for run_id, _ in seen.updates} == {"late-seed0"}
     assert {path: data for path, data in contents(out).items() if path in before} == before
+
+
+def test_a_finished_grid_is_extended(grid, tmp_path):
+    out = tmp_path / "study"
+    assert run_grid(load_grid(str(grid), SMALL)[:1], out, one_thread_each()) == {}
+    seen = Seen()
+    longer = load_grid(str(grid), [*SMALL, "steps=6"])[:1]
+    assert run_grid(longer, out, one_thread_each(), resume=True, watcher=seen) == {}
+    assert [done for _, done in seen.updates if done] == [5, 6]
+    manifest = read_manifest(out / "none-seed0")
+    assert (manifest["status"], manifest["last_durable_step"], manifest["total_steps"]) == ("complete", 6, 6)
+    falling = [*SMALL, "optim.schedule=linear"]
+    assert run_grid(load_grid(str(grid), falling)[:1], tmp_path / "falling", one_thread_each()) == {}
+    with pytest.raises(InputError, match=r"cannot be extended from 4 to 6 steps, .* needs optim\.schedule_steps"):
+        run_grid(load_grid(str(grid), [*falling, "steps=6"])[:1], tmp_path / "falling", one_thread_each(), resume=True)
 
 
 def test_a_config_key_that_is_newer_than_a_run_counts_as_its_default(grid, tmp_path):

@@ -166,7 +166,7 @@ def test_a_grid_is_run_measured_and_planned_with(call, small_study):
 
 
 def test_failed_runs_are_named_at_the_end(call, tmp_path):
-    grid = write(tmp_path, GRID + "broken = { optim.lr = 1e30 }\n")
+    grid = write(tmp_path, GRID + 'broken = { optim.lr = 1e30, rollout.when_short = "error" }\n')
     arguments = [
         "ablate",
         grid,

@@ -242,7 +242,7 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(run_dir, tmp
 def test_a_run_whose_learning_rate_ends_with_it_is_not_extended(tmp_path):
     falling = [*SMALL, "optim.schedule=linear"]
     train(load_config("tiny", [*falling, "steps=2"]), tmp_path / "run", LABELS)
-    with pytest.raises(InputError, match="cannot be extended from 2 to 4 steps, .* needs optim.schedule_steps"):
+    with pytest.raises(InputError, match=r"cannot be extended from 2 to 4 steps, .* needs optim.schedule_steps"):
         train(load_config("tiny", falling), tmp_path / "run", LABELS, resume=True)
     with pytest.raises(InputError, match="steps is 2 there, 1 here; not resumed"):
         train(load_config("tiny", [*falling, "steps=1"]), tmp_path / "run", LABELS, resume=True)

@@ -14,7 +14,7 @@ from analysis.cli import app, print_json, run, say
 from analysis.trace import InputError
 from trainer.cli.evaluate import evaluate
 from trainer.cli.intervene import DEFAULT_BUDGET, intervene, run_interventions
-from trainer.cli.options import Jobs, Json, Overrides, Resume, RetryFailed, require_train_extra, stoppable
+from trainer.cli.options import Json, Overrides, Resume, RetryFailed, require_train_extra, stoppable
 from trainer.cli.score import score
 from trainer.distributed import World, prepare, was_launched
 
@@ -180,7 +180,7 @@ def study(
     report: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("reports/study"),
     resume: Resume = False,
     retry_failed: RetryFailed = False,
-    jobs: Jobs = 1,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time (default: the number of cores).")] = None,
 ) -> None:
     """Run the default study on the embedded policy, intervene on its baseline, and write its report.
 
@@ -188,6 +188,7 @@ def study(
     """
     require_train_extra()
     from analysis.cli import report as write_report
+    from analysis.trace.manifest import count_cores
     from trainer.cli import grid as grid_command
     from trainer.grid import load_grid
     from trainer.intervene import Settings, resolve_checkpoint
@@ -195,11 +196,11 @@ def study(
 
     specs = load_grid("tiny-study")
     with stoppable(f"with --resume goes on in {out}"):
-        failed = grid_command.run(specs, out, LocalLauncher(jobs), resume, retry_failed)
-    for spec in specs:
-        if spec.arm == spec.baseline and spec.run_id not in failed:
-            run = out / spec.run_id
-            run_interventions(run, Settings(resolve_checkpoint(run, None)), DEFAULT_BUDGET)
+        launcher = LocalLauncher(jobs or min(count_cores(), len(specs)))
+        failed = grid_command.run(specs, out, launcher, resume, retry_failed)
+    subjects = [out / spec.run_id for spec in specs if spec.arm == spec.baseline and spec.run_id not in failed]
+    for subject in subjects:
+        run_interventions(subject, Settings(resolve_checkpoint(subject, None)), DEFAULT_BUDGET // len(subjects))
     write_report([str(out)], out=report)
     raise typer.Exit(1 if failed else 0)
 

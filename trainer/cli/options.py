@@ -17,7 +17,6 @@ Overrides = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what --out already holds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="As --resume, and try failed runs once more.")]
-Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time; each gets an equal share of the cores.")]
 
 
 def require_train_extra() -> None:

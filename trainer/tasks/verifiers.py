@@ -107,8 +107,8 @@ class UserFunction:
     r"""A verifier of the user's own, ``module:function``, called with the completion and the prompt's row.
 
     It returns a number or a bool, or a mapping of ``score`` and, optionally, ``answer``. A score of None is no verdict:
-    the response is left out of its group's mean and of the loss. Where the function names no answer, that is the content
-    of the last ``<answer>...</answer>``, else of the last ``\boxed{...}``, else the completion.
+    the response is left out of its group's mean and of the loss. Where the function names no answer, the answer is the
+    content of the last ``<answer>...</answer>``, else of the last ``\boxed{...}``, else the completion.
     """
 
     def __init__(self, name: str) -> None:
