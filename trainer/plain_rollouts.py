@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PICKLE = "a pickle, which can run code when it is loaded; if you trust it, load it yourself and write JSONL"
 # Other formats by the first bytes of a file, and by suffix.
 SIGNATURES = {
-    b"PK\x03\x04": f"a zip archive; one of torch.save is {PICKLE}",
+    b"PK\x03\x04": f"a zip archive; one that torch.save wrote is {PICKLE}",
     b"\x80": PICKLE,
     b"PAR1": "Parquet; rename the file to .parquet",
     b"\x1f\x8b": "gzip; decompress the file",
@@ -194,14 +194,15 @@ def _other_format(path: Path) -> str | None:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     if path.suffix.lower() == ".json" and start.lstrip().startswith(b"["):
         return "a JSON array; write one object per line, as jq -c '.[]' does"
-    known = (what for signature, what in SIGNATURES.items() if start.startswith(signature))
-    return next(known, SUFFIXES.get(path.suffix.lower()))
+    found = (what for signature, what in SIGNATURES.items() if start.startswith(signature))
+    return SUFFIXES.get(path.suffix.lower()) or next(found, None)
 
 
 def _read_files(
     paths: Sequence[Path], settings: ScoreSettings, reader: RowReader, counts: Counts
 ) -> Iterator[tuple[Rollout, dict[str, str]]]:
-    faults: list[str] = []
+    # The first row of each fault: one that is wrong with all rows is said once.
+    faults: dict[str, str] = {}
     for path in paths:
         for place, row in read_rows(path):
             counts.rows += 1
@@ -210,9 +211,9 @@ def _read_files(
             except BadRowError as fault:
                 counts.bad_rows += 1
                 if len(faults) < NUM_NAMED:
-                    faults.append(f"{path}, {place}: {fault}")
+                    faults.setdefault(str(fault), f"{path}, {place}: {fault}")
     left_out = f"{counts.bad_rows} of {counts.rows} rows"
-    named = name_some(faults, counts.bad_rows)
+    named = name_some(list(faults.values()), counts.bad_rows)
     if counts.bad_rows and not settings.skip_bad_rows:
         raise InputError(f"{left_out} are malformed ({named}); fix them, or leave them out with --skip-bad-rows")
     if not counts.rollouts:

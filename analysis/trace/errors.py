@@ -25,13 +25,16 @@ class InputError(Exception):
 def nearest(name: str, options: Iterable[str], others: str = "valid") -> str:
     """Return ``'; did you mean "x"?'`` for the closest of ``options``, or all of them if none is close.
 
+    Close is what is spelled alike, or the only option that contains the name.
+
     Args:
         name: What was given.
         options: What it may have meant; the hint is empty if there are none.
         others: What to call ``options`` where all are listed.
     """
     options = list(options)
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    containing = [option for option in options if name and name in option]
+    close = difflib.get_close_matches(name, options, n=1) or (containing if len(containing) == 1 else [])
     if close:
         return f'; did you mean "{close[0]}"?'
     return f"; {others}: {', '.join(sorted(options))}" if options else ""

@@ -51,6 +51,8 @@ def test_a_hint_without_options_is_empty():
     assert nearest("stag", ["stage", "runs"]) == '; did you mean "stage"?'
     assert nearest("x", ["stage", "runs"]) == "; valid: runs, stage"
     assert nearest("x", ["stage", "runs"], "found") == "; found: runs, stage"
+    assert nearest("reward", ["accuracy_reward", "prob"]) == '; did you mean "accuracy_reward"?'
+    assert nearest("prompt", ["prob_delta", "step"]) == "; valid: prob_delta, step"
 
 
 @pytest.mark.parametrize(

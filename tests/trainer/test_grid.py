@@ -141,7 +141,7 @@ BAD = {
     "an arm's table twice": (GRID + "[arms.late]\n", "names again what stands above it: [arms.late]"),
     "one folder for two": (GRID + '[arms."ppl/1"]\nsteps=2\n[arms."ppl 1"]\nsteps=3\n', "would share the folder ppl_1"),
     "unknown axis": (GRID + "[sweep]\noptim.lrr = [1]\n", '[sweep]: unknown key "optim.lrr"; did you mean "optim.lr"?'),
-    "axis without section": (GRID + "[sweep]\nlr = [1]\n", '[sweep]: unknown key "lr"; valid: optim.lr'),
+    "axis without section": (GRID + "[sweep]\nlr = [1]\n", '[sweep]: unknown key "lr"; did you mean "optim.lr"?'),
     "section as axis": (GRID + "[sweep]\noptim = [1]\n", '"optim" is a section; name one of its keys, such as "optim'),
     "seed as axis": (GRID + "[sweep]\nseed = [1]\n", "[sweep] seed: seeds are not an axis; name them in seeds = [...]"),
     "axis without values": (GRID + "[sweep]\noptim.lr = []\n", "optim.lr: the grid is empty, this axis has no values"),

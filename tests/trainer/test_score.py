@@ -282,7 +282,8 @@ def test_a_row_unlike_those_before_it_is_malformed(tmp_path, policy):
 
 
 FOREIGN = {
-    "dump.pt": (b"PK\x03\x04\x00\x00", "found a zip archive; one of torch.save is a pickle, which can run code"),
+    "dump.pt": (b"PK\x03\x04\x00\x00", "found a pickle, which can run code when it is loaded"),
+    "saved": (b"PK\x03\x04\x00\x00", "found a zip archive; one that torch.save wrote is a pickle, which can run code"),
     "dump.jsonl": (b"\x80\x04\x95", "found a pickle, which can run code when it is loaded"),
     "old.pkl": (b"(lp0\n.", "found a pickle"),
     "rows": (b"PAR1\x15\x04", "found Parquet; rename the file to .parquet"),
@@ -427,6 +428,18 @@ def test_a_prompt_that_holds_its_beginning_of_sequence_gets_no_second_one(tmp_pa
     rows = [row(prompt=text) for text in ("<system><user>1 + 1 =<assistant>", "1 + 1 =")]
     found, _ = read_all(write(tmp_path / "rows.jsonl", rows), policy)
     assert [rollout.prompt_ids for rollout in found] == [[2, 3, *bare, 4], [2, *bare]]
+
+
+def test_a_fault_of_all_rows_is_said_once(tmp_path, policy):
+    path = write(tmp_path / "rows.jsonl", [{"question": PROMPT, "response": "2", "reward": 1}] * 7)
+    with (
+        pytest.raises(InputError) as caught,
+        read_rollouts([path], ScoreSettings(policy=PolicyConfig()), policy),
+    ):
+        pass
+    fault = 'no "prompt"; found: question (--field prompt=KEY names the key of prompt)'
+    remedy = "fix them, or leave them out with --skip-bad-rows"
+    assert str(caught.value) == f"7 of 7 rows are malformed ({path}, line 1: {fault}; ...); {remedy}"
 
 
 def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, call):
