@@ -124,13 +124,13 @@ def measure_pilot(study: Path) -> Pilot:
 
     runs = open_runs(study)
     per_step = dict(runs.sql(SECONDS).drop_nulls().iter_rows())
-    manifests = {
-        run_id: manifest
-        for run_id, manifest in runs.manifests.items()
-        if manifest.get("status") == "complete" and run_id in per_step
-    }
-    if not manifests:
+    complete = {run_id: found for run_id, found in runs.manifests.items() if found.get("status") == "complete"}
+    if not complete:
         raise InputError(f"--pilot {study}: holds no complete run")
+    manifests = {run_id: found for run_id, found in complete.items() if run_id in per_step}
+    if not manifests:
+        missing = "rollout_s, reward_s, update_s, or record_s of table steps is null"
+        raise InputError(f"--pilot {study}: no complete run recorded how long it took: {missing}; choose another study")
     first = next(iter(manifests.values()))
     hardware = first.get("hardware") or {}
     return Pilot(

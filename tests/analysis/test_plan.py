@@ -1,7 +1,8 @@
 import pytest
 
-from analysis.plan import Pilot, Plan, PlannedRun
+from analysis.plan import Pilot, Plan, PlannedRun, measure_pilot
 from analysis.stats import detectable_difference
+from analysis.trace import InputError, TraceWriter
 
 PILOT = Pilot("embedded", "chain_sum", seconds_per_step=2.0, sd_difference=0.02, hardware="2 cores")
 
@@ -40,3 +41,18 @@ def test_one_arm_alone_has_nothing_to_compare():
     plan = Plan([planned("none", 0)], slots=1, pilot=PILOT, source="a pilot")
     assert (plan.num_tests, plan.num_seeds) == (0, 1)
     assert plan.detectable()[1] is None
+
+
+@pytest.mark.parametrize(
+    ("finishes", "message"),
+    [(True, "no complete run recorded how long it took: rollout_s, "), (False, "holds no complete run")],
+)
+def test_a_pilot_without_timings_is_told_from_one_without_runs(tmp_path, finishes, message):
+    writer = TraceWriter.create(tmp_path / "run", {"run_id": "run"}, ["a"])
+    figures = {"reward_mean": 0.5, "accuracy": 0.5, "format_rate": 1.0, "entropy_token_mean": 0.3}
+    writer.append("steps", {"step": 1, **figures, "tokens": 10, "groups_kept": 1, "groups_dropped": 0})
+    writer.flush(1)
+    if finishes:
+        writer.finish()
+    with pytest.raises(InputError, match=f"--pilot .*: {message}"):
+        measure_pilot(tmp_path)
