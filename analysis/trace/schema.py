@@ -99,7 +99,7 @@ STEP = Column("step", pa.int32(), "steps, from 1", "Training step that consumed 
 PROMPT_ID = Column("prompt_id", pa.string(), "-", "The prompt.")
 ROLLOUT_ID = Column("rollout_id", pa.int64(), "-", "The response; unique within the run, rising with step.")
 RESPONSE_LENGTH = Column("response_length", pa.int32(), "tokens", "Generated tokens, end of sequence included.")
-IS_CORRECT = Column("is_correct", pa.bool_(), "-", "The verifier gave the response full marks; null if unknown.", True)
+IS_CORRECT = Column("is_correct", pa.bool_(), "-", "Its score reached correct_at; null if unknown or not judged.", True)
 ANSWER_CLASS = Column(
     "answer_class",
     pa.string(),
@@ -161,7 +161,15 @@ ROLLOUTS = Table(
         Column("completion", pa.string(), "-", "Generated text, special tokens left out."),
         Column("answer", pa.string(), "-", "Answer extracted from the required format; null if there is none.", True),
         ANSWER_CLASS,
-        Column("reward", pa.float32(), "-", "Score plus overlong penalty; the advantage is computed from it.", True),
+        Column("reward", pa.float32(), "-", "The verifier's score; the advantage is of reward + length_penalty.", True),
+        Column(
+            "length_penalty",
+            pa.float32(),
+            "-, at most 0",
+            "Deduction for length; null if unknown, or, in version 1, part of reward.",
+            True,
+            since=2,
+        ),
         IS_CORRECT,
         Column("has_answer", pa.bool_(), "-", "An answer could be parsed; false is a format violation.", True),
         Column(
@@ -172,7 +180,15 @@ ROLLOUTS = Table(
         ),
         RESPONSE_LENGTH,
         Column("is_truncated", pa.bool_(), "-", "Stopped by the length limit.", True),
-        Column("is_kept", pa.bool_(), "-", "Took part in the update; false where its group was left out."),
+        Column("is_kept", pa.bool_(), "-", "Took part in the update; drop_reason says why not."),
+        Column(
+            "drop_reason",
+            pa.string(),
+            "-",
+            "Why it took no part in the update: uniform_group, no_verdict, truncated; null if it did, or unknown.",
+            True,
+            since=2,
+        ),
         Column("entropy_mean", pa.float32(), "nats per token", "Mean token entropy of the response.", True),
         Column("surprisal_mean", pa.float32(), "nats per token", "Mean of -logprob over the response.", True),
         Column("ppl", pa.float32(), ">= 1", "Perplexity exp(surprisal_mean) of the response.", True),
@@ -220,7 +236,7 @@ STEPS = Table(
         RUN_ID,
         STEP,
         Column("loss", pa.float32(), "-", "Token-mean loss, averaged over mini-batches and epochs.", True),
-        Column("reward_mean", pa.float32(), "-", "Mean reward over all sampled responses, dropped groups included."),
+        Column("reward_mean", pa.float32(), "-", "Mean reward over all responses with a verdict, dropped or not."),
         Column("accuracy", pa.float32(), "[0, 1]", "Share of correct among all sampled responses."),
         Column(
             "format_rate", pa.float32(), "[0, 1]", "Share with a parsable answer among all sampled responses.", True
@@ -237,11 +253,19 @@ STEPS = Table(
             "Share of tokens whose ratio rose above 1 + clip_high, A > 0.",
             True,
         ),
+        Column(
+            "clip_frac_dual",
+            pa.float32(),
+            "[0, 1]",
+            "Share of tokens whose ratio rose above loss.dual_clip, A < 0; null if unknown.",
+            True,
+            since=2,
+        ),
         Column("grad_norm", pa.float32(), "-", "Global gradient norm before clipping, mean over updates.", True),
         Column("lr", pa.float32(), "-", "Learning rate of the step.", True),
         Column("tokens", pa.int64(), "tokens", "Generated tokens, dropped groups included."),
         Column("groups_kept", pa.int32(), "groups", "Groups in the update."),
-        Column("groups_dropped", pa.int32(), "groups", "Groups left out for uniform rewards."),
+        Column("groups_dropped", pa.int32(), "groups", "Groups left out, as for uniform outcomes."),
         Column("is_shaped", pa.bool_(), "-", "The shaping method was switched on at this step.", True),
         Column("rollout_s", pa.float32(), "s", "Seconds spent sampling.", True),
         Column("reward_s", pa.float32(), "s", "Seconds spent scoring answers.", True),

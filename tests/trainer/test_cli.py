@@ -33,7 +33,10 @@ def folders(tmp_path):
     ("arguments", "expected"),
     [
         (["train", "tiny", "--out", "{}/run", "policy.path={}/nowhere"], ["policy.path", "no model folder", "nowhere"]),
-        (["train", "tiny", "--out", "{}/run", "policy.path={}/no-tokenizer"], ["no-tokenizer", "no usable tokenizer (", "one of: (1)", "(3)"]),
+        (
+            ["train", "tiny", "--out", "{}/run", "policy.path={}/no-tokenizer"],
+            ["no-tokenizer", "no usable tokenizer (", "one of: (1)", "(3)"],
+        ),
         (["train", "tiny", "--out", "{}/run", "policy.path={}/no-weights"], ["no-weights", "no usable model"]),
         (["train", "tiny", "--out", "{}/run", "policy.path={}/pickled"], ["pickled", "no usable model", "safetensors"]),
         (["train", "{}/bad.toml", "--out", "{}/run"], ["bad.toml", "not TOML", "line"]),
@@ -66,7 +69,7 @@ def test_bad_input_is_one_line(folders, call, arguments, expected):
 
 
 def test_a_failing_run_exits_with_one(tmp_path, call):
-    arguments = [*SMALL, "optim.lr=1e30", "optim.warmup_steps=0"]
+    arguments = [*SMALL, "optim.lr=1e30", "optim.warmup_steps=0", "rollout.when_short=error"]
     code, _, err = call("train", "tiny", *arguments, "--out", tmp_path / "run")
     assert code == 1
     assert "step 2" in err.splitlines()[-1]
