@@ -108,10 +108,11 @@ optim.lr = [3.0]
     assert (config.optim.lr, config.optim.weight_decay, config.optim.grad_clip) == (3.0, 0.6, 9)
 
 
-def test_the_shipped_grid_is_what_it_was():
+def test_the_shipped_grid_has_three_seeds_of_three_arms():
     specs = load_grid("tiny-study")
-    assert [spec.run_id for spec in specs] == ["none-seed0", "ppl-seed0", "position-seed0"]
-    assert [spec.config.shaping.method for spec in specs] == ["none", "ppl", "position"]
+    arms = ["none", "ppl", "position"]
+    assert [spec.run_id for spec in specs] == [f"{arm}-seed{seed}" for seed in range(3) for arm in arms]
+    assert [spec.config.shaping.method for spec in specs] == 3 * arms
 
 
 def replaced(old, new):
