@@ -29,7 +29,7 @@ from analysis.effects.estimate import (
     require_rising,
     rising_change,
 )
-from analysis.intervals import MAX_DF, Effect
+from analysis.intervals import MAX_DF, Effect, combine
 from analysis.runs import Runs
 from analysis.stages import MIN_STEPS, StageFit, slowdown
 from analysis.stats import LEVEL, ONE_SD, Estimate
@@ -59,16 +59,39 @@ def slows(series: int) -> Judged:
     """S1: how much a series slows down from the first to the second half; 0 entropy, 1 accuracy. See ``slowdown``."""
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
-        found = [_slowdown_of(_long_enough(runs, run), series) for run in run_ids]
-        return mean_of_runs(found, f"steps, {count(run_ids, 'run')}")
+        fits = [_long_enough(runs, run) for run in run_ids]
+        num_steps = sum(fit.num_steps for fit in fits)
+        movements = [fit.movement(series) for fit in fits]
+        return slowdown_of(movements, num_steps, f"steps, {count(run_ids, 'run')}")
 
     return judge
 
 
-def _slowdown_of(fit: StageFit, series: int) -> Estimate:
-    moved, draws, blocks = fit.movement(series)
+def slowdown_of(movements: Sequence[tuple[np.ndarray, np.ndarray, float]], num_steps: int, of: str) -> Estimate:
+    """Return how much the mean movement of runs slows down, from values and draws of each; see ``stages.movement``.
+
+    Runs are averaged before their movements are compared, since a ratio of two noisy movements is bounded and skewed.
+
+    Raises:
+        NoEffectError: the series does not move.
+    """
+    moved = np.mean([values for values, _, _ in movements], axis=0)
     if not np.abs(moved).sum() > 0:
         raise NoEffectError("the series does not move", is_recorded=True)
+    draws, blocks = movements[0][1], movements[0][2]
+    if len(movements) > 1:
+        # As wide as the mean over runs is uncertain, in each half; the halves keep their correlation.
+        halves = [
+            combine([Estimate.from_error(v[half], d[:, half].std(), MAX_DF, 0, of, b) for v, d, b in movements], of)
+            for half in (0, 1)
+        ]
+        # All runs draw the same random numbers.
+        shifted = [np.roll(d - v, i * len(d) // len(movements), axis=0) for i, (v, d, _) in enumerate(movements)]
+        errors = np.mean(shifted, axis=0)
+        own = np.diff(np.percentile(errors, LEVEL, axis=0), axis=0)[0]
+        wanted = np.array([half.width for half in halves])
+        draws = moved + errors * np.divide(wanted, own, out=np.ones(2), where=own > 0)
+        blocks = min(half.blocks for half in halves)
     value, drawn = float(slowdown(moved)), slowdown(draws)
     low, high = np.percentile(drawn, LEVEL)
     # To move less in the second half is both v1 > v2 and v1 > -v2; the opposite is one of two, hence twice.
@@ -76,7 +99,7 @@ def _slowdown_of(fit: StageFit, series: int) -> Estimate:
     p_value = float(np.clip(2 * rate if value > 0 else 4 * (1 - rate), 1 / len(draws), 1))
     error = float(np.diff(np.percentile(drawn, ONE_SD))[0]) / 2
     ends = float(min(low, value)), float(max(high, value))
-    return Estimate(value, *ends, p_value, fit.num_steps, "steps", error, MAX_DF, blocks)
+    return Estimate(value, *ends, p_value, num_steps, of, error, MAX_DF, blocks)
 
 
 def two_stages(runs: Runs, run_ids: Sequence[str]) -> Estimate:

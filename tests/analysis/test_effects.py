@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from analysis import stages
 from analysis.effects import potential, training
 from analysis.effects.estimate import NoEffectError, mean_of_runs, plateau_level, ratio, tensor
 from analysis.stages import fit_stages
@@ -63,6 +64,31 @@ def test_one_run_without_information_leaves_none_to_the_mean_of_two():
     three = mean_of_runs([short, long, Estimate.from_error(0.3, 0.1, 5, 10, "steps", blocks=2.0)], "steps, 3 runs")
     assert three.blocks == np.inf
     assert three.error == pytest.approx(0.1)
+
+
+def movements_of(rng: np.random.Generator, means: tuple[float, float], runs: int):
+    """Return movements of runs with an error of 1 in each half, and draws around them that all runs share."""
+    values = rng.normal(means, 1, (runs, 2))
+    draws = np.random.default_rng(0).normal(size=(2000, 2))
+    return [(value, value + draws, 50.0) for value in values]
+
+
+def test_slowdown_of_runs_that_do_not_move_is_within_bounds_and_no_finding():
+    found = [training.slowdown_of(movements_of(np.random.default_rng(i), (0, 0), 3), 300, "steps") for i in range(200)]
+    assert all(-1 <= estimate.low <= estimate.value <= estimate.high <= 1 for estimate in found)
+    assert np.mean([estimate.p_value <= 0.05 for estimate in found]) <= 0.05
+
+
+def test_slowdown_of_several_runs_is_that_of_their_mean_movement():
+    one = movements_of(np.random.default_rng(1), (20, 4), 1)
+    assert training.slowdown_of(one, 100, "steps").value == pytest.approx(stages.slowdown(one[0][0]))
+    three = movements_of(np.random.default_rng(1), (20, 4), 3)
+    found = training.slowdown_of(three, 300, "steps")
+    assert found.value == pytest.approx(stages.slowdown(np.mean([values for values, *_ in three], axis=0)))
+    assert found.p_value < 0.01
+    # Runs whose movements scatter say less about their mean.
+    apart = [(values + shift, draws + shift, b) for (values, draws, b), shift in zip(three, (-8, 0, 8), strict=True)]
+    assert training.slowdown_of(apart, 300, "steps").width > 2 * found.width
 
 
 def test_effect_without_a_denominator_is_no_effect():
