@@ -327,7 +327,7 @@ class TestLora:
             only.restore(tmp_path / "saved")
         settings = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
         (tmp_path / "saved" / "adapter_config.json").write_text(json.dumps({**settings, "peft_type": "IA3"}))
-        with pytest.raises(InputError, match="adapter_config.json must have peft_type = LORA"):
+        with pytest.raises(InputError, match=r"adapter_config\.json must have peft_type = LORA"):
             load(tmp_path / "saved")
 
     def test_without_peft_one_line_says_what_to_install(self, tmp_path, monkeypatch):
