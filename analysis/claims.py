@@ -18,7 +18,7 @@ from analysis.effects.estimate import NoEffectError
 from analysis.intervals import MIN_BLOCKS
 from analysis.runs import Runs
 from analysis.stats import Estimate, holm
-from analysis.trace.errors import InputError, in_one_line, nearest
+from analysis.trace.errors import InputError, in_one_line, nearest, reason_of
 from analysis.verdict_rules import CONTRADICTED, INCONCLUSIVE, NOT_RECORDED, SUPPORTED, Size, decide
 
 # Keys of every claim and of every part of one.
@@ -144,7 +144,7 @@ def _read_ledger(path: Path) -> dict[str, dict[str, Any]]:
     try:
         ledger = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise InputError(f"{path}: {reason_of(error)}") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path}: not a ledger ({in_one_line(error)})") from None
     for claim, entry in ledger.items():

@@ -250,12 +250,12 @@ def _remark(runs: Runs) -> None:
 
 
 def _read_text(path: Path) -> str:
-    from analysis.trace.errors import InputError, in_one_line
+    from analysis.trace.errors import InputError, in_one_line, reason_of
 
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or in_one_line(error)).lower()}") from None
+        raise InputError(f"{path}: {reason_of(error)}") from None
     except ValueError as error:
         raise InputError(f"{path}: not text ({in_one_line(error)})") from None
 

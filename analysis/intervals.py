@@ -476,9 +476,9 @@ def combine(estimates: Sequence[Estimate], of: str) -> Estimate:
 def mean_of_parts(estimates: Sequence[Estimate], of: str, bounds: tuple[float, float]) -> Estimate:
     """Return the unweighted mean of independent estimates, with an interval for the mean of these very parts.
 
-    Unlike the runs of ``combine``, the parts, such as benchmarks, stand for no others: their differences are no error.
-    The errors within them add up, with Welch and Satterthwaite's degrees of freedom. Nothing bounds the mean beyond
-    ``bounds`` where the error of a part is unknown.
+    Unlike the runs of ``combine``, the parts, such as benchmarks, are not a sample of others: their differences are not
+    an error. The errors within them add up, with Welch and Satterthwaite's degrees of freedom. Nothing bounds the mean
+    beyond ``bounds`` where the error of a part is unknown.
 
     Args:
         estimates: One per part; a single one is returned as it is.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis import interval_functions, queries
 from analysis.interrupt import interruptible
-from analysis.trace.errors import InputError, in_one_line, nearest
+from analysis.trace.errors import InputError, in_one_line, nearest, reason_of
 from analysis.trace.manifest import MANIFEST, read_manifest
 from analysis.trace.parts import check_part, list_parts, listed_files
 from analysis.trace.plain import well_formed
@@ -304,7 +304,7 @@ def _find_run_folders(path: str | Path) -> list[Path]:
         places = map(Path, sorted(glob.glob(str(path)))) if is_pattern else [Path(path)]
         found = [folder for place in places for folder in _runs_inside(place)]
     except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise InputError(f"{path}: {reason_of(error)}") from None
     if not found:
         raise InputError(f"{path}: {'no such folder' if not Path(path).exists() else f'not a trace (no {MANIFEST})'}")
     return found

@@ -56,7 +56,7 @@ def survey(specs: Sequence[RunSpec], out: Path) -> dict[str, Found]:
             more = f" and {len(changes) - CHANGES_SHOWN} more" if len(changes) > CHANGES_SHOWN else ""
             shown = ", ".join(changes[:CHANGES_SHOWN])
             raise InputError(f"{out}: made from another grid: of {run_id}, {shown}{more}")
-        # A complete run that shall have more steps is one that was interrupted.
+        # A complete run to be extended counts as interrupted.
         status = "running" if is_extended and manifest["status"] == "complete" else manifest["status"]
         found[run_id] = Found(status, manifest["last_durable_step"], manifest.get("error"))
     return found

@@ -39,6 +39,7 @@ class Batch:
         rewards: Scores on the scale of ``task.reward_values``, (B,); 0 without a verdict.
         length_penalties: What is added to the rewards for length, (B,), at most 0.
         group_ids: (B,), from 0 within the step.
+        has_verdict: Responses that the verifier judged, (B,) bool.
         drop_reasons: Why a response takes no part in the update, one of ``DROP_REASONS``; None if it does.
         is_own: (B,) bool, sampled by this process, which records it.
         advantages: Group-relative, of reward plus penalty, (B,); 0 in groups where these are uniform.
@@ -54,6 +55,7 @@ class Batch:
     rewards: Tensor
     length_penalties: Tensor
     group_ids: Tensor
+    has_verdict: Tensor
     drop_reasons: list[str | None]
     is_own: Tensor
     advantages: Tensor
@@ -64,11 +66,6 @@ class Batch:
     def is_kept(self) -> Tensor:
         """Responses that take part in the update, (B,) bool."""
         return torch.tensor([reason is None for reason in self.drop_reasons])
-
-    @cached_property
-    def has_verdict(self) -> Tensor:
-        """Responses that the verifier judged, (B,) bool."""
-        return _has_verdict(self.scores)
 
 
 class PromptSource:
@@ -104,13 +101,15 @@ def collect_batch(config: Config, policy: Policy, source: PromptSource, step: in
     """
     rollout = config.rollout
     rounds: list[list[_Part]] = []
+    mixed: list[Tensor] = []
     prompts: list[Prompt] = []
     missing, in_vain = rollout.prompts_per_step, 0
     while missing:
         drawn = source.take(missing)
         prompts += [prompt for prompt in drawn for _ in range(rollout.group_size)]
         rounds.append(world.gather(_sample_part(config, policy, source.task, drawn, (step, len(rounds)), world)))
-        found = int(_mixed(config, rounds[-1]).sum())
+        mixed.append(_mixed(config, rounds[-1]))
+        found = int(mixed[-1].sum())
         missing, in_vain = missing - found, 0 if found else in_vain + 1
         if not rollout.dynamic_sampling or (len(rounds) > rollout.max_refills and rollout.when_short == "fewer"):
             break
@@ -129,7 +128,7 @@ def collect_batch(config: Config, policy: Policy, source: PromptSource, step: in
     has_verdict = _has_verdict(scores)
     if not has_verdict.any():
         raise TrainingError(f"step {step}: the verifier gave no verdict on any of {len(scores)} responses")
-    is_mixed = torch.cat([_mixed(config, parts) for parts in rounds])[group_ids]
+    is_mixed = torch.cat(mixed)[group_ids]
     return Batch(
         samples=samples,
         prompts=prompts,
@@ -139,6 +138,7 @@ def collect_batch(config: Config, policy: Policy, source: PromptSource, step: in
         rewards=rewards,
         length_penalties=penalties,
         group_ids=group_ids,
+        has_verdict=has_verdict,
         drop_reasons=_drop_reasons(config, has_verdict, is_mixed, samples.is_truncated),
         is_own=torch.tensor([part.rank == world.rank for part in parts for _ in part.rewards]),
         advantages=group_relative_advantage(rewards + penalties, group_ids, config.loss.normalize_std, has_verdict),
@@ -164,7 +164,7 @@ class _Part:
 def _sample_part(
     config: Config, policy: Policy, task: Task, prompts: list[Prompt], place: tuple[int, int], world: World
 ) -> _Part:
-    """Samples and scores ``group_size`` responses to each of this process's prompts; ``place`` is (step, refill)."""
+    """Sample and score ``group_size`` responses to each of this process's prompts; ``place`` is (step, round)."""
     rollout = config.rollout
     own = world.share(len(prompts))
     started = time.perf_counter()

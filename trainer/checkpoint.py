@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from analysis.trace import InputError
+from analysis.trace import InputError, reason_of
 from analysis.trace.manifest import sync_folder
 from trainer.sharding import collect, like
 from trainer.update import Learner
@@ -176,7 +176,7 @@ def find_damage(checkpoint: Path) -> str | None:
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
-        return f"{name}: {(error.strerror or str(error)).lower()}"
+        return f"{name}: {reason_of(error)}"
     except (ValueError, RecursionError):
         return f"{CHECKSUMS}: not JSON"
     return None

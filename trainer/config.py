@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
-from analysis.trace import InputError, nearest
+from analysis.trace import InputError, nearest, reason_of
 from trainer.resources import EMBEDDED, resolve_config
 from trainer.section import Fraction, Natural, Positive, Section
 from trainer.task_config import TaskConfig
@@ -387,7 +387,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise InputError(f"{path}: {reason_of(error)}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not TOML ({error})") from None
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from analysis.trace import InputError, nearest
+from analysis.trace import InputError, nearest, reason_of
 from trainer.rollout_rows import Rollout, RowReader, ScoreSettings
 from trainer.tasks.rows import NUM_NAMED, BadRowError, name_some, read_rows
 
@@ -191,7 +191,7 @@ def _other_format(path: Path) -> str | None:
         with open(path, "rb") as file:
             start = file.read(64)
     except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise InputError(f"{path}: {reason_of(error)}") from None
     if path.suffix.lower() == ".json" and start.lstrip().startswith(b"["):
         return "a JSON array; write one object per line, as jq -c '.[]' does"
     found = (what for signature, what in SIGNATURES.items() if start.startswith(signature))

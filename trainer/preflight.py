@@ -1,4 +1,4 @@
-"""What a run needs besides memory, tried before it starts: data files, tokenizer, verifiers, and evaluation tokens."""
+"""Check, before a run starts, what it needs besides memory: data files, tokenizer, verifiers, evaluation tokens."""
 
 from __future__ import annotations
 

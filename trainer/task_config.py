@@ -41,7 +41,7 @@ def _is_row_file(name: Any) -> bool:
 
 
 def _check_heldout_files(files: Any) -> Any:
-    """Refuse anything but a file, a list of files of distinct names, or a table of them; what is empty names none."""
+    """Refuse anything but a file, a list of files of distinct names, or a table of them; an empty value is None."""
     if not files:
         return None
     if isinstance(files, str):

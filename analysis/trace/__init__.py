@@ -8,7 +8,7 @@ from analysis.lazy import names_from
 
 if TYPE_CHECKING:
     from analysis.trace.defects import find_defects
-    from analysis.trace.errors import InputError, in_one_line, nearest
+    from analysis.trace.errors import InputError, in_one_line, nearest, reason_of
     from analysis.trace.lexicon import CATEGORIES, Lexicon
     from analysis.trace.manifest import MANIFEST, describe_machine, flatten, read_manifest, write_manifest
     from analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
@@ -32,6 +32,7 @@ __all__ = [
     "in_one_line",
     "nearest",
     "read_manifest",
+    "reason_of",
     "write_manifest",
 ]
 
@@ -42,6 +43,7 @@ __getattr__ = names_from(
         "InputError": "analysis.trace.errors",
         "in_one_line": "analysis.trace.errors",
         "nearest": "analysis.trace.errors",
+        "reason_of": "analysis.trace.errors",
         "CATEGORIES": "analysis.trace.lexicon",
         "Lexicon": "analysis.trace.lexicon",
         "MANIFEST": "analysis.trace.manifest",

@@ -55,6 +55,11 @@ def in_one_line(error: BaseException) -> str:
     return plain(" ".join(lines), ANNOUNCED).removesuffix(":") if lines[0].endswith(":") else lines[0]
 
 
+def reason_of(error: OSError) -> str:
+    """Return the reason that the system gives for an error, such as ``no such file or directory``."""
+    return (error.strerror or in_one_line(error)).lower()
+
+
 def with_kind(error: BaseException) -> str:
     """Return ``in_one_line`` after the kind of the exception."""
     kind, said = type(error).__name__, in_one_line(error)

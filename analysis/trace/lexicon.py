@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.trace.errors import InputError, in_one_line, nearest
+from analysis.trace.errors import InputError, in_one_line, nearest, reason_of
 
 FORMAL, LOGICAL, META, SEMANTIC, SPECIAL = CATEGORIES = (
     "formal_reasoning",
@@ -52,7 +52,7 @@ class Lexicon:
         except FileNotFoundError:
             raise InputError(f"{path}: no such lexicon") from None
         except OSError as error:
-            raise InputError(f"{path}: {(error.strerror or in_one_line(error)).lower()}") from None
+            raise InputError(f"{path}: {reason_of(error)}") from None
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not TOML ({in_one_line(error)})") from None
         for category, entries in lists.items():

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from analysis.trace.errors import InputError, in_one_line
+from analysis.trace.errors import InputError, in_one_line, reason_of
 from analysis.trace.plain import well_formed
 from analysis.trace.schema import check_version
 
@@ -84,7 +84,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({in_one_line(error)})") from None
     except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise InputError(f"{path}: {reason_of(error)}") from None
     if not isinstance(manifest, dict):
         raise InputError(f"{path}: expected an object, found {reprlib.repr(manifest)}; not the manifest of a trace")
     if manifest.get("schema_version") is None:

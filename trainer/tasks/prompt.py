@@ -48,7 +48,7 @@ class Score:
 
     @property
     def is_correct(self) -> bool | None:
-        """Whether the score reaches ``correct_at``; None without a verdict."""
+        """Return whether the score reaches ``correct_at``; None without a verdict."""
         return None if self.score is None else self.score >= self.correct_at
 
 

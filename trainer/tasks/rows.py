@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.trace import InputError, nearest
+from analysis.trace import InputError, nearest, reason_of
 from trainer.tasks.maths import EXPECTED
 from trainer.tasks.prompt import Question
 
@@ -74,7 +74,7 @@ def read_rows(path: Path) -> Iterator[tuple[Place, dict[str, Any] | BadRowError]
         for number, row in rows:
             yield Place(unit, number), row
     except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise InputError(f"{path}: {reason_of(error)}") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRowError]]:
