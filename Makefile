@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup study test test-slow check bench bench-gpu bench-queries precision calibrate chaos clean
+.PHONY: help setup study test test-slow check bench bench-gpu bench-queries calibrate chaos clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -51,10 +51,6 @@ bench-gpu: .venv-bench/.ready  ## two models' GRPO steps against TRL on a GPU, a
 
 bench-queries: $(READY)  ## each question on 50 million tokens against a plain scan, pandas and polars
 	$(BIN)/python tests/benchmarks/bench_queries.py --out reports/query_benchmarks.json
-
-precision: $(READY)  ## what fewer mantissa bits would save of the study's record, and change in its report
-	$(BIN)/python tests/benchmarks/measure_precision.py data/runs/study \
-		--others $(wildcard data/runs/ablation/*-seed0) --out reports/precision
 
 calibrate: $(READY)  ## how often verdicts are wrong, on simulated runs with known truth; WORLDS=a,b SIMULATIONS=400
 	$(BIN)/python -m tests.calibration.calibrate --out reports/calibration \

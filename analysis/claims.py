@@ -11,15 +11,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from analysis import queries
-from analysis.compare.claims import MethodFinding, judge_methods
-from analysis.effects import training
-from analysis.effects.estimate import NoEffectError
-from analysis.intervals import MIN_BLOCKS
-from analysis.runs import Runs
-from analysis.stats import Estimate, holm
-from analysis.trace.errors import InputError, in_one_line, nearest, reason_of
-from analysis.verdict_rules import CONTRADICTED, INCONCLUSIVE, NOT_RECORDED, SUPPORTED, Size, decide
+from entrace.analysis import queries
+from entrace.analysis.compare.claims import MethodFinding, judge_methods
+from entrace.analysis.effects import training
+from entrace.analysis.effects.estimate import NoEffectError
+from entrace.analysis.runs import Runs
+from entrace.analysis.statistics.estimates import Estimate, holm
+from entrace.analysis.statistics.intervals import MIN_BLOCKS
+from entrace.analysis.trace.errors import InputError, in_one_line, nearest, reason_of
+from entrace.analysis.verdict_rules import CONTRADICTED, INCONCLUSIVE, NOT_RECORDED, SUPPORTED, Size, decide
 
 # Keys of every claim and of every part of one.
 CLAIM_KEYS = ("question", "test", "figure", "parts")
@@ -136,7 +136,7 @@ def overall(verdicts: Sequence[Verdict]) -> dict[str, str]:
 
 @cache
 def _shipped_ledger() -> dict[str, dict[str, Any]]:
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent
     return _read_ledger(next(p for p in (here / "claims.toml", here.parent / "reports" / "claims.toml") if p.is_file()))
 
 

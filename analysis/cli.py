@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from analysis.runs import Runs
+    from entrace.analysis.runs import Runs
 
 NOTES_SHOWN, NOTE_LENGTH = 5, 200
 
@@ -55,9 +55,9 @@ def sql(
 
     Example: entrace sql data/runs/study "select step, avg(entropy) from tokens group by all order by step"
     """
-    from analysis.export import render, show
-    from analysis.runs import open_runs
-    from analysis.trace.errors import InputError
+    from entrace.analysis.runs import open_runs
+    from entrace.analysis.terminal.export import render, show
+    from entrace.analysis.trace.errors import InputError
 
     paths = arguments if file else arguments[:-1]
     if not paths:
@@ -81,7 +81,7 @@ def tables(
 
     Example: entrace tables tokens
     """
-    from analysis.trace import TABLES, InputError, nearest
+    from entrace.analysis.trace import TABLES, InputError, nearest
 
     if table is not None and table not in TABLES:
         raise InputError(f'unknown table "{table}"{nearest(table, TABLES)}')
@@ -118,8 +118,8 @@ def claims(
 
     Example: entrace claims data/runs/study --json
     """
-    from analysis.claims import judge, load_ledger, overall
-    from analysis.runs import open_runs
+    from entrace.analysis.claims import judge, load_ledger, overall
+    from entrace.analysis.runs import open_runs
 
     chosen = load_ledger(ledger)
     opened = open_runs(runs)
@@ -151,9 +151,9 @@ def compare(
 
     Example: entrace compare data/runs/study --metric avg_at_k --metric response_length
     """
-    from analysis.compare import compare as compare_runs
-    from analysis.compare.text import choose_metrics, to_json, to_text
-    from analysis.runs import open_runs
+    from entrace.analysis.compare import compare as compare_runs
+    from entrace.analysis.compare.text import choose_metrics, to_json, to_text
+    from entrace.analysis.runs import open_runs
 
     opened = open_runs(runs)
     comparison = compare_runs(opened, accuracy)
@@ -175,9 +175,9 @@ def report(
 
     Example: entrace report data/runs/study --out reports/study
     """
-    from analysis.progress import Progress
-    from analysis.report import NUM_PARTS, write_report
-    from analysis.runs import open_runs
+    from entrace.analysis.report import NUM_PARTS, write_report
+    from entrace.analysis.runs import open_runs
+    from entrace.analysis.terminal.progress import Progress
 
     opened = open_runs(runs)
     with Progress("report", NUM_PARTS) as progress:
@@ -209,7 +209,7 @@ def run(command: typer.Typer) -> None:
 
 
 def _describe(error: Exception) -> tuple[str, int]:
-    from analysis.trace.errors import InputError
+    from entrace.analysis.trace.errors import InputError
 
     if isinstance(error, InputError):
         return str(error), 2
@@ -227,21 +227,21 @@ def _fail(message: str, status: int) -> None:
 
 def say(line: str, err: bool = False) -> None:
     """Prints one line, whatever the names in it hold."""
-    from analysis.trace.plain import plain
+    from entrace.analysis.trace.plain import plain
 
     typer.echo(plain(line), err=err)
 
 
 def print_json(value: Any) -> None:
     """Prints what ``--json`` asks for."""
-    from analysis.export import to_json
+    from entrace.analysis.terminal.export import to_json
 
     typer.echo(to_json(value))
 
 
 def _remark(runs: Runs) -> None:
     """Says on stderr what is missing of runs that are not there in full."""
-    from analysis.trace.plain import plain
+    from entrace.analysis.trace.plain import plain
 
     for run_id, note in list(runs.notes.items())[:NOTES_SHOWN]:
         say(f"entrace: {plain(run_id, NOTE_LENGTH)}: {plain(note, NOTE_LENGTH)}", err=True)
@@ -250,7 +250,7 @@ def _remark(runs: Runs) -> None:
 
 
 def _read_text(path: Path) -> str:
-    from analysis.trace.errors import InputError, in_one_line, reason_of
+    from entrace.analysis.trace.errors import InputError, in_one_line, reason_of
 
     try:
         return path.read_text(encoding="utf-8")
@@ -264,7 +264,7 @@ def _parse_params(pairs: list[str]) -> dict[str, Any]:
     """Values that read as JSON are taken as such, ``bins=5`` as a number; the rest is text."""
     from json import loads
 
-    from analysis.trace.errors import InputError
+    from entrace.analysis.trace.errors import InputError
 
     params = {}
     for pair in pairs:

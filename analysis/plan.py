@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.grid_progress import clock, makespan
-from analysis.trace import InputError
+from entrace.analysis.terminal.grid_progress import clock, makespan
+from entrace.analysis.trace import InputError
 
 SEEDS_SHOWN = (3, 5, 10, 20)
 
@@ -77,7 +77,7 @@ class Plan:
 
     def detectable(self) -> dict[int, float | None]:
         """Smallest difference in avg@k to the baseline found with 80 % power, by number of seeds; None if none is."""
-        from analysis.stats import detectable_difference
+        from entrace.analysis.statistics.estimates import detectable_difference
 
         sizes = {
             seeds: float(detectable_difference(self.pilot.sd_difference, seeds, self.num_tests))
@@ -120,7 +120,7 @@ def measure_pilot(study: Path) -> Pilot:
     Raises:
         InputError: no study, no complete run in it, or no arm that shares two seeds with its baseline.
     """
-    from analysis.runs import open_runs
+    from entrace.analysis.runs import open_runs
 
     runs = open_runs(study)
     per_step = dict(runs.sql(SECONDS).drop_nulls().iter_rows())

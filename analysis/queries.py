@@ -6,8 +6,8 @@ import re
 from functools import cache
 from pathlib import Path
 
-from analysis.trace.errors import InputError, nearest
-from analysis.trace.schema import TABLES
+from entrace.analysis.trace.errors import InputError, nearest
+from entrace.analysis.trace.schema import TABLES
 
 SQL_ROOT = Path(__file__).with_name("sql")
 LEVELS = ("stage", "instance", "token", "ablation", "cluster")

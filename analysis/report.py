@@ -11,18 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis import claims, figures, queries
-from analysis.export import to_json, to_report_csv
-from analysis.runs import Runs
-from analysis.trace.errors import InputError
-from analysis.trace.manifest import flatten
-from analysis.trace.plain import plain
+from entrace import figures
+from entrace.analysis import claims, queries
+from entrace.analysis.runs import Runs
+from entrace.analysis.terminal.export import to_json, to_report_csv
+from entrace.analysis.trace.errors import InputError
+from entrace.analysis.trace.manifest import flatten
+from entrace.analysis.trace.plain import plain
 
 if TYPE_CHECKING:
     import polars as pl
     from markupsafe import Markup
 
-    from analysis.stages import StageFit
+    from entrace.analysis.statistics.stages import StageFit
 
 PAGE, CLAIMS = "report.html", "claims.json"
 MARK = '<meta name="generator" content="entrace report">'

@@ -13,19 +13,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis import interval_functions, queries
-from analysis.interrupt import interruptible
-from analysis.trace.errors import InputError, in_one_line, nearest, reason_of
-from analysis.trace.manifest import MANIFEST, read_manifest
-from analysis.trace.parts import check_part, list_parts, listed_files
-from analysis.trace.plain import well_formed
-from analysis.trace.schema import SCHEMA_VERSION, TABLES, Table
+from entrace.analysis import queries
+from entrace.analysis.statistics import interval_functions
+from entrace.analysis.terminal.interrupt import interruptible
+from entrace.analysis.trace.errors import InputError, in_one_line, nearest, reason_of
+from entrace.analysis.trace.manifest import MANIFEST, read_manifest
+from entrace.analysis.trace.parts import check_part, list_parts, listed_files
+from entrace.analysis.trace.plain import well_formed
+from entrace.analysis.trace.schema import SCHEMA_VERSION, TABLES, Table
 
 if TYPE_CHECKING:
     import duckdb
     import polars as pl
 
-    from analysis.stages import StageFit
+    from entrace.analysis.statistics.stages import StageFit
 
 DEFAULT_BASELINE = "none"
 # Of DuckDB; Python and its libraries come on top. What exceeds it goes to disk.
@@ -204,9 +205,9 @@ class Runs:
 
     @property
     def stage_fits(self) -> dict[str, StageFit]:
-        """Two-stage fit of every run that has recorded steps; see ``analysis.stages``."""
+        """Two-stage fit of every run that has recorded steps; see ``statistics.stages``."""
         if self._fits is None:
-            from analysis.stages import fit_stages
+            from entrace.analysis.statistics.stages import fit_stages
 
             known = "entropy_token_mean is not null and accuracy is not null"
             steps = self._select(

@@ -1,6 +1,6 @@
 """The one rule by which an effect is established, negligible, or neither.
 
-The scorecard (``analysis.claims``) and the comparison of arms (``analysis.compare``) both call ``decide`` and map its
+The scorecard (``claims``) and the comparison of arms (``compare``) both call ``decide`` and map its
 neutral outcome to their own words.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from analysis.stats import Estimate, detectable
+from entrace.analysis.statistics.estimates import Estimate, detectable
 
 SUPPORTED, CONTRADICTED, INCONCLUSIVE, NOT_RECORDED = "supported", "contradicted", "inconclusive", "not recorded"
 MAX_P_VALUE = 0.05

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from analysis.cli import app, run
+from entrace.analysis.cli import app, run
 
 # Triton asks once, when it is imported: without a GPU, its kernels are interpreted.
 if not shutil.which("nvidia-smi"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.claims import load_ledger
+from entrace.analysis.claims import load_ledger
 from tests.calibration import simulate
 from tests.calibration.calibrate import Store, main, simulate_once
 from tests.calibration.parameters import MethodWorld, World, curve

@@ -11,9 +11,9 @@ import pandas as pd
 import polars as pl
 import pytest
 
-from analysis import judge, open_runs
-from analysis.trace import TABLES
-from analysis.trace.schema import OLDEST_VERSION
+from entrace import judge, open_runs
+from entrace.analysis.trace import TABLES
+from entrace.analysis.trace.schema import OLDEST_VERSION
 
 FROZEN = Path(__file__).parent / "fixtures" / "frozen" / "none-seed0"
 SUMS = json.loads(FROZEN.with_name("sums.json").read_text())

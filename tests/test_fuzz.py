@@ -22,16 +22,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.figures import query
-from analysis.plan import measure_pilot
-from analysis.report import _provenance
-from analysis.runs import open_runs
-from analysis.trace import TABLES, InputError, Lexicon
+from entrace.analysis.figures import query
+from entrace.analysis.plan import measure_pilot
+from entrace.analysis.report import _provenance
+from entrace.analysis.runs import open_runs
+from entrace.analysis.trace import TABLES, InputError, Lexicon
+from entrace.trainer.ablation.grid import RunSpec, load_grid
+from entrace.trainer.config import Config, load_config
+from entrace.trainer.pretraining.pretrain import load_recipe
+from entrace.trainer.resources import CONFIGS
 from tests.analysis.conftest import write_tiny
-from trainer.config import Config, load_config
-from trainer.grid import RunSpec, load_grid
-from trainer.pretrain import load_recipe
-from trainer.resources import CONFIGS
 
 CODE = Path(__file__).parent.parent
 # What reads TOML, and a file that it takes.

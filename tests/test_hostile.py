@@ -25,14 +25,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.compare import compare
-from analysis.compare.text import to_text
-from analysis.export import FORMATS, render, to_report_csv
-from analysis.progress import Progress
-from analysis.report import write_report
-from analysis.runs import open_runs
-from analysis.trace import TABLES, InputError, TraceWriter
-from analysis.trace.plain import plain
+from entrace.analysis.compare import compare
+from entrace.analysis.compare.text import to_text
+from entrace.analysis.report import write_report
+from entrace.analysis.runs import open_runs
+from entrace.analysis.terminal.export import FORMATS, render, to_report_csv
+from entrace.analysis.terminal.progress import Progress
+from entrace.analysis.trace import TABLES, InputError, TraceWriter
+from entrace.analysis.trace.plain import plain
 from tests.analysis.conftest import VOCAB, write_failed, write_tiny
 from tests.analysis.synthetic import Planted, write_run
 
@@ -239,8 +239,8 @@ def test_progress_shows_names_as_they_are(tmp_path: Path):
     name = "[red]x[/red]:smile:\x1b[35mz\x1b]8;;https://example.org\x07\u202e\n"
     script = """
 import sys
-from analysis.grid_progress import GridProgress
-from analysis.progress import Progress
+from entrace.analysis.terminal.grid_progress import GridProgress
+from entrace.analysis.terminal.progress import Progress
 name = sys.argv[1].encode().decode("unicode_escape")
 with Progress(name, 2) as progress:
     progress.update(1, name)
@@ -281,7 +281,7 @@ def test_plain_lines_of_progress_are_lines(capsys: pytest.CaptureFixture[str]):
 
 
 def test_grid_of_hostile_arms(command, tmp_path: Path):
-    import trainer.cli  # noqa: F401, adds its commands to the app
+    import entrace.trainer.cli  # noqa: F401, adds its commands to the app
 
     quoted = json.dumps(f"{MARKUP}{CONTROLS}../$(id)")
     arms = f"[arms]\nnone = {{}}\n{quoted} = {{ shaping.ppl.alpha = 0.1 }}\n"

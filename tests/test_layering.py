@@ -31,4 +31,6 @@ def test_the_trainer_imports_the_trace_contract_alone(path):
     names = {name for name in imported(path) if name.partition(".")[0] == "analysis"}
     # The command line is where both meet.
     if path.parent != REPOSITORY / "trainer" / "cli":
-        assert all(name == "analysis.trace" or name.startswith("analysis.trace.") for name in names), names
+        assert all(name == "entrace.analysis.trace" or name.startswith("entrace.analysis.trace.") for name in names), (
+            names
+        )

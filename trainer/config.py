@@ -2,66 +2,37 @@
 
 from __future__ import annotations
 
-import re
-import tomllib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from analysis.trace import InputError, nearest, reason_of
-from trainer.resources import EMBEDDED, resolve_config
-from trainer.section import Fraction, Natural, Positive, Section
-from trainer.task_config import TaskConfig
-
-SHAPING_NAMES = (
-    "ppl",
-    "position",
-    "entropy_advantage",
-    "reweighting",
-    "psr",
-    "nsr",
-    "weighted_reinforce",
-    "ppl_high",
-    "ppl_permuted",
-    "position_reversed",
-    "released_noop",
+from entrace.trainer.algorithm.objectives import LossConfig
+from entrace.trainer.algorithm.shaping import ShapingConfig
+from entrace.trainer.resources import EMBEDDED, resolve_config
+from entrace.trainer.settings import (
+    BaseConfig,
+    Natural,
+    Positive,
+    merge,
+    parse_override,
+    read_toml,
+    validate_section,
 )
-LossMethod = Literal["grpo", "entropy_mask", "clip_cov", "kl_cov", "low_ppl_only", "high_ppl_only"]
-Aggregation = Literal["token_mean", "sequence_mean", "constant"]
-Denominator = Literal["selected", "all"]
-KLEstimator = Literal["k1", "k2", "k3"]
+from entrace.trainer.tasks.config import TaskConfig
+
 FilterMetric = Literal["acc", "reward"]
 WhenShort = Literal["fewer", "more", "error"]
 Schedule = Literal["constant", "linear", "cosine"]
-Engine = Literal["cache", "continuous"]
 
-
-def _check_composition(method: str) -> str:
-    for part in method.split("+"):
-        if part not in SHAPING_NAMES:
-            raise ValueError(f'"{part}" is no shaping method{nearest(part, SHAPING_NAMES)}')
-    return method
-
-
-def _check_shaping(method: str) -> str:
-    return method if method in ("none", "scale_matched") else _check_composition(method)
-
-
-Composition = Annotated[str, AfterValidator(_check_composition)]
-ShapingMethod = Annotated[str, AfterValidator(_check_shaping)]
+# Keys of earlier versions, and the value that stands for what is always done now.
+REMOVED_KEYS = {("rollout", "engine"): "cache", ("record", "mantissa_bits"): 23}
 
 # What decides how much memory updating, and sampling, takes.
 UPDATE_MEMORY, SAMPLING_MEMORY = MEMORY_KEYS = ("optim.micro_batch_tokens", "rollout.cache_tokens")
 
-# pydantic puts the branch of a union that was tried into the path of the error.
-UNION_BRANCH = re.compile(r"constrained-|literal\[")
 
-AnySection = TypeVar("AnySection", bound=Section)
-
-
-class LoraConfig(Section):
+class LoraConfig(BaseConfig):
     """Low-rank updates of linear maps (LoRA, arXiv 2106.09685): rank, scale alpha / r, and the modules by name.
 
     Without dropout: under it, the policy that is updated would not be the one that was sampled from.
@@ -72,7 +43,7 @@ class LoraConfig(Section):
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
 
 
-class PolicyConfig(Section):
+class PolicyConfig(BaseConfig):
     """The model to train, how it computes, and how it is asked.
 
     ``template`` is the text of a prompt, ``{question}`` standing for its question, in place of the tokenizer's chat
@@ -95,7 +66,7 @@ class PolicyConfig(Section):
         return template
 
 
-class RolloutConfig(Section):
+class RolloutConfig(BaseConfig):
     """Sampling of a step's responses.
 
     Dynamic sampling drops groups whose ``filter_metric`` is uniform, and draws up to ``max_refills`` more rounds.
@@ -104,8 +75,7 @@ class RolloutConfig(Section):
     not set, half the distance between these, the published strength (1 on a scale from -1 to 1).
     ``top_p`` and ``top_k`` cut the distribution, for sampling and in the update alike. ``stop`` holds texts that end a
     response once they are complete, in evaluations too. ``cache_tokens`` is how many tokens the caches of keys and
-    values may hold at once: prompts are sampled in parts that fit, at least one prompt each. ``engine`` samples, in
-    evaluations too: ``trainer.rollout.sample_at`` or ``trainer.continuous.sample_at``.
+    values may hold at once: prompts are sampled in parts that fit, at least one prompt each.
     """
 
     prompts_per_step: Positive = 32
@@ -116,7 +86,6 @@ class RolloutConfig(Section):
     top_k: Positive | None = None
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     cache_tokens: Positive = 1 << 20
-    engine: Engine = "cache"
     dynamic_sampling: bool = True
     filter_metric: FilterMetric = "acc"
     max_refills: Natural = 2
@@ -131,138 +100,7 @@ class RolloutConfig(Section):
         return self
 
 
-class Window(Section):
-    """Steps at which a shaping method is on, first and last included; ``plateau`` is the step it is detected at."""
-
-    start_step: Positive | Literal["plateau"] = 1
-    end_step: Positive | None = None
-
-    @model_validator(mode="after")
-    def _is_a_window(self) -> Window:
-        if self.end_step and isinstance(self.start_step, int) and self.end_step < self.start_step:
-            raise ValueError("end_step comes before start_step")
-        return self
-
-
-class PplConfig(Window):
-    """Parameters of PPL shaping; see ``trainer.shaping.ppl``."""
-
-    alpha: float = 0.01
-    clip: tuple[float, float] = (0.8, 1.2)
-
-
-class PositionConfig(Window):
-    """Parameters of position shaping; see ``trainer.shaping.position``."""
-
-    start_step: Positive | Literal["plateau"] = "plateau"
-    gamma: Annotated[float, Field(ge=0)] = 0.1
-    slope: float = 15.0
-    cap: Fraction = 0.5
-
-
-class EntropyAdvantageConfig(Window):
-    """Parameters of the entropy advantage; see ``trainer.shaping.entropy_advantage``."""
-
-    alpha: Annotated[float, Field(ge=0)] = 0.4
-    kappa: Annotated[float, Field(gt=1)] = 2.0
-
-
-class ReweightingConfig(Window):
-    """Parameter of advantage reweighting; see ``trainer.shaping.reweighting``."""
-
-    alpha: Fraction = 0.2
-
-
-class WeightedReinforceConfig(Window):
-    """Parameter of weighted REINFORCE; see ``trainer.shaping.weighted_reinforce``."""
-
-    positive_weight: Annotated[float, Field(ge=0)] = 0.1
-
-
-class ScaleMatchedConfig(Section):
-    """The method, or methods joined by ``+``, that ``scale_matched`` takes its size and windows from."""
-
-    mirrors: Composition = "ppl"
-
-
-class PlateauConfig(Section):
-    """When the plateau counts as reached; see ``trainer.plateau.PlateauDetector``."""
-
-    window_steps: Annotated[int, Field(ge=2)] = 10
-    tolerance: Fraction = 0.1
-
-
-class ShapingConfig(Section):
-    """Advantage shaping: the method, the parameters of each, and the plateau that windows may start at.
-
-    ``method`` is none, scale_matched, or others joined by ``+``, applied in that order.
-    """
-
-    method: ShapingMethod = "none"
-    ppl: PplConfig = PplConfig()
-    position: PositionConfig = PositionConfig()
-    entropy_advantage: EntropyAdvantageConfig = EntropyAdvantageConfig()
-    reweighting: ReweightingConfig = ReweightingConfig()
-    weighted_reinforce: WeightedReinforceConfig = WeightedReinforceConfig()
-    scale_matched: ScaleMatchedConfig = ScaleMatchedConfig()
-    plateau: PlateauConfig = PlateauConfig()
-
-
-class EntropyMaskConfig(Section):
-    """Parameters of ``trainer.objectives.entropy_mask``."""
-
-    top_frac: Fraction = 0.2
-    denominator: Denominator = "selected"
-
-
-class ClipCovConfig(Section):
-    """Parameters of ``trainer.objectives.clip_cov``."""
-
-    frac: Fraction = 2e-4
-    low: float = 1.0
-    high: float = 5.0
-
-
-class KLCovConfig(Section):
-    """Parameters of ``trainer.objectives.kl_cov``."""
-
-    frac: Fraction = 2e-3
-    coef: Annotated[float, Field(ge=0)] = 1.0
-
-
-class PplOnlyConfig(Section):
-    """Parameter of ``trainer.objectives.low_ppl_only`` and ``high_ppl_only``."""
-
-    frac: Annotated[float, Field(gt=0, le=1)] = 0.5
-
-
-class LossConfig(Section):
-    """Clipped policy loss: its method, ratio and denominator; and the optional KL and entropy terms.
-
-    ``dual_clip`` caps the ratio of tokens with a negative advantage (verl's ``clip_ratio_c``, TRL's ``delta``).
-    ``mask_truncated`` leaves responses that reached the length limit out of the loss; their rewards still enter the
-    mean and standard deviation of their group. ``kl_clamp`` bounds the KL estimate as verl's ``low_var_kl`` does.
-    """
-
-    method: LossMethod = "grpo"
-    ratio: Literal["token", "sequence"] = "token"
-    aggregation: Aggregation = "token_mean"
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    clip_high: Annotated[float, Field(gt=0)] = 0.28
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
-    mask_truncated: bool = False
-    normalize_std: bool = True
-    entropy_mask: EntropyMaskConfig = EntropyMaskConfig()
-    clip_cov: ClipCovConfig = ClipCovConfig()
-    kl_cov: KLCovConfig = KLCovConfig()
-    ppl_only: PplOnlyConfig = PplOnlyConfig()
-    kl_coef: Annotated[float, Field(ge=0)] = 0.0
-    kl_estimator: KLEstimator = "k3"
-    kl_clamp: bool = False
-    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
-
-
-class OptimConfig(Section):
+class OptimConfig(BaseConfig):
     """AdamW, its schedule, and how a step's batch is cut up.
 
     The learning rate rises over ``warmup_steps``, from ``lr / warmup_steps`` at the first step, or from 0 with
@@ -292,7 +130,7 @@ class OptimConfig(Section):
         return self
 
 
-class EvalConfig(Section):
+class EvalConfig(BaseConfig):
     """Held-out evaluation, before the first step, every ``every`` steps and after the last."""
 
     every: Positive = 20
@@ -301,11 +139,11 @@ class EvalConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
-class RecordConfig(Section):
+class RecordConfig(BaseConfig):
     """How often, in steps, buffered rows become Parquet files, after-update values are captured, a checkpoint is kept.
 
     ``after_update_every`` = 0 captures none; else ``after_update_responses`` of those in the update, at most, are
-    captured. ``mantissa_bits`` is to what measured columns of tokens are rounded.
+    captured.
     """
 
     flush_every: Positive = 10
@@ -313,7 +151,6 @@ class RecordConfig(Section):
     after_update_responses: Positive = 24
     checkpoint_every: Positive = 50
     lexicon: str | None = None
-    mantissa_bits: Annotated[int, Field(ge=1, le=23)] = 23
 
     def captures(self, step: int) -> bool:
         """Whether after-update values are captured at this step."""
@@ -326,7 +163,7 @@ class RecordConfig(Section):
         return self
 
 
-class Config(Section):
+class Config(BaseConfig):
     """One training run."""
 
     seed: Natural = 0
@@ -340,11 +177,29 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     record: RecordConfig = RecordConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_removed_keys(cls, values: Any) -> Any:
+        """Ignore keys that no longer exist where they ask for what is always done now."""
+        if not isinstance(values, Mapping):
+            return values
+        for (section, key), only in REMOVED_KEYS.items():
+            found = values.get(section)
+            if isinstance(found, Mapping) and key in found:
+                if found[key] != only:
+                    raise ValueError(f"{section}.{key} = {found[key]!r} is no longer supported; leave the key out")
+                values = {**values, section: {name: value for name, value in found.items() if name != key}}
+        return values
+
     @model_validator(mode="after")
     def _batch_can_be_cut(self) -> Config:
         if self.optim.mini_batches > self.rollout.prompts_per_step:
             raise ValueError("optim.mini_batches is larger than rollout.prompts_per_step")
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by value: sections generated from methods are not classes that another process can import."""
+        return _rebuild, (self.model_dump(mode="json"),)
 
     @property
     def overlong_penalty(self) -> float:
@@ -365,89 +220,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     return build_config(values, source=path)
 
 
+def _rebuild(values: dict[str, Any]) -> Config:
+    return Config.model_validate(values)
+
+
 def build_config(values: Mapping[str, Any], source: str) -> Config:
     """Validates nested values; ``source`` begins the error message."""
     return validate_section(Config, values, source)
-
-
-def validate_section(model: type[AnySection], values: Mapping[str, Any], source: str) -> AnySection:
-    """Builds ``model`` from nested values, turning the first validation error into one ``InputError`` line."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise InputError(f"{source}: {_one_line(model, error)}") from None
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Parses a TOML file.
-
-    Raises:
-        InputError: no such file, or not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {reason_of(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not TOML ({error})") from None
-
-
-def parse_override(text: str) -> dict[str, Any]:
-    """``a.b=1`` as ``{"a": {"b": 1}}``; the value is TOML, or else a string."""
-    key, separator, value = text.partition("=")
-    if not separator or not all(key.split(".")):
-        raise InputError(f'override "{text}": expected key.path=value')
-    try:
-        parsed: Any = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value
-    except (ValueError, RecursionError) as error:
-        raise InputError(f'override "{text}": {error}') from None
-    return nest(key.strip(), parsed)
-
-
-def nest(key: str, value: Any) -> dict[str, Any]:
-    """``a.b`` and a value as ``{"a": {"b": value}}``."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
-def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings united; where both have a value, that of ``change``. An empty mapping clears."""
-    merged = dict(base)
-    for key, value in change.items():
-        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping) and value
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
-
-
-def _one_line(model: type[Section], error: ValidationError) -> str:
-    # A misspelt key is also a missing one; the spelling is what helps.
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    path = [str(part) for part in first["loc"] if not UNION_BRANCH.match(str(part))]
-    key = ".".join(path)
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        return f'unknown key "{key}"{nearest(path[-1], _keys_at(model, path[:-1]))}'
-    if first["type"] == "missing":
-        return f'key "{key}" is missing'
-    if first["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    if first["type"] == "literal_error":
-        options = re.findall(r"'([^']*)'", first.get("ctx", {}).get("expected", ""))
-        return f'{key} = "{first["input"]}" is not valid{nearest(str(first["input"]), options)}'
-    branches = [e["msg"] for e in error.errors() if e["loc"][: len(path)] == first["loc"][: len(path)]]
-    expected = " or ".join(branches).replace("Input should be ", "expected ", 1).replace("Input should be ", "")
-    return f"{key}: {expected}, found {first['input']!r}"
-
-
-def _keys_at(model: type[Section], path: list[str]) -> list[str]:
-    for part in path:
-        # The name of an entry, such as that of a source in task.mix, is no field.
-        if part not in model.model_fields:
-            continue
-        annotation = model.model_fields[part].annotation
-        options = [annotation, *get_args(annotation)]
-        model = next(option for option in options if isinstance(option, type) and issubclass(option, Section))
-    return list(model.model_fields)

@@ -30,13 +30,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from analysis.trace import InputError, in_one_line
-from trainer import adapters
-from trainer.config import Config
-from trainer.policy import Policy
-from trainer.resources import PACKAGE, find_local_model
-from trainer.sharding import blocks
-from trainer.token_stats import BLOCK, compute_token_stats
+from entrace.analysis.trace import InputError, in_one_line
+from entrace.trainer.config import Config
+from entrace.trainer.kernels.token_stats import BLOCK, compute_token_stats
+from entrace.trainer.model import lora as adapters
+from entrace.trainer.model.policy import Policy
+from entrace.trainer.parallel.sharding import blocks
+from entrace.trainer.resources import PACKAGE, find_local_model
 
 SHAPES = PACKAGE / "shapes.toml"
 # Longest prompt where the configuration does not bound it, and a few-shot template is not longer.

@@ -10,18 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from analysis.trace import read_manifest
-from trainer.characters import warn_of_lost
-from trainer.checkpoint import find_checkpoint
-from trainer.config import SAMPLING_MEMORY, Config, build_config
-from trainer.distributed import ALONE, World
-from trainer.faults import memory_advice
-from trainer.policy import Policy
-from trainer.rollout import SamplingParams, check_engine, sample
-from trainer.run_folder import has_begun
-from trainer.seeding import Stream, generator
-from trainer.tasks import Task, answer_classes, load_task
-from trainer.token_stats import Truncation
+from entrace.analysis.trace import read_manifest
+from entrace.trainer.config import SAMPLING_MEMORY, Config, build_config
+from entrace.trainer.faults import memory_advice
+from entrace.trainer.kernels.token_stats import Truncation
+from entrace.trainer.model.policy import Policy
+from entrace.trainer.parallel.ranks import ALONE, Ranks
+from entrace.trainer.runs.checkpoint import find_checkpoint
+from entrace.trainer.runs.run_folder import has_begun
+from entrace.trainer.sampling.backend import backend_of
+from entrace.trainer.sampling.sampler import sample
+from entrace.trainer.sampling.samples import SamplingParams
+from entrace.trainer.seeding import Stream, generator
+from entrace.trainer.tasks import Task, answer_classes, load_task
+from entrace.trainer.tasks.characters import warn_of_lost
 
 
 def evaluate(
@@ -30,7 +32,7 @@ def evaluate(
     task: Task,
     step: int,
     on_step: Callable[..., None] | None = None,
-    world: World = ALONE,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Sample ``eval.samples`` responses to every held-out prompt and score them, shared out to all processes.
 
@@ -43,7 +45,7 @@ def evaluate(
         task: Prompts and scorer.
         step: Updates that the policy has received.
         on_step: Called with the number of prompts done, and the accuracy of the responses that got a verdict.
-        world: The processes, all of which get all rows.
+        ranks: The processes, all of which get all rows.
 
     Returns:
         Columns of the ``evals`` table, one row per response.
@@ -54,7 +56,7 @@ def evaluate(
     rows: dict[str, list[Any]] = defaultdict(list)
     for start in range(0, len(task.heldout), size):
         prompts = task.heldout[start : start + size]
-        own = world.share(len(prompts))
+        own = ranks.shard(len(prompts))
         rng = generator(config.seed, Stream.EVAL, start)
         with memory_advice(config, "evaluating", SAMPLING_MEMORY):
             encoded = [policy.encode_prompt(prompt.question) for prompt in prompts]
@@ -77,7 +79,9 @@ def evaluate(
             "response_length": samples.lengths.tolist(),
             "entropy_mean": samples.entropy_mean.tolist(),
         }
-        for name, values in ((name, values) for found in world.gather(part) for name, values in found.items()):
+        for name, values in (
+            (name, values) for found in ranks.all_gather_object(part) for name, values in found.items()
+        ):
             rows[name] += values
         if on_step:
             judged = [verdict for verdict in rows["is_correct"] if verdict is not None]
@@ -101,7 +105,7 @@ def find_policy(folder: Path, given: Config) -> Config:
 def load_policy_and_task(config: Config) -> tuple[Policy, Task]:
     """Load what an evaluation of ``config.policy`` needs, and warn of characters that its tokenizer cannot encode."""
     policy = Policy.load(config.policy)
-    check_engine(policy, config.rollout)
+    backend_of(policy)
     task = load_task(config.task, config.seed, policy.encode_prompt)
     warn_of_lost(policy.tokenizer, task, policy.name, policy.template)
     return policy, task

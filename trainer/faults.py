@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from analysis.trace import MANIFEST, InputError, flatten, read_manifest
-from trainer.distributed import LostProcessError
-from trainer.section import Section
+from entrace.analysis.trace import MANIFEST, InputError, flatten, read_manifest
+from entrace.trainer.parallel.ranks import LostProcessError
+from entrace.trainer.settings import BaseConfig
 
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
@@ -52,7 +52,7 @@ def explain_fault(error: Exception, run_dir: Path) -> Exception:
 
 
 @contextmanager
-def explained(run_dir: Path) -> Iterator[None]:
+def translate_errors(run_dir: Path) -> Iterator[None]:
     """What fails within fails with what ``explain_fault`` makes of it."""
     try:
         yield
@@ -63,7 +63,7 @@ def explained(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def memory_advice(config: Section, activity: str, *keys: str) -> Iterator[None]:
+def memory_advice(config: BaseConfig, activity: str, *keys: str) -> Iterator[None]:
     """Running out of memory within names the settings to lower, with their present values.
 
     Args:

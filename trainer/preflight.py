@@ -11,13 +11,13 @@ from typing import Any, TypeVar, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from analysis.trace import InputError, Lexicon
-from trainer.characters import describe_lost, find_lost, task_texts
-from trainer.config import Config
-from trainer.policy import Policy
-from trainer.pretrained import load_tokenizer
-from trainer.tasks import Prompt, Task, load_task
-from trainer.tasks.files import FileSource
+from entrace.analysis.trace import InputError, Lexicon
+from entrace.trainer.config import Config
+from entrace.trainer.model.loading import load_tokenizer
+from entrace.trainer.model.policy import Policy
+from entrace.trainer.tasks import Prompt, Task, load_task
+from entrace.trainer.tasks.characters import describe_lost, find_lost, task_texts
+from entrace.trainer.tasks.files import FileSource
 
 # Answers that the verifier of each data source is tried on.
 NUM_TRIED = 5

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from trainer.batch import Batch
-from trainer.config import Config
-from trainer.shaping import waits_for_plateau
-from trainer.tasks import Score
+from entrace.trainer.algorithm.shaping import waits_for_plateau
+from entrace.trainer.config import Config
+from entrace.trainer.rollouts import Batch
+from entrace.trainer.tasks import Score
 
 log = logging.getLogger("entrace")
 

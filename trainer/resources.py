@@ -7,9 +7,9 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from analysis.trace import InputError, in_one_line
+from entrace.analysis.trace import InputError, in_one_line
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).resolve().parent
 CONFIGS = PACKAGE / "configs"
 EMBEDDED = "embedded"
 SMOLLM = "smollm2-135m"

@@ -19,8 +19,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from analysis.compare.aggregates import Scores, aggregate_arms, last_scores
-from analysis.compare.measure import (
+from entrace.analysis.compare.aggregates import Scores, aggregate_arms, last_scores
+from entrace.analysis.compare.measure import (
     TRAINING,
     Curve,
     Evaluations,
@@ -30,13 +30,13 @@ from analysis.compare.measure import (
     name_prompts,
     read_prompts,
 )
-from analysis.compare.moderate import moderate
-from analysis.compare.pairs import Pair, pair_runs, why_nothing_to_compare
-from analysis.compare.rows import Row, evaluation_rows, half_way, training_row
-from analysis.compare.tables import aggregate_table, difference_table, seed_table, unpaired_table
-from analysis.compare.verdict import PRIMARY, Judged, judge_rows
-from analysis.runs import Runs
-from analysis.trace.errors import InputError
+from entrace.analysis.compare.moderate import moderate
+from entrace.analysis.compare.pairs import Pair, pair_runs, why_nothing_to_compare
+from entrace.analysis.compare.rows import Row, evaluation_rows, half_way, training_row
+from entrace.analysis.compare.tables import aggregate_table, difference_table, seed_table, unpaired_table
+from entrace.analysis.compare.verdict import PRIMARY, Judged, judge_rows
+from entrace.analysis.runs import Runs
+from entrace.analysis.trace.errors import InputError
 
 if TYPE_CHECKING:
     import polars as pl
@@ -122,7 +122,7 @@ def references_of(ledger: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def _shipped_references() -> dict[str, str]:
     # The scorecard imports this module.
-    from analysis.claims import load_ledger
+    from entrace.analysis.claims import load_ledger
 
     return references_of(load_ledger())
 

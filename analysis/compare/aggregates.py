@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.aggregate import improvement_interval, iqm_interval
-from analysis.compare.measure import Evaluations
-from analysis.compare.pairs import Pair
+from entrace.analysis.compare.measure import Evaluations
+from entrace.analysis.compare.pairs import Pair
+from entrace.analysis.statistics.aggregates import improvement_interval, iqm_interval
 
 if TYPE_CHECKING:
     import polars as pl

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.compare import compare_once, references_of
-from analysis.compare.verdict import FORMAL, LENGTH, PRIMARY, Judged, metric_of
-from analysis.runs import Runs
-from analysis.stats import Estimate
-from analysis.trace.errors import InputError, nearest
-from analysis.verdict_rules import CONTRADICTED, INCONCLUSIVE, NOT_RECORDED, SUPPORTED
+from entrace.analysis.compare import compare_once, references_of
+from entrace.analysis.compare.verdict import FORMAL, LENGTH, PRIMARY, Judged, metric_of
+from entrace.analysis.runs import Runs
+from entrace.analysis.statistics.estimates import Estimate
+from entrace.analysis.trace.errors import InputError, nearest
+from entrace.analysis.verdict_rules import CONTRADICTED, INCONCLUSIVE, NOT_RECORDED, SUPPORTED
 
 # Metric of the comparison by part of a claim; unit and smallest effect that matters are those of the ledger.
 PARTS = {"avg@k": PRIMARY, "length": LENGTH, "formal tokens": FORMAL}

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.compare.paired import SeedSums
-from analysis.compare.pairs import Pair
-from analysis.compare.verdict import FORMAL, metric_of
-from analysis.runs import Runs
-from analysis.stats import pass_at_k
+from entrace.analysis.compare.paired import SeedSums
+from entrace.analysis.compare.pairs import Pair
+from entrace.analysis.compare.verdict import FORMAL, metric_of
+from entrace.analysis.runs import Runs
+from entrace.analysis.statistics.estimates import pass_at_k
 
 if TYPE_CHECKING:
     import polars as pl

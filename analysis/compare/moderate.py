@@ -28,9 +28,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from analysis.compare.rows import Row
-from analysis.intervals import NO_ERROR
-from analysis.stats import moderated_variances
+from entrace.analysis.compare.rows import Row
+from entrace.analysis.statistics.estimates import moderated_variances
+from entrace.analysis.statistics.intervals import NO_ERROR
 
 KEEPS_OWN = 0.2
 LEFT_OUT = 0.01

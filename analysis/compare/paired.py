@@ -8,8 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from analysis.intervals import NO_ERROR, bounded
-from analysis.stats import Estimate
+from entrace.analysis.statistics.estimates import Estimate
+from entrace.analysis.statistics.intervals import NO_ERROR, bounded
 
 PROMPTS_ONLY = "prompts only; other seeds not covered"
 PROMPTS_AND_SEEDS = "prompts and seeds"

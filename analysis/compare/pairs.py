@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.runs import Runs
+from entrace.analysis.runs import Runs
 
 # Entries of manifest key common_random_numbers that two runs must share, and their names.
 SHARED = {

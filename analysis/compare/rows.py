@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.compare.measure import Curve, Measured, first_reached, pass_metrics
-from analysis.compare.paired import Difference, SeedSums, over_prompts_and_seeds, over_seeds
-from analysis.compare.verdict import FORMAL, LENGTH, PRIMARY, STEPS, metric_of
+from entrace.analysis.compare.measure import Curve, Measured, first_reached, pass_metrics
+from entrace.analysis.compare.paired import Difference, SeedSums, over_prompts_and_seeds, over_seeds
+from entrace.analysis.compare.verdict import FORMAL, LENGTH, PRIMARY, STEPS, metric_of
 
 # Smallest rise of the baseline's accuracy that has a half way.
 SMALLEST_RISE = 0.01

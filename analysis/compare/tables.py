@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from analysis.compare.pairs import arm_of
-from analysis.compare.rows import Row
-from analysis.compare.verdict import PRIMARY, Judged
+from entrace.analysis.compare.pairs import arm_of
+from entrace.analysis.compare.rows import Row
+from entrace.analysis.compare.verdict import PRIMARY, Judged
 
 if TYPE_CHECKING:
     import polars as pl

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from analysis.compare.rows import metric_names
-from analysis.export import readable
-from analysis.trace.errors import InputError, nearest
+from entrace.analysis.compare.rows import metric_names
+from entrace.analysis.terminal.export import readable
+from entrace.analysis.trace.errors import InputError, nearest
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from analysis.compare import Comparison
+    from entrace.analysis.compare import Comparison
 
 ALL = "all"
 

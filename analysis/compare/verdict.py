@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from analysis.stats import holm
-from analysis.verdict_rules import INCONCLUSIVE, MIN_RUNS, Outcome, Size, decide
+from entrace.analysis.statistics.estimates import holm
+from entrace.analysis.verdict_rules import INCONCLUSIVE, MIN_RUNS, Outcome, Size, decide
 
 if TYPE_CHECKING:
-    from analysis.compare.paired import Bounds
-    from analysis.compare.rows import Row
+    from entrace.analysis.compare.paired import Bounds
+    from entrace.analysis.compare.rows import Row
 
 NO_DIFFERENCE = "no difference that matters"
 

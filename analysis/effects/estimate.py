@@ -1,7 +1,7 @@
 """From sums per prompt, or series per step, to an effect with its interval.
 
-Within a run, ``analysis.intervals`` accounts for autocorrelated steps and returning prompts. An effect of several runs
-is the mean over them; its interval accounts for how much runs differ, too.
+Within a run, ``statistics.intervals`` accounts for autocorrelated steps and returning prompts. The effect of several
+runs is the mean over them; its interval also accounts for how much the runs differ.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis import queries
-from analysis.intervals import Effect, combine, contrast, level, over_clusters, step_values
-from analysis.runs import Runs
-from analysis.stages import MIN_STEPS, trend_weights
-from analysis.stats import Estimate
+from entrace.analysis import queries
+from entrace.analysis.runs import Runs
+from entrace.analysis.statistics.estimates import Estimate
+from entrace.analysis.statistics.intervals import Effect, combine, contrast, level, over_clusters, step_values
+from entrace.analysis.statistics.stages import MIN_STEPS, trend_weights
 
 if TYPE_CHECKING:
     import polars as pl
@@ -86,7 +86,7 @@ def over_runs(
 
 
 def mean_of_runs(found: Sequence[Estimate], of: str) -> Estimate:
-    """Return the mean of the effects of runs; see ``analysis.intervals.combine``.
+    """Return the mean of the effects of runs; see ``statistics.intervals.combine``.
 
     Raises:
         NoEffectError: an effect is not finite.

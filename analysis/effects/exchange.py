@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.effects.estimate import NoEffectError, count, fetch, over_runs
-from analysis.intervals import contrast, draw_errors
-from analysis.runs import Runs
-from analysis.stages import MIN_STEPS
-from analysis.stats import ONE_SD, Estimate
+from entrace.analysis.effects.estimate import NoEffectError, count, fetch, over_runs
+from entrace.analysis.runs import Runs
+from entrace.analysis.statistics.estimates import ONE_SD, Estimate
+from entrace.analysis.statistics.intervals import contrast, draw_errors
+from entrace.analysis.statistics.stages import MIN_STEPS
 
 if TYPE_CHECKING:
     import polars as pl

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.effects.estimate import NoEffectError
+from entrace.analysis.effects.estimate import NoEffectError
 
 if TYPE_CHECKING:
     import polars as pl

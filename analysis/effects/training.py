@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.effects import exchange, potential
-from analysis.effects.estimate import (
+from entrace.analysis.effects import exchange, potential
+from entrace.analysis.effects.estimate import (
     NoEffectError,
     change_of,
     count,
@@ -29,10 +29,10 @@ from analysis.effects.estimate import (
     require_rising,
     rising_change,
 )
-from analysis.intervals import MAX_DF, Effect, combine
-from analysis.runs import Runs
-from analysis.stages import MIN_STEPS, StageFit, slowdown
-from analysis.stats import LEVEL, ONE_SD, Estimate
+from entrace.analysis.runs import Runs
+from entrace.analysis.statistics.estimates import LEVEL, ONE_SD, Estimate
+from entrace.analysis.statistics.intervals import MAX_DF, Effect, combine
+from entrace.analysis.statistics.stages import MIN_STEPS, StageFit, slowdown
 
 if TYPE_CHECKING:
     import polars as pl

@@ -1,6 +1,6 @@
 """Figures, one module a question, named as its SQL file.
 
-``analysis.figures.<stem>(runs, ax=None)`` queries and draws on ``ax`` (a new one if not given), returns the Axes and
+``entrace.figures.<stem>(runs, ax=None)`` queries and draws on ``ax`` (a new one if not given), returns the Axes and
 saves nothing. Training is drawn for the baseline runs, as the claims judge it; ablations for all runs.
 """
 
@@ -11,16 +11,16 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from analysis import queries
-from analysis.figures import arms, style
-from analysis.figures.paired_differences import comparison
-from analysis.trace.errors import InputError
+from entrace.analysis import queries
+from entrace.analysis.figures import arms, style
+from entrace.analysis.figures.paired_differences import comparison
+from entrace.analysis.trace.errors import InputError
 
 if TYPE_CHECKING:
     import polars as pl
     from matplotlib.axes import Axes
 
-    from analysis.runs import Runs
+    from entrace.analysis.runs import Runs
 
 # In the order of the report: stage, instance, token, ablation.
 STEMS = (

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 
-from analysis.figures import arms, style
+from entrace.analysis.figures import arms, style
 
 if TYPE_CHECKING:
     import polars as pl

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.figures import style
-from analysis.intervals import NO_ERROR, bounded
-from analysis.verdict_rules import MIN_RUNS
+from entrace.analysis.figures import style
+from entrace.analysis.statistics.intervals import NO_ERROR, bounded
+from entrace.analysis.verdict_rules import MIN_RUNS
 
 if TYPE_CHECKING:
     import polars as pl
     from matplotlib.axes import Axes
 
-    from analysis.runs import Runs
+    from entrace.analysis.runs import Runs
 
 COLUMNS = 4
 # Shares of a panel's width and height that are left free, to its right and above it.

@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
-from analysis.figures import arms, style
+from entrace.analysis.figures import arms, style
 
 if TYPE_CHECKING:
     import polars as pl

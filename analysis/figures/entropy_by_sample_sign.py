@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.figures import style
-from analysis.stages import decompose_fall
+from entrace.analysis.figures import style
+from entrace.analysis.statistics.stages import decompose_fall
 
 if TYPE_CHECKING:
     import polars as pl

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.colors import LogNorm
 
-from analysis.figures import style
+from entrace.analysis.figures import style
 
 if TYPE_CHECKING:
     import polars as pl

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.figures import style
-from analysis.intervals import contrast
-from analysis.stages import MIN_STEPS
+from entrace.analysis.figures import style
+from entrace.analysis.statistics.intervals import contrast
+from entrace.analysis.statistics.stages import MIN_STEPS
 
 if TYPE_CHECKING:
     import polars as pl
@@ -52,7 +52,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
 
 
 def fit_band(run: pl.DataFrame, entropy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 95 % interval of one run's fitted curve; see ``analysis.intervals.contrast``.
+    """Return the 95 % interval of one run's fitted curve; see ``statistics.intervals.contrast``.
 
     Args:
         run: Rows of one run in the order of steps.

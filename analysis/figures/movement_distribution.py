@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from analysis.figures import style
+from entrace.analysis.figures import style
 
 if TYPE_CHECKING:
     import polars as pl

@@ -8,15 +8,15 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.patches import Patch
 
-from analysis.compare import compare_once as comparison
-from analysis.compare.verdict import METRICS, PRIMARY
-from analysis.figures import arms, style
+from entrace.analysis.compare import compare_once as comparison
+from entrace.analysis.compare.verdict import METRICS, PRIMARY
+from entrace.analysis.figures import arms, style
 
 if TYPE_CHECKING:
     import polars as pl
     from matplotlib.axes import Axes
 
-    from analysis.runs import Runs
+    from entrace.analysis.runs import Runs
 
 CAPTION = (
     "Accuracy of each arm minus that of its baseline on the same held-out prompts, seed by seed. A verdict needs three "

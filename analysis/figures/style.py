@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from analysis.trace.plain import plain
+from entrace.analysis.trace.plain import plain
 
 if TYPE_CHECKING:
     import polars as pl

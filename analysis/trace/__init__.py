@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from analysis.lazy import names_from
+from entrace._lazy import names_from
 
 if TYPE_CHECKING:
-    from analysis.trace.defects import find_defects
-    from analysis.trace.errors import InputError, in_one_line, nearest, reason_of
-    from analysis.trace.lexicon import CATEGORIES, Lexicon
-    from analysis.trace.manifest import MANIFEST, describe_machine, flatten, read_manifest, write_manifest
-    from analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
-    from analysis.trace.vocabulary import Vocabulary
-    from analysis.trace.writer import TraceWriter
+    from entrace.analysis.trace.defects import find_defects
+    from entrace.analysis.trace.errors import InputError, in_one_line, nearest, reason_of
+    from entrace.analysis.trace.lexicon import CATEGORIES, Lexicon
+    from entrace.analysis.trace.manifest import MANIFEST, describe_machine, flatten, read_manifest, write_manifest
+    from entrace.analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
+    from entrace.analysis.trace.vocabulary import Vocabulary
+    from entrace.analysis.trace.writer import TraceWriter
 
 __all__ = [
     "CATEGORIES",
@@ -39,23 +39,23 @@ __all__ = [
 __getattr__ = names_from(
     __name__,
     {
-        "find_defects": "analysis.trace.defects",
-        "InputError": "analysis.trace.errors",
-        "in_one_line": "analysis.trace.errors",
-        "nearest": "analysis.trace.errors",
-        "reason_of": "analysis.trace.errors",
-        "CATEGORIES": "analysis.trace.lexicon",
-        "Lexicon": "analysis.trace.lexicon",
-        "MANIFEST": "analysis.trace.manifest",
-        "describe_machine": "analysis.trace.manifest",
-        "flatten": "analysis.trace.manifest",
-        "read_manifest": "analysis.trace.manifest",
-        "write_manifest": "analysis.trace.manifest",
-        "SCHEMA_VERSION": "analysis.trace.schema",
-        "TABLES": "analysis.trace.schema",
-        "Column": "analysis.trace.schema",
-        "Table": "analysis.trace.schema",
-        "Vocabulary": "analysis.trace.vocabulary",
-        "TraceWriter": "analysis.trace.writer",
+        "find_defects": "entrace.analysis.trace.defects",
+        "InputError": "entrace.analysis.trace.errors",
+        "in_one_line": "entrace.analysis.trace.errors",
+        "nearest": "entrace.analysis.trace.errors",
+        "reason_of": "entrace.analysis.trace.errors",
+        "CATEGORIES": "entrace.analysis.trace.lexicon",
+        "Lexicon": "entrace.analysis.trace.lexicon",
+        "MANIFEST": "entrace.analysis.trace.manifest",
+        "describe_machine": "entrace.analysis.trace.manifest",
+        "flatten": "entrace.analysis.trace.manifest",
+        "read_manifest": "entrace.analysis.trace.manifest",
+        "write_manifest": "entrace.analysis.trace.manifest",
+        "SCHEMA_VERSION": "entrace.analysis.trace.schema",
+        "TABLES": "entrace.analysis.trace.schema",
+        "Column": "entrace.analysis.trace.schema",
+        "Table": "entrace.analysis.trace.schema",
+        "Vocabulary": "entrace.analysis.trace.vocabulary",
+        "TraceWriter": "entrace.analysis.trace.writer",
     },
 )

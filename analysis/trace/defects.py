@@ -7,7 +7,7 @@ import string
 from functools import cache, lru_cache
 from itertools import compress
 
-from analysis.trace.lexicon import Lexicon
+from entrace.analysis.trace.lexicon import Lexicon
 
 FORMAT_VIOLATION, TRUNCATED, REPETITION, IRRELEVANT = DEFECTS = (
     "format_violation",

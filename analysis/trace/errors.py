@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from analysis.trace.plain import plain
+from entrace.analysis.trace.plain import plain
 
 # Characters of a message of several lines.
 ANNOUNCED = 500

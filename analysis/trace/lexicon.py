@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.trace.errors import InputError, in_one_line, nearest, reason_of
+from entrace.analysis.trace.errors import InputError, in_one_line, nearest, reason_of
 
 FORMAL, LOGICAL, META, SEMANTIC, SPECIAL = CATEGORIES = (
     "formal_reasoning",

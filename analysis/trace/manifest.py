@@ -14,9 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from analysis.trace.errors import InputError, in_one_line, reason_of
-from analysis.trace.plain import well_formed
-from analysis.trace.schema import check_version
+from entrace.analysis.trace.errors import InputError, in_one_line, reason_of
+from entrace.analysis.trace.plain import well_formed
+from entrace.analysis.trace.schema import check_version
 
 MANIFEST = "run.json"
 # Types of what readers rely on; other keys may hold anything.

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.trace.errors import InputError, in_one_line
-from analysis.trace.schema import TABLES, VERSION_KEY, Table, check_version
+from entrace.analysis.trace.errors import InputError, in_one_line
+from entrace.analysis.trace.schema import TABLES, VERSION_KEY, Table, check_version
 
 if TYPE_CHECKING:
     import pyarrow as pa

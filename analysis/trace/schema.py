@@ -6,7 +6,7 @@ with them, and ``entrace tables`` prints them. A nullable column is null where i
 column is added or changes its meaning or type, and keep ``OLDEST_VERSION`` readable.
 
 Version 2 added the columns with ``since=2`` and made ``is_correct`` and ``reward`` nullable. The views of
-``analysis.runs`` show the same columns for both versions.
+``runs`` show the same columns for both versions.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from functools import cached_property
 
 import pyarrow as pa
 
-from analysis.trace.errors import InputError
-from analysis.trace.plain import plain
+from entrace.analysis.trace.errors import InputError
+from entrace.analysis.trace.plain import plain
 
 SCHEMA_VERSION = 2
 OLDEST_VERSION = 1
@@ -37,7 +37,7 @@ class Column:
         unit: A unit, a range or ``-``.
         meaning: In a sentence.
         nullable: May be left out when writing.
-        is_measured: float32 that was measured, rounded to the ``mantissa_bits`` that the field's metadata state.
+        is_measured: float32 whose mantissa is noise, which decides how it is encoded.
         since: First schema version with the column.
     """
 
@@ -90,7 +90,6 @@ def check_version(place: str, found: object) -> int:
 
 
 def _measured(name: str, unit: str, meaning: str, *, nullable: bool = False) -> Column:
-    meaning = f"{meaning} Rounded to mantissa_bits of run.json."
     return Column(name, pa.float32(), unit, meaning, nullable, is_measured=True)
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.trace.plain import REPLACEMENT
+from entrace.analysis.trace.plain import REPLACEMENT
 
 WORD_START = "\u2581"
 # How SentencePiece names the entry of a single byte, and how every byte that is not a character is shown.

@@ -21,14 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from analysis.trace.errors import InputError, in_one_line, nearest
-from analysis.trace.lexicon import Lexicon
-from analysis.trace.manifest import durable_file, now, read_manifest, write_manifest
-from analysis.trace.parts import FILES, Files, last_step, listed_files, part_name, remove_leftovers
-from analysis.trace.plain import well_formed
-from analysis.trace.precision import EXACT_BITS, MANTISSA_BITS, round_measured
-from analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
-from analysis.trace.vocabulary import Vocabulary
+from entrace.analysis.trace.errors import InputError, in_one_line, nearest
+from entrace.analysis.trace.lexicon import Lexicon
+from entrace.analysis.trace.manifest import durable_file, now, read_manifest, write_manifest
+from entrace.analysis.trace.parts import FILES, Files, last_step, listed_files, part_name, remove_leftovers
+from entrace.analysis.trace.plain import well_formed
+from entrace.analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
+from entrace.analysis.trace.vocabulary import Vocabulary
 
 # Smallest exact encodings found for each kind of column: mantissa bytes of measured floats are noise and cost least
 # when split from the exponents; ids, lengths and constants within a response are runs.
@@ -57,8 +56,6 @@ class TraceWriter:
         self.rank = rank
         self._gather = gather
         self._categories = pa.array(categories, pa.string())
-        # Traces of earlier versions, which went on exactly, do not say.
-        self._mantissa_bits = manifest.get(MANTISSA_BITS, EXACT_BITS)
         self._buffers: dict[str, list[pa.Table]] = {name: [] for name in TABLES}
         self._ended_step = manifest["last_durable_step"]
         self._num_ended = dict.fromkeys(TABLES, 0)
@@ -74,7 +71,6 @@ class TraceWriter:
         replace: bool = False,
         rank: int = 0,
         gather: Gather = lambda files: [files],
-        mantissa_bits: int = EXACT_BITS,
     ) -> TraceWriter:
         """Starts a new trace in ``run_dir``.
 
@@ -86,14 +82,11 @@ class TraceWriter:
             replace: The folder may hold a trace, whose rows are removed.
             rank: Of this process among those that record the run.
             gather: See the class.
-            mantissa_bits: To which measured columns of tokens are rounded, 1 to 23 (exact); kept in ``run.json``.
 
         Raises:
-            InputError: ``run_dir`` is not empty, ``run_id`` is missing, or ``mantissa_bits`` is out of range.
+            InputError: ``run_dir`` is not empty, or ``run_id`` is missing.
         """
         run_dir = Path(run_dir)
-        if not 1 <= mantissa_bits <= EXACT_BITS:
-            raise InputError(f"mantissa_bits: expected 1 to {EXACT_BITS}, found {mantissa_bits}")
         if manifest.get("run_id") is None:
             state = "is null" if "run_id" in manifest else "is missing"
             raise InputError(f"manifest: run_id {state}; name the run")
@@ -101,9 +94,8 @@ class TraceWriter:
             raise InputError(f"{run_dir}: already holds files; choose another folder, or continue with --resume")
         entries = vocab if isinstance(vocab, Vocabulary) else Vocabulary(list(vocab))
         categories = (lexicon or Lexicon.load()).categorize(entries.texts, entries.is_special)
-        contract = {"schema_version": SCHEMA_VERSION, MANTISSA_BITS: mantissa_bits}
         state = {"status": "running", "started_at": now(), "last_durable_step": 0, FILES: {}}
-        writer = cls(run_dir, {**manifest, **contract, **state}, categories, rank, gather)
+        writer = cls(run_dir, {**manifest, "schema_version": SCHEMA_VERSION, **state}, categories, rank, gather)
         if rank == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_manifest(run_dir, writer.manifest)
@@ -144,7 +136,7 @@ class TraceWriter:
         """Buffers rows of ``table``.
 
         Args:
-            table: Name from ``analysis.trace.TABLES``.
+            table: Name from ``trace.TABLES``.
             columns: Arrays of one length, or scalars that hold for all rows. ``run_id`` is filled in, and so is the
                 ``category`` of tokens; nullable columns may be left out. Of text, lone surrogates, which no file can
                 hold, become U+FFFD.
@@ -158,8 +150,7 @@ class TraceWriter:
         columns = {"run_id": self.manifest["run_id"], **columns}
         if table == "tokens" and "token_id" in columns:
             columns["category"] = self._categorize(columns["token_id"])
-        rows = _as_arrow(TABLES[table], columns)
-        self._buffers[table].append(round_measured(rows, TABLES[table], self._mantissa_bits))
+        self._buffers[table].append(_as_arrow(TABLES[table], columns))
 
     def _categorize(self, token_ids: Any) -> Any:
         try:
@@ -221,7 +212,7 @@ def write_part(path: Path, table: str, columns: Mapping[str, Any], metadata: Map
 
     Args:
         path: The file; its folder is that of the table, its name must not be one that ``TraceWriter`` gives.
-        table: Name from ``analysis.trace.TABLES``.
+        table: Name from ``trace.TABLES``.
         columns: As in ``TraceWriter.append``; nothing is filled in.
         metadata: Added to the metadata of the file's schema.
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.runs import Runs, open_runs
-from analysis.trace import SCHEMA_VERSION, TraceWriter, write_manifest
+from entrace.analysis.runs import Runs, open_runs
+from entrace.analysis.trace import SCHEMA_VERSION, TraceWriter, write_manifest
 from tests.analysis.synthetic import Planted, write_run
 
 VOCAB = ["<eos>", "1", " so", " dog"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.trace import TraceWriter
+from entrace.analysis.trace import TraceWriter
 
 VOCAB = [
     "<eos>",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import trim_mean
 
-from analysis.aggregate import improvement_interval, iqm, iqm_interval
+from entrace.analysis.statistics.aggregates import improvement_interval, iqm, iqm_interval
 
 # Five runs, three benchmarks, two algorithms.
 X = np.array([[0.62, 0.43, 0.78], [0.55, 0.37, 0.72], [0.62, 0.52, 0.76], [0.57, 0.45, 0.83], [0.63, 0.34, 0.8]])

@@ -10,9 +10,9 @@ import polars as pl
 import pytest
 from matplotlib.figure import Figure
 
-import analysis
-from analysis.runs import open_runs
-from analysis.trace import TraceWriter
+import entrace
+from entrace.analysis.runs import open_runs
+from entrace.analysis.trace import TraceWriter
 from tests.analysis.conftest import step_row
 
 mpl.use("Agg")
@@ -50,14 +50,14 @@ def dead_seed(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("stem", ["ablation_curves", "performance_profile", "ablation_final", "cost_accuracy"])
 def test_all_points_average_the_same_seeds(dead_seed: Path, stem: str):
     runs = open_runs(dead_seed)
-    shown = analysis.figures.query(runs, stem).filter(arm="b").drop_nulls("mean")
+    shown = entrace.figures.query(runs, stem).filter(arm="b").drop_nulls("mean")
     assert set(shown["run_id"]) == {"b-1", "b-2"}
     assert set(shown["num_seeds"]) == {2}
     if stem == "ablation_curves":
         # Half and all of the samples are right throughout, so the mean does not jump where the third seed ends.
         assert shown["mean"].to_list() == pytest.approx([0.75] * 8)
         assert set(shown["step"]) == {0, 2, 4, 6}
-    title = getattr(analysis.figures, stem)(runs, ax=Figure().subplots()).get_title(loc="left")
+    title = getattr(entrace.figures, stem)(runs, ax=Figure().subplots()).get_title(loc="left")
     assert "left out: 1 run that ended before others of the arm" in title
 
 
@@ -74,7 +74,7 @@ def test_a_step_that_one_seed_did_not_evaluate_is_not_drawn(tmp_path: Path):
         }
     )
     write_run(tmp_path, "none", 0, [2], last=6)
-    found = analysis.figures.arms.with_means(open_runs(tmp_path), frame, "avg_at_k", ("benchmark", "step"))
+    found = entrace.figures.arms.with_means(open_runs(tmp_path), frame, "avg_at_k", ("benchmark", "step"))
     assert found["step"].to_list() == [0, 5, 10, 0, 10]
     assert found["mean"].is_null().to_list() == [False, True, False, False, False]
     assert found["mean"].drop_nulls().to_list() == pytest.approx([0.2, 0.7, 0.2, 0.7])
@@ -84,7 +84,7 @@ def test_intervals_of_shares_stay_within_their_range(tmp_path: Path):
     # 8, 9 and 10 of ten prompts are always solved: t would reach 1.15.
     for seed, solved in enumerate((8, 9, 10)):
         write_run(tmp_path, "none", seed, [4] * solved + [0] * (10 - solved), last=6)
-    row = analysis.figures.query(open_runs(tmp_path), "ablation_curves").row(0, named=True)
+    row = entrace.figures.query(open_runs(tmp_path), "ablation_curves").row(0, named=True)
     half = 4.302653 * 0.1 / 3**0.5 / (0.9 * 0.1)
     ends = 1 / (1 + np.exp(-np.log(9) + np.array([half, -half])))
     assert (row["mean"], row["mean_low"], row["mean_high"]) == pytest.approx((0.9, *ends), abs=1e-6)
@@ -93,7 +93,7 @@ def test_intervals_of_shares_stay_within_their_range(tmp_path: Path):
 def test_seeds_that_agree_have_the_interval_over_prompts(tmp_path: Path):
     for seed in range(3):
         write_run(tmp_path, "none", seed, [4] * 10, last=6)
-    row = analysis.figures.query(open_runs(tmp_path), "ablation_curves").row(0, named=True)
+    row = entrace.figures.query(open_runs(tmp_path), "ablation_curves").row(0, named=True)
     # Wilson's interval of 10 of 10, t(.975, 9) = 2.2622.
     assert (row["mean"], row["mean_low"], row["mean_high"]) == pytest.approx(
         (1, 1 / (1 + 2.262157**2 / 10), 1), abs=1e-6
@@ -103,7 +103,7 @@ def test_seeds_that_agree_have_the_interval_over_prompts(tmp_path: Path):
 def test_runs_without_times_are_drawn_by_their_tokens(tmp_path: Path):
     for seed in range(3):
         write_run(tmp_path, "none", seed, [4, 2], last=6, seconds=None)
-    ax = analysis.figures.cost_accuracy(open_runs(tmp_path))
+    ax = entrace.figures.cost_accuracy(open_runs(tmp_path))
     ax.figure.canvas.draw()
     tokens, seconds = ax.child_axes
     assert len(tokens.lines[0].get_xdata()) == 3

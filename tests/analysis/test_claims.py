@@ -11,11 +11,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.claims import CONTRADICTED, INCONCLUSIVE, NOT_RECORDED, SUPPORTED, Verdict, judge, load_ledger, overall
-from analysis.effects.training import PARTS
-from analysis.runs import Runs, open_runs
-from analysis.stats import Estimate, holm
-from analysis.trace.errors import InputError
+from entrace.analysis.claims import (
+    CONTRADICTED,
+    INCONCLUSIVE,
+    NOT_RECORDED,
+    SUPPORTED,
+    Verdict,
+    judge,
+    load_ledger,
+    overall,
+)
+from entrace.analysis.effects.training import PARTS
+from entrace.analysis.runs import Runs, open_runs
+from entrace.analysis.statistics.estimates import Estimate, holm
+from entrace.analysis.trace.errors import InputError
 from tests.analysis.conftest import write_failed
 from tests.analysis.synthetic import NOTHING, Planted, write_run
 

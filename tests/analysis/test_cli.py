@@ -11,8 +11,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from analysis.cli import NOTES_SHOWN
-from analysis.trace import TABLES, TraceWriter
+from entrace.analysis.cli import NOTES_SHOWN
+from entrace.analysis.trace import TABLES, TraceWriter
 
 
 def test_what_is_missing_of_a_run_is_said_beside_the_answer(command, tmp_path: Path):
@@ -64,7 +64,7 @@ def test_other_failures_are_one_line_and_exit_1(command, monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise OSError("disk full\nreally")
 
-    monkeypatch.setattr("analysis.runs.open_runs", fail)
+    monkeypatch.setattr("entrace.analysis.runs.open_runs", fail)
     assert command("claims", str(tiny_path)) == (1, b"", "entrace: OSError: disk full really\n")
 
 
@@ -138,11 +138,11 @@ def test_start_up_loads_nothing_heavy_and_no_training_package():
 def test_whole_package_works_without_training_packages(tiny_path: Path):
     script = f"""
 import pkgutil, sys
-import analysis, analysis.figures
+import analysis, entrace.figures
 for module in pkgutil.walk_packages(analysis.__path__, "analysis."):
     if not module.name.endswith("__main__"):
         __import__(module.name)
-assert analysis.judge(analysis.open_runs({str(tiny_path)!r}))
+assert entrace.judge(entrace.open_runs({str(tiny_path)!r}))
 print(*[name for name in ("torch", "transformers", "trainer") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-import analysis
-from analysis.aggregate import iqm
-from analysis.claims import load_ledger
-from analysis.compare import Comparison, compare
-from analysis.compare.claims import PARTS, judge_methods
-from analysis.compare.measure import first_reached
-from analysis.compare.paired import Difference
-from analysis.compare.rows import Row, SeedValue
-from analysis.compare.verdict import judge_rows, metric_of
-from analysis.runs import open_runs
-from analysis.stats import Estimate, detectable, holm
-from analysis.trace import InputError, TraceWriter, read_manifest, write_manifest
+import entrace
+from entrace.analysis.claims import load_ledger
+from entrace.analysis.compare import Comparison, compare
+from entrace.analysis.compare.claims import PARTS, judge_methods
+from entrace.analysis.compare.measure import first_reached
+from entrace.analysis.compare.paired import Difference
+from entrace.analysis.compare.rows import Row, SeedValue
+from entrace.analysis.compare.verdict import judge_rows, metric_of
+from entrace.analysis.runs import open_runs
+from entrace.analysis.statistics.aggregates import iqm
+from entrace.analysis.statistics.estimates import Estimate, detectable, holm
+from entrace.analysis.trace import InputError, TraceWriter, read_manifest, write_manifest
 from tests.analysis.conftest import write_failed
 
 STEPS = (0, 10, 20)
@@ -91,7 +91,7 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def comparison(grid: Path) -> Comparison:
-    return analysis.compare.compare(open_runs(grid), accuracy=0.7)
+    return entrace.compare.compare(open_runs(grid), accuracy=0.7)
 
 
 def test_primary_metric_by_hand(comparison: Comparison):
@@ -316,7 +316,7 @@ def test_aggregates_are_those_of_the_last_evaluation(comparison: Comparison):
     assert (ppl["iqm_low"], ppl["iqm_high"]) == (0.625, 0.875)
 
 
-def test_formal_share_is_a_ratio_of_tokens(study: analysis.Runs):
+def test_formal_share_is_a_ratio_of_tokens(study: entrace.Runs):
     row = find(compare(study), "formal_share")
     shares = study.sql(
         "select arm, seed, avg((category = 'formal_reasoning')::int) as share "
@@ -393,7 +393,7 @@ def test_scorecard_rows_are_rows_of_the_comparison(tmp_path: Path):
     assert comparison.aggregates["arm"].to_list() == ["none", "ppl", "ppl_high"]
 
 
-def test_verdicts_about_methods_follow_the_direction_of_the_claim(study: analysis.Runs):
+def test_verdicts_about_methods_follow_the_direction_of_the_claim(study: entrace.Runs):
     ledger = load_ledger()
     found = {(f.claim, f.part): f.verdict for f in judge_methods(study, ledger) if f.subject.startswith("ppl vs none")}
     assert found == {
@@ -415,13 +415,13 @@ def test_metrics_agree_with_the_ledger():
         assert (spec["unit"], spec["smallest_effect"]) == (metric.unit, metric.smallest)
 
 
-def entrace(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "analysis", "compare", *args], capture_output=True, text=True)
+def run_entrace(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "entrace", "compare", *args], capture_output=True, text=True)
 
 
 def test_command_prints_differences_aggregates_and_the_rest(grid: Path, tmp_path: Path):
     write_failed(tmp_path / "broken-seed0")
-    done = entrace(str(grid), str(tmp_path))
+    done = run_entrace(str(grid), str(tmp_path))
     assert done.returncode == 0
     assert "entrace: broken-seed0: failed (step 3: loss is nan), 0 steps recorded\n" in done.stderr
     assert "ppl  held  avg_at_k  inconclusive  +0.25 [-0.0605, +0.561] accuracy, k = 4\n" in done.stdout
@@ -432,10 +432,10 @@ def test_command_prints_differences_aggregates_and_the_rest(grid: Path, tmp_path
 
 
 def test_command_prints_json(grid: Path):
-    frames = json.loads(entrace(str(grid), "--json", "--accuracy", "0.7").stdout)
+    frames = json.loads(run_entrace(str(grid), "--json", "--accuracy", "0.7").stdout)
     assert list(frames) == ["differences", "by_seed", "aggregates", "unpaired"]
     assert [row["metric"] for row in frames["differences"]][-1] == "formal_share"
-    assert len(json.loads(entrace(str(grid), "--json", "--metric", "entropy").stdout)["by_seed"]) == 3
+    assert len(json.loads(run_entrace(str(grid), "--json", "--metric", "entropy").stdout)["by_seed"]) == 3
 
 
 def test_command_names_bad_input_in_one_line(grid: Path):
@@ -444,7 +444,7 @@ def test_command_names_bad_input_in_one_line(grid: Path):
         ("--accuracy", "80"): "accuracy: expected a number between 0 and 1, found 80",
     }
     for args, message in bad.items():
-        done = entrace(str(grid), *args)
+        done = run_entrace(str(grid), *args)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"entrace: {message}\n")
     assert "Example: entrace compare " in entrace("--help").stdout
 

@@ -8,11 +8,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from analysis import stages
-from analysis.effects import potential, training
-from analysis.effects.estimate import NoEffectError, mean_of_runs, plateau_level, ratio, tensor
-from analysis.stages import fit_stages
-from analysis.stats import Estimate
+from entrace.analysis.effects import potential, training
+from entrace.analysis.effects.estimate import NoEffectError, mean_of_runs, plateau_level, ratio, tensor
+from entrace.analysis.statistics import stages
+from entrace.analysis.statistics.estimates import Estimate
+from entrace.analysis.statistics.stages import fit_stages
 from tests.analysis.test_intervals import autoregression
 
 STEPS, PROMPTS = 100, 8

@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.claims import load_ledger
-from analysis.trace import TABLES, InputError, Lexicon, TraceWriter, in_one_line, nearest, read_manifest
-from analysis.trace.errors import with_kind
-from analysis.trace.parts import check_part
-from analysis.trace.schema import check_version
+from entrace.analysis.claims import load_ledger
+from entrace.analysis.trace import TABLES, InputError, Lexicon, TraceWriter, in_one_line, nearest, read_manifest
+from entrace.analysis.trace.errors import with_kind
+from entrace.analysis.trace.parts import check_part
+from entrace.analysis.trace.schema import check_version
 
 
 def undecodable(data: bytes) -> UnicodeDecodeError:

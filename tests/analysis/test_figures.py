@@ -10,10 +10,10 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-import analysis
-from analysis.figures import ABLATIONS, MODULES, style
-from analysis.runs import Runs, open_runs
-from analysis.trace import InputError, TraceWriter
+import entrace
+from entrace.analysis.figures import ABLATIONS, MODULES, style
+from entrace.analysis.runs import Runs, open_runs
+from entrace.analysis.trace import InputError, TraceWriter
 from tests.analysis.conftest import step_row, write_failed
 from tests.analysis.synthetic import NOTHING, write_run
 
@@ -27,7 +27,7 @@ def ax():
 
 @pytest.mark.parametrize("stem", MODULES)
 def test_figure_labels_its_axes_and_states_n_and_interval(study: Runs, ax, stem: str):
-    drawn = getattr(analysis.figures, stem)(study, ax=ax)
+    drawn = getattr(entrace.figures, stem)(study, ax=ax)
     assert drawn is ax
     assert ax.get_xlabel()
     assert "95 % interval" in ax.get_title(loc="left")
@@ -37,13 +37,13 @@ def test_figure_labels_its_axes_and_states_n_and_interval(study: Runs, ax, stem:
 def test_figure_makes_its_own_axes(tiny: Runs):
     import matplotlib.pyplot as plt
 
-    assert tuple(analysis.figures.stage_dynamics(tiny).figure.get_size_inches()) == style.SIZE
+    assert tuple(entrace.figures.stage_dynamics(tiny).figure.get_size_inches()) == style.SIZE
     plt.close("all")
 
 
 def test_stage_dynamics_draws_the_recorded_series(tiny: Runs, ax):
     frame = tiny.query("stage_dynamics")
-    analysis.figures.stage_dynamics(tiny, ax=ax)
+    entrace.figures.stage_dynamics(tiny, ax=ax)
     line = ax.get_lines()[0]
     np.testing.assert_allclose(line.get_ydata(), frame["entropy_token_mean"])
     assert "24 steps in 1 run" in ax.get_title(loc="left")
@@ -52,13 +52,13 @@ def test_stage_dynamics_draws_the_recorded_series(tiny: Runs, ax):
 
 def test_sign_figure_writes_the_fall_out(tiny: Runs, ax):
     # Shares stay at one half; negative 3 -> 1, positive 1.5 -> 1.
-    legend = analysis.figures.entropy_by_sample_sign(tiny, ax=ax).get_legend()
+    legend = entrace.figures.entropy_by_sample_sign(tiny, ax=ax).get_legend()
     assert legend is not None
     assert "1.25 nats:\nwithin negative 1.00, positive 0.25, shares 0.00" in legend.get_title().get_text()
 
 
 def test_defects_that_never_occur_are_not_drawn(tiny: Runs, ax):
-    labels = [line.get_label() for line in analysis.figures.defects_over_steps(tiny, ax=ax).get_lines()]
+    labels = [line.get_label() for line in entrace.figures.defects_over_steps(tiny, ax=ax).get_lines()]
     assert [label for label in labels if not str(label).startswith("_")] == [
         "any defect",
         "format violation",
@@ -68,12 +68,12 @@ def test_defects_that_never_occur_are_not_drawn(tiny: Runs, ax):
 
 def test_run_without_boundary_says_so(tmp_path: Path, ax):
     runs = open_runs(write_run(tmp_path / "run", planted=NOTHING))
-    analysis.figures.stage_dynamics(runs, ax=ax)
+    entrace.figures.stage_dynamics(runs, ax=ax)
     assert "no stage boundary found" in [text.get_text() for text in ax.texts]
 
 
 def test_every_arm_is_in_the_ablation(study: Runs, ax):
-    legend = analysis.figures.ablation_curves(study, ax=ax).get_legend()
+    legend = entrace.figures.ablation_curves(study, ax=ax).get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["none", "ppl"]
 
@@ -117,7 +117,7 @@ def test_mean_over_three_seeds_has_an_interval_over_seeds(tmp_path: Path):
     # 40, 50 and 60 % of ten prompts are solved every time: t(2) = 4.3027, sd = .1.
     for seed in range(3):
         write_arm(tmp_path, "none", seed, [4] * (4 + seed) + [0] * (6 - seed))
-    last = analysis.figures.query(open_runs(tmp_path), "ablation_curves").filter(step=2)
+    last = entrace.figures.query(open_runs(tmp_path), "ablation_curves").filter(step=2)
     low, high = on_logit_scale(0.5, 4.302653 * 0.1 / 3**0.5)
     assert last["avg_at_k"].to_list() == pytest.approx([0.4, 0.5, 0.6])
     for row in last.select("mean", "mean_low", "mean_high", "num_seeds").rows():
@@ -128,18 +128,18 @@ def test_mean_over_two_seeds_has_an_interval_over_prompts_and_says_so(tmp_path: 
     for seed in range(2):
         write_arm(tmp_path, "none", seed, [4] * (4 + seed) + [0] * (6 - seed))
     runs = open_runs(tmp_path)
-    row = analysis.figures.query(runs, "ablation_curves").filter(step=2).row(0, named=True)
+    row = entrace.figures.query(runs, "ablation_curves").filter(step=2).row(0, named=True)
     # The mean of both runs' intervals, t(.975, 9) = 2.2622.
     both = [on_logit_scale(0.4, 2.262157 * (0.24 / 9) ** 0.5), on_logit_scale(0.5, 2.262157 * (0.25 / 9) ** 0.5)]
     assert (row["mean"], row["mean_low"], row["mean_high"]) == pytest.approx((0.45, *np.mean(both, axis=0)), abs=1e-6)
-    title = analysis.figures.ablation_curves(runs, ax=ax).get_title(loc="left")
+    title = entrace.figures.ablation_curves(runs, ax=ax).get_title(loc="left")
     assert title == "1 arm, 2 seeds each, 10 held-out prompts, 4 samples each\nband: 95 % interval over prompts"
 
 
 def test_run_that_stopped_early_has_no_part_in_where_its_arm_ended(tmp_path: Path):
     write_arm(tmp_path, "none", 0, [4, 0])
     write_arm(tmp_path, "none", 1, [4, 4], steps=1, is_complete=False)
-    frame = analysis.figures.query(open_runs(tmp_path), "cost_accuracy")
+    frame = entrace.figures.query(open_runs(tmp_path), "cost_accuracy")
     assert frame.select("run_id", "avg_at_k", "mean", "num_seeds").rows() == [
         ("none-0", 0.5, 0.5, 1),
         ("none-1", 1, None, None),
@@ -169,7 +169,7 @@ def test_arms_are_paired_with_their_own_baseline_by_seed(tmp_path: Path):
             write_arm(tmp_path, f"none [lr={lr}]", seed, plain, baseline=f"none [lr={lr}]")
         write_arm(tmp_path, f"ppl [lr={lr}]", 1, [4, 1], baseline=f"none [lr={lr}]")
     write_arm(tmp_path, "ppl [lr=2]", 0, [4, 4], baseline="none [lr=2]", is_complete=False)
-    frame = analysis.figures.query(open_runs(tmp_path), "paired_differences").filter(metric="avg_at_k")
+    frame = entrace.figures.query(open_runs(tmp_path), "paired_differences").filter(metric="avg_at_k")
     assert frame.select("arm", "baseline", "seed", "value", "baseline_value", "difference", "num_prompts").rows() == [
         ("ppl [lr=1]", "none [lr=1]", 1, 0.625, 0.5, 0.125, 2),
         ("ppl [lr=2]", "none [lr=2]", 1, 0.625, 0.5, 0.125, 2),
@@ -178,8 +178,8 @@ def test_arms_are_paired_with_their_own_baseline_by_seed(tmp_path: Path):
 
 
 def test_differences_by_seed_are_those_that_are_judged(study: Runs):
-    frame = analysis.figures.query(study, "paired_differences").filter(metric="avg_at_k")
-    comparison = analysis.figures.comparison(study)
+    frame = entrace.figures.query(study, "paired_differences").filter(metric="avg_at_k")
+    comparison = entrace.figures.comparison(study)
     assert comparison is not None
     judged = comparison.by_seed.filter(metric="avg_at_k")
     assert frame["difference"].to_list() == pytest.approx(judged["difference"].to_list())
@@ -191,7 +191,7 @@ def test_forest_has_a_row_an_arm_from_best_to_worst_with_its_seeds(tmp_path: Pat
         write_arm(tmp_path, "none", seed, [2, 2, 2, 2])
         write_arm(tmp_path, "bad", seed, [1, 1, 2, seed])
         write_arm(tmp_path, "good", seed, [3, 3, 2, 2 + seed])
-    panel = analysis.figures.paired_differences(open_runs(tmp_path), ax=ax).child_axes[0]
+    panel = entrace.figures.paired_differences(open_runs(tmp_path), ax=ax).child_axes[0]
     assert [label.get_text() for label in panel.get_yticklabels()] == ["good", "bad"]
     drawn = {(round(float(x), 6), y) for line in panel.get_lines() for x, y in line.get_xydata()}
     assert {(0.125, 0), (0.1875, 0), (0.25, 0), (-0.25, 1), (-0.1875, 1), (-0.125, 1)} <= drawn
@@ -204,11 +204,11 @@ def test_many_arms_have_a_panel_each_beside_their_baseline(tmp_path: Path):
     for i, arm in enumerate(arms):
         write_arm(tmp_path, arm, 0, [i % 5, 2, 2, 2])
     runs = open_runs(tmp_path)
-    frame = analysis.figures.query(runs, "ablation_curves")
-    width, height = analysis.figures.size("ablation_curves", frame)
+    frame = entrace.figures.query(runs, "ablation_curves")
+    width, height = entrace.figures.size("ablation_curves", frame)
     assert width == style.SIZE[0]
     assert height > style.SIZE[1]
-    ax = analysis.figures.ablation_curves(runs, ax=Figure(figsize=(width, height)).subplots())
+    ax = entrace.figures.ablation_curves(runs, ax=Figure(figsize=(width, height)).subplots())
     assert [panel.get_title() for panel in ax.child_axes] == arms[1:]
     for i, panel in enumerate(ax.child_axes, start=1):
         plain, shaped = panel.get_lines()
@@ -220,7 +220,7 @@ def test_many_arms_have_a_panel_each_beside_their_baseline(tmp_path: Path):
 def test_two_benchmarks_with_two_seeds_and_no_baseline_of_one(tmp_path: Path, ax, stem: str):
     for arm, seed in (("none", 0), ("none", 1), ("ppl", 0), ("ppl", 1), ("ppl", 2)):
         write_arm(tmp_path, arm, seed, [2, seed, 3], benchmarks=("sums", "chains"))
-    getattr(analysis.figures, stem)(open_runs(tmp_path), ax=ax)
+    getattr(entrace.figures, stem)(open_runs(tmp_path), ax=ax)
     shown = [text.get_text() for axes in (ax, *ax.child_axes) for text in axes.findobj(Text)]
     assert all(any(name in text for text in shown) for name in ("sums", "chains"))
 
@@ -228,9 +228,9 @@ def test_two_benchmarks_with_two_seeds_and_no_baseline_of_one(tmp_path: Path, ax
 def test_what_a_figure_needs_is_named_with_the_way_to_get_it(tmp_path: Path, ax):
     runs = open_runs(write_run(tmp_path / "run", steps=4))
     with pytest.raises(InputError, match="movement_by_entropy: no after-update values were recorded; train with"):
-        analysis.figures.movement_by_entropy(runs, ax=ax)
+        entrace.figures.movement_by_entropy(runs, ax=ax)
 
 
 def test_nothing_to_draw_is_said_in_one_line(tmp_path: Path, ax):
     with pytest.raises(InputError, match="entropy_by_position: no token is durable yet"):
-        analysis.figures.entropy_by_position(open_runs(write_failed(tmp_path / "broken")), ax=ax)
+        entrace.figures.entropy_by_position(open_runs(write_failed(tmp_path / "broken")), ax=ax)

@@ -4,8 +4,8 @@ import re
 import pytest
 from rich.console import Console
 
-from analysis import grid_progress
-from analysis.grid_progress import GridProgress, clock, makespan
+from entrace.analysis.terminal import grid_progress
+from entrace.analysis.terminal.grid_progress import GridProgress, clock, makespan
 
 RUNS = {"none-0": ("none", 10), "ppl-0": ("ppl", 10), "none-1": ("none", 10), "ppl-1": ("ppl", 10)}
 

@@ -10,9 +10,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from analysis import interval_functions, intervals, queries
-from analysis.runs import Runs
-from analysis.trace import InputError
+from entrace.analysis import queries
+from entrace.analysis.runs import Runs
+from entrace.analysis.statistics import interval_functions, intervals
+from entrace.analysis.trace import InputError
 
 STEPS, PROMPTS = 40, 8
 RUNS = 250

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.intervals import (
+from entrace.analysis.statistics.estimates import Estimate
+from entrace.analysis.statistics.intervals import (
     VARIANCE_RATIOS,
     bounded,
     combine,
@@ -18,7 +19,6 @@ from analysis.intervals import (
     over_clusters,
     ratio,
 )
-from analysis.stats import Estimate
 
 
 def autoregression(rng: np.random.Generator, size: int, correlation: float) -> np.ndarray:

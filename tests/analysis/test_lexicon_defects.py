@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.trace import InputError, Lexicon, find_defects
-from analysis.trace.defects import ALPHABETIC, FORMAL_SIGN, STOP_WORDS, WORD, is_irrelevant, is_repetitive
+from entrace.analysis.trace import InputError, Lexicon, find_defects
+from entrace.analysis.trace.defects import ALPHABETIC, FORMAL_SIGN, STOP_WORDS, WORD, is_irrelevant, is_repetitive
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis import open_runs
-from analysis.stats import maj_at_k
-from analysis.trace import TraceWriter
+from entrace import open_runs
+from entrace.analysis.statistics.estimates import maj_at_k
+from entrace.analysis.trace import TraceWriter
 from tests.analysis.conftest import VOCAB
 
 CASES = {

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.compare.moderate import moderate
-from analysis.compare.paired import PROMPTS_AND_SEEDS, Difference, over_seeds
-from analysis.compare.rows import Row, SeedValue
-from analysis.stats import Estimate, holm, moderated_variances
+from entrace.analysis.compare.moderate import moderate
+from entrace.analysis.compare.paired import PROMPTS_AND_SEEDS, Difference, over_seeds
+from entrace.analysis.compare.rows import Row, SeedValue
+from entrace.analysis.statistics.estimates import Estimate, holm, moderated_variances
 
 SIMULATIONS = 200
 

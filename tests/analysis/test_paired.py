@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from analysis.compare.paired import SeedSums, over_prompts_and_seeds, over_seeds
+from entrace.analysis.compare.paired import SeedSums, over_prompts_and_seeds, over_seeds
 
 
 def seed_sums(seed: int, prompts: Sequence[int] | np.ndarray, differences: np.ndarray) -> SeedSums:

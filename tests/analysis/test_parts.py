@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import open_runs
-from analysis.trace import InputError, TraceWriter, read_manifest, write_manifest
-from analysis.trace.parts import last_whole_step
+from entrace import open_runs
+from entrace.analysis.trace import InputError, TraceWriter, read_manifest, write_manifest
+from entrace.analysis.trace.parts import last_whole_step
 from tests.analysis.conftest import VOCAB, step_row
 
 PARTS = {step: f"part-{step - 1:06d}-{step:06d}.parquet" for step in (2, 4, 6)}

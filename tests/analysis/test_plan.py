@@ -1,8 +1,8 @@
 import pytest
 
-from analysis.plan import Pilot, Plan, PlannedRun, measure_pilot
-from analysis.stats import detectable_difference
-from analysis.trace import InputError, TraceWriter
+from entrace.analysis.plan import Pilot, Plan, PlannedRun, measure_pilot
+from entrace.analysis.statistics.estimates import detectable_difference
+from entrace.analysis.trace import InputError, TraceWriter
 
 PILOT = Pilot("embedded", "chain_sum", seconds_per_step=2.0, sd_difference=0.02, hardware="2 cores")
 

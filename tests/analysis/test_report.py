@@ -11,12 +11,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from analysis.effects.estimate import count
-from analysis.export import render, to_report_csv
-from analysis.figures import MODULES
-from analysis.report import MARK, NUM_PARTS, _provenance, write_report
-from analysis.runs import Runs, open_runs
-from analysis.trace import InputError, TraceWriter
+from entrace.analysis.effects.estimate import count
+from entrace.analysis.figures import MODULES
+from entrace.analysis.report import MARK, NUM_PARTS, _provenance, write_report
+from entrace.analysis.runs import Runs, open_runs
+from entrace.analysis.terminal.export import render, to_report_csv
+from entrace.analysis.trace import InputError, TraceWriter
 from tests.analysis.conftest import step_row, write_failed, write_tiny
 from tests.analysis.synthetic import write_run
 

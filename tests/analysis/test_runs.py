@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.runs import Runs, open_runs
-from analysis.trace import InputError, TraceWriter
+from entrace.analysis.runs import Runs, open_runs
+from entrace.analysis.trace import InputError, TraceWriter
 from tests.analysis.conftest import VOCAB, step_row, write_failed
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis import queries
-from analysis.claims import load_ledger
-from analysis.figures import MODULES
-from analysis.runs import Runs, open_runs
-from analysis.trace import TraceWriter, Vocabulary
+from entrace.analysis import queries
+from entrace.analysis.claims import load_ledger
+from entrace.analysis.figures import MODULES
+from entrace.analysis.runs import Runs, open_runs
+from entrace.analysis.trace import TraceWriter, Vocabulary
 from tests.analysis.conftest import step_row
 from tests.analysis.expected import ablation, cluster, instance, stage, token
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.stages import decompose_fall, fit_stages, movement, slowdown, trend_weights
+from entrace.analysis.statistics.stages import decompose_fall, fit_stages, movement, slowdown, trend_weights
 from tests.analysis.test_intervals import autoregression
 
 STEPS = np.arange(1, 101)

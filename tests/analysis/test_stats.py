@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.stats import (
+from entrace.analysis.statistics.estimates import (
     Estimate,
     avg_at_k,
     detectable,

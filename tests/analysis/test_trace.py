@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.trace import TABLES, InputError, TraceWriter, Vocabulary, read_manifest
+from entrace.analysis.trace import TABLES, InputError, TraceWriter, Vocabulary, read_manifest
 from tests.analysis.conftest import VOCAB, step_row
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)

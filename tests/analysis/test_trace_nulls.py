@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib.figure import Figure
 
-from analysis import figures, queries
-from analysis.report import write_report
-from analysis.runs import Runs, open_runs
-from analysis.trace import TABLES
+from entrace import figures
+from entrace.analysis import queries
+from entrace.analysis.report import write_report
+from entrace.analysis.runs import Runs, open_runs
+from entrace.analysis.trace import TABLES
 from tests.analysis.synthetic import Planted, write_run
 
 mpl.use("Agg")

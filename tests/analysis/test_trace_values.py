@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import open_runs
-from analysis.trace import TABLES, InputError, TraceWriter
-from analysis.trace.writer import write_part
+from entrace import open_runs
+from entrace.analysis.trace import TABLES, InputError, TraceWriter
+from entrace.analysis.trace.writer import write_part
 from tests.analysis.conftest import VOCAB
 
 FLOATS = [

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import open_runs, queries
-from analysis.runs import Runs
-from analysis.trace import TABLES, InputError, TraceWriter, read_manifest
+from entrace import open_runs
+from entrace.analysis import queries
+from entrace.analysis.runs import Runs
+from entrace.analysis.trace import TABLES, InputError, TraceWriter, read_manifest
 from tests.analysis.conftest import step_row
 
 FROZEN = Path(__file__).parents[1] / "fixtures" / "frozen" / "none-seed0"

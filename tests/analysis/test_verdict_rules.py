@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from analysis.stats import Estimate, detectable
-from analysis.verdict_rules import Outcome, Size, decide
+from entrace.analysis.statistics.estimates import Estimate, detectable
+from entrace.analysis.verdict_rules import Outcome, Size, decide
 
 SEEDS = Size(3, "seeds")
 

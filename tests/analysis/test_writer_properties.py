@@ -15,10 +15,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from analysis import open_runs
-from analysis.trace import InputError, TraceWriter, read_manifest, write_manifest
-from analysis.trace.plain import REPLACEMENT, SURROGATES
-from analysis.trace.precision import EXACT_BITS
+from entrace import open_runs
+from entrace.analysis.trace import InputError, TraceWriter, read_manifest, write_manifest
+from entrace.analysis.trace.plain import REPLACEMENT, SURROGATES
 from tests.analysis.conftest import VOCAB, step_row
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -122,8 +121,7 @@ def test_what_is_flushed_reads_back_once_and_in_order(steps: list, num_ranks: in
         places = [{"rank": rank, "gather": meeting.gather(rank)} for rank in range(num_ranks)]
 
         def start(replace: bool) -> list[TraceWriter]:
-            options = {"mantissa_bits": EXACT_BITS, "replace": replace}
-            return [TraceWriter.create(run_dir, {"run_id": "r"}, VOCAB, **options, **place) for place in places]
+            return [TraceWriter.create(run_dir, {"run_id": "r"}, VOCAB, replace=replace, **place) for place in places]
 
         writers = start(replace=False)
         durable, pending, last = merge(), merge(), 0

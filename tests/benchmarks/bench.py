@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from analysis.trace.manifest import describe_machine
+from entrace.analysis.trace.manifest import describe_machine
 from tests.benchmarks import bench_grpo_step, bench_smollm, bench_token_stats
 from tests.benchmarks.figures import Figure, to_markdown
 

@@ -26,6 +26,11 @@ from zlib import crc32
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from entrace.trainer.config import Config, load_config
+from entrace.trainer.kernels.token_stats import compute_stats
+from entrace.trainer.model.loading import load_pretrained
+from entrace.trainer.resources import EMBEDDED, SMOLLM
+from entrace.trainer.tasks import load_task
 from tests.benchmarks.bench import write_report
 from tests.benchmarks.bench_grpo_step import STILL, WARM_UP, Ours, Pairing, run_trl
 from tests.benchmarks.bench_token_stats import (
@@ -38,11 +43,6 @@ from tests.benchmarks.bench_token_stats import (
     from_hidden,
 )
 from tests.benchmarks.figures import AT_LEAST, AT_MOST, HAS_TRL, Figure, quotients, time_in_turn
-from trainer.config import Config, load_config
-from trainer.pretrained import load_pretrained
-from trainer.resources import EMBEDDED, SMOLLM
-from trainer.tasks import load_task
-from trainer.token_stats import compute_stats
 
 QWEN = {
     "vocab_size": 151936,
@@ -97,7 +97,7 @@ def make_config(path: str, device: str, quick: bool, *more: str) -> Config:
 
 
 def measure_steps(part: str, configs: dict[str, Config], steps: int, trl_micro_batches: int) -> list[Figure]:
-    """Samples per second of TRL and of each of our configs, and the share of each phase in a step of the first."""
+    """Rollouts per second of TRL and of each of our configs, and the share of each phase in a step of the first."""
     config = next(iter(configs.values()))
     task = load_task(config.task, config.seed)
     with tempfile.TemporaryDirectory() as folder:

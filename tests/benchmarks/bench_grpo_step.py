@@ -24,21 +24,20 @@ from typing import Any
 
 import torch
 
-from analysis.trace import TraceWriter
+from entrace.analysis.trace import TraceWriter
+from entrace.trainer.algorithm.shaping import shape
+from entrace.trainer.config import Config, load_config
+from entrace.trainer.kernels.token_stats import Softmax, Sums
+from entrace.trainer.learner import Learner
+from entrace.trainer.model.loading import load_pretrained
+from entrace.trainer.model.policy import Policy
+from entrace.trainer.rollouts import PromptSource, collect_batch, view_rollouts
+from entrace.trainer.runs.record import record_batch
+from entrace.trainer.runs.run_folder import describe_run
+from entrace.trainer.seeding import Stream
+from entrace.trainer.tasks import Task, load_task
+from entrace.trainer.train import train
 from tests.benchmarks.figures import AT_MOST, HAS_TRL, Figure, quotients
-from trainer.batch import PromptSource, collect_batch
-from trainer.config import Config, load_config
-from trainer.method import TokenBatch
-from trainer.policy import Policy
-from trainer.pretrained import load_pretrained
-from trainer.record import record_batch
-from trainer.run_folder import describe_run
-from trainer.seeding import Stream
-from trainer.shaping import shape
-from trainer.tasks import Task, load_task
-from trainer.token_stats import Softmax, Sums
-from trainer.train import train
-from trainer.update import Learner
 
 PART = "GRPO step of the embedded policy, 256 responses, {policy}"
 START, PLATEAU = "at the start", "on the plateau"
@@ -72,9 +71,9 @@ class Ours:
         config = self.config
         with nullcontext() if self.records else without_entropy():
             batch = collect_batch(config, self.learner.policy, self.source, self.step)
-            samples = batch.samples
-            context = TokenBatch.of(batch, config.seed, Stream.SHAPING, self.step)
-            advantages = batch.advantages[:, None].expand(samples.tokens.shape)
+            samples = batch.rollouts
+            context = view_rollouts(batch, config.seed, Stream.SHAPING, self.step)
+            advantages = batch.advantages[:, None].expand(samples.response_ids.shape)
             shaped, _ = shape(advantages, context, config.shaping, self.step, None)
             before = time.perf_counter()
             metrics = self.learner.update(batch, shaped, self.step)

@@ -36,10 +36,10 @@ import numpy as np
 import pyarrow as pa
 from simulated_trace import write_trace
 
-import analysis
-from analysis import queries
-from analysis.progress import Progress
-from analysis.trace import TABLES, describe_machine
+import entrace
+from entrace.analysis import queries
+from entrace.analysis.terminal.progress import Progress
+from entrace.analysis.trace import TABLES, describe_machine
 
 CORES = 2
 SHRINK = 10
@@ -55,7 +55,7 @@ Peer = Callable[[Path, float], np.ndarray]
 
 def read_columns(trace: Path, stems: list[str]) -> dict[str, dict[str, list[str]]]:
     """Columns that each question reads, by table, from the plan that DuckDB makes of it."""
-    runs = analysis.open_runs(trace)
+    runs = entrace.open_runs(trace)
     con = duckdb.connect()
     for name in TABLES:
         con.execute(f"create table {name} as from read_parquet('{trace}/{name}/*.parquet') limit {SAMPLE_ROWS}")
@@ -105,7 +105,7 @@ def _number(name: str, kind: pa.DataType) -> str:
     return f"{name}::tinyint" if pa.types.is_boolean(kind) else name
 
 
-def ask(runs: analysis.Runs, stem: str) -> None:
+def ask(runs: entrace.Runs, stem: str) -> None:
     """Answers one question as the report does."""
     runs.query(stem, runs=list(runs.manifests))
 
@@ -118,7 +118,7 @@ def timed(work: Callable[..., Any], *arguments: Any) -> np.ndarray:
     return np.array([clock() for clock in clocks]) - started
 
 
-def measure(large: analysis.Runs, small: analysis.Runs, stem: str, scan: str) -> dict[str, float]:
+def measure(large: entrace.Runs, small: entrace.Runs, stem: str, scan: str) -> dict[str, float]:
     """Medians over rounds of a question, its scan and the question on the small trace."""
     rounds: list[np.ndarray] = []
     while len(rounds) <= REPEATS[0] or (len(rounds) <= REPEATS[1] and np.sum(rounds) < SECONDS):
@@ -145,7 +145,7 @@ def peak_memory_gib(trace: Path) -> float:
 
 def answer_all(trace: Path) -> None:
     """Answers every question, then prints this process's peak memory in GiB."""
-    runs = analysis.open_runs(trace)
+    runs = entrace.open_runs(trace)
     for stem in questions():
         ask(runs, stem)
         peak = _peak_gib()
@@ -263,7 +263,7 @@ PEERS: dict[str, tuple[str, Peer, Peer]] = {
 }
 
 
-def measure_peers(runs: analysis.Runs, trace: Path, stem: str, libraries: list[str]) -> dict[str, float]:
+def measure_peers(runs: entrace.Runs, trace: Path, stem: str, libraries: list[str]) -> dict[str, float]:
     """Median seconds of the shipped question and of the same breakdown in dataframe code, which has to agree."""
     column, *peers = PEERS[stem]
     boundary = next(iter(runs.stage_fits.values())).boundary or 0.0
@@ -284,7 +284,7 @@ def run_benchmark(large: Path, small: Path, stems: list[str]) -> dict[str, Any]:
     """Measures everything and returns what goes into the JSON file."""
     peak = peak_memory_gib(large)
     columns = read_columns(small, stems)
-    opened = {trace: analysis.open_runs(trace) for trace in (large, small)}
+    opened = {trace: entrace.open_runs(trace) for trace in (large, small)}
     tokens = {trace: int(runs.sql("select count(*) from tokens").item()) for trace, runs in opened.items()}
     tenfold = 10 * tokens[small] / tokens[large]
     found: dict[str, Any] = {}

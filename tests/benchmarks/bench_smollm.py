@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from entrace.trainer.config import load_config
+from entrace.trainer.model.loading import load_pretrained
+from entrace.trainer.model.policy import Policy
+from entrace.trainer.sampling.sampler import sample
+from entrace.trainer.sampling.samples import SamplingParams
+from entrace.trainer.tasks import load_task
 from tests.benchmarks.figures import AT_LEAST, Figure, quotients, time_in_turn
-from trainer.config import load_config
-from trainer.policy import Policy
-from trainer.pretrained import load_pretrained
-from trainer.rollout import SamplingParams, sample
-from trainer.tasks import load_task
 
 PART = "Sampling and scoring with SmolLM2-135M, batch 16"
 BATCH = 16
@@ -58,7 +59,7 @@ class Case:
 
     @torch.no_grad()
     def score(self) -> None:
-        self.policy.score(self.rows, self.responses, 1.0)
+        self.policy.token_stats(self.rows, self.responses, 1.0)
 
     @torch.no_grad()
     def forward(self) -> None:

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entrace.trainer.kernels.allocator import keep_freed_memory
+from entrace.trainer.kernels.token_stats import LMHead, compute_stats, compute_token_stats
 from tests.benchmarks.allocator import give_back_memory, peak_bytes
 from tests.benchmarks.figures import AT_MOST, HAS_TRL, Figure, quotients, time_in_turn
-from trainer.allocator import keep_freed_memory
-from trainer.token_stats import LMHead, compute_stats, compute_token_stats
 
 PART = "Statistics of tokens"
 # Vocabulary and width of SmolLM2-135M and of Qwen2.5-0.5B.

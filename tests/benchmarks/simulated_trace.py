@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from analysis.progress import Progress
-from analysis.trace import Lexicon, TraceWriter
+from entrace.analysis.terminal.progress import Progress
+from entrace.analysis.trace import Lexicon, TraceWriter
 
 PROMPTS, GROUP = 128, 8
 RESPONSES = PROMPTS * GROUP

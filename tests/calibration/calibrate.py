@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 
-import analysis
-from analysis.claims import judge
-from analysis.progress import Progress
-from analysis.runs import open_runs
-from analysis.trace.errors import InputError, nearest
+import entrace.analysis
+from entrace.analysis.claims import judge
+from entrace.analysis.runs import open_runs
+from entrace.analysis.terminal.progress import Progress
+from entrace.analysis.trace.errors import InputError, nearest
 from tests.calibration import figure_rows, parameters, real_cases, simulate, simulate_arms, truth
 from tests.calibration.parameters import World
 from tests.calibration.summary import Outcome, render, summarize
@@ -135,7 +135,7 @@ def outcome_key(name: str) -> str:
 
 def _judging() -> list[Path]:
     """Return the files that verdicts depend on."""
-    folder = Path(analysis.__file__).parent
+    folder = Path(entrace.analysis.__file__).resolve().parent
     paths = [*sorted(folder.rglob("*.py")), *sorted(folder.rglob("*.sql")), folder.parent / "reports" / "claims.toml"]
     return [path for path in paths if "figures" not in path.parts]
 

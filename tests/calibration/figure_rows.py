@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from analysis.claims import INCONCLUSIVE
-from analysis.runs import Runs
+from entrace.analysis.claims import INCONCLUSIVE
+from entrace.analysis.runs import Runs
 from tests.calibration.simulate import Run, Tokens
 from tests.calibration.truth import Truth, at_equal_length, top_share
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.claims import CONTRADICTED, SUPPORTED, judge
-from analysis.runs import open_runs
-from trainer import train as training
-from trainer.batch import Batch
-from trainer.config import load_config
-from trainer.update import AfterUpdate, Learner, UpdateMetrics
+from entrace.analysis.claims import CONTRADICTED, SUPPORTED, judge
+from entrace.analysis.runs import open_runs
+from entrace.trainer import train as training
+from entrace.trainer.config import load_config
+from entrace.trainer.learner import AfterUpdate, Learner, UpdateMetrics
+from entrace.trainer.rollouts import Batch
 
 FROZEN = ("optim.lr=1e-12", "optim.weight_decay=0.0")
 # Parts about what an update does to tokens, and all about training. (The gradient of T3 is one of the policy as it is.)

@@ -17,7 +17,7 @@ import pyarrow as pa
 from scipy.signal import lfilter
 from scipy.special import expit
 
-from analysis.trace import TABLES, TraceWriter
+from entrace.analysis.trace import TABLES, TraceWriter
 from tests.calibration.parameters import LENGTHS, World, curve
 
 VOCAB = ["<eos>", "1", "+", " so", " then", " wait", " the", " dog", " sun", " of"]

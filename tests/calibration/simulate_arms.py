@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.trace import TraceWriter
+from entrace.analysis.trace import TraceWriter
 from tests.calibration.parameters import MethodWorld
 from tests.calibration.simulate import VOCAB, append, append_steps
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import beta
 
-from analysis.claims import CONTRADICTED, NOT_RECORDED, SUPPORTED
+from entrace.analysis.claims import CONTRADICTED, NOT_RECORDED, SUPPORTED
 from tests.calibration.real_cases import REAL_CASES, false_parts
 from tests.calibration.truth import Truth
 from tests.calibration.worlds import INCONCLUSIVE, NOT_SUPPORTED, NULL, WORLDS

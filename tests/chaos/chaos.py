@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analysis.progress import Progress
+from entrace.analysis.terminal.progress import Progress
 
 from .verify import Reference
 from .victim import CONFIG, Board, run
@@ -108,7 +108,7 @@ class Harness:
         """Makes the reference, and takes its time and its events as the measure of moments."""
         # Imports cost seconds: a server pays them once and forks a process a victim.
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["trainer.train"])
+        self.context.set_forkserver_preload(["entrace.trainer.train"])
         self.folder = folder
         run_dir = folder / "reference" / "run"
         self.whole = self._run(run_dir)

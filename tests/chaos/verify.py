@@ -8,8 +8,8 @@ from pathlib import Path
 
 import polars as pl
 
-import analysis
-from trainer.config import load_config
+import entrace
+from entrace.trainer.config import load_config
 
 from .victim import CONFIG
 
@@ -56,7 +56,7 @@ class Reference:
         """``run_dir`` holds the finished run."""
         self.run_dir = run_dir
         self.config = load_config("tiny", CONFIG)
-        runs = analysis.open_runs(run_dir)
+        runs = entrace.open_runs(run_dir)
         self.frames = {table: _read(runs, table) for table in TABLES}
         self.files = _list_files(run_dir)
         if defects := list(self.defects(run_dir)):
@@ -64,7 +64,7 @@ class Reference:
 
     def defects(self, run_dir: Path) -> Iterator[str]:
         """What is wrong with a run as a reader sees it, right after a kill or at its end."""
-        runs = analysis.open_runs(run_dir)
+        runs = entrace.open_runs(run_dir)
         durable = next(iter(runs.manifests.values()))["last_durable_step"]
         sizes = {"durable": durable, "prompts": self.config.task.num_heldout, "samples": self.config.eval.samples}
         for name, text in INVARIANTS.items():
@@ -100,7 +100,7 @@ class Reference:
         return frame
 
 
-def _read(runs: analysis.Runs, table: str) -> pl.DataFrame:
+def _read(runs: entrace.Runs, table: str) -> pl.DataFrame:
     return runs.sql(f"select * from {table}").drop(SECONDS, strict=False)
 
 

@@ -47,21 +47,21 @@ START = "start-up"
 FLUSH = "flush"
 # Whichever of these functions was entered last names the place.
 PLACES = {
-    "trainer.train:collect_batch": "sampling",
-    "trainer.train:shape": "shaping",
-    "trainer.update:Learner.update": "update",
-    "trainer.update:Learner.capture": "capture",
-    "trainer.train:record_batch": "recording",
-    "trainer.train:evaluate": "evaluation",
-    "trainer.train:save_checkpoint": "checkpoint",
-    "trainer.train:find_intact": "resume",
-    "trainer.train:load_checkpoint": "resume",
-    "analysis.trace.writer:TraceWriter.resume": "resume",
-    "trainer.train:remove_unfinished": "resume clean-up",
-    "trainer.train:remove_superseded": "resume clean-up",
-    "analysis.trace.writer:remove_leftovers": "resume clean-up",
-    "analysis.trace.writer:TraceWriter.flush": FLUSH,
-    "analysis.trace.writer:write_manifest": "manifest",
+    "entrace.trainer.train:collect_batch": "sampling",
+    "entrace.trainer.train:shape": "shaping",
+    "entrace.trainer.learner:Learner.update": "update",
+    "entrace.trainer.learner:Learner.capture": "capture",
+    "entrace.trainer.train:record_batch": "recording",
+    "entrace.trainer.train:evaluate": "evaluation",
+    "entrace.trainer.train:save_checkpoint": "checkpoint",
+    "entrace.trainer.train:find_intact": "resume",
+    "entrace.trainer.train:load_checkpoint": "resume",
+    "entrace.analysis.trace.writer:TraceWriter.resume": "resume",
+    "entrace.trainer.train:remove_unfinished": "resume clean-up",
+    "entrace.trainer.train:remove_superseded": "resume clean-up",
+    "entrace.analysis.trace.writer:remove_leftovers": "resume clean-up",
+    "entrace.analysis.trace.writer:TraceWriter.flush": FLUSH,
+    "entrace.analysis.trace.writer:write_manifest": "manifest",
 }
 # Writes a file without Python seeing it.
 NATIVE_WRITER = "safetensors.torch:serialize_file"
@@ -95,8 +95,8 @@ def run(run_dir: Path, log: Path, board: Board, kill_at: int | None, is_torn: bo
     os.dup2(descriptor, 2)
     import torch
 
-    from trainer.config import load_config
-    from trainer.train import train
+    from entrace.trainer.config import load_config
+    from entrace.trainer.train import train
 
     torch.set_num_threads(1)
     config = load_config("tiny", CONFIG)

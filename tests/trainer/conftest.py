@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import cli
-from trainer.config import Config, PolicyConfig, load_config
-from trainer.method import TokenBatch
-from trainer.policy import Policy
-from trainer.tasks import Task, load_task
+from entrace.trainer import cli
+from entrace.trainer.algorithm.method import RolloutView
+from entrace.trainer.config import Config, PolicyConfig, load_config
+from entrace.trainer.model.policy import Policy
+from entrace.trainer.tasks import Task, load_task
 
 # Small enough for seconds, large enough that groups are mixed and responses end at different places.
 SMALL = [
@@ -70,7 +70,7 @@ def cut_short(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-def token_batch() -> tuple[torch.Tensor, TokenBatch]:
+def token_batch() -> tuple[torch.Tensor, RolloutView]:
     """Advantages (8, 6) and tokens in float64: padding, an empty response, one of a single token, a uniform group."""
     generator = torch.Generator().manual_seed(0)
     logprobs, entropy = -torch.rand(8, 6, generator=generator).double(), torch.rand(8, 6, generator=generator).double()
@@ -78,4 +78,4 @@ def token_batch() -> tuple[torch.Tensor, TokenBatch]:
     groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     advantages = torch.tensor([1.2, -0.7, 0.3, -0.1, 0, 0, 0, 0], dtype=torch.float64)[:, None].expand(8, 6)
     is_correct = torch.tensor([True, False, True, False, True, True, True, True])
-    return advantages, TokenBatch(logprobs, entropy, is_correct, mask, groups, np.random.default_rng(1))
+    return advantages, RolloutView(logprobs, entropy, is_correct, mask, groups, np.random.default_rng(1))

@@ -7,12 +7,12 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.trace import InputError, read_manifest, write_manifest
-from analysis.trace.manifest import count_cores
-from trainer.ablate import run_grid
-from trainer.grid import load_grid
-from trainer.launch.local import LocalLauncher
-from trainer.train import train
+from entrace.analysis.trace import InputError, read_manifest, write_manifest
+from entrace.analysis.trace.manifest import count_cores
+from entrace.trainer.ablation.grid import load_grid
+from entrace.trainer.ablation.launch.local import LocalLauncher
+from entrace.trainer.ablation.runner import run_grid
+from entrace.trainer.train import train
 
 from .conftest import SMALL
 

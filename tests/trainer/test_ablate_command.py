@@ -10,7 +10,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.trace import read_manifest
+from entrace.analysis.trace import read_manifest
 
 from .conftest import SMALL
 
@@ -72,7 +72,7 @@ def test_a_pilot_is_for_dry_runs_and_must_be_there(call, tmp_path):
 
 
 def test_without_ray_the_extra_is_named(call, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.launch.cluster.find_spec", lambda name: None)
+    monkeypatch.setattr("entrace.trainer.ablation.launch.ray.find_spec", lambda name: None)
     code, _, err = call("ablate", write(tmp_path, GRID), "--out", tmp_path / "study", "--launcher", "ray")
     assert (code, err) == (2, "entrace: --launcher ray needs the ray extra: pip install 'entrace[ray]'\n")
     assert not (tmp_path / "study").exists()
@@ -117,7 +117,7 @@ def test_a_dry_run_checks_what_the_runs_need(call, tmp_path):
 def planned_seconds():
     import tomllib
 
-    from trainer.resources import resolve_config
+    from entrace.trainer.resources import resolve_config
 
     return tomllib.loads(resolve_config("pilot").read_text())["seconds_per_step"]
 
@@ -190,7 +190,7 @@ def test_failed_runs_are_named_at_the_end(call, tmp_path):
 
 def interrupt(folder, arguments):
     """Starts ``entrace ablate`` and sends its process group SIGINT, as a terminal does, once two runs are at work."""
-    command = [sys.executable, "-m", "trainer", *map(str, arguments)]
+    command = [sys.executable, "-m", "entrace", *map(str, arguments)]
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,

@@ -6,7 +6,13 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from trainer.advantage import group_relative_advantage, mean_surprisal, mixed_groups, overlong_penalty, ppl_z
+from entrace.trainer.algorithm.advantages import (
+    group_relative_advantage,
+    mean_surprisal,
+    mixed_groups,
+    overlong_penalty,
+    ppl_z,
+)
 
 
 def test_group_relative_advantage_equals_the_loop():

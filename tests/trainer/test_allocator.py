@@ -8,7 +8,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import torch
-from trainer.allocator import keep_freed_memory
+from entrace.trainer.kernels.allocator import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from trainer import attention
-from trainer.attention import short_attention
+from entrace.trainer.kernels import attention
+from entrace.trainer.kernels.attention import short_attention
 
 LAYER = nn.Module()
 LAYER.num_key_value_groups = 2  # type: ignore[assignment]

@@ -5,13 +5,13 @@ import polars as pl
 import pytest
 import torch
 
-from analysis.trace import TraceWriter
-from trainer.batch import PromptSource, collect_batch
-from trainer.config import load_config
-from trainer.policy import Policy
-from trainer.record import record_batch
-from trainer.train import train
-from trainer.update import Learner, captured_responses
+from entrace.analysis.trace import TraceWriter
+from entrace.trainer.config import load_config
+from entrace.trainer.learner import Learner, captured_responses
+from entrace.trainer.model.policy import Policy
+from entrace.trainer.rollouts import PromptSource, collect_batch
+from entrace.trainer.runs.record import record_batch
+from entrace.trainer.train import train
 
 from .conftest import SMALL
 
@@ -41,7 +41,7 @@ def test_values_equal_a_float64_pass_of_the_updated_weights(policy, task, tmp_pa
     config = load_config("tiny", [*SMALL, *LEAP, "rollout.temperature=0.8", "optim.micro_batch_tokens=300"])
     learner = Learner(config, policy)
     batch = collect_batch(config, policy, PromptSource(task), step=1)
-    advantages = batch.advantages[:, None].expand(batch.samples.tokens.shape)
+    advantages = batch.advantages[:, None].expand(batch.rollouts.response_ids.shape)
     metrics = learner.update(batch, advantages, step=1)
     writer = TraceWriter.create(tmp_path / "run", {"run_id": "run"}, policy.vocab())
     after = learner.capture(batch, metrics, step=1)
@@ -51,7 +51,7 @@ def test_values_equal_a_float64_pass_of_the_updated_weights(policy, task, tmp_pa
     assert (tokens["logprob"] - tokens["logprob_after"]).abs().max() > 0.1, "the update moved nothing"
     assert 0 < batch.is_kept.sum() < len(batch.is_kept), "no response was left out"
     model = policy.model.double()
-    for row, (prompt, response) in enumerate(zip(batch.samples.prompts, batch.samples.responses(), strict=True)):
+    for row, (prompt, response) in enumerate(zip(batch.rollouts.prompt_ids, batch.rollouts.responses(), strict=True)):
         recorded = tokens.filter(pl.col("rollout_id") == row)
         if not batch.is_kept[row]:
             assert recorded.select(CAPTURED).null_count().row(0) == (len(response),) * 3
@@ -123,12 +123,12 @@ def test_any_epoch_counts(policy, task):
     """Over many epochs, at least as many as in one of them, at most as many as in all of them."""
     config = load_config("tiny", [*SMALL, *LEAP, "optim.epochs=5", "optim.mini_batches=2"])
     batch = collect_batch(config, policy, PromptSource(task), step=1)
-    advantages = batch.advantages[:, None].expand(batch.samples.tokens.shape)
+    advantages = batch.advantages[:, None].expand(batch.rollouts.response_ids.shape)
     metrics = Learner(config, policy).update(batch, advantages, step=1)
-    share = float(metrics.is_clipped.sum() / batch.samples.lengths[batch.is_kept].sum())
+    share = float(metrics.is_clipped.sum() / batch.rollouts.lengths[batch.is_kept].sum())
     mean = metrics.clip_frac_low + metrics.clip_frac_high
     assert mean < share < 5 * mean
-    assert not metrics.is_clipped[~batch.samples.response_mask].any()
+    assert not metrics.is_clipped[~batch.rollouts.response_mask].any()
     assert not metrics.is_clipped[~batch.is_kept].any()
 
 
@@ -150,7 +150,7 @@ def test_a_step_without_kept_groups_captures_nothing(policy: Policy, task, small
     learner = Learner(small_config, policy)
     batch = collect_batch(small_config, policy, PromptSource(task), step=1)
     batch.is_kept[:] = False
-    metrics = learner.update(batch, torch.zeros(batch.samples.tokens.shape), step=1)
+    metrics = learner.update(batch, torch.zeros(batch.rollouts.response_ids.shape), step=1)
     after = learner.capture(batch, metrics, step=1)
     assert metrics.loss == 0.0
     assert not after.is_scored.any()

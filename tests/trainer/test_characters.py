@@ -5,10 +5,10 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trainer.characters import describe_lost, find_lost, task_texts, warn_of_lost
-from trainer.pretrained import load_tokenizer
-from trainer.task_config import TaskConfig
-from trainer.tasks import load_task
+from entrace.trainer.model.loading import load_tokenizer
+from entrace.trainer.tasks import load_task
+from entrace.trainer.tasks.characters import describe_lost, find_lost, task_texts, warn_of_lost
+from entrace.trainer.tasks.config import TaskConfig
 
 WORDS = ["<unk>", "what", "is", "2", "3", "+", "?", "a", "b", "é"]
 
@@ -48,7 +48,7 @@ def test_a_tokenizer_of_bytes_encodes_everything():
 def test_only_what_is_new_in_a_text_is_encoded(monkeypatch):
     tokenizer = word_level()
     tried = []
-    monkeypatch.setattr("trainer.characters._lost_in", lambda _, text: tried.append(text) or set())
+    monkeypatch.setattr("entrace.trainer.tasks.characters._lost_in", lambda _, text: tried.append(text) or set())
     find_lost(tokenizer, ["ab", "ba", "abc", "cab"])
     assert tried == ["ab", "abc"]
 

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.trace import InputError
-from trainer import checkpoint as checkpoint_module
-from trainer.checkpoint import (
+from entrace.analysis.trace import InputError
+from entrace.trainer.config import load_config
+from entrace.trainer.learner import Learner
+from entrace.trainer.model.policy import Policy
+from entrace.trainer.runs import checkpoint as checkpoint_module
+from entrace.trainer.runs.checkpoint import (
     RunState,
     find_checkpoint,
     find_damage,
@@ -22,9 +25,6 @@ from trainer.checkpoint import (
     remove_unfinished,
     save_checkpoint,
 )
-from trainer.config import load_config
-from trainer.policy import Policy
-from trainer.update import Learner
 
 from .conftest import SMALL, cut_short, flip_a_bit
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from trainer.resources import find_base_policy
+from entrace.trainer.resources import find_base_policy
 
 from .conftest import SMALL
 

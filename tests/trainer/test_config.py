@@ -1,7 +1,8 @@
 import pytest
 
-from analysis.trace import InputError
-from trainer.config import Config, load_config, parse_override
+from entrace.analysis.trace import InputError
+from entrace.trainer.config import Config, load_config
+from entrace.trainer.settings import parse_override
 
 BAD_OVERRIDES = [
     ("optim.learning_rate=1", ['"optim.learning_rate"', "lr"]),
@@ -13,7 +14,8 @@ BAD_OVERRIDES = [
     ("rollout.overlong_buffer_tokens=65", ["overlong_buffer_tokens is longer than max_response_tokens"]),
     ("optim.mini_batches=33", ["optim.mini_batches is larger than rollout.prompts_per_step"]),
     ("record.checkpoint_every=15", ["checkpoint_every is no multiple of flush_every"]),
-    ("record.mantissa_bits=24", ["record.mantissa_bits", "less than or equal to 23"]),
+    ("record.mantissa_bits=12", ["record.mantissa_bits = 12 is no longer supported", "leave the key out"]),
+    ("rollout.engine=continuous", ["rollout.engine", "no longer supported"]),
     ("shaping.ppl={start_step=5, end_step=3}", ["shaping.ppl", "end_step comes before start_step"]),
     ("shaping.position.start_step=soon", ["shaping.position.start_step", "'soon'"]),
     ("steps", ['"steps"', "key.path=value"]),

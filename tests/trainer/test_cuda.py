@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import token_stats
-from trainer.config import PolicyConfig
-from trainer.policy import Policy
-from trainer.replay import Replay
-from trainer.rollout import SamplingParams, sample
-from trainer.token_stats import LMHead, Truncation, compute_stats, compute_token_stats
+from entrace.trainer.config import PolicyConfig
+from entrace.trainer.kernels import token_stats
+from entrace.trainer.kernels.token_stats import LMHead, Truncation, compute_stats, compute_token_stats
+from entrace.trainer.model.policy import Policy
+from entrace.trainer.sampling.cuda_graph import Replay
+from entrace.trainer.sampling.sampler import sample
+from entrace.trainer.sampling.samples import SamplingParams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -87,11 +88,11 @@ def test_replayed_sampling_draws_what_the_other_draws(policy, limit):
 @pytest.mark.parametrize("attention", ["auto", "packed"])
 def test_what_is_recorded_is_what_a_pass_over_the_whole_text_gives(dtype, attention):
     policy = Policy.load(PolicyConfig(device="cuda", dtype=dtype, attention=attention))
-    assert policy.packs == (attention == "packed")
+    assert policy.uses_packing == (attention == "packed")
     prompts = [policy.encode_prompt(text) for text in ("1 + 2 =", "12 + 3 - 4 =", "7 =")]
     samples = sample(policy, prompts, 20, SamplingParams(60), np.random.default_rng(0))
     with torch.no_grad():
-        scored = policy.score(samples.prompts, samples.responses(), 1.0)
+        scored = policy.token_stats(samples.prompt_ids, samples.responses(), 1.0)
     mask = samples.response_mask
     tolerance = 1e-3 if dtype == "float32" else 0.3
     for name in ("logprob", "entropy"):

@@ -20,13 +20,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from analysis import open_runs
-from analysis.trace import read_manifest
-from trainer import cli, resources
-from trainer import train as train_module
-from trainer.config import load_config
-from trainer.distributed import ALONE, World, _Failure
-from trainer.train import train
+from entrace import open_runs
+from entrace.analysis.trace import read_manifest
+from entrace.trainer import cli, resources
+from entrace.trainer import train as train_module
+from entrace.trainer.config import load_config
+from entrace.trainer.parallel.ranks import ALONE, Ranks, _Failure
+from entrace.trainer.train import train
 
 from .conftest import SMALL
 
@@ -119,7 +119,7 @@ def said(logs):
 @pytest.fixture(scope="module")
 def context():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.train", "accelerate"])
+    context.set_forkserver_preload(["entrace.trainer.train", "accelerate"])
     return context
 
 
@@ -133,7 +133,7 @@ def alone(tmp_path_factory):
 def launch(arguments, log, sharing="ddp"):
     config = resources.CONFIGS / "accelerate" / f"{sharing}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2]
-    command += ["-m", "trainer", *arguments]
+    command += ["-m", "entrace", *arguments]
     with open(log, "w") as file:
         return subprocess.Popen(
             list(map(str, command)), stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -311,7 +311,7 @@ def test_bad_input_is_said_once(context, tmp_path, arguments, line):
 
 def test_shares_are_all_there_is_in_order():
     for count in (0, 1, 5, 6, 8):
-        parts = [World(rank, 3).share(count) for rank in range(3)]
+        parts = [Ranks(rank, 3).share(count) for rank in range(3)]
         assert [place for part in parts for place in range(count)[part]] == list(range(count))
         sizes = [len(range(count)[part]) for part in parts]
         assert max(sizes) - min(sizes) <= 1

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from analysis.trace import InputError
+from entrace.analysis.trace import InputError
+from entrace.trainer.config import load_config
+from entrace.trainer.dry_run import find_shape, make_plan
+from entrace.trainer.model.policy import Policy
 from tests.benchmarks.allocator import peak_bytes
-from trainer.config import load_config
-from trainer.dry_run import find_shape, make_plan
-from trainer.policy import Policy
 
 PUBLISHED = {"Qwen/Qwen2.5-0.5B": 494_032_768, "Qwen/Qwen2.5-1.5B": 1_543_714_304, "Qwen/Qwen2.5-7B": 7_615_616_512}
 FAST = ["rollout.max_response_tokens=64", "task.max_prompt_tokens=64", "optim.micro_batch_tokens=128"]
@@ -48,7 +48,7 @@ def test_the_memory_of_an_update_is_near_what_the_allocator_counts(tmp_path, pol
     prompts, responses = [[5] * 64] * 16, [torch.full((64,), 7)] * 16
 
     def update():
-        loaded.score(prompts, responses, 1.0).logprob.sum().backward()
+        loaded.token_stats(prompts, responses, 1.0).logprob.sum().backward()
 
     update()
     assert plan.update == pytest.approx(peak_bytes(update), rel=0.1)

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from analysis.intervals import bounded
-from trainer.cli.evaluate import MEAN, mean_over_benchmarks, summarize_evals
-from trainer.config import load_config
-from trainer.evaluate import load_policy_and_task
-from trainer.resources import find_base_policy
-from trainer.tasks import load_task
+from entrace.analysis.statistics.intervals import bounded
+from entrace.trainer.cli.evaluate import MEAN, mean_over_benchmarks, summarize_evals
+from entrace.trainer.config import load_config
+from entrace.trainer.evaluate import load_policy_and_task
+from entrace.trainer.resources import find_base_policy
+from entrace.trainer.tasks import load_task
 
 
 def columns(**verdicts):
@@ -96,6 +96,6 @@ def test_the_command_prints_one_row_per_benchmark_and_the_mean_on_request(exams,
 
 
 def test_an_evaluation_warns_of_characters_that_the_tokenizer_lacks(exams, monkeypatch, caplog):
-    monkeypatch.setattr("trainer.characters.find_lost", lambda tokenizer, texts: ["é"])
+    monkeypatch.setattr("entrace.trainer.tasks.characters.find_lost", lambda tokenizer, texts: ["é"])
     load_policy_and_task(load_config(str(exams)))
     assert 'cannot encode 1 character of the task, "é" (U+00E9)' in caplog.text

@@ -22,16 +22,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import analysis
-from analysis.trace import InputError, manifest, read_manifest
-from trainer import batch, cli, evaluate
-from trainer import policy as policy_module
-from trainer.config import PolicyConfig, load_config
-from trainer.faults import TrainingError, explain_fault, memory_advice
-from trainer.policy import Policy
-from trainer.resources import find_base_policy
-from trainer.train import train
-from trainer.update import Learner
+import entrace
+from entrace.analysis.trace import InputError, manifest, read_manifest
+from entrace.trainer import cli, evaluate
+from entrace.trainer import rollouts as batch
+from entrace.trainer.config import PolicyConfig, load_config
+from entrace.trainer.faults import TrainingError, explain_fault, memory_advice
+from entrace.trainer.learner import Learner
+from entrace.trainer.model import policy as policy_module
+from entrace.trainer.model.policy import Policy
+from entrace.trainer.resources import find_base_policy
+from entrace.trainer.train import train
 
 from .conftest import SMALL, cut_short, flip_a_bit
 
@@ -174,7 +175,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, whole, monkeypatc
     assert_same_run(run_dir, whole)
     state = read_manifest(run_dir)
     assert state["finished_at"] < state["started_at"]
-    runs = analysis.open_runs(run_dir)
+    runs = entrace.open_runs(run_dir)
     seconds = runs.sql(f"select {', '.join(SECONDS)} from steps")
     assert (seconds.to_numpy() >= 0).all()
     assert runs.query("cost_accuracy")["seconds"].item() == pytest.approx(seconds.to_numpy().sum(), rel=1e-5)
@@ -315,7 +316,7 @@ def full_disk(folder, out, *rooms):
         arguments = ["train", "tiny", *OVERRIDES, "--out", run_dir]
         said = _entrace(*arguments)
         state = read_manifest(run_dir)
-        steps = analysis.open_runs(run_dir).sql("select step from steps order by step")["step"].to_list()
+        steps = entrace.open_runs(run_dir).sql("select step from steps order by step")["step"].to_list()
         hidden = [path.name for path in (run_dir / "checkpoints").glob(".*")]
         _mount(folder, "remount,size=64m")
         resumed = _entrace(*arguments, "--resume")
@@ -374,7 +375,7 @@ def locked_disk(folder, out):
         str(caught.value),
         _entrace(*arguments, run_dir, "--resume"),
         _entrace(*arguments, Path(folder) / "new"),
-        analysis.open_runs(run_dir).sql("select max(step) from steps").item(),
+        entrace.open_runs(run_dir).sql("select max(step) from steps").item(),
     ]
     _mount(folder, "remount,rw")
     told.append(_entrace(*arguments, run_dir, "--resume")[0])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from trainer import token_stats
-from trainer.token_stats import LMHead, Truncation, compute_stats, compute_token_stats
+from entrace.trainer.kernels import token_stats
+from entrace.trainer.kernels.token_stats import LMHead, Truncation, compute_stats, compute_token_stats
 
 pytest.importorskip("triton")
 # Of what lies beyond the last column.
@@ -16,7 +16,7 @@ def with_kernels(monkeypatch):
     """From its call on, statistics are made by the kernels; see tests/conftest.py for how these run."""
     if torch.cuda.is_available():
         pytest.skip("tests/trainer/test_cuda.py runs them")
-    from trainer import fused_stats
+    from entrace.trainer.kernels import token_stats_triton as fused_stats
 
     for name, value in {"LANES": 32, "DEPTH": 2, "BLOCK": 64}.items():
         monkeypatch.setattr(fused_stats, name, value)

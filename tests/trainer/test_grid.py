@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from analysis.trace import InputError
-from trainer.grid import load_grid
-from trainer.resources import find_base_policy
-from trainer.run_folder import common_random_numbers
+from entrace.analysis.trace import InputError
+from entrace.trainer.ablation.grid import load_grid
+from entrace.trainer.resources import find_base_policy
+from entrace.trainer.runs.run_folder import common_random_numbers
 
 GRID = """
 config = "tiny"

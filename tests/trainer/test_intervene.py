@@ -8,16 +8,22 @@ import polars as pl
 import pytest
 import torch
 
-from analysis import open_runs
-from analysis.trace import TABLES, InputError, TraceWriter, read_manifest
-from trainer import intervene as intervene_module
-from trainer.candidates import STRATA, load_candidates, ntile, order_candidates
-from trainer.checkpoint import find_checkpoint
-from trainer.config import build_config, load_config
-from trainer.intervene import Intervener, Settings, draw_alternatives, intervene, resolve_checkpoint
-from trainer.policy import Policy
-from trainer.seeding import Stream, generator
-from trainer.train import train
+from entrace import open_runs
+from entrace.analysis.trace import TABLES, InputError, TraceWriter, read_manifest
+from entrace.trainer.config import build_config, load_config
+from entrace.trainer.interventions import intervene as intervene_module
+from entrace.trainer.interventions.candidates import STRATA, load_candidates, ntile, order_candidates
+from entrace.trainer.interventions.intervene import (
+    Intervener,
+    Settings,
+    draw_alternatives,
+    intervene,
+    resolve_checkpoint,
+)
+from entrace.trainer.model.policy import Policy
+from entrace.trainer.runs.checkpoint import find_checkpoint
+from entrace.trainer.seeding import Stream, generator
+from entrace.trainer.train import train
 
 from .conftest import SMALL
 

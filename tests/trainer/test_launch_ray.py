@@ -5,10 +5,10 @@ from collections import defaultdict
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.trace import InputError, read_manifest
-from trainer.ablate import run_grid
-from trainer.grid import load_grid
-from trainer.launch.cluster import RayLauncher
+from entrace.analysis.trace import InputError, read_manifest
+from entrace.trainer.ablation.grid import load_grid
+from entrace.trainer.ablation.launch.ray import RayLauncher
+from entrace.trainer.ablation.runner import run_grid
 
 from .conftest import SMALL
 

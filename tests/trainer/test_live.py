@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from analysis import open_runs
-from analysis.trace import InputError
-from trainer.run_folder import alone_in
+from entrace import open_runs
+from entrace.analysis.trace import InputError
+from entrace.trainer.runs.run_folder import run_lock
 
 from .conftest import SMALL
 
@@ -42,7 +42,7 @@ CHECKS = {
 
 def test_a_run_is_queried_while_it_trains(tmp_path):
     run = tmp_path / "live"
-    command = [sys.executable, "-m", "trainer", "train", "tiny", *LIVE, "--out", str(run)]
+    command = [sys.executable, "-m", "entrace", "train", "tiny", *LIVE, "--out", str(run)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
     seen = []
@@ -68,12 +68,12 @@ def test_a_run_is_queried_while_it_trains(tmp_path):
 
 
 def test_two_processes_do_not_record_one_run(tmp_path):
-    with alone_in(tmp_path / "run", waits=False):
-        command = [sys.executable, "-m", "trainer", "train", "tiny", *SMALL, "--out", str(tmp_path / "run"), "--resume"]
+    with run_lock(tmp_path / "run", waits=False):
+        command = [sys.executable, "-m", "entrace", "train", "tiny", *SMALL, "--out", str(tmp_path / "run"), "--resume"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         with (
             pytest.raises(InputError, match="another process records this run"),
-            alone_in(tmp_path / "run", waits=False),
+            run_lock(tmp_path / "run", waits=False),
         ):
             pass
     assert result.returncode == 2

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.loss import kl_penalty, policy_loss
+from entrace.trainer.algorithm.losses import kl_penalty, policy_loss
 
 RATIOS = [0.5, 0.79, 0.8, 1.0, 1.28, 1.29, 3.0]
 

@@ -3,11 +3,12 @@
 import polars as pl
 import pytest
 
-from analysis.trace import InputError
-from trainer.config import build_config, load_config, merge, parse_override, read_toml
-from trainer.methods import METHODS, describe_methods, method_settings
-from trainer.resources import resolve_config
-from trainer.train import train
+from entrace.analysis.trace import InputError
+from entrace.trainer.ablation.arms import describe_methods, list_methods, method_settings
+from entrace.trainer.config import build_config, load_config
+from entrace.trainer.resources import resolve_config
+from entrace.trainer.settings import merge, parse_override, read_toml
+from entrace.trainer.train import train
 
 from .conftest import SMALL
 
@@ -23,6 +24,7 @@ ACTIVE = {
     "no_overlong_penalty": ["rollout.max_response_tokens=40"],
     "scale_matched": ["shaping.scale_matched.mirrors=weighted_reinforce"],
 }
+METHODS = list_methods()
 UNCHANGED = {"none", "released_noop"}
 
 

@@ -5,8 +5,8 @@ import torch
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from entrace.trainer.kernels.norms import replace_norms, rms_norm
 from tests.trainer.test_policy import ARCHITECTURES, load, write_model
-from trainer.norms import replace_norms, rms_norm
 
 
 def test_gradients_are_those_of_finite_differences():

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import objectives
-from trainer.config import LossConfig
-from trainer.method import TokenBatch
-from trainer.objectives import AGGREGATIONS, METHODS, Objective
+from entrace.trainer.algorithm import objectives
+from entrace.trainer.algorithm.method import REGISTRY, RolloutView
+from entrace.trainer.algorithm.objectives import AGGREGATIONS, LossConfig, Objective
 
 from .conftest import token_batch
 
 MAX_TOKENS = 7
+METHODS = REGISTRY["loss"]
 AGGREGATION_SUMS = ("token_mean", "sequence_mean")
 
 
@@ -113,7 +113,7 @@ def test_method_is_described_with_the_defaults_of_its_function(name):
 
 def hand(name="grpo", **config):
     """Two responses, of two tokens and one; ratios 1.1, 0.9 and 1.3; advantages 1 and -1; at most four tokens."""
-    batch = TokenBatch(
+    batch = RolloutView(
         torch.tensor([[-0.1, -0.5], [-3.0, 0.0]]),
         torch.tensor([[0.2, 0.9], [0.5, 0.0]]),
         torch.tensor([True, False]),
@@ -168,7 +168,7 @@ def test_shares_sum_to_one_over_what_is_counted():
 
 def test_clip_cov_draws_anew_with_every_mini_batch():
     advantages, batch = token_batch()
-    first, second = (objectives.clip_cov(advantages, batch, 0.1, 0.0, 5.0).surrogate for _ in range(2))
+    first, second = (objectives.clip_cov(advantages, batch, 0.1, 0.0, 5.0).token_weights for _ in range(2))
     assert (first == 0).sum() == (second == 0).sum() == 2
     assert not torch.equal(first, second)
 
@@ -176,6 +176,6 @@ def test_clip_cov_draws_anew_with_every_mini_batch():
 def test_halves_of_an_even_group_are_disjoint_and_together_all():
     advantages, batch = token_batch()
     batch = batch.take(torch.arange(4, 8))
-    low, high = (f(advantages[4:], batch).counted for f in (objectives.low_ppl_only, objectives.high_ppl_only))
+    low, high = (f(advantages[4:], batch).loss_mask for f in (objectives.low_ppl_only, objectives.high_ppl_only))
     assert not (low & high).any()
     assert torch.equal(low | high, batch.response_mask)

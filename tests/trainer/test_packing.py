@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from analysis.trace import InputError
+from entrace.analysis.trace import InputError
+from entrace.trainer.kernels import attention
+from entrace.trainer.kernels.attention import PART_PLACES
+from entrace.trainer.kernels.packing import Packing, Sequences, take_rows
 from tests.trainer.test_policy import ARCHITECTURES, LLAMA_LIKE, load, write_model
-from trainer import attention
-from trainer.attention import PART_PLACES
-from trainer.packing import Packing, Sequences, take_rows
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [8, 9], [5, 6, 7], [8, 9], [10], [5, 6, 7], [8, 9], [5, 6, 7]]
 # Some agree for a while, one with all that is read of another, two whole, and one with the prompt of others.
@@ -65,11 +65,11 @@ def test_take_rows_equals_an_index_with_its_gradient():
 def test_packed_equals_padded_with_gradients(tmp_path, monkeypatch, batch, name, part_places, checkpointing):
     monkeypatch.setitem(PART_PLACES, "cpu", part_places)
     policy = load(write_model(tmp_path, *ARCHITECTURES[name]), gradient_checkpointing=checkpointing)
-    assert policy.packs == (name not in NOT_PACKED)
+    assert policy.uses_packing == (name not in NOT_PACKED)
     results = []
-    for packs in (policy.packs, False):
-        policy.packs = packs
-        hidden, targets, index = policy.read(*batch)
+    for packs in (policy.uses_packing, False):
+        policy.uses_packing = packs
+        hidden, targets, index = policy.forward_unique(*batch)
         hidden, targets = hidden[index], targets[index]
         policy.model.zero_grad()
         (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
@@ -89,11 +89,11 @@ def test_packing_is_not_trusted_but_tried(tmp_path, monkeypatch):
     """A model that does not pass the layout on to its attention would read all sequences as one."""
     folder = write_model(tmp_path, "LlamaConfig", LLAMA_LIKE)
     monkeypatch.setattr(attention, "_attend_packed", lambda module, q, k, v, layout, options: q.transpose(1, 2))
-    assert not load(folder).packs
+    assert not load(folder).uses_packing
     message = 'policy.attention = "packed": LlamaForCausalLM cannot read packed sequences; set "auto"'
     with pytest.raises(InputError, match=f"^{message}$"):
         load(folder, attention="packed")
     monkeypatch.undo()
-    assert load(folder, attention="packed").packs
-    assert load(folder).packs
-    assert not load(folder, attention="sdpa").packs
+    assert load(folder, attention="packed").uses_packing
+    assert load(folder).uses_packing
+    assert not load(folder, attention="sdpa").uses_packing

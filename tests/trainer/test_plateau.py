@@ -1,7 +1,6 @@
 import numpy as np
 
-from trainer.config import PlateauConfig
-from trainer.plateau import PlateauDetector
+from entrace.trainer.algorithm.plateau import PlateauConfig, PlateauDetector
 
 CONFIG = PlateauConfig(window_steps=5, tolerance=0.1)
 

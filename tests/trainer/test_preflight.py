@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from trainer.config import load_config
-from trainer.preflight import Checks, check_run
-from trainer.resources import find_base_policy
+from entrace.trainer.config import load_config
+from entrace.trainer.preflight import Checks, check_run
+from entrace.trainer.resources import find_base_policy
 
 
 def write(path, rows):
@@ -141,7 +141,9 @@ def test_fewer_prompts_than_a_step_draws_are_a_warning(files):
 
 
 def test_characters_that_the_tokenizer_lacks_are_a_warning(files, monkeypatch):
-    monkeypatch.setattr("trainer.preflight.find_lost", lambda tokenizer, texts: ["é"] if "And 3?" in texts else [])
+    monkeypatch.setattr(
+        "entrace.trainer.preflight.find_lost", lambda tokenizer, texts: ["é"] if "And 3?" in texts else []
+    )
     found = check_run(configure(files))
     assert found.lost_characters == ["é"]
     assert 'cannot encode 1 character of the task, "é" (U+00E9)' in found.warnings[0]

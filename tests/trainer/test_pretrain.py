@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from analysis.trace import InputError
-from trainer.pretrain import PAD, evaluate_heldout, load_recipe, pretrain
-from trainer.resources import CONFIGS, find_base_policy
-from trainer.tasks import load_task
+from entrace.analysis.trace import InputError
+from entrace.trainer.pretraining.pretrain import PAD, evaluate_heldout, load_recipe, pretrain
+from entrace.trainer.resources import CONFIGS, find_base_policy
+from entrace.trainer.tasks import load_task
 
 SHIPPED = CONFIGS / "base-policy.toml"
 QUESTION = "State the final answer to the following arithmetic problem: 15 - 43 - 75 ="

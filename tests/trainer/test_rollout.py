@@ -2,14 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.trace import InputError
-from trainer.batch import PromptSource, collect_batch
-from trainer.config import PolicyConfig
-from trainer.decoder import Decoder
-from trainer.policy import Policy
-from trainer.rollout import SamplingParams, invert_cdf, sample, sample_at
-from trainer.token_stats import WHOLE, Softmax, Truncation
-from trainer.update import Learner
+from entrace.analysis.trace import InputError
+from entrace.trainer.config import PolicyConfig
+from entrace.trainer.kernels.token_stats import WHOLE, Softmax, Truncation
+from entrace.trainer.learner import Learner
+from entrace.trainer.model.policy import Policy
+from entrace.trainer.rollouts import PromptSource, collect_batch
+from entrace.trainer.sampling.decoder import Decoder
+from entrace.trainer.sampling.sampler import sample, sample_at
+from entrace.trainer.sampling.samples import SamplingParams
+from entrace.trainer.sampling.token_sampler import invert_cdf
 
 
 class FixedNumbers:
@@ -39,7 +41,7 @@ def flat(samples, name):
 def test_recorded_values_equal_a_teacher_forced_pass(policy, prompts, temperature, truncation):
     params = SamplingParams(40, temperature, truncation)
     samples = sample(policy, prompts, 3, params, np.random.default_rng(0))
-    scored = policy.score(samples.prompts, samples.responses(), temperature, truncation)
+    scored = policy.token_stats(samples.prompt_ids, samples.responses(), temperature, truncation)
     for name in ("logprob", "entropy", "sum_p2"):
         torch.testing.assert_close(flat(samples, name), getattr(scored, name), rtol=1e-4, atol=2e-5)
 
@@ -63,7 +65,7 @@ def test_truncated_sampling_records_the_distribution_that_is_left(policy, prompt
     params = SamplingParams(30, 1.3, truncation)
     samples = sample(policy, prompts, 2, params, np.random.default_rng(0))
     left_out = 0.0
-    for row, (prompt, response) in enumerate(zip(samples.prompts, samples.responses(), strict=True)):
+    for row, (prompt, response) in enumerate(zip(samples.prompt_ids, samples.responses(), strict=True)):
         with torch.no_grad():
             logits = policy.model(torch.cat((torch.tensor(prompt), response))[None]).logits[0, len(prompt) - 1 : -1]
         for t, token in enumerate(response):
@@ -78,8 +80,8 @@ def test_truncated_sampling_records_the_distribution_that_is_left(policy, prompt
 def test_a_token_that_present_weights_would_leave_out_keeps_a_probability(policy, prompts):
     """Drawn under the old weights, it must have a finite ratio under the new ones."""
     whole = sample(policy, prompts, 4, SamplingParams(30), np.random.default_rng(0))
-    wide = policy.score(whole.prompts, whole.responses(), 1.0).logprob
-    narrow = policy.score(whole.prompts, whole.responses(), 1.0, Truncation(top_k=1))
+    wide = policy.token_stats(whole.prompt_ids, whole.responses(), 1.0).logprob
+    narrow = policy.token_stats(whole.prompt_ids, whole.responses(), 1.0, Truncation(top_k=1))
     assert narrow.logprob.isfinite().all()
     assert (narrow.logprob > wide).all()
     is_likeliest = narrow.logprob == 0
@@ -93,9 +95,9 @@ def test_an_update_sees_the_distribution_that_was_sampled_from(policy, task, sma
     rollout = small_config.rollout.model_copy(update={"top_p": 0.8, "top_k": 20})
     config = small_config.model_copy(update={"rollout": rollout})
     batch = collect_batch(config, policy, PromptSource(task), step=1)
-    advantages = batch.advantages[:, None].expand(batch.samples.tokens.shape)
+    advantages = batch.advantages[:, None].expand(batch.rollouts.response_ids.shape)
     metrics = Learner(config, policy).update(batch, advantages, step=1)
-    is_kept = batch.is_kept[:, None] & batch.samples.response_mask
+    is_kept = batch.is_kept[:, None] & batch.rollouts.response_mask
     assert not metrics.is_clipped.any()
     assert metrics.loss == pytest.approx(-advantages[is_kept].mean().item(), abs=1e-5)
 
@@ -115,14 +117,14 @@ def test_a_stop_text_ends_a_response_with_the_token_that_completes_it(policy, pr
         assert stopped.is_truncated[row] == (not any(complete) and free.is_truncated[row])
         ends |= {text for text in stop if text in texts[len(response) - 1]}
     assert ends == set(stop), "a text ended no response"
-    scored = policy.score(stopped.prompts, stopped.responses(), 1.0)
+    scored = policy.token_stats(stopped.prompt_ids, stopped.responses(), 1.0)
     torch.testing.assert_close(flat(stopped, "logprob"), scored.logprob, rtol=1e-4, atol=2e-5)
 
 
 def test_recorded_values_equal_one_response_at_a_time_in_float64(policy, prompts):
     samples = sample(policy, prompts, 1, SamplingParams(40), np.random.default_rng(1))
     model = policy.model.double()
-    for row, (prompt, response) in enumerate(zip(samples.prompts, samples.responses(), strict=True)):
+    for row, (prompt, response) in enumerate(zip(samples.prompt_ids, samples.responses(), strict=True)):
         with torch.no_grad():
             output = model(torch.cat((torch.tensor(prompt), response))[None], output_hidden_states=True)
         logp = torch.log_softmax(output.logits[0, len(prompt) - 1 : -1], -1)
@@ -143,7 +145,7 @@ def test_bfloat16_arithmetic_records_the_distribution_it_samples_from(prompts):
     policy = Policy.load(PolicyConfig(device="cpu", dtype="bfloat16"))
     assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
     samples = sample(policy, prompts, 4, SamplingParams(24), np.random.default_rng(5))
-    exact = Policy.load(PolicyConfig(device="cpu")).score(samples.prompts, samples.responses(), 1.0)
+    exact = Policy.load(PolicyConfig(device="cpu")).score(samples.prompt_ids, samples.responses(), 1.0)
     entropy = flat(samples, "entropy")
     assert entropy.dtype == torch.float32
     assert not torch.equal(entropy, exact.entropy)
@@ -181,7 +183,9 @@ def test_what_responses_have_in_common_is_computed_once(policy, prompts, monkeyp
         Decoder, "append", lambda self, tokens, parents: read.append(len(tokens)) or append(self, tokens, parents)
     )
     samples = sample(policy, prompts, 8, SamplingParams(24), np.random.default_rng(2))
-    texts = [(prompt, response.tolist()) for prompt, response in zip(samples.prompts, samples.responses(), strict=True)]
+    texts = [
+        (prompt, response.tolist()) for prompt, response in zip(samples.prompt_ids, samples.responses(), strict=True)
+    ]
     # Nothing is computed after a last token.
     beginnings = {(*prompt, *response[:end]) for prompt, response in texts for end in range(1, len(response))}
     assert sum(read) == len(beginnings) < 0.95 * sum(len(response) - 1 for _, response in texts)

@@ -8,15 +8,15 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-import analysis
-from analysis.trace import InputError, TraceWriter, read_manifest
-from trainer import score as scoring
-from trainer.config import PolicyConfig, load_config
-from trainer.faults import TrainingError
-from trainer.plain_rollouts import read_rollouts
-from trainer.policy import Policy
-from trainer.rollout_rows import ScoreSettings
-from trainer.train import train
+import entrace
+from entrace.analysis.trace import InputError, TraceWriter, read_manifest
+from entrace.trainer.config import PolicyConfig, load_config
+from entrace.trainer.external import teacher_forcing as scoring
+from entrace.trainer.external.plain_rollouts import read_rollouts
+from entrace.trainer.external.rollout_rows import ScoreSettings
+from entrace.trainer.faults import TrainingError
+from entrace.trainer.model.policy import Policy
+from entrace.trainer.train import train
 
 from .conftest import SMALL
 
@@ -108,10 +108,10 @@ def test_every_analysis_command_reads_a_scored_trace(trained, tmp_path, call):
     assert (tmp_path / "report" / "entropy_by_position.png").exists()
     status, out, _ = call("sql", run, "select loss, accuracy from steps order by step", "--format", "json")
     assert [entry["loss"] for entry in json.loads(out)] == [None, None]
-    opened = analysis.open_runs(run)
-    analysis.figures.stage_dynamics(opened)
+    opened = entrace.open_runs(run)
+    entrace.figures.stage_dynamics(opened)
     with pytest.raises(InputError, match="the rows hold no held-out evaluation"):
-        analysis.figures.ablation_curves(opened)
+        entrace.figures.ablation_curves(opened)
 
 
 def test_three_rows_by_hand(tmp_path, call, policy):

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-import analysis
-from analysis.trace import InputError
-from trainer.config import load_config
-from trainer.policy import Policy
-from trainer.resources import find_model
-from trainer.rollout import SamplingParams, sample
-from trainer.tasks import load_task
-from trainer.train import train
+import entrace
+from entrace.analysis.trace import InputError
+from entrace.trainer.config import load_config
+from entrace.trainer.model.policy import Policy
+from entrace.trainer.resources import find_model
+from entrace.trainer.sampling.sampler import sample
+from entrace.trainer.sampling.samples import SamplingParams
+from entrace.trainer.tasks import load_task
+from entrace.trainer.train import train
 
 pytestmark = pytest.mark.slow
 SMALL = [
@@ -43,7 +44,7 @@ def policy(config):
 
 @pytest.fixture(scope="module")
 def drawn(config, policy):
-    """Samples and scores of 4 responses to each of 24 prompts."""
+    """Rollouts and scores of 4 responses to each of 24 prompts."""
     task = load_task(config.task, config.seed)
     prompts = [task.train_prompt(index) for index in range(24)]
     ids = [policy.encode_prompt(prompt.question) for prompt in prompts]
@@ -56,7 +57,7 @@ def drawn(config, policy):
 def test_what_is_recorded_equals_a_teacher_forced_pass(policy, drawn):
     samples, _, _ = drawn
     with torch.no_grad():
-        scored = policy.score(samples.prompts, samples.responses(), 1.0)
+        scored = policy.token_stats(samples.prompt_ids, samples.responses(), 1.0)
     for name in ("logprob", "entropy", "sum_p2"):
         found = getattr(samples.stats, name)[samples.response_mask]
         torch.testing.assert_close(found, getattr(scored, name), rtol=1e-3, atol=2e-4)
@@ -82,7 +83,7 @@ def test_its_chat_template_is_applied_without_a_template_of_ours(config, policy)
 def test_two_steps_of_training_are_recorded_saved_and_read(config, policy, tmp_path):
     run = tmp_path / "run"
     train(config, run, {"study": "smollm", "arm": "none"})
-    runs = analysis.open_runs(str(run))
+    runs = entrace.open_runs(str(run))
     found = runs.sql(
         "select count(*) n, max(step) steps, count(logprob_after) n_after, min(entropy) low, max(entropy) high "
         "from tokens"

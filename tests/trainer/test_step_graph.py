@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from entrace.trainer.kernels import attention
+from entrace.trainer.sampling import decoder
+from entrace.trainer.sampling.decoder import Decoder
+from entrace.trainer.sampling.sampler import sample
+from entrace.trainer.sampling.samples import SamplingParams
 from tests.trainer.test_policy import ARCHITECTURES, load, write_model
-from trainer import attention, decoder
-from trainer.decoder import Decoder
-from trainer.rollout import SamplingParams, sample
 
 # Layers that look back a limited way, or a mask of another shape.
 NOT_RECORDED = {"mistral-sliding", "gemma3-sliding", "bloom-alibi"}

@@ -3,11 +3,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.trace import InputError
-from trainer.config import load_config
-from trainer.task_config import SourceConfig, TaskConfig
-from trainer.tasks import Mixture, Score, extract_answer, load_task
-from trainer.tasks.prompt import extract_boxed
+from entrace.analysis.trace import InputError
+from entrace.trainer.config import load_config
+from entrace.trainer.tasks import Mixture, Score, extract_answer, load_task
+from entrace.trainer.tasks.config import SourceConfig, TaskConfig
+from entrace.trainer.tasks.prompt import extract_boxed
 
 PARAMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 LONGER = {**PARAMS, "min_terms": 3, "max_terms": 3}

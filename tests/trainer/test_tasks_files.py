@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.trace import InputError, read_manifest
-from trainer.config import load_config
-from trainer.evaluate import evaluate, load_policy_and_task
-from trainer.run_folder import common_random_numbers
-from trainer.task_config import SourceConfig, TaskConfig
-from trainer.tasks import load_task
-from trainer.tasks.files import Epochs
-from trainer.train import train
+from entrace.analysis.trace import InputError, read_manifest
+from entrace.trainer.config import load_config
+from entrace.trainer.evaluate import evaluate, load_policy_and_task
+from entrace.trainer.runs.run_folder import common_random_numbers
+from entrace.trainer.tasks import load_task
+from entrace.trainer.tasks.config import SourceConfig, TaskConfig
+from entrace.trainer.tasks.files import Epochs
+from entrace.trainer.train import train
 
 from .conftest import SMALL
 

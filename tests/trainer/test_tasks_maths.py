@@ -7,12 +7,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from analysis.trace import InputError
-from trainer.task_config import TaskConfig
-from trainer.tasks import answer_classes, load_task
-from trainer.tasks.maths import MAX_PARSED, MathVerifier, fault_of
-from trainer.tasks.maths_text import find_answer, normalize, normalize_formulas
-from trainer.tasks.prompt import Prompt
+from entrace.analysis.trace import InputError
+from entrace.trainer.tasks import answer_classes, load_task
+from entrace.trainer.tasks.config import TaskConfig
+from entrace.trainer.tasks.math_text import find_answer, normalize, normalize_formulas
+from entrace.trainer.tasks.math_verifier import MAX_PARSED, MathVerifier, fault_of
+from entrace.trainer.tasks.prompt import Prompt
 
 MATH = MathVerifier()
 MATH_TEXT = MathVerifier(reads_text=True)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from trainer.tasks.normalize import IGNORABLE, normalize_text
+from entrace.trainer.tasks.normalize import IGNORABLE, normalize_text
 
 SAME = [
     "What is 2 + 3?",

@@ -8,14 +8,14 @@ import polars as pl
 import psutil
 import pytest
 
-from analysis.trace import InputError, read_manifest
-from trainer.config import load_config
-from trainer.task_config import SourceConfig, TaskConfig
-from trainer.tasks import load_task
-from trainer.tasks.maths import MathVerifier
-from trainer.tasks.prompt import Prompt, Score
-from trainer.tasks.verifiers import answer_classes, make_verifier
-from trainer.train import train
+from entrace.analysis.trace import InputError, read_manifest
+from entrace.trainer.config import load_config
+from entrace.trainer.tasks import load_task
+from entrace.trainer.tasks.config import SourceConfig, TaskConfig
+from entrace.trainer.tasks.math_verifier import MathVerifier
+from entrace.trainer.tasks.prompt import Prompt, Score
+from entrace.trainer.tasks.verifiers import answer_classes, make_verifier
+from entrace.trainer.train import train
 
 from .conftest import SMALL
 
@@ -208,7 +208,7 @@ def test_a_worker_ends_with_its_verifier():
 
 
 def test_time_outs_are_counted_and_the_first_named(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("trainer.tasks.verifiers.MathVerifier", lambda: MathVerifier(limit_s=0.5))
+    monkeypatch.setattr("entrace.trainer.tasks.verifiers.MathVerifier", lambda: MathVerifier(limit_s=0.5))
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}?", "answer": "10"}) + "\n" for i in range(4)))
     task = load_task(TaskConfig(name=str(path), num_heldout=1, verifiers={"default": "math"}), seed=0)
@@ -220,7 +220,7 @@ def test_time_outs_are_counted_and_the_first_named(tmp_path, monkeypatch, caplog
 
 
 def test_a_run_says_in_its_manifest_how_often_verifiers_ran_out_of_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.tasks.verifiers.match_exactly", lambda *_: Score("5", 0.0, is_timeout=True))
+    monkeypatch.setattr("entrace.trainer.tasks.verifiers.match_exactly", lambda *_: Score("5", 0.0, is_timeout=True))
     train(load_config("tiny", [*SMALL, "steps=2", "task.verifiers.chain_sum=exact"]), tmp_path / "run", {})
     judged = [pl.read_parquet(tmp_path / "run" / table / "*.parquet") for table in ("rollouts", "evals")]
     assert read_manifest(tmp_path / "run")["verifier_timeouts"] == sum(map(len, judged))

@@ -3,9 +3,15 @@ import math
 import pytest
 import torch
 
+from entrace.trainer.kernels import token_stats
+from entrace.trainer.kernels.token_stats import (
+    LMHead,
+    Truncation,
+    compute_stats,
+    compute_token_stats,
+    lm_head_grad_norm,
+)
 from tests.benchmarks.allocator import peak_bytes
-from trainer import token_stats
-from trainer.token_stats import LMHead, Truncation, compute_stats, compute_token_stats, lm_head_grad_norm
 
 
 def naive_stats(hidden, weight, bias, targets, temperature):

@@ -7,11 +7,11 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.batch import PromptSource, collect_batch
-from trainer.config import OptimConfig, load_config
-from trainer.loss import policy_loss
-from trainer.tasks import Score
-from trainer.update import Learner, TrainingError, cut_by_tokens, learning_rate, mini_batches
+from entrace.trainer.algorithm.losses import policy_loss
+from entrace.trainer.config import OptimConfig, load_config
+from entrace.trainer.learner import Learner, TrainingError, cut_by_tokens, learning_rate, mini_batches
+from entrace.trainer.rollouts import PromptSource, collect_batch
+from entrace.trainer.tasks import Score
 
 from .conftest import SMALL
 
@@ -20,7 +20,7 @@ def make_case(policy, task, *overrides):
     config = load_config("tiny", [*SMALL, *overrides])
     learner = Learner(config, policy)
     batch = collect_batch(config, policy, PromptSource(task), step=1)
-    return config, learner, batch, batch.advantages[:, None].expand(batch.samples.tokens.shape)
+    return config, learner, batch, batch.advantages[:, None].expand(batch.rollouts.response_ids.shape)
 
 
 def gradients(policy):
@@ -36,10 +36,10 @@ def test_gradient_equals_the_naive_token_mean(policy, task):
     found = {name: learner.optimizer.state[p]["exp_avg"] / (1 - beta1) for name, p in policy.model.named_parameters()}
     reference = type(policy).load(config.policy)
     kept = torch.nonzero(batch.is_kept).squeeze(1).tolist()
-    responses = batch.samples.responses()
+    responses = batch.rollouts.responses()
     denominator = sum(len(responses[row]) for row in kept)
     for row in kept:
-        ids = torch.cat((torch.tensor(batch.samples.prompts[row]), responses[row]))
+        ids = torch.cat((torch.tensor(batch.rollouts.prompt_ids[row]), responses[row]))
         logp = torch.log_softmax(reference.model(ids[None]).logits[0, :-1], -1).gather(1, ids[1:, None]).squeeze(1)
         logp = logp[-len(responses[row]) :]
         loss = policy_loss(logp - logp.detach(), advantages[row, : len(responses[row])], 0.2, 0.28).loss.sum()
@@ -142,7 +142,7 @@ def test_first_update_has_ratio_one_and_zero_loss(policy, task):
     _, learner, batch, advantages = make_case(policy, task)
     metrics = learner.update(batch, advantages, step=1)
     rows = batch.is_kept
-    weights = (batch.advantages * batch.samples.lengths)[rows].sum() / batch.samples.lengths[rows].sum()
+    weights = (batch.advantages * batch.rollouts.lengths)[rows].sum() / batch.rollouts.lengths[rows].sum()
     assert metrics.loss == pytest.approx(-float(weights), abs=1e-4)
     assert (metrics.clip_frac_low, metrics.clip_frac_high, metrics.kl) == (0.0, 0.0, None)
 
@@ -286,7 +286,7 @@ def test_what_follows_when_groups_run_short(policy, task, monkeypatch, when_shor
 
 def test_more_rounds_end_where_no_group_is_ever_mixed(policy, task, monkeypatch):
     judged_by(task, monkeypatch, lambda text, i: 1.0)
-    monkeypatch.setattr("trainer.batch.MAX_ROUNDS_IN_VAIN", 3)
+    monkeypatch.setattr("entrace.trainer.rollouts.MAX_ROUNDS_IN_VAIN", 3)
     with pytest.raises(TrainingError, match="after 3 rounds, 0 of 6 groups"):
         make_case(policy, task, "rollout.when_short=more", "rollout.max_refills=0")
 
@@ -323,7 +323,7 @@ def test_masked_truncated_responses_enter_the_mean_but_not_the_loss(policy, task
         "optim.grad_clip=1e9",
     ]
     _, learner, batch, advantages = make_case(policy, task, *options, "loss.mask_truncated=true")
-    cut = batch.samples.is_truncated
+    cut = batch.rollouts.is_truncated
     assert 0 < cut.sum() < len(cut)
     assert torch.equal(batch.is_kept, ~cut)
     assert {batch.drop_reasons[row] for row in torch.nonzero(cut)} == {"truncated"}
@@ -332,7 +332,7 @@ def test_masked_truncated_responses_enter_the_mean_but_not_the_loss(policy, task
     assert torch.equal(batch.advantages, unmasked.advantages)
     found = learner.update(batch, advantages, step=1)
     # At ratio 1 the loss is minus the weighted mean advantage; its denominators differ by aggregation.
-    lengths, values = batch.samples.lengths.double(), batch.advantages.double()
+    lengths, values = batch.rollouts.lengths.double(), batch.advantages.double()
     total = -(values * lengths)[~cut].sum()
     wanted = {
         "token_mean": total / lengths[~cut].sum(),

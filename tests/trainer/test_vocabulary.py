@@ -6,9 +6,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from analysis.trace import Lexicon, Vocabulary
-from analysis.trace.vocabulary import show_bytes
-from trainer.resources import find_base_policy
+from entrace.analysis.trace import Lexicon, Vocabulary
+from entrace.analysis.trace.vocabulary import show_bytes
+from entrace.trainer.resources import find_base_policy
 
 # Names of bytes in GPT-2's alphabet: space F0, F0 9F, 98 80.
 SPACE_F0, F0_9F, GRIN_END = "Ġð", "ðŁ", "ĺĢ"

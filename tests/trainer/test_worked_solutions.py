@@ -1,10 +1,10 @@
 import pytest
 
-from analysis.trace import InputError
-from analysis.trace.defects import is_irrelevant, is_repetitive
-from trainer.task_config import TaskConfig
-from trainer.tasks import Task, load_task
-from trainer.worked_solutions import Rates, SolutionWriter, Step, Styles, parse_terms, solve
+from entrace.analysis.trace import InputError
+from entrace.analysis.trace.defects import is_irrelevant, is_repetitive
+from entrace.trainer.pretraining.worked_solutions import Rates, SolutionWriter, Step, Styles, parse_terms, solve
+from entrace.trainer.tasks import Task, load_task
+from entrace.trainer.tasks.config import TaskConfig
 
 RATES = Rates(
     restated=0.5,

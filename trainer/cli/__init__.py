@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from analysis.cli import app, print_json, run, say
-from analysis.trace import InputError
-from trainer.cli.evaluate import evaluate
-from trainer.cli.intervene import DEFAULT_BUDGET, intervene, run_interventions
-from trainer.cli.options import Json, Overrides, Resume, RetryFailed, require_train_extra, stoppable
-from trainer.cli.score import score
-from trainer.distributed import World, prepare, was_launched
+from entrace.analysis.cli import app, print_json, run, say
+from entrace.analysis.trace import InputError
+from entrace.trainer.cli.evaluate import evaluate
+from entrace.trainer.cli.import_rollouts import score
+from entrace.trainer.cli.intervene import DEFAULT_BUDGET, intervene, run_interventions
+from entrace.trainer.cli.options import Json, Overrides, Resume, RetryFailed, require_train_extra, stoppable
+from entrace.trainer.parallel.ranks import Ranks, prepare, was_launched
 
 if TYPE_CHECKING:
-    from trainer.config import Config
+    from entrace.trainer.config import Config
 
 
 class Where(StrEnum):
@@ -66,7 +66,7 @@ def train(
     Example: entrace train paper-qwen2.5-7b --dry-run --devices 8
     """
     require_train_extra()
-    from trainer.config import load_config
+    from entrace.trainer.config import load_config
 
     if dry_run:
         raise typer.Exit(_print_plan(load_config(config, overrides or []), devices or 1, json))
@@ -74,24 +74,24 @@ def train(
         raise InputError("--out: expected the folder of the run")
     if devices or json:
         raise InputError("--devices and --json go with --dry-run")
-    from analysis.progress import Progress
-    from trainer.run_folder import alone_in
-    from trainer.train import train as run_training
+    from entrace.analysis.terminal.progress import Progress
+    from entrace.trainer.runs.run_folder import run_lock
+    from entrace.trainer.train import train as run_training
 
-    with stoppable(f"with --resume goes on in {out}"), World.join() as world:
-        with world.together():
+    with stoppable(f"with --resume goes on in {out}"), Ranks.join() as ranks:
+        with ranks.together():
             settings = load_config(config, overrides or [])
-            world.wait()
+            ranks.barrier()
         labels = {"study": out.resolve().parent.name, "arm": settings.shaping.method}
-        with alone_in(out, waits=False, world=world), Progress(out.name, settings.steps) as progress:
-            run_training(settings, out, labels, resume=resume, on_step=progress.update, world=world)
+        with run_lock(out, waits=False, ranks=ranks), Progress(out.name, settings.steps) as progress:
+            run_training(settings, out, labels, resume=resume, on_step=progress.update, ranks=ranks)
     say(str(out))
 
 
 def _print_plan(settings: Config, devices: int, json: bool) -> int:
     """Print what a run needs, and return the exit code: 2 if it cannot start."""
-    from trainer.dry_run import make_plan
-    from trainer.preflight import check_run
+    from entrace.trainer.dry_run import make_plan
+    from entrace.trainer.preflight import check_run
 
     plan = make_plan(settings, devices)
     if not json:
@@ -149,8 +149,8 @@ def ablate(
     Example: entrace ablate tiny-study --seeds 0,1,2 --jobs 2 --out data/runs/three-seeds
     """
     require_train_extra()
-    from trainer.cli import grid as grid_command
-    from trainer.grid import load_grid
+    from entrace.trainer.ablation.grid import load_grid
+    from entrace.trainer.cli import grid as grid_command
 
     specs = load_grid(grid, overrides or [], _parse_seeds(seeds))
     chosen = grid_command.choose_launcher(launcher.value, jobs, address, cpus_per_run, gpus_per_run)
@@ -187,12 +187,12 @@ def study(
     Example: entrace study --out data/runs/study --report reports/study
     """
     require_train_extra()
-    from analysis.cli import report as write_report
-    from analysis.trace.manifest import count_cores
-    from trainer.cli import grid as grid_command
-    from trainer.grid import load_grid
-    from trainer.intervene import Settings, resolve_checkpoint
-    from trainer.launch.local import LocalLauncher
+    from entrace.analysis.cli import report as write_report
+    from entrace.analysis.trace.manifest import count_cores
+    from entrace.trainer.ablation.grid import load_grid
+    from entrace.trainer.ablation.launch.local import LocalLauncher
+    from entrace.trainer.cli import grid as grid_command
+    from entrace.trainer.interventions.intervene import Settings, resolve_checkpoint
 
     specs = load_grid("tiny-study")
     with stoppable(f"with --resume goes on in {out}"):
@@ -212,7 +212,7 @@ def methods(json: Json = False) -> None:
     Example: entrace methods
     """
     require_train_extra()
-    from trainer.methods import describe_methods
+    from entrace.trainer.ablation.arms import describe_methods
 
     found = describe_methods()
     if json:
@@ -242,10 +242,10 @@ def pretrain(
     Example: entrace pretrain base-policy --out data/my-base-policy
     """
     require_train_extra()
-    from analysis.progress import Progress
-    from trainer.pretrain import load_recipe
-    from trainer.pretrain import pretrain as run_pretraining
-    from trainer.resources import resolve_config
+    from entrace.analysis.terminal.progress import Progress
+    from entrace.trainer.pretraining.pretrain import load_recipe
+    from entrace.trainer.pretraining.pretrain import pretrain as run_pretraining
+    from entrace.trainer.resources import resolve_config
 
     path = resolve_config(recipe)
     with Progress("pretrain", load_recipe(path).training.steps) as progress:

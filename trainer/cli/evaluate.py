@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analysis.cli import print_json, say
-from trainer.cli.options import Json, require_train_extra
+from entrace.analysis.cli import print_json, say
+from entrace.trainer.cli.options import Json, require_train_extra
 
 if TYPE_CHECKING:
-    from analysis.stats import Estimate
+    from entrace.analysis.statistics.estimates import Estimate
 
 # Estimates by metric, by benchmark.
 Summary = dict[str, dict[str, "Estimate"]]
@@ -42,10 +42,10 @@ def evaluate(
     Example: entrace eval data/runs/study/none-seed0 data/base-policy
     """
     require_train_extra()
-    from analysis.progress import Progress
-    from trainer.config import load_config
-    from trainer.evaluate import evaluate as evaluate_policy
-    from trainer.evaluate import find_policy, load_policy_and_task
+    from entrace.analysis.terminal.progress import Progress
+    from entrace.trainer.config import load_config
+    from entrace.trainer.evaluate import evaluate as evaluate_policy
+    from entrace.trainer.evaluate import find_policy, load_policy_and_task
 
     given = load_config(config)
     targets = [find_policy(Path(model), given) for model in models]
@@ -71,12 +71,12 @@ def summarize_evals(rows: Mapping[str, Any], k: int) -> Summary:
 
     Args:
         rows: Columns of the ``evals`` table, ``k`` consecutive rows per prompt.
-        k: Samples per prompt.
+        k: Rollouts per prompt.
     """
     import numpy as np
 
-    from analysis.interval_functions import BOUNDS, estimate_mean
-    from analysis.stats import avg_at_k, maj_at_k, pass_at_k
+    from entrace.analysis.statistics.estimates import avg_at_k, maj_at_k, pass_at_k
+    from entrace.analysis.statistics.interval_functions import BOUNDS, estimate_mean
 
     names = ("benchmark", "answer", "answer_class", "is_correct")
     samples = (np.array(rows[name], dtype=object).reshape(-1, k).tolist() for name in names)
@@ -101,8 +101,8 @@ def summarize_evals(rows: Mapping[str, Any], k: int) -> Summary:
 
 def mean_over_benchmarks(summary: Summary) -> dict[str, Estimate]:
     """Return the unweighted mean of each metric over benchmarks that have one, with its interval."""
-    from analysis.interval_functions import BOUNDS
-    from analysis.intervals import mean_of_parts
+    from entrace.analysis.statistics.interval_functions import BOUNDS
+    from entrace.analysis.statistics.intervals import mean_of_parts
 
     parts: dict[str, list[Estimate]] = {}
     for metrics in summary.values():

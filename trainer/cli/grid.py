@@ -7,17 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from analysis.cli import say
-from analysis.grid_progress import GridProgress
-from analysis.plan import Pilot, Plan, PlannedRun, measure_pilot
-from analysis.trace import InputError
-from trainer.ablate import run_grid, survey
-from trainer.config import read_toml
-from trainer.grid import RunSpec
-from trainer.launch.cluster import RayLauncher
-from trainer.launch.local import LocalLauncher
-from trainer.launch.work import Launcher
-from trainer.resources import resolve_config
+from entrace.analysis.cli import say
+from entrace.analysis.plan import Pilot, Plan, PlannedRun, measure_pilot
+from entrace.analysis.terminal.grid_progress import GridProgress
+from entrace.analysis.trace import InputError
+from entrace.trainer.ablation.grid import RunSpec
+from entrace.trainer.ablation.launch.job import Launcher
+from entrace.trainer.ablation.launch.local import LocalLauncher
+from entrace.trainer.ablation.launch.ray import RayLauncher
+from entrace.trainer.ablation.runner import run_grid, survey
+from entrace.trainer.resources import resolve_config
+from entrace.trainer.settings import read_toml
 
 
 def choose_launcher(
@@ -67,7 +67,7 @@ def summarize(specs: Sequence[RunSpec], out: Path) -> dict[str, Any]:
 
 def check(specs: Sequence[RunSpec]) -> tuple[list[str], list[str]]:
     """Return warnings and problems of the runs, each once; runs that need the same are checked once."""
-    from trainer.preflight import check_run
+    from entrace.trainer.preflight import check_run
 
     distinct = {}
     for spec in specs:

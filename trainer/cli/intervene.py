@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from analysis.cli import print_json
-from analysis.trace import InputError
-from trainer.cli.options import Json, require_train_extra, stoppable
+from entrace.analysis.cli import print_json
+from entrace.analysis.trace import InputError
+from entrace.trainer.cli.options import Json, require_train_extra, stoppable
 
 if TYPE_CHECKING:
-    from trainer.intervene import Settings, Tally
+    from entrace.trainer.interventions.intervene import InterventionCounts, Settings
 
 DEFAULT_BUDGET = 200_000
 
@@ -39,7 +39,7 @@ def intervene(
     Example: entrace intervene data/runs/study/none-seed0 --entropy 0.8,1 --budget 500000
     """
     require_train_extra()
-    from trainer.intervene import Settings, resolve_checkpoint
+    from entrace.trainer.interventions.intervene import Settings, resolve_checkpoint
 
     filters = {
         "entropy": _parse_range("--entropy", entropy),
@@ -57,14 +57,14 @@ def intervene(
     typer.echo(f"{tally.interventions} interventions, {tally.tokens} tokens, mean |impact| {tally.mean_abs_impact:.3f}")
 
 
-def run_interventions(run: Path, settings: Settings, budget: int) -> Tally:
-    """Intervenes with a progress bar and a way to stop; see ``trainer.intervene.intervene``."""
-    from analysis.progress import Progress
-    from trainer.intervene import intervene as go_on
+def run_interventions(run: Path, settings: Settings, budget: int) -> InterventionCounts:
+    """Intervenes with a progress bar and a way to stop; see ``interventions.intervene.intervene``."""
+    from entrace.analysis.terminal.progress import Progress
+    from entrace.trainer.interventions.intervene import intervene as go_on
 
     with stoppable(f"goes on in {run / 'interventions'}"), Progress("intervene", budget) as progress:
 
-        def show(tally: Tally) -> None:
+        def show(tally: InterventionCounts) -> None:
             note = f"{tally.interventions} interventions"
             progress.update(min(tally.tokens, budget), note, mean_abs_impact=tally.mean_abs_impact)
 

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from analysis.cli import say
-from analysis.trace import InputError
+from entrace.analysis.cli import say
+from entrace.analysis.trace import InputError
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Override single keys.", show_default=False)

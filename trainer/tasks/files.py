@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from analysis.trace import InputError
-from trainer.config import validate_section
-from trainer.seeding import Stream, generator
-from trainer.task_config import FileParams, SourceConfig
-from trainer.tasks.maths import fault_of
-from trainer.tasks.normalize import normalize_text
-from trainer.tasks.prompt import Prompt, Verifier
-from trainer.tasks.rows import (
+from entrace.analysis.trace import InputError
+from entrace.trainer.seeding import Stream, generator
+from entrace.trainer.settings import validate_section
+from entrace.trainer.tasks.config import FileParams, SourceConfig
+from entrace.trainer.tasks.math_verifier import fault_of
+from entrace.trainer.tasks.normalize import normalize_text
+from entrace.trainer.tasks.prompt import Prompt, Verifier
+from entrace.trainer.tasks.rows import (
     BadRowError,
     MissingFieldError,
     NoAnswerError,
@@ -31,8 +31,8 @@ from trainer.tasks.rows import (
     read_rows,
     text_of,
 )
-from trainer.tasks.source import Context
-from trainer.tasks.verifiers import UserFunction
+from entrace.trainer.tasks.source import Context
+from entrace.trainer.tasks.verifiers import UserFunction
 
 # Where verl's schema keeps the answer.
 VERL_ANSWER = "reward_model.ground_truth"

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from itertools import count, islice
 from typing import Any
 
-from analysis.trace import InputError, nearest
-from trainer.task_config import SourceConfig
-from trainer.tasks.maths import EXPECTED, fault_of
-from trainer.tasks.normalize import normalize_text
-from trainer.tasks.prompt import Prompt
-from trainer.tasks.source import Context
-from trainer.tasks.verifiers import score_by
+from entrace.analysis.trace import InputError, nearest
+from entrace.trainer.tasks.config import SourceConfig
+from entrace.trainer.tasks.math_verifier import EXPECTED, fault_of
+from entrace.trainer.tasks.normalize import normalize_text
+from entrace.trainer.tasks.prompt import Prompt
+from entrace.trainer.tasks.source import Context
+from entrace.trainer.tasks.verifiers import score_by
 
 # Entries of each stream, far above any number of prompts that a run draws. The library draws an entry from the sum of
 # the dataset's seed and the entry's index, so that streams whose seeds are this far apart have no entry in common.

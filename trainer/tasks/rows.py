@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.trace import InputError, nearest, reason_of
-from trainer.tasks.maths import EXPECTED
-from trainer.tasks.prompt import Question
+from entrace.analysis.trace import InputError, nearest, reason_of
+from entrace.trainer.tasks.math_verifier import EXPECTED
+from entrace.trainer.tasks.prompt import Question
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from trainer.tasks.prompt import Prompt
-from trainer.tasks.verifiers import Verifiers
+from entrace.trainer.tasks.prompt import Prompt
+from entrace.trainer.tasks.verifiers import Verifiers
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Context:
 
 
 class Source(Protocol):
-    """Prompts of one origin, in two splits that share no normalized text (``trainer.tasks.normalize``)."""
+    """Prompts of one origin, in two splits that share no normalized text (``tasks.normalize``)."""
 
     heldout: list[Prompt]
 
     @property
     def prompts(self) -> list[Prompt]:
-        """Return the prompts that are known without drawing any, held-out ones first."""
+        """Return the prompts that are known without sampler any, held-out ones first."""
         ...
 
     def training(self, excluded: set[str]) -> Callable[[int], Prompt]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from analysis.trace import InputError, nearest
-from trainer.task_config import DEFAULT
-from trainer.tasks.maths import MathVerifier
-from trainer.tasks.prompt import Prompt, Score, Verifier, extract_answer, extract_boxed
+from entrace.analysis.trace import InputError, nearest
+from entrace.trainer.settings import import_function
+from entrace.trainer.tasks.config import DEFAULT
+from entrace.trainer.tasks.math_verifier import MathVerifier
+from entrace.trainer.tasks.prompt import Prompt, Score, Verifier, extract_answer, extract_boxed
 
 
 class Verifiers:
@@ -118,7 +116,7 @@ class UserFunction:
             InputError: no such module or function, or an error in it.
         """
         self._name = name
-        self._function = import_function(name)
+        self._function = import_function(name, "verifier")
 
     def __call__(self, completion: str, prompt: Prompt) -> Score:
         """Call it.
@@ -143,37 +141,6 @@ class UserFunction:
         if answer is None:
             answer = extract_answer(completion) or extract_boxed(completion) or completion.strip() or None
         return Score(None if answer is None else str(answer), score)
-
-
-def import_function(name: str) -> Callable[..., Any]:
-    """The function of ``module:function``.
-
-    Raises:
-        InputError: no such module or function, or an error in it.
-    """
-    module_name, _, function_name = name.partition(":")
-    here = str(Path.cwd())
-    # Last, so that no file of the working directory stands in for an installed module.
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise InputError(f"verifier {name}: module {module_name} needs {error.name}, not installed") from None
-        files = [path.stem for path in Path.cwd().glob("*.py")]
-        raise InputError(
-            f'verifier {name}: no module "{error.name}", here or installed{nearest(error.name, files) if files else ""}'
-        ) from None
-    except Exception as error:
-        raise InputError(f"verifier {name}: cannot be imported ({type(error).__name__}: {error})") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise InputError(
-            f'verifier {name}: no function "{function_name}" in {module_name}{nearest(function_name, functions)}'
-        )
-    return function
 
 
 def _normalize(text: str) -> str:

@@ -1,0 +1,417 @@
+"""The stages of training: does it slow down, where is the boundary, and are there two stages rather than a curve?
+
+Three questions with nulls of their own (claim S1):
+
+- Does a series move less in the second half of the run than in the first? Null: a straight line, or only noise.
+- Where do two lines that meet fit best? Null: one line. This boundary splits the run into rising stage and plateau.
+- Do two lines fit better than a smooth curve? Null: the smooth curve that fits best.
+
+Errors are autocorrelated throughout; see ``statistics.intervals``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from entrace.analysis.statistics.estimates import LEVEL, ONE_SD, Estimate
+from entrace.analysis.statistics.intervals import MEASURED, contrast, draw_contrasts, draw_errors, persistence_of
+
+RISING, PLATEAU = "rising", "plateau"
+MIN_STEPS = 20
+MIN_SEGMENT = 5
+MIN_SEGMENT_SHARE = 0.05
+MAX_KNOTS = 200
+MAX_P_VALUE = 0.05
+BOOTSTRAPS = 400
+DRAWS = 4000
+# Longer runs are averaged over neighboring steps before they are fitted.
+MAX_FITTED = 400
+# Entropy is expected to fall and accuracy to rise.
+EXPECTED_SIGNS = np.array([-1.0, 1.0])
+# Interior knots, as shares of the run, of the piecewise linear trend that measures movement in each half.
+QUARTERS = (0.25, 0.5, 0.75)
+# Time constants of smooth curves, centers and widths of logistic ones, as shares of the run.
+TIME_CONSTANTS = tuple(np.geomspace(0.03, 2, 16))
+CENTERS, WIDTHS = tuple(np.linspace(0, 0.8, 9)), tuple(np.geomspace(0.04, 0.3, 6))
+
+
+@dataclass(frozen=True)
+class StageFit:
+    """Continuous two-segment line through entropy and accuracy of one run, one boundary for both.
+
+    Attributes:
+        first_step: First recorded step.
+        last_step: Last recorded step.
+        num_steps: Recorded steps.
+        num_rising: Steps of the rising stage.
+        boundary: Last step of the rising stage; None where the run shows no boundary.
+        low: Lower end of the boundary's 95 % interval.
+        high: Upper end.
+        reason: Why there is no boundary; empty where there is one.
+        starts: Fitted entropy and accuracy at the first step of each stage, shape ``(stages, 2)``.
+        slopes: Change per step, shape ``(stages, 2)``.
+        slope_draws: Simulated slopes, shape ``(draws, 2, 2)``; empty without a boundary.
+        steps: Fitted steps, shape ``(n,)``.
+        values: Entropy and accuracy at these, shape ``(n, 2)``.
+    """
+
+    first_step: int
+    last_step: int
+    num_steps: int
+    num_rising: int
+    boundary: float | None
+    low: float | None
+    high: float | None
+    reason: str
+    starts: np.ndarray
+    slopes: np.ndarray
+    slope_draws: np.ndarray = field(repr=False)
+    steps: np.ndarray = field(repr=False, default_factory=lambda: np.empty(0))
+    values: np.ndarray = field(repr=False, default_factory=lambda: np.empty((0, 2)))
+
+    def segments(self) -> list[dict[str, Any]]:
+        """Return one row per stage, as table ``stages`` holds it."""
+        spans = {RISING: (self.first_step, self.last_step)}
+        if self.boundary is not None:
+            spans = {
+                RISING: (self.first_step, int(self.boundary)),
+                PLATEAU: (int(self.boundary) + 1, self.last_step),
+            }
+        return [
+            {
+                "stage": stage,
+                "first_step": span[0],
+                "last_step": span[1],
+                "boundary_step": self.boundary,
+                "boundary_low": self.low,
+                "boundary_high": self.high,
+                **self._measure("entropy", i, 0),
+                **self._measure("accuracy", i, 1),
+            }
+            for i, (stage, span) in enumerate(spans.items())
+        ]
+
+    def _measure(self, name: str, stage: int, series: int) -> dict[str, float | None]:
+        """Return start and slope of one series in one stage, with the slope's 95 % interval if there is a boundary."""
+        ends = np.percentile(self.slope_draws[:, stage, series], LEVEL) if len(self.slope_draws) else (None, None)
+        return {
+            f"{name}_start": float(self.starts[stage, series]),
+            f"{name}_slope": float(self.slopes[stage, series]),
+            f"{name}_slope_low": None if ends[0] is None else float(ends[0]),
+            f"{name}_slope_high": None if ends[1] is None else float(ends[1]),
+        }
+
+    def movement(self, series: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """Return how far one series moved the expected way in each half of the run; see ``stages.movement``."""
+        return movement(self.steps, self.values[:, series] * EXPECTED_SIGNS[series])
+
+    @cached_property
+    def persistence(self) -> tuple[float, ...]:
+        """Prior weights of the autocorrelation of the run's states; see ``intervals.persistence_of``."""
+        if len(self.steps) < MIN_STEPS:
+            return MEASURED
+        return persistence_of(self.values, trend_weights(self, self.steps)[0], self.steps)
+
+    @cached_property
+    def two_stages(self) -> Estimate:
+        """How much better two lines fit than the best smooth curve; see ``compare_shapes``."""
+        return compare_shapes(self.steps, self.values)
+
+
+def fit_stages(
+    step: np.ndarray,
+    entropy: np.ndarray,
+    accuracy: np.ndarray,
+    rng: np.random.Generator | None = None,
+) -> StageFit:
+    """Find the boundary between rising stage and plateau.
+
+    Both series are standardized and fitted together by least squares with lines that meet at one boundary, a recorded
+    step with at least 5 steps and 5 % of the run on either side. Its interval holds the middle 95 % of the boundaries
+    found in simulations of the fit, with errors drawn by ``intervals.draw_errors``.
+
+    There is no boundary if the run has fewer than 20 steps; or two segments fit no better than one line (p > .05, by
+    simulations of the line with the largest improvement over all boundaries); or the second segment is the faster one
+    (standardized change per step, both series together); or the first one does not move the expected way (entropy down,
+    accuracy up, both together); or the best boundary is the first or the last that is allowed.
+
+    Args:
+        step: Steps in order, shape ``(n,)``.
+        entropy: Mean token entropy per step, nats.
+        accuracy: Accuracy per step.
+        rng: Source of randomness; the same for every run if not given.
+    """
+    rng = rng or np.random.default_rng(0)
+    recorded = np.asarray(step, dtype=float)
+    x, y = _average(recorded, np.column_stack((entropy, accuracy)).astype(float))
+    spans = (int(recorded[0]), int(recorded[-1]), len(recorded))
+    if len(x) < MIN_STEPS:
+        return _one_stage(spans, x, y, f"the run has {len(x)} steps, a boundary needs {MIN_STEPS}")
+    center, scale = y.mean(0), y.std(0)
+    z = (y - center) / np.where(scale > 0, scale, 1)
+    search = _Family(_two_lines(x))
+    line = np.column_stack((np.ones_like(x), x - x[0]))
+
+    best = int(search.best(z[:, :, None])[0])
+    coefficients = search.coefficients(z[:, :, None], np.array([best]))[0]
+    fitted = search.bases[best] @ coefficients
+    errors = draw_errors(z - fitted, search.bases[best], x, BOOTSTRAPS, rng)
+    on_line = line @ np.linalg.lstsq(line, z, rcond=None)[0]
+    improvement = _improvement(search, line, z[:, :, None])[0]
+    p_value = float(np.mean(_improvement(search, line, on_line[:, :, None] + errors) >= improvement))
+    knots = _knots(x)
+    slopes = _slopes(coefficients)
+    rising, plateau = np.abs(slopes).sum(1)
+    if p_value > MAX_P_VALUE:
+        return _one_stage(spans, x, y, f"two segments fit no better than one line (p = {p_value:.2f})")
+    if plateau >= rising:
+        return _one_stage(spans, x, y, f"the run is faster after step {knots[best]:.0f} than before")
+    if slopes[0] @ EXPECTED_SIGNS <= 0:
+        return _one_stage(spans, x, y, "entropy and accuracy do not move the expected way")
+    if best in (0, len(knots) - 1):
+        return _one_stage(spans, x, y, f"the best boundary, step {knots[best]:.0f}, lies at the edge of the run")
+
+    simulated = fitted[:, :, None] + errors
+    found = search.best(simulated)
+    low, high = np.percentile(knots[found], LEVEL)
+    after = int(np.searchsorted(x, knots[best], side="right"))
+    return StageFit(
+        *spans,
+        num_rising=int(np.searchsorted(recorded, knots[best], side="right")),
+        boundary=float(knots[best]),
+        low=float(min(low, knots[best])),
+        high=float(max(high, knots[best])),
+        reason="",
+        starts=fitted[[0, after]] * scale + center,
+        slopes=slopes * scale,
+        slope_draws=_slopes(search.coefficients(simulated, found)) * scale,
+        steps=x,
+        values=y,
+    )
+
+
+def movement(step: np.ndarray, series: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return how far a series rose over the first and over the second half of the run, with draws of the posterior.
+
+    The rise is that of a trend of four lines that meet at the quarters of the run.
+
+    Args:
+        step: Steps in order, shape ``(n,)``.
+        series: Shape ``(n,)``.
+
+    Returns:
+        Values ``(2,)``, draws ``(DRAWS, 2)``, and the effective number of independent steps.
+    """
+    x = (step - step[0]) / (step[-1] - step[0])
+
+    def columns(at: np.ndarray) -> np.ndarray:
+        return np.column_stack((np.ones_like(at), at, *(np.maximum(at - knot, 0) for knot in QUARTERS)))
+
+    basis = columns(x)
+    weights = np.diff(columns(np.array([0.0, 0.5, 1.0])), axis=0) @ np.linalg.pinv(basis)
+    draws = draw_contrasts(series, basis, weights, step, DRAWS, np.random.default_rng(0))
+    blocks = contrast(series, basis, weights[0] - weights[1], steps=step).blocks
+    return weights @ series, draws, blocks
+
+
+def slowdown(movements: np.ndarray) -> np.ndarray:
+    """Return (v1 - |v2|) / (|v1| + |v2|) of movements ``(..., 2)`` in both halves of a run.
+
+    0 is a straight line; 1 a standstill in the second half; -1 a standstill in the first half, or a movement that goes
+    the other way from the start.
+    """
+    first, second = movements[..., 0], np.abs(movements[..., 1])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (first - second) / (np.abs(first) + second)
+
+
+def compare_shapes(step: np.ndarray, values: np.ndarray) -> Estimate:
+    """Compare two lines that meet with the best smooth curve, in squared error.
+
+    Curves are exponential, logarithmic, or logistic in the step, with one time constant for both series, each beside a
+    line; so they have as many parameters as two lines or more. The advantage of a shape is 1 - its squared error / that
+    of the other one. It is held against simulations of the other shape, with errors drawn by
+    ``intervals.draw_errors``: noise alone makes either shape fit better at times.
+
+    Args:
+        step: Steps in order, shape ``(n,)``.
+        values: Series, ``(n, S)``.
+
+    Returns:
+        Where two lines fit better, their advantage beyond what they would have if the curve were true, positive; else
+        that of the curve beyond what it would have if two lines were true, negative.
+    """
+    rng = np.random.default_rng(0)
+    scale = values.std(0)
+    z = ((values - values.mean(0)) / np.where(scale > 0, scale, 1))[:, :, None]
+    families = _Family(_two_lines(step)), _Family(_curves(step))
+    best = [int(family.best(z)[0]) for family in families]
+    fits = [f.bases[i] @ f.coefficients(z, np.array([i]))[0] for f, i in zip(families, best, strict=True)]
+    advantage = float(_advantage(families, z)[0])
+    better, other = (0, 1) if advantage > 0 else (1, 0)
+    errors = draw_errors(z[:, :, 0] - fits[better], families[better].bases[best[better]], step, BOOTSTRAPS, rng)
+    null = _advantage(families, fits[other][:, :, None] + errors)
+    low, middle, high = np.percentile(null, (ONE_SD[0], 50, ONE_SD[1]))
+    return Estimate.from_error(advantage - float(middle), float(high - low) / 2, np.inf, len(step), "steps")
+
+
+def trend_weights(fit: StageFit, step: np.ndarray, noise: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the trend's columns, and weights of the change over the rising stage.
+
+    The trend is two lines within each stage, all meeting: a fall that slows down within a stage is not noise. It is
+    fitted by least squares, weighted where the noise of steps is known.
+
+    Args:
+        fit: The run's stages; one stage where it has no boundary.
+        step: Steps at which the series is known, shape ``(n,)``.
+        noise: Sampling variance of the series at these.
+
+    Returns:
+        Columns ``(n, p)``, and weights ``(n,)`` by which a series gives its fitted value at the end of the rising stage
+        minus that at the first step.
+    """
+    x = np.asarray(step, dtype=float)
+    first, last = fit.first_step, fit.last_step
+    end = last if fit.boundary is None else fit.boundary
+    knots = [(first + end) / 2]
+    if (x > end).sum() >= MIN_SEGMENT:
+        knots += [end, (end + last) / 2]
+
+    def columns(at: np.ndarray) -> np.ndarray:
+        return np.column_stack((np.ones_like(at), at - first, *(np.maximum(at - knot, 0) for knot in knots)))
+
+    basis = columns(x)
+    # Half of the average noise stands for the state of the policy, which no number of prompts averages out.
+    precision = np.ones_like(x) if noise is None or not noise.mean() > 0 else 1 / (noise + noise.mean() / 2)
+    solver = np.linalg.pinv(basis * np.sqrt(precision)[:, None]) * np.sqrt(precision)
+    return basis, np.diff(columns(np.array([first, end], dtype=float)), axis=0)[0] @ solver
+
+
+def decompose_fall(tokens: np.ndarray, entropy_sum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Split the fall of mean token entropy between two windows into parts of each sample sign (claim S2).
+
+    With w the share of a sign in the tokens and m its mean entropy, the fall is, exactly, the sum over signs of
+    mean(w) (m_start - m_end), the change within the sign, and (w_start - w_end) mean(m), the change in its share
+    (the symmetric decomposition of Marshall and Edgeworth).
+
+    Args:
+        tokens: Number of tokens, shape ``(..., 2 windows, signs)``, start first.
+        entropy_sum: Sum of their entropy, nats, same shape.
+
+    Returns:
+        ``within`` and ``between``, nats, shape ``(..., signs)``. A sign without tokens in one window changes its share
+        only.
+    """
+    share = tokens / tokens.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = entropy_sum / tokens
+    mean = np.where(np.isfinite(mean), mean, mean[..., ::-1, :])
+    mean = np.where(np.isfinite(mean), mean, 0.0)
+    within = share.mean(-2) * (mean[..., 0, :] - mean[..., 1, :])
+    between = (share[..., 0, :] - share[..., 1, :]) * mean.mean(-2)
+    return within, between
+
+
+class _Family:
+    """Least-squares fits of all shapes of a family at once; series have shape ``(n, S, draws)``."""
+
+    def __init__(self, bases: np.ndarray) -> None:
+        """Keep the columns of each shape, ``(shapes, n, p)``, and their QR decompositions."""
+        self.bases = bases
+        self._q, self._r = np.linalg.qr(bases)
+
+    def squared_error(self, z: np.ndarray) -> np.ndarray:
+        """Return the squared error of every shape and draw, ``(shapes, draws)``."""
+        total = (z**2).sum((0, 1))
+        projected = np.einsum("knp,nm->kpm", self._q, z.reshape(len(z), -1), optimize=True)
+        return total - (projected**2).reshape(len(self._q), -1, *z.shape[1:]).sum((1, 2))
+
+    def best(self, z: np.ndarray) -> np.ndarray:
+        """Return the index of the best shape of each draw."""
+        return self.squared_error(z).argmin(0)
+
+    def smallest(self, z: np.ndarray) -> np.ndarray:
+        """Return the squared error of the best shape of each draw."""
+        return np.maximum(self.squared_error(z).min(0), 1e-12)
+
+    def coefficients(self, z: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+        """Return the coefficients of the given shape of each draw, ``(draws, p, S)``."""
+        found = np.empty((z.shape[2], self.bases.shape[2], z.shape[1]))
+        for shape in np.unique(shapes):
+            draws = shapes == shape
+            solver = np.linalg.solve(self._r[shape], self._q[shape].T)
+            found[draws] = np.moveaxis(np.tensordot(solver, z[:, :, draws], axes=(1, 0)), 2, 0)
+        return found
+
+
+def _knots(x: np.ndarray) -> np.ndarray:
+    """Return the boundaries that are allowed."""
+    margin = max(MIN_SEGMENT, int(np.ceil(MIN_SEGMENT_SHARE * len(x))))
+    allowed = x[margin - 1 : -margin]
+    return allowed[np.unique(np.linspace(0, len(allowed) - 1, MAX_KNOTS).round().astype(int))]
+
+
+def _two_lines(x: np.ndarray) -> np.ndarray:
+    """Return the columns of two lines that meet, one shape per allowed boundary."""
+    hinge = np.maximum(x[None, :] - _knots(x)[:, None], 0)
+    ones = np.ones_like(hinge)
+    return np.stack((ones, ones * (x - x[0]), hinge), axis=2)
+
+
+def _curves(x: np.ndarray) -> np.ndarray:
+    """Return the columns of the smooth curves, each beside a line."""
+    time = (x - x[0]) / (x[-1] - x[0])
+    shapes = [np.exp(-time / constant) for constant in TIME_CONSTANTS]
+    shapes += [np.log1p(time / constant) for constant in TIME_CONSTANTS]
+    shapes += [1 / (1 + np.exp(-(time - center) / width)) for center in CENTERS for width in WIDTHS]
+    curves = np.array(shapes)
+    ones = np.ones_like(curves)
+    return np.stack((ones, ones * time, curves), axis=2)
+
+
+def _improvement(search: _Family, line: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Return the largest relative fall of the squared error of each draw against one line."""
+    q = np.linalg.qr(line)[0]
+    one = (z**2).sum((0, 1)) - (np.tensordot(q, z, axes=(0, 0)) ** 2).sum((0, 1))
+    two = search.smallest(z)
+    return (one - two) / two
+
+
+def _advantage(families: tuple[_Family, _Family], z: np.ndarray) -> np.ndarray:
+    """Return how much smaller the squared error of the first family is than that of the second, in [-1, 1]."""
+    first, second = (family.smallest(z) for family in families)
+    return (second - first) / np.maximum(first, second)
+
+
+def _slopes(coefficients: np.ndarray) -> np.ndarray:
+    """Return the slopes of both stages from ``(..., 3, S)`` coefficients."""
+    return np.stack((coefficients[..., 1, :], coefficients[..., 1, :] + coefficients[..., 2, :]), axis=-2)
+
+
+def _average(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the last step and the mean values of groups of neighboring steps, where there are too many."""
+    if len(x) <= MAX_FITTED:
+        return x, y
+    groups = np.array_split(np.arange(len(x)), MAX_FITTED)
+    return x[[group[-1] for group in groups]], np.array([y[group].mean(0) for group in groups])
+
+
+def _one_stage(spans: tuple[int, int, int], x: np.ndarray, y: np.ndarray, reason: str) -> StageFit:
+    slope, start = np.polyfit(x - x[0], y, 1) if len(x) > 1 else (np.zeros(2), y[0])
+    return StageFit(
+        *spans,
+        num_rising=spans[2],
+        boundary=None,
+        low=None,
+        high=None,
+        reason=reason,
+        starts=start[None],
+        slopes=slope[None],
+        slope_draws=np.empty((0, 2, 2)),
+        steps=x,
+        values=y,
+    )

@@ -1,0 +1,1 @@
+"""What commands print: progress, exported tables, and interruption."""

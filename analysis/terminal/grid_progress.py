@@ -1,0 +1,142 @@
+"""Progress of a grid of runs on stderr: a live table of its arms on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import heapq
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from entrace.analysis.terminal.progress import NAME_LENGTH, Progress
+from entrace.analysis.trace.plain import plain
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass
+class RunState:
+    """How one run gets on; ``first`` and ``last`` are (time in s, steps done) of its first and latest finished step."""
+
+    arm: str
+    steps: int
+    status: str = "waiting"
+    done: int = 0
+    accuracy: float | None = None
+    first: tuple[float, int] | None = None
+    last: tuple[float, int] | None = None
+
+
+class GridProgress:
+    """Context manager that shows how the runs of a grid get on.
+
+    Usage::
+
+        with GridProgress("study", {"ppl-seed0": ("ppl", 120), ...}) as progress:
+            progress.update("ppl-seed0", 7, accuracy=0.41)
+            progress.end("ppl-seed0", error=None)
+    """
+
+    def __init__(self, title: str, runs: dict[str, tuple[str, int]]) -> None:
+        """``runs`` holds arm and number of steps by run id, in the order of their start."""
+        self.title = plain(title, NAME_LENGTH)
+        self.runs = {run_id: RunState(*run) for run_id, run in runs.items()}
+        self._live: Any = None
+        self._most_running = 1
+        self._plain = None if sys.stderr.isatty() else Progress(title, sum(run.steps for run in self.runs.values()))
+
+    def __enter__(self) -> GridProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, run_id: str, done: int, **figures: float) -> None:
+        """``done`` steps of a run are complete, 0 as it starts."""
+        run = self.runs[run_id]
+        run.status, run.done = "running", max(done, run.done)
+        run.accuracy = figures.get("accuracy", run.accuracy)
+        if done:
+            run.last = (time.monotonic(), done)
+            run.first = run.first or run.last
+        self._most_running = max(self._most_running, sum(run.status == "running" for run in self.runs.values()))
+        self._show(f"{run_id} step {done}" if done else "", **figures)
+
+    def end(self, run_id: str, error: str | None) -> None:
+        """A run is complete, or failed."""
+        run = self.runs[run_id]
+        run.status, run.done = ("failed", run.done) if error else ("done", run.steps)
+        self._show(f"{run_id} failed" if error else "")
+
+    def seconds_left(self) -> float | None:
+        """Of all runs that are to be finished, at the pace of those seen so far; None before there is one."""
+        pace = [
+            (run.last[0] - run.first[0], run.last[1] - run.first[1])
+            for run in self.runs.values()
+            if run.first and run.last
+        ]
+        steps = sum(part for _, part in pace)
+        if not steps:
+            return None
+        per_step = sum(seconds for seconds, _ in pace) / steps
+        open_runs = sorted(
+            (run for run in self.runs.values() if run.status in ("running", "waiting")), key=lambda r: r.status
+        )
+        return makespan([(run.steps - run.done) * per_step for run in open_runs], self._most_running)
+
+    def table(self) -> Table:
+        """One row an arm, and the time left."""
+        from rich.table import Table
+        from rich.text import Text
+
+        left = self.seconds_left()
+        # Plain strings would be read as rich's markup.
+        title = Text(self.title, "table.title")
+        table = Table(title=title, caption=f"time left {'?' if left is None else clock(left)}", box=None)
+        table.add_column("arm", overflow="fold")
+        for column in ("done", "running", "failed", "waiting", "step", "accuracy"):
+            table.add_column(column, justify="right")
+        for arm in dict.fromkeys(run.arm for run in self.runs.values()):
+            runs = [run for run in self.runs.values() if run.arm == arm]
+            table.add_row(Text(plain(arm, NAME_LENGTH)), *_row(runs))
+        return table
+
+    def _show(self, note: str = "", **figures: float) -> None:
+        if self._plain:
+            if note:
+                self._plain.update(sum(run.done for run in self.runs.values()), note, **figures)
+        elif self._live is None:
+            # Not before there is something to show: what is wrong with the grid is one line, without a table.
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(get_renderable=self.table, console=Console(stderr=True), refresh_per_second=2)
+            self._live.start()
+
+
+def makespan(seconds: Iterable[float], slots: int) -> float:
+    """Time until all runs have ended, each begun, in order, as soon as one of ``slots`` places is free."""
+    free_at = [0.0] * slots
+    for duration in seconds:
+        heapq.heappush(free_at, heapq.heappop(free_at) + duration)
+    return max(free_at)
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, as 1:02:03 or 2:03."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _row(runs: Sequence[RunState]) -> list[str]:
+    counts = [sum(run.status == status for run in runs) for status in ("done", "running", "failed", "waiting")]
+    steps = " ".join(f"{run.done}/{run.steps}" for run in runs if run.status == "running")
+    seen = [run.accuracy for run in runs if run.accuracy is not None]
+    return [*(str(count) if count else "" for count in counts), steps, f"{sum(seen) / len(seen):.3f}" if seen else ""]

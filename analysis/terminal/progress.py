@@ -1,0 +1,86 @@
+"""Progress of long work on stderr: a live bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from entrace.analysis.trace.plain import plain
+
+PLAIN_LINE_EVERY_S = 15.0
+# Of a run, a model or a figure beside the bar.
+NAME_LENGTH = 80
+
+
+class Progress:
+    """Context manager that shows steps done, time left and a few figures.
+
+    Usage::
+
+        with Progress("train", total=120) as progress:
+            progress.update(7, accuracy=0.41, entropy=0.22)
+    """
+
+    def __init__(self, title: str, total: int) -> None:
+        """``total`` is the number of steps that make the work complete."""
+        self.title, self.total = plain(title, NAME_LENGTH), total
+        self._done = 0
+        self._first: tuple[float, int] | None = None
+        self._last_line = time.monotonic()
+        self._bar = _make_bar(self.title, total) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> Progress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, done: int, note: str = "", **figures: float) -> None:
+        """Reports that ``done`` steps are complete; ``note`` and ``figures`` stand beside the bar."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, done)
+        words = [plain(note, NAME_LENGTH)] if note else []
+        text = " ".join(words + [f"{name} {_short(value)}" for name, value in figures.items()])
+        self._done = done
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=done, figures=text)
+        elif now - self._last_line >= PLAIN_LINE_EVERY_S or done >= self.total:
+            self._last_line = now
+            print(f"{self.title}: {done}/{self.total} {text} left {self._time_left(now)}", file=sys.stderr, flush=True)
+
+    def _time_left(self, now: float) -> str:
+        start, first = self._first or (now, 0)
+        if self._done <= first:
+            return "?"
+        seconds = (now - start) / (self._done - first) * (self.total - self._done)
+        return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
+
+
+def _make_bar(title: str, total: int):
+    # rich is imported only where a terminal needs it.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+        # Last, and free to wrap: a narrow terminal must not cost the time left.
+        TextColumn("{task.fields[figures]}", markup=False, table_column=Column()),
+        console=Console(stderr=True),
+    )
+    bar.add_task(title, total=total, figures="")
+    return bar

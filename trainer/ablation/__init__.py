@@ -1,0 +1,1 @@
+"""Grids of runs: arms, presets, and launchers."""

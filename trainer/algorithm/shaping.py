@@ -1,0 +1,280 @@
+"""Advantage shaping: one function per method, (B, T) -> (B, T), and ``shape``, which applies those of a config.
+
+Notation: A is the advantage and A' the shaped advantage of a token; r_t = (t - 1) / |o_i| is the relative position of a
+token, t from 1; p_t is its probability and H_t the entropy of its distribution when it was sampled.
+
+Deviations from the sources:
+
+1. The study's released code computes the factor of its low-perplexity branch and never applies it; here ``ppl`` applies
+   it, as the paper's equation says, and ``released_noop`` is what was released.
+2. PSR, NSR and weighted REINFORCE leave out groups of uniform reward as all methods here do, where dynamic sampling is
+   on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from entrace.trainer.algorithm.advantages import ppl_z
+from entrace.trainer.algorithm.method import (
+    REGISTRY,
+    MethodSpec,
+    RolloutView,
+    Window,
+    check_result,
+    find_method,
+    shaping,
+    validate_with_own,
+    with_sections,
+)
+from entrace.trainer.algorithm.plateau import PlateauConfig
+from entrace.trainer.settings import (
+    AboveOne,
+    AfterValidator,
+    BaseConfig,
+    BeforeValidator,
+    Fraction,
+    InputError,
+    NonNegative,
+    model_validator,
+)
+
+
+@shaping
+def ppl(
+    advantages: Tensor, rollouts: RolloutView, alpha: float = 0.01, clip: tuple[float, float] = (0.8, 1.2)
+) -> Tensor:
+    """A' = A clamp(1 - alpha z_i, *clip): low-perplexity responses count more (arXiv 2508.02260).
+
+    z_i is the log perplexity of the response standardized within its group; see ``advantages.ppl_z``. An empty response
+    keeps its advantages.
+    """
+    return advantages * _ppl_factor(rollouts, alpha, clip)[:, None]
+
+
+@shaping(section="ppl")
+def ppl_high(
+    advantages: Tensor, rollouts: RolloutView, alpha: float = 0.01, clip: tuple[float, float] = (0.8, 1.2)
+) -> Tensor:
+    """A' = A clamp(1 + alpha z_i, *clip): control, high-perplexity responses count more (arXiv 2508.02260)."""
+    return ppl(advantages, rollouts, -alpha, clip)
+
+
+@shaping(section="ppl")
+def ppl_permuted(
+    advantages: Tensor, rollouts: RolloutView, alpha: float = 0.01, clip: tuple[float, float] = (0.8, 1.2)
+) -> Tensor:
+    """A' = A clamp(1 - alpha z_s(i), *clip): control, the factors of ppl shuffled within the group (this toolkit).
+
+    s permutes the responses of a group at random: the same factors, on responses they do not belong to.
+    """
+    factor = _ppl_factor(rollouts, alpha, clip)
+    groups = rollouts.group_ids.numpy()
+    # Sorted by group, the responses of a group take the same places in order and at random.
+    in_order, at_random = (
+        np.lexsort((keys, groups)) for keys in (np.arange(len(groups)), rollouts.rng.random(len(groups)))
+    )
+    shuffled = torch.empty_like(factor)
+    shuffled[torch.from_numpy(in_order)] = factor[torch.from_numpy(at_random)]
+    return advantages * shuffled[:, None]
+
+
+@shaping(start_step="plateau")
+def position(
+    advantages: Tensor, rollouts: RolloutView, gamma: NonNegative = 0.1, slope: float = 15.0, cap: Fraction = 0.5
+) -> Tensor:
+    """A' = A + sign(A) min(gamma sigmoid(slope (r_t - 0.5)), cap |A|): late tokens count more (arXiv 2508.02260).
+
+    Places outside the mask keep their value.
+    """
+    return _add_bonus(advantages, rollouts, gamma * torch.sigmoid(slope * (_relative_position(rollouts) - 0.5)), cap)
+
+
+@shaping(section="position", start_step="plateau")
+def position_reversed(
+    advantages: Tensor, rollouts: RolloutView, gamma: NonNegative = 0.1, slope: float = 15.0, cap: Fraction = 0.5
+) -> Tensor:
+    """A' = A + sign(A) min(gamma sigmoid(slope (0.5 - r_t)), cap |A|): control, early tokens count (this toolkit)."""
+    return _add_bonus(advantages, rollouts, gamma * torch.sigmoid(slope * (0.5 - _relative_position(rollouts))), cap)
+
+
+@shaping
+def entropy_advantage(
+    advantages: Tensor, rollouts: RolloutView, alpha: NonNegative = 0.4, kappa: AboveOne = 2.0
+) -> Tensor:
+    """A' = A + min(alpha H_t, |A| / kappa): uncertain tokens gain, but no sign turns (arXiv 2506.14758)."""
+    bonus = torch.minimum(alpha * rollouts.entropy, advantages.abs() / kappa)
+    return torch.where(rollouts.response_mask, advantages + bonus, advantages)
+
+
+@shaping
+def reweighting(advantages: Tensor, rollouts: RolloutView, alpha: Fraction = 0.2) -> Tensor:
+    """A' = A (alpha p_t + 1 - alpha): unlikely tokens, whose gradients are large, count less (arXiv 2505.12929)."""
+    weight = alpha * rollouts.logprobs.exp() + 1 - alpha
+    return torch.where(rollouts.response_mask, advantages * weight, advantages)
+
+
+@shaping
+def psr(advantages: Tensor, rollouts: RolloutView) -> Tensor:
+    """A' = 1 if right else 0: positive sample reinforcement, learns from right responses only (arXiv 2506.01347)."""
+    return _by_outcome(advantages, rollouts, 1.0, 0.0)
+
+
+@shaping
+def nsr(advantages: Tensor, rollouts: RolloutView) -> Tensor:
+    """A' = 0 if right else -1: negative sample reinforcement, learns from wrong responses only (arXiv 2506.01347)."""
+    return _by_outcome(advantages, rollouts, 0.0, -1.0)
+
+
+@shaping
+def weighted_reinforce(advantages: Tensor, rollouts: RolloutView, positive_weight: NonNegative = 0.1) -> Tensor:
+    """A' = positive_weight if right else -1: both, the right ones weighed down (arXiv 2506.01347)."""
+    return _by_outcome(advantages, rollouts, positive_weight, -1.0)
+
+
+@shaping
+def released_noop(advantages: Tensor, rollouts: RolloutView) -> Tensor:
+    """A' = A: control, what the study's released perplexity branch does (arXiv 2508.02260, released code)."""
+    return advantages
+
+
+def scale_matched(advantages: Tensor, rollouts: RolloutView, mirrored: Tensor) -> Tensor:
+    """A' = A sum|A_m| / sum|A|: control, a constant that gives A the mean magnitude of another method (this toolkit).
+
+    A_m are the advantages as ``shaping.scale_matched.mirrors`` shapes them. If every advantage is 0, all stay 0.
+    """
+    wanted, found = (values.abs()[rollouts.response_mask].sum() for values in (mirrored, advantages))
+    return advantages * (wanted / found if found > 0 else 1.0)
+
+
+# Applied through its name, with the methods that it mirrors; see ``shape``.
+NONE, SCALE_MATCHED = "none", "scale_matched"
+REGISTRY["shaping"][SCALE_MATCHED] = MethodSpec(SCALE_MATCHED, "shaping", scale_matched, SCALE_MATCHED)
+
+
+def _join(method: Any) -> Any:
+    return "+".join(method) if isinstance(method, list | tuple) and all(isinstance(m, str) for m in method) else method
+
+
+def _check_composition(method: str) -> str:
+    for name in method.split("+"):
+        if name == SCALE_MATCHED:
+            raise ValueError(
+                f"{SCALE_MATCHED} stands alone; name the methods to mirror in shaping.{SCALE_MATCHED}.mirrors"
+            )
+        try:
+            find_method(name, "shaping")
+        except InputError as error:
+            raise ValueError(str(error)) from None
+    return method
+
+
+def _check_method(method: str) -> str:
+    return method if method in (NONE, SCALE_MATCHED) else _check_composition(method)
+
+
+Composition = Annotated[str, BeforeValidator(_join), AfterValidator(_check_composition)]
+ShapingMethod = Annotated[str, BeforeValidator(_join), AfterValidator(_check_method)]
+
+
+class ScaleMatchedConfig(BaseConfig):
+    """The method, or methods in order of application, whose mean magnitude and windows are matched."""
+
+    mirrors: Composition = "ppl"
+
+
+class ShapingConfig(with_sections("shaping", (s for s in REGISTRY["shaping"].values() if s.name != SCALE_MATCHED))):
+    """Advantage shaping: the method, one section of parameters per method, and the plateau that windows may start at.
+
+    ``method`` is ``none``, ``scale_matched``, or a list of methods applied in order (in a string, joined by ``+``). A
+    user's own method is ``module:function``; the function's name is the key of its section.
+    """
+
+    method: ShapingMethod = NONE
+    scale_matched: ScaleMatchedConfig = ScaleMatchedConfig()
+    plateau: PlateauConfig = PlateauConfig()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_own_sections(cls, values: Any, handler: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return handler(values)
+        mirrors = dict(values.get(SCALE_MATCHED) or {}).get("mirrors")
+        names = "+".join(method for method in map(_join, (values.get("method"), mirrors)) if isinstance(method, str))
+        return validate_with_own(cls, "shaping", names.split("+"), values, handler)
+
+
+def shape(
+    advantages: Tensor, rollouts: RolloutView, config: ShapingConfig, step: int, plateau_step: int | None
+) -> tuple[Tensor, bool]:
+    """Apply the methods of a config that are on at ``step``, in order.
+
+    Args:
+        advantages: (B, T).
+        rollouts: What the methods may depend on.
+        config: Methods, parameters, and windows.
+        step: Current training step, from 1.
+        plateau_step: First step of the plateau, if it has been detected.
+
+    Returns:
+        Shaped advantages (B, T), and whether any method was on.
+
+    Raises:
+        InputError: a method returned something other than finite advantages of the same shape.
+    """
+    if config.method == SCALE_MATCHED:
+        mirrored, is_shaped = shape(advantages, rollouts, _mirrored(config), step, plateau_step)
+        return scale_matched(advantages, rollouts, mirrored), is_shaped
+    active = [spec for spec in _specs(config) if is_on(_window(spec, config), step, plateau_step)]
+    for spec in active:
+        advantages = check_result(spec, spec.function(advantages, rollouts, **spec.parameters(config)), advantages)
+    return advantages, bool(active)
+
+
+def waits_for_plateau(config: ShapingConfig) -> bool:
+    """Return whether any method starts at the plateau that is detected during training."""
+    if config.method == SCALE_MATCHED:
+        return waits_for_plateau(_mirrored(config))
+    return any(_window(spec, config).start_step == "plateau" for spec in _specs(config))
+
+
+def is_on(window: Window, step: int, plateau_step: int | None) -> bool:
+    """Return whether ``step`` lies in the window, both ends included."""
+    start = plateau_step if window.start_step == "plateau" else window.start_step
+    return start is not None and start <= step <= (window.end_step or step)
+
+
+def _mirrored(config: ShapingConfig) -> ShapingConfig:
+    return config.model_copy(update={"method": config.scale_matched.mirrors})
+
+
+def _specs(config: ShapingConfig) -> list[MethodSpec]:
+    return [] if config.method == NONE else [find_method(name, "shaping") for name in config.method.split("+")]
+
+
+def _window(spec: MethodSpec, config: ShapingConfig) -> Window:
+    return getattr(config, spec.section or "")
+
+
+def _ppl_factor(rollouts: RolloutView, alpha: float, clip: tuple[float, float]) -> Tensor:
+    return (1 - alpha * ppl_z(rollouts.logprobs, rollouts.response_mask, rollouts.group_ids)).clamp(*clip)
+
+
+def _relative_position(rollouts: RolloutView) -> Tensor:
+    length = rollouts.response_mask.sum(1, keepdim=True).clamp(min=1)
+    return torch.arange(rollouts.response_mask.shape[1]) / length
+
+
+def _add_bonus(advantages: Tensor, rollouts: RolloutView, bonus: Tensor, cap: float) -> Tensor:
+    bonus = torch.minimum(bonus, cap * advantages.abs())
+    return torch.where(rollouts.response_mask, advantages + advantages.sign() * bonus, advantages)
+
+
+def _by_outcome(advantages: Tensor, rollouts: RolloutView, right: float, wrong: float) -> Tensor:
+    value = torch.where(rollouts.is_correct, right, wrong).to(advantages.dtype)
+    return value[:, None].expand_as(advantages).clone()

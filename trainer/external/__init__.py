@@ -1,0 +1,1 @@
+"""Traces of rollouts that other trainers sampled."""

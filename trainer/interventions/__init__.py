@@ -1,0 +1,1 @@
+"""Replace a token, continue both ways, and compare the outcomes."""

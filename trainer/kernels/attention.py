@@ -1,0 +1,159 @@
+"""Attention by plain matrix products, for short sequences on a CPU, and for sequences packed into one row.
+
+Torch's fused CPU kernel is made for long sequences; below some hundred keys two matrix products and a softmax take half
+its time in training and a fifth in decoding. Everything else goes to the fused kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from entrace.trainer.kernels.packing import take_rows
+
+NAME = "entrace_short"
+MAX_KEYS = 256
+UNUSUAL = ("softcap", "position_bias", "cache")
+# Places of packed sequences whose scores are computed at once. They come sorted by length: in parts, there is less
+# padding among them, and their scores stay in the cache.
+PART_PLACES = {"cpu": 1 << 12, "cuda": 1 << 16}
+
+
+def short_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """softmax(q k^T scaling + mask) v with grouped key and value heads, as transformers calls it.
+
+    Args:
+        module: The attention layer.
+        query: (B, heads, L, D).
+        key: (B, key heads, S, D).
+        value: (B, key heads, S, E).
+        attention_mask: (B, 1, L, S), bool (True = attend) or additive; None for causal or full attention; or the
+            ``layout`` of a ``kernels.packing.Packing``, int64, where B is 1.
+        dropout: Anything above 0 goes to the fused kernel.
+        scaling: Of the scores; 1 / sqrt(D) if None.
+        is_causal: Whether a missing mask means causal attention; the layer's own property if None.
+        kwargs: Passed on to the fused kernel.
+
+    Returns:
+        (B, L, heads, E), and None for the weights.
+    """
+    options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+    if attention_mask is not None and attention_mask.dtype == torch.int64:
+        return _attend_packed(module, query, key, value, attention_mask, options), None
+    batch, heads, length, width = query.shape
+    key_heads, keys = key.shape[1:3]
+    is_plain = query.device.type == "cpu" and not dropout and all(kwargs.get(name) is None for name in UNUSUAL)
+    # What is recorded (see trainer.step_graph) is run for such alone, and may not hang on sizes.
+    is_short = _is_recorded() or (keys <= MAX_KEYS and (attention_mask is None or attention_mask.shape[1] == 1))
+    if not (is_plain and is_short):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and length > 1 and is_causal:
+        attention_mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = additive(attention_mask, query.dtype)
+    # The heads that share a key head stand one after another, as if they were more queries.
+    packed = (query * (width**-0.5 if scaling is None else scaling)).reshape(batch, key_heads, -1, width)
+    scores = (packed @ key.transpose(-1, -2)).view(batch, heads, length, keys)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1).view(batch, key_heads, -1, keys)
+    return (weights @ value).view(batch, heads, length, -1).transpose(1, 2).contiguous(), None
+
+
+def is_ours(model: PreTrainedModel) -> bool:
+    """Whether a model's attention is ``short_attention``."""
+    return model.config._attn_implementation == NAME
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to scores for a mask (True = attend)."""
+    # The lowest number, not -inf: a padded query that sees nothing must stay finite.
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How packed sequences are laid out side by side, in parts.
+
+    Attributes:
+        sizes: Of each part: sequences, most places that are read in one, most places.
+        before: Of each part, how many tokens of each sequence, its first ones, are read elsewhere; None if none is.
+        queries: Which of the M tokens stands at each place that is read, end to end; any of them where none does.
+        keys: The same for all places.
+        is_read: Where in ``queries`` a token stands.
+    """
+
+    sizes: list[tuple[int, int, int]]
+    before: list[Tensor | None]
+    queries: Tensor
+    keys: Tensor
+    is_read: Tensor
+
+
+# The layers of a model share it.
+@lru_cache(maxsize=1)
+def _plan_of(layout: Tensor) -> _Plan:
+    """Of a ``Packing.layout``."""
+    slots, read_here = layout[0]
+    size = max(1, PART_PLACES[slots.device.type] // slots.shape[1])
+    sizes, before, all_queries, all_keys = [], [], [], []
+    for keys, queries in zip(slots.split(size), read_here.split(size), strict=True):
+        keys, queries = (index[:, (index >= 0).any(0)] for index in (keys, queries))
+        elsewhere = (keys >= 0).sum(1) - (queries >= 0).sum(1)
+        before.append(elsewhere if elsewhere.any() else None)
+        sizes.append((*queries.shape, keys.shape[1]))
+        all_queries.append(queries.flatten())
+        all_keys.append(keys.flatten())
+    queries, keys = torch.cat(all_queries), torch.cat(all_keys)
+    return _Plan(sizes, before, queries.clamp(min=0), keys.clamp(min=0), torch.nonzero(queries >= 0).squeeze(1))
+
+
+def _attend_packed(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """Causal attention within each of the sequences that ``layout`` says, all arguments (1, heads, M, ...)."""
+    plan = _plan_of(layout)
+    # Those of all parts at once: where one part takes its own, the gradient is as large as that of all.
+    queries, keys, values = (
+        take_rows(x[0].transpose(0, 1), index).split([count * size[which] for count, *size in plan.sizes])
+        for x, index, which in ((query, plan.queries, 0), (key, plan.keys, 1), (value, plan.keys, 1))
+    )
+    attended = []
+    for q, k, v, (count, length, num_keys), before in zip(queries, keys, values, plan.sizes, plan.before, strict=True):
+        # Without a mask, attention is causal, and need not compute what the mask would hide.
+        mask = None
+        if before is not None:
+            places = torch.arange(num_keys, device=before.device)
+            mask = (places <= before[:, None, None] + places[:length, None])[:, None]
+        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
+        part, _ = short_attention(module, q, k, v, mask, **options)
+        attended.append(part.flatten(0, 1))
+    return take_rows(torch.cat(attended), plan.is_read)[None]
+
+
+def _is_recorded() -> bool:
+    # Torch's type stubs leave out what its documentation names.
+    jit: Any = torch.jit
+    return jit.is_tracing()
+
+
+AttentionInterface.register(NAME, short_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

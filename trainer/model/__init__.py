@@ -1,0 +1,1 @@
+"""The policy: how a causal language model and its tokenizer are loaded, evaluated on tokens, and saved."""

@@ -1,0 +1,230 @@
+"""Checkpoints: the policy as a Hugging Face folder, the optimiser, and where the run stands. No pickle anywhere.
+
+A checkpoint lists the SHA-256 of each of its files, is complete and on disk before it gets its name, and loses that
+name before it is removed: what bears the name of a checkpoint is whole, or was damaged since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from entrace.analysis.trace import InputError, reason_of
+from entrace.analysis.trace.manifest import sync_folder
+from entrace.trainer.learner import Learner
+from entrace.trainer.parallel.sharding import distribute_like, full_state_dict
+
+KEPT = 2
+POLICY = "policy"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+CHECKSUMS = "checksums.json"
+NAME = re.compile(r"step-(\d+)")
+
+log = logging.getLogger("entrace")
+
+
+@dataclass
+class RunState:
+    """Where a run stands after ``step``; random numbers are functions of seed and step, so none are kept.
+
+    Attributes:
+        step: Last finished step.
+        prompt_position: Training prompts taken.
+        next_rollout_id: Id of the next response.
+        history: (entropy, accuracy) of every step, from which the plateau is detected.
+    """
+
+    step: int = 0
+    prompt_position: int = 0
+    next_rollout_id: int = 0
+    history: list[tuple[float, float]] = field(default_factory=list)
+
+
+def save_checkpoint(run_dir: Path, learner: Learner, state: RunState) -> None:
+    """Writes a checkpoint and then removes all but the latest few, and those of steps that are still to be done.
+
+    Rank 0 does, and the others wait. An error leaves the checkpoints as they were.
+    """
+    weights, moments = learner.policy.weights(), full_state_dict(_optimizer_tensors(learner))
+    if learner.ranks.is_main:
+        _save(run_dir, learner, state, weights, moments)
+    learner.ranks.barrier()
+
+
+def _save(
+    run_dir: Path, learner: Learner, state: RunState, weights: dict[str, Tensor] | None, moments: dict[str, Tensor]
+) -> None:
+    folder = run_dir / "checkpoints"
+    final = folder / f"step-{state.step:06d}"
+    remove_unfinished(run_dir)
+    temporary = folder / f".{final.name}.tmp"
+    try:
+        learner.policy.save(temporary / POLICY, weights)
+        save_file(moments, temporary / OPTIMIZER)
+        (temporary / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+        _seal(temporary)
+    except Exception:
+        # On a full disk, half a checkpoint would take the room that the rest of the trace needs.
+        remove_unfinished(run_dir)
+        raise
+    if final.exists():
+        _remove(final)
+    temporary.rename(final)
+    sync_folder(folder)
+    remove_superseded(run_dir, state.step)
+
+
+def load_checkpoint(checkpoint: Path, learner: Learner) -> RunState:
+    """Restores weights and optimiser into ``learner``, bit for bit, and returns where the run stood."""
+    learner.policy.restore(checkpoint / POLICY)
+    parameters = dict(learner.policy.model.named_parameters())
+    learner.optimizer.state.clear()
+    for key, value in load_file(checkpoint / OPTIMIZER).items():
+        name, _, part = key.rpartition(".")
+        # A copy: the file's pages are only mapped, and the file will be removed.
+        learner.optimizer.state[parameters[name]][part] = distribute_like(value, parameters[name])
+    return read_state(checkpoint)
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """Where the run stood at a checkpoint."""
+    fields = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return RunState(**{**fields, "history": [tuple(pair) for pair in fields["history"]]})
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first, whole or not."""
+    folders = [path for path in (run_dir / "checkpoints").glob("step-*") if NAME.fullmatch(path.name)]
+    return sorted(folders, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Step of a checkpoint, from its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
+    """The checkpoint of a step, or the latest that is whole.
+
+    Raises:
+        InputError: the run has none, none of that step, or that one is damaged.
+    """
+    steps = {checkpoint_step(path): path for path in list_checkpoints(run_dir)}
+    if step is None:
+        if latest := find_intact(run_dir):
+            return latest
+        raise InputError(f"{run_dir}: this run has no checkpoint")
+    if step not in steps:
+        there = f"; there are {', '.join(map(str, steps))}" if steps else " or any other"
+        raise InputError(f"{run_dir}: no checkpoint of step {step}{there}")
+    if damage := find_damage(steps[step]):
+        raise InputError(f"{run_dir}: checkpoint of step {step} is damaged ({damage}); restore it or take another")
+    return steps[step]
+
+
+def find_intact(run_dir: Path, at_most: int | None = None) -> Path | None:
+    """The latest checkpoint that is whole; says which later ones are not, and why they do not count.
+
+    Args:
+        run_dir: The run.
+        at_most: Last step that the trace holds, if the run shall go on; later checkpoints do not count.
+
+    Returns:
+        None if the run has no checkpoint at all.
+
+    Raises:
+        InputError: there are some, but none that counts.
+    """
+    passed_over = []
+    for checkpoint in reversed(list_checkpoints(run_dir)):
+        step = checkpoint_step(checkpoint)
+        if at_most is not None and step > at_most:
+            reason = f"is beyond the trace, which is whole up to step {at_most}"
+        elif damage := find_damage(checkpoint):
+            reason = f"is damaged ({damage})"
+        else:
+            for passed in passed_over:
+                log.warning("%s: %s; going on from step %d", run_dir, passed, step)
+            return checkpoint
+        passed_over.append(f"checkpoint of step {step} {reason}")
+    if passed_over:
+        advice = "restore the files, or remove the folder to start again; nothing was touched"
+        raise InputError(f"{run_dir}: no checkpoint to go on from: {', '.join(passed_over)}; {advice}")
+    return None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, None if every file is what it was when it was written."""
+    name = CHECKSUMS
+    try:
+        checksums = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
+        if not isinstance(checksums, dict) or not {OPTIMIZER, STATE} < checksums.keys():
+            return f"{CHECKSUMS}: expected the checksum of every file"
+        for name, checksum in checksums.items():
+            if _checksum(checkpoint / name) != checksum:
+                return f"{name}: checksum differs"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name}: {reason_of(error)}"
+    except (ValueError, RecursionError):
+        return f"{CHECKSUMS}: not JSON"
+    return None
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Removes what an interrupted ``save_checkpoint`` left under temporary names."""
+    for path in (run_dir / "checkpoints").glob(".step-*"):
+        shutil.rmtree(path)
+
+
+def remove_superseded(run_dir: Path, step: int) -> None:
+    """Removes all but the latest few checkpoints up to ``step``, and those of steps that are still to be done."""
+    kept = [path for path in list_checkpoints(run_dir) if checkpoint_step(path) <= step][-KEPT:]
+    for path in list_checkpoints(run_dir):
+        if path not in kept:
+            _remove(path)
+
+
+def _optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
+    """AdamW's state by name of parameter; its settings are the run's configuration."""
+    states = learner.optimizer.state
+    named = learner.policy.model.named_parameters()
+    return {
+        f"{name}.{part}": value.contiguous()
+        for name, parameter in named
+        for part, value in states.get(parameter, {}).items()
+    }
+
+
+def _seal(folder: Path) -> None:
+    """Adds the checksums of all files and makes the folder, with all that is in it, durable."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    checksums = {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1), encoding="utf-8")
+    for path in [*files, folder / CHECKSUMS]:
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    for path in (folder / POLICY, folder):
+        sync_folder(path)
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(checkpoint: Path) -> None:
+    leftover = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(leftover)
+    shutil.rmtree(leftover)

@@ -1,0 +1,284 @@
+r"""Find an answer in a text, and write it as math-verify reads it.
+
+math-verify stays the parser. These rules only rewrite what it cannot read (Unicode, thin spaces, ``3 1/4``) or reads as
+something else (``52_8`` as 52, ``8\,178`` as 8 + 178), for ground truths and answers alike.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+
+from entrace.trainer.tasks.prompt import find_boxes
+
+# Text between two boxes of one answer: separators, "and", "or", the name of the next unknown, ends and starts of math.
+BETWEEN = re.compile(
+    r"""(?:[\s,;$&]|\*\*|\\[()\[\],;:! \\]|\\q?quad\b|\b(?:and|or)\b|\\text\s*\{[\s,;]*(?:and|or)?[\s,;]*\}
+    |\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?(?:\(\w+\))?\s*=)*+""",
+    re.VERBOSE,
+)
+# GSM8K's mark of an answer, and Markdown's of a heading.
+HASH_LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S.*)$", re.MULTILINE)
+WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")
+
+# At the end of an answer these have no meaning. A lone backslash is left where "\ " was stripped.
+PUNCTUATION = " \t\r\n.,;:~\\"
+MATH_PAIRS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+MATH_WRAPPER = re.compile(
+    r"(?:\\(?:boxed|fbox|mathbf|boldsymbol|bm|displaystyle|textcolor\s*\{\w+\})\s*)?\{"
+    r"|\\(?:displaystyle|textstyle|bf|rm|it|large|Large)(?![A-Za-z])"
+)
+TEXT_WRAPPER = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mbox)\s*\{")
+
+SYMBOLS = {
+    **dict.fromkeys("−–‒—―﹣", "-"),
+    **dict.fromkeys("⋅·∙•", r"\cdot "),
+    **dict.fromkeys("\u2009\u202f\u200a\u2006\u2008", r"\,"),
+    **{"×": r"\times ", "÷": r"\div ", "∞": r"\infty ", "±": r"\pm ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne "},
+    **{"⩽": r"\le ", "⩾": r"\ge ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in "},
+    **{"√": r"\surd ", "∛": r"\surd[3]", "∜": r"\surd[4]", "°": r"^\circ ", "º": r"^\circ ", "∘": r"\circ "},
+    **{"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}"},
+    **{"٫": ".", "٬": ",", "。": ".", "、": ",", "⁄": "/", "∕": "/", "′": "'"},
+}
+GREEK_CAPITALS = {"Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega"}
+
+THIN = r"(?:\\[,!]|\\thinspace\s*|\{\\,\})"
+WIDE = r"(?:\\[;: ]|~| )"
+GROUPED = re.compile(
+    rf"(?<![\d.^_])(?:\d{{1,3}}(?:{THIN}\d{{2,3}}){{0,9}}{THIN}\d{{3}}|\d{{1,3}}(?:{WIDE}\d{{3}}){{1,9}})(?!\d)"
+)
+DECIMALS = re.compile(rf"\.\d{{3}}(?:{THIN}\d{{1,3}}){{1,9}}")
+SEPARATOR = re.compile(f"{THIN}|{WIDE}")
+SPACE = re.compile(r"(?<!\\)(?:\\[,;: ]|\\(?:q?quad|thinspace|medspace|thickspace)(?![A-Za-z])|~(?!=))")
+NEGATIVE_SPACE = re.compile(r"(?<!\\)\\!")
+# Digits of one argument each, as TeX reads them.
+TWO_DIGITS = re.compile(r"\\([dtc]?frac|[dt]?binom)\s*(\d)\s*(\d)")
+MIXED = re.compile(
+    # Of 1,234 1/2, the whole number is not 234.
+    rf"(?<![\w./^_}})\\])(?:(?<!\d,)|(?!\d{{3}}(?!\d)))(\d{{1,9}})(?:(?:{THIN}|{WIDE})+([1-9]\d{{0,8}})"
+    rf" */ *(\d{{1,9}})(?![\w/(^]|\.\d)|(?:{THIN}|{WIDE})*\\[dtc]?frac\{{(\d{{1,9}})\}}\{{(\d{{1,9}})\}})"
+)
+# A period behind digits, without decimals.
+BARE_POINT = re.compile(r"(?<=\d)\.(?![\d.\\])")
+ONLY_NUMBERS = re.compile(r"((?:.*=)?\s*)(-?\d+(?:\.\d+)?(?: +-?\d+(?:\.\d+)?)++)")
+DEGREES = re.compile(
+    r"\s*(?:\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))|\\(?:text)?degree(?![A-Za-z]))"
+    r"(?:\s*(?:\\(?:text|mathrm)\s*\{\s*[CF]\s*\}|[CF]\b))?"
+)
+INFINITY = re.compile(
+    r"\\(?:text|mathrm|operatorname)\s*\{\s*(positive|negative|plus|minus|[+-])?\s*infinity\s*\}"
+    r"|(?<![A-Za-z\\])(positive|negative|plus|minus|[+-])?\s*infinity(?![A-Za-z])",
+    re.IGNORECASE,
+)
+EMPTY_SET = re.compile(r"\\(?:varnothing|O)(?![A-Za-z])|\\\{\s*\\\}")
+ROOT = re.compile(r"(?:\\surd|(?<![\\A-Za-z])sqrt|\\sqrt(?=\s*[(\\]))(?![A-Za-z])\s*(\[\d+\])?\s*")
+ROOT_OF = re.compile(r"\\root\s*\{?(\w)\}?\s*\\of\s*(\w)|\\sqrt\s*\[(\w+)\]\s*(\w)")
+RADICAND = re.compile(r"\d+(?:\.\d+)?|\\[dtc]?frac\{[^{}]*\}\{[^{}]*\}|\\(?!surd|sqrt)[A-Za-z]+|[A-Za-z]")
+BRACKET = re.compile(r"\\.|[(){}]", re.DOTALL)
+REPEATING = re.compile(r"(?<![\d.])(\d{0,9})\.(\d{0,9})\\(?:overline|bar|dot)\s*\{(\d{1,9})\}")
+BASE_WORDS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
+BASE_WORDS |= {"eleven": 11, "twelve": 12, "sixteen": 16}
+BASED = re.compile(
+    r"(?<![\w.\\}^])(?:\(\s*(\d[\dA-Z.]*)\s*\)|(?:\\(?:text|mathrm)\s*)?\{\s*(\d[\dA-Z.]*)\s*\}|(\d[\dA-Z.]*))\s*"
+    r"(?:_\s*(\d+|(?:\\(?:text|mathrm)\s*)?\{(?:[^{}]|\{[^{}]*\})*\})"
+    r"|(?:\\text\s*\{)?[\s(]*base[ -]*\}?\s*(\w+)(?:\s*\)?\s*\})?)"
+)
+
+BASED_NAME = re.compile(r"b_\{([\dA-Zp]+)x(\d+)\}")
+
+
+def find_answer(completion: str) -> str | None:
+    r"""Return the answer that a completion marks last: the content of a box, or of a line ``#### 42``.
+
+    Boxes with nothing but separators between them are one answer, and joined by commas: ``\boxed{2} and \boxed{3}`` is
+    ``2, 3``. After other words, such as "wait", a box replaces those before it. A line with words behind ``####`` is a
+    heading, unless the text ends with it. None if nothing is marked.
+    """
+    found: list[str] = []
+    end = -1
+    for box in find_boxes(completion):
+        if not box.content.strip(PUNCTUATION):
+            continue
+        if not (found and BETWEEN.fullmatch(completion, end, box.start)):
+            found = []
+        if box.content not in found:
+            found.append(box.content)
+        end = box.end
+    lines = [line for line in HASH_LINE.finditer(completion, max(end, 0)) if line[1].strip(PUNCTUATION)]
+    answers = [line for line in lines if not WORD.search(line[1])]
+    if not answers and lines and not completion[lines[-1].end() :].strip(PUNCTUATION):
+        answers = lines
+    return answers[-1][1].strip() if answers else ", ".join(found) or None
+
+
+@lru_cache(maxsize=4096)
+def normalize(answer: str) -> str:
+    """Return the answer as math-verify reads it, without punctuation at its end and without what wraps all of it."""
+    return BARE_POINT.sub("", _strip(rewrite(_strip(_to_ascii(answer))))).strip(" ")
+
+
+def normalize_formulas(text: str) -> str:
+    """Return a whole text with its formulas as math-verify reads them; the period that ends a formula is left out."""
+    text = _to_ascii(text).rstrip(PUNCTUATION)
+    return rewrite(re.sub(r"(?<!\.)\.++(?=\s*(?:[$}]|\\\)|\\\]))", "", text))
+
+
+def rewrite(text: str) -> str:
+    """Return the text with every notation replaced that math-verify does not read, or reads as something else."""
+    text = MIXED.sub(_add_mixed, TWO_DIGITS.sub(r"\\\1{\2}{\3}", text))
+    for pattern in (GROUPED, DECIMALS):
+        text = pattern.sub(lambda match: SEPARATOR.sub("", match[0]), text)
+    text = SPACE.sub(" ", NEGATIVE_SPACE.sub("", text))
+    text = REPEATING.sub(_add_repeating, text)
+    text = DEGREES.sub("", text)
+    text = INFINITY.sub(_sign_infinity, text)
+    text = EMPTY_SET.sub(r"\\emptyset", text)
+    text = ROOT_OF.sub(lambda match: rf"\sqrt[{match[1] or match[3]}]{{{match[2] or match[4]}}}", text)
+    text = BASED.sub(_name_based, _brace_roots(text))
+    # Side by side, numbers would be added.
+    if match := ONLY_NUMBERS.fullmatch(text):
+        text = match[1] + ", ".join(match[2].split())
+    return text
+
+
+def restore(answer: str) -> str:
+    """Return an answer of ``rewrite`` with numbers in other bases as they were: ``b_{52x8}`` is ``52_{8}``."""
+    return BASED_NAME.sub(lambda match: f"{match[1].replace('p', '.')}_{{{match[2]}}}", answer)
+
+
+def count_words(text: str) -> int:
+    """Return the number of words of two or more letters, LaTeX commands left out."""
+    return len(WORD.findall(text))
+
+
+def _to_ascii(text: str) -> str:
+    return text if text.isascii() else re.sub(r"[^\x00-\x7f]+", _convert_run, text)
+
+
+def _convert_run(match: re.Match[str]) -> str:
+    # Superscripts of several digits are one.
+    return re.sub(r"\}[\^_]\{", "", "".join(map(_convert, match[0])))
+
+
+@lru_cache(maxsize=4096)
+def _convert(char: str) -> str:
+    """Return the ASCII or LaTeX equivalent of one character; the character itself if it has none."""
+    if char.isascii():
+        return char
+    if char in SYMBOLS:
+        return SYMBOLS[char]
+    if (digit := unicodedata.decimal(char, None)) is not None:
+        return str(digit)
+    category = unicodedata.category(char)
+    if category in ("Cf", "Zs", "Zl", "Zp"):
+        return "" if category == "Cf" else " "
+    kind, *codes = unicodedata.decomposition(char).split() or [""]
+    if kind.startswith("<"):
+        plain = "".join(_convert(chr(int(code, 16))) for code in codes)
+        # A fraction is led by a space, so that it makes a mixed number with the digits before it.
+        return {"<super>": f"^{{{plain}}}", "<sub>": f"_{{{plain}}}", "<fraction>": f" {plain}"}.get(kind, plain)
+    if name := re.fullmatch(r"GREEK (SMALL|CAPITAL) LETTER (\w+)", unicodedata.name(char, "")):
+        letter = name[2].lower().replace("lamda", "lambda")
+        if name[1] == "SMALL" and letter != "omicron":
+            return rf"\{letter} "
+        if letter.capitalize() in GREEK_CAPITALS:
+            return rf"\{letter.capitalize()} "
+    return char
+
+
+def _strip(text: str) -> str:
+    r"""Remove ``$...$``, ``\text{...}`` around digits, and the like from a text, and punctuation from its end."""
+    before = None
+    while text != before:
+        before = text
+        text = _unwrap(_strip_end(text).lstrip(" \t\r\n~"))
+    return text
+
+
+def _strip_end(text: str) -> str:
+    """Remove punctuation and spacing from the end of a text, also within braces that end there."""
+    before = None
+    while text != before:
+        before = text
+        text = text.rstrip(PUNCTUATION)
+        for command in ("quad", "qquad", "thinspace", "medspace", "thickspace"):
+            text = text.removesuffix(rf"\{command}")
+        text = text.removesuffix(r"\!")
+        closed = text.rstrip("}")
+        if closed != text and not closed.endswith("\\"):
+            text = closed.rstrip(" .,;:") + text[len(closed) :]
+    return text
+
+
+def _unwrap(text: str) -> str:
+    for start, end in MATH_PAIRS:
+        inner = text[len(start) : -len(end)]
+        if len(text) > len(start + end) and text.startswith(start) and text.endswith(end) and start not in inner:
+            return inner
+    if (match := MATH_WRAPPER.match(text)) and not match[0].endswith("{"):
+        return text[match.end() :]
+    match = match or TEXT_WRAPPER.match(text)
+    if match and _match_brackets(text).get(match.end() - 1) == len(text) - 1:
+        inner = text[match.end() : -1]
+        # Words stay text: as a formula, they would be products of letters, which math-verify has only of ASCII.
+        if not TEXT_WRAPPER.match(text) or re.search(r"\d", inner) or not inner.isascii():
+            return inner
+    return text
+
+
+def _match_brackets(text: str) -> dict[int, int]:
+    """Return where each parenthesis and brace that opens is closed, if it is."""
+    opened: dict[str, list[int]] = {"(": [], "{": []}
+    closed: dict[int, int] = {}
+    for match in BRACKET.finditer(text):
+        if match[0] in opened:
+            opened[match[0]].append(match.start())
+        elif match[0] in (")", "}") and (stack := opened["(" if match[0] == ")" else "{"]):
+            closed[stack.pop()] = match.start()
+    return closed
+
+
+def _brace_roots(text: str) -> str:
+    """Put the radicand of each root in braces, as in ``√2``, ``sqrt(x+1)``, and the like."""
+    closed = _match_brackets(text)
+    edits: list[tuple[int, int, str]] = []
+    for match in ROOT.finditer(text):
+        start = match.end()
+        if (end := closed.get(start)) is not None:
+            edits += [(match.start(), start + 1, rf"\sqrt{match[1] or ''}{{"), (end, end + 1, "}")]
+        elif radicand := RADICAND.match(text, start):
+            edits += [(match.start(), start, rf"\sqrt{match[1] or ''}{{"), (radicand.end(), radicand.end(), "}")]
+    parts, position = [], 0
+    for start, end, replacement in sorted(edits):
+        parts += [text[position:start], replacement]
+        position = end
+    return "".join([*parts, text[position:]])
+
+
+def _add_mixed(match: re.Match[str]) -> str:
+    whole, numerator, denominator = (int(number) for number in match.groups() if number)
+    return rf"\frac{{{whole * denominator + numerator}}}{{{denominator}}}" if numerator < denominator else match[0]
+
+
+def _add_repeating(match: re.Match[str]) -> str:
+    whole, digits, period = match.groups()
+    scale = 10 ** len(digits)
+    numerator = (int(whole or 0) * scale + int(digits or 0)) * (10 ** len(period) - 1) + int(period)
+    return rf"\frac{{{numerator}}}{{{scale * (10 ** len(period) - 1)}}}"
+
+
+def _sign_infinity(match: re.Match[str]) -> str:
+    sign = (match[1] or match[2] or "").lower()
+    return {"": "", "+": "+", "positive": "", "plus": ""}.get(sign, "-") + r"\infty"
+
+
+def _name_based(match: re.Match[str]) -> str:
+    """Return a number in a base other than ten as a symbol of its own: equal to itself, and to no number."""
+    number = next(filter(None, match.groups()[:3]))
+    name = re.sub(r"\\[a-z]+|\bbase\b|\W", "", match[4] or match[5]).lower()
+    base = BASE_WORDS.get(name) or (int(name) if re.fullmatch(r"\d{1,3}", name) else None)
+    digits = number.replace(".", "")
+    if base is None or (not digits.isdigit() and not all(int(digit, 36) < base for digit in digits)):
+        return match[0]
+    return number if base == 10 and digits.isdigit() else f"b_{{{number.replace('.', 'p')}x{base}}}"
