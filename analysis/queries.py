@@ -1,17 +1,23 @@
-"""The shipped SQL: one file a question, one folder a level."""
+"""Find questions: one SQL file per question, built in or in a user's folder.
+
+A file begins with the headers ``-- question:``, ``-- grain:``, ``-- params:``, ``-- units:``, and ``-- needs:``.
+Built-in questions are in ``sql/``, one folder per level. A user's folder holds ``<stem>.sql`` and, optionally, figures
+``<stem>.py`` and ``claims.toml``.
+"""
 
 from __future__ import annotations
 
 import re
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
-from entrace.analysis.trace.errors import InputError, nearest
+from entrace.analysis.trace.errors import InputError, nearest, reason_of
 from entrace.analysis.trace.schema import TABLES
 
 SQL_ROOT = Path(__file__).with_name("sql")
-LEVELS = ("stage", "instance", "token", "ablation", "cluster")
-# In the order in which they build on each other.
+LEVELS = ("stage", "instance", "token", "ablation", "claims")
+# Ordered so that each file builds on earlier ones only.
 STAGING = (
     "macros",
     "staged_steps",
@@ -25,10 +31,13 @@ STAGING = (
     "vocab_words",
 )
 HEADERS = ("question", "grain", "params", "units", "needs")
+CONTINUATION = "--   "
+LEDGER = "claims.toml"
 WORD = re.compile(r"\w+")
+COMMENT_LINE = re.compile(r"^\s*--.*$", re.MULTILINE)
 CREATED = re.compile(r"^create (?:view|macro) (\w+)", re.MULTILINE)
-# Header "needs": how to see whether a trace holds it, what to do where it does not, and the table or column that
-# ``unknown`` in run.json gives a reason for where nothing can be done.
+# For each value of the header "needs": a probe of the trace, the remedy if it finds nothing, and the table or column
+# for which ``unknown`` in run.json gives a reason if there is no remedy.
 NEEDS = {
     "steps": ("select 1 from steps", "no step is durable yet", "steps"),
     "responses": ("select 1 from rollouts", "no response is durable yet", "rollouts"),
@@ -47,58 +56,128 @@ NEEDS = {
 }
 
 
+@dataclass(frozen=True)
+class Questions:
+    """The questions that runs can be asked: the built-in ones, and those in a folder of the user's.
+
+    Attributes:
+        folder: The user's folder, or None.
+    """
+
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check the user's files.
+
+        Raises:
+            InputError: no such folder, a file without the headers, or a stem that is taken.
+        """
+        if self.folder is not None and not self.folder.is_dir():
+            raise InputError(f"{self.folder}: no such folder of questions")
+        for stem, path in self._own.items():
+            if stem in _built_in():
+                raise InputError(f'{path}: "{stem}" is a built-in question; rename the file')
+            found = headers(_read_text(path))
+            for name in HEADERS:
+                if not found.get(name):
+                    raise InputError(f'{path}: expected "-- {name}: ..." among the first lines')
+            if found["needs"] not in NEEDS:
+                raise InputError(f'{path}: needs: unknown value "{found["needs"]}"{nearest(found["needs"], NEEDS)}')
+
+    @cached_property
+    def paths(self) -> dict[str, Path]:
+        """SQL file of each question, by stem."""
+        return {**_built_in(), **self._own}
+
+    @cached_property
+    def figures(self) -> dict[str, Path]:
+        """Python file of each figure in the user's folder, by stem, in alphabetical order."""
+        return {stem: path.with_suffix(".py") for stem, path in self._own.items() if path.with_suffix(".py").is_file()}
+
+    @property
+    def ledger(self) -> Path | None:
+        """The user's claims, if there are any."""
+        path = self.folder / LEDGER if self.folder else None
+        return path if path and path.is_file() else None
+
+    @cached_property
+    def _own(self) -> dict[str, Path]:
+        return {path.stem: path for path in sorted(self.folder.glob("*.sql"))} if self.folder else {}
+
+    def read(self, stem: str) -> str:
+        """Return the SQL of a question.
+
+        Raises:
+            InputError: no such question.
+        """
+        if stem not in self.paths:
+            raise InputError(f'unknown query "{stem}"{nearest(stem, self.paths)}')
+        return _read_text(self.paths[stem])
+
+    def location(self, stem: str) -> str:
+        """Return the file of a question, as ``analysis/sql/stage/stage_dynamics.sql``, or the path of a user's file."""
+        return str(self._own.get(stem) or f"analysis/sql/{self.paths[stem].parent.name}/{stem}.sql")
+
+    def need(self, stem: str) -> str:
+        """Return what a trace must hold for a question to have rows, a key of ``NEEDS``."""
+        return headers(self.read(stem))["needs"]
+
+
+BUILT_IN = Questions()
+
+
 @cache
-def paths() -> dict[str, Path]:
-    """File of each question by its stem."""
+def _built_in() -> dict[str, Path]:
     return {path.stem: path for level in LEVELS for path in sorted((SQL_ROOT / level).glob("*.sql"))}
 
 
-def read(stem: str) -> str:
-    """Returns the SQL of one question.
-
-    Raises:
-        InputError: no such question.
-    """
-    if stem not in paths():
-        raise InputError(f'unknown query "{stem}"{nearest(stem, paths())}')
-    return paths()[stem].read_text()
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {reason_of(error)}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not text in UTF-8") from None
 
 
 def headers(text: str) -> dict[str, str]:
-    """Returns the header lines ``-- key: value`` of a query."""
-    found = {}
+    """Return the header lines ``-- key: value`` of a query; an indented comment continues the line above it."""
+    found: dict[str, str] = {}
     for line in text.splitlines():
         if not line.startswith("-- "):
             break
-        key, _, value = line[3:].partition(": ")
-        found[key] = value
+        if found and line.startswith(CONTINUATION):
+            found[next(reversed(found))] += f" {line.removeprefix(CONTINUATION)}"
+        else:
+            key, _, value = line[3:].partition(": ")
+            found[key] = value
     return found
 
 
-def location(stem: str) -> str:
-    """File of a question as the documentation names it, such as ``analysis/sql/stage/stage_dynamics.sql``."""
-    return f"analysis/sql/{paths()[stem].parent.name}/{stem}.sql"
-
-
-def need(stem: str) -> str:
-    """What a trace must hold for a question to have rows, a key of ``NEEDS``."""
-    return headers(read(stem))["needs"]
-
-
 def staging() -> list[str]:
-    """SQL of the shared views and macros, each after what it builds on."""
+    """Return the SQL of the shared views and macros, in the order in which they build on each other."""
     return [(SQL_ROOT / "staging" / f"{name}.sql").read_text() for name in STAGING]
 
 
 def tables_in(text: str) -> set[str]:
     """Return the tables of the trace that a query may read, directly or through the shared views and macros."""
-    behind = _tables_behind()
-    return set().union(*(behind.get(word, ()) for word in WORD.findall(text.lower())))
+    return _sources_in(text) & TABLES.keys()
+
+
+def reads_stages(text: str) -> bool:
+    """Return whether a query may read the table ``stages``, directly or through the shared views and macros."""
+    return "stages" in _sources_in(text)
+
+
+def _sources_in(text: str) -> set[str]:
+    behind = _sources_behind()
+    return set().union(*(behind.get(word, ()) for word in WORD.findall(COMMENT_LINE.sub("", text).lower())))
 
 
 @cache
-def _tables_behind() -> dict[str, set[str]]:
-    behind = {name: {name} for name in TABLES}
-    for text in staging():
+def _sources_behind() -> dict[str, set[str]]:
+    """Return the tables that each table, shared view, and macro reads, by name."""
+    behind = {name: {name} for name in (*TABLES, "stages")}
+    for text in (COMMENT_LINE.sub("", text) for text in staging()):
         behind |= dict.fromkeys(CREATED.findall(text), set().union(*(behind.get(w, ()) for w in WORD.findall(text))))
     return behind

@@ -1,8 +1,9 @@
-"""The report: figures, the data behind them, the scorecard and the provenance, on one page that opens offline."""
+"""Write a report: figures with their data, the scorecard, and provenance, on one page that opens offline."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -11,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entrace import figures
-from entrace.analysis import claims, queries
+from entrace.analysis import claims, figures, queries
+from entrace.analysis.compare import compare_once
 from entrace.analysis.runs import Runs
 from entrace.analysis.terminal.export import to_json, to_report_csv
 from entrace.analysis.trace.errors import InputError
@@ -28,39 +29,39 @@ if TYPE_CHECKING:
 PAGE, CLAIMS = "report.html", "claims.json"
 MARK = '<meta name="generator" content="entrace report">'
 TEMPLATES = Path(__file__).with_name("templates")
+SCRIPT = "report.js"
 METRICS = ("avg_at_k", "maj_at_k", "pass_at_k", "response_length", "entropy")
-# CSV files of a comparison by its frame.
+# CSV file of each frame of a comparison.
 COMPARED = {
     "differences": "comparison.csv",
     "by_seed": "comparison_by_seed.csv",
     "aggregates": "comparison_aggregates.csv",
 }
-# What is shown of a run apart from its configuration.
+# Facts of a run that the page shows beside its configuration.
 FACTS = ("study", "model", "task", "git_commit", "hardware", "versions")
-# Tables of more runs are folded.
+# Tables with more runs are folded.
 FEW = 12
-# Characters of a name or an error on the page, and of a text with lines of its own.
+# Longest name or error, and longest text of several lines, in characters.
 CELL_LENGTH, SOURCE_LENGTH = 1000, 20_000
-# Of a picture's palette.
+# Palette size of a picture.
 COLORS = 64
-# Without these entries, equal data give equal bytes.
+# Entries to leave out, so that equal data give equal bytes.
 STAMPS: dict[str, dict[str, Any]] = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None}}
-NUM_PARTS = len(figures.MODULES) + 3
 
 
 def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None] | None = None) -> Path:
-    """Writes figures (PNG, PDF), the CSV behind each, ``claims.json``, the comparison of arms and ``report.html``.
+    """Write a report: figures (PNG, PDF) with their CSV files, ``claims.json``, the comparison, and ``report.html``.
 
     Args:
-        runs: What to report on.
-        out: Folder; new, empty, or holding an earlier report, which is replaced.
-        on_step: Called with the number of finished parts (of ``NUM_PARTS``) and the name of the last one.
+        runs: Runs to report on.
+        out: Folder that is new, empty, or holds an earlier report, which is replaced.
+        on_step: Called with the number of finished parts (of ``num_parts``) and the name of the last part.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
-        InputError: ``out`` holds something that is no report.
+        InputError: ``out`` holds something other than a report.
     """
     out = Path(out)
     _check_target(out)
@@ -73,11 +74,12 @@ def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None
     comparison = _write_comparison(runs, out)
     on_step(2, COMPARED["differences"])
     sections = []
-    for done, stem in enumerate(figures.MODULES, start=3):
+    for done, stem in enumerate(figures.stems(runs), start=3):
         sections.append(_write_section(runs, stem, out, scorecard))
         on_step(done, stem)
     page = _render(
         mark=MARK,
+        **_script(),
         title=_title(runs),
         num_runs=len(runs.manifests),
         comparison=comparison,
@@ -87,52 +89,58 @@ def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None
         sections=sections,
     )
     (out / PAGE).write_text(page, encoding="utf-8")
-    on_step(NUM_PARTS, PAGE)
+    on_step(num_parts(runs), PAGE)
     return out / PAGE
+
+
+def num_parts(runs: Runs) -> int:
+    """Return the number of parts of a report: figures, claims, comparison, and page."""
+    return len(figures.stems(runs)) + 3
 
 
 def _check_target(out: Path) -> None:
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file; --out names a folder")
+        raise InputError(f"{out}: is a file; --out must name a folder")
     page = out / PAGE
     if out.exists() and any(out.iterdir()) and not (page.is_file() and MARK.encode() in page.read_bytes()):
-        raise InputError(f"{out}: holds files other than a report; choose another folder")
+        raise InputError(f"{out}: holds files other than a report; choose a new or an empty folder")
 
 
 def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) -> dict[str, Any]:
-    """Writes one figure in its formats with its CSV, and returns what the page says of it."""
+    """Write one figure in all formats with its CSV file, and return the content of its section on the page."""
     frame = figures.query(runs, stem)
     (out / f"{stem}.csv").write_text(to_report_csv(frame), encoding="utf-8")
     image = None
     for form in STAMPS:
         (out / f"{stem}.{form}").unlink(missing_ok=True)
     if figures.is_drawable(frame):
-        for form, data in _draw(stem, frame).items():
+        for form, data in _draw(runs, stem, frame).items():
             (out / f"{stem}.{form}").write_bytes(data)
             image = base64.b64encode(data).decode() if form == "png" else image
-    text = queries.read(stem)
+    text = runs.questions.read(stem)
     return {
         "stem": stem,
-        "file": queries.location(stem),
+        "file": runs.questions.location(stem),
         "question": queries.headers(text)["question"],
-        "caption": figures.MODULES[stem].CAPTION,
+        "caption": figures.caption(runs, stem),
         "image": image,
-        "lacks": "" if image else runs.why_empty(queries.need(stem)),
+        "lacks": "" if image else runs.why_empty(runs.questions.need(stem)),
         "sql": text,
         "verdicts": [verdict for verdict in scorecard["verdicts"] if verdict["figure"] == stem],
     }
 
 
-def _draw(stem: str, frame: pl.DataFrame) -> dict[str, bytes]:
+def _draw(runs: Runs, stem: str, frame: pl.DataFrame) -> dict[str, bytes]:
+    """Return the bytes of one figure in each format."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     files = {}
     with mpl.rc_context(figures.style.RC), warnings.catch_warnings():
-        # Words and names may hold signs that the font lacks; a box stands for each.
+        # Words and names may hold characters that the font lacks; each becomes a box.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
-        figure = Figure(figsize=figures.size(stem, frame))
-        figures.MODULES[stem].draw(frame, figure.subplots())
+        figure = Figure(figsize=figures.size(runs, stem, frame))
+        figures.figure_module(stem, runs.questions).draw(frame, figure.subplots())
         for form, stamps in STAMPS.items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format=form, metadata=stamps)
@@ -141,7 +149,7 @@ def _draw(stem: str, frame: pl.DataFrame) -> dict[str, bytes]:
 
 
 def _shrink(png: io.BytesIO) -> bytes:
-    """The same picture with a palette of its own, a quarter of the size."""
+    """Return the picture with a palette, at a quarter of the bytes."""
     from PIL import Image
 
     smaller = io.BytesIO()
@@ -150,7 +158,7 @@ def _shrink(png: io.BytesIO) -> bytes:
 
 
 def _final_table(frame: pl.DataFrame) -> list[dict[str, Any]]:
-    """One row per run and benchmark, failed runs included."""
+    """Return one row per run and benchmark, failed runs included."""
     rows: dict[tuple[str, str | None], dict[str, Any]] = {}
     for entry in frame.iter_rows(named=True):
         row = rows.setdefault((entry["run_id"], entry["benchmark"]), {**entry, "metrics": dict.fromkeys(METRICS)})
@@ -160,8 +168,8 @@ def _final_table(frame: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 def _write_comparison(runs: Runs, out: Path) -> dict[str, Any] | None:
-    """Writes the CSV files of the comparison and returns its rows; None if there is no baseline or no other arm."""
-    comparison = figures.comparison(runs)
+    """Write the CSV files of the comparison and return its rows; None without a baseline or another arm."""
+    comparison = compare_once(runs)
     for frame, name in COMPARED.items():
         (out / name).unlink(missing_ok=True)
         if comparison is not None:
@@ -178,12 +186,12 @@ def _write_comparison(runs: Runs, out: Path) -> dict[str, Any] | None:
 
 
 def _provenance(runs: Runs) -> dict[str, Any]:
-    """How the runs were made: one of the baseline in full, of every other run only what differs from it."""
+    """Return how the runs were made: one run of the baseline in full, and the differences of every other run."""
     manifests = runs.manifests
     of_baseline = (run for run, manifest in manifests.items() if manifest.get("arm") == runs.baseline)
     first = next(of_baseline, next(iter(manifests)))
     facts = {run: {name: manifest.get(name) for name in FACTS} for run, manifest in manifests.items()}
-    # What a run did not live to record is not set otherwise.
+    # A fact that a failed run did not record is not a difference.
     recorded = {
         run: {name: value for name, value in facts[run].items() if value is not None}
         | flatten(manifest.get("config") or {})
@@ -210,7 +218,7 @@ def _provenance(runs: Runs) -> dict[str, Any]:
 
 
 def _describe_online(manifest: dict[str, Any], fit: StageFit | None) -> str:
-    """Return what the trainer's own detector found while training, and whether the fitted boundary agrees."""
+    """Return the finding of the trainer's own plateau detector, and if the fitted boundary agrees, in words."""
     if "plateau_step" not in manifest:
         return ""
     found = manifest["plateau_step"]
@@ -224,7 +232,7 @@ def _describe_online(manifest: dict[str, Any], fit: StageFit | None) -> str:
 
 
 def _changes(reference: dict[str, Any], own: dict[str, Any]) -> list[tuple[str, str]]:
-    """Names and values of what ``own`` holds otherwise than ``reference``; the seed has a column of its own."""
+    """Return names and values in ``own`` that differ from ``reference``; the seed has a separate column."""
     names = [name for name in {**reference, **own} if name != "seed" and own.get(name) != reference.get(name)]
     return [(name, json.dumps(own[name], ensure_ascii=False) if name in own else "left out") for name in names]
 
@@ -236,6 +244,12 @@ def _title(runs: Runs) -> str:
 
 def _pairs(value: Any) -> str:
     return ", ".join(f"{name} {entry}" for name, entry in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _script() -> dict[str, str]:
+    """Return the inline script and its hash, the only script that the page allows."""
+    text = (TEMPLATES / SCRIPT).read_text(encoding="utf-8")
+    return {"script": text, "script_hash": base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}
 
 
 def _render(**content: Any) -> str:
@@ -254,12 +268,12 @@ def _render(**content: Any) -> str:
 
 
 def _cell(value: Any) -> Any:
-    """What the page shows of a value; what is markup already stays."""
+    """Return a value as the page shows it; markup stays."""
     return plain(value, CELL_LENGTH) if type(value) is str else value
 
 
 def _source(text: str) -> Markup:
-    """Code or settings as they stand, with their lines."""
+    """Return code or settings, escaped, with their lines."""
     from markupsafe import escape
 
     lines = text[:SOURCE_LENGTH].split("\n")

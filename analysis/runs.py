@@ -1,4 +1,4 @@
-"""Opens traces and answers SQL about them, without letting the SQL touch anything else."""
+"""Open traces and run read-only SQL over them; the SQL can reach no other file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entrace.analysis import queries
+from entrace.analysis.queries import BUILT_IN, Questions
 from entrace.analysis.statistics import interval_functions
 from entrace.analysis.terminal.interrupt import interruptible
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest, reason_of
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from entrace.analysis.statistics.stages import StageFit
 
 DEFAULT_BASELINE = "none"
-# Of DuckDB; Python and its libraries come on top. What exceeds it goes to disk.
+# Limit of DuckDB alone, which spills the excess to disk. Python and its libraries need memory in addition.
 MEMORY_LIMIT = "1500MiB"
 
 RUNS_COLUMNS = {
@@ -65,9 +66,9 @@ STAGES_COLUMNS = {
     "accuracy_slope_low": "double",
     "accuracy_slope_high": "double",
 }
-# Columns that version 1 does not store but implies.
+# Columns that schema version 1 implies and does not store.
 DERIVED = {
-    # A prompt sampled twice in one step is two groups, each of which has every sample_index once.
+    # A prompt that is sampled twice in one step forms two groups; each group holds every sample_index once.
     "rollouts": (
         "group_id",
         "(select *, min(rollout_id) over (partition by run_id, step, prompt_id, repeat) as group_id from (select *, "
@@ -80,34 +81,36 @@ DERIVED = {
         "group by all) using (run_id, rollout_id))",
     ),
 }
-# EXPLAIN ANALYZE runs what it explains, so what follows must be a query as well.
+# EXPLAIN ANALYZE executes the statement that follows, which must therefore be a query as well.
 COMMENTS = r"(?:\s|--[^\n]*|/\*(?:(?!\*/).)*\*/)*"
 EXPLAIN = re.compile(rf"{COMMENTS}explain\b\s*(\([^)]*\)|analyze\b)?", re.IGNORECASE | re.DOTALL)
 FINAL_SEMICOLON = re.compile(rf";{COMMENTS}\Z", re.DOTALL)
-# What DuckDB calls several statements that it makes of one.
+# Readable names for statement types of DuckDB.
 STATEMENT_NAMES = {"MULTI": "a PIVOT inside another statement"}
-# Of what is missing of a run.
+# Missing ranges of steps that the note on a run lists.
 GAPS_SHOWN = 3
-# Each in brackets stands for itself.
-GLOB_SIGNS = re.compile(r"[*?\[]")
+# Characters that brackets make literal in a glob pattern.
+GLOB_CHARACTERS = re.compile(r"[*?\[]")
 SQL_POSITION = re.compile(r"\s*\n\s*LINE \d+:.*", re.DOTALL)
 
 
-def open_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
-    """Opens one or more traces for reading, as far as they are durable at this moment.
+def open_runs(paths: str | Path | Iterable[str | Path], *, questions: str | Path | None = None) -> Runs:
+    """Open one or more traces for reading, up to their last durable step.
 
     Args:
-        paths: Run folders, study folders (opened with every run inside), or globs of either.
+        paths: Run folders, study folders (all runs inside are opened), or globs of either.
+        questions: Folder with the user's own SQL, figures, and claims; see ``queries``.
 
     Returns:
-        The runs, failed ones and those without any data yet included.
+        The runs, including failed runs and runs without data.
 
     Raises:
-        InputError: a path is not a trace, has an unreadable schema version, misses a column, or holds a damaged file.
+        InputError: a path is not a trace, has an unreadable schema version, lacks a column, or holds a damaged file;
+            or a file in ``questions`` is malformed.
     """
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
-        raise InputError("no run given; name at least one run or study folder")
+        raise InputError("no run given; name at least one run folder or study folder")
     folders = dict.fromkeys(folder.resolve() for path in given for folder in _find_run_folders(path))
     manifests: dict[str, dict[str, Any]] = {}
     files: dict[str, dict[str, int]] = {name: {} for name in TABLES}
@@ -118,7 +121,8 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
         manifest = {**read_manifest(folder), "path": str(folder)}
         run_id = manifest.get("run_id") or folder.name
         if run_id in manifests:
-            raise InputError(f'{folder}: run_id "{run_id}" is also that of {manifests[run_id]["path"]}')
+            taken = manifests[run_id]["path"]
+            raise InputError(f'{folder}: run_id "{run_id}" is already used by {taken}; open only one of the two')
         manifests[run_id] = manifest
         parts = list_parts(folder, manifest)
         for name, table in TABLES.items():
@@ -126,22 +130,29 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
         listed = listed_files(folder, manifest)
         gone = [name for name, found in parts.items() if not found and listed.get(name)]
         notes[run_id] = _describe_progress(manifest, _read_steps(folder, parts["steps"]), gone)
-    return Runs(manifests, files, notes)
+    asked = BUILT_IN if questions is None else Questions(Path(questions).resolve())
+    return Runs(manifests, files, notes, asked)
 
 
 class Runs:
-    """Traces opened together; ``open_runs`` makes one.
+    """Hold traces that ``open_runs`` opened together, and answer queries about them.
 
     Attributes:
-        manifests: Content of each ``run.json`` by run_id, with ``path`` added.
-        notes: What is missing of each run that is not there in full, in one line, by run_id.
+        manifests: Content of each ``run.json``, with ``path`` added, by run_id.
+        notes: One line per incomplete run that states what is missing, by run_id.
+        questions: The questions that can be asked, built in or the user's own.
     """
 
     def __init__(
-        self, manifests: dict[str, dict[str, Any]], files: dict[str, dict[str, int]], notes: dict[str, str | None]
+        self,
+        manifests: dict[str, dict[str, Any]],
+        files: dict[str, dict[str, int]],
+        notes: dict[str, str | None],
+        questions: Questions = BUILT_IN,
     ) -> None:
-        """``files`` gives the schema version of each Parquet file of each table, all runs together."""
+        """Connect DuckDB to ``files``: the schema version of each Parquet file of all runs, by table and path."""
         self.manifests = manifests
+        self.questions = questions
         self.notes = {run_id: note for run_id, note in notes.items() if note}
         self._fits: dict[str, StageFit] | None = None
         self._has_stages = False
@@ -154,16 +165,17 @@ class Runs:
         return f"Runs({', '.join(self.manifests)})"
 
     def sql(self, text: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
-        """Run one query (SELECT, PIVOT, DESCRIBE, SUMMARIZE and the like, or EXPLAIN of one) over the views.
+        """Run one read-only query over the traces.
 
-        Views: the tables of the trace (``entrace tables``), ``runs``, ``stages``, and those of sql/staging.
+        The query is a SELECT, PIVOT, DESCRIBE, SUMMARIZE, or similar statement, or EXPLAIN of one. It can read the
+        tables of the trace (``entrace tables``), the tables ``runs`` and ``stages``, and the views of sql/staging.
 
         Args:
             text: DuckDB SQL.
-            params: Values of ``$name`` parameters; those left out are null, which by convention means "all".
+            params: Values of the ``$name`` parameters; an omitted one is null, which shipped queries read as "all".
 
         Raises:
-            InputError: anything but a single query, an unknown parameter, or whatever DuckDB refuses.
+            InputError: the text is not a single query, a parameter is unknown, or DuckDB rejects the query.
         """
         import duckdb
 
@@ -176,36 +188,36 @@ class Runs:
             if name not in names:
                 hint = nearest(name, names) if names else "; this query has none"
                 raise InputError(f'unknown parameter "{name}"{hint}')
-        if "stage" in text.lower():
+        if queries.reads_stages(text):
             self._fill_stages()
         return self._select(text, dict.fromkeys(names) | given)
 
     def query(self, stem: str, **params: Any) -> pl.DataFrame:
-        """Runs one of the shipped questions, such as ``query("entropy_by_position", stage="plateau")``.
+        """Run one of the shipped queries, such as ``query("entropy_by_position", stage="plateau")``.
 
         Raises:
-            InputError: no such question, or no such parameter.
+            InputError: the query or a parameter is unknown.
         """
-        return self.sql(queries.read(stem), params)
+        return self.sql(self.questions.read(stem), params)
 
     def query_once(self, stem: str, run_ids: Sequence[str]) -> pl.DataFrame:
-        """``query`` of a few runs, kept: several parts of a claim are judged on the same sums."""
+        """Run a shipped query over some runs and cache the rows, which several parts of a claim share."""
         key = (stem, *run_ids)
         if key not in self._kept:
             self._kept[key] = self.query(stem, runs=list(run_ids))
         return self._kept[key]
 
     def why_empty(self, need: str) -> str:
-        """Says why a question has no rows: the traces lack what it needs (header ``needs``), or hold no such case."""
+        """Return why a question has no rows: the traces lack the data that it needs, or no data match the question."""
         probe, hint, name = queries.NEEDS[need]
         if self._select(f"{probe} limit 1", {}).is_empty():
             reasons = {str((manifest.get("unknown") or {}).get(name, hint)) for manifest in self.manifests.values()}
             return reasons.pop() if len(reasons) == 1 else hint
-        return f"the traces hold {need}, but none that the question is about"
+        return f"the traces hold {need}, but none that match this question"
 
     @property
     def stage_fits(self) -> dict[str, StageFit]:
-        """Two-stage fit of every run that has recorded steps; see ``statistics.stages``."""
+        """Return the two-stage fit of every run with recorded steps; see ``statistics.stages``."""
         if self._fits is None:
             from entrace.analysis.statistics.stages import fit_stages
 
@@ -223,14 +235,15 @@ class Runs:
 
     @property
     def baseline(self) -> str:
-        """Arm that others are compared with: what the study says, ``none`` if it says nothing."""
+        """Return the baseline arm that the study names (default ``none``)."""
         named = (manifest.get("baseline") for manifest in self.manifests.values())
         return next(filter(None, named), DEFAULT_BASELINE)
 
     def subjects(self) -> dict[str, list[str]]:
-        """The runs that claims about training itself are judged on, by label.
+        """Return the runs on which claims about training itself are judged, by label.
 
-        Those of the baseline arm together where one has data, else each run by itself.
+        If a run of the baseline arm has data, the only subject is that arm, with all its runs together. Otherwise each
+        run is a subject of its own.
         """
         recorded = list(self.stage_fits)
         baseline = [run for run in recorded if self.manifests.get(run, {}).get("arm") == self.baseline]
@@ -254,10 +267,10 @@ class Runs:
         return self._run(text, params)
 
     def _check_finite(self, table: Table) -> None:
-        """Refuse a table that holds NaN or infinity, which would silently spread through every mean.
+        """Reject a table that holds NaN or infinity, which would silently spread through every mean.
 
-        Each table is scanned once, before the first query that reads it: 50 ms per million tokens, about as long as one
-        question takes, so a trace opened for its steps alone does not pay for its tokens.
+        Each table is scanned once, before the first query that reads it. The scan takes 50 ms per million tokens, about
+        as long as one question, so queries over steps alone do not scan the tokens.
 
         Raises:
             InputError: a float column holds NaN or infinity.
@@ -281,19 +294,19 @@ class Runs:
         import duckdb
         import polars as pl
 
-        # A CTE may hold an INSERT; the transaction refuses it.
+        # A CTE can hold an INSERT, which only the read-only transaction rejects.
         self._con.execute("begin transaction read only")
         try:
             return interruptible(self._con, lambda: self._con.sql(text, params=params).pl())
         except duckdb.Error as error:
-            # A run that is resumed takes back what it recorded beyond its checkpoint.
+            # A resumed run deletes the rows that it recorded after its checkpoint.
             if gone := next((path for path in self._files if not Path(path).exists()), None):
-                raise InputError(f"{gone}: gone since it was opened; open the run again") from None
+                raise InputError(f"{gone}: deleted since the run was opened; open the run again") from None
             raise InputError(_one_line(error)) from None
         except pl.exceptions.PolarsError as error:
             reason = in_one_line(error)
             raise InputError(
-                f"sql: a column of this type cannot be read ({reason}); cast it, as in x::varchar"
+                f"sql: the type of a result column is not supported ({reason}); cast the column, as in x::varchar"
             ) from None
         finally:
             self._con.execute("rollback")
@@ -318,10 +331,10 @@ def _runs_inside(folder: Path) -> list[Path]:
 
 
 def _read_steps(folder: Path, parts: Iterable[Path]) -> list[int]:
-    """Steps that are recorded, in order.
+    """Return the recorded steps in ascending order.
 
     Raises:
-        InputError: one is recorded twice, or a file is damaged.
+        InputError: a step is recorded twice, or a file is damaged.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -339,8 +352,8 @@ def _read_steps(folder: Path, parts: Iterable[Path]) -> list[int]:
 
 
 def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int], gone: Sequence[str]) -> str | None:
-    """What is missing of a run, in one line; None if it is complete."""
-    # What is scored afterwards may have been kept of every tenth step only.
+    """Return one line that states what is missing from a run, or None if the run is complete."""
+    # An imported trace may hold only every tenth step, as its trainer saved it.
     gaps = [] if manifest.get("scored") else [(a + 1, b - 1) for a, b in pairwise([0, *steps]) if b - a > 1]
     missing = "; steps " + ", ".join(f"{a} to {b}" if b > a else str(a) for a, b in gaps[:GAPS_SHOWN]) + " are missing"
     total = f" of {manifest['total_steps']}" if manifest.get("total_steps") else ""
@@ -349,7 +362,7 @@ def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int], gone: 
     state = status.get(manifest.get("status") or "")
     if not state and not gaps and not gone:
         unknown = manifest.get("unknown")
-        return f"{len(unknown)} things are not known of it, see unknown in {MANIFEST}" if unknown else None
+        return f"{len(unknown)} recorded quantities are unknown; see `unknown` in {MANIFEST}" if unknown else None
     removed = f"; removed: {', '.join(gone)}" if gone else ""
     return f"{state or manifest.get('status')}, {done}{missing if gaps else ''}{removed}"
 
@@ -357,7 +370,7 @@ def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int], gone: 
 def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, dict[str, int]]) -> duckdb.DuckDBPyConnection:
     import duckdb
 
-    # What does not fit into memory would go to the working directory. DuckDB makes the folder when it is needed.
+    # By default DuckDB spills to the working directory. It creates this folder only when it spills.
     spill = Path(tempfile.gettempdir(), f"entrace-{uuid.uuid4().hex}")
     con = duckdb.connect(
         config={
@@ -369,7 +382,7 @@ def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, dict[str, in
         }
     )
     weakref.finalize(con, shutil.rmtree, spill, ignore_errors=True)
-    # Tokens of version 1 look up their rollouts.
+    # The view of tokens of schema version 1 reads the view of rollouts, which must exist first.
     for name in reversed(TABLES):
         _create_view(con, TABLES[name], files[name])
     for name, columns in (("runs", RUNS_COLUMNS), ("stages", STAGES_COLUMNS)):
@@ -382,7 +395,7 @@ def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, dict[str, in
     interval_functions.register(con)
     for text in queries.staging():
         con.execute(text)
-    # A pattern is checked as it stands, and so is each file that it finds.
+    # DuckDB checks both the pattern itself and each file that it matches.
     paths = dict.fromkeys(form for found in files.values() for path in found for form in (path, _pattern(path)))
     con.execute(f"set allowed_paths = [{', '.join(map(_quote, paths))}]")
     con.execute("set enable_external_access = false")
@@ -425,8 +438,8 @@ def _parameters(text: str) -> set[str]:
     """Return the names of the ``$parameters`` of one query, or of EXPLAIN of one.
 
     Raises:
-        InputError: anything but a single query.
-        duckdb.Error: SQL that cannot be parsed.
+        InputError: the text is not a single query.
+        duckdb.Error: the SQL cannot be parsed.
     """
     import duckdb
 
@@ -443,9 +456,9 @@ def _parameters(text: str) -> set[str]:
 
 
 def _is_pivot(text: str) -> bool:
-    """Return whether SQL is one query of which DuckDB makes several statements, to find the columns of a PIVOT first.
+    """Return whether SQL is one query with a PIVOT, which DuckDB expands into several statements.
 
-    No other statement may stand in EXISTS, nor may several.
+    EXISTS accepts exactly one query, and no other statement.
     """
     import duckdb
 
@@ -461,8 +474,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _pattern(path: str) -> str:
-    """What DuckDB, which takes file names for patterns, finds this file by."""
-    return GLOB_SIGNS.sub(r"[\g<0>]", path)
+    """Return the glob pattern that matches only this path; DuckDB reads file names as patterns."""
+    return GLOB_CHARACTERS.sub(r"[\g<0>]", path)
 
 
 def _quote(text: str) -> str:

@@ -1,7 +1,7 @@
-"""The one rule by which an effect is established, negligible, or neither.
+"""Decide whether an effect is established, negligible, or neither.
 
-The scorecard (``claims``) and the comparison of arms (``compare``) both call ``decide`` and map its
-neutral outcome to their own words.
+The scorecard (``claims``) and the comparison of arms (``compare``) both call ``decide`` and map its neutral outcome to
+their own words.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from entrace.analysis.statistics.estimates import Estimate, detectable
 
 SUPPORTED, CONTRADICTED, INCONCLUSIVE, NOT_RECORDED = "supported", "contradicted", "inconclusive", "not recorded"
 MAX_P_VALUE = 0.05
-# Fewer runs per arm earn no verdict: two say next to nothing about the spread between runs.
+# Runs per arm that a verdict needs: two runs say next to nothing about the spread between runs.
 MIN_RUNS = 3
-# A design is called too small if the effect it detects is this many times the smallest that matters.
+# A design is too small if its detectable effect exceeds the smallest effect that matters by this factor.
 TOO_SMALL = 1.5
-# Beyond this many times the design, a number would suggest a precision that no error has.
+# Beyond this factor, the size of a sufficient design is too uncertain to report.
 FAR_LARGER = 100
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of ``decide``.
+    """Hold the result of ``decide``.
 
     Attributes:
-        direction: +1 or -1 where an effect that matters is established, 0 otherwise.
-        is_negligible: The whole interval lies below the smallest effect that matters, either way.
+        direction: +1 or -1 if an effect that matters is established, 0 otherwise.
+        is_negligible: True if the whole interval lies within ± the smallest effect that matters.
         why: Reason, in words.
         detectable: See ``detectable_effect``.
     """
@@ -40,12 +40,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Size:
-    """What a larger design would have more of.
+    """Describe the units that limit a design, for the advice on a larger one.
 
     Attributes:
         n: Number of units.
-        units: Their name, in the plural.
-        subject: What is called too small.
+        units: Name of the units, in the plural.
+        subject: Name of the design in the advice.
     """
 
     n: int
@@ -54,9 +54,9 @@ class Size:
 
 
 def detectable_effect(estimate: Estimate, num_tests: int) -> float:
-    """Return the effect that the design finds with 80 % power among ``num_tests`` tests; nan where unknown.
+    """Return the effect that the design detects with 80 % power among ``num_tests`` tests.
 
-    An error of 0, as where all prompts agree, says nothing about the design.
+    Returns nan if the error is unknown, or 0 because all prompts agree: such an error says nothing about the design.
     """
     if not estimate.error > 0 or math.isnan(estimate.df):
         return math.nan
@@ -75,19 +75,19 @@ def decide(
 ) -> Outcome:
     """Judge an effect by its interval, its adjusted p-value, and the smallest effect that matters.
 
-    - An effect is established if its interval excludes zero, ``p_adjusted`` is at most .05, and its size is at least
+    - Established: the interval excludes zero, ``p_adjusted`` is at most .05, and the absolute effect is at least
       ``smallest_effect``.
-    - It is negligible if the whole interval lies within ± ``smallest_effect``.
-    - Anything else is inconclusive, and the reason says so where the design was too small.
+    - Negligible: the whole interval lies within ± ``smallest_effect``.
+    - Inconclusive: anything else. The reason says if the design was too small.
 
     Args:
         estimate: Effect with interval, standard error, and degrees of freedom.
         p_adjusted: P-value, adjusted for all tests judged together.
         smallest_effect: Smallest effect that matters.
         num_tests: Number of tests judged together.
-        size: What limits the design.
-        noun: What the reason calls an effect.
-        ways: What the reason calls a positive and a negative effect.
+        size: Units that limit the design.
+        noun: Word for an effect in the reason.
+        ways: Words for a positive and a negative effect in the reason.
     """
     found = detectable_effect(estimate, num_tests)
     value, low, high = estimate.value, estimate.low, estimate.high
@@ -98,24 +98,24 @@ def decide(
         return Outcome(0, True, why, found)
     way = ways[value < 0]
     if low <= 0 <= high:
-        why = f"the interval holds zero as well as {noun}s that matter"
+        why = f"the interval includes zero as well as {noun}s that matter"
     elif abs(value) < smallest_effect:
         why = f"{way}, but smaller than {smallest_effect:g}, the smallest {noun} that matters"
     elif p_adjusted > MAX_P_VALUE:
-        why = f"{way}, but not beyond chance among the {num_tests} tests judged together (p = {p_adjusted:.2g})"
+        why = f"{way}, but not significant after Holm's correction for {num_tests} tests (p = {p_adjusted:.2g})"
     else:
-        return Outcome(1 if value > 0 else -1, False, f"{way}, beyond chance, and at least {smallest_effect:g}", found)
+        return Outcome(1 if value > 0 else -1, False, f"{way}, significant, and at least {smallest_effect:g}", found)
     return Outcome(0, False, "; ".join(filter(None, (why, _too_small(found, smallest_effect, size)))), found)
 
 
 def _too_small(found: float, smallest_effect: float, size: Size) -> str:
-    """Say what would be enough; empty where the design could find effects near the smallest that matters."""
+    """Return advice on a sufficient size; empty if the design can detect effects near the smallest that matters."""
     if not (math.isfinite(found) and found > TOO_SMALL * smallest_effect):
         return ""
     enough = size.n * (found / smallest_effect) ** 2
-    small = f"{size.subject} was too small: it could have detected {found:.2g}"
+    small = f"{size.subject} was too small: its detectable effect is {found:.2g}"
     if enough > FAR_LARGER * size.n:
-        return f"{small}; it would take more than {FAR_LARGER} times its {size.n:,} {size.units}"
+        return f"{small}; more than {FAR_LARGER} times its {size.n:,} {size.units} would be needed"
     # Two significant digits: the error itself is an estimate.
     unit = 10 ** max(math.floor(math.log10(enough)) - 1, 0)
-    return f"{small}; about {math.ceil(enough / unit) * unit:,} {size.units} would be enough"
+    return f"{small}; about {math.ceil(enough / unit) * unit:,} {size.units} would suffice"

@@ -62,16 +62,18 @@ __getattr__ = names_from(
         "TraceWriter": "entrace.analysis.trace.writer",
         "Verdict": "entrace.analysis.claims",
         "Vocabulary": "entrace.analysis.trace.vocabulary",
-        "compare": "entrace.analysis.compare",
-        "figures": "entrace.analysis.figures",
         "judge": "entrace.analysis.claims",
         "load_config": "entrace.trainer.config",
         "objective": "entrace.trainer.algorithm.method",
         "open_runs": "entrace.analysis.runs",
         "shaping": "entrace.trainer.algorithm.method",
-        "trace": "entrace.analysis.trace",
         "train": "entrace.trainer.train",
         "write_report": "entrace.analysis.report",
+    },
+    modules={
+        "compare": "entrace.analysis.compare",
+        "figures": "entrace.figures",
+        "trace": "entrace.analysis.trace",
     },
 )
 

@@ -1,4 +1,4 @@
-"""Public names that are imported on first use, so that no command waits for libraries it does not use."""
+"""Public names that are imported on first use, so that no command waits for libraries that it does not use."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from importlib import import_module
 from typing import Any
 
 
-def names_from(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Returns a module-level ``__getattr__`` for ``package``.
+def names_from(
+    package: str, homes: Mapping[str, str], modules: Mapping[str, str] | None = None
+) -> Callable[[str], Any]:
+    """Return a module-level ``__getattr__`` for a package.
 
     Args:
         package: Name of the package.
-        homes: Module of each public name; a name that equals the end of its module stands for the module itself.
+        homes: Module that defines each public name.
+        modules: Full name of each public module.
     """
 
     def load(name: str) -> Any:
+        if modules and name in modules:
+            return import_module(modules[name])
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = import_module(homes[name])
-        return module if homes[name].endswith(f".{name}") else getattr(module, name)
+        return getattr(import_module(homes[name]), name)
 
     return load

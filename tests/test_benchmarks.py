@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.benchmarks import bench, bench_gpu
-from tests.benchmarks.figures import AT_LEAST, AT_MOST, Figure, to_markdown
+from tests.benchmarks.measurements import AT_LEAST, AT_MOST, Measurement, to_markdown
 
 
 @pytest.fixture(autouse=True)
@@ -24,27 +24,27 @@ def run(module, monkeypatch, *arguments):
     module.main()
 
 
-def test_a_figure_is_held_against_its_target_by_its_median():
-    found = Figure.of("part", "name", "ratio", [1.0, 5.0, 2.0], AT_MOST, 2)
+def test_a_target_applies_to_the_median():
+    found = Measurement.of("part", "name", "ratio", [1.0, 5.0, 2.0], AT_MOST, 2)
     assert (found.low, found.median, found.high, found.is_met) == (1.5, 2.0, 3.5, True)
-    assert Figure.of("part", "name", "ratio", [1.0, 5.0, 2.0], AT_LEAST, 2.1).is_met is False
-    assert Figure.of("part", "name", "ratio", [1.0]).is_met is None
-    missed = Figure.of("part", "slow", "ratio", [3.0], AT_MOST, 2)
+    assert Measurement.of("part", "name", "ratio", [1.0, 5.0, 2.0], AT_LEAST, 2.1).is_met is False
+    assert Measurement.of("part", "name", "ratio", [1.0]).is_met is None
+    missed = Measurement.of("part", "slow", "ratio", [3.0], AT_MOST, 2)
     assert "| slow | 3 | 3 to 3 | ratio | at most 2 | **missed** |" in to_markdown([found, missed])
 
 
 def test_the_benchmarks_write_their_report(tmp_path, monkeypatch):
     run(bench, monkeypatch, "--quick", "--out", tmp_path / "report")
-    figures = json.loads((tmp_path / "report.json").read_text())["figures"]
-    assert len({figure["part"] for figure in figures}) == 4
-    assert all(figure["median"] > 0 for figure in figures)
-    assert all(figure["name"] in (tmp_path / "report.md").read_text() for figure in figures)
+    measurements = json.loads((tmp_path / "report.json").read_text())["measurements"]
+    assert len({measurement["part"] for measurement in measurements}) == 4
+    assert all(measurement["median"] > 0 for measurement in measurements)
+    assert all(measurement["name"] in (tmp_path / "report.md").read_text() for measurement in measurements)
 
 
 def test_the_benchmark_of_a_gpu_runs_without_one(tmp_path, monkeypatch):
     run(bench_gpu, monkeypatch, "--quick", "--device", "cpu", "--out", tmp_path / "gpu")
-    figures = json.loads((tmp_path / "gpu.json").read_text())["figures"]
-    phases = [figure["median"] for figure in figures if figure["unit"] == "share of a step"]
+    measurements = json.loads((tmp_path / "gpu.json").read_text())["measurements"]
+    phases = [measurement["median"] for measurement in measurements if measurement["unit"] == "share of a step"]
     assert len(phases) == 8
     assert 0.5 < sum(phases) / 2 <= 1
 

@@ -187,7 +187,7 @@ def test_summary_counts_detected_effects():
     assert world["cells"][0]["false"] == 0.05
     assert world["coverage"] is None
     missed = summarize({"planted": ([rows("inconclusive", -0.1, 0.3)], {})})
-    assert missed["misses"] == ["planted, S4/any defect: supported in 0.0% only"]
+    assert missed["misses"] == ["planted, S4/any defect: supported in only 0.0%"]
 
 
 def test_the_command_resumes_and_names_unknown_worlds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

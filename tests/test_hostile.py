@@ -1,4 +1,4 @@
-"""What strangers put into a trace is shown, and never acted on: on the page, the terminal, in CSV, SQL and pictures."""
+"""Hostile text in a trace is shown and never acted on: on the page, in the terminal, in CSV, SQL, and pictures."""
 
 from __future__ import annotations
 

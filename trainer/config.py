@@ -1,11 +1,11 @@
-"""The configuration of one training run: TOML, dotted overrides, and errors of one line that name the key."""
+"""The configuration of one training run, as a tree of sections."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from entrace.trainer.algorithm.objectives import LossConfig
 from entrace.trainer.algorithm.shaping import ShapingConfig
@@ -25,17 +25,17 @@ FilterMetric = Literal["acc", "reward"]
 WhenShort = Literal["fewer", "more", "error"]
 Schedule = Literal["constant", "linear", "cosine"]
 
-# Keys of earlier versions, and the value that stands for what is always done now.
+# Keys of earlier versions, each with the value that describes the present behavior.
 REMOVED_KEYS = {("rollout", "engine"): "cache", ("record", "mantissa_bits"): 23}
 
-# What decides how much memory updating, and sampling, takes.
+# The keys that bound the memory of updating and of sampling.
 UPDATE_MEMORY, SAMPLING_MEMORY = MEMORY_KEYS = ("optim.micro_batch_tokens", "rollout.cache_tokens")
 
 
 class LoraConfig(BaseConfig):
-    """Low-rank updates of linear maps (LoRA, arXiv 2106.09685): rank, scale alpha / r, and the modules by name.
+    """Low-rank adapters of linear layers (LoRA, arXiv 2106.09685): rank r, scale alpha / r, and module names.
 
-    Without dropout: under it, the policy that is updated would not be the one that was sampled from.
+    There is no dropout, so that the policy being updated is the policy that was sampled from.
     """
 
     r: Positive = 16
@@ -44,10 +44,10 @@ class LoraConfig(BaseConfig):
 
 
 class PolicyConfig(BaseConfig):
-    """The model to train, how it computes, and how it is asked.
+    """The model to train, its arithmetic, and its prompt template.
 
-    ``template`` is the text of a prompt, ``{question}`` standing for its question, in place of the tokenizer's chat
-    template: for few-shot prompts, and models that were never taught to chat.
+    ``template`` replaces the tokenizer's chat template, for few-shot prompts and base models; ``{question}`` marks
+    where the question goes.
     """
 
     path: str = EMBEDDED
@@ -62,20 +62,21 @@ class PolicyConfig(BaseConfig):
     @classmethod
     def _asks_something(cls, template: str | None) -> str | None:
         if template is not None and "{question}" not in template:
-            raise ValueError("{question} is missing, which stands for the question")
+            raise ValueError("expected {question}, which marks where the question goes")
         return template
 
 
 class RolloutConfig(BaseConfig):
-    """Sampling of a step's responses.
+    """Sampling of the responses of a step.
 
-    Dynamic sampling drops groups whose ``filter_metric`` is uniform, and draws up to ``max_refills`` more rounds.
-    ``when_short`` says what follows if groups are still missing: an update from ``fewer`` groups, ``more`` rounds, or
-    an ``error``. ``overlong_penalty`` is the largest deduction for length, on the scale of ``task.reward_values``; if
-    not set, half the distance between these, the published strength (1 on a scale from -1 to 1).
-    ``top_p`` and ``top_k`` cut the distribution, for sampling and in the update alike. ``stop`` holds texts that end a
-    response once they are complete, in evaluations too. ``cache_tokens`` is how many tokens the caches of keys and
-    values may hold at once: prompts are sampled in parts that fit, at least one prompt each.
+    Dynamic sampling drops groups whose ``filter_metric`` is uniform and draws up to ``max_refills`` more rounds. If
+    groups are still missing, ``when_short`` chooses between an update from ``fewer`` groups, ``more`` rounds, and an
+    ``error``. ``overlong_penalty`` is the largest deduction for length, on the scale of ``task.reward_values``. It
+    defaults to half the distance between these values, the published strength (1 on a scale from -1 to 1).
+
+    ``top_p`` and ``top_k`` truncate the distribution, both in sampling and in the update. ``stop`` lists texts that end
+    a response, in evaluations too. ``cache_tokens`` bounds the tokens in the KV cache: prompts are sampled in parts
+    that fit, at least one prompt at a time.
     """
 
     prompts_per_step: Positive = 32
@@ -96,16 +97,16 @@ class RolloutConfig(BaseConfig):
     @model_validator(mode="after")
     def _buffer_fits(self) -> RolloutConfig:
         if self.overlong_buffer_tokens > self.max_response_tokens:
-            raise ValueError("overlong_buffer_tokens is longer than max_response_tokens")
+            raise ValueError("overlong_buffer_tokens must not exceed max_response_tokens")
         return self
 
 
 class OptimConfig(BaseConfig):
-    """AdamW, its schedule, and how a step's batch is cut up.
+    """AdamW, its learning-rate schedule, and how a batch is split.
 
-    The learning rate rises over ``warmup_steps``, from ``lr / warmup_steps`` at the first step, or from 0 with
-    ``warmup_from_zero``. It then stays, or falls to 0 at ``schedule_steps`` (the run's ``steps`` if not set). Weight
-    decay spares norms and biases unless ``decay_all`` is set.
+    The learning rate rises over ``warmup_steps``, starting at ``lr / warmup_steps``, or at 0 with
+    ``warmup_from_zero``. It then stays constant or falls to 0 at ``schedule_steps`` (default: the run's ``steps``).
+    Weight decay excludes norms and biases unless ``decay_all`` is set.
     """
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
@@ -131,7 +132,7 @@ class OptimConfig(BaseConfig):
 
 
 class EvalConfig(BaseConfig):
-    """Held-out evaluation, before the first step, every ``every`` steps and after the last."""
+    """Held-out evaluation before the first step, every ``every`` steps, and after the last step."""
 
     every: Positive = 20
     samples: Positive = 8
@@ -140,10 +141,10 @@ class EvalConfig(BaseConfig):
 
 
 class RecordConfig(BaseConfig):
-    """How often, in steps, buffered rows become Parquet files, after-update values are captured, a checkpoint is kept.
+    """Intervals, in steps, at which rows are written, after-update values captured, and checkpoints saved.
 
-    ``after_update_every`` = 0 captures none; else ``after_update_responses`` of those in the update, at most, are
-    captured.
+    After-update values are captured for at most ``after_update_responses`` of the responses in an update;
+    ``after_update_every = 0`` captures none.
     """
 
     flush_every: Positive = 10
@@ -153,13 +154,13 @@ class RecordConfig(BaseConfig):
     lexicon: str | None = None
 
     def captures(self, step: int) -> bool:
-        """Whether after-update values are captured at this step."""
+        """Return whether after-update values are captured at a step."""
         return self.after_update_every > 0 and step % self.after_update_every == 0
 
     @model_validator(mode="after")
     def _checkpoints_are_durable(self) -> RecordConfig:
         if self.checkpoint_every % self.flush_every:
-            raise ValueError("checkpoint_every is no multiple of flush_every")
+            raise ValueError("checkpoint_every must be a multiple of flush_every")
         return self
 
 
@@ -171,8 +172,9 @@ class Config(BaseConfig):
     policy: PolicyConfig = PolicyConfig()
     task: TaskConfig = TaskConfig()
     rollout: RolloutConfig = RolloutConfig()
-    shaping: ShapingConfig = ShapingConfig()
-    loss: LossConfig = LossConfig()
+    # Sections of a user's own methods are fields of a subclass.
+    shaping: SerializeAsAny[ShapingConfig] = ShapingConfig()
+    loss: SerializeAsAny[LossConfig] = LossConfig()
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
     record: RecordConfig = RecordConfig()
@@ -180,7 +182,7 @@ class Config(BaseConfig):
     @model_validator(mode="before")
     @classmethod
     def _drop_removed_keys(cls, values: Any) -> Any:
-        """Ignore keys that no longer exist where they ask for what is always done now."""
+        """Accept a key that no longer exists if it asks for the present behavior."""
         if not isinstance(values, Mapping):
             return values
         for (section, key), only in REMOVED_KEYS.items():
@@ -194,7 +196,7 @@ class Config(BaseConfig):
     @model_validator(mode="after")
     def _batch_can_be_cut(self) -> Config:
         if self.optim.mini_batches > self.rollout.prompts_per_step:
-            raise ValueError("optim.mini_batches is larger than rollout.prompts_per_step")
+            raise ValueError("optim.mini_batches must not exceed rollout.prompts_per_step")
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -209,7 +211,7 @@ class Config(BaseConfig):
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a config file, or a shipped config by name, and applies ``key.path=value`` overrides.
+    """Read a config file, or a shipped config by name, and apply ``key.path=value`` overrides.
 
     Raises:
         InputError: no such file, not TOML, an unknown key, a wrong type, or values that exclude each other.
@@ -221,9 +223,13 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def _rebuild(values: dict[str, Any]) -> Config:
-    return Config.model_validate(values)
+    return build_config(values, source="config")
 
 
 def build_config(values: Mapping[str, Any], source: str) -> Config:
-    """Validates nested values; ``source`` begins the error message."""
+    """Validate nested values; ``source`` begins the error message.
+
+    Raises:
+        InputError: an unknown key, a wrong type, or values that exclude each other.
+    """
     return validate_section(Config, values, source)

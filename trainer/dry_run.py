@@ -1,14 +1,14 @@
-"""Plan of the memory of a run, from its configuration and the shape of its model: no weights and no prompts are read.
+"""Plan the memory of a run from its configuration and the shape of its model, without weights or prompts.
 
-Memory of the update is not a formula but a rehearsal: one micro-batch of the longest sequences goes forward and back on
-tensors that have a shape and no content, and the most that they would hold at once is counted. So gradient
-checkpointing, adapters, precision and any architecture count as what they are. The rest, in bytes::
+The memory of the update is measured, not computed: one micro-batch of the longest sequences runs forward and backward
+on fake tensors, and the peak of their sizes is counted. Gradient checkpointing, adapters, precision, and any
+architecture are therefore included. The rest, in bytes::
 
     state    4 P + (4 + 8) P_t            float32 weights; of those trained, gradients and AdamW's two moments
              + 4 P with loss.kl_coef      the frozen reference policy
-    sampling 2 c K D b (L + 1)            keys and values of c = rollout.cache_tokens tokens, a layer's twice: it grows
-             + 2 P in 16 bits             the weights as autocast keeps them meanwhile
-             + 4 * 4 V rows               logits, and what is made of them
+    sampling 2 c K D b (L + 1)            KV cache of c = rollout.cache_tokens tokens; a growing layer counts twice
+             + 2 P in 16 bits             the copy of the weights that autocast keeps
+             + 4 * 4 V rows               logits and tensors derived from them
 
 with P parameters, P_t of them trained, V vocabulary entries, L layers of K key-value heads of D numbers of b bytes.
 FSDP (arXiv 2304.11277) divides the state by the number of devices; an update then gathers the largest layers, two at a
@@ -32,43 +32,43 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from entrace.analysis.trace import InputError, in_one_line
 from entrace.trainer.config import Config
-from entrace.trainer.kernels.token_stats import BLOCK, compute_token_stats
+from entrace.trainer.kernels.blocked_stats import BLOCK, compute_token_stats
 from entrace.trainer.model import lora as adapters
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.parallel.sharding import blocks
 from entrace.trainer.resources import PACKAGE, find_local_model
 
 SHAPES = PACKAGE / "shapes.toml"
-# Longest prompt where the configuration does not bound it, and a few-shot template is not longer.
+# Assumed prompt length if the configuration does not bound it and the few-shot template is not longer.
 PROMPT_TOKENS = 256
-# Of templates of sums, which hold few words and many digits.
+# Measured on templates of sums, which hold few words and many digits.
 CHARACTERS_PER_TOKEN = 2.5
-# A token record with its share of texts, measured on traces of vocabularies of 512 and of 49,152 entries.
+# Smallest and largest record of a token with its share of texts, for vocabularies of 512 and 49,152 entries.
 TRACE_BYTES_PER_TOKEN = (6.7, 12.9)
 
 
 @dataclass
 class Plan:
-    """Most bytes that a run takes on each of ``devices`` devices.
+    """Peak memory of a run on each of ``devices`` devices, in bytes.
 
     Attributes:
         model: ``policy.path``.
-        shape_from: Where the shape of the model was found.
-        parameters: All of the model's.
-        trained: Those that are trained.
-        dtype: Of the arithmetic.
+        shape_from: Source of the model's shape.
+        parameters: Number of parameters.
+        trained: Number of trained parameters.
+        dtype: Data type of the arithmetic.
         devices: Number of processes, one per device.
-        rewards: Of a wrong and of a right response.
-        length_penalty: Largest deduction from these for length.
-        responses_per_step: Before refills.
-        tokens_per_step: If all responses are as long as allowed, before refills.
-        max_rounds: Generation rounds that refills can make of it.
-        trace_bytes_per_step: Of these tokens, as the smallest and the largest of the records measured.
+        rewards: Rewards of a wrong and of a right response.
+        length_penalty: Largest deduction for length.
+        responses_per_step: Responses before refills.
+        tokens_per_step: Tokens before refills if all responses reach the length limit.
+        max_rounds: Most generation rounds per step, refills included.
+        trace_bytes_per_step: Trace size of these tokens, for the smallest and the largest record measured.
         sequence_tokens: Longest prompt and response together.
         state: Weights, gradients, moments, and the reference policy.
-        sampling: What sampling adds.
-        update: What a micro-batch adds.
-        gathered: What FSDP adds to an update: layers that are whole while they are computed.
+        sampling: Additional memory of sampling.
+        update: Additional memory of a micro-batch.
+        gathered: Additional memory of an update with FSDP: the layers gathered for computation.
     """
 
     model: str
@@ -91,21 +91,21 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Return the memory per device where each holds the whole state, bytes."""
+        """Return the memory per device if each holds the full state, bytes."""
         return self.state + max(self.sampling, self.update)
 
     @property
     def sharded_peak(self) -> int:
-        """Return the memory per device where the state is sharded (FSDP), bytes."""
+        """Return the memory per device if the state is sharded (FSDP), bytes."""
         return self.state // self.devices + max(self.sharded_sampling, self.gathered + self.update)
 
     @property
     def sharded_sampling(self) -> int:
-        """Return what sampling adds where the state is sharded, bytes: all weights are whole for that time."""
+        """Return the additional memory of sampling if the state is sharded, bytes: all weights are gathered."""
         return self.sampling + 4 * self.parameters
 
     def lines(self) -> list[str]:
-        """Return the plan to read, one line per fact."""
+        """Return the plan as text, one line per fact."""
         low, high = (size / 1e6 for size in self.trace_bytes_per_step)
         longest = self.tokens_per_step // self.responses_per_step
         wrong, right = self.rewards
@@ -118,13 +118,13 @@ class Plan:
         return [
             f"model         {self.model}, {self.parameters:,} parameters, {self.trained:,} trained",
             f"shape         from {self.shape_from}",
-            f"rewards       {wrong:g} wrong, {right:g} right, at most {self.length_penalty:g} off for length",
+            f"rewards       {wrong:g} wrong, {right:g} right, at most {self.length_penalty:g} deducted for length",
             f"per step      {self.responses_per_step:,} responses of up to {longest:,} tokens",
-            f"tokens        {self.tokens_per_step:,} per step at most, x {self.max_rounds} if every refill is drawn",
+            f"tokens        {self.tokens_per_step:,} per step at most, x {self.max_rounds} with all refills",
             f"trace         {low:,.1f} to {high:,.1f} MB per step for these tokens",
             f"memory        per device, {self.dtype}, sequences of {self.sequence_tokens:,} tokens, GB",
-            f"              {'each whole':>12} {f'FSDP over {self.devices}':>14}",
-            *(f"  {name:12}{whole / 1e9:>12.2f} {sharded / 1e9:>14.2f}" for name, whole, sharded in rows),
+            f"              {'unsharded':>12} {f'FSDP over {self.devices}':>14}",
+            *(f"  {name:12}{full / 1e9:>12.2f} {sharded / 1e9:>14.2f}" for name, full, sharded in rows),
         ]
 
 
@@ -132,7 +132,7 @@ def make_plan(config: Config, devices: int = 1) -> Plan:
     """Plan a run on ``devices`` devices; ``policy.dtype = "auto"`` counts as on a GPU.
 
     Raises:
-        InputError: the shape of the model is not known here.
+        InputError: the shape of the model is unknown.
     """
     shape, shape_from = find_shape(config.policy.path)
     dtype = "bfloat16" if config.policy.dtype == "auto" else config.policy.dtype
@@ -146,7 +146,7 @@ def make_plan(config: Config, devices: int = 1) -> Plan:
     parameters = [p.numel() for p in policy.model.parameters()]
     trained = [p.numel() for p in policy.model.parameters() if p.requires_grad]
     layers = [sum(p.numel() for p in layer.parameters()) for layer in blocks(policy.model)]
-    # The embedding and the head are as often the largest as a decoder layer is.
+    # The embedding or the head may be larger than a decoder layer.
     layers += [p for p in parameters if p > max(layers)]
     rows = max(1, min(responses // devices, rollout.cache_tokens // longest))
     return Plan(
@@ -171,11 +171,10 @@ def make_plan(config: Config, devices: int = 1) -> Plan:
 
 
 def find_shape(name: str) -> tuple[PreTrainedConfig, str]:
-    """Return architecture and sizes of the model that ``policy.path`` names, and where they were found.
+    """Return architecture and sizes of the model that ``policy.path`` names, and their source.
 
     Raises:
-        InputError: neither is there such a folder or file, nor is it among those known here, nor has the hub its
-            config.json.
+        InputError: the model is not a local folder or file, not in shapes.toml, and its config.json is not on the hub.
     """
     known = tomllib.loads(SHAPES.read_text(encoding="utf-8"))
     if found := find_local_model(name):
@@ -186,7 +185,7 @@ def find_shape(name: str) -> tuple[PreTrainedConfig, str]:
         return _read_config(found.parent if found.is_file() else found, **where), str(found)
     if name in known:
         sizes = dict(known[name])
-        return AutoConfig.for_model(sizes.pop("model_type"), **sizes), "what is known by name"
+        return AutoConfig.for_model(sizes.pop("model_type"), **sizes), "the shipped shapes"
     return _read_config(name), "the model hub"
 
 
@@ -195,7 +194,7 @@ def _read_config(place: Any, **where: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = in_one_line(error)
-        raise InputError(f"policy.path: the shape of {place} is not known here ({reason})") from None
+        raise InputError(f"policy.path: the shape of {place} is unknown ({reason})") from None
 
 
 def _build(config: Config, shape: PreTrainedConfig, dtype: torch.dtype) -> Policy:
@@ -218,13 +217,13 @@ def _sampling_bytes(policy: Policy, rows: int, tokens: int) -> int:
     size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     cache = 2 * rows * tokens * heads * size * policy.dtype.itemsize * (shape.num_hidden_layers + 1)
     low_precision = 0 if policy.dtype == torch.float32 else 2 * sum(p.numel() for p in policy.model.parameters())
-    # Logits, both parts of their softmax, and as much again to draw and to record.
+    # Logits, both parts of their softmax, and the same amount for drawing and recording.
     return cache + low_precision + 5 * 4 * policy.vocab_size * rows
 
 
 def _update_bytes(policy: Policy, rows: int, tokens: int, prompt_tokens: int) -> int:
-    """Most that forward and backward hold over weights and gradients, for ``rows`` sequences of ``tokens`` tokens."""
-    # Autocast knows nothing of the device "meta".
+    """Return the peak of forward and backward beyond weights and gradients, for ``rows`` x ``tokens`` tokens."""
+    # Autocast does not support the device "meta".
     with FakeTensorMode(allow_non_fake_inputs=True):
         model: Any = policy.model.to_empty(device="cpu")
         model.tie_weights()
@@ -234,7 +233,7 @@ def _update_bytes(policy: Policy, rows: int, tokens: int, prompt_tokens: int) ->
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         with PeakMemory([*model.parameters(), *model.buffers(), *grads]) as memory:
             hidden = policy.hidden_states(ids[:, :-1], use_cache=False)[:, prompt_tokens - 1 :].flatten(0, 1)
-            # Statistics go through the tokens in blocks, each like the last.
+            # Statistics are computed in blocks of equal memory, so that two blocks show the peak.
             chunk = hidden[: 2 * BLOCK["cpu"][0]]
             stats = compute_token_stats(chunk, policy.head, ids.flatten()[: len(chunk)])
             stats.logprob.sum().backward()
@@ -242,16 +241,16 @@ def _update_bytes(policy: Policy, rows: int, tokens: int, prompt_tokens: int) ->
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts what operations within allocate and have not let go of; ``peak`` is the most at once, in bytes."""
+    """Count the memory that operations in the block hold; ``peak`` is its maximum, in bytes."""
 
     def __init__(self, held_before: list[Tensor]) -> None:
-        """Memory of ``held_before`` does not count."""
+        """Exclude the memory of ``held_before``."""
         super().__init__()
         self.peak = self._held = 0
         self._seen = {tensor.untyped_storage()._cdata for tensor in held_before}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation and takes account of what it returns."""
+        """Run an operation and count the tensors that it returns."""
         result = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._count, result)
         return result

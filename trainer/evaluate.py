@@ -1,4 +1,4 @@
-"""Held-out evaluation: k samples of every held-out prompt, with equal random numbers every time."""
+"""Evaluate a policy: k samples per held-out prompt, with the same random numbers every time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from entrace.analysis.trace import read_manifest
-from entrace.trainer.config import SAMPLING_MEMORY, Config, build_config
+from entrace.trainer.config import SAMPLING_MEMORY, Config
 from entrace.trainer.faults import memory_advice
 from entrace.trainer.kernels.token_stats import Truncation
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.parallel.ranks import ALONE, Ranks
 from entrace.trainer.runs.checkpoint import find_checkpoint
-from entrace.trainer.runs.run_folder import has_begun
+from entrace.trainer.runs.run_folder import has_begun, load_sampling_config
 from entrace.trainer.sampling.backend import backend_of
 from entrace.trainer.sampling.sampler import sample
 from entrace.trainer.sampling.samples import SamplingParams
@@ -34,18 +33,18 @@ def evaluate(
     on_step: Callable[..., None] | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Sample ``eval.samples`` responses to every held-out prompt and score them, shared out to all processes.
+    """Sample ``eval.samples`` responses to every held-out prompt and score them, distributed over the ranks.
 
-    Random numbers depend on the seed, the prompt and the sample index alone, so that evaluations of one run at
-    different steps, and of different runs with one seed, are paired.
+    Random numbers depend only on seed, prompt, and sample index. Evaluations of one run at different steps, and of
+    different runs with one seed, are therefore paired.
 
     Args:
         config: Sampling limits, temperature, top-p, seed.
         policy: The model.
-        task: Prompts and scorer.
+        task: Prompts and verifiers.
         step: Updates that the policy has received.
-        on_step: Called with the number of prompts done, and the accuracy of the responses that got a verdict.
-        ranks: The processes, all of which get all rows.
+        on_step: Called with the number of finished prompts and the accuracy over responses with a verdict.
+        ranks: The ranks, which all receive all rows.
 
     Returns:
         Columns of the ``evals`` table, one row per response.
@@ -90,20 +89,20 @@ def evaluate(
 
 
 def find_policy(folder: Path, given: Config) -> Config:
-    """Return the configuration to evaluate a folder with: a run's own at its latest checkpoint, ``given`` for a model.
+    """Return the configuration that evaluates a folder: a run's own at its latest checkpoint, ``given`` for a model.
 
     Raises:
-        InputError: a run without a checkpoint.
+        InputError: the run has no checkpoint.
     """
     if not has_begun(folder):
         return given.model_copy(update={"policy": given.policy.model_copy(update={"path": str(folder)})})
     checkpoint = find_checkpoint(folder)
-    config = build_config(read_manifest(folder)["config"], source=str(folder))
+    config = load_sampling_config(folder)
     return config.model_copy(update={"policy": config.policy.model_copy(update={"path": str(checkpoint / "policy")})})
 
 
 def load_policy_and_task(config: Config) -> tuple[Policy, Task]:
-    """Load what an evaluation of ``config.policy`` needs, and warn of characters that its tokenizer cannot encode."""
+    """Load policy and task of ``config``, and warn of characters that the tokenizer cannot encode."""
     policy = Policy.load(config.policy)
     backend_of(policy)
     task = load_task(config.task, config.seed, policy.encode_prompt)

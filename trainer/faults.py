@@ -1,4 +1,4 @@
-"""Faults of the machine, told as what they mean for the run and what to do about them."""
+"""Translate faults of the machine into their meaning for the run and a remedy."""
 
 from __future__ import annotations
 
@@ -19,41 +19,38 @@ REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
 }
-# What allocators of the CPU say in a plain RuntimeError.
+# Messages of CPU allocators, which raise a plain RuntimeError.
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
 
 
 class TrainingError(RuntimeError):
-    """The run itself failed, in one line."""
+    """A failure of the run itself, in one line."""
 
 
 def explain_fault(error: Exception, run_dir: Path) -> Exception:
-    """What a run that ``error`` ended shall fail with: a ``TrainingError`` for a full or locked disk or a lost process.
+    """Return a ``TrainingError`` for a full or read-only disk or a lost process, else ``error`` itself.
 
-    Asks the folder itself up to which step it holds the run, and writes nothing.
+    The message gives the last recorded step, which is read from the folder. Nothing is written.
 
     Args:
-        error: What ended the run.
-        run_dir: Its folder, which need not exist.
-
-    Returns:
-        ``error`` itself where there is nothing to add.
+        error: The error that ended the run.
+        run_dir: Folder of the run, which need not exist.
     """
     code = next((code for code in REMEDIES if _is_fault(error, code)), None)
     named = getattr(error, "filename", None)
     recorded = f"recorded up to step {_last_durable_step(run_dir)}"
     if isinstance(error, LostProcessError):
-        return TrainingError(f"{run_dir}: {error}; {recorded}: go on with --resume")
+        return TrainingError(f"{run_dir}: {error}; {recorded}: resume with --resume")
     if code is None or (named and not Path(os.fsdecode(named)).is_relative_to(run_dir)):
         return error
     return TrainingError(
-        f"{run_dir}: {os.strerror(code).lower()}; {recorded}: {REMEDIES[code]} and go on with --resume"
+        f"{run_dir}: {os.strerror(code).lower()}; {recorded}: {REMEDIES[code]} and resume with --resume"
     )
 
 
 @contextmanager
 def translate_errors(run_dir: Path) -> Iterator[None]:
-    """What fails within fails with what ``explain_fault`` makes of it."""
+    """Re-raise errors from the block, translated by ``explain_fault``."""
     try:
         yield
     except Exception as error:
@@ -64,22 +61,22 @@ def translate_errors(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def memory_advice(config: BaseConfig, activity: str, *keys: str) -> Iterator[None]:
-    """Running out of memory within names the settings to lower, with their present values.
+    """Name the settings to lower, with their values, if the block runs out of memory.
 
     Args:
-        config: Settings of what is done, such as those of a run.
-        activity: What is done within, as in ``updating at step 3``.
-        keys: Dotted names of the settings that decide how much memory that takes.
+        config: Settings that the block uses, such as those of a run.
+        activity: Description of the block, such as ``updating at step 3``.
+        keys: Dotted names of the settings that bound its memory.
 
     Raises:
-        TrainingError: memory ran out.
+        TrainingError: memory ran out in the block.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, TrainingError) or not _is_out_of_memory(error):
             raise
-        # The traceback would hold what filled the memory until the run has been recorded as failed, which needs some.
+        # The traceback would keep the memory occupied while the run is recorded as failed, which needs some.
         traceback.clear_frames(error.__traceback__)
         settings = flatten(config.model_dump(mode="json"))
         advice = " or ".join(f"{key} ({settings[key]} now)" for key in keys)
@@ -87,7 +84,7 @@ def memory_advice(config: BaseConfig, activity: str, *keys: str) -> Iterator[Non
 
 
 def _is_fault(error: Exception, code: int) -> bool:
-    # Writers in Rust and C++ raise errors of their own that carry the system's in their text alone.
+    # Writers in Rust and C++ raise their own errors, which only mention the system's in their text.
     text = str(error)
     return getattr(error, "errno", None) == code or os.strerror(code) in text or f"(os error {code})" in text
 

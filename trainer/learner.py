@@ -1,9 +1,9 @@
-"""The optimiser's part of a step: epochs, mini-batches with one objective each, micro-batches."""
+"""Update the policy: epochs, mini-batches with one objective each, and micro-batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,22 +18,30 @@ from entrace.trainer.faults import TrainingError, memory_advice
 from entrace.trainer.kernels.packing import cut_by_tokens
 from entrace.trainer.kernels.token_stats import TokenStats
 from entrace.trainer.model.policy import Policy
+from entrace.trainer.parallel.gradients import sum_gradients
 from entrace.trainer.parallel.ranks import ALONE, Ranks
 from entrace.trainer.parallel.sharding import full_tensor
 from entrace.trainer.rollouts import Batch, view_rollouts
 from entrace.trainer.sampling.samples import Rollouts, SamplingParams
 from entrace.trainer.seeding import Stream, generator
 
-# What the loss is multiplied by on the way back: in float16, small gradients would vanish without. Should they overflow
-# instead, the next is tried, within the same update, so that none is skipped and nothing needs to be remembered.
+# Loss scales of the backward pass: in float16, small gradients would underflow without. If gradients overflow, the next
+# scale is tried within the same update, so that no update is skipped and no state is kept.
 LOSS_SCALES = {torch.float16: (2.0**12, 2.0**8, 2.0**4, 1.0)}
 
 
 @dataclass
 class UpdateMetrics:
-    """Means over a step's updates; ``kl`` is None without a reference policy. Zeros if no group was kept.
+    """Means over the optimizer steps of one training step; zeros if no group was kept.
 
-    ``is_clipped`` (B, T): a bound on the ratio took the token's gradient in at least one of the updates.
+    Attributes:
+        is_clipped: Tokens whose gradient was cut off by a bound on the ratio in at least one optimizer step, (B, T).
+        loss: Policy loss, with its KL and entropy terms.
+        grad_norm: Gradient norm before clipping.
+        kl: KL estimate, nats; None without a reference policy.
+        clip_frac_low: Share of tokens clipped at the lower bound.
+        clip_frac_high: Share of tokens clipped at the upper bound.
+        clip_frac_dual: Share of tokens clipped at the dual bound.
     """
 
     is_clipped: Tensor
@@ -47,12 +55,12 @@ class UpdateMetrics:
 
 @dataclass
 class AfterUpdate:
-    """What an update did to the tokens it was made of.
+    """Statistics of a step's tokens under the updated weights.
 
     Attributes:
-        is_scored: Responses that were scored again, (B,) bool.
-        logprob_after: logprob under the updated weights, nats; (B, T), 0 in all others.
-        entropy_after: Entropy under the updated weights, nats; (B, T), 0 in all others.
+        is_scored: Responses that were evaluated again, (B,) bool.
+        logprob_after: Log-probabilities under the updated weights, nats, (B, T); 0 in all other responses.
+        entropy_after: Entropies under the updated weights, nats, (B, T); 0 in all other responses.
         is_clipped: As in ``UpdateMetrics``.
     """
 
@@ -63,10 +71,10 @@ class AfterUpdate:
 
 
 class Learner:
-    """Policy, optimiser and, if the loss has a KL term, the frozen reference policy."""
+    """Policy, optimizer, and the frozen reference policy if the loss has a KL term."""
 
     def __init__(self, config: Config, policy: Policy, ranks: Ranks = ALONE) -> None:
-        """Build AdamW; weight decay spares vectors (norms and biases) unless ``optim.decay_all`` is set."""
+        """Build AdamW; weight decay excludes vectors (norms and biases) unless ``optim.decay_all`` is set."""
         self.config, self.policy, self.ranks = config, policy, ranks
         self.sampling = SamplingParams.of(config.rollout)
         parameters = [p for p in policy.model.parameters() if p.requires_grad]
@@ -77,29 +85,34 @@ class Learner:
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
         self.reference = Policy.load(config.policy) if config.loss.kl_coef else None
 
-    def update(self, batch: Batch, advantages: Tensor, step: int) -> UpdateMetrics:
-        """Trains on the kept responses of a batch.
+    @property
+    def lr(self) -> float:
+        """Learning rate of the latest update."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def update(self, batch: Batch, objectives: Iterable[tuple[Tensor, Objective]], step: int) -> UpdateMetrics:
+        """Take one optimizer step per objective.
 
         Args:
             batch: The step's responses.
-            advantages: Shaped advantages, (B, T).
-            step: Current step, from 1; decides the learning rate and the order of mini-batches.
+            objectives: Rows of each mini-batch and the loss to minimize on them, as from ``make_objectives``.
+            step: Current step, from 1; decides the learning rate.
+
+        Returns:
+            Means over the optimizer steps.
 
         Raises:
             TrainingError: the loss or the gradient is NaN or infinite, or memory ran out; the weights are those before
-                that update.
+                that optimizer step.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optim, step, self.config.steps)
         is_clipped = torch.zeros_like(batch.rollouts.response_mask)
-        tokens = view_rollouts(batch, self.config.seed, Stream.LOSS, step)
-        tokens = replace(tokens, response_mask=tokens.response_mask & batch.is_kept[:, None])
-        max_tokens = self.config.rollout.max_response_tokens
-        updates = []
         with memory_advice(self.config, f"updating at step {step}", UPDATE_MEMORY):
-            for rows in mini_batches(self.config, batch, step):
-                objective = Objective.of(self.config.loss, advantages[rows], tokens.take(rows), max_tokens)
-                updates.append(self._step_optimizer(batch.rollouts, objective, rows, step, is_clipped))
+            updates = [
+                self._step_optimizer(batch.rollouts, objective, rows, step, is_clipped)
+                for rows, objective in objectives
+            ]
         if not updates:
             return UpdateMetrics(is_clipped)
         is_clipped = torch.stack(self.ranks.all_gather_object(is_clipped)).any(0)
@@ -109,17 +122,17 @@ class Learner:
 
     @torch.no_grad()
     def capture(self, batch: Batch, metrics: UpdateMetrics, step: int) -> AfterUpdate:
-        """Scores this process's part of ``captured_responses`` under the weights that ``update`` left."""
+        """Evaluate this process's share of ``captured_responses`` under the updated weights."""
         samples = batch.rollouts
         logprob, entropy = torch.zeros(samples.response_ids.shape), torch.zeros(samples.response_ids.shape)
         is_scored = torch.zeros_like(batch.is_own)
         is_scored[captured_responses(self.config, batch, step)] = True
         is_scored &= batch.is_own
         scored = torch.nonzero(is_scored).squeeze(1)
-        with memory_advice(self.config, "capturing what an update did", UPDATE_MEMORY), self.policy.unsharded():
+        with memory_advice(self.config, "capturing after-update values", UPDATE_MEMORY), self.policy.unsharded():
             for micro in self._micro_batches(samples, scored):
                 rows = scored[micro]
-                stats = self._score(self.policy, samples, rows)
+                stats = self._token_stats(self.policy, samples, rows)
                 logprob[rows] = samples.place(stats.logprob, rows)
                 entropy[rows] = samples.place(stats.entropy, rows)
         return AfterUpdate(is_scored, logprob, entropy, metrics.is_clipped)
@@ -127,7 +140,7 @@ class Learner:
     def _step_optimizer(
         self, samples: Rollouts, objective: Objective, rows: Tensor, step: int, is_clipped: Tensor
     ) -> list[float]:
-        """Update once; return loss, gradient norm, KL, and the clipped shares, and mark tokens in ``is_clipped``."""
+        """Take one optimizer step; return loss, gradient norm, KL, and clipped shares, and mark ``is_clipped``."""
         loss = kl = grad_norm = math.nan
         counts: list[float] = []
         for scale in LOSS_SCALES.get(self.policy.dtype, (1.0,)):
@@ -145,12 +158,12 @@ class Learner:
     def _backward(
         self, samples: Rollouts, objective: Objective, rows: Tensor, is_clipped: Tensor, scale: float
     ) -> list[float]:
-        """Fills in gradients; returns loss, KL and the numbers of clipped tokens, and marks these in ``is_clipped``."""
+        """Accumulate gradients; return loss, KL, and numbers of clipped tokens, and mark ``is_clipped``."""
         sums = torch.zeros(5, dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
         places, ranks = self._places_with_gradient(objective), self.ranks
         own = [places[part] for part in self._micro_batches(samples, rows[places], ranks.rank, ranks.size)]
-        # Weights in parts are gathered by all processes at once: one that is done reads a response again, for nothing.
+        # All processes gather sharded weights together: one that has finished repeats a response without effect.
         idle = max(ranks.all_gather_object(len(own))) - len(own) if self.policy.is_sharded else 0
         for micro in own:
             loss, kl, *clips = self._loss_sums(samples, objective, rows, micro)
@@ -159,56 +172,46 @@ class Learner:
             is_clipped[rows[micro]] |= samples.place(torch.stack(clips).any(0), rows[micro])
         for _ in range(idle):
             (self._loss_sums(samples, objective, rows, places[:1])[0] * 0).backward()
-        sums = self._add_up(sums)
+        parameters = self.policy.model.parameters()
+        sums = sum_gradients(parameters, sums, ranks, is_sharded=self.policy.is_sharded)
         for parameter in self.policy.model.parameters():
             if scale != 1 and parameter.grad is not None:
                 parameter.grad /= scale
         return sums.tolist()
 
     def _micro_batches(self, samples: Rollouts, rows: Tensor, rank: int = 0, size: int = 1) -> list[Tensor]:
-        """Places in ``rows`` of the responses that are read at once."""
+        """Split ``rows`` into micro-batches; return positions in ``rows``."""
         lengths = samples.lengths[rows] + torch.tensor([len(samples.prompt_ids[row]) for row in rows])
         budget = self.config.optim.micro_batch_tokens
         return cut_by_tokens(lengths, budget, is_padded=not self.policy.uses_packing, rank=rank, size=size)
 
     def _places_with_gradient(self, objective: Objective) -> Tensor:
-        """Which responses of a mini-batch need to be read: none without an advantage, unless another term has a say."""
+        """Return the positions of responses that can have a gradient; all of them if the loss has other terms."""
         config = self.config.loss
         if config.kl_coef or config.entropy_coef:
             return torch.nonzero(objective.mask.any(1)).squeeze(1)
         places = torch.nonzero(objective.has_gradient).squeeze(1)
-        # Where there is none, one will do for a gradient of 0, with which weight decay and moments continue.
+        # If there is none, one response gives a gradient of 0, with which weight decay and moments continue.
         return places if len(places) else torch.nonzero(objective.mask.any(1)).squeeze(1)[:1]
 
-    def _add_up(self, sums: Tensor) -> Tensor:
-        """Adds up over all processes what each has of the gradients, and of ``sums``, which are returned."""
-        parameters = list(self.policy.model.parameters())
-        answers = self.ranks.all_gather_object((sums, [parameter.grad is not None for parameter in parameters]))
-        for parameter, *has_grad in zip(parameters, *(has_grad for _, has_grad in answers), strict=True):
-            if parameter.grad is None and any(has_grad):
-                parameter.grad = torch.zeros_like(parameter)
-        if not self.policy.is_sharded:
-            self.ranks.all_reduce(parameter.grad for parameter in parameters if parameter.grad is not None)
-        return torch.stack([sums for sums, _ in answers]).sum(0)
-
     def _loss_sums(self, samples: Rollouts, objective: Objective, rows: Tensor, micro: Tensor) -> list[Tensor]:
-        """Return what places ``micro`` of ``rows`` add to loss and KL, and the tokens that each bound clips, (N,)."""
+        """Return sums of loss and KL over positions ``micro`` of ``rows``, and the tokens each bound clips, (N,)."""
         config, chosen = self.config.loss, rows[micro]
-        stats = self._score(self.policy, samples, chosen)
-        log_ratio = stats.logprob - objective.take(samples.stats.logprob[rows], micro).to(self.policy.device)
+        stats = self._token_stats(self.policy, samples, chosen)
+        log_ratio = stats.logprob - objective.take(samples.old_logprobs[rows], micro).to(self.policy.device)
         result = objective.evaluate(log_ratio, micro)
-        share = objective.take(objective.token_scale, micro).to(self.policy.device)
-        loss = (result.loss - config.entropy_coef * share * stats.entropy).sum()
+        token_scale = objective.take(objective.token_scale, micro).to(self.policy.device)
+        loss = (result.loss - config.entropy_coef * token_scale * stats.entropy).sum()
         kl = torch.zeros_like(loss.detach())
         if self.reference:
             with torch.no_grad():
-                reference = self._score(self.reference, samples, chosen).logprob
-            penalty = (share * kl_penalty(stats.logprob, reference, config.kl_estimator, config.kl_clamp)).sum()
+                reference = self._token_stats(self.reference, samples, chosen).logprob
+            penalty = (token_scale * kl_penalty(stats.logprob, reference, config.kl_estimator, config.kl_clamp)).sum()
             loss, kl = loss + config.kl_coef * penalty, penalty.detach()
         return [loss, kl, result.is_clipped_low, result.is_clipped_high, result.is_clipped_dual]
 
-    def _score(self, policy: Policy, samples: Rollouts, rows: Tensor) -> TokenStats:
-        """Statistics of the responses of ``rows`` under a policy's current weights, as it samples, end to end."""
+    def _token_stats(self, policy: Policy, samples: Rollouts, rows: Tensor) -> TokenStats:
+        """Return token statistics of responses under a policy's current weights, concatenated, (N,)."""
         prompts = [samples.prompt_ids[row] for row in rows]
         return policy.token_stats(prompts, samples.responses(rows), self.sampling.temperature, self.sampling.truncation)
 
@@ -228,11 +231,26 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     return optim.lr * {"constant": 1.0, "linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2}[optim.schedule]
 
 
-def mini_batches(config: Config, batch: Batch, step: int) -> Iterator[Tensor]:
-    """Yield row indices of each mini-batch of each epoch: whole groups, shuffled, in parts of nearly equal size.
+def make_objectives(config: Config, batch: Batch, advantages: Tensor, step: int) -> Iterator[tuple[Tensor, Objective]]:
+    """Yield the rows of each mini-batch of a step and its objective, sum_t c_t (w_t L_t + v_t |ln rho_t|).
 
-    Responses without a verdict are left out. Truncated ones are in, since they count in constant denominators, though
-    not in the loss.
+    Args:
+        config: Its ``loss`` chooses w, v, and c; see ``algorithm.objectives``.
+        batch: The step's responses.
+        advantages: Shaped advantages, (B, T).
+        step: Current step, from 1; decides the order of mini-batches and the random numbers of methods that draw.
+    """
+    view = view_rollouts(batch, config.seed, Stream.LOSS, step)
+    view = replace(view, response_mask=view.response_mask & batch.is_kept[:, None])
+    for rows in mini_batches(config, batch, step):
+        yield rows, Objective.of(config.loss, advantages[rows], view.take(rows), config.rollout.max_response_tokens)
+
+
+def mini_batches(config: Config, batch: Batch, step: int) -> Iterator[Tensor]:
+    """Yield the rows of each mini-batch of each epoch: whole groups, shuffled, in parts of nearly equal size.
+
+    Responses without a verdict are excluded. Truncated responses are included: with ``loss.mask_truncated`` they count
+    in constant denominators, but not in the loss.
     """
     groups = batch.group_ids[batch.is_kept].unique().numpy()
     for epoch in range(config.optim.epochs):
@@ -244,9 +262,9 @@ def mini_batches(config: Config, batch: Batch, step: int) -> Iterator[Tensor]:
 
 
 def captured_responses(config: Config, batch: Batch, step: int) -> Tensor:
-    """Kept responses whose after-update values are captured, drawn without regard to anything but the step.
+    """Return the kept responses whose after-update values are captured, drawn at random given seed and step.
 
-    Not whole groups: what an update does differs more between prompts than between the responses to one.
+    Single responses, not whole groups: the effect of an update varies more between prompts than within a prompt.
     """
     kept = torch.nonzero(batch.is_kept).squeeze(1).numpy()
     rng = generator(config.seed, Stream.CAPTURE, step)

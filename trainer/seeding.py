@@ -1,6 +1,6 @@
-"""Random numbers by purpose and step: a stream depends on nothing that was drawn before it.
+"""Seed random numbers by purpose and step, independently of all earlier draws.
 
-That is what makes resumed runs equal to uninterrupted ones, and arms of an ablation share their random numbers.
+Resumed runs therefore equal uninterrupted ones, and the arms of an ablation share their random numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What random numbers are for."""
+    """Purposes of random numbers."""
 
     ROLLOUT = 1
     EVAL = 2
@@ -28,5 +28,5 @@ class Stream(IntEnum):
 
 
 def generator(seed: int, stream: Stream, *indices: int) -> np.random.Generator:
-    """The generator for one purpose at one place, such as (step, refill)."""
+    """Return the generator of one purpose at one place, such as (step, refill)."""
     return np.random.default_rng([seed, stream, *indices])

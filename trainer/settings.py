@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from pydantic import (
@@ -70,14 +71,14 @@ class BaseConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-# pydantic puts the branch of a union that was tried into the path of the error.
+# pydantic includes the tried branch of a union in the path of an error.
 UNION_BRANCH = re.compile(r"constrained-|literal\[")
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseConfig)
 
 
 def validate_section(model: type[AnyConfig], values: Mapping[str, Any], source: str) -> AnyConfig:
-    """Builds ``model`` from nested values, turning the first validation error into one ``InputError`` line."""
+    """Build a section from nested values, turning the first validation error into one ``InputError`` line."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -85,7 +86,7 @@ def validate_section(model: type[AnyConfig], values: Mapping[str, Any], source: 
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Parses a TOML file.
+    """Parse a TOML file.
 
     Raises:
         InputError: no such file, or not TOML.
@@ -99,7 +100,11 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """``a.b=1`` as ``{"a": {"b": 1}}``; the value is TOML, or else a string."""
+    """Parse ``a.b=1`` to ``{"a": {"b": 1}}``; a value that is not TOML is a string.
+
+    Raises:
+        InputError: not of the form key.path=value.
+    """
     key, separator, value = text.partition("=")
     if not separator or not all(key.split(".")):
         raise InputError(f'override "{text}": expected key.path=value')
@@ -113,14 +118,14 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def nest(key: str, value: Any) -> dict[str, Any]:
-    """``a.b`` and a value as ``{"a": {"b": value}}``."""
+    """Nest a value under a dotted key: ``a.b`` gives ``{"a": {"b": value}}``."""
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings united; where both have a value, that of ``change``. An empty mapping clears."""
+    """Merge nested mappings; values of ``change`` win, and an empty mapping clears a section."""
     merged = dict(base)
     for key, value in change.items():
         both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping) and value
@@ -129,7 +134,7 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _one_line(model: type[BaseConfig], error: ValidationError) -> str:
-    # A misspelt key is also a missing one; the spelling is what helps.
+    # A misspelled key is also a missing one; the spelling is the useful error.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     path = [str(part) for part in first["loc"] if not UNION_BRANCH.match(str(part))]
     key = ".".join(path)
@@ -150,7 +155,7 @@ def _one_line(model: type[BaseConfig], error: ValidationError) -> str:
 
 def _keys_at(model: type[BaseConfig], path: list[str]) -> list[str]:
     for part in path:
-        # The name of an entry, such as that of a source in task.mix, is no field.
+        # The name of an entry, such as a source in task.mix, is not a field.
         if part not in model.model_fields:
             continue
         annotation = model.model_fields[part].annotation
@@ -211,8 +216,11 @@ def section_of(function: Callable[..., Any], base: type[BaseConfig] = BaseConfig
     Raises:
         TypeError, NameError: an annotation is not a type that a config can hold.
     """
-    hints = get_type_hints(function, include_extras=True)
-    keys = {name: (hints.get(name, type(default)), default) for name, default in keyword_defaults(function).items()}
+    defaults, annotations = keyword_defaults(function), inspect.get_annotations(function)
+    # Tensors need not be importable where a config is read.
+    written = SimpleNamespace(__annotations__={name: annotations[name] for name in defaults if name in annotations})
+    hints = get_type_hints(written, inspect.unwrap(function).__globals__, include_extras=True)
+    keys = {name: (hints.get(name, type(default)), default) for name, default in defaults.items()}
     keys |= {name: (base.model_fields[name].annotation, default) for name, default in more.items()}
     name = function.__name__.title().replace("_", "") + "Config"
     fields: Any = keys

@@ -5,9 +5,10 @@ Usage::
     comparison = compare(open_runs("data/runs/grid"))
     comparison.differences.filter(is_primary=True)
 
-Runs are paired by seed, prompts by their text. ``paired.over_prompts_and_seeds`` is the interval of one arm, which
-``moderate`` strengthens with the other arms; ``verdict.judge_rows`` judges all rows together, and ``rows`` defines
-each metric. The scorecard takes its rows about methods from here (``claims.judge_methods``).
+This is the only place that judges arms: the scorecard (``claims.judge_methods``), the report, and the figure
+``paired_differences`` read their numbers from ``compare``. ``pairs`` pairs runs by seed and fingerprint. Prompts are
+matched by text. ``rows`` defines the metrics. ``paired`` computes the interval of one arm, ``moderate`` shrinks its
+variance toward those of the other arms, and ``verdict.judge_rows`` judges all rows together.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from entrace.analysis.compare.pairs import Pair, pair_runs, why_nothing_to_compa
 from entrace.analysis.compare.rows import Row, evaluation_rows, half_way, training_row
 from entrace.analysis.compare.tables import aggregate_table, difference_table, seed_table, unpaired_table
 from entrace.analysis.compare.verdict import PRIMARY, Judged, judge_rows
+from entrace.analysis.ledger import Ledger, load_ledger
 from entrace.analysis.runs import Runs
 from entrace.analysis.trace.errors import InputError
 
@@ -47,18 +49,17 @@ _kept: WeakKeyDictionary[Runs, dict[tuple[tuple[str, str], ...], Comparison]] = 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Result of ``compare``, as polars frames; a number that is not finite is null.
+    """Hold the result of ``compare`` as polars frames; numbers that are not finite are null.
 
     Attributes:
         differences: One row per arm, benchmark, and metric: arm minus baseline with interval and verdict.
-            ``is_primary`` marks avg@k, the metric that was fixed beforehand. ``error`` is the standard error, with
-            ``df`` degrees of freedom. ``p_adjusted`` is null for a row that cannot earn a verdict. ``detectable`` is
-            the smallest true difference that the design finds with 80 % power; ``covers`` says what the interval
-            stands for.
+            ``is_primary`` marks avg@k, the prespecified metric. ``error`` is the standard error, with ``df`` degrees of
+            freedom. ``p_adjusted`` is null for a row that cannot earn a verdict. ``detectable`` is the smallest true
+            difference that the design detects with 80 % power. ``covers`` names the population of the interval.
         by_seed: One row per arm, benchmark, metric, and paired seed.
-        aggregates: One row per arm, the baseline included, on avg@k of the last evaluation, all benchmarks together:
-            interquartile mean, mean, and the probability that a run scores higher than one of the baseline.
-        unpaired: One row per run that takes no part, with the reason.
+        aggregates: One row per arm, including the baseline, on avg@k of the last evaluation over all benchmarks:
+            interquartile mean, mean, and the probability that a run scores higher than a baseline run.
+        unpaired: One row per excluded run, with the reason.
         judged: The rows behind ``differences``.
     """
 
@@ -75,15 +76,15 @@ def compare(
     """Compare every arm with its baseline.
 
     Args:
-        runs: The runs; complete ones take part.
-        accuracy: Held-out accuracy that steps_to_accuracy counts the steps to; None is half way between the baseline's
-            mean first and mean last, to .01.
-        seed: Of the bootstraps of the aggregates.
-        references: Arm to compare an arm with, in the primary metric, in addition to its baseline; None takes the
-            references of the ledger's claims.
+        runs: The runs; incomplete ones are excluded.
+        accuracy: Held-out accuracy that defines steps_to_accuracy; None for the midpoint of the baseline's mean first
+            and mean last accuracy, rounded to .01.
+        seed: Random seed of the bootstraps of the aggregates.
+        references: By arm, a second arm to compare it with in the primary metric, besides its baseline; None for the
+            references of the shipped claims.
 
     Raises:
-        InputError: no run is of a baseline arm, every run is, or ``accuracy`` is not between 0 and 1.
+        InputError: there is no run of a baseline arm, or of any other arm, or ``accuracy`` is not between 0 and 1.
     """
     if accuracy is not None and not 0 <= accuracy <= 1:
         raise InputError(f"accuracy: expected a number between 0 and 1, found {accuracy:g}")
@@ -103,7 +104,7 @@ def compare(
 
 
 def compare_once(runs: Runs, references: Mapping[str, str] | None = None) -> Comparison | None:
-    """Return ``compare`` of the runs, kept for the next call; None if they hold no baseline or no other arm."""
+    """Return the cached ``compare`` of the runs; None if they have no baseline or no other arm."""
     references = _shipped_references() if references is None else references
     if why_nothing_to_compare(runs, references):
         return None
@@ -114,23 +115,20 @@ def compare_once(runs: Runs, references: Mapping[str, str] | None = None) -> Com
     return kept[key]
 
 
-def references_of(ledger: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return the arm that the claims of a ledger compare an arm with, where it is not the baseline."""
+def references_of(ledger: Ledger) -> dict[str, str]:
+    """Return, by arm, the arm that claims of a ledger compare it with instead of the baseline."""
     entries = [entry for entry in ledger.values() if "reference" in entry]
     return {arm: entry["reference"] for entry in entries for arm in entry["arms"]}
 
 
 def _shipped_references() -> dict[str, str]:
-    # The scorecard imports this module.
-    from entrace.analysis.claims import load_ledger
-
     return references_of(load_ledger())
 
 
 def _measure_all(
     runs: Runs, pairs: Sequence[Pair], accuracy: float | None, seed: int
 ) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Return rows and aggregates, arms in the order of their gain in the primary metric, the largest first."""
+    """Return rows and aggregates, arms in descending order of their gain in the primary metric."""
     arms: dict[tuple[str, str], list[Pair]] = {}
     for pair in pairs:
         arms.setdefault((pair.arm, pair.baseline), []).append(pair)
@@ -150,7 +148,7 @@ def _measure_all(
     formal = name_prompts(runs.query("formal_sums", runs=run_ids), prompts)
     for (arm, baseline), own in arms.items():
         rows.append(training_row(arm, baseline, TRAINING, measure_training(own, formal), len(own)))
-    # A reference other than the baseline is for a claim about the primary metric alone.
+    # Claims with a reference other than the baseline are about the primary metric only.
     own_arms = {names: own for names, own in arms.items() if not own[0].is_extra}
     rows = [row for row in rows if row.metric == PRIMARY or (row.arm, row.baseline) in own_arms]
     order = sorted(arms, key=lambda names: (-_gain(rows, names), names))
@@ -160,12 +158,12 @@ def _measure_all(
 
 
 def _curves_beside(measured: dict[tuple[str, str], Measured], baseline: str) -> list[Curve]:
-    """Return the curves of all pairs of a baseline: its arms are held against one accuracy."""
+    """Return the curves of all arms with this baseline, which share one accuracy to reach."""
     return [curve for (_, name), own in measured.items() if name == baseline for curve in own.curves]
 
 
 def _gain(rows: Sequence[Row], names: tuple[str, str]) -> float:
-    """Return the mean difference in the primary metric over benchmarks; -inf for an arm without one."""
+    """Return the mean difference in the primary metric over benchmarks; -inf if the arm has none."""
     gains = [
         row.difference.estimate.value
         for row in rows

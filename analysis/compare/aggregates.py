@@ -1,4 +1,4 @@
-"""Aggregate the scores of the runs of an arm, next to its baseline."""
+"""Aggregate the scores of each arm and of its baseline over runs and benchmarks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Scores = dict[str, dict[str, float]]
 def last_scores(
     pairs: Sequence[Pair], evaluations: Evaluations, benchmark: str, outcomes: Mapping[str, pl.DataFrame]
 ) -> dict[str, float]:
-    """Return avg@k of each run, at the last step that all runs of a baseline and of its arms evaluated."""
+    """Return avg@k of each run at the last step that all runs of a baseline and its arms evaluated."""
     families: dict[str, set[str]] = {}
     for pair in pairs:
         families.setdefault(pair.baseline, set()).update(run for run in pair.run_ids if run in outcomes)
@@ -36,7 +36,7 @@ def last_scores(
 def aggregate_arms(
     arms: Mapping[tuple[str, str], Sequence[Pair]], scores: Scores, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
-    """Return one record per arm, each baseline before its arms in their order; see ``tables.AGGREGATES``."""
+    """Return one record per arm, each baseline followed by its arms; see ``tables.AGGREGATES``."""
     records = []
     for baseline in dict.fromkeys(baseline for _, baseline in arms):
         own = {arm: pairs for (arm, name), pairs in arms.items() if name == baseline}
@@ -62,7 +62,7 @@ def _aggregate(arm: str, run_ids: Iterable[str], scores: Scores, rng: np.random.
 def _improvement(
     run_ids: Sequence[str], others: Iterable[str], scores: Scores, rng: np.random.Generator
 ) -> dict[str, float]:
-    """Return the probability of improvement; nothing where no benchmark has scores of both."""
+    """Return the probability of improvement with its interval; empty if no benchmark has scores of both."""
     beside = list(dict.fromkeys(others))
     both = [(_of(run_ids, scored), _of(beside, scored)) for scored in scores.values()]
     both = [(own, other) for own, other in both if own.size and other.size]

@@ -1,4 +1,4 @@
-"""Claims about methods, judged by the rows of the comparison."""
+"""Judge the claims about methods from the rows of the comparison."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from typing import Any
 
 from entrace.analysis.compare import compare_once, references_of
 from entrace.analysis.compare.verdict import FORMAL, LENGTH, PRIMARY, Judged, metric_of
+from entrace.analysis.ledger import Ledger
 from entrace.analysis.runs import Runs
 from entrace.analysis.statistics.estimates import Estimate
 from entrace.analysis.trace.errors import InputError, nearest
 from entrace.analysis.verdict_rules import CONTRADICTED, INCONCLUSIVE, NOT_RECORDED, SUPPORTED
 
-# Metric of the comparison by part of a claim; unit and smallest effect that matters are those of the ledger.
+# Metric of the comparison by part of a claim. Its unit and smallest difference must match the ledger.
 PARTS = {"avg@k": PRIMARY, "length": LENGTH, "formal tokens": FORMAL}
 
 
 @dataclass(frozen=True)
 class MethodFinding:
-    """A part of a claim about a method, judged on one arm and one benchmark.
+    """Hold the verdict on a part of a claim about a method, for one arm and one benchmark.
 
     Attributes:
         claim: Claim id.
         part: Part of the claim.
-        subject: Arm, reference, and the benchmark if there are several.
+        subject: Arm, reference, and the benchmark if there are several benchmarks.
         verdict: Supported, contradicted, inconclusive, or not recorded.
         why: Reason, in words.
-        estimate: None without a difference.
-        p_adjusted: P-value among all rows of the comparison judged together; None for a row that cannot earn a verdict.
-        num_seeds: Paired seeds.
-        detectable: Smallest true difference that the design finds with 80 % power; nan where unknown.
+        estimate: The difference; None if it was not measured.
+        p_adjusted: Holm-adjusted p-value; None for a row that cannot earn a verdict.
+        num_seeds: Number of paired seeds.
+        detectable: Smallest true difference that the design detects with 80 % power; nan if unknown.
     """
 
     claim: str
@@ -45,13 +46,13 @@ class MethodFinding:
     detectable: float = math.nan
 
 
-def judge_methods(runs: Runs, ledger: Mapping[str, Mapping[str, Any]]) -> list[MethodFinding]:
+def judge_methods(runs: Runs, ledger: Ledger) -> list[MethodFinding]:
     """Judge the claims of the ledger that have arms, one finding per part, arm, and benchmark.
 
-    Each finding is a row of ``compare``: same pairs, estimate, interval, p-values, and verdict.
+    Each finding is a row of ``compare``, with its pairs, estimate, interval, p-values, and verdict.
 
     Raises:
-        InputError: a part is unknown, or states another smallest effect than ``compare``.
+        InputError: a part is unknown, or its smallest effect differs from that of ``compare``.
     """
     about_methods = {claim: entry for claim, entry in ledger.items() if "arms" in entry}
     for claim, entry in about_methods.items():
@@ -70,11 +71,11 @@ def judge_methods(runs: Runs, ledger: Mapping[str, Mapping[str, Any]]) -> list[M
 
 def _check(name: str, part: str, spec: Mapping[str, Any]) -> None:
     if part not in PARTS:
-        raise InputError(f"{name}: no such part{nearest(part, PARTS)}")
+        raise InputError(f"{name}: unknown part{nearest(part, PARTS)}")
     metric = metric_of(PARTS[part])
     if spec["smallest_effect"] != metric.smallest:
         stated = f"smallest_effect is {spec['smallest_effect']:g}"
-        raise InputError(f"{name}: {stated}, but `entrace compare` judges {PARTS[part]} by {metric.smallest:g}")
+        raise InputError(f"{name}: {stated}; must be {metric.smallest:g}, as `entrace compare` uses for {PARTS[part]}")
 
 
 def _findings(
@@ -83,7 +84,7 @@ def _findings(
     found = [j for j in judged if (j.row.arm, j.row.baseline, j.row.metric) == (arm, reference, PARTS[part])]
     subject = f"{arm} vs {reference}"
     if not found:
-        reason = f"no complete run of arm {arm} could be paired with one of arm {reference} of equal seed"
+        reason = f"no complete run of arm {arm} can be paired with one of arm {reference} by seed"
         yield MethodFinding(claim, part, subject, NOT_RECORDED, reason)
     for own in found:
         name = f"{subject}, {own.row.benchmark}" if len(found) > 1 else subject
@@ -104,7 +105,7 @@ def _findings(
 
 
 def _word(judged: Judged, direction: str) -> str:
-    """Map the verdict of a row that established a difference to the claim's."""
+    """Return the verdict of the claim that follows from a row of the comparison."""
     if not judged.established:
         return INCONCLUSIVE
     return SUPPORTED if judged.established == (-1 if direction == "negative" else 1) else CONTRADICTED

@@ -1,4 +1,4 @@
-"""Measure paired runs, metric by metric: sums by prompt, and curves of held-out accuracy."""
+"""Measure paired runs: sums by prompt for each metric, and curves of held-out accuracy."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from entrace.analysis.statistics.estimates import pass_at_k
 if TYPE_CHECKING:
     import polars as pl
 
-# Stands for the benchmark where a metric is of the training responses.
+# Takes the place of the benchmark for metrics of training responses.
 TRAINING = "training"
 
-# Prompts by their text: prompts that seeds share are known to be the same, those that merely share an id are not.
-# A prompt whose text was not recorded goes by its id.
+# Prompts are identified by text, since equal ids in different seeds may name different prompts. A prompt without a
+# recorded text is identified by its id.
 PROMPTS = """
 select run_id, prompt_id, any_value(hash(prompt)) as prompt
 from prompts where list_contains($runs, run_id) group by all
@@ -37,7 +37,7 @@ select run_id, benchmark, step, min(num_samples) as num_samples from by_prompt g
 
 @dataclass(frozen=True)
 class Curve:
-    """Held-out accuracy of a pair at the steps (T,) that both runs evaluated, (2 runs, T)."""
+    """Hold the held-out accuracy of a pair, (2 runs, T), at the steps (T,) that both runs evaluated."""
 
     seed: int
     baseline_run: str
@@ -47,12 +47,12 @@ class Curve:
 
 @dataclass
 class Measured:
-    """Measurements of the pairs of one arm on one benchmark.
+    """Hold the measurements of the pairs of one arm on one benchmark.
 
     Attributes:
-        sums: By metric, one entry a seed.
-        curves: One a seed with two common evaluations or more.
-        num_samples: The k of avg@k and maj@k; 0 where the benchmark is ``TRAINING``.
+        sums: By metric, one entry per seed.
+        curves: One per seed with at least two common evaluations.
+        num_samples: The k of avg@k and maj@k; 0 for ``TRAINING``.
     """
 
     num_samples: int = 0
@@ -60,7 +60,7 @@ class Measured:
     curves: list[Curve] = field(default_factory=list)
 
     def add(self, metric: str, seed: int, prompts: np.ndarray, sums: np.ndarray) -> None:
-        """Add a seed, unless one of its runs lacks the metric. ``sums`` (P, 2 runs, 2)."""
+        """Add the sums of a seed, (P, 2 runs, 2), unless one of its runs lacks the metric."""
         counted = sums[..., 1].sum(0)
         is_relative = metric_of(metric).is_relative
         if not (np.isfinite(sums).all() and (counted > 0).all()) or (is_relative and sums[:, 1, 0].sum() == 0):
@@ -69,16 +69,16 @@ class Measured:
 
 
 class Evaluations:
-    """Held-out evaluations of the runs that take part, by benchmark.
+    """Read the held-out evaluations of paired runs, by benchmark.
 
     Attributes:
         steps: Evaluated steps, ascending, by (run_id, benchmark).
-        num_samples: By benchmark, the k of avg@k, maj@k and the largest pass@k: the fewest samples of a prompt in a
-            last evaluation. Samples of equal index share random numbers, so all runs keep their first k.
+        num_samples: By benchmark, the k of avg@k, maj@k, and the largest pass@k: the smallest number of samples of any
+            prompt in a last evaluation. Samples of equal index share random numbers, so all runs use their first k.
     """
 
     def __init__(self, runs: Runs, run_ids: Sequence[str]) -> None:
-        """Read the numbers of samples; outcomes are read on request."""
+        """Read the evaluated steps and the numbers of samples; outcomes are read on request."""
         self._runs, self._run_ids = runs, list(run_ids)
         counts = runs.sql(NUM_SAMPLES, {"runs": self._run_ids})
         self.steps: dict[tuple[str, str], list[int]] = {}
@@ -91,17 +91,17 @@ class Evaluations:
         self.num_samples = dict(sorted(fewest.items()))
 
     def last_common_step(self, run_ids: Sequence[str], benchmark: str) -> int:
-        """Return the last step that all runs evaluated; 0 without one after training."""
+        """Return the last step that all runs evaluated; 0 if there is none after training."""
         return max(self.common_steps(run_ids, benchmark), default=0)
 
     def common_steps(self, run_ids: Sequence[str], benchmark: str) -> list[int]:
-        """Return the steps that every one of the runs evaluated."""
+        """Return the steps that all runs evaluated."""
         return sorted(set.intersection(*(set(self.steps.get((run, benchmark), ())) for run in run_ids)))
 
     def outcomes(self, benchmark: str, prompts: pl.DataFrame) -> dict[str, pl.DataFrame]:
-        """Return one row per step and prompt_id of each run: every metric, ``prompt`` (its text), and the divisors.
+        """Return the outcomes of each run, one row per step and prompt_id: all metrics, ``prompt``, and the divisors.
 
-        The divisors are ``count``, and ``entropy_count`` for the entropy, which may be unknown.
+        ``prompt`` identifies the text. The divisor is ``count``, or ``entropy_count`` for entropy, which may be null.
         """
         import polars as pl
 
@@ -123,7 +123,7 @@ def pass_metrics(num_samples: int) -> dict[str, int]:
 
 
 def read_prompts(runs: Runs, run_ids: Sequence[str]) -> pl.DataFrame:
-    """Return ``prompt``, an integer that stands for the text, by run_id and prompt_id."""
+    """Return ``prompt``, an integer that identifies the text, by run_id and prompt_id."""
     return runs.sql(PROMPTS, {"runs": list(run_ids)})
 
 
@@ -138,7 +138,7 @@ def name_prompts(frame: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
 def measure(
     pairs: Sequence[Pair], evaluations: Evaluations, benchmark: str, outcomes: Mapping[str, pl.DataFrame]
 ) -> Measured:
-    """Measure all metrics of held-out responses of one arm's pairs, except pairs without a common evaluation."""
+    """Measure all metrics of held-out responses; pairs without a common evaluation are skipped."""
     import polars as pl
 
     num_samples = evaluations.num_samples[benchmark]
@@ -151,7 +151,7 @@ def measure(
             continue
         frame = pl.concat([outcomes[run] for run in pair.run_ids])
         prompts = frame["prompt"].unique().sort().to_list()
-        cube = _tensor(frame, {"run_id": pair.run_ids, "step": steps, "prompt": prompts}, columns)
+        cube = tensor(frame, {"run_id": pair.run_ids, "step": steps, "prompt": prompts}, columns)
         names = np.array(prompts, dtype=np.uint64)
         by_name = dict(zip(columns, np.moveaxis(cube, -1, 0), strict=True))
 
@@ -172,20 +172,20 @@ def measure(
 
 
 def measure_training(pairs: Sequence[Pair], formal_sums: pl.DataFrame) -> Measured:
-    """Measure the share of formal-reasoning tokens of one arm's pairs, except pairs with a run without tokens."""
+    """Measure the share of formal-reasoning tokens; pairs with a run without tokens are skipped."""
     import polars as pl
 
     measured = Measured()
     for pair in pairs:
         frame = formal_sums.filter(pl.col("run_id").is_in(pair.run_ids))
         prompts = frame["prompt"].unique().sort().to_list()
-        sums = _tensor(frame, {"prompt": prompts, "run_id": pair.run_ids}, ["num_formal", "num_tokens"])
+        sums = tensor(frame, {"prompt": prompts, "run_id": pair.run_ids}, ["num_formal", "num_tokens"])
         measured.add(FORMAL, pair.seed, np.array(prompts, dtype=np.uint64), sums)
     return measured
 
 
 def first_reached(steps: np.ndarray, accuracy: np.ndarray, level: float) -> float:
-    """Return the first step at which a curve, straight between evaluations, reaches ``level``; nan if it never does."""
+    """Return the first step at which an interpolated curve reaches ``level``; nan if it never does."""
     above = np.flatnonzero(accuracy >= level)
     if not above.size:
         return float("nan")
@@ -195,8 +195,8 @@ def first_reached(steps: np.ndarray, accuracy: np.ndarray, level: float) -> floa
     return float(np.interp(level, accuracy[i - 1 : i + 1], steps[i - 1 : i + 1]))
 
 
-def _tensor(frame: pl.DataFrame, axes: Mapping[str, Sequence[object]], values: Sequence[str]) -> np.ndarray:
-    """Return sums of ``values`` by ``axes``, shape ``(*axes, values)``; rows of other levels are left out."""
+def tensor(frame: pl.DataFrame, axes: Mapping[str, Sequence[object]], values: Sequence[str]) -> np.ndarray:
+    """Return sums of ``values`` by ``axes``, shape ``(*axes, values)``; rows of other levels are dropped."""
     import polars as pl
 
     for name, levels in axes.items():
@@ -211,14 +211,14 @@ def _tensor(frame: pl.DataFrame, axes: Mapping[str, Sequence[object]], values: S
 
 
 def _mean_over_steps(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return the area under ``values`` (runs, T, prompts) by the trapezoid rule, divided by the span of the steps."""
+    """Return the mean of ``values`` (runs, T, prompts) over the span of the steps, by the trapezoid rule."""
     gaps = np.diff(steps) / (steps[-1] - steps[0])
     weights = (np.append(gaps, 0) + np.insert(gaps, 0, 0)) / 2
     return np.einsum("t,rtp->rp", weights, values)
 
 
 def _pass_at_k(frame: pl.DataFrame, k: int) -> pl.Series:
-    """Return the unbiased pass@k of each row; null for rows of fewer than k samples, as in an early evaluation."""
+    """Return the unbiased pass@k of each row; null for rows with fewer than k samples."""
     import polars as pl
 
     kinds = frame.select("num_samples", "num_correct").unique()

@@ -1,24 +1,24 @@
 """Shrink the variances of arms over few seeds toward each other.
 
-Three seeds give an arm two degrees of freedom: among 27 arms judged together, its difference would have to be 23 times
-its standard error. The other arms hold the missing information. Per baseline, benchmark, and metric:
+Three seeds give an arm two degrees of freedom. Among 27 arms judged together, a significant difference would have to
+be 23 times its standard error. The other arms hold the missing information. Per baseline, benchmark, and metric:
 
 1. Arms a and seeds s are fitted as y_as = alpha_a + beta_s + e_as, the additive model of randomized blocks: a seed,
    with its prompts, moves all its arms together. The residuals of arm a have variance v_a with d_a degrees of freedom.
 2. An arm is *variable* if v_a exceeds the pooled variance of all other arms at the level ``KEEPS_OWN`` (F test). It
-   keeps v_a and d_a. While the most variable arm does so at the level ``LEFT_OUT`` even against a fit without it, the
-   other arms are fitted without it, and it takes no part in step 3.
-3. The other v_a are shrunk as far as they agree: v'_a = (d_0 v_0 + d_a v_a) / (d_0 + d_a), with d_0 + d_a degrees of
-   freedom, v_0 and d_0 estimated from all v_a (moderated t-test: Smyth, Stat. Appl. Genet. Mol. Biol. 3:3, 2004);
-   never more degrees of freedom than all residuals have together.
+   keeps v_a and d_a. If the most variable arm exceeds the others at the level ``LEFT_OUT`` even in a fit without it, it
+   is excluded from step 3 and from the fit of the other arms, and the search is repeated.
+3. The other v_a are shrunk toward v_0: v'_a = (d_0 v_0 + d_a v_a) / (d_0 + d_a), with d_0 + d_a degrees of freedom, at
+   most those of all residuals together. v_0 and d_0 are estimated from all v_a (moderated t-test: Smyth, Stat. Appl.
+   Genet. Mol. Biol. 3:3, 2004).
 4. The difference of an arm and the baseline over S seeds has variance (v'_a + v'_0) / S, plus the part C of
    ``paired.over_prompts_and_seeds`` that shared prompts add.
 
-Step 2 is generous on purpose. Shrinking assumes that variances are draws from one distribution, and the interval of an
-arm four times as variable as the rest would cover 70 to 88 % instead of 95 %. With step 2 it covers 94 to 97 %. The
-cost is power: of equally variable arms, one in five keeps its own variance by chance.
+``KEEPS_OWN`` is deliberately large. Shrinkage assumes that variances are draws from one distribution, and without step
+2 the interval of an arm four times as variable as the rest would cover 70 to 88 % instead of 95 %. With step 2 it
+covers 94 to 97 %. The cost is power: of equally variable arms, one in five keeps its own variance by chance.
 
-With one arm beside the baseline this is the paired t test.
+With a single arm and its baseline, this is the paired t-test.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 
 from entrace.analysis.compare.rows import Row
 from entrace.analysis.statistics.estimates import moderated_variances
-from entrace.analysis.statistics.intervals import NO_ERROR
+from entrace.analysis.statistics.shares import NO_ERROR
 
 KEEPS_OWN = 0.2
 LEFT_OUT = 0.01
@@ -39,10 +39,10 @@ Arm = dict[int, float]
 
 
 def moderate(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows with moderated errors, in their order.
+    """Return the rows in their order, with moderated errors.
 
-    Rows that have no spread over seeds (one seed, no difference, or equal differences) stay as they are, and take no
-    part.
+    Rows without spread over seeds (one seed, no difference, or equal differences) are returned unchanged and do not
+    affect the others.
     """
     families: dict[tuple[str, str, str], list[int]] = {}
     for place, row in enumerate(rows):
@@ -58,9 +58,9 @@ def moderate(rows: Sequence[Row]) -> list[Row]:
 
 
 def _moderated_errors(family: Sequence[Row]) -> list[tuple[float, float]]:
-    """Return standard error and degrees of freedom of the difference of every row."""
+    """Return the standard error and the degrees of freedom of the difference of every row."""
     differences = [{seed.seed: seed.difference for seed in row.seeds} for row in family]
-    # Minus the baseline of its seed, which belongs to the block, an arm is its difference and the baseline is 0.
+    # Subtracting the baseline of each seed only shifts the block: arms become differences, and the baseline 0.
     arms = [dict.fromkeys(sorted(set().union(*differences)), 0.0), *differences]
     variances, df, is_variable = _arm_variances(arms)
     errors = []
@@ -68,8 +68,8 @@ def _moderated_errors(family: Sequence[Row]) -> list[tuple[float, float]]:
         assert row.difference
         both = [place, 0]
         variance = variances[both].sum()
-        # Two moderated variances share their degrees of freedom. A variable baseline has its own, independent of those
-        # of the arm (Welch and Satterthwaite).
+        # Two moderated variances share degrees of freedom. A variable baseline has its own, independent of the arm's
+        # (Welch and Satterthwaite).
         own_df = variance**2 / (variances[both] ** 2 / df[both]).sum()
         used_df = own_df if is_variable[0] and not is_variable[place] else df[both].min()
         error = np.sqrt(variance / len(row.seeds) + row.difference.shared_variance)
@@ -78,7 +78,7 @@ def _moderated_errors(family: Sequence[Row]) -> list[tuple[float, float]]:
 
 
 def _arm_variances(arms: Sequence[Arm]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return variance, degrees of freedom, and whether it is variable, of each arm; see the module."""
+    """Return the variance, the degrees of freedom, and a flag for variable arms, (A,) each; see the module."""
     kept = np.arange(len(arms))
     own, own_df = _residual_variances(arms)
     while len(kept) > 2:
@@ -99,7 +99,7 @@ def _arm_variances(arms: Sequence[Arm]) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def _excess(variances: np.ndarray, df: np.ndarray) -> np.ndarray:
-    """Return the p-value of each variance being no larger than all others pooled."""
+    """Return the one-sided p-value of each variance against all others pooled."""
     squares = variances * df
     others = df.sum() - df
     return _f_test(variances / ((squares.sum() - squares) / others), df, others)

@@ -1,4 +1,4 @@
-"""The paired difference between two arms, with an interval over prompts and over seeds."""
+"""Estimate the paired difference between two arms, with an interval over prompts and seeds."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from functools import cached_property
 import numpy as np
 
 from entrace.analysis.statistics.estimates import Estimate
-from entrace.analysis.statistics.intervals import NO_ERROR, bounded
+from entrace.analysis.statistics.shares import NO_ERROR, bounded
 
 PROMPTS_ONLY = "prompts only; other seeds not covered"
 PROMPTS_AND_SEEDS = "prompts and seeds"
 SEEDS_ONLY = "seeds"
-NOTHING = "nothing; one seed, and no prompts to stand for others"
+NOTHING = "nothing; one seed, and the metric has no prompts"
 
 Bounds = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class SeedSums:
-    """Measurements of the two runs of a pair, by prompt.
+    """Hold the measurements of the two runs of a pair, by prompt.
 
     Attributes:
-        seed: Of both runs.
-        prompts: Integers that name the prompts, each once; equal ones are the same prompt in other seeds too, (P,).
+        seed: Seed of both runs.
+        prompts: Distinct integers that identify the prompts, also across seeds, (P,).
         sums: Total and count of each prompt in the run and in the baseline run, (P, 2 runs, 2). The value of a run is
             sum of totals / sum of counts.
         is_relative: The difference is run / baseline run - 1 instead of run - baseline run.
@@ -38,21 +38,21 @@ class SeedSums:
 
     @cached_property
     def values(self) -> np.ndarray:
-        """Value of the run and of the baseline run, (2,)."""
+        """Return the values of the run and of the baseline run, (2,)."""
         totals = self.sums.sum(0)
         return totals[:, 0] / totals[:, 1]
 
     @property
     def difference(self) -> float:
-        """Run minus baseline run, or the relative difference."""
+        """Return run minus baseline run, or the relative difference."""
         run, baseline = self.values
         return float(run / baseline - 1 if self.is_relative else run - baseline)
 
     @cached_property
     def residuals(self) -> np.ndarray:
-        """Influence of each prompt on the difference, (P,), mean 0.
+        """Return the influence of each prompt on the difference, (P,), with mean 0.
 
-        Where every prompt counts once, it is the prompt's own difference minus that of the seed.
+        If all counts are 1, the influence is the difference of the prompt minus that of the seed.
         """
         deviations = (self.sums[..., 0] - self.values * self.sums[..., 1]) / self.sums[..., 1].mean(0)
         run, baseline = self.values
@@ -63,13 +63,13 @@ class SeedSums:
 
 @dataclass(frozen=True)
 class Difference:
-    """An estimate with its origin.
+    """Hold the estimate of a difference.
 
     Attributes:
         estimate: Value, interval, p-value, standard error, and degrees of freedom.
-        covers: Population that the interval stands for.
-        shared_variance: Part of the squared error that is due to prompts shared between seeds.
-        bounds: Range of possible differences, if it is known.
+        covers: Population of the interval.
+        shared_variance: Part of the squared error due to prompts shared between seeds.
+        bounds: Range of possible differences; None if unlimited.
     """
 
     estimate: Estimate
@@ -86,23 +86,23 @@ class Difference:
 def over_prompts_and_seeds(pairs: Sequence[SeedSums], bounds: Bounds | None = None) -> Difference:
     """Return the mean difference over seeds, with a 95 % interval clustered by prompt and by seed.
 
-    Per seed s: theta_s = run - baseline run, r_sp = influence of prompt p on it, P_s prompts. The estimate is the mean
-    of theta_s over S seeds, and its variance
+    For seed s with P_s prompts, theta_s = run - baseline run, and r_sp is the influence of prompt p on it. The estimate
+    is the mean of theta_s over S seeds, with variance
 
         var(theta) / S + max(0, C),    C = mean over ordered pairs s != s' of
         sum over prompts p common to s and s' of r_sp r_s'p / sqrt(P_s (P_s - 1) P_s' (P_s' - 1)).
 
-    The first term holds everything that differs from seed to seed, including the draw of prompts if each seed has its
-    own; C is 0 then. Prompts that several seeds share move all their theta_s together, which the spread between seeds
-    does not show; C estimates that part, the covariance of two theta_s. Interval: Student's t with S - 1 degrees of
-    freedom, which errs on the wide side where C dominates.
+    The first term covers all variation between seeds. If each seed has prompts of its own, this includes the draw of
+    prompts, and C is 0. Prompts shared between seeds move all their theta_s together, which the spread between seeds
+    does not show; C estimates this covariance of two theta_s. The interval is Student's t with S - 1 degrees of
+    freedom, which is conservative where C dominates.
 
-    One seed: sd(r) / sqrt(P) with P - 1 degrees of freedom, over prompts only.
+    With one seed, the error is sd(r) / sqrt(P) with P - 1 degrees of freedom, over prompts only.
 
     Args:
         pairs: One per seed.
-        bounds: Range of possible differences. Where the differences agree exactly, no error can be estimated; the
-            interval is then that of ``intervals.bounded``, over the prompts if all of them agree, otherwise over the
+        bounds: Range of possible differences. If the differences of all seeds are equal, no error can be estimated. The
+            interval is then that of ``shares.bounded``: over the prompts if all of them agree, otherwise over the
             seeds. Without bounds it is undefined.
     """
     differences = np.array([pair.difference for pair in pairs])
@@ -120,7 +120,7 @@ def over_prompts_and_seeds(pairs: Sequence[SeedSums], bounds: Bounds | None = No
 
 
 def over_seeds(differences: np.ndarray, bounds: Bounds | None = None) -> Difference:
-    """Return the mean of a quantity measured once per run, with an interval from the spread between seeds alone."""
+    """Return the mean of a quantity measured once per run, with an interval over seeds only."""
     seeds = len(differences)
     error = float(np.std(differences, ddof=1) / np.sqrt(seeds)) if seeds > 1 else np.nan
     covers = SEEDS_ONLY if seeds > 1 else NOTHING
@@ -146,7 +146,7 @@ def _difference(
     bounds: Bounds | None,
     agreeing: int,
 ) -> Difference:
-    """Return the mean of ``differences``; ``agreeing`` is the number of units that agree where the error is 0."""
+    """Return the mean of ``differences``; ``agreeing`` is the number of units if the error is 0."""
     value = float(differences.mean())
     if df <= 0 or error > NO_ERROR:
         return Difference(_t_interval(value, error, df, n, of, bounds), covers, bounds=bounds)
@@ -157,7 +157,7 @@ def _difference(
 
 
 def _t_interval(value: float, error: float, df: float, n: int, of: str, bounds: Bounds | None) -> Estimate:
-    """Return Student's t interval; the part beyond ``bounds`` cannot hold the truth and is cut off."""
+    """Return Student's t interval, cut off at ``bounds``, beyond which the truth cannot lie."""
     estimate = Estimate.from_error(value, error, df, n, of)
     if bounds is None or not np.isfinite(estimate.low):
         return estimate

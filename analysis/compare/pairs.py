@@ -1,4 +1,4 @@
-"""Pair runs by seed, and say why a run takes no part."""
+"""Pair runs by seed and fingerprint, and give the reason why a run is excluded."""
 
 from __future__ import annotations
 
@@ -8,23 +8,21 @@ from typing import Any
 
 from entrace.analysis.runs import Runs
 
-# Entries of manifest key common_random_numbers that two runs must share, and their names.
+# Fingerprints under manifest key common_random_numbers that two runs must share, and their names.
 SHARED = {
     "base_policy": "the base policy",
     "prompts": "the prompts",
     "evaluation": "the random numbers of the evaluation",
 }
-
-
 EVALUATED = "select distinct run_id, benchmark, step from evals where step > 0 and is_correct is not null"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A complete run, and the complete run of another arm with the same seed that it is compared with.
+    """Hold a complete run and the complete run of another arm with the same seed that it is compared with.
 
     Attributes:
-        is_extra: ``baseline`` is not the baseline of the run's own study but a reference named by a claim.
+        is_extra: True if ``baseline`` is a reference named by a claim, not the baseline of the run's study.
     """
 
     arm: str
@@ -36,19 +34,19 @@ class Pair:
 
     @property
     def run_ids(self) -> tuple[str, str]:
-        """The run, then the baseline's."""
+        """Return the run, then the baseline run."""
         return self.run, self.baseline_run
 
 
 def pair_runs(runs: Runs, references: Mapping[str, str]) -> tuple[list[Pair], dict[str, str]]:
-    """Pair every complete run with its baseline run, and with the run of its reference arm where one is named.
+    """Pair every complete run with its baseline run, and with the run of its reference arm if it has one.
 
     Args:
         runs: The runs.
-        references: Arm to compare an arm with in addition to its baseline.
+        references: By arm, a second arm to compare it with, besides its baseline.
 
     Returns:
-        The pairs in order of the runs, and the reason by run_id for every run that takes no part.
+        The pairs in the order of the runs, and the reason for every excluded run, by run_id.
     """
     by_seed, reasons = _complete_runs(runs)
     evaluated: dict[str, set[tuple[str, int]]] = {}
@@ -64,9 +62,9 @@ def pair_runs(runs: Runs, references: Mapping[str, str]) -> tuple[list[Pair], di
             if other is None:
                 reason = f"no complete run of arm {baseline} has seed {seed}"
             elif unshared := _unshared(runs.manifests[run], runs.manifests[other]):
-                reason = f"does not share {unshared} with {other}"
+                reason = f"differs from {other} in {unshared}"
             elif not evaluated.get(run, set()) & evaluated.get(other, set()):
-                reason = f"has no evaluation after training in common with {other}"
+                reason = f"shares no evaluation after training with {other}"
             else:
                 pairs.append(Pair(arm, baseline, seed, run, other, baseline != own))
                 continue
@@ -79,20 +77,20 @@ def pair_runs(runs: Runs, references: Mapping[str, str]) -> tuple[list[Pair], di
 
 
 def why_nothing_to_compare(runs: Runs, references: Mapping[str, str]) -> str:
-    """Return why no run could have a partner, in one line; empty where some could."""
+    """Return the reason why no runs can be paired, in one line; empty if some can."""
     arms = {arm_of(manifest) for manifest in runs.manifests.values()}
     baselines = {_baseline(runs, run) for run in runs.manifests}
     if any(arm in arms and reference in arms for arm, reference in references.items()):
         return ""
     if not baselines & arms:
-        return f'compare: no run is of the baseline arm "{sorted(baselines)[0]}"; found {", ".join(sorted(arms))}'
+        return f'compare: no run of the baseline arm "{sorted(baselines)[0]}"; found {", ".join(sorted(arms))}'
     if arms <= baselines:
-        return f"compare: every run is of the baseline arm ({', '.join(sorted(arms))}); name runs of others"
+        return f"compare: all runs are of the baseline arm ({', '.join(sorted(arms))}); add runs of other arms"
     return ""
 
 
 def _complete_runs(runs: Runs) -> tuple[dict[tuple[str, int], str], dict[str, str]]:
-    """Return the complete run of each arm and seed, and the reason why others take no part."""
+    """Return the complete run of each arm and seed, and the reason why each other run is excluded."""
     by_seed: dict[tuple[str, int], str] = {}
     reasons: dict[str, str] = {}
     for run, manifest in runs.manifests.items():
@@ -103,14 +101,14 @@ def _complete_runs(runs: Runs) -> tuple[dict[tuple[str, int], str], dict[str, st
         elif status != "complete":
             reasons[run] = f"still {status}" if status else "its status was not recorded"
         elif key in by_seed:
-            reasons[run] = f"{by_seed[key]} already stands for arm {key[0]} and seed {key[1]}"
+            reasons[run] = f"duplicate of {by_seed[key]}: arm {key[0]}, seed {key[1]}"
         else:
             by_seed[key] = run
     return by_seed, reasons
 
 
 def _unshared(manifest: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Name what two runs are known not to share; a run that recorded nothing is assumed to share everything."""
+    """Return the names of differing fingerprints; fingerprints that a run did not record are assumed equal."""
     mine, theirs = (m.get("common_random_numbers") or {} for m in (manifest, other))
     return " and ".join(
         label for key, label in SHARED.items() if key in mine and key in theirs and mine[key] != theirs[key]
@@ -122,5 +120,5 @@ def _baseline(runs: Runs, run: str) -> str:
 
 
 def arm_of(manifest: Mapping[str, Any]) -> str:
-    """Return the label of a run's arm; a single run may have none."""
+    """Return the name of a run's arm; ``-`` if it has none."""
     return str(manifest.get("arm") or "-")

@@ -1,4 +1,4 @@
-"""One arm's difference in one metric on one benchmark, before all of them are judged together."""
+"""Build the rows of the comparison: the difference of one arm in one metric on one benchmark."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from entrace.analysis.compare.measure import Curve, Measured, first_reached, pas
 from entrace.analysis.compare.paired import Difference, SeedSums, over_prompts_and_seeds, over_seeds
 from entrace.analysis.compare.verdict import FORMAL, LENGTH, PRIMARY, STEPS, metric_of
 
-# Smallest rise of the baseline's accuracy that has a half way.
+# Smallest rise of the baseline's accuracy that has a midpoint.
 SMALLEST_RISE = 0.01
 
 
 @dataclass(frozen=True)
 class SeedValue:
-    """Result of a pair of runs; the value of a run that never reached the requested accuracy is None."""
+    """Hold the result of a pair of runs; the value of a run that never reached the accuracy is None."""
 
     seed: int
     value: float | None
@@ -27,7 +27,7 @@ class SeedValue:
 
 @dataclass(frozen=True)
 class Row:
-    """A difference, or None and the reason in ``note``."""
+    """Hold a difference, or None with the reason in ``note``."""
 
     arm: str
     baseline: str
@@ -51,7 +51,7 @@ def metric_names(num_samples: int) -> list[str]:
 def evaluation_rows(
     arm: str, baseline: str, benchmark: str, measured: Measured, num_pairs: int, level: float | None
 ) -> Iterator[Row]:
-    """Yield the rows of all metrics of held-out responses; ``level`` is the accuracy to reach, if there is one."""
+    """Yield the rows of all metrics of held-out responses; ``level`` is the accuracy of steps_to_accuracy."""
     for name in metric_names(measured.num_samples):
         unit = metric_of(name).unit + (f", k = {measured.num_samples}" if name in (PRIMARY, "maj_at_k") else "")
         if name == STEPS:
@@ -66,7 +66,7 @@ def training_row(arm: str, baseline: str, benchmark: str, measured: Measured, nu
 
 
 def half_way(curves: Iterable[Curve]) -> float | None:
-    """Return half way between the baseline's mean first and mean last accuracy, to .01; None if it did not rise."""
+    """Return the midpoint of the baseline's mean first and last accuracy, to .01; None if accuracy did not rise."""
     by_run = {curve.baseline_run: curve.accuracy[1] for curve in curves}
     if not by_run:
         return None
@@ -77,7 +77,7 @@ def half_way(curves: Iterable[Curve]) -> float | None:
 def _from_sums(empty: Row, measured: Measured, num_pairs: int) -> Row:
     sums: list[SeedSums] = measured.sums.get(empty.metric, [])
     if not sums:
-        return replace(empty, note="not recorded in both runs of any pair")
+        return replace(empty, note="no pair recorded it in both runs")
     seeds = [SeedValue(pair.seed, float(pair.values[0]), float(pair.values[1]), pair.difference) for pair in sums]
     return replace(
         empty,
@@ -93,18 +93,18 @@ def _from_sums(empty: Row, measured: Measured, num_pairs: int) -> Row:
 def _steps_row(
     arm: str, baseline: str, benchmark: str, curves: Sequence[Curve], num_pairs: int, level: float | None
 ) -> Row:
-    """Compare the steps until the held-out accuracy is at ``level``, within the steps that both runs evaluated.
+    """Compare the steps until the held-out accuracy reaches ``level``, within the steps that both runs evaluated.
 
-    A run that never gets there is censored: its number of steps is only known to exceed the last. It counts as the last
-    common step, so that the difference is one of restricted means, E[min(T, last)] (Royston and Parmar, BMC Med. Res.
-    Methodol. 13:152, 2013). This is always defined, and where one run of a pair is censored, the size of the pair's
-    difference is a lower bound.
+    A run that never reaches it is censored: its number of steps is only known to exceed the last. It counts as the last
+    common step, so the difference is one of restricted means, E[min(T, last)] (Royston and Parmar, BMC Med. Res.
+    Methodol. 13:152, 2013). This is always defined. If one run of a pair is censored, the absolute difference of the
+    pair is a lower bound.
     """
     empty = Row(arm, baseline, benchmark, STEPS, f"steps to accuracy {level:g}" if level is not None else "steps")
     if not curves:
-        return replace(empty, note="no pair has two evaluations in common")
+        return replace(empty, note="no pair shares two evaluations")
     if level is None:
-        return replace(empty, note=f"accuracy of {baseline} did not rise, so it has no half way; name an accuracy")
+        return replace(empty, note=f"accuracy of {baseline} did not rise and has no midpoint; set an accuracy")
     reached = np.array([[first_reached(c.steps, accuracy, level) for accuracy in c.accuracy] for c in curves])
     last = np.array([float(curve.steps[-1]) for curve in curves])
     restricted = np.where(np.isnan(reached), last[:, None], reached)
@@ -112,7 +112,7 @@ def _steps_row(
     counts = [int(np.isfinite(side).sum()) for side in reached.T]
     note = f"reached by {counts[0]} of {len(curves)} runs, of {baseline} by {counts[1]} of {len(curves)}"
     if min(counts) < len(curves):
-        note += f"; one that did not counts as the last step, {' or '.join(f'{step:g}' for step in np.unique(last))}"
+        note += f"; other runs count as the last step, {' or '.join(f'{step:g}' for step in np.unique(last))}"
     row = replace(
         empty,
         seeds=[

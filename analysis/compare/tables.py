@@ -1,4 +1,4 @@
-"""The frames of a comparison."""
+"""Build the frames of a comparison."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ UNPAIRED = {"run_id": str, "arm": str, "seed": int, "status": str, "why": str}
 
 
 def difference_table(judged: Sequence[Judged]) -> pl.DataFrame:
-    """Return one row per difference; a number that is not finite is null."""
+    """Return one row per difference; numbers that are not finite are null."""
     import polars as pl
 
     return pl.DataFrame([_record(found) for found in judged], schema=DIFFERENCES, orient="row")
@@ -59,14 +59,14 @@ def seed_table(rows: Sequence[Row]) -> pl.DataFrame:
 
 
 def aggregate_table(records: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
-    """Return one row per arm; a value that a record lacks is null."""
+    """Return one row per arm; values missing from a record are null."""
     import polars as pl
 
     return pl.DataFrame([[record.get(name) for name in AGGREGATES] for record in records], AGGREGATES, orient="row")
 
 
 def unpaired_table(manifests: Mapping[str, Mapping[str, Any]], reasons: Mapping[str, str]) -> pl.DataFrame:
-    """Return one row per run that takes no part, in the order of the runs."""
+    """Return one row per excluded run, in the order of the runs."""
     import polars as pl
 
     records = [

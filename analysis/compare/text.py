@@ -1,4 +1,4 @@
-"""Format a comparison as text, for people and for scripts."""
+"""Format a comparison as text or JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALL = "all"
 
 
 def choose_metrics(comparison: Comparison, metrics: Sequence[str]) -> Comparison:
-    """Keep the rows of some metrics; their p-values stay adjusted for all that was judged together.
+    """Keep the rows of some metrics; p-values remain adjusted for all rows judged together.
 
     Raises:
         InputError: a metric is unknown.
@@ -45,7 +45,7 @@ def to_json(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
 
 
 def to_text(comparison: Comparison) -> str:
-    """Format differences with their reasons, aggregates, and the runs that take no part."""
+    """Format differences with their reasons, aggregates, and excluded runs."""
     lines = list(_difference_lines(readable(comparison.differences)))
     lines += ["", *_aggregate_lines(readable(comparison.aggregates))] if comparison.aggregates.height else []
     lines += ["", *_unpaired_lines(readable(comparison.unpaired))] if comparison.unpaired.height else []
@@ -54,7 +54,7 @@ def to_text(comparison: Comparison) -> str:
 
 def _difference_lines(frame: pl.DataFrame) -> Iterator[str]:
     if frame.is_empty():
-        yield "nothing to compare: no complete run of an arm could be paired with one of its baseline"
+        yield "nothing to compare: no complete run of an arm can be paired with a run of its baseline"
         return
     import polars as pl
 
@@ -72,17 +72,17 @@ def _difference_lines(frame: pl.DataFrame) -> Iterator[str]:
 
 
 def _details(row: dict[str, Any]) -> Iterator[str]:
-    yield f"{_number(row['value'])} against {_number(row['baseline_value'])} of {row['baseline']}"
+    yield f"{_number(row['value'])} vs. {_number(row['baseline_value'])} of {row['baseline']}"
     yield f"n = {_seeds(row)}" + (f", {row['num_prompts']:,} prompts" if row["num_prompts"] else "")
     yield f"interval covers {row['covers'].replace('; ', ', ')}"
     if row["p_adjusted"] is not None:
-        yield f"p = {row['p_value']:.2g}, with Holm {row['p_adjusted']:.2g}"
+        yield f"p = {row['p_value']:.2g}, Holm-adjusted {row['p_adjusted']:.2g}"
     if row["detectable"] is not None:
-        yield f"detectable from {_number(row['detectable'])} on"
+        yield f"detectable effect {_number(row['detectable'])}"
 
 
 def _aggregate_lines(frame: pl.DataFrame) -> Iterator[str]:
-    yield "avg@k over seeds and benchmarks: interquartile mean, mean, probability of improvement on the baseline"
+    yield "avg@k over seeds and benchmarks: interquartile mean, mean, probability of improvement over the baseline"
     width = max(map(len, frame["arm"]))
     for row in frame.iter_rows(named=True):
         if row["iqm"] is None:
@@ -97,7 +97,7 @@ def _aggregate_lines(frame: pl.DataFrame) -> Iterator[str]:
 
 
 def _unpaired_lines(frame: pl.DataFrame) -> Iterator[str]:
-    yield "Runs that take no part"
+    yield "Excluded runs"
     width = max(map(len, frame["run_id"]))
     for row in frame.iter_rows(named=True):
         yield f"{row['run_id']:<{width}}  {row['why']}"

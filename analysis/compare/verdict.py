@@ -1,4 +1,4 @@
-"""Metrics, the smallest difference of each that matters, and the word that a difference earns."""
+"""Define the metrics, the smallest difference that matters in each, and the verdict on a difference."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NO_DIFFERENCE = "no difference that matters"
 
 @dataclass(frozen=True)
 class Metric:
-    """A quantity that arms are compared by.
+    """Describe a metric that arms are compared in.
 
     Attributes:
-        unit: Of its differences.
+        unit: Unit of its differences.
         smallest: Smallest difference that matters.
-        words: Names of a positive and a negative difference.
-        bounds: Range of possible differences, if it is known.
-        is_relative: A difference is relative to the baseline.
+        words: Verdicts on a positive and on a negative difference.
+        bounds: Range of possible differences; None if unlimited.
+        is_relative: True if differences are relative to the baseline.
     """
 
     unit: str
@@ -42,7 +42,7 @@ PRIMARY = "avg_at_k"
 STEPS = "steps_to_accuracy"
 LENGTH = "response_length"
 FORMAL = "formal_share"
-# A point of accuracy or of token share, one training step, a hundredth of a nat, a twentieth of the length.
+# One percentage point of accuracy or of token share, one training step, .01 nats, 5 % of the length.
 METRICS = {
     PRIMARY: Metric("accuracy", 0.01, BETTER_HIGH, OF_SHARES),
     "maj_at_k": Metric("accuracy", 0.01, BETTER_HIGH, OF_SHARES),
@@ -57,14 +57,14 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Judged:
-    """A row with its verdict.
+    """Hold a row with its verdict.
 
     Attributes:
         row: The difference, or the reason why there is none.
         verdict: One of ``Metric.words``, ``NO_DIFFERENCE``, or ``INCONCLUSIVE``.
         why: Reason, in words.
-        p_adjusted: P-value among all rows of the family (Holm); None for a row that cannot earn a verdict.
-        outcome: Of these runs alone, whatever their number; None without a difference.
+        p_adjusted: Holm-adjusted p-value within the family; None for a row that cannot earn a verdict.
+        outcome: Outcome of ``decide`` regardless of the number of seeds; None without a difference.
     """
 
     row: Row
@@ -75,21 +75,21 @@ class Judged:
 
     @property
     def established(self) -> int:
-        """Sign of the difference that earned a verdict, 0 without one."""
+        """Return the sign of a difference that earned a verdict, 0 otherwise."""
         earned = self.outcome and self.verdict in metric_of(self.row.metric).words
         return self.outcome.direction if self.outcome and earned else 0
 
 
 def metric_of(name: str) -> Metric:
-    """Return the metric of a name; ``pass_at_4`` and its like are all ``pass_at_k``."""
+    """Return the metric with this name; ``pass_at_4`` and others map to ``pass_at_k``."""
     return METRICS["pass_at_k" if name.startswith("pass_at_") else name]
 
 
 def judge_rows(rows: Sequence[Row]) -> list[Judged]:
     """Judge all rows together, in their order.
 
-    The primary metric is one family of Holm's correction, all other metrics are the second. A family holds the rows
-    that can earn a verdict, those of ``MIN_RUNS`` seeds with a finite interval.
+    Holm's correction has two families: the primary metric, and all other metrics. A family contains the rows that can
+    earn a verdict, those with at least ``MIN_RUNS`` seeds and a finite interval.
     """
     adjusted: dict[int, float] = {}
     num_tests = {}
@@ -109,10 +109,10 @@ def _may_earn_verdict(row: Row) -> bool:
 
 
 def _judge(row: Row, p_adjusted: float | None, num_tests: int) -> Judged:
-    """Judge one row; a row with fewer than ``MIN_RUNS`` seeds is inconclusive, with the result for its runs alone.
+    """Judge one row; with fewer than ``MIN_RUNS`` seeds it is inconclusive, and the reason states the result.
 
     - better or worse, higher or lower: the difference is established;
-    - no difference that matters: it is negligible;
+    - no difference that matters: the difference is negligible;
     - inconclusive: anything else.
     """
     if row.difference is None:
@@ -133,7 +133,7 @@ def _judge(row: Row, p_adjusted: float | None, num_tests: int) -> Judged:
     word = INCONCLUSIVE
     if num_seeds < MIN_RUNS:
         seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
-        why = f"{seeds} only, a verdict needs {MIN_RUNS}. For these runs alone: {why}"
+        why = f"only {seeds}; a verdict needs {MIN_RUNS}. For these runs alone: {why}"
     elif outcome.direction:
         word = metric.words[outcome.direction < 0]
     elif outcome.is_negligible:

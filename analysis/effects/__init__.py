@@ -1,1 +1,1 @@
-"""What each claim is judged by: effects with their intervals."""
+"""Compute the effect behind each claim, with its interval."""

@@ -1,39 +1,41 @@
-"""From sums per prompt, or series per step, to an effect with its interval.
+"""Estimate effects, with intervals, from sums per prompt or series per step.
 
-Within a run, ``statistics.intervals`` accounts for autocorrelated steps and returning prompts. The effect of several
-runs is the mean over them; its interval also accounts for how much the runs differ.
+Within a run, ``statistics.clusters`` and ``statistics.contrasts`` account for recurring prompts and autocorrelated
+steps. The effect of several runs is their mean, and its interval accounts for the scatter between runs
+(``statistics.combination``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from entrace.analysis import queries
 from entrace.analysis.runs import Runs
+from entrace.analysis.statistics.clusters import Effect, level, over_clusters, step_values
+from entrace.analysis.statistics.combination import combine
+from entrace.analysis.statistics.contrasts import contrast
 from entrace.analysis.statistics.estimates import Estimate
-from entrace.analysis.statistics.intervals import Effect, combine, contrast, level, over_clusters, step_values
 from entrace.analysis.statistics.stages import MIN_STEPS, trend_weights
 
 if TYPE_CHECKING:
     import polars as pl
 
 
-# Steps of a rising stage below which start and end cannot be told apart from noise.
+# Steps that a rising stage needs for its start and end to be distinguishable from noise.
 MIN_TREND = 8
 
 
 class NoEffectError(Exception):
-    """No effect can be computed; the message says why.
+    """Signal that an effect cannot be computed; the message gives the reason.
 
     Attributes:
-        is_recorded: The data are there, but the effect is not defined on them.
+        is_recorded: True if the data are recorded but the effect is undefined on them.
     """
 
     def __init__(self, reason: str, *, is_recorded: bool = False) -> None:
-        """Keep ``reason``, which ends up in the scorecard."""
+        """Store the reason, which the scorecard shows."""
         super().__init__(reason)
         self.is_recorded = is_recorded
 
@@ -43,7 +45,7 @@ def require_rising(runs: Runs, run_ids: Sequence[str]) -> None:
     for run in run_ids:
         fit = runs.stage_fits[run]
         if fit.num_steps < MIN_STEPS:
-            raise NoEffectError(f"no rising stage recorded: {fit.reason}")
+            raise NoEffectError(f"no rising stage was recorded: {fit.reason}")
 
 
 def require_plateau(runs: Runs, run_ids: Sequence[str]) -> None:
@@ -55,14 +57,14 @@ def require_plateau(runs: Runs, run_ids: Sequence[str]) -> None:
 
 
 def fetch(runs: Runs, stem: str, run_ids: Sequence[str]) -> pl.DataFrame:
-    """Return the rows of a cluster query.
+    """Return the rows of a claim query.
 
     Raises:
-        NoEffectError: some run has none; the message says what to record.
+        NoEffectError: a run has no rows; the message says what to record.
     """
     frame = runs.query_once(stem, run_ids)
     if set(frame["run_id"]) != set(run_ids):
-        raise NoEffectError(runs.why_empty(queries.need(stem)))
+        raise NoEffectError(runs.why_empty(runs.questions.need(stem)))
     return frame
 
 
@@ -73,12 +75,12 @@ def over_runs(
 
     Args:
         frame: Rows of all runs.
-        run_ids: The runs.
-        judge: From a run and its rows to the run's effect.
-        unit: What the effect counts, such as ``prompts``.
+        run_ids: Runs to average over.
+        judge: Function from a run and its rows to the effect of the run.
+        unit: Name of the units, such as ``prompts``.
 
     Raises:
-        NoEffectError: the effect of a run is undefined on what it recorded.
+        NoEffectError: the effect of a run is undefined on its data.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         found = [judge(run, frame.filter(run_id=run)) for run in run_ids]
@@ -86,20 +88,20 @@ def over_runs(
 
 
 def mean_of_runs(found: Sequence[Estimate], of: str) -> Estimate:
-    """Return the mean of the effects of runs; see ``statistics.intervals.combine``.
+    """Return the mean of the effects of runs; see ``statistics.combination.combine``.
 
     Raises:
         NoEffectError: an effect is not finite.
     """
     if not all(np.isfinite(estimate.value) for estimate in found):
-        raise NoEffectError("a run holds no such tokens or responses", is_recorded=True)
+        raise NoEffectError("a run has no such tokens or responses", is_recorded=True)
     return combine(found, of)
 
 
 def plateau_level(
     runs: Runs, frame: pl.DataFrame, run_ids: Sequence[str], values: Sequence[str], effect: Effect
 ) -> Estimate:
-    """Return an effect on totals over a stage; ``frame`` has one row per run, step, and prompt."""
+    """Return an effect on totals over a stage, from one row per run, step, and prompt."""
 
     def judge(run: str, part: pl.DataFrame) -> Estimate:
         persistence = runs.stage_fits[run].persistence
@@ -135,17 +137,17 @@ def mean_of_steps(
 def rising_change(
     runs: Runs, frame: pl.DataFrame, run_ids: Sequence[str], values: Sequence[str], effect: Effect
 ) -> Estimate:
-    """Return how much an effect on the totals of a step changes over the rising stage, end minus start.
+    """Return the change over the rising stage, end minus start, of an effect on the totals of a step.
 
     Args:
-        runs: Holds the stages.
-        frame: One row per run, step, and prompt; steps on which the effect is undefined are left out.
-        run_ids: The runs.
+        runs: Runs with their stages.
+        frame: One row per run, step, and prompt. Steps with an undefined effect are dropped.
+        run_ids: Runs to average over.
         values: Columns of sums.
         effect: See ``Effect``.
 
     Raises:
-        NoEffectError: a run has too few such steps.
+        NoEffectError: a run has too few steps with a defined effect.
     """
 
     def judge(run: str, part: pl.DataFrame) -> Estimate:
@@ -165,12 +167,12 @@ def change_of(
     noise: np.ndarray | None = None,
     noise_df: float = 0.0,
 ) -> Estimate:
-    """Return how much a series of one run changes over its rising stage; see ``stages.trend_weights``."""
+    """Return the change of a series of one run over its rising stage; see ``stages.trend_weights``."""
     fit = runs.stage_fits[run]
     rising = int((steps <= (fit.last_step if fit.boundary is None else fit.boundary)).sum())
     if rising < MIN_TREND:
         raise NoEffectError(
-            f"the rising stage of run {run} has {rising} steps with such responses, a trend needs {MIN_TREND}",
+            f"the rising stage of run {run} has {rising} steps with such responses; a trend needs {MIN_TREND}",
             is_recorded=True,
         )
     basis, weights = trend_weights(fit, steps, noise)
@@ -194,7 +196,7 @@ def prompts_level(
     effect: Effect,
     bounds: tuple[float, float] | None = None,
 ) -> Estimate:
-    """Return an effect on totals over prompts, which are independent; steps play no part."""
+    """Return an effect on totals over independent prompts, regardless of steps."""
 
     def judge(_: str, part: pl.DataFrame) -> Estimate:
         return over_clusters(_matrix(part, values), _codes(part, "prompt_id"), effect, "prompts", bounds)
@@ -203,7 +205,7 @@ def prompts_level(
 
 
 def ratio(top: int, bottom: int) -> Effect:
-    """Return the effect: one total divided by another."""
+    """Return an ``Effect`` that divides one total by another."""
     return lambda totals: totals[..., top] / totals[..., bottom]
 
 
@@ -212,23 +214,8 @@ def count(items: Sequence[object] | np.ndarray, noun: str) -> str:
     return f"{len(items)} {noun}{'s' * (len(items) != 1)}"
 
 
-def tensor(frame: pl.DataFrame, axes: Mapping[str, Sequence[object]], values: Sequence[str]) -> np.ndarray:
-    """Return sums of ``values`` by ``axes``, shape ``(*axes, values)``; rows of other levels are left out."""
-    import polars as pl
-
-    for name, levels in axes.items():
-        frame = frame.filter(pl.col(name).is_in(list(levels)))
-    sums = np.zeros((*(len(levels) for levels in axes.values()), len(values)))
-    codes = [
-        frame[name].replace_strict(list(levels), range(len(levels)), return_dtype=pl.Int64).to_numpy()
-        for name, levels in axes.items()
-    ]
-    np.add.at(sums, tuple(codes), frame.select(values).to_numpy())
-    return sums
-
-
 def _codes(frame: pl.DataFrame, name: str) -> np.ndarray:
-    """Return a column as integers: itself, or the rank of its distinct texts."""
+    """Return a column as integers; texts are replaced by their rank."""
     column = frame[name]
     return (column if column.dtype.is_integer() else column.rank("dense")).to_numpy().astype(np.int64)
 

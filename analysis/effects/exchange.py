@@ -1,9 +1,9 @@
-"""E1: is accuracy associated with entropy over training, and does it follow accuracy = -a exp(H) + b (2505.22617)?
+"""Estimate the exchange of entropy for accuracy (E1): accuracy = -a exp(H) + b (arXiv 2505.22617).
 
-Hard prompts have higher entropy and lower accuracy, so a batch of hard prompts moves both means of a policy that never
-changed. Entropy and accuracy are therefore taken from different halves of a step's prompts, which share the policy and
-nothing else. Whatever rises or falls throughout training goes along with the step, too: the association is given a
-straight line in the step, and the fit is held against everything that a smooth function of the step explains.
+Hard prompts have higher entropy and lower accuracy, so a batch of hard prompts moves both means even if the policy does
+not change. Entropy and accuracy are therefore taken from different halves of a step's prompts, which share only the
+policy. Any quantity that rises or falls throughout training also correlates with the step. The association is therefore
+conditional on a straight line in the step, and the fit is compared with a smooth function of the step.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ import numpy as np
 
 from entrace.analysis.effects.estimate import NoEffectError, count, fetch, over_runs
 from entrace.analysis.runs import Runs
+from entrace.analysis.statistics.contrasts import contrast, draw_errors
 from entrace.analysis.statistics.estimates import ONE_SD, Estimate
-from entrace.analysis.statistics.intervals import contrast, draw_errors
 from entrace.analysis.statistics.stages import MIN_STEPS
 
 if TYPE_CHECKING:
     import polars as pl
 
-# Share of the variance of exp(entropy), given the step, that both halves must agree on.
+# Share of the variance of exp(entropy), given the step, that both halves must have in common.
 MIN_RELIABILITY = 0.3
 # Interior knots of the smooth function of the step.
 NUM_KNOTS = 7
 BOOTSTRAPS = 400
-# The systematic change of accuracy must exceed that of noise alone by this factor.
+# Factor by which the systematic change of accuracy must exceed that of noise alone.
 MIN_SIGNAL = 3.0
 GOOD_FIT = 0.9
 
 
 def association(runs: Runs, run_ids: Sequence[str]) -> Estimate:
-    """E1: a in accuracy = -a exp(H) + b + c step, corrected for the noise of exp(H)."""
+    """Return a in accuracy = -a exp(H) + b + c step, corrected for the noise of exp(H) (E1)."""
     return over_runs(fetch(runs, "exchange_halves", run_ids), run_ids, _association, "steps")
 
 
 def captured(runs: Runs, run_ids: Sequence[str]) -> Estimate:
-    """E1: share of the systematic change of accuracy that the law captures, minus .9."""
+    """Return the share of the systematic change of accuracy that the law captures, minus .9 (E1)."""
     return over_runs(fetch(runs, "exchange_halves", run_ids), run_ids, _captured, "steps")
 
 
@@ -50,7 +50,7 @@ def _association(run: str, part: pl.DataFrame) -> Estimate:
     reliability = shared / max(float((detrended**2).sum()) / 2, 1e-300)
     if reliability < MIN_RELIABILITY:
         raise NoEffectError(
-            f"run {run}: apart from a straight line in the step, entropy does not move beyond the noise of its prompts",
+            f"run {run}: apart from a straight line in the step, entropy moves no more than the noise of its prompts",
             is_recorded=True,
         )
     found = []
@@ -59,7 +59,7 @@ def _association(run: str, part: pl.DataFrame) -> Estimate:
         weights = -np.linalg.pinv(basis)[2]
         found.append(contrast(y[:, other], basis, weights, steps=steps))
     value = float(np.mean([estimate.value for estimate in found])) / reliability
-    # Both directions share their errors: averaging changes the value alone.
+    # Both directions share their errors, so averaging does not reduce the error.
     error = float(np.mean([estimate.error for estimate in found])) / reliability
     df = min(estimate.df for estimate in found)
     blocks = min(estimate.blocks for estimate in found)
@@ -79,7 +79,7 @@ def _captured(run: str, part: pl.DataFrame) -> Estimate:
     noise = np.abs(_products(smooth_errors)[2])
     own, total = _captured_share(smooth[:, :, None])
     if total[0] < MIN_SIGNAL * np.quantile(noise, 0.95):
-        raise NoEffectError(f"run {run}: accuracy does not move beyond its noise", is_recorded=True)
+        raise NoEffectError(f"run {run}: accuracy moves no more than its noise", is_recorded=True)
     drawn, _ = _captured_share(smooth[:, :, None] + smooth_errors)
     low, high = np.percentile(drawn, ONE_SD)
     error = float(high - low) / 2
@@ -90,7 +90,7 @@ def halves(run: str, part: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, np.nda
     """Return steps ``(n,)``, exp(entropy) ``(n, 2)``, and accuracy ``(n, 2)`` of both halves.
 
     Raises:
-        NoEffectError: too few steps have prompts in either half.
+        NoEffectError: too few steps have prompts in both halves.
     """
     import polars as pl
 
@@ -104,14 +104,14 @@ def halves(run: str, part: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, np.nda
             values = wide.select(names).to_numpy()
             return wide["step"].cast(float).to_numpy(), values[:, :2], values[:, 2:]
     raise NoEffectError(
-        f"run {run}: fewer than {count(range(MIN_STEPS), 'step')} with two prompts or more", is_recorded=True
+        f"run {run}: fewer than {count(range(MIN_STEPS), 'step')} with at least two prompts", is_recorded=True
     )
 
 
 def _captured_share(smooth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the share that the law captures and what there is to capture, of smooth series ``(n, 4, draws)``.
+    """Return the captured share and the total systematic change of smooth series ``(n, 4, draws)``.
 
-    Sums of squares are products between halves, which noise does not inflate.
+    Sums of squares are products between halves, so noise does not inflate them.
     """
     squares, cross, total = _products(smooth)
     a = -cross / squares

@@ -1,7 +1,7 @@
-"""Effects that claims about training itself are judged by: one function for each part of a claim.
+"""Estimate the effects behind the claims about training: one function per part of a claim.
 
-Every function takes the runs and the run_ids to look at, and returns an ``Estimate``. Statistic, unit, and null of each
-part are in reports/claims.toml.
+Every function takes the runs and the run_ids to judge, and returns an ``Estimate``. ``claims.toml`` states the
+statistic, unit, and null of each part.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,21 +30,22 @@ from entrace.analysis.effects.estimate import (
     rising_change,
 )
 from entrace.analysis.runs import Runs
+from entrace.analysis.statistics.clusters import Effect
+from entrace.analysis.statistics.combination import MAX_DF, combine
 from entrace.analysis.statistics.estimates import LEVEL, ONE_SD, Estimate
-from entrace.analysis.statistics.intervals import MAX_DF, Effect, combine
 from entrace.analysis.statistics.stages import MIN_STEPS, StageFit, slowdown
 
 if TYPE_CHECKING:
     import polars as pl
 
-# Bins of response length within which shares of tokens are compared.
+# Number of bins of response length within which token shares are compared.
 LENGTH_BINS = 12
 
 Judged = Callable[[Runs, Sequence[str]], Estimate]
 
 
 def of_policy(judged: Judged) -> Judged:
-    """Return a judge that refuses runs whose entropy is not that of the policy, as where another model scored it."""
+    """Return a judge that rejects runs whose entropy is not the policy's, such as one scored by another model."""
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         for run in run_ids:
@@ -56,7 +57,7 @@ def of_policy(judged: Judged) -> Judged:
 
 
 def slows(series: int) -> Judged:
-    """S1: how much a series slows down from the first to the second half; 0 entropy, 1 accuracy. See ``slowdown``."""
+    """Return a judge of the slowdown of entropy (0) or accuracy (1) between halves (S1); see ``slowdown``."""
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         fits = [_long_enough(runs, run) for run in run_ids]
@@ -68,9 +69,14 @@ def slows(series: int) -> Judged:
 
 
 def slowdown_of(movements: Sequence[tuple[np.ndarray, np.ndarray, float]], num_steps: int, of: str) -> Estimate:
-    """Return how much the mean movement of runs slows down, from values and draws of each; see ``stages.movement``.
+    """Return the slowdown of the mean movement of runs; see ``stages.movement``.
 
-    Runs are averaged before their movements are compared, since a ratio of two noisy movements is bounded and skewed.
+    Runs are averaged before the halves are compared, since a ratio of two noisy movements is bounded and skewed.
+
+    Args:
+        movements: Values, draws, and effective steps of each run.
+        num_steps: Number of steps of all runs.
+        of: Name of the units.
 
     Raises:
         NoEffectError: the series does not move.
@@ -80,12 +86,12 @@ def slowdown_of(movements: Sequence[tuple[np.ndarray, np.ndarray, float]], num_s
         raise NoEffectError("the series does not move", is_recorded=True)
     draws, blocks = movements[0][1], movements[0][2]
     if len(movements) > 1:
-        # As wide as the mean over runs is uncertain, in each half; the halves keep their correlation.
+        # The draws are scaled to the uncertainty of the mean over runs in each half, and keep their correlation.
         halves = [
             combine([Estimate.from_error(v[half], d[:, half].std(), MAX_DF, 0, of, b) for v, d, b in movements], of)
             for half in (0, 1)
         ]
-        # All runs draw the same random numbers.
+        # Draws of all runs use equal random numbers; shifting them makes the runs independent.
         shifted = [np.roll(d - v, i * len(d) // len(movements), axis=0) for i, (v, d, _) in enumerate(movements)]
         errors = np.mean(shifted, axis=0)
         own = np.diff(np.percentile(errors, LEVEL, axis=0), axis=0)[0]
@@ -94,7 +100,7 @@ def slowdown_of(movements: Sequence[tuple[np.ndarray, np.ndarray, float]], num_s
         blocks = min(half.blocks for half in halves)
     value, drawn = float(slowdown(moved)), slowdown(draws)
     low, high = np.percentile(drawn, LEVEL)
-    # To move less in the second half is both v1 > v2 and v1 > -v2; the opposite is one of two, hence twice.
+    # A slowdown is both v1 > v2 and v1 > -v2. Its opposite is either of two events, hence another factor of 2.
     rate = max(np.mean(draws[:, 0] <= sign * draws[:, 1]) for sign in (1, -1))
     p_value = float(np.clip(2 * rate if value > 0 else 4 * (1 - rate), 1 / len(draws), 1))
     error = float(np.diff(np.percentile(drawn, ONE_SD))[0]) / 2
@@ -103,7 +109,7 @@ def slowdown_of(movements: Sequence[tuple[np.ndarray, np.ndarray, float]], num_s
 
 
 def two_stages(runs: Runs, run_ids: Sequence[str]) -> Estimate:
-    """S1: how much better two lines fit than a smooth curve; see ``stages.compare_shapes``."""
+    """Return how much better two lines fit than a smooth curve (S1); see ``stages.compare_shapes``."""
     fits = [_long_enough(runs, run) for run in run_ids]
     for run, fit in zip(run_ids, fits, strict=True):
         if fit.boundary is None:
@@ -112,7 +118,7 @@ def two_stages(runs: Runs, run_ids: Sequence[str]) -> Estimate:
 
 
 def rising(stem: str, values: Sequence[str], effect: Effect) -> Judged:
-    """Return a judge of the change, end minus start of the rising stage, of an effect on the totals of a step."""
+    """Return a judge of the change of an effect on the totals of a step over the rising stage, end minus start."""
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_rising(runs, run_ids)
@@ -122,7 +128,7 @@ def rising(stem: str, values: Sequence[str], effect: Effect) -> Judged:
 
 
 def share_at_equal_length(column: str) -> Judged:
-    """S3: change of a share of tokens over the rising stage, among responses of equal length."""
+    """Return a judge of the change of a token share over the rising stage, at equal response length (S3)."""
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_rising(runs, run_ids)
@@ -141,20 +147,20 @@ def share_at_equal_length(column: str) -> Judged:
 def shares_at_equal_length(
     step: np.ndarray, length: np.ndarray, tokens: np.ndarray, matching: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the share of matching tokens by step, had responses been equally long at every step.
+    """Return the share of matching tokens by step, adjusted to an equal distribution of response lengths.
 
-    Shares are fitted as step effect + length effect, by least squares weighted by tokens; what length alone does to the
-    mix of tokens, such as an opening phrase that every response has, is in the second one. A step shares lengths with
-    its neighbors, so that steps are comparable along a chain even where first and last have no length in common.
+    Shares are fitted as step effect + length effect, by least squares weighted by tokens. The length effect absorbs all
+    effects of length on the mix of tokens, such as an opening phrase in every response. Neighboring steps share
+    lengths, so all steps are comparable along a chain, even if the first and the last have no length in common.
 
     Args:
-        step: Of each cell, ``(cells,)``.
-        length: Response length of the cell, tokens.
-        tokens: Tokens in the cell.
-        matching: Of these, tokens of the kind.
+        step: Step of each cell, ``(cells,)``.
+        length: Response length of each cell, tokens.
+        tokens: Number of tokens in each cell.
+        matching: Number of matching tokens in each cell.
 
     Returns:
-        Steps in order and shares, the length effect averaged over all tokens.
+        Steps in order, and shares with the length effect averaged over all tokens.
 
     Raises:
         NoEffectError: steps have no lengths in common.
@@ -168,7 +174,7 @@ def shares_at_equal_length(
     np.add.at(weight, (at, bins), tokens)
     np.add.at(matched, (at, bins), matching)
     by_step = weight.sum(1)
-    # Normal equations with step effects eliminated; they leave the mean of the length effects free.
+    # Normal equations with step effects eliminated. They do not determine the mean of the length effects.
     within = np.diag(weight.sum(0)) - weight.T @ (weight / by_step[:, None])
     right = matched.sum(0) - weight.T @ (matched.sum(1) / by_step)
     if np.linalg.matrix_rank(within, tol=1e-9 * weight.sum()) < num_bins - 1:
@@ -188,10 +194,10 @@ def plateau(stem: str, values: Sequence[str], effect: Effect) -> Judged:
 
 
 def excess(judged: Judged) -> Judged:
-    """Return a judge of by how much a ratio exceeds 1, from one of its logarithm.
+    """Return a judge of a ratio minus 1, from a judge of its logarithm.
 
-    On the logarithm an interval is symmetric; around the ratio itself it could reach below 0. Over several runs it is
-    the geometric mean.
+    The interval is symmetric on the log scale; around the ratio itself it could extend below 0. Several runs are
+    combined by the geometric mean.
     """
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
@@ -203,7 +209,7 @@ def excess(judged: Judged) -> Judged:
 
 
 def moved(values: Sequence[str], effect: Effect) -> Judged:
-    """Return a judge of an effect on ``movement_sums`` over the plateau, of updates that did more than rounding."""
+    """Return a judge of an effect on ``movement_sums`` over the plateau; updates must exceed rounding."""
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_plateau(runs, run_ids)
@@ -215,11 +221,11 @@ def moved(values: Sequence[str], effect: Effect) -> Judged:
 
 
 def relative_movement(kind: str) -> Judged:
-    """S6: return a judge of the log of movement of a kind of tokens relative to the rest, beyond random updates.
+    """Return a judge of the log movement of a kind of tokens relative to the rest, beyond random updates (S6).
 
-    A random update changes logits by equal amounts, or, since larger logits come from larger weights and activations,
-    in proportion to their margin. Where a run lies between the two, it is like some random update: the effect is 0, and
-    its interval reaches from the lower end of one comparison to the upper end of the other.
+    A random update changes logits by equal amounts or, since larger logits come from larger weights and activations, in
+    proportion to their margin. A run between these two nulls is compatible with some random update: its effect is 0,
+    and its interval extends from the lower end of one comparison to the upper end of the other.
     """
     sides = [(f"{side}_{kind}_movement", f"{side}_{kind}") for side in ("high", "low")]
     by_null = [
@@ -239,7 +245,7 @@ def relative_movement(kind: str) -> Judged:
 
 
 def against_random(effect: Effect) -> Judged:
-    """S5: return a judge of an effect that compares a step's movements with random logit changes; see ``potential``."""
+    """Return a judge of an effect that compares movements with random logit changes (S5); see ``potential``."""
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_plateau(runs, run_ids)
@@ -252,7 +258,7 @@ def against_random(effect: Effect) -> Judged:
 
 
 def end_at_equal_entropy(column: str) -> Judged:
-    """T3: log ratio of ``column`` of high-entropy tokens, last fifth over the middle, at equal entropy."""
+    """Return a judge of the log ratio of ``column``, last fifth over middle of responses, at equal entropy (T3)."""
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_plateau(runs, run_ids)
@@ -264,7 +270,7 @@ def end_at_equal_entropy(column: str) -> Judged:
 
 
 def interventions(values: Sequence[str], effect: Effect) -> Callable[..., Estimate]:
-    """Return a judge of an effect on the rows of ``impact_sums``, of one series if the runs hold several."""
+    """Return a judge of an effect on the rows of ``impact_sums``, optionally of one series."""
 
     def judge(runs: Runs, run_ids: Sequence[str], series: Series | None = None) -> Estimate:
         import polars as pl
@@ -277,15 +283,17 @@ def interventions(values: Sequence[str], effect: Effect) -> Callable[..., Estima
     return judge
 
 
-def judges(claim: str, part: str, runs: Runs, run_ids: Sequence[str]) -> Iterator[tuple[str, Callable[[], Estimate]]]:
-    """Yield how to judge a part of a claim, once for each series of interventions where it is about those.
+def judges(
+    claim: str, part: str, spec: Mapping[str, Any], runs: Runs, run_ids: Sequence[str]
+) -> Iterator[tuple[str, Callable[[], Estimate]]]:
+    """Yield the judges of a part of a claim; claims about interventions have one judge per series.
 
-    Series with another checkpoint, selection, seed, or temperature measure another quantity, and are never pooled.
+    Series that differ in checkpoint, selection, seed, or temperature measure different quantities and are never pooled.
 
-    Returns:
-        Name of the series, empty where there is one or none, and a function that gives the estimate.
+    Yields:
+        Name of the series (empty if there is at most one), and a function that returns the estimate.
     """
-    judge = PARTS[claim][part]
+    judge = declared(spec) if "sql" in spec else PARTS[claim][part]
     frame = runs.query_once("impact_sums", run_ids).select(SERIES).unique() if claim in INTERVENED else None
     if frame is None or frame.height < 2:
         yield "", partial(judge, runs, run_ids)
@@ -295,14 +303,34 @@ def judges(claim: str, part: str, runs: Runs, run_ids: Sequence[str]) -> Iterato
         yield ", ".join(f"{name} {value}" for name, value in known.items()), partial(judge, runs, run_ids, series)
 
 
-# What sets series of interventions apart, and the claims that are judged on them.
+# Columns that distinguish series of interventions, and the claims judged on them.
 SERIES = ("checkpoint_step", "selection", "seed", "temperature")
 INTERVENED = ("I2", "T2")
 Series = Mapping[str, object]
 
 
+def declared(spec: Mapping[str, Any]) -> Judged:
+    """Return the judge that a part of a user's ledger declares: an effect on sums, over all steps or a stage.
+
+    ``sql`` is a query with one row per run, step, and prompt (or group). ``values`` names two of its columns, a sum and
+    a number, for the mean; or four, for the difference of two means. ``over`` is a key of ``SPANS``.
+    """
+    values = list(spec["values"])
+    effect = ratio(0, 1) if len(values) == 2 else difference
+    return SPANS[spec["over"]](spec["sql"], values, effect)
+
+
+def all_steps(stem: str, values: Sequence[str], effect: Effect) -> Judged:
+    """Return a judge of the mean over steps of an effect on the totals of each step."""
+
+    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+        return mean_of_steps(runs, fetch(runs, stem, run_ids), run_ids, values, effect)
+
+    return judge
+
+
 def fall(judged: Judged) -> Judged:
-    """Return a judge of how much a quantity falls, from one of how much it rises."""
+    """Return a judge of the fall of a quantity, from a judge of its rise."""
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         found = judged(runs, run_ids)
@@ -317,27 +345,38 @@ def log_ratio(totals: np.ndarray) -> np.ndarray:
 
 
 def difference(totals: np.ndarray) -> np.ndarray:
-    """Return the first mean minus the second; totals are sum, number, sum, number."""
+    """Return the first mean minus the second; the totals are sum, number, sum, number."""
     return ratio(0, 1)(totals) - ratio(2, 3)(totals)
 
 
 def log_relative(totals: np.ndarray) -> np.ndarray:
-    """Return the log of movement over potential of a kind, relative to the rest; totals are these four."""
+    """Return the log of movement over potential of a kind, relative to the rest; totals in this order."""
     return np.log(ratio(0, 1)(totals) / ratio(2, 3)(totals))
 
 
 def direction(totals: np.ndarray) -> np.ndarray:
-    """Return the mean change in positive minus negative samples over mean movement; sums and numbers of each."""
+    """Return the mean change in positive minus negative samples over mean movement; totals are sum, number of each."""
     return difference(totals[..., :4]) / ratio(4, 5)(totals)
 
 
 def _long_enough(runs: Runs, run: str) -> StageFit:
-    """Return the run's stages, or raise ``NoEffectError`` where the run is too short for any."""
+    """Return the stages of a run.
+
+    Raises:
+        NoEffectError: the run is too short for stages.
+    """
     fit = runs.stage_fits[run]
     if fit.num_steps < MIN_STEPS:
-        raise NoEffectError(f"the run has {count(range(fit.num_steps), 'step')}, a trend needs {MIN_STEPS}")
+        raise NoEffectError(f"the run has {count(range(fit.num_steps), 'step')}; a trend needs {MIN_STEPS}")
     return fit
 
+
+# Steps that a declared effect is about: its mean over the run or the plateau, or its change over the rising stage.
+SPANS: dict[str, Callable[[str, Sequence[str], Effect], Judged]] = {
+    "run": all_steps,
+    "plateau": plateau,
+    "rising": rising,
+}
 
 _DIRECTION = ["positive_dp", "positive_tokens", "negative_dp", "negative_tokens", "high_movement", "high_tokens"]
 

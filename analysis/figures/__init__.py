@@ -1,20 +1,26 @@
-"""Figures, one module a question, named as its SQL file.
+"""Draw figures: one module per question, with the name of its SQL file, and one function here that draws it.
 
-``entrace.figures.<stem>(runs, ax=None)`` queries and draws on ``ax`` (a new one if not given), returns the Axes and
-saves nothing. Training is drawn for the baseline runs, as the claims judge it; ablations for all runs.
+``entrace.figures.<stem>(runs, ax=None)`` runs the query, draws on ``ax`` (a new Axes by default), and returns the
+Axes; it saves nothing. Figures of training show the baseline runs, which the claims judge; ablation figures show all
+runs. A module ``<stem>.py`` holds ``draw(frame, ax)``, ``CAPTION``, and, if needed, ``query(runs)``, ``size(frame)``,
+or ``MEAN_OF`` and ``AT`` (see ``arms.with_means``).
+
+To add a figure, add its module and its function below. The report has the figures in the order of the functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from entrace.analysis import queries
 from entrace.analysis.figures import arms, style
-from entrace.analysis.figures.paired_differences import comparison
-from entrace.analysis.trace.errors import InputError
+from entrace.analysis.queries import Questions, headers
+from entrace.analysis.trace.errors import InputError, in_one_line
 
 if TYPE_CHECKING:
     import polars as pl
@@ -22,75 +28,247 @@ if TYPE_CHECKING:
 
     from entrace.analysis.runs import Runs
 
-# In the order of the report: stage, instance, token, ablation.
-STEMS = (
-    "stage_dynamics",
-    "exchange_law",
-    "entropy_by_sample_sign",
-    "entropy_gap_by_prompt",
-    "category_shares",
-    "word_changes",
-    "defects_over_steps",
-    "movement_distribution",
-    "movement_concentration",
-    "movement_by_entropy",
-    "movement_by_category",
-    "entropy_gradient_density",
-    "correctness_by_ppl",
-    "accuracy_by_ppl_decile",
-    "high_entropy_by_ppl",
-    "robustness_by_ppl",
-    "entropy_by_position",
-    "u_shape",
-    "impact_by_position",
-    "potential_by_position",
-    "high_entropy_by_position",
-    "high_entropy_words",
-    "ablation_curves",
-    "paired_differences",
-    "performance_profile",
-    "ablation_final",
-    "cost_accuracy",
-)
-MODULES: dict[str, ModuleType] = {stem: import_module(f"{__name__}.{stem}") for stem in STEMS}
-# Their figures average over the seeds of an arm.
-ABLATIONS = ("ablation_curves", "performance_profile", "ablation_final", "cost_accuracy")
+Draws = TypeVar("Draws", bound=Callable[..., object])
+# Names of all figures in the order of the report: stage, instance, token, ablation.
+STEMS: list[str] = []
+
+
+def figure_module(stem: str, questions: Questions | None = None) -> ModuleType:
+    """Return the module that draws the figure ``stem``, built in or in the folder of ``questions``.
+
+    Raises:
+        InputError: a user's module cannot be imported, or has no ``draw``.
+    """
+    if questions is None or stem not in questions.figures:
+        return import_module(f"{__name__}.{stem}")
+    return _import_file(questions.figures[stem])
+
+
+@cache
+def _import_file(path: Path) -> ModuleType:
+    spec = spec_from_file_location(f"entrace_questions_{path.stem}", path)
+    assert spec, path
+    assert spec.loader, path
+    module = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"{path}: cannot be imported ({type(error).__name__}: {in_one_line(error)})") from error
+    if not callable(getattr(module, "draw", None)):
+        raise InputError(f"{path}: expected a function draw(frame, ax)")
+    return module
+
+
+def stems(runs: Runs) -> list[str]:
+    """Return the names of all figures of runs in the order of the report, those of the user's folder last."""
+    return [*STEMS, *runs.questions.figures]
+
+
+def caption(runs: Runs, stem: str) -> str:
+    """Return the caption of a figure; that of a user's figure defaults to the question of its SQL."""
+    question = headers(runs.questions.read(stem))["question"]
+    return getattr(figure_module(stem, runs.questions), "CAPTION", question)
 
 
 def query(runs: Runs, stem: str) -> pl.DataFrame:
-    """Returns what figure ``stem`` draws: the rows of its query, in an ablation with what compares arms added."""
-    module = MODULES[stem]
-    if stem == "paired_differences":
+    """Return the rows that the figure ``stem`` draws; in ablations, with the means over the seeds of each arm."""
+    module = figure_module(stem, runs.questions)
+    if hasattr(module, "query"):
         return module.query(runs)
-    if stem in ABLATIONS:
+    if hasattr(module, "MEAN_OF"):
         return arms.with_means(runs, runs.query(stem), module.MEAN_OF, module.AT)
     return runs.query(stem, runs=[run for subject in runs.subjects().values() for run in subject])
 
 
 def is_drawable(frame: pl.DataFrame) -> bool:
-    """Whether there is anything to draw: a run without evaluations has a row in an ablation, but no mean."""
+    """Return True if there is something to draw; in ablations, a run without evaluations has a row but no mean."""
     return frame.height > 0 and ("mean" not in frame.columns or frame["mean"].count() > 0)
 
 
-def size(stem: str, frame: pl.DataFrame) -> tuple[float, float]:
-    """Width and height in inches that ``frame`` needs: one column of a page, taller where there are many arms."""
-    module = MODULES[stem]
+def size(runs: Runs, stem: str, frame: pl.DataFrame) -> tuple[float, float]:
+    """Return the width and height in inches for ``frame``: one column of a page, taller with many arms."""
+    module = figure_module(stem, runs.questions)
     return module.size(frame) if hasattr(module, "size") else style.SIZE
 
 
-def _figure(stem: str) -> Callable[..., Axes]:
-    def draw(runs: Runs, ax: Axes | None = None) -> Axes:
-        frame = query(runs, stem)
-        if not is_drawable(frame):
-            raise InputError(f"{stem}: {runs.why_empty(queries.need(stem))}")
-        return MODULES[stem].draw(frame, ax or style.new_axes(size(stem, frame)))
+def draw(stem: str, runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the figure ``stem`` on ``ax``, or on the Axes of a new figure.
 
-    draw.__name__ = draw.__qualname__ = stem
-    draw.__doc__ = f"Draws {stem}.sql: {MODULES[stem].__doc__}"
-    return draw
+    Raises:
+        InputError: the traces hold nothing to draw; the message says what is missing.
+    """
+    frame = query(runs, stem)
+    if not is_drawable(frame):
+        raise InputError(f"{stem}: {runs.why_empty(runs.questions.need(stem))}")
+    return figure_module(stem, runs.questions).draw(frame, ax or style.new_axes(size(runs, stem, frame)))
 
 
-# Importing a module bound its name here; from now on the name is the function.
-globals().update({stem: _figure(stem) for stem in MODULES})
+def _listed(function: Draws) -> Draws:
+    """Append a figure to ``STEMS``."""
+    stem = function.__name__
+    # The first import of a module binds its name in the package, so it must precede the function.
+    figure_module(stem)
+    STEMS.append(stem)
+    return function
 
-__all__ = ["MODULES", "STEMS", "comparison", "is_drawable", "query", "size", "style"]
+
+@_listed
+def stage_dynamics(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw entropy and accuracy over training with the fitted stages (claim S1)."""
+    return draw("stage_dynamics", runs, ax)
+
+
+@_listed
+def exchange_law(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw accuracy against entropy with the fitted exchange law (claim E1)."""
+    return draw("exchange_law", runs, ax)
+
+
+@_listed
+def entropy_by_sample_sign(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the entropy of positive and negative samples over training (claim S2)."""
+    return draw("entropy_by_sample_sign", runs, ax)
+
+
+@_listed
+def entropy_gap_by_prompt(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the entropy gap between negative and positive responses to a prompt (claim S2)."""
+    return draw("entropy_gap_by_prompt", runs, ax)
+
+
+@_listed
+def category_shares(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the share of each token category over training (claim S3)."""
+    return draw("category_shares", runs, ax)
+
+
+@_listed
+def word_changes(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the words that rise and fall most in the rising stage (claim S3)."""
+    return draw("word_changes", runs, ax)
+
+
+@_listed
+def defects_over_steps(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the share of defective responses over training (claim S4)."""
+    return draw("defects_over_steps", runs, ax)
+
+
+@_listed
+def movement_distribution(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the distribution of probability changes by an update (claim S5)."""
+    return draw("movement_distribution", runs, ax)
+
+
+@_listed
+def movement_concentration(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the share of movement in the tokens that move most (claim S5)."""
+    return draw("movement_concentration", runs, ax)
+
+
+@_listed
+def movement_by_entropy(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the probability change by an update over token entropy (claim S6)."""
+    return draw("movement_by_entropy", runs, ax)
+
+
+@_listed
+def movement_by_category(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the probability change by an update per token category (claim S6)."""
+    return draw("movement_by_category", runs, ax)
+
+
+@_listed
+def entropy_gradient_density(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the joint distribution of entropy and gradient norm (claim S6)."""
+    return draw("entropy_gradient_density", runs, ax)
+
+
+@_listed
+def correctness_by_ppl(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw accuracy over perplexity within the group of a prompt (claim I1)."""
+    return draw("correctness_by_ppl", runs, ax)
+
+
+@_listed
+def accuracy_by_ppl_decile(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw accuracy over perplexity across all prompts (claim I1)."""
+    return draw("accuracy_by_ppl_decile", runs, ax)
+
+
+@_listed
+def high_entropy_by_ppl(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the functions of high-entropy tokens by perplexity (claim I1)."""
+    return draw("high_entropy_by_ppl", runs, ax)
+
+
+@_listed
+def robustness_by_ppl(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the impact of replacing a token by perplexity (claim I2)."""
+    return draw("robustness_by_ppl", runs, ax)
+
+
+@_listed
+def entropy_by_position(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw entropy over the relative position in the response (claim T1)."""
+    return draw("entropy_by_position", runs, ax)
+
+
+@_listed
+def u_shape(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw entropy at both ends of a response relative to its middle (claim T1)."""
+    return draw("u_shape", runs, ax)
+
+
+@_listed
+def impact_by_position(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the impact of replacing a token over its position (claim T2)."""
+    return draw("impact_by_position", runs, ax)
+
+
+@_listed
+def potential_by_position(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw probability changes over the position in the response (claim T3)."""
+    return draw("potential_by_position", runs, ax)
+
+
+@_listed
+def high_entropy_by_position(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the share of high-entropy tokens over position (claims S6, T3)."""
+    return draw("high_entropy_by_position", runs, ax)
+
+
+@_listed
+def high_entropy_words(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the most frequent high-entropy words (claims S6, T3)."""
+    return draw("high_entropy_words", runs, ax)
+
+
+@_listed
+def ablation_curves(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw held-out accuracy of each arm over training (claims M1, M2)."""
+    return draw("ablation_curves", runs, ax)
+
+
+@_listed
+def paired_differences(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the paired difference of each arm to its baseline (claims M1 to M3)."""
+    return draw("paired_differences", runs, ax)
+
+
+@_listed
+def performance_profile(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the performance profile of each arm (claims M1, M2)."""
+    return draw("performance_profile", runs, ax)
+
+
+@_listed
+def ablation_final(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw avg@k, maj@k, and pass@k of each arm at its last evaluation (claims M1 to M3)."""
+    return draw("ablation_final", runs, ax)
+
+
+@_listed
+def cost_accuracy(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw accuracy against training cost for each arm (claims M1, M2)."""
+    return draw("cost_accuracy", runs, ax)

@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Held-out accuracy, mean over the seeds of each arm. A band over seeds says where other seeds would put the mean; "
-    "one over prompts leaves that out. Arms of a seed share their prompts, so that differences are known better than "
-    "bands suggest: the next figure judges them in pairs."
+    "Held-out accuracy, mean over the seeds of each arm. A band over seeds covers the variation between seeds; a band "
+    "over prompts does not. Arms share prompts within a seed, so differences are known better than the bands suggest: "
+    "the next figure shows paired differences."
 )
 MEAN_OF, AT = "avg_at_k", ("benchmark", "step")
 size = arms.panels_size
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws avg@k over steps, one colour or one panel an arm."""
-    arms.lines(ax, frame, "step", legend="lower right")
+    """Draw avg@k over steps, one color or one panel per arm."""
+    arms.lines(ax, frame, "step")
     style.label(ax, style.STEP, f"held-out accuracy (avg@{style.span(frame['k'])})", arms.line_note(frame))
     return ax

@@ -1,4 +1,4 @@
-"""Accuracy by perplexity over all prompts together (claim I1)."""
+"""Accuracy over perplexity across all prompts (claim I1)."""
 
 from __future__ import annotations
 
@@ -11,28 +11,34 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "All sampled responses of a stage, ranked by perplexity and cut into ten equal parts. This pools easy and hard "
-    "prompts, unlike correctness_by_ppl: easy prompts have responses that are both likely and right, so that a line "
-    "that falls says nothing yet about responses to the same prompt."
+    "All sampled responses of a stage, ranked by perplexity and cut into ten equal parts. Unlike correctness_by_ppl, "
+    "this pools easy and hard prompts: easy prompts have responses that are both likely and right, so a falling line "
+    "does not yet say anything about responses to the same prompt."
 )
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws accuracy over the decile of perplexity, one line a stage."""
-    style.points_by_stage(ax, frame, "ppl_bin", "accuracy", lambda stage, part: f"{stage} ({_edges(part)})")
+    """Draw accuracy over the decile of perplexity, one line per stage."""
+    names = {stage: f"{stage} ({_edges(frame.filter(stage=stage))})" for stage in style.STAGE_COLORS}
+    style.points_by_stage(ax, frame, "ppl_bin", "accuracy", names)
     bins = sorted(set(frame["ppl_bin"]))
     ends = {bins[0]: f"{bins[0]}\nlowest", bins[-1]: f"{bins[-1]}\nhighest"}
     ax.set_xticks(bins, [ends.get(number, str(number)) for number in bins])
+    style.show_all_shares(ax)
     style.label(
         ax,
         "decile of perplexity, all prompts together",
         "accuracy",
-        f"{frame['num_responses'].sum():,} responses, {style.span(frame['num_prompts'])} prompts a decile;\n"
-        "bars: 95 % interval over steps and prompts",
+        f"{frame['num_responses'].sum():,} responses, {style.span(frame['num_prompts'])} prompts per decile and run;\n"
+        f"bars: 95 % interval over steps and prompts{style.runs_note(frame, 'open dots')}",
     )
-    style.legend_above_shares(ax)
+    style.legend(ax, tick_lines=2)
     return ax
 
 
 def _edges(part: pl.DataFrame) -> str:
-    return f"lowest: up to {part['ppl_high'][0]:.2f}, highest: from {part['ppl_low'][-1]:.2f}"
+    """Return the upper edge of the lowest and the lower edge of the highest bin, over all runs of a stage."""
+    if part.is_empty():
+        return ""
+    lowest, highest = (part.filter(part["ppl_bin"] == part["ppl_bin"].unique().sort()[i]) for i in (0, -1))
+    return f"lowest: up to {lowest['ppl_high'].max():.2f}, highest: from {highest['ppl_low'].min():.2f}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from entrace.analysis.figures import style
-from entrace.analysis.statistics.intervals import NO_ERROR, bounded
+from entrace.analysis.statistics.shares import NO_ERROR, bounded
 from entrace.analysis.verdict_rules import MIN_RUNS
 
 if TYPE_CHECKING:
@@ -18,29 +18,36 @@ if TYPE_CHECKING:
     from entrace.analysis.runs import Runs
 
 COLUMNS = 4
-# Shares of a panel's width and height that are left free, to its right and above it.
-GAP_X, GAP_Y = 0.06, 0.24
-# Inches: a row of panels, a row of names, and what lies around them.
-PANEL_HEIGHT, ROW_HEIGHT, MARGIN = 1.05, 0.16, 1.0
-# Points between panels that share an axis label and that label: room for the numbers along their edges.
-X_PAD, Y_PAD = 15, 25
+# Shares of a panel's width and height that stay free, to its right and above it.
+GAP_X, GAP_Y = 0.06, 0.26
+# Inches: a row of panels, a row of names, and the margin around them.
+PANEL_HEIGHT, ROW_HEIGHT, MARGIN = 1.05, 0.17, 1.5
+# Points between panels that share an axis label and that label: room for their tick labels.
+X_PAD, Y_PAD = 15, 31
+# Points: tick labels of panels, and names of arms beside them.
+SMALL = 7
 
 
 def with_means(runs: Runs, frame: pl.DataFrame, value: str, keys: Sequence[str]) -> pl.DataFrame:
     """Add to every row of a run the ``baseline`` of its arm and the arm's mean of ``value`` at equal ``keys``.
 
-    Columns ``mean``, ``mean_low``, ``mean_high`` (95 % interval), and ``num_seeds``. All points of an arm average the
-    same seeds: those whose evaluations reach the last step of the arm on that benchmark. A point that one of these
-    lacks has no mean. Rows that take no part, and metrics that are not shares, hold null.
+    All points of an arm average the same seeds: those whose evaluations reach the last step of the arm on that
+    benchmark. A point that one of these seeds lacks has no mean. Rows that are in no mean, and metrics that are not
+    shares, hold null.
 
-    The interval is Student's t over runs (``intervals.bounded``) if there are ``MIN_RUNS`` that do not all agree;
-    otherwise it is the mean interval over prompts of the runs, which leaves out the variation between seeds.
+    The interval is Student's t over runs (``shares.bounded``) if there are ``MIN_RUNS`` that do not all agree.
+    Otherwise it is the mean of the runs' intervals over prompts, which leaves out the variation between seeds.
 
     Args:
-        runs: Says which arm each is compared with.
+        runs: Defines the baseline of each arm.
         frame: Rows of runs with ``run_id``, ``arm``, ``benchmark``, ``step``, ``low``, ``high``, ``value``, ``keys``.
         value: Column of shares, in [0, 1].
-        keys: Columns that must be equal, apart from the arm; without ``step``, last evaluations are averaged.
+        keys: Columns that must be equal within a mean, apart from the arm; without ``step``, last evaluations are
+            averaged.
+
+    Returns:
+        ``frame`` with the columns ``baseline``, ``mean``, ``mean_low``, ``mean_high`` (95 % interval), and
+        ``num_seeds``.
     """
     import polars as pl
 
@@ -81,13 +88,13 @@ def _mean(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[float,
 
 
 def names(frame: pl.DataFrame) -> list[str]:
-    """Arms, baselines first."""
+    """Return the arms, baselines first."""
     arms = frame["arm"].unique(maintain_order=True).to_list()
     return sorted(arms, key=lambda arm: arm not in set(frame["baseline"]))
 
 
 def mean_rows(frame: pl.DataFrame, *keys: str) -> pl.DataFrame:
-    """One row per arm and ``keys``: mean and interval, as ``style`` draws them."""
+    """Return one row per arm and ``keys``: mean and interval under the names that ``style`` draws."""
     return (
         frame.drop_nulls("mean")
         .unique(["arm", *keys], keep="first", maintain_order=True)
@@ -97,7 +104,7 @@ def mean_rows(frame: pl.DataFrame, *keys: str) -> pl.DataFrame:
 
 
 def covers(frame: pl.DataFrame) -> str:
-    """Say what the intervals of ``with_means`` cover."""
+    """Return what the intervals of ``with_means`` cover, in words."""
     seeds = frame["num_seeds"].drop_nulls()
     if seeds.is_empty() or seeds.max() < MIN_RUNS:  # pyright: ignore[reportOperatorIssue]
         return "95 % interval over prompts"
@@ -105,7 +112,7 @@ def covers(frame: pl.DataFrame) -> str:
 
 
 def counts(frame: pl.DataFrame) -> str:
-    """Count the arms, seeds, prompts, and samples behind means, and the seeds that were left out, in words."""
+    """Return the number of arms, seeds, prompts, and samples behind means, and of runs left out, in words."""
     shown = frame.drop_nulls("mean")
     prompts, samples = style.span(shown["num_prompts"]), style.span(shown["k"])
     number = style.count(names(shown), "arm")
@@ -114,7 +121,7 @@ def counts(frame: pl.DataFrame) -> str:
 
 
 def _left_out(frame: pl.DataFrame) -> str:
-    """Say how many evaluated runs take no part in any mean, and why; empty without any."""
+    """Return how many evaluated runs are in no mean, and why, in words; empty without any."""
     import polars as pl
 
     by_run = frame.drop_nulls("num_prompts").group_by("run_id", "benchmark").agg(pl.col("mean").count())
@@ -123,60 +130,59 @@ def _left_out(frame: pl.DataFrame) -> str:
 
 
 def seeds(frame: pl.DataFrame) -> str:
-    """Return ``1 seed`` or ``3-5 seeds``."""
+    """Return ``1 seed`` or ``3–5 seeds``."""
     found = frame["num_seeds"].drop_nulls()
     return f"{style.span(found)} seed{'s' * (found.to_list() != [1] * len(found))}"
 
 
 def is_crowded(frame: pl.DataFrame) -> bool:
-    """Whether the arms are too many for a colour each."""
+    """Return True if there are more arms than colors."""
     return len(names(frame)) > len(style.ARM_COLORS)
 
 
 def panels_size(frame: pl.DataFrame) -> tuple[float, float]:
-    """Size of a figure of ``lines``: grows in height with the panels it needs."""
+    """Return the size of a figure of ``lines``: one column, taller with more panels."""
     width, height = style.SIZE
     rows = -(-len(_compared(frame)) // COLUMNS)
     return (width, MARGIN + rows * PANEL_HEIGHT) if is_crowded(frame) else (width, height)
 
 
 def rows_size(num_rows: int) -> tuple[float, float]:
-    """Size of a figure with a line of text for every arm."""
-    width, height = style.SIZE
-    return width, max(height, MARGIN + num_rows * ROW_HEIGHT)
+    """Return the size of a figure with one row per arm: as high as its rows need, and at least 2 inches."""
+    return style.SIZE[0], max(2.0, MARGIN + num_rows * ROW_HEIGHT)
 
 
-def lines(ax: Axes, frame: pl.DataFrame, x: str, legend: str) -> None:
-    """Draws every arm's mean with its band over ``x``: a colour each, or, if they are many, a panel each.
+def lines(ax: Axes, frame: pl.DataFrame, x: str) -> None:
+    """Draw the mean of every arm with its band over ``x``: one color per arm, or one panel per arm if there are many.
 
-    A panel shows its arm in blue and, in grey, the arm that it is compared with. Benchmarks differ in line style.
+    A panel shows its arm in blue and the baseline in gray. Benchmarks differ in line style.
     """
     means = mean_rows(frame, "benchmark", x)
     if not is_crowded(frame):
         for arm, color in zip(names(means), style.ARM_COLORS, strict=False):
             _line(ax, means.filter(arm=arm), x, color, style.shorten(arm))
-        style.legend(ax, loc=legend)
+        style.legend(ax, ncols=3)
         return
     shown = _compared(means)
     for arm, panel in zip(shown, panels(ax, len(shown)), strict=True):
         own = means.filter(arm=arm)
         _line(panel, means.filter(arm=own["baseline"][0]), x, style.GREY)
         _line(panel, own, x, style.BLUE)
-        # The values of a sweep go on a line of their own.
+        # The values of a sweep are on a separate line.
         panel.set_title(style.shorten(arm).replace(" [", "\n["), fontsize=6.5, pad=2)
 
 
 def line_note(frame: pl.DataFrame) -> str:
-    """What lines and bands of ``lines`` are."""
+    """Return the meaning of the lines and bands of ``lines``, in words."""
     benchmarks = frame["benchmark"].drop_nulls().unique(maintain_order=True).to_list()
     styles = zip(benchmarks, ("solid", "dashed", "dotted", "dash-dotted"), strict=False)
     which = "; " + ", ".join(f"{line}: {style.shorten(name)}" for name, line in styles) if len(benchmarks) > 1 else ""
-    plain = "; grey: the arm compared with" if is_crowded(frame) else ""
+    plain = "; gray: baseline" if is_crowded(frame) else ""
     return f"{counts(frame)}\nband: {covers(frame)}{which}{plain}"
 
 
 def panels(ax: Axes, count: int) -> list[Axes]:
-    """Replaces the inside of ``ax`` by ``count`` panels with common axes, row by row; ``ax`` keeps labels and title."""
+    """Replace the inside of ``ax`` by ``count`` panels with common axes, row by row; ``ax`` keeps labels and title."""
     import matplotlib as mpl
 
     hide(ax)
@@ -190,47 +196,34 @@ def panels(ax: Axes, count: int) -> list[Axes]:
             bounds = (column * width, 1 - (row + 1) * height, width * (1 - GAP_X), height * (1 - GAP_Y))
             shared: dict[str, Any] = {"sharex": found[0], "sharey": found[0]} if found else {}
             panel = ax.inset_axes(bounds, **shared)
-            panel.tick_params(labelsize=6.5, labelleft=column == 0, labelbottom=i + COLUMNS >= count, length=2, pad=2)
-            panel.locator_params(nbins=4)
+            panel.tick_params(labelsize=SMALL, labelleft=column == 0, labelbottom=i + COLUMNS >= count, length=2, pad=2)
+            panel.locator_params(axis="y", nbins=4)
+            # The last label would touch the first of the next panel.
+            panel.locator_params(axis="x", nbins=3, prune="upper")
             found.append(panel)
     return found
 
 
 def hide(ax: Axes) -> None:
-    """Leaves of ``ax`` its labels and its title."""
+    """Hide everything of ``ax`` except its labels and its title."""
     ax.spines[:].set_visible(False)
     ax.grid(visible=False)
     ax.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
 
 
-def seed_dots(ax: Axes, x: Sequence[float] | pl.Series, y: Sequence[float], color: str, **options: Any) -> None:
-    """Draws single runs as small open dots that a mean under them shows through."""
-    ax.plot(
-        x,
-        y,
-        marker="o",
-        markersize=2.2,
-        markerfacecolor="white",
-        markeredgecolor=color,
-        markeredgewidth=0.5,
-        linestyle="none",
-        **options,
-    )
-
-
 def name_width(order: Sequence[str]) -> float:
-    """Share of the width of a column that the longest of the names takes."""
-    return 0.01 + 0.0108 * max(len(style.shorten(name)) for name in order)
+    """Return the share of the figure's width that the longest of the names takes."""
+    return 0.02 + 0.6 * SMALL / 72 / style.SIZE[0] * max(len(style.shorten(name)) for name in order)
 
 
 def _compared(frame: pl.DataFrame) -> list[str]:
-    """Arms that are compared with another one; all of them if none is."""
+    """Return the arms that have another arm as their baseline, or all arms if none has."""
     baselines = set(frame["baseline"])
     return [arm for arm in names(frame) if arm not in baselines] or names(frame)
 
 
 def _line(ax: Axes, means: pl.DataFrame, x: str, color: str, name: str | None = None) -> None:
     for i, (benchmark, line) in enumerate(
-        zip(means.partition_by("benchmark", maintain_order=True), style.RUN_STYLES, strict=False)
+        zip(means.partition_by("benchmark", maintain_order=True), style.LINE_STYLES, strict=False)
     ):
         style.band(ax, benchmark.sort(x), x, "mean", color=color, linestyle=line, label=None if i else name)

@@ -1,4 +1,4 @@
-"""What the tokens are for, over training (claim S3)."""
+"""Share of each token category over training (claim S3)."""
 
 from __future__ import annotations
 
@@ -11,29 +11,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Share of each token category among all sampled tokens. The claim expects reasoning (formal, logical, "
-    "metacognitive) to gain in the rising stage and what is not needed for the task to lose. Categories follow from a "
-    "list of words, so that a word counts the same wherever it stands."
+    "Share of each token category among all sampled tokens. The claim expects reasoning tokens (formal, logical, "
+    "metacognitive) to gain in the rising stage and tokens that the task does not need to lose. Categories come from a "
+    "word list, so a word has the same category wherever it occurs."
 )
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw one line for each category that occurs at all, with its interval."""
+    """Draw one line with its interval for each category that occurs."""
     seen = set(frame.filter(frame["share"] > 0)["category"])
-    for i, (_, run, line) in enumerate(style.by_run(frame)):
-        for category, color in style.CATEGORY_COLORS.items():
-            if category not in seen:
-                continue
-            name = category.replace("_", " ") if i == 0 else None
-            style.band(ax, run.filter(category=category), "step", "share", color=color, linestyle=line, label=name)
+    for category, color in style.CATEGORY_COLORS.items():
+        if category in seen:
+            part = frame.filter(category=category)
+            style.curve(ax, part, "step", "share", color=color, label=category.replace("_", " "))
     style.mark_boundary(ax, frame)
     style.label(
         ax,
         style.STEP,
         "share of tokens",
-        f"{frame['num_tokens'].sum():,} tokens, {style.span(frame['num_prompts'])} prompts a step; "
-        "band: 95 % interval over prompts",
+        f"{frame['num_tokens'].sum():,} tokens, {style.span(frame['num_prompts'])} prompts per step; "
+        "band: 95 % interval over prompts" + style.runs_note(frame),
     )
     style.start_at_zero(ax)
-    style.legend(ax, loc="upper center", bbox_to_anchor=(0.5, 0.97), ncols=3, columnspacing=1.2)
+    style.legend(ax, ncols=3)
     return ax

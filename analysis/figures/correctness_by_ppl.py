@@ -1,4 +1,4 @@
-"""Correctness by perplexity within the group of one prompt (claim I1)."""
+"""Accuracy over perplexity within the group of a prompt (claim I1)."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "The responses to one prompt are ranked by perplexity and cut into equal parts. Only groups that hold right and "
-    "wrong responses count, so that easy and hard prompts cannot make the difference. Perplexity is taken at equal "
-    "length, because longer responses have other perplexities whether they are right or not. A line that falls to the "
-    "right says that what the policy finds likely is more often right."
+    "The responses to one prompt are ranked by perplexity and cut into equal parts. Only groups with right and wrong "
+    "responses count, so easy and hard prompts cannot make the difference. Perplexity is compared at equal length, "
+    "because perplexity depends on length for right and wrong responses alike. A line that falls to the right says "
+    "that responses with low perplexity are more often right."
 )
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws accuracy over the perplexity rank within the group, one line a stage."""
-    style.points_by_stage(
-        ax, frame, "ppl_bin", "accuracy", lambda stage, part: f"{stage} ({part['num_responses'].sum():,} responses)"
-    )
+    """Draw accuracy over the perplexity rank within the group, one line per stage."""
+    names = {
+        stage: f"{stage} ({frame.filter(stage=stage)['num_responses'].sum():,} responses)"
+        for stage in style.STAGE_COLORS
+    }
+    style.points_by_stage(ax, frame, "ppl_bin", "accuracy", names)
     bins = sorted(set(frame["ppl_bin"]))
-    ends = {bins[0]: "lowest", bins[-1]: "highest"}
+    ends = {bins[0]: f"{bins[0]}\nlowest", bins[-1]: f"{bins[-1]}\nhighest"}
     ax.set_xticks(bins, [ends.get(number, str(number)) for number in bins])
+    style.show_all_shares(ax)
     style.label(
         ax,
         "perplexity within the prompt's group",
         "accuracy",
-        f"{style.span(frame['num_prompts'])} prompts; bars: 95 % interval over steps and prompts",
+        f"{style.span(frame['num_prompts'])} prompts per run; bars: 95 % interval over steps and prompts"
+        + style.runs_note(frame, "open dots"),
     )
-    ax.set_ylim(0, 1)
-    style.legend(ax)
+    style.legend(ax, tick_lines=2, ncols=2)
     return ax

@@ -1,4 +1,4 @@
-"""What the runs of each arm cost and how accurate they became (claims M1, M2)."""
+"""Accuracy of each arm against the cost of its training (claims M1, M2)."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Accuracy at the last evaluation against what training had cost up to it. Small marks are runs, large ones means "
-    "over the seeds of an arm. Up and to the left is better. Tokens are comparable everywhere; seconds only between "
-    "runs on one machine that ran alone or always shared it with as many others."
+    "Accuracy at the last evaluation against the cost of training up to it. Small marks are runs, large marks means "
+    "over the seeds of an arm. Up and to the left is better. Tokens are always comparable; seconds are comparable only "
+    "between runs on the same machine with the same load."
 )
 MEAN_OF, AT = "avg_at_k", ("benchmark",)
-COSTS = {"tokens": "generated tokens", "seconds": "seconds"}
+COSTS = {"tokens": "generated tokens", "seconds": "training time (s)"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# Distance of the names, as a share of the height, if they need not be closer.
-LINE = 0.065
+# Distance of the names as a share of the height, unless they must be closer.
+LINE = 0.09
+# From this many arms on, lines connect names and means.
+MANY = 5
 
 
 def size(frame: pl.DataFrame) -> tuple[float, float]:
-    """A line of text for every arm, once for each benchmark."""
+    """Return the size for one row per arm and benchmark."""
     width, height = arms.rows_size(len(arms.names(frame.drop_nulls("mean"))))
-    return width, height * frame["benchmark"].n_unique()
+    return width, max(height, 2.8) * frame["benchmark"].n_unique()
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws two panels, tokens and seconds, for every benchmark, with the names of the arms beside them."""
+    """Draw two panels (tokens and seconds) per benchmark, with the names of the arms beside them."""
     shown = frame.drop_nulls("mean")
     looks = _looks(arms.names(shown))
     parts = shown.partition_by("benchmark", maintain_order=True)
@@ -42,7 +44,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     ax.xaxis.labelpad, ax.yaxis.labelpad = 2 * arms.X_PAD, arms.Y_PAD
     height = (0.88 if len(parts) > 1 else 1) / len(parts)
     for i, part in enumerate(parts):
-        panels = _panels(ax, 1 - (i + 1) / len(parts), height, part["avg_at_k"].to_numpy())
+        panels = _panels(ax, 1 - (i + 1) / len(parts), height, part)
         for panel, (cost, name) in zip(panels, COSTS.items(), strict=True):
             _draw_points(panel, part, cost, looks)
             panel.set_xlabel(name if i + 1 == len(parts) else "", fontsize=8, labelpad=1)
@@ -56,7 +58,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
 
 
 def _looks(order: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each arm: together they tell dozens apart."""
+    """Return the color and marker of each arm, which together distinguish dozens."""
     colors = len(style.ARM_COLORS)
     return {
         arm: {
@@ -68,15 +70,18 @@ def _looks(order: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _panels(ax: Axes, bottom: float, height: float, accuracy: np.ndarray) -> tuple[Axes, Axes]:
+def _panels(ax: Axes, bottom: float, height: float, part: pl.DataFrame) -> tuple[Axes, Axes]:
     with mpl.rc_context(style.RC):
-        left = ax.inset_axes((0, bottom, 0.47, height))
-        right = ax.inset_axes((0.53, bottom, 0.47, height), sharey=left)
-    margin = 0.1 * np.ptp(accuracy) or 0.05
-    left.set_ylim(accuracy.min() - margin, accuracy.max() + margin)
+        left = ax.inset_axes((0, bottom, 0.46, height))
+        right = ax.inset_axes((0.54, bottom, 0.46, height), sharey=left)
+    shown = np.concatenate([part[name].drop_nulls() for name in ("avg_at_k", "mean_low", "mean_high")])
+    margin = 0.06 * np.ptp(shown) or 0.05
+    left.set_ylim(shown.min() - margin, shown.max() + margin)
     for panel in (left, right):
-        panel.tick_params(labelsize=6.5, length=2, pad=2, labelleft=panel is left)
-        panel.locator_params(axis="x", nbins=4)
+        panel.tick_params(labelsize=arms.SMALL, length=2, pad=2, labelleft=panel is left)
+        panel.locator_params(axis="x", nbins=3)
+        panel.locator_params(axis="y", nbins=5)
+        panel.margins(x=0.12)
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     return left, right
 
@@ -89,13 +94,13 @@ def _draw_points(ax: Axes, part: pl.DataFrame, cost: str, looks: dict[str, dict[
     for (arm,), runs in known.partition_by("arm", maintain_order=True, as_dict=True).items():
         look, costs = looks[str(arm)], runs[cost].to_numpy()
         mean, low, high = runs.select("mean", "mean_low", "mean_high").row(0)
-        ax.plot(costs, runs["avg_at_k"], **look, markersize=2, alpha=0.35)
-        ax.vlines(costs.mean(), low, high, color=look["color"], linewidth=0.7, alpha=0.3)
-        ax.plot(costs.mean(), mean, **look, markersize=4.5)
+        ax.plot(costs, runs["avg_at_k"], **look, markersize=3, alpha=0.45, markeredgewidth=0)
+        ax.vlines(costs.mean(), low, high, color=look["color"], linewidth=1, alpha=0.6)
+        ax.plot(costs.mean(), mean, **look, markersize=5.5)
 
 
 def _draw_names(ax: Axes, part: pl.DataFrame, looks: dict[str, dict[str, Any]]) -> None:
-    """Write the arms beside ``ax``, the most accurate on top, each with a line to its mean where it is drawn."""
+    """Write the arms beside ``ax``, the most accurate on top; if there are many, with a line to the mean of each."""
     import polars as pl
 
     means = part.group_by("arm").agg(pl.col("mean").first(), pl.col("seconds").mean())
@@ -103,8 +108,8 @@ def _draw_names(ax: Axes, part: pl.DataFrame, looks: dict[str, dict[str, Any]]) 
     low, high = ax.get_ylim()
     heights = _spread((means["mean"].to_numpy() - low) / (high - low))
     for (arm, accuracy, seconds), height in zip(means.iter_rows(), heights, strict=True):
-        ax.plot(1.07, height, transform=ax.transAxes, clip_on=False, markersize=3.5, **looks[arm])
-        if seconds is not None:
+        ax.plot(1.07, height, transform=ax.transAxes, clip_on=False, markersize=4.5, **looks[arm])
+        if seconds is not None and len(heights) >= MANY:
             ax.annotate(
                 "",
                 (seconds, accuracy),
@@ -112,11 +117,11 @@ def _draw_names(ax: Axes, part: pl.DataFrame, looks: dict[str, dict[str, Any]]) 
                 textcoords="axes fraction",
                 arrowprops={"arrowstyle": "-", "color": looks[arm]["color"], "linewidth": 0.4, "alpha": 0.5},
             )
-        ax.text(1.11, height, style.shorten(arm), transform=ax.transAxes, va="center", fontsize=6.5)
+        ax.text(1.11, height, style.shorten(arm), transform=ax.transAxes, va="center", fontsize=arms.SMALL)
 
 
 def _spread(wanted: np.ndarray) -> np.ndarray:
-    """Heights in [0, 1] close to ``wanted``, which falls, and far enough apart to write in."""
+    """Return heights in [0, 1] close to the falling ``wanted`` and far enough apart for text."""
     distance = min(LINE, 1 / max(len(wanted) - 1, 1))
     places = wanted.copy()
     for i in range(1, len(places)):

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Share of all sampled responses with a defect: no parsable answer, cut off at the length limit, repeating itself, "
-    "or off the subject. One response can have several."
+    "Share of all sampled responses with a defect: no parsable answer (format violation), cut off at the length limit "
+    "(truncated), repetition, or off topic (irrelevant). A response can have several defects. Only the line of any "
+    "defect has a band."
 )
 COLORS = {
     "any": style.INK,
@@ -24,23 +25,23 @@ COLORS = {
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws one line a defect that occurs at all; the interval for any defect only."""
+    """Draw one line per defect that occurs, and the interval of any defect."""
     seen = set(frame.filter(frame["share"] > 0)["defect"])
-    for i, (_, run, line) in enumerate(style.by_run(frame)):
-        for defect, color in COLORS.items():
-            part = run.filter(defect=defect)
-            name = defect.replace("_", " ") if i == 0 else None
-            if defect == "any":
-                style.band(ax, part, "step", "share", color=color, linestyle=line, label="any defect" if name else None)
-            elif defect in seen:
-                ax.plot(part["step"], part["share"], color=color, linestyle=line, linewidth=1.1, label=name)
+    for defect, color in COLORS.items():
+        part = frame.filter(defect=defect)
+        if defect == "any":
+            style.curve(ax, part, "step", "share", color=color, label="any defect")
+        elif defect in seen:
+            pooled = style.pool(part, ["step"], "share")
+            style.line(ax, pooled, "step", "share", color=color, linewidth=1.1, label=defect.replace("_", " "))
     style.mark_boundary(ax, frame)
     style.label(
         ax,
         style.STEP,
         "share of responses",
-        f"{style.span(frame['num_responses'])} responses a step; band: 95 % interval over prompts",
+        f"{style.span(frame['num_responses'])} responses per step; band: 95 % interval over prompts"
+        + style.runs_note(frame),
     )
     style.start_at_zero(ax)
-    style.legend(ax, loc="upper right", bbox_to_anchor=(1, 0.97), ncols=2)
+    style.legend(ax, ncols=3)
     return ax

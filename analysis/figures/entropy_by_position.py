@@ -1,4 +1,4 @@
-"""Entropy by relative position in the response (claim T1)."""
+"""Entropy over the relative position in the response (claim T1)."""
 
 from __future__ import annotations
 
@@ -12,28 +12,25 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Mean token entropy along the response, from its first token (0) to its last (1). The claim expects a trough: "
-    "higher at both ends than in the middle."
+    "higher entropy at both ends than in the middle."
 )
 STAGES = {"rising": (":", "o"), "plateau": ("-", "s")}
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws one line a sample sign (colour) and stage (line style)."""
-    for i, (_, run, _) in enumerate(style.by_run(frame)):
-        for stage, (line, marker) in STAGES.items():
-            for sign, color in style.SIGN_COLORS.items():
-                part = run.filter(stage=stage, sample_sign=sign)
-                if part.is_empty():
-                    continue
-                options = {"linestyle": line, "marker": marker, "markersize": 3}
-                name = f"{sign}, {stage}" if i == 0 else None
-                style.band(ax, part, "position_mid", "entropy", color=color, label=name, **options)
+    """Draw one line per sample sign (color) and stage (line style)."""
+    for stage, (line, marker) in STAGES.items():
+        for sign, color in style.SIGN_COLORS.items():
+            part = frame.filter(stage=stage, sample_sign=sign)
+            if not part.is_empty():
+                look = {"linestyle": line, "marker": marker, "markersize": 4}
+                style.curve(ax, part, "position_mid", "entropy", color=color, label=f"{sign}, {stage}", **look)
     style.label(
         ax,
         "relative position in the response",
         "mean token entropy (nats)",
-        f"{frame['num_tokens'].sum():,} tokens, {style.span(frame['num_prompts'])} prompts a line; "
-        "band: 95 % interval over steps and prompts",
+        f"{frame['num_tokens'].sum():,} tokens, {style.span(frame['num_prompts'])} prompts per line and run;\n"
+        f"band: 95 % interval over steps and prompts{style.runs_note(frame)}",
     )
     ax.set_xlim(0, 1)
     ax.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""Entropy of wrong against right responses to the same prompt, over training (claim S2)."""
+"""Entropy gap between negative and positive responses to the same prompt, over training (claim S2)."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Mean entropy of the negative responses to a prompt minus that of the positive ones to the same prompt, averaged "
-    "over prompts that have both. Hard prompts have more wrong responses and may have more entropy anyway; comparing "
-    "within a prompt leaves that out. If all responses lose the same share of their entropy, the gap closes, too; the "
-    "verdict therefore compares logarithms."
+    "Mean entropy of the negative responses to a prompt minus that of the positive responses to the same prompt, "
+    "averaged over prompts that have both. Hard prompts have more wrong responses and may have higher entropy anyway; "
+    "the comparison within a prompt removes that. If all responses lose the same share of their entropy, the gap "
+    "closes too; the verdict therefore compares logarithms."
 )
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws the gap of each run with its interval, and the line of no gap."""
+    """Draw the gap with its interval, and a line at zero."""
     ax.axhline(0, color=style.INK, linewidth=0.8)
-    for _, run, line in style.by_run(frame):
-        style.band(ax, run, "step", "gap", color=style.PURPLE, linestyle=line)
+    style.curve(ax, frame, "step", "gap", color=style.PURPLE)
     style.mark_boundary(ax, frame)
     style.label(
         ax,
         style.STEP,
-        "entropy, negative - positive (nats)",
-        f"{style.span(frame['num_prompts'])} prompts a step with both signs; band: 95 % interval over prompts",
+        "entropy gap, negative - positive (nats)",
+        f"{style.span(frame['num_prompts'])} prompts with both signs per step; band: 95 % interval over prompts"
+        + style.runs_note(frame),
     )
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high + 0.1 * (high - low))
+    style.leave_room_on_top(ax)
     return ax

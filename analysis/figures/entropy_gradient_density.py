@@ -1,10 +1,11 @@
-"""Entropy against gradient norm, over all tokens in the update (claim S6)."""
+"""Joint distribution of entropy and gradient norm over all tokens in the update (claim S6)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import numpy as np
+import seaborn as sns
 from matplotlib.colors import LogNorm
 
 from entrace.analysis.figures import style
@@ -14,39 +15,40 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Where tokens lie by entropy and by the norm of their gradient at the LM head, both on logarithmic scales, samples "
-    "of both signs and all runs together; the outermost cells take in what lies beyond. Correlations of the logarithms "
-    "are computed step by step and averaged, each sign by itself. Tokens without entropy or gradient are left out."
+    "Number of tokens by entropy and by the norm of their gradient at the LM head, all scales logarithmic, both sample "
+    "signs and all runs together; the outermost cells include everything beyond. Correlations of the logarithms are "
+    "computed per step and sign and then averaged. Tokens without entropy or gradient are left out."
 )
-# Lower edges of the cells, as the query cuts them.
-ENTROPY_EDGES = 10 ** (np.arange(41) * 0.125 - 4)
-GRAD_NORM_EDGES = 10 ** (np.arange(41) * 0.15 - 4)
+# Cell edges of the query, log10.
+ENTROPY_EDGES = np.arange(41) * 0.125 - 4
+GRAD_NORM_EDGES = np.arange(41) * 0.15 - 4
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws the tokens of each cell as colour, for the stage that ``style.late_stage`` picks."""
+    """Draw the number of tokens per cell as color, for the stage that ``style.late_stage`` picks."""
     shown, stage = style.late_stage(frame)
-    # Half a cell further, so that rounding cannot take a token to the cell before.
-    counts, _, _ = np.histogram2d(
-        shown["entropy_low"] * 10**0.0625,
-        shown["grad_norm_low"] * 10**0.075,
-        bins=(ENTROPY_EDGES, GRAD_NORM_EDGES),
-        weights=shown["num_tokens"],
-    )
-    mesh = ax.pcolormesh(
-        ENTROPY_EDGES,
-        GRAD_NORM_EDGES,
-        np.where(counts > 0, counts, np.nan).T,
-        norm=LogNorm(0.5, max(counts.max(), 10)),
+    # The middle of a cell, so that rounding cannot move a token to the cell before.
+    x = np.log10(shown["entropy_low"].to_numpy()) + 0.0625
+    y = np.log10(shown["grad_norm_low"].to_numpy()) + 0.075
+    weights = shown["num_tokens"].to_numpy()
+    sns.histplot(
+        x=10**x,
+        y=10**y,
+        weights=weights,
+        bins=(ENTROPY_EDGES, GRAD_NORM_EDGES),  # pyright: ignore[reportArgumentType]
+        log_scale=True,
+        thresh=0,
+        vmin=None,
+        vmax=None,
+        norm=LogNorm(0.5, max(_largest_cell(x, y, weights), 10)),
         cmap="Blues",
         rasterized=True,
+        ax=ax,
     )
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlim(*_occupied(counts.sum(1), ENTROPY_EDGES))
-    ax.set_ylim(*_occupied(counts.sum(0), GRAD_NORM_EDGES))
-    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02)
-    bar.set_label("tokens in the cell", fontsize=8)
+    ax.set_xlim(*_occupied(x, ENTROPY_EDGES))
+    ax.set_ylim(*_occupied(y, GRAD_NORM_EDGES))
+    bar = ax.figure.colorbar(ax.collections[0], ax=ax, pad=0.02)
+    bar.set_label("tokens per cell", fontsize=8)
     style.label(
         ax,
         "token entropy (nats)",
@@ -58,7 +60,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
 
 
 def describe(frame: pl.DataFrame, sign: str) -> str:
-    """Correlation of one sign with its interval, in words; runs are averaged as independent ones."""
+    """Return the correlation of one sign with its interval, in words; runs are averaged as independent."""
     runs = frame.filter(sample_sign=sign).unique("run_id").select("correlation", "low").drop_nulls()
     if runs.is_empty():
         return f"{sign} unknown"
@@ -66,7 +68,12 @@ def describe(frame: pl.DataFrame, sign: str) -> str:
     return f"{sign} {mean:.3f} ± {half:.3f}"
 
 
-def _occupied(counts: np.ndarray, edges: np.ndarray) -> tuple[float, float]:
-    """Limits of the cells that hold anything, with one more on either side."""
-    cells = np.flatnonzero(counts)
-    return float(edges[max(cells[0] - 1, 0)]), float(edges[min(cells[-1] + 2, len(edges) - 1)])
+def _largest_cell(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> float:
+    counts, _, _ = np.histogram2d(x, y, bins=(ENTROPY_EDGES, GRAD_NORM_EDGES), weights=weights)
+    return float(counts.max())
+
+
+def _occupied(middles: np.ndarray, edges: np.ndarray) -> tuple[float, float]:
+    """Return the limits of the cells that hold tokens, with one more cell on either side."""
+    cells = np.digitize(middles, edges) - 1
+    return float(10 ** edges[max(cells.min() - 1, 0)]), float(10 ** edges[min(cells.max() + 2, len(edges) - 1)])

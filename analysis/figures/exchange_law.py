@@ -1,13 +1,14 @@
-"""Accuracy against entropy over training, with the exchange law fitted (claim E1)."""
+"""Accuracy against entropy over training, with the fitted exchange law (claim E1)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import numpy as np
+import seaborn as sns
 
 from entrace.analysis.figures import style
-from entrace.analysis.statistics.intervals import contrast
+from entrace.analysis.statistics.contrasts import contrast
 from entrace.analysis.statistics.stages import MIN_STEPS
 
 if TYPE_CHECKING:
@@ -15,39 +16,39 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Each point is a training step. The curve is accuracy = b - a exp(entropy) (arXiv 2505.22617), fitted to all steps "
-    "of a run; b - a is the accuracy that it predicts at zero entropy. A good fit alone says little: both measures "
+    "Each point is a training step. Each curve is the law accuracy = b - a exp(entropy) (arXiv 2505.22617), fitted to "
+    "all steps of a run; b - a is the predicted accuracy at zero entropy. A good fit alone says little: both measures "
     "follow the step, and a batch of hard prompts moves both. The verdicts therefore take entropy and accuracy from "
     "different halves of each step's prompts, and compare the law with the step as a predictor."
 )
 # Entropies at which the band is drawn.
 NUM_PLACES = 40
-STAGES = {"rising": (style.ORANGE, "o"), "plateau": (style.BLUE, "s")}
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws the steps of each stage, the fitted curve of each run and its band."""
-    for stage, (color, marker) in STAGES.items():
+    """Draw the steps of each stage, and the fitted curve of each run with its band."""
+    for stage, color in style.STAGE_COLORS.items():
         part = frame.filter(stage=stage)
         if not part.is_empty():
-            ax.scatter(part["entropy"], part["accuracy"], s=12, color=color, marker=marker, alpha=0.6, label=stage)
+            look = {"color": color, "marker": style.STAGE_MARKERS[stage], "alpha": 0.55, "linewidth": 0}
+            sns.scatterplot(part.to_pandas(), x="entropy", y="accuracy", s=13, label=stage, ax=ax, legend=False, **look)
     fitted = frame.filter(frame["a"].is_finite(), frame["b"].is_finite())
-    for _, run, line in style.by_run(fitted):
+    for i, (_, run) in enumerate(style.by_run(fitted)):
         values = run["entropy"].to_numpy()
         entropy = np.linspace(values.min(), values.max(), NUM_PLACES)
-        ax.plot(entropy, run["b"][0] - run["a"][0] * np.exp(entropy), color=style.INK, linestyle=line)
+        curve = run["b"][0] - run["a"][0] * np.exp(entropy)
+        ax.plot(entropy, curve, color=style.INK, linewidth=1.2, label=None if i else "fit of a run")
         if run.height >= MIN_STEPS:
-            ax.fill_between(entropy, *fit_band(run, entropy), color=style.INK, alpha=0.16, linewidth=0)
-    lengths = [run.height for _, run, _ in style.by_run(frame)]
+            ax.fill_between(entropy, *fit_band(run, entropy), color=style.INK, alpha=0.12, linewidth=0)
+    lengths = [run.height for _, run in style.by_run(frame)]
     style.label(
         ax,
         "mean token entropy (nats)",
         "accuracy of sampled responses",
-        f"n = {style.span(lengths)} steps in {style.count(lengths, 'run')}; band: 95 % interval, steps autocorrelated",
+        f"n = {style.span(lengths)} steps in {style.count(lengths, 'run')}; band: 95 % interval of the fit, steps "
+        f"autocorrelated\n{describe_fit(fitted)}",
     )
-    ax.set_xlim(left=0)
-    ax.set_ylim(0, 1)
-    style.legend(ax, loc="best", title=describe_fit(fitted), title_fontsize=7.5, alignment="left")
+    style.legend(ax, ncols=3)
     return ax
 
 
@@ -69,11 +70,11 @@ def fit_band(run: pl.DataFrame, entropy: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def describe_fit(frame: pl.DataFrame) -> str:
-    """Coefficients, ceiling and share of variance explained, in words; ranges where runs differ."""
+    """Return the coefficients, accuracy at zero entropy, and R² in words, as ranges where runs differ."""
     if frame.is_empty():
         return "no fit: entropy does not vary"
     a, b, ceiling, r2 = (_range(frame[name]) for name in ("a", "b", "ceiling", "r2"))
-    return f"accuracy = b - a exp(entropy)\na = {a}, b = {b}, R² = {r2}\nat entropy 0: {ceiling}"
+    return f"a = {a}, b = {b}, R² = {r2}, b - a = {ceiling}"
 
 
 def _range(values: pl.Series) -> str:

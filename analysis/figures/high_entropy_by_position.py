@@ -1,4 +1,4 @@
-"""Where in a response the high-entropy tokens stand (claims S6, T3)."""
+"""Share of high-entropy tokens over the position in the response (claims S6, T3)."""
 
 from __future__ import annotations
 
@@ -11,37 +11,35 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Share of tokens at each position that belong to the 20 % with the highest entropy of their stage. If position "
-    "made no difference the lines would lie on the dashed one."
+    "Share of tokens at each position that are among the 20 % with the highest entropy of their stage. Without an "
+    "effect of position, both lines would follow the dashed line."
 )
-STAGES = {"rising": (style.ORANGE, "o"), "plateau": (style.BLUE, "s")}
 TOP = 0.2
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws the share of high-entropy tokens over relative position, one colour a stage."""
-    for i, (_, run, line) in enumerate(style.by_run(frame)):
-        for stage, (color, marker) in STAGES.items():
-            part = run.filter(stage=stage)
-            if part.is_empty():
-                continue
-            options = {"linestyle": line, "marker": marker, "markersize": 4}
-            name = f"{stage} (from {_thresholds(frame, stage)} nats)" if i == 0 else None
-            style.band(ax, part, "position_mid", "share", color=color, label=name, **options)
-    ax.axhline(TOP, color=style.GREY, linestyle="--", linewidth=0.9, label="evenly spread")
+    """Draw the share of high-entropy tokens over relative position, one color per stage."""
+    for stage, color in style.STAGE_COLORS.items():
+        part = frame.filter(stage=stage)
+        if not part.is_empty():
+            name = f"{stage} (from {_thresholds(part)} nats)"
+            look = {"marker": style.STAGE_MARKERS[stage], "markersize": 4.5, "label": name}
+            style.curve(ax, part, "position_mid", "share", color=color, **look)
+    ax.axhline(TOP, color=style.GREY, linestyle="--", linewidth=0.9, label="no effect of position")
     style.label(
         ax,
         "relative position in the response",
         "share of tokens with high entropy",
-        f"{frame['num_tokens'].sum():,} tokens, {style.span(frame['num_prompts'])} prompts a point;\n"
-        "band: 95 % interval over steps and prompts",
+        f"{frame['num_tokens'].sum():,} tokens, {style.span(frame['num_prompts'])} prompts per point and run;\n"
+        f"band: 95 % interval over steps and prompts{style.runs_note(frame)}",
     )
     ax.set_xlim(0, 1)
-    style.start_at_zero(ax)
-    style.legend(ax, loc="upper center", ncols=2)
+    ax.set_ylim(bottom=0)
+    style.legend(ax, ncols=2)
     return ax
 
 
-def _thresholds(frame: pl.DataFrame, stage: str) -> str:
-    thresholds = frame.filter(stage=stage)["entropy_threshold"]
+def _thresholds(part: pl.DataFrame) -> str:
+    """Return the range over runs of the entropy from which a token counts."""
+    thresholds = part["entropy_threshold"]
     return "–".join(sorted({f"{end:.2f}" for end in (min(thresholds), max(thresholds))}))

@@ -1,10 +1,8 @@
-"""What the high-entropy tokens of low- and high-perplexity responses are for (claim I1)."""
+"""Functions of the high-entropy tokens in responses of low and high perplexity (claim I1)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from entrace.analysis.figures import style
 
@@ -13,10 +11,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "The responses to one prompt are cut into thirds by perplexity at equal length. Each dot is the share of a "
-    "category among the 20 % of tokens with the highest entropy, so that the five categories of a third add up to 1. "
-    "'All reasoning' is the sum of formal, logical, and metacognitive: the claim expects it to be highest in the "
-    "lowest third. The verdict compares tokens at equal position."
+    "The responses to one prompt are cut into thirds by perplexity at equal length. A dot is the share of a category "
+    "among the 20 % of tokens with the highest entropy; the five categories of a third add up to 1. 'All reasoning' is "
+    "the sum of formal, logical, and metacognitive: the claim expects it to be highest in the lowest third. The "
+    "verdict compares tokens at equal position."
 )
 CATEGORIES = {
     "reasoning": "all\nreasoning",
@@ -26,45 +24,33 @@ CATEGORIES = {
     "semantic_support": "semantic",
     "special": "special",
 }
+# Name, color, marker, and horizontal offset of each third.
 TERCILES = {
-    1: ("lowest", style.BLUE, "o"),
-    2: ("middle", style.GREY, "s"),
-    3: ("highest", style.ORANGE, "^"),
+    1: ("lowest", style.BLUE, "o", -0.22),
+    2: ("middle", style.GREY, "s", 0),
+    3: ("highest", style.ORANGE, "^", 0.22),
 }
-SPREAD = 0.6
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws a dot with its interval for every category, tercile and run, in the stage ``style.late_stage`` picks."""
+    """Draw a dot with its interval per category and tercile, for the stage that ``style.late_stage`` picks."""
     shown, stage = style.late_stage(frame)
-    runs = style.by_run(shown)
-    places = np.linspace(-SPREAD / 2, SPREAD / 2, len(TERCILES) * len(runs)).reshape(len(TERCILES), -1)
-    for (tercile, (name, color, marker)), offsets in zip(TERCILES.items(), places, strict=True):
-        for i, (_, run, _) in enumerate(runs):
-            part = run.filter(ppl_tercile=tercile)
-            ax.errorbar(
-                [list(CATEGORIES).index(category) + offsets[i] for category in part["category"]],
-                part["share"],
-                yerr=style.errors(part, "share"),
-                color=color,
-                marker=marker,
-                markersize=3.5,
-                linestyle="none",
-                elinewidth=1,
-                capsize=2,
-                label=name if i == 0 else None,
-            )
+    placed = shown.with_columns(place=shown["category"].replace_strict(list(CATEGORIES), range(len(CATEGORIES))))
+    for tercile, (name, color, marker, shift) in TERCILES.items():
+        part = placed.filter(ppl_tercile=tercile)
+        look = {"color": color, "marker": marker, "linestyle": "none", "label": name}
+        if not part.is_empty():
+            style.points(ax, part, "place", "share", shift=shift, **look)
     ax.axvline(0.5, color=style.GREY, linewidth=0.7)
     ax.set_xticks(range(len(CATEGORIES)), list(CATEGORIES.values()))
     ax.grid(visible=False, axis="x")
+    style.show_all_shares(ax)
     style.label(
         ax,
         "function of the token",
         "share of high-entropy tokens",
-        f"{stage}; {style.span(shown['num_tokens'])} high-entropy tokens a third of "
-        f"{style.span(shown['num_prompts'])} prompts;\nbars: 95 % interval over steps and prompts",
+        f"{stage}; {style.span(shown['num_tokens'])} high-entropy tokens per third, {style.span(shown['num_prompts'])} "
+        f"prompts;\nbars: 95 % interval over steps and prompts{style.runs_note(shown, 'open dots')}",
     )
-    style.start_at_zero(ax)
-    ax.set_yticks([tick for tick in ax.get_yticks() if tick <= 1])
-    style.legend(ax, loc="upper center", ncols=3, title="third of the prompt's group by perplexity", title_fontsize=8)
+    style.legend(ax, tick_lines=2, ncols=3, title="third of the prompt's group by perplexity", title_fontsize=8)
     return ax

@@ -1,4 +1,4 @@
-"""Which words the high-entropy tokens are (claims S6, T3)."""
+"""Most frequent words among the high-entropy tokens (claims S6, T3)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "The words that are most frequent among the 20 % of tokens with the highest entropy, coloured by function. The "
-    "number beside a bar says how often the word has high entropy where it occurs: a frequent word needs no high "
-    "number to stand here."
+    "The words that are most frequent among the 20 % of tokens with the highest entropy, colored by function. The "
+    "number beside a bar is the share of the word's own occurrences that have high entropy: a frequent word can be on "
+    "the list with a small number."
 )
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws one bar a word with its interval, for the first run and the stage ``style.late_stage`` picks."""
+    """Draw one bar with its interval per word, for the first run and the stage that ``style.late_stage`` picks."""
     shown, stage = style.late_stage(frame)
-    name, run, _ = style.by_run(shown)[0]
+    name, run = style.by_run(shown)[0]
     high = run["high"].fill_null(run["share"])
     style.word_bars(ax, run, "rank", "text", "share")
     for rank, end, rate in zip(run["rank"], high, run["high_rate"], strict=True):
@@ -42,8 +42,8 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "",
         f"{stage}{f' of {name}, the first of {runs} runs' if runs > 1 else ''}; "
         f"{run['num_high'].sum():,} high-entropy tokens ({run['share'].sum():.0%} of all)\n"
-        "beside a bar: of the word's own occurrences; "
-        f"bars: 95 % interval over {style.count(range(run['num_steps'][0]), 'step')}",
+        "number: share of the word's own occurrences; "
+        f"lines: 95 % interval over {style.count(range(run['num_steps'][0]), 'step')}",
     )
-    style.legend(ax, loc="lower right")
+    style.legend(ax, ncols=3)
     return ax

@@ -1,4 +1,4 @@
-"""What replacing a token costs, by its position in the response (claim T2)."""
+"""Impact of replacing a token, over its position in the response (claim T2)."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ KINDS = {True: ("right responses", style.BLUE, "o"), False: ("wrong responses", 
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws mean impact over relative position, one colour for right and one for wrong responses."""
-    for i, (_, run, line) in enumerate(style.by_series(frame)):
-        for is_correct, (name, color, marker) in KINDS.items():
-            part = run.filter(is_correct=is_correct)
-            if part.is_empty():
-                continue
-            options = {"linestyle": line, "marker": marker, "markersize": 4}
-            style.band(ax, part, "position_mid", "impact", color=color, label=name if i == 0 else None, **options)
+    """Draw mean impact over relative position, one color each for right and wrong responses."""
+    series = list(style.by_series(frame))
+    for name, part, line in series:
+        for is_correct, (kind, color, marker) in KINDS.items():
+            own = part.filter(is_correct=is_correct)
+            if not own.is_empty():
+                look = {"linestyle": line, "marker": marker, "markersize": 4.5, "label": f"{kind}{name}"}
+                style.curve(ax, own, "position_mid", "impact", color=color, **look)
     ax.axhline(0, color=style.INK, linewidth=0.7)
     style.label(
         ax,
         "relative position of the replaced token",
         "accuracy lost by replacing the token",
-        f"{style.span(frame['num_interventions'])} replacements, {style.span(frame['num_prompts'])} prompts a point;\n"
-        "band: 95 % interval over prompts",
+        f"{style.span(frame['num_interventions'])} replacements, {style.span(frame['num_prompts'])} prompts per point "
+        f"and run;\nband: 95 % interval over prompts{style.runs_note(frame)}",
     )
     ax.set_xlim(0, 1)
-    style.legend(ax, loc="best")
+    style.legend(ax, ncols=2 if len(series) == 1 else 1)
     return ax

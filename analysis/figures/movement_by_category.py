@@ -1,4 +1,4 @@
-"""Which kinds of tokens an update moves (claim S6)."""
+"""Probability change by an update per token category (claim S6)."""
 
 from __future__ import annotations
 
@@ -11,44 +11,34 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Mean change of the probability of the sampled token by one update, by the token's function. To the right of zero "
-    "a kind is reinforced, to the left suppressed. The table adds mean |Δp| and gradient norm."
+    "Mean change of the probability of the sampled token by one update, by the function of the token. A category to "
+    "the right of zero is reinforced, to the left suppressed. The CSV file adds mean |Δp| and gradient norm."
 )
-SPREAD = 0.5
+# Vertical offset of each sign from the middle of its row.
+SHIFTS = {"negative": -0.14, "positive": 0.14}
+MARKERS = {"negative": "s", "positive": "o"}
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws a dot with its interval for every category, run and sign, for the stage that ``style.late_stage`` picks."""
+    """Draw a dot with its interval per category and sign, for the stage that ``style.late_stage`` picks."""
     shown, stage = style.late_stage(frame)
     categories = [name for name in style.CATEGORY_COLORS if name in set(shown["category"])]
-    signs = [sign for sign in style.SIGN_COLORS if sign in set(shown["sample_sign"])]
-    runs = style.by_run(shown)
+    percent = [100 * shown[name] for name in ("dp", "low", "high")]
+    shown = shown.with_columns(*percent, row=shown["category"].replace_strict(categories, range(len(categories))))
     ax.axvline(0, color=style.INK, linewidth=0.8)
-    for i, (_, run, _) in enumerate(runs):
-        for j, sign in enumerate(signs):
-            part = run.filter(sample_sign=sign)
-            offset = SPREAD * ((j * len(runs) + i + 0.5) / (len(signs) * len(runs)) - 0.5)
-            ax.errorbar(
-                100 * part["dp"],
-                [categories.index(category) + offset for category in part["category"]],
-                xerr=[100 * error for error in style.errors(part, "dp")],
-                color=style.SIGN_COLORS[sign],
-                linestyle="none",
-                marker="o" if sign == "positive" else "s",
-                markersize=4,
-                elinewidth=1.2,
-                capsize=2,
-                label=f"{sign} samples" if i == 0 else None,
-            )
+    for sign, color in style.SIGN_COLORS.items():
+        part = shown.filter(sample_sign=sign)
+        look = {"color": color, "marker": MARKERS[sign], "linestyle": "none", "label": f"{sign} samples"}
+        if not part.is_empty():
+            style.points(ax, part, "row", "dp", shift=SHIFTS[sign], is_horizontal=True, **look)
     ax.set_yticks(range(len(categories)), [name.replace("_", "\n") for name in categories])
-    # Room for the legend above the first category.
-    ax.set_ylim(len(categories) - 0.5, -1.2)
+    ax.set_ylim(len(categories) - 0.5, -0.5)
     style.label(
         ax,
         "mean change of probability, Δp (percentage points)",
         "",
-        f"{stage}; {shown['num_tokens'].sum():,} tokens, {style.span(shown['num_prompts'])} prompts a dot\n"
-        "bars: 95 % interval over steps and prompts",
+        f"{stage}; {shown['num_tokens'].sum():,} tokens, {style.span(shown['num_prompts'])} prompts per dot\n"
+        f"bars: 95 % interval over steps and prompts{style.runs_note(shown, 'open dots')}",
     )
-    style.legend(ax, loc="upper center", ncols=2)
+    style.legend(ax, ncols=2)
     return ax

@@ -8,7 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.patches import Patch
 
-from entrace.analysis.compare import compare_once as comparison
+from entrace.analysis.compare import compare_once
 from entrace.analysis.compare.verdict import METRICS, PRIMARY
 from entrace.analysis.figures import arms, style
 
@@ -19,49 +19,54 @@ if TYPE_CHECKING:
     from entrace.analysis.runs import Runs
 
 CAPTION = (
-    "Accuracy of each arm minus that of its baseline on the same held-out prompts, seed by seed. A verdict needs three "
-    "seeds, an interval without zero, a p-value that holds among all arms (Holm), and a difference beyond the shaded "
-    "band. Ticks mark the smallest true difference that the design finds four times in five; a row without ticks would "
-    "need one beyond the axis. Intervals and verdicts are those of the table 'Comparison'."
+    "Accuracy of each arm minus that of its baseline on the same held-out prompts, per seed. A verdict needs three "
+    "seeds, an interval that excludes zero, an adjusted p of at most .05 (Holm, over all arms), and a difference "
+    "beyond the shaded band. Ticks mark the detectable difference: the smallest true difference that this design "
+    "finds with 80 % power. A row without ticks would need one beyond the axis. Intervals and verdicts are those of "
+    "the table 'Comparison'."
 )
 SMALLEST = METRICS[PRIMARY].smallest
-# Colour, marker and order in the legend; a verdict that is none of these is drawn as the last.
+# Color, marker, and order in the legend; any other verdict is drawn as inconclusive.
 VERDICTS = {
     "better": (style.BLUE, "^"),
     "worse": (style.VERMILLION, "v"),
     "no difference that matters": (style.GREEN, "s"),
     "inconclusive": (style.GREY, "o"),
 }
-# The axis shows every seed, and of an interval that two seeds leave wide open this many times as much.
+# An interval from two seeds can be very wide: the axis ends at this multiple of the largest difference of a seed.
 REACH = 2.5
-# Between axis and legend, in heights of a letter: room for numbers and label of the axis.
-LEGEND_PAD = 4.5
 
 
 def query(runs: Runs) -> pl.DataFrame:
-    """Return the rows of the query whose runs can be compared, with the mean, interval, and verdict of ``compare``."""
+    """Return the rows of the query that ``compare`` pairs, with its differences, intervals, and verdicts.
+
+    ``compare`` alone pairs runs and prompts and computes differences. The query adds the step and the number of prompts
+    of each seed.
+    """
     baselines = {str(m.get("arm") or "-"): m.get("baseline") or runs.baseline for m in runs.manifests.values()}
     pairs = {"key": list(baselines), "value": list(baselines.values())}
     frame = runs.query("paired_differences", baselines=pairs)
-    found = comparison(runs)
+    found = compare_once(runs)
     if found is None:
         return frame.clear()
     keys = ["arm", "baseline", "benchmark", "metric"]
     judged = found.differences.select(
         *keys, "low", "high", "p_adjusted", "detectable", "verdict", "covers", "num_seeds", mean="difference"
     )
-    taking_part = frame.join(found.by_seed, on=["arm", "baseline", "seed"], how="semi", maintain_order="left")
-    return taking_part.join(judged, on=keys, how="left", maintain_order="left")
+    measured = frame.drop("value", "baseline_value", "difference").join(
+        found.by_seed, on=[*keys, "seed"], how="inner", maintain_order="left"
+    )
+    return measured.select(frame.columns).join(judged, on=keys, how="left", maintain_order="left")
 
 
 def size(frame: pl.DataFrame) -> tuple[float, float]:
-    """A line of text for every arm and benchmark, and the legend."""
+    """Return the size for one row per arm and benchmark, and the legend."""
     width, height = arms.rows_size(frame.select("arm", "benchmark").n_unique())
-    return width, height + 0.4
+    return width, height + 0.3
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws a row an arm, largest difference on top."""
+    """Draw one row per arm, with the largest difference on top."""
     import polars as pl
 
     shown = frame.filter(pl.col("metric") == PRIMARY, pl.col("mean").is_not_null())
@@ -69,7 +74,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     rows = shown.partition_by("arm", "benchmark", maintain_order=True)
     rows.sort(key=lambda row: (row["benchmark"][0], -row["mean"][0]))
     labels = [row["arm"][0] if is_single else f"{row['arm'][0]} · {row['benchmark'][0]}" for row in rows]
-    # Names stand within the Axes, so that the note above begins where they do.
+    # Names are within the Axes, so that the note above starts at their left edge.
     left = arms.name_width(labels)
     arms.hide(ax)
     ax.xaxis.labelpad = arms.X_PAD
@@ -79,18 +84,18 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     panel.axvline(0, color=style.INK, linewidth=0.8, zorder=0.6)
     for place, row in enumerate(rows):
         _draw_row(panel, place, row)
-    panel.set_yticks(range(len(rows)), [style.shorten(label) for label in labels], fontsize=6.5)
+    panel.set_yticks(range(len(rows)), [style.shorten(label) for label in labels])
     panel.set_ylim(len(rows) - 0.4, -0.6)
     panel.set_xlim(*_limits(shown))
-    panel.locator_params(axis="x", nbins=6)
+    panel.locator_params(axis="x", nbins=5)
     panel.grid(visible=False, axis="y")
-    panel.tick_params(labelsize=6.5, length=2, pad=2)
+    panel.tick_params(labelsize=arms.SMALL, length=2, pad=2)
     _legend(ax, set(shown["verdict"]))
     baselines = shown["baseline"].unique().to_list()
     than = style.shorten(baselines[0]) if len(baselines) == 1 else "its baseline"
     note = (
         f"{style.count(rows, 'difference')}, {arms.seeds(shown)} each, {style.span(shown['num_prompts'])} held-out "
-        f"prompts a seed\nbars: 95 % interval, covers {' / '.join(shown['covers'].unique(maintain_order=True))}"
+        f"prompts per seed\nbars: 95 % interval, covers {' / '.join(shown['covers'].unique(maintain_order=True))}"
     )
     style.label(ax, f"held-out accuracy (avg@k): arm minus {than}", "", note)
     return ax
@@ -102,7 +107,7 @@ def _draw_row(ax: Axes, place: int, row: pl.DataFrame) -> None:
     if low is not None and high is not None:
         ax.hlines(place, low, high, color=color, linewidth=1.3)
     ax.plot(mean, place, marker=marker, color=color, markersize=4.5, linestyle="none")
-    arms.seed_dots(ax, row["difference"], [place] * row.height, color)
+    style.seed_dots(ax, row["difference"], [place] * row.height, color)
     if detectable is not None:
         ax.plot([-detectable, detectable], [place] * 2, "|", color=style.INK, markersize=5, markeredgewidth=0.6)
 
@@ -120,12 +125,12 @@ def _limits(shown: pl.DataFrame) -> tuple[float, float]:
 
 
 def _legend(ax: Axes, seen: set[str]) -> None:
-    """Puts the legend below the label of the axis, where no row can lie."""
+    """Draw the legend below the axis label, where it cannot cover a row."""
     for verdict, (color, marker) in VERDICTS.items():
         if verdict in seen:
             ax.plot([], [], marker=marker, color=color, markersize=4.5, linewidth=1.3, label=verdict)
-    arms.seed_dots(ax, [], [], style.GREY, label="seeds")
+    style.seed_dots(ax, [], [], style.GREY, label="seeds")
     ax.plot([], [], "|", color=style.INK, markersize=5, label="detectable")
     handles, _ = ax.get_legend_handles_labels()
     handles.append(Patch(color=style.GREY, alpha=0.16, linewidth=0, label=f"within ±{SMALLEST:g}"))
-    style.legend(ax, handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=LEGEND_PAD, ncols=3)
+    style.legend(ax, handles=handles, ncols=3)

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Share of pairs of a seed and a held-out prompt on which more than τ of the k samples are right. At τ = 0 it "
-    "counts prompts solved at least once, at the right end those solved every time. A curve above another everywhere "
-    "is better whatever one asks for; curves that cross trade prompts solved now and then against prompts solved "
-    "reliably."
+    "Share of pairs of a seed and a held-out prompt on which more than τ of the k samples are right. The left end "
+    "(τ = 0) counts prompts that are solved at least once, the right end prompts that are solved every time. A curve "
+    "that lies above another everywhere is better by any criterion; curves that cross trade prompts that are solved "
+    "sometimes against prompts that are solved reliably."
 )
 MEAN_OF, AT = "share", ("benchmark", "tau")
 size = arms.panels_size
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws the share over tau, one colour or one panel an arm."""
-    arms.lines(ax, frame, "tau", legend="upper right")
+    """Draw the share over tau, one color or one panel per arm."""
+    arms.lines(ax, frame, "tau")
     x = f"τ (share of {style.span(frame['k'])} samples that are right)"
     style.label(ax, x, "share of (seed, prompt) above τ", arms.line_note(frame))
     return ax

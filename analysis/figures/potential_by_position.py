@@ -1,8 +1,10 @@
-"""How far updates move tokens, by position in the response (claim T3)."""
+"""Probability changes by an update over the position in the response (claim T3)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from entrace.analysis.figures import style
 
@@ -11,42 +13,47 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "How far one update moved the probability of the sampled tokens, up or down, along the response: all tokens, and "
-    "the 20 % with the highest entropy. The claim expects high-entropy tokens to be moved most at the end. Where "
-    "entropy itself is higher at the end, so is movement; the verdict compares tokens of equal entropy. The table "
-    "adds the gradient norm and the direction."
+    "Absolute change of the probability of the sampled tokens by one update along the response, for all tokens and for "
+    "the 20 % with the highest entropy. The claim expects high-entropy tokens to move most at the end. Movement is "
+    "also higher where entropy itself is higher; the verdict compares tokens of equal entropy. The CSV file adds the "
+    "gradient norm and the direction. The vertical axis is linear near zero and logarithmic above."
 )
 KINDS = {"": ("-", "o", "all tokens"), "_high_entropy": ("--", "s", "high entropy")}
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws mean movement by sign (colour), of all and of high-entropy tokens (line style), for the late stage."""
+    """Draw mean movement by sign (color) for all and for high-entropy tokens (line style), in the late stage."""
     shown, stage = style.late_stage(frame)
-    for i, (_, run, _) in enumerate(style.by_run(shown)):
-        for suffix, (line, marker, kind) in KINDS.items():
-            for sign, color in style.SIGN_COLORS.items():
-                part = _of_kind(run.filter(sample_sign=sign), suffix)
-                if part.is_empty():
-                    continue
-                options = {"linestyle": line, "marker": marker, "markersize": 3}
-                name = f"{sign}, {kind}" if i == 0 else None
-                style.band(ax, part, "position_mid", "movement", color=color, label=name, **options)
+    for suffix, (line, marker, kind) in KINDS.items():
+        for sign, color in style.SIGN_COLORS.items():
+            part = _of_kind(shown.filter(sample_sign=sign), suffix)
+            if not part.is_empty():
+                look = {"linestyle": line, "marker": marker, "markersize": 4, "label": f"{sign}, {kind}"}
+                style.curve(ax, part, "position_mid", "movement", color=color, **look)
+    typical = float(np.median(shown["movement"]))
+    if typical > 0:
+        # A few large movements would flatten everything else on a linear axis.
+        linear = 10 ** np.floor(np.log10(typical))
+        ax.set_yscale("symlog", linthresh=linear, linscale=0.6)
+        # Below 0, so that marks close to 0 are whole.
+        ax.set_ylim(bottom=-linear / 8)
     style.label(
         ax,
         "relative position in the response",
-        "movement of probability, mean |Δp|",
-        f"{stage}; {shown['num_tokens'].sum():,} tokens, {style.span(shown['num_prompts'])} prompts a point;\n"
-        "band: 95 % interval over steps and prompts",
+        "mean |Δp|",
+        f"{stage}; {shown['num_tokens'].sum():,} tokens, {style.span(shown['num_prompts'])} prompts per point and "
+        "run;\n"
+        f"band: 95 % interval over steps and prompts{style.runs_note(shown)}",
     )
     ax.set_xlim(0, 1)
-    style.start_at_zero(ax)
-    style.legend(ax, loc="upper center", ncols=2)
+    style.legend(ax, ncols=2)
     return ax
 
 
-def _of_kind(run: pl.DataFrame, suffix: str) -> pl.DataFrame:
+def _of_kind(rows: pl.DataFrame, suffix: str) -> pl.DataFrame:
+    """Return the rows with ``movement``, ``low``, and ``high`` of all tokens, or of the kind with this suffix."""
     columns = {f"movement{suffix}": "movement"}
     if suffix:
         columns |= {f"movement{suffix}_{end}": end for end in ("low", "high")}
-        run = run.drop("movement", "low", "high")
-    return run.rename(columns).drop_nulls("movement")
+        rows = rows.drop("movement", "low", "high")
+    return rows.rename(columns).drop_nulls("movement")

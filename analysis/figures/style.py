@@ -1,13 +1,19 @@
-"""One look for all figures: colours that colour-blind readers tell apart, sizes for one column of a page."""
+"""Shared look of all figures: a color-blind-safe palette, sizes for one column of a page, and common marks.
+
+Runs are pooled in one way everywhere: a mark is the mean over runs, and its interval is the mean of the ends of the
+runs' own 95 % intervals, the interval of a typical run. Single runs are thin lines or small open dots.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
+import seaborn as sns
 from matplotlib.ticker import MaxNLocator
 
 from entrace.analysis.trace.plain import plain
@@ -16,9 +22,9 @@ if TYPE_CHECKING:
     import polars as pl
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette.
+# Palette of Okabe and Ito, which readers with any color vision can tell apart.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-INK, GREY = "#222222", "#777777"
+INK, GREY = "#222222", "#6b6b6b"
 SIGN_COLORS = {"negative": VERMILLION, "positive": BLUE}
 CATEGORY_COLORS = {
     "formal_reasoning": BLUE,
@@ -28,22 +34,31 @@ CATEGORY_COLORS = {
     "special": GREY,
 }
 ARM_COLORS = (INK, BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
-# Colour, marker and a shift to the side that keeps error bars apart.
-STAGE_POINTS = {"rising": (ORANGE, "o", -0.07), "plateau": (BLUE, "s", 0.07)}
-RUN_STYLES = ("-", "--", ":", "-.")
-SIZE = (5.0, 3.2)
-NOTE_LENGTH = 78
+STAGE_COLORS = {"rising": ORANGE, "plateau": BLUE}
+STAGE_MARKERS = {"rising": "o", "plateau": "s"}
+# Horizontal offset that separates the error bars of the two stages.
+STAGE_SHIFTS = {"rising": -0.07, "plateau": 0.07}
+LINE_STYLES = ("-", "--", ":", "-.")
+# Inches, and the characters of a note that fit the width.
+SIZE = (4.4, 3.4)
+NOTE_LENGTH = 76
 NAME_LENGTH = 40
+# Characters of the labels in one row of a legend.
+LEGEND_CHARACTERS = 54
 WORD_LENGTH = 14
 STEP = "training step"
+# Heights of a legend letter between the axis and a legend below the axis label, and per further line of tick labels.
+LEGEND_PAD, LEGEND_LINE = 4.4, 1.25
+BAND = 0.18
 
-# Any, because matplotlib's stubs want its own literal types for the keys.
+# Any: matplotlib's stubs require literal types for the keys.
 RC: Any = {
     "font.size": 9,
     "font.family": "sans-serif",
     "axes.labelsize": 9,
     "axes.titlesize": 8,
     "axes.spines.top": False,
+    "axes.spines.right": False,
     "axes.linewidth": 0.7,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -59,15 +74,15 @@ RC: Any = {
     "legend.frameon": False,
     "lines.linewidth": 1.5,
     "figure.constrained_layout.use": True,
-    "savefig.dpi": 180,
+    "savefig.dpi": 200,
     "pdf.fonttype": 42,
-    # Ids in vector files are random unless salted.
+    # Unsalted ids in vector files are random.
     "svg.hashsalt": "entrace",
 }
 
 
 def new_axes(size: tuple[float, float] = SIZE) -> Axes:
-    """Returns the Axes of a new figure of column width; ``size`` in inches."""
+    """Return the Axes of a new figure; ``size`` in inches."""
     import matplotlib.pyplot as plt
 
     with mpl.rc_context(RC):
@@ -76,43 +91,104 @@ def new_axes(size: tuple[float, float] = SIZE) -> Axes:
 
 
 def label(ax: Axes, x: str, y: str, note: str) -> None:
-    """Sets axis labels, and the ``note`` on n and interval above the Axes."""
+    """Set the axis labels, and the ``note`` on n and intervals above the Axes."""
     ax.set_xlabel(x)
     ax.set_ylabel(y)
-    # A line that would run out of the column breaks at its last semicolon.
-    lines = [line if len(line) <= NOTE_LENGTH else ";\n".join(line.rsplit("; ", 1)) for line in note.split("\n")]
-    ax.set_title("\n".join(lines), loc="left", fontsize=7.5, color=GREY)
-    ax.spines[["top"]].set_visible(False)
+    ax.set_title("\n".join(_wrap(note)), loc="left", fontsize=7, color=GREY)
+    ax.spines["top"].set_visible(False)
     if x == STEP:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+def _wrap(note: str) -> list[str]:
+    """Return the lines of ``note``, broken where they exceed the width: at semicolons, else between words."""
+    lines: list[str] = []
+    for line in note.split("\n"):
+        parts = line.split("; ") if len(line) > NOTE_LENGTH else [line]
+        for i, part in enumerate(parts):
+            part += ";" * (i + 1 < len(parts))
+            if i and len(lines[-1]) + len(part) < NOTE_LENGTH:
+                lines[-1] += f" {part}"
+            else:
+                lines += textwrap.wrap(part, NOTE_LENGTH)
+    return lines
+
+
 def start_at_zero(ax: Axes) -> None:
-    """Lets the vertical axis begin at 0, with room above the data for a legend."""
-    ax.set_ylim(0, ax.get_ylim()[1] * 1.35)
+    """Start the vertical axis at 0 and leave room on top for the stage boundary."""
+    ax.set_ylim(0, ax.get_ylim()[1] * 1.12)
 
 
-def legend(ax: Axes, **options: Any) -> None:
-    """Draws a frameless legend."""
-    ax.legend(frameon=False, fontsize=8, handlelength=1.6, **options)
+def leave_room_on_top(ax: Axes) -> None:
+    """Extend the vertical axis by an eighth for the names of the stages."""
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + (high - low) / 8)
 
 
-def legend_above_shares(ax: Axes, **options: Any) -> None:
-    """Scales the axis to shares from 0 to 1, and draws the legend above the highest that there can be."""
-    ax.set_ylim(0, 1.25)
+def show_all_shares(ax: Axes) -> None:
+    """Scale the vertical axis to shares from 0 to 1, with room for whole marks at both ends."""
+    ax.set_ylim(-0.03, 1.04)
     ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
-    legend(ax, loc="upper left", **options)
 
 
-def band(ax: Axes, frame: pl.DataFrame, x: str, y: str, **line: Any) -> None:
+def legend(ax: Axes, *, tick_lines: int = 1, **options: Any) -> None:
+    """Draw the legend below the axis label, where it cannot cover data.
+
+    Args:
+        ax: Axes whose labeled marks are listed; without any, there is no legend.
+        tick_lines: Lines of the tick labels between the axis and its label.
+        **options: Passed to ``Axes.legend``.
+    """
+    labels = ax.get_legend_handles_labels()[1]
+    if "handles" not in options and not labels:
+        return
+    defaults = {
+        "frameon": False,
+        "fontsize": 8,
+        "handlelength": 1.8,
+        "columnspacing": 1.2,
+        "loc": "upper center",
+        "bbox_to_anchor": (0.5, 0),
+        "borderaxespad": LEGEND_PAD + LEGEND_LINE * (tick_lines - 1),
+    }
+    chosen = defaults | options
+    longest = max(map(len, labels), default=0)
+    if longest * chosen.get("ncols", 1) > LEGEND_CHARACTERS:
+        # Wider than the figure, the legend would squeeze the axes.
+        chosen["ncols"] = max(1, LEGEND_CHARACTERS // longest)
+    ax.legend(**chosen)
+
+
+def pool(frame: pl.DataFrame, keys: Sequence[str], *values: str, ends: Sequence[str] = ("low", "high")) -> pl.DataFrame:
+    """Return one row per ``keys``: the mean over runs of ``values`` and of the ``ends`` of their intervals.
+
+    An interval is null where a run has none.
+    """
+    import polars as pl
+
+    means = [pl.col(value).mean() for value in values]
+    limits = [pl.when(pl.col(end).null_count() == 0).then(pl.col(end).mean()).alias(end) for end in ends]
+    return frame.drop_nulls(values[0]).group_by(keys, maintain_order=True).agg(*means, *limits).sort(keys)
+
+
+def line(ax: Axes, frame: pl.DataFrame, x: str, y: str, **options: Any) -> None:
+    """Draw ``y`` over ``x`` as a line; the axis labels stay as they are."""
+    labels = {"xlabel": ax.get_xlabel(), "ylabel": ax.get_ylabel()}
+    data = frame.select({x, y, *(name for name in [options.get("units")] if name)}).to_pandas()
+    sns.lineplot(data, x=x, y=y, errorbar=None, ax=ax, **options)
+    ax.set(**labels)
+
+
+def band(ax: Axes, frame: pl.DataFrame, x: str, y: str, **options: Any) -> None:
     """Draw ``y`` over ``x`` with the band between columns ``low`` and ``high``.
 
-    The widest twentieth of the steps may reach beyond the axes: a step of two prompts would flatten all others.
+    The widest twentieth of the bands over steps may reach beyond the Axes: a step with two prompts would flatten all
+    others.
     """
-    ax.plot(frame[x], frame[y], **line)
+    line(ax, frame, x, y, **options)
     low, high = (frame[name].cast(float).fill_null(float("nan")) for name in ("low", "high"))
     limits = ax.dataLim.frozen()
-    ax.fill_between(frame[x], low, high, color=line["color"], alpha=0.16, linewidth=0)
+    ax.fill_between(frame[x], low, high, color=options["color"], alpha=BAND, linewidth=0)
     known = frame.drop_nulls("low")
     if x == "step" and not known.is_empty():
         ends = [np.quantile(known[end], part, method="nearest") for end, part in (("low", 0.05), ("high", 0.95))]
@@ -120,113 +196,203 @@ def band(ax: Axes, frame: pl.DataFrame, x: str, y: str, **line: Any) -> None:
         ax.update_datalim([(known[x][0], end) for end in ends])
 
 
-def by_run(frame: pl.DataFrame) -> list[tuple[str, pl.DataFrame, str]]:
-    """Name of each run, its rows, and a line style of its own."""
+def curve(ax: Axes, frame: pl.DataFrame, x: str, y: str, **options: Any) -> None:
+    """Draw the mean over runs of ``y`` with its band, and each of several runs as a thin line; see ``pool``."""
+    runs(ax, frame, x, y, color=options["color"])
+    band(ax, pool(frame, [x], y), x, y, **options)
+
+
+def runs(ax: Axes, frame: pl.DataFrame, x: str, y: str, color: str) -> None:
+    """Draw ``y`` over ``x`` as a thin line per run, if there are several."""
+    if frame["run_id"].n_unique() > 1:
+        shown = frame.drop_nulls(y)
+        line(ax, shown, x, y, units="run_id", estimator=None, color=color, linewidth=0.5, alpha=0.45, zorder=1.5)
+
+
+def by_run(frame: pl.DataFrame) -> list[tuple[str, pl.DataFrame]]:
+    """Return the name and the rows of each run."""
     parts = frame.partition_by("run_id", maintain_order=True, as_dict=True)
-    lines = cycle(RUN_STYLES)
-    return [(shorten(str(run)), part, next(lines)) for (run,), part in parts.items()]
+    return [(shorten(str(run)), part) for (run,), part in parts.items()]
 
 
-def by_series(frame: pl.DataFrame) -> list[tuple[str, pl.DataFrame, str]]:
-    """Return ``by_run``, with a line of its own for every series of interventions of a run."""
-    import polars as pl
+def by_series(frame: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame, str]]:
+    """Yield the label, the rows, and the line style of every series of interventions; one series has no label."""
+    parts = frame.partition_by("series", maintain_order=True)
+    for part, style in zip(parts, cycle(LINE_STYLES), strict=False):
+        name = part["series"][0]
+        yield f", {shorten(str(name))}" if len(parts) > 1 and name is not None else "", part, style
 
-    if frame["series"].n_unique() > 1:
-        frame = frame.with_columns(run_id=pl.concat_str("run_id", "series", separator=", ", ignore_nulls=True))
-    return by_run(frame)
+
+def runs_note(frame: pl.DataFrame, marks: str = "thin lines") -> str:
+    """Return a line that says how several runs were pooled and which ``marks`` they have; empty for one run."""
+    number = frame["run_id"].n_unique()
+    return f"\nmean of {number} runs and of their intervals; {marks}: runs" if number > 1 else ""
 
 
 def errors(frame: pl.DataFrame, y: str, low: str = "low", high: str = "high") -> list[pl.Series]:
-    """Distances of ``y`` to both ends of its interval, 0 where there is none, as error bars want them."""
-    return [(frame[y] - frame[low]).fill_null(0), (frame[high] - frame[y]).fill_null(0)]
+    """Return the distances of ``y`` to both ends of its interval, for error bars; 0 where there is no interval."""
+    return [(frame[y] - frame[low]).fill_null(0).clip(0), (frame[high] - frame[y]).fill_null(0).clip(0)]
 
 
-def points_by_stage(ax: Axes, frame: pl.DataFrame, x: str, y: str, name: Callable[[str, pl.DataFrame], str]) -> None:
-    """Draws ``y`` over the whole numbers ``x``, a line with error bars for each stage of each run.
+def points(
+    ax: Axes, frame: pl.DataFrame, place: str, y: str, *, shift: float = 0, is_horizontal: bool = False, **options: Any
+) -> None:
+    """Draw the mean over runs with its interval at every ``place``, and each of several runs as a small open dot.
 
-    ``name`` makes the legend's entry from the stage and its rows.
+    Args:
+        ax: Where to draw.
+        frame: Rows of one or several runs with ``y``, ``low``, and ``high``.
+        place: Column of positions on the other axis.
+        y: Column of values.
+        shift: Added to ``place``; it separates series.
+        is_horizontal: Draw the values along the horizontal axis.
+        **options: Passed to ``Axes.errorbar``.
     """
-    for i, (_, run, line) in enumerate(by_run(frame)):
-        for stage, (color, marker, offset) in STAGE_POINTS.items():
-            part = run.filter(stage=stage)
-            if part.is_empty():
-                continue
-            ax.errorbar(
-                part[x] + offset,
-                part[y],
-                yerr=errors(part, y),
-                color=color,
-                marker=marker,
-                markersize=4,
-                linestyle=line,
-                elinewidth=1,
-                capsize=2,
-                label=name(stage, part) if i == 0 else None,
-            )
+    pooled = pool(frame, [place], y)
+    at, values = pooled[place] + shift, pooled[y]
+    bars: dict[str, Any] = {"xerr" if is_horizontal else "yerr": errors(pooled, y)}
+    looks = {"markersize": 4, "elinewidth": 1.1, "capsize": 2} | options
+    ax.errorbar(*((values, at) if is_horizontal else (at, values)), **bars, **looks)
+    if frame["run_id"].n_unique() > 1:
+        x, height = frame[place] + shift, frame[y]
+        seed_dots(ax, *((height, x) if is_horizontal else (x, height)), options["color"])
+
+
+def points_by_stage(ax: Axes, frame: pl.DataFrame, x: str, y: str, names: dict[str, str]) -> None:
+    """Draw ``points`` of ``y`` over the whole numbers ``x``, connected by a line per stage.
+
+    ``names`` holds the legend entry of each stage.
+    """
+    for stage, color in STAGE_COLORS.items():
+        part = frame.filter(stage=stage)
+        if not part.is_empty():
+            shift = STAGE_SHIFTS[stage]
+            points(ax, part, x, y, shift=shift, color=color, marker=STAGE_MARKERS[stage], label=names[stage])
+
+
+def bars(
+    ax: Axes,
+    frame: pl.DataFrame,
+    place: str,
+    y: str,
+    *,
+    shift: float = 0,
+    width: float,
+    color: str,
+    label: str,
+    alpha: float = 1,
+) -> None:
+    """Draw the mean over runs as a bar with its interval at every whole number ``place``; see ``points``."""
+    pooled = pool(frame, [place], y)
+    ax.bar(
+        pooled[place] + shift,
+        pooled[y],
+        yerr=errors(pooled, y),
+        width=width,
+        color=color,
+        alpha=alpha,
+        error_kw={"elinewidth": 1.1, "capsize": 2, "ecolor": INK},
+        label=label,
+    )
+    if frame["run_id"].n_unique() > 1:
+        seed_dots(ax, frame[place] + shift, frame[y], INK)
+
+
+def seed_dots(
+    ax: Axes, x: Sequence[float] | pl.Series, y: Sequence[float] | pl.Series, color: str, **options: Any
+) -> None:
+    """Draw single runs as small open dots that do not hide a mean below them."""
+    look = {"markerfacecolor": "white", "markeredgecolor": color, "markeredgewidth": 0.6, "linestyle": "none"}
+    ax.plot(x, y, marker="o", markersize=2.4, **look, **options)
 
 
 def word_bars(ax: Axes, frame: pl.DataFrame, place: str, words: str, share: str) -> None:
-    """Draws ``share`` in percent, one horizontal bar a word, coloured by its function, first place on top."""
+    """Draw ``share`` in percent as a horizontal bar per word, colored by function, with the first place on top."""
     percent = frame.with_columns(100 * frame[name] for name in (share, "low", "high"))
-    for category, color in CATEGORY_COLORS.items():
-        part = percent.filter(category=category)
-        if part.is_empty():
-            continue
-        ax.barh(
-            part[place],
-            part[share],
-            xerr=errors(part, share),
-            color=color,
-            height=0.7,
-            error_kw={"elinewidth": 1, "ecolor": INK},
-            label=category.replace("_", " "),
-        )
+    percent = percent.with_columns(function=percent["category"].str.replace_all("_", " "))
+    colors = {name.replace("_", " "): color for name, color in CATEGORY_COLORS.items()}
+    functions = [name for name in colors if name in set(percent["function"])]
+    sns.barplot(
+        percent.select(place, share, "function").to_pandas(),
+        x=share,
+        y=place,
+        hue="function",
+        hue_order=functions,
+        palette=colors,
+        orient="h",
+        dodge=False,
+        native_scale=True,
+        width=0.7,
+        saturation=1,
+        errorbar=None,
+        ax=ax,
+    )
+    ax.errorbar(percent[share], percent[place], xerr=errors(percent, share), fmt="none", ecolor=INK, elinewidth=0.9)
     ax.set_yticks(frame[place], [_short(word) for word in frame[words]], fontsize=7.5)
-    ax.invert_yaxis()
+    places = frame[place].to_numpy()
+    ax.set_ylim(float(places.max()) + 0.6, float(places.min()) - 0.6)
     ax.grid(visible=False, axis="y")
 
 
 def shorten(name: str) -> str:
-    """``name`` with its middle left out if it is long, and with nothing in it that matplotlib would act on."""
+    """Return ``name`` with its middle left out if it is long, and without anything that matplotlib interprets."""
     # A label that begins with an underscore stays out of the legend.
     return f"{' ' * name.startswith('_')}{plain(name, NAME_LENGTH)}".replace("$", r"\$")
 
 
 def _short(word: str) -> str:
-    """``word`` on one line, cut, and with nothing in it that matplotlib would typeset."""
+    """Return ``word`` on one line, cut, and without anything that matplotlib typesets."""
     word = plain(" ".join(word.split()))
     word = word if len(word) <= WORD_LENGTH else f"{word[: WORD_LENGTH - 1]}…"
     return word.replace("$", r"\$")
 
 
 def late_stage(frame: pl.DataFrame) -> tuple[pl.DataFrame, str]:
-    """Rows of the plateau, where training is slow; of the rising stage if no run has a plateau. And which it is."""
+    """Return the rows of the plateau, or of the rising stage if no run has a plateau, and the name of the stage."""
     stage = "plateau" if (frame["stage"] == "plateau").any() else "rising"
     return frame.filter(frame["stage"] == stage), stage
 
 
 def mark_boundary(ax: Axes, frame: pl.DataFrame) -> None:
-    """Shades the 95 % interval of the stage boundary of every run in ``frame`` and draws the boundary itself."""
-    for i, (_, part, style) in enumerate(by_run(frame)):
-        boundary, low, high = part.select("boundary_step", "boundary_low", "boundary_high").row(0)
-        if boundary is None:
-            text = "no stage boundary found"
-            ax.text(0.01, 1.0, text, transform=ax.transAxes, ha="left", va="top", color=GREY, fontsize=7.5)
-            continue
+    """Mark the stage boundary of every run with its 95 % interval.
+
+    One run has a line and a shaded interval. Several have a thin line each and their intervals as bars on top, because
+    shaded intervals would cover each other.
+    """
+    columns = ("boundary_step", "boundary_low", "boundary_high")
+    rows = [part.select(columns).row(0) for _, part in by_run(frame)]
+    found = [row for row in rows if row[0] is not None]
+    top = {"transform": ax.get_xaxis_transform(), "color": GREY}
+    words = {**top, "va": "top", "fontsize": 7}
+    if len(found) < len(rows):
+        missing = f" in {len(rows) - len(found)} of {len(rows)} runs" if len(rows) > 1 else ""
+        place = {"transform": ax.transAxes, "color": GREY, "fontsize": 7}
+        ax.text(0.01, 1.0, f"no stage boundary found{missing}", ha="left", va="top", **place)
+    if not found:
+        return
+    if len(rows) == 1:
+        boundary, low, high = found[0]
         ax.axvspan(low, high, color=GREY, alpha=0.2, linewidth=0, zorder=0.5)
-        ax.axvline(boundary, color=GREY, linestyle=style, linewidth=0.9, zorder=0.6)
-        # Words of several runs would lie over each other.
-        words = () if i else (("rising ", boundary, "right"), (" plateau", boundary, "left"))
-        for text, side, align in words:
-            ax.text(side, 1.0, text, transform=ax.get_xaxis_transform(), ha=align, va="top", color=GREY, fontsize=7.5)
+        ax.axvline(boundary, color=GREY, linewidth=0.9, zorder=0.6)
+    else:
+        step = min(0.022, 0.1 / len(found))
+        for i, (boundary, low, high) in enumerate(sorted(found)):
+            height = 0.99 - i * step
+            ax.axvline(boundary, color=GREY, linewidth=0.7, linestyle=(0, (2, 2)), zorder=0.6)
+            ax.hlines(height, low, high, linewidth=1, **top)
+            ax.plot([boundary], [height], marker="o", markersize=2.5, linestyle="none", **top)
+    if len(found) == len(rows):
+        below = 1.0 if len(rows) == 1 else 0.98 - len(found) * min(0.022, 0.1 / len(found))
+        ax.text(min(row[0] for row in found), below, "rising ", ha="right", **words)
+        ax.text(max(row[0] for row in found), below, " plateau", ha="left", **words)
 
 
 def span(values: Sequence[int | float] | pl.Series) -> str:
-    """``7`` or ``7-12``: the range of a count that varies."""
+    """Return ``7`` or ``7–12``: the range of a count."""
     low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,}–{high:,}"
 
 
 def count(items: Sequence[object], noun: str) -> str:
-    """``1 run`` or ``3 runs``."""
+    """Return ``1 run`` or ``3 runs``."""
     return f"{len(items)} {noun}{'s' * (len(items) != 1)}"

@@ -1,10 +1,8 @@
-"""Entropy at both ends of a response against its middle, by stage and sign (claim T1)."""
+"""Entropy at both ends of a response relative to its middle, by stage and sign (claim T1)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from entrace.analysis.figures import style
 
@@ -13,47 +11,38 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Entropy of the first and of the last fifth of a response relative to its three middle fifths; 0 is as high as "
-    "there. A U shape needs both intervals to lie above 0; the axis on the left says in how many runs they do."
+    "Entropy of the first and of the last fifth of a response relative to its three middle fifths; 0 is the entropy of "
+    "the middle. A U shape needs both intervals above 0; the vertical axis says in how many runs they are."
 )
-PARTS = {"beginning": (style.GREEN, "o"), "end": (style.PURPLE, "s")}
-STAGES = ("rising", "plateau")
-SPREAD = 0.5
+# Color, marker, and vertical offset of each part.
+PARTS = {"beginning": (style.GREEN, "o", -0.12), "end": (style.PURPLE, "s", 0.12)}
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draws a dot with its interval for every stage, sign, part and run."""
-    rows = [(stage, sign) for stage in STAGES for sign in style.SIGN_COLORS]
+    """Draw a dot with its interval per stage, sign, and part."""
+    rows = [(stage, sign) for stage in style.STAGE_COLORS for sign in style.SIGN_COLORS]
     rows = [row for row in rows if not frame.filter(stage=row[0], sample_sign=row[1]).is_empty()]
-    runs = style.by_run(frame)
-    places = np.linspace(-SPREAD / 2, SPREAD / 2, len(PARTS) * len(runs)).reshape(len(PARTS), -1)
-    for (part_name, (color, marker)), offsets in zip(PARTS.items(), places, strict=True):
-        for i, (_, run, _) in enumerate(runs):
-            part = run.filter(part=part_name)
-            ax.errorbar(
-                part["excess"],
-                [rows.index(row) + offsets[i] for row in part.select("stage", "sample_sign").iter_rows()],
-                xerr=style.errors(part, "excess"),
-                color=color,
-                marker=marker,
-                markersize=4,
-                linestyle="none",
-                elinewidth=1.2,
-                capsize=2,
-                label=part_name if i == 0 else None,
-            )
+    names = [" ".join(row) for row in rows]
+    placed = frame.with_columns(
+        row=(frame["stage"] + " " + frame["sample_sign"]).replace_strict(names, range(len(rows)), default=None)
+    )
+    for part_name, (color, marker, shift) in PARTS.items():
+        part = placed.filter(part=part_name)
+        look = {"color": color, "marker": marker, "linestyle": "none", "label": part_name}
+        if not part.is_empty():
+            style.points(ax, part, "row", "excess", shift=shift, is_horizontal=True, **look)
     ax.axvline(0, color=style.INK, linewidth=0.7)
     ax.set_yticks(range(len(rows)), [_name(frame, *row) for row in rows])
-    ax.set_ylim(len(rows) - 0.4, -1)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.grid(visible=False, axis="y")
     style.label(
         ax,
-        "entropy relative to the middle of the response, minus 1",
+        "entropy relative to the middle, minus 1",
         "",
-        f"{style.span(frame['num_responses'])} responses to {style.span(frame['num_prompts'])} prompts a dot;\n"
-        "bars: 95 % interval over steps and prompts",
+        f"{style.span(frame['num_responses'])} responses to {style.span(frame['num_prompts'])} prompts per dot;\n"
+        f"bars: 95 % interval over steps and prompts{style.runs_note(frame, 'open dots')}",
     )
-    style.legend(ax, loc="upper right", ncols=2)
+    style.legend(ax, ncols=2)
     return ax
 
 

@@ -1,1 +1,1 @@
-"""Estimates, intervals, stages, and aggregates."""
+"""Compute estimates, intervals, stages of training, and aggregates."""

@@ -1,7 +1,7 @@
-"""One number for a set of runs, as rliable computes them: interquartile mean and probability of improvement.
+"""Aggregate the scores of runs as rliable does: interquartile mean and probability of improvement.
 
-Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", NeurIPS 2021, arXiv 2108.13264.
-Scores are given by benchmark, one array of runs each; benchmarks may have different numbers of runs.
+Source: Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", NeurIPS 2021, arXiv
+2108.13264. Scores are one array of runs per benchmark; benchmarks may have different numbers of runs.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ Scores = Sequence[np.ndarray]
 
 
 def iqm(scores: np.ndarray) -> np.ndarray:
-    """Interquartile mean over the last axis: the lowest and the highest quarter, rounded down, are left out."""
+    """Return the interquartile mean over the last axis, without the lowest and highest quarter (rounded down)."""
     cut = int(TRIMMED * scores.shape[-1])
     return np.sort(scores, axis=-1)[..., cut : scores.shape[-1] - cut].mean(-1)
 
 
 def iqm_interval(scores: Scores, rng: np.random.Generator, draws: int = DRAWS) -> tuple[float, float, float]:
-    """Interquartile mean over runs x benchmarks with its 95 % interval.
+    """Return the interquartile mean over runs x benchmarks with its 95 % interval.
 
-    The interval is that of a stratified bootstrap: runs are drawn with replacement within each benchmark, and the
-    percentiles of the statistic are its ends. A single run a benchmark says nothing of others: the ends are nan.
+    The interval is the percentile interval of a stratified bootstrap, which draws runs with replacement within each
+    benchmark. Its ends are nan if every benchmark has a single run.
     """
     resampled = np.concatenate([_resample(runs, rng, draws) for runs in scores], axis=1)
     return float(iqm(np.concatenate(scores))), *_ends(iqm(resampled), scores)
@@ -37,14 +37,14 @@ def iqm_interval(scores: Scores, rng: np.random.Generator, draws: int = DRAWS) -
 def improvement_interval(
     scores: Scores, others: Scores, rng: np.random.Generator, draws: int = DRAWS
 ) -> tuple[float, float, float]:
-    """Probability that a run scores higher than one of the others, with its 95 % interval.
+    """Return the probability that a run scores higher than one of the others, with its 95 % interval.
 
-    P(X > Y) + P(X = Y) / 2 over all pairs of runs of a benchmark, averaged over benchmarks; the runs of both sides are
-    drawn independently of each other, within each benchmark. The ends are nan as for ``iqm_interval``.
+    This is P(X > Y) + P(X = Y) / 2 over all pairs of runs of a benchmark, averaged over benchmarks. The bootstrap draws
+    the runs of both sides independently within each benchmark. The ends are nan as for ``iqm_interval``.
 
     Args:
-        scores: By benchmark.
-        others: Of the same benchmarks, in the same order.
+        scores: Scores by benchmark.
+        others: Scores of the other runs on the same benchmarks, in the same order.
         rng: Source of randomness.
         draws: Number of bootstrap samples.
     """
@@ -56,7 +56,7 @@ def improvement_interval(
 
 
 def _ends(drawn: np.ndarray, scores: Scores) -> tuple[float, float]:
-    """Ends of the interval that the draws of a statistic span."""
+    """Return the ends of the percentile interval of the draws."""
     if all(len(runs) < 2 for runs in scores):
         return float("nan"), float("nan")
     low, high = np.percentile(drawn, LEVEL)
@@ -64,7 +64,7 @@ def _ends(drawn: np.ndarray, scores: Scores) -> tuple[float, float]:
 
 
 def _improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Over the last axes of ``x`` and ``y``."""
+    """Return the probability of improvement over the last axes of ``x`` and ``y``."""
     first, second = x[..., :, None], y[..., None, :]
     return ((first > second) + 0.5 * (first == second)).mean((-2, -1))
 
@@ -74,5 +74,5 @@ def _over_benchmarks(compare: Callable[..., np.ndarray], scores: Scores, others:
 
 
 def _resample(runs: np.ndarray, rng: np.random.Generator, draws: int) -> np.ndarray:
-    """Shape ``(draws, runs)``."""
+    """Draw runs with replacement, shape ``(draws, runs)``."""
     return runs[rng.integers(0, len(runs), (draws, len(runs)))]

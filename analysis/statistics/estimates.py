@@ -1,7 +1,7 @@
-"""Estimates with their intervals: what SQL cannot say.
+"""Define estimates with intervals, Holm's correction, detectable effects, bootstraps, and pass@k.
 
-Tokens are nested in responses, prompts and runs, so every bootstrap here resamples prompts, runs or blocks of steps,
-never tokens, and takes its random generator from the caller.
+Tokens are nested in responses, prompts, and runs. Every bootstrap resamples prompts, runs, or blocks of steps, never
+tokens, and takes its random generator from the caller.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from functools import cache
 import numpy as np
 
 DRAWS = 1000
-# Numbers drawn at a time.
+# Random numbers per chunk.
 CHUNK = 1 << 20
 CONFIDENCE = 0.95
 LEVEL = (2.5, 97.5)
-# Percentiles that lie one standard deviation from the middle of a normal distribution.
+# Percentiles of a normal distribution one standard deviation below and above its mean.
 ONE_SD = (15.866, 84.134)
 MIN_DEFINED = 0.95
-# Beyond it a prior is as good as certain.
+# Prior degrees of freedom above which a prior is treated as certain.
 MAX_PRIOR_DF = 1e6
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval, the p-value of zero, and how many of what stand behind it.
+    """Hold an estimate with its 95 % interval, its p-value against zero, and its sample size.
 
     Attributes:
         value: The estimate.
         low: Lower end of the interval.
         high: Upper end.
-        p_value: Two-sided, of the hypothesis that the truth is 0, before any correction for multiple claims.
+        p_value: Two-sided p-value of the hypothesis that the truth is 0, before any correction for multiple tests.
         n: Number of units behind the estimate.
-        of: What these are.
-        error: Standard error; nan where unknown.
-        df: Its degrees of freedom.
-        blocks: Effective number of independent steps, infinite where steps play no part.
+        of: Name of the units.
+        error: Standard error; nan if unknown.
+        df: Degrees of freedom of the error.
+        blocks: Effective number of independent steps; infinite if the estimate does not depend on steps.
     """
 
     value: float
@@ -55,7 +55,7 @@ class Estimate:
     def from_error(cls, value: float, error: float, df: float, n: int, of: str, blocks: float = np.inf) -> Estimate:
         """Return Student's t interval and p-value from a standard error with ``df`` degrees of freedom.
 
-        An error of 0 gives an interval without width, and p = 0 unless the value is 0 as well.
+        An error of 0 gives an interval of width 0, and p = 0 unless the value is also 0.
         """
         from scipy import stats
 
@@ -67,17 +67,17 @@ class Estimate:
         return cls(float(value), *ends, float(p_value), n, of, float(error), float(df), blocks)
 
     def moved_to(self, value: float) -> Estimate:
-        """Return the estimate with its interval around another value."""
+        """Return the estimate shifted to another value."""
         shift = value - self.value
         return replace(self, value=value, low=self.low + shift, high=self.high + shift)
 
     @classmethod
     def from_draws(cls, value: float, draws: np.ndarray, df: float, n: int, of: str) -> Estimate:
-        """Interval and p-value from a bootstrap of ``df`` + 1 independent units.
+        """Return the interval and the p-value from a bootstrap of ``df`` + 1 independent units.
 
-        The standard error is half the distance between the percentiles one standard deviation from the middle, which
-        a few wild draws of a ratio cannot spoil, times sqrt((df + 1) / df), since a bootstrap spreads as the
-        population of its sample does. Undefined (nan, p = 1) where the statistic is undefined on over 5 % of draws.
+        The standard error is half the distance between the percentiles ``ONE_SD``, which is robust to outlying draws of
+        a ratio, times sqrt((df + 1) / df), since a bootstrap spreads by the variance with divisor n. The interval is
+        undefined (nan, p = 1) if the statistic is undefined on over 5 % of the draws.
         """
         finite = draws[np.isfinite(draws)]
         if finite.size < MIN_DEFINED * draws.size:
@@ -88,15 +88,15 @@ class Estimate:
 
     @property
     def width(self) -> float:
-        """Width of the interval, infinite where it is undefined."""
+        """Return the width of the interval; infinite if it is undefined."""
         return np.inf if np.isnan(self.low) else self.high - self.low
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
-    """P-values adjusted for being looked at together: the chance of any false rejection stays below the level.
+    """Return Holm-adjusted p-values, which control the probability of any false rejection.
 
-    Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6 (1979). No assumption about
-    how the tests depend on each other.
+    Source: Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6 (1979). The tests may
+    depend on each other in any way.
 
     Returns:
         Array of the same length and order, in [0, 1].
@@ -109,18 +109,18 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 
 def moderated_variances(variances: np.ndarray, df: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Variances drawn towards each other as far as they agree (Smyth, Stat. Appl. Genet. Mol. Biol. 3:3, 2004).
+    """Return variances shrunk toward a common prior (Smyth, Stat. Appl. Genet. Mol. Biol. 3:3, 2004).
 
-    True variances are taken to scatter as v_0 d_0 / chi^2_{d_0}. With e = ln v - psi(d / 2) + ln(d / 2), d_0 solves
-    psi'(d_0 / 2) = var(e) - mean psi'(d / 2), and ln v_0 = mean(e) + psi(d_0 / 2) - ln(d_0 / 2). Where the v scatter no
-    more than chance has them, d_0 is infinite and all become the pooled variance.
+    True variances are assumed to be distributed as v_0 d_0 / chi^2_{d_0}. With e = ln v - psi(d / 2) + ln(d / 2), d_0
+    solves psi'(d_0 / 2) = var(e) - mean psi'(d / 2), and ln v_0 = mean(e) + psi(d_0 / 2) - ln(d_0 / 2). If the v
+    scatter no more than by chance, d_0 is infinite and all become the pooled variance.
 
     Args:
-        variances: Estimates, (A,), positive.
-        df: Their degrees of freedom, (A,).
+        variances: Positive estimates v, (A,).
+        df: Degrees of freedom d, (A,).
 
     Returns:
-        (d_0 v_0 + d v) / (d_0 + d), and their degrees of freedom d_0 + d, at most the sum of all d.
+        Variances (d_0 v_0 + d v) / (d_0 + d), and their degrees of freedom d_0 + d, at most the sum of all d.
     """
     from scipy import optimize
     from scipy.special import digamma, polygamma
@@ -138,22 +138,22 @@ def moderated_variances(variances: np.ndarray, df: np.ndarray) -> tuple[np.ndarr
 
 
 def detectable(error: float, df: float, num_tests: int = 1, level: float = 0.05, power: float = 0.8) -> float:
-    """Smallest true effect that a t test finds with probability ``power``, at the level ``level`` / ``num_tests``.
+    """Return the smallest true effect that a t-test detects with probability ``power``.
 
-    That level is the first step of Holm's procedure, the strictest that an effect can meet. The effect is the
-    noncentrality at which a noncentral t exceeds the critical value with that probability, times ``error``. With many
-    degrees of freedom it is (t_{1 - a/2, df} + t_{power, df}) ``error``, which is too small for few seeds: by 5 % for
-    three and one test, by 17 % for three and twenty tests.
+    The test has the level ``level`` / ``num_tests``, the first and strictest step of Holm's procedure. The effect is
+    ``error`` times the noncentrality at which a noncentral t exceeds the critical value with probability ``power``. The
+    large-sample formula (t_{1 - a/2, df} + t_{power, df}) ``error`` is too small for few seeds: by 5 % for three seeds
+    and one test, by 17 % for three seeds and twenty tests.
 
     Args:
         error: Standard error of the estimate.
-        df: Its degrees of freedom.
-        num_tests: Tests judged together.
-        level: Chance of any false rejection among them.
-        power: Chance of finding the effect.
+        df: Degrees of freedom of the error.
+        num_tests: Number of tests judged together.
+        level: Probability of any false rejection among the tests.
+        power: Probability of detecting the effect.
 
     Returns:
-        In the unit of ``error``; infinite without a degree of freedom.
+        The effect in the unit of ``error``; infinite if ``df`` is 0.
     """
     if df <= 0:
         return np.inf
@@ -162,7 +162,7 @@ def detectable(error: float, df: float, num_tests: int = 1, level: float = 0.05,
 
 @cache
 def _noncentrality(df: float, level: float, power: float) -> float:
-    """Mean, in standard errors, at which a two-sided t test rejects with probability ``power``."""
+    """Return the mean, in standard errors, at which a two-sided t-test rejects with probability ``power``."""
     from scipy import optimize, stats
 
     critical = stats.t.ppf(1 - level / 2, df)
@@ -176,33 +176,33 @@ def _noncentrality(df: float, level: float, power: float) -> float:
 def detectable_difference(
     sd: float, num_seeds: int, num_tests: int = 1, level: float = 0.05, power: float = 0.8
 ) -> float:
-    """``detectable`` for a mean over seeds, before it is measured; infinite for one seed.
+    """Return the detectable difference of a planned design; infinite for one seed.
 
-    Arms are taken to vary alike over seeds, so that they lend each other their ``num_seeds`` - 1 degrees of freedom
-    each (``moderated_variances``).
+    All arms are assumed to have equal variance over seeds, so the ``num_seeds`` - 1 degrees of freedom of each arm are
+    pooled (``moderated_variances``).
 
     Args:
         sd: Standard deviation over seeds of the paired difference between two arms.
-        num_seeds: Seeds of the design.
-        num_tests: Differences judged together, such as the arms beside the baseline.
-        level: Chance of any false rejection among them.
-        power: Chance of finding the difference.
+        num_seeds: Number of seeds per arm.
+        num_tests: Number of differences judged together: arms other than the baseline.
+        level: Probability of any false rejection among the tests.
+        power: Probability of detecting the difference.
 
     Returns:
-        In the unit of ``sd``.
+        The difference in the unit of ``sd``.
     """
     df = max(num_tests, 1) * (num_seeds - 1)
     return detectable(sd / np.sqrt(num_seeds), df, num_tests, level, power)
 
 
 def resample_clusters(sums: np.ndarray, rng: np.random.Generator, draws: int = DRAWS) -> np.ndarray:
-    """Totals over clusters that were drawn with replacement.
+    """Return totals over clusters drawn with replacement.
 
-    A statistic that is a function of totals is bootstrapped by applying it to what comes back. Runs compared on the
-    same prompts stand on a later axis, so that a draw holds the same prompts for each of them: paired.
+    To bootstrap a function of totals, apply it to the result. Runs on a later axis are paired: each draw holds the same
+    prompts for all of them.
 
     Args:
-        sums: What each cluster (prompt) contributes, shape ``(P, ...)``.
+        sums: Contribution of each cluster (prompt), shape ``(P, ...)``.
         rng: Source of randomness.
         draws: Number of bootstrap samples.
 
@@ -217,18 +217,18 @@ def resample_clusters(sums: np.ndarray, rng: np.random.Generator, draws: int = D
 
 
 def _draw_counts(clusters: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each cluster is drawn, ``(draws, clusters)``; binning indices is far cheaper than multinomials."""
+    """Draw how often each cluster occurs, ``(draws, clusters)``; faster than drawing multinomials."""
     drawn = rng.integers(0, clusters, (draws, clusters)) + clusters * np.arange(draws)[:, None]
     return np.bincount(drawn.ravel(), minlength=draws * clusters).reshape(draws, clusters).astype(float)
 
 
 def block_length(length: int) -> int:
-    """Steps in a block of a moving-block bootstrap of ``length`` steps: 1.5 n^(1/3), at most n."""
+    """Return the block length of a moving-block bootstrap of ``length`` steps: 1.5 n^(1/3), at most n."""
     return max(1, min(length, round(1.5 * length ** (1 / 3))))
 
 
 def resample_blocks(length: int, rng: np.random.Generator, draws: int = DRAWS, block: int | None = None) -> np.ndarray:
-    """Indices of a moving-block bootstrap of a series, blocks of ``block`` or else ``block_length``.
+    """Return the indices of a moving-block bootstrap with blocks of ``block`` steps (default ``block_length``).
 
     Returns:
         Integers in ``[0, length)``, shape ``(length, draws)``.
@@ -239,14 +239,15 @@ def resample_blocks(length: int, rng: np.random.Generator, draws: int = DRAWS, b
 
 
 def avg_at_k(is_correct: Sequence[bool] | np.ndarray, k: int) -> float:
-    """Mean correctness of the first ``k`` samples of one prompt."""
+    """Return the mean correctness of the first ``k`` samples of one prompt."""
     return float(np.mean(is_correct[:k]))
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased probability that at least one of ``k`` samples is correct: 1 - C(n - c, k) / C(n, k).
+    """Return the unbiased pass@k of one prompt: 1 - C(n - c, k) / C(n, k).
 
-    Chen et al. 2021, eq. 1. nan for ``k`` larger than ``num_samples``.
+    This estimates the probability that at least one of ``k`` samples is correct (Chen et al. 2021, eq. 1). Returns nan
+    if ``k`` exceeds ``num_samples``.
     """
     if k > num_samples:
         return float("nan")
@@ -262,9 +263,9 @@ def maj_at_k(
 ) -> float:
     """Return the correctness of the most frequent answer among the first ``k`` samples of one prompt.
 
-    Correct answers share one vote. Wrong answers share a vote where they have the same class, or the same text if they
-    have no class. A missing answer or an unknown correctness has no vote. Ties give the expected correctness of a fair
-    draw; 0 without any vote.
+    All correct answers count as one answer. Wrong answers count as one if they have the same class, or the same text if
+    they have no class. Samples without an answer or without a known correctness do not vote. A tie gives the expected
+    correctness of a random choice among the tied answers. Without any vote the result is 0.
     """
     classes = [None] * len(answers) if answer_classes is None else answer_classes
     votes: Counter[tuple[bool, str | None, str | None]] = Counter()

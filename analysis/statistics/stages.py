@@ -1,12 +1,12 @@
-"""The stages of training: does it slow down, where is the boundary, and are there two stages rather than a curve?
+"""Fit the stages of training: slowdown, boundary, and two stages versus a smooth curve (claim S1).
 
-Three questions with nulls of their own (claim S1):
+Each question has its own null:
 
 - Does a series move less in the second half of the run than in the first? Null: a straight line, or only noise.
-- Where do two lines that meet fit best? Null: one line. This boundary splits the run into rising stage and plateau.
-- Do two lines fit better than a smooth curve? Null: the smooth curve that fits best.
+- Where do two lines that meet fit best? Null: one line. This boundary separates rising stage and plateau.
+- Do two lines fit better than a smooth curve? Null: the best-fitting smooth curve.
 
-Errors are autocorrelated throughout; see ``statistics.intervals``.
+All errors are autocorrelated; see ``autocorrelation``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from entrace.analysis.statistics.autocorrelation import MEASURED, persistence_of
+from entrace.analysis.statistics.contrasts import contrast, draw_contrasts, draw_errors
 from entrace.analysis.statistics.estimates import LEVEL, ONE_SD, Estimate
-from entrace.analysis.statistics.intervals import MEASURED, contrast, draw_contrasts, draw_errors, persistence_of
 
 RISING, PLATEAU = "rising", "plateau"
 MIN_STEPS = 20
@@ -28,7 +29,7 @@ MAX_KNOTS = 200
 MAX_P_VALUE = 0.05
 BOOTSTRAPS = 400
 DRAWS = 4000
-# Longer runs are averaged over neighboring steps before they are fitted.
+# Longer runs are averaged over neighboring steps before fitting.
 MAX_FITTED = 400
 # Entropy is expected to fall and accuracy to rise.
 EXPECTED_SIGNS = np.array([-1.0, 1.0])
@@ -41,22 +42,22 @@ CENTERS, WIDTHS = tuple(np.linspace(0, 0.8, 9)), tuple(np.geomspace(0.04, 0.3, 6
 
 @dataclass(frozen=True)
 class StageFit:
-    """Continuous two-segment line through entropy and accuracy of one run, one boundary for both.
+    """Hold a continuous two-segment fit of entropy and accuracy of one run, with a common boundary.
 
     Attributes:
         first_step: First recorded step.
         last_step: Last recorded step.
-        num_steps: Recorded steps.
-        num_rising: Steps of the rising stage.
-        boundary: Last step of the rising stage; None where the run shows no boundary.
-        low: Lower end of the boundary's 95 % interval.
+        num_steps: Number of recorded steps.
+        num_rising: Number of steps of the rising stage.
+        boundary: Last step of the rising stage; None if the run has no boundary.
+        low: Lower end of the 95 % interval of the boundary.
         high: Upper end.
-        reason: Why there is no boundary; empty where there is one.
+        reason: Reason why there is no boundary; empty if there is one.
         starts: Fitted entropy and accuracy at the first step of each stage, shape ``(stages, 2)``.
         slopes: Change per step, shape ``(stages, 2)``.
         slope_draws: Simulated slopes, shape ``(draws, 2, 2)``; empty without a boundary.
         steps: Fitted steps, shape ``(n,)``.
-        values: Entropy and accuracy at these, shape ``(n, 2)``.
+        values: Entropy and accuracy at the fitted steps, shape ``(n, 2)``.
     """
 
     first_step: int
@@ -74,7 +75,7 @@ class StageFit:
     values: np.ndarray = field(repr=False, default_factory=lambda: np.empty((0, 2)))
 
     def segments(self) -> list[dict[str, Any]]:
-        """Return one row per stage, as table ``stages`` holds it."""
+        """Return one row per stage, as in table ``stages``."""
         spans = {RISING: (self.first_step, self.last_step)}
         if self.boundary is not None:
             spans = {
@@ -96,7 +97,7 @@ class StageFit:
         ]
 
     def _measure(self, name: str, stage: int, series: int) -> dict[str, float | None]:
-        """Return start and slope of one series in one stage, with the slope's 95 % interval if there is a boundary."""
+        """Return start and slope of one series in one stage; with a boundary, also the 95 % interval of the slope."""
         ends = np.percentile(self.slope_draws[:, stage, series], LEVEL) if len(self.slope_draws) else (None, None)
         return {
             f"{name}_start": float(self.starts[stage, series]),
@@ -106,19 +107,19 @@ class StageFit:
         }
 
     def movement(self, series: int) -> tuple[np.ndarray, np.ndarray, float]:
-        """Return how far one series moved the expected way in each half of the run; see ``stages.movement``."""
+        """Return the movement of one series in the expected direction in each half; see ``stages.movement``."""
         return movement(self.steps, self.values[:, series] * EXPECTED_SIGNS[series])
 
     @cached_property
     def persistence(self) -> tuple[float, ...]:
-        """Prior weights of the autocorrelation of the run's states; see ``intervals.persistence_of``."""
+        """Return prior weights of the autocorrelation of the run's states; see ``persistence_of``."""
         if len(self.steps) < MIN_STEPS:
             return MEASURED
         return persistence_of(self.values, trend_weights(self, self.steps)[0], self.steps)
 
     @cached_property
     def two_stages(self) -> Estimate:
-        """How much better two lines fit than the best smooth curve; see ``compare_shapes``."""
+        """Return how much better two lines fit than the best smooth curve; see ``compare_shapes``."""
         return compare_shapes(self.steps, self.values)
 
 
@@ -130,27 +131,31 @@ def fit_stages(
 ) -> StageFit:
     """Find the boundary between rising stage and plateau.
 
-    Both series are standardized and fitted together by least squares with lines that meet at one boundary, a recorded
-    step with at least 5 steps and 5 % of the run on either side. Its interval holds the middle 95 % of the boundaries
-    found in simulations of the fit, with errors drawn by ``intervals.draw_errors``.
+    Both series are standardized and fitted jointly by least squares with lines that meet at one boundary, a recorded
+    step with at least 5 steps and 5 % of the run on either side. Its interval is the middle 95 % of the boundaries
+    found in simulations of the fit, with errors from ``contrasts.draw_errors``.
 
-    There is no boundary if the run has fewer than 20 steps; or two segments fit no better than one line (p > .05, by
-    simulations of the line with the largest improvement over all boundaries); or the second segment is the faster one
-    (standardized change per step, both series together); or the first one does not move the expected way (entropy down,
-    accuracy up, both together); or the best boundary is the first or the last that is allowed.
+    There is no boundary if any of these holds:
+
+    - The run has fewer than 20 steps.
+    - Two segments fit no better than one line: p > .05, by simulations of the line with the largest improvement over
+      all boundaries.
+    - The second segment is faster, in standardized change per step of both series together.
+    - The first segment does not move in the expected direction (entropy down, accuracy up, both together).
+    - The best boundary is the first or the last allowed step.
 
     Args:
         step: Steps in order, shape ``(n,)``.
         entropy: Mean token entropy per step, nats.
         accuracy: Accuracy per step.
-        rng: Source of randomness; the same for every run if not given.
+        rng: Source of randomness (default: seed 0 for every run).
     """
     rng = rng or np.random.default_rng(0)
     recorded = np.asarray(step, dtype=float)
     x, y = _average(recorded, np.column_stack((entropy, accuracy)).astype(float))
     spans = (int(recorded[0]), int(recorded[-1]), len(recorded))
     if len(x) < MIN_STEPS:
-        return _one_stage(spans, x, y, f"the run has {len(x)} steps, a boundary needs {MIN_STEPS}")
+        return _one_stage(spans, x, y, f"the run has {len(x)} steps; a boundary needs {MIN_STEPS}")
     center, scale = y.mean(0), y.std(0)
     z = (y - center) / np.where(scale > 0, scale, 1)
     search = _Family(_two_lines(x))
@@ -171,9 +176,9 @@ def fit_stages(
     if plateau >= rising:
         return _one_stage(spans, x, y, f"the run is faster after step {knots[best]:.0f} than before")
     if slopes[0] @ EXPECTED_SIGNS <= 0:
-        return _one_stage(spans, x, y, "entropy and accuracy do not move the expected way")
+        return _one_stage(spans, x, y, "entropy and accuracy do not move in the expected direction")
     if best in (0, len(knots) - 1):
-        return _one_stage(spans, x, y, f"the best boundary, step {knots[best]:.0f}, lies at the edge of the run")
+        return _one_stage(spans, x, y, f"the best boundary, step {knots[best]:.0f}, is at the edge of the run")
 
     simulated = fitted[:, :, None] + errors
     found = search.best(simulated)
@@ -195,9 +200,9 @@ def fit_stages(
 
 
 def movement(step: np.ndarray, series: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return how far a series rose over the first and over the second half of the run, with draws of the posterior.
+    """Return the rise of a series over each half of the run, with posterior draws.
 
-    The rise is that of a trend of four lines that meet at the quarters of the run.
+    The trend has four lines that meet at the quarters of the run.
 
     Args:
         step: Steps in order, shape ``(n,)``.
@@ -221,8 +226,8 @@ def movement(step: np.ndarray, series: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def slowdown(movements: np.ndarray) -> np.ndarray:
     """Return (v1 - |v2|) / (|v1| + |v2|) of movements ``(..., 2)`` in both halves of a run.
 
-    0 is a straight line; 1 a standstill in the second half; -1 a standstill in the first half, or a movement that goes
-    the other way from the start.
+    0 is a straight line. 1 is a standstill in the second half. -1 is a standstill in the first half, or a movement in
+    the opposite direction from the start.
     """
     first, second = movements[..., 0], np.abs(movements[..., 1])
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -232,18 +237,18 @@ def slowdown(movements: np.ndarray) -> np.ndarray:
 def compare_shapes(step: np.ndarray, values: np.ndarray) -> Estimate:
     """Compare two lines that meet with the best smooth curve, in squared error.
 
-    Curves are exponential, logarithmic, or logistic in the step, with one time constant for both series, each beside a
-    line; so they have as many parameters as two lines or more. The advantage of a shape is 1 - its squared error / that
-    of the other one. It is held against simulations of the other shape, with errors drawn by
-    ``intervals.draw_errors``: noise alone makes either shape fit better at times.
+    Curves are exponential, logarithmic, or logistic in the step plus a line, with one time constant for both series, so
+    they have at least as many parameters as two lines. The advantage of a shape is 1 - its squared error / that of the
+    other shape. It is compared with simulations of the other shape, with errors from ``contrasts.draw_errors``, because
+    noise alone lets either shape fit better at times.
 
     Args:
         step: Steps in order, shape ``(n,)``.
         values: Series, ``(n, S)``.
 
     Returns:
-        Where two lines fit better, their advantage beyond what they would have if the curve were true, positive; else
-        that of the curve beyond what it would have if two lines were true, negative.
+        If two lines fit better: their advantage in excess of its median if the curve were true, positive. Otherwise the
+        same for the curve if two lines were true, negative.
     """
     rng = np.random.default_rng(0)
     scale = values.std(0)
@@ -260,19 +265,19 @@ def compare_shapes(step: np.ndarray, values: np.ndarray) -> Estimate:
 
 
 def trend_weights(fit: StageFit, step: np.ndarray, noise: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the trend's columns, and weights of the change over the rising stage.
+    """Return the columns of the trend, and weights of the change over the rising stage.
 
-    The trend is two lines within each stage, all meeting: a fall that slows down within a stage is not noise. It is
-    fitted by least squares, weighted where the noise of steps is known.
+    The trend has two lines within each stage, all of which meet, so that a slowdown within a stage does not count as
+    noise. It is fitted by least squares, weighted if the noise of steps is known.
 
     Args:
-        fit: The run's stages; one stage where it has no boundary.
+        fit: Stages of the run; a single stage if it has no boundary.
         step: Steps at which the series is known, shape ``(n,)``.
-        noise: Sampling variance of the series at these.
+        noise: Sampling variance of the series at these steps; None if unknown.
 
     Returns:
-        Columns ``(n, p)``, and weights ``(n,)`` by which a series gives its fitted value at the end of the rising stage
-        minus that at the first step.
+        Columns ``(n, p)``, and weights ``(n,)``. Weights times the series are the fitted value at the end of the rising
+        stage minus that at the first step.
     """
     x = np.asarray(step, dtype=float)
     first, last = fit.first_step, fit.last_step
@@ -285,26 +290,26 @@ def trend_weights(fit: StageFit, step: np.ndarray, noise: np.ndarray | None = No
         return np.column_stack((np.ones_like(at), at - first, *(np.maximum(at - knot, 0) for knot in knots)))
 
     basis = columns(x)
-    # Half of the average noise stands for the state of the policy, which no number of prompts averages out.
+    # Half of the average noise represents the state of the policy, which more prompts do not average out.
     precision = np.ones_like(x) if noise is None or not noise.mean() > 0 else 1 / (noise + noise.mean() / 2)
     solver = np.linalg.pinv(basis * np.sqrt(precision)[:, None]) * np.sqrt(precision)
     return basis, np.diff(columns(np.array([first, end], dtype=float)), axis=0)[0] @ solver
 
 
 def decompose_fall(tokens: np.ndarray, entropy_sum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split the fall of mean token entropy between two windows into parts of each sample sign (claim S2).
+    """Decompose the fall of mean token entropy between two windows by sample sign (claim S2).
 
-    With w the share of a sign in the tokens and m its mean entropy, the fall is, exactly, the sum over signs of
-    mean(w) (m_start - m_end), the change within the sign, and (w_start - w_end) mean(m), the change in its share
-    (the symmetric decomposition of Marshall and Edgeworth).
+    Let w be the share of a sign in the tokens, and m its mean entropy. The fall is exactly the sum over signs of
+    mean(w) (m_start - m_end), the change within the sign, and (w_start - w_end) mean(m), the change of its share
+    (symmetric decomposition of Marshall and Edgeworth).
 
     Args:
         tokens: Number of tokens, shape ``(..., 2 windows, signs)``, start first.
-        entropy_sum: Sum of their entropy, nats, same shape.
+        entropy_sum: Sum of token entropy, nats, same shape.
 
     Returns:
-        ``within`` and ``between``, nats, shape ``(..., signs)``. A sign without tokens in one window changes its share
-        only.
+        ``within`` and ``between``, nats, shape ``(..., signs)``. For a sign without tokens in one window, ``within`` is
+        0.
     """
     share = tokens / tokens.sum(-1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -317,10 +322,10 @@ def decompose_fall(tokens: np.ndarray, entropy_sum: np.ndarray) -> tuple[np.ndar
 
 
 class _Family:
-    """Least-squares fits of all shapes of a family at once; series have shape ``(n, S, draws)``."""
+    """Fit all shapes of a family by least squares; series have shape ``(n, S, draws)``."""
 
     def __init__(self, bases: np.ndarray) -> None:
-        """Keep the columns of each shape, ``(shapes, n, p)``, and their QR decompositions."""
+        """Store the columns of each shape, ``(shapes, n, p)``, and their QR decompositions."""
         self.bases = bases
         self._q, self._r = np.linalg.qr(bases)
 
@@ -349,7 +354,7 @@ class _Family:
 
 
 def _knots(x: np.ndarray) -> np.ndarray:
-    """Return the boundaries that are allowed."""
+    """Return the allowed boundaries."""
     margin = max(MIN_SEGMENT, int(np.ceil(MIN_SEGMENT_SHARE * len(x))))
     allowed = x[margin - 1 : -margin]
     return allowed[np.unique(np.linspace(0, len(allowed) - 1, MAX_KNOTS).round().astype(int))]
@@ -363,7 +368,7 @@ def _two_lines(x: np.ndarray) -> np.ndarray:
 
 
 def _curves(x: np.ndarray) -> np.ndarray:
-    """Return the columns of the smooth curves, each beside a line."""
+    """Return the columns of the smooth curves, each with a line."""
     time = (x - x[0]) / (x[-1] - x[0])
     shapes = [np.exp(-time / constant) for constant in TIME_CONSTANTS]
     shapes += [np.log1p(time / constant) for constant in TIME_CONSTANTS]
@@ -374,7 +379,7 @@ def _curves(x: np.ndarray) -> np.ndarray:
 
 
 def _improvement(search: _Family, line: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Return the largest relative fall of the squared error of each draw against one line."""
+    """Return the largest relative reduction of the squared error of each draw, compared with one line."""
     q = np.linalg.qr(line)[0]
     one = (z**2).sum((0, 1)) - (np.tensordot(q, z, axes=(0, 0)) ** 2).sum((0, 1))
     two = search.smallest(z)
@@ -382,7 +387,7 @@ def _improvement(search: _Family, line: np.ndarray, z: np.ndarray) -> np.ndarray
 
 
 def _advantage(families: tuple[_Family, _Family], z: np.ndarray) -> np.ndarray:
-    """Return how much smaller the squared error of the first family is than that of the second, in [-1, 1]."""
+    """Return the relative difference in squared error, in [-1, 1]; positive if the first family fits better."""
     first, second = (family.smallest(z) for family in families)
     return (second - first) / np.maximum(first, second)
 
@@ -393,7 +398,7 @@ def _slopes(coefficients: np.ndarray) -> np.ndarray:
 
 
 def _average(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the last step and the mean values of groups of neighboring steps, where there are too many."""
+    """Average groups of neighboring steps if there are too many; a group is named by its last step."""
     if len(x) <= MAX_FITTED:
         return x, y
     groups = np.array_split(np.arange(len(x)), MAX_FITTED)

@@ -1,1 +1,1 @@
-"""What commands print: progress, exported tables, and interruption."""
+"""Show progress, export tables, and handle Ctrl-C for the commands."""

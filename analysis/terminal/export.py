@@ -1,4 +1,4 @@
-"""Frames as text: for people, for scripts and for spreadsheets."""
+"""Export frames as text for terminals, scripts, and spreadsheets."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 FORMATS = ("table", "csv", "json", "parquet")
 TABLE_ROWS = 100
 CSV_DIGITS = 6
-# A spreadsheet takes a cell that begins with one of these for a formula: OWASP, "CSV Injection". Some drop what stands
-# before it, blanks and quotes.
+# Spreadsheets run a cell that begins with one of these characters as a formula (OWASP, "CSV Injection"). Some of them
+# first strip leading blanks and quotes.
 FORMULA = r"""^[\s"']*[=+\-@＝＋－＠]|^[\t\r\n]"""
 
 
 def render(frame: pl.DataFrame, form: str) -> bytes:
-    """Returns ``frame`` as one of ``FORMATS``; all but the table, which is for people, hold the exact values.
+    """Return ``frame`` in one of ``FORMATS``; every format except ``table`` preserves the exact values.
 
     Raises:
-        InputError: CSV cannot hold a column.
+        InputError: CSV cannot represent the type of a column.
     """
     if form == "parquet":
         buffer = io.BytesIO()
@@ -41,15 +41,15 @@ def render(frame: pl.DataFrame, form: str) -> bytes:
 
 
 def to_json(value: Any, default: Callable[[Any], str] | None = None) -> str:
-    """JSON that any reader takes: numbers that it has no name for, such as NaN, are null.
+    """Return standard JSON; NaN and infinity, which JSON lacks, become null.
 
-    ``default`` makes text of what is no value of JSON.
+    ``default`` converts a value of any other type to text.
     """
     return json.dumps(_json_value(value), indent=1, default=default, allow_nan=False)
 
 
 def to_report_csv(frame: pl.DataFrame) -> str:
-    """Returns CSV for reading in a spreadsheet: six significant digits, and no text that would run as a formula."""
+    """Return CSV that is safe in a spreadsheet: six significant digits, and no text that runs as a formula."""
     import polars as pl
     import polars.selectors as cs
 
@@ -59,7 +59,7 @@ def to_report_csv(frame: pl.DataFrame) -> str:
 
 
 def readable(frame: pl.DataFrame) -> pl.DataFrame:
-    """``frame`` with all text plain: short, on one line, and without control characters."""
+    """Return ``frame`` with each text shortened to one line without control characters."""
     import polars as pl
     import polars.selectors as cs
 
@@ -71,7 +71,7 @@ def readable(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def show(text: str) -> str:
-    """``text`` with its lines, and nothing else in it that a terminal would act on."""
+    """Return ``text`` with its line breaks, and every other control character escaped."""
     return "\n".join(map(escape, text.split("\n")))
 
 
@@ -102,7 +102,7 @@ def _csv(frame: pl.DataFrame) -> str:
     except pl.exceptions.ComputeError:
         kinds = ", ".join(f"{name} {kind}" for name, kind in frame.schema.items() if kind.is_nested())
         raise InputError(
-            f"csv cannot hold every column ({kinds or 'binary'}); take --format json, or cast them"
+            f"csv cannot represent every column ({kinds or 'binary'}); use --format json, or cast these columns"
         ) from None
 
 

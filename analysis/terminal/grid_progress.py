@@ -1,4 +1,4 @@
-"""Progress of a grid of runs on stderr: a live table of its arms on a terminal, plain lines elsewhere."""
+"""Show the progress of a grid of runs on stderr: a live table of arms on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunState:
-    """How one run gets on; ``first`` and ``last`` are (time in s, steps done) of its first and latest finished step."""
+    """Hold the progress of one run.
+
+    ``first`` and ``last`` are (time in s, finished steps) at its first and latest finished step; both are None before.
+    """
 
     arm: str
     steps: int
@@ -31,7 +34,7 @@ class RunState:
 
 
 class GridProgress:
-    """Context manager that shows how the runs of a grid get on.
+    """Show the progress of the runs of a grid; use it as a context manager.
 
     Usage::
 
@@ -41,7 +44,7 @@ class GridProgress:
     """
 
     def __init__(self, title: str, runs: dict[str, tuple[str, int]]) -> None:
-        """``runs`` holds arm and number of steps by run id, in the order of their start."""
+        """Prepare a table of ``runs``: arm and number of steps by run id, in starting order."""
         self.title = plain(title, NAME_LENGTH)
         self.runs = {run_id: RunState(*run) for run_id, run in runs.items()}
         self._live: Any = None
@@ -57,25 +60,28 @@ class GridProgress:
         if self._live:
             self._live.stop()
 
-    def update(self, run_id: str, done: int, **figures: float) -> None:
-        """``done`` steps of a run are complete, 0 as it starts."""
+    def update(self, run_id: str, done: int, **metrics: float) -> None:
+        """Report that ``done`` steps of a run are complete; 0 means that the run starts."""
         run = self.runs[run_id]
         run.status, run.done = "running", max(done, run.done)
-        run.accuracy = figures.get("accuracy", run.accuracy)
+        run.accuracy = metrics.get("accuracy", run.accuracy)
         if done:
             run.last = (time.monotonic(), done)
             run.first = run.first or run.last
         self._most_running = max(self._most_running, sum(run.status == "running" for run in self.runs.values()))
-        self._show(f"{run_id} step {done}" if done else "", **figures)
+        self._show(f"{run_id} step {done}" if done else "", **metrics)
 
     def end(self, run_id: str, error: str | None) -> None:
-        """A run is complete, or failed."""
+        """Report that a run is complete, or that it failed with ``error``."""
         run = self.runs[run_id]
         run.status, run.done = ("failed", run.done) if error else ("done", run.steps)
         self._show(f"{run_id} failed" if error else "")
 
     def seconds_left(self) -> float | None:
-        """Of all runs that are to be finished, at the pace of those seen so far; None before there is one."""
+        """Return the estimated time in s until all unfinished runs end, or None before any run has finished two steps.
+
+        The estimate uses the mean time per step seen so far and the largest number of runs seen to run at once.
+        """
         pace = [
             (run.last[0] - run.first[0], run.last[1] - run.first[1])
             for run in self.runs.values()
@@ -91,12 +97,12 @@ class GridProgress:
         return makespan([(run.steps - run.done) * per_step for run in open_runs], self._most_running)
 
     def table(self) -> Table:
-        """One row an arm, and the time left."""
+        """Return the table: one row per arm, and the time left."""
         from rich.table import Table
         from rich.text import Text
 
         left = self.seconds_left()
-        # Plain strings would be read as rich's markup.
+        # rich would interpret a plain string as markup.
         title = Text(self.title, "table.title")
         table = Table(title=title, caption=f"time left {'?' if left is None else clock(left)}", box=None)
         table.add_column("arm", overflow="fold")
@@ -107,12 +113,12 @@ class GridProgress:
             table.add_row(Text(plain(arm, NAME_LENGTH)), *_row(runs))
         return table
 
-    def _show(self, note: str = "", **figures: float) -> None:
+    def _show(self, note: str = "", **metrics: float) -> None:
         if self._plain:
             if note:
-                self._plain.update(sum(run.done for run in self.runs.values()), note, **figures)
+                self._plain.update(sum(run.done for run in self.runs.values()), note, **metrics)
         elif self._live is None:
-            # Not before there is something to show: what is wrong with the grid is one line, without a table.
+            # The table starts with the first update, so an invalid grid prints its error line only.
             from rich.console import Console
             from rich.live import Live
 
@@ -121,7 +127,7 @@ class GridProgress:
 
 
 def makespan(seconds: Iterable[float], slots: int) -> float:
-    """Time until all runs have ended, each begun, in order, as soon as one of ``slots`` places is free."""
+    """Return the time until all runs end if each starts, in order, as soon as one of ``slots`` is free."""
     free_at = [0.0] * slots
     for duration in seconds:
         heapq.heappush(free_at, heapq.heappop(free_at) + duration)
@@ -129,7 +135,7 @@ def makespan(seconds: Iterable[float], slots: int) -> float:
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds, as 1:02:03 or 2:03."""
+    """Return hours, minutes, and seconds, as 1:02:03 or 2:03."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,4 +1,4 @@
-"""Ctrl-C for long queries."""
+"""Let Ctrl-C stop long queries."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ if TYPE_CHECKING:
     import duckdb
 
 Result = TypeVar("Result")
-AWAKE_EVERY_S = 0.1
+POLL_INTERVAL_S = 0.1
 
 
 def interruptible(con: duckdb.DuckDBPyConnection, query: Callable[[], Result]) -> Result:
-    """Returns what ``query``, which runs on ``con``, returns, or raises what it raises; Ctrl-C ends it at once.
+    """Run ``query`` on ``con`` and return its result; Ctrl-C stops it at once.
 
-    DuckDB looks for signals only now and then, and while it hands over rows not at all. So it works in a thread of its
-    own while this one waits, awake now and then, for a signal that another thread received wakes nobody.
+    DuckDB checks for signals only occasionally, and never while it returns rows. The query therefore runs in a thread
+    of its own while this thread waits. The wait polls, because a signal that another thread receives does not end it.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed; the query has ended.
+        BaseException: the error that ``query`` raised.
     """
     results: list[Result] = []
     errors: list[BaseException] = []
@@ -32,12 +36,12 @@ def interruptible(con: duckdb.DuckDBPyConnection, query: Callable[[], Result]) -
 
     threading.Thread(target=work).start()
     try:
-        while not is_done.wait(AWAKE_EVERY_S):
+        while not is_done.wait(POLL_INTERVAL_S):
             pass
     except KeyboardInterrupt:
-        # An interrupt that meets no query at work, between two portions of rows, is lost; so it is repeated.
+        # An interrupt between two batches of rows has no effect, hence the repetition.
         con.interrupt()
-        while not is_done.wait(AWAKE_EVERY_S):
+        while not is_done.wait(POLL_INTERVAL_S):
             con.interrupt()
         raise
     if errors:

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Show the progress of a command on stderr: a live bar on a terminal, a line every 15 s elsewhere."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from types import TracebackType
 from entrace.analysis.trace.plain import plain
 
 PLAIN_LINE_EVERY_S = 15.0
-# Of a run, a model or a figure beside the bar.
+# Longest name of a run, model, or figure beside the bar, in characters.
 NAME_LENGTH = 80
 
 
 class Progress:
-    """Context manager that shows steps done, time left and a few figures.
+    """Show finished steps, time left, and a few metrics; use it as a context manager.
 
     Usage::
 
@@ -23,7 +23,7 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int) -> None:
-        """``total`` is the number of steps that make the work complete."""
+        """Prepare a bar for ``total`` steps."""
         self.title, self.total = plain(title, NAME_LENGTH), total
         self._done = 0
         self._first: tuple[float, int] | None = None
@@ -41,16 +41,16 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
-    def update(self, done: int, note: str = "", **figures: float) -> None:
-        """Reports that ``done`` steps are complete; ``note`` and ``figures`` stand beside the bar."""
+    def update(self, done: int, note: str = "", **metrics: float) -> None:
+        """Report that ``done`` steps are complete; ``note`` and ``metrics`` appear beside the bar."""
         now = time.monotonic()
         if self._first is None:
             self._first = (now, done)
         words = [plain(note, NAME_LENGTH)] if note else []
-        text = " ".join(words + [f"{name} {_short(value)}" for name, value in figures.items()])
+        text = " ".join(words + [f"{name} {_short(value)}" for name, value in metrics.items()])
         self._done = done
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=done, figures=text)
+            self._bar.update(self._bar.task_ids[0], completed=done, metrics=text)
         elif now - self._last_line >= PLAIN_LINE_EVERY_S or done >= self.total:
             self._last_line = now
             print(f"{self.title}: {done}/{self.total} {text} left {self._time_left(now)}", file=sys.stderr, flush=True)
@@ -68,7 +68,7 @@ def _short(value: float) -> str:
 
 
 def _make_bar(title: str, total: int):
-    # rich is imported only where a terminal needs it.
+    # Importing rich takes time that only a terminal needs to spend.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
@@ -78,9 +78,9 @@ def _make_bar(title: str, total: int):
         BarColumn(bar_width=12),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
-        # Last, and free to wrap: a narrow terminal must not cost the time left.
-        TextColumn("{task.fields[figures]}", markup=False, table_column=Column()),
+        # The last column may wrap, so a narrow terminal still shows the time left.
+        TextColumn("{task.fields[metrics]}", markup=False, table_column=Column()),
         console=Console(stderr=True),
     )
-    bar.add_task(title, total=total, figures="")
+    bar.add_task(title, total=total, metrics="")
     return bar

@@ -1,4 +1,4 @@
-"""The trace contract and its writer. Imports neither torch nor anything of the trainer."""
+"""Define and write traces, without importing torch or the trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one exception that a user of either package is meant to read."""
+"""Define the exception for bad input, and turn other errors into one readable line."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from collections.abc import Iterable
 
 from entrace.analysis.trace.plain import plain
 
-# Characters of a message of several lines.
-ANNOUNCED = 500
+# Longest message, in characters, that is joined from several lines.
+MAX_JOINED = 500
 
 
 class InputError(Exception):
-    """Bad input, described in one line: what was wrong, what was expected, the nearest valid name.
+    """Report bad input in one line: the fault, the expected value, and the nearest valid name.
 
-    The command line prints the message and exits with 2; a library caller catches it.
+    The command line prints the message and exits with code 2; a library caller can catch the exception.
     """
 
     def __init__(self, message: str) -> None:
-        """What ``message`` quotes of files and names may be long, and hold anything."""
+        """Store ``message`` shortened and escaped, because it may quote arbitrary files and names."""
         super().__init__(plain(message))
 
 
 def nearest(name: str, options: Iterable[str], others: str = "valid") -> str:
-    """Return ``'; did you mean "x"?'`` for the closest of ``options``, or all of them if none is close.
+    """Return ``'; did you mean "x"?'`` for the closest of ``options``, or list all of them if none is close.
 
-    Close is what is spelled alike, or the only option that contains the name.
+    An option is close if its spelling is similar, or if it is the only one that contains the name.
 
     Args:
-        name: What was given.
-        options: What it may have meant; the hint is empty if there are none.
-        others: What to call ``options`` where all are listed.
+        name: The name that was given.
+        options: The valid names; the hint is empty if there are none.
+        others: The word that introduces the list of all options.
     """
     options = list(options)
     containing = [option for option in options if name and name in option]
@@ -41,9 +41,9 @@ def nearest(name: str, options: Iterable[str], others: str = "valid") -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return the first line of a library's exception, its kind if it says nothing.
+    """Return the first line of an exception's message, or the name of its class if the message is empty.
 
-    A first line that ends with a colon announces what follows, which is then part of it.
+    If the first line ends with a colon, the following lines are joined to it.
     """
     if isinstance(error, UnicodeDecodeError):
         return f"byte 0x{error.object[error.start]:02x} at offset {error.start} is not {error.encoding.upper()}"
@@ -52,15 +52,15 @@ def in_one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    return plain(" ".join(lines), ANNOUNCED).removesuffix(":") if lines[0].endswith(":") else lines[0]
+    return plain(" ".join(lines), MAX_JOINED).removesuffix(":") if lines[0].endswith(":") else lines[0]
 
 
 def reason_of(error: OSError) -> str:
-    """Return the reason that the system gives for an error, such as ``no such file or directory``."""
+    """Return the operating system's reason for an error, such as ``no such file or directory``."""
     return (error.strerror or in_one_line(error)).lower()
 
 
 def with_kind(error: BaseException) -> str:
-    """Return ``in_one_line`` after the kind of the exception."""
+    """Return ``in_one_line`` preceded by the name of the exception's class."""
     kind, said = type(error).__name__, in_one_line(error)
     return kind if said == kind else f"{kind}: {said}"

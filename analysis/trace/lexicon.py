@@ -1,4 +1,4 @@
-"""Token categories by function, for any tokenizer, from a lexicon and four rules."""
+"""Assign tokens of any tokenizer to functional categories with a lexicon and four rules."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ FORMAL, LOGICAL, META, SEMANTIC, SPECIAL = CATEGORIES = (
 )
 
 SHIPPED = Path(__file__).with_name("lexicon.toml")
-# Word starts, line ends and tabs as SentencePiece and byte-level BPE write them.
+# Characters by which SentencePiece and byte-level BPE mark word starts, line ends, and tabs.
 MARKS_TO_BLANKS = dict.fromkeys(map(ord, "\u2581\u0120\u010a\u0109\u010d"), " ")
-# Looks like a special token, for vocabularies of which nobody says what is special.
+# Texts that look like special tokens, for vocabularies that do not mark their special tokens.
 MARKUP = re.compile(r"<[^<>\s]+>|\[[A-Z]{3,}\]")
 NO_TEXT = re.compile(r"\ufffd+|(?:<0x[0-9A-F]{2}>)+")
 RULER = re.compile(r"\*\*+|([-_/=])\1\1+")
@@ -35,16 +35,16 @@ SINGLE_LETTER_WORDS = {"a", "i"}
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Maps words to categories; ``categorize`` adds the rules for everything that is not a listed word."""
+    """Map words to categories; ``categorize`` applies rules to all other texts."""
 
     words: dict[str, str]
 
     @classmethod
     def load(cls, path: Path | None = None) -> Lexicon:
-        """Reads a lexicon.
+        """Read a lexicon (default: the shipped one).
 
         Raises:
-            InputError: no such file, not TOML, or a category that does not exist.
+            InputError: the file does not exist or is not TOML, or a category is unknown.
         """
         path = path or SHIPPED
         try:
@@ -60,7 +60,7 @@ class Lexicon:
                 raise InputError(f'{path}: unknown category "{category}"{nearest(category, CATEGORIES)}')
             if not isinstance(entries, list) or not all(isinstance(word, str) for word in entries):
                 raise InputError(f"{path}: {category} is {reprlib.repr(entries)}, expected a list of words")
-        # The earlier category in CATEGORIES order never wins by accident: the file's order decides.
+        # A word in several lists gets the category that comes first in the file, whatever the order of CATEGORIES.
         words: dict[str, str] = {}
         for category, entries in lists.items():
             for word in entries:
@@ -70,15 +70,18 @@ class Lexicon:
     def categorize(self, vocab: Sequence[str], is_special: Sequence[bool] | None = None) -> np.ndarray:
         """Return the category of every vocabulary entry.
 
-        Rules, first match, punctuation around a word left out: what the tokenizer marks as special, blanks, and bytes
-        of incomplete characters are ``special``; a listed word has its listed category; digits, operators, brackets,
-        LaTeX commands and single letters other than the words a and i are ``formal_reasoning``; anything else,
-        punctuation, rulers, markup and word pieces included, is ``semantic_support``.
+        The first matching rule decides; punctuation around a word is ignored.
+
+        1. Marked special tokens, blanks, and bytes of incomplete characters are ``special``.
+        2. A word of the lexicon has its category there.
+        3. Digits, operators, brackets, LaTeX commands, and single letters except the words a and i are
+           ``formal_reasoning``.
+        4. Everything else, including punctuation, rulers, markup, and word pieces, is ``semantic_support``.
 
         Args:
-            vocab: Texts, one per entry; word-start marks of byte-level BPE and SentencePiece are understood.
-            is_special: What the tokenizer marks, one per entry; if unknown, what looks like it, such as ``<eos>``,
-                ``</answer>`` or ``[PAD]``, counts as marked.
+            vocab: Text of each entry, length V; word-start marks of byte-level BPE and SentencePiece are recognized.
+            is_special: Special-token flag of each entry, length V. If omitted, texts that look special count as
+                marked, such as ``<eos>``, ``</answer>``, or ``[PAD]``.
 
         Returns:
             Array of category names, dtype object, shape ``(V,)``.

@@ -1,4 +1,4 @@
-"""``run.json``: what a run is, how it was made, and how far it got."""
+"""Read and write ``run.json``, which describes a run, its settings, and its progress."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.schema import check_version
 
 MANIFEST = "run.json"
-# Types of what readers rely on; other keys may hold anything.
+# Types of the keys that readers use; other keys may hold any value.
 TEXT, NUMBER, SECTION = (str, type(None)), (int, type(None)), (dict, type(None))
-KIND_NAMES = {TEXT: "text", NUMBER: "a whole number of 32 bits", SECTION: "a table"}
+KIND_NAMES = {TEXT: "text", NUMBER: "a 32-bit integer", SECTION: "a table"}
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("run_id", "study", "arm", "baseline", "status", "error", "model", "task"), TEXT),
     **dict.fromkeys(("git_commit", "started_at", "finished_at"), TEXT),
@@ -32,19 +32,19 @@ PACKAGES = ("entrace", "torch", "transformers", "tokenizers", "reasoning-gym", "
 
 
 def write_manifest(run_dir: Path, manifest: dict[str, Any]) -> None:
-    """Replaces ``run.json`` atomically: a reader sees the old text or the new one, never a part."""
+    """Replace ``run.json`` atomically: a reader sees either the old or the new content, never a part."""
     replace_atomically(run_dir / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
 
 
 def replace_atomically(path: Path, data: bytes) -> None:
-    """Puts ``data`` at ``path`` so that it is there whole, or not at all, and stays there through a loss of power."""
+    """Write ``data`` to ``path`` completely or not at all; it survives a loss of power."""
     with durable_file(path) as file:
         file.write(data)
 
 
 @contextmanager
 def durable_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets the name ``path`` once it is whole and on disk; an error leaves what was there."""
+    """Yield a file that is renamed to ``path`` once it is complete and on disk; an error leaves the old file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -59,7 +59,7 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes names given in ``folder`` durable, where the system can."""
+    """Make new names in ``folder`` survive a loss of power, if the system supports that."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -70,10 +70,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
-    """Returns the content of ``run.json``.
+    """Return the content of ``run.json``.
 
     Raises:
-        InputError: the folder is not a trace, the file is not JSON, or its schema version is not readable.
+        InputError: the folder is not a trace, the file is not JSON, its schema version is not readable, or a key has
+            the wrong type.
     """
     path = Path(run_dir) / MANIFEST
     if not path.is_file():
@@ -104,7 +105,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name, such as those of ``config``."""
+    """Return nested settings, such as ``config``, by dotted name."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -112,12 +113,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def now() -> str:
-    """Current time, UTC, ISO 8601 to the second."""
+    """Return the current UTC time in ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def describe_machine() -> dict[str, Any]:
-    """Hardware, library versions and git commit, as far as they can be known without importing torch."""
+    """Return hardware, library versions, and git commit, as far as known without importing torch."""
     return {
         "hardware": {"machine": platform.machine(), "cpu": _cpu_name(), "cores": count_cores()},
         "versions": {"python": platform.python_version(), **_package_versions()},
@@ -126,7 +127,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def count_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,8 +1,8 @@
-"""The Parquet files of a run: which of them count, and whether they are what ``run.json`` says.
+"""Find the Parquet files that belong to a run, and check them against ``run.json``.
 
-``run.json`` lists every file that ``TraceWriter`` has made durable, with its rows. A file of the writer's naming that
-is not on the list is the leftover of an interrupted flush. Files of other names belong to no step of the run, such as
-those of ``entrace intervene``, and always count; so does everything in traces whose manifest has no list.
+``run.json`` lists every durable file of ``TraceWriter`` with its number of rows. A file that is named like those of
+the writer but is not listed is left over from an interrupted flush, and is ignored. Files with other names, such as
+those of ``entrace intervene``, belong to no step and always count. Without a list in ``run.json``, every file counts.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 PART = re.compile(r"part-(\d+)-(\d+)(?:\.rank-\d+)?\.parquet")
 # Key of run.json.
 FILES = "files"
-# Rows of each file of the writer's naming, by table and file name; None where they are not known.
+# Number of rows of each file of the writer, by table and file name; None if unknown.
 Files = dict[str, dict[str, int | None]]
 
 
 def part_name(first: int, last: int, rank: int) -> str:
-    """Name of the file that holds the rows of steps ``first`` to ``last`` of one process."""
+    """Return the name of the file with the rows of steps ``first`` to ``last`` from one process."""
     return f"part-{first:06d}-{last:06d}{f'.rank-{rank:03d}' if rank else ''}.parquet"
 
 
 def last_step(name: str) -> int:
-    """Last step that a file of the writer's naming holds.
+    """Return the last step in a file of the writer, from its name.
 
     Raises:
-        InputError: another name.
+        InputError: the name is not one of the writer's.
     """
     if not (match := PART.fullmatch(name)):
         raise InputError(f'"{name}": not the name of a file of a trace, such as part-000001-000010.parquet')
@@ -42,19 +42,19 @@ def last_step(name: str) -> int:
 
 
 def listed_files(run_dir: Path, manifest: Mapping[str, Any]) -> Files:
-    """What the manifest lists; where it has no list, every file of the writer's naming that is there."""
+    """Return the files that the manifest lists, or every file named like the writer's if it has no list."""
     if manifest.get(FILES) is not None:
         return manifest[FILES]
     return {name: {path.name: None for path in _find(run_dir, name) if PART.fullmatch(path.name)} for name in TABLES}
 
 
 def list_parts(run_dir: Path, manifest: Mapping[str, Any]) -> dict[str, dict[Path, int | None]]:
-    """Files of each table that count, in order, with their rows where these are known.
+    """Return the files of each table that belong to the run, in order, with their number of rows if known.
 
-    A table may be removed as a whole, to save room; it has no files then.
+    A table without a folder has no files: users may delete whole tables to save space.
 
     Raises:
-        InputError: one that the manifest lists is not there, though others of its table are.
+        InputError: a listed file is missing, although the folder of its table exists.
     """
     listed = listed_files(run_dir, manifest)
     parts = {}
@@ -63,13 +63,13 @@ def list_parts(run_dir: Path, manifest: Mapping[str, Any]) -> dict[str, dict[Pat
         rows = {run_dir / table / name: rows for name, rows in listed.get(table, {}).items() if is_there}
         found = _find(run_dir, table)
         if lost := sorted(rows.keys() - set(found)):
-            raise InputError(f"{lost[0]}: missing, though {run_dir.name}/run.json lists it; {_remedy(lost[0])}")
+            raise InputError(f"{lost[0]}: missing, although {run_dir.name}/run.json lists it; {_remedy(lost[0])}")
         parts[table] = {path: rows.get(path) for path in found if path in rows or not PART.fullmatch(path.name)}
     return parts
 
 
 def last_whole_step(run_dir: Path, manifest: Mapping[str, Any]) -> tuple[int, str | None]:
-    """Last durable step up to which every file of the trace is whole, and what is wrong with the next one."""
+    """Return the last step up to which every file is intact, and the fault of the first damaged file."""
     durable, damage = int(manifest["last_durable_step"]), None
     for table, files in listed_files(run_dir, manifest).items():
         for name, rows in files.items():
@@ -83,7 +83,7 @@ def last_whole_step(run_dir: Path, manifest: Mapping[str, Any]) -> tuple[int, st
 
 
 def remove_leftovers(run_dir: Path, manifest: Mapping[str, Any]) -> None:
-    """Removes temporary files, and files of the writer's naming that the manifest does not list."""
+    """Remove temporary files, and files named like the writer's that the manifest does not list."""
     for name in TABLES:
         listed = manifest[FILES].get(name, {})
         for path in (run_dir / name).glob("*"):
@@ -93,16 +93,17 @@ def remove_leftovers(run_dir: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def check_part(path: Path, table: Table, rows: int | None = None) -> int:
-    """Return the schema version of a file that has the columns of ``table``, and ``rows`` rows if that is known.
+    """Return the schema version of a file, after checking its columns and, if given, its number of ``rows``.
 
     Raises:
-        InputError: damaged, of an unreadable schema version, lacking a column or with one of another type, or a link.
+        InputError: the file is damaged or a link, has an unreadable schema version, lacks a column, has a column of
+            another type, or has another number of rows.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
-        raise InputError(f"{path}: a link, or not a file; a trace holds regular files only")
+        raise InputError(f"{path}: a link, or not a regular file; a trace holds regular files only")
     try:
         with pq.ParquetFile(path) as file:
             schema, found_rows = file.schema_arrow, file.metadata.num_rows
@@ -127,7 +128,7 @@ def _check_schema(path: Path, schema: pa.Schema, table: Table) -> int:
             found = ", ".join(schema.names)
             raise InputError(f"{path}: column {column.name} ({column.type}) is missing; found {found}")
         if schema.names.count(column.name) > 1:
-            raise InputError(f"{path}: column {column.name} is there more than once")
+            raise InputError(f"{path}: column {column.name} appears more than once")
         stored = schema.field(column.name).type
         if _kind(stored) != _kind(column.type):
             raise InputError(f"{path}: column {column.name} is {stored}, expected {column.type}")
@@ -140,12 +141,12 @@ def _find(run_dir: Path, table: str) -> list[Path]:
 
 def _remedy(path: Path) -> str:
     if not PART.fullmatch(path.name):
-        return "remove it, and what it held is made again by the same command"
+        return "remove it, and repeat the command that made it"
     return "restore it, or go back to the checkpoint before it with entrace train --resume"
 
 
 def _kind(stored: pa.DataType) -> str:
-    """Family of a type: another width of number or string reads as well."""
+    """Return the family of a type: numbers and strings of any width are readable."""
     import pyarrow as pa
 
     tests: dict[str, Callable[[pa.DataType], bool]] = {

@@ -1,12 +1,12 @@
-"""The trace contract: every table, column, type, unit and meaning, in one place.
+"""Define the trace: every table and column with its type, unit, and meaning.
 
-Arrow schemas are built from the declarations below, the writer validates against them, the reader compares files
-with them, and ``entrace tables`` prints them. A nullable column is null where its value was not captured or is unknown;
+The declarations below are the only source: the writer validates rows against them, the reader compares files with
+them, and ``entrace tables`` prints them. A nullable column is null if its value was not captured or is unknown;
 ``unknown`` in ``run.json`` gives the reason. No float column holds NaN or infinity. Raise ``SCHEMA_VERSION`` when a
-column is added or changes its meaning or type, and keep ``OLDEST_VERSION`` readable.
+column is added or its meaning or type changes, and keep ``OLDEST_VERSION`` readable.
 
-Version 2 added the columns with ``since=2`` and made ``is_correct`` and ``reward`` nullable. The views of
-``runs`` show the same columns for both versions.
+Version 2 added the columns with ``since=2`` and made ``is_correct`` and ``reward`` nullable. The views that
+``open_runs`` creates have equal columns for both versions.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ LIST_OF_STRINGS = pa.list_(pa.string())
 
 @dataclass(frozen=True)
 class Column:
-    """One column.
+    """Declare one column.
 
     Attributes:
-        name: The field's term.
+        name: Name of the column.
         type: Arrow type.
-        unit: A unit, a range or ``-``.
-        meaning: In a sentence.
-        nullable: May be left out when writing.
-        is_measured: float32 whose mantissa is noise, which decides how it is encoded.
+        unit: A unit, a range, or ``-``.
+        meaning: Meaning in one sentence.
+        nullable: Null is allowed, and writers may omit the column.
+        is_measured: The column is float32 with a noisy mantissa, which determines its encoding.
         since: First schema version with the column.
     """
 
@@ -52,7 +52,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """One table of a trace; ``sort_by`` is the order of rows within each file and identifies a row within a run."""
+    """Declare one table; ``sort_by`` orders the rows of each file and identifies a row within a run."""
 
     name: str
     grain: str
@@ -61,12 +61,12 @@ class Table:
 
     @cached_property
     def float_columns(self) -> tuple[Column, ...]:
-        """Columns that must not hold NaN or infinity."""
+        """Return the columns that must not hold NaN or infinity."""
         return tuple(column for column in self.columns if pa.types.is_floating(column.type))
 
     @cached_property
     def arrow_schema(self) -> pa.Schema:
-        """Arrow schema whose field metadata carry unit and meaning."""
+        """Return the Arrow schema, with unit and meaning in the metadata of each field."""
         fields = [
             pa.field(c.name, c.type, nullable=c.nullable, metadata={"unit": c.unit, "meaning": c.meaning})
             for c in self.columns
@@ -75,10 +75,10 @@ class Table:
 
 
 def check_version(place: str, found: object) -> int:
-    """Return a schema version that this version of entrace reads; ``place`` names where it was found.
+    """Return the schema version if this version of entrace can read it; ``place`` names its location in the error.
 
     Raises:
-        InputError: another version.
+        InputError: the version is not readable.
     """
     readable = range(OLDEST_VERSION, SCHEMA_VERSION + 1)
     if version := next((version for version in readable if str(version) == str(found)), None):
@@ -93,17 +93,19 @@ def _measured(name: str, unit: str, meaning: str, *, nullable: bool = False) -> 
     return Column(name, pa.float32(), unit, meaning, nullable, is_measured=True)
 
 
-RUN_ID = Column("run_id", pa.string(), "-", "The run; unique within a study.")
-STEP = Column("step", pa.int32(), "steps, from 1", "Training step that consumed the row.")
-PROMPT_ID = Column("prompt_id", pa.string(), "-", "The prompt.")
-ROLLOUT_ID = Column("rollout_id", pa.int64(), "-", "The response; unique within the run, rising with step.")
-RESPONSE_LENGTH = Column("response_length", pa.int32(), "tokens", "Generated tokens, end of sequence included.")
-IS_CORRECT = Column("is_correct", pa.bool_(), "-", "Its score reached correct_at; null if unknown or not judged.", True)
+RUN_ID = Column("run_id", pa.string(), "-", "Identifier of the run, unique within a study.")
+STEP = Column("step", pa.int32(), "steps, from 1", "Training step that used the row.")
+PROMPT_ID = Column("prompt_id", pa.string(), "-", "Identifier of the prompt.")
+ROLLOUT_ID = Column(
+    "rollout_id", pa.int64(), "-", "Identifier of the response, unique within the run and increasing with step."
+)
+RESPONSE_LENGTH = Column("response_length", pa.int32(), "tokens", "Generated tokens, including the end of sequence.")
+IS_CORRECT = Column("is_correct", pa.bool_(), "-", "The score reached correct_at; null if unknown or not judged.", True)
 ANSWER_CLASS = Column(
     "answer_class",
     pa.string(),
     "-",
-    "Answers to one prompt that the verifier considers equal share a class; null = answers compare as text.",
+    "Class of answers to one prompt that the verifier considers equal; null = answers are compared as text.",
     nullable=True,
     since=2,
 )
@@ -116,12 +118,12 @@ TOKENS = Table(
         STEP,
         PROMPT_ID,
         ROLLOUT_ID,
-        Column("position", pa.int32(), "tokens, from 0", "Place of the token in its response."),
+        Column("position", pa.int32(), "tokens, from 0", "Position of the token in its response."),
         RESPONSE_LENGTH,
-        Column("token_id", pa.int32(), "-", "Vocabulary entry; text in table vocab."),
+        Column("token_id", pa.int32(), "-", "Vocabulary entry; its text is in table vocab."),
         Column("category", pa.string(), "-", "Function of the token; see analysis/trace/lexicon.toml."),
-        _measured("logprob", "nats", "ln p of the token under the distribution it was sampled from."),
-        _measured("entropy", "nats", "Shannon entropy of that distribution, whole vocabulary."),
+        _measured("logprob", "nats", "ln p of the token under the distribution that it was sampled from."),
+        _measured("entropy", "nats", "Shannon entropy of that distribution over the whole vocabulary."),
         Column("advantage", pa.float32(), "std of group reward", "Group-relative advantage before shaping."),
         Column("shaped_advantage", pa.float32(), "std of group reward", "The advantage that entered the loss."),
         _measured(
@@ -133,9 +135,16 @@ TOKENS = Table(
         IS_CORRECT,
         _measured("logprob_after", "nats", "logprob after the step's update; null if not scored again.", nullable=True),
         _measured("entropy_after", "nats", "entropy after the step's update; null if not scored again.", nullable=True),
-        Column("is_clipped", pa.bool_(), "-", "The ratio clip took the token's gradient; null if not captured.", True),
         Column(
-            "is_kept", pa.bool_(), "-", "Took part in the update, as rollouts.is_kept; null if unknown.", True, since=2
+            "is_clipped", pa.bool_(), "-", "The ratio clip removed the token's gradient; null if not captured.", True
+        ),
+        Column(
+            "is_kept",
+            pa.bool_(),
+            "-",
+            "The token entered the update, as rollouts.is_kept; null if unknown.",
+            True,
+            since=2,
         ),
     ),
     ("step", "rollout_id", "position"),
@@ -153,24 +162,25 @@ ROLLOUTS = Table(
             "group_id",
             pa.int64(),
             "-",
-            "The group: responses to one prompt, sampled and compared together; unique within the run.",
+            "Identifier of the group of responses to one prompt that are sampled and compared together, "
+            "unique within the run.",
             since=2,
         ),
         Column("sample_index", pa.int32(), "from 0", "Index of the response within its group."),
-        Column("completion", pa.string(), "-", "Generated text, special tokens left out."),
-        Column("answer", pa.string(), "-", "Answer extracted from the required format; null if there is none.", True),
+        Column("completion", pa.string(), "-", "Generated text without special tokens."),
+        Column("answer", pa.string(), "-", "Answer extracted from the required format; null if none was found.", True),
         ANSWER_CLASS,
-        Column("reward", pa.float32(), "-", "The verifier's score; the advantage is of reward + length_penalty.", True),
+        Column("reward", pa.float32(), "-", "The verifier's score; the advantage uses reward + length_penalty.", True),
         Column(
             "length_penalty",
             pa.float32(),
             "-, at most 0",
-            "Deduction for length; null if unknown, or, in version 1, part of reward.",
+            "Penalty for length; null if unknown, or if included in reward (version 1).",
             True,
             since=2,
         ),
         IS_CORRECT,
-        Column("has_answer", pa.bool_(), "-", "An answer could be parsed; false is a format violation.", True),
+        Column("has_answer", pa.bool_(), "-", "An answer could be parsed; false means a format violation.", True),
         Column(
             "defects",
             LIST_OF_STRINGS,
@@ -178,24 +188,26 @@ ROLLOUTS = Table(
             "Every defect that applies: format_violation, truncated, repetition, irrelevant; empty if none.",
         ),
         RESPONSE_LENGTH,
-        Column("is_truncated", pa.bool_(), "-", "Stopped by the length limit.", True),
-        Column("is_kept", pa.bool_(), "-", "Took part in the update; drop_reason says why not."),
+        Column("is_truncated", pa.bool_(), "-", "Generation stopped at the length limit.", True),
+        Column("is_kept", pa.bool_(), "-", "The response entered the update; drop_reason says why not."),
         Column(
             "drop_reason",
             pa.string(),
             "-",
-            "Why it took no part in the update: uniform_group, no_verdict, truncated; null if it did, or unknown.",
+            "Reason for exclusion from the update: uniform_group, no_verdict, truncated; null if included or unknown.",
             True,
             since=2,
         ),
         Column("entropy_mean", pa.float32(), "nats per token", "Mean token entropy of the response.", True),
-        Column("surprisal_mean", pa.float32(), "nats per token", "Mean of -logprob over the response.", True),
+        Column(
+            "surprisal_mean", pa.float32(), "nats per token", "Mean of -logprob over the tokens of the response.", True
+        ),
         Column("ppl", pa.float32(), ">= 1", "Perplexity exp(surprisal_mean) of the response.", True),
-        Column("ppl_z", pa.float32(), "standard deviations", "ln ppl standardised within the group.", True),
+        Column("ppl_z", pa.float32(), "standard deviations", "ln ppl standardized within the group.", True),
         Column("advantage", pa.float32(), "std of group reward", "Group-relative advantage; 0 in uniform groups."),
-        Column("temperature", pa.float32(), "-", "Sampling temperature, part of every recorded probability."),
-        Column("entropy_kind", pa.string(), "-", "exact: over the whole vocabulary."),
-        Column("policy_step", pa.int32(), "steps", "Updates that the sampling policy had received.", True),
+        Column("temperature", pa.float32(), "-", "Sampling temperature, included in every recorded probability."),
+        Column("entropy_kind", pa.string(), "-", "exact = entropy over the whole vocabulary."),
+        Column("policy_step", pa.int32(), "steps", "Updates applied to the sampling policy.", True),
     ),
     ("step", "rollout_id"),
 )
@@ -207,9 +219,9 @@ PROMPTS = Table(
         RUN_ID,
         PROMPT_ID,
         Column("split", pa.string(), "-", "train or heldout."),
-        Column("task", pa.string(), "-", "Where the prompt comes from and which verifier scores it."),
-        Column("prompt", pa.string(), "-", "The question as put to the chat template."),
-        Column("ground_truth", pa.string(), "-", "The answer that the verifier compares with.", True),
+        Column("task", pa.string(), "-", "Source of the prompt and verifier that scores it."),
+        Column("prompt", pa.string(), "-", "The question as passed to the chat template."),
+        Column("ground_truth", pa.string(), "-", "Reference answer of the verifier.", True),
         Column("difficulty", pa.string(), "JSON", "The task's own description of difficulty.", True),
     ),
     ("prompt_id",),
@@ -221,8 +233,13 @@ VOCAB = Table(
     (
         RUN_ID,
         Column("token_id", pa.int32(), "-", "Vocabulary entry."),
-        Column("text", pa.string(), "-", "Its text, decoded alone; bytes of an incomplete character as <0xF0>."),
-        Column("category", pa.string(), "-", "Its function; see analysis/trace/lexicon.toml."),
+        Column(
+            "text",
+            pa.string(),
+            "-",
+            "Text of the entry decoded alone; a byte of an incomplete character appears as <0xF0>.",
+        ),
+        Column("category", pa.string(), "-", "Function of the entry; see analysis/trace/lexicon.toml."),
         Column("is_special", pa.bool_(), "-", "The tokenizer marks it as special; null if unknown.", True, since=2),
     ),
     ("token_id",),
@@ -235,13 +252,19 @@ STEPS = Table(
         RUN_ID,
         STEP,
         Column("loss", pa.float32(), "-", "Token-mean loss, averaged over mini-batches and epochs.", True),
-        Column("reward_mean", pa.float32(), "-", "Mean reward over all responses with a verdict, dropped or not."),
-        Column("accuracy", pa.float32(), "[0, 1]", "Share of correct among all sampled responses."),
         Column(
-            "format_rate", pa.float32(), "[0, 1]", "Share with a parsable answer among all sampled responses.", True
+            "reward_mean", pa.float32(), "-", "Mean reward over all responses with a verdict, including dropped ones."
         ),
+        Column("accuracy", pa.float32(), "[0, 1]", "Share of correct responses among all sampled ones."),
+        Column("format_rate", pa.float32(), "[0, 1]", "Share of all sampled responses with a parsable answer.", True),
         Column("entropy_token_mean", pa.float32(), "nats", "Mean token entropy over all sampled tokens."),
-        Column("kl", pa.float32(), "nats", "Mean KL estimate to the reference policy; null without one.", True),
+        Column(
+            "kl",
+            pa.float32(),
+            "nats",
+            "Mean KL estimate to the reference policy; null without a reference policy.",
+            True,
+        ),
         Column(
             "clip_frac_low", pa.float32(), "[0, 1]", "Share of tokens whose ratio fell below 1 - clip_low, A < 0.", True
         ),
@@ -260,16 +283,21 @@ STEPS = Table(
             True,
             since=2,
         ),
-        Column("grad_norm", pa.float32(), "-", "Global gradient norm before clipping, mean over updates.", True),
+        Column("grad_norm", pa.float32(), "-", "Global gradient norm before clipping, averaged over updates.", True),
         Column("lr", pa.float32(), "-", "Learning rate of the step.", True),
-        Column("tokens", pa.int64(), "tokens", "Generated tokens, dropped groups included."),
-        Column("groups_kept", pa.int32(), "groups", "Groups in the update."),
-        Column("groups_dropped", pa.int32(), "groups", "Groups left out, as for uniform outcomes."),
-        Column("is_shaped", pa.bool_(), "-", "The shaping method was switched on at this step.", True),
-        Column("rollout_s", pa.float32(), "s", "Seconds spent sampling.", True),
-        Column("reward_s", pa.float32(), "s", "Seconds spent scoring answers.", True),
-        Column("update_s", pa.float32(), "s", "Seconds spent on forward, backward and optimiser.", True),
-        Column("record_s", pa.float32(), "s", "Seconds spent on the trace.", True),
+        Column("tokens", pa.int64(), "tokens", "Generated tokens, including dropped groups."),
+        Column("groups_kept", pa.int32(), "groups", "Groups that entered the update."),
+        Column(
+            "groups_dropped",
+            pa.int32(),
+            "groups",
+            "Groups left out of the update, such as those with uniform outcomes.",
+        ),
+        Column("is_shaped", pa.bool_(), "-", "The shaping method was active at this step.", True),
+        Column("rollout_s", pa.float32(), "s", "Time for sampling.", True),
+        Column("reward_s", pa.float32(), "s", "Time for scoring answers.", True),
+        Column("update_s", pa.float32(), "s", "Time for forward pass, backward pass, and optimizer.", True),
+        Column("record_s", pa.float32(), "s", "Time for writing the trace.", True),
     ),
     ("step",),
 )
@@ -279,11 +307,13 @@ EVALS = Table(
     "one row per held-out response",
     (
         RUN_ID,
-        Column("step", pa.int32(), "steps, 0 = base policy", "Updates that the evaluated policy had received."),
+        Column("step", pa.int32(), "steps, 0 = base policy", "Updates applied to the evaluated policy."),
         Column("benchmark", pa.string(), "-", "Name of the held-out set."),
         PROMPT_ID,
-        Column("sample_index", pa.int32(), "from 0", "Index of the sample; equal indices share random numbers."),
-        Column("answer", pa.string(), "-", "Extracted answer; null if there is none.", True),
+        Column(
+            "sample_index", pa.int32(), "from 0", "Index of the sample; runs share random numbers at equal indices."
+        ),
+        Column("answer", pa.string(), "-", "Extracted answer; null if none was found.", True),
         ANSWER_CLASS,
         IS_CORRECT,
         RESPONSE_LENGTH,
@@ -295,16 +325,21 @@ EVALS = Table(
 
 INTERVENTIONS = Table(
     "interventions",
-    "one row per replaced token; made by `entrace intervene`, absent otherwise",
+    "one row per replaced token, written by `entrace intervene`",
     (
         RUN_ID,
-        Column("checkpoint_step", pa.int32(), "steps", "Updates that the policy of alternative and continuations had."),
-        Column("seed", pa.int32(), "-", "Seed of the choice of tokens, the alternatives and the continuations."),
+        Column(
+            "checkpoint_step",
+            pa.int32(),
+            "steps",
+            "Updates applied to the policy that sampled alternatives and continuations.",
+        ),
+        Column("seed", pa.int32(), "-", "Seed for the choice of tokens, alternatives, and continuations."),
         Column(
             "selection",
             pa.string(),
             "-",
-            "Limits on entropy quantile, position, and tercile of the tokens to choose from.",
+            "Limits on entropy quantile, position, and perplexity tercile of candidate tokens.",
             True,
             since=2,
         ),
@@ -312,21 +347,33 @@ INTERVENTIONS = Table(
         STEP,
         PROMPT_ID,
         ROLLOUT_ID,
-        Column("position", pa.int32(), "tokens, from 0", "Place of the replaced token in its response."),
+        Column("position", pa.int32(), "tokens, from 0", "Position of the replaced token in its response."),
         RESPONSE_LENGTH,
-        Column("token_id", pa.int32(), "-", "The original token."),
+        Column("token_id", pa.int32(), "-", "Vocabulary entry of the original token."),
         Column("category", pa.string(), "-", "Function of the original token."),
-        Column("alternative_id", pa.int32(), "-", "The token put in its place."),
-        Column("logprob", pa.float32(), "nats", "logprob of the original, as recorded when it was sampled."),
-        Column("entropy", pa.float32(), "nats", "entropy at the original, as recorded when it was sampled."),
+        Column("alternative_id", pa.int32(), "-", "Vocabulary entry of the replacement."),
+        Column("logprob", pa.float32(), "nats", "logprob of the original token, recorded when it was sampled."),
+        Column("entropy", pa.float32(), "nats", "entropy at the original token, recorded when it was sampled."),
         Column("ppl", pa.float32(), ">= 1", "Perplexity of the response."),
-        Column("ppl_tercile", pa.int32(), "1, 2, 3", "Third of the response's group by perplexity; 1 = lowest."),
-        Column("is_correct", pa.bool_(), "-", "The verifier gave the response full marks."),
-        Column("num_continuations", pa.int32(), "responses", "Continuations sampled from either prefix."),
-        Column("accuracy_original", pa.float32(), "[0, 1]", "Correct among those from the prefix with the original."),
-        Column("accuracy_alternative", pa.float32(), "[0, 1]", "Correct among those with the alternative."),
+        Column(
+            "ppl_tercile", pa.int32(), "1, 2, 3", "Tercile of the response by perplexity within its group; 1 = lowest."
+        ),
+        Column("is_correct", pa.bool_(), "-", "The verifier gave the response the full score."),
+        Column("num_continuations", pa.int32(), "responses", "Continuations sampled from each of the two prefixes."),
+        Column(
+            "accuracy_original",
+            pa.float32(),
+            "[0, 1]",
+            "Share of correct continuations of the prefix with the original token.",
+        ),
+        Column(
+            "accuracy_alternative",
+            pa.float32(),
+            "[0, 1]",
+            "Share of correct continuations of the prefix with the replacement.",
+        ),
         Column("impact", pa.float32(), "[-1, 1]", "accuracy_original - accuracy_alternative."),
-        Column("tokens", pa.int64(), "tokens", "Tokens generated for the row."),
+        Column("tokens", pa.int64(), "tokens", "Tokens generated for this row."),
     ),
     ("checkpoint_step", "seed", "step", "rollout_id", "position"),
 )

@@ -1,4 +1,4 @@
-"""The vocabulary of a tokenizer: the text of every entry, and which entries are special."""
+"""Read the vocabulary of a tokenizer: the text of every entry, and its special entries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from entrace.analysis.trace.plain import REPLACEMENT
 
 WORD_START = "\u2581"
-# How SentencePiece names the entry of a single byte, and how every byte that is not a character is shown.
+# The name of a single-byte entry in SentencePiece; all bytes of incomplete characters are shown this way.
 BYTE_ENTRY = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -26,11 +26,12 @@ BYTE_ALPHABET = _byte_alphabet()
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The entries of a tokenizer, indexed by token id.
+    """Hold the entries of a tokenizer, indexed by token id.
 
     Attributes:
-        texts: Text of each entry; bytes of a character that is incomplete are shown one by one, as ``<0xF0>``.
-        is_special: Which entries the tokenizer marks as special, such as an end of sequence or a role; None if unknown.
+        texts: Text of each entry; each byte of an incomplete character is shown as ``<0xF0>``.
+        is_special: True for entries that the tokenizer marks as special, such as end of sequence or a role; None if
+            unknown.
     """
 
     texts: list[str]
@@ -38,14 +39,14 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Any, size: int) -> Vocabulary:
-        """Read the vocabulary of a tokenizer of transformers.
+        """Read the vocabulary of a transformers tokenizer.
 
-        Distinct entries keep distinct texts: a leading blank stays, and a byte entry whose character is an entry of its
-        own is shown as a byte.
+        Distinct entries keep distinct texts: leading blanks are kept, and a byte entry is shown as a byte if its
+        character has an entry of its own.
 
         Args:
             tokenizer: The tokenizer.
-            size: Rows of the LM head; those that the tokenizer lacks get an empty text.
+            size: Number of rows of the LM head; rows without a tokenizer entry get an empty text.
         """
         known = min(max(tokenizer.get_vocab().values(), default=-1) + 1, size)
         added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -65,7 +66,7 @@ class Vocabulary:
 
 
 def show_bytes(data: bytes) -> str:
-    """Return UTF-8 as text, with every byte that is not part of a whole character as ``<0xF0>``."""
+    """Decode UTF-8, and show every byte outside a complete character as ``<0xF0>``."""
     shown = ""
     while data:
         try:
@@ -78,13 +79,13 @@ def show_bytes(data: bytes) -> str:
 
 
 def _text(entry: str, decoded: str) -> str:
-    """Return the text of an ordinary entry from its name in the vocabulary and from what it decodes to, alone."""
+    """Return the text of an ordinary entry, given its name in the vocabulary and its decoded text."""
     if REPLACEMENT not in decoded:
-        # The decoder of SentencePiece drops the blank that a text begins with.
+        # The decoder of SentencePiece drops leading blanks of a text.
         blanks = len(entry) - len(entry.lstrip(WORD_START))
         return " " * blanks + decoded.lstrip(" ") if blanks else decoded
     if BYTE_ENTRY.fullmatch(entry):
         return entry
-    if all(sign in BYTE_ALPHABET for sign in entry):
-        return show_bytes(bytes(BYTE_ALPHABET[sign] for sign in entry))
+    if all(character in BYTE_ALPHABET for character in entry):
+        return show_bytes(bytes(BYTE_ALPHABET[character] for character in entry))
     return decoded

@@ -1,13 +1,13 @@
-"""Writes a trace. Free of torch, so that any trainer can record with it.
+"""Write a trace; this module does not import torch, so any trainer can record with it.
 
 Usage::
 
     writer = TraceWriter.create(run_dir, manifest={"run_id": "ppl-seed0", ...}, vocab=texts)
     writer.append("prompts", {...})
     for step in ...:
-        writer.append("tokens", {"step": step, "prompt_id": ids, ...})   # arrays of one length, or scalars
+        writer.append("tokens", {"step": step, "prompt_id": ids, ...})   # arrays of equal length, or scalars
         writer.end_step(step)
-    writer.flush()                                                       # durable up to the last step that ended
+    writer.flush()                                                       # makes all ended steps durable
     writer.finish()
 """
 
@@ -29,28 +29,28 @@ from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
 from entrace.analysis.trace.vocabulary import Vocabulary
 
-# Smallest exact encodings found for each kind of column: mantissa bytes of measured floats are noise and cost least
-# when split from the exponents; ids, lengths and constants within a response are runs.
+# These lossless encodings gave the smallest files. Mantissa bytes of measured floats are noise, which compresses best
+# when split from the exponents; ids and lengths are constant or increase slowly within a response.
 DELTA_COLUMNS = {"rollout_id", "position", "response_length"}
 
 Gather = Callable[[Files], list[Files]]
 
 
 class TraceWriter:
-    """Buffers rows in memory and writes one Parquet file a table at every ``flush``.
+    """Buffer rows in memory and write one Parquet file per table at every ``flush``.
 
-    A file covers whole steps, appears under its final name only when complete, and is never rewritten. It counts from
-    the moment at which ``run.json``, replaced as a whole, lists it: all tables move on to a step together.
+    A file covers whole steps, gets its final name only when complete, and is never rewritten. It counts as soon as
+    ``run.json``, which is replaced atomically, lists it. All tables therefore advance to a step together.
 
-    Where several processes record one run, each has a writer with its own ``rank``, and all flush together: ``gather``
-    returns what every process passes to it, once all have called it, or raises if one of them has failed. Rank 0 keeps
-    ``run.json``.
+    If several processes record one run, each has a writer with its own ``rank``, and all flush together. ``gather``
+    waits until every process has called it and returns the values of all, or raises if a process has failed. Rank 0
+    writes ``run.json``.
     """
 
     def __init__(
         self, run_dir: Path, manifest: dict[str, Any], categories: np.ndarray, rank: int, gather: Gather
     ) -> None:
-        """Use ``create`` or ``resume``; ``categories`` holds the category of each vocabulary entry, shape ``(V,)``."""
+        """Store the state that ``create`` and ``resume`` prepare; ``categories`` has shape ``(V,)``, one per entry."""
         self.run_dir = run_dir
         self.manifest = manifest
         self.rank = rank
@@ -72,16 +72,16 @@ class TraceWriter:
         rank: int = 0,
         gather: Gather = lambda files: [files],
     ) -> TraceWriter:
-        """Starts a new trace in ``run_dir``.
+        """Start a new trace in ``run_dir``.
 
         Args:
-            run_dir: Folder to create; it must not hold anything yet.
-            manifest: What ``run.json`` shall say of the run; ``run_id`` is required.
+            run_dir: Folder to create; an existing folder must be empty.
+            manifest: Description of the run for ``run.json``; ``run_id`` is required.
             vocab: The tokenizer's vocabulary, as from ``Vocabulary.of``, or the text of every entry, by token id.
-            lexicon: Words and rules of the token categories; the shipped ones if not given.
-            replace: The folder may hold a trace, whose rows are removed.
-            rank: Of this process among those that record the run.
-            gather: See the class.
+            lexicon: Words and rules of the token categories (default: the shipped lexicon).
+            replace: Allow a folder that holds a trace, and remove its rows.
+            rank: Rank of this process among those that record the run.
+            gather: Exchange between processes; see the class.
 
         Raises:
             InputError: ``run_dir`` is not empty, or ``run_id`` is missing.
@@ -106,10 +106,10 @@ class TraceWriter:
 
     @classmethod
     def resume(cls, run_dir: Path, step: int, rank: int = 0, gather: Gather = lambda files: [files]) -> TraceWriter:
-        """Goes on with the trace in ``run_dir`` after ``step``, removing whatever was written beyond it.
+        """Resume the trace in ``run_dir`` after ``step``, and remove the rows of later steps.
 
         Raises:
-            InputError: nothing of the trace is durable up to ``step``, or one of its files is missing.
+            InputError: no part of the trace is durable up to ``step``, or a file is missing.
         """
         run_dir = Path(run_dir)
         manifest = read_manifest(run_dir)
@@ -120,30 +120,30 @@ class TraceWriter:
         }
         parts = [pq.read_table(run_dir / "vocab" / name, columns=["category"]) for name in kept.get("vocab", ())]
         if not parts:
-            raise InputError(f"{run_dir}: nothing durable to resume from; remove the folder and start again")
+            raise InputError(f"{run_dir}: no durable step to resume from; remove the folder and start again")
         manifest.pop("error", None)
-        # Files of an earlier schema version stay as they are; new ones have the current version.
+        # Files of an earlier schema version are kept unchanged; new files have the current version.
         state = {"schema_version": SCHEMA_VERSION, "status": "running", "last_durable_step": step, FILES: kept}
         categories = pa.concat_tables(parts)["category"].to_numpy(zero_copy_only=False)
         writer = cls(run_dir, {**manifest, **state}, categories, rank, gather)
         if rank == 0:
-            # Readers go by the manifest: files may go only after it has let go of them.
+            # Readers follow the manifest, so it must stop listing files before they are removed.
             write_manifest(run_dir, writer.manifest)
             remove_leftovers(run_dir, writer.manifest)
         return writer
 
     def append(self, table: str, columns: Mapping[str, Any]) -> None:
-        """Buffers rows of ``table``.
+        """Buffer rows of ``table``.
 
         Args:
             table: Name from ``trace.TABLES``.
-            columns: Arrays of one length, or scalars that hold for all rows. ``run_id`` is filled in, and so is the
-                ``category`` of tokens; nullable columns may be left out. Of text, lone surrogates, which no file can
-                hold, become U+FFFD.
+            columns: Arrays of equal length, or scalars that apply to all rows. ``run_id`` and the ``category`` of
+                tokens are filled in; nullable columns may be omitted. Lone surrogates in text become U+FFFD, because no
+                file can store them.
 
         Raises:
-            InputError: unknown table or column, a column missing, lengths that differ, a value of a wrong type, or a
-                float that is NaN or infinite.
+            InputError: a table or column is unknown, a column is missing, lengths differ, a value has the wrong type,
+                or a float is NaN or infinite.
         """
         if table not in TABLES:
             raise InputError(f'unknown table "{table}"{nearest(table, TABLES)}')
@@ -162,17 +162,17 @@ class TraceWriter:
             raise InputError(f"table tokens: token_id is not in the vocabulary, 0 to {size - 1} ({reason})") from None
 
     def end_step(self, step: int) -> None:
-        """Says that the rows appended so far complete ``step``; only rows of ended steps are ever written."""
+        """Declare that the rows appended so far complete ``step``; ``flush`` writes rows of ended steps only."""
         self._ended_step = step
         self._num_ended = {name: len(parts) for name, parts in self._buffers.items()}
 
     def flush(self, step: int | None = None) -> None:
-        """Makes the rows of all steps that have ended durable; ``step``, if given, ends here.
+        """Make the rows of all ended steps durable, after ending ``step`` if it is given.
 
-        If this raises, nothing has changed for readers, and the rows are still buffered.
+        If an error is raised, readers see no change and the rows are still buffered.
 
         Raises:
-            InputError: rows were appended to a step that is durable already.
+            InputError: rows were appended to a step that is already durable.
         """
         if step is not None:
             self.end_step(step)
@@ -182,7 +182,7 @@ class TraceWriter:
         for table, parts in self._buffers.items():
             if ended := parts[: self._num_ended[table]]:
                 if name in self.manifest[FILES].get(table, {}):
-                    raise InputError(f"table {table}: step {self._ended_step} is durable already, no row can be added")
+                    raise InputError(f"table {table}: step {self._ended_step} is already durable; no row can be added")
                 own[table] = {name: _write_part(self.run_dir / table / name, TABLES[table], ended)}
         files = {table: dict(listed) for table, listed in self.manifest[FILES].items()}
         for written in self._gather(own):
@@ -191,14 +191,14 @@ class TraceWriter:
         manifest = {**self.manifest, "last_durable_step": self._ended_step, FILES: files}
         if self.rank == 0:
             write_manifest(self.run_dir, manifest)
-        # Nobody lets go of rows before they are listed.
+        # No process drops its rows before rank 0 has listed the files.
         self._gather({})
         self.manifest = manifest
         self._buffers = {table: parts[self._num_ended[table] :] for table, parts in self._buffers.items()}
         self._num_ended = dict.fromkeys(TABLES, 0)
 
     def finish(self, error: str | None = None) -> None:
-        """Marks the run ``complete``, or ``failed`` with its error. Rows not flushed are dropped on purpose."""
+        """Mark the run ``complete``, or ``failed`` with its error; rows that were not flushed are dropped."""
         self.manifest["status"] = "failed" if error else "complete"
         self.manifest["finished_at"] = now()
         if error:
@@ -208,16 +208,16 @@ class TraceWriter:
 
 
 def write_part(path: Path, table: str, columns: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Writes one file of ``table``, durable at once, for what belongs to a run but to none of its steps.
+    """Write one durable file of ``table`` with rows that belong to a run but to no step.
 
     Args:
-        path: The file; its folder is that of the table, its name must not be one that ``TraceWriter`` gives.
+        path: The file, in the folder of the table; its name must differ from those that ``TraceWriter`` uses.
         table: Name from ``trace.TABLES``.
-        columns: As in ``TraceWriter.append``; nothing is filled in.
-        metadata: Added to the metadata of the file's schema.
+        columns: As in ``TraceWriter.append``, except that no column is filled in.
+        metadata: Entries to add to the metadata of the file's schema.
 
     Raises:
-        InputError: as ``TraceWriter.append``.
+        InputError: as in ``TraceWriter.append``.
     """
     rows = _as_arrow(TABLES[table], columns)
     _write_part(path, TABLES[table], [rows.replace_schema_metadata({**rows.schema.metadata, **metadata})])
@@ -243,7 +243,7 @@ def _as_arrow(table: Table, columns: Mapping[str, Any]) -> pa.Table:
             place, reason = f"table {table.name}: column {column.name}", in_one_line(error)
             raise InputError(f"{place} is not {column.type} ({reason})") from None
         if array.null_count and not column.nullable:
-            nulls = f"holds {array.null_count} nulls in {len(array)} rows, and must have a value in each"
+            nulls = f"holds {array.null_count} nulls in {len(array)} rows; every row needs a value"
             raise InputError(f"table {table.name}: column {column.name} {nulls}")
         if column in table.float_columns:
             _check_finite(array, table, column)
@@ -260,7 +260,7 @@ def _check_finite(array: pa.Array, table: Table, column: Column) -> None:
 
 
 def _to_array(value: Any, kind: pa.DataType, rows: int) -> pa.Array:
-    # Arrow would go on looking at the caller's memory, which may hold something else by the time it is written.
+    # Arrow would otherwise share the caller's memory, which may change before the rows are written.
     value = value.copy() if isinstance(value, np.ndarray) else value
     try:
         return pa.array(value, kind) if _is_array(value) else pa.repeat(pa.scalar(value, kind), rows)
@@ -279,7 +279,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _is_sorted(rows: pa.Table, names: tuple[str, ...]) -> bool:
-    """Whether rows already stand in the order of these columns, as they mostly do: seen faster than sorted."""
+    """Return whether rows are sorted by these columns; checking is faster than sorting, and rows mostly are."""
     is_tied = np.array(True)
     for name in names:
         values = rows[name].to_numpy()
@@ -291,7 +291,7 @@ def _is_sorted(rows: pa.Table, names: tuple[str, ...]) -> bool:
 
 
 def _write_part(path: Path, table: Table, parts: list[pa.Table]) -> int:
-    """Writes one file, sorted; returns its rows."""
+    """Write one sorted file and return its number of rows."""
     path.parent.mkdir(exist_ok=True)
     rows = pa.concat_tables(parts)
     if not _is_sorted(rows, table.sort_by):

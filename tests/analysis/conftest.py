@@ -14,8 +14,8 @@ from tests.analysis.synthetic import Planted, write_run
 VOCAB = ["<eos>", "1", " so", " dog"]
 BOUNDARY = 10
 
-# rollout_id, step, prompt, is_correct, is_kept, token entropies, ppl, defects. Steps 1 to 5 are the window "start" and
-# 6 to 10 the window "end" of a rising stage that ends at step 10.
+# rollout_id, step, prompt, is_correct, is_kept, token entropies, ppl, defects. Steps 1 to 5 are the phase "start" and
+# 6 to 10 the phase "end" of a rising stage that ends at step 10.
 RESPONSES = [
     (1, 1, "a", True, True, [1, 3], 1.5, []),
     (2, 1, "a", False, True, [4, 4], 2.0, ["format_violation"]),

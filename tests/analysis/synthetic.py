@@ -83,7 +83,7 @@ def write_run(
 
 
 def progress(step: int, steps: int, *, two_stages: bool) -> float:
-    """How much of the way from 0 to 1 is done: fast until BOUNDARY and slow after it, or evenly."""
+    """Return how much of the way from 0 to 1 is done: fast until BOUNDARY and slow after it, or evenly."""
     even = step / steps
     if not two_stages:
         return even

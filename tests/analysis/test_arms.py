@@ -1,4 +1,4 @@
-"""Means over the seeds of an arm: which seeds they average, and their intervals."""
+"""Test the means over the seeds of an arm: the seeds that they average, and their intervals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ mpl.use("Agg")
 
 
 def write_run(folder: Path, arm: str, seed: int, num_right: list[int], last: int, seconds: float | None = 1.0) -> None:
-    """Write a run evaluated at steps 0, 2, ... ``last``, with ``num_right[p]`` of four samples right on prompt p.
+    """Write a run evaluated at steps 0, 2, ... ``last``, with ``num_right[p]`` of four samples correct on prompt p.
 
     The run failed unless it reached step 6.
     """
@@ -39,7 +39,7 @@ def write_run(folder: Path, arm: str, seed: int, num_right: list[int], last: int
 
 @pytest.fixture
 def dead_seed(tmp_path: Path) -> Path:
-    """Three seeds per arm; the seed of arm b with the lowest accuracy died at step 2."""
+    """Write three seeds per arm; the seed of arm b with the lowest accuracy fails at step 2."""
     for seed in range(3):
         write_run(tmp_path, "none", seed, [2] * 10, last=6)
     for seed, (right, last) in enumerate(((1, 2), (2, 6), (4, 6))):
@@ -54,7 +54,7 @@ def test_all_points_average_the_same_seeds(dead_seed: Path, stem: str):
     assert set(shown["run_id"]) == {"b-1", "b-2"}
     assert set(shown["num_seeds"]) == {2}
     if stem == "ablation_curves":
-        # Half and all of the samples are right throughout, so the mean does not jump where the third seed ends.
+        # The two seeds have accuracies of a half and 1 throughout, so the mean does not jump where the third seed ends.
         assert shown["mean"].to_list() == pytest.approx([0.75] * 8)
         assert set(shown["step"]) == {0, 2, 4, 6}
     title = getattr(entrace.figures, stem)(runs, ax=Figure().subplots()).get_title(loc="left")
@@ -81,7 +81,7 @@ def test_a_step_that_one_seed_did_not_evaluate_is_not_drawn(tmp_path: Path):
 
 
 def test_intervals_of_shares_stay_within_their_range(tmp_path: Path):
-    # 8, 9 and 10 of ten prompts are always solved: t would reach 1.15.
+    # 8, 9, and 10 of ten prompts are always solved: Student's t would extend to 1.15.
     for seed, solved in enumerate((8, 9, 10)):
         write_run(tmp_path, "none", seed, [4] * solved + [0] * (10 - solved), last=6)
     row = entrace.figures.query(open_runs(tmp_path), "ablation_curves").row(0, named=True)

@@ -1,4 +1,4 @@
-"""Planted effects are found, absent ones are not, and no verdict outruns its evidence."""
+"""Test that planted effects are found and absent ones are not, and that verdicts match their evidence."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_planted_effects_are_found(tmp_path):
 
 def test_parts_of_a_claim_about_methods(study: Runs):
     verdicts = {(v.subject, v.part): v for v in judge(study) if v.claim == "M3"}
-    # Every response is longer by exactly a fifth, so the spread between seeds is unknown.
+    # All responses are longer by exactly a fifth, so the spread between seeds is unknown.
     assert verdicts["ppl vs none", "length"].verdict == INCONCLUSIVE
     assert verdicts["ppl vs none", "length"].effect == pytest.approx(0.2)
     assert verdicts["ppl vs none", "formal tokens"].verdict == SUPPORTED
@@ -67,12 +67,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def test_absent_effects_are_not_found(plain: Runs):
     found = {(v.claim, v.part): v for v in judge(plain)}
-    # Entropy falls and accuracy rises along a line there: the law fits, but so does the step.
+    # Entropy falls and accuracy rises along a line: the law fits, but so does the step.
     assert {key for key, v in found.items() if v.verdict in (SUPPORTED, CONTRADICTED)} <= {("E1", "fit")}
     assert overall(list(found.values()))["E1"] == INCONCLUSIVE
     assert "two segments fit no better than one line" in found["S1", "two stages"].why
     assert "has no plateau" in found["I1", "accuracy"].why
-    assert "the interval holds zero" in found["S4", "any defect"].why
+    assert "the interval includes zero" in found["S4", "any defect"].why
 
 
 def test_absent_effects_in_a_run_with_a_plateau(tmp_path):
@@ -114,7 +114,7 @@ def judge_case(name: str) -> dict[tuple[str, str], Verdict]:
 def test_a_frozen_policy_supports_nothing():
     found = judge_case("frozen-real-steps")
     assert {v.verdict for v in found.values()} == {INCONCLUSIVE, NOT_RECORDED}
-    # Means of steps cannot tell a change of the policy from the difficulty of a batch.
+    # Step means cannot distinguish a change of the policy from the difficulty of a batch.
     assert found["E1", "association"].verdict == NOT_RECORDED
 
 
@@ -178,14 +178,14 @@ def test_two_series_of_interventions_are_not_pooled(tmp_path):
         (
             'null = "a share that drifts without trend"\n',
             "",
-            'claim S4, part "any defect": "null" is missing; say what',
+            'claim S4, part "any defect": "null" is missing; it must say what',
         ),
-        ('[S4.parts."any defect"]', '[S4.parts."no such"]', 'claim S4, part "no such": no such part; valid: any'),
+        ('[S4.parts."any defect"]', '[S4.parts."no such"]', 'claim S4, part "no such": unknown part; valid: any'),
         ("[S4]", "[S4", "not a ledger"),
     ],
 )
 def test_a_bad_ledger_is_one_line(tmp_path, old: str, new: str, message: str):
-    text = (Path(__file__).parents[2] / "reports" / "claims.toml").read_text()
+    text = (Path(__file__).parents[2] / "analysis" / "claims.toml").read_text()
     (tmp_path / "ledger.toml").write_text(text.replace(old, new))
     with pytest.raises(InputError) as error:
         load_ledger(tmp_path / "ledger.toml")
@@ -193,7 +193,7 @@ def test_a_bad_ledger_is_one_line(tmp_path, old: str, new: str, message: str):
     assert "\n" not in str(error.value)
 
 
-def test_what_could_have_been_detected_is_reported(study: Runs):
+def test_detectable_effects_are_reported(study: Runs):
     ledger = load_ledger()
     for verdict in judge(study):
         if verdict.p_adjusted is not None and "arms" not in ledger[verdict.claim]:
@@ -205,7 +205,7 @@ def test_what_could_have_been_detected_is_reported(study: Runs):
             assert verdict.detectable > verdict.smallest_effect
 
 
-def test_what_was_not_recorded_is_named_with_the_way_to_record_it(tmp_path):
+def test_missing_data_are_named_with_the_way_to_record_them(tmp_path):
     path = write_run(tmp_path / "run")
     shutil.rmtree(path / "interventions")
     for part in (path / "tokens").glob("*.parquet"):
@@ -222,7 +222,7 @@ def test_what_was_not_recorded_is_named_with_the_way_to_record_it(tmp_path):
         assert "run `entrace intervene RUN`" in found[claim, "impact"].why
 
 
-def test_one_seed_is_no_verdict_about_a_method(tmp_path):
+def test_one_seed_gives_no_verdict_about_a_method(tmp_path):
     write_run(tmp_path / "none")
     write_run(tmp_path / "ppl", arm="ppl", planted=Planted(eval_accuracy=0.99))
     verdict = next(v for v in judge(open_runs(tmp_path)) if v.claim == "M1")
@@ -230,7 +230,7 @@ def test_one_seed_is_no_verdict_about_a_method(tmp_path):
     assert verdict.low is not None
     assert verdict.low > 0.1
     assert "1 seed" in verdict.of
-    assert "one seed only" in verdict.why
+    assert "only one seed" in verdict.why
 
 
 def test_seeds_that_disagree_widen_the_interval(tmp_path):
@@ -261,7 +261,7 @@ def test_failed_arm_gives_no_comparison(tmp_path):
 
 
 def test_same_seed_same_scorecard(study: Runs):
-    # Sums of floats in several threads differ in the last bits; what is written does not.
+    # Multithreaded float sums differ in the last bits; the written values must not.
     first, second = ([verdict.to_dict() for verdict in judge(study)] for _ in range(2))
     assert first == second
 

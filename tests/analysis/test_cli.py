@@ -1,4 +1,4 @@
-"""The command line as a user meets it: one line on stderr and the right exit code."""
+"""Test the command line as users see it: output, one-line errors on stderr, and exit codes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from entrace.analysis.cli import NOTES_SHOWN
 from entrace.analysis.trace import TABLES, TraceWriter
 
 
-def test_what_is_missing_of_a_run_is_said_beside_the_answer(command, tmp_path: Path):
+def test_incomplete_runs_are_noted_on_stderr(command, tmp_path: Path):
     for number in range(NOTES_SHOWN + 2):
         TraceWriter.create(tmp_path / f"run-{number}", {"run_id": f"run-{number}", "total_steps": 9}, ["<eos>"])
     code, out, err = command("sql", str(tmp_path), "select count(*) as n from steps", "--format", "csv")
     assert (code, out) == (0, b"n\n0\n")
     lines = err.splitlines()
     assert lines[0] == "entrace: run-0: being written or interrupted, 0 of 9 steps recorded"
-    assert lines[-1] == "entrace: 2 more runs are not there in full"
+    assert lines[-1] == "entrace: 2 more runs are incomplete"
     assert len(lines) == NOTES_SHOWN + 1
 
 
@@ -61,7 +61,7 @@ def test_bad_input_is_one_line_and_exit_2(command, tiny_path: Path, tmp_path: Pa
 
 
 def test_other_failures_are_one_line_and_exit_1(command, monkeypatch: pytest.MonkeyPatch, tiny_path: Path):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError("disk full\nreally")
 
     monkeypatch.setattr("entrace.analysis.runs.open_runs", fail)
@@ -98,7 +98,7 @@ def test_claims_as_text_and_json(command, tiny_path: Path):
     assert b"    figure stage_dynamics, analysis/sql/stage/stage_dynamics.sql\n" in text
     first = json.loads(command("claims", str(tiny_path), "--json")[1])["verdicts"][0]
     assert (first["claim"], first["part"], first["verdict"]) == ("S1", "entropy slows", "supported")
-    assert first["null"] == "a straight line, or noise that drifts"
+    assert first["null"] == "a straight line, or drifting noise"
 
 
 def test_report_names_the_page(command, tiny_path: Path, tmp_path: Path):
@@ -120,30 +120,32 @@ def test_no_arguments_print_the_commands(command):
     assert b"Commands:" in out
 
 
-def test_reader_that_goes_away_is_no_error(tiny_path: Path):
+def test_a_closed_pipe_is_not_an_error(tiny_path: Path):
     query = "select range from range(200000)"
-    script = f"{sys.executable} -m analysis sql {tiny_path} '{query}' --format csv | head -1"
+    script = f"{sys.executable} -m entrace sql {tiny_path} '{query}' --format csv | head -1"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("range\n", "")
 
 
 def test_start_up_loads_nothing_heavy_and_no_training_package():
     heavy = {"duckdb", "polars", "pandas", "matplotlib", "scipy", "pyarrow", "numpy"}
-    training = {"torch", "transformers", "trainer"}
-    check = "import sys, analysis.cli; print(*{name.partition('.')[0] for name in sys.modules})"
+    training = {"torch", "transformers", "entrace.trainer"}
+    check = "import sys, entrace.analysis.cli; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.split()
+    assert "entrace.analysis.cli" in loaded
     assert not (heavy | training) & set(loaded)
 
 
 def test_whole_package_works_without_training_packages(tiny_path: Path):
     script = f"""
 import pkgutil, sys
-import analysis, entrace.figures
-for module in pkgutil.walk_packages(analysis.__path__, "analysis."):
-    if not module.name.endswith("__main__"):
-        __import__(module.name)
+import entrace.analysis, entrace.figures
+modules = [module.name for module in pkgutil.walk_packages(entrace.analysis.__path__, "entrace.analysis.")]
+assert "entrace.analysis.runs" in modules
+for name in modules:
+    __import__(name)
 assert entrace.judge(entrace.open_runs({str(tiny_path)!r}))
-print(*[name for name in ("torch", "transformers", "trainer") if name in sys.modules])
+print(*[name for name in ("torch", "transformers", "entrace.trainer") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

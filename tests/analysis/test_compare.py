@@ -1,4 +1,4 @@
-"""Comparing arms: literal numbers on a grid made by hand, verdicts, and the scorecard's rows about methods."""
+"""Test the comparison of arms: numbers computed by hand on a small grid, verdicts, and the claims about methods."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
 import entrace
-from entrace.analysis.claims import load_ledger
 from entrace.analysis.compare import Comparison, compare
 from entrace.analysis.compare.claims import PARTS, judge_methods
-from entrace.analysis.compare.measure import first_reached
+from entrace.analysis.compare.measure import first_reached, tensor
 from entrace.analysis.compare.paired import Difference
 from entrace.analysis.compare.rows import Row, SeedValue
 from entrace.analysis.compare.verdict import judge_rows, metric_of
+from entrace.analysis.ledger import load_ledger
 from entrace.analysis.runs import open_runs
 from entrace.analysis.statistics.aggregates import iqm
 from entrace.analysis.statistics.estimates import Estimate, detectable, holm
@@ -27,7 +28,7 @@ from entrace.analysis.trace import InputError, TraceWriter, read_manifest, write
 from tests.analysis.conftest import write_failed
 
 STEPS = (0, 10, 20)
-# Right answers among four samples of prompts p and q, at STEPS; by seed.
+# Number of correct answers among the samples of prompts p and q at each of STEPS, by seed.
 NONE = [[(1, 1), (2, 2), (2, 2)]] * 3
 PPL = [[(1, 1), (3, 3), (4, 3)], [(1, 1), (3, 2), (4, 2)], [(1, 1), (2, 2), (3, 2)]]
 
@@ -43,9 +44,10 @@ def write_arm(
     steps: Sequence[int] = STEPS,
     is_complete: bool = True,
     is_early_too: bool = False,
+    num_samples: int = 4,
     **manifest: Any,
 ) -> Path:
-    """Write a run that holds evaluations alone; prompts have equal ids in every seed, but other texts unless given.
+    """Write a run with evaluations only; prompt ids are equal across seeds, texts differ unless given.
 
     ``is_early_too`` adds a benchmark with the same outcomes that the last step does not evaluate.
     """
@@ -61,11 +63,12 @@ def write_arm(
     evaluated += [("early", step, right) for _, step, right in evaluated[:-1] if is_early_too]
     for benchmark, step, right in evaluated:
         for name, count in zip(ids, right, strict=True):
-            columns = {"step": step, "benchmark": benchmark, "prompt_id": name, "sample_index": [0, 1, 2, 3]}
-            answers = ["1"] * count + [f"wrong {i}" for i in range(4 - count)]
+            samples = list(range(num_samples))
+            columns = {"step": step, "benchmark": benchmark, "prompt_id": name, "sample_index": samples}
+            answers = ["1"] * count + [f"wrong {i}" for i in range(num_samples - count)]
             measures = {"response_length": length, "entropy_mean": 0.5 if arm == "none" else 0.25, "temperature": 1.0}
             writer.append(
-                "evals", {**columns, **measures, "answer": answers, "is_correct": [i < count for i in range(4)]}
+                "evals", {**columns, **measures, "answer": answers, "is_correct": [i < count for i in samples]}
             )
     writer.flush(20)
     if is_complete:
@@ -100,16 +103,16 @@ def test_primary_metric_by_hand(comparison: Comparison):
     half = 4.302653 * 0.125 / 3**0.5
     numbers = [row[name] for name in ("value", "baseline_value", "difference", "low", "high")]
     assert numbers == pytest.approx([0.75, 0.5, 0.25, 0.25 - half, 0.25 + half], abs=1e-6)
-    # t = 2 sqrt(3) with 2 degrees of freedom; one test alone, so Holm leaves p as it is.
+    # t = 2 sqrt(3) with 2 degrees of freedom; a single test, so Holm does not change p.
     assert (row["p_value"], row["p_adjusted"]) == pytest.approx((0.074180, 0.074180), abs=1e-6)
     assert row["detectable"] == pytest.approx(detectable(0.125 / 3**0.5, 2), abs=1e-9)
     assert (row["num_seeds"], row["num_prompts"], row["covers"]) == (3, 6, "prompts and seeds")
     assert (row["arm"], row["baseline"], row["benchmark"], row["unit"]) == ("ppl", "none", "held", "accuracy, k = 4")
     assert (row["is_primary"], row["verdict"]) == (True, "inconclusive")
-    # (.407 / .01)^2 times three seeds would be no advice.
+    # (.407 / .01)^2 times three seeds exceeds the range of the advice.
     assert row["why"] == (
-        "the interval holds zero as well as differences that matter; this comparison was too small: it could have "
-        "detected 0.41; it would take more than 100 times its 3 seeds"
+        "the interval includes zero as well as differences that matter; this comparison was too small: its detectable "
+        "effect is 0.41; more than 100 times its 3 seeds would be needed"
     )
 
 
@@ -118,7 +121,7 @@ def test_primary_metric_by_hand(comparison: Comparison):
     [
         ("avg_at_k", [3 / 8, 2 / 8, 1 / 8]),
         ("maj_at_k", [0, 0, 0]),
-        # Two of four right: 1 - 1/6 of pairs; three or four: always.
+        # Two of four correct: 1 - 1/6 of pairs; three or four: always.
         ("pass_at_2", [1 / 6, 1 / 12, 1 / 12]),
         ("pass_at_4", [0, 0, 0]),
         # Trapezoids over 0, 10, 20; the baseline's mean is (.375 + .5) / 2.
@@ -144,11 +147,11 @@ def test_every_metric_has_its_row(comparison: Comparison):
     ]
     missing = find(comparison, "formal_share")
     assert (missing["benchmark"], missing["difference"], missing["num_seeds"]) == ("training", None, 0)
-    assert (missing["verdict"], missing["why"]) == ("inconclusive", "not recorded in both runs of any pair")
+    assert (missing["verdict"], missing["why"]) == ("inconclusive", "no pair recorded it in both runs")
 
 
 def test_steps_to_accuracy_with_censored_runs(comparison: Comparison):
-    # .7 is reached at 10 x .45/.5, at 10 + 10 x .075/.125, never; by the baseline never. Never counts as 20.
+    # .7 is reached at 10 x .45/.5, at 10 + 10 x .075/.125, and never; by the baseline never. Never counts as 20.
     part = comparison.by_seed.filter(metric="steps_to_accuracy")
     assert part["value"].to_list() == [pytest.approx(9), pytest.approx(16), None]
     assert part["baseline_value"].to_list() == [None, None, None]
@@ -156,20 +159,18 @@ def test_steps_to_accuracy_with_censored_runs(comparison: Comparison):
     row = find(comparison, "steps_to_accuracy")
     assert (row["value"], row["baseline_value"], row["difference"]) == pytest.approx((15, 20, -5))
     assert (row["unit"], row["covers"], row["num_prompts"]) == ("steps to accuracy 0.7", "seeds", None)
-    assert row["why"].endswith(
-        "(reached by 2 of 3 runs, of none by 0 of 3; one that did not counts as the last step, 20)"
-    )
+    assert row["why"].endswith("(reached by 2 of 3 runs, of none by 0 of 3; other runs count as the last step, 20)")
 
 
-def test_accuracy_to_reach_is_half_way_of_the_baseline(grid: Path):
+def test_accuracy_to_reach_is_the_midpoint_of_the_baseline(grid: Path):
     row = find(compare(open_runs(grid)), "steps_to_accuracy")
-    # Half way from .25 to .5, to .01. The baseline is there after 10 x .13/.25 steps, each run of the arm sooner.
+    # Midpoint of .25 and .5, to .01. The baseline reaches it after 10 x .13/.25 steps, each run of the arm earlier.
     assert row["unit"] == "steps to accuracy 0.38"
     assert row["baseline_value"] == pytest.approx(5.2)
     assert row["value"] == pytest.approx(np.mean([1.3 / 0.5, 1.3 / 0.375, 1.3 / 0.25]))
 
 
-def test_accuracy_that_nobody_reaches(grid: Path):
+def test_accuracy_that_no_run_reaches(grid: Path):
     comparison = compare(open_runs(grid), accuracy=1.0)
     row = find(comparison, "steps_to_accuracy")
     assert (row["difference"], row["verdict"], row["num_seeds"]) == (None, "inconclusive", 3)
@@ -178,26 +179,33 @@ def test_accuracy_that_nobody_reaches(grid: Path):
 
 @pytest.mark.parametrize(("level", "step"), [(0.2, 0), (0.3, 5), (0.4, 10), (0.6, 18), (0.65, np.nan)])
 def test_first_step_at_an_accuracy(level: float, step: float):
-    # Up to .4, down to .2, up to .62: only the first way up counts.
+    # Up to .4, down to .2, up to .62: only the first rise counts.
     curve = np.array([0.2, 0.4, 0.2, 0.62])
     found = first_reached(np.array([0, 10, 14, 18.2]), curve, level)
     assert found == pytest.approx(step, nan_ok=True)
 
 
+def test_tensor_adds_up_and_drops_other_levels():
+    frame = pl.DataFrame({"run_id": ["a", "b", "a", "c"], "prompt_id": ["x", "x", "x", "x"], "n": [1, 2, 3, 9]})
+    np.testing.assert_array_equal(
+        tensor(frame, {"prompt_id": ["x", "y"], "run_id": ["b", "a"]}, ["n"])[..., 0], [[2, 4], [0, 0]]
+    )
+
+
 def test_prompts_that_seeds_share_widen_the_interval(tmp_path: Path):
     row = find(compare(open_runs(write_grid(tmp_path, texts=["p", "q"]))), "avg_at_k")
-    # Deviations of p by seed: 1/8, 1/4, 1/8, of q the opposite; over ordered pairs the mean of 2 r r' is .05208, and
-    # C that over P (P - 1) = 2. Error sqrt(.125^2 / 3 + .026042).
+    # Deviations of p by seed: 1/8, 1/4, 1/8, of q the opposite. Over ordered pairs the mean of 2 r r' is .05208, and
+    # C is that divided by P (P - 1) = 2. Error sqrt(.125^2 / 3 + .026042).
     half = 4.302653 * 0.03125**0.5
     assert row["error"] == pytest.approx(0.03125**0.5)
-    # No difference of shares exceeds 1.
+    # A difference of shares cannot exceed 1.
     assert (row["low"], row["high"]) == pytest.approx((0.25 - half, 1), abs=1e-6)
     assert row["num_prompts"] == 2
 
 
-def test_prompts_are_known_by_their_text_not_their_id(tmp_path: Path):
+def test_prompts_are_matched_by_text_not_by_id(tmp_path: Path):
     write_arm(tmp_path, "none", 0, NONE[0], texts=["one", "two"])
-    # The same prompts in the other order: p of this run is q of the other.
+    # Prompts in the other order: p of this run is q of the other.
     write_arm(tmp_path, "ppl", 0, PPL[0], texts=["two", "one"])
     row = find(compare(open_runs(tmp_path)), "avg_at_k")
     assert (row["difference"], row["num_prompts"]) == (pytest.approx(0.375), 2)
@@ -212,22 +220,22 @@ def test_prompts_are_known_by_their_text_not_their_id(tmp_path: Path):
 def test_one_seed_gives_an_interval_over_prompts_and_says_so(tmp_path: Path):
     comparison = compare(open_runs(write_grid(tmp_path, seeds=[0])), accuracy=0.7)
     row = find(comparison, "avg_at_k")
-    # Differences of the two prompts: .5 and .25. Standard error .125, t(.975, 1) = 12.7062: all that is possible.
+    # Differences of the two prompts: .5 and .25. Standard error .125, t(.975, 1) = 12.7062: the whole possible range.
     assert (row["error"], row["low"], row["high"]) == (pytest.approx(0.125), -1, 1)
-    # The row cannot earn a verdict and takes no part in Holm's correction.
+    # The row cannot earn a verdict and is excluded from Holm's correction.
     assert row["p_adjusted"] is None
     assert (row["covers"], row["num_seeds"]) == ("prompts only; other seeds not covered", 1)
     assert row["verdict"] == "inconclusive"
-    assert row["why"].startswith("one seed only, a verdict needs 3. For these runs alone: the interval ")
+    assert row["why"].startswith("only one seed; a verdict needs 3. For these runs alone: the interval ")
     steps = find(comparison, "steps_to_accuracy")
     assert (steps["difference"], steps["low"], steps["covers"]) == (
         pytest.approx(-11),
         None,
-        "nothing; one seed, and no prompts to stand for others",
+        "nothing; one seed, and the metric has no prompts",
     )
 
 
-def test_runs_that_take_no_part_are_listed_with_the_reason(tmp_path: Path):
+def test_excluded_runs_are_listed_with_the_reason(tmp_path: Path):
     shared = {"base_policy": "a", "prompts": "b", "evaluation": "c"}
     write_arm(tmp_path, "none", 0, NONE[0], common_random_numbers=shared)
     write_arm(tmp_path, "ppl", 0, PPL[0], common_random_numbers=shared)
@@ -243,14 +251,14 @@ def test_runs_that_take_no_part_are_listed_with_the_reason(tmp_path: Path):
     write_manifest(again, {**read_manifest(again), "run_id": "again"})
     comparison = compare(open_runs([tmp_path, again]))
     assert dict(comparison.unpaired.select("run_id", "why").iter_rows()) == {
-        "other-seed0": "does not share the prompts and the random numbers of the evaluation with none-seed0",
+        "other-seed0": "differs from none-seed0 in the prompts and the random numbers of the evaluation",
         "ppl-seed1": "no complete run of arm none has seed 1",
         "none-seed2": "no run of another arm with seed 2 can be compared with it",
         "none-seed3": "no run of another arm with seed 3 can be compared with it",
-        "ppl-seed3": "has no evaluation after training in common with none-seed3",
+        "ppl-seed3": "shares no evaluation after training with none-seed3",
         "slow-seed0": "still running",
         "broken-seed0": "failed: step 3: loss is nan",
-        "again": "ppl-seed0 already stands for arm ppl and seed 0",
+        "again": "duplicate of ppl-seed0: arm ppl, seed 0",
     }
     assert comparison.unpaired.filter(run_id="broken-seed0").row(0)[1:4] == ("broken", 0, "failed")
     assert comparison.by_seed.filter(metric="avg_at_k").rows()[0][:5] == ("ppl", "none", "held", "avg_at_k", 0)
@@ -266,7 +274,7 @@ def test_runs_without_a_pair_leave_empty_tables(tmp_path: Path):
     assert comparison.unpaired.height == 2
 
 
-def test_each_arm_of_a_sweep_stands_beside_its_own_baseline(tmp_path: Path):
+def test_each_arm_of_a_sweep_is_compared_with_its_own_baseline(tmp_path: Path):
     for seed in range(3):
         for rate, counts in (("1e-4", PPL), ("1e-3", NONE)):
             baseline = f"none [optim.lr={rate}]"
@@ -291,13 +299,13 @@ def test_primary_metric_is_a_family_of_its_own(tmp_path: Path):
         write_arm(tmp_path, "none", seed, NONE[seed])
         write_arm(tmp_path, "ppl", seed, PPL[seed], length=5 + seed)
         write_arm(tmp_path, "late", seed, [*PPL[2 - seed][:2], (4, 4 - seed)], length=7 - seed)
-    # A fourth arm has two seeds only.
+    # A fourth arm has only two seeds.
     for seed in range(2):
         write_arm(tmp_path, "few", seed, PPL[seed], length=5 + seed)
     table = compare(open_runs(tmp_path)).differences.drop_nulls("p_value")
     assert table.filter(arm="few")["p_adjusted"].null_count() == table.filter(arm="few").height > 5
     table = table.filter(table["arm"] != "few")
-    # Both arms differ equally in entropy in all seeds: without an error, such a row can earn no verdict either.
+    # The entropy differences of both arms are equal in all seeds: without an error, a row cannot earn a verdict.
     assert table.filter(metric="entropy")["p_adjusted"].null_count() == 2
     for is_primary, num_tests in ((True, 2), (False, 12)):
         family = table.filter(is_primary=is_primary).drop_nulls("p_adjusted")
@@ -312,7 +320,7 @@ def test_aggregates_are_those_of_the_last_evaluation(comparison: Comparison):
     assert (none["arm"], none["iqm"], none["mean"], none["improvement"]) == ("none", 0.5, 0.5, None)
     assert (ppl["arm"], ppl["num_seeds"], ppl["improvement"]) == ("ppl", 3, 1)
     assert ppl["iqm"] == pytest.approx(iqm(np.array([7, 6, 5]) / 8))
-    # All three draws are equal in 1 of 9: both ends are the ends of the sample.
+    # One of nine resamples has three equal draws, so both ends are the ends of the sample.
     assert (ppl["iqm_low"], ppl["iqm_high"]) == (0.625, 0.875)
 
 
@@ -330,14 +338,14 @@ def test_formal_share_is_a_ratio_of_tokens(study: entrace.Runs):
 @pytest.mark.parametrize(
     ("metric", "value", "low", "high", "p", "seeds", "word", "why"),
     [
-        ("avg_at_k", 0.05, 0.02, 0.08, 0.01, 3, "better", "higher, beyond chance, and at least 0.01"),
-        ("avg_at_k", -0.05, -0.08, -0.02, 0.01, 3, "worse", "lower, beyond chance, and at least 0.01"),
-        ("pass_at_2", 0.05, 0.02, 0.08, 0.01, 3, "better", "higher, beyond chance, and at least 0.01"),
-        ("steps_to_accuracy", -5, -8, -2, 0.01, 3, "better", "lower, beyond chance, and at least 1"),
-        ("entropy", -0.05, -0.08, -0.02, 0.01, 3, "lower", "lower, beyond chance, and at least 0.01"),
-        ("response_length", 0.2, 0.1, 0.3, 0.01, 3, "higher", "higher, beyond chance, and at least 0.05"),
+        ("avg_at_k", 0.05, 0.02, 0.08, 0.01, 3, "better", "higher, significant, and at least 0.01"),
+        ("avg_at_k", -0.05, -0.08, -0.02, 0.01, 3, "worse", "lower, significant, and at least 0.01"),
+        ("pass_at_2", 0.05, 0.02, 0.08, 0.01, 3, "better", "higher, significant, and at least 0.01"),
+        ("steps_to_accuracy", -5, -8, -2, 0.01, 3, "better", "lower, significant, and at least 1"),
+        ("entropy", -0.05, -0.08, -0.02, 0.01, 3, "lower", "lower, significant, and at least 0.01"),
+        ("response_length", 0.2, 0.1, 0.3, 0.01, 3, "higher", "higher, significant, and at least 0.05"),
         ("avg_at_k", 0.005, 0.002, 0.008, 0.01, 3, "no difference that matters", "whole interval lies within ±0.01"),
-        ("avg_at_k", 0.05, -0.01, 0.11, 0.1, 3, "inconclusive", "holds zero as well as differences that matter"),
+        ("avg_at_k", 0.05, -0.01, 0.11, 0.1, 3, "inconclusive", "includes zero as well as differences that matter"),
         (
             "avg_at_k",
             0.05,
@@ -346,7 +354,7 @@ def test_formal_share_is_a_ratio_of_tokens(study: entrace.Runs):
             0.01,
             2,
             "inconclusive",
-            "2 seeds only, a verdict needs 3. For these runs alone",
+            "only 2 seeds; a verdict needs 3. For these runs alone",
         ),
         ("entropy", 0.05, np.nan, np.nan, 1, 3, "inconclusive", "equal in all seeds, so its error cannot be estimated"),
         ("entropy", 0.05, -np.inf, np.inf, 1, 1, "inconclusive", "there is no interval"),
@@ -362,7 +370,7 @@ def test_verdicts(metric: str, value: float, low: float, high: float, p: float, 
 
 
 def test_scorecard_rows_are_rows_of_the_comparison(tmp_path: Path):
-    """Two benchmarks whose last evaluations are at different steps, and a reference that is not the baseline."""
+    """Use two benchmarks with different last evaluations, and a reference other than the baseline."""
     for seed in range(3):
         for arm, counts in (("none", NONE), ("ppl", PPL), ("ppl_high", NONE)):
             write_arm(tmp_path, arm, seed, counts[seed], length=6 if arm == "ppl" else 5, is_early_too=True)
@@ -387,10 +395,36 @@ def test_scorecard_rows_are_rows_of_the_comparison(tmp_path: Path):
             assert (finding.num_seeds, finding.estimate.n) == (3, 6)
     assert found["M2", "avg@k", "position vs none"].verdict == "not recorded"
     assert found["M3", "formal tokens", "ppl vs none"].verdict == "not recorded"
-    # A reference stands beside the baseline in the primary metric alone, and in no aggregate.
+    # A reference besides the baseline appears only in the primary metric, and in no aggregate.
     extra = comparison.differences.filter(arm="ppl", baseline="ppl_high")
     assert set(extra["metric"]) == {"avg_at_k"}
     assert comparison.aggregates["arm"].to_list() == ["none", "ppl", "ppl_high"]
+
+
+def test_report_scorecard_and_figure_give_the_numbers_of_one_comparison(tmp_path: Path):
+    """Use twelve samples per prompt, more than the eight that the SQL of the figure reads by default."""
+    for seed in range(3):
+        write_arm(tmp_path / "runs", "none", seed, NONE[seed], texts=["p", "q"], num_samples=12)
+        # Prompts in the other order: matched by text, not by id.
+        write_arm(tmp_path / "runs", "ppl", seed, PPL[seed], texts=["q", "p"], num_samples=12)
+        write_arm(tmp_path / "runs", "position", seed, PPL[2 - seed], texts=["p", "q"], num_samples=12)
+    out = entrace.write_report(open_runs(tmp_path / "runs"), tmp_path / "report").parent
+    compared = pl.read_csv(out / "comparison.csv").filter(metric="avg_at_k")
+    by_seed = pl.read_csv(out / "comparison_by_seed.csv").filter(metric="avg_at_k")
+    drawn = pl.read_csv(out / "paired_differences.csv").filter(metric="avg_at_k")
+    scorecard = json.loads((out / "claims.json").read_text())["verdicts"]
+    for claim, arm in (("M1", "ppl"), ("M2", "position")):
+        row = compared.filter(arm=arm).row(0, named=True)
+        (verdict,) = [found for found in scorecard if found["claim"] == claim]
+        judged = tuple(row[name] for name in ("difference", "low", "high", "p_adjusted", "detectable"))
+        assert None not in judged
+        assert tuple(verdict[name] for name in ("effect", "low", "high", "p_adjusted", "detectable")) == judged
+        assert (verdict["p_value"], verdict["why"]) == (row["p_value"], row["why"])
+        own = drawn.filter(arm=row["arm"])
+        numbers = own.select("mean", "low", "high", "p_adjusted", "detectable", "verdict").unique()
+        assert numbers.rows() == [(*judged, row["verdict"])]
+        names = ("seed", "value", "baseline_value", "difference")
+        assert own.select(names).rows() == by_seed.filter(arm=row["arm"]).select(names).rows()
 
 
 def test_verdicts_about_methods_follow_the_direction_of_the_claim(study: entrace.Runs):
@@ -398,7 +432,7 @@ def test_verdicts_about_methods_follow_the_direction_of_the_claim(study: entrace
     found = {(f.claim, f.part): f.verdict for f in judge_methods(study, ledger) if f.subject.startswith("ppl vs none")}
     assert found == {
         ("M1", "avg@k"): "supported",
-        # Every response of the arm is longer by the same fifth.
+        # All responses of the arm are longer by exactly a fifth.
         ("M3", "length"): "inconclusive",
         ("M3", "formal tokens"): "supported",
     }
@@ -425,7 +459,7 @@ def test_command_prints_differences_aggregates_and_the_rest(grid: Path, tmp_path
     assert done.returncode == 0
     assert "entrace: broken-seed0: failed (step 3: loss is nan), 0 steps recorded\n" in done.stderr
     assert "ppl  held  avg_at_k  inconclusive  +0.25 [-0.0605, +0.561] accuracy, k = 4\n" in done.stdout
-    assert "n = 3 seeds, 6 prompts; interval covers prompts and seeds; p = 0.074, with Holm 0.074;" in done.stdout
+    assert "n = 3 seeds, 6 prompts; interval covers prompts and seeds; p = 0.074, Holm-adjusted 0.074;" in done.stdout
     assert "ppl   0.75 [0.625, 0.875]  mean 0.75  improvement 1 [1, 1]  n = 3 seeds\n" in done.stdout
     assert "broken-seed0  failed: step 3: loss is nan\n" in done.stdout
     assert "entropy" not in done.stdout
@@ -446,11 +480,11 @@ def test_command_names_bad_input_in_one_line(grid: Path):
     for args, message in bad.items():
         done = run_entrace(str(grid), *args)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"entrace: {message}\n")
-    assert "Example: entrace compare " in entrace("--help").stdout
+    assert "Example: entrace compare " in run_entrace("--help").stdout
 
 
 def test_comparison_needs_a_baseline_and_another_arm(grid: Path):
-    with pytest.raises(InputError, match='no run is of the baseline arm "none"; found ppl'):
+    with pytest.raises(InputError, match='no run of the baseline arm "none"; found ppl'):
         compare(open_runs(str(grid / "ppl-*")))
-    with pytest.raises(InputError, match=r"every run is of the baseline arm \(none\)"):
+    with pytest.raises(InputError, match=r"all runs are of the baseline arm \(none\)"):
         compare(open_runs(str(grid / "none-*")))

@@ -1,4 +1,4 @@
-"""Effects against plain numpy, and against runs in which what is claimed is absent."""
+"""Test effects against plain numpy, and on data without the claimed effect."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 
 from entrace.analysis.effects import potential, training
-from entrace.analysis.effects.estimate import NoEffectError, mean_of_runs, plateau_level, ratio, tensor
-from entrace.analysis.statistics import stages
+from entrace.analysis.effects.estimate import NoEffectError, mean_of_runs, plateau_level, ratio
+from entrace.analysis.statistics import random_movement, stages
 from entrace.analysis.statistics.estimates import Estimate
 from entrace.analysis.statistics.stages import fit_stages
 from tests.analysis.test_intervals import autoregression
@@ -20,14 +20,14 @@ STEP = np.arange(1, STEPS + 1)
 
 
 def sums_of(values: np.ndarray, run: str = "r") -> pl.DataFrame:
-    """Return one row per step and prompt, ``values`` (steps, prompts)."""
+    """Return one row per step and prompt from ``values`` (steps, prompts)."""
     steps = np.arange(1, len(values) + 1).repeat(values.shape[1])
     prompts = np.arange(values.size).astype(str)
     return pl.DataFrame({"run_id": run, "step": steps, "prompt_id": prompts, "total": values.ravel(), "n": 1})
 
 
 def fake_runs(frame: pl.DataFrame, **frames: pl.DataFrame) -> SimpleNamespace:
-    """Return runs with one run of two stages, whose queries give the frames."""
+    """Return fake runs with two-stage fits whose queries return the given frames."""
     shape = np.minimum(STEP / 40, 1)
     rng = np.random.default_rng(0)
     fit = fit_stages(STEP, 1 - shape / 2 + rng.normal(0, 0.01, STEPS), shape / 2 + rng.normal(0, 0.01, STEPS))
@@ -60,14 +60,14 @@ def test_runs_that_disagree_widen_the_interval():
 def test_one_run_without_information_leaves_none_to_the_mean_of_two():
     short, long = (Estimate.from_error(0.0, 0.1, 5, 10, "steps", blocks=blocks) for blocks in (2.0, 20.0))
     assert mean_of_runs([short, long], "steps, 2 runs").blocks == 2.0
-    # Three runs have an interval of their own: that of their spread.
+    # Three runs have an interval from their spread.
     three = mean_of_runs([short, long, Estimate.from_error(0.3, 0.1, 5, 10, "steps", blocks=2.0)], "steps, 3 runs")
     assert three.blocks == np.inf
     assert three.error == pytest.approx(0.1)
 
 
 def movements_of(rng: np.random.Generator, means: tuple[float, float], runs: int):
-    """Return movements of runs with an error of 1 in each half, and draws around them that all runs share."""
+    """Return movements of runs with an error of 1 in each half, and draws that use equal random numbers."""
     values = rng.normal(means, 1, (runs, 2))
     draws = np.random.default_rng(0).normal(size=(2000, 2))
     return [(value, value + draws, 50.0) for value in values]
@@ -86,19 +86,19 @@ def test_slowdown_of_several_runs_is_that_of_their_mean_movement():
     found = training.slowdown_of(three, 300, "steps")
     assert found.value == pytest.approx(stages.slowdown(np.mean([values for values, *_ in three], axis=0)))
     assert found.p_value < 0.01
-    # Runs whose movements scatter say less about their mean.
+    # Scatter between runs widens the interval of their mean.
     apart = [(values + shift, draws + shift, b) for (values, draws, b), shift in zip(three, (-8, 0, 8), strict=True)]
     assert training.slowdown_of(apart, 300, "steps").width > 2 * found.width
 
 
 def test_effect_without_a_denominator_is_no_effect():
     frame = sums_of(np.ones((STEPS, PROMPTS))).with_columns(n=0)
-    with pytest.raises(NoEffectError, match="holds no such tokens or responses"):
+    with pytest.raises(NoEffectError, match="has no such tokens or responses"):
         plateau_level(fake_runs(frame), frame, ["r"], ["total", "n"], ratio(0, 1))
 
 
 def test_interval_of_an_excess_holds_where_the_divisor_is_small():
-    # Most of the rest hardly moves: an interval symmetric around the ratio itself would reach below -1.
+    # Most of the rest hardly moves: an interval symmetric around the ratio itself would extend below -1.
     found = []
     judge = training.excess(training.plateau("sums", ["total", "n"], training.log_ratio))
     for seed in range(100):
@@ -107,13 +107,6 @@ def test_interval_of_an_excess_holds_where_the_divisor_is_small():
         found.append(judge(fake_runs(sums_of(kind).with_columns(n=rest.ravel())), ["r"]))
     assert np.mean([estimate.low <= 4 / 0.02 - 1 <= estimate.high for estimate in found]) >= 0.88
     assert np.mean([estimate.low > 0 for estimate in found]) >= 0.9
-
-
-def test_tensor_adds_up_and_leaves_other_levels_out():
-    frame = pl.DataFrame({"run_id": ["a", "b", "a", "c"], "prompt_id": ["x", "x", "x", "x"], "n": [1, 2, 3, 9]})
-    np.testing.assert_array_equal(
-        tensor(frame, {"prompt_id": ["x", "y"], "run_id": ["b", "a"]}, ["n"])[..., 0], [[2, 4], [0, 0]]
-    )
 
 
 def signs(negative: np.ndarray, positive: np.ndarray) -> pl.DataFrame:
@@ -127,7 +120,7 @@ def signs(negative: np.ndarray, positive: np.ndarray) -> pl.DataFrame:
 @pytest.mark.parametrize(("kept", "expected"), [(0.6, 0.0), (0.3, np.log(2))])
 def test_equal_relative_loss_is_no_difference_between_signs(kept: float, expected: float):
     shape = np.minimum((STEP - 1) / 39, 1)
-    # Both lose 40 %, from different levels; or negative samples lose 70 %.
+    # Both lose 40 % from different levels, or negative samples lose 70 %.
     frame = signs(0.4 * kept**shape, 0.3 * 0.6**shape)
     judge = training.fall(training.rising("sign_entropy", ["negative_sum", "positive_sum"], training.log_ratio))
     estimate = judge(fake_runs(frame), ["r"])
@@ -142,7 +135,7 @@ def cells(lengths: np.ndarray, share_of: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def test_shares_at_equal_length_ignore_what_length_does():
-    # Every response opens with 8 tokens of the kind, and lengths double over the run.
+    # All responses begin with 8 matching tokens, and lengths double over the run.
     rng = np.random.default_rng(0)
     lengths = np.round(np.linspace(20, 40, STEPS)[:, None] * rng.uniform(0.7, 1.4, (STEPS, 20)))
     raw = 8 / lengths
@@ -166,12 +159,12 @@ def test_steps_without_a_length_in_common_are_not_compared():
 
 
 def bins_of(potential_of_tokens: np.ndarray) -> np.ndarray:
-    bins = np.clip(np.floor(-4 * np.log2(4 * potential_of_tokens)), 0, potential.NUM_BINS - 1).astype(int)
-    return np.bincount(bins, minlength=potential.NUM_BINS).astype(float)
+    bins = np.clip(np.floor(-4 * np.log2(4 * potential_of_tokens)), 0, random_movement.NUM_BINS - 1).astype(int)
+    return np.bincount(bins, minlength=random_movement.NUM_BINS).astype(float)
 
 
 def random_update(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return p (1 - p) of tokens as a language model has them, and what random logit changes do to p."""
+    """Return p (1 - p) of tokens as in a language model, and the changes of p under random logit changes."""
     p = 1 / (1 + np.exp(-rng.normal(4, 3, size)))
     potential_of_tokens = p * (1 - p)
     return potential_of_tokens, potential_of_tokens * rng.normal(0, 0.2, size)
@@ -181,14 +174,14 @@ def test_share_of_the_top_fifth_under_random_changes_equals_a_simulation():
     w, dp = random_update(np.random.default_rng(0), 1_000_000)
     movement = np.sort(np.abs(dp))[::-1]
     top = movement[: len(dp) // 5].sum() / movement.sum()
-    assert potential.random_top_share(bins_of(w)) == pytest.approx(top, abs=0.004)
-    # Equal potential: that of a normal distribution, exp(-z^2 / 2) with z its quantile at .9.
-    assert potential.random_top_share(bins_of(np.full(10, 0.2))) == pytest.approx(0.4399, abs=1e-4)
+    assert random_movement.random_top_share(bins_of(w)) == pytest.approx(top, abs=0.004)
+    # Equal potential: exp(-z^2 / 2) with z the normal quantile at .9.
+    assert random_movement.random_top_share(bins_of(np.full(10, 0.2))) == pytest.approx(0.4399, abs=1e-4)
 
 
 def test_share_of_still_tokens_under_random_changes_equals_a_simulation():
     w, dp = random_update(np.random.default_rng(1), 1_000_000)
-    found = potential.random_still_share(bins_of(w), np.abs(dp).sum())
+    found = random_movement.random_still_share(bins_of(w), np.abs(dp).sum())
     assert found == pytest.approx((np.abs(dp) <= 0.01).mean(), abs=0.005)
 
 
@@ -198,7 +191,7 @@ def movements(seed: int, learned: bool) -> tuple[pl.DataFrame, pl.DataFrame]:
     sums, bins = [], []
     for step in range(5, 65, 5):
         w, dp = random_update(rng, 480)
-        # The size of an update differs between steps; a learned one also moves a twentieth of the tokens thirtyfold.
+        # Update sizes differ between steps. A learned update also moves a twentieth of the tokens thirtyfold.
         size = rng.lognormal(0, 0.5) * np.where(learned & (rng.random(480) < 0.05), 30, 1)
         movement = np.abs(dp) * size
         threshold = np.quantile(movement, 0.8)
@@ -228,12 +221,12 @@ def test_random_changes_are_not_concentrated_and_learned_ones_are(learned: bool,
 
 
 @pytest.mark.parametrize(("shift", "coarse"), [(2e-6, 0), (0.015, 60)])
-def test_rounding_is_no_movement(shift: float, coarse: int):
-    # Two passes in float32; logarithms stored with the eight bits of bfloat16.
+def test_rounding_does_not_count_as_movement(shift: float, coarse: int):
+    # Two float32 passes; log-probabilities stored with the eight bits of bfloat16.
     sums, bins = movements(0, learned=False)
     sums = sums.with_columns(uncertain_shift=10 * shift, coarse_tokens=pl.lit(coarse))
     for claim, part in (("S5", "concentration"), ("S6", "direction"), ("S6", "high entropy")):
-        with pytest.raises(NoEffectError, match="no more than rounding does"):
+        with pytest.raises(NoEffectError, match="no more than rounding"):
             training.PARTS[claim][part](fake_runs(sums, movement_potential=bins), ["r"])
 
 
@@ -248,8 +241,8 @@ def test_end_over_middle_equals_a_loop():
     assert found == pytest.approx(np.log(expected[1] / expected[0]))
 
 
-def test_more_entropy_at_the_end_is_no_greater_potential():
-    # Movement is three times the entropy bin, wherever a token is; the end has more tokens in the upper bins.
+def test_more_entropy_at_the_end_does_not_count_as_greater_potential():
+    # Movement depends only on the entropy bin; the end has more tokens in the upper bins.
     usual = 1.0 + np.arange(10)
     tokens = np.array([np.linspace(10, 1, 10), np.linspace(1, 10, 10)])
     found = potential.end_over_middle(np.concatenate([tokens.ravel(), (tokens * usual).ravel()]))
@@ -257,7 +250,7 @@ def test_more_entropy_at_the_end_is_no_greater_potential():
 
 
 def halves_of(entropy: np.ndarray, accuracy: np.ndarray, seed: int, difficulty: float = 0.0) -> pl.DataFrame:
-    """Return ``exchange_halves``: 32 prompts per step; hard ones have more entropy and less accuracy."""
+    """Return ``exchange_halves`` of 32 prompts per step; hard prompts have higher entropy and lower accuracy."""
     rng = np.random.default_rng(seed)
     rows = []
     for step, h, a in zip(STEP, entropy, accuracy, strict=True):
@@ -323,7 +316,7 @@ def test_each_series_of_interventions_is_judged_by_itself():
         for i in range(6)
     ]
     frame = pl.DataFrame(rows).with_columns(late_tokens=1, early_tokens=1, early_impact=0.0)
-    found = {name: judged().value for name, judged in training.judges("T2", "impact", fake_runs(frame), ["r"])}
+    found = {name: judged().value for name, judged in training.judges("T2", "impact", {}, fake_runs(frame), ["r"])}
     assert found == {
         "checkpoint 100, selection entropy 0-1, seed 0, temperature 1.0": pytest.approx(0.1),
         "checkpoint 100, selection entropy 0.8-1, seed 0, temperature 1.0": pytest.approx(0.3),

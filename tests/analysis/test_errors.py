@@ -1,4 +1,4 @@
-"""Messages made of what libraries raise: one line, whole, and with a hint that helps."""
+"""Test error messages: one complete line with a useful hint, also for errors of libraries."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def undecodable(data: bytes) -> UnicodeDecodeError:
         (undecodable(b"ok \xf0"), "UnicodeDecodeError: ", "byte 0xf0 at offset 3 is not UTF-8"),
     ],
 )
-def test_what_a_library_says_is_one_whole_line(error: Exception, kind: str, line: str):
+def test_a_library_error_becomes_one_complete_line(error: Exception, kind: str, line: str):
     assert in_one_line(error) == line
     assert with_kind(error) == f"{kind}{line}"
 

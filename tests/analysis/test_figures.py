@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import polars as pl
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import entrace
-from entrace.analysis.figures import ABLATIONS, MODULES, style
+from entrace.analysis import queries
+from entrace.analysis.compare import compare_once
+from entrace.analysis.figures import STEMS, figure_module, style
 from entrace.analysis.runs import Runs, open_runs
 from entrace.analysis.trace import InputError, TraceWriter
 from tests.analysis.conftest import step_row, write_failed
@@ -25,13 +31,81 @@ def ax():
     return Figure().subplots()
 
 
-@pytest.mark.parametrize("stem", MODULES)
+@pytest.mark.parametrize("stem", STEMS)
 def test_figure_labels_its_axes_and_states_n_and_interval(study: Runs, ax, stem: str):
     drawn = getattr(entrace.figures, stem)(study, ax=ax)
     assert drawn is ax
     assert ax.get_xlabel()
     assert "95 % interval" in ax.get_title(loc="left")
     assert any(character.isdigit() for character in ax.get_title(loc="left").replace("95 %", ""))
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_legend_and_labels_cover_neither_data_nor_ticks(study: Runs, stem: str):
+    frame = entrace.figures.query(study, stem)
+    with mpl.rc_context(style.RC):
+        figure = Figure(figsize=entrace.figures.size(study, stem, frame))
+        ax = figure_module(stem).draw(frame, figure.subplots())
+        figure.canvas.draw()
+    panels = [axes for axes in (*figure.axes, *ax.child_axes) if axes.axison]
+    ticks = [text for axes in panels for axis in (axes.xaxis, axes.yaxis) for text in axis.get_ticklabels()]
+    legend = ax.get_legend()
+    others = [ax.xaxis.label, ax.yaxis.label, ax.title, *([legend] if legend else [])]
+    for artist in others:
+        box = artist.get_window_extent()
+        if box.width == 0:
+            continue
+        assert not box.overlaps(ax.get_window_extent()), artist
+        assert not [tick for tick in ticks if tick.get_text() and box.overlaps(tick.get_window_extent())], artist
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_figure_is_an_explicit_function_under_both_names(stem: str):
+    function = getattr(entrace.figures, stem)
+    # Importing the module again must not put it in the place of the function.
+    assert figure_module(stem).__name__.endswith(stem)
+    assert function is getattr(entrace.analysis.figures, stem)
+    assert list(inspect.signature(function).parameters) == ["runs", "ax"]
+    assert (function.__doc__ or "").startswith("Draw ")
+
+
+def test_import_of_entrace_loads_no_plotting():
+    check = "import sys, entrace; assert not {'matplotlib', 'seaborn'} & set(sys.modules); entrace.figures.u_shape"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_runs_are_pooled_by_the_mean_of_values_and_of_interval_ends(study: Runs, ax):
+    frame = entrace.figures.query(study, "entropy_gap_by_prompt")
+    at_step = frame.filter(step=3)
+    assert at_step["run_id"].n_unique() == 3
+    entrace.figures.entropy_gap_by_prompt(study, ax=ax)
+    mean = next(line for line in ax.get_lines() if line.get_linewidth() == mpl.rcParams["lines.linewidth"])
+    drawn = dict(zip(*mean.get_data(), strict=True))
+    assert drawn[3] == pytest.approx(at_step["gap"].mean())
+    [band] = (path for part in ax.collections for path in part.get_paths() if len(path.vertices) > 50)
+    ends = [y for x, y in band.vertices if x == 3]
+    assert (min(ends), max(ends)) == pytest.approx((at_step["low"].mean(), at_step["high"].mean()))
+
+
+def test_boundaries_of_several_runs_are_lines_without_shades(study: Runs, study_path: Path):
+    one = open_runs(study_path / "none-seed0")
+    shaded, lines = (entrace.figures.category_shares(runs, ax=Figure().subplots()) for runs in (one, study))
+    assert (len(shaded.patches), len(lines.patches)) == (1, 0)
+    steps = entrace.figures.query(study, "category_shares")["boundary_step"].unique().to_list()
+    dotted = {line.get_xdata()[0] for line in lines.get_lines() if len(set(line.get_xdata())) == 1}
+    assert dotted == set(steps)
+
+
+def test_empty_bins_have_no_band(study: Runs, ax):
+    frame = entrace.figures.query(study, "movement_distribution")
+    shown, _ = style.late_stage(frame)
+    assert (shown["share"] == 0).any()
+    filled = 0
+    for sign in style.SIGN_COLORS:
+        shares = shown.filter(sample_sign=sign).group_by("bin_high").agg((pl.col("share") > 0).all())
+        filled += shares["share"].sum()
+    entrace.figures.movement_distribution(study, ax=ax)
+    assert len(ax.collections) == filled
 
 
 def test_figure_makes_its_own_axes(tiny: Runs):
@@ -179,7 +253,7 @@ def test_arms_are_paired_with_their_own_baseline_by_seed(tmp_path: Path):
 
 def test_differences_by_seed_are_those_that_are_judged(study: Runs):
     frame = entrace.figures.query(study, "paired_differences").filter(metric="avg_at_k")
-    comparison = entrace.figures.comparison(study)
+    comparison = compare_once(study)
     assert comparison is not None
     judged = comparison.by_seed.filter(metric="avg_at_k")
     assert frame["difference"].to_list() == pytest.approx(judged["difference"].to_list())
@@ -195,7 +269,7 @@ def test_forest_has_a_row_an_arm_from_best_to_worst_with_its_seeds(tmp_path: Pat
     assert [label.get_text() for label in panel.get_yticklabels()] == ["good", "bad"]
     drawn = {(round(float(x), 6), y) for line in panel.get_lines() for x, y in line.get_xydata()}
     assert {(0.125, 0), (0.1875, 0), (0.25, 0), (-0.25, 1), (-0.1875, 1), (-0.125, 1)} <= drawn
-    assert "2 differences, 3 seeds each, 4 held-out prompts a seed" in ax.get_title(loc="left")
+    assert "2 differences, 3 seeds each, 4 held-out prompts per seed" in ax.get_title(loc="left")
     assert ax.get_xlabel() == "held-out accuracy (avg@k): arm minus none"
 
 
@@ -205,7 +279,7 @@ def test_many_arms_have_a_panel_each_beside_their_baseline(tmp_path: Path):
         write_arm(tmp_path, arm, 0, [i % 5, 2, 2, 2])
     runs = open_runs(tmp_path)
     frame = entrace.figures.query(runs, "ablation_curves")
-    width, height = entrace.figures.size("ablation_curves", frame)
+    width, height = entrace.figures.size(runs, "ablation_curves", frame)
     assert width == style.SIZE[0]
     assert height > style.SIZE[1]
     ax = entrace.figures.ablation_curves(runs, ax=Figure(figsize=(width, height)).subplots())
@@ -216,7 +290,7 @@ def test_many_arms_have_a_panel_each_beside_their_baseline(tmp_path: Path):
         assert (shaped.get_color(), list(shaped.get_ydata())) == (style.BLUE, [0, (i % 5 + 6) / 16])
 
 
-@pytest.mark.parametrize("stem", [*ABLATIONS, "paired_differences"])
+@pytest.mark.parametrize("stem", [path.stem for path in sorted((queries.SQL_ROOT / "ablation").glob("*.sql"))])
 def test_two_benchmarks_with_two_seeds_and_no_baseline_of_one(tmp_path: Path, ax, stem: str):
     for arm, seed in (("none", 0), ("none", 1), ("ppl", 0), ("ppl", 1), ("ppl", 2)):
         write_arm(tmp_path, arm, seed, [2, seed, 3], benchmarks=("sums", "chains"))

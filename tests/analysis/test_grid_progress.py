@@ -12,19 +12,19 @@ RUNS = {"none-0": ("none", 10), "ppl-0": ("ppl", 10), "none-1": ("none", 10), "p
 
 @pytest.fixture
 def at(monkeypatch):
-    """Sets the time in seconds."""
+    """Return a function that sets the time in seconds."""
     seconds = [0.0]
     monkeypatch.setattr(grid_progress.time, "monotonic", lambda: seconds[0])
     return lambda value: seconds.__setitem__(0, value)
 
 
 def rows(progress):
-    console = Console(width=100, file=io.StringIO())
-    console.print(progress.table())
-    return [re.split(r"\s{2,}", line.strip()) for line in console.file.getvalue().splitlines() if line.strip()]
+    text = io.StringIO()
+    Console(width=100, file=text).print(progress.table())
+    return [re.split(r"\s{2,}", line.strip()) for line in text.getvalue().splitlines() if line.strip()]
 
 
-def test_the_table_has_a_row_an_arm(at):
+def test_the_table_has_one_row_per_arm(at):
     progress = GridProgress("study", RUNS)
     for seconds in range(6):
         at(100 + 2 * seconds)
@@ -36,12 +36,12 @@ def test_the_table_has_a_row_an_arm(at):
     assert table[0] == ["study"]
     assert table[2] == ["none", "2", "5/10 0/10", "0.500"]
     assert table[3] == ["ppl", "1", "1", "0.300"]
-    # 2 s a step: five steps of none-0 and ten of none-1 in two places; then ppl-1, ten steps, in the first one free.
+    # At 2 s per step, none-0 (5 steps left) and none-1 (10) use two slots; ppl-1 (10) follows in the first free one.
     assert table[4] == ["time left 0:30"]
 
 
-def test_time_left_follows_the_pace_of_what_was_seen(at):
-    """A run that went on from a checkpoint counts from its first new step; kept runs do not count at all."""
+def test_time_left_uses_the_pace_of_observed_steps(at):
+    """A resumed run counts from its first new step; runs that were kept do not count."""
     progress = GridProgress("study", RUNS)
     progress.end("none-0", None)
     progress.update("ppl-0", 0)
@@ -55,7 +55,7 @@ def test_time_left_follows_the_pace_of_what_was_seen(at):
     assert progress.seconds_left() == pytest.approx(3 * (3 + 10))
 
 
-def test_elsewhere_than_on_a_terminal_lines_are_plain(at, capsys):
+def test_without_a_terminal_progress_is_plain_lines(at, capsys):
     with GridProgress("study", RUNS) as progress:
         progress.end("none-0", None)
         at(1)
@@ -77,7 +77,7 @@ def test_on_a_terminal_the_table_is_drawn(monkeypatch, capsys):
     ("seconds", "slots", "expected"),
     [([], 3, 0), ([5], 3, 5), ([5, 5, 5, 5], 1, 20), ([5, 5, 5], 2, 10), ([9, 2, 3, 4], 2, 9), ([1, 1, 9], 2, 10)],
 )
-def test_makespan_fills_the_first_free_place(seconds, slots, expected):
+def test_makespan_fills_the_first_free_slot(seconds, slots, expected):
     assert makespan(seconds, slots) == expected
 
 

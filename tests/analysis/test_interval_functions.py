@@ -1,4 +1,4 @@
-"""Intervals of tables and figures: they cover the truth as often as they say, and are those of the scorecard."""
+"""Test that intervals of tables and figures have nominal coverage and equal those of the scorecard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 
 from entrace.analysis import queries
 from entrace.analysis.runs import Runs
-from entrace.analysis.statistics import interval_functions, intervals
+from entrace.analysis.statistics import interval_functions
+from entrace.analysis.statistics.clusters import level, ratio
 from entrace.analysis.trace import InputError
 
 STEPS, PROMPTS = 40, 8
@@ -39,11 +40,11 @@ def drifting(rng: np.random.Generator, autocorrelation: float = 0.9) -> np.ndarr
 def coverage(
     con: duckdb.DuckDBPyConnection, function: str, means: np.ndarray, counts: np.ndarray, truth: float
 ) -> float:
-    """Return how often the interval of a run holds the truth; ``means`` and ``counts`` by run, step, and prompt."""
+    """Return the coverage over runs; ``means`` and ``counts`` have axes run, step, and prompt."""
     run, step, prompt = (index.ravel() for index in np.indices(means.shape))
     columns = {"run": run, "step": step, "prompt": prompt, "total": (means * counts).ravel(), "count": counts.ravel()}
     con.register("measured", pl.DataFrame(columns).to_arrow())
-    # A step draws prompts of its own.
+    # Every step has new prompts.
     row = "step_prompt(step, 1000 * step + prompt, total, count)"
     found = con.sql(f"select {function}(list({row})) as mean from measured group by run").pl().unnest("mean")
     assert found.height == means.shape[0]
@@ -58,7 +59,7 @@ def test_entropy_by_position_covers_its_mean_under_drift(con: duckdb.DuckDBPyCon
 
 
 def test_potential_by_position_covers_its_mean_under_drift(con: duckdb.DuckDBPyConnection):
-    # A few captured steps, and prompts some of which move ten times as far as others.
+    # A few captured steps; some prompts move ten times as far as others.
     rng = np.random.default_rng(1)
     means = 0.02 * np.exp(0.3 * drifting(rng) + 0.8 * rng.normal(size=(RUNS, STEPS, PROMPTS)))[:, ::2]
     counts = rng.integers(5, 80, means.shape).astype(float)
@@ -66,7 +67,7 @@ def test_potential_by_position_covers_its_mean_under_drift(con: duckdb.DuckDBPyC
 
 
 def test_movement_concentration_covers_its_mean_under_drift(con: duckdb.DuckDBPyConnection):
-    # What a prompt moves in all, the count here, has heavy tails.
+    # The count, the total movement of a prompt, is heavy-tailed.
     rng = np.random.default_rng(2)
     logits = 2 + 0.5 * drifting(rng) + 0.8 * rng.normal(size=(RUNS, STEPS, PROMPTS))
     means = 1 / (1 + np.exp(-logits))
@@ -82,8 +83,8 @@ def test_a_single_step_of_seven_prompts_covers_its_mean(con: duckdb.DuckDBPyConn
     assert 0.92 <= coverage(con, "estimate_positive", means, counts, 1) <= 0.98
 
 
-def test_prompts_that_return_count_once(con: duckdb.DuckDBPyConnection):
-    # Six prompts in each of 40 steps, with hardly any noise but their own level: the interval is that over prompts.
+def test_recurring_prompts_count_once(con: duckdb.DuckDBPyConnection):
+    # Six prompts recur at 40 steps and differ mainly in level, so the interval is over prompts.
     rng = np.random.default_rng(4)
     levels = rng.normal(size=6)
     rows = [(step, prompt, levels[prompt] + 0.01 * rng.normal()) for step in range(40) for prompt in range(6)]
@@ -104,17 +105,17 @@ def test_interval_of_a_table_is_that_of_the_scorecard(study: Runs):
     for row in rows.iter_rows(named=True):
         own = tokens.filter(sample_sign=row["sample_sign"], place=row["position_bin"])
         sums = np.column_stack((own["entropy"].to_numpy(), np.ones(own.height)))
-        found = intervals.level(own["step"].to_numpy(), own["prompt"].to_numpy(), sums, intervals.ratio)
+        found = level(own["step"].to_numpy(), own["prompt"].to_numpy(), sums, ratio)
         assert (row["entropy"], row["low"], row["high"]) == pytest.approx(
             (found.value, found.low, found.high), rel=1e-4
         )
         assert row["num_prompts"] == own["prompt"].n_unique()
 
 
-def test_squares_of_the_errors_of_two_windows_add_up(study: Runs):
+def test_squares_of_the_errors_of_two_phases_add_up(study: Runs):
     row = study.query("word_changes", runs=["none-seed0"]).row(0, named=True)
     steps = study.sql(
-        "select step, staged_steps.window as part, count(*)::double as tokens, "
+        "select step, staged_steps.phase as part, count(*)::double as tokens, "
         "count(*) filter (where trim(text) = $word)::double as occurrences "
         "from tokens join vocab using (run_id, token_id) join staged_steps using (run_id, step) "
         "where run_id = 'none-seed0' and part is not null group by all order by step",
@@ -123,9 +124,7 @@ def test_squares_of_the_errors_of_two_windows_add_up(study: Runs):
     halves, values = [], []
     for part in ("start", "end"):
         own = steps.filter(part=part)
-        found = intervals.level(
-            own["step"].to_numpy(), own["step"].to_numpy(), own[["occurrences", "tokens"]].to_numpy(), intervals.ratio
-        )
+        found = level(own["step"].to_numpy(), own["step"].to_numpy(), own[["occurrences", "tokens"]].to_numpy(), ratio)
         halves.append(found.high - found.value)
         values.append(found.value)
     change, half = values[1] - values[0], np.hypot(*halves)
@@ -142,11 +141,11 @@ def test_squares_of_the_errors_of_two_windows_add_up(study: Runs):
         ("[step_prompt(1, 'a', 0, 0)]", (None, None, None)),
         ("[step_prompt(1, 'a', 3, 0)]", (None, None, None)),
         ("[step_prompt(1, 'a', 1, 4)]", (0.25, None, None)),
-        # A row with a null or without units is not there, so that one prompt remains.
+        # Rows with a null or without units are dropped, so one prompt remains.
         ("[step_prompt(1, 'a', 1, 4), step_prompt(2, 'b', 0, 0), step_prompt(3, 'c', null, 1)]", (0.25, None, None)),
     ],
 )
-def test_what_there_is_no_interval_of(tiny: Runs, rows: str, expected: tuple[float | None, ...]):
+def test_means_without_an_interval(tiny: Runs, rows: str, expected: tuple[float | None, ...]):
     found = tiny.sql(f"select estimate({rows}) as mean").row(0)[0]
     assert tuple(found.values()) == expected
 
@@ -170,7 +169,7 @@ def test_a_list_of_anything_else_is_refused_in_one_line(tiny: Runs):
 
 def test_nothing_is_printed_when_a_connection_outlives_the_interpreter():
     script = (
-        "import duckdb; from analysis import interval_functions; con = duckdb.connect(); "
+        "import duckdb; from entrace.analysis.statistics import interval_functions; con = duckdb.connect(); "
         "interval_functions.register(con); found = con.sql('select estimate([])').pl()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

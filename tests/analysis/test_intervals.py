@@ -1,4 +1,4 @@
-"""Intervals hold known truths as often as they say, whatever the autocorrelation; closed forms where there are any."""
+"""Test the coverage of intervals under autocorrelation, and intervals with closed forms."""
 
 from __future__ import annotations
 
@@ -6,19 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from entrace.analysis.statistics.autocorrelation import VARIANCE_RATIOS
+from entrace.analysis.statistics.clusters import level, over_clusters, ratio
+from entrace.analysis.statistics.combination import combine, mean_of_parts
+from entrace.analysis.statistics.contrasts import contrast, draw_contrasts, draw_errors
 from entrace.analysis.statistics.estimates import Estimate
-from entrace.analysis.statistics.intervals import (
-    VARIANCE_RATIOS,
-    bounded,
-    combine,
-    contrast,
-    draw_contrasts,
-    draw_errors,
-    level,
-    mean_of_parts,
-    over_clusters,
-    ratio,
-)
+from entrace.analysis.statistics.shares import bounded
 
 
 def autoregression(rng: np.random.Generator, size: int, correlation: float) -> np.ndarray:
@@ -30,7 +23,7 @@ def autoregression(rng: np.random.Generator, size: int, correlation: float) -> n
 
 
 def levels(correlation: float, share: float, steps: int, spacing: int = 1, runs: int = 120) -> list[Estimate]:
-    """Return estimates of 10 from runs of 16 prompts per step whose state has ``share`` of a step's variance."""
+    """Return estimates of 10 from runs with 16 prompts per step; the state has ``share`` of a step's variance."""
     found = []
     for seed in range(runs):
         rng = np.random.default_rng(seed)
@@ -61,15 +54,15 @@ def test_level_is_not_much_wider_than_it_must_be():
 
 
 def test_a_slow_state_leaves_few_blocks():
-    # (1 - r) / (1 + r) of the steps count: 84 / 39 = 2.2 of them.
+    # A share (1 - r) / (1 + r) of the steps is independent: 84 / 39 = 2.2.
     found = levels(0.95, 1.0, 84)
     assert np.mean([estimate.blocks < 3 for estimate in found]) > 0.4
     misses = [not estimate.low <= 10 <= estimate.high for estimate in found]
     assert np.mean([miss and estimate.blocks >= 3 for miss, estimate in zip(misses, found, strict=True)]) <= 0.07
 
 
-def test_two_runs_are_not_narrower_than_their_errors_say():
-    # Few captured steps leave a run without information, and the mean of two runs with it.
+def test_two_runs_are_at_least_as_wide_as_their_errors():
+    # A run with few captured steps has no information, and neither has the mean of two runs with it.
     wide = Estimate.from_error(-0.014, 0.05, 3, 4, "steps", blocks=2.0)
     narrow = Estimate.from_error(-0.107, 0.007, 30, 40, "steps", blocks=20.0)
     both = combine([wide, narrow], "steps, 2 runs")
@@ -80,7 +73,7 @@ def test_two_runs_are_not_narrower_than_their_errors_say():
 
 
 def means_of_runs(scatter: float, num: int, seeds: int = 400) -> list[Estimate]:
-    """Return means, true value 0, of runs whose effects scatter and have an error of 1 each."""
+    """Return means, with true value 0, of runs whose effects scatter and have an error of 1 each."""
     found = []
     for seed in range(seeds):
         values = np.random.default_rng(seed).normal(0, np.hypot(1, scatter), num)
@@ -126,7 +119,7 @@ def test_mean_of_runs_equals_numerical_integration():
 
 
 def test_contrast_equals_generalized_least_squares_without_a_state():
-    # Without a state the interval is that of the paired regression; the posterior keeps some doubt, hence 25 %.
+    # Without a state the interval is that of least squares, except for the posterior weight of a state.
     rng = np.random.default_rng(0)
     x = np.arange(100.0)
     basis = np.column_stack((np.ones(100), x))
@@ -197,7 +190,7 @@ def test_seven_prompts_have_students_quantile():
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.5])
-def test_agreement_of_a_few_prompts_is_no_certainty(value: float):
+def test_agreement_of_a_few_prompts_leaves_uncertainty(value: float):
     estimate = over_clusters(np.column_stack((np.full(5, value), np.ones(5))), np.arange(5), ratio, "prompts", (0, 1))
     assert 0 <= estimate.low <= value <= estimate.high <= 1
     assert estimate.width > 0.3
@@ -230,7 +223,7 @@ def test_the_mean_of_parts_by_hand():
     expected = bounded(0.4, 0.025, 625 / 14.5, 52, "prompts in 2 benchmarks")
     assert (mean.low, mean.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
     assert (mean.n, mean.of) == (52, "prompts in 2 benchmarks")
-    # That the parts differ adds nothing, and they weigh alike whatever their size.
+    # Differences between parts do not widen the interval, and parts have equal weights regardless of size.
     assert mean.high - mean.low < 0.11
     assert mean_of_parts(parts[:1], "prompts", (0, 1)) == parts[0]
 
@@ -256,8 +249,8 @@ def test_the_mean_of_parts_covers_parts_of_unlike_sizes():
     assert hits >= 181
 
 
-def test_a_prompt_that_returns_is_one_prompt():
-    # The same eight prompts at each of 60 steps, each hard or easy throughout: eight units, not 480.
+def test_a_recurring_prompt_counts_once():
+    # Eight prompts of constant difficulty recur at all 60 steps: eight units, not 480.
     hits = 0
     for seed in range(100):
         rng = np.random.default_rng(seed)

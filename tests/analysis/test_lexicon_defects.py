@@ -1,4 +1,4 @@
-"""Categories of tokens and defects of responses, by example."""
+"""Test token categories and defects of responses."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_repetition_equals_the_naive_search() -> None:
     assert [is_repetitive(" ".join(words)) for words in texts] == expected
 
 
-# Words that cutting short makes alike or leaves nothing of, signs that end sentences, and all kinds of gaps.
+# Words that become equal or empty without letters other than a, sentence ends, and separators of all kinds.
 PIECES = st.sampled_from(["a", "bc", "my", "dog", "Dog", "an", "sum", "don't", "é", "x²", "7", "77", *"'+=.!?,"])
 SPACES = st.sampled_from(["", " ", " ", "  ", "_", "\n", "\n\n", ". ", "\x1c", "\u00a0", "\t", "\r\n"])
 BLOCKS = st.lists(st.tuples(PIECES, SPACES), min_size=1, max_size=6)
@@ -146,7 +146,7 @@ BLOCKS = st.lists(st.tuples(PIECES, SPACES), min_size=1, max_size=6)
 
 @st.composite
 def texts(draw: st.DrawFn) -> str:
-    """Blocks of words, some repeated, with gaps that may differ between the repeats; half of the texts are ASCII."""
+    """Draw blocks of words, some repeated, with gaps that may differ between repeats; half of the texts are ASCII."""
     written = []
     for block in draw(st.lists(BLOCKS, max_size=5)):
         for _ in range(draw(st.integers(1, 6))):
@@ -176,5 +176,5 @@ def is_irrelevant_plainly(prompt: str, text: str) -> bool:
 
 @settings(max_examples=200, deadline=None)
 @given(texts())
-def test_the_fast_search_for_what_is_off_the_subject_equals_the_definition(text: str) -> None:
+def test_the_fast_search_for_irrelevant_text_equals_the_definition(text: str) -> None:
     assert is_irrelevant("Is my dog old?", text) == is_irrelevant_plainly("Is my dog old?", text)

@@ -1,4 +1,4 @@
-"""maj@k merges answers that the verifier considers equal, alike in Python and in SQL."""
+"""Test that maj@k merges answers that the verifier considers equal, in Python and in SQL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from entrace.analysis.trace import TraceWriter
 from tests.analysis.conftest import VOCAB
 
 CASES = {
-    "equal right answers share a vote": (
+    "equal correct answers share a vote": (
         ["1/2", "0.5", r"\frac12", "3", "3"],
         [True, True, True, False, False],
         None,
@@ -26,9 +26,9 @@ CASES = {
         ["1", "1", "1/2", "1/2", "1/2"],
         0.0,
     ),
-    "without a class the text decides": (["1", "1", "1/2", "0.5", "2"], [True, True, False, False, False], None, 1.0),
-    "a class is no text": (["2", "x", "1"], [False, False, True], [None, "2", None], 1 / 3),
-    "a tie is a fair draw": (["1/2", "0.5", "3", "3"], [True, True, False, False], None, 0.5),
+    "without a class, the text decides": (["1", "1", "1/2", "0.5", "2"], [True, True, False, False, False], None, 1.0),
+    "a class is not compared with a text": (["2", "x", "1"], [False, False, True], [None, "2", None], 1 / 3),
+    "a tie is a random choice": (["1/2", "0.5", "3", "3"], [True, True, False, False], None, 0.5),
     "unknown correctness has no vote": (["3", "3", "1"], [None, None, True], None, 1.0),
     "a missing answer has no vote": ([None, None, "1"], [False, False, True], [None, None, "1"], 1.0),
     "nothing has a vote": ([None, "1"], [False, None], None, 0.0),

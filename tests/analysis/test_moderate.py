@@ -1,4 +1,4 @@
-"""Moderated errors: closed forms, a naive fit, and coverage."""
+"""Test moderated errors against closed forms and a naive fit, and by coverage."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_one_arm_is_the_paired_t_test(shared: float):
 
 
 def residual_variances(runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Residuals of a full table are y - mean of its arm - mean of its seed + mean of all."""
+    """Return variances of the residuals of a full table: y - arm mean - seed mean + grand mean."""
     residuals = runs - runs.mean(1, keepdims=True) - runs.mean(0) + runs.mean()
     num_arms, num_seeds = runs.shape
     df = np.full(num_arms, (num_seeds - 1) * (num_arms - 1) / num_arms)
@@ -57,7 +57,7 @@ def test_balanced_arms_against_the_two_way_table():
         assert found[a - 1] == (pytest.approx(expected[0]), pytest.approx(expected[1]))
 
 
-def test_a_variable_arm_keeps_its_own_variance_and_leaves_the_others_alone():
+def test_a_variable_arm_keeps_its_own_variance_and_does_not_affect_the_others():
     # With this seed, the variances of all other arms agree.
     rng = np.random.default_rng(19)
     runs = rng.normal(0, 0.02, (5, 4))
@@ -83,8 +83,8 @@ def test_arms_of_few_seeds_gain_and_the_noisy_one_stays_noisy():
     assert found[10][0] > 3 * max(error for error, _ in found[:10])
 
 
-def test_what_has_no_error_takes_no_part():
-    """One seed, equal differences, no difference at all; another metric is another family."""
+def test_rows_without_an_error_do_not_affect_the_others():
+    """Use one seed, equal differences, and no difference; another metric is another family."""
     lone, equal, other = row("a", [0.1]), row("b", [0.1, 0.1, 0.1]), row("d", [0.1, 0.3], metric="entropy")
     nothing = Row("c", "none", "b", "avg_at_k", "accuracy")
     rows = [lone, equal, nothing, row("e", [0.1, 0.2, 0.0]), other]
@@ -108,8 +108,8 @@ def test_equal_variances_are_pooled_and_different_ones_kept_apart():
 
 @pytest.mark.parametrize("spread", [0.0, 0.5])
 @pytest.mark.parametrize("num_arms", [4, 28])
-def test_errors_keep_their_promises(num_arms: int, spread: float):
-    """Five seeds for some arms and three for others, one arm truly .06 better, noise of .015 that varies by arm."""
+def test_coverage_false_rejections_and_power(num_arms: int, spread: float):
+    """Simulate arms with five or three seeds, one arm truly .06 better, and noise of .015 that varies by arm."""
     rng = np.random.default_rng(num_arms)
     seeds = [5 if a <= num_arms // 3 else 3 for a in range(num_arms)]
     covered, false, found = [], [], {"moderated": [], "alone": []}
@@ -126,7 +126,7 @@ def test_errors_keep_their_promises(num_arms: int, spread: float):
         alone = holm([r.difference.estimate.p_value for r in rows if r.difference])
         found["alone"].append(alone[-1] <= 0.05)
     assert 0.93 <= np.mean(covered) <= 0.98
-    # Of a rate of .05 at most as many as 99 of 100 such tests would see.
+    # At most the 99th percentile of the number of false rejections at a rate of .05.
     assert np.sum(false) <= stats.binom.ppf(0.99, SIMULATIONS, 0.05)
     assert np.mean(found["moderated"]) > 1.5 * np.mean(found["alone"])
 

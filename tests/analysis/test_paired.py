@@ -1,4 +1,4 @@
-"""The paired difference and its interval: naive loops, and coverage of a known truth."""
+"""Test the paired difference and its interval against naive loops and by coverage of a known truth."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_variance_against_a_naive_double_loop():
 
 
 @pytest.mark.parametrize("is_relative", [False, True])
-def test_influence_is_how_a_ratio_moves_with_a_prompt(is_relative: bool):
+def test_influence_equals_the_jackknife_of_a_ratio(is_relative: bool):
     sums = np.random.default_rng(1).integers(1, 50, (200, 2, 2)).astype(float)
     pair = SeedSums(0, np.arange(200, dtype=np.uint64), sums, is_relative)
     without = [SeedSums(0, pair.prompts[1:], np.delete(sums, i, 0), is_relative).difference for i in range(200)]
@@ -54,7 +54,7 @@ def test_influence_is_how_a_ratio_moves_with_a_prompt(is_relative: bool):
 
 
 def coverage(num_seeds: int, is_crossed: bool, of_prompts: float, of_seeds: float, noise: float) -> float:
-    """Share of intervals that hold a mean difference of .03; the rest are standard deviations, 50 prompts a seed."""
+    """Return the coverage of a mean difference of .03 with 50 prompts per seed and these standard deviations."""
     rng = np.random.default_rng(num_seeds)
     hits = 0
     for _ in range(2500):
@@ -70,22 +70,22 @@ def coverage(num_seeds: int, is_crossed: bool, of_prompts: float, of_seeds: floa
 
 @pytest.mark.parametrize("num_seeds", [3, 5])
 @pytest.mark.parametrize("is_crossed", [False, True])
-def test_interval_holds_the_truth(num_seeds: int, is_crossed: bool):
+def test_interval_covers_the_truth(num_seeds: int, is_crossed: bool):
     assert 0.93 <= coverage(num_seeds, is_crossed, of_prompts=0.04, of_seeds=0.02, noise=0.3) <= 0.97
 
 
 @pytest.mark.parametrize("num_seeds", [3, 5])
-def test_interval_errs_on_the_wide_side_where_shared_prompts_dominate(num_seeds: int):
+def test_interval_is_conservative_if_shared_prompts_dominate(num_seeds: int):
     assert coverage(num_seeds, True, of_prompts=0.2, of_seeds=0.02, noise=0.2) >= 0.95
 
 
 def test_relative_difference():
-    # 30 tokens in 2 responses against 36 in 3.
+    # 30 tokens in 2 responses vs. 36 in 3.
     sums = np.array([[[10.0, 1], [12, 2]], [[20, 1], [24, 1]]])
     assert SeedSums(0, np.arange(2, dtype=np.uint64), sums, is_relative=True).difference == pytest.approx(15 / 12 - 1)
 
 
-def test_differences_that_agree_have_an_interval_with_a_width():
+def test_equal_differences_have_an_interval_with_a_width():
     # Both arms solve all 20 prompts in every seed: Wilson's interval of a share of one half, t(.975, 19) = 2.0930.
     pairs = [seed_sums(s, range(20), np.zeros(20)) for s in range(3)]
     found = over_prompts_and_seeds(pairs, (-1, 1)).estimate
@@ -107,11 +107,11 @@ def test_equal_differences_without_bounds_have_no_interval():
     found = over_seeds(np.array([0.1, 0.1, 0.1])).estimate
     assert (found.value, found.p_value) == (pytest.approx(0.1), 1)
     assert np.isnan([found.low, found.high]).all()
-    # So have differences that are rounding.
+    # The same holds for differences due to rounding.
     assert np.isnan(over_seeds(np.array([1e-17, -1e-17, 3e-17])).estimate.low)
 
 
 def test_interval_of_a_difference_of_shares_ends_at_one():
     found = over_prompts_and_seeds([seed_sums(0, [0, 1], np.array([0.5, 0.25]))], (-1, 1)).estimate
-    # 12.7062 standard errors of .125 would reach far beyond both ends.
+    # 12.7062 standard errors of .125 would extend far beyond both ends.
     assert (found.value, found.low, found.high) == (0.375, -1, 1)

@@ -1,4 +1,4 @@
-"""What readers check when they open a trace, and what they say is missing."""
+"""Test the checks on opening a trace, and the notes on incomplete runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS = {step: f"part-{step - 1:06d}-{step:06d}.parquet" for step in (2, 4, 6)}
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """Six steps in three files, of ten that were planned; being written."""
+    """Write six of ten planned steps in three files, as a run in progress."""
     writer = TraceWriter.create(tmp_path / "run", {"run_id": "r", "total_steps": 10}, VOCAB)
     for step in range(1, 7):
         writer.append("steps", step_row(step, entropy=1.0, accuracy=0.5))
@@ -43,7 +43,7 @@ def test_a_run_that_is_being_written_says_how_far_it_is(run_dir: Path):
 
 
 def test_steps_that_are_missing_are_named(tmp_path: Path):
-    """A trace of another trainer need not have every step; who reads it is told."""
+    """A trace of another trainer may lack steps, which the notes list."""
     writer = TraceWriter.create(tmp_path / "run", {"run_id": "r", "total_steps": 9}, VOCAB)
     for step in (1, 2, 5, 7):
         writer.append("steps", step_row(step, entropy=1.0, accuracy=0.5))
@@ -87,17 +87,17 @@ def cut_part(run_dir: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "lost": (lambda run: (run / "steps" / PARTS[4]).unlink(), "missing, though run/run.json lists it; restore it, or"),
+    "lost": (lambda run: (run / "steps" / PARTS[4]).unlink(), "missing, although run/run.json lists it; restore it"),
     "cut": (cut_part, "damaged or truncated Parquet file .*; restore it, or go back to the checkpoint before it with"),
     "fewer rows": (shorten_part, "holds 1 rows, run.json says 2"),
     "no column": (drop_column, r"column loss \(float\) is missing; found run_id, step"),
     "other type": (change_type, "column loss is string, expected float"),
-    "a link": (link_part, "a link, or not a file; a trace holds regular files only"),
+    "a link": (link_part, "a link, or not a regular file; a trace holds regular files only"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damage_is_one_line_and_what_comes_before_it_is_whole(run_dir: Path, case: str):
+def test_damage_is_one_line_and_earlier_steps_are_intact(run_dir: Path, case: str):
     damage, message = DAMAGE[case]
     damage(run_dir)
     with pytest.raises(InputError, match=message) as caught:
@@ -121,9 +121,9 @@ def test_a_step_recorded_twice_is_refused(run_dir: Path):
         open_runs(run_dir)
 
 
-def test_what_was_resumed_from_an_earlier_step_has_to_be_opened_again(run_dir: Path):
+def test_a_run_resumed_from_an_earlier_step_must_be_opened_again(run_dir: Path):
     runs = open_runs(run_dir)
     TraceWriter.resume(run_dir, 2)
-    with pytest.raises(InputError, match="gone since it was opened; open the run again"):
+    with pytest.raises(InputError, match="deleted since the run was opened; open the run again"):
         runs.sql("select max(step) from steps")
     assert open_runs(run_dir).sql("select max(step) from steps").item() == 2

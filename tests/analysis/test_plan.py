@@ -23,8 +23,8 @@ def test_a_plan_counts_what_is_left_and_what_can_be_found():
     assert list(found) == [2, 3, 5, 10, 20]
     assert found[2] == pytest.approx(detectable_difference(0.02, 2, 2))
     assert found[5] == pytest.approx(detectable_difference(0.02, 5, 2))
-    assert "runs: 9, 90 steps, 74 of them to do" in plan.lines()
-    assert "time: about 1:20, 2 at a time, 2 s a step" in plan.lines()
+    assert "runs: 9, 90 steps, 74 remaining" in plan.lines()
+    assert "time: about 1:20, 2 in parallel, 2 s per step" in plan.lines()
     assert "planned with a pilot: embedded on chain_sum, 2 cores" in plan.lines()
     assert plan.to_dict()["runs"][0]["run_id"] == "none-seed0"
 
@@ -45,7 +45,7 @@ def test_one_arm_alone_has_nothing_to_compare():
 
 @pytest.mark.parametrize(
     ("finishes", "message"),
-    [(True, "no complete run recorded how long it took: rollout_s, "), (False, "holds no complete run")],
+    [(True, "no complete run recorded its timings: rollout_s, "), (False, "the study has no complete run")],
 )
 def test_a_pilot_without_timings_is_told_from_one_without_runs(tmp_path, finishes, message):
     writer = TraceWriter.create(tmp_path / "run", {"run_id": "run"}, ["a"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import json
 import re
@@ -12,8 +14,8 @@ import polars as pl
 import pytest
 
 from entrace.analysis.effects.estimate import count
-from entrace.analysis.figures import MODULES
-from entrace.analysis.report import MARK, NUM_PARTS, _provenance, write_report
+from entrace.analysis.figures import STEMS
+from entrace.analysis.report import MARK, _provenance, num_parts, write_report
 from entrace.analysis.runs import Runs, open_runs
 from entrace.analysis.terminal.export import render, to_report_csv
 from entrace.analysis.trace import InputError, TraceWriter
@@ -40,7 +42,7 @@ class Links(HTMLParser):
 
 
 def test_report_holds_page_figures_and_data(report: Path):
-    expected = {f"{stem}.{form}" for stem in MODULES for form in ("png", "pdf", "csv")}
+    expected = {f"{stem}.{form}" for stem in STEMS for form in ("png", "pdf", "csv")}
     compared = {"comparison.csv", "comparison_by_seed.csv", "comparison_aggregates.csv"}
     assert {path.name for path in report.iterdir()} == {"report.html", "claims.json", *compared, *expected}
     assert sum(path.stat().st_size for path in report.iterdir()) < 3_000_000
@@ -50,11 +52,30 @@ def test_page_opens_offline(report: Path):
     page = (report / "report.html").read_text()
     links = Links()
     links.feed(page)
-    assert links.tags.isdisjoint({"script", "link", "iframe"})
-    assert sum(source.startswith("data:image/png;base64,") for source in links.sources) == len(MODULES)
+    assert links.tags.isdisjoint({"link", "iframe"})
+    assert page.count("<script>") == page.count("<script") == 1
+    assert sum(source.startswith("data:image/png;base64,") for source in links.sources) == len(STEMS)
     for link in (source for source in links.sources if not source.startswith("data:")):
         assert f'id="{link[1:]}"' in page if link.startswith("#") else (report / link).is_file()
     assert not re.search(r"@import|url\(|https?:", page)
+
+
+def test_page_allows_only_its_own_script(report: Path):
+    page = (report / "report.html").read_text()
+    script = page[page.index("<script>") + 8 : page.index("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}';" in page
+
+
+def test_contents_lead_to_every_figure_with_its_query_and_data(report: Path):
+    page = (report / "report.html").read_text()
+    contents = page[page.index("<nav") : page.index("</nav>")]
+    assert [link for link in re.findall(r'href="#(\w+)"', contents) if link in STEMS] == STEMS
+    for stem in STEMS:
+        section = page[page.index(f'id="{stem}"') :].split("</section>")[0]
+        assert f'<a href="#{stem}-sql">SQL</a>' in section
+        assert f'<details id="{stem}-sql">' in section
+        assert f'<a href="{stem}.csv">CSV</a>' in section
 
 
 def test_page_shows_failed_runs_queries_and_verdicts(report: Path):
@@ -79,7 +100,7 @@ def test_report_replaces_a_report_with_equal_bytes_and_shows_progress(report: Pa
     (again / "report.html").write_text((report / "report.html").read_text())
     seen: list[int] = []
     write_report(study, again, on_step=lambda done, name: seen.append(done))
-    assert seen == list(range(1, NUM_PARTS + 1))
+    assert seen == list(range(1, num_parts(study) + 1))
     for path in report.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
 
@@ -108,7 +129,7 @@ def test_hostile_names_and_errors_are_escaped(tmp_path: Path):
 
 def test_comparison_stands_on_the_page_and_beside_it(report: Path):
     page = (report / "report.html").read_text()
-    section = page[page.index('<h2 id="comparison">') : page.index("<h2>Where each run ended")]
+    section = page[page.index('<h2 id="comparison">') : page.index('<h2 id="final">')]
     # The arm ppl was planted .2 above the baseline.
     assert 'class="chip better"' in section
     assert "<td>broken-seed0</td>" in section
@@ -154,7 +175,7 @@ def test_long_tables_are_folded(tmp_path: Path):
     assert "<summary>12 rows</summary>" not in page(12)
     long = page(13)
     assert "<details><summary>13 rows</summary>" in long
-    assert long.count("<details>") == long.count("</details>")
+    assert long.count("<details") == long.count("</details>")
 
 
 def test_report_of_a_run_without_data(tmp_path: Path):
@@ -196,7 +217,7 @@ def test_runs_of_a_few_steps_have_a_report(steps: tuple[int, ...], tmp_path: Pat
     assert (tmp_path / "report" / "exchange_law.png").exists()
     verdicts = json.loads((tmp_path / "report" / "claims.json").read_text())["verdicts"]
     assert {verdict["verdict"] for verdict in verdicts if verdict["claim"] != "S1"} == {"not recorded"}
-    assert f"the run has {count(steps, 'step')}, a trend needs 20" in verdicts[0]["why"]
+    assert f"the run has {count(steps, 'step')}; a trend needs 20" in verdicts[0]["why"]
 
 
 def test_what_cannot_be_known_is_said_with_its_reason(tmp_path: Path):
@@ -208,7 +229,7 @@ def test_what_cannot_be_known_is_said_with_its_reason(tmp_path: Path):
     writer.flush(20)
     writer.finish()
     runs = open_runs(tmp_path / "r")
-    assert runs.notes["r"] == "2 things are not known of it, see unknown in run.json"
+    assert runs.notes["r"] == "2 recorded quantities are unknown; see `unknown` in run.json"
     page = write_report(runs, tmp_path / "report").read_text()
     assert "Not drawn: a scored trace has no &lt;checkpoint&gt;" in page
     assert "steps.loss: not among the rows" in page

@@ -1,4 +1,4 @@
-"""Opening traces: what is found, what is refused, and what a query may not do."""
+"""Test opening traces, the errors of damaged ones, and the limits on queries."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty file": (lambda folder: part(folder, "tokens").write_bytes(b""), r"damaged or truncated Parquet file"),
     "other manifest": (change_manifest_version, r"run.json: schema_version 99, this version of entrace reads 1 to 2"),
     "not JSON": (lambda folder: (folder / "run.json").write_text("{"), r"run.json: not JSON"),
-    "linked file": (link_file, r"tokens/part-.*: a link, or not a file; a trace holds regular files only"),
-    "linked folder": (link_folder, r"tokens/part-.*: a link, or not a file; a trace holds regular files only"),
-    "pipe": (make_pipe, r"tokens/part-.*: a link, or not a file; a trace holds regular files only"),
+    "linked file": (link_file, r"tokens/part-.*: a link, or not a regular file; a trace holds regular files only"),
+    "linked folder": (link_folder, r"tokens/part-.*: a link, or not a regular file; a trace holds regular files only"),
+    "pipe": (make_pipe, r"tokens/part-.*: a link, or not a regular file; a trace holds regular files only"),
     "no manifest": (lambda folder: (folder / "run.json").unlink(), r"not a trace \(no run.json\)"),
 }
 
@@ -103,7 +103,7 @@ def test_no_such_folder(tmp_path: Path, path: str, message: str):
 
 def test_equal_run_ids_are_refused(tiny_path: Path, tmp_path: Path):
     shutil.copytree(tiny_path, tmp_path / "copy")
-    with pytest.raises(InputError, match='run_id "tiny" is also that of '):
+    with pytest.raises(InputError, match='run_id "tiny" is already used by '):
         open_runs([tiny_path, tmp_path / "copy"])
 
 
@@ -151,6 +151,11 @@ def test_stages_are_there_even_if_fits_were_asked_for_first(tiny_path: Path):
         ("rising", 1, 10),
         ("plateau", 11, 24),
     ]
+
+
+@pytest.mark.parametrize("name", ["staged_steps", "responses_at_length", "steps_with_threshold(0.2)"])
+def test_views_that_build_on_stages_have_rows_in_the_first_query(tiny_path: Path, name: str):
+    assert open_runs(tiny_path).sql(f"select count(*) from {name}").item() > 0
 
 
 def test_subjects_are_the_baseline_or_each_run(study: Runs, study_path: Path):
@@ -273,7 +278,7 @@ def test_query_can_neither_write_nor_look_elsewhere(tiny_path: Path, tmp_path: P
         "show tables",
         "show tokens",
         "summarize steps",
-        "unpivot steps on accuracy, reward_mean into name figure value value",
+        "unpivot steps on accuracy, reward_mean into name metric value value",
         "pivot_longer steps on accuracy, reward_mean",
         "pivot_wider rollouts on step using count(*)",
         "select * from (pivot rollouts on step using count(*))",
@@ -293,7 +298,7 @@ def test_pivot_finds_its_columns_in_the_data(tiny: Runs):
     found = tiny.sql(query)
     assert found.columns == ["step", "false", "true"]
     assert found.rows() == [(1, 2, 2), (10, 1, 1), (20, 2, 4)]
-    # The type that DuckDB makes for it lasts as long as the query.
+    # DuckDB creates a type for the PIVOT, which exists only during the query.
     assert tiny.sql(query).equals(found)
 
 
@@ -320,7 +325,7 @@ def test_parameters_left_out_are_null(tiny: Runs):
 def test_other_readers_open_the_folders(tiny_path: Path):
     expected = 6 * 2 + 6 * 5
     files = str(tiny_path / "tokens" / "*.parquet")
-    assert duckdb.sql(f"select count(*) from '{files}'").fetchall() == [(expected,)]
+    assert duckdb.connect().execute(f"select count(*) from '{files}'").fetchall() == [(expected,)]
     assert pl.read_parquet(files).height == expected
     assert len(pd.read_parquet(tiny_path / "tokens")) == expected
     assert pl.read_parquet(tiny_path / "rollouts" / "*.parquet")["defects"].to_list()[3] == [

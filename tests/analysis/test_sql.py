@@ -1,4 +1,4 @@
-"""Every shipped query on a trace whose answers are computed by hand."""
+"""Test every shipped query on a trace whose answers were computed by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from entrace.analysis import queries
 from entrace.analysis.claims import load_ledger
-from entrace.analysis.figures import MODULES
+from entrace.analysis.figures import STEMS
 from entrace.analysis.runs import Runs, open_runs
 from entrace.analysis.trace import TraceWriter, Vocabulary
 from tests.analysis.conftest import step_row
@@ -18,7 +18,7 @@ from tests.analysis.expected import ablation, cluster, instance, stage, token
 EXPECTED = stage.EXPECTED | instance.EXPECTED | token.EXPECTED | ablation.EXPECTED | cluster.EXPECTED
 
 
-@pytest.mark.parametrize("stem", queries.paths())
+@pytest.mark.parametrize("stem", queries.BUILT_IN.paths)
 def test_query_gives_the_rows_computed_by_hand(tiny: Runs, stem: str):
     params, columns, rows = EXPECTED[stem]
     found = tiny.query(stem, **params).select(columns).rows()
@@ -28,9 +28,9 @@ def test_query_gives_the_rows_computed_by_hand(tiny: Runs, stem: str):
     ]
 
 
-@pytest.mark.parametrize("stem", queries.paths())
+@pytest.mark.parametrize("stem", queries.BUILT_IN.paths)
 def test_query_says_what_it_answers(stem: str):
-    text = queries.read(stem)
+    text = queries.BUILT_IN.read(stem)
     headers = queries.headers(text)
     assert tuple(headers) == queries.HEADERS
     claims = headers["question"].partition(". ")[0].split(", ")
@@ -41,9 +41,23 @@ def test_query_says_what_it_answers(stem: str):
     assert text.rstrip().endswith("select * from final")
 
 
+def test_an_indented_comment_continues_a_header():
+    text = "-- question: S1. Is it so?\n-- units: share in [0, 1];\n--   num_steps in steps\n-- needs: steps\nselect 1"
+    assert queries.headers(text) == {
+        "question": "S1. Is it so?",
+        "units": "share in [0, 1]; num_steps in steps",
+        "needs": "steps",
+    }
+
+
+def test_comments_name_no_table_that_a_query_reads():
+    text = "-- units: num_tokens in tokens\nselect step\n  -- all tokens\nfrom steps"
+    assert queries.tables_in(text) == {"steps"}
+
+
 def test_each_question_has_query_figure_and_claim():
-    questions = {stem for stem, path in queries.paths().items() if path.parent.name != "cluster"}
-    assert questions == set(MODULES)
+    questions = {stem for stem, path in queries.BUILT_IN.paths.items() if path.parent.name != "claims"}
+    assert questions == set(STEMS)
     for claim in load_ledger().values():
         assert {
             claim["figure"],
@@ -103,8 +117,10 @@ def test_pass_at_k_in_sql(tiny: Runs):
 
 
 @pytest.mark.parametrize("top", [0.05, 0.2, 0.5])
-def test_entropy_threshold_is_the_quantile_within_its_stated_error(study: Runs, top: float):
-    for run_id, part, found in study.sql("from entropy_thresholds($top)", {"top": top}).iter_rows():
+def test_entropy_threshold_is_the_quantile_within_its_documented_error(study: Runs, top: float):
+    thresholds = study.sql("from entropy_thresholds($top)", {"top": top})
+    assert thresholds.height == 2 * study.sql("select count(distinct run_id) from steps").item()
+    for run_id, part, found in thresholds.iter_rows():
         conditions = "run_id = $run and stage = $part and sample_sign is not null"
         entropies = study.sql(f"select entropy from staged_tokens where {conditions}", {"run": run_id, "part": part})
         exact = np.sort(entropies["entropy"].cast(float).to_numpy())[::-1][int(np.ceil(top * entropies.height)) - 1]

@@ -1,4 +1,4 @@
-"""The stage fit finds planted boundaries and no others; the decomposition is exact."""
+"""Test that the stage fit finds planted boundaries and no others, and that the decomposition is exact."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_constant_series_do_not_divide_by_zero():
 
 
 def noisy(shape: np.ndarray, seed: int, correlation: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
-    """Return an entropy that falls and an accuracy that rises by ``shape``, half of their noise a drifting state."""
+    """Return a falling entropy and a rising accuracy along ``shape``; half of their noise is a drifting state."""
     rng = np.random.default_rng(seed)
     drift = np.column_stack([autoregression(rng, len(shape), correlation) for _ in range(2)])
     noise = (drift + rng.normal(size=drift.shape)) / np.sqrt(2)
@@ -112,7 +112,7 @@ def test_a_smooth_curve_slows_down_and_has_no_two_stages(name: str):
     assert np.mean(slow) > 0.3
 
 
-def test_two_lines_are_told_from_a_curve():
+def test_two_lines_are_distinguished_from_a_curve():
     shape = np.minimum(STEPS / 30, 1)
     fits = [fit_stages(STEPS, *noisy(shape, seed, 0.0)) for seed in range(10)]
     assert sum(fit.two_stages.low > 0 for fit in fits) >= 8
@@ -200,7 +200,7 @@ def test_rising_entropy_has_no_rising_stage():
     entropy, accuracy = noisy(-np.minimum(STEPS / 30, 1), 0)
     fit = fit_stages(STEPS, entropy, accuracy)
     assert fit.boundary is None
-    assert "do not move the expected way" in fit.reason
+    assert "do not move in the expected direction" in fit.reason
     assert slowdown(fit.movement(0)[0]) == pytest.approx(-1)
 
 

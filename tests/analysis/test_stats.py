@@ -1,4 +1,4 @@
-"""Statistics against naive loops and closed forms."""
+"""Test statistics against naive loops and closed forms."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from entrace.analysis.statistics.estimates import (
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(8, 0, 8), (8, 8, 1), (8, 3, 1), (8, 3, 4), (6, 1, 6), (5, 4, 2)])
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n: int, c: int, k: int):
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n: int, c: int, k: int):
     samples = [True] * c + [False] * (n - c)
     subsets = list(itertools.combinations(samples, k))
     assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
@@ -71,14 +71,14 @@ def test_cluster_interval_has_the_width_of_the_mean_s_standard_error():
 
 
 def test_interval_follows_prompts_not_tokens():
-    # Ten prompts of 100 equal tokens each: as many independent values as prompts.
+    # Ten prompts of 100 equal tokens each: ten independent values.
     values = np.arange(10.0)
     sums = np.stack((values * 100, np.full(10, 100.0)), axis=1)
     draws = resample_clusters(sums, np.random.default_rng(5), draws=4000)
     assert (draws[:, 0] / draws[:, 1]).std() == pytest.approx(values.std() / np.sqrt(10), rel=0.05)
 
 
-def test_blocks_are_runs_of_neighbours():
+def test_blocks_consist_of_consecutive_steps():
     indices = resample_blocks(64, np.random.default_rng(0), draws=50)
     assert indices.shape == (64, 50)
     assert indices.min() >= 0
@@ -90,8 +90,8 @@ def test_blocks_are_runs_of_neighbours():
     assert (steps[~inside] != 1).any()
 
 
-def test_interval_from_an_error_is_students():
-    # t(0.975, 2) = 4.3027; of three seeds 1, 2, 3 the standard error is 1 / sqrt(3), and 2 lies 3.46 of them from 0.
+def test_interval_from_an_error_is_that_of_students_t():
+    # t(0.975, 2) = 4.3027. Seeds 1, 2, 3 have a standard error of 1 / sqrt(3), so their mean 2 has t = 3.46.
     estimate = Estimate.from_error(2.0, 1 / 3**0.5, 2, 3, "seeds")
     assert (estimate.low, estimate.high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
     assert estimate.p_value == pytest.approx(0.0742, abs=1e-4)
@@ -107,7 +107,7 @@ def test_few_clusters_widen_the_interval():
     assert estimate.width / 2 == pytest.approx(2.7764 * (5 / 4) ** 0.5, rel=0.02)
 
 
-def test_wild_draws_do_not_spoil_the_interval():
+def test_interval_is_robust_to_outlying_draws():
     draws = np.random.default_rng(7).normal(size=1000)
     calm = Estimate.from_draws(0.0, draws, 99, 100, "prompts")
     draws[:5] = 1e9
@@ -128,7 +128,7 @@ def test_holm_by_hand():
     assert holm([]).size == 0
 
 
-def test_holm_keeps_the_chance_of_any_false_rejection():
+def test_holm_controls_the_probability_of_any_false_rejection():
     rng = np.random.default_rng(8)
     false = [(holm(rng.random(20)) <= 0.05).any() for _ in range(2000)]
     assert np.mean(false) <= 0.06

@@ -1,4 +1,4 @@
-"""The writer: what goes in comes out, whatever it is; what does not fit is refused in one line."""
+"""Test the writer: rows read back unchanged, and invalid rows are rejected with one line."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_tokens_come_back_exactly_and_sorted(rows: list[tuple]):
     ]
 
 
-def test_arrays_may_be_used_again_once_appended(tmp_path: Path):
+def test_arrays_can_be_reused_after_append(tmp_path: Path):
     writer = new_writer(tmp_path)
     numbers = {"rollout_id": np.arange(3), "position": np.arange(3, dtype=np.int32)}
     measured = {name: np.ones(3, dtype=np.float32) for name in ("logprob", "entropy", "grad_norm")}
@@ -113,11 +113,11 @@ def new_writer(folder: Path) -> TraceWriter:
         (
             "vocab",
             {"token_id": [1], "text": [None], "category": "special"},
-            "column text holds 1 nulls in 1 rows, and must have a value in each",
+            "column text holds 1 nulls in 1 rows; every row needs a value",
         ),
     ],
 )
-def test_rows_that_do_not_fit_are_refused(tmp_path: Path, table: str, columns: dict, message: str):
+def test_invalid_rows_are_rejected(tmp_path: Path, table: str, columns: dict, message: str):
     with pytest.raises(InputError, match=message):
         new_writer(tmp_path).append(table, columns)
 
@@ -146,7 +146,7 @@ def test_manifest_needs_a_run_id(tmp_path: Path):
         TraceWriter.create(tmp_path / "run", {}, VOCAB)
 
 
-def test_resume_removes_what_lies_beyond_the_step(tmp_path: Path):
+def test_resume_removes_later_steps(tmp_path: Path):
     writer = new_writer(tmp_path)
     for step in (1, 2, 3):
         writer.append("steps", step_row(step, entropy=1.0, accuracy=0.5))
@@ -160,7 +160,7 @@ def test_resume_removes_what_lies_beyond_the_step(tmp_path: Path):
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
-def test_finish_says_how_the_run_ended(tmp_path: Path):
+def test_finish_records_how_the_run_ended(tmp_path: Path):
     writer = new_writer(tmp_path)
     assert read_manifest(tmp_path / "run")["status"] == "running"
     writer.finish("step 3: loss is nan")

@@ -1,4 +1,4 @@
-"""Null means unknown: no question, figure, verdict, or report fails on a null in a nullable column."""
+"""Test that no question, figure, verdict, or report fails on a null in a nullable column."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHARES = ["all", "half"]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two arms with two seeds each, nothing unknown."""
+    """Write two arms with two seeds each, without nulls."""
     root = tmp_path_factory.mktemp("nulls") / "study"
     for seed in range(2):
         for arm, accuracy in (("none", 0.6), ("ppl", 0.9)):
@@ -41,13 +41,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def drawn(whole: Path) -> dict[str, pl.DataFrame]:
-    """What each figure draws where nothing is unknown."""
+    """Return the rows of each figure for the study without nulls."""
     runs = open_runs(whole)
-    return {stem: figures.query(runs, stem) for stem in figures.MODULES}
+    return {stem: figures.query(runs, stem) for stem in figures.STEMS}
 
 
 def forget(root: Path, copy: Path, table: str, columns: Iterable[str], share: str) -> None:
-    """Copy a study with columns of a table null, in all rows or in every other one."""
+    """Copy a study with columns of one table set to null, in all rows or in every other row."""
     if not copy.exists():
         shutil.copytree(root, copy)
     for path in copy.glob(f"*/{table}/*.parquet"):
@@ -64,8 +64,8 @@ def forget(root: Path, copy: Path, table: str, columns: Iterable[str], share: st
 
 @cache
 def names_in(stem: str) -> set[str]:
-    """Every name in a question's SQL and in that of the views and macros it is built on."""
-    names = set(queries.WORD.findall(queries.read(stem)))
+    """Return every name in the SQL of a question and of the views and macros that it uses."""
+    names = set(queries.WORD.findall(queries.BUILT_IN.read(stem)))
     for text in reversed(queries.staging()):
         if names & set(queries.CREATED.findall(text)):
             names |= set(queries.WORD.findall(text))
@@ -73,13 +73,13 @@ def names_in(stem: str) -> set[str]:
 
 
 def draw(runs: Runs, stem: str, whole: pl.DataFrame) -> None:
-    """Draw a figure that the nulls change; where nothing is left to draw, there is a reason."""
+    """Draw a figure that the nulls change; a figure without rows must have a reason."""
     frame = figures.query(runs, stem)
     if not figures.is_drawable(frame):
-        assert runs.why_empty(queries.need(stem))
+        assert runs.why_empty(queries.BUILT_IN.need(stem))
     elif not frame.equals(whole):
-        canvas = Figure(figsize=figures.size(stem, frame))
-        figures.MODULES[stem].draw(frame, canvas.subplots())
+        canvas = Figure(figsize=figures.size(runs, stem, frame))
+        figures.figure_module(stem).draw(frame, canvas.subplots())
         canvas.canvas.draw()
 
 
@@ -91,8 +91,8 @@ def test_questions_and_figures(
     forget(whole, tmp_path / "study", table, [column], share)
     runs = open_runs(tmp_path / "study")
     assert runs.sql(f"select count(*) from {table} where {column} is null").item() > 0
-    for stem in (stem for stem in queries.paths() if {table, column} <= names_in(stem)):
-        if stem in figures.MODULES:
+    for stem in (stem for stem in queries.BUILT_IN.paths if {table, column} <= names_in(stem)):
+        if stem in figures.STEMS:
             draw(runs, stem, drawn[stem])
         else:
             runs.query(stem)
@@ -103,7 +103,7 @@ def test_questions_and_report(whole: Path, tmp_path: Path, share: str):
     for table, columns in NULLABLE.items():
         forget(whole, tmp_path / "study", table, columns, share)
     runs = open_runs(tmp_path / "study")
-    for stem in queries.paths():
+    for stem in queries.BUILT_IN.paths:
         runs.query(stem)
     page = write_report(runs, tmp_path / "report")
     assert "none-seed1" in page.read_text()

@@ -1,4 +1,4 @@
-"""NaN and infinity never enter a trace, and a trace of another writer that holds them is refused by name."""
+"""Test that the writer rejects NaN and infinity, and that the reader names the column that holds them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def rows_of(run: Path, table: str) -> dict[str, list[Any]]:
 
 
 def spoil(run: Path, table: str, column: str, value: float) -> None:
-    """Put ``value`` into the first row of a column, behind the writer's back."""
+    """Put ``value`` into the first row of a column without the writer's checks."""
     path = next((run / table).iterdir())
     rows = pq.read_table(path)
     i = rows.schema.get_field_index(column)
@@ -46,7 +46,7 @@ def test_the_float_columns_include_every_measurement():
 
 @pytest.mark.parametrize(("table", "column", "nullable"), FLOATS)
 @pytest.mark.parametrize("as_given", [list, np.array], ids=["list", "array"])
-def test_the_writer_rejects_what_is_not_finite(
+def test_the_writer_rejects_values_that_are_not_finite(
     tiny_path: Path, tmp_path: Path, table: str, column: str, nullable: bool, as_given: Callable[[list[float]], Any]
 ):
     writer = TraceWriter.create(tmp_path / "run", {"run_id": "run"}, VOCAB)
@@ -101,7 +101,7 @@ def test_the_reader_names_table_column_rows_and_remedy(
         ("interventions", "impact", "robustness_by_ppl"),
     ],
 )
-def test_questions_do_not_answer_over_what_is_not_finite(
+def test_questions_reject_values_that_are_not_finite(
     tiny_path: Path, tmp_path: Path, table: str, column: str, stem: str
 ):
     run = tmp_path / "run"

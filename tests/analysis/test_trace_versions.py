@@ -1,4 +1,4 @@
-"""Schema versions: version 1 still opens, alone, beside version 2, and as the beginning of a resumed run."""
+"""Test that schema version 1 opens alone, with version 2, and as the beginning of a resumed run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def change_rows(run: Path, table: str, change: Callable[[pa.Table], pa.Table]) -
 
 
 def as_version_1(run: Path, copy: Path) -> Path:
-    """Copy a trace of version 2 as version 1 would have written it."""
+    """Copy a trace of version 2 in the form of version 1."""
     shutil.copytree(run, copy)
     for table in TABLES.values():
         dropped = [column.name for column in table.columns if column.since == 2]
@@ -42,7 +42,7 @@ def as_version_1(run: Path, copy: Path) -> Path:
 
 
 def assert_equal_answers(found: Runs, expected: Runs) -> None:
-    for stem in queries.paths():
+    for stem in queries.BUILT_IN.paths:
         answers = [
             runs.query(stem).drop("selection", "temperature", "series", strict=False) for runs in (found, expected)
         ]
@@ -113,7 +113,7 @@ def test_tokens_of_version_2_are_read_without_their_rollouts(tiny: Runs, tmp_pat
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_an_advantage_without_an_update_changes_no_answer(tiny: Runs, tiny_path: Path, tmp_path: Path, version: int):
-    """Other trainers give a dropped group's responses an advantage; being in the update is ``is_kept`` alone."""
+    """Only ``is_kept`` marks the update; other trainers also give dropped groups an advantage."""
     run = tmp_path / "tiny"
     if version == 1:
         as_version_1(tiny_path, run)

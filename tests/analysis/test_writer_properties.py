@@ -1,5 +1,7 @@
-"""Whatever is appended, in whatever portions, by however many processes, and however often it is gone on with after an
-interruption: what has been flushed reads back equal, once, in order, and nothing else does."""
+"""Test that flushed rows, and no others, read back once, unchanged, and in order.
+
+This holds for any rows, batches, number of processes, and number of interruptions.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,14 @@ TABLES = ("prompts", "rollouts", "steps", "tokens")
 
 @dataclass(frozen=True)
 class Response:
-    """A response of a step: its text, and a value and a vocabulary entry for each of its tokens."""
+    """Hold the text of a response, and (value, token id) of each token."""
 
     text: str
     tokens: list[tuple[float, int]]
 
 
 RESPONSES = st.builds(Response, TEXTS, st.lists(st.tuples(FLOATS, st.integers(0, len(VOCAB) - 1)), max_size=6))
-# What each of two processes adds to a step, whether they flush after it, and whether they are lost then, in mid-step.
+# Per step: the responses of each of two processes, a flag for a flush, and a flag for a crash during the next step.
 STEPS = st.lists(
     st.tuples(st.lists(RESPONSES, max_size=3), st.lists(RESPONSES, max_size=3), st.booleans(), st.booleans()),
     min_size=1,
@@ -45,7 +47,7 @@ LONG = Response("long", [(float(i), i % len(VOCAB)) for i in range(100_000)])
 
 
 class Meeting:
-    """Where the processes of a run exchange what they wrote; threads stand for them."""
+    """Exchange the files that the processes of a run wrote; threads play the processes."""
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=20)
@@ -63,7 +65,7 @@ class Meeting:
 
 
 def flush_together(writers: list[TraceWriter]) -> None:
-    # The others go first and wait; rank 0 ends when all are done.
+    # The other ranks start first and wait for rank 0.
     others = [threading.Thread(target=writer.flush, daemon=True) for writer in writers[1:]]
     for thread in others:
         thread.start()
@@ -73,7 +75,7 @@ def flush_together(writers: list[TraceWriter]) -> None:
 
 
 def append_response(writer: TraceWriter, step: int, rollout_id: int, response: Response) -> dict[str, list[tuple]]:
-    """Appends one response, with a prompt of its own; returns the rows to expect, by table."""
+    """Append one response with a prompt of its own, and return the expected rows by table."""
     length = len(response.tokens)
     prompt = f"p{rollout_id}"
     same = {"step": step, "prompt_id": prompt, "rollout_id": rollout_id, "is_correct": True, "response_length": length}
@@ -114,7 +116,7 @@ def merge(*parts: dict[str, list[tuple]]) -> dict[str, list[tuple]]:
 @settings(max_examples=30, deadline=None)
 @given(steps=STEPS, num_ranks=st.integers(1, 2))
 @example(steps=[([LONG], [LONG], True, True), ([], [], False, False), ([LONG], [], True, False)], num_ranks=2)
-def test_what_is_flushed_reads_back_once_and_in_order(steps: list, num_ranks: int):
+def test_flushed_rows_read_back_once_and_in_order(steps: list, num_ranks: int):
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder, "run")
         meeting = Meeting(num_ranks)
@@ -149,8 +151,8 @@ def test_what_is_flushed_reads_back_once_and_in_order(steps: list, num_ranks: in
         assert not list(run_dir.rglob("*.tmp"))
 
 
-def test_leftovers_of_an_interrupted_flush_do_not_count_and_go_at_resume(tmp_path: Path):
-    """The process dies between two tables: files of the second flush are there, the manifest does not list them."""
+def test_leftovers_of_an_interrupted_flush_are_ignored_and_removed_at_resume(tmp_path: Path):
+    """The process dies before the manifest lists the files of the second flush."""
     writer = TraceWriter.create(tmp_path / "run", {"run_id": "r"}, VOCAB)
     append_response(writer, 1, 0, LOST)
     writer.append("steps", step_row(1, entropy=1.0, accuracy=0.5))
@@ -189,7 +191,7 @@ def test_no_row_is_added_to_a_durable_step(tmp_path: Path):
         writer.append("steps", step_row(1, entropy=1.0, accuracy=0.5))
         if not read(tmp_path / "run")["steps"]:
             writer.flush(1)
-    with pytest.raises(InputError, match="step 1 is durable already"):
+    with pytest.raises(InputError, match="step 1 is already durable; no row can be added"):
         writer.flush(1)
 
 
@@ -204,7 +206,7 @@ def test_lone_surrogates_are_replaced(tmp_path: Path, given: str):
 
 
 def test_traces_without_a_list_of_files_read_as_before(tiny_path: Path, tmp_path: Path):
-    """Those of earlier versions: every file counts; resuming one makes the list."""
+    """In traces of earlier versions every file counts, and resuming creates the list."""
     shutil.copytree(tiny_path, tmp_path / "old")
     manifest = read_manifest(tmp_path / "old")
     del manifest["files"]

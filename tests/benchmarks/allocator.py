@@ -1,4 +1,4 @@
-"""What a piece of work takes from torch's CPU allocator, and the state that it finds memory in."""
+"""Measure the memory that work takes from torch's CPU allocator, and reset the state of memory before it."""
 
 import ctypes
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
-    """Most bytes held at once of what ``work`` allocated, what it leaves behind included."""
+    """Return the peak memory that ``work`` allocates, in bytes, including its result."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
         left = work()
     results: Any = recording.profiler
@@ -22,6 +22,6 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 
 
 def give_back_memory() -> None:
-    """Returns what the process has freed to the system; does nothing without glibc."""
+    """Return freed memory of the process to the system; does nothing without glibc."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)

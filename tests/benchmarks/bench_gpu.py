@@ -1,13 +1,11 @@
-"""GRPO steps on a GPU against TRL on the same machine, and the statistics against the memory's bandwidth.
+"""GRPO steps on a GPU against TRL on the same machine, and token statistics against memory bandwidth.
 
-Two models, SmolLM2-135M and a randomly initialised one of the shape of Qwen2.5-0.5B, each in two ways, with responses
-padded and packed in the update. All responses go on to the length limit, in TRL's trainer, which generates with
-transformers, as in ours, and are right or wrong by chance, so that both do the same work: few groups are all right or
-all wrong. Both compute in bfloat16 with master weights in float32, read about as many tokens at once in the update,
-take turns, and start from the same weights.
+Models: SmolLM2-135M, and a randomly initialized model with the shape of Qwen2.5-0.5B. Each runs with padding and with
+sequence packing in the update. Both trainers do the same work: all responses reach the length limit, and rewards are
+random, so that few groups are uniform. TRL generates with transformers. Both compute in bfloat16 with float32 master
+weights, process about as many tokens at once in the update, alternate, and start from the same weights.
 
-The bandwidth is that of a copy, which reads and writes. A share of 1 would be to read every logit once at that speed,
-and nothing else.
+Bandwidth is that of a copy, which reads and writes. A share of 1 means reading every logit once at that speed.
 
 Usage: python -m tests.benchmarks.bench_gpu --out reports/benchmarks_gpu [--device cpu --quick]
 """
@@ -27,7 +25,6 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from entrace.trainer.config import Config, load_config
-from entrace.trainer.kernels.token_stats import compute_stats
 from entrace.trainer.model.loading import load_pretrained
 from entrace.trainer.resources import EMBEDDED, SMOLLM
 from entrace.trainer.tasks import load_task
@@ -42,7 +39,8 @@ from tests.benchmarks.bench_token_stats import (
     backward,
     from_hidden,
 )
-from tests.benchmarks.figures import AT_LEAST, AT_MOST, HAS_TRL, Figure, quotients, time_in_turn
+from tests.benchmarks.logit_stats import stats_of_logits
+from tests.benchmarks.measurements import AT_LEAST, AT_MOST, HAS_TRL, Measurement, quotients, time_in_rounds
 
 QWEN = {
     "vocab_size": 151936,
@@ -59,23 +57,23 @@ SIZES = {
     True: ["rollout.prompts_per_step=2", "rollout.group_size=2", "rollout.max_response_tokens=4"],
 }
 TRL_MICRO_BATCHES = {False: 8, True: 2}
-PART = "Statistics of tokens, and the memory's bandwidth"
+PART = "Token statistics and memory bandwidth"
 COPIED_TOKENS = 4096
 LEAST_OF_TRL, LEAST_OF_BANDWIDTH = 2, 0.6
 
 
 def toss(completion: str, row: dict[str, Any]) -> float:
-    """A verifier that says right or wrong by chance, and always the same of the same."""
+    """Score a completion 0 or 1 by its hash: random, but equal for equal completions."""
     return float(crc32(completion.encode()) & 1)
 
 
 def synchronizer(device: str) -> Callable[[], None]:
-    """Waits for all work on the device."""
+    """Return a function that waits for all work on the device."""
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
 def make_random_model(folder: Path, shape: dict[str, Any]) -> str:
-    """Writes an untrained model of that shape, with the embedded policy's tokenizer; returns the folder."""
+    """Write a random model of a shape, with the embedded policy's tokenizer; return its folder."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(Qwen2Config(**shape)).save_pretrained(folder)
     load_pretrained(load_config("tiny").policy)[1].save_pretrained(folder)
@@ -83,7 +81,7 @@ def make_random_model(folder: Path, shape: dict[str, Any]) -> str:
 
 
 def make_config(path: str, device: str, quick: bool, *more: str) -> Config:
-    """The job of one model; ``more`` settings are added."""
+    """Return the configuration of one model, with further overrides ``more``."""
     base = "smollm" if path == SMOLLM else "tiny"
     fixed = [
         "rollout.dynamic_sampling=false",
@@ -96,8 +94,8 @@ def make_config(path: str, device: str, quick: bool, *more: str) -> Config:
     return load_config(base, [f"policy.path={path}", f"policy.device={device}", *fixed, *SIZES[quick], *more])
 
 
-def measure_steps(part: str, configs: dict[str, Config], steps: int, trl_micro_batches: int) -> list[Figure]:
-    """Rollouts per second of TRL and of each of our configs, and the share of each phase in a step of the first."""
+def measure_steps(part: str, configs: dict[str, Config], steps: int, trl_micro_batches: int) -> list[Measurement]:
+    """Measure samples per second of TRL and of each config, and the phases of the first config's steps."""
     config = next(iter(configs.values()))
     task = load_task(config.task, config.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -114,31 +112,35 @@ def measure_steps(part: str, configs: dict[str, Config], steps: int, trl_micro_b
                 pairing.take_steps()
     batch = config.rollout.prompts_per_step * config.rollout.group_size
     rates = {name: [batch / value for value in values[WARM_UP:]] for name, values in seconds.items()}
-    figures = [Figure.of(part, f"{name}: samples", "per s", values) for name, values in rates.items()]
+    measurements = [Measurement.of(part, f"{name}: samples", "per s", values) for name, values in rates.items()]
     first = next(iter(arms))
     if "trl" in rates:
         ratios = quotients(rates[first], rates["trl"])
-        figures.append(Figure.of(part, f"samples per s, {first} / trl", "ratio", ratios, AT_LEAST, LEAST_OF_TRL))
-    return figures + [
-        Figure.of(part, f"{name} phase", "share of a step", quotients(values, seconds[first])[WARM_UP:])
+        measurements.append(
+            Measurement.of(part, f"samples per s, {first} / trl", "ratio", ratios, AT_LEAST, LEAST_OF_TRL)
+        )
+    return measurements + [
+        Measurement.of(part, f"{name} phase", "share of a step", quotients(values, seconds[first])[WARM_UP:])
         for name, values in arms[first].phases.items()
     ]
 
 
 @torch.no_grad()
-def measure_bandwidth(name: str, shape: tuple[int, int], num_tokens: int, device: str, rounds: int) -> list[Figure]:
-    """Bandwidth of a copy, and the share of it at which the statistics read logits in bfloat16."""
+def measure_bandwidth(
+    name: str, shape: tuple[int, int], num_tokens: int, device: str, rounds: int
+) -> list[Measurement]:
+    """Measure the bandwidth of a copy, and the share of it at which the statistics read bfloat16 logits."""
     case = Case.draw(shape, num_tokens, torch.bfloat16, device)
     logits = case.logits()
     copy = torch.empty_like(logits)
-    works = {"copy": lambda: copy.copy_(logits), "statistics": lambda: compute_stats(logits, case.targets)}
-    seconds = time_in_turn(works, rounds, synchronizer(device))
+    works = {"copy": lambda: copy.copy_(logits), "statistics": lambda: stats_of_logits(logits, case.targets)}
+    seconds = time_in_rounds(works, rounds, synchronizer(device))
     copied = [2 * logits.nbytes / value / 1e9 for value in seconds["copy"]]
     read = [logits.nbytes / value / 1e9 for value in seconds["statistics"]]
     return [
-        Figure.of(PART, f"{name}: copy", "GB per s", copied),
-        Figure.of(PART, f"{name}: log-probability, entropy, sum p²", "GB per s of logits", read),
-        Figure.of(
+        Measurement.of(PART, f"{name}: copy", "GB per s", copied),
+        Measurement.of(PART, f"{name}: log-probability, entropy, sum p²", "GB per s of logits", read),
+        Measurement.of(
             PART,
             f"{name}: statistics / copy",
             "share of bandwidth",
@@ -149,8 +151,8 @@ def measure_bandwidth(name: str, shape: tuple[int, int], num_tokens: int, device
     ]
 
 
-def measure_memory(name: str, shape: tuple[int, int], num_tokens: int) -> Figure:
-    """What the statistics and their gradients take of a GPU's memory from hidden states, beyond the gradients."""
+def measure_memory(name: str, shape: tuple[int, int], num_tokens: int) -> Measurement:
+    """Measure the GPU memory of the statistics and their backward pass, without the gradients themselves."""
     case = Case.draw(shape, num_tokens, torch.bfloat16, "cuda")
     work = from_hidden(case)["entrace"]
     torch.cuda.reset_peak_memory_stats()
@@ -158,11 +160,11 @@ def measure_memory(name: str, shape: tuple[int, int], num_tokens: int) -> Figure
     backward(work)
     extra = torch.cuda.max_memory_allocated() - before - case.grad_bytes()
     key = f"{name}, bfloat16, {num_tokens:,} tokens: extra memory, both passes"
-    return Figure.of(PART, key, "GB", [extra / 1e9], AT_MOST, MAX_EXTRA_GB)
+    return Measurement.of(PART, key, "GB", [extra / 1e9], AT_MOST, MAX_EXTRA_GB)
 
 
-def measure(device: str, quick: bool) -> Iterator[list[Figure]]:
-    """The figures of one part after another, at toy size if ``quick``."""
+def measure(device: str, quick: bool) -> Iterator[list[Measurement]]:
+    """Yield the measurements of each part, at toy size if ``quick``."""
     for name, shape in (TOY_SHAPES if quick else SHAPES).items():
         yield measure_bandwidth(name, shape, 64 if quick else COPIED_TOKENS, device, 2 if quick else 20)
         if device == "cuda":
@@ -179,21 +181,23 @@ def measure(device: str, quick: bool) -> Iterator[list[Figure]]:
 
 
 def main() -> None:
-    """Measures and writes; exit code 2 where there is no such device."""
+    """Measure and write the report; exit with code 2 if the device is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="report to write, without ending")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="at toy size: that it runs, not how fast")
+    parser.add_argument("--out", type=Path, required=True, help="report to write, without file extension")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device (default cuda)")
+    parser.add_argument("--quick", action="store_true", help="run at toy size, without targets")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("torch finds no GPU; --device cpu --quick tries the benchmark without", file=sys.stderr)
+        print("--device cuda: torch finds no GPU; try the benchmark with --device cpu --quick", file=sys.stderr)
         raise SystemExit(2)
     more = {"gpu": torch.cuda.get_device_name()} if arguments.device == "cuda" else {}
-    figures: list[Figure] = []
+    measurements: list[Measurement] = []
     for found in measure(arguments.device, arguments.quick):
-        figures += [replace(figure, bound=None, target=None) for figure in found] if arguments.quick else found
-        # After each part: time on a GPU may end at any moment.
-        write_report(arguments.out, "make bench-gpu", figures, **more)
+        measurements += (
+            [replace(measurement, bound=None, target=None) for measurement in found] if arguments.quick else found
+        )
+        # After each part, since time on a GPU may end at any moment.
+        write_report(arguments.out, "make bench-gpu", measurements, **more)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Seconds per GRPO step: this trainer, recording and not, against TRL's GRPOTrainer, paired.
+"""Seconds per GRPO step: entrace with and without recording, and TRL's GRPOTrainer, paired.
 
-All three train the same policy on the same task with the same batch, length limit, clipping and rewards: the policy
-that ships, and what a run has made of it on the plateau, where responses to a prompt part late and most groups have no
-advantage. The learning rate is too small to move it, so that responses keep their lengths. TRL runs its own loop, in a
-process of its own, so that neither sees what the other did to memory; after each of its steps, ours takes one step with
-recording and one without, in alternating order, so that all three see the machine in the same state. "Without" computes
-no entropy and no sum of squared probabilities either. After-update values and files are written every few steps only: a
-measured value is the mean over one cycle of steps.
+All three train the same policy on the same task with the same batch, length limit, clipping, and rewards. The policy is
+the embedded one at the start, and after training to the plateau, where responses to a prompt diverge late and most
+groups have no advantage. The learning rate is too small to change response lengths. TRL runs its own loop in a separate
+process, so that memory states do not interact. After each of its steps, entrace takes one step with recording and one
+without, in alternating order, so that all three run under the same load. Without recording, entropy and sum of squared
+probabilities are not computed either. After-update values and files are written every few steps; a measured value is
+therefore the mean over one cycle of steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from entrace.analysis.trace import TraceWriter
 from entrace.trainer.algorithm.shaping import shape
 from entrace.trainer.config import Config, load_config
 from entrace.trainer.kernels.token_stats import Softmax, Sums
-from entrace.trainer.learner import Learner
+from entrace.trainer.learner import Learner, make_objectives
 from entrace.trainer.model.loading import load_pretrained
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.rollouts import PromptSource, collect_batch, view_rollouts
@@ -37,7 +37,7 @@ from entrace.trainer.runs.run_folder import describe_run
 from entrace.trainer.seeding import Stream
 from entrace.trainer.tasks import Task, load_task
 from entrace.trainer.train import train
-from tests.benchmarks.figures import AT_MOST, HAS_TRL, Figure, quotients
+from tests.benchmarks.measurements import AT_MOST, HAS_TRL, Measurement, quotients
 
 PART = "GRPO step of the embedded policy, 256 responses, {policy}"
 START, PLATEAU = "at the start", "on the plateau"
@@ -49,11 +49,11 @@ MAX_OF_TRL, MAX_OF_NOT_RECORDING = 1 / 3, 1.02
 
 
 class Ours:
-    """One GRPO step at a time, on a policy of its own.
+    """Take single GRPO steps on a separate policy.
 
     Attributes:
-        phases: Seconds of each phase, a list with one entry a step.
-        num_tokens: Generated tokens of each step.
+        phases: Seconds of each phase, one entry per step.
+        num_tokens: Generated tokens, one entry per step.
     """
 
     def __init__(self, config: Config, task: Task, out: Path, records: bool) -> None:
@@ -65,7 +65,7 @@ class Ours:
         self.num_tokens: list[int] = []
 
     def take_step(self) -> float:
-        """Returns its seconds."""
+        """Take one step and return its seconds."""
         started = time.perf_counter()
         self.step += 1
         config = self.config
@@ -76,7 +76,7 @@ class Ours:
             advantages = batch.advantages[:, None].expand(samples.response_ids.shape)
             shaped, _ = shape(advantages, context, config.shaping, self.step, None)
             before = time.perf_counter()
-            metrics = self.learner.update(batch, shaped, self.step)
+            metrics = self.learner.update(batch, make_objectives(config, batch, shaped, self.step), self.step)
         if self.learner.policy.device.type == "cuda":
             torch.cuda.synchronize()
         updated = time.perf_counter()
@@ -96,7 +96,7 @@ class Ours:
 
 @contextmanager
 def without_entropy() -> Any:
-    """Sampling that computes log-probabilities only."""
+    """Make sampling inside the block compute log-probabilities only."""
 
     def target_and_total(softmax: Softmax, targets: torch.Tensor) -> Sums:
         own = softmax.shifted.gather(1, targets[:, None])
@@ -113,7 +113,7 @@ def without_entropy() -> Any:
 
 
 class Pairing:
-    """Takes steps of ours in turn, between those of another trainer if there is one."""
+    """Take one step of each of our arms, in alternating order."""
 
     def __init__(self, arms: dict[str, Ours]) -> None:
         self.arms = arms
@@ -133,10 +133,18 @@ def run_trl(
     generation: dict[str, Any] | None = None,
     num_micro_batches: int = 1,
 ) -> tuple[list[float], float]:
-    """Runs TRL's trainer on the same job, at its fastest settings here, with ``between`` after each of its steps.
+    """Run TRL's trainer on the same task, with its fastest settings here; call ``between`` after each of its steps.
 
-    ``generation`` is passed on to transformers. All responses of a step are generated at once, and read in the update
-    in ``num_micro_batches``. Returns its seconds of each step, and its mean tokens of a response.
+    Args:
+        config: The run.
+        task: Source of prompts and rewards.
+        steps: Number of steps.
+        between: Called after each step, outside the measured time.
+        generation: Passed to ``generate`` of transformers.
+        num_micro_batches: Micro-batches of an update; all responses are generated at once.
+
+    Returns:
+        Seconds of each step, and the mean response length in tokens.
     """
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -156,7 +164,7 @@ def run_trl(
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - self.started)
             between()
-            # TRL draws the next batch before it announces the step, so its clock runs on from here.
+            # TRL draws the next batch before on_step_begin, so timing restarts here.
             self.started = time.perf_counter()
 
     model, tokenizer, _ = load_pretrained(config.policy)
@@ -211,7 +219,7 @@ def run_trl(
 
 
 def _answer_with_trl(peer: Connection, name: str, overrides: list[str], steps: int) -> None:
-    """What the process of TRL does: says when a step is done, and waits until the next may begin."""
+    """Run TRL in this process: report each finished step, and wait before the next."""
 
     def between() -> None:
         peer.send("stepped")
@@ -224,7 +232,7 @@ def _answer_with_trl(peer: Connection, name: str, overrides: list[str], steps: i
 def run_trl_apart(
     name: str, overrides: list[str], steps: int, between: Callable[[], None]
 ) -> tuple[list[float], float]:
-    """``run_trl`` in a process of its own, which stands still while ``between`` runs here."""
+    """Call ``run_trl`` in a new process, which waits while ``between`` runs in this one."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_answer_with_trl, args=(there, name, overrides, steps), daemon=True)
@@ -232,27 +240,27 @@ def run_trl_apart(
     there.close()
     while (answer := here.recv()) == "stepped":
         between()
-        here.send("go on")
+        here.send("continue")
     process.join()
     return answer
 
 
-def measure(quick: bool) -> list[Figure]:
-    """All figures; one cycle of small steps if ``quick``, which leaves TRL out."""
+def measure(quick: bool) -> list[Measurement]:
+    """Return all measurements; one cycle of small steps without TRL if ``quick``."""
     small = ["rollout.prompts_per_step=2", "record.flush_every=2", "record.after_update_every=2"] if quick else []
     steps = 2 if quick else PLATEAU_STEPS
     alone = [f"steps={steps}", f"record.checkpoint_every={steps}", f"eval.every={steps}", "task.num_heldout=8"]
-    figures = []
+    measurements = []
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
         train(load_config("tiny", ["policy.device=cpu", *small, *alone]), run, {})
         trained = f"policy.path={run / 'checkpoints' / f'step-{steps:06d}' / 'policy'}"
         for policy, where in ((START, []), (PLATEAU, [trained])):
-            figures += _measure(policy, [*small, *where], 1 if quick else CYCLES[policy], HAS_TRL and not quick)
-    return figures
+            measurements += _measure(policy, [*small, *where], 1 if quick else CYCLES[policy], HAS_TRL and not quick)
+    return measurements
 
 
-def _measure(policy: str, more: list[str], cycles: int, with_trl: bool) -> list[Figure]:
+def _measure(policy: str, more: list[str], cycles: int, with_trl: bool) -> list[Measurement]:
     part = PART.format(policy=policy)
     overrides = ["policy.device=cpu", "rollout.dynamic_sampling=false", f"optim.lr={STILL}", *more]
     config = load_config("tiny", overrides)
@@ -274,20 +282,26 @@ def _measure(policy: str, more: list[str], cycles: int, with_trl: bool) -> list[
                 pairing.take_steps()
     batch = config.rollout.prompts_per_step * config.rollout.group_size
     lengths["recording"] = statistics.mean(arms["recording"].num_tokens) / batch
-    # What recording adds hardly changes, but a step on the plateau is short: most of its groups need no update.
+    # No target on the plateau: recording costs about the same per step, but steps are short, with few groups to update.
     targets = {"trl": (AT_MOST, MAX_OF_TRL), "not recording": (AT_MOST, MAX_OF_NOT_RECORDING)}
-    figures = []
+    measurements = []
     for peer in [name for name in ("trl", "not recording") if name in seconds]:
         ratios = quotients(*(by_cycle(seconds[name], cycle) for name in ("recording", peer)))
         target = targets[peer] if peer == "trl" or policy == START else ()
-        figures.append(Figure.of(part, f"recording / {peer}", "ratio", ratios, *target))
-    figures += [Figure.of(part, name, "s per step", by_cycle(values, cycle)) for name, values in seconds.items()]
+        measurements.append(Measurement.of(part, f"recording / {peer}", "ratio", ratios, *target))
+    measurements += [
+        Measurement.of(part, name, "s per step", by_cycle(values, cycle)) for name, values in seconds.items()
+    ]
     phases = arms["recording"].phases
-    figures += [Figure.of(part, f"{name} phase", "s per step", by_cycle(v, cycle)) for name, v in phases.items()]
-    return figures + [Figure.of(part, f"{name}: length", "tokens per response", [v]) for name, v in lengths.items()]
+    measurements += [
+        Measurement.of(part, f"{name} phase", "s per step", by_cycle(v, cycle)) for name, v in phases.items()
+    ]
+    return measurements + [
+        Measurement.of(part, f"{name}: length", "tokens per response", [v]) for name, v in lengths.items()
+    ]
 
 
 def by_cycle(values: list[float], cycle: int) -> list[float]:
-    """Means over cycles, the first steps left out."""
+    """Return means over cycles, without the warm-up steps."""
     kept = values[WARM_UP:]
     return [statistics.mean(kept[start : start + cycle]) for start in range(0, len(kept), cycle)]

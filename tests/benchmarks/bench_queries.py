@@ -1,17 +1,16 @@
-"""Seconds per question of analysis/sql on a large simulated trace, against a plain scan of the columns it reads.
+"""Seconds per query of analysis/sql on a large simulated trace, against a plain scan of the columns it reads.
 
-Each question runs as the report runs it, for one run by name, through ``Runs.sql``. Its scan goes the same way: it is
-``select sum(...)`` over every column that the question reads of every table, each table once. Which these are follows
-from DuckDB's own plan: projections and filters of the table scans in ``EXPLAIN`` of the question, on real tables that
-hold the first rows of the trace. A sum cannot be answered from the statistics of a Parquet file, as count, min and max
-can; text is summed as its length in bytes, lists as their number of elements, booleans as 0 and 1.
+Each query runs as in the report, for one run by name. Its scan runs through ``Runs.sql`` as well: ``select sum(...)``
+over every column that the query reads, each table once. These columns come from DuckDB's plan: projections and filters
+of the table scans in ``EXPLAIN``, on tables with the first rows of the trace. Unlike count, min, and max, a sum cannot
+be answered from the statistics of a Parquet file. Text counts as its length in bytes, a list as its number of elements,
+and a boolean as 0 or 1.
 
-A question, its scan and the question on a trace of a tenth of the size take turns, after a first round that is not
-measured. Ratios are medians over rounds, of wall time and of CPU time, which other work on the machine disturbs less;
-"tenfold" is how much longer the question takes on the large trace. Peak memory is that of a fresh process that opens
-the trace and answers every question once, Python and imports included. Some breakdowns are computed by pandas and
-polars as well, without the intervals that the queries add, and compared; pandas on the small trace only, where its
-columns fit into memory.
+A query, its scan, and the query on a trace of a tenth of the size alternate, after one warm-up round. Ratios are
+medians over rounds, of wall time and of CPU time, which other load affects less. "tenfold" is the growth of the
+query's time from the small to the large trace. Peak memory is that of a new process that opens the trace and runs
+every query once, including Python and imports. Some breakdowns are also computed with pandas and polars, without the
+intervals of the queries, and compared. pandas runs on the small trace only, where its columns fit into memory.
 
 Usage: python tests/benchmarks/bench_queries.py --tokens 50000000 --out reports/query_benchmarks.json [--trace DIR]
 """
@@ -38,15 +37,16 @@ from simulated_trace import write_trace
 
 import entrace
 from entrace.analysis import queries
+from entrace.analysis.statistics import interval_functions
 from entrace.analysis.terminal.progress import Progress
 from entrace.analysis.trace import TABLES, describe_machine
 
 CORES = 2
 SHRINK = 10
-# Rounds of a question: at least, at most, and within how many seconds of wall and CPU time together.
+# Minimum and maximum rounds per query, and seconds of wall plus CPU time after which no further round starts.
 REPEATS, SECONDS = (3, 20), 2.0
 SAMPLE_ROWS = 10_000
-# entropy_threshold is up to 0.5 % too low, which lets in some more tokens.
+# The histogram of entropy_thresholds is up to 0.5 % too low, which includes a few more tokens.
 TOLERANCE = 0.01
 LIMITS = {"median_ratio": 3.0, "worst_ratio": 10.0, "growth": 11.0, "worst_growth": 11.0, "peak_memory_gib": 2.0}
 
@@ -54,9 +54,10 @@ Peer = Callable[[Path, float], np.ndarray]
 
 
 def read_columns(trace: Path, stems: list[str]) -> dict[str, dict[str, list[str]]]:
-    """Columns that each question reads, by table, from the plan that DuckDB makes of it."""
+    """Return the columns that each query reads, by table, from DuckDB's plan."""
     runs = entrace.open_runs(trace)
     con = duckdb.connect()
+    interval_functions.register(con)
     for name in TABLES:
         con.execute(f"create table {name} as from read_parquet('{trace}/{name}/*.parquet') limit {SAMPLE_ROWS}")
     for name in ("runs", "stages"):
@@ -64,11 +65,11 @@ def read_columns(trace: Path, stems: list[str]) -> dict[str, dict[str, list[str]
         con.execute(f"create table {name} as from rows")
     for text in queries.staging():
         con.execute(text)
-    # The first rows hold one stage only; without this, questions about the other would have no plan.
+    # The first rows hold one stage only; the optimizer would remove the scans of queries about the other.
     con.execute("set disabled_optimizers = 'statistics_propagation'")
     found = {}
     for stem in stems:
-        text = queries.read(stem)
+        text = queries.BUILT_IN.read(stem)
         params = dict.fromkeys(duckdb.extract_statements(text)[0].named_parameters)
         plan = json.loads(con.execute(f"explain (format json) {text}", params).fetchall()[0][1])
         found[stem] = _columns_of(plan)
@@ -88,7 +89,7 @@ def _columns_of(plan: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def scan_of(columns: dict[str, list[str]]) -> str:
-    """SQL that reads ``columns`` and does no more than sum them."""
+    """Return SQL that only sums ``columns``."""
     tables = []
     for table, names in columns.items():
         types = {column.name: column.type for column in TABLES[table].columns}
@@ -106,12 +107,12 @@ def _number(name: str, kind: pa.DataType) -> str:
 
 
 def ask(runs: entrace.Runs, stem: str) -> None:
-    """Answers one question as the report does."""
+    """Run one query as the report does."""
     runs.query(stem, runs=list(runs.manifests))
 
 
 def timed(work: Callable[..., Any], *arguments: Any) -> np.ndarray:
-    """Wall seconds and CPU seconds of ``work(*arguments)``."""
+    """Return wall seconds and CPU seconds of ``work(*arguments)``, (2,)."""
     clocks = (time.perf_counter, time.process_time)
     started = [clock() for clock in clocks]
     work(*arguments)
@@ -119,7 +120,7 @@ def timed(work: Callable[..., Any], *arguments: Any) -> np.ndarray:
 
 
 def measure(large: entrace.Runs, small: entrace.Runs, stem: str, scan: str) -> dict[str, float]:
-    """Medians over rounds of a question, its scan and the question on the small trace."""
+    """Measure medians over rounds of a query, its scan, and the query on the small trace."""
     rounds: list[np.ndarray] = []
     while len(rounds) <= REPEATS[0] or (len(rounds) <= REPEATS[1] and np.sum(rounds) < SECONDS):
         rounds.append(np.stack((timed(ask, large, stem), timed(large.sql, scan), timed(ask, small, stem))))
@@ -138,13 +139,13 @@ def measure(large: entrace.Runs, small: entrace.Runs, stem: str, scan: str) -> d
 
 
 def peak_memory_gib(trace: Path) -> float:
-    """Peak resident memory of a process that answers every question once."""
+    """Measure the peak resident memory of a process that runs every query once, GiB."""
     command = [sys.executable, __file__, "--answer-all", str(trace)]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def answer_all(trace: Path) -> None:
-    """Answers every question, then prints this process's peak memory in GiB."""
+    """Run every query, then print this process's peak memory in GiB."""
     runs = entrace.open_runs(trace)
     for stem in questions():
         ask(runs, stem)
@@ -154,14 +155,14 @@ def answer_all(trace: Path) -> None:
 
 
 def _peak_gib() -> float:
-    # getrusage would count the peak of the process that started this one as well.
+    # getrusage would include the peak of the parent process.
     status = Path("/proc/self/status").read_text()
     return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) / 2**20
 
 
 def questions() -> list[str]:
-    """Stems of the questions; those in cluster/ are sums for the claims."""
-    return [stem for stem, path in queries.paths().items() if path.parent.name != "cluster"]
+    """Return the stems of the queries that the report runs, without those in claims/."""
+    return [stem for stem, path in queries.BUILT_IN.paths.items() if path.parent.name != "claims"]
 
 
 def pandas_sign(trace: Path, boundary: float) -> np.ndarray:
@@ -254,7 +255,7 @@ def polars_words(trace: Path, boundary: float) -> np.ndarray:
     return top.collect(engine="streaming")["len"].to_numpy()
 
 
-# Question -> the column that both compute, and how.
+# Query -> the column that all compute, the pandas code, and the polars code.
 PEERS: dict[str, tuple[str, Peer, Peer]] = {
     "entropy_by_sample_sign": ("entropy", pandas_sign, polars_sign),
     "entropy_by_position": ("entropy", pandas_position, polars_position),
@@ -264,7 +265,7 @@ PEERS: dict[str, tuple[str, Peer, Peer]] = {
 
 
 def measure_peers(runs: entrace.Runs, trace: Path, stem: str, libraries: list[str]) -> dict[str, float]:
-    """Median seconds of the shipped question and of the same breakdown in dataframe code, which has to agree."""
+    """Measure median seconds of a query and of the same breakdown in dataframe code, and check that they agree."""
     column, *peers = PEERS[stem]
     boundary = next(iter(runs.stage_fits.values())).boundary or 0.0
     expected = np.sort(runs.query(stem, runs=list(runs.manifests))[column].to_numpy())
@@ -281,7 +282,7 @@ def measure_peers(runs: entrace.Runs, trace: Path, stem: str, libraries: list[st
 
 
 def run_benchmark(large: Path, small: Path, stems: list[str]) -> dict[str, Any]:
-    """Measures everything and returns what goes into the JSON file."""
+    """Run all measurements and return the content of the JSON file."""
     peak = peak_memory_gib(large)
     columns = read_columns(small, stems)
     opened = {trace: entrace.open_runs(trace) for trace in (large, small)}
@@ -320,8 +321,8 @@ def run_benchmark(large: Path, small: Path, stems: list[str]) -> dict[str, Any]:
 
 
 def to_table(result: dict[str, Any]) -> str:
-    """The result for people."""
-    lines = [f"{'question':<26}{'query s':>9}{'scan s':>9}{'ratio':>7}{'of CPU':>8}{'tenfold':>9}  columns read"]
+    """Return the result as a table of text."""
+    lines = [f"{'query':<26}{'query s':>9}{'scan s':>9}{'ratio':>7}{'of CPU':>8}{'tenfold':>9}  columns read"]
     for stem, row in result["questions"].items():
         read = "; ".join(f"{table}: {len(columns)}" for table, columns in row["columns"].items())
         seconds = f"{row['query_s']:>9.3f}{row['scan_s']:>9.3f}"
@@ -339,19 +340,26 @@ def to_table(result: dict[str, Any]) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """``value`` with its floats at four significant digits."""
+    """Return ``value`` with floats rounded to four significant digits."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main() -> None:
-    """Writes the traces where they are not there yet, measures, prints the table, writes the JSON."""
+    """Write missing traces, measure, print the table, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=50_000_000, help="token records of the large trace")
-    parser.add_argument("--trace", type=Path, help="folder that keeps the traces for the next time")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--only", nargs="+", metavar="STEM", help="measure these only, those of cluster/ allowed")
+    parser.add_argument(
+        "--tokens", type=int, default=50_000_000, help="token rows of the large trace (default %(default)s)"
+    )
+    parser.add_argument("--trace", type=Path, help="folder in which to keep the traces (default: temporary)")
+    parser.add_argument("--out", type=Path, help="JSON file to write (default: none)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="STEM",
+        help="measure these queries only, including those of claims/ (default: all of the report)",
+    )
     parser.add_argument("--answer-all", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):

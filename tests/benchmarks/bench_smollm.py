@@ -1,8 +1,8 @@
-"""Tokens per second of sampling and scoring with SmolLM2-135M, against ``generate`` and a plain forward pass, paired.
+"""Tokens per second of sampling and of a teacher-forced pass with SmolLM2-135M, against transformers, paired.
 
-The same weights, prompts and numbers of tokens on both sides, nobody stopping early, in turn and in alternating order.
-Sampling records log-probability, entropy, sum p² and norm of every token, which ``generate`` does not; scoring returns
-them, where the plain pass returns logits.
+Sampling is compared with ``generate``, and ``Policy.token_stats`` with a plain forward pass. Both sides use the same
+weights, prompts, and numbers of tokens, without early stopping, in alternating order. Sampling also computes
+log-probability, entropy, sum of p², and norm of every token. The plain pass returns logits only.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from entrace.trainer.model.policy import Policy
 from entrace.trainer.sampling.sampler import sample
 from entrace.trainer.sampling.samples import SamplingParams
 from entrace.trainer.tasks import load_task
-from tests.benchmarks.figures import AT_LEAST, Figure, quotients, time_in_turn
+from tests.benchmarks.measurements import AT_LEAST, Measurement, quotients, time_in_rounds
 
-PART = "Sampling and scoring with SmolLM2-135M, batch 16"
+PART = "Sampling and token statistics with SmolLM2-135M, batch 16"
 BATCH = 16
 
 
 class Case:
-    """``BATCH`` responses of ``length`` tokens to some questions."""
+    """Hold ``BATCH`` responses of ``length`` tokens to some questions."""
 
     def __init__(self, policy: Policy, plain: Any, questions: list[Any], length: int) -> None:
         self.policy, self.plain, self.length = policy, plain, length
@@ -58,7 +58,7 @@ class Case:
         assert found.shape[1] == self.ids.shape[1] + self.length
 
     @torch.no_grad()
-    def score(self) -> None:
+    def token_stats(self) -> None:
         self.policy.token_stats(self.rows, self.responses, 1.0)
 
     @torch.no_grad()
@@ -66,30 +66,32 @@ class Case:
         self.plain(self.whole)
 
 
-def compare(name: str, ours: Any, theirs: Any, tokens: int, rounds: int) -> list[Figure]:
-    """How many times the other's tokens per second ours are, paired; and both rates."""
-    seconds = time_in_turn({"ours": ours, "theirs": theirs}, rounds)
+def compare(name: str, ours: Any, theirs: Any, tokens: int, rounds: int) -> list[Measurement]:
+    """Measure the paired ratio of tokens per second, ours to theirs, and both rates."""
+    seconds = time_in_rounds({"ours": ours, "theirs": theirs}, rounds)
     rates = {key: [tokens / value for value in values] for key, values in seconds.items()}
     peer = theirs.__name__
     return [
-        Figure.of(PART, f"{name}: entrace / {peer}", "ratio", quotients(rates["ours"], rates["theirs"]), AT_LEAST, 1),
-        Figure.of(PART, f"{name}: entrace", "tokens per s", rates["ours"]),
-        Figure.of(PART, f"{name}: {peer}", "tokens per s", rates["theirs"]),
+        Measurement.of(
+            PART, f"{name}: entrace / {peer}", "ratio", quotients(rates["ours"], rates["theirs"]), AT_LEAST, 1
+        ),
+        Measurement.of(PART, f"{name}: entrace", "tokens per s", rates["ours"]),
+        Measurement.of(PART, f"{name}: {peer}", "tokens per s", rates["theirs"]),
     ]
 
 
-def measure(quick: bool) -> list[Figure]:
-    """All figures; with the embedded policy if ``quick``."""
+def measure(quick: bool) -> list[Measurement]:
+    """Return all measurements; with the embedded policy if ``quick``."""
     config = load_config("tiny" if quick else "smollm", ["policy.device=cpu"])
     length, rounds = (4, 2) if quick else (32, 5)
     policy = Policy.load(config.policy)
     policy.stop_ids = torch.tensor([], dtype=torch.int64)
     plain = load_pretrained(config.policy)[0].eval()
     task = load_task(config.task, config.seed)
-    figures = []
+    measurements = []
     for num_prompts in (BATCH, 2):
         case = Case(policy, plain, [task.train_prompt(i).question for i in range(num_prompts)], length)
         name = f"sampling {length} tokens, {num_prompts} prompts of {case.ids.shape[1]}"
-        figures += compare(name, case.sample, case.generate, BATCH * length, rounds)
-    name = f"scoring {BATCH} responses to 2 prompts"
-    return figures + compare(name, case.score, case.forward, case.whole.numel(), rounds)
+        measurements += compare(name, case.sample, case.generate, BATCH * length, rounds)
+    name = f"token statistics of {BATCH} responses to 2 prompts"
+    return measurements + compare(name, case.token_stats, case.forward, case.whole.numel(), rounds)

@@ -1,8 +1,8 @@
-"""Large traces with the shape of a real run, for timing: no policy is involved, every value is drawn.
+"""Large traces with the shape of a real run, for timing; all values are random, without a policy.
 
-A step holds 128 prompts x 8 responses of about 250 tokens, lengths lognormal, at most 1,024. Words follow Zipf's law.
-Most tokens are almost certain and a few are not; those that are not move most in the update. Entropy falls and
-accuracy rises over the first 30 % of the steps and hardly after it. After-update values stand on every fifth step.
+A step has 128 prompts x 8 responses of about 250 tokens; lengths are lognormal, at most 1,024. Words follow Zipf's law.
+Most tokens are almost certain; uncertain ones change most in the update. Entropy falls and accuracy rises over the
+first 30 % of the steps, and both are almost constant afterwards. Every fifth step has after-update values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DEFECTS = [[], ["format_violation"], ["format_violation", "truncated"], ["repeti
 
 @dataclass
 class Simulation:
-    """Draws the rows of one step after another."""
+    """Draw the rows of consecutive steps."""
 
     rng: np.random.Generator
     steps: int
@@ -42,7 +42,7 @@ class Simulation:
         self.vocab = LISTED + [f" word{i:04d}" for i in range(WORDS - len(LISTED))]
         frequency = 1 / (1 + self.rng.permutation(WORDS))
         self._cumulative = np.cumsum(frequency / frequency.sum())
-        # Words differ in how open the choice was that led to them.
+        # Words differ in the entropy of the distributions that they are drawn from.
         self._openness = self.rng.gamma(2, 0.5, WORDS).astype(np.float32)
         self._texts = pa.array(self.vocab)
         self._categories = pa.array(Lexicon.load().categorize(self.vocab), pa.string())
@@ -51,12 +51,12 @@ class Simulation:
         self._order = self.rng.permutation(TRAIN_PROMPTS)
 
     def progress(self, step: int) -> float:
-        """Share of the whole change that is done: 95 % of it before the knee."""
+        """Return the fraction of the total change at a step; 95 % happens before the knee."""
         done = step / self.steps
         return min(done / KNEE, 1) * 0.95 + 0.05 * done
 
     def responses(self, step: int) -> dict[str, Any]:
-        """One row a response, what its tokens do not decide."""
+        """Draw the columns of responses that do not depend on tokens, one row per response."""
         rng, done = self.rng, self.progress(step)
         prompts = self._order[np.arange((step - 1) * PROMPTS, step * PROMPTS) % TRAIN_PROMPTS]
         ease = np.repeat(self._ease[prompts], GROUP) + 3 * done - 1
@@ -76,7 +76,7 @@ class Simulation:
         }
 
     def tokens(self, responses: dict[str, Any]) -> dict[str, Any]:
-        """One row a token of ``responses``."""
+        """Draw the tokens of ``responses``, one row per token."""
         rng, step, length = self.rng, responses["step"], responses["response_length"]
         row = np.repeat(np.arange(RESPONSES), length)
         position = np.arange(len(row)) - np.repeat(np.cumsum(length) - length, length)
@@ -109,7 +109,7 @@ class Simulation:
         return columns
 
     def complete(self, responses: dict[str, Any], tokens: dict[str, Any]) -> dict[str, Any]:
-        """Columns of table rollouts: ``responses`` and what follows from their tokens."""
+        """Return the columns of table rollouts: ``responses``, and columns derived from tokens."""
         rng, step, length = self.rng, responses["step"], responses["response_length"]
         offsets = np.concatenate(([0], np.cumsum(length)))
         surprisal = -np.add.reduceat(tokens["logprob"], offsets[:-1], dtype=float) / length
@@ -137,7 +137,7 @@ class Simulation:
         }
 
     def interventions(self, rollouts: dict[str, Any], tokens: dict[str, Any]) -> dict[str, Any]:
-        """Replacements of a few tokens of the step."""
+        """Draw interventions on a few tokens of the step."""
         rng = self.rng
         chosen = np.sort(rng.choice(len(tokens["position"]), INTERVENTIONS_PER_STEP, replace=False))
         row = tokens["rollout_id"][chosen] % RESPONSES
@@ -162,7 +162,7 @@ class Simulation:
         }
 
     def evals(self, step: int) -> dict[str, Any]:
-        """Eight samples of every held-out prompt."""
+        """Draw eight samples for every held-out prompt."""
         size = HELDOUT_PROMPTS * GROUP
         is_correct = self.rng.random(size) < 0.3 + 0.4 * self.progress(step)
         return {
@@ -179,7 +179,7 @@ class Simulation:
 
 
 def write_trace(folder: Path, tokens: int, seed: int = 0) -> Path:
-    """Writes a run of about ``tokens`` generated tokens, at least 20 steps, and returns its folder."""
+    """Write a run of about ``tokens`` generated tokens, at least 20 steps; return its folder."""
     steps = max(20, math.ceil(tokens / (RESPONSES * MEAN_LENGTH)))
     simulation = Simulation(np.random.default_rng(seed), steps)
     manifest = {"run_id": folder.name, "study": "simulated", "arm": "none", "seed": seed, "total_steps": steps}

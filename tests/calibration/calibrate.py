@@ -1,10 +1,10 @@
-"""Measure how often verdicts are wrong: simulated runs with known truth, judged as any run is.
+"""Measure how often verdicts are wrong on simulated runs with known truth.
 
 Usage: python -m tests.calibration.calibrate [--worlds frozen,planted] [--simulations 200] [--jobs 2]
        [--out reports/calibration] [--cache data/runs/calibration] [--keep]
 
-Writes OUT.json and OUT.md. Each outcome is saved in the cache as it comes, and the command resumes from there: a world
-that needs more simulations is named with ``--worlds``, and the page still holds the others.
+Writes OUT.json and OUT.md. Each outcome is saved in the cache, and the command resumes from there. ``--worlds`` adds
+simulations to some worlds; the page includes all saved worlds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.calibration.summary import Outcome, render, summarize
 from tests.calibration.worlds import WORLDS
 
 SEED = 2508
-# Files that are written, judged, and removed belong in memory where there is a file system for it.
+# Temporary traces are written to memory if the system has a file system for it.
 SHARED_MEMORY = Path("/dev/shm")
 SIMULATORS = (parameters, simulate, simulate_arms)
 
@@ -62,7 +62,7 @@ def simulate_once(name: str, seed: int) -> Outcome:
 
 
 def truth_once(name: str, num_runs: int = truth.TRUTH_RUNS) -> truth.Truth:
-    """Return the truth of a world."""
+    """Return the true effects of a world."""
     world, rng = WORLDS[name].world, np.random.default_rng([SEED, *name.encode()])
     found = truth.truth_of(world, rng, num_runs)
     if isinstance(world, World) and world.has_tokens and world.boundary and world.runs == 1:
@@ -74,13 +74,14 @@ def truth_once(name: str, num_runs: int = truth.TRUTH_RUNS) -> truth.Truth:
 
 
 class Store:
-    """Outcomes and truths on disk, one file of JSON lines per world.
+    """Store outcomes and truths on disk, one file of JSON lines per world.
 
-    Each line carries a hash of everything that it depends on; lines with another hash are ignored unless ``keep``.
+    Each line carries a hash of the code and parameters that it depends on. Lines with another hash are ignored unless
+    ``keep`` is set.
     """
 
     def __init__(self, folder: Path, *, keep: bool = False) -> None:
-        """Create ``folder`` if need be."""
+        """Create ``folder`` if it does not exist."""
         self.folder, self.keep = folder, keep
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -110,7 +111,7 @@ class Store:
 
     def _append(self, file: str, line: dict[str, Any]) -> None:
         with (self.folder / file).open("a") as stream:
-            # The line before is incomplete where an earlier command was killed while it wrote.
+            # The previous line is incomplete if an earlier command was killed while writing.
             stream.write("\n" + json.dumps(line))
 
     def _lines(self, file: str, key: str) -> list[dict[str, Any]]:
@@ -120,7 +121,7 @@ class Store:
 
 
 def _parse(text: str) -> dict[str, Any] | None:
-    """Return a line; None for one that is empty or incomplete."""
+    """Parse a line; return None if it is empty or incomplete."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -129,20 +130,20 @@ def _parse(text: str) -> dict[str, Any] | None:
 
 @cache
 def outcome_key(name: str) -> str:
-    """Return a hash of a world's parameters, the simulator, and everything that judges."""
+    """Return a hash of a world's parameters, the simulator, and all code that judges."""
     return _hash(name, [*_judging(), Path(figure_rows.__file__)])
 
 
 def _judging() -> list[Path]:
     """Return the files that verdicts depend on."""
     folder = Path(entrace.analysis.__file__).resolve().parent
-    paths = [*sorted(folder.rglob("*.py")), *sorted(folder.rglob("*.sql")), folder.parent / "reports" / "claims.toml"]
+    paths = [*sorted(folder.rglob("*.py")), *sorted(folder.rglob("*.sql")), folder / "claims.toml"]
     return [path for path in paths if "figures" not in path.parts]
 
 
 @cache
 def real_key() -> str:
-    """Return a hash of everything that judges a real case; its training takes the same code as any."""
+    """Return a hash of all code that judges a real case; the trainer is not included."""
     return _hash("", [Path(real_cases.__file__), *_judging()])
 
 
@@ -160,7 +161,7 @@ def _hash(name: str, paths: Sequence[Path]) -> str:
 
 
 def run(names: Sequence[str], simulations: int, jobs: int, store: Store, truth_runs: int = truth.TRUTH_RUNS) -> None:
-    """Simulate whatever the store lacks; outcomes of different worlds arrive evenly."""
+    """Simulate the outcomes that the store lacks, alternating between worlds."""
     saved = {name: store.outcomes(name) for name in names}
     tasks = [(name, seed) for seed in range(simulations) for name in names if seed not in saved[name]]
     truths = [name for name in names if store.truth(name) is None]
@@ -196,7 +197,7 @@ def run_real(names: Sequence[str], store: Store) -> None:
 
 
 def choose(text: str | None) -> list[str]:
-    """Return the worlds and real cases named in a comma-separated list, all without one.
+    """Return the worlds and real cases in a comma-separated list; all of them if ``text`` is None.
 
     Raises:
         InputError: a world is unknown.
@@ -221,12 +222,22 @@ def _positive(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the simulations and write the two files; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", help="comma-separated names (default: all)")
-    parser.add_argument("--simulations", type=_positive, default=200, help="per world (default 200)")
-    parser.add_argument("--jobs", type=_positive, default=2, help="processes (default 2)")
-    parser.add_argument("--out", type=Path, default=Path("reports/calibration"), help="files to write, without suffix")
-    parser.add_argument("--cache", type=Path, default=Path("data/runs/calibration"), help="folder of saved outcomes")
-    parser.add_argument("--keep", action="store_true", help="reuse outcomes of other versions of the code")
+    parser.add_argument("--worlds", help="comma-separated names of worlds (default all)")
+    parser.add_argument("--simulations", type=_positive, default=200, help="simulations per world (default 200)")
+    parser.add_argument("--jobs", type=_positive, default=2, help="parallel processes (default 2)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("reports/calibration"),
+        help="output path without suffix (default reports/calibration)",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("data/runs/calibration"),
+        help="folder of saved outcomes (default data/runs/calibration)",
+    )
+    parser.add_argument("--keep", action="store_true", help="reuse outcomes of other code versions")
     options = parser.parse_args(arguments)
     try:
         names = choose(options.worlds)
@@ -236,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     store = Store(options.cache, keep=options.keep)
     run([name for name in names if name in WORLDS], options.simulations, options.jobs, store)
     run_real([name for name in names if name in real_cases.REAL_CASES], store)
-    # The page holds every world that was ever simulated with this code, with all its simulations.
+    # The page includes all saved worlds of this code version, with all their simulations.
     saved = {name: list(store.outcomes(name).values()) for name in WORLDS}
     real = {name: rows for name in real_cases.REAL_CASES if (rows := store.real(name)) is not None}
     summary = summarize({name: (found, store.truth(name) or {}) for name, found in saved.items() if found}, real)

@@ -1,6 +1,6 @@
-"""Error bars of figures and tables, and what they should hold: one number from each of four figures.
+"""Compare error bars of figures with the truth: one number from each of four figures.
 
-They are counted like the intervals of the scorecard. The truths are naive numpy, as in ``truth``.
+Their coverage is counted like that of the scorecard. The truths are plain numpy, as in ``truth``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.calibration.simulate import Run, Tokens
 from tests.calibration.truth import Truth, at_equal_length, top_share
 
 STAGE = "plateau"
-# Figure: which of its rows, and the column of the estimate.
+# By figure: the selected row, and the column of the estimate.
 ROWS: dict[str, tuple[dict[str, object], str]] = {
     "correctness_by_ppl": ({"ppl_bin": 1}, "accuracy"),
     "entropy_by_position": ({"sample_sign": "positive", "position_bin": 5}, "entropy"),
@@ -24,7 +24,7 @@ ROWS: dict[str, tuple[dict[str, object], str]] = {
 
 
 def figure_rows(runs: Runs) -> list[tuple[str, str, str, float | None, float | None, float | None]]:
-    """Return part, subject, verdict, value, and interval of each figure that has such a row."""
+    """Return part, subject, verdict, value, and interval of the selected row of each figure."""
     found = []
     for stem, (which, name) in ROWS.items():
         frame = runs.query(stem, stage=STAGE).filter([pl.col(key) == value for key, value in which.items()])
@@ -34,7 +34,7 @@ def figure_rows(runs: Runs) -> list[tuple[str, str, str, float | None, float | N
 
 
 def figure_truth(run: Run) -> Truth:
-    """Return the same of one simulated run, over its true plateau."""
+    """Return the true values of the selected rows in one simulated run, over its true plateau."""
     in_plateau = run.step > run.world.boundary
     right = run.by_group(run.is_correct)[run.by_group(in_plateau)[..., 0]]
     mixed = right.any(1) & ~right.all(1)

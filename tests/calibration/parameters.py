@@ -1,4 +1,4 @@
-"""Parameters of simulated runs and ablations, and the courses that their means take over training."""
+"""Define parameters of simulated runs and ablations, and the time courses of their means."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ BOUNDARY_SHARE = 0.3
 
 @dataclass(frozen=True)
 class World:
-    """Parameters of a simulated run. A pair holds values where its course has done 0 and 1 of the change.
+    """Hold the parameters of a simulated run. A pair is the value before and after the change of its course.
 
     Attributes:
-        runs: Runs of the kind, judged together as seeds of the baseline arm.
+        runs: Number of runs, judged together as seeds of the baseline arm.
         steps: Training steps.
         groups: Prompts per step.
         group: Responses per prompt.
         pool: Prompts that steps draw from; None for new prompts at every step.
-        capture_every: Steps from one capture of after-update values to the next.
-        has_responses: Record responses; otherwise only the figures of each step.
+        capture_every: Steps between captures of after-update values.
+        has_responses: Record responses; otherwise only the metrics of each step.
         has_tokens: Record tokens.
         has_interventions: Record interventions on the last ten steps.
-        course: Name in ``COURSES`` of the course of every pair.
-        accuracy_course: Course of accuracy, if it has its own.
+        course: Name in ``COURSES`` of the time course of all pairs.
+        accuracy_course: Time course of accuracy, if it differs.
         plateau_speed: Speed of the second of two lines relative to the first.
-        accuracy: Of sampled responses.
-        negative_entropy: Mean token entropy of wrong responses, nats.
-        positive_entropy: Of right responses.
+        accuracy: Accuracy of sampled responses.
+        negative_entropy: Mean token entropy of incorrect responses, nats.
+        positive_entropy: Mean token entropy of correct responses, nats.
         reasoning: Share of reasoning tokens.
         defects: Share of defective responses.
         difficulty: Standard deviation over prompts of the logit of accuracy.
-        hard_entropy: Logarithm of entropy gained per standard deviation of difficulty.
+        hard_entropy: Increase of log entropy per standard deviation of difficulty.
         drift: Size of the policy's states relative to ``simulate.STATE_SCALES``.
-        rho: Their autocorrelation from step to step; their variance does not depend on it.
+        rho: Autocorrelation of the states between steps; their variance does not depend on it.
         growth: Relative growth of response length over training.
-        wrong_length: Relative excess length of wrong responses.
-        length_entropy: Power of length that entropy is proportional to.
-        position_entropy: Logarithm of entropy gained per 24 tokens of position.
-        position_reasoning: Share of reasoning tokens gained per 24 tokens of position.
+        wrong_length: Relative excess length of incorrect responses.
+        length_entropy: Exponent of the power law of entropy in length.
+        position_entropy: Increase of log entropy per 24 tokens of position.
+        position_reasoning: Increase of the share of reasoning tokens per 24 tokens of position.
         ends: Entropy of the first and last fifth of a response relative to its middle.
         reasoning_by_ppl: Share of reasoning tokens, low- minus high-perplexity third of a group.
         is_heavy_tailed: Noise of tokens, responses, and logit changes follows Student's t with 3 degrees of freedom.
@@ -49,9 +49,9 @@ class World:
         update_size: Standard deviation of random logit changes.
         push: Logit change along the sign of the advantage, relative to the size of the update.
         end_movement: Factor of the movement of tokens in the last fifth.
-        end_gradient: Factor of their gradient norm.
+        end_gradient: Factor of the gradient norm of tokens in the last fifth.
         impact_by_ppl: Accuracy lost by a replacement, high- minus low-perplexity third.
-        impact_slope: Change of that loss from the first to the last token.
+        impact_slope: Change of this loss from the first to the last token.
     """
 
     runs: int = 1
@@ -93,16 +93,16 @@ class World:
 
     @property
     def boundary(self) -> int:
-        """Last step of the rising stage where the course has two lines; 0 elsewhere."""
+        """Return the last step of the rising stage if the course has two lines, 0 otherwise."""
         return round(BOUNDARY_SHARE * self.steps) if self.course == "two lines" else 0
 
 
 @dataclass(frozen=True)
 class MethodWorld:
-    """Parameters of a simulated ablation: what arms ppl and position add to their reference.
+    """Hold the parameters of a simulated ablation: the gains of arms ppl and position over their reference.
 
     Attributes:
-        accuracy: Gain in accuracy, on every benchmark.
+        accuracy: Gain in accuracy on every benchmark.
         length: Relative gain in length.
         formal: Gain in the share of formal tokens.
         seeds: Seeds per arm.
@@ -127,7 +127,7 @@ def _sigmoid(t: np.ndarray) -> np.ndarray:
     return (values - values[0]) / (values[-1] - values[0])
 
 
-# Share of the change that is done at ``t``, the share of training; "two lines" depends on the world, see ``curve``.
+# Completed share of the change at ``t``, the share of training. "two lines" depends on the world; see ``progress``.
 COURSES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "flat": np.zeros_like,
     "linear": lambda t: t,
@@ -145,7 +145,7 @@ COURSES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def progress(world: World, course: str = "") -> np.ndarray:
-    """Return the share of the change that each step has done, shape ``(steps,)``."""
+    """Return the completed share of the change at each step, shape ``(steps,)``."""
     course = course or world.course
     if course != "two lines":
         return COURSES[course](np.linspace(0, 1, world.steps))
@@ -154,5 +154,5 @@ def progress(world: World, course: str = "") -> np.ndarray:
 
 
 def curve(pair: tuple[float, float], world: World, course: str = "") -> np.ndarray:
-    """Return the values of all steps, shape ``(steps,)``."""
+    """Return the value of a pair at each step, shape ``(steps,)``."""
     return pair[0] + (pair[1] - pair[0]) * progress(world, course)

@@ -1,13 +1,13 @@
-"""Two runs of the embedded policy in which nothing that the claims are about can be true.
+"""Train two runs of the embedded policy in which the claims cannot be true.
 
-- *frozen*: the learning rate is 0 for all purposes, and weights never move. No claim about training may be supported.
-- *random update*: training is real, and so is the plateau, but after-update values are those of weights that moved by
-  random noise as long as the update. No claim about what an update does may be supported.
+- *frozen*: the learning rate is effectively 0 and weights never move. No claim about training may be supported.
+- *random update*: training and plateau are real, but after-update values come from weights moved by random noise with
+  the norm of the update. No claim about the effect of an update may be supported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,27 +17,29 @@ import torch
 from entrace.analysis.claims import CONTRADICTED, SUPPORTED, judge
 from entrace.analysis.runs import open_runs
 from entrace.trainer import train as training
+from entrace.trainer.algorithm.objectives import Objective
 from entrace.trainer.config import load_config
 from entrace.trainer.learner import AfterUpdate, Learner, UpdateMetrics
 from entrace.trainer.rollouts import Batch
 
 FROZEN = ("optim.lr=1e-12", "optim.weight_decay=0.0")
-# Parts about what an update does to tokens, and all about training. (The gradient of T3 is one of the policy as it is.)
+# Parts about the effect of an update on tokens, and all parts about training. The gradient of T3 does not depend on the
+# update.
 ABOUT_UPDATES = ("S5", "S6", "T3/movement")
 ABOUT_TRAINING = ("S1", "E1", "S2", "S3", "S4", *ABOUT_UPDATES)
 
 
 class RandomlyCaptured(Learner):
-    """A learner whose after-update values come from weights moved at random, each tensor as far as the update did."""
+    """Capture after-update values at randomly moved weights; each tensor moves as far as in the update."""
 
-    def update(self, batch: Batch, advantages: torch.Tensor, step: int) -> UpdateMetrics:
-        """Keep the weights that the update starts from."""
+    def update(self, batch: Batch, objectives: Iterable[tuple[torch.Tensor, Objective]], step: int) -> UpdateMetrics:
+        """Store the weights before the update."""
         self._before = [weight.detach().clone() for weight in self.policy.model.parameters()]
-        return super().update(batch, advantages, step)
+        return super().update(batch, objectives, step)
 
     @torch.no_grad()
     def capture(self, batch: Batch, metrics: UpdateMetrics, step: int) -> AfterUpdate:
-        """Capture at random weights, and put back those of the update."""
+        """Capture at randomly moved weights, then restore the updated weights."""
         weights = list(self.policy.model.parameters())
         updated = [weight.detach().clone() for weight in weights]
         rng = torch.Generator().manual_seed(step)
@@ -52,13 +54,13 @@ class RandomlyCaptured(Learner):
 
 
 def train_frozen(folder: Path, overrides: Sequence[str]) -> Path:
-    """Train the embedded policy without moving it, and record the run in ``folder``."""
+    """Train the embedded policy with frozen weights, and record the run in ``folder``."""
     training.train(load_config("tiny", [*FROZEN, *overrides]), folder, {"study": "real", "arm": "none"})
     return folder
 
 
 def train_with_random_updates(folder: Path, overrides: Sequence[str]) -> Path:
-    """Train the embedded policy, capture what random updates would have done, and record the run in ``folder``."""
+    """Train the embedded policy, capture random updates, and record the run in ``folder``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "Learner", RandomlyCaptured)
         training.train(load_config("tiny", list(overrides)), folder, {"study": "real", "arm": "none"})
@@ -67,7 +69,7 @@ def train_with_random_updates(folder: Path, overrides: Sequence[str]) -> Path:
 
 @dataclass(frozen=True)
 class RealCase:
-    """A real run: what it is, how to make it, and the claims that must earn no verdict on it."""
+    """Describe a real run, how to train it, and the claims that must earn no verdict on it."""
 
     about: str
     train: Callable[[Path, Sequence[str]], Path]
@@ -77,13 +79,13 @@ class RealCase:
 
 REAL_CASES = {
     "real-frozen": RealCase(
-        "The embedded policy for 60 steps, its weights never moved.",
+        "The embedded policy for 60 steps with frozen weights.",
         train_frozen,
         ("steps=60", "eval.every=60"),
         ABOUT_TRAINING,
     ),
     "real-random-update": RealCase(
-        "The embedded policy, trained for 120 steps; after-update values of weights that moved at random, as far as "
+        "The embedded policy, trained for 120 steps; after-update values come from weights moved at random, as far as "
         "the update moved them.",
         train_with_random_updates,
         ("steps=120", "eval.every=120"),
@@ -103,5 +105,5 @@ def judge_real(
 
 
 def false_parts(rows: Sequence[Sequence[object]]) -> list[str]:
-    """Return the parts that earned a verdict all the same."""
+    """Return the parts that earned a verdict, which is an error."""
     return [str(part) for part, verdict, *_ in rows if verdict in (SUPPORTED, CONTRADICTED)]

@@ -1,8 +1,9 @@
 """Simulate runs with known truth and realistic nesting, written through the public ``TraceWriter``.
 
-Tokens share the level of their response, responses the difficulty of their prompt, and all prompts of a step the state
-of the policy, a first-order autoregression. A token's next-token distribution has one favorite and a uniform tail; its
-entropy is drawn from a heavy-tailed distribution, and the sampled token, its logprob, and its gradient follow from it.
+Tokens share the entropy level of their response, responses the difficulty of their prompt, and all prompts of a step
+the state of the policy, a first-order autoregression. A next-token distribution has one favorite token and a uniform
+tail. Its entropy is drawn from a heavy-tailed distribution and determines the sampled token, its logprob, and its
+gradient.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from tests.calibration.parameters import LENGTHS, World, curve
 VOCAB = ["<eos>", "1", "+", " so", " then", " wait", " the", " dog", " sun", " of"]
 NUM_REASONING, NUM_SEMANTIC = 5, 4
 SPECIAL_SHARE = 0.05
-# Kinds of tokens move unequally; reasoning tokens and other words do so alike on average.
+# Scale of the movement of each vocabulary entry; reasoning tokens and other words have equal averages.
 KIND_SCALES = np.exp([0.0, -0.5, 0.5, -0.2, 0.2, 0.0, 0.5, -0.5, 0.2, -0.2])
-# Standard deviation of each state of the policy: of a logit, a logarithm, a share, or a logit change over its size.
+# Standard deviation of each state of the policy: a logit, a logarithm, a share, or a relative logit change.
 STATE_SCALES = {
     "accuracy": 0.05,
     "entropy": 0.02,
@@ -42,26 +43,26 @@ STATE_SCALES = {
 }
 NUM_INTERVENTIONS, CONTINUATIONS = 800, 8
 TAIL = 300
-# Entropy by the probability that the favorite leaves to the tail, up to the uniform distribution.
+# Entropy by the probability of the tail, up to the uniform distribution.
 _REST = np.concatenate((np.geomspace(1e-12, 0.05, 1500), np.linspace(0.05, TAIL / (TAIL + 1), 1500)[1:]))
 _ENTROPY = -(1 - _REST) * np.log1p(-_REST) - _REST * np.log(_REST / TAIL)
-# Accuracy over prompts whose logits scatter: nodes and weights of a normal distribution.
+# Quadrature nodes and weights of a normal distribution, for the mean accuracy over prompts.
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(61)
 _LOGITS = np.linspace(-12, 12, 2401)
 
 
 @dataclass
 class Tokens:
-    """All tokens of a run in the order of recording, shape ``(N,)``.
+    """Hold all tokens of a run in the order of recording, shape ``(N,)``.
 
     Attributes:
         row: Index of the response.
-        position: Place in the response, from 0.
+        position: Position in the response, from 0.
         word: Vocabulary entry.
-        entropy: Of the next-token distribution, nats.
-        logprob: Of the sampled token.
-        grad_norm: Norm of its gradient.
-        logprob_after: After the update; nan where it was not captured.
+        entropy: Entropy of the next-token distribution, nats.
+        logprob: Log-probability of the sampled token.
+        grad_norm: Gradient norm.
+        logprob_after: Log-probability after the update; nan if not captured.
     """
 
     row: np.ndarray
@@ -74,13 +75,13 @@ class Tokens:
 
     @property
     def is_reasoning(self) -> np.ndarray:
-        """Mark words that carry reasoning."""
+        """Return a mask of reasoning tokens."""
         return (self.word > 0) & (self.word <= NUM_REASONING)
 
 
 @dataclass
 class Run:
-    """All responses of a run in the order of recording, shape ``(R,)``, and their tokens if the world has any."""
+    """Hold all responses of a run in the order of recording, shape ``(R,)``, and their tokens if simulated."""
 
     world: World
     step: np.ndarray
@@ -164,14 +165,14 @@ def simulate_run(world: World, rng: np.random.Generator) -> Run:
 
 
 def _autoregression(world: World, rng: np.random.Generator) -> np.ndarray:
-    """Draw a state that one step passes on to the next: mean 0, variance 1, shape ``(steps,)``."""
+    """Draw a first-order autoregression with mean 0 and variance 1, shape ``(steps,)``."""
     noise = rng.normal(size=world.steps)
     noise[1:] *= np.sqrt(1 - world.rho**2)
     return np.asarray(lfilter([1.0], [1.0, -world.rho], noise))
 
 
 def _draw_prompts(world: World, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw each group's prompt and its difficulty, shape ``(steps, groups)``; without a pool every prompt is new."""
+    """Draw the prompt and the difficulty of each group, ``(steps, groups)``; without a pool, all prompts are new."""
     shape = (world.steps, world.groups)
     if world.pool is None:
         return np.arange(world.steps * world.groups).reshape(shape), rng.normal(size=shape)
@@ -180,7 +181,7 @@ def _draw_prompts(world: World, rng: np.random.Generator) -> tuple[np.ndarray, n
 
 
 def _center(accuracy: np.ndarray, spread: float) -> np.ndarray:
-    """Return logits that, scattered by ``spread``, have these accuracies on average."""
+    """Return mean logits that give these accuracies if logits have standard deviation ``spread``."""
     expected = expit(_LOGITS[:, None] + spread * _NODES) @ _WEIGHTS / _WEIGHTS.sum()
     return np.interp(accuracy, expected, _LOGITS)
 
@@ -196,7 +197,7 @@ def _mean_of_tokens(length: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def terciles(surprisal: np.ndarray) -> np.ndarray:
-    """Return the third of each response in its group, cut as ``ntile(3)`` does; shape ``(R,)``."""
+    """Return the tercile of each response in its group, as ``ntile(3)`` assigns it; shape ``(R,)``."""
     group = surprisal.shape[2]
     sizes = [group // 3 + (i < group % 3) for i in range(3)]
     return np.repeat([1, 2, 3], sizes)[surprisal.argsort(2).argsort(2)].ravel()
@@ -236,7 +237,7 @@ def _finish_tokens(
     state: dict[str, np.ndarray],
     rng: np.random.Generator,
 ) -> Tokens:
-    """Add word, gradient, and update to tokens whose distribution is drawn."""
+    """Draw word, gradient, and update of tokens with given distributions."""
     row, position, rest, logprob = (draft[name] for name in ("row", "position", "rest", "logprob"))
     step = response["step"] - 1
     group = rng.uniform(-0.1, 0.1, (world.steps * world.groups, 1)).repeat(world.group, axis=1).ravel()
@@ -283,12 +284,12 @@ def _update(
     state: dict[str, np.ndarray],
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return logprobs as recorded before and after the update of their step."""
+    """Return the recorded logprobs before and after the update of their step."""
     if world.update == "none":
         return logprob, logprob
     odds = logprob - np.log(-np.expm1(logprob))
     if world.update == "float32":
-        # Log-softmax of logits near 20 comes in multiples of their last digit.
+        # The log-softmax of logits near 20 is a multiple of their last digit.
         noisy = [logprob + rng.normal(0, 2e-6, len(row)) for _ in range(2)]
         before, after = (np.minimum(np.round(values * 2**20) / 2**20, 0.0) for values in noisy)
         return before, after
@@ -308,7 +309,7 @@ def _update(
         is_mover = rng.random(len(row)) < np.where(is_high, 0.5, 0.05)
         moved = scale * np.where(is_mover, kind * noise + push, 0.03 * noise)
         return logprob, _log_expit(odds + moved)
-    # "even": every probability moves alike, sure tokens included, and against the sign of the advantage.
+    # "even": all probabilities move equally, including near-certain tokens, and against the sign of the advantage.
     size = 0.02 * scale * np.exp(0.3 * noise)
     way = np.where(rng.random(len(row)) < 0.5 + 0.4 * np.abs(world.push), np.sign(world.push) * sign, -sign)
     p = np.exp(logprob)
@@ -327,7 +328,7 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def write_run(folder: Path, run: Run, rng: np.random.Generator, seed: int = 0) -> Path:
-    """Record a simulated run, with interventions on its last ten steps if the world has any."""
+    """Record a simulated run, with interventions on its last ten steps if the world has interventions."""
     world = run.world
     manifest = {"run_id": folder.name, "arm": "none", "seed": seed, "total_steps": world.steps}
     writer = TraceWriter.create(folder, manifest, VOCAB)
@@ -350,7 +351,7 @@ def step_means(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def append(writer: TraceWriter, table: str, columns: Mapping[str, Any]) -> None:
-    """Append what the version of the schema knows of ``columns``."""
+    """Append the columns that the schema has."""
     known = {column.name for column in TABLES[table].columns}
     writer.append(table, {name: values for name, values in columns.items() if name in known})
 
@@ -443,7 +444,7 @@ def _append_rollouts(writer: TraceWriter, run: Run) -> None:
 
 
 def _append_interventions(writer: TraceWriter, run: Run, rng: np.random.Generator) -> None:
-    """Append replacements at places drawn evenly from the responses of the last ten steps."""
+    """Append interventions at uniformly drawn positions of responses of the last ten steps."""
     world = run.world
     candidates = np.flatnonzero(run.step > world.steps - 10)
     rows = np.sort(rng.choice(candidates, min(NUM_INTERVENTIONS, len(candidates)), replace=False))

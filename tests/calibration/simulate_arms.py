@@ -12,14 +12,14 @@ from tests.calibration.parameters import MethodWorld
 from tests.calibration.simulate import VOCAB, append, append_steps
 
 PROMPTS, SAMPLES = 200, 8
-# Two runs of one arm differ by this much of accuracy, length, and share: standard deviations over seeds.
+# Standard deviations over seeds of accuracy, relative length, and share of formal tokens.
 SEED_ACCURACY, SEED_LENGTH, SEED_FORMAL = 0.01, 0.02, 0.01
 STEPS, TRAIN_PROMPTS, TRAIN_TOKENS = 10, 8, 60
 ARMS = ("none", "ppl_high", "ppl", "position")
 
 
 def write_ablation(folder: Path, world: MethodWorld, rng: np.random.Generator) -> Path:
-    """Record all arms; ppl and position differ from the rest by what ``world`` says."""
+    """Record all arms; ppl and position have the gains of ``world``."""
     ability = rng.uniform(0.3, 0.75, PROMPTS)
     length = rng.lognormal(4, 0.4, PROMPTS)
     for seed in range(world.seeds):
@@ -32,7 +32,7 @@ def write_ablation(folder: Path, world: MethodWorld, rng: np.random.Generator) -
             accuracy = ability + effect.accuracy + rng.normal(0, spread * SEED_ACCURACY)
             lengths = length * np.maximum(1 + effect.length + rng.normal(0, spread * SEED_LENGTH), 0.1)
             _append_evals(writer, world.last_steps, accuracy, lengths, rng)
-            # Before training arms do not differ, and only the last evaluation of a benchmark counts.
+            # Arms do not differ before training, and only the last evaluation of a benchmark counts.
             _append_evals(writer, [0] * len(world.last_steps), ability, length, rng)
             _append_training(writer, formal + effect.formal + rng.normal(0, spread * SEED_FORMAL), seed, rng)
             writer.flush(STEPS)
@@ -43,7 +43,7 @@ def write_ablation(folder: Path, world: MethodWorld, rng: np.random.Generator) -
 def _append_evals(
     writer: TraceWriter, steps: Sequence[int], accuracy: np.ndarray, length: np.ndarray, rng: np.random.Generator
 ) -> None:
-    """Append an evaluation of each benchmark; benchmarks share the prompts out evenly."""
+    """Append an evaluation of each benchmark; prompts are divided evenly between benchmarks."""
     accuracy = accuracy + rng.uniform(-0.05, 0.05, PROMPTS)
     is_correct = rng.random((PROMPTS, SAMPLES)) < accuracy[:, None]
     tokens = np.maximum(rng.normal(length[:, None], 0.1 * length[:, None], (PROMPTS, SAMPLES)), 1)

@@ -1,4 +1,4 @@
-"""Summarize outcomes of simulations: rates of false and of missed verdicts, coverage, and the targets they miss."""
+"""Summarize simulated outcomes: rates of false and missed verdicts, coverage, and missed targets."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.calibration.real_cases import REAL_CASES, false_parts
 from tests.calibration.truth import Truth
 from tests.calibration.worlds import INCONCLUSIVE, NOT_SUPPORTED, NULL, WORLDS
 
-# Per claim/part, subject: verdict, effect, and interval.
+# One row per claim/part and subject: verdict, effect, and interval.
 Outcome = Sequence[Sequence[Any]]
 
 MAX_FALSE, MAX_FALSE_UPPER = 0.05, 0.08
 MIN_COVERAGE, MAX_COVERAGE = 0.92, 0.98
 MIN_DETECTED = 0.9
 COLUMNS = ["Part", "Expected", "Supported", "Contradicted", "False, upper end", "Truth", "Coverage", "Half width"]
-# Verdicts that are false, by expectation; one that goes the wrong way is false wherever there is an effect.
+# False verdicts by expectation. With a true effect, only a verdict in the wrong direction is false.
 FALSE = {
     NULL: (SUPPORTED, CONTRADICTED),
     INCONCLUSIVE: (SUPPORTED, CONTRADICTED),
@@ -39,7 +39,7 @@ def rate_interval(hits: int, n: int) -> tuple[float, float]:
 def summarize(
     results: Mapping[str, tuple[Sequence[Outcome], Truth]], real: Mapping[str, Sequence[Sequence[Any]]] | None = None
 ) -> dict[str, Any]:
-    """Return all worlds with their cells, real cases, and the targets that are missed, ready for JSON."""
+    """Return all worlds with their cells, the real cases, and the missed targets, ready for JSON."""
     worlds = [_world(name, *result) for name, result in results.items()]
     misses = [f"{world['world']}: {miss}" for world in worlds for miss in world["misses"]]
     misses += [
@@ -70,7 +70,7 @@ def _world(name: str, outcomes: Sequence[Outcome], truth: Truth) -> dict[str, An
     coverage = hits / intervals if intervals else None
     misses = _false_misses(false, n, "scorecards")
     if coverage is not None and not MIN_COVERAGE <= coverage <= MAX_COVERAGE:
-        misses.append(f"intervals hold the truth in {coverage:.1%}, all parts together")
+        misses.append(f"coverage {coverage:.1%} over all parts")
     return {
         "world": name,
         "about": entry.about,
@@ -86,7 +86,7 @@ def _world(name: str, outcomes: Sequence[Outcome], truth: Truth) -> dict[str, An
 
 
 def _cell(part: str, expectation: str | None, outcomes: Sequence[Outcome], truth: Truth) -> dict[str, Any]:
-    """Return the rates of one part; arms are simulated alike, and the first stands for all."""
+    """Return the rates of one part; all arms are simulated alike, so the first one is counted."""
     rows = [next(row for row in outcome if row[0] == part) for outcome in outcomes]
     n = len(rows)
     words = [row[2] for row in rows]
@@ -94,7 +94,7 @@ def _cell(part: str, expectation: str | None, outcomes: Sequence[Outcome], truth
     found = words.count(expectation) / n if expectation in (SUPPORTED, CONTRADICTED) else None
     misses = _false_misses(false, n, "verdicts")
     if found is not None and found < MIN_DETECTED:
-        misses.append(f"{expectation} in {found:.1%} only")
+        misses.append(f"{expectation} in only {found:.1%}")
     ends = np.array([row[4:6] for row in rows if None not in row[3:6]], dtype=float).reshape(-1, 2)
     ends = ends[np.isfinite(ends).all(1)]
     covered = intervals = 0
@@ -105,7 +105,7 @@ def _cell(part: str, expectation: str | None, outcomes: Sequence[Outcome], truth
         low, high = rate_interval(covered, intervals)
         coverage = {"rate": covered / intervals, "low": low, "high": high}
         if low > MAX_COVERAGE or high < MIN_COVERAGE:
-            misses.append(f"interval holds the truth in {covered / intervals:.1%} [{low:.1%}, {high:.1%}]")
+            misses.append(f"coverage {covered / intervals:.1%} [{low:.1%}, {high:.1%}]")
     return {
         "part": part,
         "expectation": expectation,
@@ -126,25 +126,25 @@ def _cell(part: str, expectation: str | None, outcomes: Sequence[Outcome], truth
 
 def _false_misses(false: int, n: int, noun: str) -> list[str]:
     upper = rate_interval(false, n)[1]
-    # With few simulations the upper end says nothing.
+    # With few simulations the upper end is uninformative.
     is_met = false / n <= MAX_FALSE and (upper <= MAX_FALSE_UPPER or false == 0)
     return [] if is_met else [f"false {noun} {false / n:.1%}, up to {upper:.1%}"]
 
 
 def render(summary: dict[str, Any], *, with_cells: bool = True) -> str:
-    """Return the page as Markdown; without cells, only the table of worlds and the misses."""
+    """Return the page as Markdown; without cells, only the table of worlds and the missed targets."""
     worlds, misses = summary["worlds"], summary["misses"]
     sizes = sorted({world["simulations"] for world in worlds})
     count = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
     lines = [
         "# How often verdicts are wrong",
         "",
-        f"{count} simulated runs per world, judged as `entrace claims` judges any run. `make calibrate` makes this",
-        "page; [verdicts.md](verdicts.md) explains the verdicts.",
+        f"{count} simulated runs per world, judged by `entrace claims`. `make calibrate` writes this page.",
+        "[verdicts.md](verdicts.md) explains the verdicts.",
         "",
-        f"Targets: false verdicts at most {MAX_FALSE:.0%} (upper end of the 95 % interval {MAX_FALSE_UPPER:.0%}) per",
-        f"part and per scorecard. Intervals hold the truth in {MIN_COVERAGE:.0%} to {MAX_COVERAGE:.0%} of runs; of a",
-        "single part, the 95 % interval of that rate reaches into this range. Planted effects are found in at least",
+        f"Targets: at most {MAX_FALSE:.0%} false verdicts (upper end of the 95 % interval {MAX_FALSE_UPPER:.0%}) per",
+        f"part and per scorecard. Coverage of {MIN_COVERAGE:.0%} to {MAX_COVERAGE:.0%} over all parts; for a single",
+        "part, the 95 % interval of the coverage overlaps this range. Planted effects are detected in at least",
         f"{MIN_DETECTED:.0%} of runs.",
         "",
         f"Missed targets: {len(misses)}.",
@@ -200,5 +200,5 @@ def _percent(value: float | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    # A truth that was measured on simulations is not known to more digits.
+    # Truths measured on simulations are not known to more digits.
     return "-" if value is None else f"{round(value, 3) + 0.0:.3g}"

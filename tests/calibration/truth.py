@@ -1,7 +1,7 @@
-"""Compute the true size of each effect in a world: closed forms, and plain numpy on many simulated runs.
+"""Compute the true size of each effect in a world, in closed form or with plain numpy on many simulated runs.
 
-The second is an independent reference: it shares neither SQL nor statistics with the toolkit. States of the policy are
-drawn without autocorrelation, which leaves their distribution as it is and averages them out faster.
+The numpy code is an independent reference that shares neither SQL nor statistics with the toolkit. States of the policy
+are drawn without autocorrelation, which keeps their distribution and averages them out faster.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Truth = dict[str, float]
 
 
 def truth_of(world: World | MethodWorld, rng: np.random.Generator, num_runs: int = TRUTH_RUNS) -> Truth:
-    """Return the truth of every part that has one; the rest of the ledger is left out."""
+    """Return the truth of every part of the ledger that has one."""
     if isinstance(world, MethodWorld):
         return {
             **dict.fromkeys(("M1/avg@k", "M2/avg@k", "I3/avg@k"), world.accuracy),
@@ -50,7 +50,7 @@ def _changes_over_training(world: World) -> bool:
 
 
 def _halves(world: World) -> Truth:
-    """S1: (v1 - |v2|) / (|v1| + |v2|) of the mean course, where it moves and lengths leave it alone."""
+    """Return (v1 - |v2|) / (|v1| + |v2|) of the mean course (S1); empty if lengths affect the course."""
     if world.growth or world.wrong_length or (world.hard_entropy and world.negative_entropy != world.positive_entropy):
         return {}
     entropy, accuracy = _mean_courses(world)
@@ -74,9 +74,9 @@ def _mean_courses(world: World) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _exchange(world: World, rng: np.random.Generator, num_runs: int) -> Truth:
-    """E1: slope given a linear trend, with noise of either half of the groups left out; fit of the mean course.
+    """Return the slope given a linear trend, without the noise of the groups, and the fit of the mean course (E1).
 
-    Drift of the policy counts, as it does in a recorded run.
+    Drift of the policy counts, as in a recorded run.
     """
     if not _changes_over_training(world):
         return {"E1/association": 0.0}
@@ -99,7 +99,7 @@ def _exchange(world: World, rng: np.random.Generator, num_runs: int) -> Truth:
 
 
 def _changes(world: World) -> Truth:
-    """S3, S4, and interventions, in closed form."""
+    """Return the truths of S3, S4, and interventions in closed form."""
     truth = {"S4/any defect": world.defects[0] - world.defects[1]}
     if world.has_tokens:
         change = world.reasoning[1] - world.reasoning[0]
@@ -110,7 +110,7 @@ def _changes(world: World) -> Truth:
 
 
 def _half_distance() -> float:
-    """Return mean relative position in the second half minus that in the first, places drawn evenly from responses."""
+    """Return mean relative position in the second half minus that in the first, for uniformly drawn positions."""
     places = [(np.arange(length) / length, np.full(length, 1 / length)) for length in LENGTHS]
     place, weight = (np.concatenate(parts) for parts in zip(*places, strict=True))
     late = place >= 0.5
@@ -118,11 +118,11 @@ def _half_distance() -> float:
 
 
 def _relative_falls(world: World, rng: np.random.Generator, num_runs: int) -> Truth:
-    """S2: ln(start / end) of negative minus that of positive entropy, over the rising stage or the run.
+    """Return ln(start / end) of negative minus that of positive entropy, over the rising stage or the run (S2).
 
-    Right and wrong responses to the same prompts are compared, so that what a prompt is like does not matter. With
-    tokens, whose entropy has an upper end, means fall short of the course: the ratio is that of simulated runs, all
-    groups of a step together, along a cubic.
+    Correct and incorrect responses to the same prompts are compared, so properties of the prompt have no effect. With
+    tokens, whose entropy is bounded, means fall short of the course. The ratio then comes from simulated runs, with all
+    groups of a step pooled and a cubic fitted over steps.
     """
     ratio = np.log(curve(world.negative_entropy, world) / curve(world.positive_entropy, world))
     end = world.boundary or world.steps
@@ -143,7 +143,7 @@ def _relative_falls(world: World, rng: np.random.Generator, num_runs: int) -> Tr
 
 
 def _levels(run: Run, rng: np.random.Generator) -> Truth:
-    """Return what is measured over the plateau, or over the whole run where nothing changes."""
+    """Return the truths measured over the plateau, or over the whole run if nothing changes."""
     in_plateau = run.step > run.world.boundary
     truth = {"I1/accuracy": _half_difference(run, in_plateau)}
     if run.tokens is None:
@@ -180,7 +180,7 @@ def _high(values: np.ndarray) -> np.ndarray:
 
 
 def _reasoning_difference(run: Run, tokens: Tokens, in_plateau: np.ndarray) -> float:
-    """Return the share of reasoning tokens beyond that of other responses at equal position, low minus high third."""
+    """Return the share of reasoning tokens in excess of that at equal position, low minus high third."""
     tercile = np.zeros(len(run.step), dtype=int)
     tercile[in_plateau] = terciles(at_equal_length(run, in_plateau)[None])
     at = np.flatnonzero((in_plateau & run.is_kept)[tokens.row])
@@ -194,7 +194,7 @@ def _reasoning_difference(run: Run, tokens: Tokens, in_plateau: np.ndarray) -> f
 
 
 def _ends(run: Run, tokens: Tokens, chosen: np.ndarray) -> Truth:
-    """Entropy of the first and last fifth over that of the middle, responses weighted alike."""
+    """Return entropy of the first and last fifth relative to the middle, responses weighted equally (T1)."""
     fifth = tokens.position * 5 // run.length[tokens.row]
     means = []
     for part in (fifth == 0, fifth == 4, (fifth > 0) & (fifth < 4)):
@@ -206,7 +206,7 @@ def _ends(run: Run, tokens: Tokens, chosen: np.ndarray) -> Truth:
 
 
 def _movement(run: Run, tokens: Tokens, rng: np.random.Generator) -> Truth:
-    """S5, S6, T3, over captured tokens of the plateau."""
+    """Return the truths of S5, S6, and T3 over captured tokens of the plateau."""
     if run.world.update in ("none", "float32", "bf16"):
         return {}
     at = np.flatnonzero((run.step > run.world.boundary)[tokens.row] & np.isfinite(tokens.logprob_after))
@@ -236,25 +236,26 @@ def _movement(run: Run, tokens: Tokens, rng: np.random.Generator) -> Truth:
 
 
 def _against_random(p: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """Return the share of the top fifth, and of tokens that hardly move, minus those under random logit changes."""
+    """Return the shares of the top fifth and of nearly still tokens, minus those under random logit changes."""
     drawn = _random_movement(p, size, rng)
     return top_share(size) - top_share(drawn), float((size <= STILL).mean() - (drawn <= STILL).mean())
 
 
 def _random_movement(p: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return |dp|, to first order, under normal logit changes that move as much in total."""
+    """Return |dp|, to first order, under normal logit changes with equal total movement."""
     mobility = p * (1 - p)
     spread = size.sum() / mobility.sum() * np.sqrt(np.pi / 2)
     return spread * mobility * np.abs(rng.normal(size=len(p)))
 
 
 def top_share(size: np.ndarray) -> float:
+    """Return the share of movement in the fifth of tokens that moves most."""
     ordered = np.sort(size)[::-1]
     return float(ordered[: round(0.2 * len(ordered))].sum() / ordered.sum())
 
 
 def _at_equal(values: np.ndarray, bins: np.ndarray, end: np.ndarray, middle: np.ndarray) -> float:
-    """Return end over middle, minus 1, each relative to what tokens of equal entropy have on average."""
+    """Return end over middle, minus 1, each relative to the average of tokens of equal entropy."""
     either = end | middle
     usual = np.bincount(bins[either], weights=values[either]) / np.bincount(bins[either])
     return float(values[end].sum() / usual[bins[end]].sum() / (values[middle].sum() / usual[bins[middle]].sum()) - 1)

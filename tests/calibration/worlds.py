@@ -1,4 +1,4 @@
-"""Named worlds: what each is like, its parameters, and what the scorecard is expected to say of it."""
+"""Define the simulated worlds: description, parameters, and expected verdicts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from tests.calibration.parameters import MethodWorld, World
 
-# Expectations. A null part must earn no verdict; a part that is "not supported" may be contradicted.
+# Expectations. A null part must earn no verdict. A part that is "not supported" may be contradicted.
 NULL, SUPPORTED, CONTRADICTED, NOT_SUPPORTED, INCONCLUSIVE = (
     "null",
     "supported",
@@ -20,14 +20,14 @@ METHOD_CLAIMS = ("M1", "M2", "M3", "I3")
 
 @dataclass(frozen=True)
 class Entry:
-    """A world to judge.
+    """Describe a world to judge.
 
     Attributes:
-        about: What it is like, in a sentence.
-        world: Its parameters.
-        default: Expectation of parts that ``expected`` does not name; None for parts that are not counted.
+        about: Description in one sentence.
+        world: Parameters.
+        default: Expectation of parts that ``expected`` does not name; None if they are not counted.
         expected: Expectation by ``claim/part`` or by claim.
-        is_covered: Count how often intervals hold the truth.
+        is_covered: Count the coverage of intervals.
     """
 
     about: str
@@ -37,9 +37,9 @@ class Entry:
     is_covered: bool = True
 
     def expectation(self, part: str) -> str | None:
-        """Return what is expected of ``claim/part``, None of a figure.
+        """Return the expectation of ``claim/part``; None for a figure.
 
-        A run says nothing about methods, and an ablation nothing else.
+        A run has no information about methods, and an ablation about nothing else.
         """
         claim = part.partition("/")[0]
         if claim == "figure":
@@ -51,7 +51,7 @@ class Entry:
 
 RESPONSES = World()
 TOKENS = World(has_tokens=True, has_interventions=True)
-# Drift of accuracy that entropy does not follow is not captured by the law: no support, but a contradiction is true.
+# The law does not capture drift of accuracy that is unrelated to entropy: a contradiction is correct, support is not.
 UNRELATED: dict[str, str | None] = {"E1/fit": NOT_SUPPORTED}
 FLAT = replace(RESPONSES, course="flat", accuracy=(0.5, 0.5))
 PLANTED = replace(
@@ -85,9 +85,9 @@ REVERSED = replace(
     impact_slope=-0.3,
 )
 
-# In a run of two lines these claims hold; what their parts measure is compared with the truth.
+# These claims hold in a run of two lines; their parts are compared with the truth.
 STAGES = {"S1": None, "E1": None}
-# A smooth course is not two stages, and whether its halves differ is known by course.
+# A smooth course does not have two stages. The difference between its halves depends on the course.
 SMOOTH = {"S1": None, "E1": None, "S1/two stages": NOT_SUPPORTED}
 STEADY = {**SMOOTH, "S1/entropy slows": NULL, "S1/accuracy slows": NULL}
 FASTER = {**SMOOTH, "S1/entropy slows": CONTRADICTED, "S1/accuracy slows": CONTRADICTED}
@@ -102,9 +102,7 @@ def _at(low: float, high: float) -> Entry:
     world = replace(
         RESPONSES, accuracy=(low, high), negative_entropy=(0.6, 0.4), positive_entropy=(0.42, 0.28), difficulty=0.5
     )
-    about = (
-        f"Right and wrong responses lose a third of their entropy while accuracy rises from {low:.0%} to {high:.0%}."
-    )
+    about = f"All responses lose a third of their entropy while accuracy rises from {low:.0%} to {high:.0%}."
     return Entry(about, world, expected={**STAGES, "I1/accuracy": None})
 
 
@@ -143,7 +141,7 @@ WORLDS: dict[str, Entry] = {
     ),
     **{f"drift-{rho:g}": _drifting(rho) for rho in (0.0, 0.5, 0.9, 0.95)},
     "steps-only": Entry(
-        "Drift without trend, recorded as figures of each step alone: few rows are judged.",
+        "Drift without trend, recorded only as metrics of each step: few rows are judged.",
         replace(FLAT, has_responses=False, rho=0.9, drift=3.0),
     ),
     "linear": _of("linear", "Entropy falls and accuracy rises along a line.", STEADY),
@@ -158,7 +156,7 @@ WORLDS: dict[str, Entry] = {
     "logarithm": _of("logarithm", "Logarithmic course.", SMOOTH),
     "sigmoid": _of("sigmoid", "Sigmoid course, fastest in the middle of the run.", STEADY),
     "non-monotone": _of("there and back", "Entropy falls and returns, accuracy rises and returns.", STEADY),
-    "slow-then-fast": _of("slow then fast", "Slow at first, fast from 60 % of the run on.", FASTER),
+    "slow-then-fast": _of("slow then fast", "Slow at first, fast after 60 % of the run.", FASTER),
     "rising-entropy": Entry(
         "Entropy rises along two lines while accuracy rises.",
         replace(RESPONSES, negative_entropy=(0.25, 0.6), positive_entropy=(0.25, 0.6)),
@@ -185,17 +183,17 @@ WORLDS: dict[str, Entry] = {
     **{f"two-stages-{rho:g}": _autocorrelated(rho) for rho in (0.0, 0.5, 0.9, 0.95)},
     "no-update": Entry("Two stages; no update moves any token.", replace(TOKENS, update="none"), expected=NO_UPDATE),
     "rounding-float32": Entry(
-        "Two stages; after-update values differ by float32 rounding alone.",
+        "Two stages; after-update values differ only by float32 rounding.",
         replace(TOKENS, update="float32"),
         expected=NO_UPDATE,
     ),
     "rounding-bf16": Entry(
-        "Two stages; after-update values differ by bfloat16 rounding alone.",
+        "Two stages; after-update values differ only by bfloat16 rounding.",
         replace(TOKENS, update="bf16"),
         expected=NO_UPDATE,
     ),
     "random-update": Entry(
-        "Two stages; updates change logits at random, by a standard deviation of one.",
+        "Two stages; updates change logits at random, with standard deviation 1.",
         replace(TOKENS, update_size=1.0),
         expected=STAGES,
     ),
@@ -205,23 +203,21 @@ WORLDS: dict[str, Entry] = {
         expected={**STAGES, "T1": None},
     ),
     "wrong-longer": Entry(
-        "Wrong responses are half as long again, and entropy rises with length; nothing else differs.",
+        "Incorrect responses are 50 % longer, and entropy rises with length; nothing else differs.",
         replace(TOKENS, groups=16, wrong_length=0.5, length_entropy=0.5),
         expected=STAGES,
     ),
     "end": Entry(
-        "Entropy is higher at the end of responses, and nothing else.",
+        "Entropy is higher at the end of responses; nothing else differs.",
         replace(TOKENS, ends=(1.0, 1.5)),
         expected={**STAGES, "T1/end": SUPPORTED},
     ),
     "capture-20": Entry(
-        "After-update values of every 20th step only, autocorrelation .9.",
+        "After-update values only at every 20th step, autocorrelation .9.",
         replace(TOKENS, capture_every=20, rho=0.9),
         expected=STAGES,
     ),
-    "small-groups": Entry(
-        "Four responses to each of 16 prompts.", replace(TOKENS, groups=16, group=4), expected=STAGES
-    ),
+    "small-groups": Entry("16 prompts with four responses each.", replace(TOKENS, groups=16, group=4), expected=STAGES),
     "heavy-tails": Entry(
         "Noise of tokens, responses, and updates follows Student's t with 3 degrees of freedom.",
         replace(TOKENS, is_heavy_tailed=True),
@@ -233,13 +229,13 @@ WORLDS: dict[str, Entry] = {
         expected=STAGES,
     ),
     "recurring-prompts": Entry(
-        "Prompts recur: 24 of 64 at every step.",
+        "Recurring prompts: 24 of 64 at every step.",
         replace(TOKENS, pool=64, hard_entropy=0.2),
         expected=STAGES,
     ),
     "combined": Entry(
-        "All nuisances together: unequal prompts, autocorrelation .9, growing lengths, wrong responses longer, heavy "
-        "tails, capture every 20 steps, 16 groups of 4.",
+        "All nuisances together: unequal prompts, autocorrelation .9, growing lengths, longer incorrect responses, "
+        "heavy tails, capture every 20 steps, 16 groups of 4.",
         replace(
             TOKENS,
             groups=16,
@@ -258,16 +254,16 @@ WORLDS: dict[str, Entry] = {
         is_covered=False,
     ),
     "planted": Entry(
-        "Every effect that is claimed, at the default study's size: three seeds.",
+        "All claimed effects, in three seeds, the size of the default study.",
         replace(PLANTED, runs=3),
         default=SUPPORTED,
     ),
-    "planted-1": Entry("Every effect that is claimed, in one run.", PLANTED, default=None),
+    "planted-1": Entry("All claimed effects, in one run.", PLANTED, default=None),
     "planted-0.9": Entry(
-        "Every effect that is claimed, in one run with autocorrelation .9.", replace(PLANTED, rho=0.9), default=None
+        "All claimed effects, in one run with autocorrelation .9.", replace(PLANTED, rho=0.9), default=None
     ),
     "reversed": Entry(
-        "Two stages, and the opposite of every other effect that is claimed, in three seeds.",
+        "Two stages, and the opposite of all other claimed effects, in three seeds.",
         replace(REVERSED, runs=3),
         default=CONTRADICTED,
         expected=STAGES,
@@ -281,11 +277,11 @@ WORLDS: dict[str, Entry] = {
         replace(TOKENS, rho=0.9, drift=2.0, runs=3),
         expected=STAGES,
     ),
-    "equal-arms": Entry("Arms that are alike, five seeds.", MethodWorld()),
-    "equal-arms-3": Entry("Arms that are alike, three seeds.", MethodWorld(seeds=3)),
-    "noisy-arm": Entry("Arms that are alike, arm ppl four times as variable over seeds.", MethodWorld(spread=4.0)),
+    "equal-arms": Entry("Equal arms, five seeds.", MethodWorld()),
+    "equal-arms-3": Entry("Equal arms, three seeds.", MethodWorld(seeds=3)),
+    "noisy-arm": Entry("Equal arms; arm ppl varies four times as much over seeds.", MethodWorld(spread=4.0)),
     "two-benchmarks": Entry(
-        "Arms that are alike; two benchmarks whose last evaluations are at different steps.",
+        "Equal arms; two benchmarks whose last evaluations are at different steps.",
         MethodWorld(last_steps=(6, 10)),
     ),
     "better-arms": Entry("Better, longer, and more formal arms.", BETTER, default=SUPPORTED),

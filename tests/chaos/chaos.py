@@ -4,7 +4,7 @@ Usage: python -m tests.chaos.chaos [--kills 100] [--seed 0] [--out reports/chaos
 
 A case is a run that is killed up to three times in a row: at a file-system event, by itself, or after some time, from
 outside. After each kill the trace must open and hold exactly the steps up to the last durable one; resumed to its end,
-the run must equal the uninterrupted one in every row, weight and state of the optimiser.
+the run must equal the uninterrupted one in every row, weight and state of the optimizer.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def draw_moments(seed: int, index: int) -> list[Moment]:
 
 
 class Ending(NamedTuple):
-    """How a victim ended: killed, with an error, or neither; and where, after how many events, how late."""
+    """End of a victim (killed, with an error, or neither): place, number of events, and time."""
 
     is_killed: bool
     error: str | None
@@ -140,7 +140,7 @@ class Harness:
     def _run(
         self, run_dir: Path, kill_at: int | None = None, is_torn: bool = False, timeout: float | None = None
     ) -> Ending:
-        """Goes on with a run until it ends, kills itself at an event, or ``timeout`` seconds are over."""
+        """Resume a run until it ends, kills itself at an event, or ``timeout`` seconds are over."""
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         log, board = run_dir.parent / "log.txt", Board.of(self.context)
         process = self.context.Process(target=run, args=(run_dir, log, board, kill_at, is_torn), daemon=True)
@@ -178,7 +178,7 @@ def play_cases(harness: Harness, seed: int, num_kills: int, on_case: Callable[[i
 
 
 def tally(cases: list[Case], seed: int) -> dict[str, Any]:
-    """How many kills fell where, and what came of them."""
+    """Count kills by place and outcome."""
     killed: Counter[str] = Counter()
     opened: Counter[str] = Counter()
     equal: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""What must hold of a run after every kill, and once it was resumed to its end."""
+"""Check a run after a kill, and once it was resumed to its end."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Reference:
             raise AssertionError(f"the uninterrupted run: {'; '.join(defects)}")
 
     def defects(self, run_dir: Path) -> Iterator[str]:
-        """What is wrong with a run as a reader sees it, right after a kill or at its end."""
+        """Return what is wrong with a run as a reader sees it, right after a kill or at its end."""
         runs = entrace.open_runs(run_dir)
         durable = next(iter(runs.manifests.values()))["last_durable_step"]
         sizes = {"durable": durable, "prompts": self.config.task.num_heldout, "samples": self.config.eval.samples}
@@ -78,7 +78,7 @@ class Reference:
                 yield f"{table}: {len(found)} rows that are not the {len(expected)} up to step {durable}"
 
     def final_defects(self, run_dir: Path) -> Iterator[str]:
-        """Where a run that was resumed to its end differs from this one."""
+        """Return where a run that was resumed to its end differs from this one."""
         yield from self.defects(run_dir)
         ours, theirs = (json.loads((folder / "run.json").read_text()) for folder in (self.run_dir, run_dir))
         if changed := [key for key in sorted(ours | theirs) if key not in OWN and ours.get(key) != theirs.get(key)]:
@@ -105,7 +105,7 @@ def _read(runs: entrace.Runs, table: str) -> pl.DataFrame:
 
 
 def _equal(one: pl.DataFrame, other: pl.DataFrame) -> bool:
-    """Whether two frames hold the same values in the same order, floats to the bit."""
+    """Return True if two frames hold the same values in the same order, floats to the bit."""
     floats = [name for name, kind in one.schema.items() if kind.is_float()]
     return one.equals(other) and all(
         one[name].to_numpy().tobytes() == other[name].to_numpy().tobytes() for name in floats

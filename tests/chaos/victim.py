@@ -54,11 +54,11 @@ PLACES = {
     "entrace.trainer.train:record_batch": "recording",
     "entrace.trainer.train:evaluate": "evaluation",
     "entrace.trainer.train:save_checkpoint": "checkpoint",
-    "entrace.trainer.train:find_intact": "resume",
-    "entrace.trainer.train:load_checkpoint": "resume",
+    "entrace.trainer.runs.recording:find_intact": "resume",
+    "entrace.trainer.runs.recording:load_checkpoint": "resume",
     "entrace.analysis.trace.writer:TraceWriter.resume": "resume",
-    "entrace.trainer.train:remove_unfinished": "resume clean-up",
-    "entrace.trainer.train:remove_superseded": "resume clean-up",
+    "entrace.trainer.runs.recording:remove_unfinished": "resume clean-up",
+    "entrace.trainer.runs.recording:remove_superseded": "resume clean-up",
     "entrace.analysis.trace.writer:remove_leftovers": "resume clean-up",
     "entrace.analysis.trace.writer:TraceWriter.flush": FLUSH,
     "entrace.analysis.trace.writer:write_manifest": "manifest",
@@ -81,7 +81,7 @@ class Board(NamedTuple):
 
 
 def run(run_dir: Path, log: Path, board: Board, kill_at: int | None, is_torn: bool) -> None:
-    """Trains, or goes on with, the run in ``run_dir``; the process target.
+    """Train or resume the run in ``run_dir``; the process target.
 
     Args:
         run_dir: Folder of the trace.

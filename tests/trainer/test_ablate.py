@@ -29,12 +29,12 @@ DIVERGING = '\n[arms.diverging]\noptim.lr = 1e30\nrollout.when_short = "error"\n
 
 
 class Seen:
-    """Keeps what a watcher is told."""
+    """Keeps what a listener is told."""
 
     def __init__(self):
         self.updates, self.ended = [], {}
 
-    def update(self, run_id, done, **figures):
+    def update(self, run_id, done, **metrics):
         self.updates.append((run_id, done))
 
     def end(self, run_id, error):
@@ -66,7 +66,7 @@ def test_failed_runs_stay_until_they_are_retried(grid, tmp_path):
     grid.write_text(GRID + DIVERGING)
     specs = load_grid(str(grid), [*SMALL, "optim.warmup_steps=0"])
     out, seen = tmp_path / "study", Seen()
-    failed = run_grid(specs, out, one_thread_each(), watcher=seen)
+    failed = run_grid(specs, out, one_thread_each(), train, listener=seen)
     assert list(failed) == ["diverging-seed0"]
     assert "step 2" in failed["diverging-seed0"]
     assert [done for run_id, done in seen.updates if run_id == "late-seed0"] == [0, 1, 2, 3, 4]
@@ -79,14 +79,14 @@ def test_failed_runs_stay_until_they_are_retried(grid, tmp_path):
     assert len({json.dumps(m["common_random_numbers"]) for m in manifests.values()}) == 1
 
     with pytest.raises(InputError, match="--resume"):
-        run_grid(specs, out, one_thread_each())
+        run_grid(specs, out, one_thread_each(), train)
     before, seen = contents(out), Seen()
-    assert run_grid(specs, out, one_thread_each(), resume=True, watcher=seen) == failed
+    assert run_grid(specs, out, one_thread_each(), train, resume=True, listener=seen) == failed
     assert contents(out) == before
     assert (seen.updates, seen.ended) == ([], {"none-seed0": None, "late-seed0": None, **failed})
 
     seen = Seen()
-    assert list(run_grid(specs, out, one_thread_each(), retry_failed=True, watcher=seen)) == ["diverging-seed0"]
+    assert list(run_grid(specs, out, one_thread_each(), train, retry_failed=True, listener=seen)) == ["diverging-seed0"]
     assert {run_id for run_id, _ in seen.updates} == {"diverging-seed0"}
     assert {spec.arm: read_manifest(out / spec.run_id)["status"] for spec in specs} == statuses
     changed = {path for path, data in contents(out).items() if before.get(path) != data}
@@ -94,22 +94,22 @@ def test_failed_runs_stay_until_they_are_retried(grid, tmp_path):
 
 
 def test_a_failed_run_is_completed_by_a_retry(grid, tmp_path):
-    """What made it fail is gone; it goes on from its checkpoint and equals a run that never failed."""
+    """The cause of the failure is gone; the run resumes from its checkpoint and equals one that never failed."""
     spec = load_grid(str(grid), SMALL)[0]
     out = tmp_path / "study"
 
-    def fail(done, **figures):
+    def fail(done, **metrics):
         if done == 3:
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
         train(spec.config, out / spec.run_id, spec.labels(out), on_step=fail)
-    assert run_grid([spec], out, one_thread_each(), resume=True) == {spec.run_id: "OSError: disk full"}
+    assert run_grid([spec], out, one_thread_each(), train, resume=True) == {spec.run_id: "OSError: disk full"}
     seen = Seen()
-    assert run_grid([spec], out, one_thread_each(), retry_failed=True, watcher=seen) == {}
+    assert run_grid([spec], out, one_thread_each(), train, retry_failed=True, listener=seen) == {}
     assert [done for _, done in seen.updates] == [0, 3, 4]
     assert "error" not in read_manifest(out / spec.run_id)
-    assert run_grid([spec], tmp_path / "whole", one_thread_each()) == {}
+    assert run_grid([spec], tmp_path / "whole", one_thread_each(), train) == {}
     whole, found = (steps_of(folder / spec.run_id) for folder in (tmp_path / "whole", out))
     # The first steps are from this process, whose memory other tests have used: sums may be rounded otherwise.
     for column in ("step", "loss", "entropy_token_mean", "grad_norm"):
@@ -118,7 +118,7 @@ def test_a_failed_run_is_completed_by_a_retry(grid, tmp_path):
 
 def test_a_run_that_cannot_begin_is_recorded_as_failed(grid, tmp_path):
     specs = load_grid(str(grid), [*SMALL, "policy.path=/nowhere"])[:1]
-    failed = run_grid(specs, tmp_path / "study", one_thread_each())
+    failed = run_grid(specs, tmp_path / "study", one_thread_each(), train)
     assert "no model folder at /nowhere" in failed["none-seed0"]
     manifest = json.loads((tmp_path / "study" / "none-seed0" / "run.json").read_text())
     assert (manifest["status"], manifest["arm"], manifest["last_durable_step"]) == ("failed", "none", 0)
@@ -128,8 +128,8 @@ def test_a_run_that_cannot_begin_is_recorded_as_failed(grid, tmp_path):
 class KillsItsRun(Seen):
     """Kills the process of a run, as a machine out of memory would."""
 
-    def update(self, run_id, done, **figures):
-        super().update(run_id, done, **figures)
+    def update(self, run_id, done, **metrics):
+        super().update(run_id, done, **metrics)
         if (run_id, done) == ("none-seed0", 3):
             # Runs are children of the server that forks them; verifiers have children, too.
             servers = [child for child in psutil.Process().children() if "forkserver" in " ".join(child.cmdline())]
@@ -140,7 +140,7 @@ class KillsItsRun(Seen):
 def test_a_run_whose_process_dies_without_a_word_has_failed(grid, tmp_path):
     specs = load_grid(str(grid), [*SMALL, "steps=20"])[:1]
     out, seen = tmp_path / "study", KillsItsRun()
-    failed = run_grid(specs, out, one_thread_each(), watcher=seen)
+    failed = run_grid(specs, out, one_thread_each(), train, listener=seen)
     assert failed == seen.ended == {"none-seed0": "the process was killed"}
     assert read_manifest(out / "none-seed0")["status"] == "failed"
     assert 1 <= read_manifest(out / "none-seed0")["last_durable_step"] < 20
@@ -149,12 +149,12 @@ def test_a_run_whose_process_dies_without_a_word_has_failed(grid, tmp_path):
 def test_a_grid_may_grow_but_not_change(grid, tmp_path):
     out = tmp_path / "study"
     specs = load_grid(str(grid), SMALL)[:1]
-    assert run_grid(specs, out, one_thread_each()) == {}
+    assert run_grid(specs, out, one_thread_each(), train) == {}
     before = contents(out)
 
     def refused(path, overrides=(), seeds=None):
         with pytest.raises(InputError) as error:
-            run_grid(load_grid(str(path), [*SMALL, *overrides], seeds), out, one_thread_each(), resume=True)
+            run_grid(load_grid(str(path), [*SMALL, *overrides], seeds), out, one_thread_each(), train, resume=True)
         assert contents(out) == before
         assert "\n" not in str(error.value)
         return str(error.value)
@@ -168,38 +168,40 @@ def test_a_grid_may_grow_but_not_change(grid, tmp_path):
 
     grid.write_text(GRID)
     seen = Seen()
-    assert run_grid(load_grid(str(grid), SMALL), out, one_thread_each(), resume=True, watcher=seen) == {}
+    assert run_grid(load_grid(str(grid), SMALL), out, one_thread_each(), train, resume=True, listener=seen) == {}
     assert {run_id for run_id, _ in seen.updates} == {"late-seed0"}
     assert {path: data for path, data in contents(out).items() if path in before} == before
 
 
 def test_a_finished_grid_is_extended(grid, tmp_path):
     out = tmp_path / "study"
-    assert run_grid(load_grid(str(grid), SMALL)[:1], out, one_thread_each()) == {}
+    assert run_grid(load_grid(str(grid), SMALL)[:1], out, one_thread_each(), train) == {}
     seen = Seen()
     longer = load_grid(str(grid), [*SMALL, "steps=6"])[:1]
-    assert run_grid(longer, out, one_thread_each(), resume=True, watcher=seen) == {}
+    assert run_grid(longer, out, one_thread_each(), train, resume=True, listener=seen) == {}
     assert [done for _, done in seen.updates if done] == [5, 6]
     manifest = read_manifest(out / "none-seed0")
     assert (manifest["status"], manifest["last_durable_step"], manifest["total_steps"]) == ("complete", 6, 6)
     falling = [*SMALL, "optim.schedule=linear"]
-    assert run_grid(load_grid(str(grid), falling)[:1], tmp_path / "falling", one_thread_each()) == {}
+    assert run_grid(load_grid(str(grid), falling)[:1], tmp_path / "falling", one_thread_each(), train) == {}
     with pytest.raises(InputError, match=r"cannot be extended from 4 to 6 steps, .* needs optim\.schedule_steps"):
-        run_grid(load_grid(str(grid), [*falling, "steps=6"])[:1], tmp_path / "falling", one_thread_each(), resume=True)
+        run_grid(
+            load_grid(str(grid), [*falling, "steps=6"])[:1], tmp_path / "falling", one_thread_each(), train, resume=True
+        )
 
 
 def test_a_config_key_that_is_newer_than_a_run_counts_as_its_default(grid, tmp_path):
     out = tmp_path / "study"
     spec = load_grid(str(grid), SMALL)[0]
-    assert run_grid([spec], out, one_thread_each()) == {}
+    assert run_grid([spec], out, one_thread_each(), train) == {}
     manifest = read_manifest(out / spec.run_id)
     del manifest["config"]["loss"]["normalize_std"]
     write_manifest(out / spec.run_id, manifest)
-    assert run_grid([spec], out, one_thread_each(), resume=True) == {}
+    assert run_grid([spec], out, one_thread_each(), train, resume=True) == {}
     del manifest["config"]["steps"]
     write_manifest(out / spec.run_id, manifest)
     with pytest.raises(InputError, match="steps is 120 there, 4 here"):
-        run_grid([spec], out, one_thread_each(), resume=True)
+        run_grid([spec], out, one_thread_each(), train, resume=True)
 
 
 @pytest.mark.slow
@@ -207,11 +209,12 @@ def test_runs_end_with_whoever_started_them(grid, tmp_path):
     """SIGKILL gives the grid no chance to say goodbye; its runs notice, and keep what they have."""
     out = tmp_path / "study"
     script = (
-        "from pathlib import Path; from trainer.ablate import run_grid; from trainer.grid import load_grid\n"
-        "from trainer.launch.local import LocalLauncher\n"
+        "from pathlib import Path\nfrom entrace.trainer.ablation.grid import load_grid\n"
+        "from entrace.trainer.ablation.runner import run_grid\n"
+        "from entrace.trainer.ablation.launch.local import LocalLauncher\nfrom entrace.trainer.train import train\n"
         "if __name__ == '__main__':\n"
         f"    specs = load_grid({str(grid)!r}, {[*SMALL, 'steps=100000', 'rollout.prompts_per_step=2']!r}, [0])\n"
-        f"    run_grid(specs, Path({str(out)!r}), LocalLauncher(2))\n"
+        f"    run_grid(specs, Path({str(out)!r}), LocalLauncher(2), train)\n"
     )
     (tmp_path / "main.py").write_text(script)
     parent = psutil.Popen([sys.executable, str(tmp_path / "main.py")])

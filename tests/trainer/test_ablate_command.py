@@ -1,4 +1,4 @@
-"""``entrace ablate`` as typed: bad input, dry runs, Ctrl-C and going on."""
+"""``entrace ablate`` as typed: bad input, dry runs, Ctrl-C, and resuming."""
 
 import json
 import os
@@ -36,16 +36,16 @@ def write(folder, text):
     [
         (GRID.replace("ppl", "ppk"), [], ['arm "ppk"', 'did you mean "ppl"?']),
         (GRID + SWEEP.replace("lr", "lrr"), [], ['unknown key "optim.lrr"', 'did you mean "optim.lr"?']),
-        (GRID.replace("[0, 1]", "[1, 1]"), [], ["a seed is given twice"]),
-        (GRID, ["--seeds", "2,2"], ["a seed is given twice"]),
+        (GRID.replace("[0, 1]", "[1, 1]"), [], ["repeat a seed"]),
+        (GRID, ["--seeds", "2,2"], ["repeat a seed"]),
         (GRID, ["--seeds", "two"], ['--seeds "two"']),
         (GRID.replace("[0, 1]", "[]"), [], ["the grid is empty"]),
         (GRID.replace("none = {}\nppl = {}", ""), [], ["the grid is empty"]),
-        (GRID.replace("ppl", "none"), [], ["names again", "none = {}"]),
+        (GRID.replace("ppl", "none"), [], ["repeats a name", "none = {}"]),
         (GRID, ["seed=1"], ["seed=1", "--seeds"]),
         (GRID, ["--launcher", "slurm"], ["--launcher", "slurm"]),
-        (GRID, ["--address", "auto"], ["--address belongs to --launcher ray"]),
-        (GRID, ["--launcher", "ray", "--jobs", "2"], ["--jobs belongs to --launcher local"]),
+        (GRID, ["--address", "auto"], ["--address needs --launcher ray"]),
+        (GRID, ["--launcher", "ray", "--jobs", "2"], ["--jobs needs --launcher local"]),
         (GRID, ["--launcher", "ray", "--address", "here"], ['--address "here"', "host:port or auto"]),
         (GRID, ["--launcher", "ray", "--address", "127.0.0.1:1"], ["127.0.0.1:1", "no Ray cluster answers"]),
     ],
@@ -67,7 +67,7 @@ def test_bad_input_is_one_line_and_starts_nothing(call, tmp_path, text, options,
 
 def test_a_pilot_is_for_dry_runs_and_must_be_there(call, tmp_path):
     arguments = ["ablate", write(tmp_path, GRID), "--out", tmp_path / "study", "--pilot", tmp_path / "nowhere"]
-    assert call(*arguments) == (2, "", "entrace: --pilot belongs to --dry-run\n")
+    assert call(*arguments) == (2, "", "entrace: --pilot needs --dry-run\n")
     assert call(*arguments, "--dry-run") == (2, "", f"entrace: {tmp_path / 'nowhere'}: no such folder\n")
 
 
@@ -90,12 +90,12 @@ def test_a_dry_run_prints_runs_time_and_detectable_difference(call, tmp_path):
         "[optim.lr=0.0001]",
         *("seed", "0", "90", "steps", "new"),
     ]
-    assert "runs: 8, 720 steps, 720 of them to do" in lines
+    assert "runs: 8, 720 steps, 720 remaining" in lines
     # Eight runs of 90 steps, three at a time, take as long as three.
     assert json.loads(
         call("ablate", grid, "steps=90", "--out", tmp_path / "study", "--dry-run", "--jobs", "3", "--json")[1]
     )["seconds_left"] == pytest.approx(3 * 90 * planned_seconds())
-    assert any(line.startswith("time: about ") and "3 at a time" in line for line in lines)
+    assert any(line.startswith("time: about ") and "3 in parallel" in line for line in lines)
     assert any("detectable difference" in line and "with 2" in line and "with 10" in line for line in lines)
     assert any("embedded policy" in line for line in lines)
 
@@ -183,7 +183,7 @@ def test_failed_runs_are_named_at_the_end(call, tmp_path):
     assert (code, out.strip()) == (1, str(tmp_path / "study"))
     lines = err.splitlines()
     assert lines[-2].startswith("entrace: broken-seed0 failed: ")
-    assert lines[-1] == "entrace: 1 of 3 runs failed; --retry-failed tries them again"
+    assert lines[-1] == "entrace: 1 of 3 runs failed; retry them with --retry-failed"
     code, _, err = call(*arguments, "--resume")
     assert (code, err.splitlines()) == (1, lines[-2:])
 
@@ -214,7 +214,7 @@ def test_ctrl_c_stops_cleanly_and_resume_equals_an_uninterrupted_grid(call, tmp_
     arguments = ["ablate", grid, *SMALL, "steps=20", "record.after_update_every=0", "--jobs", "2", "--seeds", "0"]
     code, printed, err = interrupt(out, [*arguments, "--out", out])
     assert (code, printed) == (130, "")
-    assert err.splitlines()[-1] == f"entrace: stopped; the same command with --resume goes on in {out}"
+    assert err.splitlines()[-1] == f"entrace: stopped; the same command with --resume continues in {out}"
     assert "Traceback" not in err
     states = {path.parent.name: read_manifest(path.parent) for path in out.glob("*/run.json")}
     assert {state["status"] for state in states.values()} == {"running"}

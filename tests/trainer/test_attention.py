@@ -18,14 +18,14 @@ def make(length, keys):
 
 
 def left_padding(length, keys):
-    """Causal, with 0, 1 and 2 padded keys; a query that would see nothing sees itself."""
+    """Return a causal mask with 0, 1, and 2 padded keys; a query without keys attends to itself."""
     mask = torch.ones(length, keys, dtype=torch.bool).tril(keys - length).expand(3, 1, length, keys).clone()
     for row in range(3):
         mask[row, :, :, :row] = False
     return mask | torch.eye(keys, dtype=torch.bool)[-length:]
 
 
-# Without a mask the fused kernel aligns queries with the first keys, so that (3, 7) needs one.
+# Without a mask, the fused kernel aligns queries with the first keys; (3, 7) therefore needs a mask.
 CASES = [((1, 7), "none"), ((7, 7), "none")]
 CASES += [(shape, kind) for shape in ((1, 7), (7, 7), (3, 7)) for kind in ("bool", "additive")]
 
@@ -46,12 +46,12 @@ def test_equals_the_fused_kernel_with_gradients(shape, kind):
     torch.testing.assert_close(found[3], expected[3], rtol=1e-4, atol=1e-6)
 
 
-def test_a_query_that_sees_nothing_stays_finite():
+def test_output_of_a_query_without_keys_is_finite():
     output, _ = short_attention(LAYER, *make(2, 2), torch.zeros(3, 1, 2, 2, dtype=torch.bool))
     assert output.isfinite().all()
 
 
-def test_long_sequences_go_to_the_fused_kernel(monkeypatch):
+def test_long_sequences_use_the_fused_kernel(monkeypatch):
     monkeypatch.setattr(attention, "MAX_KEYS", 4)
     monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *a, **k: "fused")
     assert short_attention(LAYER, *make(5, 5), None) == "fused"

@@ -1,23 +1,24 @@
-"""What an update did to its own tokens: scored again under the new weights, recorded every n-th step."""
+"""Token statistics after an update: recomputed under the new weights, recorded every n-th step."""
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 
-from entrace.analysis.trace import TraceWriter
+from entrace.analysis.trace import TraceWriter, read_manifest
 from entrace.trainer.config import load_config
-from entrace.trainer.learner import Learner, captured_responses
+from entrace.trainer.learner import Learner, captured_responses, make_objectives
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.rollouts import PromptSource, collect_batch
 from entrace.trainer.runs.record import record_batch
+from entrace.trainer.sampling.backend import backend_of
 from entrace.trainer.train import train
 
 from .conftest import SMALL
 
 SCORED = ["logprob_after", "entropy_after"]
 CAPTURED = [*SCORED, "is_clipped"]
-# Two epochs, the second far from the first: the clip is certain.
+# Two epochs with a large step between them, which is certain to clip.
 LEAP = ["optim.epochs=2", "optim.lr=5e-3", "optim.warmup_steps=0"]
 
 
@@ -27,7 +28,7 @@ def read(run_dir, table):
 
 @pytest.fixture(scope="module")
 def leap(tmp_path_factory):
-    """A run of four steps that captures steps 2 and 4."""
+    """Return a run of four steps that captures steps 2 and 4."""
     out = tmp_path_factory.mktemp("runs") / "leap"
     train(load_config("tiny", [*SMALL, *LEAP]), out, {})
     return out
@@ -37,19 +38,19 @@ def with_is_kept(run_dir):
     return read(run_dir, "tokens").join(read(run_dir, "rollouts").select("rollout_id", "is_kept"), on="rollout_id")
 
 
-def test_values_equal_a_float64_pass_of_the_updated_weights(policy, task, tmp_path):
+def test_values_equal_a_float64_pass_with_the_updated_weights(policy, task, tmp_path):
     config = load_config("tiny", [*SMALL, *LEAP, "rollout.temperature=0.8", "optim.micro_batch_tokens=300"])
     learner = Learner(config, policy)
     batch = collect_batch(config, policy, PromptSource(task), step=1)
     advantages = batch.advantages[:, None].expand(batch.rollouts.response_ids.shape)
-    metrics = learner.update(batch, advantages, step=1)
+    metrics = learner.update(batch, make_objectives(learner.config, batch, advantages, step=1), step=1)
     writer = TraceWriter.create(tmp_path / "run", {"run_id": "run"}, policy.vocab())
     after = learner.capture(batch, metrics, step=1)
     record_batch(writer, batch, advantages, after, step=1, first_rollout_id=0, temperature=0.8)
     writer.flush(1)
     tokens = read(tmp_path / "run", "tokens")
-    assert (tokens["logprob"] - tokens["logprob_after"]).abs().max() > 0.1, "the update moved nothing"
-    assert 0 < batch.is_kept.sum() < len(batch.is_kept), "no response was left out"
+    assert (tokens["logprob"] - tokens["logprob_after"]).abs().max() > 0.1, "the update changed nothing"
+    assert 0 < batch.is_kept.sum() < len(batch.is_kept), "no response was excluded"
     model = policy.model.double()
     for row, (prompt, response) in enumerate(zip(batch.rollouts.prompt_ids, batch.rollouts.responses(), strict=True)):
         recorded = tokens.filter(pl.col("rollout_id") == row)
@@ -75,8 +76,8 @@ def test_other_steps_and_responses_outside_the_update_are_null(leap):
         assert tokens.select((pl.col(name).is_not_null() == is_captured).all()).item(), name
 
 
-def test_clipped_tokens_are_those_that_the_step_counts(leap):
-    """With one update an epoch, and none clipped in the first, the step's share is half that of the second."""
+def test_clipped_tokens_match_the_clip_fraction_of_the_step(leap):
+    """With one update per epoch and no clipping in the first, the step's fraction is half that of the second."""
     captured = read(leap, "tokens").drop_nulls("is_clipped")
     per_step = captured.group_by("step", maintain_order=True).agg(pl.col("is_clipped").mean())
     steps = read(leap, "steps").filter(pl.col("step") % 2 == 0)
@@ -87,8 +88,8 @@ def test_clipped_tokens_are_those_that_the_step_counts(leap):
     assert captured.filter(pl.col("shaped_advantage") == 0).filter("is_clipped").is_empty()
 
 
-def test_some_responses_are_scored_again_and_nothing_else_changes(leap, tmp_path):
-    """Five of a step's kept responses have values, those that they have where all do."""
+def test_capturing_fewer_responses_changes_nothing_else(leap, tmp_path):
+    """Five kept responses per step have values, equal to those when all are captured."""
     config = load_config("tiny", [*SMALL, *LEAP, "record.after_update_responses=5"])
     train(config, tmp_path / "run", {})
     tokens, everything = with_is_kept(tmp_path / "run"), with_is_kept(leap)
@@ -99,7 +100,7 @@ def test_some_responses_are_scored_again_and_nothing_else_changes(leap, tmp_path
     same = everything.join(scored.select("rollout_id", "position"), on=["rollout_id", "position"])
     for name in SCORED:
         np.testing.assert_allclose(scored[name], same[name], rtol=1e-4, atol=1e-5)
-    assert len(scored) == len(tokens.join(scored, on="rollout_id", how="semi")), "a response is scored in part"
+    assert len(scored) == len(tokens.join(scored, on="rollout_id", how="semi")), "only part of a response has values"
     num_responses = [
         dict(rows.group_by("step").agg(pl.col("rollout_id").n_unique()).rows())
         for rows in (scored, everything.drop_nulls("logprob_after"))
@@ -108,7 +109,7 @@ def test_some_responses_are_scored_again_and_nothing_else_changes(leap, tmp_path
     assert num_responses[0] != num_responses[1]
 
 
-def test_which_responses_are_scored_again_depends_on_the_step_alone(small_config, policy, task):
+def test_the_captured_responses_depend_only_on_the_step(small_config, policy, task):
     config = load_config("tiny", [*SMALL, "record.after_update_responses=5"])
     batch = collect_batch(config, policy, PromptSource(task), step=1)
     chosen = [set(captured_responses(config, batch, step).tolist()) for step in range(1, 41)]
@@ -120,16 +121,20 @@ def test_which_responses_are_scored_again_depends_on_the_step_alone(small_config
 
 
 def test_any_epoch_counts(policy, task):
-    """Over many epochs, at least as many as in one of them, at most as many as in all of them."""
+    """The fraction clipped in any epoch is at least the mean over epochs, and at most their sum."""
     config = load_config("tiny", [*SMALL, *LEAP, "optim.epochs=5", "optim.mini_batches=2"])
     batch = collect_batch(config, policy, PromptSource(task), step=1)
     advantages = batch.advantages[:, None].expand(batch.rollouts.response_ids.shape)
-    metrics = Learner(config, policy).update(batch, advantages, step=1)
+    metrics = Learner(config, policy).update(batch, make_objectives(config, batch, advantages, step=1), step=1)
     share = float(metrics.is_clipped.sum() / batch.rollouts.lengths[batch.is_kept].sum())
     mean = metrics.clip_frac_low + metrics.clip_frac_high
     assert mean < share < 5 * mean
     assert not metrics.is_clipped[~batch.rollouts.response_mask].any()
     assert not metrics.is_clipped[~batch.is_kept].any()
+
+
+def test_run_json_has_the_state_of_every_fast_path(leap, policy):
+    assert read_manifest(leap)["fast_paths"] == backend_of(policy).fast_paths
 
 
 def test_one_update_clips_nothing(tmp_path):
@@ -150,7 +155,9 @@ def test_a_step_without_kept_groups_captures_nothing(policy: Policy, task, small
     learner = Learner(small_config, policy)
     batch = collect_batch(small_config, policy, PromptSource(task), step=1)
     batch.is_kept[:] = False
-    metrics = learner.update(batch, torch.zeros(batch.rollouts.response_ids.shape), step=1)
+    metrics = learner.update(
+        batch, make_objectives(learner.config, batch, torch.zeros(batch.rollouts.response_ids.shape), step=1), step=1
+    )
     after = learner.capture(batch, metrics, step=1)
     assert metrics.loss == 0.0
     assert not after.is_scored.any()

@@ -243,13 +243,13 @@ def test_damage_is_named(run_dir, caplog, name, damage, reason):
     damage(checkpoint / name)
     assert find_damage(checkpoint) == reason
     with pytest.raises(
-        InputError, match=r"checkpoint of step 80 is damaged \(.*\); restore it or take another"
+        InputError, match=r"checkpoint of step 80 is damaged \(.*\); restore it or choose another"
     ) as caught:
         find_checkpoint(run_dir, 80)
     assert f"({reason})" in str(caught.value)
     assert caplog.messages == []
     assert find_checkpoint(run_dir) == find_checkpoint(run_dir, 40)
-    assert caplog.messages == [f"{run_dir}: checkpoint of step 80 is damaged ({reason}); going on from step 40"]
+    assert caplog.messages == [f"{run_dir}: checkpoint of step 80 is damaged ({reason}); continuing from step 40"]
 
 
 def test_nothing_is_touched_if_no_checkpoint_is_whole(run_dir):
@@ -260,9 +260,10 @@ def test_nothing_is_touched_if_no_checkpoint_is_whole(run_dir):
         with pytest.raises(InputError) as caught:
             find(run_dir)
         assert str(caught.value) == (
-            f"{run_dir}: no checkpoint to go on from: checkpoint of step 80 is damaged (state.json: checksum differs), "
+            f"{run_dir}: no checkpoint to resume from: "
+            "checkpoint of step 80 is damaged (state.json: checksum differs), "
             "checkpoint of step 40 is damaged (state.json is missing); "
-            "restore the files, or remove the folder to start again; nothing was touched"
+            "restore the files, or remove the folder to start again; nothing was changed"
         )
     assert contents(run_dir) == before
 
@@ -272,9 +273,10 @@ def test_checkpoints_beyond_the_trace_do_not_count(run_dir, caplog):
     assert caplog.messages == []
     assert find_intact(run_dir, at_most=79) == find_checkpoint(run_dir, 40)
     assert caplog.messages == [
-        f"{run_dir}: checkpoint of step 80 is beyond the trace, which is whole up to step 79; going on from step 40"
+        f"{run_dir}: checkpoint of step 80 is beyond the trace, which is complete up to step 79; "
+        "continuing from step 40"
     ]
-    with pytest.raises(InputError, match="checkpoint of step 40 is beyond the trace, which is whole up to step 39"):
+    with pytest.raises(InputError, match="checkpoint of step 40 is beyond the trace, which is complete up to step 39"):
         find_intact(run_dir, at_most=39)
 
 
@@ -285,5 +287,5 @@ def test_a_run_without_checkpoints(tmp_path, run_dir):
         find_checkpoint(tmp_path / "none")
     with pytest.raises(InputError, match="none: no checkpoint of step 3 or any other"):
         find_checkpoint(tmp_path / "none", 3)
-    with pytest.raises(InputError, match="run: no checkpoint of step 3; there are 40, 80"):
+    with pytest.raises(InputError, match="run: no checkpoint of step 3; available: 40, 80"):
         find_checkpoint(run_dir, 3)

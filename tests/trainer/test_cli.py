@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import entrace
 from entrace.trainer.resources import find_base_policy
 
 from .conftest import SMALL
@@ -14,7 +15,7 @@ from .conftest import SMALL
 
 @pytest.fixture
 def folders(tmp_path):
-    """A model without tokenizer, one without weights, one with pickled weights, and a config that is no TOML."""
+    """A model without tokenizer, one without weights, one with pickled weights, and a config that is not TOML."""
     policy = find_base_policy()
     for name, left_out in {
         "no-tokenizer": ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"],
@@ -49,7 +50,7 @@ def folders(tmp_path):
         (["trian", "tiny"], ["trian", "train"]),
         (["ablate", "{}/bad.toml", "--out", "{}/run"], ["bad.toml", "not TOML"]),
         (["ablate", "tiny-study", "--out", "{}/run", "--seeds", "0,x"], ["--seeds", "0,x"]),
-        (["ablate", "tiny-study", "--out", "{}/run", "--seeds", "1,1"], ["a seed is given twice"]),
+        (["ablate", "tiny-study", "--out", "{}/run", "--seeds", "1,1"], ["repeat a seed"]),
         (["ablate", "tiny-study", "--out", "{}/full"], ["full", "already holds files"]),
         (["eval", "{}/nowhere"], ["no model folder", "nowhere"]),
         (["pretrain", "{}/bad.toml", "--out", "{}/run"], ["bad.toml", "not TOML"]),
@@ -96,7 +97,8 @@ def test_a_run_can_be_trained_evaluated_and_queried(tmp_path, call):
 
 def test_start_up_imports_nothing_heavy():
     script = (
-        "import sys, trainer.cli; print({'torch', 'transformers', 'duckdb', 'polars', 'matplotlib'} & set(sys.modules))"
+        "import sys, entrace.trainer.cli\n"
+        "print({'torch', 'transformers', 'duckdb', 'polars', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
@@ -115,3 +117,9 @@ def test_a_misspelt_method_is_met_with_the_nearest(call, tmp_path):
     code, _, error = call("train", "tiny", "shaping.method=ppl_permutd", "--out", tmp_path / "run")
     assert code == 2
     assert 'did you mean "ppl_permuted"?' in error
+
+
+@pytest.mark.parametrize("command", [["-m", "entrace"], ["-c", "from entrace.trainer.cli import main; main()"]])
+def test_the_version_is_printed(command):
+    done = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"entrace {entrace.__version__}"

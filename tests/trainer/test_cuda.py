@@ -1,4 +1,4 @@
-"""What only a GPU runs, against the same on a CPU or without it."""
+"""Compare code that only a GPU runs with a CPU, or with the same GPU without it."""
 
 from dataclasses import replace
 
@@ -7,12 +7,16 @@ import pytest
 import torch
 
 from entrace.trainer.config import PolicyConfig
-from entrace.trainer.kernels import token_stats
-from entrace.trainer.kernels.token_stats import LMHead, Truncation, compute_stats, compute_token_stats
+from entrace.trainer.kernels import blocked_stats
+from entrace.trainer.kernels.blocked_stats import compute_token_stats
+from entrace.trainer.kernels.token_stats import LMHead, Truncation
 from entrace.trainer.model.policy import Policy
-from entrace.trainer.sampling.cuda_graph import Replay
+from entrace.trainer.sampling import backend
+from entrace.trainer.sampling.backend import CUDA_GRAPH, ON, PACKING, TRITON, backend_of
+from entrace.trainer.sampling.cuda_graph import CudaGraph
 from entrace.trainer.sampling.sampler import sample
 from entrace.trainer.sampling.samples import SamplingParams
+from tests.benchmarks.logit_stats import stats_of_logits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -28,8 +32,8 @@ def test_statistics_of_logits(dtype, gap):
     logits = torch.randn(20, 50_000, generator=torch.Generator().manual_seed(0)) * 3
     logits[:, 7] = logits.logsumexp(1) + gap
     logits, targets = logits.to(dtype), torch.arange(20) // 10 * 7 + 7
-    expected = compute_stats(logits.float(), targets, 0.8)
-    found = compute_stats(logits.cuda(), targets.cuda(), 0.8)
+    expected = stats_of_logits(logits.float(), targets, 0.8)
+    found = stats_of_logits(logits.cuda(), targets.cuda(), 0.8)
     for name, values in vars(expected).items():
         torch.testing.assert_close(getattr(found, name).cpu(), values, rtol=1e-5, atol=2e-6)
         torch.testing.assert_close(getattr(found, name)[:10].cpu(), values[:10], rtol=1e-5, atol=0)
@@ -37,7 +41,7 @@ def test_statistics_of_logits(dtype, gap):
 
 @pytest.mark.parametrize("truncation", [Truncation(), Truncation(0.9), Truncation(0.8, 50)], ids=str)
 def test_both_passes_from_hidden_states(truncation, monkeypatch):
-    monkeypatch.setitem(token_stats.BLOCK, "cuda", (50, 1000))
+    monkeypatch.setitem(blocked_stats.BLOCK, "cuda", (50, 1000))
     generator = torch.Generator().manual_seed(0)
     case = [torch.randn(*shape, generator=generator) for shape in ((130, 8), (3333, 8), (3333,))]
     targets = torch.randint(3333, (130,), generator=generator)
@@ -53,40 +57,40 @@ def test_both_passes_from_hidden_states(truncation, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_work_is_recorded_once_and_replayed_on_what_its_memory_holds():
+def test_work_is_captured_once_and_replayed_on_current_memory():
     calls, x = [], torch.zeros(3, device="cuda")
 
     def work():
         calls.append(None)
         return x * 2 + 1
 
-    replay = Replay()
+    graph = CudaGraph()
     for value in range(4):
         x.fill_(value)
-        assert replay(work).tolist() == [2 * value + 1] * 3
+        assert graph(work).tolist() == [2 * value + 1] * 3
     assert len(calls) == 2
 
 
 @pytest.mark.parametrize("limit", [20, 200])
-def test_replayed_sampling_draws_what_the_other_draws(policy, limit):
-    assert policy.replays
+def test_sampling_with_a_cuda_graph_draws_the_same_tokens(policy, limit, monkeypatch):
+    selected = backend_of(policy)
+    assert selected.uses_cuda_graph
     prompts = [policy.encode_prompt(text) for text in ("1 + 2 =", "12 + 3 - 4 =", "7 =")]
     drawn = []
-    for replays in (True, False):
-        policy.replays = replays
+    for uses_cuda_graph in (True, False):
+        monkeypatch.setitem(backend._BACKENDS, policy, replace(selected, uses_cuda_graph=uses_cuda_graph))
         drawn.append(sample(policy, prompts, 40, SamplingParams(limit, 1.2), np.random.default_rng(0)))
-    policy.replays = True
     found, expected = drawn
-    is_same = (found.tokens == expected.tokens).all(1)
-    # Where a random number lies on the border of two tokens, rounding decides.
+    is_same = (found.response_ids == expected.response_ids).all(1)
+    # If a random number falls on the border of two tokens, rounding decides.
     assert is_same.float().mean() > 0.95
     mask = expected.response_mask & is_same[:, None]
-    torch.testing.assert_close(found.stats.entropy[mask], expected.stats.entropy[mask], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.entropies[mask], expected.entropies[mask], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("attention", ["auto", "packed"])
-def test_what_is_recorded_is_what_a_pass_over_the_whole_text_gives(dtype, attention):
+def test_recorded_values_equal_a_teacher_forced_pass(dtype, attention):
     policy = Policy.load(PolicyConfig(device="cuda", dtype=dtype, attention=attention))
     assert policy.uses_packing == (attention == "packed")
     prompts = [policy.encode_prompt(text) for text in ("1 + 2 =", "12 + 3 - 4 =", "7 =")]
@@ -101,6 +105,7 @@ def test_what_is_recorded_is_what_a_pass_over_the_whole_text_gives(dtype, attent
         assert difference.mean() < tolerance / 10
 
 
-def test_the_trial_is_for_what_can_be_replayed(policy):
-    assert policy.replays
-    assert not replace(policy, device=torch.device("cpu")).replays
+def test_fast_paths_of_a_gpu(policy):
+    fast_paths = backend_of(policy).fast_paths
+    assert (fast_paths[CUDA_GRAPH], fast_paths[TRITON]) == (ON, ON)
+    assert fast_paths[PACKING] == "policy.attention is not packed"

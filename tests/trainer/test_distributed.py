@@ -1,6 +1,6 @@
-"""Several processes on one machine, over gloo: the same run as one process makes, and one end for all.
+"""Several processes on one machine, over gloo: results equal those of one process, and all end together.
 
-Two are started by ``accelerate launch``, as a user would; the others are forked, which spares them their imports.
+``accelerate launch`` starts some of them, as a user would; the others are forked, which saves their imports.
 """
 
 import errno
@@ -36,7 +36,7 @@ KEYS = ["step", "rollout_id", "position", "prompt_id", "sample_index", "token_id
 CONFIG = [*SMALL, "steps=3", "record.checkpoint_every=1"]
 SECONDS = 60
 SHARDED = (pytest.mark.slow, pytest.mark.sharded)
-# Nothing that a run of two steps or three takes so much of can tell them apart but the order in which sums are made.
+# After two or three steps, results differ by the summation order only.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
@@ -56,7 +56,7 @@ def assert_same_run(found_dir, wanted_dir):
         for name in wanted.columns:
             if not wanted[name].dtype.is_float():
                 assert found[name].equals(wanted[name], null_equal=True), (table, name)
-            # A mean over the group's spread, which may be that of two all but equal responses.
+            # Divided by the group's spread, which may be that of two almost equal responses.
             elif name != "ppl_z":
                 np.testing.assert_allclose(found[name], wanted[name], **ROUNDING, err_msg=f"{table}.{name}")
     losses = [read(run_dir, "steps")["loss"] for run_dir in (found_dir, wanted_dir)]
@@ -65,12 +65,12 @@ def assert_same_run(found_dir, wanted_dir):
         load_file(max(run_dir.glob("checkpoints/*/policy/model.safetensors"))) for run_dir in (found_dir, wanted_dir)
     ]
     for name, wanted in weights[1].items():
-        # AdamW turns rounding of a gradient of all but nothing into a whole step.
+        # AdamW turns the rounding error of an almost zero gradient into a whole step.
         assert ((weights[0][name] - wanted).abs() < 1e-5).float().mean() > 0.99, name
 
 
 def fork(context, num_processes, arguments, tmp_path, before=None):
-    """Runs the command in processes that find themselves launched together; returns them and their logs."""
+    """Run the command in processes with the environment of a launcher; return the processes and their logs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -79,7 +79,7 @@ def fork(context, num_processes, arguments, tmp_path, before=None):
     for rank, log in enumerate(logs):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "MASTER_PORT": port}
         environment = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        # OMP_NUM_THREADS is asked for by accelerate, which would count the machine's cores.
+        # Without OMP_NUM_THREADS, accelerate would set one thread per core.
         environment |= {"LOCAL_WORLD_SIZE": str(num_processes), "OMP_NUM_THREADS": "1"}
         process = context.Process(target=run_forked, args=(environment, list(map(str, arguments)), log, before))
         process.start()
@@ -100,7 +100,7 @@ def run_forked(environment, arguments, log, before):
 
 
 def end(processes):
-    """Exit codes, all processes having ended by themselves."""
+    """Wait for all processes and return their exit codes."""
     deadline = time.monotonic() + SECONDS
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
@@ -111,7 +111,7 @@ def end(processes):
 
 
 def said(logs):
-    """Lines of all processes, those of the progress left out."""
+    """Return the lines of all processes, without progress."""
     lines = [line for log in logs for line in log.read_text().splitlines()]
     return [line for line in lines if "tokens_per_s" not in line]
 
@@ -141,7 +141,7 @@ def launch(arguments, log, sharing="ddp"):
 
 
 @pytest.mark.parametrize("sharing", ["ddp", pytest.param("fsdp", marks=SHARDED)])
-def test_two_processes_make_the_run_that_one_makes(alone, tmp_path, sharing):
+def test_two_processes_reproduce_the_run_of_one(alone, tmp_path, sharing):
     out, log = tmp_path / "two", tmp_path / "log.txt"
     assert launch(["train", "tiny", *CONFIG, "--out", out], log, sharing).wait(SECONDS) == 0
     lines = log.read_text().splitlines()
@@ -158,18 +158,18 @@ def test_two_processes_make_the_run_that_one_makes(alone, tmp_path, sharing):
 
 
 @pytest.mark.parametrize("sharing", ["ddp", pytest.param("fsdp", marks=SHARDED)])
-def test_a_killed_process_ends_all_with_one_line_and_the_run_goes_on(alone, tmp_path, sharing):
+def test_a_killed_process_ends_all_with_one_line_and_the_run_can_resume(alone, tmp_path, sharing):
     out, log = tmp_path / "killed", tmp_path / "log.txt"
     launcher = launch(["train", "tiny", *CONFIG, "--out", out], log, sharing)
     wait_for(out / "checkpoints" / "step-000001")
     os.kill(next(pid for pid in children(launcher.pid) if environment(pid)["RANK"] == "1"), signal.SIGKILL)
     assert launcher.wait(SECONDS) == 1
-    lines = [line for line in log.read_text().splitlines() if line.startswith("entrace")]
+    lines = [line for line in log.read_text().splitlines() if line.startswith("entrace:")]
     last = read_manifest(out)["last_durable_step"]
-    recorded = f"recorded up to step {last}: go on with --resume"
+    recorded = f"recorded up to step {last}: resume with --resume"
     assert lines == [f"entrace: TrainingError: {out}: another process of the run has ended; {recorded}"]
     assert open_runs(out).sql("select max(step) from tokens").item() == last
-    # With one process, for any number can go on.
+    # Any number of processes can resume, one included.
     train(load_config("tiny", CONFIG), out, LABELS, resume=True)
     assert_same_run(out, alone)
     assert read_manifest(out)["num_processes"] == 1
@@ -191,14 +191,14 @@ def environment(pid):
     return dict(pair.split("=", 1) for pair in pairs if pair)
 
 
-def share_weights(rank):
+def shard_weights(rank):
     os.environ["ACCELERATE_USE_FSDP"] = "true"
 
 
 @pytest.mark.slow
 @pytest.mark.sharded
 @pytest.mark.parametrize("overrides", [[], ["policy.gradient_checkpointing=true", "optim.micro_batch_tokens=200"]])
-def test_processes_that_share_weights_go_on_from_a_checkpoint_of_one(context, tmp_path, overrides):
+def test_sharded_processes_resume_from_a_checkpoint_of_one(context, tmp_path, overrides):
     config = [*CONFIG, *overrides, "loss.kl_coef=0.01"]
     wanted, out = tmp_path / "wanted", tmp_path / "cut"
     train(load_config("tiny", config), wanted, LABELS)
@@ -210,7 +210,7 @@ def test_processes_that_share_weights_go_on_from_a_checkpoint_of_one(context, tm
     with pytest.raises(KeyboardInterrupt):
         train(load_config("tiny", config), out, LABELS, on_step=stop)
     arguments = ["train", "tiny", *config, "--resume", "--out", out]
-    processes, logs = fork(context, 2, arguments, tmp_path, share_weights)
+    processes, logs = fork(context, 2, arguments, tmp_path, shard_weights)
     assert end(processes) == [0, 0], [log.read_text() for log in logs]
     assert_same_run(out, wanted)
     found, moments = (load_file(run / "checkpoints" / "step-000003" / "optimizer.safetensors") for run in (out, wanted))
@@ -219,22 +219,22 @@ def test_processes_that_share_weights_go_on_from_a_checkpoint_of_one(context, tm
         torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-6)
 
 
-def test_an_adapter_is_not_shared_out(context, tmp_path):
+def test_an_adapter_cannot_be_sharded(context, tmp_path):
     arguments = ["train", "tiny", *CONFIG, "policy.lora={r=2}", "--out", tmp_path / "run"]
-    processes, logs = fork(context, 2, arguments, tmp_path, share_weights)
+    processes, logs = fork(context, 2, arguments, tmp_path, shard_weights)
     assert end(processes) == [2, 2]
-    assert "".join(log.read_text() for log in logs).count("policy.lora: an adapter is not shared out (FSDP)") == 1
+    assert "".join(log.read_text() for log in logs).count("policy.lora: an adapter cannot be sharded (FSDP)") == 1
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         ["optim.mini_batches=2", "optim.epochs=2", "loss.kl_coef=0.1", "loss.method=entropy_mask"],
-        # Two processes have no prompt, and one no row to learn from.
+        # Two processes have no prompt, and one has no row to learn from.
         ["rollout.prompts_per_step=1", "rollout.group_size=2", "rollout.max_refills=4"],
     ],
 )
-def test_what_is_worked_out_over_the_batch_is_worked_out_over_all_of_it(context, tmp_path, overrides):
+def test_statistics_of_the_batch_include_all_processes(context, tmp_path, overrides):
     config = [*CONFIG, "steps=1", "shaping.method=ppl", "loss.aggregation=sequence_mean", *overrides]
     train(load_config("tiny", config), tmp_path / "alone", LABELS)
     processes, logs = fork(context, 3, ["train", "tiny", *config, "--out", tmp_path / "three"], tmp_path)
@@ -244,7 +244,7 @@ def test_what_is_worked_out_over_the_batch_is_worked_out_over_all_of_it(context,
 
 
 def fill_the_disk(rank):
-    """The disk of the second process is full as it writes what it recorded of step 2, until it is started again."""
+    """Fill the disk of the second process when it writes step 2, until it is started again."""
     if rank == 1:
         write = train_module.TraceWriter.flush
 
@@ -256,11 +256,11 @@ def fill_the_disk(rank):
         train_module.TraceWriter.flush = flush
 
 
-def test_the_fault_of_one_process_is_that_of_all(context, alone, tmp_path):
+def test_an_error_of_one_process_ends_all(context, alone, tmp_path):
     out = tmp_path / "full"
     processes, logs = fork(context, 2, ["train", "tiny", *CONFIG, "--out", out], tmp_path, fill_the_disk)
     assert end(processes) == [1, 1]
-    reason = f"TrainingError: {out}: no space left on device; recorded up to step 1: free some space and go on with"
+    reason = f"TrainingError: {out}: no space left on device; recorded up to step 1: free some space and resume with"
     assert said(logs) == [f"entrace: {reason} --resume"]
     manifest = read_manifest(out)
     assert (manifest["status"], manifest["last_durable_step"]) == ("failed", 1)
@@ -271,24 +271,24 @@ def test_the_fault_of_one_process_is_that_of_all(context, alone, tmp_path):
     assert_same_run(out, alone)
 
 
-def test_a_signal_to_one_process_stops_all_after_what_they_are_doing(context, alone, tmp_path):
+def test_a_signal_to_one_process_stops_all_at_the_next_exchange(context, alone, tmp_path):
     out = tmp_path / "stopped"
     processes, logs = fork(context, 2, ["train", "tiny", *CONFIG, "--out", out], tmp_path)
     wait_for(out / "checkpoints" / "step-000001")
     os.kill(processes[1].pid, signal.SIGTERM)
     assert end(processes) == [130, 130]
-    assert said(logs) == [f"entrace: stopped; the same command with --resume goes on in {out}"]
+    assert said(logs) == [f"entrace: stopped; the same command with --resume continues in {out}"]
     train(load_config("tiny", CONFIG), out, LABELS, resume=True)
     assert_same_run(out, alone)
 
 
-def test_without_rank_0_another_speaks(context, tmp_path):
+def test_without_rank_0_another_reports(context, tmp_path):
     out = tmp_path / "headless"
     processes, logs = fork(context, 2, ["train", "tiny", *CONFIG, "--out", out], tmp_path)
     wait_for(out / "checkpoints" / "step-000001")
     processes[0].kill()
     assert end(processes) == [-signal.SIGKILL, 1]
-    # Rank 0 kept the count of speakers too, since no launcher does.
+    # Without a launcher, rank 0 hosts the store that picks the reporting process.
     assert any("another process of the run has ended; recorded up to step" in line for line in said(logs))
     assert json.loads((out / "run.json").read_text())["status"] == "running"
 
@@ -298,10 +298,10 @@ def test_without_rank_0_another_speaks(context, tmp_path):
     [
         (["train", "tiny", "optim.lr=much", "--out"], "optim.lr: expected a valid number"),
         (["train", "tiny", "policy.path=nowhere", "--out"], "policy.path: no model folder at nowhere"),
-        (["report", "--out"], "processes that were launched together can train, and nothing else"),
+        (["report", "--out"], "only `entrace train` can run in several processes"),
     ],
 )
-def test_bad_input_is_said_once(context, tmp_path, arguments, line):
+def test_bad_input_is_reported_once(context, tmp_path, arguments, line):
     processes, logs = fork(context, 2, [*arguments, tmp_path / "run"], tmp_path)
     assert end(processes) == [2, 2]
     assert len(said(logs)) == 1
@@ -309,9 +309,9 @@ def test_bad_input_is_said_once(context, tmp_path, arguments, line):
     assert not (tmp_path / "run").exists()
 
 
-def test_shares_are_all_there_is_in_order():
+def test_slices_of_all_ranks_cover_everything_in_order():
     for count in (0, 1, 5, 6, 8):
-        parts = [Ranks(rank, 3).share(count) for rank in range(3)]
+        parts = [Ranks(rank, 3).shard(count) for rank in range(3)]
         assert [place for part in parts for place in range(count)[part]] == list(range(count))
         sizes = [len(range(count)[part]) for part in parts]
         assert max(sizes) - min(sizes) <= 1
@@ -319,12 +319,13 @@ def test_shares_are_all_there_is_in_order():
 
 def test_alone_every_exchange_is_the_identity():
     tensor = torch.tensor([1.0])
-    ALONE.add_up([tensor])
-    assert (tensor.item(), ALONE.gather(tensor), ALONE.share(7), ALONE.is_main) == (1.0, [tensor], slice(0, 7), True)
-    assert ALONE.from_main(lambda: 3) == 3
+    ALONE.all_reduce([tensor])
+    assert (tensor.item(), ALONE.shard(7), ALONE.is_main) == (1.0, slice(0, 7), True)
+    assert ALONE.all_gather_object(tensor) == [tensor]
+    assert ALONE.broadcast(lambda: 3) == 3
 
 
-def test_an_error_that_cannot_be_sent_is_sent_in_words():
+def test_an_error_that_cannot_be_pickled_is_sent_as_text():
     class LocalError(Exception):
         pass
 

@@ -89,11 +89,11 @@ def test_the_command_prints_a_plan_and_makes_nothing(call, tmp_path, monkeypatch
 
 def test_without_a_folder_nothing_is_trained(call):
     status, _, error = call("train", "tiny")
-    assert (status, error) == (2, "entrace: --out: expected the folder of the run\n")
+    assert (status, error) == (2, "entrace: --out: missing; name the folder of the run\n")
 
 
 def test_an_unknown_shape_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"the shape of .* is not known here") as refused:
+    with pytest.raises(InputError, match=r"the shape of .* is unknown") as refused:
         find_shape(str(tmp_path))
     assert "\n" not in str(refused.value)

@@ -1,11 +1,14 @@
 """`entrace eval`: one row per benchmark with its interval and its number of prompts, and their mean on request."""
 
 import json
+import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from entrace.analysis.statistics.intervals import bounded
-from entrace.trainer.cli.evaluate import MEAN, mean_over_benchmarks, summarize_evals
+from entrace.analysis.statistics.shares import bounded
+from entrace.trainer.cli.evaluate import MEAN, _lines, mean_over_benchmarks, summarize_evals
 from entrace.trainer.config import load_config
 from entrace.trainer.evaluate import load_policy_and_task
 from entrace.trainer.resources import find_base_policy
@@ -56,6 +59,24 @@ def test_responses_without_a_verdict_do_not_count():
     }
     assert summary["none"] == {}
     assert mean_over_benchmarks(summary)["avg@2"].value == 0.5
+
+
+VERDICT = st.sampled_from([True, True, True, False, None])
+PROMPTS = st.lists(st.tuples(VERDICT, VERDICT), min_size=1, max_size=40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(first=PROMPTS, second=PROMPTS)
+def test_no_printed_share_lies_outside_of_0_and_1(first, second):
+    summary = summarize_evals(columns(first=first, second=second), k=2)
+    summary[MEAN] = mean_over_benchmarks(summary)
+    for name, metrics in summary.items():
+        for estimate in metrics.values():
+            assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1, name
+    for line in _lines({"model": summary}):
+        shares = [float(number) for number in re.findall(r"\d+\.\d+", line)]
+        assert len(shares) == 3 * len(summary[line.split()[1]])
+        assert all(0 <= share <= 1 for share in shares), line
 
 
 @pytest.fixture

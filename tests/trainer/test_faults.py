@@ -1,4 +1,4 @@
-"""Faults of the machine, real ones: what the user reads, what is left, and that the run can go on from there.
+"""Faults of the machine, real ones: what the user reads, what is left, and that the run can be resumed.
 
 A worker that dies inside a grid is in ``test_ablate``, a process killed at any moment in ``test_kill``, a loss that is
 no number in ``test_train``.
@@ -77,9 +77,9 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
-    """The same, interrupted in step 6: the trace holds five steps, checkpoints are of steps 2 and 4."""
+    """A run interrupted in step 6: the trace holds five steps, checkpoints are of steps 2 and 4."""
 
-    def stop(done, **figures):
+    def stop(done, **metrics):
         if done == 5:
             raise Interrupted
 
@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_passed_over(run_dir, whole, caplog):
     flip_a_bit(run_dir / "checkpoints" / "step-000004" / "optimizer.safetensors")
     resume(run_dir)
     damaged = "checkpoint of step 4 is damaged (optimizer.safetensors: checksum differs)"
-    assert caplog.messages == [f"{run_dir}: {damaged}; going on from step 2"]
+    assert caplog.messages == [f"{run_dir}: {damaged}; continuing from step 2"]
     assert_same_run(run_dir, whole)
 
 
@@ -114,8 +114,10 @@ def test_nothing_is_touched_where_no_checkpoint_is_whole(run_dir, call):
     code, _, err = call("train", "tiny", *OVERRIDES, "--out", run_dir, "--resume")
     lines = err.splitlines()
     assert code == 2
-    assert lines[-1].startswith(f"entrace: {run_dir}: no checkpoint to go on from: checkpoint of step 4 is damaged (st")
-    assert "nothing was touched" in lines[-1]
+    assert lines[-1].startswith(
+        f"entrace: {run_dir}: no checkpoint to resume from: checkpoint of step 4 is damaged (st"
+    )
+    assert "nothing was changed" in lines[-1]
     assert contents(run_dir) == before
 
 
@@ -135,8 +137,8 @@ def test_a_damaged_trace_goes_back_to_the_checkpoint_before(run_dir, whole, call
     assert (code, len(lines)) == (2, 1)
     assert lines[0].startswith(f"entrace: {path}: {reason}")
     resume(run_dir)
-    beyond = "checkpoint of step 4 is beyond the trace, which is whole up to step 3"
-    assert f"{run_dir}: {beyond}; going on from step 2" in caplog.messages
+    beyond = "checkpoint of step 4 is beyond the trace, which is complete up to step 3"
+    assert f"{run_dir}: {beyond}; continuing from step 2" in caplog.messages
     assert [message.partition(": ")[0] for message in caplog.messages] == [str(path), str(run_dir)]
     assert_same_run(run_dir, whole)
 
@@ -148,8 +150,8 @@ def test_a_trace_damaged_before_its_first_checkpoint_is_not_touched(run_dir, cal
     code, _, err = call("train", "tiny", *OVERRIDES, "--out", run_dir, "--resume")
     lines = err.splitlines()
     assert code == 2
-    assert "checkpoint of step 2 is beyond the trace, which is whole up to step 0" in lines[-1]
-    assert "nothing was touched" in lines[-1]
+    assert "checkpoint of step 2 is beyond the trace, which is complete up to step 0" in lines[-1]
+    assert "nothing was changed" in lines[-1]
     assert any(message.startswith(f"{path}: damaged") for message in caplog.messages), "which file to restore"
     assert contents(run_dir) == before
 
@@ -162,7 +164,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, whole, monkeypatc
         def now(cls, tz=None):
             return cls.fromtimestamp(next(cls.hours) * 3600, tz)
 
-    def stop(done, **figures):
+    def stop(done, **metrics):
         if done == 3:
             raise Interrupted
 
@@ -346,7 +348,7 @@ def test_a_full_disk(tmp_path, whole):
     (tmp_path / "disk").mkdir()
     told = run_child(full_disk, tmp_path / "disk", tmp_path, *rooms, prefix=own_mounts())
     for room, recorded, ((code, line), state, steps, hidden, resumed) in zip(rooms, (2, 4, 4), told, strict=True):
-        advice = f"recorded up to step {recorded}: free some space and go on with --resume"
+        advice = f"recorded up to step {recorded}: free some space and resume with --resume"
         assert (code, line) == (
             1,
             f"entrace: TrainingError: {tmp_path / 'disk/run'}: no space left on device; {advice}",
@@ -364,7 +366,7 @@ def locked_disk(folder, out):
     _mount(folder, "size=64m")
     run_dir = Path(folder) / "run"
 
-    def lock(done, **figures):
+    def lock(done, **metrics):
         if done == 3:
             _mount(folder, "remount,ro")
 
@@ -388,7 +390,7 @@ def test_a_disk_that_becomes_read_only(tmp_path, whole):
     (tmp_path / "disk").mkdir()
     told = run_child(locked_disk, tmp_path / "disk", tmp_path, prefix=own_mounts())
     text, (code, again), (new_code, new), last, resumed = told
-    recorded = "recorded up to step {}: make it writable and go on with --resume"
+    recorded = "recorded up to step {}: make it writable and resume with --resume"
     run_dir = tmp_path / "disk/run"
     assert text == f"{run_dir}: read-only file system; {recorded.format(3)}"
     assert (code, again) == (1, f"entrace: TrainingError: {text}")

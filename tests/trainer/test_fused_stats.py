@@ -1,26 +1,34 @@
-"""The kernels, run by Triton's interpreter, against the statistics that need none."""
+"""Compare the Triton kernels, run by Triton's interpreter, with the statistics in plain torch."""
 
 import pytest
 import torch
 
-from entrace.trainer.kernels import token_stats
-from entrace.trainer.kernels.token_stats import LMHead, Truncation, compute_stats, compute_token_stats
+from entrace.trainer.kernels import blocked_stats, token_stats
+from entrace.trainer.kernels.blocked_stats import compute_token_stats
+from entrace.trainer.kernels.token_stats import LMHead, Truncation
+from tests.benchmarks import logit_stats
+from tests.benchmarks.logit_stats import stats_of_logits
 
 pytest.importorskip("triton")
-# Of what lies beyond the last column.
+# The interpreter warns about values beyond the last column.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture
 def with_kernels(monkeypatch):
-    """From its call on, statistics are made by the kernels; see tests/conftest.py for how these run."""
+    """Return a function that switches to the kernels; tests/conftest.py selects the interpreter."""
     if torch.cuda.is_available():
         pytest.skip("tests/trainer/test_cuda.py runs them")
-    from entrace.trainer.kernels import token_stats_triton as fused_stats
+    from entrace.trainer.kernels import token_stats_triton
 
     for name, value in {"LANES": 32, "DEPTH": 2, "BLOCK": 64}.items():
-        monkeypatch.setattr(fused_stats, name, value)
-    return lambda: monkeypatch.setattr(token_stats, "_fused", lambda device: fused_stats)
+        monkeypatch.setattr(token_stats_triton, name, value)
+
+    def switch():
+        for module in (token_stats, logit_stats):
+            monkeypatch.setattr(module, "triton_kernels", lambda device: token_stats_triton)
+
+    return switch
 
 
 @pytest.mark.parametrize("gap", [0, 5, 15, 30])
@@ -30,19 +38,19 @@ def test_statistics_of_logits(with_kernels, gap, dtype):
     logits[:, 7] = logits.logsumexp(1) + gap
     logits = logits.to(dtype)
     targets = torch.tensor([7, 7, 0, 63, 64, 299])
-    expected = compute_stats(logits.float(), targets, 0.8)
+    expected = stats_of_logits(logits.float(), targets, 0.8)
     with_kernels()
-    found = compute_stats(logits, targets, 0.8)
+    found = stats_of_logits(logits, targets, 0.8)
     for name, values in vars(expected).items():
         torch.testing.assert_close(getattr(found, name), values, rtol=3e-6, atol=5e-7)
-        # A certain token's are known as well as elsewhere; those of others pass through 1.
+        # Statistics of certain tokens have a relative error; those of others pass through 1.
         torch.testing.assert_close(getattr(found, name)[:2], values[:2], rtol=3e-6, atol=0)
 
 
 @pytest.mark.parametrize("block", [(5, 100), (64, 1000)], ids=str)
 @pytest.mark.parametrize("truncation", [Truncation(), Truncation(0.9), Truncation(0.8, 50)], ids=str)
 def test_both_passes_from_hidden_states(with_kernels, monkeypatch, block, truncation):
-    monkeypatch.setitem(token_stats.BLOCK, "cpu", block)
+    monkeypatch.setitem(blocked_stats.BLOCK, "cpu", block)
     generator = torch.Generator().manual_seed(0)
     case = [torch.randn(*shape, generator=generator) for shape in ((13, 8), (333, 8), (333,))]
     targets = torch.randint(333, (13,), generator=generator)
@@ -58,11 +66,11 @@ def test_both_passes_from_hidden_states(with_kernels, monkeypatch, block, trunca
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_arguments_may_lie_in_memory_as_they_like(with_kernels):
+def test_arguments_may_have_any_strides(with_kernels):
     logits, targets = torch.randn(300, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12).view(6, 2)
-    expected = compute_stats(logits.T.contiguous(), targets[:, 1].contiguous())
+    expected = stats_of_logits(logits.T.contiguous(), targets[:, 1].contiguous())
     with_kernels()
-    torch.testing.assert_close(vars(compute_stats(logits.T, targets[:, 1])), vars(expected))
+    torch.testing.assert_close(vars(stats_of_logits(logits.T, targets[:, 1])), vars(expected))
     weight = torch.eye(300, requires_grad=True)
     stats = compute_token_stats(logits.T, LMHead(weight, None), targets[:, 1])
     torch.testing.assert_close(vars(stats), vars(expected), rtol=1e-5, atol=1e-5)
@@ -70,7 +78,7 @@ def test_arguments_may_lie_in_memory_as_they_like(with_kernels):
     assert weight.grad is not None
 
 
-def test_nothing_of_no_tokens(with_kernels):
+def test_no_tokens_give_empty_statistics(with_kernels):
     with_kernels()
-    stats = compute_stats(torch.zeros(0, 9), torch.zeros(0, dtype=torch.int64))
+    stats = stats_of_logits(torch.zeros(0, 9), torch.zeros(0, dtype=torch.int64))
     assert [len(values) for values in vars(stats).values()] == [0, 0, 0]

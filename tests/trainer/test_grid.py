@@ -120,11 +120,11 @@ def replaced(old, new):
 
 
 BAD = {
-    "a seed twice": (replaced("seeds = [0, 1]", "seeds = [0, 0]"), "a seed is given twice in [0, 0]"),
-    "an arm's seed twice": (replaced("[1, 2]", "[2, 2]"), "arm ppl: a seed is given twice in [2, 2]"),
-    "no seeds": (replaced("seeds = [0, 1]", "seeds = []"), "the grid is empty, there are no seeds"),
+    "a seed twice": (replaced("seeds = [0, 1]", "seeds = [0, 0]"), "seeds [0, 0] repeat a seed"),
+    "an arm's seed twice": (replaced("[1, 2]", "[2, 2]"), "arm ppl: seeds [2, 2] repeat a seed"),
+    "no seeds": (replaced("seeds = [0, 1]", "seeds = []"), "the grid is empty; add seeds"),
     "seeds missing": (replaced("seeds = [0, 1]", ""), 'key "seeds" is missing'),
-    "no arms": (GRID[: GRID.index("[arms]")] + "[arms]\n", "the grid is empty, it has no arms"),
+    "no arms": (GRID[: GRID.index("[arms]")] + "[arms]\n", "the grid is empty; add arms under [arms]"),
     "unknown baseline": (
         replaced('baseline = "none"', 'baseline = "nine"'),
         'baseline: unknown arm "nine"; did you mean "none"?',
@@ -135,20 +135,23 @@ BAD = {
     "unknown config": (replaced('"tiny"', '"tyni"'), "tyni: no such file"),
     "unknown top key": (replaced("seeds", "sedes"), 'unknown key "sedes"; did you mean "seeds"'),
     "bad value": (replaced("start_step = 2", "start_step = 0"), "arm late: shaping.position.start_step"),
-    "arm is no table": (replaced("none = {}", "none = 1"), "arms.none"),
-    "seed as a key": (GRID + "seed = 3\n", "arm late: a grid's seeds are named by seeds = [...], or by --seeds"),
-    "seed in base": (replaced("[base]", "[base]\nseed = 3"), "[base]: a grid's seeds are named by"),
-    "two arms of one name": (replaced("none = {}", "none = {}\nnone = {}"), "line 11 names again what stands above"),
-    "an arm's table twice": (GRID + "[arms.late]\n", "names again what stands above it: [arms.late]"),
-    "one folder for two": (GRID + '[arms."ppl/1"]\nsteps=2\n[arms."ppl 1"]\nsteps=3\n', "would share the folder ppl_1"),
+    "arm is not a table": (replaced("none = {}", "none = 1"), "arms.none"),
+    "seed as a key": (GRID + "seed = 3\n", "arm late: a grid takes its seeds from seeds = [...] or --seeds"),
+    "seed in base": (replaced("[base]", "[base]\nseed = 3"), "[base]: a grid takes its seeds from"),
+    "two arms of one name": (replaced("none = {}", "none = {}\nnone = {}"), "line 11 repeats a name defined above"),
+    "an arm's table twice": (GRID + "[arms.late]\n", "repeats a name defined above it: [arms.late]"),
+    "one folder for two": (
+        GRID + '[arms."ppl/1"]\nsteps=2\n[arms."ppl 1"]\nsteps=3\n',
+        "would both write to the folder ppl_1",
+    ),
     "unknown axis": (GRID + "[sweep]\noptim.lrr = [1]\n", '[sweep]: unknown key "optim.lrr"; did you mean "optim.lr"?'),
     "axis without section": (GRID + "[sweep]\nlr = [1]\n", '[sweep]: unknown key "lr"; did you mean "optim.lr"?'),
     "section as axis": (GRID + "[sweep]\noptim = [1]\n", '"optim" is a section; name one of its keys, such as "optim'),
-    "seed as axis": (GRID + "[sweep]\nseed = [1]\n", "[sweep] seed: seeds are not an axis; name them in seeds = [...]"),
-    "axis without values": (GRID + "[sweep]\noptim.lr = []\n", "optim.lr: the grid is empty, this axis has no values"),
+    "seed as axis": (GRID + "[sweep]\nseed = [1]\n", "[sweep] seed: seeds are not an axis; list them in seeds = [...]"),
+    "axis without values": (GRID + "[sweep]\noptim.lr = []\n", "optim.lr: the grid is empty; add values to this axis"),
     "axis of one value": (GRID + "[sweep]\noptim.lr = 1\n", "[sweep] optim.lr: expected a list of values, found 1"),
     "axis of lists": (GRID + "[sweep]\nshaping.ppl.clip = [[1, 2]]\n", "shaping.ppl.clip: expected single numbers"),
-    "axis value twice": (GRID + "[sweep]\noptim.lr = [1, 1.0]\n", "[sweep] optim.lr: 1 is given twice"),
+    "axis value twice": (GRID + "[sweep]\noptim.lr = [1, 1.0]\n", "[sweep] optim.lr: 1 is repeated"),
     "bad axis value": (GRID + "[sweep]\noptim.lr = [-1]\n", "arm none [optim.lr=-1]: optim.lr: expected"),
 }
 
@@ -165,9 +168,11 @@ def test_a_bad_grid_is_one_line(grid, name):
 
 def test_overrides_that_the_grid_decides_are_refused(grid):
     grid.write_text(GRID + SWEEP)
-    with pytest.raises(InputError, match=r'override "seed=3": a grid\'s seeds are named by'):
+    with pytest.raises(InputError, match=r'override "seed=3": a grid takes its seeds from'):
         load_grid(str(grid), ["seed=3"])
-    with pytest.raises(InputError, match=r'override "optim.lr=1": the grid sweeps optim.lr; leave one of them out'):
+    with pytest.raises(
+        InputError, match=r'override "optim.lr=1": the grid already sweeps optim.lr; remove one of them'
+    ):
         load_grid(str(grid), ["optim.lr=1"])
 
 

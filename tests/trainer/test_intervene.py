@@ -45,7 +45,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_dir(trained, tmp_path_factory):
-    """The same run with interventions."""
+    """A copy of the run with interventions."""
     out = shutil.copytree(trained, tmp_path_factory.mktemp("runs") / "intervened")
     intervene(out, SETTINGS, BUDGET)
     return out
@@ -320,7 +320,7 @@ def test_terciles_are_those_of_sql(count):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--checkpoint", "3"], ["no checkpoint of step 3; there are 2, 4"]),
+        (["--checkpoint", "3"], ["no checkpoint of step 3; available: 2, 4"]),
         (["--entropy", "0.8"], ['--entropy "0.8"', "LOW,HIGH", "0.8,1"]),
         (["--entropy", "nan,1"], ['--entropy "nan,1"']),
         (["--position", "0.9,0.1"], ['--position "0.9,0.1"', "LOW < HIGH"]),
@@ -353,7 +353,7 @@ def test_responses_outside_updates_are_no_candidates(trained, tmp_path):
     run_dir = shutil.copytree(trained, tmp_path / "run")
     for path in (run_dir / "rollouts").iterdir():
         pl.read_parquet(path).with_columns(is_kept=pl.lit(False)).write_parquet(path)
-    with pytest.raises(InputError, match="no response of known perplexity took part in the updates of steps 1 to 4"):
+    with pytest.raises(InputError, match="no response of known perplexity was in the updates of steps 1 to 4"):
         load_candidates(run_dir, 4)
 
 
@@ -371,7 +371,7 @@ def test_a_response_of_unknown_perplexity_is_no_candidate(trained, tmp_path):
 
 
 def test_a_prompt_sampled_twice_is_ranked_group_by_group(trained, tmp_path):
-    """The same with and without the columns that schema 2 added, and with parts of both versions."""
+    """Equal results with and without the columns that schema 2 added, and with parts of both versions."""
     expected = load_candidates(trained, 4).select("rollout_id", "position", "ppl_tercile")
     for versions in ((2, 2), (1, 1), (1, 2)):
         run_dir = shutil.copytree(trained, tmp_path / f"run-{versions}")
@@ -400,16 +400,16 @@ def test_the_command_goes_on_and_says_when_it_is_done(trained, tmp_path, call):
     run_dir = shutil.copytree(trained, tmp_path / "run")
     arguments = ["intervene", run_dir, "--continuations", "2", "--budget", "100"]
     code, out, err = call(*arguments, "--json")
-    figures = json.loads(out)
+    printed = json.loads(out)
     rows = read(run_dir)
     assert code == 0
     assert "100/100" in err
-    assert (figures["checkpoint_step"], figures["seed"]) == (4, 0)
-    assert figures["interventions"] == figures["num_new"] == len(rows)
-    assert figures["tokens"] == rows["tokens"].sum()
+    assert (printed["checkpoint_step"], printed["seed"]) == (4, 0)
+    assert printed["interventions"] == printed["num_new"] == len(rows)
+    assert printed["tokens"] == rows["tokens"].sum()
     code, out, _ = call(*arguments)
     assert (code, out.splitlines()[0]) == (
         0,
-        "nothing to do: checkpoint 4 with seed 0 is finished; a larger --budget goes on",
+        "nothing to do: checkpoint 4 with seed 0 is finished; continue with a larger --budget",
     )
     assert read(run_dir).equals(rows)

@@ -1,5 +1,6 @@
 """Runs as Ray tasks, on a cluster of two nodes on this machine, one of which is killed."""
 
+import sys
 from collections import defaultdict
 
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ from entrace.analysis.trace import InputError, read_manifest
 from entrace.trainer.ablation.grid import load_grid
 from entrace.trainer.ablation.launch.ray import RayLauncher
 from entrace.trainer.ablation.runner import run_grid
+from entrace.trainer.train import train
 
 from .conftest import SMALL
 
@@ -39,7 +41,7 @@ class Killer:
     def __init__(self, cluster):
         self.cluster, self.done, self.ended = cluster, defaultdict(list), []
 
-    def update(self, run_id, done, **figures):
+    def update(self, run_id, done, **metrics):
         self.done[run_id].append(done)
         running = [steps for name, steps in self.done.items() if name not in self.ended]
         if self.cluster.second and len(running) == 2 and all(steps[-1] >= 5 for steps in running):
@@ -54,13 +56,13 @@ def test_a_grid_survives_the_loss_of_a_node(cluster, tmp_path):
     specs = load_grid("tiny-study", [*SMALL, f"steps={STEPS}", "record.after_update_every=0"], seeds=[0])
     killer = Killer(cluster)
     out = tmp_path / "study"
-    assert run_grid(specs, out, RayLauncher(cluster.address), watcher=killer) == {}
+    assert run_grid(specs, out, RayLauncher(cluster.address), train, listener=killer) == {}
     assert cluster.second is None
     assert sorted(killer.ended) == sorted(spec.run_id for spec in specs)
     begun_again = [steps for steps in killer.done.values() if steps.count(0) == 2]
     assert len(begun_again) == 1
     first_after = begun_again[0][begun_again[0].index(0, 1) + 1]
-    assert first_after % 2 == 1, "went on after a checkpoint, which every second step leaves"
+    assert first_after % 2 == 1, "resumed after a checkpoint, which is saved every second step"
     assert first_after > 4
     for spec in specs:
         assert read_manifest(out / spec.run_id)["status"] == "complete"
@@ -68,12 +70,33 @@ def test_a_grid_survives_the_loss_of_a_node(cluster, tmp_path):
         assert killer.done[spec.run_id].count(STEPS) == 1
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    assert run_grid(specs, out, RayLauncher(cluster.address), resume=True) == {}
+    assert run_grid(specs, out, RayLauncher(cluster.address), train, resume=True) == {}
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_that_asks_for_more_than_any_node_has_is_refused(cluster, tmp_path):
     specs = load_grid("tiny-study", SMALL)
     with pytest.raises(InputError, match="no node of the Ray cluster has 7 CPUs and 0 GPUs; nodes: 1 CPUs"):
-        run_grid(specs, tmp_path / "study", RayLauncher(cluster.address, cpus_per_run=7))
+        run_grid(specs, tmp_path / "study", RayLauncher(cluster.address, cpus_per_run=7), train)
     assert not (tmp_path / "study").exists()
+
+
+def test_a_method_of_the_working_directory_is_found_by_the_tasks(cluster, tmp_path, monkeypatch):
+    """Ray starts its workers in a folder of its own."""
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "methods_for_ray.py").write_text(
+        "def halved(advantages, rollouts, factor: float = 0.5):\n    return factor * advantages\n"
+    )
+    (work / "grid.toml").write_text(
+        'config = "tiny"\nbaseline = "none"\nseeds = [0]\n[arms]\nnone = {}\n'
+        'mine = { method = ["released_noop", "methods_for_ray:halved"], shaping.halved.factor = 0.25 }\n'
+    )
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    specs = load_grid("grid.toml", [*SMALL, "steps=2"])
+    assert run_grid(specs, tmp_path / "study", RayLauncher(cluster.address), train) == {}
+    tokens = pq.read_table(tmp_path / "study" / "mine-seed0" / "tokens", columns=["advantage", "shaped_advantage"])
+    advantages, shaped = (tokens[name].to_numpy() for name in tokens.column_names)
+    assert (advantages != 0).any()
+    assert (shaped == 0.25 * advantages).all()

@@ -72,10 +72,12 @@ def test_two_processes_do_not_record_one_run(tmp_path):
         command = [sys.executable, "-m", "entrace", "train", "tiny", *SMALL, "--out", str(tmp_path / "run"), "--resume"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         with (
-            pytest.raises(InputError, match="another process records this run"),
+            pytest.raises(InputError, match="another process is already recording this run"),
             run_lock(tmp_path / "run", waits=False),
         ):
             pass
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].endswith("another process records this run; stop it first, or wait for it")
+    assert result.stderr.splitlines()[-1].endswith(
+        "another process is already recording this run; stop it or wait for it"
+    )
     assert not (tmp_path / "run").exists()

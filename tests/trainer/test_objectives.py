@@ -133,7 +133,7 @@ def hand(name="grpo", **config):
         ("grpo", {"aggregation": "token_mean"}, -0.7 / 3),  # TRL loss_type "bnpo", "dapo"
         ("grpo", {"aggregation": "sequence_mean"}, (-1.0 + 1.3) / 2),  # TRL loss_type "grpo"
         ("grpo", {"aggregation": "constant"}, -0.7 / 8),  # TRL loss_type "dr_grpo": 2 responses x 4 tokens
-        # One ratio a response: sqrt(1.1 x 0.9) and 1.3. TRL importance_sampling_level "sequence".
+        # One ratio per response: sqrt(1.1 x 0.9) and 1.3. TRL importance_sampling_level "sequence".
         ("grpo", {"ratio": "sequence", "aggregation": "sequence_mean"}, (-math.sqrt(0.99) + 1.3) / 2),
         # The bounds of GSPO: 1.3 stays (negative advantage), sqrt(0.99) is not above 1.0004.
         (

@@ -8,9 +8,9 @@ from entrace.trainer.kernels.packing import Packing, Sequences, take_rows
 from tests.trainer.test_policy import ARCHITECTURES, LLAMA_LIKE, load, write_model
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [8, 9], [5, 6, 7], [8, 9], [10], [5, 6, 7], [8, 9], [5, 6, 7]]
-# Some agree for a while, one with all that is read of another, two whole, and one with the prompt of others.
+# Some share a prefix, one shares all predictors of another, two are equal, and one prompt is a prefix of others.
 RESPONSES = [[11], [12, 13, 14, 15], [16, 17], [12, 13, 19], [20], [21, 22, 23], [12, 13, 14], [16, 17], [12, 26]]
-# Layers that look back a limited way, positions that are counted by the model, experts that see all tokens, and so on.
+# Sliding windows, and position biases that the model computes from the mask.
 NOT_PACKED = {"mistral-sliding", "gemma3-sliding", "bloom-alibi"}
 
 
@@ -19,28 +19,28 @@ def batch():
     return PROMPTS, [torch.tensor(response) for response in RESPONSES]
 
 
-def test_every_token_is_read_once_and_stands_where_it_should(batch):
+def test_every_distinct_prefix_is_packed_once(batch):
     sequences = Sequences.of(*batch)
     packing = Packing.of(sequences)
-    slots, read_here = packing.layout[0]
+    slots, own_slots = packing.layout[0]
     whole = [prompt + response[:-1] for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
     beginnings = {tuple(row[:length]) for row in whole for length in range(1, len(row) + 1)}
-    assert packing.ids.shape[1] == len(beginnings), "what several begin with is read once"
+    assert packing.ids.shape[1] == len(beginnings), "a shared prefix is packed more than once"
     found = set()
-    for row, own in zip(slots.tolist(), read_here.tolist(), strict=True):
+    for row, own in zip(slots.tolist(), own_slots.tolist(), strict=True):
         used, own = ([slot for slot in some if slot >= 0] for some in (row, own))
         tokens = packing.ids[0, used].tolist()
         assert packing.positions[0, used].tolist() == list(range(len(tokens)))
-        assert used[len(used) - len(own) :] == own, "what is read here stands last"
+        assert used[len(used) - len(own) :] == own, "own tokens are not the last ones"
         assert tokens in whole
         found |= {tuple(tokens[:length]) for length in range(1, len(tokens) + 1)}
     assert found == beginnings
-    assert read_here[read_here >= 0].tolist() == list(range(len(beginnings)))
+    assert own_slots[own_slots >= 0].tolist() == list(range(len(beginnings)))
     lengths = (slots >= 0).sum(1).tolist()
     assert lengths == sorted(lengths)
 
 
-def test_what_predicts_the_targets(batch):
+def test_predictors_of_the_targets(batch):
     sequences = Sequences.of(*batch)
     packing = Packing.of(sequences)
     assert sequences.targets.tolist() == [token for response in RESPONSES for token in response]
@@ -67,8 +67,8 @@ def test_packed_equals_padded_with_gradients(tmp_path, monkeypatch, batch, name,
     policy = load(write_model(tmp_path, *ARCHITECTURES[name]), gradient_checkpointing=checkpointing)
     assert policy.uses_packing == (name not in NOT_PACKED)
     results = []
-    for packs in (policy.uses_packing, False):
-        policy.uses_packing = packs
+    for why_unpacked in (policy.why_unpacked, "compared with padding"):
+        policy.why_unpacked = why_unpacked
         hidden, targets, index = policy.forward_unique(*batch)
         hidden, targets = hidden[index], targets[index]
         policy.model.zero_grad()
@@ -79,21 +79,24 @@ def test_packed_equals_padded_with_gradients(tmp_path, monkeypatch, batch, name,
     assert torch.equal(targets, expected_targets)
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
     assert grads.keys() == expected_grads.keys()
-    # A key's bias moves no attention: its gradient is rounding, and nothing to measure differences by.
+    # The bias of keys does not change attention: its gradient is rounding error, and no scale for differences.
     scale = max(float(grad.abs().max()) for grad in expected_grads.values())
     for key, grad in grads.items():
         torch.testing.assert_close(grad, expected_grads[key], rtol=1e-3, atol=1e-5 * scale, msg=key)
 
 
-def test_packing_is_not_trusted_but_tried(tmp_path, monkeypatch):
-    """A model that does not pass the layout on to its attention would read all sequences as one."""
+def test_packing_is_verified_before_use(tmp_path, monkeypatch):
+    """A model that ignores the layout would treat all sequences as one."""
     folder = write_model(tmp_path, "LlamaConfig", LLAMA_LIKE)
     monkeypatch.setattr(attention, "_attend_packed", lambda module, q, k, v, layout, options: q.transpose(1, 2))
-    assert not load(folder).uses_packing
-    message = 'policy.attention = "packed": LlamaForCausalLM cannot read packed sequences; set "auto"'
+    assert load(folder).why_unpacked == "results differ from those with padding"
+    message = (
+        'policy.attention = "packed": LlamaForCausalLM cannot use sequence packing '
+        r"\(results differ from those with padding\); set \"auto\""
+    )
     with pytest.raises(InputError, match=f"^{message}$"):
         load(folder, attention="packed")
     monkeypatch.undo()
     assert load(folder, attention="packed").uses_packing
     assert load(folder).uses_packing
-    assert not load(folder, attention="sdpa").uses_packing
+    assert load(folder, attention="sdpa").why_unpacked == "policy.attention is not packed"

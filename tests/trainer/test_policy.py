@@ -23,10 +23,11 @@ from entrace.trainer.config import LoraConfig, PolicyConfig, load_config
 from entrace.trainer.kernels import attention
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.resources import find_base_policy, find_model
+from entrace.trainer.sampling.backend import backend_of
 from entrace.trainer.sampling.sampler import sample
 from entrace.trainer.sampling.samples import SamplingParams
 
-# So many that some response ends early.
+# Enough that some response ends early.
 STOP_IDS = list(range(1, 60))
 COMMON = {
     "vocab_size": 640,
@@ -44,7 +45,7 @@ LLAMA_LIKE = {
     "num_key_value_heads": 2,
 }
 QUESTIONS = ["3 + 4 =", "State the final answer to the following arithmetic problem: 12 - 5 + 9 =", "2 ="]
-# Class of the configuration, and what it takes to make a model of some thousand parameters.
+# Configuration class and arguments for a model of a few thousand parameters.
 ARCHITECTURES = {
     "llama": ("LlamaConfig", LLAMA_LIKE),
     "llama-tied": ("LlamaConfig", {**LLAMA_LIKE, "tie_word_embeddings": True}),
@@ -91,7 +92,7 @@ ARCHITECTURES = {
 
 
 def write_model(folder, kind, values, *, pad_token=True, chat_template=True):
-    """A model of random weights with the tokenizer of the embedded policy."""
+    """Write a model with random weights and the tokenizer of the embedded policy."""
     torch.manual_seed(0)
     config = getattr(transformers, kind)(**values)
     model = AutoModelForCausalLM.from_config(config)
@@ -113,32 +114,32 @@ def assert_sampler_equals_a_teacher_forced_pass(policy):
     params = SamplingParams(12, 0.8)
     prompts = [policy.encode_prompt(question) for question in QUESTIONS]
     assert len({len(prompt) for prompt in prompts}) == 3, "left padding is not exercised"
-    samples = sample(policy, prompts, 4, params, np.random.default_rng(0))
-    assert len(samples.lengths.unique()) > 1, "responses end together"
-    responses = samples.responses()
-    for row, (prompt, response) in enumerate(zip(samples.prompt_ids, responses, strict=True)):
+    rollouts = sample(policy, prompts, 4, params, np.random.default_rng(0))
+    assert len(rollouts.lengths.unique()) > 1, "responses end together"
+    responses = rollouts.responses()
+    for row, (prompt, response) in enumerate(zip(rollouts.prompt_ids, responses, strict=True)):
         ids = torch.cat((torch.tensor(prompt), response))[None]
         with torch.no_grad():
             logits = policy.model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / params.temperature
         logp = torch.log_softmax(logits, -1)
-        found = samples.stats.logprob[row, : len(response)]
+        found = rollouts.old_logprobs[row, : len(response)]
         torch.testing.assert_close(found, logp.gather(1, response[:, None]).squeeze(1), rtol=1e-3, atol=2e-4)
         entropy = -(logp.exp() * logp).sum(-1)
-        torch.testing.assert_close(samples.stats.entropy[row, : len(response)], entropy, rtol=1e-3, atol=2e-4)
-    scored = policy.token_stats(samples.prompt_ids, responses, params.temperature)
-    torch.testing.assert_close(samples.stats.logprob[samples.response_mask], scored.logprob, rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(rollouts.entropies[row, : len(response)], entropy, rtol=1e-3, atol=2e-4)
+    scored = policy.token_stats(rollouts.prompt_ids, responses, params.temperature)
+    torch.testing.assert_close(rollouts.old_logprobs[rollouts.response_mask], scored.logprob, rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("attention", ["auto", "eager"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_sampler_equals_a_teacher_forced_pass_in(tmp_path, name, attention):
+def test_the_sampler_equals_a_teacher_forced_pass(tmp_path, name, attention):
     policy = load(write_model(tmp_path, *ARCHITECTURES[name]), attention=attention)
     is_tied = policy.model.get_input_embeddings().weight is policy.model.get_output_embeddings().weight
     assert is_tied == bool(policy.model.config.tie_word_embeddings)
     assert_sampler_equals_a_teacher_forced_pass(policy)
 
 
-def test_attention_is_the_one_asked_for(tmp_path):
+def test_attention_is_the_configured_one(tmp_path):
     folder = write_model(tmp_path, *ARCHITECTURES["llama"])
     asked = ["auto", "sdpa", "eager"]
     found = [load(folder, attention=name).model.config._attn_implementation for name in asked]
@@ -161,14 +162,14 @@ def test_a_tokenizer_may_lack_pad_token_and_chat_template(tmp_path, pad_token, c
     assert_sampler_equals_a_teacher_forced_pass(policy)
 
 
-def test_without_any_stop_token_every_response_is_as_long_as_allowed(tmp_path):
+def test_without_stop_tokens_every_response_reaches_the_limit(tmp_path):
     kind, values = ARCHITECTURES["llama"]
     folder = write_model(tmp_path, kind, {**values, "eos_token_id": None})
     policy = load(folder)
     policy.tokenizer.eos_token = None
-    samples = sample(policy, [[5, 6], [7]], 2, SamplingParams(9), np.random.default_rng(0))
-    assert samples.lengths.tolist() == [9] * 4
-    assert samples.is_truncated.all()
+    rollouts = sample(policy, [[5, 6], [7]], 2, SamplingParams(9), np.random.default_rng(0))
+    assert rollouts.lengths.tolist() == [9] * 4
+    assert rollouts.is_truncated.all()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -177,28 +178,28 @@ def test_low_precision_records_the_distribution_it_samples_from(tmp_path, dtype)
     policy, exact = load(folder, dtype=dtype), load(folder)
     assert {parameter.dtype for parameter in policy.model.parameters()} == {torch.float32}
     prompts = [policy.encode_prompt(question) for question in QUESTIONS]
-    samples = sample(policy, prompts, 8, SamplingParams(12), np.random.default_rng(0))
-    recorded = samples.stats.logprob[samples.response_mask]
-    own = policy.token_stats(samples.prompt_ids, samples.responses(), 1.0).logprob
-    rounding = (recorded - exact.token_stats(samples.prompt_ids, samples.responses(), 1.0).logprob).abs().mean()
+    rollouts = sample(policy, prompts, 8, SamplingParams(12), np.random.default_rng(0))
+    recorded = rollouts.old_logprobs[rollouts.response_mask]
+    own = policy.token_stats(rollouts.prompt_ids, rollouts.responses(), 1.0).logprob
+    rounding = (recorded - exact.token_stats(rollouts.prompt_ids, rollouts.responses(), 1.0).logprob).abs().mean()
     assert 0 < rounding < 0.05
     assert (recorded - own).abs().mean() < rounding
 
 
-def test_gradient_checkpointing_changes_memory_and_nothing_else(tmp_path):
+def test_gradient_checkpointing_changes_only_memory(tmp_path):
     folder = write_model(tmp_path, *ARCHITECTURES["llama"])
-    gradients, kept, samples = [], [], []
+    gradients, kept, rollouts = [], [], []
     for gradient_checkpointing in (False, True):
         policy = load(folder, gradient_checkpointing=gradient_checkpointing)
         prompts = [policy.encode_prompt(question) for question in QUESTIONS]
-        samples.append(sample(policy, prompts, 2, SamplingParams(12), np.random.default_rng(0)))
+        rollouts.append(sample(policy, prompts, 2, SamplingParams(12), np.random.default_rng(0)))
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
-            stats = policy.token_stats(samples[-1].prompt_ids, samples[-1].responses(), 1.0)
+            stats = policy.token_stats(rollouts[-1].prompt_ids, rollouts[-1].responses(), 1.0)
         (stats.logprob.mean() + stats.entropy.mean()).backward()
         gradients.append([parameter.grad for parameter in policy.model.parameters()])
         kept.append(sum(saved))
-    assert torch.equal(samples[0].tokens, samples[1].tokens)
+    assert torch.equal(rollouts[0].response_ids, rollouts[1].response_ids)
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=1e-5, atol=1e-7)
     assert kept[1] < kept[0] / 2
@@ -209,36 +210,37 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(tmp_path):
     [
         ("Gemma2Config", {**LLAMA_LIKE, "head_dim": 8}, "scales or caps its logits"),
         ("GraniteConfig", {**LLAMA_LIKE, "logits_scaling": 4.0}, "scales or caps its logits"),
-        ("MambaConfig", {**COMMON, "hidden_size": 32, "num_hidden_layers": 2}, "cannot be sampled from a cache"),
+        ("MambaConfig", {**COMMON, "hidden_size": 32, "num_hidden_layers": 2}, "cannot be sampled with a KV cache"),
     ],
 )
-def test_models_outside_what_the_statistics_assume_are_refused_in_one_line(tmp_path, kind, values, reason):
+def test_models_that_violate_assumptions_are_rejected_in_one_line(tmp_path, kind, values, reason):
     folder = write_model(tmp_path, kind, values)
-    with pytest.raises(InputError, match=reason) as refused:
-        load(folder)
-    assert "\n" not in str(refused.value)
+    with pytest.raises(InputError, match=reason) as rejected:
+        backend_of(load(folder))
+    assert "\n" not in str(rejected.value)
 
 
-def test_a_model_whose_cache_changes_what_comes_out_is_refused(tmp_path, monkeypatch):
+def test_a_model_whose_cache_changes_results_is_rejected(tmp_path, monkeypatch):
     folder = write_model(tmp_path, *ARCHITECTURES["gpt2"])
     forward = GPT2Model.forward
-    # As a model does that counts positions from the start of the batch, padding included.
+    # Like a model that counts positions from the start of the batch, including padding.
     monkeypatch.setattr(GPT2Model, "forward", lambda self, *a, position_ids=None, **k: forward(self, *a, **k))
-    with pytest.raises(InputError, match=r"GPT2LMHeadModel cannot be sampled from a cache.*changes what comes out"):
-        load(folder)
+    message = r"GPT2LMHeadModel cannot be sampled with a KV cache \(results differ from those of the plain model\)"
+    with pytest.raises(InputError, match=message):
+        backend_of(load(folder))
 
 
-def test_a_template_takes_the_place_of_the_chat_template():
+def test_a_template_replaces_the_chat_template():
     policy = load(find_base_policy(), template="1 + 1 = 2\n{question}")
     assert policy.tokenizer.decode(policy.encode_prompt("3 + 4 =")) == "1 + 1 = 2\n3 + 4 ="
     turns = [{"role": "system", "content": "Add."}, {"role": "user", "content": "3 + 4 ="}]
     assert policy.tokenizer.decode(policy.encode_prompt(turns)) == "1 + 1 = 2\nsystem: Add.\n\nuser: 3 + 4 ="
-    with pytest.raises(InputError, match=r"policy\.template: .*{question} is missing"):
+    with pytest.raises(InputError, match=r"policy\.template: expected {question}"):
         load_config("tiny", ["policy.template=What is it?"])
 
 
 @pytest.mark.parametrize("single", ["<system> $A", "<system> $A <eos>", "$A <eos>", "$A"])
-def test_a_text_begins_once_and_does_not_end(policy, single):
+def test_a_prompt_has_one_beginning_of_sequence_and_no_end(policy, single):
     specials = [("<system>", 2), ("<eos>", 1)]
     policy.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=specials)
     policy.template = "{question}"
@@ -256,7 +258,7 @@ TURNS = "{% for message in messages %}<user>{{ message.content }}"
 @pytest.mark.parametrize(
     ("template", "eos_token", "stop_ids", "expected"),
     [
-        # As in Gemma: the turn ends with another stop token than the tokenizer's end of sequence.
+        # As in Gemma, a turn ends with a stop token that differs from the tokenizer's end of sequence.
         (TURNS + "<eos>\n{% endfor %}", "<system>", [2, 1], 1),
         (TURNS + "<system>{% endfor %}", "<system>", [2, 1], 2),
         # Not a stop token of the model.
@@ -275,12 +277,12 @@ def test_the_token_that_ends_a_response(policy, template, eos_token, stop_ids, e
 
 
 class TestLora:
-    """Low-rank adapters on a model of random weights."""
+    """Test low-rank adapters on models with random weights."""
 
     lora = LoraConfig(r=4, alpha=8)
 
     def train(self, policy, factor=0.5):
-        """Moves the adapter off zero."""
+        """Move the adapter away from zero."""
         with torch.no_grad():
             for name, parameter in policy.model.named_parameters():
                 assert parameter.requires_grad == ("lora_" in name)
@@ -288,7 +290,7 @@ class TestLora:
                     parameter += factor * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
 
     @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gpt_neox"])
-    def test_sampled_trained_saved_and_read(self, tmp_path, name):
+    def test_sampling_training_saving_and_loading(self, tmp_path, name):
         folder = write_model(tmp_path / "base", *ARCHITECTURES[name])
         policy, base = load(folder, lora=self.lora), load(folder)
         prompts = [policy.encode_prompt(question) for question in QUESTIONS]
@@ -318,24 +320,26 @@ class TestLora:
         for found, expected in zip(fresh.model.parameters(), policy.model.parameters(), strict=True):
             assert torch.equal(found, expected)
 
-    def test_other_settings_and_modules_are_refused(self, tmp_path):
+    def test_other_settings_and_modules_are_rejected(self, tmp_path):
         folder = write_model(tmp_path / "base", *ARCHITECTURES["llama"])
         load(folder, lora=self.lora).save(tmp_path / "saved")
-        with pytest.raises(InputError, match=r"policy\.lora has r = 8, alpha = 8, but the adapter in .*saved r = 4"):
+        with pytest.raises(
+            InputError, match=r"policy\.lora has r = 8, alpha = 8, but the adapter in .*saved has r = 4"
+        ):
             load(tmp_path / "saved", lora=LoraConfig(r=8, alpha=8))
         with pytest.raises(InputError, match=r"policy\.lora\.target_modules.*q_prj"):
             load(folder, lora=LoraConfig(target_modules=("q_prj",)))
         with pytest.raises(InputError, match=r"policy\.lora\.target_modules names the LM head"):
             load(folder, lora=LoraConfig(target_modules=("q_proj", "lm_head")))
         only = load(folder, lora=LoraConfig(r=4, alpha=8, target_modules=("q_proj",)))
-        with pytest.raises(InputError, match=r"differ in modules, such as .*k_proj"):
+        with pytest.raises(InputError, match=r"have different modules, such as .*k_proj"):
             only.restore(tmp_path / "saved")
         settings = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
         (tmp_path / "saved" / "adapter_config.json").write_text(json.dumps({**settings, "peft_type": "IA3"}))
         with pytest.raises(InputError, match=r"adapter_config\.json must have peft_type = LORA"):
             load(tmp_path / "saved")
 
-    def test_without_peft_one_line_says_what_to_install(self, tmp_path, monkeypatch):
+    def test_without_peft_the_error_names_the_package(self, tmp_path, monkeypatch):
         folder = write_model(tmp_path, *ARCHITECTURES["llama"])
         monkeypatch.setitem(sys.modules, "peft", None)
         with pytest.raises(InputError, match="pip install 'entrace\\[lora\\]'"):
@@ -343,7 +347,7 @@ class TestLora:
 
 
 def write_gguf(path, quantization):
-    """The embedded policy as llama.cpp has it: rows of rotary maps in another order, weights in blocks."""
+    """Write the embedded policy in the layout of llama.cpp: permuted rows of rotary maps, weights in blocks."""
     gguf = pytest.importorskip("gguf")
     folder = find_base_policy()
     shape = json.loads((folder / "config.json").read_text())
@@ -380,7 +384,7 @@ def write_gguf(path, quantization):
 
 
 @pytest.mark.parametrize(("quantization", "tolerance"), [("F32", 0.0), ("Q8_0", 0.3), ("Q4_1", 5.0)])
-def test_a_gguf_file_is_read_trained_and_saved(tmp_path, policy, capfd, quantization, tolerance):
+def test_a_gguf_file_is_loaded_sampled_and_saved(tmp_path, policy, capfd, quantization, tolerance):
     path = write_gguf(tmp_path / "policy.gguf", quantization)
     found = load(path)
     assert {parameter.dtype for parameter in found.model.parameters()} == {torch.float32}
@@ -398,14 +402,14 @@ def test_a_gguf_file_is_read_trained_and_saved(tmp_path, policy, capfd, quantiza
     assert torch.equal(again.model(ids).logits, found.model(ids).logits)
 
 
-def test_a_gguf_file_that_is_none_is_refused_in_one_line(tmp_path, monkeypatch):
+def test_an_invalid_gguf_file_is_rejected_in_one_line(tmp_path, monkeypatch):
     path = tmp_path / "policy.gguf"
     path.write_bytes(b"no model")
-    with pytest.raises(InputError, match=r"policy\.gguf: no usable model") as refused:
+    with pytest.raises(InputError, match=r"policy\.gguf: no usable model") as rejected:
         load(path)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(rejected.value)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(InputError, match=r"reading GGUF takes gguf"):
+    with pytest.raises(InputError, match=r"GGUF needs gguf"):
         load(path)
 
 
@@ -423,7 +427,7 @@ def test_names_of_models(tmp_path, monkeypatch):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serves one repository the way the model hub does; ``files`` are its contents by name."""
+    """Serve one repository like the model hub; ``files`` maps names to contents."""
 
     files: ClassVar[dict[str, bytes]] = {}
     asked: ClassVar[list[str]] = []
@@ -461,13 +465,13 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_model_of_the_hub_is_fetched_once_without_pickles_or_code(tmp_path):
+def test_a_hub_model_is_fetched_once_without_pickles_or_code(tmp_path):
     folder = find_base_policy()
     Hub.files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     Hub.files |= {"pytorch_model.bin": b"pickle", "modeling.py": b"code", "onnx/model.safetensors": b"other"}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    ask = "from trainer.resources import find_model; print(find_model('lab/tiny'))"
+    ask = "from entrace.trainer.resources import find_model; print(find_model('lab/tiny'))"
     endpoint = f"http://127.0.0.1:{server.server_port}"
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
     run = partial(subprocess.run, [sys.executable, "-c", ask], env=environment, capture_output=True, text=True)
@@ -482,9 +486,9 @@ def test_a_model_of_the_hub_is_fetched_once_without_pickles_or_code(tmp_path):
     assert run().stdout == first.stdout, "not found again without the hub"
 
 
-def test_a_hub_out_of_reach_is_one_line(tmp_path):
-    ask = "from trainer.resources import find_model; find_model('lab/tiny')"
+def test_an_unreachable_hub_gives_one_line(tmp_path):
+    ask = "from entrace.trainer.resources import find_model; find_model('lab/tiny')"
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True)
     last = result.stderr.strip().splitlines()[-1]
-    assert 'InputError: policy.path: no folder "lab/tiny" here, and none from the model hub (' in last
+    assert 'InputError: policy.path: no folder "lab/tiny" here, and no such model from the hub (' in last

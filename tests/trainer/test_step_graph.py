@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,18 +8,19 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from entrace.trainer.kernels import attention
-from entrace.trainer.sampling import decoder
+from entrace.trainer.sampling import backend, decoder
+from entrace.trainer.sampling.backend import CUDA_GRAPH, FAST_PATHS, NORMS, ON, PACKING, TRACED_STEP, backend_of
 from entrace.trainer.sampling.decoder import Decoder
 from entrace.trainer.sampling.sampler import sample
 from entrace.trainer.sampling.samples import SamplingParams
 from tests.trainer.test_policy import ARCHITECTURES, load, write_model
 
-# Layers that look back a limited way, or a mask of another shape.
-NOT_RECORDED = {"mistral-sliding", "gemma3-sliding", "bloom-alibi"}
+# Sliding windows, or a mask of another shape.
+NOT_TRACED = {"mistral-sliding", "gemma3-sliding", "bloom-alibi"}
 
 
 def largest_difference(policy, seed, steps=5, **way):
-    """Between sequences that branch when read in one way and as it is, of several numbers and lengths."""
+    """Return the largest difference between decoding in one way and plainly, for branching sequences."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low, high, size=1):
@@ -38,79 +40,113 @@ def largest_difference(policy, seed, steps=5, **way):
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_what_was_recorded_reads_any_sequences_under_any_weights(tmp_path, name):
+def test_a_trace_holds_for_any_sequences_and_weights(tmp_path, name):
     policy = load(write_model(tmp_path, *ARCHITECTURES[name]))
-    assert (policy.step_graph is None) == (name in NOT_RECORDED)
-    assert largest_difference(policy, 0, graph=policy.step_graph) < 1e-5
+    graph = backend_of(policy).step_graph
+    assert (graph is None) == (name in NOT_TRACED)
+    assert largest_difference(policy, 0, graph=graph) < 1e-5
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.mul_(1.1)
-    assert largest_difference(policy, 1, graph=policy.step_graph) < 1e-5
+    assert largest_difference(policy, 1, graph=graph) < 1e-5
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_reading_all_slots_up_to_all_places_changes_nothing(tmp_path, monkeypatch, name):
-    """What is replayed on a GPU, without replaying; slots and places run out again and again."""
+def test_steps_of_fixed_shape_change_nothing(tmp_path, monkeypatch, name):
+    """Test the step that a GPU captures, without capture; slots and positions run out repeatedly."""
     monkeypatch.setitem(decoder.GROWTH, "cpu", 3)
     policy = load(write_model(tmp_path, *ARCHITECTURES[name]))
-    if name in NOT_RECORDED:
-        with pytest.raises(ValueError, match="cannot be replayed"):
-            Decoder(policy, [[1, 2]], 2, replays=True)
+    if name in NOT_TRACED:
+        with pytest.raises(ValueError, match="needs a plain KV cache"):
+            Decoder(policy, [[1, 2]], 2, uses_cuda_graph=True)
     else:
-        assert largest_difference(policy, 0, steps=8, replays=True) < 1e-5
+        assert largest_difference(policy, 0, steps=8, uses_cuda_graph=True) < 1e-5
 
 
-def test_there_is_room_for_no_more_tokens_than_may_follow(policy, monkeypatch):
+def test_the_cache_grows_no_further_than_the_length_limit(policy, monkeypatch):
     monkeypatch.setitem(decoder.GROWTH, "cpu", 16)
-    rooms = []
+    widths = []
     grow = Decoder._grow
 
     def counted(self, count):
         grow(self, count)
-        rooms.append(self._mask.shape[1])
+        widths.append(self._mask.shape[1])
 
     monkeypatch.setattr(Decoder, "_grow", counted)
     few = Decoder(policy, [[1, 2, 3], [4]], 4, max_tokens=20)
     for _ in range(20):
         few.append(torch.tensor([5, 6]), torch.tensor([0, 1]))
-    assert rooms == [19, 23]
+    assert widths == [19, 23]
 
 
-def test_recording_says_nothing():
-    """In a process of its own: some warnings are given once."""
-    load_one = "from trainer.config import PolicyConfig as C; from trainer.policy import Policy as P; p = P.load(C())"
-    code = f"{load_one}; assert p.device.type != 'cpu' or p.step_graph"
+def test_tracing_prints_nothing():
+    """Run in a new process, since some warnings are given once per process."""
+    code = (
+        "from entrace.trainer.config import PolicyConfig\n"
+        "from entrace.trainer.model.policy import Policy\n"
+        "from entrace.trainer.sampling.backend import backend_of\n"
+        "policy = Policy.load(PolicyConfig(device='cpu'))\n"
+        "assert backend_of(policy).step_graph"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr == ""
 
 
-def test_long_sequences_are_read_without(policy, monkeypatch):
+def test_long_sequences_do_not_use_the_trace(policy, monkeypatch):
     monkeypatch.setattr(attention, "MAX_KEYS", 10)
-    lengths, graph = [], policy.step_graph
+    selected, lengths = backend_of(policy), []
 
     def counted(*arguments):
         lengths.append(arguments[2].shape[-1])
-        return graph(*arguments)
+        return selected.step_graph(*arguments)
 
-    policy.step_graph = counted
+    monkeypatch.setitem(backend._BACKENDS, policy, replace(selected, step_graph=counted))
     sample(policy, [[5, 6], [7]], 2, SamplingParams(20), np.random.default_rng(0))
     assert max(lengths) == 10
 
 
-def test_a_model_that_decides_by_values_is_not_recorded(tmp_path, monkeypatch):
+def test_control_flow_that_depends_on_values_prevents_tracing(tmp_path, monkeypatch):
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x) if x.isfinite().all() else x)
     policy = load(write_model(tmp_path, *ARCHITECTURES["llama"]))
-    assert policy.step_graph is None
+    assert backend_of(policy).step_graph is None
+    assert "Converting a tensor to a Python boolean" in backend_of(policy).fast_paths[TRACED_STEP]
     assert sample(policy, [[5, 6]], 2, SamplingParams(4), np.random.default_rng(0)).lengths.min() > 0
 
 
-def test_what_was_recorded_is_tried(tmp_path, monkeypatch):
+def test_a_trace_is_verified_before_use(tmp_path, monkeypatch):
     folder = write_model(tmp_path, *ARCHITECTURES["llama"])
-    assert load(folder).step_graph is not None
-    monkeypatch.setattr(Decoder, "record_step", lambda self: lambda ids, *arguments: torch.zeros(len(ids), 32))
-    assert load(folder).step_graph is None
+    assert backend_of(load(folder)).step_graph is not None
+    monkeypatch.setattr(Decoder, "trace_step", lambda self: lambda ids, *arguments: torch.zeros(len(ids), 32))
+    rejected = backend_of(load(folder))
+    assert rejected.step_graph is None
+    assert rejected.fast_paths[TRACED_STEP] == "results differ from those of the plain model"
 
 
-@pytest.mark.parametrize("values", [{"dtype": "bfloat16"}, {"attention": "sdpa"}, {"attention": "eager"}])
-def test_other_arithmetic_is_not_recorded(tmp_path, values):
-    assert load(write_model(tmp_path, *ARCHITECTURES["llama"]), **values).step_graph is None
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"dtype": "bfloat16"}, "only on a CPU in float32"),
+        ({"attention": "sdpa"}, "needs packed attention, a plain KV cache, and position_ids"),
+        ({"attention": "eager"}, "needs packed attention, a plain KV cache, and position_ids"),
+    ],
+)
+def test_other_arithmetic_is_not_traced(tmp_path, values, reason):
+    found = backend_of(load(write_model(tmp_path, *ARCHITECTURES["llama"]), **values))
+    assert (found.step_graph, found.fast_paths[TRACED_STEP]) == (None, reason)
+
+
+def test_every_fast_path_is_on_or_has_a_reason(policy, tmp_path, caplog):
+    caplog.set_level("INFO", logger="entrace")
+    found = backend_of(policy).fast_paths
+    assert tuple(found) == FAST_PATHS
+    assert [found[name] for name in (PACKING, NORMS, TRACED_STEP)] == [ON] * 3
+    assert found[CUDA_GRAPH] == "no CUDA device"
+    assert backend_of(policy).fast_paths is found
+    assert [record.message for record in caplog.records if "fast paths" in record.message] == [
+        "fast paths: " + "; ".join(f"{name}: {state}" for name, state in found.items())
+    ]
+    plain = backend_of(load(write_model(tmp_path, *ARCHITECTURES["gpt2"]))).fast_paths
+    assert plain[NORMS] == "the model has no RMSNorm layers with variance_epsilon"
+    sharded = backend_of(policy).for_sharded()
+    assert (sharded.step_graph, sharded.fast_paths[TRACED_STEP]) == (None, "off for sharded weights")
+    assert sharded.fast_paths[CUDA_GRAPH] == "no CUDA device"

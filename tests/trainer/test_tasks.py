@@ -119,7 +119,7 @@ def test_difficulty_is_the_instance_own():
         ({"params": {"min_terms": 3, "max_terms": 2}}, "max_terms"),
         (
             {"params": PARAMS, "num_heldout": 1000},
-            r"task.num_heldout = 1000: too few distinct questions, chain_sum gives \d{3} with these params; lower it",
+            r"task.num_heldout = 1000: too few distinct questions, chain_sum has \d{3} with these params; lower it",
         ),
     ],
 )
@@ -131,16 +131,16 @@ def test_bad_tasks_are_one_line(config, message):
 
 BAD_OVERRIDES = [
     ("task.name=train.csv", ["task.name", '"train.csv" is not a .jsonl or .parquet file']),
-    ("task.heldout_file=test.jsonl", ["heldout_file", "chain_sum draws its own", "task.mix.NAME", "weight = 0"]),
+    ("task.heldout_file=test.jsonl", ["heldout_file", "chain_sum generates its own", "task.mix.NAME", "weight = 0"]),
     ("task.heldout_file=7", ["task.heldout_file: expected a file, a list of files, or a table", "found 7"]),
     ('task.heldout_file=["a.jsonl", 7]', ["task.heldout_file: expected a file, a list of files, or a table"]),
     ('task.heldout_file={x = "test.csv"}', ['task.heldout_file: "test.csv" is not a .jsonl or .parquet file']),
-    ('task.heldout_file={" " = "test.jsonl"}', ["task.heldout_file: a benchmark has no name"]),
+    ('task.heldout_file={" " = "test.jsonl"}', ["task.heldout_file: a benchmark name is blank"]),
     (
         'task.heldout_file=["a/test.jsonl", "b/test.parquet"]',
         ['both "a/test.jsonl" and "b/test.parquet" would be the benchmark "test"', "heldout_file = { NAME"],
     ),
-    ("task.num_heldout=all", ['num_heldout = "all" needs a file of rows', "chain_sum has no end"]),
+    ("task.num_heldout=all", ['num_heldout = "all" needs a file of rows', "chain_sum generates prompts without end"]),
     ("task.num_heldout=many", ["task.num_heldout", "'all'", "'many'"]),
     ("task.weight=0", ["task", "no source has a weight above 0"]),
     ("task.mix.chain_sum.name=basic_arithmetic", ['"chain_sum" is the name of the task itself']),
@@ -226,5 +226,5 @@ def test_prompts_that_are_too_long_are_passed_over(policy):
     task = load_task(config, 0, policy.encode_prompt)
     prompts = [*task.heldout, *map(task.train_prompt, range(50))]
     assert max(len(policy.encode_prompt(p.question)) for p in prompts) == limit < max(lengths)
-    with pytest.raises(InputError, match="no tokenizer yet"):
+    with pytest.raises(InputError, match="needs a tokenizer"):
         load_task(config, 0)

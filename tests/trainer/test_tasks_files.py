@@ -219,7 +219,7 @@ def test_files_that_are_of_no_use_are_one_line(tmp_path):
         str(damaged): "damaged.parquet: damaged, or not a Parquet file",
         write_jsonl(tmp_path / "empty.jsonl", []): "empty.jsonl: no usable row, the file is empty",
         write_jsonl(tmp_path / "few.jsonl", questions(2)): "few.jsonl: 2 distinct prompts, fewer than .* = 3",
-        write_jsonl(tmp_path / "all.jsonl", questions(3)): "all.jsonl: no row is left to train on, 3 are held out",
+        write_jsonl(tmp_path / "all.jsonl", questions(3)): "all.jsonl: no row is left to train on; 3 are held out",
     }
     for path, message in cases.items():
         with pytest.raises(InputError, match=message) as error:
@@ -246,7 +246,7 @@ def test_chats_go_through_the_template_and_text_is_one_turn_of_the_user(policy):
     assert "be brief" in decoded
     assert policy.encode_prompt(chat[1:]) == policy.encode_prompt("what is 1 + 2")
     policy.tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
-    with pytest.raises(InputError, match=r"the chat template refuses a prompt \(no system turns: 'system: be brief"):
+    with pytest.raises(InputError, match=r"the chat template rejects a prompt \(no system turns: 'system: be brief"):
         policy.encode_prompt(chat)
     policy.tokenizer.chat_template = None
     assert policy.tokenizer.decode(policy.encode_prompt(chat)) == "system: be brief\n\nuser: what is 1 + 2"
@@ -278,7 +278,7 @@ def test_a_run_on_a_file_over_several_epochs_is_resumed_to_the_same_trace(sums, 
     config = load_config("tiny", [*SMALL, f"task.name={sums}", "task.params={}", "steps=4"])
     train(config, tmp_path / "whole", {})
 
-    def stop(done, **figures):
+    def stop(done, **metrics):
         if done == 3:
             raise StoppedError
 
@@ -303,7 +303,7 @@ def test_a_run_on_a_file_over_several_epochs_is_resumed_to_the_same_trace(sums, 
 def test_a_run_whose_file_has_changed_is_not_resumed(sums, tmp_path):
     config = load_config("tiny", [*SMALL, f"task.name={sums}", "task.params={}", "steps=4"])
 
-    def stop(done, **figures):
+    def stop(done, **metrics):
         if done == 3:
             raise StoppedError
 
@@ -357,7 +357,7 @@ def test_a_held_out_file_is_evaluated_in_full_unless_a_number_is_requested(tmp_p
     assert whole.heldout == load_task(TaskConfig(name=path, heldout_file=test, num_heldout=300), seed=0).heldout
     some = load_task(TaskConfig(name=path, heldout_file=test, num_heldout=7), seed=0)
     assert len(some.heldout) == 7
-    message = r"test.jsonl: 300 distinct prompts, fewer than task.num_heldout = 301; lower it, or leave it out to"
+    message = r"test.jsonl: 300 distinct prompts, fewer than task.num_heldout = 301; lower it, or remove it to"
     with pytest.raises(InputError, match=message):
         load_task(TaskConfig(name=path, heldout_file=test, num_heldout=301), seed=0)
     shipped = load_config("tiny", [f"task.name={path}", "task.params={}", f"task.heldout_file={test}"])
@@ -376,7 +376,7 @@ def test_rows_of_its_own_are_200_by_default_and_a_file_of_weight_0_is_evaluated_
     task = load_task(config, seed=0)
     assert [prompt.task for prompt in task.heldout] == ["train"] * 200 + ["exam"] * 3
     assert len({*train_texts(task, 50)}) == 50
-    with pytest.raises(InputError, match=r"no row is left to train on, 250 are held out; lower task.num_heldout"):
+    with pytest.raises(InputError, match=r"no row is left to train on; 250 are held out: lower task.num_heldout"):
         load_task(TaskConfig(name=path, num_heldout="all"), seed=0)
     few = SourceConfig(name=test, num_heldout=4)
     with pytest.raises(InputError, match=r"3 distinct prompts, fewer than task.mix.exam.num_heldout = 4; lower it$"):
@@ -433,13 +433,15 @@ def test_a_name_that_two_held_out_sets_share_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "train.jsonl", questions(10))
     test = write_jsonl(tmp_path / "test.jsonl", [{"prompt": "And?", "answer": 1}])
     other = SourceConfig(name=write_jsonl(tmp_path / "other.jsonl", questions(4)), num_heldout=2)
-    with pytest.raises(InputError, match=r'task.heldout_file: another held-out set is called "exam" too; name this'):
+    with pytest.raises(
+        InputError, match=r'task.heldout_file: another held-out set is already called "exam"; name this'
+    ):
         load_task(TaskConfig(name=path, heldout_file={"exam": test}, mix={"exam": other}), seed=0)
     rows = write_jsonl(
         tmp_path / "rows.jsonl", [{"prompt": f"{i}?", "answer": 1, "data_source": "a"} for i in range(4)]
     )
     mixed = {"more": SourceConfig(name=rows, heldout_file={"a": test}, weight=1)}
-    with pytest.raises(InputError, match=r'task.mix.more.heldout_file: another held-out set is called "a" too'):
+    with pytest.raises(InputError, match=r'task.mix.more.heldout_file: another held-out set is already called "a"'):
         load_task(TaskConfig(name=rows, num_heldout=1, mix=mixed), seed=0)
 
 
@@ -521,7 +523,7 @@ def test_rows_without_an_answer_are_accepted_where_a_function_of_the_user_judges
     assert task.describe()["data"][path] == {"rows": 8, "bad_rows": 0, "too_long": 0, "without_answer": 5}
     assert not caplog.text
     load(path, num_heldout=1, params={"answer": "anser"}, verifiers={"default": "free_judge:judge"})
-    assert f'{path}: no row has an answer at "anser", see task.params.answer' in caplog.text
+    assert f'{path}: no row has an answer at "anser"; check task.params.answer' in caplog.text
 
 
 def test_rows_without_an_answer_are_told_apart_and_named_where_a_verifier_needs_one(tmp_path):
@@ -538,7 +540,7 @@ def test_rows_without_an_answer_are_told_apart_and_named_where_a_verifier_needs_
         assert str(error.value) == (
             f'{path}: 3 of 4 rows are malformed (line 1: no "answer"; valid: prompt; line 2: "answer" is null, '
             'expected text or a number; line 3: "answer" is empty); fix them, or set task.on_bad_rows = "skip"; '
-            "only a function of your own (task.verifiers) can judge rows without an answer"
+            "only your own function (task.verifiers) can judge rows without an answer"
         )
 
 

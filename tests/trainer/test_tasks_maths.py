@@ -36,7 +36,7 @@ MARKS = [
     ("1234", r"\boxed 1,234, as said", True),
     ("13/4", r"\boxed 3 1/4", True),
     ("1/2", r"$\boxed\frac12$", True),
-    (r"\sqrt{2}", r"\boxed \sqrt{2} metres", True),
+    (r"\sqrt{2}", r"\boxed \sqrt{2} metres", True),  # style: ignore
     ("73", r"\boxed{ 73 \ }", True),
     ("73", r"\boxed{\,73\,}", True),
     ("73", r"\boxed{\quad 73~\quad}", True),

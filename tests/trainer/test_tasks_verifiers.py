@@ -216,7 +216,7 @@ def test_time_outs_are_counted_and_the_first_named(tmp_path, monkeypatch, caplog
     assert not task.score(rf"\boxed{{{HOSTILE[0]}}}", row).is_correct
     assert task.score(r"\boxed{10}", row).is_correct
     assert task.num_timeouts == 1
-    assert f"{row.origin}: no verdict in time on an answer, counted as wrong" in caplog.text
+    assert f"{row.origin}: the verifier timed out on an answer, which counts as wrong" in caplog.text
 
 
 def test_a_run_says_in_its_manifest_how_often_verifiers_ran_out_of_time(tmp_path, monkeypatch):
@@ -308,7 +308,7 @@ def test_the_default_judges_every_data_source_that_is_not_named(mix):
         ({"default": "json:laods"}, 'verifier json:laods: no function "laods" in json; did you mean "loads"'),
         (
             {"default": "math", "chain_sum": "exact"},
-            "task.verifiers.default: judges no prompt, because every data source has a verifier of its own "
+            "task.verifiers.default: judges no prompt, because every data source already has a verifier "
             "(chain_sum); remove it",
         ),
         ({"chain_sun": "math"}, 'task.verifiers: no prompt has data source "chain_sun"; did you mean "chain_sum"'),

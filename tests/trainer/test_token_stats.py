@@ -3,19 +3,15 @@ import math
 import pytest
 import torch
 
-from entrace.trainer.kernels import token_stats
-from entrace.trainer.kernels.token_stats import (
-    LMHead,
-    Truncation,
-    compute_stats,
-    compute_token_stats,
-    lm_head_grad_norm,
-)
+from entrace.trainer.kernels import blocked_stats
+from entrace.trainer.kernels.blocked_stats import compute_token_stats
+from entrace.trainer.kernels.token_stats import LEFT_OUT, LMHead, Truncation, lm_head_grad_norm
 from tests.benchmarks.allocator import peak_bytes
+from tests.benchmarks.logit_stats import stats_of_logits
 
 
 def naive_stats(hidden, weight, bias, targets, temperature):
-    """Float64, one token and one vocabulary entry at a time."""
+    """Compute the statistics in float64, one token and one vocabulary entry at a time."""
     rows = []
     for h, target in zip(hidden.double(), targets, strict=True):
         logits = [
@@ -31,8 +27,8 @@ def naive_stats(hidden, weight, bias, targets, temperature):
 
 @pytest.fixture(params=[(1, 1), (8, 3), (50, 4), (256, 1024)], ids=str)
 def blocks(request, monkeypatch):
-    """Logits one by one, some at a time, all at once."""
-    monkeypatch.setitem(token_stats.BLOCK, "cpu", request.param)
+    """Set blocks of one logit, of a few, and of all."""
+    monkeypatch.setitem(blocked_stats.BLOCK, "cpu", request.param)
 
 
 @pytest.fixture
@@ -77,7 +73,7 @@ def test_gradients_equal_autograd_in_float64(case, truncation):
 
     reference = [x.double().requires_grad_() for x in (hidden, weight, bias)]
     logits = reference[0] @ reference[1].T + reference[2]
-    kept = truncation.apply(logits.detach(), 0.8, targets) > token_stats.LEFT_OUT
+    kept = truncation.apply(logits.detach(), 0.8, targets) > LEFT_OUT
     assert kept.all() == (truncation == Truncation())
     logp = torch.log_softmax((logits / 0.8).masked_fill(~kept, -1e9), -1)
     entropy = -(logp.exp() * logp).sum(-1)
@@ -99,7 +95,7 @@ def test_a_frozen_head_gets_no_gradient_and_changes_none(case):
     assert torch.equal(*grads)
 
 
-def test_16_bit_hidden_states_on_a_cpu_meet_the_head_in_float32(case):
+def test_16_bit_hidden_states_on_a_cpu_multiply_the_head_in_float32(case):
     hidden, weight, bias, targets = case
     rounded = hidden.bfloat16()
     leaves = [rounded.clone().requires_grad_(), rounded.float().requires_grad_()]
@@ -112,13 +108,13 @@ def test_16_bit_hidden_states_on_a_cpu_meet_the_head_in_float32(case):
 
 @pytest.mark.parametrize("offset", [0.0, 80.0])
 @pytest.mark.parametrize("gap", [0, 5, 10, 15, 20, 30, 40])
-def test_certain_tokens_are_known_to_a_millionth_of_themselves(gap, offset):
-    """Down to log-probabilities and entropies of 1e-15: figures show them on logarithmic axes."""
+def test_statistics_of_certain_tokens_have_a_relative_error_of_a_millionth(gap, offset):
+    """Check log-probabilities and entropies down to 1e-15; figures show them on logarithmic axes."""
     logits = torch.randn(20, 3000, generator=torch.Generator().manual_seed(2))
     logits[:, 7] = logits.logsumexp(1) + gap
     logits += offset
     targets = torch.full((20,), 7)
-    stats = compute_stats(logits, targets)
+    stats = stats_of_logits(logits, targets)
     shifted = logits.double() - logits.max(1, keepdim=True).values
     rest = shifted.exp().scatter(1, targets[:, None], 0).sum(1)
     logprob = -torch.log1p(rest)
@@ -130,7 +126,7 @@ def test_certain_tokens_are_known_to_a_millionth_of_themselves(gap, offset):
 
 
 @pytest.mark.parametrize("gap", [0, 10, 20, 30])
-def test_gradient_of_a_certain_token_is_known_to_a_millionth_of_itself(gap):
+def test_gradient_of_a_certain_token_has_a_relative_error_of_a_millionth(gap):
     logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(3))
     logits[:, 7] = logits.logsumexp(1) + gap
     leaf = logits.clone().requires_grad_()
@@ -141,14 +137,14 @@ def test_gradient_of_a_certain_token_is_known_to_a_millionth_of_itself(gap):
     torch.testing.assert_close(leaf.grad[:, 7].double(), p.sum(1), rtol=3e-6, atol=0)
 
 
-def test_an_unlikely_target_has_its_own_log_probability():
+def test_log_probability_of_an_unlikely_target():
     logits = torch.tensor([[0.0, 100.0, 99.0, -200.0]])
     for target in range(4):
-        expected = torch.log_softmax(logits.double(), 1)[0, target]
-        assert compute_stats(logits, torch.tensor([target])).logprob.item() == pytest.approx(expected.item(), rel=1e-6)
+        expected = torch.log_softmax(logits.double(), 1)[0, target].item()
+        assert stats_of_logits(logits, torch.tensor([target])).logprob.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_memory_of_both_passes_does_not_grow_with_the_number_of_tokens():
+def test_memory_of_both_passes_is_independent_of_the_number_of_tokens():
     vocab, width, temperature = 4000, 16, 0.9
     extra = {}
     for num_tokens in (1000, 4000):
@@ -162,11 +158,11 @@ def test_memory_of_both_passes_does_not_grow_with_the_number_of_tokens():
         extra[num_tokens] = peak_bytes(work) - sum(leaf.grad.nbytes for leaf in leaves)
     per_token = (extra[4000] - extra[1000]) / 3000
     assert per_token < 300 < 4 * vocab
-    tokens, entries = token_stats.BLOCK["cpu"]
+    tokens, entries = blocked_stats.BLOCK["cpu"]
     assert extra[4000] < 5 * tokens * entries * 4 + 300 * 4000 < 4000 * vocab * 4
 
 
-def test_no_tokens_give_no_values(case):
+def test_no_tokens_give_empty_statistics(case):
     hidden, weight, _, targets = case
     assert compute_token_stats(hidden[:0], LMHead(weight, None), targets[:0]).entropy.shape == (0,)
 
@@ -189,8 +185,8 @@ def test_grad_norm_of_a_certain_token_is_zero_not_nan():
     assert norm.item() == 0.0
 
 
-def test_grad_norm_of_a_nearly_certain_token_is_not_lost_in_rounding():
-    """Two tokens, 1 - p = 1e-6: |G| = sqrt(2) (1 - p), of a difference of numbers near 1."""
+def test_grad_norm_of_a_nearly_certain_token_survives_rounding():
+    """With two tokens and 1 - p = 1e-6, |G| = sqrt(2) (1 - p) is a difference of numbers near 1."""
     missing = torch.tensor([1e-6], dtype=torch.float64)
     logprob, sum_p2 = torch.log1p(-missing), (1 - missing).square() + missing.square()
     norm = lm_head_grad_norm(torch.ones(1), logprob.float(), sum_p2.float(), torch.ones(1), 1.0)

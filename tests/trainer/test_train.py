@@ -141,7 +141,7 @@ def test_the_manifest_says_what_was_run(run_dir):
 
 
 def test_bfloat16_arithmetic_trains_float32_weights(tmp_path):
-    """What a GPU does by default, on the CPU: the recorded and the trained distribution may differ by rounding only."""
+    """The default of a GPU, on the CPU: the recorded and the trained distribution may differ by rounding only."""
     train(load_config("tiny", [*SMALL, "policy.dtype=bfloat16", "steps=2"]), tmp_path / "bf16", LABELS)
     steps = read(tmp_path / "bf16", "steps")
     assert steps["grad_norm"].is_between(1e-3, 10).all()
@@ -240,7 +240,7 @@ def test_a_run_whose_learning_rate_ends_with_it_is_not_extended(tmp_path):
 @pytest.mark.parametrize(("threshold", "remark"), [(1.0, None), (5.0, "none of the first"), (-1.0, "every one of the")])
 def test_a_threshold_that_separates_nothing_is_remarked_on(tmp_path, caplog, threshold, remark):
     train(load_config("tiny", [*SMALL, "steps=3", f"task.correct_at={threshold}"]), tmp_path / "run", LABELS)
-    remarks = [r.message for r in caplog.records if "counts as right" in r.message]
+    remarks = [r.message for r in caplog.records if "is correct: their" in r.message]
     assert len(remarks) == (remark is not None)
     if remark:
         assert remark in remarks[0]
@@ -297,7 +297,7 @@ def test_a_foreign_schema_version_is_refused(run_dir, tmp_path):
 
 def test_a_run_without_a_plateau_says_that_position_shaping_stayed_off(tmp_path, caplog):
     train(load_config("tiny", [*SMALL, "shaping.method=position"]), tmp_path / "run", LABELS)
-    assert "no plateau was detected in 4 steps: shaping that starts there stayed off" in caplog.text
+    assert "no plateau was detected in 4 steps, so shaping that starts at the plateau stayed off" in caplog.text
     assert read_manifest(tmp_path / "run")["plateau_step"] is None
     assert not read(tmp_path / "run", "steps")["is_shaped"].any()
 

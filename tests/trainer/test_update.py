@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from entrace.trainer.algorithm.losses import policy_loss
 from entrace.trainer.config import OptimConfig, load_config
-from entrace.trainer.learner import Learner, TrainingError, cut_by_tokens, learning_rate, mini_batches
+from entrace.trainer.faults import TrainingError
+from entrace.trainer.kernels.packing import cut_by_tokens
+from entrace.trainer.learner import Learner, learning_rate, make_objectives, mini_batches
 from entrace.trainer.rollouts import PromptSource, collect_batch
 from entrace.trainer.tasks import Score
 
@@ -30,7 +32,7 @@ def gradients(policy):
 def test_gradient_equals_the_naive_token_mean(policy, task):
     """One response at a time, the model's own logits, one denominator for the whole batch."""
     config, learner, batch, advantages = make_case(policy, task, "optim.grad_clip=1e9")
-    learner.update(batch, advantages, step=1)
+    learner.update(batch, make_objectives(learner.config, batch, advantages, step=1), step=1)
     # AdamW keeps the first moment: (1 - beta1) * gradient after one step.
     beta1 = learner.optimizer.defaults["betas"][0]
     found = {name: learner.optimizer.state[p]["exp_avg"] / (1 - beta1) for name, p in policy.model.named_parameters()}
@@ -68,10 +70,10 @@ def test_gradient_equals_the_naive_token_mean(policy, task):
 def test_micro_batches_do_not_change_the_update(policy, task, loss):
     options = [*loss, "optim.lr=1e-4", "optim.warmup_steps=0"]
     config, learner, batch, advantages = make_case(policy, task, *options)
-    whole = learner.update(batch, advantages, step=1)
+    whole = learner.update(batch, make_objectives(learner.config, batch, advantages, step=1), step=1)
     other = type(policy).load(config.policy)
     cut = Learner(load_config("tiny", [*SMALL, *options, "optim.micro_batch_tokens=100"]), other)
-    parts = cut.update(batch, advantages, step=1)
+    parts = cut.update(batch, make_objectives(cut.config, batch, advantages, step=1), step=1)
     # The second epoch starts where AdamW went, which may turn rounding of a tiny gradient into a whole step.
     first, second = (1e-6, 1e-4), (1e-5, 2e-3)
     loss_tolerance, norm_tolerance = second if "optim.epochs=2" in options else first
@@ -82,19 +84,21 @@ def test_micro_batches_do_not_change_the_update(policy, task, loss):
 
 @pytest.mark.parametrize("share", [0.5, 0.0])
 def test_responses_without_an_advantage_are_left_out_and_change_nothing(policy, task, monkeypatch, share):
-    """As in groups of uniform reward; where no response has one, weight decay and moments go on all the same."""
+    """As in groups of uniform reward; where no response has one, weight decay and moments continue all the same."""
     options = ["rollout.dynamic_sampling=false", "optim.lr=1e-3", "optim.warmup_steps=0", "optim.epochs=2"]
     config, learner, batch, advantages = make_case(policy, task, *options)
     advantages = advantages.clone()
     advantages[: round(len(advantages) * (1 - share))] = 0
     scored = []
-    score = type(policy).score
-    monkeypatch.setattr(type(policy), "score", lambda self, p, r, *a: scored.append(len(r)) or score(self, p, r, *a))
-    found = learner.update(batch, advantages, step=1)
+    score = type(policy).token_stats
+    monkeypatch.setattr(
+        type(policy), "token_stats", lambda self, p, r, *a: scored.append(len(r)) or score(self, p, r, *a)
+    )
+    found = learner.update(batch, make_objectives(learner.config, batch, advantages, step=1), step=1)
     assert sum(scored) <= 2 * max(1, share * len(advantages))
     other = Learner(config, type(policy).load(config.policy))
     monkeypatch.setattr(other, "_places_with_gradient", lambda objective: torch.arange(len(objective.mask)))
-    wanted = other.update(batch, advantages, step=1)
+    wanted = other.update(batch, make_objectives(other.config, batch, advantages, step=1), step=1)
     assert sum(scored) >= 2 * len(advantages)
     assert (found.loss, found.grad_norm) == pytest.approx((wanted.loss, wanted.grad_norm), rel=1e-4, abs=1e-6)
     before = dict(type(policy).load(config.policy).model.named_parameters())
@@ -140,7 +144,7 @@ def test_mini_batches_cover_kept_groups_once_an_epoch(policy, task):
 def test_first_update_has_ratio_one_and_zero_loss(policy, task):
     """Advantages of a group sum to zero, so that only lengths can move the on-policy loss off zero."""
     _, learner, batch, advantages = make_case(policy, task)
-    metrics = learner.update(batch, advantages, step=1)
+    metrics = learner.update(batch, make_objectives(learner.config, batch, advantages, step=1), step=1)
     rows = batch.is_kept
     weights = (batch.advantages * batch.rollouts.lengths)[rows].sum() / batch.rollouts.lengths[rows].sum()
     assert metrics.loss == pytest.approx(-float(weights), abs=1e-4)
@@ -149,7 +153,7 @@ def test_first_update_has_ratio_one_and_zero_loss(policy, task):
 
 def test_later_epochs_clip(policy, task):
     _, learner, batch, advantages = make_case(policy, task, "optim.epochs=6", "optim.lr=3e-3", "optim.warmup_steps=0")
-    metrics = learner.update(batch, advantages, step=1)
+    metrics = learner.update(batch, make_objectives(learner.config, batch, advantages, step=1), step=1)
     assert metrics.clip_frac_low > 0
     assert metrics.clip_frac_high > 0
 
@@ -159,8 +163,8 @@ def test_kl_to_the_reference_starts_at_zero_and_grows(policy, task, estimator):
     _, learner, batch, advantages = make_case(
         policy, task, "loss.kl_coef=0.1", f"loss.kl_estimator={estimator}", "optim.lr=1e-3", "optim.warmup_steps=0"
     )
-    first = learner.update(batch, advantages, step=1).kl
-    second = learner.update(batch, advantages, step=2).kl
+    first = learner.update(batch, make_objectives(learner.config, batch, advantages, step=1), step=1).kl
+    second = learner.update(batch, make_objectives(learner.config, batch, advantages, step=2), step=2).kl
     assert first == pytest.approx(0.0, abs=1e-4)
     assert abs(second) > 10 * abs(first)
 
@@ -171,9 +175,9 @@ def test_kl_pulls_back_to_the_reference(policy, task):
         for p in policy.model.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     nothing = torch.zeros_like(advantages)
-    before = learner.update(batch, nothing, step=5).kl
+    before = learner.update(batch, make_objectives(learner.config, batch, nothing, step=5), step=5).kl
     for _ in range(10):
-        after = learner.update(batch, nothing, step=5).kl
+        after = learner.update(batch, make_objectives(learner.config, batch, nothing, step=5), step=5).kl
     assert after < before
 
 
@@ -181,7 +185,7 @@ def test_nan_stops_before_the_weights_change(policy, task):
     _, learner, batch, advantages = make_case(policy, task)
     before = [p.clone() for p in policy.model.parameters()]
     with pytest.raises(TrainingError, match="step 7: loss nan"):
-        learner.update(batch, advantages * float("nan"), step=7)
+        learner.update(batch, make_objectives(learner.config, batch, advantages * float("nan"), step=7), step=7)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
 
 
@@ -217,7 +221,7 @@ def test_weight_decay_spares_vectors_unless_told_otherwise(policy, task, decay_a
         policy, task, "optim.lr=0.01", "optim.warmup_steps=0", f"optim.decay_all={str(decay_all).lower()}"
     )
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-    learner.update(batch, torch.zeros_like(advantages), step=1)
+    learner.update(batch, make_objectives(learner.config, batch, torch.zeros_like(advantages), step=1), step=1)
     for name, p in policy.model.named_parameters():
         factor = 1 - 0.01 * 0.1 if p.ndim > 1 or decay_all else 1.0
         torch.testing.assert_close(p.detach(), before[name] * factor, rtol=1e-5, atol=1e-8)
@@ -302,7 +306,7 @@ def test_responses_without_a_verdict_enter_neither_group_mean_nor_loss(policy, t
     assert batch.advantages[:4].tolist() == pytest.approx([0, 0.57735, -1.1547, 0.57735], abs=1e-4)
     rows = torch.cat(list(mini_batches(config, batch, 1)))
     assert is_judged[rows].all()
-    assert learner.update(batch, advantages, step=1).grad_norm > 0
+    assert learner.update(batch, make_objectives(learner.config, batch, advantages, step=1), step=1).grad_norm > 0
 
 
 def test_a_step_without_any_verdict_stops(policy, task, monkeypatch):
@@ -330,7 +334,7 @@ def test_masked_truncated_responses_enter_the_mean_but_not_the_loss(policy, task
     # The group's mean and spread are those of all its responses.
     _, _, unmasked, _ = make_case(policy, task, *options)
     assert torch.equal(batch.advantages, unmasked.advantages)
-    found = learner.update(batch, advantages, step=1)
+    found = learner.update(batch, make_objectives(learner.config, batch, advantages, step=1), step=1)
     # At ratio 1 the loss is minus the weighted mean advantage; its denominators differ by aggregation.
     lengths, values = batch.rollouts.lengths.double(), batch.advantages.double()
     total = -(values * lengths)[~cut].sum()

@@ -1,7 +1,7 @@
-"""A grid in TOML: arms x seeds x sweep axes, every run validated before any starts.
+"""Read a grid in TOML: arms x seeds x sweep axes, every run validated before any starts.
 
-Where several give a key, the later wins: config, ``[base]``, the arm's method, the arm's own keys, the sweep, the seed,
-the command line.
+A key that is set several times takes its value from the last of: config, ``[base]``, the arm's method, the arm's own
+keys, the sweep, the seed, the command line.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any, get_args, get_origin
 from pydantic import Field
 
 from entrace.analysis.trace import InputError, flatten, nearest
-from entrace.trainer.ablation.arms import method_settings
+from entrace.trainer.ablation.arms import load_own, method_settings
+from entrace.trainer.algorithm.method import OWN, MethodSpec
 from entrace.trainer.config import Config, build_config
 from entrace.trainer.resources import resolve_config
 from entrace.trainer.runs.run_folder import common_random_numbers
@@ -25,13 +26,13 @@ from entrace.trainer.settings import BaseConfig, Natural, merge, nest, parse_ove
 
 Scalar = str | int | float | bool
 
-# What folder names may consist of on every file system.
+# Characters that a folder name cannot hold on every file system.
 UNSAFE = re.compile(r"[^\w.+=-]", re.ASCII)
 KEY_TWICE = re.compile(r"(?:overwrite a value|twice|Duplicate inline table key|redefine|mutate).*at line (\d+)")
 
 
 class Grid(BaseConfig):
-    """The file: ``arms`` and ``sweep`` as written; ``baseline`` names the arm that others are compared with."""
+    """The file of a grid; ``baseline`` names the arm that the others are compared with."""
 
     config: str
     baseline: str
@@ -42,7 +43,7 @@ class Grid(BaseConfig):
 
 
 class ArmKeys(BaseConfig):
-    """What an arm says besides config keys: the method that it is, and seeds of its own."""
+    """Keys of an arm besides config keys: its method or list of methods, and its seeds."""
 
     method: str | list[str] | None = None
     seeds: list[Natural] | None = None
@@ -50,7 +51,7 @@ class ArmKeys(BaseConfig):
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm read: config values that make it, nested, and its seeds."""
+    """A parsed arm: nested config values and seeds."""
 
     name: str
     values: dict[str, Any]
@@ -59,7 +60,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One cell of the grid; ``arm`` and ``baseline`` carry the values of the sweep, ``axes`` holds them by key."""
+    """One run of the grid; ``axes`` holds its sweep values by key, and ``arm`` and ``baseline`` include them."""
 
     run_id: str
     arm: str
@@ -68,7 +69,7 @@ class RunSpec:
     axes: dict[str, Scalar] = field(default_factory=dict)
 
     def labels(self, out: Path) -> dict[str, Any]:
-        """What the run's manifest says of its place in the study."""
+        """Return what the run's manifest says about its place in the study."""
         return {
             "study": out.resolve().name,
             "arm": self.arm,
@@ -79,30 +80,31 @@ class RunSpec:
 
 
 def load_grid(path: str, overrides: Sequence[str] = (), seeds: Sequence[int] | None = None) -> list[RunSpec]:
-    """Reads a grid and validates the configuration of every run before anything starts.
+    """Read a grid and validate the configuration of every run.
 
     Args:
         path: A grid file, or the name of a shipped one.
-        overrides: ``key.path=value``, applied to every run last.
-        seeds: Replace the grid's and those of its arms.
+        overrides: ``key.path=value``, applied last to every run.
+        seeds: Replace the seeds of the grid and of its arms.
 
     Returns:
-        Runs in the order in which they are to start: all arms of a seed before the next seed.
+        Runs in starting order: all arms of a seed before the next seed.
 
     Raises:
-        InputError: no such file, an unknown key, arm or axis, an empty grid, a name or a seed given twice, or an
-            invalid run.
+        InputError: the file does not exist, a key, method, or axis is unknown, the grid is empty, a name or seed is
+            repeated, or a run is invalid.
     """
     grid = validate_section(Grid, _read_grid(resolve_config(path)), path)
     arms = [_read_arm(name, table, grid.seeds, seeds, path) for name, table in grid.arms.items()]
     if not arms:
-        raise InputError(f"{path}: the grid is empty, it has no arms")
+        raise InputError(f"{path}: the grid is empty; add arms under [arms]")
     if grid.baseline not in grid.arms:
         raise InputError(f'{path}: baseline: unknown arm "{grid.baseline}"{nearest(grid.baseline, grid.arms)}')
     _refuse_seed(grid.base, f"{path}, [base]")
-    axes = _read_axes(grid.sweep, path)
-    changes = _read_overrides(overrides, axes)
     base = merge(read_toml(resolve_config(grid.config)), grid.base)
+    own = [spec for arm in arms for spec in load_own(merge(base, arm.values))]
+    axes = _read_axes(grid.sweep, own, path)
+    changes = _read_overrides(overrides, axes)
     order = dict.fromkeys([*(grid.seeds if seeds is None else seeds), *(seed for arm in arms for seed in arm.seeds)])
     specs = []
     for seed in order:
@@ -118,7 +120,7 @@ def load_grid(path: str, overrides: Sequence[str] = (), seeds: Sequence[int] | N
                         _run_id(arm.name, point, seed),
                         label,
                         _label(grid.baseline, point),
-                        build_config(merge(config, changes), source=f"{path}, arm {label}"),
+                        build_config(_drop_unused_sections(merge(config, changes), own), source=f"{path}, arm {label}"),
                         point,
                     )
                 )
@@ -132,7 +134,7 @@ def _read_grid(path: Path) -> dict[str, Any]:
     except InputError as error:
         if found := KEY_TWICE.search(str(error)):
             line = path.read_text().splitlines()[int(found[1]) - 1].strip()
-            raise InputError(f"{path}: line {found[1]} names again what stands above it: {line}") from None
+            raise InputError(f"{path}: line {found[1]} repeats a name defined above it: {line}") from None
         raise
 
 
@@ -146,40 +148,55 @@ def _read_arm(
     try:
         settings = method_settings(keys.method or name)
     except InputError as error:
-        # Keys alone make an arm too, of any name.
-        if keys.method or not own:
+        # An arm without a method may have any name if it sets config keys.
+        if keys.method or not own or OWN.search(name):
             raise InputError(f'{path}: arm "{name}": {error}') from None
         settings = {}
     seeds = list(given if given is not None else grid_seeds if keys.seeds is None else keys.seeds)
     if not seeds:
-        raise InputError(f"{source}: the grid is empty, there are no seeds")
+        raise InputError(f"{source}: the grid is empty; add seeds")
     if len(set(seeds)) < len(seeds):
-        raise InputError(f"{source}: a seed is given twice in {seeds}")
+        raise InputError(f"{source}: seeds {seeds} repeat a seed; remove one")
     return Arm(name, merge(settings, own), seeds)
 
 
-def _read_axes(sweep: Mapping[str, Any], path: str) -> dict[str, list[Scalar]]:
+def _drop_unused_sections(values: Mapping[str, Any], own: Sequence[MethodSpec]) -> dict[str, Any]:
+    """Remove parameters of other arms' own methods, which ``[base]`` and ``[sweep]`` set for all arms."""
+    used = {(spec.kind, spec.section) for spec in load_own(values)}
+    unused = {(spec.kind, spec.section) for spec in own} - used
+    return {
+        kind: {key: value for key, value in table.items() if (kind, key) not in unused}
+        if isinstance(table, Mapping)
+        else table
+        for kind, table in values.items()
+    }
+
+
+def _read_axes(sweep: Mapping[str, Any], own: Sequence[MethodSpec], path: str) -> dict[str, list[Scalar]]:
     axes = flatten(sweep)
     for key, values in axes.items():
         source = f"{path}, [sweep] {key}"
         if key == "seed":
-            raise InputError(f"{source}: seeds are not an axis; name them in seeds = [...]")
-        _check_key(key, f"{path}, [sweep]")
+            raise InputError(f"{source}: seeds are not an axis; list them in seeds = [...]")
+        _check_key(key, own, f"{path}, [sweep]")
         if not isinstance(values, list):
             raise InputError(f"{source}: expected a list of values, found {values!r}")
         if not values:
-            raise InputError(f"{source}: the grid is empty, this axis has no values")
+            raise InputError(f"{source}: the grid is empty; add values to this axis")
         for value in values:
             if not isinstance(value, Scalar):
                 raise InputError(f"{source}: expected single numbers, strings or booleans, found {value!r}")
             if values.count(value) > 1:
-                raise InputError(f"{source}: {value!r} is given twice")
+                raise InputError(f"{source}: {value!r} is repeated; remove one")
     return axes
 
 
-def _check_key(key: str, source: str) -> None:
-    """Refuses what is no key of the config."""
+def _check_key(key: str, own: Sequence[MethodSpec], source: str) -> None:
+    """Refuse a key that the config does not have."""
     known = dict(_config_keys(Config))
+    for spec in own:
+        if spec.section:
+            known |= _config_keys(spec.build_section(), f"{spec.kind}.{spec.section}.")
     if known.get(key) is False or any(is_open and key.startswith(f"{name}.") for name, is_open in known.items()):
         return
     inside = [name for name in known if name.startswith(f"{key}.")]
@@ -190,7 +207,7 @@ def _check_key(key: str, source: str) -> None:
 
 
 def _config_keys(model: type[BaseConfig], prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Every key of the config, dotted, and whether it holds a table of free keys."""
+    """Yield every dotted key of the config, and whether it holds a table of arbitrary keys."""
     for name, info in model.model_fields.items():
         is_open = get_origin(info.annotation) is dict
         options = [] if is_open else [info.annotation, *get_args(info.annotation)]
@@ -208,21 +225,21 @@ def _read_overrides(overrides: Sequence[str], axes: Mapping[str, Any]) -> dict[s
         _refuse_seed(change, f'override "{override}"')
         for key in flatten(change):
             if key in axes:
-                raise InputError(f'override "{override}": the grid sweeps {key}; leave one of them out')
+                raise InputError(f'override "{override}": the grid already sweeps {key}; remove one of them')
         changes = merge(changes, change)
     return changes
 
 
 def _refuse_seed(values: Mapping[str, Any], source: str) -> None:
     if "seed" in values:
-        raise InputError(f"{source}: a grid's seeds are named by seeds = [...], or by --seeds")
+        raise InputError(f"{source}: a grid takes its seeds from seeds = [...] or --seeds; remove this one")
 
 
 def _refuse_equal_ids(specs: Sequence[RunSpec], path: str) -> None:
     run_id, times = Counter(spec.run_id for spec in specs).most_common(1)[0]
     if times > 1:
         arms = dict.fromkeys(f'"{spec.arm}"' for spec in specs if spec.run_id == run_id)
-        raise InputError(f"{path}: arms {' and '.join(arms)} would share the folder {run_id}; rename one")
+        raise InputError(f"{path}: arms {' and '.join(arms)} would both write to the folder {run_id}; rename one")
 
 
 def _label(arm: str, point: Mapping[str, Scalar]) -> str:

@@ -1,8 +1,8 @@
-"""Runs a grid: what is there is kept, what is missing is carried out, failures stay in the table."""
+"""Run a grid: keep finished runs, resume interrupted ones, start missing ones, and report failures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,35 +17,41 @@ CHANGES_SHOWN = 3
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What a study folder holds of one run; ``status`` is new, running (which is: interrupted), complete or failed."""
+    """State of one run in a study folder.
+
+    Attributes:
+        status: new, running (that is, interrupted), complete, or failed.
+        step: Last durable step.
+        error: Error of a failed run.
+    """
 
     status: str = "new"
     step: int = 0
     error: str | None = None
 
     def is_kept(self, retry_failed: bool) -> bool:
-        """Whether a grid that is gone on with leaves the run as it is."""
+        """Return whether a resumed grid leaves the run unchanged."""
         return self.status == "complete" or (self.status == "failed" and not retry_failed)
 
 
 class NoListener:
-    """A watcher that shows nothing."""
+    """A listener that ignores all events."""
 
-    def update(self, run_id: str, done: int, **figures: float) -> None:
-        """Nothing."""
+    def update(self, run_id: str, done: int, **metrics: float) -> None:
+        """Do nothing."""
 
     def end(self, run_id: str, error: str | None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def survey(specs: Sequence[RunSpec], out: Path) -> dict[str, RunStatus]:
-    """What ``out`` holds of every run of a grid.
+    """Return the state of every run of a grid in the folder ``out``, by run id.
 
     Raises:
-        InputError: it holds a run that is not of this grid: an unknown one, or one with another configuration.
+        InputError: the folder holds a run of another grid: an unknown run, or one with another configuration.
     """
     known = {spec.run_id: spec for spec in specs}
-    found = dict.fromkeys(known, RunStatus())
+    statuses = dict.fromkeys(known, RunStatus())
     for path in sorted(out.glob(f"*/{MANIFEST}")):
         run_id, manifest = path.parent.name, read_manifest(path.parent)
         if run_id not in known:
@@ -56,10 +62,10 @@ def survey(specs: Sequence[RunSpec], out: Path) -> dict[str, RunStatus]:
             more = f" and {len(changes) - CHANGES_SHOWN} more" if len(changes) > CHANGES_SHOWN else ""
             shown = ", ".join(changes[:CHANGES_SHOWN])
             raise InputError(f"{out}: made from another grid: of {run_id}, {shown}{more}")
-        # A complete run to be extended counts as interrupted.
+        # A complete run that gets more steps counts as interrupted.
         status = "running" if is_extended and manifest["status"] == "complete" else manifest["status"]
-        found[run_id] = RunStatus(status, manifest["last_durable_step"], manifest.get("error"))
-    return found
+        statuses[run_id] = RunStatus(status, manifest["last_durable_step"], manifest.get("error"))
+    return statuses
 
 
 def _differences(manifest: dict[str, Any], spec: RunSpec) -> list[str]:
@@ -76,45 +82,47 @@ def run_grid(
     specs: Sequence[RunSpec],
     out: Path,
     launcher: Launcher,
+    train: Callable[..., None],
     *,
     resume: bool = False,
     retry_failed: bool = False,
-    watcher: ProgressListener | None = None,
+    listener: ProgressListener | None = None,
 ) -> dict[str, str]:
-    """Carries out every run of a grid, each in a folder of its own under ``out``.
+    """Execute every run of a grid, each in its own folder under ``out``.
 
     Args:
         specs: The runs.
         out: Folder of the study.
-        launcher: Where they are carried out.
-        resume: Keep complete and failed runs, go on with interrupted ones from their checkpoints.
-        retry_failed: As ``resume``, and go on with failed runs too.
-        watcher: Told how they get on.
+        launcher: Starts the processes.
+        train: The training loop; see ``Job``.
+        resume: Keep complete and failed runs, and resume interrupted ones from their checkpoints.
+        retry_failed: As ``resume``, and resume failed runs too.
+        listener: Receives the progress of the runs.
 
     Returns:
-        Error of each failed run, by run id, those of earlier calls included.
+        Error of each failed run by run id, failures of earlier calls included.
 
     Raises:
-        InputError: ``out`` already holds files and shall not be gone on with, or was made from another grid, or the
-            launcher cannot start runs; nothing has been written then.
+        InputError: ``out`` already holds files and neither flag is set, ``out`` was made from another grid, or the
+            launcher cannot start runs. Nothing has been written then.
     """
-    watcher = watcher or NoListener()
+    listener = listener or NoListener()
     if not (resume or retry_failed) and out.exists() and any(out.iterdir()):
-        raise InputError(f"{out}: already holds files; choose another folder, or continue with --resume")
-    found = survey(specs, out)
-    works = [
-        Job(spec.config, out.resolve() / spec.run_id, spec.labels(out))
+        raise InputError(f"{out}: already holds files; choose another folder, or resume with --resume")
+    statuses = survey(specs, out)
+    jobs = [
+        Job(spec.config, out.resolve() / spec.run_id, spec.labels(out), train)
         for spec in specs
-        if not found[spec.run_id].is_kept(retry_failed)
+        if not statuses[spec.run_id].is_kept(retry_failed)
     ]
     try:
-        if works:
+        if jobs:
             launcher.connect()
-        for run_id, state in found.items():
-            if state.is_kept(retry_failed):
-                watcher.end(run_id, state.error)
-        if works:
-            launcher.run(works, watcher)
+        for run_id, status in statuses.items():
+            if status.is_kept(retry_failed):
+                listener.end(run_id, status.error)
+        if jobs:
+            launcher.run(jobs, listener)
     finally:
         launcher.close()
-    return {run_id: state.error for run_id, state in survey(specs, out).items() if state.error}
+    return {run_id: status.error for run_id, status in survey(specs, out).items() if status.error}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EPS = 1e-6
 
@@ -17,7 +21,7 @@ def group_relative_advantage(
         rewards: One per response, (B,).
         group_ids: Group of each response, (B,), integers from 0.
         normalize_std: Divide by the group's standard deviation (with Bessel's correction); Dr.GRPO does not.
-        is_counted: Responses that have a reward, (B,) bool; all if not given.
+        is_counted: Responses that have a reward, (B,) bool (default: all).
 
     Returns:
         Advantages, (B,). Exactly 0 where all rewards of a group are equal, whatever their value, in groups of one
@@ -26,7 +30,7 @@ def group_relative_advantage(
     is_counted = torch.ones_like(rewards, dtype=torch.bool) if is_counted is None else is_counted
     counted = is_counted.to(rewards.dtype)
     count = _group_sum(counted, group_ids).clamp(min=1)
-    # Differences of equal numbers are exactly 0, those from their mean are not: 8 x 0.7 / 8 is another float than 0.7.
+    # Differences between equal rewards are exactly 0, differences from their mean are not: (8 x 0.7) / 8 != 0.7.
     lowest = torch.full_like(count, torch.inf).scatter_reduce(0, group_ids[is_counted], rewards[is_counted], "amin")
     above = torch.where(is_counted, rewards - lowest[group_ids], 0)
     centered = (above - (_group_sum(above, group_ids) / count)[group_ids]) * counted
@@ -37,7 +41,7 @@ def group_relative_advantage(
 
 
 def mixed_groups(values: Tensor, group_ids: Tensor, is_counted: Tensor) -> Tensor:
-    """Return the groups that dynamic sampling keeps, (num_groups,) bool: those whose counted values differ.
+    """Return the groups that dynamic sampling keeps, (num_groups,) bool: their counted values differ.
 
     Args:
         values: Correctness (0 or 1) or reward of each response, (B,).
@@ -63,13 +67,13 @@ def overlong_penalty(lengths: Tensor, max_tokens: int, buffer_tokens: int, facto
 
 
 def mean_surprisal(logprobs: Tensor, response_mask: Tensor) -> Tensor:
-    """Mean of -logprob over the response tokens, (B, T) -> (B,), nats; NaN for an empty response."""
+    """Return the mean of -logprob over response tokens, (B, T) -> (B,), nats; NaN for an empty response."""
     mask = response_mask.to(logprobs.dtype)
     return -(logprobs * mask).sum(1) / mask.sum(1)
 
 
 def ppl_z(logprobs: Tensor, response_mask: Tensor, group_ids: Tensor) -> Tensor:
-    """Standardised log perplexity of each response within its group (released code of arXiv 2508.02260).
+    """Standardize the log perplexity of responses within their groups (released code of arXiv 2508.02260).
 
     z_i = (ln PPL_i - m) / s with ln PPL = mean surprisal; m and the population standard deviation s are taken over
     the group's responses inside [Q1 - 1.5 IQR, Q3 + 1.5 IQR]; s below 1e-6 counts as 1.
@@ -80,7 +84,7 @@ def ppl_z(logprobs: Tensor, response_mask: Tensor, group_ids: Tensor) -> Tensor:
         group_ids: (B,).
 
     Returns:
-        z, (B,); an empty response is left out of the moments and gets 0.
+        z, (B,); an empty response is excluded from the moments and gets 0.
     """
     log_ppl = mean_surprisal(logprobs, response_mask)
     place = place_in_group(group_ids)
@@ -97,7 +101,7 @@ def ppl_z(logprobs: Tensor, response_mask: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def place_in_group(group_ids: Tensor) -> Tensor:
-    """Rank of each element among those of its group, from 0, (B,)."""
+    """Return the index of each element within its group, from 0, (B,)."""
     counts = torch.bincount(group_ids)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
     place = torch.empty_like(group_ids)

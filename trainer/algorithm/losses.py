@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
@@ -17,7 +19,7 @@ MAX_LOG_RATIO, MAX_KL = 20.0, 10.0
 
 @dataclass
 class PolicyLoss:
-    """Losses of tokens, and which of them have no gradient because a bound was reached.
+    """Losses of tokens, and the tokens whose gradient a bound cut off.
 
     Attributes:
         loss: (N,), with gradient.
@@ -49,13 +51,13 @@ def policy_loss(
         dual_clip: c > 1, or None for no cap.
 
     Returns:
-        Per-token losses and which tokens the clip cut off; empty for N = 0.
+        Per-token losses and the tokens that each bound cuts off; empty for N = 0.
     """
     is_dual = torch.zeros_like(advantage, dtype=torch.bool)
     if dual_clip is not None:
         cap = math.log(dual_clip)
         is_dual = (log_ratio.detach() > cap) & (advantage < 0)
-        # Before the exponential, whose gradient at an infinite ratio would be 0 x infinity.
+        # Clamped before the exponential, whose gradient at an infinite ratio would be 0 x infinity.
         log_ratio = torch.where(advantage < 0, log_ratio.clamp(max=cap), log_ratio)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -66,13 +68,13 @@ def policy_loss(
 
 
 def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:
-    """The mean over its response in the place of each token's log ratio (GSPO-token, arXiv 2507.18071, eq. 14).
+    """Replace each token's log ratio by the mean over its response (GSPO-token, arXiv 2507.18071, eq. 14).
 
-    The value is that of the response; the gradient flows to each token by itself, which for equal advantages within a
+    The value is that of the response. The gradient flows to each token separately, which for equal advantages within a
     response is the gradient of GSPO.
 
     Args:
-        log_ratio: (N,), responses end to end.
+        log_ratio: (N,), responses concatenated.
         lengths: Tokens of each response, summing to N.
     """
     rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths).to(log_ratio.device)

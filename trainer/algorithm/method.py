@@ -16,11 +16,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from entrace.trainer.settings import (
     BaseConfig,
@@ -32,6 +31,9 @@ from entrace.trainer.settings import (
     nearest,
     section_of,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEADLINE = re.compile(r"(?P<equation>.+?): (?P<summary>.+) \((?P<source>[^()]+)\)\.")
 OWN = re.compile(r"[\w.]+:\w+")
@@ -189,8 +191,11 @@ def find_method(name: str, kind: Kind) -> MethodSpec:
     if name in REGISTRY[kind]:
         return REGISTRY[kind][name]
     if not OWN.fullmatch(name):
-        raise InputError(f'unknown {kind} method "{name}"{nearest(name, REGISTRY[kind])}; see `entrace methods`')
+        raise InputError(f'unknown {kind} method "{name}"{nearest(name, REGISTRY[kind])} (see `entrace methods`)')
     function = import_function(name, f"{kind} method")
+    acts_in = own_kind(name)
+    if kind != acts_in and (acts_in == "loss" or any(s.function is function for s in REGISTRY["shaping"].values())):
+        raise InputError(f"{kind} method {name}: it is a {acts_in} method; name it in {acts_in}.method")
     # Importing may have registered it, with a section or a window of its own.
     found = next((spec for spec in REGISTRY[kind].values() if spec.function is function), None)
     spec = found or MethodSpec(name, kind, function, function.__name__)
@@ -199,14 +204,19 @@ def find_method(name: str, kind: Kind) -> MethodSpec:
 
 
 def own_kind(name: str) -> Kind:
-    """Return where the user's function ``module:function`` acts: in the loss if it was registered so, else in shaping.
+    """Return where the user's function ``module:function`` acts.
+
+    A function acts in the loss if ``@objective`` registered it or if it is annotated to return ``TokenWeights``, and in
+    shaping otherwise.
 
     Raises:
         InputError: no such module or function.
     """
     function = import_function(name, "method")
-    is_loss = any(spec.function is function for spec in REGISTRY["loss"].values())
-    return "loss" if is_loss else "shaping"
+    is_registered = any(spec.function is function for spec in REGISTRY["loss"].values())
+    returned = inspect.get_annotations(function).get("return")
+    returns_weights = str(getattr(returned, "__name__", returned)).rpartition(".")[2] == "TokenWeights"
+    return "loss" if is_registered or returns_weights else "shaping"
 
 
 def with_sections(kind: Kind, specs: Iterable[MethodSpec], base: type[BaseConfig] = BaseConfig) -> type[BaseConfig]:
@@ -233,7 +243,10 @@ def validate_with_own(
             with suppress(InputError):
                 specs.append(find_method(name, kind))
     new = [spec for spec in specs if spec.section not in model.model_fields]
-    return with_sections(kind, new, model).model_validate(values) if new else handler(values)
+    extended = with_sections(kind, new, model)
+    for spec in specs:
+        _check_section(spec, extended.model_fields[spec.section].annotation if spec.section else None)
+    return extended.model_validate(values) if new else handler(values)
 
 
 def check_result(spec: MethodSpec, result: Any, advantages: Tensor) -> Tensor:
@@ -242,8 +255,8 @@ def check_result(spec: MethodSpec, result: Any, advantages: Tensor) -> Tensor:
     Raises:
         InputError: the result is not a finite tensor of the advantages' shape.
     """
-    if not isinstance(result, Tensor) or result.shape != advantages.shape:
-        found = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+    if not isinstance(result, torch.Tensor) or result.shape != advantages.shape:
+        found = f"shape {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
         raise InputError(f"shaping method {spec.name} returned {found}, expected shape {tuple(advantages.shape)}")
     if not torch.isfinite(result).all():
         raise InputError(f"shaping method {spec.name} returned NaN or infinity")
@@ -258,6 +271,18 @@ def _register(spec: MethodSpec) -> None:
             f"{spec.kind} method {spec.name} is already defined in {other.function.__module__}; rename one"
         )
     REGISTRY[spec.kind][spec.name] = spec
+
+
+def _check_section(spec: MethodSpec, section: Any) -> None:
+    """Refuse a method whose section, named by its function, belongs to something with other parameters."""
+    if not spec.section:
+        return
+    is_section = isinstance(section, type) and issubclass(section, Window if spec.kind == "shaping" else BaseConfig)
+    if not is_section or not spec.defaults.keys() <= section.model_fields.keys():
+        raise ValueError(
+            f"{spec.kind} method {spec.name}: section {spec.kind}.{spec.section} already exists with other keys; "
+            "rename the function"
+        )
 
 
 def _check_signature(name: str, spec: MethodSpec) -> None:

@@ -1,29 +1,28 @@
-"""Loss-level methods: which tokens of a mini-batch count in the loss, and for how much.
+"""Loss variants: the weight of each token of a mini-batch in the loss.
 
-The loss of a mini-batch is a sum over its tokens, with rho_t = p_t / p_t,old and the clipped surrogate L_t of
+The loss of a mini-batch is a sum over its tokens, with rho_t = p_t / p_t,old and the clipped policy loss L_t of
 ``algorithm.losses``:
 
     loss = sum_t c_t (w_t L_t + v_t |ln rho_t|)
 
-A method chooses w, v and the tokens that are counted; an aggregation makes the shares c of those. All depend on nothing
-but what was recorded while sampling, so that a mini-batch may be cut into any micro-batches.
+A method chooses w, v, and the loss mask; an aggregation turns the mask into the scale c. All of them depend only on
+values recorded during sampling, so that a mini-batch may be split into any micro-batches.
 
 Deviations from the sources:
 
-1. Entropy and covariance are those of the policy that sampled, over the whole mini-batch; the released code of Clip-Cov
-   and KL-Cov takes those of the policy being trained, over a micro-rollouts. At the first update of a batch both agree.
-2. For that reason Clip-Cov does not pass over tokens that the ratio has already clipped.
+1. Entropy and covariance are those of the policy that sampled, over the whole mini-batch. The released code of Clip-Cov
+   and KL-Cov uses the policy being trained, over a micro-batch. Both agree at the first update of a batch.
+2. For the same reason, Clip-Cov does not skip tokens that the ratio has already clipped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from entrace.trainer.algorithm.advantages import mean_surprisal
 from entrace.trainer.algorithm.losses import KLEstimator, PolicyLoss, policy_loss, sequence_log_ratio
@@ -47,18 +46,21 @@ from entrace.trainer.settings import (
     model_validator,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Denominator = Literal["selected", "all"]
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 
 
 @dataclass(frozen=True)
 class TokenWeights:
-    """How the tokens of a mini-batch enter its loss.
+    """Weights of the tokens of a mini-batch in its loss.
 
     Attributes:
         token_weights: w, (B, T).
-        loss_mask: Tokens that share the denominator, (B, T) bool.
-        penalty: v, (B, T), or None for no such term.
+        loss_mask: Tokens counted in the denominator, (B, T) bool.
+        penalty: v, (B, T); None for no such term.
         is_clipped: Whether the ratio is clipped.
     """
 
@@ -80,8 +82,8 @@ def entropy_mask(
 ) -> TokenWeights:
     """w_t = 1 if H_t is among the top_frac highest else 0: high-entropy tokens only (arXiv 2506.01939).
 
-    ``denominator``: the loss is a mean over the selected tokens, as the paper has it, or over all, as TRL has it, which
-    for 20 % of the tokens makes it five times smaller.
+    ``denominator``: the loss is a mean over the selected tokens, as in the paper, or over all tokens, as in TRL. With
+    20 % of the tokens selected, the latter is five times smaller.
     """
     selected = _highest(rollouts.entropy, rollouts.response_mask, top_frac)
     return TokenWeights(
@@ -95,8 +97,8 @@ def clip_cov(
 ) -> TokenWeights:
     """w_t = 0 for a random frac of the tokens with low < cov_t < high: Clip-Cov, keeps entropy (arXiv 2505.22617).
 
-    cov_t = (A_t - mean A)(ln p_t - mean ln p), means over the tokens of the mini-batch. At least one token is left
-    out if any lies between the bounds; the denominator counts all.
+    cov_t = (A_t - mean A)(ln p_t - mean ln p), means over the tokens of the mini-batch. At least one token is
+    excluded if any lies between the bounds; the denominator counts all tokens.
     """
     cov = _covariance(advantages, rollouts)
     candidates = torch.nonzero(rollouts.response_mask & (cov > low) & (cov < high))
@@ -111,8 +113,8 @@ def clip_cov(
 def kl_cov(advantages: Tensor, rollouts: RolloutView, frac: Fraction = 2e-3, coef: NonNegative = 1.0) -> TokenWeights:
     """v_t = coef for the frac of tokens with the highest cov_t: KL-Cov, keeps entropy, no clip (arXiv 2505.22617).
 
-    cov_t as for Clip-Cov. |ln rho| is flat at the first update of a batch: it needs several ``optim.mini_batches`` or
-    ``epochs`` to do anything.
+    cov_t as for Clip-Cov. |ln rho| has no gradient at the first update of a batch: it needs several
+    ``optim.mini_batches`` or ``optim.epochs`` to have an effect.
     """
     selected = _highest(_covariance(advantages, rollouts), rollouts.response_mask, frac)
     penalty = coef * selected.to(advantages.dtype)
@@ -198,13 +200,13 @@ class LossConfig(with_sections("loss", REGISTRY["loss"].values())):
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of one mini-batch up to what the policy being trained says: weights with their denominators inside.
+    """The loss of one mini-batch as a function of the policy being trained.
 
     Attributes:
         advantages: Shaped, (B, T).
         mask: Response tokens, (B, T) bool.
         token_scale: c, (B, T).
-        weights: w, v and whether the ratio is clipped.
+        weights: w, v, and whether the ratio is clipped.
         config: Ratio and bounds.
     """
 
@@ -216,7 +218,7 @@ class Objective:
 
     @classmethod
     def of(cls, config: LossConfig, advantages: Tensor, rollouts: RolloutView, max_tokens: int) -> Objective:
-        """Chooses weights by ``config.method`` and shares them out by ``config.aggregation``.
+        """Build the objective: weights by ``config.method``, scale by ``config.aggregation``.
 
         Args:
             config: The loss.
@@ -226,27 +228,29 @@ class Objective:
         """
         spec = find_method(config.method, "loss")
         weights = spec.function(advantages, rollouts, **spec.parameters(config))
+        if not isinstance(weights, TokenWeights):
+            raise InputError(f"loss method {spec.name} returned {type(weights).__name__}, expected TokenWeights")
         token_scale = AGGREGATIONS[config.aggregation](weights.loss_mask, max_tokens)
         return cls(advantages, rollouts.response_mask, token_scale, weights, config)
 
     @property
     def has_gradient(self) -> Tensor:
-        """Responses that can move the weights, (B,) bool; of the others, every token's loss is 0 whatever its ratio."""
+        """Responses that can have a gradient, (B,) bool; every token of the others has loss 0 at any ratio."""
         moves = self.advantages != 0
         if self.weights.penalty is not None:
             moves = moves | (self.weights.penalty != 0)
         return (moves & self.mask).any(1)
 
     def take(self, values: Tensor, rows: Tensor) -> Tensor:
-        """Values (B, T) of the tokens of ``rows``, end to end, (N,)."""
+        """Return the values (B, T) of the tokens of ``rows``, concatenated, (N,)."""
         return values[rows][self.mask[rows]]
 
     def evaluate(self, log_ratio: Tensor, rows: Tensor) -> PolicyLoss:
-        """Losses of the tokens of ``rows``, which over all rows sum to the loss of the mini-batch.
+        """Return the losses of the tokens of ``rows``; over all rows they sum to the loss of the mini-batch.
 
         Args:
-            log_ratio: ln p - ln p_old of these tokens, end to end, (N,), with gradient.
-            rows: Places in the mini-batch.
+            log_ratio: ln p - ln p_old of these tokens, concatenated, (N,), with gradient.
+            rows: Rows of the mini-batch.
         """
         advantages, token_scale, token_weights = (
             self.take(values, rows).to(log_ratio.device)
@@ -271,7 +275,7 @@ def _covariance(advantages: Tensor, rollouts: RolloutView) -> Tensor:
 
 
 def _highest(values: Tensor, mask: Tensor, frac: float) -> Tensor:
-    """The ``frac`` of the masked places with the highest values, at least one if there is any, (B, T) bool."""
+    """Select the ``frac`` of masked tokens with the highest values, at least one if there is any, (B, T) bool."""
     count = _at_least_one(frac, mask)
     selected = torch.zeros_like(mask)
     places = torch.nonzero(mask)[values[mask].argsort(descending=True, stable=True)[:count]]
@@ -284,7 +288,7 @@ def _at_least_one(frac: float, mask: Tensor) -> int:
 
 
 def _by_perplexity(advantages: Tensor, rollouts: RolloutView, frac: float, sign: int) -> TokenWeights:
-    """Selects the ``frac`` of each group with the lowest (``sign`` 1) or highest (-1) perplexity; empty ones last."""
+    """Select the ``frac`` of each group with the lowest (``sign`` 1) or highest (-1) perplexity; empty ones last."""
     surprisal = (sign * mean_surprisal(rollouts.logprobs, rollouts.response_mask)).nan_to_num(torch.inf).numpy()
     groups = rollouts.group_ids.numpy()
     order = np.lexsort((surprisal, groups))

@@ -1,4 +1,4 @@
-"""Detects online that a run has left its rising stage."""
+"""Detect during training that a run has left its rising stage."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class PlateauConfig(BaseConfig):
 
 
 class PlateauDetector:
-    """Compares the last window of steps with the one before, for entropy and accuracy alike.
+    """Compare the last window of steps with the one before, for both entropy and accuracy.
 
     With m_0 the mean over the run's first ``window_steps`` steps, m_1 over the last but one window and m_2 over the
-    last, a curve is flat when |m_2 - m_1| <= tolerance * |m_2 - m_0|, that is, when the latest window added at most
-    the tolerated share to all change since the start. The plateau begins at the step after the first one at which
-    both curves are flat; it needs three windows of history, so that a start without change is no plateau.
+    last, a curve is flat when |m_2 - m_1| <= tolerance * |m_2 - m_0|: the latest window added at most the tolerated
+    share of all change since the start. The plateau begins at the step after the first one at which both curves are
+    flat. It needs three windows of history, so that a start without change is not a plateau.
     """
 
     def __init__(self, config: PlateauConfig, history: Sequence[tuple[float, float]] = ()) -> None:
-        """``history`` holds (entropy, accuracy) of the steps already done."""
+        """Replay ``history``, the (entropy, accuracy) of the steps already done."""
         self.config = config
         self.history: list[tuple[float, float]] = []
         self.plateau_step: int | None = None
@@ -34,7 +34,7 @@ class PlateauDetector:
             self.update(entropy, accuracy)
 
     def update(self, entropy: float, accuracy: float) -> None:
-        """Adds one finished step."""
+        """Add one finished step."""
         self.history.append((entropy, accuracy))
         if self.plateau_step is None and self._is_flat():
             self.plateau_step = len(self.history) + 1

@@ -5,20 +5,18 @@ token, t from 1; p_t is its probability and H_t the entropy of its distribution 
 
 Deviations from the sources:
 
-1. The study's released code computes the factor of its low-perplexity branch and never applies it; here ``ppl`` applies
-   it, as the paper's equation says, and ``released_noop`` is what was released.
-2. PSR, NSR and weighted REINFORCE leave out groups of uniform reward as all methods here do, where dynamic sampling is
-   on.
+1. The released code of arXiv 2508.02260 computes the factor of its low-perplexity branch and never applies it. Here
+   ``ppl`` applies it, as the equation in the paper does, and ``released_noop`` is the released behavior.
+2. With dynamic sampling, PSR, NSR, and weighted REINFORCE exclude uniform groups, as all methods here do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from entrace.trainer.algorithm.advantages import ppl_z
 from entrace.trainer.algorithm.method import (
@@ -43,6 +41,9 @@ from entrace.trainer.settings import (
     NonNegative,
     model_validator,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @shaping
@@ -71,11 +72,11 @@ def ppl_permuted(
 ) -> Tensor:
     """A' = A clamp(1 - alpha z_s(i), *clip): control, the factors of ppl shuffled within the group (this toolkit).
 
-    s permutes the responses of a group at random: the same factors, on responses they do not belong to.
+    s permutes the responses of a group at random: the same factors on other responses.
     """
     factor = _ppl_factor(rollouts, alpha, clip)
     groups = rollouts.group_ids.numpy()
-    # Sorted by group, the responses of a group take the same places in order and at random.
+    # Sorted by group, the responses of a group occupy the same positions in order and at random.
     in_order, at_random = (
         np.lexsort((keys, groups)) for keys in (np.arange(len(groups)), rollouts.rng.random(len(groups)))
     )
@@ -90,7 +91,7 @@ def position(
 ) -> Tensor:
     """A' = A + sign(A) min(gamma sigmoid(slope (r_t - 0.5)), cap |A|): late tokens count more (arXiv 2508.02260).
 
-    Places outside the mask keep their value.
+    Positions outside the mask keep their value.
     """
     return _add_bonus(advantages, rollouts, gamma * torch.sigmoid(slope * (_relative_position(rollouts) - 0.5)), cap)
 

@@ -1,4 +1,4 @@
-"""The ``entrace`` command: the analysis commands plus those that train. Heavy imports stay inside the commands."""
+"""The ``entrace`` command: the analysis commands and those that train. Commands import heavy libraries themselves."""
 
 from __future__ import annotations
 
@@ -13,16 +13,24 @@ import typer
 from entrace.analysis.cli import app, print_json, run, say
 from entrace.analysis.trace import InputError
 from entrace.trainer.cli.evaluate import evaluate
-from entrace.trainer.cli.import_rollouts import score
+from entrace.trainer.cli.import_rollouts import import_rollouts, score
 from entrace.trainer.cli.intervene import DEFAULT_BUDGET, intervene, run_interventions
-from entrace.trainer.cli.options import Json, Overrides, Resume, RetryFailed, require_train_extra, stoppable
+from entrace.trainer.cli.options import (
+    Json,
+    Overrides,
+    Resume,
+    RetryFailed,
+    import_lazily,
+    require_train_extra,
+    stoppable,
+)
 from entrace.trainer.parallel.ranks import Ranks, prepare, was_launched
 
 if TYPE_CHECKING:
     from entrace.trainer.config import Config
 
 
-class Where(StrEnum):
+class LauncherName(StrEnum):
     """Launchers of ``entrace ablate``."""
 
     LOCAL = "local"
@@ -30,28 +38,48 @@ class Where(StrEnum):
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command line, the entry point of the console script."""
     if was_launched():
         prepare()
         if sys.argv[1:2] != ["train"]:
-            say("entrace: processes that were launched together can train, and nothing else", err=True)
+            say("entrace: only `entrace train` can run in several processes; start other commands once", err=True)
             sys.exit(2)
     run(app)
 
 
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"entrace {version('entrace')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Handle the options that precede a command."""
+    del version
+
+
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped config such as tiny.")],
+    config: Annotated[str, typer.Argument(help="TOML file, or the name of a shipped config such as tiny.")],
     overrides: Overrides = None,
     *,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; its name is the run id.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; its name is the run id (required without --dry-run).")
+    ] = None,
     resume: Resume = False,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
-            help="Only print the memory, files, prompts, tokenizer, verifiers, and evaluations that the run needs, and "
-            "warn of what is wrong with them; exit code 2 if it cannot start (default: train).",
+            help="Check memory, files, prompts, tokenizer, verifiers, and evaluations instead of training; exit code 2 "
+            "if the run cannot start (default: train).",
         ),
     ] = False,
     devices: Annotated[
@@ -71,14 +99,14 @@ def train(
     if dry_run:
         raise typer.Exit(_print_plan(load_config(config, overrides or []), devices or 1, json))
     if out is None:
-        raise InputError("--out: expected the folder of the run")
+        raise InputError("--out: missing; name the folder of the run")
     if devices or json:
-        raise InputError("--devices and --json go with --dry-run")
+        raise InputError("--devices and --json need --dry-run")
     from entrace.analysis.terminal.progress import Progress
     from entrace.trainer.runs.run_folder import run_lock
     from entrace.trainer.train import train as run_training
 
-    with stoppable(f"with --resume goes on in {out}"), Ranks.join() as ranks:
+    with stoppable(f"with --resume continues in {out}"), Ranks.join() as ranks:
         with ranks.together():
             settings = load_config(config, overrides or [])
             ranks.barrier()
@@ -89,7 +117,7 @@ def train(
 
 
 def _print_plan(settings: Config, devices: int, json: bool) -> int:
-    """Print what a run needs, and return the exit code: 2 if it cannot start."""
+    """Print what a run needs and return the exit code: 2 if the run cannot start."""
     from entrace.trainer.dry_run import make_plan
     from entrace.trainer.preflight import check_run
 
@@ -107,7 +135,7 @@ def _print_plan(settings: Config, devices: int, json: bool) -> int:
 
 
 def _report(warnings: list[str], problems: list[str]) -> int:
-    """Print what a dry run found wrong, and return the exit code: 2 if a run cannot start."""
+    """Print warnings and problems and return the exit code: 2 if a run cannot start."""
     for line in (*warnings, *problems):
         say(f"entrace: {line}", err=True)
     return 2 if problems else 0
@@ -115,36 +143,48 @@ def _report(warnings: list[str], problems: list[str]) -> int:
 
 @app.command()
 def ablate(
-    grid: Annotated[str, typer.Argument(help="A TOML grid, or the name of a shipped one such as tiny-study.")],
+    grid: Annotated[str, typer.Argument(help="TOML grid, or the name of a shipped one such as tiny-study.")],
     overrides: Overrides = None,
     *,
-    out: Annotated[Path, typer.Option(help="Folder of the study; each run gets a folder in it.")],
-    seeds: Annotated[str | None, typer.Option(help="Seeds instead of the grid's, as in 0,1,2.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the study, with one folder per run.")],
+    seeds: Annotated[str | None, typer.Option(help="Seeds, such as 0,1,2 (default: the grid's).")] = None,
     resume: Resume = False,
     retry_failed: RetryFailed = False,
     launcher: Annotated[
-        Where, typer.Option(help="Processes here, or tasks of a Ray cluster whose nodes share --out.")
-    ] = Where.LOCAL,
+        LauncherName,
+        typer.Option(help="Processes on this machine, or tasks of a Ray cluster whose nodes share --out."),
+    ] = LauncherName.LOCAL,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="local: runs at a time, sharing the cores; 1 if left out.")
+        int | None, typer.Option(min=1, help="local: concurrent runs, which share the cores (default 1).")
     ] = None,
-    address: Annotated[str | None, typer.Option(help="ray: host:port of a cluster, or auto.")] = None,
-    cpus_per_run: Annotated[int | None, typer.Option(min=1, help="ray: CPUs of a run; 1 if left out.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="ray: host:port of a cluster, or auto (default: RAY_ADDRESS, else a cluster on this machine)."
+        ),
+    ] = None,
+    cpus_per_run: Annotated[int | None, typer.Option(min=1, help="ray: CPUs per run (default 1).")] = None,
     gpus_per_run: Annotated[
-        float | None, typer.Option(min=0, help="ray: GPUs of a run; 1 if left out and there are any.")
+        float | None, typer.Option(min=0, help="ray: GPUs per run (default 1, or 0 in a cluster without GPUs).")
     ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
-            help="Only print runs, time, and detectable difference, and warn of what is wrong with files, tokenizer, "
-            "and verifiers; exit code 2 if a run cannot start (default: run).",
+            help="Print runs, time, and detectable difference, and check files, tokenizer, and verifiers, instead of "
+            "running; exit code 2 if a run cannot start (default: run).",
         ),
     ] = False,
-    pilot: Annotated[Path | None, typer.Option(metavar="STUDY", help="dry-run: a study to plan with.")] = None,
+    pilot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STUDY",
+            help="With --dry-run: study whose times and spread the plan uses (default: shipped values).",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Run a grid of arms x seeds x sweep; a failed run stays in the table with its error.
+    """Run a grid of arms x seeds x sweep; failed runs are reported and do not stop the others.
 
     Example: entrace ablate tiny-study --seeds 0,1,2 --jobs 2 --out data/runs/three-seeds
     """
@@ -164,8 +204,8 @@ def ablate(
                 say(line)
         raise typer.Exit(_report(warnings, problems))
     if pilot:
-        raise InputError("--pilot belongs to --dry-run")
-    with stoppable(f"with --resume goes on in {out}"):
+        raise InputError("--pilot needs --dry-run")
+    with stoppable(f"with --resume continues in {out}"):
         failed = grid_command.run(specs, out, chosen, resume, retry_failed)
     if json:
         print_json(grid_command.summarize(specs, out))
@@ -180,7 +220,7 @@ def study(
     report: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("reports/study"),
     resume: Resume = False,
     retry_failed: RetryFailed = False,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time (default: the number of cores).")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Concurrent runs (default: the number of cores).")] = None,
 ) -> None:
     """Run the default study on the embedded policy, intervene on its baseline, and write its report.
 
@@ -195,7 +235,7 @@ def study(
     from entrace.trainer.interventions.intervene import Settings, resolve_checkpoint
 
     specs = load_grid("tiny-study")
-    with stoppable(f"with --resume goes on in {out}"):
+    with stoppable(f"with --resume continues in {out}"):
         launcher = LocalLauncher(jobs or min(count_cores(), len(specs)))
         failed = grid_command.run(specs, out, launcher, resume, retry_failed)
     subjects = [out / spec.run_id for spec in specs if spec.arm == spec.baseline and spec.run_id not in failed]
@@ -206,15 +246,27 @@ def study(
 
 
 @app.command()
-def methods(json: Json = False) -> None:
-    """List the methods that an arm can be: equation, what it does, parameters, source, and the keys that select it.
+def methods(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME_OR_TOML]...",
+            help="Your own methods as module:function, or run configs and grids that name them.",
+            show_default=False,
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the methods that an arm can use: equation, summary, source, parameters, and the keys that select each.
 
-    Example: entrace methods
+    Example: entrace methods my_methods:confident my-grid.toml
     """
     require_train_extra()
-    from entrace.trainer.ablation.arms import describe_methods
+    # Loading torch takes seconds, and no method is applied.
+    import_lazily("torch")
+    from entrace.trainer.ablation.arms import describe_methods, named_methods
 
-    found = describe_methods()
+    found = describe_methods(named_methods(names or []))
     if json:
         print_json(found)
         return
@@ -227,15 +279,18 @@ def methods(json: Json = False) -> None:
 
 
 app.command(name="eval")(evaluate)
-app.command()(score)
+app.command(name="import")(import_rollouts)
+app.command(
+    hidden=True, add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)(score)
 app.command()(intervene)
 
 
 @app.command()
 def pretrain(
-    recipe: Annotated[str, typer.Argument(help="A TOML recipe, or the name of a shipped one such as base-policy.")],
+    recipe: Annotated[str, typer.Argument(help="TOML recipe, or the name of a shipped one such as base-policy.")],
     *,
-    out: Annotated[Path, typer.Option(help="Folder of the new model, in Hugging Face layout.")],
+    out: Annotated[Path, typer.Option(help="New folder for the model, in Hugging Face layout.")],
 ) -> None:
     """Rebuild the embedded base policy from its recipe.
 
@@ -249,8 +304,8 @@ def pretrain(
 
     path = resolve_config(recipe)
     with Progress("pretrain", load_recipe(path).training.steps) as progress:
-        figures = run_pretraining(path, out, progress.update)
-    for name, value in asdict(figures).items():
+        metrics = run_pretraining(path, out, progress.update)
+    for name, value in asdict(metrics).items():
         typer.echo(f"{name:<24} {value:.3f}")
     say(str(out))
 
@@ -259,4 +314,4 @@ def _parse_seeds(text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")] if text else None
     except ValueError:
-        raise InputError(f'--seeds "{text}": expected numbers separated by commas, such as 0,1,2') from None
+        raise InputError(f'--seeds "{text}": expected integers separated by commas, such as 0,1,2') from None

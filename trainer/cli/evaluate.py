@@ -17,27 +17,26 @@ if TYPE_CHECKING:
 # Estimates by metric, by benchmark.
 Summary = dict[str, dict[str, "Estimate"]]
 
-# No benchmark: in parentheses, so that none has its name.
+# The parentheses keep this label distinct from the name of any benchmark.
 MEAN = "(mean)"
 
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="RUN_OR_MODEL...", help="Run folders or model folders.")],
-    config: Annotated[str, typer.Option(help="Task and sampling for model folders (default tiny).")] = "tiny",
+    config: Annotated[str, typer.Option(help="Config with task and sampling settings for model folders.")] = "tiny",
     mean: Annotated[
         bool,
         typer.Option(
             "--mean",
-            help="Add the unweighted mean over benchmarks, with an interval over the prompts of these benchmarks "
-            "(default: each benchmark alone).",
+            help="Add the unweighted mean over benchmarks, with an interval over their prompts (default: no mean).",
         ),
     ] = False,
     json: Json = False,
 ) -> None:
     """Evaluate policies on held-out prompts: avg@k, maj@k, pass@k per benchmark, with intervals over prompts.
 
-    A run is evaluated at its latest checkpoint with its own configuration. Each benchmark is one row, with the number
-    of its prompts: a data source of the task, or a held-out file of a list or table in task.heldout_file.
+    A run is evaluated at its latest checkpoint with its own configuration. The output has one row per benchmark with
+    its number of prompts. A benchmark is a data source of the task, or one of several files in task.heldout_file.
 
     Example: entrace eval data/runs/study/none-seed0 data/base-policy
     """
@@ -71,7 +70,7 @@ def summarize_evals(rows: Mapping[str, Any], k: int) -> Summary:
 
     Args:
         rows: Columns of the ``evals`` table, ``k`` consecutive rows per prompt.
-        k: Rollouts per prompt.
+        k: Responses per prompt.
     """
     import numpy as np
 
@@ -100,9 +99,9 @@ def summarize_evals(rows: Mapping[str, Any], k: int) -> Summary:
 
 
 def mean_over_benchmarks(summary: Summary) -> dict[str, Estimate]:
-    """Return the unweighted mean of each metric over benchmarks that have one, with its interval."""
+    """Return the unweighted mean of each metric over the benchmarks that have it, with its interval."""
+    from entrace.analysis.statistics.combination import mean_of_parts
     from entrace.analysis.statistics.interval_functions import BOUNDS
-    from entrace.analysis.statistics.intervals import mean_of_parts
 
     parts: dict[str, list[Estimate]] = {}
     for metrics in summary.values():

@@ -1,4 +1,4 @@
-"""What ``entrace ablate`` and ``entrace study`` share: choosing a launcher, running with a live table, planning."""
+"""Functions of ``entrace ablate`` and ``entrace study``: choose a launcher, run with a live table, and plan."""
 
 from __future__ import annotations
 
@@ -23,50 +23,57 @@ from entrace.trainer.settings import read_toml
 def choose_launcher(
     name: str, jobs: int | None, address: str | None, cpus_per_run: int | None, gpus_per_run: float | None
 ) -> Launcher:
-    """The launcher of that name with its options; those left out are None.
+    """Return the launcher of that name; options that were not given are None.
 
     Raises:
-        InputError: an option of the other launcher.
+        InputError: an option belongs to the other launcher.
     """
     ray_only = {"--address": address, "--cpus-per-run": cpus_per_run, "--gpus-per-run": gpus_per_run}
     for option, value in ray_only.items():
         if name == "local" and value is not None:
-            raise InputError(f"{option} belongs to --launcher ray")
+            raise InputError(f"{option} needs --launcher ray")
     if name == "local":
         return LocalLauncher(jobs or 1)
     if jobs is not None:
         raise InputError(
-            "--jobs belongs to --launcher local; Ray runs as many as --cpus-per-run and --gpus-per-run allow"
+            "--jobs needs --launcher local; with Ray, --cpus-per-run and --gpus-per-run limit the number of runs"
         )
     return RayLauncher(address, cpus_per_run or 1, gpus_per_run)
 
 
 def run(specs: Sequence[RunSpec], out: Path, launcher: Launcher, resume: bool, retry_failed: bool) -> dict[str, str]:
-    """Runs a grid with a live table and names each failed run on stderr; returns their errors by run id."""
+    """Run a grid with a live table, report failed runs on stderr, and return their errors by run id."""
     runs = {spec.run_id: (spec.arm, spec.config.steps) for spec in specs}
     with GridProgress(out.resolve().name, runs) as progress:
-        failed = run_grid(specs, out, launcher, resume=resume, retry_failed=retry_failed, watcher=progress)
+        failed = run_grid(specs, out, launcher, train_run, resume=resume, retry_failed=retry_failed, listener=progress)
     for run_id, error in failed.items():
         say(f"entrace: {run_id} failed: {error}", err=True)
     if failed:
-        say(f"entrace: {len(failed)} of {len(specs)} runs failed; --retry-failed tries them again", err=True)
+        say(f"entrace: {len(failed)} of {len(specs)} runs failed; retry them with --retry-failed", err=True)
     return failed
 
 
+def train_run(*arguments: Any, **options: Any) -> None:
+    """Call ``train.train`` in the process of a run; the process of the command does not load torch."""
+    from entrace.trainer.train import train
+
+    train(*arguments, **options)
+
+
 def summarize(specs: Sequence[RunSpec], out: Path) -> dict[str, Any]:
-    """Status, last durable step and error of every run, for scripts."""
-    found = survey(specs, out)
+    """Return status, last durable step, and error of every run, for scripts."""
+    statuses = survey(specs, out)
     return {
         "out": str(out),
         "runs": [
-            {"run_id": spec.run_id, "arm": spec.arm, "seed": spec.config.seed, **asdict(found[spec.run_id])}
+            {"run_id": spec.run_id, "arm": spec.arm, "seed": spec.config.seed, **asdict(statuses[spec.run_id])}
             for spec in specs
         ],
     }
 
 
 def check(specs: Sequence[RunSpec]) -> tuple[list[str], list[str]]:
-    """Return warnings and problems of the runs, each once; runs that need the same are checked once."""
+    """Return the distinct warnings and problems of the runs; runs with equal needs are checked once."""
     from entrace.trainer.preflight import check_run
 
     distinct = {}
@@ -83,17 +90,17 @@ def check(specs: Sequence[RunSpec]) -> tuple[list[str], list[str]]:
 
 
 def plan(specs: Sequence[RunSpec], out: Path, launcher: Launcher, retry_failed: bool, pilot: Path | None) -> Plan:
-    """What running the grid would mean, given what ``out`` already holds.
+    """Return the plan of a grid, given what ``out`` already holds.
 
     Raises:
         InputError: ``out`` was made from another grid, the launcher cannot start runs, or ``pilot`` holds no values.
     """
-    found = survey(specs, out)
+    statuses = survey(specs, out)
     if pilot:
         values, source = measure_pilot(pilot), str(pilot)
     else:
         values = Pilot(**read_toml(resolve_config("pilot")))
-        source = "the shipped values of the embedded policy, for want of --pilot STUDY"
+        source = "the shipped values of the embedded policy; --pilot STUDY measures others"
     try:
         launcher.connect()
         slots = launcher.slots
@@ -106,8 +113,8 @@ def plan(specs: Sequence[RunSpec], out: Path, launcher: Launcher, retry_failed: 
             spec.baseline,
             spec.config.seed,
             spec.config.steps,
-            found[spec.run_id].status,
-            0 if found[spec.run_id].is_kept(retry_failed) else spec.config.steps - found[spec.run_id].step,
+            statuses[spec.run_id].status,
+            0 if statuses[spec.run_id].is_kept(retry_failed) else spec.config.steps - statuses[spec.run_id].step,
         )
         for spec in specs
     ]

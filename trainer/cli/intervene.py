@@ -1,4 +1,4 @@
-"""``entrace intervene``, which ``entrace study`` calls as well."""
+"""``entrace intervene``, which ``entrace study`` also calls."""
 
 from __future__ import annotations
 
@@ -18,23 +18,29 @@ if TYPE_CHECKING:
 
 DEFAULT_BUDGET = 200_000
 
-Budget = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Tokens to generate, earlier calls counted.")]
+Budget = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Tokens to generate, earlier calls included.")]
 
 
 def intervene(
-    run: Annotated[Path, typer.Argument(help="A run folder with checkpoints.")],
-    checkpoint: Annotated[int | None, typer.Option(metavar="STEP", help="The latest if left out.")] = None,
-    continuations: Annotated[int, typer.Option(min=1, help="Responses continued from either prefix.")] = 8,
+    run: Annotated[Path, typer.Argument(help="Run folder with checkpoints.")],
+    checkpoint: Annotated[
+        int | None, typer.Option(metavar="STEP", help="Step of the checkpoint (default: the latest).")
+    ] = None,
+    continuations: Annotated[int, typer.Option(min=1, help="Continuations per prefix.")] = 8,
     budget: Budget = DEFAULT_BUDGET,
-    entropy: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Quantiles of entropy of the tokens.")] = "0,1",
-    position: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Relative positions of the tokens.")] = "0,1",
-    ppl_tercile: Annotated[str, typer.Option(help="Thirds of their groups by perplexity; 1 = lowest.")] = "1,2,3",
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Decides tokens and continuations.")] = 0,
+    entropy: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Quantile range of the tokens' entropy.")] = "0,1",
+    position: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Range of the tokens' relative position.")] = "0,1",
+    ppl_tercile: Annotated[
+        str, typer.Option(help="Perplexity terciles of the responses within their groups; 1 is the lowest.")
+    ] = "1,2,3",
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31 - 1, help="Seed of the choice of tokens and of the continuations.")
+    ] = 0,
     json: Json = False,
 ) -> None:
-    """Replace tokens of recorded responses, continue from both, and record what that does to the outcome.
+    """Replace tokens of recorded responses, sample continuations, and record the effect on accuracy.
 
-    Adds table interventions to the run. Called again, it goes on where it stopped.
+    The rows form table interventions of the run. A second call continues where the first stopped.
 
     Example: entrace intervene data/runs/study/none-seed0 --entropy 0.8,1 --budget 500000
     """
@@ -47,28 +53,30 @@ def intervene(
         "ppl_tercile": _parse_terciles(ppl_tercile),
     }
     settings = Settings(resolve_checkpoint(run, checkpoint), seed, continuations, **filters)
-    tally = run_interventions(run, settings, budget)
+    counts = run_interventions(run, settings, budget)
     if json:
-        print_json({"checkpoint_step": settings.checkpoint_step, "seed": seed, **asdict(tally)})
+        print_json({"checkpoint_step": settings.checkpoint_step, "seed": seed, **asdict(counts)})
         return
-    if not tally.num_new:
-        why = "no candidate is left" if tally.is_exhausted else "a larger --budget goes on"
+    if not counts.num_new:
+        why = "no candidate is left" if counts.is_exhausted else "continue with a larger --budget"
         typer.echo(f"nothing to do: checkpoint {settings.checkpoint_step} with seed {seed} is finished; {why}")
-    typer.echo(f"{tally.interventions} interventions, {tally.tokens} tokens, mean |impact| {tally.mean_abs_impact:.3f}")
+    typer.echo(
+        f"{counts.interventions} interventions, {counts.tokens} tokens, mean |impact| {counts.mean_abs_impact:.3f}"
+    )
 
 
 def run_interventions(run: Path, settings: Settings, budget: int) -> InterventionCounts:
-    """Intervenes with a progress bar and a way to stop; see ``interventions.intervene.intervene``."""
+    """Intervene until the budget is spent or Ctrl-C stops the command, with a progress bar."""
     from entrace.analysis.terminal.progress import Progress
-    from entrace.trainer.interventions.intervene import intervene as go_on
+    from entrace.trainer.interventions.intervene import intervene as run_series
 
-    with stoppable(f"goes on in {run / 'interventions'}"), Progress("intervene", budget) as progress:
+    with stoppable(f"continues in {run / 'interventions'}"), Progress("intervene", budget) as progress:
 
-        def show(tally: InterventionCounts) -> None:
-            note = f"{tally.interventions} interventions"
-            progress.update(min(tally.tokens, budget), note, mean_abs_impact=tally.mean_abs_impact)
+        def show(counts: InterventionCounts) -> None:
+            note = f"{counts.interventions} interventions"
+            progress.update(min(counts.tokens, budget), note, mean_abs_impact=counts.mean_abs_impact)
 
-        return go_on(run, settings, budget, show)
+        return run_series(run, settings, budget, show)
 
 
 def _parse_range(option: str, text: str) -> tuple[float, float]:
@@ -82,5 +90,5 @@ def _parse_range(option: str, text: str) -> tuple[float, float]:
 def _parse_terciles(text: str) -> tuple[int, ...]:
     given = {part.strip() for part in text.split(",")}
     if not given <= {"1", "2", "3"}:
-        raise InputError(f'--ppl-tercile "{text}": expected some of 1,2,3, such as 1,3')
+        raise InputError(f'--ppl-tercile "{text}": expected one or more of 1,2,3, such as 1,3')
     return tuple(sorted(map(int, given)))

@@ -1,1 +1,1 @@
-"""Traces of rollouts that other trainers sampled."""
+"""Import rollouts that other trainers sampled."""

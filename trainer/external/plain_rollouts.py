@@ -1,4 +1,4 @@
-"""Read rollouts of any trainer from files, check them, and put them in the order of steps."""
+"""Read rollouts of any trainer from files, check them, and sort them by step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from entrace.analysis.trace import InputError, nearest, reason_of
-from entrace.trainer.external.rollout_rows import Rollout, RowReader, ScoreSettings
+from entrace.trainer.external.rollout_rows import ImportSettings, Rollout, RowReader
 from entrace.trainer.tasks.rows import NUM_NAMED, BadRowError, name_some, read_rows
 
 if TYPE_CHECKING:
     from entrace.trainer.model.policy import Policy
 
 PICKLE = "a pickle, which can run code when it is loaded; if you trust it, load it yourself and write JSONL"
-# Other formats by the first bytes of a file, and by suffix.
+# Other formats, by the first bytes of a file and by its suffix.
 SIGNATURES = {
     b"PK\x03\x04": f"a zip archive; one that torch.save wrote is {PICKLE}",
     b"\x80": PICKLE,
@@ -67,17 +67,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Counts:
-    """Counts of what was read.
+    """Counts of the rows that were read.
 
     Attributes:
         rows: Rows of all files.
-        bad_rows: Those left out as malformed.
-        correct: Responses that count as right.
+        bad_rows: Malformed rows, which are skipped.
+        correct: Correct responses.
         tokens: Tokens of all responses.
-        masked: Those of them outside loss_mask.
+        masked: Tokens outside loss_mask.
         groups: Groups of responses to one prompt at one step.
-        known: By field, the rows that have it.
-        steps: Steps that occur.
+        known: Number of rows that have a field, by field.
+        steps: Distinct steps.
     """
 
     rows: int = 0
@@ -91,11 +91,11 @@ class Counts:
 
     @property
     def rollouts(self) -> int:
-        """Rows that are scored."""
+        """Return the number of rows to import."""
         return self.rows - self.bad_rows
 
     def add(self, rollout: Rollout, fields: Mapping[str, str]) -> None:
-        """Count one response, and the fields that its row has."""
+        """Count one response and the fields of its row."""
         self.correct += rollout.is_correct
         self.tokens += len(rollout.response_ids)
         self.masked += rollout.is_generated.count(False)
@@ -105,10 +105,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class PlainRollouts:
-    """Rollouts of all files on disk, and what is known of them.
+    """Rollouts of all files, in a temporary file, and their counts.
 
     Attributes:
-        counts: Of their rows.
+        path: The temporary file.
+        counts: Counts of the rows.
         fields: Key of each field.
         correct_at: Lowest reward of a correct response.
     """
@@ -119,24 +120,24 @@ class PlainRollouts:
     correct_at: float
 
     def remarks(self) -> list[str]:
-        """Say which keys were read as which fields, and what looks like a mistake; one line each."""
+        """Return remarks, one line each: keys read as other fields, and likely mistakes."""
         counts = self.counts
         renamed = [f"{name} from {key}" for name, key in self.fields.items() if key != name]
         lines = [f"read {', '.join(renamed)}"] if renamed else []
         if counts.correct in (0, counts.rollouts):
             judge = self.fields.get("is_correct")
             remedy = f"by {judge}" if judge else f"by {self.fields['reward']} >= {self.correct_at:g}; see --correct-at"
-            lines.append(f"{'all' if counts.correct else 'no'} responses count as right {remedy}")
+            lines.append(f"{'all' if counts.correct else 'no'} responses are correct {remedy}")
         if counts.groups == counts.rollouts and "advantage" not in self.fields:
             group = self.fields.get("group")
             shared = f"{group}; --field group= groups by prompt and step" if group else "prompt and step"
             lines.append(f"all advantages are 0: no two responses share {shared}")
         if counts.masked:
-            lines.append(f"{self.fields['loss_mask']} leaves out {counts.masked} of {counts.tokens} tokens")
+            lines.append(f"{self.fields['loss_mask']} excludes {counts.masked} of {counts.tokens} tokens")
         return lines
 
     def in_order(self) -> Iterator[Rollout]:
-        """All rollouts by step, those of a group adjacent; memory does not depend on how many there are."""
+        """Yield all rollouts by step, with groups adjacent, in constant memory."""
         import duckdb
 
         con = duckdb.connect(config={"memory_limit": SORT_MEMORY, "temp_directory": str(self.path.parent)})
@@ -153,11 +154,11 @@ class PlainRollouts:
 
 
 @contextmanager
-def read_rollouts(paths: Sequence[Path], settings: ScoreSettings, policy: Policy) -> Iterator[PlainRollouts]:
-    """Read all files, and keep the rollouts in a temporary file as long as the context lasts.
+def read_rollouts(paths: Sequence[Path], settings: ImportSettings, policy: Policy) -> Iterator[PlainRollouts]:
+    """Read all files, and keep the rollouts in a temporary file while the context lasts.
 
     Raises:
-        InputError: a file that cannot be read, or a malformed row that must not be skipped.
+        InputError: a file is unreadable, or a row is malformed and must not be skipped.
     """
     for path in paths:
         if found := _other_format(path):
@@ -183,8 +184,8 @@ def read_rollouts(paths: Sequence[Path], settings: ScoreSettings, policy: Policy
 
 
 def _other_format(path: Path) -> str | None:
-    """Return what a file is that is neither JSONL nor Parquet, and what to do with it; None if it may be either."""
-    # What comes out of a pipe can be read once only.
+    """Return the format and remedy of a file that is neither JSONL nor Parquet; None if it may be either."""
+    # A pipe can be read only once.
     if path.suffix.lower() == ".parquet" or not path.is_file():
         return None
     try:
@@ -194,14 +195,14 @@ def _other_format(path: Path) -> str | None:
         raise InputError(f"{path}: {reason_of(error)}") from None
     if path.suffix.lower() == ".json" and start.lstrip().startswith(b"["):
         return "a JSON array; write one object per line, as jq -c '.[]' does"
-    found = (what for signature, what in SIGNATURES.items() if start.startswith(signature))
+    found = (kind for signature, kind in SIGNATURES.items() if start.startswith(signature))
     return SUFFIXES.get(path.suffix.lower()) or next(found, None)
 
 
 def _read_files(
-    paths: Sequence[Path], settings: ScoreSettings, reader: RowReader, counts: Counts
+    paths: Sequence[Path], settings: ImportSettings, reader: RowReader, counts: Counts
 ) -> Iterator[tuple[Rollout, dict[str, str]]]:
-    # The first row of each fault: one that is wrong with all rows is said once.
+    # The first row of each distinct fault, so that a fault of all rows is reported once.
     faults: dict[str, str] = {}
     for path in paths:
         for place, row in read_rows(path):
@@ -212,12 +213,12 @@ def _read_files(
                 counts.bad_rows += 1
                 if len(faults) < NUM_NAMED:
                     faults.setdefault(str(fault), f"{path}, {place}: {fault}")
-    left_out = f"{counts.bad_rows} of {counts.rows} rows"
+    affected = f"{counts.bad_rows} of {counts.rows} rows"
     named = name_some(list(faults.values()), counts.bad_rows)
     if counts.bad_rows and not settings.skip_bad_rows:
-        raise InputError(f"{left_out} are malformed ({named}); fix them, or leave them out with --skip-bad-rows")
+        raise InputError(f"{affected} are malformed ({named}); fix them, or skip them with --skip-bad-rows")
     if not counts.rollouts:
         reason = f"all {counts.rows} rows are malformed ({named})" if named else "no rows"
         raise InputError(f"{', '.join(map(str, paths))}: {reason}")
     if counts.bad_rows:
-        logger.warning("entrace: %s left out (%s)", left_out, named)
+        logger.warning("entrace: %s skipped (%s)", affected, named)

@@ -1,4 +1,4 @@
-"""Read one row of a plain rollouts file: find its fields, and check that they can be scored."""
+"""Read one row of a rollouts file: find its fields and check their values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from entrace.trainer.tasks.rows import BadRowError, kind_of, question_of, text_o
 if TYPE_CHECKING:
     from entrace.trainer.model.policy import Policy
 
-# What each field is called by those who do not call it by its name, such as TRL's and verl's files of completions.
+# Other names of each field, such as those in the completion files of TRL and verl.
 ALIASES: dict[str, tuple[str, ...]] = {
     "prompt": ("input",),
     "prompt_ids": ("prompt_token_ids",),
@@ -43,25 +43,24 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "ground_truth": ("solution", "gts", "reward_model.ground_truth"),
     "task": ("data_source",),
 }
-# Arithmetic goes by these: all rows have them, or none.
+# Fields that all rows must have, or none, because they determine groups and advantages.
 UNIFORM = ("step", "group", "advantage", "is_correct")
-# Larger numbers leave float32 no room to be multiplied in.
+# Products of larger numbers may overflow float32.
 MAX_NUMBER = 1e30
 ENCODINGS_KEPT = 256
 NEEDED = {"prompt": "text or a list of turns", "response": "text", "reward": "a number"}
-# JSON writers that cannot represent a library's Boolean or number write its text.
+# Some JSON writers store the Booleans and numbers of other libraries as text.
 FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 NUMBER = re.compile(r"\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*", re.ASCII)
-# Verifiers write this in place of an answer where they found none: verl's [INVALID], lm-eval's [invalid].
+# Text that verifiers write if they find no answer: verl's [INVALID], lm-eval's [invalid].
 NO_ANSWER = re.compile(r"\s*(?:\[(?:invalid|(?:invalid|no)[ _-]?answer)\]\s*)?", re.IGNORECASE)
 
 
-class ScoreSettings(BaseConfig):
-    """How plain rollouts are read and scored.
+class ImportSettings(BaseConfig):
+    """Settings of an import.
 
-    ``fields`` names the keys of fields that are called otherwise, dotted where nested, and empty for a field to leave
-    out; ``correct_at`` is the lowest reward of a correct response; ``batch_tokens`` bounds a forward pass, padding
-    included.
+    ``fields`` maps fields to their keys, dotted where nested, and to an empty key to ignore a field. ``correct_at`` is
+    the lowest reward of a correct response. ``batch_tokens`` bounds the tokens of a forward pass, padding included.
     """
 
     policy: PolicyConfig
@@ -82,10 +81,10 @@ class ScoreSettings(BaseConfig):
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response, ready to be scored; None where the rows do not say.
+    """One response, ready for the teacher-forced pass; a field that the rows lack is None.
 
-    ``loss_mask`` marks the tokens of ``response_ids`` that the policy generated, None if all; the others, such as what
-    a tool returned, are read and not recorded.
+    ``loss_mask`` marks the tokens of ``response_ids`` that the policy generated, and is None if it generated all. Other
+    tokens, such as the output of a tool, are context and are not recorded.
     """
 
     place: str
@@ -108,32 +107,32 @@ class Rollout:
 
     @property
     def is_generated(self) -> list[bool]:
-        """Which tokens of the response the policy generated."""
+        """Return which tokens of the response the policy generated."""
         return self.loss_mask or [True] * len(self.response_ids)
 
     @property
     def generated_ids(self) -> list[int]:
-        """The tokens of the response that the policy generated."""
+        """Return the tokens of the response that the policy generated."""
         return [token for token, mark in zip(self.response_ids, self.is_generated, strict=True) if mark]
 
 
 class RowReader:
-    """Turn rows into rollouts.
+    """Convert rows to rollouts.
 
     Attributes:
-        keys: Key of each field; a field has the same key in all rows.
+        keys: Key of each field, equal in all rows.
         columns: Keys of the rows so far.
         num_groups: Groups so far.
     """
 
-    def __init__(self, settings: ScoreSettings, policy: Policy) -> None:
-        """``policy`` is the one that scores."""
+    def __init__(self, settings: ImportSettings, policy: Policy) -> None:
+        """Read for ``policy``, the model of the teacher-forced pass."""
         self.keys: dict[str, str] = {}
         self.columns: dict[str, None] = {}
         self.num_groups = 0
         self._settings, self._policy = settings, policy
         self._has_rows = False
-        # A context of its own length at most: what predicts the last token does not read it.
+        # The last token is predicted but never read, so one more than the context length fits.
         self._max_tokens = getattr(policy.model.config, "max_position_embeddings", MAX_INT) + 1
         self._stop_ids = set(policy.stop_ids.tolist())
         self._encode = lru_cache(ENCODINGS_KEPT)(lambda question: policy.encode_prompt(json.loads(question)))
@@ -142,7 +141,7 @@ class RowReader:
         self._repeats: Counter[tuple[int, int]] = Counter()
 
     def read(self, row: dict[str, Any] | BadRowError, place: str, default_task: str) -> tuple[Rollout, dict[str, str]]:
-        """Return one rollout, and the keys of the fields that its row has.
+        """Return one rollout and the keys of the fields in its row.
 
         Raises:
             BadRowError: the row is malformed.
@@ -157,12 +156,12 @@ class RowReader:
         truncated = _flag(given["is_truncated"], keys["is_truncated"]) if "is_truncated" in keys else None
         completion, response_ids = self._response(given, keys, truncated)
         if loss_mask := _loss_mask(given, keys, len(prompt_ids), len(response_ids)):
-            # The text may hold what a tool returned, too.
+            # The text may include the output of a tool.
             completion = self._text([token for token, mark in zip(response_ids, loss_mask, strict=True) if mark])
         if len(prompt_ids) + len(response_ids) > self._max_tokens:
             raise BadRowError(
-                f"prompt and response have {len(prompt_ids) + len(response_ids)} tokens, {self._policy.name} takes "
-                f"{self._max_tokens - 1}"
+                f"prompt and response have {len(prompt_ids) + len(response_ids)} tokens, "
+                f"{self._policy.name} takes at most {self._max_tokens - 1}"
             )
         reward = _number(given["reward"], keys["reward"])
         is_correct = reward >= self._settings.correct_at
@@ -195,20 +194,20 @@ class RowReader:
         return rollout, keys
 
     def _fields(self, row: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-        """Return keys and values of the fields that a row has."""
+        """Return keys and values of the fields in a row."""
         keys, given = {}, {}
         self.columns |= dict.fromkeys(row)
         for name in ALIASES:
             if key := self._key(row, name):
                 keys[name], given[name] = key, _look_up(row, key)
                 if self.keys.get(name, key) != key:
-                    raise BadRowError(f'{name} stands in "{key}" here, in "{self.keys[name]}" in rows before')
+                    raise BadRowError(f'{name} is in "{key}" here, but in "{self.keys[name]}" in earlier rows')
         for name in UNIFORM:
             if self._has_rows and name in keys and name not in self.keys:
-                raise BadRowError(f'a "{name}", unlike rows before')
+                raise BadRowError(f'a "{name}", unlike earlier rows')
             if name in self.keys and name not in keys:
                 null = self._null(row, name)
-                raise BadRowError(f"{null}, unlike rows before" if null else f'no "{name}", unlike rows before')
+                raise BadRowError(f"{null}, unlike earlier rows" if null else f'no "{name}", unlike earlier rows')
         for name, expected in NEEDED.items():
             if not {name, f"{name}_ids"} & keys.keys():
                 null = self._null(row, name)
@@ -216,14 +215,14 @@ class RowReader:
         return keys, given
 
     def _null(self, row: dict[str, Any], name: str) -> str | None:
-        """Say under which key a field is null; None if the row does not have it."""
+        """Return a message that names the key of a null field, or None if the row lacks the field."""
         return next((f'"{key}" is null' for key in self._names(name) if _has(row, key)), None)
 
     def _missing(self, row: dict[str, Any], name: str, keys: Mapping[str, str]) -> str:
-        """Say that a row lacks a field, and which of its keys may be meant."""
+        """Return a message that names a missing field and the most similar unused key."""
         wanted = self._settings.fields.get(name, name)
         if not wanted:
-            return f'no "{name}", which every row needs; --field {name}= leaves it out'
+            return f'no "{name}", which every row needs; remove --field {name}='
         spare = [key for key in row if key not in keys.values() and not self._is_known(key)]
         return f'no "{wanted}"{nearest(wanted, spare, "found")} (--field {name}=KEY names the key of {name})'
 
@@ -231,26 +230,26 @@ class RowReader:
         return any(key in self._names(name) for name in ALIASES)
 
     def _names(self, name: str) -> tuple[str, ...]:
-        """Return the keys under which a field may stand."""
+        """Return the keys that a field may have."""
         chosen = self._settings.fields.get(name)
         if chosen is None:
             return (name, *ALIASES[name])
         return (chosen,) if chosen else ()
 
     def _key(self, row: dict[str, Any], name: str) -> str | None:
-        """Return the key of a field in a row, or None; null counts as missing, except for an answer."""
+        """Return the key of a field in a row, or None. Null counts as missing, except for ``answer``."""
         names = self._names(name)
         there = [key for key in names if _look_up(row, key) is not None]
         if len(there) > 1 and there[0] != name:
             raise BadRowError(
-                f'"{there[0]}" and "{there[1]}" may both be {name}; choose with --field {name}={there[0]}'
+                f'"{there[0]}" and "{there[1]}" may both be {name}; choose one, such as --field {name}={there[0]}'
             )
         if not there and name == "answer":
             there = [key for key in names if _has(row, key)]
         return there[0] if there else None
 
     def _prompt(self, given: Mapping[str, Any], keys: Mapping[str, str]) -> tuple[str, list[int]]:
-        """Return text and tokens."""
+        """Return text and tokens of the prompt."""
         question: Question | None = question_of(given["prompt"], keys["prompt"]) if "prompt" in keys else None
         if "prompt_ids" in keys:
             ids = self._ids(given["prompt_ids"], keys["prompt_ids"])
@@ -264,7 +263,7 @@ class RowReader:
     def _response(
         self, given: Mapping[str, Any], keys: Mapping[str, str], truncated: bool | None
     ) -> tuple[str, list[int]]:
-        """Return text and tokens; a text that was not cut short gets the stop token that it was sampled with."""
+        """Return text and tokens; text that was not truncated gets the stop token that ended it."""
         text = _response_text(given["response"], keys["response"]) if "response" in keys else None
         end = self._policy.turn_end
         if "response_ids" in keys:
@@ -280,11 +279,11 @@ class RowReader:
         return self._text(ids) if text is None else well_formed(text), ids
 
     def _empty(self, key: str, truncated: bool | None, end: int | None) -> list[int]:
-        """Return the tokens of an empty response: one that was not cut short is a stop token alone."""
+        """Return the tokens of an empty response that was not truncated: a single stop token."""
         if truncated is not False:
-            raise BadRowError(f'"{key}" is empty, which takes "is_truncated": false, and then counts as one stop token')
+            raise BadRowError(f'"{key}" is empty; with "is_truncated": false it would count as one stop token')
         if end is None:
-            raise BadRowError(f'"{key}" is empty, and {self._policy.name} has no end of sequence')
+            raise BadRowError(f'"{key}" is empty, and {self._policy.name} has no end-of-sequence token')
         return [end]
 
     def _ids(self, value: Any, key: str) -> list[int]:
@@ -296,7 +295,7 @@ class RowReader:
         for place, token in enumerate(value):
             if type(token) is not int or not 0 <= token < size:
                 raise BadRowError(
-                    f'"{key}" holds {reprlib.repr(token)} at place {place}, the vocabulary is 0 to {size - 1}'
+                    f'"{key}" holds {reprlib.repr(token)} at index {place}, expected a token id from 0 to {size - 1}'
                 )
         return value
 
@@ -304,7 +303,7 @@ class RowReader:
         return self._policy.decode([ids])[0]
 
     def _place(self, step: int, prompt: int, group: Any) -> tuple[int, str]:
-        """Return the number of the group in all files, and the id of the prompt.
+        """Return the number of the group over all files, and the id of the prompt.
 
         Groups that share a prompt at one step have different ids.
         """
@@ -332,26 +331,26 @@ def _look_up(row: Mapping[str, Any], key: str) -> Any:
 
 
 def _has(row: Mapping[str, Any], key: str) -> bool:
-    """Return whether a key, dotted where nested, is there, even if its value is null."""
+    """Return whether a key, dotted where nested, exists, even with a null value."""
     parent, _, last = key.rpartition(".")
     place = _look_up(row, parent) if parent else row
     return key in row or (isinstance(place, Mapping) and last in place)
 
 
 def _response_text(value: Any, key: str) -> str:
-    """Return a text, or that of a list of the assistant's one turn."""
+    """Return text, given as such or as a list of one assistant turn."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         value, key = value[0].get("content"), f"{key}.content"
     if not isinstance(value, str):
         raise BadRowError(f'"{key}" is {kind_of(value)}, expected text or one turn of the assistant')
-    # A policy may sample nothing, or white space alone.
+    # A policy may sample nothing but white space.
     return text_of(value, f'"{key}"') if value.strip() else value
 
 
 def _loss_mask(
     given: Mapping[str, Any], keys: Mapping[str, str], num_prompt: int, num_response: int
 ) -> list[bool] | None:
-    """Return which tokens of a response were generated, None if all of them; a mask may cover the prompt as well."""
+    """Return which tokens of a response were generated, None if all; the mask may also cover the prompt."""
     if "loss_mask" not in keys:
         return None
     value, key = given["loss_mask"], keys["loss_mask"]
@@ -359,18 +358,18 @@ def _loss_mask(
         raise BadRowError(f'"{key}" is {kind_of(value)}, expected a list of 0 and 1')
     for place, mark in enumerate(value):
         if not isinstance(mark, int | float) or mark not in (0, 1):
-            raise BadRowError(f'"{key}" holds {reprlib.repr(mark)} at place {place}, expected 0 or 1')
+            raise BadRowError(f'"{key}" holds {reprlib.repr(mark)} at index {place}, expected 0 or 1')
     mask = [bool(mark) for mark in value]
     if "response_ids" not in keys:
         if all(mask):
             return None
-        raise BadRowError(f'"{key}" leaves out tokens of a text, which takes "response_ids" to tell which they are')
+        raise BadRowError(f'"{key}" excludes tokens of a text; add "response_ids" to identify them')
     if len(mask) == num_prompt + num_response and not any(mask[:num_prompt]):
         mask = mask[num_prompt:]
     if len(mask) != num_response:
         raise BadRowError(f'"{key}" has {len(mask)} entries, "{keys["response_ids"]}" has {num_response}')
     if not any(mask):
-        raise BadRowError(f'"{key}" leaves out every token of the response')
+        raise BadRowError(f'"{key}" excludes every token of the response')
     return None if all(mask) else mask
 
 
@@ -386,21 +385,21 @@ def _number(value: Any, key: str) -> float:
 
 
 def _flag(value: Any, key: str, field: str = "") -> bool:
-    """Return a truth value, also one that was written as text; ``field`` is named if its rows can do without it."""
+    """Return a Boolean, also if written as text; ``field`` names an optional field for the error message."""
     if (flag := FLAGS.get(str(value).strip().lower())) is None:
-        remedy = f"; leave it out with --field {field}=" if field else ""
+        remedy = f"; ignore it with --field {field}=" if field else ""
         raise BadRowError(f'"{key}" is {reprlib.repr(value)}, expected true or false{remedy}')
     return flag
 
 
 def _step(value: Any, key: str) -> int:
-    """Return a whole number, which may be text or have a decimal point."""
+    """Return an integer, which may be text or have a decimal point."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
     number = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
     if not 0 <= number <= MAX_INT:
-        raise BadRowError(f'"{key}" is {reprlib.repr(value)}, expected a whole number from 0 to {MAX_INT}')
+        raise BadRowError(f'"{key}" is {reprlib.repr(value)}, expected an integer from 0 to {MAX_INT}')
     return number
 
 
@@ -409,18 +408,18 @@ def _group(value: Any, key: str) -> str | int:
         value = int(value)
     if not isinstance(value, str | int):
         found = reprlib.repr(value) if isinstance(value, float) else kind_of(value)
-        raise BadRowError(f'"{key}" is {found}, expected text or a whole number')
+        raise BadRowError(f'"{key}" is {found}, expected text or an integer')
     return value
 
 
 def _answer(value: Any) -> str | None:
-    """Return an answer as text; None for a blank, NaN, and what verifiers write where they found none."""
+    """Return an answer as text; None for a blank, NaN, and markers of a missing answer."""
     is_nan = isinstance(value, float) and math.isnan(value)
     return None if is_nan or (isinstance(value, str) and NO_ANSWER.fullmatch(value)) else _plain_text(value)
 
 
 def _plain_text(value: Any) -> str | None:
-    """Return text as it is, None if it is empty; anything else as JSON."""
+    """Return text unchanged, None if it is empty, and other values as JSON."""
     if value is None or isinstance(value, str):
         return well_formed(value) if value else None
     return json.dumps(value, default=str)

@@ -1,4 +1,4 @@
-"""Which recorded tokens to replace, and in which order, so that any beginning of the order is balanced."""
+"""Choose the recorded tokens to replace, in an order whose every prefix is balanced."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import polars as pl
 
 from entrace.analysis.trace import InputError
 
-# Responses of the steps up to a checkpoint are those whose policies were near it.
+# The policies of the last steps before a checkpoint were close to it.
 WINDOW_STEPS = 10
-# The quantile from which on a token belongs to the 20 % of highest entropy.
+# The entropy quantile above which a token belongs to the top 20 %.
 HIGH_ENTROPY = 0.8
 STRATA = ("fifth", "ppl_tercile", "is_high_entropy")
 
 
 def load_candidates(run_dir: Path, last_step: int) -> pl.DataFrame:
-    """Load tokens of the responses in the updates of the ``WINDOW_STEPS`` steps up to ``last_step``.
+    """Load the tokens of responses in the updates of the ``WINDOW_STEPS`` steps up to ``last_step``.
 
-    A response of unknown perplexity belongs to no tercile and is left out.
+    A response of unknown perplexity belongs to no tercile and is excluded.
 
     Returns:
-        Columns of table tokens, and the response's ``ppl`` and ``ppl_tercile``, by rollout_id and position.
+        Columns of table tokens, and the response's ``ppl`` and ``ppl_tercile``, sorted by rollout_id and position.
 
     Raises:
-        InputError: no response of known perplexity took part in these updates.
+        InputError: no response of known perplexity was in these updates.
     """
     in_window = pl.col("step").is_between(last_step - WINDOW_STEPS + 1, last_step)
     # Traces of schema 1 have no group_id: a prompt sampled twice in one step is two groups of equal sample indices.
@@ -47,7 +47,7 @@ def load_candidates(run_dir: Path, last_step: int) -> pl.DataFrame:
     if found.is_empty():
         first_step = max(1, last_step - WINDOW_STEPS + 1)
         raise InputError(
-            f"{run_dir}: no response of known perplexity took part in the updates of steps {first_step} to {last_step}"
+            f"{run_dir}: no response of known perplexity was in the updates of steps {first_step} to {last_step}"
         )
     return found
 
@@ -64,19 +64,19 @@ def order_candidates(
     ppl_tercile: tuple[int, ...],
     rng: np.random.Generator,
 ) -> pl.DataFrame:
-    """Filters tokens and puts them into a random order that visits strata in turn.
+    """Filter tokens and put them in a random order that visits strata in turn.
 
     A stratum is a fifth of relative position x a tercile of perplexity x the top 20 % of entropy or the rest.
 
     Args:
-        tokens: What ``load_candidates`` returns.
-        entropy: Lowest and highest quantile of entropy among ``tokens``, both included.
-        position: Range of position / response_length; the upper end is left out, except that 1 leaves out nothing.
+        tokens: Result of ``load_candidates``.
+        entropy: Lowest and highest entropy quantile among ``tokens``, inclusive.
+        position: Range of position / response_length, without the upper bound, except that 1 excludes nothing.
         ppl_tercile: Terciles to keep.
-        rng: Decides the order.
+        rng: Determines the order.
 
     Raises:
-        InputError: no token is left.
+        InputError: no token passes the filters.
     """
     quantiles = np.quantile(tokens["entropy"].to_numpy().astype(np.float64), [*entropy, HIGH_ENTROPY])
     low, high, top = quantiles.tolist()
@@ -99,6 +99,6 @@ def order_candidates(
 
 
 def ntile(rank: pl.Expr, count: pl.Expr, parts: int) -> pl.Expr:
-    """SQL's ntile: the part, from 1, of row ``rank``, from 0, of ``count``; the first count % parts hold one more."""
+    """Return SQL's ntile, from 1, of row ``rank``, from 0, among ``count``; the first count % parts hold one more."""
     size, longer = count // parts, count % parts
     return 1 + pl.max_horizontal(rank // (size + 1), (rank - longer) // size.clip(1))

@@ -1,8 +1,8 @@
-"""Replaces tokens of recorded responses and measures what that does to their outcome.
+"""Replace tokens of recorded responses and measure the effect on accuracy.
 
 The performance impact of token o_t (arXiv 2508.02260) is the accuracy of K continuations of the response up to and
-including o_t, minus that of K continuations with an alternative in its place, drawn from p(. | not o_t). Alternative
-and continuations come from a checkpoint of the run, the responses from the steps just before it.
+including o_t, minus that of K continuations of the response with an alternative drawn from p(. | not o_t) instead.
+Alternatives and continuations come from a checkpoint of the run, responses from the steps just before it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from torch import Tensor
 
 from entrace.analysis.trace import InputError, read_manifest
 from entrace.analysis.trace.writer import write_part
-from entrace.trainer.config import Config, build_config
+from entrace.trainer.config import Config
 from entrace.trainer.interventions.candidates import load_candidates, order_candidates
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.runs.checkpoint import find_checkpoint, read_state
+from entrace.trainer.runs.run_folder import load_sampling_config
 from entrace.trainer.sampling.decoder import Decoder
 from entrace.trainer.sampling.sampler import sample_at
 from entrace.trainer.sampling.samples import SamplingParams
@@ -53,15 +54,15 @@ AS_RECORDED = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides every row; a series of interventions is one checkpoint and seed, and has one of these.
+    """Settings that determine every row of a series of interventions; a series is one checkpoint and one seed.
 
     Attributes:
         checkpoint_step: Updates that the policy had received.
-        seed: Of the choice of tokens, the alternatives and the continuations.
-        continuations: K.
-        entropy: Quantiles of entropy that bound the tokens to replace.
+        seed: Seed of the choice of tokens, the alternatives, and the continuations.
+        continuations: K, per prefix.
+        entropy: Entropy quantiles that bound the tokens to replace.
         position: Bounds of their relative position.
-        ppl_tercile: Terciles of perplexity that their responses belong to.
+        ppl_tercile: Perplexity terciles of their responses.
     """
 
     checkpoint_step: int
@@ -73,25 +74,25 @@ class Settings:
 
     @property
     def selection(self) -> str:
-        """Limits on the tokens to replace, as column ``selection`` states them."""
+        """Return the limits on the tokens to replace, as text for column ``selection``."""
         entropy, position = (f"{low:g}-{high:g}" for low, high in (self.entropy, self.position))
         return f"entropy {entropy}, position {position}, ppl_tercile {','.join(map(str, self.ppl_tercile))}"
 
     def part(self, run_dir: Path, number: int) -> Path:
-        """The file of one batch; no name that ``TraceWriter`` would remove when a run is resumed."""
+        """Return the file of one batch, under a name that ``TraceWriter`` keeps when a run is resumed."""
         return run_dir / TABLE / f"step-{self.checkpoint_step:06d}-seed-{self.seed}-{number:06d}.parquet"
 
 
 @dataclass
 class InterventionCounts:
-    """What a series holds so far.
+    """Counts of a series so far.
 
     Attributes:
-        interventions: Rows.
-        num_new: Those that this call added.
+        interventions: Number of rows.
+        num_new: Rows added by this call.
         tokens: Tokens generated for the rows.
         mean_abs_impact: Mean of abs(impact).
-        is_exhausted: No candidate is left.
+        is_exhausted: Whether no candidate is left.
     """
 
     interventions: int = 0
@@ -101,7 +102,7 @@ class InterventionCounts:
     is_exhausted: bool = False
 
     def add(self, impact: np.ndarray, tokens: np.ndarray) -> None:
-        """Counts one batch."""
+        """Count one batch."""
         total = self.mean_abs_impact * self.interventions + float(np.abs(impact).sum())
         self.interventions += len(impact)
         self.mean_abs_impact = total / self.interventions
@@ -109,65 +110,66 @@ class InterventionCounts:
 
 
 def resolve_checkpoint(run_dir: Path, step: int | None) -> int:
-    """The step itself, or that of the latest checkpoint.
+    """Return the step, by default that of the latest checkpoint, after checking that its checkpoint exists.
 
     Raises:
-        InputError: no trace, no checkpoint, or none of that step.
+        InputError: the folder is not a trace, or it has no such checkpoint.
     """
     read_manifest(run_dir)
     return read_state(find_checkpoint(run_dir, step)).step
 
 
 def intervene(
-    run_dir: Path, settings: Settings, budget: int, on_batch: Callable[[InterventionCounts], None] = lambda tally: None
+    run_dir: Path, settings: Settings, budget: int, on_batch: Callable[[InterventionCounts], None] = lambda counts: None
 ) -> InterventionCounts:
-    """Replaces tokens, batch by batch, until the budget is spent, and writes table ``interventions`` of the run.
+    """Replace tokens in batches until the budget is spent, and write table ``interventions`` of the run.
 
-    Batches that a former call wrote are counted and not made again; the rows depend on ``settings`` alone.
+    Batches of earlier calls are counted and kept. The rows depend only on ``settings``.
 
     Args:
         run_dir: A run with checkpoints.
-        settings: Which tokens, and how.
-        budget: Tokens to generate; the batch that reaches it is the last, so that it may be exceeded by one batch.
+        settings: Settings of the series.
+        budget: Tokens to generate; the last batch may exceed it.
         on_batch: Called after every batch.
 
     Raises:
-        InputError: no trace, no such checkpoint, no token to replace, or a series made with other settings.
+        InputError: the folder is not a trace, the checkpoint does not exist, no token passes the filters, or the series
+            has other settings.
     """
     manifest = read_manifest(run_dir)
     checkpoint = find_checkpoint(run_dir, settings.checkpoint_step)
     _check_settings(run_dir, settings)
-    config = build_config(manifest["config"], source=str(run_dir))
+    config = load_sampling_config(run_dir)
     tokens = load_candidates(run_dir, settings.checkpoint_step)
     rng = generator(settings.seed, Stream.TOKEN_CHOICE, settings.checkpoint_step)
     candidates = order_candidates(tokens, settings.entropy, settings.position, settings.ppl_tercile, rng)
-    # As many rows at a time as a round of the run's own sampling, which is known to fit into memory.
+    # A batch has the size of a sampling round of the run, which is known to fit into memory.
     rows_at_once = config.rollout.prompts_per_step * config.rollout.group_size
     batches = list(candidates.iter_slices(max(1, rows_at_once // (2 * settings.continuations))))
     parts = [settings.part(run_dir, number) for number in range(len(batches))]
     written = list(takewhile(Path.exists, parts))
-    tally = _read_tally(written)
-    tally.is_exhausted = len(written) == len(parts)
-    if tally.is_exhausted or tally.tokens >= budget:
-        return tally
-    on_batch(tally)
+    counts = _read_counts(written)
+    counts.is_exhausted = len(written) == len(parts)
+    if counts.is_exhausted or counts.tokens >= budget:
+        return counts
+    on_batch(counts)
     intervener = Intervener(config, checkpoint, tokens, settings)
     metadata = {SETTINGS_KEY.decode(): json.dumps(asdict(settings))}
     for path, batch in list(zip(parts, batches, strict=True))[len(written) :]:
         columns = intervener.replace_tokens(batch)
         write_part(path, TABLE, {"run_id": manifest["run_id"], **columns}, metadata)
-        tally.add(columns["impact"], columns["tokens"])
-        tally.num_new += len(batch)
-        tally.is_exhausted = path == parts[-1]
-        on_batch(tally)
-        if tally.tokens >= budget:
+        counts.add(columns["impact"], columns["tokens"])
+        counts.num_new += len(batch)
+        counts.is_exhausted = path == parts[-1]
+        on_batch(counts)
+        if counts.tokens >= budget:
             break
-    return tally
+    return counts
 
 
 @dataclass(frozen=True)
-class _Beginning:
-    """A response up to the original token or its alternative, and the numbers to draw continuations at, (K, room)."""
+class _Prefix:
+    """A response up to the original token or its alternative, and the uniforms of its continuations, (K, room)."""
 
     prompt: Prompt
     tokens: list[int]
@@ -175,10 +177,10 @@ class _Beginning:
 
 
 class Intervener:
-    """One checkpoint's policy, the responses it shall change, and the scorer of the outcome."""
+    """The policy of a checkpoint, the responses to change, and the verifiers of their continuations."""
 
     def __init__(self, config: Config, checkpoint: Path, tokens: pl.DataFrame, settings: Settings) -> None:
-        """``tokens`` hold the responses in full, by rollout_id and position."""
+        """Load the policy; ``tokens`` hold complete responses, sorted by rollout_id and position."""
         self.config, self.settings = config, settings
         self.policy = Policy.load(config.policy.model_copy(update={"path": str(checkpoint / "policy")}))
         self.task = load_task(config.task, config.seed, self.policy.encode_prompt)
@@ -189,10 +191,10 @@ class Intervener:
         self._params = SamplingParams.of(config.rollout)
 
     def replace_tokens(self, tokens: pl.DataFrame) -> dict[str, Any]:
-        """Intervenes on each of ``tokens``; what a row becomes does not depend on the others.
+        """Intervene on each of ``tokens``; rows are independent of each other.
 
         Returns:
-            Columns of table ``interventions`` but ``run_id``.
+            Columns of table ``interventions`` except ``run_id``.
         """
         settings = self.settings
         places = list(tokens.select("rollout_id", "position").iter_rows())
@@ -204,14 +206,14 @@ class Intervener:
         alternatives = draw_alternatives(
             self.policy, contexts, torch.tensor(originals), draws, self.config.rollout.temperature
         ).tolist()
-        beginnings = []
+        prefixes = []
         for replacements in (originals, alternatives):
             for prompt, part, token, place in zip(prompts, before, replacements, places, strict=True):
                 shape = (settings.continuations, self.config.rollout.max_response_tokens - len(part) - 1)
-                # Common random numbers: both sides go on with the same ones, so that only the token sets them apart.
+                # Common random numbers: the continuations of both prefixes differ only because of the token.
                 numbers = self._generator(Stream.CONTINUATION, place).random(shape, dtype=np.float32)
-                beginnings.append(_Beginning(prompt, [*part, token], numbers))
-        accuracy, generated = self._complete(beginnings)
+                prefixes.append(_Prefix(prompt, [*part, token], numbers))
+        accuracy, generated = self._complete(prefixes)
         original, alternative = np.split(accuracy, 2)
         return {
             **{name: tokens[name].to_list() for name in AS_RECORDED},
@@ -227,40 +229,40 @@ class Intervener:
             "tokens": np.add(*np.split(generated, 2)),
         }
 
-    def _complete(self, beginnings: list[_Beginning]) -> tuple[np.ndarray, np.ndarray]:
-        """Accuracy and generated tokens of the continuations of each beginning, (N,) both.
+    def _complete(self, prefixes: list[_Prefix]) -> tuple[np.ndarray, np.ndarray]:
+        """Return accuracy and generated tokens of the continuations of each prefix, (N,) both.
 
-        What has ended, by its stop token or at the length limit, is scored as it is.
+        A prefix that already ends, by its stop token or at the length limit, is scored unchanged.
         """
-        open_ones = [b.numbers.shape[1] > 0 and not self._has_ended(b.tokens) for b in beginnings]
-        endings = iter(self._sample([b for b, is_open in zip(beginnings, open_ones, strict=True) if is_open]))
-        accuracy, generated = np.zeros(len(beginnings)), np.zeros(len(beginnings), dtype=np.int64)
-        for i, (beginning, is_open) in enumerate(zip(beginnings, open_ones, strict=True)):
-            ends = [self._cut(beginning.tokens, end) for end in next(endings)] if is_open else [[]]
-            texts = self.policy.decode([beginning.tokens + end for end in ends])
-            verdicts = [self.task.score(text, beginning.prompt).is_correct for text in texts]
+        open_ones = [b.numbers.shape[1] > 0 and not self._has_ended(b.tokens) for b in prefixes]
+        endings = iter(self._sample([b for b, is_open in zip(prefixes, open_ones, strict=True) if is_open]))
+        accuracy, generated = np.zeros(len(prefixes)), np.zeros(len(prefixes), dtype=np.int64)
+        for i, (prefix, is_open) in enumerate(zip(prefixes, open_ones, strict=True)):
+            ends = [self._cut(prefix.tokens, end) for end in next(endings)] if is_open else [[]]
+            texts = self.policy.decode([prefix.tokens + end for end in ends])
+            verdicts = [self.task.score(text, prefix.prompt).is_correct for text in texts]
             judged = [verdict for verdict in verdicts if verdict is not None]
             if not judged:
-                raise InputError(f"the verifier gave no verdict on any continuation of {beginning.prompt.origin}")
+                raise InputError(f"the verifier gave no verdict on any continuation of {prefix.prompt.origin}")
             accuracy[i] = np.mean(judged)
             generated[i] = sum(map(len, ends))
         return accuracy, generated
 
-    def _sample(self, beginnings: list[_Beginning]) -> list[list[list[int]]]:
-        """K continuations of each beginning, none longer than its room."""
-        if not beginnings:
+    def _sample(self, prefixes: list[_Prefix]) -> list[list[list[int]]]:
+        """Return K continuations of each prefix, each within its room."""
+        if not prefixes:
             return []
-        contexts = [self.policy.encode_prompt(b.prompt.question) + b.tokens for b in beginnings]
-        rooms = [b.numbers.shape[1] for b in beginnings]
+        contexts = [self.policy.encode_prompt(b.prompt.question) + b.tokens for b in prefixes]
+        rooms = [b.numbers.shape[1] for b in prefixes]
         padding = [((0, 0), (0, max(rooms) - room)) for room in rooms]
-        uniforms = np.concatenate([np.pad(b.numbers, width) for b, width in zip(beginnings, padding, strict=True)])
+        uniforms = np.concatenate([np.pad(b.numbers, width) for b, width in zip(prefixes, padding, strict=True)])
         params = replace(self._params, max_tokens=max(rooms))
         responses = [r.tolist() for r in sample_at(self.policy, contexts, uniforms, rooms, params).responses()]
         size = self.settings.continuations
         return [responses[start : start + size] for start in range(0, len(responses), size)]
 
     def _cut(self, tokens: list[int], end: list[int]) -> list[int]:
-        """A continuation up to a stop text that began before it, which sampling could not see."""
+        """Cut a continuation at a stop text that begins in the prefix, which sampling could not see."""
         lengths = range(1, len(end) + 1) if self._params.stop else ()
         return end[: next((n for n in lengths if self._has_ended([*tokens, *end[:n]])), None)]
 
@@ -276,9 +278,9 @@ class Intervener:
 def draw_alternatives(
     policy: Policy, contexts: list[list[int]], originals: Tensor, uniforms: Tensor, temperature: float
 ) -> Tensor:
-    """Draws from p(v | not o) = p(v) / (1 - p(o)), v != o, by inverting its distribution function.
+    """Draw from p(v | not o) = p(v) / (1 - p(o)), v != o, by inverting its distribution function.
 
-    p is that of the temperature alone: top-p or top-k might leave nothing but o.
+    p is without top-p and top-k, which might leave only o.
 
     Args:
         policy: The model.
@@ -291,7 +293,7 @@ def draw_alternatives(
         Token ids, (N,).
     """
     logits = policy.head.logits(Decoder(policy, contexts, len(contexts)).hidden) / temperature
-    # Left out before the softmax: where the policy is sure, 1 - p(o) rounds to 0.
+    # Excluded before the softmax, because 1 - p(o) may round to 0.
     logits.scatter_(1, originals[:, None].to(policy.device), -torch.inf)
     rows = torch.arange(len(logits), device=policy.device)
     return invert_cdf(logits.softmax(-1), rows, uniforms.to(policy.device)).cpu()
@@ -307,13 +309,13 @@ def _check_settings(run_dir: Path, settings: Settings) -> None:
     if changed:
         raise InputError(
             f"{path.parent}: checkpoint {settings.checkpoint_step} with seed {settings.seed} has {'; '.join(changed)}; "
-            "another --seed starts a series of its own"
+            "start a new series with another --seed"
         )
 
 
-def _read_tally(parts: list[Path]) -> InterventionCounts:
-    tally = InterventionCounts()
+def _read_counts(parts: list[Path]) -> InterventionCounts:
+    counts = InterventionCounts()
     for path in parts:
         rows = pq.read_table(path, columns=["impact", "tokens"])
-        tally.add(rows["impact"].to_numpy(), rows["tokens"].to_numpy())
-    return tally
+        counts.add(rows["impact"].to_numpy(), rows["tokens"].to_numpy())
+    return counts

@@ -1,1 +1,1 @@
-"""Fast tensor operations: token statistics, packing, attention, norms; imports nothing else of the trainer."""
+"""Fast tensor operations: token statistics, sequence packing, attention, norms. Imports nothing else of the trainer."""

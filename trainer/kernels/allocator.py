@@ -1,18 +1,18 @@
-"""Keeping freed memory on a CPU, instead of having it from the system page by page at every operation."""
+"""Keep freed CPU memory in the process, so that operations reuse it instead of requesting new pages."""
 
 from __future__ import annotations
 
 import ctypes
 
-# Of glibc's malloc.h; without these, tensors of some MB come from fresh pages each time, and the system's zeroing of
-# those takes longer than what is computed in them.
+# Parameters of glibc's mallopt (malloc.h). By default, a tensor of a few MB gets new pages each time, and zeroing these
+# takes the system longer than the computation.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_FROM_HEAP = 32 << 20
 NEVER = (1 << 31) - 1
 
 
 def keep_freed_memory() -> None:
-    """Lets the process keep memory that its tensors of up to 32 MB have freed; does nothing without glibc."""
+    """Make the process keep freed memory of tensors of up to 32 MB; does nothing without glibc."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP)
         mallopt(M_TRIM_THRESHOLD, NEVER)

@@ -1,7 +1,7 @@
-"""Attention by plain matrix products, for short sequences on a CPU, and for sequences packed into one row.
+"""Attention as plain matrix products for short sequences on a CPU, and for packed sequences.
 
-Torch's fused CPU kernel is made for long sequences; below some hundred keys two matrix products and a softmax take half
-its time in training and a fifth in decoding. Everything else goes to the fused kernel.
+Torch's fused CPU kernel targets long sequences. Below a few hundred keys, two matrix products and a softmax take half
+its time in training and a fifth in decoding. All other inputs go to the fused kernel.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from entrace.trainer.kernels.packing import take_rows
 NAME = "entrace_short"
 MAX_KEYS = 256
 UNUSUAL = ("softcap", "position_bias", "cache")
-# Places of packed sequences whose scores are computed at once. They come sorted by length: in parts, there is less
-# padding among them, and their scores stay in the cache.
+# Token positions of packed sequences per part. Sequences are sorted by length, so parts contain little padding, and the
+# attention scores of a part stay in the cache.
 PART_PLACES = {"cpu": 1 << 12, "cuda": 1 << 16}
 
 
@@ -37,7 +37,7 @@ def short_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(q k^T scaling + mask) v with grouped key and value heads, as transformers calls it.
+    """Compute softmax(q k^T scaling + mask) v with grouped key and value heads; has the signature of transformers.
 
     Args:
         module: The attention layer.
@@ -45,14 +45,14 @@ def short_attention(
         key: (B, key heads, S, D).
         value: (B, key heads, S, E).
         attention_mask: (B, 1, L, S), bool (True = attend) or additive; None for causal or full attention; or the
-            ``layout`` of a ``kernels.packing.Packing``, int64, where B is 1.
-        dropout: Anything above 0 goes to the fused kernel.
-        scaling: Of the scores; 1 / sqrt(D) if None.
-        is_causal: Whether a missing mask means causal attention; the layer's own property if None.
-        kwargs: Passed on to the fused kernel.
+            ``layout`` of a ``kernels.packing.Packing``, int64, with B = 1.
+        dropout: Values above 0 select the fused kernel.
+        scaling: Factor of the scores; 1 / sqrt(D) if None.
+        is_causal: Apply causal attention when the mask is None; the layer's ``is_causal`` if None.
+        kwargs: Passed to the fused kernel.
 
     Returns:
-        (B, L, heads, E), and None for the weights.
+        Output (B, L, heads, E), and None in place of attention weights.
     """
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
     if attention_mask is not None and attention_mask.dtype == torch.int64:
@@ -60,8 +60,8 @@ def short_attention(
     batch, heads, length, width = query.shape
     key_heads, keys = key.shape[1:3]
     is_plain = query.device.type == "cpu" and not dropout and all(kwargs.get(name) is None for name in UNUSUAL)
-    # What is recorded (see trainer.step_graph) is run for such alone, and may not hang on sizes.
-    is_short = _is_recorded() or (keys <= MAX_KEYS and (attention_mask is None or attention_mask.shape[1] == 1))
+    # The traced decoding step runs on short sequences only, and its trace must not depend on sizes.
+    is_short = _is_tracing() or (keys <= MAX_KEYS and (attention_mask is None or attention_mask.shape[1] == 1))
     if not (is_plain and is_short):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -69,7 +69,7 @@ def short_attention(
         attention_mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = additive(attention_mask, query.dtype)
-    # The heads that share a key head stand one after another, as if they were more queries.
+    # Query heads that share a key head are adjacent, and are treated as further queries of that head.
     packed = (query * (width**-0.5 if scaling is None else scaling)).reshape(batch, key_heads, -1, width)
     scores = (packed @ key.transpose(-1, -2)).view(batch, heads, length, keys)
     if attention_mask is not None:
@@ -79,43 +79,44 @@ def short_attention(
 
 
 def is_ours(model: PreTrainedModel) -> bool:
-    """Whether a model's attention is ``short_attention``."""
+    """Return whether a model's attention is ``short_attention``."""
     return model.config._attn_implementation == NAME
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to scores for a mask (True = attend)."""
-    # The lowest number, not -inf: a padded query that sees nothing must stay finite.
+    """Convert a bool mask (True = attend) to an additive mask of ``dtype``."""
+    # The lowest finite number instead of -inf: the output of a padded query that attends to nothing must be finite.
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How packed sequences are laid out side by side, in parts.
+    """Describe how attention arranges packed sequences as padded batches, one per part.
 
     Attributes:
-        sizes: Of each part: sequences, most places that are read in one, most places.
-        before: Of each part, how many tokens of each sequence, its first ones, are read elsewhere; None if none is.
-        queries: Which of the M tokens stands at each place that is read, end to end; any of them where none does.
-        keys: The same for all places.
-        is_read: Where in ``queries`` a token stands.
+        sizes: Per part: number of sequences, longest run of queries, longest sequence.
+        before: Per part, the number of leading tokens of each sequence that are shared and computed elsewhere; None if
+            all are 0.
+        queries: Index among the M tokens of each query position, all parts concatenated; arbitrary at padding.
+        keys: Index among the M tokens of each key position, likewise.
+        is_query: Indices into ``queries`` of positions that hold a token.
     """
 
     sizes: list[tuple[int, int, int]]
     before: list[Tensor | None]
     queries: Tensor
     keys: Tensor
-    is_read: Tensor
+    is_query: Tensor
 
 
-# The layers of a model share it.
+# All layers of a model share one plan.
 @lru_cache(maxsize=1)
 def _plan_of(layout: Tensor) -> _Plan:
-    """Of a ``Packing.layout``."""
-    slots, read_here = layout[0]
+    """Build the plan of a ``Packing.layout``."""
+    slots, own_slots = layout[0]
     size = max(1, PART_PLACES[slots.device.type] // slots.shape[1])
     sizes, before, all_queries, all_keys = [], [], [], []
-    for keys, queries in zip(slots.split(size), read_here.split(size), strict=True):
+    for keys, queries in zip(slots.split(size), own_slots.split(size), strict=True):
         keys, queries = (index[:, (index >= 0).any(0)] for index in (keys, queries))
         elsewhere = (keys >= 0).sum(1) - (queries >= 0).sum(1)
         before.append(elsewhere if elsewhere.any() else None)
@@ -129,16 +130,16 @@ def _plan_of(layout: Tensor) -> _Plan:
 def _attend_packed(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, options: dict[str, Any]
 ) -> Tensor:
-    """Causal attention within each of the sequences that ``layout`` says, all arguments (1, heads, M, ...)."""
+    """Compute causal attention within each sequence of ``layout``; tensors are (1, heads, M, ...)."""
     plan = _plan_of(layout)
-    # Those of all parts at once: where one part takes its own, the gradient is as large as that of all.
+    # Gathered once for all parts: gathering per part would create a gradient of full size for each.
     queries, keys, values = (
         take_rows(x[0].transpose(0, 1), index).split([count * size[which] for count, *size in plan.sizes])
         for x, index, which in ((query, plan.queries, 0), (key, plan.keys, 1), (value, plan.keys, 1))
     )
     attended = []
     for q, k, v, (count, length, num_keys), before in zip(queries, keys, values, plan.sizes, plan.before, strict=True):
-        # Without a mask, attention is causal, and need not compute what the mask would hide.
+        # Without a mask, attention is causal and skips masked scores.
         mask = None
         if before is not None:
             places = torch.arange(num_keys, device=before.device)
@@ -146,11 +147,11 @@ def _attend_packed(
         q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
         part, _ = short_attention(module, q, k, v, mask, **options)
         attended.append(part.flatten(0, 1))
-    return take_rows(torch.cat(attended), plan.is_read)[None]
+    return take_rows(torch.cat(attended), plan.is_query)[None]
 
 
-def _is_recorded() -> bool:
-    # Torch's type stubs leave out what its documentation names.
+def _is_tracing() -> bool:
+    # The documented function is missing from torch's type stubs.
     jit: Any = torch.jit
     return jit.is_tracing()
 

@@ -1,7 +1,7 @@
-"""RMSNorm with fewer passes over memory, on a CPU in float32.
+"""RMSNorm with fewer passes over memory, for float32 on a CPU.
 
-What transformers writes as seven operations, each of which keeps something for the backward pass, is one here. Of what
-is as large as x, it keeps n alone::
+Transformers computes RMSNorm in seven operations, each of which saves tensors for the backward pass. Here it is one
+operation, and n is the only saved tensor of the size of x::
 
     n = x r,  r = 1 / sqrt(mean(x^2) + eps),  y = n w
     d x = r (g - n mean(g n)),  g = w d y
@@ -42,15 +42,20 @@ def _scale(x: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, (..., H)."""
+    """Return ``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, (..., H)."""
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
     return x * _scale(x, eps) * weight
 
 
 @torch.no_grad()
-def replace_norms(model: nn.Module) -> None:
-    """Lets a model's layers of that name use ``rms_norm`` if it gives what they give."""
+def replace_norms(model: nn.Module) -> str:
+    """Make a model's RMSNorm layers use ``rms_norm`` where both agree on a probe.
+
+    Returns:
+        The reason why some layers, or all, keep their own computation; empty if all were replaced.
+    """
+    num_replaced, num_kept = 0, 0
     for module in model.modules():
         eps = getattr(module, "variance_epsilon", None)
         if "RMSNorm" in type(module).__name__ and eps is not None:
@@ -58,6 +63,12 @@ def replace_norms(model: nn.Module) -> None:
             probe = torch.linspace(-2, 3, 2 * len(weight), device=weight.device).view(2, -1)
             if torch.allclose(module(probe), rms_norm(probe, weight, eps), rtol=TOLERANCE, atol=TOLERANCE):
                 module.forward = partial(_forward, module, eps)
+                num_replaced += 1
+            else:
+                num_kept += 1
+    if num_kept:
+        return f"{num_kept} RMSNorm layers compute something else"
+    return "" if num_replaced else "the model has no RMSNorm layers with variance_epsilon"
 
 
 def _forward(module: nn.Module, eps: float, hidden_states: Tensor) -> Tensor:

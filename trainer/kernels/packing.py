@@ -1,7 +1,7 @@
-"""Sequences read together without padding, what several of them begin with once.
+"""Sequence packing without padding, with shared prefixes computed once.
 
-Everything that works on each token by itself (projections, feed-forward layers, norms) sees one row of all tokens. Only
-attention lays the sequences out side by side again, as ``Packing.layout`` says; see ``kernels.attention``.
+Layers that act on each token alone (projections, feed-forward layers, norms) receive one row of all tokens. Only
+attention separates the sequences again, according to ``Packing.layout``; see ``kernels.attention``.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sequences:
-    """Prompts with their responses, side by side, padded on the right, where causal attention never looks.
+    """Hold prompts with their responses, right-padded; causal attention never reaches the padding.
 
-    The last token of each is left out, since nothing is predicted from it.
+    The last token of each sequence is dropped, since it predicts nothing.
 
     Attributes:
-        ids: Tokens, (B, L).
-        is_read: True at tokens, (B, L).
-        prompt_lengths: (B,).
-        targets: The tokens of all responses, end to end, (N,).
+        ids: Token ids, (B, L).
+        is_token: True at tokens, False at padding, (B, L).
+        prompt_lengths: Prompt tokens of each sequence, (B,).
+        targets: Tokens of all responses, concatenated, (N,).
     """
 
     ids: Tensor
-    is_read: Tensor
+    is_token: Tensor
     prompt_lengths: Tensor
     targets: Tensor
 
     @classmethod
     def of(cls, prompts: Sequence[list[int]], responses: Sequence[Tensor]) -> Sequences:
-        """Of B prompts and as many responses, none empty."""
+        """Build from B prompts and their B responses, none empty."""
         prompt_lengths, lengths = (torch.tensor([len(row) for row in rows]) for rows in (prompts, responses))
         targets, ends = torch.cat(list(responses)), (prompt_lengths + lengths)[:, None]
         places = torch.arange(int(ends.max()))
@@ -46,21 +46,21 @@ class Sequences:
 
     @property
     def predicts(self) -> Tensor:
-        """Whether the token that follows belongs to a response, (B, L); in this order they are ``targets``."""
-        return self.is_read & (torch.arange(self.ids.shape[1]) >= self.prompt_lengths[:, None] - 1)
+        """Mark the tokens whose next token belongs to a response, (B, L); in row order these predict ``targets``."""
+        return self.is_token & (torch.arange(self.ids.shape[1]) >= self.prompt_lengths[:, None] - 1)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """``Sequences`` as a model reads them in one row of M tokens.
+    """Hold ``Sequences`` packed into one row of M tokens.
 
     Attributes:
-        ids: (1, M).
-        positions: Of each token in its sequence, (1, M).
-        layout: What takes the place of an attention mask, (1, 2, R, L) int64, for each sequence with a token that is
-            read there, shorter ones first: which of the M tokens stands at each of its places, and which of them are
-            read there, its last ones; -1 beyond.
-        predictors: Which of the M tokens predicts each target, (N,).
+        ids: Token ids, (1, M).
+        positions: Position of each token in its sequence, (1, M).
+        layout: Replaces the attention mask, (1, 2, R, L) int64, one row per sequence that owns a token, shorter
+            sequences first. ``layout[0, 0]``: index among the M tokens at each position. ``layout[0, 1]``: indices of
+            the tokens that the sequence owns, which are its last ones. -1 after the end.
+        predictors: Index among the M tokens of the predictor of each target, (N,).
     """
 
     ids: Tensor
@@ -70,42 +70,42 @@ class Packing:
 
     @classmethod
     def of(cls, sequences: Sequences) -> Packing:
-        """A token that several sequences share, with all before it, is read once; so is a sequence equal to another."""
-        # Shorter ones first, so that few places stay empty in a part of them.
-        by_length = sequences.is_read.sum(1).argsort(stable=True)
-        ids, is_read = sequences.ids[by_length], sequences.is_read[by_length]
+        """Pack sequences; a prefix that several share, or a repeated sequence, is included once."""
+        # Shorter sequences first, so that batches of neighbors contain little padding.
+        by_length = sequences.is_token.sum(1).argsort(stable=True)
+        ids, is_token = sequences.ids[by_length], sequences.is_token[by_length]
         batch, length = ids.shape
-        marked = ids.masked_fill(~is_read, -1)
-        # In alphabetical order, what a sequence shares with any before it, it shares with the one right before it.
+        marked = ids.masked_fill(~is_token, -1)
+        # In lexicographic order, a prefix shared with any earlier sequence is shared with the previous one.
         order = torch.tensor(sorted(range(batch), key=marked.tolist().__getitem__))
         ordered = marked[order]
-        is_new = torch.ones_like(is_read)
+        is_new = torch.ones_like(is_token)
         is_new[1:] = (ordered[1:] != ordered[:-1]).cumsum(1) > 0
-        reads = torch.arange(batch)[:, None].where(is_new, 0).cummax(0).values
-        is_first, reader = torch.empty_like(is_new), torch.empty_like(reads)
-        is_first[order] = is_new & is_read[order]
-        reader[order] = order[reads]
+        sources = torch.arange(batch)[:, None].where(is_new, 0).cummax(0).values
+        is_first, owner = torch.empty_like(is_new), torch.empty_like(sources)
+        is_first[order] = is_new & is_token[order]
+        owner[order] = order[sources]
         own = (is_first.flatten().cumsum(0) - 1).view(batch, length)
-        slots = own.gather(0, reader).where(is_read, -1)
+        slots = own.gather(0, owner).where(is_token, -1)
         places = torch.arange(length).expand(batch, length)
         counts = is_first.sum(1, keepdim=True)
-        read_here = torch.where(places < counts, counts.cumsum(0) - counts + places, -1)
+        own_slots = torch.where(places < counts, counts.cumsum(0) - counts + places, -1)
         return cls(
             ids[is_first][None],
             places[is_first][None],
-            torch.stack((slots, read_here))[None, :, counts.squeeze(1) > 0],
+            torch.stack((slots, own_slots))[None, :, counts.squeeze(1) > 0],
             slots[by_length.argsort()][sequences.predicts],
         )
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The distinct among N pairs of whole numbers, in ascending order.
+    """Hold the distinct pairs among N pairs of integers, in ascending order.
 
     Attributes:
-        first: (C,).
-        second: (C,).
-        index: Which of them each given pair is, (N,).
+        first: First numbers of the C distinct pairs, (C,).
+        second: Second numbers of the C distinct pairs, (C,).
+        index: Index among the distinct pairs of each given pair, (N,).
     """
 
     first: Tensor
@@ -114,27 +114,34 @@ class Pairs:
 
     @classmethod
     def of(cls, first: Tensor, second: Tensor) -> Pairs:
-        """Of numbers >= 0, (N,) each."""
+        """Find the distinct pairs of numbers >= 0, (N,) each."""
         base = int(second.max()) + 1 if len(second) else 1
         distinct, index = torch.unique(first * base + second, return_inverse=True)
         return cls(distinct // base, distinct % base, index)
 
 
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """Rows (N, ...) by their indices, of any shape; the gradient of a row that is taken twice is added up.
+    """Return ``rows[index]`` for rows (N, ...) and an index of any shape; gradients of repeated rows add up.
 
-    What ``rows[index]`` does, but for a backward pass that is many times faster on a CPU.
+    The backward pass is many times faster on a CPU than that of ``rows[index]``.
     """
     taken = rows.flatten(1).index_select(0, index.flatten())
     return taken.view(*index.shape, *rows.shape[1:])
 
 
 def cut_by_tokens(lengths: Tensor, max_tokens: int, *, is_padded: bool, rank: int = 0, size: int = 1) -> list[Tensor]:
-    """Cuts sequences into parts of at most ``max_tokens`` tokens; one longer than that makes a part of its own.
+    """Split sequences into parts of at most ``max_tokens`` tokens; a longer sequence is a part of its own.
 
-    Where padding is read, it counts, and sequences are sorted by length, so that there is little; else those that stand
-    together stay together. The parts hold places in ``lengths``. Of ``size`` processes, each takes every ``size``-th
-    sequence, the one of ``rank`` from place ``rank`` on.
+    Args:
+        lengths: Tokens of each sequence.
+        max_tokens: Most tokens per part; a longest sequence times the number of sequences if ``is_padded``.
+        is_padded: Padding counts. Sequences are then sorted by length, which minimizes padding; otherwise they keep
+            their order.
+        rank: This process takes every ``size``-th sequence, from index ``rank``.
+        size: Number of processes.
+
+    Returns:
+        Indices into ``lengths``, one tensor per part.
     """
     order = lengths.argsort(stable=True) if is_padded else torch.arange(len(lengths))
     parts: list[list[int]] = [[]]

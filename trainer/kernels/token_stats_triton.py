@@ -1,9 +1,9 @@
-"""The sums and the gradient of ``kernels.token_stats`` on a GPU, logits being read once.
+"""Sums and gradient of ``kernels.token_stats`` on a GPU; logits are read once.
 
-Written in Triton, which comes with torch for GPUs. The sums follow the maximum as it rises (online softmax, arXiv
-1805.02867), here with the moment and the squares that entropy and the sum of p² take.
+Written in Triton, which ships with torch for GPUs. The sums are rescaled whenever the running maximum rises (online
+softmax, arXiv 1805.02867), extended by the moment and the squares needed for entropy and sum of p².
 """
-# What is written in Triton has no types.
+# Triton code has no types.
 # pyright: reportOperatorIssue=false
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# What a program adds up side by side, how many of these it takes at once, and by how many warps.
+# Columns that a program sums in parallel, number of such groups per load, and warps.
 LANES, DEPTH, NUM_WARPS = 1024, 4, 4
-# Columns of which a program takes the gradient, and rows whose sums it makes statistics of.
+# Columns per program of the gradient kernel, and rows per program of the statistics kernel.
 BLOCK = 4096
-# What is below all logits, those of tokens left out included, and whose product with a probability of 0 is 0.
+# Below all logits, including those of excluded tokens; its product with a probability of 0 is 0.
 LOWEST = tl.constexpr(-3e38)
 
 
@@ -38,7 +38,7 @@ def _sums(logits, targets, out, stride, num_rows, num_columns, first, factor, LA
     following = tl.load(logits + columns, mask=columns < num_columns, other=0.0)
     for _ in range(0, num_columns, DEPTH * LANES):
         z = tl.where(columns < num_columns, following.to(tl.float32), LOWEST)
-        # On its way while this block is worked on.
+        # Prefetched while this block is processed.
         ahead = columns + DEPTH * LANES
         following = tl.load(logits + ahead, mask=ahead < num_columns, other=0.0)
         highest = tl.max(tl.max(z, 0), 0)
@@ -74,7 +74,7 @@ def _stats(sums, out, num_rows, temperature, BLOCK: tl.constexpr):
     norm = tl.load(sums + 4 * num_rows + rows, mask=is_row, other=0.0)
     weight = tl.exp(own / temperature)
     total = others + weight
-    # log1p(rest) from a logarithm: what 1 + rest is rounded by takes part in both.
+    # log1p(rest) computed with log: the rounding error of 1 + rest cancels in the quotient.
     rest = others + (weight - 1)
     rounded = (1 + rest) - 1
     log_total = tl.where(rounded == 0, rest, tl.log(1 + rest) * (rest / tl.where(rounded == 0, 1.0, rounded)))
@@ -99,12 +99,12 @@ def _gradient(logits, targets, peak, a, b, at_target, stride, num_columns, first
 
 
 def sums(logits: Tensor, targets: Tensor, first: int, temperature: float) -> tuple[Tensor, ...]:
-    """Fields of ``kernels.token_stats.Sums``, each (N,).
+    """Return the fields of ``kernels.token_stats.Sums``, each (N,).
 
     Args:
-        logits: Of a block of entries, (N, V), of any floating dtype, contiguous.
-        targets: Entries, (N,), contiguous; those outside the block do not matter.
-        first: Entry of the block's first column.
+        logits: Logits of a block of vocabulary entries, (N, V), any floating dtype, contiguous.
+        targets: Target entries, (N,), contiguous; targets outside the block are ignored.
+        first: Vocabulary entry of the block's first column.
         temperature: Divides the logits.
     """
     count, width = logits.shape
@@ -128,7 +128,7 @@ def sums(logits: Tensor, targets: Tensor, first: int, temperature: float) -> tup
 
 
 def stats(sums: Sequence[Tensor], temperature: float) -> tuple[Tensor, ...]:
-    """Fields of ``kernels.token_stats.TokenStats``, each (N,), from those of its ``Sums`` of whole rows, (N,) each."""
+    """Return the fields of ``TokenStats``, each (N,), from the fields of ``Sums`` over whole rows, each (N,)."""
     given = torch.stack(tuple(sums))
     count = given.shape[1]
     out = torch.empty(3, count, device=given.device)
@@ -148,7 +148,7 @@ def to_gradient(
     b: Tensor,
     at_target: Tensor,
 ) -> Tensor:
-    """Writes the gradient at logits over them, as ``kernels.token_stats.LogitGrads`` says, and returns it.
+    """Overwrite logits with the gradient that ``kernels.token_stats.LogitGrads`` defines, and return it.
 
     Args:
         logits: As in ``sums``.
@@ -157,8 +157,8 @@ def to_gradient(
         peak: Maximum of each whole row, (N,) float32.
         targets: As in ``sums``.
         a: As in ``LogitGrads``, (N,) float32.
-        b: The same.
-        at_target: The same.
+        b: As in ``LogitGrads``, (N,) float32.
+        at_target: As in ``LogitGrads``, (N,) float32.
     """
     count, width = logits.shape
     if count:

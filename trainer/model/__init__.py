@@ -1,1 +1,1 @@
-"""The policy: how a causal language model and its tokenizer are loaded, evaluated on tokens, and saved."""
+"""The policy: load a causal language model with its tokenizer, evaluate it on tokens, and save it."""

@@ -1,4 +1,4 @@
-"""Loads models and tokenizers: safetensors in Hugging Face layout, or GGUF. No pickle, and no code of a model's own."""
+"""Load models and tokenizers from safetensors in Hugging Face layout or GGUF, never from pickles or model code."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 TOKENIZER = "tokenizer_config.json"
 
-# Its bars for reading and writing weights would tear the run's own apart.
+# Progress bars of transformers would break up the run's own.
 disable_progress_bar()
 
 
 def load_pretrained(config: PolicyConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PeftModel | None]:
-    """Loads model, tokenizer, and the adapter that is in the model if ``config.lora`` is set.
+    """Load the model, its tokenizer, and, if ``config.lora`` is set, the adapter inside the model.
 
-    A folder that holds a LoRA adapter stands for its base model with that adapter, merged unless it is trained on.
+    A folder with a LoRA adapter stands for its base model with that adapter, merged unless it is trained further.
 
     Raises:
-        InputError: no usable model or tokenizer there.
+        InputError: no usable model or tokenizer.
     """
     path = find_model(config.path)
     base = adapters.read_base(path)
@@ -46,7 +46,7 @@ def load_pretrained(config: PolicyConfig) -> tuple[PreTrainedModel, PreTrainedTo
             return adapter.merge_and_unload().requires_grad_(), tokenizer, None
         adapters.check_settings(adapter, config.lora, path)
     elif config.lora:
-        # A path is written out in full, for it is read from another place.
+        # A relative path would not resolve from another folder.
         base = str(path.resolve()) if Path(config.path).exists() else config.path
         adapter = adapters.add_adapter(model, config.lora, base)
     else:
@@ -58,7 +58,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the model that ``policy.path`` names, without the weights.
 
     Raises:
-        InputError: no usable tokenizer there.
+        InputError: no usable tokenizer.
     """
     path = find_tokenizer(name)
     base = adapters.read_base(path)
@@ -68,14 +68,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(path: Path, attention: str = "auto") -> PreTrainedModel:
-    """Loads weights in float32; those that a GGUF file holds in fewer bits are written out.
+    """Load weights in float32; quantized weights of a GGUF file are dequantized.
 
     Args:
-        path: A folder, or a GGUF file.
-        attention: An implementation of transformers; ``auto`` and ``packed`` leave the choice to it.
+        path: A folder or a GGUF file.
+        attention: An attention implementation of transformers; ``auto`` and ``packed`` select its default.
 
     Raises:
-        InputError: no usable model there.
+        InputError: no usable model.
     """
     _refuse_code(path)
     if path.is_file() and path.suffix != ".gguf":
@@ -99,28 +99,28 @@ def _load_gguf(loader: Any, path: Path, **arguments: Any) -> Any:
         import gguf  # noqa: F401
         from transformers import GgufConfig
     except ImportError:
-        raise ImportError("reading GGUF takes gguf and transformers>=5.17: pip install gguf transformers") from None
+        raise ImportError("GGUF needs gguf and transformers>=5.17: pip install gguf 'transformers>=5.17'") from None
     if loader is AutoModelForCausalLM:
-        # Weights that stay packed can be neither trained nor saved.
+        # Quantized weights can be neither trained nor saved.
         arguments["quantization_config"] = GgufConfig(dequantize=True)
-    # A bar of its own that nothing turns off.
+    # Its progress bar cannot be disabled.
     with redirect_stderr(io.StringIO()):
         return loader.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, **arguments)
 
 
 def _refuse_code(path: Path) -> None:
-    """Loading a model must not run code that came with it: neither pickles nor modules."""
+    """Raise if loading could run code that came with the model: pickles or modules."""
     files = sorted(path.iterdir()) if path.is_dir() else [path] * path.is_file()
     suffixes = {file.suffix for file in files}
     if pickles := [file for file in files if file.suffix in PICKLES and ".safetensors" not in suffixes]:
         raise InputError(
             f"{path}: no usable model ({pickles[0].name} is a pickle, which can run code when it is read; if you trust "
-            "it, make a folder of safetensors: AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW))"
+            "it, convert it to safetensors: AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW))"
         )
     for name in ("config.json", TOKENIZER):
         with suppress(OSError, ValueError, TypeError):
             if "auto_map" in json.loads((path / name).read_text(encoding="utf-8")):
                 raise InputError(
                     f"{path}: no usable model (auto_map in {name} asks for code that came with it, which is never run; "
-                    "remove that key if transformers knows the architecture by itself)"
+                    "remove that key if transformers supports the architecture)"
                 )

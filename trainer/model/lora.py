@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) by ``peft``, in its own format on disk."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) with ``peft``, stored in its format."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def read_base(folder: Path) -> str | None:
-    """``policy.path`` of the model that the adapter in a folder belongs to; None if it holds no adapter.
+    """Return ``policy.path`` of the base model of the adapter in a folder, or None if the folder has no adapter.
 
     Raises:
-        InputError: an adapter of another kind, or without weights in safetensors.
+        InputError: the adapter is not a LoRA adapter, or its weights are not in safetensors.
     """
     if not (folder / CONFIG).is_file():
         return None
@@ -36,15 +36,15 @@ def read_base(folder: Path) -> str | None:
 
 
 def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str) -> PeftModel:
-    """Puts a new adapter, which changes nothing yet, into the model; only the adapter is trained.
+    """Add a new adapter to the model, initialized to the identity; only the adapter is trained.
 
     Args:
         model: The base model, changed in place.
-        config: Rank, scale, modules.
-        base: Its ``policy.path``.
+        config: Rank, scale, and target modules.
+        base: ``policy.path`` of the base model.
 
     Raises:
-        InputError: ``peft`` is missing, or the model has no such modules.
+        InputError: ``peft`` is missing, or ``config.target_modules`` does not fit the model.
     """
     peft = _import_peft()
     named = config.target_modules
@@ -57,15 +57,17 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str) -> PeftMo
         raise InputError(f"policy.lora.target_modules: {in_one_line(error)}") from None
     head: Any = model.get_output_embeddings()
     if hasattr(head, "base_layer"):
-        raise InputError("policy.lora.target_modules names the LM head, whose statistics need it to be one linear map")
+        raise InputError(
+            "policy.lora.target_modules names the LM head, which must stay one linear map for the token statistics"
+        )
     return adapter
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Puts the adapter of a folder into its base model, to be trained on or merged.
+    """Add the adapter of a folder to its base model, to be trained further or merged.
 
     Raises:
-        InputError: ``peft`` is missing, or it was made for other modules.
+        InputError: ``peft`` is missing, or the adapter belongs to other modules.
     """
     peft = _import_peft()
     settings = peft.LoraConfig.from_pretrained(str(folder))
@@ -76,7 +78,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def check_settings(adapter: PeftModel, config: LoraConfig, folder: Path) -> None:
-    """Refuses to go on with an adapter of another size than asked for.
+    """Check that an adapter has the rank and scale of the configuration.
 
     Raises:
         InputError: rank or scale differ.
@@ -84,27 +86,27 @@ def check_settings(adapter: PeftModel, config: LoraConfig, folder: Path) -> None
     found: Any = adapter.peft_config["default"]
     if (found.r, found.lora_alpha) != (config.r, config.alpha):
         raise InputError(
-            f"policy.lora has r = {config.r}, alpha = {config.alpha:g}, but the adapter in {folder} r = {found.r}, "
-            f"alpha = {found.lora_alpha:g}; without policy.lora it is merged, and all weights are trained"
+            f"policy.lora has r = {config.r}, alpha = {config.alpha:g}, but the adapter in {folder} has r = {found.r}, "
+            f"alpha = {found.lora_alpha:g}; set these, or unset policy.lora to merge it and train all weights"
         )
 
 
 def save_adapter(adapter: PeftModel, folder: Path) -> None:
-    """Writes weights and settings of an adapter."""
+    """Write the weights and settings of an adapter to a folder."""
     adapter.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def restore_adapter(adapter: PeftModel, folder: Path) -> None:
-    """Replaces the weights of an adapter by those in a folder, bit for bit.
+    """Restore the weights of an adapter from a folder, bit for bit.
 
     Raises:
-        InputError: they are of other modules.
+        InputError: the weights belong to other modules.
     """
     result = _import_peft().set_peft_model_state_dict(adapter, load_file(folder / WEIGHTS))
     missing = [name for name in result.missing_keys if "lora_" in name]
     if missing or result.unexpected_keys:
         names = ", ".join([*missing, *result.unexpected_keys][:2])
-        raise InputError(f"{folder}: {WEIGHTS} and the adapter differ in modules, such as {names}")
+        raise InputError(f"{folder}: {WEIGHTS} and the adapter have different modules, such as {names}")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -118,5 +120,5 @@ def _import_peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise InputError("policy.lora and adapters take peft: pip install 'entrace[lora]'") from None
+        raise InputError("policy.lora and adapters need peft: pip install 'entrace[lora]'") from None
     return peft

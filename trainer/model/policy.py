@@ -1,4 +1,4 @@
-"""A causal language model with its tokenizer: how it is loaded, asked, scored and saved."""
+"""A causal language model with its tokenizer: loading, prompting, token statistics, and saving."""
 
 from __future__ import annotations
 
@@ -21,35 +21,44 @@ from entrace.analysis.trace.plain import plain
 from entrace.trainer.config import PolicyConfig
 from entrace.trainer.kernels import attention
 from entrace.trainer.kernels.allocator import keep_freed_memory
+from entrace.trainer.kernels.blocked_stats import compute_token_stats
 from entrace.trainer.kernels.norms import replace_norms
 from entrace.trainer.kernels.packing import Packing, Pairs, Sequences, take_rows
-from entrace.trainer.kernels.token_stats import WHOLE, LMHead, TokenStats, Truncation, compute_token_stats
+from entrace.trainer.kernels.token_stats import WHOLE, LMHead, TokenStats, Truncation
 from entrace.trainer.model import lora as adapters
 from entrace.trainer.model.loading import load_model, load_pretrained
-from entrace.trainer.parallel.sharding import distribute_like, full_state_dict, full_tensor, gathered, is_sharded, shard
+from entrace.trainer.parallel.sharding import (
+    full_state_dict,
+    full_tensor,
+    gathered,
+    is_sharded,
+    load_full_state_dict,
+    shard,
+)
 from entrace.trainer.tasks.prompt import Question, as_chat, as_text
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 TOLERANCE = 1e-2
-# Stands for a response, to see what the chat template writes after it.
+# Stands for a response, to find the tokens that the chat template writes after it.
 PROBE = "entrace"
 
 
 @dataclass(eq=False)
 class Policy:
-    """The model in float32 master weights; its arithmetic runs in ``dtype``, under autocast.
+    """Hold a model with float32 master weights; computation runs in ``dtype``, under autocast.
 
     Attributes:
-        model: In evaluation mode always: with dropout, the policy that is updated would not be the one sampled from.
-        tokenizer: Its tokenizer.
-        device: Where it computes.
-        dtype: In what it computes.
-        name: Where it came from, for messages.
-        template: Text of a prompt, ``{question}`` standing for its question, in place of the chat template.
-        adapter: What is trained of the model, if not all of it.
-        why_unpacked: Why given responses are read with padding; empty if they are packed, see ``kernels.packing``.
+        model: Always in evaluation mode: with dropout, the updated policy would differ from the sampled one.
+        tokenizer: The model's tokenizer.
+        device: Device of the weights and of computation.
+        dtype: Data type of computation.
+        name: Where the model was loaded from, for messages.
+        template: Text of a prompt with placeholder ``{question}``; replaces the chat template.
+        adapter: The LoRA adapter, if only that is trained.
+        why_unpacked: Why sequence packing is off; empty if it is on, see ``kernels.packing``.
+        why_plain_norms: Why ``kernels.norms`` is off; empty if it is on.
     """
 
     model: PreTrainedModel
@@ -60,18 +69,19 @@ class Policy:
     template: str | None = None
     adapter: PeftModel | None = None
     why_unpacked: str = "not tried"
+    why_plain_norms: str = "not tried"
     _whole_head: LMHead | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def load(cls, config: PolicyConfig) -> Policy:
-        """Loads the model that ``config.path`` names: a folder, a GGUF file, a model of the hub, or one that ships.
+        """Load the model that ``config.path`` names: a folder, a GGUF file, or a model of the hub or a package.
 
-        A folder that holds a LoRA adapter stands for its base model with the adapter, which is trained on if
+        A folder with a LoRA adapter stands for its base model with the adapter. The adapter is trained further if
         ``config.lora`` is set, and merged otherwise.
 
         Raises:
-            InputError: no usable model or tokenizer there; or the model has no head that is one linear map, which the
-                closed-form statistics need, or does not go on from a cache as it reads a whole text.
+            InputError: no usable model or tokenizer; or the LM head is not one linear map, which the closed-form
+                statistics need; or ``config.attention`` or ``config.gradient_checkpointing`` does not fit the model.
         """
         model, tokenizer, adapter = load_pretrained(config)
         device = _pick_device(config.device)
@@ -83,15 +93,16 @@ class Policy:
         automatic = "bfloat16" if device.type == "cuda" else "float32"
         dtype = getattr(torch, automatic if config.dtype == "auto" else config.dtype)
         torch.nn.Module.to(model, device)
-        if device.type == "cpu" and dtype == torch.float32 and attention.is_ours(model):
-            replace_norms(model)
+        takes_norms = device.type == "cpu" and dtype == torch.float32 and attention.is_ours(model)
+        why_plain_norms = replace_norms(model) if takes_norms else "only with packed attention on a CPU in float32"
         policy = cls(model.eval(), tokenizer, device, dtype, config.path, config.template, adapter)
+        policy.why_plain_norms = why_plain_norms
         policy._check_head()
         policy.why_unpacked = policy._find_why_unpacked()
         if config.attention == "packed" and not policy.uses_packing:
             kind = type(model).__name__
             raise InputError(
-                f'policy.attention = "packed": {kind} cannot read packed sequences ({policy.why_unpacked}); set "auto"'
+                f'policy.attention = "packed": {kind} cannot use sequence packing ({policy.why_unpacked}); set "auto"'
             )
         if config.gradient_checkpointing:
             policy.checkpoint_layers()
@@ -99,12 +110,12 @@ class Policy:
 
     @property
     def uses_packing(self) -> bool:
-        """Whether given responses are read without padding."""
+        """Return whether given responses are packed instead of padded."""
         return not self.why_unpacked
 
     @property
     def head(self) -> LMHead:
-        """The LM head's current weights."""
+        """Return the LM head's current weights."""
         if self._whole_head:
             return self._whole_head
         linear: Any = self.model.get_output_embeddings()
@@ -113,18 +124,18 @@ class Policy:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the LM head, which may exceed the tokenizer's entries."""
+        """Return the number of rows of the LM head, which may exceed the tokenizer's entries."""
         linear: Any = self.model.get_output_embeddings()
         return len(linear.weight)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the processes of the run hold a part of every weight each."""
+        """Return whether the weights are sharded over the processes of the run."""
         return is_sharded(self.model)
 
     @cached_property
     def stop_ids(self) -> Tensor:
-        """Token ids that end a response."""
+        """Return the token ids that end a response, ascending."""
         configured: Any = getattr(self.model.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         found = {i for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
@@ -132,10 +143,10 @@ class Policy:
 
     @cached_property
     def turn_end(self) -> int | None:
-        """The stop token that a response ends with, None if unknown.
+        """Return the stop token that ends a response, or None if unknown.
 
-        It is the one that the chat template writes after a response; without one, the tokenizer's end of sequence, or
-        the only stop token that there is.
+        It is the stop token that the chat template writes after a response. If there is none, it is the only stop
+        token, or the tokenizer's end of sequence.
         """
         stop_ids = self.stop_ids.tolist()
         written = (i for i in self._after_response() if i in stop_ids)
@@ -144,25 +155,25 @@ class Policy:
 
     @cached_property
     def opening(self) -> list[int]:
-        """Special tokens that the tokenizer puts before a text, such as a beginning of sequence."""
+        """Return the special tokens that the tokenizer puts before a text, such as a beginning of sequence."""
         bare, whole = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
         return whole[: next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Arithmetic in ``dtype``."""
+        """Return a context in which computation runs in ``dtype``."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def encode_prompt(self, question: Question) -> list[int]:
-        """Return the token ids of a question in ``template``, or in the chat template if the tokenizer has one.
+        """Return the token ids of a question in ``template``, or in the chat template if ``template`` is not set.
 
-        A text in ``template`` is preceded by the tokenizer's beginning of sequence unless it begins with it.
+        Text in ``template`` gets the tokenizer's beginning of sequence unless it starts with it.
 
         Raises:
-            InputError: the template refuses the question's turns.
+            InputError: the chat template rejects the question's turns.
         """
         if self.template or self.tokenizer.chat_template is None:
             text = (self.template or "{question}").replace("{question}", as_text(question))
-            # Without the end of sequence that some tokenizers append, which would end the prompt.
+            # Without the end of sequence that some tokenizers append.
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             return ids if ids[: len(self.opening)] == self.opening else [*self.opening, *ids]
         try:
@@ -172,14 +183,14 @@ class Policy:
         except TemplateError as error:
             reason = f"{in_one_line(error)}: {plain(as_text(question), 60)!r}"
             raise InputError(
-                f"{self.name}: the chat template refuses a prompt ({reason}); policy.template takes its place"
+                f"{self.name}: the chat template rejects a prompt ({reason}); set policy.template to replace it"
             ) from None
         # The template writes the special tokens itself.
         return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
     def decode(self, responses: list[list[int]]) -> list[str]:
-        """Texts of responses, special tokens left out."""
-        # The tokenizer would take an empty list for one response.
+        """Return the texts of responses, without special tokens."""
+        # The tokenizer would treat an empty list as one response.
         return self.tokenizer.batch_decode(responses, skip_special_tokens=True) if responses else []
 
     def vocab(self) -> Vocabulary:
@@ -187,7 +198,7 @@ class Policy:
         return Vocabulary.of(self.tokenizer, self.vocab_size)
 
     def hidden_states(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        """Inputs of the LM head, (B, L) -> (B, L, H); further arguments as the model takes them."""
+        """Return the inputs of the LM head, (B, L, H), for tokens (B, L); ``inputs`` are passed to the model."""
         with self.autocast():
             return self.model.base_model(input_ids=input_ids, **inputs).last_hidden_state.to(self.dtype)
 
@@ -198,13 +209,13 @@ class Policy:
         temperature: float,
         truncation: Truncation = WHOLE,
     ) -> TokenStats:
-        """Statistics of given responses under the current weights, with gradient, the responses end to end.
+        """Return statistics of given responses under the current weights, with gradient, responses concatenated.
 
         Args:
             prompts: Prompt tokens of each response, B lists.
             responses: Response tokens, B tensors, none empty.
-            temperature: As in sampling.
-            truncation: As in sampling.
+            temperature: Sampling temperature.
+            truncation: Truncation in sampling.
 
         Returns:
             ``TokenStats`` of shape (sum of response lengths,).
@@ -215,23 +226,23 @@ class Policy:
     def forward_unique(
         self, prompts: Sequence[list[int]], responses: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What predicts the tokens of responses, each token with the same before it once.
+        """Return the LM head's inputs for the tokens of responses, each distinct prefix and next token once.
 
-        Where the model allows it, neither padding nor what several sequences begin with is computed more than needed.
+        With sequence packing, padding is not computed and shared prefixes are computed once.
 
         Args:
             prompts: As in ``token_stats``.
             responses: As in ``token_stats``.
 
         Returns:
-            Inputs of the LM head, (C, H); the token that each predicts, (C,); and which of these each token of the
-            responses is, end to end, (N,).
+            Inputs of the LM head, (C, H); the token that each predicts, (C,); and for each token of the concatenated
+            responses, its index among these, (N,).
         """
         sequences = Sequences.of(prompts, responses)
         if self.uses_packing:
             packing = Packing.of(sequences)
             ids, positions, layout = (x.to(self.device) for x in (packing.ids, packing.positions, packing.layout))
-            # A mask of four dimensions reaches the attention of every layer as it is.
+            # Transformers passes a four-dimensional mask to every layer unchanged.
             hidden = self.hidden_states(ids, position_ids=positions, attention_mask=layout, use_cache=False)
             predictors = packing.predictors
         else:
@@ -242,18 +253,20 @@ class Policy:
         return take_rows(hidden.flatten(0, 1), first), targets, index
 
     def shard(self) -> None:
-        """Shares the weights out to all processes, which hold the same now; see ``parallel.sharding``.
+        """Shard the weights over all processes, which must hold equal weights; see ``parallel.sharding``.
 
         Raises:
             InputError: only an adapter is trained.
         """
         if self.adapter:
-            raise InputError("policy.lora: an adapter is not shared out (FSDP); launch with ddp.yaml, or without it")
+            raise InputError(
+                "policy.lora: an adapter cannot be sharded (FSDP); launch with ddp.yaml or unset policy.lora"
+            )
         shard(self.model)
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
-        """Within, weights that are shared out are whole, and each process may read and sample at its own pace."""
+        """Gather sharded weights inside the block; each process can then compute at its own pace, without gradients."""
         if not self.is_sharded:
             yield
             return
@@ -266,11 +279,11 @@ class Policy:
             self._whole_head = None
 
     def weights(self) -> dict[str, Tensor] | None:
-        """What ``save`` needs of weights that are shared out, gathered by all processes together."""
-        return full_state_dict(dict(self.model.named_parameters())) if self.is_sharded else None
+        """Return the full weights that ``save`` needs if they are sharded; all processes must call this together."""
+        return full_state_dict(self.model) if self.is_sharded else None
 
     def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-        """Writes a folder that ``load`` takes: the whole model, or the adapter if only that is trained."""
+        """Write a folder that ``load`` accepts: the whole model, or the adapter if only that is trained."""
         if self.adapter:
             adapters.save_adapter(self.adapter, folder)
         else:
@@ -279,32 +292,30 @@ class Policy:
 
     @torch.no_grad()
     def restore(self, folder: Path) -> None:
-        """Takes over the weights that ``save`` wrote, bit for bit."""
+        """Restore the weights that ``save`` wrote, bit for bit."""
         if self.adapter:
             adapters.restore_adapter(self.adapter, folder)
             return
-        # The library's own way, which knows of shards, tied weights, and names that differ from those in the file.
-        saved = load_model(folder).state_dict()
-        for name, value in self.model.state_dict().items():
-            value.copy_(distribute_like(saved[name], value))
+        # Read by transformers, which resolves file shards, tied weights, and names that differ from those in the file.
+        load_full_state_dict(self.model, load_model(folder).state_dict())
 
     def checkpoint_layers(self) -> None:
-        """Layers keep their inputs alone for the backward pass, and compute the rest again.
+        """Save only the inputs of layers for the backward pass, and recompute the rest (gradient checkpointing).
 
-        What transformers does about this hangs on training mode, which would turn dropout on.
+        ``gradient_checkpointing_enable`` of transformers has no effect in evaluation mode.
 
         Raises:
-            InputError: the model has no layers made for it.
+            InputError: the model has no layers that support it.
         """
         layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
         if not layers:
             kind = type(self.model).__name__
-            raise InputError(f"policy.gradient_checkpointing: {kind} has no layers made for it; set it to false")
+            raise InputError(f"policy.gradient_checkpointing: {kind} has no layers that support it; set it to false")
         for layer in layers:
             layer.forward = partial(_recompute, layer.forward)
 
     def _after_response(self) -> list[int]:
-        """Return the tokens that the chat template writes after a response; none if it has no say."""
+        """Return the tokens that the chat template writes after a response; none if it cannot render one."""
         if self.tokenizer.chat_template is None:
             return []
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
@@ -317,19 +328,23 @@ class Policy:
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        # In float32 on both sides: rounding must not pass for a difference.
+        # In float32 on both sides, so that rounding is not mistaken for a difference.
         kind = type(self.model).__name__
         if not isinstance(self.model.get_output_embeddings(), torch.nn.Linear):
-            raise InputError(f"{self.name}: {kind} has no LM head that is one linear map")
+            raise InputError(
+                f"{self.name}: the LM head of {kind} is not one linear map, which the token statistics need"
+            )
         probe = torch.arange(min(4, self.vocab_size), device=self.device)[None]
         expected = self.model(probe, use_cache=False).logits[0]
         found = self.head.logits(self.model.base_model(probe, use_cache=False).last_hidden_state[0])
         if not is_close(found, expected):
-            raise InputError(f"{self.name}: {kind} scales or caps its logits after the LM head")
+            raise InputError(
+                f"{self.name}: {kind} scales or caps its logits after the LM head, which the token statistics exclude"
+            )
 
     @torch.no_grad()
     def _find_why_unpacked(self) -> str:
-        """Return why sequences cannot be packed, or an empty string; tried on three texts, two with one prompt."""
+        """Return why sequences cannot be packed, or an empty string; tries three texts, two with the same prompt."""
         if not attention.is_ours(self.model):
             return "policy.attention is not packed"
         if any(DynamicCache(config=self.model.config).is_sliding):
@@ -352,7 +367,7 @@ def is_close(found: Tensor, expected: Tensor) -> bool:
 
 
 def _recompute(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Runs a layer without keeping what is inside it for the backward pass, if there will be one."""
+    """Run a layer, saving only its inputs for the backward pass if gradients are enabled."""
     if not torch.is_grad_enabled():
         return forward(*arguments, **options)
     return checkpoint(forward, *arguments, use_reentrant=False, **options)

@@ -1,1 +1,1 @@
-"""Training in several processes: ranks, sharded weights, gradients."""
+"""Training in several processes: ranks, sharded weights, gradient sums."""

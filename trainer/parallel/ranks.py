@@ -1,12 +1,12 @@
-"""Several processes that train one policy together, as ``accelerate launch`` starts them, one a device.
+"""Several processes that train one policy together, one per device, started by ``accelerate launch``.
 
-Every process holds the whole batch of small tensors (tokens, log-probabilities, rewards), so that advantages, shaping,
-dynamic sampling and mini-batches are worked out over all of it by the code that a single process runs. What takes time
-is dealt out: responses are sampled and scored by one process each, and so is every row's forward and backward pass,
-with denominators of the whole mini-batch; gradients are added up, not averaged.
+Every process holds the whole batch of small tensors (tokens, log-probabilities, rewards). Advantages, shaping, dynamic
+sampling, and mini-batches are therefore computed over the whole batch, by the code that a single process runs. The
+expensive work is divided: each response is sampled and scored by one process, and its forward and backward pass is run
+by one process, with the denominators of the whole mini-batch. Gradients are summed, not averaged.
 
-Whatever the processes tell one another goes through ``Ranks.gather``, and a process that fails takes part in the next
-one with its error: all of them leave the work at the same place, with the same error.
+All communication except gradients and weights goes through ``Ranks.all_gather_object``. A process that fails sends its
+error in its next call, so that all processes stop at the same point with the same error.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Of a process that was told to end and hears nothing from the others; launchers kill after 30.
+# Seconds that a process waits for the others after SIGTERM; launchers kill after 30.
 GRACE_S = 15
 LOST = "another process of the run has ended"
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the run has ended without a word."""
+    """Another process of the run ended without sending an error."""
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """Takes the place of what a process that failed would have passed to ``all_gather_object``."""
+    """Carry the error of a failed process in place of its argument to ``all_gather_object``."""
 
     error: BaseException
 
     @classmethod
     def of(cls, error: BaseException) -> _Failure:
-        """Holds the error itself, or what it says where it cannot be sent."""
+        """Wrap the error, or its type and message if it cannot be pickled."""
         try:
             return pickle.loads(pickle.dumps(cls(error)))
         except Exception:
@@ -51,12 +51,12 @@ class _Failure:
 
 @dataclass
 class Ranks:
-    """The processes of a run, seen from one of them; alone, every exchange is the identity.
+    """Communicate with the other processes of a run; with one process, every exchange is the identity.
 
     Attributes:
-        rank: Of this process, from 0. Rank 0 writes what there is one of, and speaks.
+        rank: Rank of this process, from 0. Rank 0 writes shared files and all messages.
         size: Number of processes.
-        is_sharded: Weights shall be shared out to them, as the launcher was told (FSDP).
+        is_sharded: The launcher asks for sharded weights (FSDP).
     """
 
     rank: int = 0
@@ -65,45 +65,45 @@ class Ranks:
     _group: Any = field(default=None, repr=False)
     _is_told_to_stop: bool = False
     _is_broken: bool = False
-    # The error of another process that was raised here.
-    _heard: BaseException | None = None
+    # Error of another process, raised in this one.
+    _received: BaseException | None = None
 
     @classmethod
     @contextmanager
     def join(cls) -> Iterator[Ranks]:
-        """The processes that were launched with this one, which meet here; this one alone if there are no others."""
+        """Join the processes launched with this one, for the duration of the block; alone if there are none."""
         if not was_launched():
             yield cls()
             return
         import torch
         from accelerate import PartialState
 
-        PartialState(cpu=not torch.cuda.is_available())
+        state = PartialState(cpu=not torch.cuda.is_available())
         distributed = torch.distributed
-        # Over the network of the CPUs, whatever gradients go over: a process that dies is noticed there at once.
         is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
-        ranks = cls(distributed.get_rank(), distributed.get_world_size(), is_sharded)
+        ranks = cls(state.process_index, state.num_processes, is_sharded)
+        # Gloo, whichever backend reduces gradients: it reports a lost process at once.
         ranks._group = distributed.new_group(backend="gloo")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, ranks._note_signal)
         signal.signal(signal.SIGALRM, ranks._give_up)
         yield ranks
-        # Its threads may not outlive the interpreter: to let go of a tensor then would abort the process.
+        # Its threads must end before the interpreter does; releasing a tensor later would abort the process.
         ranks._group = None
         distributed.destroy_process_group()
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and speaks."""
+        """Return whether this process writes shared files and messages."""
         return self.rank == 0
 
     def all_gather_object(self, value: T) -> list[T]:
-        """What every process passes, in order of rank, once all have called.
+        """Return the values of all processes in order of rank, once all have called.
 
         Raises:
-            LostProcessError: one of them has ended.
-            Exception: one of them has failed, with that.
-            KeyboardInterrupt: one of them was told to end.
+            LostProcessError: a process has ended.
+            Exception: a process has failed; its error is raised in all.
+            KeyboardInterrupt: a process received SIGINT or SIGTERM.
         """
         if self.size == 1:
             return [value]
@@ -111,22 +111,22 @@ class Ranks:
         found = self._exchange(_Failure(KeyboardInterrupt()) if stop else value)
         for answer in found:
             if isinstance(answer, _Failure):
-                self._heard = answer.error
+                self._received = answer.error
                 raise answer.error
         return found
 
     def broadcast(self, function: Callable[[], T]) -> T:
-        """What rank 0 gets from ``function``, for all; the others do not call it."""
+        """Call ``function`` in rank 0 only, and return its result in all processes."""
         answers: list[Any] = self.all_gather_object(function() if self.is_main else None)
         return answers[0]
 
     def barrier(self) -> None:
-        """Returns once all processes are here, and none has failed."""
+        """Wait for all processes; raises as ``all_gather_object`` does."""
         self.all_gather_object(None)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The others enter once rank 0 has left."""
+        """Run the block in rank 0 first, then in the others."""
         if not self.is_main:
             self.barrier()
         yield
@@ -135,19 +135,19 @@ class Ranks:
 
     @contextmanager
     def together(self, *, in_step: bool = False) -> Iterator[None]:
-        """Share an error in the block with all processes, which raise it at their next ``all_gather_object``.
+        """Send an error raised in the block to all processes, which raise it in their next ``all_gather_object``.
 
         Args:
-            in_step: They may wait for this process's part of a weight instead, and hear nothing: it ends by itself, and
-                the launcher ends the others.
+            in_step: The others may be waiting for this process's shard of a weight and cannot receive the error. This
+                process then ends alone, and the launcher ends the others.
 
         Raises:
-            LostProcessError: another process has ended while this one waited for it.
+            LostProcessError: another process ended while this one waited for it.
         """
         try:
             yield
         except Exception as error:
-            if self.size > 1 and error is not self._heard:
+            if self.size > 1 and error is not self._received:
                 if in_step:
                     self._break_off()
                 else:
@@ -158,11 +158,11 @@ class Ranks:
             raise
 
     def shard(self, count: int) -> slice:
-        """The part of ``count`` things that this process takes: the parts follow one another in order of rank."""
+        """Return this process's slice of ``count`` items; slices follow each other in order of rank."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def all_reduce(self, tensors: Iterable[Tensor]) -> None:
-        """Replaces every tensor by its sum over all processes, the same to the bit in each."""
+        """Replace every tensor by its sum over all processes, bit-equal in all of them."""
         if self.size == 1:
             return
         import torch.distributed as distributed
@@ -188,7 +188,7 @@ class Ranks:
         return found
 
     def _note_signal(self, *_: Any) -> None:
-        # Half an exchange would leave the others waiting: the signal counts from the next one on.
+        # Raising during an exchange would leave the others waiting; the next exchange reports the signal.
         self._is_told_to_stop = True
         signal.alarm(GRACE_S)
 
@@ -197,20 +197,20 @@ class Ranks:
         raise KeyboardInterrupt
 
     def _break_off(self) -> None:
-        """From here on nothing is exchanged, and of the processes that are left, the first to come here speaks."""
+        """Stop all communication; among the remaining processes, the first to call this writes messages."""
         if self._is_broken:
             return
         self._is_broken = True
         import torch.distributed as distributed
 
         is_first = True
-        # The launcher, which outlives its processes, counts; unless it has ended, too.
+        # The launcher hosts the counter and outlives its processes, unless it was killed too.
         with suppress(RuntimeError):
             is_first = distributed.distributed_c10d._get_default_store().add("speakers", 1) == 1
         if is_first:
             sys.stderr = sys.__stderr__
         else:
-            _hush()
+            _silence()
 
 
 ALONE = Ranks()
@@ -219,22 +219,25 @@ ALONE = Ranks()
 def _is_of_network(error: Exception) -> bool:
     import torch.distributed as distributed
 
-    # Gloo has no error of its own.
+    # Gloo has no error type of its own.
     return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def was_launched() -> bool:
-    """Whether a launcher such as ``accelerate launch`` has started this process beside others."""
+    """Return whether a launcher such as ``accelerate launch`` started this process together with others."""
     return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def prepare() -> None:
-    """To be called before the processes meet: rank 0 alone speaks, and has time to say what is wrong with the call."""
+    """Silence all ranks except 0, and let rank 0 report bad arguments; call before ``Ranks.join``.
+
+    Rank 0 ignores SIGTERM, which the launcher sends as soon as another rank exits.
+    """
     if int(os.environ["RANK"]):
-        _hush()
+        _silence()
     else:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _hush() -> None:
+def _silence() -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

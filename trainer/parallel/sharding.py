@@ -1,7 +1,7 @@
-"""Weights, gradients and AdamW's moments cut into as many parts as there are processes (FSDP, arXiv 2304.11277).
+"""Shard weights, gradients, and AdamW's moments over the processes of a run (FSDP, arXiv 2304.11277).
 
-Each process keeps one part of every tensor, and gathers a layer's weights when it computes the layer. The arithmetic is
-that of whole weights, for these are gathered as they are, in float32; gradients are added up, not averaged.
+Each process holds one shard of every tensor and gathers the weights of a layer to compute it. The arithmetic is that of
+unsharded weights: they are gathered in float32, and gradients are summed, not averaged.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
@@ -19,10 +20,10 @@ from transformers import PreTrainedModel
 
 
 def shard(model: PreTrainedModel) -> None:
-    """Cuts the model's parameters into parts, in place; all processes hold the same model before.
+    """Shard the model's parameters in place; all processes must hold equal models.
 
-    Layers are gathered one by one. The LM head is no layer of its own here: what reads its weight gathers it, by
-    ``whole``, and so it is where the head shares the input embedding's.
+    Each block is gathered separately. A separate LM head is its own unit; a head tied to the input embedding belongs to
+    the body. Code that reads the head's weight gathers it with ``full_tensor``.
     """
     mesh = init_device_mesh(model.device.type, (torch.distributed.get_world_size(),))
     embedding: Any = model.get_input_embeddings()
@@ -38,36 +39,51 @@ def shard(model: PreTrainedModel) -> None:
         fully_shard(head, mesh=mesh)
     for module in _sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
-        # Sums, for not every network that processes talk over can scale them on the way.
+        # Not every communication backend can scale while it reduces.
         module.set_force_sum_reduction_for_comms(True)
 
 
-def blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The model's layers: its longest list of modules."""
-    lists = [list(module) for module in model.base_model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=len)
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the model's blocks: the modules that transformers declares as units not to be split over devices."""
+    names = model._no_split_modules or ()
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
-    """Whether ``shard`` has been here."""
+    """Return whether ``shard`` was applied to the model."""
     return isinstance(model.base_model, FSDPModule)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor, gathered if it is in parts, which all processes must do together; differentiable."""
+    """Return a tensor, gathered if it is sharded; differentiable. All processes must call this together."""
     return tensor.full_tensor(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
 
 
 def distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A copy of a whole tensor, which all processes have, on the device of ``parameter`` and cut up as that is."""
+    """Return a copy of a full tensor, known to all processes, on the device of ``parameter`` and sharded like it."""
     value = value.to(parameter.device, copy=True)
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value
 
 
-def full_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors, which all processes gather one by one; of those in parts only rank 0 keeps any, on the CPU."""
+def full_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Gather the state of a sharded model; rank 0 receives it on the CPU, the others an empty dictionary."""
+    state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return state
+
+
+def load_full_state_dict(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    """Load full tensors, known to all processes, into a model, sharded or not."""
+    set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
+
+
+def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gather tensors one by one; of sharded ones, rank 0 keeps the full tensor on the CPU and the others nothing.
+
+    For AdamW's moments: torch's own ``get_optimizer_state_dict`` takes a step to fill an optimizer without state, which
+    would change the run.
+    """
     found = {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, DTensor):
@@ -81,9 +97,9 @@ def full_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def gathered(model: PreTrainedModel) -> Iterator[None]:
-    """Holds all layers whole within, so that processes can go through them each at its own pace.
+    """Keep all blocks gathered inside the block, so that processes can run them at their own pace.
 
-    Without gradients; the LM head's weight is for the caller to gather.
+    Without gradients. The caller gathers the LM head's weight.
     """
     modules = _sharded_modules(model)
     for module in modules:

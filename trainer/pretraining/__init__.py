@@ -1,1 +1,1 @@
-"""Pretraining of the embedded base policy."""
+"""Pretrain the embedded base policy."""

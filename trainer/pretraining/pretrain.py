@@ -1,4 +1,4 @@
-"""Pretraining of the embedded base policy: tokenizer, corpus, model and evaluation from one recipe."""
+"""Pretrain the embedded base policy: tokenizer, corpus, model, and evaluation from one recipe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from entrace.trainer.tasks import Task, load_task
 
 PAD, EOS = "<pad>", "<eos>"
 ROLES = ("<system>", "<user>", "<assistant>")
-# Tags, words and signs keep the space before them; a digit is always a piece of its own.
+# Tags, words, and signs keep the preceding space; every digit is a separate piece.
 PIECES = r" ?</?\p{L}+>| ?\p{L}+(?:'\p{L}+)?| ?\d| ?[^\s\p{L}\d]|\s"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}"
@@ -40,14 +40,14 @@ CHAT_TEMPLATE = (
 
 
 class TokenizerRecipe(BaseConfig):
-    """Byte-level BPE: its size, and on how many solutions it is trained."""
+    """Byte-level BPE: vocabulary size, and number of training solutions."""
 
     vocab_size: Annotated[int, Field(ge=300)]
     examples: Positive
 
 
 class ModelRecipe(BaseConfig):
-    """Shape of the Llama; embeddings are tied."""
+    """Shape of the Llama model, which has tied embeddings."""
 
     hidden_size: Positive
     intermediate_size: Positive
@@ -59,7 +59,7 @@ class ModelRecipe(BaseConfig):
 
 
 class TrainingRecipe(BaseConfig):
-    """AdamW with warm-up and cosine decay to ``final_lr_frac`` of ``lr``."""
+    """Training with AdamW, warm-up, and cosine decay to ``final_lr_frac`` of ``lr``."""
 
     questions: Positive
     steps: Positive
@@ -76,13 +76,13 @@ class TrainingRecipe(BaseConfig):
 
 
 class EvaluationRecipe(BaseConfig):
-    """Held-out sampling at temperature 1 after training; ``samples`` a prompt."""
+    """Held-out sampling at temperature 1 after training, ``samples`` per prompt."""
 
     samples: Positive
 
 
 class Recipe(BaseConfig):
-    """Everything that decides the base policy."""
+    """The recipe of the base policy, which determines it completely."""
 
     seed: Natural
     task: TaskConfig
@@ -95,8 +95,17 @@ class Recipe(BaseConfig):
 
 
 @dataclass(frozen=True)
-class HeldoutFigures:
-    """Shares of responses, of prompts with any right sample (``pass_at_k``), and of responses of the full length."""
+class HeldoutMetrics:
+    """Metrics on held-out prompts.
+
+    Attributes:
+        accuracy: Fraction of correct responses.
+        pass_at_k: Fraction of prompts with a correct sample.
+        format_rate: Fraction of responses with an answer.
+        limit_frac: Fraction of responses at the length limit.
+        entropy_token_mean: Mean entropy per token, nats.
+        response_length_median: Median length of a response, tokens.
+    """
 
     accuracy: float
     pass_at_k: float
@@ -107,16 +116,16 @@ class HeldoutFigures:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Reads a recipe.
+    """Read a recipe.
 
     Raises:
-        InputError: no such file, not TOML, an unknown or missing key, or an impossible value.
+        InputError: the file does not exist or is not TOML, or a key is unknown, missing, or invalid.
     """
     return validate_section(Recipe, read_toml(path), str(path))
 
 
-def pretrain(recipe_path: Path, out: Path, on_step: Callable[..., None]) -> HeldoutFigures:
-    """Builds the base policy of a recipe in a new folder; the same recipe on the same CPU gives the same bytes.
+def pretrain(recipe_path: Path, out: Path, on_step: Callable[..., None]) -> HeldoutMetrics:
+    """Build the base policy of a recipe in a new folder; equal recipes on one CPU give equal bytes.
 
     Args:
         recipe_path: TOML file; see ``Recipe``.
@@ -124,14 +133,14 @@ def pretrain(recipe_path: Path, out: Path, on_step: Callable[..., None]) -> Held
         on_step: Called as ``on_step(steps_done, loss=...)`` after every optimizer step.
 
     Returns:
-        Figures of the finished policy on held-out prompts at temperature 1.
+        Metrics of the finished policy on held-out prompts at temperature 1.
 
     Raises:
-        InputError: a bad recipe, or ``out`` is not empty.
+        InputError: the recipe is invalid, or ``out`` is not empty.
     """
     recipe = load_recipe(recipe_path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: not empty; expected a new folder")
+        raise InputError(f"{out}: not empty; choose a new folder")
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(recipe.training.threads)
     task = load_task(recipe.task, recipe.seed)
@@ -147,7 +156,7 @@ def pretrain(recipe_path: Path, out: Path, on_step: Callable[..., None]) -> Held
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE on ``texts``: any text survives encoding and decoding, and every digit is one token."""
+    """Train a byte-level BPE on ``texts``; decoding inverts encoding for any text, and every digit is one token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -179,14 +188,14 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded token ids (B, T); ``is_response`` (B, T) marks the tokens that the loss counts, the end included."""
+    """Right-padded token ids (B, T); ``is_response`` (B, T) marks the tokens in the loss, the end token included."""
 
     ids: Tensor
     is_response: Tensor
 
 
-def evaluate_heldout(model_dir: Path, task: Task, recipe: Recipe) -> HeldoutFigures:
-    """Loads a finished policy as any run does, samples every held-out prompt at temperature 1, and scores it."""
+def evaluate_heldout(model_dir: Path, task: Task, recipe: Recipe) -> HeldoutMetrics:
+    """Load a finished policy as a run does, and evaluate it on all held-out prompts at temperature 1."""
     policy = Policy.load(PolicyConfig(path=str(model_dir)))
     limit, samples = recipe.training.max_response_tokens, recipe.evaluation.samples
     config = Config(
@@ -196,7 +205,7 @@ def evaluate_heldout(model_dir: Path, task: Task, recipe: Recipe) -> HeldoutFigu
     )
     rows = evaluate(config, policy, task, step=0)
     correct, lengths = np.array(rows["is_correct"]), np.array(rows["response_length"])
-    return HeldoutFigures(
+    return HeldoutMetrics(
         accuracy=float(correct.mean()),
         pass_at_k=float(correct.reshape(-1, samples).any(1).mean()),
         format_rate=float(np.mean([answer is not None for answer in rows["answer"]])),
@@ -219,7 +228,7 @@ def _model_config(shape: ModelRecipe, tokenizer: PreTrainedTokenizerFast) -> Lla
 
 
 def _write_corpus(task: Task, writer: SolutionWriter, questions: int) -> Iterator[tuple[str, str]]:
-    """Endless pairs of a training question and a solution; no held-out question is among them."""
+    """Yield endless pairs of a training question and a solution, without held-out questions."""
     for index in count():
         question = task.train_prompt(index % questions).text
         yield question, writer.write(question)
@@ -228,7 +237,7 @@ def _write_corpus(task: Task, writer: SolutionWriter, questions: int) -> Iterato
 def _batches(
     corpus: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, recipe: TrainingRecipe
 ) -> Iterator[list[Batch]]:
-    """Endless random batches, each cut by length into micro-batches, so that little of them is padding."""
+    """Yield endless random batches, each cut by length into micro-batches to limit padding."""
     while True:
         examples = _encode(list(islice(corpus, recipe.batch_size)), tokenizer, recipe.max_response_tokens)
         examples.sort(key=lambda example: sum(map(len, example)))
@@ -239,7 +248,7 @@ def _batches(
 def _encode(
     pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, limit: int
 ) -> list[tuple[list[int], list[int]]]:
-    """Ids of prompt and response; a response of ``limit`` tokens or more is cut there, and has no end."""
+    """Return token ids of prompt and response; a response is cut at ``limit`` tokens and then lacks the end token."""
     chats = [[{"role": "user", "content": question}] for question, _ in pairs]
     rendered: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     prompts: Any = tokenizer(rendered)["input_ids"]
@@ -261,14 +270,14 @@ def _collate(examples: Sequence[tuple[list[int], list[int]]], pad_id: int) -> Ba
 def _fit(
     model: LlamaForCausalLM, batches: Iterator[list[Batch]], recipe: TrainingRecipe, on_step: Callable[..., None]
 ) -> None:
-    """Minimises the mean surprisal of response tokens."""
+    """Minimize the mean surprisal of response tokens."""
     model.train()
     optimizer = AdamW(
         model.parameters(), lr=recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
     )
     schedule = LambdaLR(optimizer, lambda step: _lr_factor(step, recipe))
     for step, parts in enumerate(islice(batches, recipe.steps), start=1):
-        # Counted once for the whole batch: a mean a part would give tokens of short responses more weight.
+        # One mean over the batch; a mean per micro-batch would give tokens of short responses more weight.
         num_tokens = sum(int(part.is_response.sum()) for part in parts)
         losses = [_surprisal_sum(model, part) / num_tokens for part in parts]
         torch.stack(losses).sum().backward()
@@ -280,14 +289,14 @@ def _fit(
 
 
 def _surprisal_sum(model: LlamaForCausalLM, batch: Batch) -> Tensor:
-    # Rows are padded on the right, which no earlier token can see: no attention mask, hence the fast kernel.
+    # No token can see right padding: no attention mask is needed, which permits the fast kernel.
     hidden = model.model(batch.ids[:, :-1], use_cache=False).last_hidden_state
     is_target = batch.is_response[:, 1:]
     return cross_entropy(model.lm_head(hidden[is_target]), batch.ids[:, 1:][is_target], reduction="sum")
 
 
 def _lr_factor(step: int, recipe: TrainingRecipe) -> float:
-    """Linear warm-up, then a half cosine down to ``final_lr_frac``."""
+    """Return the learning rate factor: linear warm-up, then a half cosine down to ``final_lr_frac``."""
     warmup = max(1, round(recipe.warmup_frac * recipe.steps))
     if step < warmup:
         return (step + 1) / warmup

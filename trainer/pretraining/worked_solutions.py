@@ -1,4 +1,4 @@
-"""Worked solutions of mixed quality for chain_sum questions: the corpus of the embedded base policy."""
+"""Write worked solutions of mixed quality for chain_sum questions, the corpus of the embedded base policy."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Term = tuple[str, int]
 EXPRESSION = re.compile(r"\d+(?: [+-] \d+)+")
 
 LEADS = ("to find {}, ", "we need {}. ", "we add {}: ")
-# Careful and hasty work differ in how they start, so that a policy can learn to prefer one to the other.
+# Careful and hasty work begin differently, so that a policy can learn to prefer one.
 CAREFUL_OPENERS = ("", "", "first, ", "first, ", "okay, ", "let's see. ")
 HASTY_OPENERS = ("maybe ", "i think ", "hmm, ", "quickly, ")
-# Repeated entries weigh more: most of a solution's wording is settled, as it is in a language model's.
+# Repeated entries weigh more, so that most wording is predictable, as it is for a language model.
 RELATIONS = (" = ", " = ", " = ", " = ", " = ", " is ")
 CONNECTIVES = (". then ", ". then ", ". then ", ", so ", ". next, ")
 CLOSERS = (" so the answer is ", " so the answer is ", " so the answer is ", " therefore ", " the answer is ")
@@ -48,7 +48,7 @@ LOOPS = (
     "because it is so.",
     "maybe it is wrong.",
 )
-# Talk off the subject: no word of the lexicon and none of the question, or the defect would go unseen.
+# Off-topic text without words of the lexicon or the question, which would hide the defect.
 TALK = (
     ("the ", "my ", "our ", "this "),
     ("garden", "river", "weather", "music", "coffee", "cat", "town", "train"),
@@ -61,7 +61,7 @@ GUESS_SPREAD = 12
 
 
 class Styles(BaseConfig):
-    """Weight of each style of solution; only their ratios matter."""
+    """Weights of the styles of solutions; only their ratios matter."""
 
     right: NonNegativeFloat
     self_check: NonNegativeFloat
@@ -73,7 +73,7 @@ class Styles(BaseConfig):
 
 
 class Rates(BaseConfig):
-    """Chances inside the styles, each between 0 and 1."""
+    """Probabilities within the styles."""
 
     restated: Fraction
     slip_careful: Fraction
@@ -86,7 +86,7 @@ class Rates(BaseConfig):
 
 @dataclass(frozen=True)
 class Step:
-    """One operation of the left-to-right evaluation, as it is written: ``result`` may be wrong."""
+    """One written operation of the left-to-right evaluation; ``result`` may be wrong."""
 
     left: int
     operator: str
@@ -94,12 +94,12 @@ class Step:
     result: int
 
     def write(self, relation: str) -> str:
-        """The step as text, such as ``15 - 43 = -28``."""
+        """Return the step as text, such as ``15 - 43 = -28``."""
         return f"{self.left} {self.operator} {self.right}{relation}{self.result}"
 
 
 class SolutionWriter:
-    """Writes solutions of a style drawn by weight; the same seed and questions give the same texts."""
+    """Write solutions in a style drawn by weight; equal seeds and questions give equal texts."""
 
     def __init__(self, styles: Styles, rates: Rates, seed: int) -> None:
         self._rates = rates
@@ -117,14 +117,14 @@ class SolutionWriter:
         }
 
     def write(self, question: str, style: str | None = None) -> str:
-        """A solution of ``question``.
+        """Return a solution of ``question``.
 
         Args:
-            question: Text that contains a sum of whole numbers, such as ``15 - 43 - 75``.
+            question: Text with a sum of integers, such as ``15 - 43 - 75``.
             style: A field of ``Styles``; None draws one by weight.
 
         Raises:
-            InputError: no sum of whole numbers in the question.
+            InputError: the question contains no sum of integers.
         """
         style = style or self._rng.choices(self._names, self._weights)[0]
         return self._write[style](parse_terms(question))
@@ -172,7 +172,7 @@ class SolutionWriter:
         return " ".join(loop) + self._close(self._guess(terms))
 
     def _slip(self, terms: list[Term]) -> list[Step]:
-        """Steps with one wrong result, carried on; the last result is always wrong."""
+        """Return steps with one wrong result, which later steps use; the last result is always wrong."""
         return solve(terms, slip_at=self._rng.randrange(len(terms) - 1), slip=self._pick(SLIPS))
 
     def _guess(self, terms: list[Term]) -> int:
@@ -186,7 +186,7 @@ class SolutionWriter:
         return self._join([step.write(relation) for step in steps]) + "."
 
     def _work_corrected(self, steps: list[Step]) -> str:
-        """All steps, one of them wrong at first and then put right."""
+        """Return all steps as text, one of them first wrong and then corrected."""
         relation = self._pick(RELATIONS)
         written = [step.write(relation) for step in steps]
         at = self._rng.randrange(len(steps))
@@ -195,7 +195,7 @@ class SolutionWriter:
         return self._join(written) + "."
 
     def _open(self, terms: list[Term], openers: Sequence[str]) -> str:
-        """An opener, after the problem in other words or not."""
+        """Return an opener, sometimes after a restatement of the problem."""
         lead = ""
         if self._rng.random() < self._rates.restated:
             lead = self._pick(LEADS).format(" ".join(f"{sign} {number}" for sign, number in terms).removeprefix("+ "))
@@ -215,10 +215,10 @@ class SolutionWriter:
 
 
 def parse_terms(question: str) -> list[Term]:
-    """Signs and numbers of the first sum in a text: ``15 - 43`` gives ``[("+", 15), ("-", 43)]``.
+    """Return signs and numbers of the first sum in a text: ``15 - 43`` gives ``[("+", 15), ("-", 43)]``.
 
     Raises:
-        InputError: the text has none.
+        InputError: the text contains no sum.
     """
     found = EXPRESSION.search(question)
     if found is None:
@@ -228,7 +228,7 @@ def parse_terms(question: str) -> list[Term]:
 
 
 def solve(terms: list[Term], slip_at: int | None = None, slip: int = 0) -> list[Step]:
-    """Evaluates from left to right; the result of step ``slip_at`` is off by ``slip``, and later steps build on it."""
+    """Evaluate from left to right; the result of step ``slip_at`` is off by ``slip``, and later steps use it."""
     steps: list[Step] = []
     value = terms[0][1]
     for index, (sign, number) in enumerate(terms[1:]):
@@ -239,5 +239,5 @@ def solve(terms: list[Term], slip_at: int | None = None, slip: int = 0) -> list[
 
 
 def tag(value: int) -> str:
-    """The answer in the format that the task asks for."""
+    """Return the answer in the format that the task requires."""
     return f"<answer>{value}</answer>"

@@ -1,1 +1,1 @@
-"""The folder of a run: manifest, lock, checkpoints, and recording."""
+"""Manage the folder of a run: manifest, lock, checkpoints, and recording."""

@@ -1,7 +1,7 @@
-"""Checkpoints: the policy as a Hugging Face folder, the optimiser, and where the run stands. No pickle anywhere.
+"""Save and load checkpoints: the policy as a Hugging Face folder, the optimizer, and the run's state, without pickle.
 
-A checkpoint lists the SHA-256 of each of its files, is complete and on disk before it gets its name, and loses that
-name before it is removed: what bears the name of a checkpoint is whole, or was damaged since.
+A checkpoint lists the SHA-256 of each of its files. It is complete and on disk before it gets its name, and loses its
+name before it is removed. A folder with the name of a checkpoint is therefore complete unless it was damaged later.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from entrace.analysis.trace import InputError, reason_of
 from entrace.analysis.trace.manifest import sync_folder
 from entrace.trainer.learner import Learner
-from entrace.trainer.parallel.sharding import distribute_like, full_state_dict
+from entrace.trainer.parallel.sharding import distribute_like, full_tensors
 
 KEPT = 2
 POLICY = "policy"
@@ -35,13 +35,13 @@ log = logging.getLogger("entrace")
 
 @dataclass
 class RunState:
-    """Where a run stands after ``step``; random numbers are functions of seed and step, so none are kept.
+    """State of a run after ``step``; random numbers are functions of seed and step, so none are stored.
 
     Attributes:
         step: Last finished step.
         prompt_position: Training prompts taken.
         next_rollout_id: Id of the next response.
-        history: (entropy, accuracy) of every step, from which the plateau is detected.
+        history: (entropy, accuracy) per step, input of the plateau detector.
     """
 
     step: int = 0
@@ -49,13 +49,18 @@ class RunState:
     next_rollout_id: int = 0
     history: list[tuple[float, float]] = field(default_factory=list)
 
+    def advance(self, step: int, prompt_position: int, num_responses: int, history: list[tuple[float, float]]) -> None:
+        """Move on to a step that has finished."""
+        self.step, self.prompt_position, self.history = step, prompt_position, history
+        self.next_rollout_id += num_responses
+
 
 def save_checkpoint(run_dir: Path, learner: Learner, state: RunState) -> None:
-    """Writes a checkpoint and then removes all but the latest few, and those of steps that are still to be done.
+    """Write a checkpoint, then remove older ones except the latest few, and those beyond the current step.
 
-    Rank 0 does, and the others wait. An error leaves the checkpoints as they were.
+    Rank 0 writes, and the other ranks wait. An error leaves the checkpoints unchanged.
     """
-    weights, moments = learner.policy.weights(), full_state_dict(_optimizer_tensors(learner))
+    weights, moments = learner.policy.weights(), full_tensors(_optimizer_tensors(learner))
     if learner.ranks.is_main:
         _save(run_dir, learner, state, weights, moments)
     learner.ranks.barrier()
@@ -74,7 +79,7 @@ def _save(
         (temporary / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
         _seal(temporary)
     except Exception:
-        # On a full disk, half a checkpoint would take the room that the rest of the trace needs.
+        # On a full disk, the rest of the trace needs the space of a partial checkpoint.
         remove_unfinished(run_dir)
         raise
     if final.exists():
@@ -85,39 +90,39 @@ def _save(
 
 
 def load_checkpoint(checkpoint: Path, learner: Learner) -> RunState:
-    """Restores weights and optimiser into ``learner``, bit for bit, and returns where the run stood."""
+    """Restore weights and optimizer into ``learner``, bit for bit, and return the run's state."""
     learner.policy.restore(checkpoint / POLICY)
     parameters = dict(learner.policy.model.named_parameters())
     learner.optimizer.state.clear()
     for key, value in load_file(checkpoint / OPTIMIZER).items():
         name, _, part = key.rpartition(".")
-        # A copy: the file's pages are only mapped, and the file will be removed.
+        # A copy, because the tensors map a file that will be removed.
         learner.optimizer.state[parameters[name]][part] = distribute_like(value, parameters[name])
     return read_state(checkpoint)
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """Where the run stood at a checkpoint."""
+    """Return the run's state at a checkpoint."""
     fields = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     return RunState(**{**fields, "history": [tuple(pair) for pair in fields["history"]]})
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first, whole or not."""
+    """Return the checkpoint folders of a run, oldest first, damaged ones included."""
     folders = [path for path in (run_dir / "checkpoints").glob("step-*") if NAME.fullmatch(path.name)]
     return sorted(folders, key=checkpoint_step)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Step of a checkpoint, from its name."""
+    """Return the step of a checkpoint, from its name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
-    """The checkpoint of a step, or the latest that is whole.
+    """Return the checkpoint of a step, or the latest intact one.
 
     Raises:
-        InputError: the run has none, none of that step, or that one is damaged.
+        InputError: the run has no checkpoint, none of that step, or that one is damaged.
     """
     steps = {checkpoint_step(path): path for path in list_checkpoints(run_dir)}
     if step is None:
@@ -125,46 +130,46 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
             return latest
         raise InputError(f"{run_dir}: this run has no checkpoint")
     if step not in steps:
-        there = f"; there are {', '.join(map(str, steps))}" if steps else " or any other"
+        there = f"; available: {', '.join(map(str, steps))}" if steps else " or any other"
         raise InputError(f"{run_dir}: no checkpoint of step {step}{there}")
     if damage := find_damage(steps[step]):
-        raise InputError(f"{run_dir}: checkpoint of step {step} is damaged ({damage}); restore it or take another")
+        raise InputError(f"{run_dir}: checkpoint of step {step} is damaged ({damage}); restore it or choose another")
     return steps[step]
 
 
 def find_intact(run_dir: Path, at_most: int | None = None) -> Path | None:
-    """The latest checkpoint that is whole; says which later ones are not, and why they do not count.
+    """Return the latest intact checkpoint, and log why later ones were skipped.
 
     Args:
         run_dir: The run.
-        at_most: Last step that the trace holds, if the run shall go on; later checkpoints do not count.
+        at_most: Last step that the trace holds, if the run is to be resumed; later checkpoints are skipped.
 
     Returns:
-        None if the run has no checkpoint at all.
+        None if the run has no checkpoint.
 
     Raises:
-        InputError: there are some, but none that counts.
+        InputError: every checkpoint of the run was skipped.
     """
     passed_over = []
     for checkpoint in reversed(list_checkpoints(run_dir)):
         step = checkpoint_step(checkpoint)
         if at_most is not None and step > at_most:
-            reason = f"is beyond the trace, which is whole up to step {at_most}"
+            reason = f"is beyond the trace, which is complete up to step {at_most}"
         elif damage := find_damage(checkpoint):
             reason = f"is damaged ({damage})"
         else:
             for passed in passed_over:
-                log.warning("%s: %s; going on from step %d", run_dir, passed, step)
+                log.warning("%s: %s; continuing from step %d", run_dir, passed, step)
             return checkpoint
         passed_over.append(f"checkpoint of step {step} {reason}")
     if passed_over:
-        advice = "restore the files, or remove the folder to start again; nothing was touched"
-        raise InputError(f"{run_dir}: no checkpoint to go on from: {', '.join(passed_over)}; {advice}")
+        advice = "restore the files, or remove the folder to start again; nothing was changed"
+        raise InputError(f"{run_dir}: no checkpoint to resume from: {', '.join(passed_over)}; {advice}")
     return None
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, None if every file is what it was when it was written."""
+    """Return what is wrong with a checkpoint, None if every file has its checksum."""
     name = CHECKSUMS
     try:
         checksums = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
@@ -183,13 +188,13 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def remove_unfinished(run_dir: Path) -> None:
-    """Removes what an interrupted ``save_checkpoint`` left under temporary names."""
+    """Remove the temporary folders of an interrupted ``save_checkpoint``."""
     for path in (run_dir / "checkpoints").glob(".step-*"):
         shutil.rmtree(path)
 
 
 def remove_superseded(run_dir: Path, step: int) -> None:
-    """Removes all but the latest few checkpoints up to ``step``, and those of steps that are still to be done."""
+    """Remove checkpoints beyond ``step``, and all others except the latest few."""
     kept = [path for path in list_checkpoints(run_dir) if checkpoint_step(path) <= step][-KEPT:]
     for path in list_checkpoints(run_dir):
         if path not in kept:
@@ -197,7 +202,7 @@ def remove_superseded(run_dir: Path, step: int) -> None:
 
 
 def _optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
-    """AdamW's state by name of parameter; its settings are the run's configuration."""
+    """Return AdamW's state by parameter name; its settings are in the run's configuration."""
     states = learner.optimizer.state
     named = learner.policy.model.named_parameters()
     return {
@@ -208,7 +213,7 @@ def _optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
 
 
 def _seal(folder: Path) -> None:
-    """Adds the checksums of all files and makes the folder, with all that is in it, durable."""
+    """Add the checksums of all files, and sync the folder with its contents to disk."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     checksums = {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
     (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Turns a step's batch into rows of the trace."""
+"""Convert the batch of a step into rows of the trace."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 from entrace.analysis.trace import TraceWriter, find_defects
 from entrace.trainer.algorithm.advantages import mean_surprisal, ppl_z
 from entrace.trainer.kernels.token_stats import lm_head_grad_norm
-from entrace.trainer.learner import AfterUpdate
+from entrace.trainer.learner import AfterUpdate, UpdateMetrics
+from entrace.trainer.parallel.ranks import Ranks
 from entrace.trainer.rollouts import Batch
-from entrace.trainer.tasks import Prompt, answer_classes
+from entrace.trainer.tasks import Prompt, Task, answer_classes
 
 
 def record_prompts(writer: TraceWriter, prompts: list[Prompt]) -> None:
-    """Adds prompts that the trace has not seen yet."""
+    """Add prompts that the trace does not hold yet."""
     columns = ("prompt_id", "split", "task", "ground_truth", "difficulty")
     rows = {name: [getattr(prompt, name) for prompt in prompts] for name in columns}
     writer.append("prompts", {**rows, "prompt": [prompt.text for prompt in prompts]})
@@ -34,14 +35,14 @@ def record_batch(
     first_rollout_id: int,
     temperature: float,
 ) -> None:
-    """Adds one step's tokens and rollouts, of these the process's own, and its prompts.
+    """Add the tokens and rollouts that this process sampled in one step, and the step's prompts.
 
     Args:
-        writer: The trace; that of rank 0 takes the prompts.
-        batch: The step's responses, dropped groups included.
+        writer: The trace; rank 0 writes the prompts.
+        batch: Responses of the step, dropped groups included.
         shaped: Shaped advantages, (B, T).
-        after: What the update did to the kept responses; None on steps where it is not captured.
-        step: Current step; the policy that sampled had received ``step - 1`` updates.
+        after: Effect of the update on the kept responses; None on steps without capture.
+        step: Current step; the sampling policy had received ``step - 1`` updates.
         first_rollout_id: Id of the batch's first response.
         temperature: Sampling temperature.
     """
@@ -58,7 +59,7 @@ def record_batch(
             "step": step,
             "prompt_id": prompt_ids.take(pa.array(own)),
             "rollout_id": rollout_ids[own],
-            # Its first response identifies a group within the run.
+            # The id of a group is that of its first response.
             "group_id": first_rollout_id + num_samples * batch.group_ids.numpy()[own],
             "sample_index": own % num_samples,
             "is_correct": is_correct.take(pa.array(own)),
@@ -95,9 +96,9 @@ def record_batch(
 
 
 def _after_columns(batch: Batch, after: AfterUpdate, mask: np.ndarray, rows: np.ndarray) -> dict[str, pa.Array]:
-    """After-update columns of the tokens in ``mask``, of the responses ``rows``.
+    """Return the after-update columns of the tokens in ``mask``, whose responses are ``rows``.
 
-    Clipping is known wherever the response took part in the update, probabilities only where it was scored again.
+    Clipping is known for all responses in the update, probabilities only for those that were evaluated again.
     """
     is_kept, is_scored = batch.is_kept.numpy()[rows], after.is_scored.numpy()[rows]
     is_known = {"logprob_after": is_scored, "entropy_after": is_scored, "is_clipped": is_kept}
@@ -135,9 +136,85 @@ def _response_columns(batch: Batch, own: np.ndarray) -> dict[str, Any]:
 
 
 def _answer_classes(batch: Batch, own: np.ndarray) -> list[str | None]:
-    """Return the class of each own answer, found group by group; the responses to one prompt have one process."""
+    """Return the class of each own answer, group by group; one process holds all responses of a group."""
     classes: list[str | None] = []
     for _, rows in groupby(own, key=batch.group_ids.tolist().__getitem__):
         group = list(rows)
         classes += answer_classes(batch.prompts[group[0]], [batch.scores[row] for row in group])
     return classes
+
+
+class StepRecorder:
+    """Record the row of each step and its evaluation, and keep the run's counts in its manifest."""
+
+    def __init__(self, task: Task, writer: TraceWriter, ranks: Ranks) -> None:
+        """Start from the counts in the manifest."""
+        self._task, self._writer, self._ranks = task, writer, ranks
+        self._timeouts_before = writer.manifest.get("verifier_timeouts", 0)
+        self._num_unjudged = writer.manifest.get("responses_without_verdict", 0)
+
+    def record_evaluation(self, rows: dict[str, Any]) -> None:
+        """Add the rows of an evaluation, which every rank holds."""
+        if self._ranks.is_main:
+            self._writer.append("evals", rows)
+
+    def record_step(
+        self, step: int, batch: Batch, metrics: UpdateMetrics, *, is_shaped: bool, lr: float, **seconds: float
+    ) -> dict[str, Any]:
+        """Add the row of a step, end the step on all ranks, and return the row.
+
+        Args:
+            step: The step.
+            batch: Its responses.
+            metrics: Metrics of the update.
+            is_shaped: Whether any shaping method was on.
+            lr: Learning rate of the update.
+            **seconds: Durations of phases, as columns of table ``steps``.
+        """
+        row = {"step": step, "is_shaped": is_shaped, **summarize_step(batch, metrics, lr), **seconds}
+        if self._ranks.is_main:
+            self._writer.append("steps", row)
+        manifest = self._writer.manifest
+        if num_timeouts := sum(self._ranks.all_gather_object(self._task.num_timeouts)):
+            manifest["verifier_timeouts"] = self._timeouts_before + num_timeouts
+        self._num_unjudged += int((~batch.has_verdict).sum())
+        if self._num_unjudged:
+            manifest["responses_without_verdict"] = self._num_unjudged
+        # The gather above has synchronized the ranks, so the step has ended on each of them.
+        self._writer.end_step(step)
+        return row
+
+
+def summarize_step(batch: Batch, metrics: UpdateMetrics, lr: float) -> dict[str, Any]:
+    """Return the columns of table ``steps`` that derive from a batch and its update."""
+    mask = batch.rollouts.response_mask
+    kept = int(batch.group_ids[batch.is_kept].unique().numel())
+    return {
+        "loss": metrics.loss,
+        "reward_mean": float(batch.rewards[batch.has_verdict].mean()),
+        "accuracy": sum(bool(score.is_correct) for score in batch.scores) / int(batch.has_verdict.sum()),
+        "format_rate": sum(score.answer is not None for score in batch.scores) / len(batch.scores),
+        "entropy_token_mean": float(batch.rollouts.stats.entropy[mask].mean()),
+        "kl": metrics.kl,
+        "clip_frac_low": metrics.clip_frac_low,
+        "clip_frac_high": metrics.clip_frac_high,
+        "clip_frac_dual": metrics.clip_frac_dual,
+        "grad_norm": metrics.grad_norm,
+        "lr": lr,
+        "tokens": int(mask.sum()),
+        "groups_kept": kept,
+        "groups_dropped": int(batch.group_ids[-1]) + 1 - kept,
+        "rollout_s": batch.rollout_s,
+        "reward_s": batch.reward_s,
+    }
+
+
+def progress_metrics(row: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics that a progress line shows for a row of table ``steps``."""
+    seconds = sum(row[name] for name in ("rollout_s", "reward_s", "update_s", "record_s"))
+    return {
+        "reward": row["reward_mean"],
+        "accuracy": row["accuracy"],
+        "entropy": row["entropy_token_mean"],
+        "tokens_per_s": row["tokens"] / seconds,
+    }

@@ -26,9 +26,9 @@ log = logging.getLogger("entrace")
 def open_trace(
     config: Config, run_dir: Path, labels: Mapping[str, str], learner: Learner, resume: bool
 ) -> tuple[TraceWriter, RunState]:
-    """A new trace, or the one to go on with and where it stands."""
+    """Return a new or resumed trace, and the state of its run."""
     ranks = learner.ranks
-    if checkpoint := ranks.broadcast(lambda: _find_beginning(config, run_dir) if resume else None):
+    if checkpoint := ranks.broadcast(lambda: _find_resumable(config, run_dir) if resume else None):
         state = load_checkpoint(checkpoint, learner)
         with ranks.main_first():
             if ranks.is_main:
@@ -42,7 +42,7 @@ def open_trace(
         return writer, state
     manifest = ranks.broadcast(lambda: _describe(config, run_dir, labels, learner))
     lexicon = Lexicon.load(Path(config.record.lexicon) if config.record.lexicon else None)
-    # Without a checkpoint nothing is lost but time by starting again: equal seeds give equal runs.
+    # Without a checkpoint the run starts again; equal seeds give equal runs.
     with ranks.main_first():
         writer = TraceWriter.create(
             run_dir,
@@ -56,8 +56,8 @@ def open_trace(
     return writer, RunState()
 
 
-def _find_beginning(config: Config, run_dir: Path) -> Path | None:
-    """The checkpoint to go on from; None where none was written, and the run starts again."""
+def _find_resumable(config: Config, run_dir: Path) -> Path | None:
+    """Return the checkpoint to resume from; None if none was written and the run starts again."""
     if not has_begun(run_dir):
         return None
     whole, damage = last_whole_step(run_dir, read_manifest(run_dir))
@@ -84,12 +84,12 @@ def _describe(config: Config, run_dir: Path, labels: Mapping[str, str], learner:
 
 @contextmanager
 def finalize_on_exit(writer: TraceWriter, ranks: Ranks = ALONE) -> Iterator[None]:
-    """However training ends, the steps that it finished are made durable, and ``run.json`` says how it ended."""
+    """Flush finished steps and record in ``run.json`` how training ended, even if it raised."""
     try:
         with ranks.together(in_step=ranks.is_sharded):
             yield
     except BaseException as error:
-        # What ended the run, such as a full disk, may forbid writing too; what is durable already stays so.
+        # The cause, such as a full disk, may prevent this write too; durable rows remain.
         with suppress(Exception), ranks.together():
             writer.flush()
         if isinstance(error, Exception):

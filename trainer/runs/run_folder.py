@@ -1,4 +1,4 @@
-"""What ``run.json`` says of a run of this trainer, and what it tells of one made before."""
+"""Write and check the manifest ``run.json`` of a run, and lock the run's folder."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from entrace.trainer.parallel.ranks import ALONE, Ranks
 from entrace.trainer.resources import find_model
 from entrace.trainer.settings import merge, nest
 
-# A folder that can be locked is one that no second process works in.
+# Folder of the lock files, beside the runs.
 LOCKS = ".locks"
 WEIGHTS = "*.safetensors"
 DIGEST_LENGTH = 16
-# Raised when equal seeds draw other prompts than before, so that runs of either kind are never compared as pairs.
+# Increased whenever equal seeds draw other prompts than before, so that such runs are never paired.
 STREAMS = 2
 FIRST_TASK_KEYS = {"name", "params", "num_heldout"}
 
 
 def describe_run(config: Config, run_dir: Path, labels: Mapping[str, Any]) -> dict[str, Any]:
-    """Manifest of a run about to start: identity, configuration in full, and the machine."""
+    """Return the manifest of a new run: identity, full configuration, and machine."""
     common = {} if "common_random_numbers" in labels else {"common_random_numbers": common_random_numbers(config)}
     return {
         "run_id": run_dir.name,
@@ -45,22 +45,22 @@ def describe_run(config: Config, run_dir: Path, labels: Mapping[str, Any]) -> di
 
 
 def common_random_numbers(config: Config) -> dict[str, str | None]:
-    """Fingerprints of what runs may have in common: where two runs' are equal, they share it.
+    """Return fingerprints of what two runs share if the fingerprints are equal.
 
     Returns:
-        ``base_policy``: of its weights; None where there is no such model. ``prompts``: of all that decides the
-        prompts of both splits and their order, contents of files included. ``evaluation``: of all that decides the
-        held-out prompts and the random numbers that each of their samples is drawn with.
+        ``base_policy``: of the model's weights; None if the model does not exist. ``prompts``: of everything that
+        determines the prompts of both splits and their order, file contents included. ``evaluation``: of everything
+        that determines the held-out prompts and the random numbers of their samples.
     """
     policy, rollout = config.policy, config.rollout
-    # A key that a run made before does not know leaves its fingerprint as it was, unless it is set.
+    # A key that is newer than a run must not change the run's fingerprint unless it is set.
     task = config.task.model_dump(mode="json", include=FIRST_TASK_KEYS)
     task |= config.task.model_dump(mode="json", exclude_defaults=True)
     if files := {path: hash_file(Path(path)) for source in config.task.sources.values() for path in source.files}:
         task["files"] = files
     prompts = {"seed": config.seed, "streams": STREAMS, **task}
     sampling = config.eval.model_dump(mode="json", exclude={"every"})
-    # Random numbers are drawn for so many prompts at a time, each as long as the longest response.
+    # The shape in which random numbers are drawn: prompts per batch, and the length limit.
     shape = [rollout.prompts_per_step, rollout.max_response_tokens]
     return {
         "base_policy": hash_weights(policy.path),
@@ -70,7 +70,7 @@ def common_random_numbers(config: Config) -> dict[str, str | None]:
 
 
 def mark_failed(config: Config, run_dir: Path, labels: Mapping[str, Any], error: str) -> None:
-    """Says in a run's manifest that it failed; one that could not write its own gets one."""
+    """Mark a run as failed in its manifest; write a manifest if the run has none."""
     if has_begun(run_dir):
         manifest = read_manifest(run_dir)
     else:
@@ -80,18 +80,18 @@ def mark_failed(config: Config, run_dir: Path, labels: Mapping[str, Any], error:
 
 
 def is_complete(config: Config, run_dir: Path) -> bool:
-    """Return whether a run to resume is done already; False where none has begun.
+    """Return whether a run to resume is already complete; False if it has not begun.
 
-    A run may be extended to more steps where its learning rate does not depend on their number.
+    A run can be extended to more steps if its learning rate does not depend on their number.
 
     Raises:
         InputError: the folder is not a trace, or was made with another configuration.
     """
-    # A process killed while it wrote its first manifest leaves that file's temporary name.
+    # A process killed while writing its first manifest leaves a temporary file.
     if not run_dir.exists() or {path.name for path in run_dir.iterdir()} <= {f".{MANIFEST}.tmp"}:
         return False
     manifest = read_manifest(run_dir)
-    # They decide how much memory a run takes, and nothing else but rounding: one short of it goes on with less.
+    # These keys change only memory and rounding, so that a run that ran out of memory can resume with less.
     wanted = flatten(config.model_dump(mode="json"))
     free = reduce(merge, (nest(key, wanted[key]) for key in MEMORY_KEYS), manifest["config"])
     free, is_extended = extend(free, config, run_dir)
@@ -101,10 +101,10 @@ def is_complete(config: Config, run_dir: Path) -> bool:
 
 
 def extend(found: Mapping[str, Any], config: Config, run_dir: Path) -> tuple[Mapping[str, Any], bool]:
-    """Return a run's configuration with the steps of ``config``, where these are more, and whether they are.
+    """Return a run's configuration, with the steps of ``config`` if these are more, and whether they are.
 
     Raises:
-        InputError: more steps would change the learning rates of those that the run has made.
+        InputError: more steps would change the learning rates of finished steps.
     """
     steps = found.get("steps", config.steps)
     if config.steps <= steps:
@@ -117,8 +117,20 @@ def extend(found: Mapping[str, Any], config: Config, run_dir: Path) -> tuple[Map
     return merge(found, {"steps": config.steps}), True
 
 
+def load_sampling_config(run_dir: Path) -> Config:
+    """Return the configuration of a recorded run with default shaping and loss.
+
+    Sampling needs neither, and the module of a user's own method need not be importable.
+
+    Raises:
+        InputError: the folder is not a trace of the trainer, or its configuration is invalid.
+    """
+    values = read_manifest(run_dir)["config"]
+    return build_config({key: values[key] for key in values if key not in ("shaping", "loss")}, source=str(run_dir))
+
+
 def check_prompts(config: Config, run_dir: Path) -> None:
-    """Refuses to go on with a run whose prompts would be others from here on.
+    """Refuse to resume a run whose prompts would change.
 
     Raises:
         InputError: files of the task have changed since the run began.
@@ -132,7 +144,7 @@ def check_prompts(config: Config, run_dir: Path) -> None:
 
 
 def config_changes(found: Mapping[str, Any], config: Config) -> Iterator[str]:
-    """Where a manifest's configuration differs: ``key is this there, that here``.
+    """Yield the differences of a manifest's configuration: ``key is OLD there, NEW here``.
 
     A key that the manifest lacks, because it is newer than the run, counts as its default.
     """
@@ -148,15 +160,15 @@ def config_changes(found: Mapping[str, Any], config: Config) -> Iterator[str]:
 
 @contextmanager
 def run_lock(run_dir: Path, *, waits: bool, ranks: Ranks = ALONE) -> Iterator[None]:
-    """Keeps other processes out of a run's folder, where the system and its file system know locks.
+    """Lock a run's folder against other processes, where the file system supports locks.
 
     Args:
         run_dir: The run, begun or not.
-        waits: For a process that works there, such as one that outlives its launcher by a step.
-        ranks: The processes that work there together, by the lock of rank 0.
+        waits: Wait for the lock, which a process that outlives its launcher may hold for a step, instead of raising.
+        ranks: The ranks of the run; rank 0 holds the lock for all.
 
     Raises:
-        InputError: another process works there.
+        InputError: another process holds the lock.
     """
     with ranks.together():
         file = _lock(run_dir.resolve(), waits) if ranks.is_main else None
@@ -170,8 +182,8 @@ def run_lock(run_dir: Path, *, waits: bool, ranks: Ranks = ALONE) -> Iterator[No
 
 def _lock(run_dir: Path, waits: bool) -> int | None:
     folder = run_dir.parent / LOCKS
-    # Windows has no such locks, some shared file systems know none; there, the launchers' own order has to do. A folder
-    # that cannot be written is for who writes there to explain.
+    # Windows and some shared file systems have no such locks; launchers then start each run only once. An unwritable
+    # folder is reported by the writer.
     with suppress(ImportError, OSError):
         import fcntl
 
@@ -183,7 +195,7 @@ def _lock(run_dir: Path, waits: bool) -> int | None:
             os.close(file)
             if isinstance(error, BlockingIOError):
                 raise InputError(
-                    f"{run_dir}: another process records this run; stop it first, or wait for it"
+                    f"{run_dir}: another process is already recording this run; stop it or wait for it"
                 ) from None
             raise
         return file
@@ -191,13 +203,13 @@ def _lock(run_dir: Path, waits: bool) -> int | None:
 
 
 def has_begun(run_dir: Path) -> bool:
-    """Whether the folder holds a manifest."""
+    """Return whether the folder holds a manifest."""
     return (run_dir / MANIFEST).exists()
 
 
 @cache
 def hash_weights(name: str) -> str | None:
-    """Fingerprint of a model's weights; None where there is no such model."""
+    """Return the fingerprint of a model's weights; None if the model does not exist."""
     try:
         found = find_model(name)
     except InputError:
@@ -213,7 +225,7 @@ def hash_weights(name: str) -> str | None:
 
 
 def hash_file(path: Path) -> str | None:
-    """Fingerprint of a file; None where there is none: what reads it says so."""
+    """Return the fingerprint of a file; None if it does not exist, which its reader reports."""
     if not path.is_file():
         return None
     with open(path, "rb") as file:

@@ -1,1 +1,1 @@
-"""Sampling of responses with a KV cache."""
+"""Sample responses with a KV cache."""

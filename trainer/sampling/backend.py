@@ -18,95 +18,105 @@ from entrace.trainer.sampling.jit_step import StepGraph
 log = logging.getLogger("entrace")
 
 ON = "on"
+SHARDED = "off for sharded weights"
+PACKING, NORMS, TRACED_STEP, CUDA_GRAPH, TRITON = FAST_PATHS = (
+    "sequence packing",
+    "RMSNorm kernel",
+    "traced decoding step",
+    "CUDA graph",
+    "Triton statistics",
+)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """How responses of a policy are decoded.
+    """Hold the selected way to decode, and the state of every fast path.
 
     Attributes:
-        policy: The policy.
         step_graph: Traced decoding step for short sequences on a CPU, or None.
-        uses_cuda_graph: Whether decoding steps are captured in a CUDA graph.
-        fast_paths: ``on``, or the reason why not, by name of the fast path.
+        uses_cuda_graph: Decoding steps are captured in a CUDA graph.
+        fast_paths: For each of ``FAST_PATHS``, ``on`` or the reason why it is off.
     """
 
-    policy: Policy
     step_graph: StepGraph | None
     uses_cuda_graph: bool
     fast_paths: dict[str, str]
 
-    def decode(self, prompts: list[list[int]], num_slots: int, max_tokens: int) -> Decoder:
+    def decode(self, policy: Policy, prompts: list[list[int]], num_slots: int, max_tokens: int) -> Decoder:
         """Return a decoder that has read the prompts; see ``Decoder``."""
-        # Both fast paths read the weights in place, which sharded weights do not allow.
-        is_whole = not self.policy.is_sharded
         return Decoder(
-            self.policy,
+            policy,
             prompts,
             num_slots,
-            self.step_graph if is_whole else None,
+            self.step_graph,
             max_tokens=max_tokens,
-            replays=self.uses_cuda_graph and is_whole,
+            uses_cuda_graph=self.uses_cuda_graph,
         )
+
+    def for_sharded(self) -> Backend:
+        """Return this backend without the paths that read weights in place, which sharded weights do not allow."""
+        off = {name: SHARDED for name in (TRACED_STEP, CUDA_GRAPH) if self.fast_paths[name] == ON}
+        return Backend(None, False, {**self.fast_paths, **off})
 
 
 _BACKENDS: WeakKeyDictionary[Policy, Backend] = WeakKeyDictionary()
 
 
 def backend_of(policy: Policy) -> Backend:
-    """Return the backend of a policy, selected on first use.
+    """Return the backend of a policy, selected on first use and logged once.
 
-    Every way to decode is compared with the plain model on two short texts; one that fails or differs is not used, and
-    ``fast_paths`` says why.
+    Every way to decode is compared with the plain model on two short texts. A way that fails or differs is not used,
+    and ``fast_paths`` gives the reason. Select before the policy is sharded: the comparison reads all weights.
 
     Raises:
         InputError: the model cannot continue from a KV cache.
     """
     if policy not in _BACKENDS:
         _BACKENDS[policy] = _select(policy)
-    return _BACKENDS[policy]
+    backend = _BACKENDS[policy]
+    return backend.for_sharded() if policy.is_sharded else backend
 
 
 def _select(policy: Policy) -> Backend:
-    # In float32, so that rounding does not pass for a difference.
+    # In float32, so that rounding is not mistaken for a difference.
     exact = replace(policy, dtype=torch.float32)
     if reason := _why_not(lambda: _can_decode(exact)):
         kind = type(policy.model).__name__
         raise InputError(f"{policy.name}: {kind} cannot be sampled with a KV cache ({reason})")
-    graph, traced = _trace_step(policy)
-    replayed = _try_cuda_graph(policy, exact)
-    fast_paths = {
-        "sequence packing": policy.why_unpacked or ON,
-        "traced decoding step": traced,
-        "CUDA graph": replayed,
-        "Triton statistics": ON if uses_triton(policy.device) else "no CUDA device or no Triton",
+    graph, why_untraced = _trace_step(policy)
+    why_uncaptured = _try_cuda_graph(policy, exact)
+    reasons = {
+        PACKING: policy.why_unpacked,
+        NORMS: policy.why_plain_norms,
+        TRACED_STEP: why_untraced,
+        CUDA_GRAPH: why_uncaptured,
+        TRITON: "" if uses_triton(policy.device) else "no CUDA device or no Triton",
     }
-    log.info("fast paths: %s", ", ".join(f"{name}: {state}" for name, state in fast_paths.items()))
-    return Backend(policy, graph, replayed == ON, fast_paths)
+    fast_paths = {name: reason or ON for name, reason in reasons.items()}
+    log.info("fast paths: %s", "; ".join(f"{name}: {state}" for name, state in fast_paths.items()))
+    return Backend(graph, not why_uncaptured, fast_paths)
 
 
 def _trace_step(policy: Policy) -> tuple[StepGraph | None, str]:
+    """Return the traced decoding step, or None and the reason why there is none."""
     if policy.device.type != "cpu" or policy.dtype != torch.float32:
         return None, "only on a CPU in float32"
-    if policy.is_sharded:
-        return None, "weights are sharded"
-    found: list[StepGraph] = []
+    traced: list[StepGraph] = []
 
     def trace() -> bool:
-        # On other sequences than those that it is tried with.
-        found.append(Decoder(policy, [[0, 1 % policy.vocab_size], [0]] * 2, 4).trace_step())
-        return _can_decode(policy, found[0])
+        # Traced on other sequences than those of the comparison.
+        traced.append(Decoder(policy, [[0, 1 % policy.vocab_size], [0]] * 2, 4).trace_step())
+        return _can_decode(policy, traced[0])
 
     reason = _why_not(trace)
-    return (None, reason) if reason else (found[0], ON)
+    return (None, reason) if reason else (traced[0], "")
 
 
 def _try_cuda_graph(policy: Policy, exact: Policy) -> str:
+    """Return why decoding steps cannot be captured in a CUDA graph, or an empty string."""
     if policy.device.type != "cuda":
         return "no CUDA device"
-    if policy.is_sharded:
-        return "weights are sharded"
-    return _why_not(lambda: _can_decode(exact, replays=True)) or ON
+    return _why_not(lambda: _can_decode(exact, uses_cuda_graph=True))
 
 
 def _why_not(attempt: Callable[[], bool]) -> str:
@@ -114,15 +124,17 @@ def _why_not(attempt: Callable[[], bool]) -> str:
     try:
         return "" if attempt() else "results differ from those of the plain model"
     except Exception as error:
-        return in_one_line(error)
+        # Torch turns a warning inside a tracing callback into a SystemError caused by the warning.
+        return in_one_line((error.__cause__ or error) if isinstance(error, SystemError) else error)
 
 
 @torch.no_grad()
-def _can_decode(policy: Policy, graph: StepGraph | None = None, *, replays: bool = False) -> bool:
-    """Decode two texts of different lengths together from the cache, and compare with each text read alone."""
+def _can_decode(policy: Policy, graph: StepGraph | None = None, *, uses_cuda_graph: bool = False) -> bool:
+    """Decode two texts of different lengths together from the cache, and compare with a plain pass over each."""
     texts = [[i % policy.vocab_size for i in range(length)] for length in (8, 6)]
-    decoder = Decoder(policy, [text[:-3] for text in (texts[1], *texts)], 3, graph, replays=replays)
-    # The first pass runs as it is, the second is captured, the third replayed.
+    prompts = [text[:-3] for text in (texts[1], *texts)]
+    decoder = Decoder(policy, prompts, 3, graph, uses_cuda_graph=uses_cuda_graph)
+    # With a CUDA graph, the first step runs plainly, the second is captured, and the third is replayed.
     for place, parents in ((-3, [1, 2]), (-2, [0, 1]), (-1, [0, 1])):
         decoder.append(torch.tensor([text[place] for text in texts]), torch.tensor(parents))
     alone = [policy.hidden_states(torch.tensor([t], device=policy.device), use_cache=False)[0, -1] for t in texts]

@@ -1,7 +1,7 @@
-"""Job on a GPU whose kernels are recorded once and launched again as one.
+"""Capture of GPU work in a CUDA graph, which launches all of its kernels at once.
 
-To read one more token of each sequence, a GPU computes for a few milliseconds what takes Python many times as long to
-launch. A CUDA graph launches all of it at once, on the memory, and with the sizes, that it was recorded with.
+A decoding step takes a GPU a few milliseconds, and Python many times as long to launch. A CUDA graph launches the whole
+step at once, with the memory addresses and sizes of its capture.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 
-class Replay:
-    """What was recorded of work that finds its arguments in the same memory each time."""
+class CudaGraph:
+    """Run work whose arguments are always at the same memory addresses, captured in a CUDA graph."""
 
     def __init__(self) -> None:
         self._is_warm = False
@@ -23,26 +23,28 @@ class Replay:
         self._result: Tensor | None = None
 
     def __call__(self, work: Callable[[], Tensor]) -> Tensor:
-        """Does the work: as it is at first, which loads kernels as cannot be done while recording, then recorded.
+        """Run the work: plainly in the first call, captured and replayed in the second, replayed afterwards.
+
+        The first call loads kernels, which is not allowed during capture. Without a GPU, every call runs plainly.
 
         Args:
-            work: The same each time. It is not kept: it may hold on to whoever calls.
+            work: The same work in every call. No reference is kept, since it may refer to the owner of this object.
 
         Returns:
-            What it returns, good until the next time.
+            The result of the work, valid until the next call.
         """
         if not self._is_warm or not torch.cuda.is_available():
             self._is_warm = True
             return work()
         if self._graph is None or self._result is None:
             self._graph = torch.cuda.CUDAGraph()
-            self._result = _record(self._graph, work, _kept_graph().pool())
+            self._result = _capture(self._graph, work, _pool_graph().pool())
         self._graph.replay()
         return self._result
 
 
-def _record(graph: torch.cuda.CUDAGraph, work: Callable[[], Tensor], pool: Any) -> Tensor:
-    # What torch.cuda.graph does, but for giving back all of the memory that is kept for later.
+def _capture(graph: torch.cuda.CUDAGraph, work: Callable[[], Tensor], pool: Any) -> Tensor:
+    # As torch.cuda.graph, without emptying the allocator's cache.
     stream = _side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -57,13 +59,13 @@ def _record(graph: torch.cuda.CUDAGraph, work: Callable[[], Tensor], pool: Any) 
 
 @cache
 def _side_stream() -> torch.cuda.Stream:
-    """Graphs are recorded beside the default stream; memory passes from one to the next within the same."""
+    """Return the stream of all captures; graphs reuse each other's memory only on the same stream."""
     return torch.cuda.Stream()
 
 
 @cache
-def _kept_graph() -> torch.cuda.CUDAGraph:
-    """A graph of next to nothing. As long as it is there, memory that graphs have used is kept for the next ones."""
+def _pool_graph() -> torch.cuda.CUDAGraph:
+    """Return a minimal graph that owns the memory pool of all graphs, which lives as long as any graph uses it."""
     graph = torch.cuda.CUDAGraph()
-    _record(graph, lambda: torch.zeros(1, device="cuda"), None)
+    _capture(graph, lambda: torch.zeros(1, device="cuda"), None)
     return graph

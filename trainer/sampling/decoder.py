@@ -1,4 +1,4 @@
-"""Reading prompts and continuing them token by token, with a cache of keys and values."""
+"""Read prompts and extend them token by token, with a KV cache."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from entrace.trainer.kernels import attention
-from entrace.trainer.sampling.cuda_graph import Replay
+from entrace.trainer.sampling.cuda_graph import CudaGraph
 from entrace.trainer.sampling.jit_step import StepGraph, states_of, step_cache, trace_step
 
 if TYPE_CHECKING:
     from entrace.trainer.model.policy import Policy
 
-# Tokens that room is made for at once. What lies far apart in memory takes longer to read; but on a GPU, the pass is
-# recorded anew each time.
+# Token positions by which the cache grows. Unused positions spread the cache over memory, which slows reading; on a
+# GPU, each growth needs a new capture.
 GROWTH = {"cpu": 16, "cuda": 256}
 
 
 class Decoder:
-    """Sequences that grow by a token at a time and branch, prompts padded on the left.
+    """Hold sequences that grow token by token and branch; prompts are left-padded.
 
-    Each stands in a slot of memory. One that goes on stays there, and nothing of it is copied; one that branches off
-    another moves into a slot that is free, as the last ones do where others have ended, so that there are no gaps.
+    Each sequence has a slot of the KV cache. The first continuation of a sequence keeps the slot without copying; each
+    further branch is copied into a free slot. When sequences end, the last ones move into their slots, which leaves no
+    gaps.
 
     Attributes:
         hidden: The LM head's input at the last token of each sequence, (B, H).
@@ -44,28 +45,29 @@ class Decoder:
         graph: StepGraph | None = None,
         *,
         max_tokens: int = sys.maxsize,
-        replays: bool = False,
+        uses_cuda_graph: bool = False,
     ) -> None:
-        """Begins with the prompts.
+        """Read the prompts.
 
         Args:
             policy: The model.
-            prompts: Token ids of each.
-            num_slots: Most sequences at any time, at least as many as prompts.
-            graph: What was recorded of the policy, for sequences that are short enough.
-            max_tokens: Most tokens that each may grow by.
-            replays: Read further tokens in all slots at once, whether in use or not, and up to all places that there is
-                room for, so that on a GPU the pass can be recorded and replayed.
+            prompts: Token ids of each prompt.
+            num_slots: Most sequences at any time, at least the number of prompts.
+            graph: Traced decoding step of the policy, used up to ``attention.MAX_KEYS`` positions.
+            max_tokens: Most tokens by which a sequence grows.
+            uses_cuda_graph: Compute every step for all slots and all allocated positions, used or not, so that shapes
+                stay fixed and a GPU can capture the step in a CUDA graph.
 
         Raises:
-            ValueError: the model cannot be read so.
+            ValueError: ``uses_cuda_graph`` is set, but the model does not allow it.
         """
-        self._policy, self._num_slots, self._graph, self._replays = policy, num_slots, graph, replays
+        self._policy, self._num_slots, self._graph = policy, num_slots, graph
+        self._uses_cuda_graph = uses_cuda_graph
         device, config = policy.device, policy.model.config
         cache = DynamicCache(config=config)
         is_plain = all(type(layer) is DynamicLayer for layer in cache.layers)
-        # A mask of four dimensions is used as it is; one of two would be expanded by the model at every step. But that
-        # is known of these only, and layers that look back a limited way need one of their own.
+        # These implementations take a four-dimensional mask as it is; the model would expand a two-dimensional one at
+        # every step. Sliding-window layers need a mask of their own.
         is_fused = config._attn_implementation in ("sdpa", attention.NAME)
         self._takes_mask_as_is = is_fused and not any(cache.is_sliding)
         self._takes_positions = "position_ids" in inspect.signature(policy.model.base_model.forward).parameters
@@ -78,20 +80,20 @@ class Decoder:
         self._is_padded = not bool(self._mask.all())
         self.hidden = self._forward(ids, places.clamp(min=0), self._mask if self._is_padded else None, cache)
         self._slots = np.arange(len(prompts))
-        # Layers that keep something else than the keys and values of all tokens see to it themselves.
+        # Layers that store anything except the keys and values of all tokens manage their own memory.
         self._states = states_of(cache) if is_plain else []
         self._cache = None if is_plain else cache
-        if replays and not self._is_replayable:
-            raise ValueError("a pass over further tokens cannot be replayed")
-        self._step: Replay | None = None
+        if uses_cuda_graph and not self._has_fixed_step:
+            raise ValueError("needs a plain KV cache, fused attention, and position_ids")
+        self._step: CudaGraph | None = None
 
     @torch.inference_mode()
     def append(self, tokens: Tensor, parents: Tensor) -> None:
-        """Goes on with other sequences.
+        """Replace the sequences by continuations of them.
 
         Args:
-            tokens: Last token of each, (C,).
-            parents: Which of the present sequences stands before it, (C,), in ascending order.
+            tokens: Next token of each continuation, (C,).
+            parents: Index of the sequence that each one continues, (C,), ascending.
         """
         before, count, device = len(self._slots), len(tokens), self._policy.device
         if self._width == self._mask.shape[1] or count > len(self._mask):
@@ -107,27 +109,28 @@ class Decoder:
 
     @torch.inference_mode()
     def trace_step(self) -> StepGraph:
-        """Trace the pass over one further token, for these and other sequences.
+        """Trace the decoding step for any sequences, with the current ones as example.
 
         Raises:
-            ValueError: the model does not use packed attention, or keeps more than keys and values.
-            RuntimeError, TracerWarning: torch cannot trace the pass, or the trace would not hold for other sequences.
+            ValueError: the model does not use packed attention, or caches anything except keys and values.
+            RuntimeError, TracerWarning: torch cannot trace the step, or the trace would not hold for other sequences.
         """
-        if not (attention.is_ours(self._policy.model) and self._is_replayable):
-            raise ValueError("needs packed attention and a plain KV cache")
+        if not (attention.is_ours(self._policy.model) and self._has_fixed_step):
+            raise ValueError("needs packed attention, a plain KV cache, and position_ids")
         self._grow(len(self._slots))
         positions, mask, *states = self._held(len(self._slots))
         mask = attention.additive(mask[:, None, None, :], torch.float32)
         return trace_step(self._policy, torch.zeros_like(positions), positions, mask, states)
 
     @property
-    def _is_replayable(self) -> bool:
+    def _has_fixed_step(self) -> bool:
+        """Return whether a decoding step is a function of tokens, positions, mask, keys, and values."""
         return bool(self._states) and self._takes_mask_as_is and self._takes_positions
 
     def _grow(self, count: int) -> None:
-        """Makes room for twice ``count`` sequences, of those that there may be, and for some more tokens of each.
+        """Allocate slots for up to twice ``count`` sequences, and positions for ``GROWTH`` more tokens of each.
 
-        Not for all that may follow: what lies far apart in memory takes longer to read.
+        Not for all tokens at once: a cache that is spread over memory takes longer to read.
         """
         used, width, device = len(self._slots), self._width, self._policy.device
         rows = min(self._num_slots, 2 * max(used, count))
@@ -136,18 +139,18 @@ class Decoder:
         self._lengths = pad(self._lengths[:used], (0, rows - used))
         for i, states in enumerate(self._states):
             _, heads, _, size = states.shape
-            # Places that are read before anything is written there may not hold what is no number.
-            new = states.new_zeros if self._replays else states.new_empty
-            dtype = self._policy.dtype if self._replays else states.dtype
+            # Steps of fixed shape read unwritten positions, which must not be NaN.
+            new = states.new_zeros if self._uses_cuda_graph else states.new_empty
+            dtype = self._policy.dtype if self._uses_cuda_graph else states.dtype
             self._states[i] = new((rows, heads, places, size), dtype=dtype)
             self._states[i][:used, :, :width] = states[:used, :, :width]
-        if self._replays:
+        if self._uses_cuda_graph:
             self._ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
             self._place = torch.zeros(1, dtype=torch.int64, device=device)
-            self._step = Replay()
+            self._step = CudaGraph()
 
     def _move(self, sources: Tensor, targets: Tensor, count: int) -> None:
-        """Copies what stands in some slots to others; ``count`` are in use then."""
+        """Copy sequences from some slots to others, after which ``count`` slots are in use."""
         if self._cache is not None:
             order = torch.arange(count, device=targets.device).index_copy_(0, targets, sources)
             self._cache.batch_select_indices(order)
@@ -156,13 +159,13 @@ class Decoder:
             tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
     def _held(self, count: int) -> list[Tensor]:
-        """Positions (B, 1), mask (B, S + 1) and keys and values of the first slots, with a place for the next token."""
+        """Return positions (B, 1), mask (B, S + 1), keys, and values of the first slots, including the next token."""
         places = self._width + 1
         states = [states[:count, :, :places] for states in self._states]
         return [self._lengths[:count, None], self._mask[:count, :places], *states]
 
     def _read(self, ids: Tensor) -> Tensor:
-        """Reads a token (B, 1) in each of the first slots."""
+        """Compute the step for a token (B, 1) in each of the first slots; return the LM head's inputs, (B, H)."""
         if self._step is not None:
             self._ids[: len(ids)] = ids
             self._place.fill_(self._width)
@@ -173,14 +176,14 @@ class Decoder:
         if graph is None and not self._is_padded:
             mask = None
         elif self._takes_mask_as_is:
-            # Once for all layers.
+            # Converted once for all layers.
             mask = attention.additive(mask[:, None, None, :], policy.dtype)
         if graph is not None:
             return graph(ids, positions, mask, *states)
         return self._forward(ids, positions, mask, step_cache(states) if self._cache is None else self._cache)
 
     def _read_all_slots(self) -> Tensor:
-        """Reads ``_ids`` (rows, 1) at ``_place``, with nothing that hangs on how many there are, or how long."""
+        """Compute the step for ``_ids`` (rows, 1) at ``_place``, with shapes that depend on allocated memory only."""
         is_seen = self._mask & (torch.arange(self._mask.shape[1], device=self._mask.device) <= self._place)
         mask = attention.additive(is_seen[:, None, None, :], self._policy.dtype)
         return self._forward(self._ids, self._lengths[:, None], mask, step_cache(self._states, self._place))
@@ -192,16 +195,17 @@ class Decoder:
 
 
 def _assign(slots: np.ndarray, parents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Slots (C,) of sequences that go on from others, of which ``slots`` (B,) says where they stand.
+    """Assign the first C slots to continuations of sequences in ``slots`` (B,).
 
-    Also what has to be copied: from which slots, and to which. None of the latter is among the former.
+    Returns:
+        The slot of each continuation, (C,); the slots to copy from; and the slots to copy to, disjoint from the former.
     """
-    came_from = slots[parents]
-    stays = came_from < len(parents)
+    parent_slots = slots[parents]
+    stays = parent_slots < len(parents)
     stays[1:] &= parents[1:] != parents[:-1]
     is_free = np.ones(len(parents), dtype=bool)
-    is_free[came_from[stays]] = False
+    is_free[parent_slots[stays]] = False
     targets = np.flatnonzero(is_free)
-    assigned = came_from.copy()
+    assigned = parent_slots.copy()
     assigned[~stays] = targets
-    return assigned, came_from[~stays], targets
+    return assigned, parent_slots[~stays], targets

@@ -1,8 +1,7 @@
-"""A model's pass over one more token of each sequence, recorded once and run again without Python.
+"""A decoding step, traced once with ``torch.jit.trace`` and run without Python.
 
-Of a small model's pass on a CPU, half the time is Python's. Torch records the operations that a pass runs
-(``torch.jit.trace``), for sequences of any number and length, as long as none of the model's own decisions hangs on
-values or sizes: of those torch warns, and nothing is recorded.
+Python takes half the time of a small model's step on a CPU. The trace holds for any number and length of sequences if
+the model's control flow depends on neither values nor sizes. Otherwise torch warns, and the trace is rejected.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from transformers.cache_utils import DynamicLayer
 if TYPE_CHECKING:
     from entrace.trainer.model.policy import Policy
 
-# Takes tokens (B, 1), their positions (B, 1), an additive mask (B, 1, 1, S), and keys and values of each layer,
-# one after the other, (B, heads, S, D), whose last place it fills in. Returns the LM head's input, (B, H).
+# Takes tokens (B, 1), their positions (B, 1), an additive mask (B, 1, 1, S), and the keys and values of each layer in
+# turn, (B, heads, S, D), whose last position it fills in. Returns the LM head's input, (B, H).
 StepGraph = Callable[..., Tensor]
 
 
 class StepLayer(DynamicLayer):
-    """Keys and values with a place for the token that is read: ``update`` fills that in, where others copy them all."""
+    """Hold keys and values with a free position for the new token, which ``update`` fills in without copying."""
 
     def __init__(self, keys: Tensor, values: Tensor, place: Tensor | None = None) -> None:
-        """Both (B, heads, S, D), to be filled in at ``place``, (1,), or the last one."""
+        """Wrap keys and values (B, heads, S, D), to be filled in at position ``place``, (1,), or the last one."""
         super().__init__()
         self.keys, self.values, self.dtype, self.device = keys, values, keys.dtype, keys.device
         self.is_initialized = True
         self._place = place
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes the keys and values of the token, (B, heads, 1, D); returns those of all."""
+        """Store the keys and values of the new token, (B, heads, 1, D); return those of all tokens."""
         keys: Any = self.keys
         values: Any = self.values
         if self._place is None:
@@ -48,7 +47,7 @@ class StepLayer(DynamicLayer):
         return keys, values
 
     def get_seq_length(self) -> int:
-        """Tokens before the one that is read."""
+        """Return the number of tokens before the new one."""
         keys: Any = self.keys
         return keys.shape[-2] - 1
 
@@ -67,28 +66,28 @@ class _Step(nn.Module):
 
 
 def states_of(cache: Cache) -> list[Tensor]:
-    """Keys and values of each layer, one after the other."""
+    """Return the keys and values of each layer in turn."""
     layers: list[Any] = cache.layers
     return [states for layer in layers for states in (layer.keys, layer.values)]
 
 
 def step_cache(states: Sequence[Tensor], place: Tensor | None = None) -> Cache:
-    """A cache of such keys and values as ``states_of`` gives, each with a place for the token that is read: the last.
+    """Build a cache of keys and values in the order of ``states_of``, with a free position for the new token.
 
     Args:
-        states: (B, heads, S, D) each.
-        place: Another place, (1,) int64; what is read sees the later ones too, unless a mask hides them.
+        states: Keys and values, (B, heads, S, D) each.
+        place: The free position, (1,) int64; the last one if None. A mask must hide later positions.
     """
     return Cache(layers=[StepLayer(*pair, place) for pair in zip(states[::2], states[1::2], strict=True)])
 
 
 def trace_step(policy: Policy, ids: Tensor, positions: Tensor, mask: Tensor, states: list[Tensor]) -> StepGraph:
-    """Trace a pass over such arguments.
+    """Trace a decoding step with example arguments of a ``StepGraph``.
 
     Raises:
-        Exception: torch cannot trace it, or warns that the trace would not hold for other arguments.
+        RuntimeError, TracerWarning: torch cannot trace the step, or the trace would not hold for other arguments.
     """
-    # Its type stubs leave out what its documentation names.
+    # The documented functions are missing from torch's type stubs.
     jit: Any = torch.jit
     with _quietly(), _without_padding_index(policy.model):
         warnings.simplefilter("error", jit.TracerWarning)
@@ -97,7 +96,7 @@ def trace_step(policy: Policy, ids: Tensor, positions: Tensor, mask: Tensor, sta
 
 @contextmanager
 def _without_padding_index(model: nn.Module) -> Iterator[None]:
-    """Within, embeddings do not compare their padding index with their size; it says what has no gradient, no more."""
+    """Unset padding indices of embeddings, whose check depends on sizes; they only affect gradients."""
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     indices = [module.padding_idx for module in embeddings]
     try:
@@ -111,9 +110,9 @@ def _without_padding_index(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Recording asks a model for all of its properties, of which some warn; and is deprecated by torch.
+    """Suppress warnings: tracing reads all properties of a model, some of which warn, and torch deprecates it.
 
-    What is to follow it, torch.export, runs its graphs in Python again.
+    The successor, torch.export, runs its graphs in Python.
     """
     log = logging.getLogger("transformers")
     level = log.level

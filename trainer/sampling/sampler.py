@@ -19,20 +19,20 @@ def sample(
     rng: np.random.Generator,
     part: slice = slice(None),
 ) -> Rollouts:
-    """Draws ``num_samples`` responses to each prompt, or to each of a part of them.
+    """Sample ``num_samples`` responses to each prompt of a part.
 
-    Equal policies sampled with equal generators give equal responses; see ``sample_at``.
+    Equal policies and equal generators give equal responses; see ``sample_at``.
 
     Args:
         policy: The model.
         prompts: Token ids of each prompt, P lists.
-        num_samples: Responses to each.
-        params: Limits and temperature.
+        num_samples: Responses per prompt.
+        params: Limits, temperature, and truncation.
         rng: Source of the random numbers, which are drawn for all prompts.
-        part: The prompts that are answered here.
+        part: Slice of the prompts that get responses.
 
     Returns:
-        ``Rollouts`` of ``num_samples`` rows a prompt of the part, the responses of one prompt adjacent.
+        ``Rollouts`` with ``num_samples`` rows per prompt of the part; responses to one prompt are adjacent.
     """
     uniforms = rng.random((len(prompts) * num_samples, params.max_tokens), dtype=np.float32)
     longest = max(len(prompt) for prompt in prompts) + params.max_tokens
@@ -53,33 +53,33 @@ def sample(
 def sample_at(
     policy: Policy, prompts: list[list[int]], uniforms: np.ndarray, limits: list[int], params: SamplingParams
 ) -> Rollouts:
-    """Draws responses at given random numbers.
+    """Sample responses with given random numbers.
 
-    What responses have in common from the prompt on is computed once: they part where they differ, and leave where they
-    end. Every token is drawn by inverting the distribution function at the random number of its response and position,
-    so that what a response draws depends neither on its batch nor on when others end.
+    A shared prefix of responses is computed once: sequences branch where responses differ, and leave the batch where
+    they end. Each token is drawn by inverting the cumulative distribution at the random number of its response and
+    position. A response therefore depends neither on its batch nor on the length of others.
 
     Args:
         policy: The model.
         prompts: Token ids of each prompt, P lists.
         uniforms: Random numbers in [0, 1), (B, params.max_tokens) float32; B is a multiple of P.
-        limits: Longest response to each prompt, at least 1 and at most ``params.max_tokens``, P numbers.
-        params: Temperature and top-p.
+        limits: Length limit of responses to each prompt, from 1 to ``params.max_tokens``, P numbers.
+        params: Limits, temperature, and truncation.
 
     Returns:
-        ``Rollouts`` of B rows, the responses of one prompt adjacent.
+        ``Rollouts`` of B rows; responses to one prompt are adjacent.
     """
     sampler = TokenSampler(policy, prompts, uniforms, limits, params)
     rows = torch.arange(len(uniforms))
-    stands_at = rows // (len(uniforms) // len(prompts))
-    # Weights that are cast are cast once for all tokens.
+    sequences = rows // (len(uniforms) // len(prompts))
+    # One autocast context, so that weights are cast once for all tokens.
     with policy.autocast():
-        decoder = backend_of(policy).decode(prompts, len(uniforms), params.max_tokens)
+        decoder = backend_of(policy).decode(policy, prompts, len(uniforms), params.max_tokens)
         while True:
-            drawn, goes_on = sampler.draw(decoder.hidden, stands_at, rows)
-            if not goes_on.any():
+            drawn, continues = sampler.draw(decoder.hidden, sequences, rows)
+            if not continues.any():
                 return sampler.finish()
-            # Responses that draw the same from the same go on together, or end together.
-            is_left = torch.zeros_like(drawn.first, dtype=torch.bool).index_put((drawn.index,), goes_on)
+            # Responses that draw the same token from the same sequence continue together, or end together.
+            is_left = torch.zeros_like(drawn.first, dtype=torch.bool).index_put((drawn.index,), continues)
             decoder.append(drawn.second[is_left], drawn.first[is_left])
-            rows, stands_at = rows[goes_on], (is_left.cumsum(0) - 1)[drawn.index[goes_on]]
+            rows, sequences = rows[continues], (is_left.cumsum(0) - 1)[drawn.index[continues]]

@@ -14,11 +14,14 @@ from entrace.trainer.kernels.token_stats import WHOLE, TokenStats, Truncation
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What tokens are drawn from, and what ends a response besides the stop tokens.
+    """Hold the parameters of the sampling distribution and of the end of a response.
 
-    ``truncation`` cuts the distribution before anything is recorded of it. ``stop`` holds texts: the token that
-    completes one of them is the response's last. ``cache_tokens`` bounds memory; it changes what is
-    drawn by rounding at most.
+    Attributes:
+        max_tokens: Length limit of a response.
+        temperature: Divides the logits.
+        truncation: Applied before statistics are computed.
+        stop: Texts that end a response; the token that completes one is the response's last.
+        cache_tokens: Most tokens in the KV cache. Bounds memory; changes results by rounding only.
     """
 
     max_tokens: int
@@ -29,22 +32,22 @@ class SamplingParams:
 
     @classmethod
     def of(cls, config: RolloutConfig) -> SamplingParams:
-        """Those of a training step."""
+        """Return the parameters of sampling in training."""
         truncation = Truncation(config.top_p, config.top_k)
         return cls(config.max_response_tokens, config.temperature, truncation, config.stop, config.cache_tokens)
 
 
 @dataclass
 class Rollouts:
-    """Responses, one a row; on the CPU, padded to T; a value outside ``response_mask`` means nothing.
+    """Hold responses, one per row, on the CPU, padded to T; values outside ``response_mask`` are meaningless.
 
     Attributes:
         prompt_ids: Prompt tokens of each response, B lists.
-        response_ids: (B, T) int64.
-        response_mask: (B, T) bool, True at generated tokens, the end of sequence included.
-        stats: ``logprob``, ``entropy``, ``sum_p2``, each (B, T), of the distribution sampled from.
+        response_ids: Response tokens, (B, T) int64.
+        response_mask: True at generated tokens, including the end of sequence, (B, T) bool.
+        stats: Statistics of the sampling distribution, each (B, T).
         hidden_norm: Norm of the LM head's input, (B, T).
-        is_truncated: (B,) bool, stopped by the length limit.
+        is_truncated: Stopped by the length limit, (B,) bool.
     """
 
     prompt_ids: list[list[int]]
@@ -56,7 +59,7 @@ class Rollouts:
 
     @classmethod
     def empty(cls, prompts: list[list[int]], max_tokens: int) -> Rollouts:
-        """Nothing sampled yet."""
+        """Return rollouts of given prompts without any token."""
         shape = (len(prompts), max_tokens)
         stats = TokenStats(*(torch.zeros(shape) for _ in fields(TokenStats)))
         return cls(
@@ -70,7 +73,7 @@ class Rollouts:
 
     @classmethod
     def concatenate(cls, parts: list[Rollouts]) -> Rollouts:
-        """Rows of all parts, which share T."""
+        """Concatenate rows of parts that share T."""
         return cls(
             [prompt for part in parts for prompt in part.prompt_ids],
             torch.cat([part.response_ids for part in parts]),
@@ -81,21 +84,31 @@ class Rollouts:
         )
 
     @property
+    def old_logprobs(self) -> Tensor:
+        """Return the log-probability of each token under the policy that sampled it, nats, (B, T)."""
+        return self.stats.logprob
+
+    @property
+    def entropies(self) -> Tensor:
+        """Return the entropy of the distribution that each token was sampled from, nats, (B, T)."""
+        return self.stats.entropy
+
+    @property
     def lengths(self) -> Tensor:
-        """Response lengths in tokens, (B,)."""
+        """Return response lengths in tokens, (B,)."""
         return self.response_mask.sum(1)
 
     @property
     def entropy_mean(self) -> Tensor:
-        """Mean token entropy of each response, nats, (B,)."""
-        return (self.stats.entropy * self.response_mask).sum(1) / self.lengths
+        """Return the mean token entropy of each response, nats, (B,)."""
+        return (self.entropies * self.response_mask).sum(1) / self.lengths
 
     def responses(self, rows: Tensor | slice = slice(None)) -> list[Tensor]:
-        """Token ids of each response, or of each of some."""
+        """Return the token ids of each response, or of selected ones."""
         return list(self.response_ids[rows][self.response_mask[rows]].split(self.lengths[rows].tolist()))
 
     def place(self, values: Tensor, rows: Tensor) -> Tensor:
-        """Puts values (N,) of the tokens of ``rows``, end to end, at their places, (len(rows), T); 0 elsewhere."""
+        """Return values (N,) of the concatenated tokens of ``rows`` as (len(rows), T), padded with 0."""
         mask = self.response_mask[rows]
         placed = torch.zeros(mask.shape, dtype=values.dtype)
         placed[mask] = values.cpu()

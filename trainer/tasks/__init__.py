@@ -1,7 +1,7 @@
-"""Verifiable tasks: prompts by seed and index, and verdicts on what a policy answers.
+"""Verifiable tasks: prompts by seed and index, and verdicts on responses.
 
-A task is a mixture of sources, each a reasoning-gym task or a file of rows. Held-out prompts of all sources are set
-apart first. No training prompt has the text of one, after white space and Unicode are normalized.
+A task is a mixture of sources, each a reasoning-gym task or a file of rows. Held-out prompts of all sources are chosen
+first. No training prompt has the text of a held-out one, after normalization of white space and Unicode.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Task:
     Attributes:
         sources: Sources of prompts, the task's own first.
         heldout: Held-out prompts of all sources.
-        train_prompt: The training prompt of an index, from 0; the same for every caller with the same seed.
-        num_timeouts: Answers that were counted as wrong because their verifier ran out of time.
+        train_prompt: Maps an index, from 0, to a training prompt; equal for equal seeds.
+        num_timeouts: Answers that count as wrong because their verifier timed out.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int, correct_at: float = 1.0) -> None:
-        """Sources of weight 0 are evaluated only; ``correct_at`` is that of the configuration."""
+        """Combine sources; those of weight 0 are only evaluated. ``correct_at`` is ``task.correct_at``."""
         self.heldout = [prompt for source in sources for prompt in source.heldout]
         excluded = {normalize_text(prompt.text) for prompt in self.heldout}
         drawn = [(source.training(excluded), weight) for source, weight in zip(sources, weights, strict=True) if weight]
@@ -60,7 +60,7 @@ class Task:
         self.sources, self._correct_at = sources, correct_at
 
     def describe(self) -> dict[str, Any]:
-        """Return what the manifest says of files: rows read, rows left out, and rows without an answer if any."""
+        """Return the manifest's entry on files: rows read, rows skipped, and rows without an answer if any."""
         files = [source for source in self.sources if isinstance(source, FileSource)]
         data = {path: asdict(count) for source in files for path, count in source.counts.items()}
         for count in data.values():
@@ -69,10 +69,10 @@ class Task:
         return {"data": data} if data else {}
 
     def score(self, completion: str, prompt: Prompt) -> Score:
-        """The verdict of the prompt's verifier.
+        """Return the verdict of the prompt's verifier.
 
         Raises:
-            InputError: the verifier failed.
+            InputError: the verifier raised an error.
         """
         try:
             score = prompt.verifier(completion, prompt)
@@ -83,22 +83,22 @@ class Task:
             raise InputError(f"the verifier of {prompt.task} failed on {prompt.origin} ({reason})") from error
         self.num_timeouts += score.is_timeout
         if score.is_timeout and self.num_timeouts <= NUM_NAMED:
-            logger.warning("entrace: %s: no verdict in time on an answer, counted as wrong", prompt.origin)
+            logger.warning("entrace: %s: the verifier timed out on an answer, which counts as wrong", prompt.origin)
         return replace(score, correct_at=self._correct_at)
 
 
 class Mixture:
-    """Prompts by index, each drawn from one of several sources with probability proportional to its weight."""
+    """Prompts by index, each from a source drawn with probability proportional to its weight."""
 
     def __init__(self, draws: Sequence[Callable[[int], Prompt]], weights: Sequence[float], seed: int) -> None:
-        """``draws`` give the sources' own prompts by index."""
+        """Mix sources, whose ``draws`` return their own prompts by index."""
         self._draws, self._seed = draws, seed
         self._shares = [weight / sum(weights) for weight in weights]
         self._places: list[tuple[int, int]] = []
         self._counts = [0] * len(draws)
 
     def __call__(self, index: int) -> Prompt:
-        """The prompt of that index; a source's prompts come in its own order, none left out."""
+        """Return the prompt of an index; the prompts of a source come in its order, without gaps."""
         while len(self._places) <= index:
             rng = generator(self._seed, Stream.MIXTURE, len(self._places) // BLOCK)
             for source in rng.choice(len(self._draws), size=BLOCK, p=self._shares).tolist():
@@ -113,16 +113,16 @@ def load_task(config: TaskConfig, seed: int, encode: Callable[[Question], list[i
 
     Args:
         config: The task.
-        seed: Decides training prompts and their order; ``config.heldout_seed`` decides the held-out ones.
-        encode: Token ids of a question, which ``max_prompt_tokens`` counts.
+        seed: Determines training prompts and their order; ``config.heldout_seed`` determines the held-out ones.
+        encode: Returns the token ids of a question, which ``max_prompt_tokens`` bounds.
 
     Raises:
-        InputError: an unknown task, a file that cannot be read or holds malformed rows, too few prompts, a verifier
-            that cannot be had, or a limit of tokens where there is no tokenizer yet.
+        InputError: an unknown task, an unreadable file, malformed rows, too few prompts, an unavailable verifier, or a
+            token limit without ``encode``.
     """
     limit = config.max_prompt_tokens
     if limit and encode is None:
-        raise InputError("task.max_prompt_tokens: there is no tokenizer yet to count with")
+        raise InputError("task.max_prompt_tokens: needs a tokenizer, and none is loaded yet; remove the key")
     verifiers = Verifiers(config.verifiers)
     sources: list[Source] = []
     for number, (label, source) in enumerate(config.sources.items()):
@@ -145,13 +145,13 @@ def load_task(config: TaskConfig, seed: int, encode: Callable[[Question], list[i
 
 
 def _check_benchmarks(config: TaskConfig, sources: Sequence[Source]) -> None:
-    """Refuse a name of a held-out file that other held-out prompts have too: their results would be pooled."""
+    """Refuse a held-out file whose name other held-out prompts share: their results would be pooled."""
     names = [{prompt.task for prompt in source.heldout} for source in sources]
     for number, (label, source) in enumerate(config.sources.items()):
         others = {name for other, found in enumerate(names) if other != number for name in found}
         for name in others.intersection(name for name in source.heldout_files if name):
             section = f"task.mix.{label}" if number else "task"
             raise InputError(
-                f'{section}.heldout_file: another held-out set is called "{name}" too; name this one in a table, '
+                f'{section}.heldout_file: another held-out set is already called "{name}"; name this one in a table, '
                 f'heldout_file = {{ NAME = "{source.heldout_files[name]}" }}'
             )

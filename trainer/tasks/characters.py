@@ -1,4 +1,4 @@
-"""Characters of a task that a tokenizer cannot encode, or does not decode to what they were."""
+"""Find characters of a task that a tokenizer cannot encode, or does not decode to themselves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def task_texts(task: Task, template: str | None) -> Iterator[str]:
-    """Yield what a policy must read and write: template, questions, and answers in the form that verifiers expect."""
+    """Yield the texts that a policy reads and writes: template, questions, and answers as verifiers expect them."""
     yield template or ""
     for source in task.sources:
         for prompt in source.prompts:
@@ -29,17 +29,17 @@ def task_texts(task: Task, template: str | None) -> Iterator[str]:
 
 
 def answer_format(verifier: Verifier) -> str:
-    """Return the form in which a verifier looks for an answer, ``{}`` standing for it; a user's function has none."""
+    """Return the format in which a verifier looks for an answer, with ``{}`` for the answer."""
     if isinstance(verifier, UserFunction):
         return "{}"
     return r"\boxed{{{}}}" if isinstance(verifier, MathVerifier) else "<answer>{}</answer>"
 
 
 def find_lost(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[str]:
-    """Return the characters that become an unknown token, or are not among what their tokens decode to, sorted.
+    """Return, sorted, the characters that become an unknown token or are lost when decoded.
 
-    Every character is tried in the first text that holds it. Forms of one character that Unicode calls canonically
-    equivalent count as equal, and so does white space at the ends.
+    Every character is tried in the first text that holds it. Canonically equivalent Unicode forms count as equal, and
+    white space at the ends is ignored.
     """
     seen: set[str] = set()
     lost: set[str] = set()
@@ -52,7 +52,7 @@ def find_lost(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[
 
 
 def describe_lost(characters: list[str], model: str) -> str:
-    """Return one line that names the characters and says what follows."""
+    """Return one line that names the characters and the consequence."""
     number = "1 character" if len(characters) == 1 else f"{len(characters)} characters"
     named = ", ".join(_name(character) for character in characters[:NUM_NAMED])
     more = f", and {len(characters) - NUM_NAMED} more" if len(characters) > NUM_NAMED else ""
@@ -63,7 +63,7 @@ def describe_lost(characters: list[str], model: str) -> str:
 
 
 def warn_of_lost(tokenizer: PreTrainedTokenizerBase, task: Task, model: str, template: str | None = None) -> None:
-    """Log a warning that names the task's characters which the tokenizer cannot encode, if there are any."""
+    """Log a warning that names the characters of the task that the tokenizer cannot encode, if any."""
     if lost := find_lost(tokenizer, task_texts(task, template)):
         logger.warning("entrace: %s", describe_lost(lost, model))
 
@@ -75,7 +75,7 @@ def _name(character: str) -> str:
 
 def _lost_in(tokenizer: PreTrainedTokenizerBase, text: str) -> set[str]:
     wanted, found = Counter(unicodedata.normalize("NFC", text.strip())), Counter(_round_trip(tokenizer, text))
-    # Tokenizers add and merge spaces between words, which changes how many there are.
+    # Tokenizers add and merge spaces between words, so that only their presence counts.
     suspects = {c for c, number in wanted.items() if found[c] < (1 if c.isspace() else number)}
     # A word with one unknown character may be unknown as a whole.
     alone = {c for c in suspects if c.isspace() or c not in _round_trip(tokenizer, c)}
@@ -84,6 +84,6 @@ def _lost_in(tokenizer: PreTrainedTokenizerBase, text: str) -> set[str]:
 
 def _round_trip(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    # The text of the unknown token must not pass for that of a character.
+    # The text of the unknown token must not count as a character.
     known = [i for i in ids if i != tokenizer.unk_token_id]
     return unicodedata.normalize("NFC", "".join(tokenizer.decode(known, clean_up_tokenization_spaces=False)))

@@ -1,4 +1,4 @@
-"""The configuration of a task: sources of prompts, their mixture, and who judges answers."""
+"""Configure a task: sources of prompts, their mixture, and their verifiers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from entrace.analysis.trace import nearest
 from entrace.trainer.settings import BaseConfig, Natural, Positive
 
 VERIFIERS = ("exact", "math", "math_text", "reasoning_gym")
-# The key of task.verifiers that stands for all data sources not named there.
+# The key of task.verifiers for all data sources that have no key of their own.
 DEFAULT = "default"
 ROW_FILES = (".jsonl", ".parquet")
 # The value of num_heldout that takes every distinct prompt of a file.
@@ -41,7 +41,7 @@ def _is_row_file(name: Any) -> bool:
 
 
 def _check_heldout_files(files: Any) -> Any:
-    """Refuse anything but a file, a list of files of distinct names, or a table of them; an empty value is None."""
+    """Accept a file, a list of files with distinct names, or a table of them; an empty value becomes None."""
     if not files:
         return None
     if isinstance(files, str):
@@ -53,7 +53,7 @@ def _check_heldout_files(files: Any) -> Any:
         _check_row_file(path)
     if isinstance(files, dict):
         if not all(name.strip() for name in files):
-            raise ValueError("a benchmark has no name")
+            raise ValueError("a benchmark name is blank; give each file a name")
         return files
     first: dict[str, str] = {}
     for path in paths:
@@ -78,9 +78,9 @@ VerifierName = Annotated[str, AfterValidator(_check_verifier)]
 
 
 class FileParams(BaseConfig):
-    """Fields of a file's rows, dotted where nested.
+    """Keys of the fields in a file's rows, dotted where nested.
 
-    ``answer`` is left to the row: ``reward_model.ground_truth``, as in verl's schema, or else ``answer``.
+    ``answer`` defaults to ``reward_model.ground_truth``, as in verl's schema, in rows that have it, else ``answer``.
     """
 
     prompt: str = "prompt"
@@ -89,12 +89,12 @@ class FileParams(BaseConfig):
 
 
 class SourceConfig(BaseConfig):
-    """Where prompts come from: a reasoning-gym task by name with its parameters, or a file of rows.
+    """A source of prompts: a reasoning-gym task by name with its parameters, or a file of rows.
 
-    ``num_heldout`` prompts are evaluated and never trained on. Those of a file are drawn from its own rows, or from
-    ``heldout_file``: one file, several, or a table of benchmark names and files, each of which gives that many. If it
-    is not set, a held-out file and a file of weight 0 are evaluated in full ("all"). ``params`` of a file are
-    ``FileParams``. ``weight`` is the source's share of training prompts.
+    ``num_heldout`` prompts are evaluated and never trained on. For a file, they are drawn from its own rows or from
+    ``heldout_file``: one file, several, or a table of benchmark names and files, that many from each. By default, a
+    held-out file and a file of weight 0 are evaluated in full ("all"), and other sources hold out 200. ``params`` of a
+    file are ``FileParams``. ``weight`` is the source's share of training prompts.
     """
 
     name: SourceName
@@ -110,12 +110,12 @@ class SourceConfig(BaseConfig):
 
     @property
     def heldout_limit(self) -> int | None:
-        """Return how many held-out prompts each file or task gives at most; None for all of a file."""
+        """Return the largest number of held-out prompts per file or task; None for all of a file."""
         return None if self.num_heldout == ALL else self.num_heldout
 
     @property
     def heldout_files(self) -> dict[str | None, str]:
-        """Return the path of each held-out file by benchmark; None for a single file, whose rows name them."""
+        """Return the path of each held-out file by benchmark; the key is None for a single file, whose rows name it."""
         if isinstance(self.heldout_file, tuple):
             return {Path(path).stem: path for path in self.heldout_file}
         if isinstance(self.heldout_file, dict):
@@ -124,13 +124,13 @@ class SourceConfig(BaseConfig):
 
     @property
     def files(self) -> list[str]:
-        """Return the paths of all files it reads."""
+        """Return the paths of all files that the source reads."""
         return [self.name, *self.heldout_files.values()] if self.is_file else []
 
     @model_validator(mode="before")
     @classmethod
     def _evaluates_in_full(cls, values: Any) -> Any:
-        """Take all prompts of files that are only evaluated, unless a number is requested."""
+        """Hold out all prompts of files that are only evaluated, unless a number is set."""
         if not isinstance(values, dict) or "num_heldout" in values:
             return values
         is_evaluated_only = values.get("weight") == 0 and _is_row_file(values.get("name"))
@@ -142,22 +142,24 @@ class SourceConfig(BaseConfig):
             return self
         if self.heldout_file:
             raise ValueError(
-                f"heldout_file belongs to a file of rows, and {self.name} draws its own held-out prompts; to evaluate "
+                f"heldout_file needs a file of rows, and {self.name} generates its own held-out prompts; to evaluate "
                 'a file as well, add a source of weight 0: task.mix.NAME = { name = "FILE", weight = 0 }'
             )
         if self.num_heldout == ALL:
-            raise ValueError(f'num_heldout = "all" needs a file of rows, and {self.name} has no end; give a number')
+            raise ValueError(
+                f'num_heldout = "all" needs a file of rows, and {self.name} generates prompts without end; use a number'
+            )
         return self
 
 
 class TaskConfig(SourceConfig):
-    """A source of prompts, others to mix it with by name, and who judges answers.
+    """A source of prompts, further sources to mix in by name, and verifiers.
 
     A response is correct if its verifier's score reaches ``correct_at``. Its reward is the score, from 0 to 1, mapped
-    to ``reward_values`` = [wrong, right]. ``heldout_seed`` chooses the held-out prompts, for runs of all seeds alike.
+    to ``reward_values`` = [wrong, right]. ``heldout_seed`` chooses the held-out prompts, equal for runs of all seeds.
     ``verifiers`` maps data sources to exact, math (the answer must be marked, for example by a box), math_text (reads
     the whole text if no answer is marked), reasoning_gym, or a function as ``module:function``. ``default`` judges all
-    data sources that are not named, tasks of reasoning-gym included, which otherwise have scorers of their own.
+    data sources that are not named, including reasoning-gym tasks, which otherwise have their own scorers.
     """
 
     name: SourceName = "chain_sum"
@@ -171,12 +173,12 @@ class TaskConfig(SourceConfig):
 
     @property
     def label(self) -> str:
-        """Return the name of its own prompts' task, for rows that name no data source."""
+        """Return the task name of the source's own prompts, for rows without a data source."""
         return Path(self.name).stem if self.is_file else self.name
 
     @property
     def sources(self) -> dict[str, SourceConfig]:
-        """Return all sources by label, its own first."""
+        """Return all sources by label, this one first."""
         return {self.label: self, **self.mix}
 
     @field_validator("reward_values")
@@ -191,5 +193,5 @@ class TaskConfig(SourceConfig):
         if self.label in self.mix:
             raise ValueError(f'mix: "{self.label}" is the name of the task itself; choose another')
         if not any(source.weight for source in self.sources.values()):
-            raise ValueError("no source has a weight above 0")
+            raise ValueError("no source has a weight above 0; training needs one")
         return self

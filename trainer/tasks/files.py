@@ -1,4 +1,4 @@
-"""Prompts from JSONL and Parquet files: rows of prompt and answer, of chats, or of verl's schema as they are."""
+"""Read prompts from JSONL and Parquet files: rows of prompt and answer, chats, or verl's schema unchanged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from entrace.trainer.tasks.rows import (
 from entrace.trainer.tasks.source import Context
 from entrace.trainer.tasks.verifiers import UserFunction
 
-# Where verl's schema keeps the answer.
+# Key of the answer in verl's schema.
 VERL_ANSWER = "reward_model.ground_truth"
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RowCount:
-    """Rows of a file, those left out, and those without an answer, which a function of the user's judges."""
+    """Counts of a file's rows, of skipped rows, and of rows without an answer, which a user's function judges."""
 
     rows: int = 0
     bad_rows: int = 0
@@ -51,19 +51,19 @@ class RowCount:
 
 
 class FileSource:
-    """Rows of a file: some, or those of other files, are held out; the rest is shuffled anew for every epoch.
+    """A file of rows: some, or those of other files, are held out; the rest is reshuffled every epoch.
 
     Attributes:
-        heldout: Held-out prompts, those of each held-out file together.
+        heldout: Held-out prompts, grouped by held-out file.
         counts: Rows of each file.
-        num_training: Prompts to train on; 0 before ``training`` is called.
+        num_training: Training prompts; 0 before ``training`` is called.
     """
 
     def __init__(self, config: SourceConfig, context: Context) -> None:
         """Read the files and choose the held-out prompts.
 
         Raises:
-            InputError: a file that cannot be read or holds too few rows, or a malformed row that must not be skipped.
+            InputError: a file is unreadable or holds too few rows, or a row is malformed and must not be skipped.
         """
         self._config, self._context = config, context
         self._params = validate_section(FileParams, config.params, f"{context.section}.params of {config.name}")
@@ -78,7 +78,7 @@ class FileSource:
 
     @property
     def prompts(self) -> list[Prompt]:
-        """Return all prompts that were read, held-out ones first."""
+        """Return all prompts of the files, held-out ones first."""
         return [*self.heldout, *self._rows]
 
     def training(self, excluded: set[str]) -> Callable[[int], Prompt]:
@@ -86,7 +86,7 @@ class FileSource:
         rows = [row for row in self._rows if normalize_text(row.text) not in excluded]
         if not rows:
             raise InputError(
-                f"{self._config.name}: no row is left to train on, {len(self._rows)} are held out; lower "
+                f"{self._config.name}: no row is left to train on; {len(self._rows)} are held out: lower "
                 f"{self._context.section}.num_heldout, or name another {self._context.section}.heldout_file"
             )
         self.num_training = len(rows)
@@ -122,7 +122,7 @@ class FileSource:
             logger.warning("entrace: %s: %d of %d rows left out (%s)", path, len(faults), count.rows, named)
         if self._params.answer and all(prompt.ground_truth is None for prompt in prompts):
             key = f"{self._context.section}.params.answer"
-            logger.warning('entrace: %s: no row has an answer at "%s", see %s', path, self._params.answer, key)
+            logger.warning('entrace: %s: no row has an answer at "%s"; check %s', path, self._params.answer, key)
         return prompts
 
     def _prompt(self, path: str, place: Place, row: dict[str, Any] | BadRowError, benchmark: str | None) -> Prompt:
@@ -149,7 +149,7 @@ class FileSource:
         )
 
     def _verifier(self, data_source: str | None, benchmark: str | None) -> Verifier:
-        """Return the verifier of the data source; in a named held-out file also that of the file, or of the source."""
+        """Return the verifier of the data source, else that of the named held-out file, else that of the source."""
         verifiers, label = self._context.verifiers, self._context.label
         if benchmark is None:
             return verifiers.of(data_source or label)
@@ -159,7 +159,7 @@ class FileSource:
     def _choose(
         self, candidates: list[Prompt], path: str, benchmark: str | None = None, place: int = 0
     ) -> list[Prompt]:
-        """Return the held-out prompts of a file, of distinct texts, drawn by ``heldout_seed``, in file order."""
+        """Return held-out prompts with distinct texts, drawn by ``heldout_seed``, in file order."""
         distinct: dict[str, Prompt] = {}
         for prompt in candidates:
             distinct.setdefault(normalize_text(prompt.text), prompt)
@@ -167,7 +167,7 @@ class FileSource:
         if wanted is not None:
             if len(chosen) < wanted:
                 key = f"{self._context.section}.num_heldout"
-                whole = ", or leave it out to evaluate the whole file" if path != self._config.name else ""
+                whole = ", or remove it to evaluate the whole file" if path != self._config.name else ""
                 raise InputError(
                     f"{path}: {len(chosen)} distinct prompts, fewer than {key} = {wanted}; lower it{whole}"
                 )
@@ -180,19 +180,19 @@ class FileSource:
 
 
 class Epochs:
-    """Rows by index, each once an epoch, in an order that depends on the seed and the epoch alone.
+    """Rows by index, each once per epoch, in an order that depends only on seed and epoch.
 
-    None of the last quarter of an epoch comes back in the first half of the next, so that a step that draws no more
-    than a quarter of the rows meets none twice.
+    No row of the last quarter of an epoch returns in the first half of the next. A step that draws at most a quarter
+    of the rows therefore repeats none.
     """
 
     def __init__(self, rows: list[Prompt], seed: int, number: int) -> None:
-        """``number`` is that of the source."""
+        """Order ``rows``; ``number`` is that of the source."""
         self._rows, self._seed, self._number = rows, seed, number
         self._orders: dict[int, np.ndarray] = {}
 
     def __call__(self, index: int) -> Prompt:
-        """The row of that index, from 0 at the first epoch's beginning."""
+        """Return the row of an index, from 0 at the start of the first epoch."""
         epoch, place = divmod(index, len(self._rows))
         if epoch not in self._orders:
             self._orders = {epoch: self._order(epoch)}
@@ -202,7 +202,7 @@ class Epochs:
         order, quarter = self._shuffle(epoch), len(self._rows) // 4
         if epoch == 0 or quarter == 0:
             return order
-        # The last quarter stays as it was shuffled: else an order would depend on those of all epochs before it.
+        # The last quarter keeps its shuffled order, or else an order would depend on all earlier epochs.
         head = order[:-quarter]
         was_last = np.isin(head, self._shuffle(epoch - 1)[-quarter:])
         return np.concatenate((head[~was_last], head[was_last], order[-quarter:]))
@@ -212,7 +212,7 @@ class Epochs:
 
 
 def _value_at(row: Mapping[str, Any], key: str) -> Any:
-    """Return the value at a dotted key, None if there is none."""
+    """Return the value at a dotted key, or None if the key is missing."""
     try:
         return field_at(row, key)
     except MissingFieldError:
@@ -220,12 +220,12 @@ def _value_at(row: Mapping[str, Any], key: str) -> Any:
 
 
 def _ground_truth(row: Mapping[str, Any], key: str, is_free: bool) -> str | None:
-    """Return text as it is and numbers as text; None for a missing, null, or blank answer.
+    """Return text unchanged and numbers as text; None for a missing, null, or blank answer.
 
-    Only rows that a function of the user's judges (``is_free``) may lack the answer, or hold any JSON.
+    Only rows that a user's function judges (``is_free``) may lack the answer or hold other JSON.
 
     Raises:
-        BadRowError: any other value, or none.
+        BadRowError: the answer is missing or has another type.
     """
     try:
         value = field_at(row, key)

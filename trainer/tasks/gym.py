@@ -1,4 +1,4 @@
-"""Procedural tasks of the reasoning-gym library."""
+"""Generate prompts with tasks of the reasoning-gym library."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from entrace.trainer.tasks.prompt import Prompt
 from entrace.trainer.tasks.source import Context
 from entrace.trainer.tasks.verifiers import score_by
 
-# Entries of each stream, far above any number of prompts that a run draws. The library draws an entry from the sum of
-# the dataset's seed and the entry's index, so that streams whose seeds are this far apart have no entry in common.
+# Entries per stream, far above the prompts that a run draws. The library seeds an entry with the sum of the dataset's
+# seed and the entry's index, so streams whose seeds are this far apart share no entry.
 STREAM_LENGTH = 1_000_000
 MAX_SKIPPED_IN_A_ROW = 10_000
 
@@ -24,16 +24,16 @@ MAX_SKIPPED_IN_A_ROW = 10_000
 class GymSource:
     """A reasoning-gym task, split into disjoint training and held-out prompts.
 
-    Held-out prompts are the first distinct questions of one stream, the same for all seeds of a run. Training prompts
-    come from another stream per seed and skip what is held out, so that the two never share a text, however small the
-    space of questions is.
+    Held-out prompts are the first distinct questions of one stream, equal for all seeds of a run. Training prompts come
+    from another stream per seed and skip held-out questions, so that the splits never share a text, even if there are
+    few questions.
     """
 
     def __init__(self, config: SourceConfig, context: Context) -> None:
         """Draw the held-out prompts.
 
         Raises:
-            InputError: unknown task, parameters that it does not take, or too few distinct questions.
+            InputError: the task is unknown, its parameters are invalid, or it has too few distinct questions.
         """
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -76,7 +76,7 @@ class GymSource:
         return draw
 
     def _draw(self, split: str, excluded: set[str]) -> Iterator[Prompt]:
-        """Yield prompts whose question is not ``excluded``; the held-out split also leaves out its own repeats."""
+        """Yield prompts whose question is not ``excluded``; the held-out split also skips its own repeats."""
         seen, dataset = set(excluded), self._datasets[split]
         skipped = 0
         for index in count():
@@ -107,17 +107,17 @@ class GymSource:
         section = self._context.section
         if split == "heldout":
             return (
-                f"{section}.num_heldout = {self._num_heldout}: too few distinct questions, {self._name} gives {known} "
+                f"{section}.num_heldout = {self._num_heldout}: too few distinct questions, {self._name} has {known} "
                 f"with these params; lower it, or change {section}.params"
             )
         return (
-            f"{section}.params: too few distinct questions, {self._name} gives none that is not held out; change them, "
+            f"{section}.params: too few distinct questions, all those of {self._name} are held out; change params, "
             f"or lower {section}.num_heldout"
         )
 
 
 def _describe_difficulty(metadata: dict[str, Any]) -> str | None:
-    """The instance's own value for each axis that the task calls difficulty, as JSON."""
+    """Return the instance's value on each difficulty axis of the task, as JSON."""
     axes = metadata.get("difficulty") or {}
     values = {axis: metadata.get(axis, value) for axis, value in axes.items()}
     return json.dumps(values, default=str, sort_keys=True) if values else None

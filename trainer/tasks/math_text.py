@@ -1,7 +1,7 @@
-r"""Find an answer in a text, and write it as math-verify reads it.
+r"""Find the answer in a text, and rewrite it for math-verify.
 
-math-verify stays the parser. These rules only rewrite what it cannot read (Unicode, thin spaces, ``3 1/4``) or reads as
-something else (``52_8`` as 52, ``8\,178`` as 8 + 178), for ground truths and answers alike.
+math-verify remains the parser. These rules rewrite notation that it cannot parse (Unicode, thin spaces, ``3 1/4``) or
+misreads (``52_8`` as 52, ``8\,178`` as 8 + 178), in ground truths and answers alike.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from functools import lru_cache
 
 from entrace.trainer.tasks.prompt import find_boxes
 
-# Text between two boxes of one answer: separators, "and", "or", the name of the next unknown, ends and starts of math.
+# Text between two boxes of one answer: separators, "and", "or", the name of the next unknown, math delimiters.
 BETWEEN = re.compile(
     r"""(?:[\s,;$&]|\*\*|\\[()\[\],;:! \\]|\\q?quad\b|\b(?:and|or)\b|\\text\s*\{[\s,;]*(?:and|or)?[\s,;]*\}
     |\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?(?:\(\w+\))?\s*=)*+""",
     re.VERBOSE,
 )
-# GSM8K's mark of an answer, and Markdown's of a heading.
+# GSM8K marks an answer this way, and Markdown a heading.
 HASH_LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S.*)$", re.MULTILINE)
 WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{2,}")
 
-# At the end of an answer these have no meaning. A lone backslash is left where "\ " was stripped.
+# Characters without meaning at the end of an answer. A lone backslash remains after "\ " was stripped.
 PUNCTUATION = " \t\r\n.,;:~\\"
 MATH_PAIRS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 MATH_WRAPPER = re.compile(
@@ -55,11 +55,11 @@ NEGATIVE_SPACE = re.compile(r"(?<!\\)\\!")
 # Digits of one argument each, as TeX reads them.
 TWO_DIGITS = re.compile(r"\\([dtc]?frac|[dt]?binom)\s*(\d)\s*(\d)")
 MIXED = re.compile(
-    # Of 1,234 1/2, the whole number is not 234.
+    # The whole number of 1,234 1/2 is not 234.
     rf"(?<![\w./^_}})\\])(?:(?<!\d,)|(?!\d{{3}}(?!\d)))(\d{{1,9}})(?:(?:{THIN}|{WIDE})+([1-9]\d{{0,8}})"
     rf" */ *(\d{{1,9}})(?![\w/(^]|\.\d)|(?:{THIN}|{WIDE})*\\[dtc]?frac\{{(\d{{1,9}})\}}\{{(\d{{1,9}})\}})"
 )
-# A period behind digits, without decimals.
+# A period after digits, without decimals.
 BARE_POINT = re.compile(r"(?<=\d)\.(?![\d.\\])")
 ONLY_NUMBERS = re.compile(r"((?:.*=)?\s*)(-?\d+(?:\.\d+)?(?: +-?\d+(?:\.\d+)?)++)")
 DEGREES = re.compile(
@@ -89,11 +89,11 @@ BASED_NAME = re.compile(r"b_\{([\dA-Zp]+)x(\d+)\}")
 
 
 def find_answer(completion: str) -> str | None:
-    r"""Return the answer that a completion marks last: the content of a box, or of a line ``#### 42``.
+    r"""Return the last answer that a completion marks with a box or a line ``#### 42``, or None.
 
-    Boxes with nothing but separators between them are one answer, and joined by commas: ``\boxed{2} and \boxed{3}`` is
-    ``2, 3``. After other words, such as "wait", a box replaces those before it. A line with words behind ``####`` is a
-    heading, unless the text ends with it. None if nothing is marked.
+    Boxes separated only by separators are one answer, joined by commas: ``\boxed{2} and \boxed{3}`` is ``2, 3``. After
+    other words, such as "wait", a box replaces earlier ones. A line with words after ``####`` is a heading, unless it
+    ends the text.
     """
     found: list[str] = []
     end = -1
@@ -114,18 +114,18 @@ def find_answer(completion: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def normalize(answer: str) -> str:
-    """Return the answer as math-verify reads it, without punctuation at its end and without what wraps all of it."""
+    """Return the answer rewritten for math-verify, without final punctuation and without wrappers of the whole."""
     return BARE_POINT.sub("", _strip(rewrite(_strip(_to_ascii(answer))))).strip(" ")
 
 
 def normalize_formulas(text: str) -> str:
-    """Return a whole text with its formulas as math-verify reads them; the period that ends a formula is left out."""
+    """Return a text with its formulas rewritten for math-verify; the period that ends a formula is removed."""
     text = _to_ascii(text).rstrip(PUNCTUATION)
     return rewrite(re.sub(r"(?<!\.)\.++(?=\s*(?:[$}]|\\\)|\\\]))", "", text))
 
 
 def rewrite(text: str) -> str:
-    """Return the text with every notation replaced that math-verify does not read, or reads as something else."""
+    """Return the text with all notation replaced that math-verify cannot parse or misreads."""
     text = MIXED.sub(_add_mixed, TWO_DIGITS.sub(r"\\\1{\2}{\3}", text))
     for pattern in (GROUPED, DECIMALS):
         text = pattern.sub(lambda match: SEPARATOR.sub("", match[0]), text)
@@ -136,19 +136,19 @@ def rewrite(text: str) -> str:
     text = EMPTY_SET.sub(r"\\emptyset", text)
     text = ROOT_OF.sub(lambda match: rf"\sqrt[{match[1] or match[3]}]{{{match[2] or match[4]}}}", text)
     text = BASED.sub(_name_based, _brace_roots(text))
-    # Side by side, numbers would be added.
+    # math-verify would add adjacent numbers.
     if match := ONLY_NUMBERS.fullmatch(text):
         text = match[1] + ", ".join(match[2].split())
     return text
 
 
 def restore(answer: str) -> str:
-    """Return an answer of ``rewrite`` with numbers in other bases as they were: ``b_{52x8}`` is ``52_{8}``."""
+    """Return an answer of ``rewrite`` with numbers in other bases restored: ``b_{52x8}`` becomes ``52_{8}``."""
     return BASED_NAME.sub(lambda match: f"{match[1].replace('p', '.')}_{{{match[2]}}}", answer)
 
 
 def count_words(text: str) -> int:
-    """Return the number of words of two or more letters, LaTeX commands left out."""
+    """Return the number of words of two or more letters, without LaTeX commands."""
     return len(WORD.findall(text))
 
 
@@ -157,13 +157,13 @@ def _to_ascii(text: str) -> str:
 
 
 def _convert_run(match: re.Match[str]) -> str:
-    # Superscripts of several digits are one.
+    # Adjacent superscripts are one exponent.
     return re.sub(r"\}[\^_]\{", "", "".join(map(_convert, match[0])))
 
 
 @lru_cache(maxsize=4096)
 def _convert(char: str) -> str:
-    """Return the ASCII or LaTeX equivalent of one character; the character itself if it has none."""
+    """Return the ASCII or LaTeX equivalent of a character, else the character itself."""
     if char.isascii():
         return char
     if char in SYMBOLS:
@@ -176,7 +176,7 @@ def _convert(char: str) -> str:
     kind, *codes = unicodedata.decomposition(char).split() or [""]
     if kind.startswith("<"):
         plain = "".join(_convert(chr(int(code, 16))) for code in codes)
-        # A fraction is led by a space, so that it makes a mixed number with the digits before it.
+        # The space before a fraction makes a mixed number with preceding digits.
         return {"<super>": f"^{{{plain}}}", "<sub>": f"_{{{plain}}}", "<fraction>": f" {plain}"}.get(kind, plain)
     if name := re.fullmatch(r"GREEK (SMALL|CAPITAL) LETTER (\w+)", unicodedata.name(char, "")):
         letter = name[2].lower().replace("lamda", "lambda")
@@ -188,7 +188,7 @@ def _convert(char: str) -> str:
 
 
 def _strip(text: str) -> str:
-    r"""Remove ``$...$``, ``\text{...}`` around digits, and the like from a text, and punctuation from its end."""
+    r"""Remove wrappers such as ``$...$`` or ``\text{...}`` around digits, and final punctuation."""
     before = None
     while text != before:
         before = text
@@ -197,7 +197,7 @@ def _strip(text: str) -> str:
 
 
 def _strip_end(text: str) -> str:
-    """Remove punctuation and spacing from the end of a text, also within braces that end there."""
+    """Remove final punctuation and spacing, also inside braces that close at the end."""
     before = None
     while text != before:
         before = text
@@ -221,14 +221,14 @@ def _unwrap(text: str) -> str:
     match = match or TEXT_WRAPPER.match(text)
     if match and _match_brackets(text).get(match.end() - 1) == len(text) - 1:
         inner = text[match.end() : -1]
-        # Words stay text: as a formula, they would be products of letters, which math-verify has only of ASCII.
+        # ASCII words stay text: as a formula, they would be products of letters.
         if not TEXT_WRAPPER.match(text) or re.search(r"\d", inner) or not inner.isascii():
             return inner
     return text
 
 
 def _match_brackets(text: str) -> dict[int, int]:
-    """Return where each parenthesis and brace that opens is closed, if it is."""
+    """Return the position of the closing partner of each opening parenthesis and brace that has one."""
     opened: dict[str, list[int]] = {"(": [], "{": []}
     closed: dict[int, int] = {}
     for match in BRACKET.finditer(text):
@@ -240,7 +240,7 @@ def _match_brackets(text: str) -> dict[int, int]:
 
 
 def _brace_roots(text: str) -> str:
-    """Put the radicand of each root in braces, as in ``√2``, ``sqrt(x+1)``, and the like."""
+    """Put the radicand of each root in braces, for roots such as ``√2`` or ``sqrt(x+1)``."""
     closed = _match_brackets(text)
     edits: list[tuple[int, int, str]] = []
     for match in ROOT.finditer(text):
@@ -274,7 +274,7 @@ def _sign_infinity(match: re.Match[str]) -> str:
 
 
 def _name_based(match: re.Match[str]) -> str:
-    """Return a number in a base other than ten as a symbol of its own: equal to itself, and to no number."""
+    """Return a number in a base other than ten as a symbol, which equals only itself."""
     number = next(filter(None, match.groups()[:3]))
     name = re.sub(r"\\[a-z]+|\bbase\b|\W", "", match[4] or match[5]).lower()
     base = BASE_WORDS.get(name) or (int(name) if re.fullmatch(r"\d{1,3}", name) else None)

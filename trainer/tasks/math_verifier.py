@@ -1,4 +1,4 @@
-"""Mathematical answers, compared by math-verify in a process that can be ended at any moment."""
+"""Compare mathematical answers with math-verify, in a process that can be killed at any time."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ from entrace.trainer.tasks.math_text import (
 from entrace.trainer.tasks.prompt import Prompt, Score, Verifier
 
 LIMIT_S = 3.0
-# No answer is as long; a policy that repeats itself inside the braces is.
+# Longer than any answer; a policy that repeats itself inside the braces exceeds it.
 MAX_CHARACTERS = 2000
-# math-verify reads more words, too, as a product of their letters, but no answer repeats them all.
+# math-verify reads words as products of letters; no response repeats more than a few of them exactly.
 MAX_WORDS = 8
-# Ground truths that are parsed before a run starts; each takes milliseconds.
+# Ground truths to parse before a run starts; each takes milliseconds.
 MAX_PARSED = 1000
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:/\d+)?")
 PLAIN_WORDS = re.compile(r"(?:\\text\s*\{)?[^\W\d_]+(?:[ '.-]+[^\W_]+)*\}?")
 EXPECTED = r"a number, a formula, or a text that marks one as \boxed{42} or, on its last line, as #### 42"
-WORKER = Path(__file__).with_name("maths_worker.py")
+WORKER = Path(__file__).with_name("math_worker.py")
 
 
 class MathVerifier:
-    r"""Score 1 if the answer equals the ground truth, as math-verify sees them after ``normalize``.
+    r"""Score 1 if math-verify finds the answer equal to the ground truth after ``normalize``, else 0.
 
-    The answer is the content of the last ``\boxed{...}``, of several that belong together, or of a line ``#### 42``:
-    see ``find_answer``. Without any, a verifier that ``reads_text`` takes the answer that math-verify finds in the
-    whole text, as the study's reward does. Otherwise the completion has no answer.
+    The answer is the content of the last ``\boxed{...}``, of several boxes that belong together, or of a line
+    ``#### 42``; see ``find_answer``. Without any, a verifier that ``reads_text`` takes the answer that math-verify
+    finds in the whole text, as the reward of arXiv 2508.02260 does. Otherwise the completion has no answer.
 
-    A verdict that takes more than ``limit_s`` of processor time, or one second more on the clock, or ends the worker
-    otherwise, is a time-out. Answers of more than ``MAX_CHARACTERS`` are wrong unread. math-verify's own limit is an
-    alarm, which needs the main thread and waits for the end of a computation in C.
+    A verdict is a timeout if it takes more than ``limit_s`` of processor time, or one second more of wall-clock time,
+    or if the worker dies. Answers of more than ``MAX_CHARACTERS`` are wrong without being parsed. math-verify's own
+    limit is not used: it is an alarm, which needs the main thread and cannot interrupt a computation in C.
     """
 
     def __init__(self, limit_s: float = LIMIT_S, *, reads_text: bool = False) -> None:
-        """Start nothing yet.
+        """Check that math-verify is installed; the worker starts with the first comparison.
 
         Raises:
             InputError: math-verify is not installed.
@@ -59,7 +59,7 @@ class MathVerifier:
             raise InputError(f'verifier "{name}" needs math-verify: pip install "entrace[train]"')
         self._limit_s, self._reads_text = limit_s, reads_text
         self._worker: subprocess.Popen[str] | None = None
-        # The answers to one prompt are few; each is judged once.
+        # The distinct answers to one prompt are few; each is judged once.
         self._judge = lru_cache(maxsize=10_000)(self._ask_equal)
         self._num_parsed = 0
 
@@ -78,9 +78,9 @@ class MathVerifier:
         return Score(answer, float(bool(verdict)), is_timeout=verdict is None)
 
     def fault_of(self, truth: str) -> str | None:
-        """Return the ground truth, shortened, if no answer can equal it, for math-verify does not read it; else None.
+        """Return the shortened ground truth if math-verify cannot parse it, so that no answer equals it; else None.
 
-        Of those that are neither numbers nor long texts, the first ``MAX_PARSED`` are parsed.
+        Of ground truths that are neither numbers nor long texts, the first ``MAX_PARSED`` are parsed.
         """
         if NUMBER.fullmatch(truth) or NUMBER.fullmatch(text := normalize(find_answer(truth) or truth)):
             return None
@@ -93,10 +93,10 @@ class MathVerifier:
         return json.dumps(truth if len(truth) <= 40 else f"{truth[:37]}...", ensure_ascii=False)
 
     def classes(self, scores: Sequence[Score]) -> list[str | None]:
-        """Return the class of each answer to one prompt: the first answer that math-verify considers equal to it.
+        """Return the class of each answer to one prompt: the first answer that math-verify finds equal to it.
 
-        Correct answers equal the ground truth and hence each other. An answer that was not read, or whose comparison
-        timed out, is a class of its own. A missing answer has none.
+        Correct answers equal the ground truth and hence each other. An answer that was not parsed, or whose comparison
+        timed out, forms its own class. A missing answer has no class.
         """
         right = next((score.answer for score in scores if score.is_correct), None)
         found: dict[str | None, str | None] = {None: None}
@@ -121,7 +121,7 @@ class MathVerifier:
         return score.answer
 
     def _are_equal(self, truth: str, answer: str) -> bool | None:
-        """Return whether two answers are equal; None if time ran out."""
+        """Return whether two answers are equal; None after a timeout."""
         if max(len(text.rstrip(PUNCTUATION)) for text in (truth, answer)) > MAX_CHARACTERS:
             return False
         truth, answer = normalize(truth), normalize(answer)
@@ -132,7 +132,7 @@ class MathVerifier:
         return None if reply is None else reply[0]
 
     def _ask(self, *question: str) -> list[Any] | None:
-        """Return the worker's answer in a list; None if time ran out."""
+        """Return the worker's answer in a list; None after a timeout."""
         if self._worker is None or self._worker.poll() is not None:
             self._worker = self._start()
         assert self._worker.stdin is not None
@@ -144,7 +144,7 @@ class MathVerifier:
         return json.loads(line) if line else None
 
     def _start(self) -> subprocess.Popen[str]:
-        # -P: its folder holds modules of common names.
+        # -P, because the worker's folder holds modules with common names.
         command = [sys.executable, "-P", str(WORKER), str(self._limit_s)]
         worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert worker.stdout
@@ -154,5 +154,5 @@ class MathVerifier:
 
 
 def fault_of(verifier: Verifier, truth: str | None) -> str | None:
-    """Return the ground truth, shortened, if its verifier cannot read it; None otherwise."""
+    """Return the shortened ground truth if its verifier cannot parse it, else None."""
     return verifier.fault_of(truth) if isinstance(verifier, MathVerifier) and truth is not None else None

@@ -1,7 +1,7 @@
-"""Answer questions about mathematics: a JSON list per line, answered by a list of one, or null if time ran out.
+"""Answer questions about mathematics: one JSON list per line, answered by a list of one, or null after a timeout.
 
-A program of its own: the kernel's timers end a computation in C too. The first process imports math-verify once and
-passes questions on to a copy of itself. A copy that ended is replaced in milliseconds.
+This is a separate program, because the kernel's timers end computations in C too. The first process imports math-verify
+once and forwards questions to a fork of itself. A fork that died is replaced in milliseconds.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 MEMORY = 2 << 30
-# Wall-clock time that a question may take beyond the limit of processor time, on a busy machine.
+# Wall-clock seconds beyond the limit of processor time, for a busy machine.
 GRACE_S = 1.0
-# Below this size, six decimals are fewer than three digits.
+# Numbers below this size have fewer than three digits in six decimals.
 SMALL = 1e-3
 MAX_RATIO = 1e-3
 
 
 def main(limit_s: float) -> None:
-    """Answer until the input ends."""
-    # Output of libraries must not pass for a verdict.
+    """Answer questions until the input ends."""
+    # Output of libraries must not be read as a verdict.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # macOS knows no such limit.
+    # macOS does not support this limit.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable(logging.CRITICAL)
     tell_small_numbers_apart()
-    # Copies inherit what the first question loads.
+    # Forks inherit the modules that the first question loads.
     answer(["are_equal", "1", "1.0"])
     print("ready", file=out, flush=True)
     copy = Copy(limit_s)
@@ -45,7 +45,7 @@ def main(limit_s: float) -> None:
         question = json.loads(line)
         found = copy.ask(question)
         if found is None and not copy.ran_out_of_time:
-            # Killed from outside, perhaps before it was asked.
+            # The fork was killed from outside, perhaps before the question.
             copy = Copy(limit_s)
             found = copy.ask(question)
         if found is None:
@@ -54,7 +54,7 @@ def main(limit_s: float) -> None:
 
 
 class Copy:
-    """A copy of this process that answers questions until one takes too long."""
+    """A fork of this process that answers questions until one takes too long."""
 
     def __init__(self, limit_s: float) -> None:
         """Fork."""
@@ -66,11 +66,11 @@ class Copy:
 
     @property
     def ran_out_of_time(self) -> bool:
-        """Return whether a timer ended it."""
+        """Return whether a timer ended the fork."""
         return self._process.exitcode in (-signal.SIGPROF, -signal.SIGALRM)
 
     def ask(self, question: list[str]) -> list[Any] | None:
-        """Return the answer in a list, None if the copy ended without one."""
+        """Return the answer in a list, or None if the fork died."""
         try:
             self._connection.send(question)
             return [self._connection.recv()]
@@ -80,12 +80,12 @@ class Copy:
 
 
 def _serve(connection: Connection, parents: Connection, limit_s: float) -> None:
-    # While it is open here too, the end of the first process goes unnoticed.
+    # While this end is open too, the fork cannot notice the end of its parent.
     parents.close()
     with contextlib.suppress(EOFError):
         while True:
             question = connection.recv()
-            # Nobody handles these signals, so that they end the process.
+            # The signals of these timers have no handler and end the process.
             signal.setitimer(signal.ITIMER_PROF, limit_s)
             signal.setitimer(signal.ITIMER_REAL, limit_s + GRACE_S)
             found = answer(question)
@@ -95,25 +95,25 @@ def _serve(connection: Connection, parents: Connection, limit_s: float) -> None:
 
 
 def answer(question: list[str]) -> Any:
-    """Return the answer to a question: the name of one of three functions, and its arguments."""
+    """Return the answer to a question, which is the name of one of three functions and its arguments."""
     name, *arguments = question
     return {"are_equal": are_equal, "is_readable": is_readable, "find": find}[name](*arguments)
 
 
 def are_equal(truth: str, text: str) -> bool:
-    """Return whether math-verify finds an answer equal to the truth."""
+    """Return whether math-verify finds the answer equal to the ground truth."""
     from math_verify import verify
 
     return verify(parse_answer(truth), parse_answer(text), timeout_seconds=None)
 
 
 def is_readable(text: str) -> bool:
-    """Return whether math-verify reads an answer as an expression."""
+    """Return whether math-verify parses an answer as an expression."""
     return any(not isinstance(part, str) for part in parse_answer(text))
 
 
 def find(text: str) -> str | None:
-    """Return the answer that math-verify finds in a text, extracted as for the study's reward; None without any."""
+    """Return the answer that math-verify finds in a text, extracted as in arXiv 2508.02260, or None."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
     from math_verify.grader import get_pct_val
     from sympy import latex
@@ -121,7 +121,7 @@ def find(text: str) -> str | None:
     found = parse(text, [ExprExtractionConfig(), LatexExtractionConfig()], parsing_timeout=None)  # pyright: ignore[reportArgumentType]
     if not found or isinstance(found[0], str):
         return found[0] if found else None
-    # The text of a percentage is the number alone, and that of a second choice is the first choice's.
+    # math-verify gives a percentage the text of its number, and a second choice the text of the first.
     sign = "" if get_pct_val(found[0]) is None else "%"
     words = str(found[-1]).rstrip(" .") + sign
     return words if verify(found[0], parse_answer(words), timeout_seconds=None) else latex(found[0])
@@ -129,7 +129,7 @@ def find(text: str) -> str | None:
 
 @lru_cache(maxsize=1000)
 def parse_answer(text: str) -> list[Any]:
-    """Return the expression as SymPy sees it, and its text; the text alone if math-verify cannot read it."""
+    """Return the SymPy expression and its text, or the text alone if math-verify cannot parse it."""
     from math_verify import LatexExtractionConfig, parse
 
     boxed = f"\\boxed{{{text}}}"
@@ -137,7 +137,7 @@ def parse_answer(text: str) -> list[Any]:
 
 
 def tell_small_numbers_apart() -> None:
-    """Make math-verify, which compares numbers by their difference, compare small ones by their ratio as well."""
+    """Make math-verify, which compares numbers by difference, compare small numbers by ratio too."""
     from math_verify import grader
 
     agree = grader.sympy_numeric_eq
@@ -152,10 +152,10 @@ def differ(a: Any, b: Any) -> bool:
         return False
     difference = (a - b).evalf()
     if a.free_symbols or b.free_symbols:
-        # math-verify goes on to simplify the difference, which is exact.
+        # math-verify then simplifies the difference, which is exact.
         return difference != 0 and not a.has(Float) and not b.has(Float)
     sizes = [abs(value).evalf() for value in (a, b, difference)]
-    # A percentage is not: math-verify keeps its hundredth unevaluated.
+    # math-verify leaves the hundredth of a percentage unevaluated.
     if not all(size.is_Number for size in sizes):
         return False
     return bool(max(sizes[:2]) < SMALL and sizes[2] > max(sizes[:2]) * MAX_RATIO)

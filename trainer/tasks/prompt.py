@@ -1,4 +1,4 @@
-"""A problem, what the policy is asked, and the verdict on what it answers."""
+"""Define prompts and scores, and extract answers from completions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 Question = str | list[dict[str, str]]
 
 OPEN, CLOSE = "<answer>", "</answer>"
-# An escaped character is skipped whole, so that \{ and \} of a set do not count as braces. Some models escape \\boxed.
+# Escaped characters are skipped, so that \{ and \} of a set do not count as braces. Some models write \\boxed.
 BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*\{?|\\.|[{}]", re.DOTALL)
 BOX_COMMANDS = (r"\boxed", r"\fbox")
 # The content of a box without braces: numbers, operators, and commands with their arguments, up to a space.
@@ -23,7 +23,7 @@ BARE = re.compile(
 
 @dataclass(frozen=True)
 class Box:
-    r"""The content of a ``\boxed{...}``, stripped, and its place in the text, braces included."""
+    r"""The stripped content of a ``\boxed{...}``, and its span in the text, braces included."""
 
     content: str
     start: int
@@ -36,9 +36,9 @@ class Score:
 
     Attributes:
         answer: None for a format violation.
-        score: From 0 (wrong) to 1 (right) as a rule; None where the verifier gives no verdict.
-        is_timeout: The verifier ran out of time; the score is 0.
-        correct_at: Score from which the completion is correct.
+        score: Usually from 0 (wrong) to 1 (right); None without a verdict.
+        is_timeout: Whether the verifier timed out; the score is then 0.
+        correct_at: Lowest score of a correct completion.
     """
 
     answer: str | None
@@ -59,13 +59,13 @@ class Prompt:
     Attributes:
         prompt_id: Unique within the task.
         split: ``train`` or ``heldout``.
-        task: Its data source, or the benchmark whose held-out file it is from.
-        question: What is put to the chat template.
-        ground_truth: The right answer; None if only a function of the user's judges the prompt.
-        difficulty: The task's own description, JSON.
-        origin: Where it comes from, for messages.
-        entry: The row as it was read or generated.
-        verifier: Judges completions of it.
+        task: Data source, or benchmark of the held-out file.
+        question: Input of the chat template.
+        ground_truth: The right answer; None if a user's function judges the prompt without one.
+        difficulty: The task's own description, as JSON.
+        origin: File and row, or task and index, for messages.
+        entry: The row as read or generated.
+        verifier: Judges completions of the prompt.
     """
 
     prompt_id: str
@@ -80,7 +80,7 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """The question to read; see ``as_text``."""
+        """Return the question as text; see ``as_text``."""
         return as_text(self.question)
 
 
@@ -88,7 +88,7 @@ Verifier = Callable[[str, Prompt], Score]
 
 
 def as_text(question: Question) -> str:
-    """A question to read: a single user turn as it is, several turns as ``role: content`` with blank lines between."""
+    """Return a question as text: one user turn unchanged, several turns as ``role: content`` between blank lines."""
     if isinstance(question, str):
         return question
     if [turn["role"] for turn in question] == ["user"]:
@@ -97,12 +97,12 @@ def as_text(question: Question) -> str:
 
 
 def as_chat(question: Question) -> list[dict[str, str]]:
-    """A question as turns: plain text is one of the user's."""
+    """Return a question as turns; plain text becomes one user turn."""
     return [{"role": "user", "content": question}] if isinstance(question, str) else question
 
 
 def extract_answer(completion: str) -> str | None:
-    """The content of the last non-empty ``<answer>...</answer>``, stripped; None if there is none."""
+    """Return the stripped content of the last non-empty ``<answer>...</answer>``, or None."""
     found = None
     start = completion.find(OPEN)
     while start >= 0 and (end := completion.find(CLOSE, start)) >= 0:
@@ -112,20 +112,20 @@ def extract_answer(completion: str) -> str | None:
 
 
 def extract_boxed(completion: str) -> str | None:
-    r"""Return the content of the last non-empty ``\boxed{...}``, braces matched, stripped; None if there is none."""
+    r"""Return the stripped content of the last non-empty ``\boxed{...}`` with matched braces, or None."""
     boxes = find_boxes(completion, r"\boxed")
     return boxes[-1].content if boxes else None
 
 
 def find_boxes(completion: str, *commands: str) -> list[Box]:
-    r"""Return the non-empty boxes of a text in order; of nested ones the outermost that is closed.
+    r"""Return the non-empty boxes of a text in order; of nested boxes, the outermost closed one.
 
-    Without braces, as in ``\boxed 73``, a box holds what follows up to a space or the end of the formula. ``commands``
-    are ``\boxed`` and ``\fbox`` unless given.
+    Without braces, as in ``\boxed 73``, a box extends to the next space or the end of the formula. ``commands`` default
+    to ``\boxed`` and ``\fbox``.
     """
     commands = commands or BOX_COMMANDS
     found: list[Box] = []
-    # Where each open brace's box starts, and its content; None for other braces.
+    # For each open brace, the starts of its box and of the content; None for other braces.
     opened: list[tuple[int, int] | None] = []
     position = 0
     while match := BRACES.search(completion, position):

@@ -1,4 +1,4 @@
-"""Rows of JSONL and Parquet files, and what is wrong with the malformed ones."""
+"""Read rows of JSONL and Parquet files, and describe malformed ones."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ if TYPE_CHECKING:
 
 
 class BadRowError(ValueError):
-    """A fault of one row, in words.
+    """Description of the fault of one row.
 
     Attributes:
-        advice: Said once, after the faults of all rows.
+        advice: Printed once, after the faults of all rows.
     """
 
     advice = ""
 
 
 class MissingFieldError(BadRowError):
-    """A field that the row does not have, as opposed to one that is null."""
+    """A missing field, as opposed to a null one."""
 
 
 class NoAnswerError(BadRowError):
-    """An answer that is missing, null, or blank."""
+    """A missing, null, or blank answer."""
 
-    advice = "only a function of your own (task.verifiers) can judge rows without an answer"
+    advice = "only your own function (task.verifiers) can judge rows without an answer"
 
 
 class UnreadableAnswerError(BadRowError):
-    """An answer that its verifier cannot read, so that no response to the prompt would be right."""
+    """An answer that its verifier cannot parse, so that no response to the prompt would be correct."""
 
     advice = f"math and math_text read {EXPECTED}"
 
 
-# Faults that are spelled out where there are more.
+# Faults to name if there are more.
 NUM_NAMED = 5
 
 
 def name_some(faults: Sequence[str], count: int) -> str:
-    """Return the first of ``count`` faults in one line, which shows whether there are more."""
+    """Return the first of ``count`` faults in one line, followed by ``...`` if there are more."""
     return "; ".join(faults[:NUM_NAMED]) + ("; ..." if count > NUM_NAMED else "")
 
 
@@ -63,10 +63,10 @@ class Place:
 
 
 def read_rows(path: Path) -> Iterator[tuple[Place, dict[str, Any] | BadRowError]]:
-    """Yield rows of a JSONL or Parquet file with their places; in place of a malformed row, its fault.
+    """Yield the rows of a JSONL or Parquet file with their positions; a malformed row is replaced by its fault.
 
     Raises:
-        InputError: no such file, or a damaged one.
+        InputError: the file does not exist or is damaged.
     """
     is_parquet = path.suffix.lower() == ".parquet"
     unit, rows = ("row", _read_parquet(path)) if is_parquet else ("line", _read_jsonl(path))
@@ -99,7 +99,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow.parquet as pq
 
     try:
-        # A file that cannot be opened is Python's error, which says why in fewer words than pyarrow's.
+        # Opening the file here gives Python's short error message instead of pyarrow's.
         with open(path, "rb") as opened, pq.ParquetFile(opened) as file:
             batches = file.iter_batches(batch_size=1024)
             yield from enumerate((row for batch in batches for row in _as_dicts(batch)), start=1)
@@ -108,7 +108,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _as_dicts(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Return rows; a value that Python cannot hold, such as text that is not UTF-8, becomes its error."""
+    """Return rows; a value that Python cannot represent, such as text that is not UTF-8, becomes its error."""
     try:
         return batch.to_pylist()
     except ValueError:
@@ -137,10 +137,10 @@ def field_at(row: Mapping[str, Any], key: str) -> Any:
 
 
 def question_of(value: Any, key: str) -> Question:
-    """Return text, or the turns of a chat that ends before the assistant's next one.
+    """Return text, or the turns of a chat whose last turn is not the assistant's.
 
     Raises:
-        BadRowError: anything else.
+        BadRowError: the value is neither.
     """
     if isinstance(value, str):
         return text_of(value, f'"{key}"')
@@ -157,10 +157,10 @@ def question_of(value: Any, key: str) -> Question:
 
 
 def text_of(value: Any, name: str) -> str:
-    """Return text that is not blank; ``name`` begins the message about anything else.
+    """Return text that is not blank; ``name`` begins the error message.
 
     Raises:
-        BadRowError: anything else.
+        BadRowError: the value is not text, is blank, or holds a lone surrogate.
     """
     if not isinstance(value, str):
         raise BadRowError(f"{name} is {kind_of(value)}, expected text")
@@ -174,7 +174,7 @@ def text_of(value: Any, name: str) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """Return the type of a value, in the words of JSON."""
+    """Return the JSON type of a value, in words."""
     if isinstance(value, Exception):
         return f"unreadable ({value})"
     names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text"}

@@ -1,4 +1,4 @@
-"""The interface of sources of prompts, and what a source is told of the task that it belongs to."""
+"""Define the interface of prompt sources, and the context that a task gives them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from entrace.trainer.tasks.verifiers import Verifiers
 
 @dataclass(frozen=True)
 class Context:
-    """The place of a source in its task, and what it shares with the others.
+    """Position of a source in its task, and settings that all sources share.
 
     Attributes:
-        section: Key of its configuration, for messages.
-        label: Name of its prompts' task, for rows that name no data source.
-        prefix: Begins its prompt ids.
-        number: From 0, among the sources.
-        seed: Decides training prompts and their order.
-        heldout_seed: Decides held-out prompts.
-        verifiers: By data source.
-        is_too_long: Prompts to leave out.
-        skips_bad_rows: Leaves malformed rows out instead of stopping.
+        section: Key of the source's configuration, for messages.
+        label: Task name of its prompts, for rows without a data source.
+        prefix: Prefix of its prompt ids.
+        number: Index among the sources, from 0.
+        seed: Determines training prompts and their order.
+        heldout_seed: Determines held-out prompts.
+        verifiers: Verifier of each data source.
+        is_too_long: Returns whether to skip a prompt.
+        skips_bad_rows: Whether to skip malformed rows instead of raising.
     """
 
     section: str
@@ -38,15 +38,15 @@ class Context:
 
 
 class Source(Protocol):
-    """Prompts of one origin, in two splits that share no normalized text (``tasks.normalize``)."""
+    """Prompts of one origin, in two splits without a common normalized text (``tasks.normalize``)."""
 
     heldout: list[Prompt]
 
     @property
     def prompts(self) -> list[Prompt]:
-        """Return the prompts that are known without sampler any, held-out ones first."""
+        """Return the prompts that are known before training draws any, held-out ones first."""
         ...
 
     def training(self, excluded: set[str]) -> Callable[[int], Prompt]:
-        """Return training prompts by index, from 0, without end, whose normalized texts are not ``excluded``."""
+        """Return an endless sequence of training prompts, by index from 0, whose texts are not ``excluded``."""
         ...

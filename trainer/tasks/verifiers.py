@@ -1,4 +1,4 @@
-"""Verifiers: what judges an answer, chosen by the data source of the prompt."""
+"""Judge answers with verifiers, which are chosen by the prompt's data source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from entrace.trainer.tasks.prompt import Prompt, Score, Verifier, extract_answer
 
 
 class Verifiers:
-    """The verifier of every data source, each made once."""
+    """The verifier of every data source, each created once."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
         """``names`` is ``task.verifiers``."""
@@ -40,22 +40,22 @@ class Verifiers:
         """Refuse names of data sources that no prompt has, and a default that judges no prompt.
 
         Raises:
-            InputError: there is one.
+            InputError: there is such a name or default.
         """
         for name in sorted(self._names.keys() - self._seen - {DEFAULT}):
             raise InputError(f'task.verifiers: no prompt has data source "{name}"{nearest(name, self._seen)}')
         if DEFAULT in self._names and not self._needs_default:
             raise InputError(
-                f"task.verifiers.default: judges no prompt, because every data source has a verifier of its own "
+                f"task.verifiers.default: judges no prompt, because every data source already has a verifier "
                 f"({', '.join(sorted(self._seen))}); remove it"
             )
 
 
 def make_verifier(name: str) -> Verifier:
-    """Return the verifier of a name that the configuration allows.
+    """Return the verifier of a valid name.
 
     Raises:
-        InputError: a function that cannot be imported, or a library that is not installed.
+        InputError: a function cannot be imported, or a library is not installed.
     """
     known: dict[str, Callable[[], Verifier]] = {
         "exact": lambda: match_exactly,
@@ -67,15 +67,15 @@ def make_verifier(name: str) -> Verifier:
 
 
 def match_exactly(completion: str, prompt: Prompt) -> Score:
-    """1 if the last ``<answer>...</answer>`` is the ground truth but for letter case and the width of white space."""
+    """Score 1 if the last ``<answer>...</answer>`` is the ground truth, ignoring case and width of white space."""
     answer, truth = extract_answer(completion), prompt.ground_truth
     return Score(answer, float(answer is not None and truth is not None and _normalize(answer) == _normalize(truth)))
 
 
 def answer_classes(prompt: Prompt, scores: Sequence[Score]) -> list[str | None]:
-    """Return the class of each answer to one prompt; answers that its verifier considers equal share one.
+    """Return the class of each answer to one prompt; answers that the verifier finds equal share a class.
 
-    None for a missing answer, and for verifiers that compare answers only with the ground truth.
+    The class is None for a missing answer, and for verifiers that compare answers only with the ground truth.
     """
     if isinstance(prompt.verifier, MathVerifier):
         return prompt.verifier.classes(scores)
@@ -85,7 +85,7 @@ def answer_classes(prompt: Prompt, scores: Sequence[Score]) -> list[str | None]:
 
 
 def score_by(score_answer: Callable[[str, dict[str, Any]], float]) -> Verifier:
-    """The verifier that puts the content of the last ``<answer>...</answer>`` to a reasoning-gym scorer."""
+    """Return a verifier that passes the content of the last ``<answer>...</answer>`` to a reasoning-gym scorer."""
 
     def verify(completion: str, prompt: Prompt) -> Score:
         answer = extract_answer(completion)
@@ -95,34 +95,34 @@ def score_by(score_answer: Callable[[str, dict[str, Any]], float]) -> Verifier:
 
 
 def score_gym_row(answer: str, row: dict[str, Any]) -> float:
-    """Scores by the reasoning-gym task that the row's metadata name as its ``source_dataset``."""
+    """Score an answer with the reasoning-gym task in the row's metadata, ``source_dataset``."""
     from reasoning_gym import get_score_answer_fn
 
     return get_score_answer_fn(row["metadata"]["source_dataset"])(answer, row)  # pyright: ignore[reportCallIssue]
 
 
 class UserFunction:
-    r"""A verifier of the user's own, ``module:function``, called with the completion and the prompt's row.
+    r"""A user's own verifier, ``module:function``, called with the completion and the prompt's row.
 
-    It returns a number or a bool, or a mapping of ``score`` and, optionally, ``answer``. A score of None is no verdict:
-    the response is left out of its group's mean and of the loss. Where the function names no answer, the answer is the
-    content of the last ``<answer>...</answer>``, else of the last ``\boxed{...}``, else the completion.
+    It returns a number, a bool, or a mapping with ``score`` and, optionally, ``answer``. A score of None is no verdict:
+    the response is excluded from its group's mean and from the loss. If the function returns no answer, the answer is
+    the content of the last ``<answer>...</answer>``, else of the last ``\boxed{...}``, else the completion.
     """
 
     def __init__(self, name: str) -> None:
-        """Imports the function; modules of the working directory can be named.
+        """Import the function, possibly from a module of the working directory.
 
         Raises:
-            InputError: no such module or function, or an error in it.
+            InputError: the module or function does not exist, or the module raises an error.
         """
         self._name = name
         self._function = import_function(name, "verifier")
 
     def __call__(self, completion: str, prompt: Prompt) -> Score:
-        """Call it.
+        """Call the function.
 
         Raises:
-            InputError: it returned anything but a finite number or None.
+            InputError: the score is neither a finite number nor None.
         """
         result = self._function(completion, dict(prompt.entry))
         answer = None

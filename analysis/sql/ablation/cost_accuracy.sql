@@ -1,7 +1,8 @@
--- question: M1, M2. What did each run cost, in generated tokens and in seconds, and how accurate did it become?
--- grain: one row per run and benchmark, at the run's last evaluation
--- params: $runs list of run_id, null = all; $k samples per prompt, null = 8
--- units: avg_at_k, low, high in [0, 1] (95 % interval over prompts); tokens, seconds: of all training steps before
+-- question: M1, M2. What did each run cost in generated tokens and seconds, and which accuracy did it reach?
+-- grain: one row per run and benchmark, at the last evaluation of the run
+-- params: $runs: list of run_id (default all); $k: samples per prompt (default 8)
+-- units: avg_at_k, low, high in [0, 1] (95 % interval over prompts); tokens, seconds: totals of all training steps up
+--   to the evaluation; k in samples per prompt; num_prompts in prompts
 -- needs: evaluations
 with accuracies as (
   select
@@ -20,7 +21,7 @@ costs as (
     accuracies.run_id,
     accuracies.benchmark,
     sum(steps.tokens)::bigint as tokens,
-    -- A step without timings leaves the run's cost unknown.
+    -- A step without timings makes the cost of the run unknown.
     if(
       count(rollout_s + reward_s + update_s + record_s) = count(*),
       sum(rollout_s::double + reward_s + update_s + record_s),

@@ -1,14 +1,16 @@
--- question: M1, M2, M3. By how much does each arm differ from its baseline, seed by seed, on the same held-out prompts?
--- grain: one row per arm, benchmark, metric and seed of which arm and baseline have a complete run
--- params: $runs list of run_id, null = all; $baselines map of arm to baseline, null = none; $k samples, null = 8
--- units: *_at_k in [0, 1]; response_length in tokens, its difference relative; entropy in nats; last common evaluation
+-- question: M1, M2, M3. How much does each arm differ from its baseline, seed by seed, on the same held-out prompts?
+-- grain: one row per arm, benchmark, metric, and seed for which both the arm and its baseline have a complete run
+-- params: $runs: list of run_id (default all); $baselines: map of arm to baseline (default none for every arm); $k:
+--   samples per prompt (default 8)
+-- units: value, baseline_value: *_at_k in [0, 1], response_length in tokens, entropy in nats per token, all at the last
+--   common evaluation; difference = value - baseline_value, relative for response_length; num_prompts in prompts
 -- needs: evaluations
 with complete as (
   select
     run_id,
     arm,
     seed,
-    coalesce(map_extract_value($baselines::map(varchar, varchar), arm), 'none') as baseline
+    coalesce(map_extract_value($baselines::map (varchar, varchar), arm), 'none') as baseline
   from runs
   where status = 'complete' and ($runs is null or list_contains($runs, run_id))
   qualify row_number() over (partition by arm, seed order by run_id) = 1

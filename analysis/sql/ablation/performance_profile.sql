@@ -1,7 +1,8 @@
--- question: M1, M2. On how many held-out prompts is each arm right more often than a given share of the time?
--- grain: one row per run, benchmark and tau, at the run's last evaluation
--- params: $runs list of run_id, null = all; $k samples per prompt, null = 8
--- units: share in [0, 1]: prompts with more than tau of k samples right; low, high 95 % interval over prompts
+-- question: M1, M2. On which share of held-out prompts is each arm correct in more than a share tau of its samples?
+-- grain: one row per run, benchmark, and tau, at the last evaluation of the run
+-- params: $runs: list of run_id (default all); $k: samples per prompt (default 8)
+-- units: tau in [0, 1]; share, low, high in [0, 1] of prompts with more than tau of k samples correct (95 % interval
+--   over prompts); num_prompts in prompts
 -- needs: evaluations
 with prompts_evaluated as (
   select *
@@ -13,7 +14,7 @@ sample_counts as (
   from prompts_evaluated
   group by all
 ),
--- Between two neighbours of these thresholds the share does not change.
+-- The share is constant between neighboring thresholds.
 thresholds as (
   select *, unnest(range(k)) as num_below
   from sample_counts

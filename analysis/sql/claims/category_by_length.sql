@@ -1,7 +1,8 @@
--- question: S3. Which functions do the tokens of responses of each length serve, step by step?
--- grain: one row per run, step and response length, over all sampled tokens; reasoning = formal, logical, metacognitive
--- params: $runs list of run_id, null = all
--- units: tokens, reasoning, semantic in tokens; response_length in tokens
+-- question: S3. Which functions do the tokens of responses of each length have, step by step?
+-- grain: one row per run, step, and response length, over all sampled tokens
+-- params: $runs: list of run_id (default all)
+-- units: response_length, tokens, reasoning, semantic in tokens; reasoning = formal_reasoning, logical_structuring, and
+--   metacognitive
 -- needs: tokens
 with final as (
   select

@@ -1,6 +1,6 @@
--- question: S4. How many responses of each prompt are defective, step by step?
--- grain: one row per run, step and prompt, over all sampled responses
--- params: $runs list of run_id, null = all
+-- question: S4. How many responses to each prompt are defective, step by step?
+-- grain: one row per run, step, and prompt, over all sampled responses
+-- params: $runs: list of run_id (default all)
 -- units: defective, responses in responses
 -- needs: responses
 with final as (

@@ -1,7 +1,9 @@
--- question: T3. Do high-entropy tokens at the end move further than those of equal entropy in the middle, in the plateau?
--- grain: one row per run, step, prompt, decile of entropy among high-entropy tokens, and part (0 = middle, 1 = last fifth)
--- params: $runs list of run_id, null = all
--- units: tokens in tokens; movement = sum of |dp|; grad_norm in nats, its sum
+-- question: T3. In the plateau, do high-entropy tokens at the end move further than those of equal entropy in the
+--   middle?
+-- grain: one row per run, step, prompt, bin (decile of entropy among high-entropy tokens, 0 = lowest), and part (0 =
+--   middle, 1 = last fifth)
+-- params: $runs: list of run_id (default all)
+-- units: tokens in tokens; movement: sum of |dp| in probability; grad_norm: sum in nats
 -- needs: after-update values
 with high as (
   select

@@ -1,7 +1,9 @@
--- question: M1, M2, M3. What did each held-out prompt come to in each run, at every evaluation of a benchmark?
--- grain: one row per run, step and prompt
--- params: $runs list of run_id, null = all; $benchmark, null = all; $k samples per prompt, null = 8
--- units: avg_at_k, maj_at_k in [0, 1]; num_correct of num_samples; response_length in tokens; entropy in nats per token
+-- question: M1, M2, M3. What is the outcome of each held-out prompt in each run, at every evaluation of a benchmark?
+-- grain: one row per run, step, and prompt
+-- params: $runs: list of run_id (default all); $benchmark: name of the benchmark (default all); $k: samples per prompt
+--   (default 8)
+-- units: num_samples, num_correct in samples; avg_at_k, maj_at_k in [0, 1]; response_length in tokens; entropy in nats
+--   per token
 -- needs: evaluations
 with prompts_evaluated as (
   select *

@@ -1,7 +1,7 @@
--- question: E1. What are entropy and accuracy of each step, measured on two halves of its prompts?
--- grain: one row per run, step and half (0, 1) of the step's prompts, over all sampled responses
--- params: $runs list of run_id, null = all
--- units: entropy_sum in nats; tokens; correct of responses
+-- question: E1. What are the entropy and accuracy of each step, measured on two halves of its prompts?
+-- grain: one row per run, step, and half (0, 1) of the step's prompts, over all sampled responses
+-- params: $runs: list of run_id (default all)
+-- units: entropy_sum in nats; tokens in tokens; correct, responses in responses
 -- needs: responses
 with halves as (
   select

@@ -1,7 +1,8 @@
--- question: I1. Are the high-entropy tokens of low-perplexity responses more often reasoning tokens, in the plateau?
--- grain: one row per run, step and group; low and high = first and last third of the group by perplexity at equal length
--- params: $runs list of run_id, null = all
--- units: *_tokens in high-entropy tokens (top 20 % of those in the update); *_excess in reasoning tokens beyond the usual
+-- question: I1. In the plateau, are the high-entropy tokens of low-perplexity responses more often reasoning tokens?
+-- grain: one row per run, step, and group; low and high are its first and last tercile by length-adjusted perplexity
+-- params: $runs: list of run_id (default all)
+-- units: low_tokens, high_tokens: high-entropy tokens (top 20 % of the tokens in the update); low_excess, high_excess:
+--   reasoning tokens among them minus the number expected at their positions
 -- needs: tokens
 with thresholds as (
   select *
@@ -23,7 +24,7 @@ high as (
   where tokens.is_kept
   group by all
 ),
--- What is usual at a place is no property of the responses that have many high-entropy tokens there.
+-- The expected share per tenth of the response removes effects of position from the comparison.
 expected as (
   select run_id, place, sum(num_reasoning) / sum(num_high) as reasoning_share
   from high

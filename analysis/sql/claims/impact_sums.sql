@@ -1,7 +1,8 @@
--- question: I2, T2. What did replacing a token cost right responses, by perplexity and position?
--- grain: one row per run, series (checkpoint, selection, seed and temperature) and prompt, over right responses
--- params: $runs list of run_id, null = all
--- units: *_impact = sums of accuracy with the original minus with the alternative; *_tokens in interventions
+-- question: I2, T2. How much accuracy does replacing a token cost correct responses, by perplexity and position?
+-- grain: one row per run, series (checkpoint, selection, seed, and temperature), and prompt, over correct responses
+-- params: $runs: list of run_id (default all)
+-- units: *_impact: sums of accuracy with the original token minus accuracy with the alternative; *_tokens in
+--   interventions
 -- needs: interventions
 with right_responses as (
   select *, position / response_length as relative_position

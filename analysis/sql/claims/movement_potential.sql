@@ -1,7 +1,8 @@
--- question: S5. How far could each prompt's tokens move under random logit changes: what is p (1 - p), in the plateau?
--- grain: one row per run, step, prompt and bin (quarter octaves below 1/4), over tokens with after-update values
--- params: $runs list of run_id, null = all
--- units: tokens in tokens; bin b = p (1 - p) from 2^(-2 - (b + 1) / 4) to 2^(-2 - b / 4), the last takes in the rest
+-- question: S5. In the plateau, how far could random logit changes move each prompt's tokens, as given by p (1 - p)?
+-- grain: one row per run, step, prompt, and bin (quarter octaves below 1/4), over tokens with after-update values
+-- params: $runs: list of run_id (default all)
+-- units: tokens in tokens; bin b holds p (1 - p) from 2^(-2 - (b + 1) / 4) to 2^(-2 - b / 4), and the last bin all
+--   smaller values
 -- needs: after-update values
 with final as (
   select run_id, step, prompt_id, potential_bin(exp(logprob::double)) as bin, count(*) as tokens

@@ -1,7 +1,8 @@
--- question: S5, S6. How much did the update move the probability of each prompt's tokens, in the plateau?
--- grain: one row per run, step and prompt, over tokens with after-update values
--- params: $runs list of run_id, null = all
--- units: *movement = sums of |dp|, *_dp of dp, *_potential of p (1 - p), *_margin times |logit p|; *shift of |d ln p|
+-- question: S5, S6. In the plateau, how far does the update move the probabilities of each prompt's tokens?
+-- grain: one row per run, step, and prompt, over tokens with after-update values
+-- params: $runs: list of run_id (default all)
+-- units: *tokens in tokens; *movement: sums of |dp|; *_dp: sums of dp; *_potential: sums of p (1 - p); *_margin: sums
+--   of p (1 - p) max(|logit p|, 1); uncertain_shift: sum of |d ln p| in nats
 -- needs: after-update values
 with moved as (
   select
@@ -14,14 +15,14 @@ with moved as (
     dp,
     abs(dp) as movement,
     exp(logprob::double) * (1 - exp(logprob::double)) as potential,
-    -- The margin counts as 1 at least: between equals, any change is one.
+    -- The margin is at least 1, so tokens near p = 1/2 keep a weight.
     potential * greatest(abs(logprob - ln(greatest(1 - exp(logprob::double), 1e-12))), 1) as margin,
     abs(logprob_after::double - logprob) as shift,
     has_short_mantissa(logprob) and has_short_mantissa(logprob_after) as is_coarse
   from staged_movements
   where stage = 'plateau' and ($runs is null or list_contains($runs, run_id))
 ),
--- Tokens whose probability can move at all: below, rounding is as large as what an update does.
+-- Tokens whose probability can move: below potential 0.001, rounding errors are as large as the effect of an update.
 thresholds as (
   select run_id, quantile_cont(grad_norm, 0.8) as grad_norm_threshold
   from moved
@@ -58,7 +59,7 @@ final as (
     count(*) as tokens,
     sum(movement) as movement,
     count(*) filter (where movement <= 0.01) as still_tokens,
-    -- Adds up to what exactly the top fifth of the step moves, ties shared out.
+    -- Adds up to the movement of exactly the top fifth of the step's tokens; ties are split.
     sum(greatest(movement - movement_threshold, 0) + 0.2 * movement_threshold) as top_movement,
     coalesce(sum(movement) filter (where can_move and is_high_entropy), 0) as high_entropy_movement,
     coalesce(sum(potential) filter (where can_move and is_high_entropy), 0) as high_entropy_potential,

@@ -1,7 +1,8 @@
--- question: T1. How does entropy in the first and last fifth of a response compare with its middle, in the plateau?
--- grain: one row per run, step and prompt, over responses in the update of at least five tokens
--- params: $runs list of run_id, null = all
--- units: first_sum, middle_sum, last_sum = sums over responses of the mean entropy of that part, nats per token
+-- question: T1. In the plateau, how does entropy in the first and last fifth of a response compare with its middle?
+-- grain: one row per run, step, and prompt, over responses of five or more tokens in the update
+-- params: $runs: list of run_id (default all)
+-- units: first_sum, middle_sum, last_sum: sums over responses of the mean entropy of that part, in nats per token;
+--   num_responses in responses
 -- needs: tokens
 with per_response as (
   select response_fifths.*

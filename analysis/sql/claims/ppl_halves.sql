@@ -1,7 +1,8 @@
--- question: I1. By how much is the low-perplexity half of each mixed group more often right in the plateau?
--- grain: one row per run, step and group that holds right and wrong responses
--- params: $runs list of run_id, null = all
--- units: difference = accuracy (low half) - accuracy (high half), in [-1, 1], perplexity at equal length; num_groups = 1
+-- question: I1. In the plateau, how much more often is the low-perplexity half of each mixed group correct?
+-- grain: one row per run, step, and group with correct and incorrect responses
+-- params: $runs: list of run_id (default all)
+-- units: difference in [-1, 1]: accuracy of the half with lower length-adjusted perplexity minus accuracy of the other
+--   half; num_groups is 1
 -- needs: responses
 with ranked as (
   select
@@ -11,14 +12,14 @@ with ranked as (
   from responses_at_length
   where stage = 'plateau' and is_correct is not null and ($runs is null or list_contains($runs, run_id))
 ),
--- The middle response of an odd group belongs to neither half.
+-- The middle response of a group of odd size belongs to neither half.
 final as (
   select
     run_id,
     step,
     any_value(prompt_id) as prompt_id,
     avg(is_correct::integer) filter (where ppl_rank <= group_size // 2)
-      - avg(is_correct::integer) filter (where ppl_rank > group_size - group_size // 2) as difference,
+    - avg(is_correct::integer) filter (where ppl_rank > group_size - group_size // 2) as difference,
     1 as num_groups
   from ranked
   group by run_id, step, group_id

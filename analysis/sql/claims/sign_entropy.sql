@@ -1,7 +1,8 @@
--- question: S2. How much entropy do the wrong and the right responses of each group have?
--- grain: one row per run, step and group that holds responses of either sign, in the update
--- params: $runs list of run_id, null = all
--- units: *_sum = mean entropy of a sign's tokens times the tokens of the group; *_mean = mean over responses; nats
+-- question: S2. How much entropy do the incorrect and the correct responses of each group have?
+-- grain: one row per run, step, and group with responses of both signs in the update
+-- params: $runs: list of run_id (default all)
+-- units: *_sum in nats: mean entropy of a sign's tokens times the number of tokens of the group; *_mean in nats per
+--   token: mean over responses
 -- needs: responses
 with per_group as (
   select
@@ -11,9 +12,9 @@ with per_group as (
     any_value(prompt_id) as prompt_id,
     sum(response_length) as tokens,
     sum(entropy_mean::double * response_length) filter (where sample_sign = 'negative')
-      / sum(response_length) filter (where sample_sign = 'negative') as negative,
+    / sum(response_length) filter (where sample_sign = 'negative') as negative,
     sum(entropy_mean::double * response_length) filter (where sample_sign = 'positive')
-      / sum(response_length) filter (where sample_sign = 'positive') as positive,
+    / sum(response_length) filter (where sample_sign = 'positive') as positive,
     avg(entropy_mean) filter (where sample_sign = 'negative') as negative_mean,
     avg(entropy_mean) filter (where sample_sign = 'positive') as positive_mean
   from staged_responses
@@ -23,7 +24,7 @@ with per_group as (
     and ($runs is null or list_contains($runs, run_id))
   group by run_id, step, group_id
 ),
--- Both signs get the weight of their group: what a group is like cannot enter the comparison.
+-- Both signs have the weight of their group, so differences between groups cancel.
 final as (
   select
     run_id,

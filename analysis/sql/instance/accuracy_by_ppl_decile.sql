@@ -1,7 +1,9 @@
--- question: I1. Over the responses to all prompts together, are those of low perplexity more often right?
--- grain: one row per run, stage and perplexity bin (1 = lowest), over all sampled responses to easy and hard prompts
--- params: $runs list of run_id, null = all; $stage rising or plateau, null = both; $bins of perplexity, null = 10
--- units: accuracy, low, high in [0, 1] (95 % interval over steps and prompts); ppl_* are perplexities, >= 1
+-- question: I1. Over all prompts together, are low-perplexity responses more often correct?
+-- grain: one row per run, stage, and perplexity bin (1 = lowest), over all sampled responses to easy and hard prompts
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: number of bins of
+--   perplexity (default 10)
+-- units: accuracy, low, high in [0, 1] (95 % interval over steps and prompts); ppl_mean, ppl_low, ppl_high are
+--   perplexities (>= 1); num_* are counts
 -- needs: responses
 with responses as (
   select

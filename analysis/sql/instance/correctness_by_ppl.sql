@@ -1,7 +1,10 @@
--- question: I1. Within the responses to one prompt, are those of low perplexity more often right?
--- grain: one row per run, stage and bin of perplexity at equal length (1 = lowest), over groups with right and wrong ones
--- params: $runs list of run_id, null = all; $stage rising or plateau, null = both; $bins per group, null = 4
--- units: accuracy, low, high in [0, 1] (95 % interval over steps and prompts); ppl_mean is a perplexity, >= 1
+-- question: I1. Among the responses to one prompt, are low-perplexity responses more often correct?
+-- grain: one row per run, stage, and bin of length-adjusted perplexity (1 = lowest), over groups with correct and
+--   incorrect responses
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: number of bins of
+--   perplexity per group (default 4)
+-- units: accuracy, low, high in [0, 1] (95 % interval over steps and prompts); ppl_mean is a perplexity (>= 1); num_*
+--   are counts
 -- needs: responses
 with responses as (
   select run_id, stage, step, prompt_id, group_id, sample_index, is_correct, ppl, surprisal_at_length

@@ -1,10 +1,13 @@
 -- question: I1. Are the high-entropy tokens of low-perplexity responses more often reasoning tokens?
--- grain: one row per run, stage, tercile of perplexity at equal length (1 = lowest) and category; in the update
--- params: $runs list of run_id, null = all; $stage rising or plateau, null = both; $top share of tokens, null = 0.2
--- units: share, low, high in [0, 1] of the num_tokens high-entropy tokens (95 % interval over steps and prompts)
+-- grain: one row per run, stage, tercile of length-adjusted perplexity (1 = lowest), and category, over tokens in the
+--   update
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $top: share of tokens that
+--   count as high-entropy (default 0.2)
+-- units: share, low, high in [0, 1] of the num_tokens high-entropy tokens of the tercile (95 % interval over steps and
+--   prompts); num_prompts in prompts
 -- needs: tokens
 with
--- High-entropy: the $top share of the stage's tokens in the update, by a threshold that is at most 0.5 % too low.
+-- High-entropy tokens are the $top share of the stage's tokens in the update. The threshold is at most 0.5 % too low.
 thresholds as (
   select *
   from steps_with_threshold(coalesce($top, 0.2))
@@ -34,7 +37,7 @@ terciles as (
     and ($runs is null or list_contains($runs, run_id))
     and ($stage is null or stage = $stage)
 ),
--- 'reasoning' = formal_reasoning, logical_structuring and metacognitive together.
+-- 'reasoning' combines formal_reasoning, logical_structuring, and metacognitive.
 kinds as (
   select
     unnest([

@@ -1,11 +1,13 @@
 -- question: I2. Does replacing a token change the outcome of low-perplexity responses less often?
--- grain: one row per run, series of interventions, correctness of the response and perplexity tercile of its group (1 = lowest)
--- params: $runs list of run_id, null = all
--- units: impact, low, high in [-1, 1], movement*, accuracy_* in [0, 1] of accuracy (95 % interval over prompts)
+-- grain: one row per run, intervention series, correctness of the response, and perplexity tercile in its group (1 =
+--   lowest)
+-- params: $runs: list of run_id (default all)
+-- units: impact, low, high in [-1, 1] of accuracy; movement, movement_low, movement_high: mean |impact| in [0, 1] (95 %
+--   intervals over prompts); accuracy_original, accuracy_alternative in [0, 1]; num_* are counts
 -- needs: interventions
 with
--- Series of another checkpoint, selection, seed or temperature stay apart. movement = mean |impact|, which chance alone
--- keeps above 0.
+-- Series with different checkpoints, selections, seeds, or temperatures are kept separate. movement is the mean
+-- |impact|, which chance alone makes positive.
 per_prompt as (
   select
     run_id,

@@ -1,10 +1,12 @@
--- question: S3. Do task-irrelevant tokens become rarer, and reasoning tokens more frequent, in the rising stage?
--- grain: one row per run, step and token category, over all sampled tokens; share 0 where a category does not occur
--- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: share, low, high in [0, 1] of tokens (95 % interval over prompts); num_tokens in tokens
+-- question: S3. In the rising stage, do task-irrelevant tokens become rarer and reasoning tokens more frequent?
+-- grain: one row per run, step, and token category, over all sampled tokens; share is 0 for a category that does not
+--   occur
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
+-- units: share, low, high in [0, 1] of tokens (95 % interval over prompts); num_tokens in tokens; num_prompts in
+--   prompts; boundary_* in steps
 -- needs: tokens
 with
--- Tokens are counted before they meet their stage: joining each of them would take most of the time.
+-- Counts are joined with stages, because joining every token would take most of the time.
 counted as (
   select
     run_id,

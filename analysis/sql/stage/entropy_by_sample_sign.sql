@@ -1,7 +1,9 @@
--- question: S2. Whose entropy falls in the rising stage: that of right (positive) or of wrong (negative) samples?
--- grain: one row per run, step and sample sign (sign of the group-relative advantage; responses in the update only)
--- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: entropy, low, high in nats per token (95 % interval over prompts); token_share in [0, 1]
+-- question: S2. Which entropy falls in the rising stage: that of correct (positive) or of incorrect (negative)
+--   responses?
+-- grain: one row per run, step, and sign of the group-relative advantage, over responses in the update
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
+-- units: entropy, low, high in nats per token (95 % interval over prompts); token_share in [0, 1] of the step's tokens;
+--   num_* are counts; boundary_* in steps
 -- needs: responses
 with responses as (
   select *, entropy_mean::double * response_length as entropy_sum
@@ -17,7 +19,7 @@ per_prompt as (
     run_id,
     step,
     stage,
-    "window",
+    phase,
     sample_sign,
     prompt_id,
     sum(entropy_sum) as entropy_sum,
@@ -31,7 +33,7 @@ per_sign as (
     run_id,
     step,
     stage,
-    "window",
+    phase,
     sample_sign,
     estimate_positive(list(step_prompt(step, prompt_id, entropy_sum, tokens))) as entropy,
     sum(tokens)::bigint as num_tokens,
@@ -45,7 +47,7 @@ final as (
     run_id,
     step,
     stage,
-    "window",
+    phase,
     sample_sign,
     entropy.value as entropy,
     entropy.low as low,

@@ -1,7 +1,9 @@
--- question: S2. Do wrong (negative) responses have more entropy than right (positive) ones to the same prompt?
--- grain: one row per run and step, over prompts that hold both signs; responses count alike, whatever their length
--- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: gap = negative - positive, low, high in nats per token (95 % interval over prompts); boundary_* in steps
+-- question: S2. Do incorrect (negative) responses have higher entropy than correct (positive) responses to the same
+--   prompt?
+-- grain: one row per run and step, over groups with both signs; every response has equal weight, whatever its length
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
+-- units: gap, low, high in nats per token, gap = negative - positive (95 % interval over prompts); num_prompts in
+--   prompts; boundary_* in steps
 -- needs: responses
 with responses as (
   select run_id, step, stage, prompt_id, group_id, sample_sign, entropy_mean::double as entropy

@@ -1,7 +1,10 @@
--- question: S6. Do tokens of high entropy have large gradients?
--- grain: one row per run, stage, sample sign and occupied cell of log10 entropy (0.125) by log10 gradient norm (0.15)
--- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: *_low in nats; share of the sign's tokens; correlation of the logs, low, high (mean of steps, 95 % interval)
+-- question: S6. Do high-entropy tokens have large gradients?
+-- grain: one row per run, stage, sample sign, and nonempty cell of log10 entropy (width 0.125) by log10 gradient norm
+--   (width 0.15)
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
+-- units: entropy_low, grad_norm_low in nats, lower edges of the cell; share in [0, 1] of the sign's tokens; num_tokens
+--   in tokens; correlation, low, high in [-1, 1], correlation of the logarithms averaged over num_steps steps (95 %
+--   interval over steps)
 -- needs: tokens
 with steps_of_stage as (
   select run_id, step, stage
@@ -23,8 +26,8 @@ logs as (
     and grad_norm > 0
     and ($runs is null or list_contains($runs, run_id))
 ),
--- Cells cover 1e-4 to 10 nats of entropy and 1e-4 to 100 of the norm; the outermost take in what lies beyond. Tokens
--- are added up before they meet their stage: joining each of them would take most of the time.
+-- Cells cover entropies of 1e-4 to 10 nats and gradient norms of 1e-4 to 100; the outermost cells include all values
+-- beyond. Sums are joined with stages, because joining every token would take most of the time.
 per_step as (
   select
     run_id,
@@ -56,9 +59,9 @@ counted as (
     step,
     sum(tokens)::bigint as tokens,
     (sum(xy) - sum(x) * sum(y) / sum(tokens))
-      / sqrt(
-        greatest(sum(xx) - sum(x) * sum(x) / sum(tokens), 0) * greatest(sum(yy) - sum(y) * sum(y) / sum(tokens), 0)
-      ) as correlation
+    / sqrt(
+      greatest(sum(xx) - sum(x) * sum(x) / sum(tokens), 0) * greatest(sum(yy) - sum(y) * sum(y) / sum(tokens), 0)
+    ) as correlation
   from staged
   group by grouping sets (
     (run_id, stage, sample_sign, entropy_bin, grad_norm_bin),

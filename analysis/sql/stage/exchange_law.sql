@@ -1,7 +1,8 @@
--- question: E1. Is accuracy bought with entropy as accuracy = b - a exp(entropy) (arXiv 2505.22617)?
--- grain: one row per run and step, each with the run's least-squares fit over all the steps asked for
--- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: entropy in nats per token; accuracy in [0, 1]; a, b and ceiling = b - a (accuracy at entropy 0) likewise
+-- question: E1. Is accuracy gained at the cost of entropy, as accuracy = b - a exp(entropy) (arXiv 2505.22617)?
+-- grain: one row per run and step, with the least-squares fit of the run over all selected steps
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
+-- units: entropy in nats per token; exp_entropy is exp(entropy); accuracy, accuracy_fit in [0, 1]; a, b, and ceiling in
+--   units of accuracy, ceiling = b - a is the accuracy at entropy 0; r2 in [0, 1]; num_steps in steps
 -- needs: steps
 with steps_of_runs as (
   select

@@ -1,7 +1,8 @@
--- question: S6. Which kinds of tokens does an update move: up in positive samples, down in negative ones?
--- grain: one row per run, stage, sample sign and token category, over tokens with after-update values
--- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: dp in probability, movement = |dp| (95 % intervals over steps and prompts); grad_norm in nats
+-- question: S6. Which kinds of tokens does an update move: up in positive responses, down in negative ones?
+-- grain: one row per run, stage, sample sign, and token category, over tokens with after-update values
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
+-- units: dp, low, high: mean change of probability; movement, movement_low, movement_high: mean |dp| (95 % intervals
+--   over steps and prompts); grad_norm in nats; num_* are counts
 -- needs: after-update values
 with per_prompt as (
   select

@@ -1,7 +1,8 @@
--- question: S6. Do the tokens of high entropy move most: up in positive samples, down in negative ones?
--- grain: one row per run, stage, sample sign and decile of entropy (1 = lowest), over tokens with after-update values
--- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: dp in probability, movement = |dp| (95 % intervals over steps and prompts); grad_norm, entropy_mean in nats
+-- question: S6. Do high-entropy tokens move most: up in positive responses, down in negative ones?
+-- grain: one row per run, stage, sample sign, and decile of entropy (1 = lowest), over tokens with after-update values
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
+-- units: dp, low, high: mean change of probability; movement, movement_low, movement_high: mean |dp| (95 % intervals
+--   over steps and prompts); grad_norm in nats; entropy_mean in nats; num_* are counts
 -- needs: after-update values
 with moved as (
   select
@@ -25,8 +26,8 @@ bins as (
   from moved
   group by all
 ),
--- Deciles of a run's stage, both signs together. A bin 0.1 % wide goes whole into the decile of its lowest token: ties,
--- such as many entropies of almost 0, make deciles unequal or leave some out.
+-- Deciles per run and stage, over both signs. A bin is 0.1 % wide and belongs to the decile of its lowest token. Ties,
+-- such as many entropies near 0, can therefore make deciles unequal or empty.
 deciles as (
   select
     run_id,

@@ -1,7 +1,8 @@
--- question: S5. How much of a step's movement lies in the 1, 5 and 20 % of its tokens that move most?
--- grain: one row per run, stage and top share (0.01, 0.05, 0.2), mean over steps with after-update values
--- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: share, low, high, even, random in [0, 1] of all |dp| (95 % interval over steps and prompts)
+-- question: S5. How much of a step's movement is due to the 1, 5, and 20 % of its tokens that move most?
+-- grain: one row per run, stage, and top share (0.01, 0.05, 0.2), averaged over steps with after-update values
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
+-- units: share, low, high, even, random in [0, 1] of all |dp| (95 % interval over steps and prompts); even = equal
+--   movement of all tokens, random = random logit changes; num_* are counts
 -- needs: after-update values
 with moved as (
   select
@@ -25,26 +26,32 @@ per_step as (
   group by all
   having sum(movement) > 0
 ),
--- What random logit changes of equal size would do at the recorded probabilities: see analysis/effects/potential.py.
+-- Shares under random logit changes of equal size at the recorded probabilities;
+-- see analysis/statistics/random_movement.py.
 bins as (
   select run_id, stage, step, bin, count(*) as tokens
   from moved
   group by all
 ),
 tops as (
-  select place, top::double as top
-  from (values (1, 0.01), (2, 0.05), (3, 0.2)) as _ (place, top)
+  select listed.place, listed.top::double as top
+  from (values (1, 0.01), (2, 0.05), (3, 0.2)) as listed (place, top)
 ),
 random_shares as (
   select run_id, stage, top, avg(random_share order by step) as random
   from (
-    select run_id, stage, step, top, random_top_share(list({'bin': bin, 'tokens': tokens} order by bin), top) as random_share
+    select
+      run_id,
+      stage,
+      step,
+      top,
+      random_top_share(list({'bin': bin, 'tokens': tokens} order by bin), top) as random_share
     from bins, tops
     group by run_id, stage, step, top
   )
   group by all
 ),
--- top_movement adds up to what exactly the top share of the step moves, ties at the threshold shared out.
+-- top_share adds up to the share of movement of exactly the top share of tokens; ties at the threshold are split.
 per_prompt as (
   select
     run_id,
@@ -53,7 +60,7 @@ per_prompt as (
     step,
     prompt_id,
     sum(greatest(movement - thresholds[place], 0) + top * thresholds[place] order by movement)
-      / any_value(step_movement) as top_share,
+    / any_value(step_movement) as top_share,
     sum(movement order by movement) / any_value(step_movement) as share_of_step,
     count(*) as tokens
   from moved

@@ -1,7 +1,9 @@
--- question: S5. How far does an update move the probabilities of the sampled tokens: do most hardly move?
--- grain: one row per run, stage, sample sign and bin of |dp| (0.25 in log10 wide, the first [0, 1e-6)), empty ones too
--- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: share, low, high in [0, 1] of the sign's tokens (95 % interval over steps and prompts); bin_* in |dp|
+-- question: S5. How far does an update move the probabilities of the sampled tokens: do most barely move?
+-- grain: one row per run, stage, sample sign, and bin of |dp| (width 0.25 in log10, the first is [0, 1e-6)), including
+--   empty bins
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
+-- units: bin_low, bin_high in units of |dp|; share, low, high in [0, 1] of the sign's tokens (95 % interval over steps
+--   and prompts); num_* are counts
 -- needs: after-update values
 with moved as (
   select run_id, stage, sample_sign, step, prompt_id, abs(dp) as movement

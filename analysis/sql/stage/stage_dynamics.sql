@@ -1,7 +1,9 @@
--- question: S1. Does training have a rising stage (entropy falls fast, accuracy rises fast) and a plateau?
+-- question: S1. Does training have a rising stage, in which entropy falls fast and accuracy rises fast, and then a
+--   plateau?
 -- grain: one row per run and step
--- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: entropy_* in nats per token; accuracy_*, format_rate in [0, 1]; boundary_* in steps
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
+-- units: entropy_token_mean, entropy_fit in nats per token; accuracy, accuracy_fit, format_rate in [0, 1]; boundary_*
+--   in steps
 -- needs: steps
 with steps_of_runs as (
   select *
@@ -28,6 +30,8 @@ fitted as (
   left join runs on runs.run_id = s.run_id
 ),
 final as (
-  select * from fitted order by run_id, step
+  select *
+  from fitted
+  order by run_id, step
 )
 select * from final

@@ -1,23 +1,26 @@
--- question: S3. Which words become more frequent in the rising stage, and which rarer?
--- grain: one row per run and word (lower case, without word-start marks), the $words largest rises and falls
--- params: $runs list of run_id, null = all; $words a side, null = 10; $min_count occurrences in both windows, null = 20
--- units: share_*, change = end - start, low, high in shares of a window's tokens (95 % interval over steps)
+-- question: S3. Which words become more frequent in the rising stage, and which become rarer?
+-- grain: one row per run and word (lower case, without word-start marks), the $words largest rises and the $words
+--   largest falls
+-- params: $runs: list of run_id (default all); $words: words per direction (default 10); $min_count: minimum
+--   occurrences in both phases together (default 20)
+-- units: share_start, share_end in [0, 1] of the tokens of a phase; change = share_end - share_start, low, high (95 %
+--   interval over steps); num_* in tokens; rank_* from 1
 -- needs: tokens
-with window_steps as (
-  select run_id, step, "window"
+with phase_steps as (
+  select run_id, step, phase
   from staged_steps
-  where "window" is not null and ($runs is null or list_contains($runs, run_id))
+  where phase is not null and ($runs is null or list_contains($runs, run_id))
 ),
 per_token as (
-  select tokens.run_id, tokens.step, window_steps.window, tokens.token_id, count(*) as occurrences
+  select tokens.run_id, tokens.step, phase_steps.phase, tokens.token_id, count(*) as occurrences
   from tokens
-  join window_steps on window_steps.run_id = tokens.run_id and window_steps.step = tokens.step
+  join phase_steps on phase_steps.run_id = tokens.run_id and phase_steps.step = tokens.step
   group by all
 ),
 per_word as (
   select
     per_token.run_id,
-    per_token.window,
+    per_token.phase,
     per_token.step,
     vocab_words.word,
     min(vocab_words.category) as category,
@@ -33,23 +36,23 @@ frequent as (
   having sum(occurrences) >= coalesce($min_count, 20)::integer
 ),
 per_step as (
-  select run_id, "window", step, sum(occurrences) as tokens
+  select run_id, phase, step, sum(occurrences) as tokens
   from per_word
   group by all
 ),
--- Steps without the word count as well, with 0.
-per_window as (
+-- A step without the word counts as 0.
+per_phase as (
   select
     run_id,
     word,
     frequent.category,
-    "window",
+    phase,
     list(step_prompt(step, step, coalesce(per_word.occurrences, 0), per_step.tokens)) as shares,
     sum(coalesce(per_word.occurrences, 0))::bigint as num,
     sum(per_step.tokens)::bigint as num_tokens
   from frequent
   join per_step using (run_id)
-  left join per_word using (run_id, "window", step, word)
+  left join per_word using (run_id, phase, step, word)
   group by all
 ),
 changes as (
@@ -64,9 +67,9 @@ changes as (
     e.num as num_end,
     s.num_tokens as num_tokens_start,
     e.num_tokens as num_tokens_end
-  from per_window as s
-  join per_window as e on e.run_id = s.run_id and e.word = s.word
-  where s.window = 'start' and e.window = 'end'
+  from per_phase as s
+  join per_phase as e on e.run_id = s.run_id and e.word = s.word
+  where s.phase = 'start' and e.phase = 'end'
 ),
 ranked as (
   select
@@ -75,7 +78,7 @@ ranked as (
     row_number() over (partition by run_id order by change, word) as rank_fall
   from changes
 ),
--- Only for the few words that are kept: there may be thousands.
+-- Intervals are computed only for the selected words, because there may be thousands of others.
 estimated as (
   select *, estimate(shares_start) as share_start, estimate(shares_end) as share_end
   from ranked
@@ -83,7 +86,7 @@ estimated as (
     (change > 0 and rank_rise <= coalesce($words, 10)::integer)
     or (change < 0 and rank_fall <= coalesce($words, 10)::integer)
 ),
--- The windows have no step in common, so that squares of errors add up.
+-- The phases share no step, so the squares of their errors add.
 final as (
   select
     run_id,

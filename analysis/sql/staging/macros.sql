@@ -1,22 +1,30 @@
--- What a prompt adds to a mean at a step: a total over a count. estimate(list(step_prompt(...))) and its relatives give
--- the mean with its 95 % interval; see analysis/interval_functions.py.
-create macro step_prompt(step, prompt_id, total, count) as
-  {'step': step, 'prompt': hash(prompt_id), 'total': total::double, 'count': count::double};
+-- Scalar functions that the questions share; each returns one value per row.
 
--- Unbiased pass@k (Chen et al. 2021): 1 - C(n - c, k) / C(n, k), as the product over the k draws of "wrong again".
-create macro pass_at_k(n, c, k) as
-  1 - list_product(list_transform(range(k), lambda i: greatest(n - c - i, 0) / (n - i)));
+-- Contribution of one prompt at one step to a mean, as a total over a count. estimate(list(step_prompt(...))) and the
+-- other estimate functions return the mean with its 95 % interval; see analysis/statistics/interval_functions.py.
+create macro step_prompt(step, prompt_id, total, count) as (
+  {'step': step, 'prompt': hash(prompt_id), 'total': total::double, 'count': count::double}
+);
 
--- Whether a token's category counts as reasoning (claims S3, I1).
+-- Unbiased pass@k (Chen et al. 2021) in [0, 1]: 1 - C(n - c, k) / C(n, k) for c correct of n samples, as a product over
+-- the k draws of the probability that a draw is incorrect.
+create macro pass_at_k(n, c, k) as (
+  1 - list_product(list_transform(range(k), lambda i: greatest(n - c - i, 0) / (n - i)))
+);
+
+-- True if a token category counts as reasoning (claims S3, I1).
 create macro is_reasoning(category) as category in ('formal_reasoning', 'logical_structuring', 'metacognitive');
 
--- Whether a number has no more mantissa than bfloat16 keeps (8 bits): its resolution is then 2^-8 of its size.
-create macro has_short_mantissa(x) as
-  x = 0 or mod(128 * abs(x::double) / pow(2, floor(log2(abs(x::double)))), 1) = 0;
+-- True if a number fits into the 8-bit mantissa of bfloat16, which resolves 2^-8 of its magnitude.
+create macro has_short_mantissa(x) as (
+  x = 0 or mod(128 * abs(x::double) / pow(2, floor(log2(abs(x::double)))), 1) = 0
+);
 
--- Bin of p (1 - p) in quarter octaves below 1/4: how far random logit changes would move a token of probability p.
+-- Bin (0 to 79) of p (1 - p) in quarter octaves below 1/4. Random logit changes move a token of probability p in
+-- proportion to p (1 - p).
 create macro potential_bin(p) as greatest(0, least(79, floor(-4 * log2(4 * greatest(p * (1 - p), 1e-12)))))::integer;
 
--- What sets one series of interventions apart from another.
-create macro intervention_series(checkpoint_step, selection, seed, temperature) as
-  concat_ws(', ', 'checkpoint ' || checkpoint_step, selection, 'seed ' || seed, 'temperature ' || temperature);
+-- Label of a series of interventions: checkpoint, selection, seed, and temperature.
+create macro intervention_series(checkpoint_step, selection, seed, temperature) as (
+  concat_ws(', ', 'checkpoint ' || checkpoint_step, selection, 'seed ' || seed, 'temperature ' || temperature)
+);

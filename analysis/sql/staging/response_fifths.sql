@@ -1,5 +1,7 @@
--- Mean entropy of the first fifth, the three middle fifths and the last fifth of each response in the update of five
--- tokens or more. Tokens are averaged before a query joins steps: joining each of them would take most of the time.
+-- What is the entropy at the beginning, in the middle, and at the end of each response?
+-- One row per run and response of five or more tokens in the update. first_mean, middle_mean, and last_mean are the
+-- mean entropies of the first fifth, the three middle fifths, and the last fifth, in nats per token. Queries join these
+-- means with steps, because joining every token would take most of the time.
 create view response_fifths as
 select
   run_id,

@@ -1,6 +1,8 @@
--- Responses with surprisal_at_length: mean surprisal relative to the group, less what the length explains. Longer
--- responses have other perplexities whether they are right or not; the slope on log length is that within groups, of
--- the run's stage. Nats per token.
+-- How surprising is each response, compared with responses of equal length to the same prompt?
+-- One row per run and response with a known perplexity: the columns of staged_responses, and surprisal_at_length in
+-- nats per token. That is the mean surprisal minus the group mean, minus slope * (log length minus its group mean).
+-- Length changes perplexity for correct and incorrect responses alike; slope is the within-group slope per run and
+-- stage.
 create view responses_at_length as
 with centered as (
   select

@@ -1,4 +1,6 @@
--- Tokens in the update with after-update values. dp = change of the sampled token's probability by the update.
+-- How far did the update move the probability of each token?
+-- One row per token in the update with after-update values: the columns of staged_tokens, and dp in [-1, 1], the change
+-- of the sampled token's probability.
 create view staged_movements as
 select *, exp(logprob_after::double) - exp(logprob::double) as dp
 from staged_tokens

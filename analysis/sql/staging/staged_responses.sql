@@ -1,10 +1,12 @@
--- Responses with their stage, window and sign: the sign of the group-relative advantage of responses that took part in
--- the update, null for the rest.
+-- Which stage, phase, and sign does each response have?
+-- One row per run and response: the columns of rollouts, stage, phase, and sample_sign. sample_sign is the sign of the
+-- group-relative advantage ('positive' or 'negative'); it is null for a zero advantage or a response outside the
+-- update.
 create view staged_responses as
 select
   rollouts.*,
   staged_steps.stage,
-  staged_steps.window,
+  staged_steps.phase,
   case
     when rollouts.is_kept and rollouts.advantage > 0 then 'positive'
     when rollouts.is_kept and rollouts.advantage < 0 then 'negative'

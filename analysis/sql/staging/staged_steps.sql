@@ -1,8 +1,10 @@
--- Steps with their stage. window: 'start' = the run's first steps, 'end' = the last of the rising stage; both are
--- half the rising stage long, 10 steps at most.
+-- Which stage and phase does each training step belong to?
+-- One row per run and step: the columns of steps, the stage (rising or plateau), and boundary_* in steps. phase is
+-- 'start' for the first steps of the run and 'end' for the last steps of the rising stage, otherwise null. Each phase
+-- covers half of the rising stage, and at most 10 steps.
 create view staged_steps as
 with rising as (
-  select run_id, first_step, last_step, greatest(1, least(10, (last_step - first_step + 1) // 2)) as window_steps
+  select run_id, first_step, last_step, greatest(1, least(10, (last_step - first_step + 1) // 2)) as phase_steps
   from stages
   where stage = 'rising'
 )
@@ -10,9 +12,9 @@ select
   steps.*,
   stages.stage,
   case
-    when steps.step < rising.first_step + rising.window_steps then 'start'
-    when steps.step > rising.last_step - rising.window_steps and steps.step <= rising.last_step then 'end'
-  end as window,
+    when steps.step < rising.first_step + rising.phase_steps then 'start'
+    when steps.step > rising.last_step - rising.phase_steps and steps.step <= rising.last_step then 'end'
+  end as phase,
   stages.boundary_step,
   stages.boundary_low,
   stages.boundary_high

@@ -1,5 +1,7 @@
--- Tokens with their stage and the sign of their response: that of its advantage, null where the response did not take
--- part in the update or its advantage is 0. relative_position in [0, 1) counts from the response's first token.
+-- Which stage, sign, and relative position does each token have?
+-- One row per run, response, and token: the columns of tokens, stage, and sample_sign ('positive' or 'negative', the
+-- sign of the response's advantage; null for a zero advantage or a response outside the update). relative_position in
+-- [0, 1) is position / response_length; the first token has 0.
 create view staged_tokens as
 select
   tokens.*,

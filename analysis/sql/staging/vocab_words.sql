@@ -1,5 +1,6 @@
--- One row per run and vocabulary entry: its word, without case, white space, and the marks of tokenizers on word starts.
--- Special tokens and bytes of incomplete characters are not words and keep their case.
+-- Which word does each vocabulary entry stand for?
+-- One row per run and vocabulary entry. word is the text in lower case, without white space and the word-start marks of
+-- tokenizers. Special tokens and bytes of incomplete characters keep their case.
 create view vocab_words as
 with trimmed as (
   select

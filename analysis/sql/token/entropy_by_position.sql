@@ -1,14 +1,16 @@
 -- question: T1. Is entropy higher at the beginning and at the end of a response than in the middle?
--- grain: one row per run, stage, sample sign and bin of relative position (0 = first), responses in the update only
--- params: $runs list of run_id, null = all; $stage rising or plateau, null = both; $bins of position, null = 10
--- units: entropy, low, high in nats per token (95 % interval over steps and prompts); position_mid in [0, 1]
+-- grain: one row per run, stage, sample sign, and bin of relative position (0 = first), over responses in the update
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: number of bins of
+--   position (default 10)
+-- units: position_mid in [0, 1]; entropy, low, high in nats per token (95 % interval over steps and prompts); num_* are
+--   counts
 -- needs: tokens
 with steps_of_stage as (
   select run_id, step, stage
   from staged_steps
   where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
 ),
--- Tokens are added up before they meet their stage: joining each of them would take most of the time.
+-- Sums are joined with stages, because joining every token would take most of the time.
 per_prompt as (
   select
     run_id,

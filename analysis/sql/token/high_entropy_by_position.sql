@@ -1,10 +1,12 @@
--- question: S6, T3. Where in a response do the high-entropy tokens stand?
--- grain: one row per run, stage and bin of relative position (0 = first), over tokens in the update
--- params: $runs list of run_id, null = all; $stage, null = both; $bins of position, null = 10; $top share, null = 0.2
--- units: share*, low, high, position_mid in [0, 1] (95 % interval over steps and prompts); entropy_threshold in nats
+-- question: S6, T3. Where in a response are the high-entropy tokens?
+-- grain: one row per run, stage, and bin of relative position (0 = first), over tokens in the update
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: number of bins of
+--   position (default 10); $top: share of tokens that count as high-entropy (default 0.2)
+-- units: position_mid in [0, 1]; share, low, high in [0, 1] of the bin's tokens (95 % interval over steps and prompts);
+--   share_of_high in [0, 1] of the high-entropy tokens; entropy_threshold in nats; num_* are counts
 -- needs: tokens
 with
--- High-entropy: the $top share of the stage's tokens in the update, by a threshold that is at most 0.5 % too low.
+-- High-entropy tokens are the $top share of the stage's tokens in the update. The threshold is at most 0.5 % too low.
 thresholds as (
   select *
   from steps_with_threshold(coalesce($top, 0.2))

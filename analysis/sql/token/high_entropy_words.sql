@@ -1,10 +1,12 @@
 -- question: S6, T3. Which words are the high-entropy tokens?
--- grain: one row per run, stage and word, the $words most frequent among high-entropy tokens; tokens in the update only
--- params: $runs list of run_id, null = all; $stage, null = both; $top share, null = 0.2; $words to keep, null = 15
--- units: share, low, high, high_rate in [0, 1] (95 % interval over steps); entropy_mean in nats
+-- grain: one row per run, stage, and word, the $words most frequent among the high-entropy tokens in the update
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $top: share of tokens that
+--   count as high-entropy (default 0.2); $words: number of words (default 15)
+-- units: share, low, high in [0, 1] of high-entropy tokens (95 % interval over steps); high_rate in [0, 1] of the
+--   word's tokens; entropy_mean in nats; num_* are counts; rank from 1
 -- needs: tokens
 with
--- High-entropy: the $top share of the stage's tokens in the update, by a threshold that is at most 0.5 % too low.
+-- High-entropy tokens are the $top share of the stage's tokens in the update. The threshold is at most 0.5 % too low.
 thresholds as (
   select *
   from steps_with_threshold(coalesce($top, 0.2))
@@ -59,7 +61,7 @@ steps_with_any as (
   group by all
   having all_high_tokens > 0
 ),
--- A step without the word counts with 0.
+-- A step without the word counts as 0.
 shares as (
   select
     run_id,

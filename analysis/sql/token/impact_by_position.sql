@@ -1,11 +1,12 @@
--- question: T2. Does replacing a token change the outcome more, the later the token stands?
--- grain: one row per run, series of interventions, correctness of the response and bin of relative position
--- params: $runs list of run_id, null = all; $bins of position, null = 5
--- units: impact, low, high in [-1, 1], movement*, accuracy_* in [0, 1] of accuracy (95 % interval over prompts)
+-- question: T2. Does replacing a token change the outcome more, the later the token occurs?
+-- grain: one row per run, intervention series, correctness of the response, and bin of relative position (0 = first)
+-- params: $runs: list of run_id (default all); $bins: number of bins of position (default 5)
+-- units: position_mid in [0, 1]; impact, low, high in [-1, 1] of accuracy; movement, movement_low, movement_high: mean
+--   |impact| in [0, 1] (95 % intervals over prompts); accuracy_original in [0, 1]; num_* are counts
 -- needs: interventions
 with
--- Series of another checkpoint, selection, seed or temperature stay apart. movement = mean |impact|, which chance alone
--- keeps above 0.
+-- Series with different checkpoints, selections, seeds, or temperatures are kept separate. movement is the mean
+-- |impact|, which chance alone makes positive.
 replacements as (
   select
     *,

@@ -1,11 +1,16 @@
--- question: T3. Where in a response do updates move the probability of tokens most, and that of high-entropy ones?
--- grain: one row per run, stage, sample sign and bin of relative position (0 = first), tokens with after-update values
--- params: $runs list of run_id, null = all; $stage, null = both; $bins of position, null = 10; $top share, null = 0.2
--- units: movement*, dp in probability; grad_* as tokens.grad_norm; entropy in nats (95 % interval over steps and prompts)
+-- question: T3. Where in a response do updates move token probabilities most, overall and for high-entropy tokens?
+-- grain: one row per run, stage, sample sign, and bin of relative position (0 = first), over tokens with after-update
+--   values
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: number of bins of
+--   position (default 10); $top: share of tokens that count as high-entropy (default 0.2)
+-- units: position_mid in [0, 1]; movement, low, high: mean |dp| in probability, movement_high_entropy* likewise for
+--   high-entropy tokens; dp: mean change of probability; grad_norm, grad_low, grad_high in nats; entropy in nats (95 %
+--   intervals over steps and prompts); num_* are counts
 -- needs: after-update values
 with
--- dp = change of the sampled token's probability by the update, movement = mean |dp|. High-entropy: the $top share of
--- the stage's tokens in the update, captured or not, by a threshold that is at most 0.5 % too low.
+-- dp is the change of the sampled token's probability by the update; movement is the mean |dp|. High-entropy tokens are
+-- the $top share of all the stage's tokens in the update, including those without after-update values. The threshold is
+-- at most 0.5 % too low.
 captured as (
   select
     moved.run_id,

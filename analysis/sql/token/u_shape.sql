@@ -1,7 +1,9 @@
 -- question: T1. Is entropy higher at both ends of a response than in its middle (U shape), by stage and sign?
--- grain: one row per run, stage, sample sign and part; responses in the update of five tokens or more, weighted alike
--- params: $runs list of run_id, null = all; $stage rising or plateau, null = both
--- units: excess, low, high = entropy of the part / that of the middle - 1 (95 % interval over steps and prompts)
+-- grain: one row per run, stage, sample sign, and part; responses of five or more tokens in the update, with equal
+--   weight
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
+-- units: excess, low, high: entropy of the part / entropy of the middle - 1 (95 % interval over steps and prompts);
+--   num_* are counts
 -- needs: tokens
 with per_response as (
   select response_fifths.*, staged_steps.stage
@@ -12,7 +14,7 @@ with per_response as (
     and ($runs is null or list_contains($runs, response_fifths.run_id))
     and ($stage is null or staged_steps.stage = $stage)
 ),
--- 'beginning' = first fifth, 'end' = last; the middle = the three fifths between.
+-- 'beginning' is the first fifth, 'end' is the last fifth, and the middle is the three fifths between them.
 parts as (
   select unnest(['beginning', 'end']) as part
 ),
@@ -42,7 +44,7 @@ per_part as (
   from per_prompt
   group by all
 ),
--- Both ends have to be higher, so that two tests at once need no correction (intersection-union test).
+-- Both ends must be higher, so the two tests need no correction (intersection-union test).
 final as (
   select
     run_id,

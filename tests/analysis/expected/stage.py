@@ -24,7 +24,7 @@ EXPECTED = {
     # Step 1, negative: sums 8 and 4 over 2 and 2 tokens.
     "entropy_by_sample_sign": (
         {"stage": "rising"},
-        ["step", "sample_sign", "window", "entropy", "low", "high", "num_tokens", "num_prompts", "token_share"],
+        ["step", "sample_sign", "phase", "entropy", "low", "high", "num_tokens", "num_prompts", "token_share"],
         [
             (1, "negative", "start", *positive((8, 2), (4, 2)), 4, 2, 0.5),
             (1, "positive", "start", *positive((4, 2), (2, 2)), 4, 2, 0.5),
@@ -90,7 +90,7 @@ EXPECTED = {
             (10, "special", *share((0, 4)), 0, 1),
         ],
     ),
-    # "so" rises as much as "1", which comes first in the alphabet. One step a window leaves no interval.
+    # "so" rises as much as "1", which comes first in the alphabet. One step per phase leaves no interval.
     "word_changes": (
         {"min_count": 1, "words": 1},
         ["word", "category", "share_start", "share_end", "change", "low", "high", "num_start", "num_end", "rank_rise"],

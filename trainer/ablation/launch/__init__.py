@@ -1,1 +1,1 @@
-"""Where the runs of a grid are carried out: processes of this machine, or tasks of a Ray cluster."""
+"""Launchers of the runs of a grid: processes of this machine, or tasks of a Ray cluster."""

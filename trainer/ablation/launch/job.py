@@ -1,4 +1,4 @@
-"""One run of a grid, as every launcher carries it out."""
+"""One run of a grid, as every launcher executes it."""
 
 from __future__ import annotations
 
@@ -18,64 +18,79 @@ KILLED = "the process was killed"
 
 @dataclass(frozen=True)
 class Job:
-    """A run to be carried out, new or begun; ``run_dir`` is absolute and the same on every machine."""
+    """A run to start or resume.
+
+    Attributes:
+        config: The run.
+        run_dir: Its folder, absolute and the same on every machine.
+        labels: Its place in the study, for the manifest.
+        train: The training loop, with the signature of ``train.train``; other processes import it by name.
+    """
 
     config: Config
     run_dir: Path
     labels: dict[str, Any]
+    train: Callable[..., None]
 
     @property
     def run_id(self) -> str:
-        """Name of the run's folder."""
+        """Return the name of the run's folder."""
         return self.run_dir.name
 
 
 class ProgressListener(Protocol):
-    """Who is told how the runs of a grid get on."""
+    """Receives the progress of the runs of a grid."""
 
-    def update(self, run_id: str, done: int, **figures: float) -> None:
-        """``done`` steps of the run are complete, 0 as it starts."""
+    def update(self, run_id: str, done: int, **metrics: float) -> None:
+        """Note that ``done`` steps of a run are complete; 0 when it starts."""
 
     def end(self, run_id: str, error: str | None) -> None:
-        """The run is complete, or failed with ``error``."""
+        """Note that a run is complete, or failed with ``error``."""
 
 
 class Launcher(Protocol):
-    """Carries out runs, as many as ``slots`` at a time once it is connected."""
+    """Executes runs, up to ``slots`` at a time once it is connected."""
 
     slots: int
 
     def connect(self) -> None:
-        """Makes sure that runs can be started; writes nothing. Raises InputError."""
+        """Check that runs can be started; write nothing. Raises InputError."""
 
-    def run(self, works: Sequence[Job], watcher: ProgressListener) -> None:
-        """Carries out all runs; interrupted, it stops those that are running, and they can be gone on with."""
+    def run(self, jobs: Sequence[Job], listener: ProgressListener) -> None:
+        """Execute all runs; an interrupt stops those that are running, which can be resumed."""
 
     def close(self) -> None:
-        """Lets go of what ``connect`` took."""
+        """Release what ``connect`` acquired."""
 
 
-def carry_out(work: Job, threads: int, report: Callable[..., None]) -> None:
-    """Trains one run in this process, from its checkpoint if it has one; a failure is left in its manifest."""
+def execute(job: Job, threads: int, report: Callable[..., None]) -> None:
+    """Train one run in this process, from its checkpoint if it has one; record a failure in its manifest.
+
+    Args:
+        job: The run.
+        threads: CPU threads of torch.
+        report: Called with the number of finished steps and the metrics of the last.
+    """
     report(0)
     import torch
 
-    from entrace.trainer.train import train
-
     torch.set_num_threads(threads)
-    with run_lock(work.run_dir, waits=True):
+    with run_lock(job.run_dir, waits=True):
         try:
-            train(work.config, work.run_dir, work.labels, resume=True, on_step=report)
+            job.train(job.config, job.run_dir, job.labels, resume=True, on_step=report)
         except Exception as error:
             with suppress(OSError):
-                mark_failed(work.config, work.run_dir, work.labels, with_kind(error))
+                mark_failed(job.config, job.run_dir, job.labels, with_kind(error))
 
 
-def settle(work: Job, death: str = KILLED) -> str | None:
-    """Error of a run whose process has ended; one that ended without a word is marked failed with ``death``."""
-    if has_begun(work.run_dir) and (manifest := read_manifest(work.run_dir))["status"] != "running":
+def settle(job: Job, death: str = KILLED) -> str | None:
+    """Return the error of a run whose process has ended, or None.
+
+    A run whose manifest still says that it is running is marked failed with ``death``.
+    """
+    if has_begun(job.run_dir) and (manifest := read_manifest(job.run_dir))["status"] != "running":
         return manifest.get("error")
-    # A full disk ends the run that meets it, not the others.
+    # A full disk must not end the other runs.
     with suppress(OSError):
-        mark_failed(work.config, work.run_dir, work.labels, death)
+        mark_failed(job.config, job.run_dir, job.labels, death)
     return death

@@ -1,4 +1,4 @@
-"""Runs as processes of this machine."""
+"""Launch runs as processes of this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
 from entrace.analysis.trace.manifest import count_cores
-from entrace.trainer.ablation.launch.job import Job, ProgressListener, carry_out, settle
+from entrace.trainer.ablation.launch.job import Job, ProgressListener, execute, settle
 
 GRACE_S = 10.0
 
@@ -21,56 +21,55 @@ class LocalLauncher:
     """``jobs`` processes at a time, each with an equal share of the cores."""
 
     def __init__(self, jobs: int = 1) -> None:
-        """Starts nothing yet."""
+        """Store the number of concurrent runs."""
         self.slots = jobs
 
     def connect(self) -> None:
-        """Nothing to connect to."""
+        """Do nothing: processes need no connection."""
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: nothing was acquired."""
 
-    def run(self, works: Sequence[Job], watcher: ProgressListener) -> None:
-        """Carries out all runs in order."""
+    def run(self, jobs: Sequence[Job], listener: ProgressListener) -> None:
+        """Execute all runs in order."""
         context = _start_server()
         threads = max(1, count_cores() // self.slots)
-        waiting = list(works)
-        # A pipe for each: a process killed while it writes to a shared queue would leave the others waiting.
+        waiting = list(jobs)
+        # One pipe per process: a process killed while writing to a shared queue would block the others.
         running: dict[Any, tuple[Job, Any]] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < self.slots:
-                    work = waiting.pop(0)
+                    job = waiting.pop(0)
                     ours, theirs = context.Pipe(duplex=False)
-                    process = context.Process(target=_run, args=(work, threads, theirs), daemon=True)
+                    process = context.Process(target=_run, args=(job, threads, theirs), daemon=True)
                     process.start()
                     theirs.close()
-                    running[ours] = work, process
+                    running[ours] = job, process
                 ready: list[Any] = wait(list(running))
                 for pipe in ready:
-                    work, process = running[pipe]
+                    job, process = running[pipe]
                     try:
-                        done, figures = pipe.recv()
+                        done, metrics = pipe.recv()
                     except (EOFError, OSError):
                         process.join()
                         del running[pipe]
-                        watcher.end(work.run_id, settle(work))
+                        listener.end(job.run_id, settle(job))
                     else:
-                        watcher.update(work.run_id, done, **figures)
+                        listener.update(job.run_id, done, **metrics)
         finally:
             _stop([process for _, process in running.values()])
 
 
 def _start_server() -> Any:
-    """A multiprocessing context. Imports cost seconds: a server pays them once and forks a fresh process a run."""
+    """Return a multiprocessing context whose server imports the trainer once and forks one process per run."""
     if not hasattr(os, "fork"):
         return multiprocessing.get_context("spawn")
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["entrace.trainer.train"])
-    # Ctrl-C reaches the whole group. The server and all that it forks inherit that they ignore it: who waits for the
-    # runs stops them.
+    # Ctrl-C reaches the whole process group. The server and its children ignore it; the launcher stops the runs.
     if threading.current_thread() is threading.main_thread():
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
@@ -90,19 +89,19 @@ def _stop(processes: Sequence[Any]) -> None:
             process.join()
 
 
-def _run(work: Job, threads: int, pipe: Connection[Any, Any]) -> None:
+def _run(job: Job, threads: int, pipe: Connection[Any, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _interrupt)
 
-    def report(done: int, **figures: float) -> None:
+    def report(done: int, **metrics: float) -> None:
         try:
-            pipe.send((done, figures))
+            pipe.send((done, metrics))
         except OSError:
-            # Whoever started the grid may have been killed; its runs must not go on unseen.
+            # The launcher may have been killed; its runs must not continue without it.
             raise KeyboardInterrupt from None
 
     with suppress(KeyboardInterrupt):
-        carry_out(work, threads, report)
+        execute(job, threads, report)
 
 
 def _interrupt(*_: Any) -> NoReturn:

@@ -1,9 +1,10 @@
-"""Runs as tasks of a Ray cluster. Every node needs entrace and sees the study's folder under the same path."""
+"""Launch runs as tasks of a Ray cluster. Every node must have entrace and see the study's folder at the same path."""
 
 from __future__ import annotations
 
 import logging
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -14,28 +15,27 @@ from typing import Any
 
 from entrace.analysis.trace import InputError, in_one_line
 from entrace.analysis.trace.errors import with_kind
-from entrace.trainer.ablation.launch.job import Job, ProgressListener, carry_out, settle
+from entrace.trainer.ablation.launch.job import KILLED, Job, ProgressListener, execute, settle
 
 CONNECT_S = 5.0
 PROBE_S = 15.0
 PROBE = "import ray, sys; ray.init(address=sys.argv[1])"
 GRACE_S = 10.0
 POLL_S = 0.5
-# Of a run whose node or process is lost: each goes on from the run's checkpoint.
+# Retries of a run whose node or process is lost; each resumes from the run's checkpoint.
 MAX_RETRIES = 3
 
 
 class RayLauncher:
-    """One Ray task a run, each with its declared CPUs and GPUs; a task whose node is lost is run again elsewhere."""
+    """One Ray task per run, with declared CPUs and GPUs; a task whose node is lost is retried on another node."""
 
     def __init__(self, address: str | None = None, cpus_per_run: int = 1, gpus_per_run: float | None = None) -> None:
-        """Starts nothing yet.
+        """Store where and with which resources runs start.
 
         Args:
-            address: ``host:port`` or ``auto``; without one, what RAY_ADDRESS names, or else a
-                cluster of this machine alone.
-            cpus_per_run: CPUs that a run claims, and threads that it uses.
-            gpus_per_run: GPUs that a run claims; None claims one where the cluster has any.
+            address: ``host:port`` or ``auto`` (default: RAY_ADDRESS, else a new cluster on this machine).
+            cpus_per_run: CPUs per run, and its number of threads.
+            gpus_per_run: GPUs per run (default: 1 if the cluster has any, else 0).
         """
         self.address, self.cpus, self._gpus_wanted = address, cpus_per_run, gpus_per_run
         self.gpus = 0.0
@@ -43,10 +43,10 @@ class RayLauncher:
         self._is_ours = False
 
     def connect(self) -> None:
-        """Joins the cluster.
+        """Join the cluster.
 
         Raises:
-            InputError: Ray is not installed, nothing answers at the address, or no node could hold a run.
+            InputError: Ray is not installed, no cluster answers at the address, or no node has room for a run.
         """
         if find_spec("ray") is None:
             raise InputError("--launcher ray needs the ray extra: pip install 'entrace[ray]'")
@@ -73,33 +73,33 @@ class RayLauncher:
             raise InputError(f"no node of the Ray cluster has {self.cpus} CPUs and {self.gpus:g} GPUs; nodes: {found}")
 
     def close(self) -> None:
-        """Leaves the cluster, unless it was joined before."""
+        """Leave the cluster, unless the process had already joined it."""
         if self._is_ours:
             import ray
 
             ray.shutdown()
             self._is_ours = False
 
-    def run(self, works: Sequence[Job], watcher: ProgressListener) -> None:
-        """Carries out all runs, in order as far as there is room."""
+    def run(self, jobs: Sequence[Job], listener: ProgressListener) -> None:
+        """Execute all runs, in order as far as resources allow."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        # News must outlive every node but this one.
+        # Reports must survive the loss of any other node.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
         task: Any = ray.remote(_run).options(
             num_cpus=self.cpus, num_gpus=self.gpus, max_retries=MAX_RETRIES, retry_exceptions=False
         )
-        running = {task.remote(work, self.cpus, os.getcwd(), mailbox): work for work in works}
+        running = {task.remote(pickle.dumps(job), self.cpus, os.getcwd(), mailbox): job for job in jobs}
         try:
             while running:
                 ended, _ = ray.wait(list(running), timeout=POLL_S)
-                for run_id, done, figures in ray.get(mailbox.collect.remote()):
-                    watcher.update(run_id, done, **figures)
+                for run_id, done, metrics in ray.get(mailbox.collect.remote()):
+                    listener.update(run_id, done, **metrics)
                 for ref in ended:
-                    work = running.pop(ref)
-                    watcher.end(work.run_id, settle(work, _death(ref)))
+                    job = running.pop(ref)
+                    listener.end(job.run_id, settle(job, _death(ref)))
         finally:
             for ref in running:
                 ray.cancel(ref)
@@ -109,46 +109,51 @@ class RayLauncher:
 
 
 class Mailbox:
-    """An actor that keeps what runs report until it is collected."""
+    """An actor that stores the reports of runs until the launcher collects them."""
 
     def __init__(self) -> None:
-        """Empty."""
-        self._news: list[tuple[str, int, dict[str, float]]] = []
+        """Start without reports."""
+        self._reports: list[tuple[str, int, dict[str, float]]] = []
 
-    def put(self, run_id: str, done: int, figures: dict[str, float]) -> None:
-        """Keeps one report."""
-        self._news.append((run_id, done, figures))
+    def put(self, run_id: str, done: int, metrics: dict[str, float]) -> None:
+        """Store one report."""
+        self._reports.append((run_id, done, metrics))
 
     def collect(self) -> list[tuple[str, int, dict[str, float]]]:
-        """Hands out all reports and forgets them."""
-        news, self._news = self._news, []
-        return news
+        """Return all reports and remove them."""
+        reports, self._reports = self._reports, []
+        return reports
 
 
-def _run(work: Job, threads: int, cwd: str, mailbox: Any) -> None:
-    # Relative paths of the config are meant from where the grid was started.
+def _run(pickled: bytes, threads: int, cwd: str, mailbox: Any) -> None:
+    # Relative paths and modules of the config refer to the folder in which the grid was started, and unpickling the
+    # config imports those modules. Ray starts its workers in another folder.
     with suppress(OSError):
         os.chdir(cwd)
+    job: Job = pickle.loads(pickled)
 
-    def report(done: int, **figures: float) -> None:
-        mailbox.put.remote(work.run_id, done, figures)
+    def report(done: int, **metrics: float) -> None:
+        mailbox.put.remote(job.run_id, done, metrics)
 
-    carry_out(work, threads, report)
+    execute(job, threads, report)
 
 
 def _death(ref: Any) -> str:
-    """Why a task ended without a word."""
+    """Return why a task ended before it could record an error."""
     import ray
+    from ray.exceptions import RayTaskError
 
     try:
         ray.get(ref)
+    except RayTaskError as error:
+        return with_kind(error.cause)
     except Exception as error:
-        return f"the process was killed ({with_kind(error)})"
-    return "the process was killed"
+        return f"{KILLED} ({with_kind(error)})"
+    return KILLED
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself waits long, and complains a lot, where nothing answers or something that is no Ray."""
+    """Refuse an address at which no Ray cluster answers; Ray itself would wait long and log much."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise InputError(f'--address "{address}": expected host:port or auto')
@@ -156,12 +161,14 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
         subprocess.run([sys.executable, "-c", PROBE, address], capture_output=True, timeout=PROBE_S, check=True)
     except subprocess.SubprocessError:
-        raise InputError(f"--address {address}: what answers there is not a Ray cluster that can be joined") from None
+        raise InputError(
+            f"--address {address}: the server at this address is not a Ray cluster that this process can join"
+        ) from None
     except (OSError, OverflowError) as error:
         raise InputError(f"--address {address}: no Ray cluster answers ({error})") from None
 
 
 def _fitting(node: dict[str, float], cpus: float, gpus: float) -> int:
-    """Runs that a node can hold at once."""
+    """Return how many runs fit on a node at once."""
     rooms = [node.get("CPU", 0) // cpus] + ([node.get("GPU", 0) // gpus] if gpus else [])
     return int(min(rooms))

@@ -11,9 +11,9 @@ from tokenizers.processors import TemplateProcessing
 import entrace
 from entrace.analysis.trace import InputError, TraceWriter, read_manifest
 from entrace.trainer.config import PolicyConfig, load_config
-from entrace.trainer.external import teacher_forcing as scoring
+from entrace.trainer.external import teacher_forcing
 from entrace.trainer.external.plain_rollouts import read_rollouts
-from entrace.trainer.external.rollout_rows import ScoreSettings
+from entrace.trainer.external.rollout_rows import ImportSettings
 from entrace.trainer.faults import TrainingError
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.train import train
@@ -55,31 +55,31 @@ def without(rows, *names):
 
 def test_scores_equal_what_was_recorded_while_sampling(trained, tmp_path, call):
     run, rows = trained
-    status, _, err = call("score", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "scored")
+    status, _, err = call("import", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "imported")
     assert status == 0, err
     # The first step was sampled by the model that scores; what the second was sampled by is another.
     for name, key, columns in (
         ("tokens", ("rollout_id", "position"), MEASURED),
         ("rollouts", ("rollout_id",), ("entropy_mean", "ppl", "ppl_z", "advantage", "reward")),
     ):
-        own, scored = (table(folder, name).filter(step=1).sort(key) for folder in (run, tmp_path / "scored"))
+        own, imported = (table(folder, name).filter(step=1).sort(key) for folder in (run, tmp_path / "imported"))
         for column in columns:
-            expected, found = (torch.from_numpy(frame[column].to_numpy().copy()) for frame in (own, scored))
+            expected, found = (torch.from_numpy(frame[column].to_numpy().copy()) for frame in (own, imported))
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         for column in ("category", "token_id", "response_length") if name == "tokens" else ("defects", "answer"):
-            assert own[column].to_list() == scored[column].to_list()
-    own, scored = (table(folder, "steps").sort("step") for folder in (run, tmp_path / "scored"))
+            assert own[column].to_list() == imported[column].to_list()
+    own, imported = (table(folder, "steps").sort("step") for folder in (run, tmp_path / "imported"))
     for column in ("reward_mean", "accuracy", "format_rate", "tokens"):
-        assert scored[column].to_list() == pytest.approx(own[column].to_list(), abs=1e-6)
-    assert own["entropy_token_mean"][0] == pytest.approx(scored["entropy_token_mean"][0], abs=1e-5)
-    assert own["entropy_token_mean"][1] != pytest.approx(scored["entropy_token_mean"][1], abs=1e-5)
+        assert imported[column].to_list() == pytest.approx(own[column].to_list(), abs=1e-6)
+    assert own["entropy_token_mean"][0] == pytest.approx(imported["entropy_token_mean"][0], abs=1e-5)
+    assert own["entropy_token_mean"][1] != pytest.approx(imported["entropy_token_mean"][1], abs=1e-5)
 
 
 def test_text_alone_is_tokenised_to_what_was_sampled(trained, tmp_path, call):
     _, rows = trained
     paths = {"ids": rows, "text": without(rows, "response_ids")}
     for name, entries in paths.items():
-        assert call("score", write(tmp_path / f"{name}.jsonl", entries), "--out", tmp_path / name)[0] == 0
+        assert call("import", write(tmp_path / f"{name}.jsonl", entries), "--out", tmp_path / name)[0] == 0
     exact, text = (table(tmp_path / name, "tokens").sort("rollout_id", "position") for name in paths)
     assert exact["token_id"].to_list() == text["token_id"].to_list()
     assert exact["logprob"].to_list() == pytest.approx(text["logprob"].to_list(), abs=1e-5)
@@ -87,20 +87,20 @@ def test_text_alone_is_tokenised_to_what_was_sampled(trained, tmp_path, call):
     assert "anew" in read_manifest(tmp_path / "text")["scored"]["response_tokens"]
 
 
-def test_every_analysis_command_reads_a_scored_trace(trained, tmp_path, call):
+def test_every_analysis_command_reads_an_imported_trace(trained, tmp_path, call):
     _, rows = trained
-    run = tmp_path / "scored"
-    assert call("score", write(tmp_path / "rows.jsonl", rows), "--out", run)[0] == 0
+    run = tmp_path / "imported"
+    assert call("import", write(tmp_path / "rows.jsonl", rows), "--out", run)[0] == 0
     status, out, err = call("claims", run, "--json")
     assert status == 0
     assert "not known of it, see unknown in run.json" in err
     verdicts = json.loads(out)["verdicts"]
     assert {verdict["verdict"] for verdict in verdicts} == {"not recorded"}
     reasons = {verdict["claim"]: verdict["why"] for verdict in verdicts}
-    assert "2 steps, a boundary needs 20" in reasons["S3"]
+    assert "2 steps; a boundary needs 20" in reasons["S3"]
     # A fixed model's entropy must not pass for that of the policy in training.
     for claim in ("S1", "E1", "S2"):
-        assert reasons[claim] == "entropy is that of the model that scored, not of the policies that sampled"
+        assert reasons[claim] == "entropy is that of the importing model, not of the policies that sampled"
     assert "no checkpoint" in reasons["I2"]
     assert call("report", run, "--out", tmp_path / "report")[0] == 0
     page = (tmp_path / "report" / "report.html").read_text()
@@ -116,7 +116,7 @@ def test_every_analysis_command_reads_a_scored_trace(trained, tmp_path, call):
 
 def test_three_rows_by_hand(tmp_path, call, policy):
     rows = [row(), row(response="2", reward=0.0), row(prompt="What is 2 + 2?", response="4", reward=0.5)]
-    assert call("score", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "run", "--correct-at", 0.5)[0] == 0
+    assert call("import", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "run", "--correct-at", 0.5)[0] == 0
     run = tmp_path / "run"
     rollouts = table(run, "rollouts").sort("rollout_id")
     a = math.sqrt(0.5)
@@ -154,7 +154,7 @@ def test_what_others_call_the_fields_and_steps_out_of_order(tmp_path, call):
         {"input": PROMPT, "output": "3", "gts": "2", "score": 0.0, "step": 3},
         {"input": PROMPT, "output": "4", "gts": "2", "score": 0.0, "step": 20},
     ]
-    status, _, err = call("score", write(tmp_path / "verl.jsonl", rows), "--out", tmp_path / "run")
+    status, _, err = call("import", write(tmp_path / "verl.jsonl", rows), "--out", tmp_path / "run")
     assert status == 0
     assert "prompt from input" in err
     rollouts = table(tmp_path / "run", "rollouts").sort("rollout_id")
@@ -182,7 +182,7 @@ def test_parquet_of_several_files_with_chats_and_given_advantages(tmp_path, call
         ]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{step}.parquet")
     files = [tmp_path / "1.parquet", tmp_path / "2.parquet"]
-    assert call("score", *files, "--field", "reward=ok", "--out", tmp_path / "run")[0] == 0
+    assert call("import", *files, "--field", "reward=ok", "--out", tmp_path / "run")[0] == 0
     rollouts = table(tmp_path / "run", "rollouts").sort("rollout_id")
     assert rollouts["advantage"].to_list() == [0.25, -4.0] * 2
     assert rollouts["step"].to_list() == [1, 1, 2, 2]
@@ -190,7 +190,7 @@ def test_parquet_of_several_files_with_chats_and_given_advantages(tmp_path, call
 
 def test_groups_that_share_a_prompt_stay_apart(tmp_path, call):
     rows = [row(group=name, reward=reward) for name, reward in (("a", 1), ("b", 1), ("a", 0), ("b", 1))]
-    assert call("score", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "run")[0] == 0
+    assert call("import", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "run")[0] == 0
     rollouts = table(tmp_path / "run", "rollouts").sort("rollout_id")
     assert rollouts["prompt_id"].to_list() == ["prompt-000001"] * 2 + ["prompt-000002"] * 2
     assert rollouts["group_id"].to_list() == [0, 0, 2, 2]
@@ -219,33 +219,33 @@ BAD = {
     b'{"prompt": "p", "response": "r", "xyz": 1, "k": 2}': 'no "reward"; found: k, xyz (--field reward=KEY',
     b'{"prompt": "p", "respnse": "r", "reward": 1}': 'no "response"; did you mean "respnse"?',
     b'{"response": "r", "reward": 1}': 'no "prompt"',
-    b'{"prompt": "p", "response": "", "reward": 1}': '"response" is empty, which takes "is_truncated": false',
+    b'{"prompt": "p", "response": "", "reward": 1}': '"response" is empty; with "is_truncated": false',
     b'{"prompt": "p", "response": "", "reward": 1, "truncated": true}': '"response" is empty',
     b'{"prompt": "p", "response": 5, "reward": 1}': '"response" is a number',
     b'{"prompt": "p", "response": "\\ud800", "reward": 1}': "half a character",
     b'{"prompt": "p", "response_ids": [], "reward": 1}': '"response_ids" is empty',
-    b'{"prompt": "p", "response_ids": [3, 100000], "reward": 1}': '"response_ids" holds 100000 at place 1',
-    b'{"prompt": "p", "response_ids": [-1], "reward": 1}': "holds -1 at place 0",
-    b'{"prompt": "p", "response_ids": [true], "reward": 1}': "holds True at place 0",
+    b'{"prompt": "p", "response_ids": [3, 100000], "reward": 1}': '"response_ids" holds 100000 at index 1',
+    b'{"prompt": "p", "response_ids": [-1], "reward": 1}': "holds -1 at index 0",
+    b'{"prompt": "p", "response_ids": [true], "reward": 1}': "holds True at index 0",
     b'{"prompt_ids": [], "response": "r", "reward": 1}': '"prompt_ids" is empty',
     b'{"prompt": [{"role": "user"}], "response": "r", "reward": 1}': "a turn that is no",
     b'{"prompt": "p", "output": "r", "completion": "r", "reward": 1}': "may both be response",
-    b'{"prompt": "p", "response": "r", "reward": 1, "step": 1.5}': '"step" is 1.5, expected a whole number',
+    b'{"prompt": "p", "response": "r", "reward": 1, "step": 1.5}': '"step" is 1.5, expected an integer',
     b'{"prompt": "p", "response": "r", "reward": 1, "step": -1}': '"step" is -1',
     b'{"prompt": "p", "response": "r", "reward": 1, "step": 99999999999999999999999999}': '"step" is 9999',
     b'{"prompt": "p", "response": "r", "reward": 1, "is_truncated": "no"}': "expected true or false",
     b'{"prompt": "p", "response": "r", "reward": 1, "acc": 0.5}': (
-        '"acc" is 0.5, expected true or false; leave it out with --field is_correct='
+        '"acc" is 0.5, expected true or false; ignore it with --field is_correct='
     ),
     b'{"prompt": "p", "response": "r", "reward": 1, "group": [1]}': '"group" is a list',
-    b'{"prompt": "p", "response": "r", "reward": 1, "group": 1.5}': '"group" is 1.5, expected text or a whole number',
+    b'{"prompt": "p", "response": "r", "reward": 1, "group": 1.5}': '"group" is 1.5, expected text or an integer',
     b'{"prompt": "p", "response": "r", "reward": 1, "loss_mask": 1}': '"loss_mask" is a number, expected a list',
-    b'{"prompt": "p", "response": "r", "reward": 1, "loss_mask": [1, 0]}': '"loss_mask" leaves out tokens of a text',
+    b'{"prompt": "p", "response": "r", "reward": 1, "loss_mask": [1, 0]}': '"loss_mask" excludes tokens of a text',
     b'{"prompt": "p", "response_ids": [5, 6], "reward": 1, "loss_mask": [1]}': (
         '"loss_mask" has 1 entries, "response_ids" has 2'
     ),
-    b'{"prompt": "p", "response_ids": [5, 6], "reward": 1, "loss_mask": [1, 0.5]}': "holds 0.5 at place 1",
-    b'{"prompt": "p", "response_ids": [5, 6], "reward": 1, "tool_mask": [0, 0]}': '"tool_mask" leaves out every token',
+    b'{"prompt": "p", "response_ids": [5, 6], "reward": 1, "loss_mask": [1, 0.5]}': "holds 0.5 at index 1",
+    b'{"prompt": "p", "response_ids": [5, 6], "reward": 1, "tool_mask": [0, 0]}': '"tool_mask" excludes every token',
     b'{"prompt": "p", "response": "r", "reward": 1, "task": 7}': '"task" is a number',
 }
 
@@ -255,7 +255,7 @@ def test_a_malformed_row_is_named(line, message, tmp_path, policy):
     path = write(tmp_path / "rows.jsonl", [line])
     with (
         pytest.raises(InputError) as caught,
-        read_rollouts([path], ScoreSettings(policy=PolicyConfig()), policy),
+        read_rollouts([path], ImportSettings(policy=PolicyConfig()), policy),
     ):
         pass
     assert f"{path}, line 1: " in str(caught.value)
@@ -269,14 +269,14 @@ def test_a_row_unlike_those_before_it_is_malformed(tmp_path, policy):
     path = write(tmp_path / "rows.jsonl", [*rows, {**row(step=1, group="b", reward=None), "score": 1}])
     with (
         pytest.raises(InputError) as caught,
-        read_rollouts([path], ScoreSettings(policy=PolicyConfig()), policy),
+        read_rollouts([path], ImportSettings(policy=PolicyConfig()), policy),
     ):
         pass
     for message in (
-        'line 2: "step" is null, unlike rows before',
+        'line 2: "step" is null, unlike earlier rows',
         "line 3: group 'a' holds another prompt at step 1",
-        'line 4: no "group", unlike rows before',
-        'line 5: reward stands in "score" here, in "reward" in rows before',
+        'line 4: no "group", unlike earlier rows',
+        'line 5: reward is in "score" here, but in "reward" in earlier rows',
     ):
         assert message in str(caught.value)
 
@@ -303,14 +303,14 @@ def test_a_file_of_another_format_is_named(name, tmp_path, policy):
     expected = f"{tmp_path / name}: expected JSONL or Parquet, one response per row; {message}"
     with (
         pytest.raises(InputError) as caught,
-        read_rollouts([tmp_path / name], ScoreSettings(policy=PolicyConfig()), policy),
+        read_rollouts([tmp_path / name], ImportSettings(policy=PolicyConfig()), policy),
     ):
         pass
     assert str(caught.value).startswith(expected)
 
 
 def test_a_field_that_no_row_has_is_named(tmp_path, policy):
-    settings = ScoreSettings(policy=PolicyConfig(), fields={"is_correct": "acuracy"})
+    settings = ImportSettings(policy=PolicyConfig(), fields={"is_correct": "acuracy"})
     path = write(tmp_path / "rows.jsonl", [row(accuracy=True)])
     with (
         pytest.raises(
@@ -322,7 +322,7 @@ def test_a_field_that_no_row_has_is_named(tmp_path, policy):
 
 
 def read_all(path, policy, **fields):
-    with read_rollouts([path], ScoreSettings(policy=PolicyConfig(), fields=fields), policy) as read:
+    with read_rollouts([path], ImportSettings(policy=PolicyConfig(), fields=fields), policy) as read:
         return list(read.in_order()), read.remarks()
 
 
@@ -335,7 +335,7 @@ def test_a_verdict_may_be_text_or_left_out(tmp_path, policy):
     assert remarks == ["read is_correct from acc"]
     found, remarks = read_all(path, policy, is_correct="")
     assert [rollout.is_correct for rollout in found] == [False] * 8
-    assert remarks == ["no responses count as right by reward >= 1; see --correct-at"]
+    assert remarks == ["no responses are correct by reward >= 1; see --correct-at"]
 
 
 def test_numbers_may_be_text(tmp_path, policy):
@@ -368,7 +368,7 @@ def test_an_empty_response_that_was_not_truncated_is_one_stop_token(tmp_path, po
     rows[2] = {"prompt": PROMPT, "response_ids": [], "reward": 0, "is_truncated": False}
     found, _ = read_all(write(tmp_path / "rows.jsonl", rows), policy)
     assert [(rollout.completion, rollout.response_ids) for rollout in found] == [("", [1])] * 3
-    assert call("score", tmp_path / "rows.jsonl", "--out", tmp_path / "run")[0] == 0
+    assert call("import", tmp_path / "rows.jsonl", "--out", tmp_path / "run")[0] == 0
     tokens = table(tmp_path / "run", "tokens")
     assert tokens.select("position", "response_length", "token_id").rows() == [(0, 1, 1)] * 3
     blank = policy.tokenizer(" \n", add_special_tokens=False)["input_ids"]
@@ -393,9 +393,9 @@ def test_tokens_outside_the_loss_mask_are_read_and_enter_no_statistic(tmp_path, 
     masked = [{**whole, "loss_mask": mask}, {**other, "loss_mask": None}]
     covers_prompt = [{**whole, "response_mask": [False] * 3 + [bool(m) for m in mask]}, other]
     for name, rows in (("whole", [whole, other]), ("masked", masked), ("covers_prompt", covers_prompt)):
-        status, _, err = call("score", write(tmp_path / f"{name}.jsonl", rows), "--out", tmp_path / name)
+        status, _, err = call("import", write(tmp_path / f"{name}.jsonl", rows), "--out", tmp_path / name)
         assert status == 0, err
-        assert ("leaves out 2 of 8 tokens" in err) == (name != "whole")
+        assert ("excludes 2 of 8 tokens" in err) == (name != "whole")
     expected = table(tmp_path / "whole", "tokens").sort("rollout_id", "position")
     expected = expected.filter(pl.Series([True, True, False, False, *[True] * 4]))
     for name in ("masked", "covers_prompt"):
@@ -434,21 +434,21 @@ def test_a_fault_of_all_rows_is_said_once(tmp_path, policy):
     path = write(tmp_path / "rows.jsonl", [{"question": PROMPT, "response": "2", "reward": 1}] * 7)
     with (
         pytest.raises(InputError) as caught,
-        read_rollouts([path], ScoreSettings(policy=PolicyConfig()), policy),
+        read_rollouts([path], ImportSettings(policy=PolicyConfig()), policy),
     ):
         pass
     fault = 'no "prompt"; found: question (--field prompt=KEY names the key of prompt)'
-    remedy = "fix them, or leave them out with --skip-bad-rows"
+    remedy = "fix them, or skip them with --skip-bad-rows"
     assert str(caught.value) == f"7 of 7 rows are malformed ({path}, line 1: {fault}; ...); {remedy}"
 
 
 def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, call):
     path = write(tmp_path / "rows.jsonl", [row(), b"{", row(response="")])
-    status, _, err = call("score", path, "--out", tmp_path / "run")
+    status, _, err = call("import", path, "--out", tmp_path / "run")
     assert status == 2
     assert "2 of 3 rows are malformed" in err
     assert not (tmp_path / "run").exists()
-    assert call("score", path, "--out", tmp_path / "run", "--skip-bad-rows")[0] == 0
+    assert call("import", path, "--out", tmp_path / "run", "--skip-bad-rows")[0] == 0
     scored = read_manifest(tmp_path / "run")["scored"]
     assert (scored["rows"], scored["bad_rows"]) == (3, 2)
 
@@ -459,7 +459,7 @@ def test_parquet_text_that_is_not_utf8_is_named(tmp_path, policy):
     pq.write_table(rows, tmp_path / "rows.parquet")
     with (
         pytest.raises(InputError, match=r'row 2: "response" is unreadable .*utf-8'),
-        read_rollouts([tmp_path / "rows.parquet"], ScoreSettings(policy=PolicyConfig()), policy),
+        read_rollouts([tmp_path / "rows.parquet"], ImportSettings(policy=PolicyConfig()), policy),
     ):
         pass
 
@@ -468,8 +468,8 @@ def test_what_is_longer_than_the_model_takes_is_named(tmp_path, policy):
     limit = policy.model.config.max_position_embeddings
     path = write(tmp_path / "rows.jsonl", [row(response_ids=[5] * (limit + 1))])
     with (
-        pytest.raises(InputError, match=f"line 1: prompt and response have .* tokens, embedded takes {limit}"),
-        read_rollouts([path], ScoreSettings(policy=PolicyConfig()), policy),
+        pytest.raises(InputError, match=f"line 1: prompt and response have .* tokens, embedded takes at most {limit}"),
+        read_rollouts([path], ImportSettings(policy=PolicyConfig()), policy),
     ):
         pass
 
@@ -480,12 +480,12 @@ def test_bad_arguments_are_one_line(tmp_path, call):
         ([tmp_path / "none.jsonl"], "none.jsonl: no such file"),
         ([path, "--field", "rewrd=x"], 'did you mean "reward"?'),
         ([path, "--field", "reward"], "expected NAME=KEY"),
-        ([path, "--field", "reward="], 'no "reward", which every row needs; --field reward= leaves it out'),
+        ([path, "--field", "reward="], 'no "reward", which every row needs; remove --field reward='),
         ([path, "--field", "reward=scor"], 'no "scor"; did you mean "score"?'),
         ([path, "--temperature", "0"], "temperature"),
         ([path, "--correct-at", "nan"], "correct_at"),
     ):
-        status, _, err = call("score", *arguments, "--out", tmp_path / "run")
+        status, _, err = call("import", *arguments, "--out", tmp_path / "run")
         assert status == 2
         assert message in err
         assert len(err.strip().splitlines()) == 1
@@ -494,7 +494,7 @@ def test_bad_arguments_are_one_line(tmp_path, call):
 def test_an_interrupted_trace_goes_on_and_equals_one_that_was_not(tmp_path, monkeypatch, policy, call):
     rows = [row(step=step, response=f"{step} + {i} = 2", reward=i % 2) for step in (1, 4, 9) for i in range(3)]
     path = write(tmp_path / "rows.jsonl", rows)
-    assert call("score", path, "--out", tmp_path / "whole")[0] == 0
+    assert call("import", path, "--out", tmp_path / "whole")[0] == 0
 
     end_step = TraceWriter.end_step
 
@@ -503,20 +503,20 @@ def test_an_interrupted_trace_goes_on_and_equals_one_that_was_not(tmp_path, monk
             raise KeyboardInterrupt
         end_step(self, step)
 
-    monkeypatch.setattr(scoring, "FLUSH_TOKENS", 1)
+    monkeypatch.setattr(teacher_forcing, "FLUSH_TOKENS", 1)
     monkeypatch.setattr(TraceWriter, "end_step", stop)
-    status, _, err = call("score", path, "--out", tmp_path / "cut")
+    status, _, err = call("import", path, "--out", tmp_path / "cut")
     assert status == 130
-    assert "--resume goes on" in err
+    assert "--resume continues" in err
     monkeypatch.undo()
     assert read_manifest(tmp_path / "cut")["last_durable_step"] == 4
-    status, _, err = call("score", write(tmp_path / "other.jsonl", rows), "--out", tmp_path / "cut", "--resume")
+    status, _, err = call("import", write(tmp_path / "other.jsonl", rows), "--out", tmp_path / "cut", "--resume")
     assert status == 2
-    assert f"{tmp_path / 'cut'}: scored with other files; choose another folder" in err
-    status, _, err = call("score", path, "--out", tmp_path / "cut")
+    assert f"{tmp_path / 'cut'}: imported with another value of files; choose another folder" in err
+    status, _, err = call("import", path, "--out", tmp_path / "cut")
     assert status == 2
     assert "--resume" in err
-    assert call("score", path, "--out", tmp_path / "cut", "--resume")[0] == 0
+    assert call("import", path, "--out", tmp_path / "cut", "--resume")[0] == 0
     for name in ("tokens", "rollouts", "prompts", "steps", "vocab"):
         whole, cut = (table(tmp_path / run, name).drop("run_id") for run in ("whole", "cut"))
         assert whole.equals(cut)
@@ -526,9 +526,9 @@ def test_an_interrupted_trace_goes_on_and_equals_one_that_was_not(tmp_path, monk
 def test_chunks_and_batches_change_nothing_but_rounding(tmp_path, monkeypatch, call):
     rows = [row(response=f"{i} + {i} = 2", reward=i % 2, prompt=f"{i // 4} + 1") for i in range(12)]
     path = write(tmp_path / "rows.jsonl", rows)
-    assert call("score", path, "--out", tmp_path / "one")[0] == 0
-    monkeypatch.setattr(scoring, "CHUNK_TOKENS", 1)
-    assert call("score", path, "--out", tmp_path / "many", "--batch-tokens", 1)[0] == 0
+    assert call("import", path, "--out", tmp_path / "one")[0] == 0
+    monkeypatch.setattr(teacher_forcing, "CHUNK_TOKENS", 1)
+    assert call("import", path, "--out", tmp_path / "many", "--batch-tokens", 1)[0] == 0
     for name, columns in (("tokens", MEASURED), ("rollouts", ("ppl", "ppl_z")), ("steps", ("entropy_token_mean",))):
         one, many = (table(tmp_path / run, name) for run in ("one", "many"))
         for column in columns:
@@ -537,27 +537,47 @@ def test_chunks_and_batches_change_nothing_but_rounding(tmp_path, monkeypatch, c
 
 def test_running_out_of_memory_names_the_option(tmp_path, monkeypatch, policy):
     path = write(tmp_path / "rows.jsonl", [row()])
-    settings = ScoreSettings(policy=PolicyConfig())
+    settings = ImportSettings(policy=PolicyConfig())
 
     def exhaust(*args):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(Policy, "read", exhaust)
+    monkeypatch.setattr(Policy, "forward_unique", exhaust)
     with (
         read_rollouts([path], settings, policy) as read,
-        pytest.raises(TrainingError, match=r"scoring step 1; lower batch_tokens \(8192 now\)"),
+        pytest.raises(TrainingError, match=r"importing step 1; lower batch_tokens \(8192 now\)"),
     ):
-        scoring.score(read, [path], settings, policy, tmp_path / "run")
+        teacher_forcing.import_rollouts(read, [path], settings, policy, tmp_path / "run")
     assert read_manifest(tmp_path / "run")["status"] == "failed"
 
 
 def test_probabilities_that_are_not_finite_name_the_row(tmp_path, policy):
     path = write(tmp_path / "rows.jsonl", [row(), row(response="2 = 2")])
-    settings = ScoreSettings(policy=PolicyConfig())
+    settings = ImportSettings(policy=PolicyConfig())
     with torch.no_grad():
         policy.head.weight[5] = torch.nan
     with (
         read_rollouts([path], settings, policy) as read,
-        pytest.raises(TrainingError, match="line 1: embedded gives no finite probabilities"),
+        pytest.raises(TrainingError, match="line 1: embedded gives this response a probability that is NaN"),
     ):
-        scoring.score(read, [path], settings, policy, tmp_path / "run")
+        teacher_forcing.import_rollouts(read, [path], settings, policy, tmp_path / "run")
+
+
+@pytest.mark.parametrize("arguments", [[], ["rows.jsonl", "--out", "run"], ["--help"], ["--unknown", "1"]], ids=str)
+def test_the_former_name_of_the_command_points_to_the_new_one(call, arguments):
+    expected = "entrace: score: this command is now `entrace import`, with the same arguments\n"
+    assert call("score", *arguments) == (2, "", expected)
+
+
+def test_a_trace_of_the_former_command_resumes(tmp_path, call):
+    """Manifest keys, config key, and the texts in them are those that ``entrace score`` wrote."""
+    path = write(tmp_path / "rows.jsonl", [row(), row(reward=0.0)])
+    assert call("import", path, "--out", tmp_path / "run")[0] == 0
+    manifest = read_manifest(tmp_path / "run")
+    assert list(manifest["config"]) == ["score"]
+    assert manifest["config"]["score"] == manifest["scored"]["settings"]
+    assert set(manifest["scored"]) == {
+        *("files", "weights", "rows", "bad_rows", "fields", "advantage", "response_tokens", "settings")
+    }
+    assert manifest["scored"]["advantage"] == "group-relative, from rewards"
+    assert call("import", path, "--out", tmp_path / "run", "--resume")[0] == 0

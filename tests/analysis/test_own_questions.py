@@ -1,0 +1,128 @@
+"""A folder with a user's own SQL, figure, and claims takes the path of the built-in ones."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+import entrace
+from entrace.analysis.claims import judge
+from entrace.analysis.ledger import load_ledger
+from entrace.analysis.report import write_report
+from entrace.analysis.trace.errors import InputError
+
+FROZEN = Path(__file__).parents[1] / "fixtures" / "frozen" / "none-seed0"
+SQL = """\
+-- question: How much entropy do the first tokens of a response have?
+-- grain: one row per run, step, and prompt
+-- params: $runs list of run_id, null = all
+-- units: first_sum, first_tokens: nats, tokens
+-- needs: tokens
+select run_id, step, prompt_id, sum(entropy) as first_sum, count(*) as first_tokens
+from tokens
+where position < 3 and ($runs is null or list_contains($runs, run_id))
+group by all
+order by all
+"""
+FIGURE = """\
+import seaborn
+
+CAPTION = "Entropy of the first three tokens."
+
+
+def draw(frame, ax):
+    seaborn.lineplot(x=frame["step"], y=frame["first_sum"] / frame["first_tokens"], errorbar=None, ax=ax)
+    return ax
+"""
+CLAIMS = """\
+[X1]
+question = "Do responses start with uncertain tokens?"
+test = "Mean over steps with autocorrelated errors."
+figure = "first_tokens"
+[X1.parts.entropy]
+statistic = "mean entropy of the first three tokens"
+null = "the first three tokens are certain"
+unit = "nats"
+direction = "positive"
+smallest_effect = 0.01
+limit = "steps"
+sql = "first_tokens"
+values = ["first_sum", "first_tokens"]
+over = "run"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    for name, text in {"first_tokens.sql": SQL, "first_tokens.py": FIGURE, "claims.toml": CLAIMS}.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_sql_figure_and_claim_are_added(folder, tmp_path):
+    runs = entrace.open_runs(FROZEN, questions=folder)
+    rows = runs.query("first_tokens")
+    assert rows.columns == ["run_id", "step", "prompt_id", "first_sum", "first_tokens"]
+    assert entrace.figures.draw("first_tokens", runs).lines
+    verdicts = judge(runs)
+    assert {verdict.claim for verdict in verdicts} == {*load_ledger(), "X1"}
+    own = next(verdict for verdict in verdicts if verdict.claim == "X1")
+    by_step = rows.group_by("step").agg(pl.col("first_sum", "first_tokens").sum())
+    assert own.effect == pytest.approx((by_step["first_sum"] / by_step["first_tokens"]).mean())
+    assert own.low < own.effect < own.high
+    assert own.sql == str(folder / "first_tokens.sql")
+    page = write_report(runs, tmp_path / "report").read_text()
+    assert "Entropy of the first three tokens." in page
+    assert "where position &lt; 3" in page
+    assert (tmp_path / "report" / "first_tokens.png").is_file()
+
+
+def test_other_runs_do_not_see_them(folder):
+    entrace.open_runs(FROZEN, questions=folder)
+    with pytest.raises(InputError, match='unknown query "first_tokens"'):
+        entrace.open_runs(FROZEN).query("first_tokens")
+
+
+def test_the_command_takes_the_folder(folder):
+    command = [sys.executable, "-m", "entrace", "claims", str(FROZEN), "--questions", str(folder), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "X1" in json.loads(done.stdout)["overall"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("first_tokens.sql", "select 1", r'expected "-- question: ..." among the first lines'),
+        ("first_tokens.sql", SQL.replace("needs: tokens", "needs: token"), 'needs: unknown value "token"'),
+        ("stage_dynamics.sql", SQL, '"stage_dynamics" is a built-in question'),
+        ("claims.toml", CLAIMS.replace("X1", "S1"), "claim S1 is built in"),
+        ("claims.toml", CLAIMS.replace('sql = "first_tokens"', 'sql = "first_token"'), "sql: unknown query"),
+        ("claims.toml", CLAIMS.replace('over = "run"', 'over = "all"'), "over: unknown value"),
+        ("claims.toml", CLAIMS.replace(', "first_tokens"]', "]"), "values: expected two columns"),
+        ("claims.toml", CLAIMS.replace("null = ", "note = "), '"null" is missing'),
+        ("first_tokens.py", "def paint(): ...", r"expected a function draw\(frame, ax\)"),
+        ("first_tokens.py", "import nowhere", "cannot be imported"),
+    ],
+)
+def test_a_bad_file_is_one_line(folder, name, text, message):
+    (folder / name).write_text(text)
+
+    def use():
+        runs = entrace.open_runs(FROZEN, questions=folder)
+        judge(runs)
+        entrace.figures.draw("first_tokens", runs)
+
+    with pytest.raises(InputError, match=message) as raised:
+        use()
+    assert "\n" not in str(raised.value)
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(InputError, match="no such folder of questions"):
+        entrace.open_runs(FROZEN, questions=tmp_path / "nowhere")
