@@ -47,6 +47,7 @@ TAGS |= {"span", "div", "section", "details", "summary", "table", "thead", "tbod
 TAGS |= {"nav", "ul", "li", "script"}
 ATTRIBUTES = {
     "alt",
+    "aria-label",
     "charset",
     "class",
     "colspan",
