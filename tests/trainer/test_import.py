@@ -335,7 +335,7 @@ def test_a_verdict_may_be_text_or_left_out(tmp_path, policy):
     assert remarks == ["read is_correct from acc"]
     found, remarks = read_all(path, policy, is_correct="")
     assert [rollout.is_correct for rollout in found] == [False] * 8
-    assert remarks == ["no responses are correct by reward >= 1; see --correct-at"]
+    assert remarks == ["no responses count as right by reward >= 1; see --correct-at"]
 
 
 def test_numbers_may_be_text(tmp_path, policy):

@@ -127,7 +127,7 @@ class PlainRollouts:
         if counts.correct in (0, counts.rollouts):
             judge = self.fields.get("is_correct")
             remedy = f"by {judge}" if judge else f"by {self.fields['reward']} >= {self.correct_at:g}; see --correct-at"
-            lines.append(f"{'all' if counts.correct else 'no'} responses are correct {remedy}")
+            lines.append(f"{'all' if counts.correct else 'no'} responses count as right {remedy}")
         if counts.groups == counts.rollouts and "advantage" not in self.fields:
             group = self.fields.get("group")
             shared = f"{group}; --field group= groups by prompt and step" if group else "prompt and step"
