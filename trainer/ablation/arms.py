@@ -12,7 +12,16 @@ import entrace.trainer.ablation.presets
 import entrace.trainer.algorithm.objectives
 import entrace.trainer.algorithm.shaping  # noqa: F401
 from entrace.analysis.trace import InputError, flatten, nearest
-from entrace.trainer.algorithm.method import OWN, REGISTRY, Kind, MethodSpec, Settings, find_method, own_kind
+from entrace.trainer.algorithm.method import (
+    OWN,
+    REGISTRY,
+    Kind,
+    MethodSpec,
+    Settings,
+    find_method,
+    own_kind,
+    split_methods,
+)
 from entrace.trainer.resources import resolve_config
 from entrace.trainer.settings import merge, read_toml
 
@@ -36,11 +45,6 @@ def find_arm(name: str, kind: Kind | None = None) -> MethodSpec:
     if name not in known:
         raise InputError(f'unknown method "{name}"{nearest(name, known)} (see `entrace methods`)')
     return known[name]
-
-
-def split_methods(method: str | Sequence[str]) -> list[str]:
-    """Return the names in a list of methods, or in one string that joins them by ``+``."""
-    return method.split("+") if isinstance(method, str) else list(method)
 
 
 def method_settings(method: str | Sequence[str]) -> Settings:
@@ -158,7 +162,6 @@ def _own_methods(table: Mapping[str, Any]) -> Iterator[tuple[str, Kind | None]]:
             if isinstance(matched := section.get("scale_matched"), Mapping):
                 places.append((matched.get("mirrors"), kind))
     for method, kind in places:
-        is_list = isinstance(method, list) and all(isinstance(name, str) for name in method)
-        for name in split_methods(method) if isinstance(method, str) or is_list else []:
+        for name in split_methods(method):
             if OWN.fullmatch(name):
                 yield name, kind

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -192,8 +193,13 @@ def find_method(name: str, kind: Kind) -> MethodSpec:
         return REGISTRY[kind][name]
     if not OWN.fullmatch(name):
         raise InputError(f'unknown {kind} method "{name}"{nearest(name, REGISTRY[kind])} (see `entrace methods`)')
-    function = import_function(name, f"{kind} method")
-    acts_in = own_kind(name)
+    return _own_spec(name, kind, import_function(name, f"{kind} method"))
+
+
+@cache
+def _own_spec(name: str, kind: Kind, function: Callable[..., Any]) -> MethodSpec:
+    """Return the entry of a user's function; cached, since every step of a run asks for it."""
+    acts_in = _kind_of(function)
     if kind != acts_in and (acts_in == "loss" or any(s.function is function for s in REGISTRY["shaping"].values())):
         raise InputError(f"{kind} method {name}: it is a {acts_in} method; name it in {acts_in}.method")
     # Importing may have registered it, with a section or a window of its own.
@@ -212,11 +218,22 @@ def own_kind(name: str) -> Kind:
     Raises:
         InputError: no such module or function.
     """
-    function = import_function(name, "method")
+    return _kind_of(import_function(name, "method"))
+
+
+def _kind_of(function: Callable[..., Any]) -> Kind:
     is_registered = any(spec.function is function for spec in REGISTRY["loss"].values())
     returned = inspect.get_annotations(function).get("return")
     returns_weights = str(getattr(returned, "__name__", returned)).rpartition(".")[2] == "TokenWeights"
     return "loss" if is_registered or returns_weights else "shaping"
+
+
+def split_methods(method: Any) -> list[str]:
+    """Return the names in a list of methods, or in one string that joins them by ``+``; none in anything else."""
+    if isinstance(method, str):
+        return method.split("+")
+    is_list = isinstance(method, list | tuple) and all(isinstance(name, str) for name in method)
+    return list(method) if is_list else []
 
 
 def with_sections(kind: Kind, specs: Iterable[MethodSpec], base: type[BaseConfig] = BaseConfig) -> type[BaseConfig]:

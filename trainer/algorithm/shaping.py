@@ -27,6 +27,7 @@ from entrace.trainer.algorithm.method import (
     check_result,
     find_method,
     shaping,
+    split_methods,
     validate_with_own,
     with_sections,
 )
@@ -159,11 +160,11 @@ REGISTRY["shaping"][SCALE_MATCHED] = MethodSpec(SCALE_MATCHED, "shaping", scale_
 
 
 def _join(method: Any) -> Any:
-    return "+".join(method) if isinstance(method, list | tuple) and all(isinstance(m, str) for m in method) else method
+    return "+".join(split_methods(method)) or method
 
 
 def _check_composition(method: str) -> str:
-    for name in method.split("+"):
+    for name in split_methods(method):
         if name == SCALE_MATCHED:
             raise ValueError(
                 f"{SCALE_MATCHED} stands alone; name the methods to mirror in shaping.{SCALE_MATCHED}.mirrors"
@@ -206,8 +207,8 @@ class ShapingConfig(with_sections("shaping", (s for s in REGISTRY["shaping"].val
         if not isinstance(values, Mapping):
             return handler(values)
         mirrors = dict(values.get(SCALE_MATCHED) or {}).get("mirrors")
-        names = "+".join(method for method in map(_join, (values.get("method"), mirrors)) if isinstance(method, str))
-        return validate_with_own(cls, "shaping", names.split("+"), values, handler)
+        names = split_methods(values.get("method")) + split_methods(mirrors)
+        return validate_with_own(cls, "shaping", names, values, handler)
 
 
 def shape(
@@ -255,7 +256,7 @@ def _mirrored(config: ShapingConfig) -> ShapingConfig:
 
 
 def _specs(config: ShapingConfig) -> list[MethodSpec]:
-    return [] if config.method == NONE else [find_method(name, "shaping") for name in config.method.split("+")]
+    return [] if config.method == NONE else [find_method(name, "shaping") for name in split_methods(config.method)]
 
 
 def _window(spec: MethodSpec, config: ShapingConfig) -> Window:
