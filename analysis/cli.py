@@ -55,9 +55,20 @@ def sql(
     form: Annotated[
         Format, typer.Option("--format", help="Output format; table shows at most 100 rows.")
     ] = Format.TABLE,
+    safe: Annotated[
+        bool,
+        typer.Option("--safe", help="With --format csv: put ' before text that a spreadsheet would run as a formula."),
+    ] = False,
     param: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Value of the parameter $NAME (default: null); repeatable."),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most memory for the query, such as 500MB (default 2GiB).")
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Most seconds of computing; 0 for no limit (default 600)."),
     ] = None,
 ) -> None:
     """Run one read-only SQL query over the tables of the trace, plus the tables runs and stages.
@@ -65,19 +76,34 @@ def sql(
     Example: entrace sql data/runs/study "select step, avg(entropy) from tokens group by all order by step"
     """
     from entrace.analysis.runs import open_runs
-    from entrace.analysis.terminal.export import render, show
+    from entrace.analysis.terminal.export import Visible, write
+    from entrace.analysis.terminal.query_progress import QueryProgress
     from entrace.analysis.trace.errors import InputError
 
     paths = arguments if file else arguments[:-1]
     if not paths:
         raise InputError('sql: expected RUN... "QUERY", found one argument; name the runs first, then the query')
     text = _read_text(file) if file else arguments[-1]
-    opened = open_runs(paths)
-    frame = opened.sql(text, _parse_params(param or []))
-    if form is Format.PARQUET and sys.stdout.isatty():
+    is_terminal = sys.stdout.isatty()
+    if form is Format.PARQUET and is_terminal:
         raise InputError("sql: parquet is binary; redirect it to a file, as in ... --format parquet > rows.parquet")
-    rows = render(frame, form.value)
-    sys.stdout.buffer.write(show(rows.decode()).encode() if sys.stdout.isatty() else rows)
+    opened = open_runs(paths)
+    with QueryProgress() as progress:
+        parts = opened.stream(
+            text,
+            _parse_params(param or []),
+            memory=memory,
+            timeout=timeout,
+            # On a terminal, rows and progress would overwrite each other.
+            on_progress=None if is_terminal and form is not Format.TABLE else progress.update,
+            reader=_descriptor(sys.stdout),
+        )
+        write(
+            progress.counted(parts),
+            form.value,
+            Visible(sys.stdout.buffer) if is_terminal else sys.stdout.buffer,
+            is_safe=safe,
+        )
     _remark(opened)
 
 
@@ -264,6 +290,14 @@ def _remark(runs: Runs) -> None:
         say(f"entrace: {plain(run_id, NOTE_LENGTH)}: {plain(note, NOTE_LENGTH)}", err=True)
     if (more := len(runs.notes) - NOTES_SHOWN) > 0:
         say(f"entrace: {more} more runs are incomplete", err=True)
+
+
+def _descriptor(stream: Any) -> int | None:
+    """Return the file descriptor of a stream, or None if it has none, as in a notebook."""
+    try:
+        return stream.fileno()
+    except (AttributeError, OSError):
+        return None
 
 
 def _read_text(path: Path) -> str:

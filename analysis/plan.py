@@ -126,7 +126,7 @@ def measure_pilot(study: Path) -> Pilot:
     from entrace.analysis.runs import open_runs
 
     runs = open_runs(study)
-    per_step = dict(runs.sql(SECONDS).drop_nulls().iter_rows())
+    per_step = dict(runs.run_shipped(SECONDS).drop_nulls().iter_rows())
     complete = {run_id: found for run_id, found in runs.manifests.items() if found.get("status") == "complete"}
     if not complete:
         raise InputError(f"--pilot {study}: the study has no complete run; choose another study")
@@ -168,7 +168,7 @@ def _sd_difference(runs: Runs, run_ids: Collection[str], study: Path) -> float:
     """Return the standard deviation over seeds of paired differences, pooled over arms with a mean of their own."""
     from entrace.analysis.compare.pairs import pair_runs
 
-    accuracy = dict(runs.sql(FINAL).iter_rows())
+    accuracy = dict(runs.run_shipped(FINAL).iter_rows())
     by_arm: dict[str, list[float]] = {}
     for pair in pair_runs(runs, {})[0]:
         if set(pair.run_ids) <= set(run_ids):

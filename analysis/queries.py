@@ -114,6 +114,10 @@ class Questions:
             raise InputError(f'unknown query "{stem}"{nearest(stem, self.paths)}')
         return _read_text(self.paths[stem])
 
+    def is_own(self, stem: str) -> bool:
+        """Return whether a question is in the user's folder."""
+        return stem in self._own
+
     def location(self, stem: str) -> str:
         """Return the file of a question, as ``analysis/sql/stage/stage_dynamics.sql``, or the path of a user's file."""
         return str(self._own.get(stem) or f"analysis/sql/{self.paths[stem].parent.name}/{stem}.sql")

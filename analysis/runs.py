@@ -3,95 +3,38 @@
 from __future__ import annotations
 
 import glob
-import re
 import shutil
 import tempfile
 import uuid
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entrace.analysis import queries
 from entrace.analysis.queries import BUILT_IN, Questions
-from entrace.analysis.statistics import interval_functions
+from entrace.analysis.sandbox.connection import STAGES_COLUMNS, connect, fill_stages
+from entrace.analysis.sandbox.process import Limits, QueryProcess
+from entrace.analysis.sandbox.statements import one_line, parameters
+from entrace.analysis.sandbox.worker import Question
 from entrace.analysis.terminal.interrupt import interruptible
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest, reason_of
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
 from entrace.analysis.trace.parts import check_part, list_parts, listed_files
 from entrace.analysis.trace.plain import well_formed
-from entrace.analysis.trace.schema import SCHEMA_VERSION, TABLES, Table
+from entrace.analysis.trace.schema import TABLES, Table
 
 if TYPE_CHECKING:
-    import duckdb
     import polars as pl
 
     from entrace.analysis.statistics.stages import StageFit
 
 DEFAULT_BASELINE = "none"
-# Limit of DuckDB alone, which spills the excess to disk. Python and its libraries need memory in addition.
-MEMORY_LIMIT = "1500MiB"
-
-RUNS_COLUMNS = {
-    "run_id": "varchar",
-    "study": "varchar",
-    "arm": "varchar",
-    "seed": "integer",
-    "status": "varchar",
-    "error": "varchar",
-    "model": "varchar",
-    "task": "varchar",
-    "last_durable_step": "integer",
-    "total_steps": "integer",
-    "git_commit": "varchar",
-    "started_at": "varchar",
-    "finished_at": "varchar",
-    "path": "varchar",
-}
-STAGES_COLUMNS = {
-    "run_id": "varchar",
-    "stage": "varchar",
-    "first_step": "integer",
-    "last_step": "integer",
-    "boundary_step": "double",
-    "boundary_low": "double",
-    "boundary_high": "double",
-    "entropy_start": "double",
-    "entropy_slope": "double",
-    "entropy_slope_low": "double",
-    "entropy_slope_high": "double",
-    "accuracy_start": "double",
-    "accuracy_slope": "double",
-    "accuracy_slope_low": "double",
-    "accuracy_slope_high": "double",
-}
-# Columns that schema version 1 implies and does not store.
-DERIVED = {
-    # A prompt that is sampled twice in one step forms two groups; each group holds every sample_index once.
-    "rollouts": (
-        "group_id",
-        "(select *, min(rollout_id) over (partition by run_id, step, prompt_id, repeat) as group_id from (select *, "
-        "row_number() over (partition by run_id, step, prompt_id, sample_index order by rollout_id) as repeat "
-        "from {source}))",
-    ),
-    "tokens": (
-        "is_kept",
-        "(select * from {source} left join (select run_id, rollout_id, bool_or(is_kept) as is_kept from rollouts "
-        "group by all) using (run_id, rollout_id))",
-    ),
-}
-# EXPLAIN ANALYZE executes the statement that follows, which must therefore be a query as well.
-COMMENTS = r"(?:\s|--[^\n]*|/\*(?:(?!\*/).)*\*/)*"
-EXPLAIN = re.compile(rf"{COMMENTS}explain\b\s*(\([^)]*\)|analyze\b)?", re.IGNORECASE | re.DOTALL)
-FINAL_SEMICOLON = re.compile(rf";{COMMENTS}\Z", re.DOTALL)
-# Readable names for statement types of DuckDB.
-STATEMENT_NAMES = {"MULTI": "a PIVOT inside another statement"}
+# Bytes for DuckDB in this process, which answers the shipped questions; the excess is spilled to disk.
+BUFFERS = 1500 << 20
 # Missing ranges of steps that the note on a run lists.
 GAPS_SHOWN = 3
-# Characters that brackets make literal in a glob pattern.
-GLOB_CHARACTERS = re.compile(r"[*?\[]")
-SQL_POSITION = re.compile(r"\s*\n\s*LINE \d+:.*", re.DOTALL)
 
 
 def open_runs(paths: str | Path | Iterable[str | Path], *, questions: str | Path | None = None) -> Runs:
@@ -158,14 +101,24 @@ class Runs:
         self._has_stages = False
         self._kept: dict[tuple[str, ...], pl.DataFrame] = {}
         self._finite: set[str] = set()
-        self._files = [path for paths in files.values() for path in paths]
-        self._con = _connect(manifests, files)
+        self._files = files
+        spill = Path(tempfile.gettempdir(), f"entrace-{uuid.uuid4().hex}")
+        self._con = connect(manifests, files, BUFFERS, spill)
+        weakref.finalize(self._con, shutil.rmtree, spill, ignore_errors=True)
+        self._idle: QueryProcess | None = None
 
     def __repr__(self) -> str:
         return f"Runs({', '.join(self.manifests)})"
 
-    def sql(self, text: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
-        """Run one read-only query over the traces.
+    def sql(
+        self,
+        text: str,
+        params: Mapping[str, Any] | None = None,
+        *,
+        memory: str | int | None = None,
+        timeout: float | None = None,
+    ) -> pl.DataFrame:
+        """Run one read-only query over the traces, in a process of its own with limits of memory and time.
 
         The query is a SELECT, PIVOT, DESCRIBE, SUMMARIZE, or similar statement, or EXPLAIN of one. It can read the
         tables of the trace (``entrace tables``), the tables ``runs`` and ``stages``, and the views of sql/staging.
@@ -173,24 +126,56 @@ class Runs:
         Args:
             text: DuckDB SQL.
             params: Values of the ``$name`` parameters; an omitted one is null, which shipped queries read as "all".
+            memory: Most memory for the query, and for its rows, such as ``"500MB"`` (default 2GiB).
+            timeout: Most seconds of computing (default 600; 0 for no limit).
 
         Raises:
-            InputError: the text is not a single query, a parameter is unknown, or DuckDB rejects the query.
+            InputError: the text is not a single query, a parameter is unknown, DuckDB rejects the query, or a limit is
+                reached.
         """
-        import duckdb
+        import polars as pl
 
-        try:
-            names = _parameters(text)
-        except duckdb.Error as error:
-            raise InputError(_one_line(error)) from None
-        given = dict(params or {})
-        for name in given:
-            if name not in names:
-                hint = nearest(name, names) if names else "; this query has none"
-                raise InputError(f'unknown parameter "{name}"{hint}')
-        if queries.reads_stages(text):
-            self._fill_stages()
-        return self._select(text, dict.fromkeys(names) | given)
+        limits = Limits.parse(memory, timeout)
+        frames, size = [], 0
+        for frame in self.stream(text, params, memory=memory, timeout=timeout):
+            frames.append(frame)
+            size += frame.estimated_size()
+            if size > limits.memory:
+                raise InputError(
+                    f"sql: the result needs more than {limits.memory_text} of memory; aggregate, add a LIMIT, raise "
+                    "memory=, or read it in parts with runs.stream"
+                )
+        return pl.concat(frames)
+
+    def stream(
+        self,
+        text: str,
+        params: Mapping[str, Any] | None = None,
+        *,
+        memory: str | int | None = None,
+        timeout: float | None = None,
+        on_progress: Callable[[float], None] | None = None,
+        reader: int | None = None,
+    ) -> Iterator[pl.DataFrame]:
+        """Run a query like ``sql``, and return its rows in parts, as they arrive.
+
+        Args:
+            text: As for ``sql``.
+            params: As for ``sql``.
+            memory: As for ``sql``; rows that were returned do not count.
+            timeout: As for ``sql``; only time spent waiting for rows counts.
+            on_progress: Called with the percentage done, as DuckDB estimates it, about twice a second.
+            reader: Descriptor to which the caller writes; the query ends if it is a pipe that nobody reads.
+
+        Returns:
+            Parts with equal columns, of some megabytes each; the first one has no rows.
+
+        Raises:
+            InputError: as for ``sql``.
+        """
+        limits = Limits.parse(memory, timeout)
+        question = self._prepare(text, params or {})
+        return self._ask(question, limits, on_progress, reader)
 
     def query(self, stem: str, **params: Any) -> pl.DataFrame:
         """Run one of the shipped queries, such as ``query("entropy_by_position", stage="plateau")``.
@@ -198,7 +183,22 @@ class Runs:
         Raises:
             InputError: the query or a parameter is unknown.
         """
-        return self.sql(self.questions.read(stem), params)
+        text = self.questions.read(stem)
+        if self.questions.is_own(stem):
+            return self.sql(text, params)
+        return self.run_shipped(text, params)
+
+    def run_shipped(self, text: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
+        """Run SQL of this package in this process, which saves starting another one.
+
+        Raises:
+            InputError: a parameter is unknown, or a file cannot be read.
+        """
+        question = self._prepare(text, params or {})
+        if question.stages and not self._has_stages:
+            self._has_stages = True
+            fill_stages(self._con, question.stages)
+        return self._run(question.text, question.params)
 
     def query_once(self, stem: str, run_ids: Sequence[str]) -> pl.DataFrame:
         """Run a shipped query over some runs and cache the rows, which several parts of a claim share."""
@@ -249,17 +249,12 @@ class Runs:
         baseline = [run for run in recorded if self.manifests.get(run, {}).get("arm") == self.baseline]
         return {self.baseline: baseline} if baseline else {run: [run] for run in recorded}
 
-    def _fill_stages(self) -> None:
-        if self._has_stages:
-            return
-        self._has_stages = True
-        rows = [
+    def _stage_rows(self) -> list[tuple[Any, ...]]:
+        return [
             (run_id, *[segment.get(name) for name in list(STAGES_COLUMNS)[1:]])
             for run_id, fit in self.stage_fits.items()
             for segment in fit.segments()
         ]
-        if rows:
-            self._con.executemany(f"insert into stages values ({', '.join('?' * len(STAGES_COLUMNS))})", rows)
 
     def _select(self, text: str, params: dict[str, Any]) -> pl.DataFrame:
         for name in queries.tables_in(text):
@@ -290,26 +285,79 @@ class Runs:
                 )
         self._finite.add(table.name)
 
+    def _prepare(self, text: str, given: Mapping[str, Any]) -> Question:
+        """Return a checked query with all of its parameters.
+
+        Raises:
+            InputError: as for ``sql``.
+        """
+        import duckdb
+
+        try:
+            names = parameters(text)
+        except duckdb.Error as error:
+            raise InputError(one_line(error)) from None
+        for name in given:
+            if name not in names:
+                hint = nearest(name, names) if names else "; this query has none"
+                raise InputError(f'unknown parameter "{name}"{hint}')
+        for name in queries.tables_in(text):
+            self._check_finite(TABLES[name])
+        stages = self._stage_rows() if queries.reads_stages(text) else []
+        return Question(text, dict.fromkeys(names) | dict(given), stages)
+
+    def _ask(
+        self,
+        question: Question,
+        limits: Limits,
+        on_progress: Callable[[float], None] | None,
+        reader: int | None,
+    ) -> Iterator[pl.DataFrame]:
+        import polars as pl
+
+        # Several answers may be read at once; each needs a process.
+        process, self._idle = self._idle, None
+        if process is None or process.memory != limits.memory or not process.is_alive:
+            process = QueryProcess(self.manifests, self._files, limits)
+        try:
+            for part in process.ask(question, limits, on_progress, reader):
+                yield pl.DataFrame(part)
+        except InputError:
+            self._check_deleted()
+            raise
+        except pl.exceptions.PolarsError as error:
+            raise _unsupported(error) from None
+        finally:
+            if process.is_alive:
+                self._idle = process
+
     def _run(self, text: str, params: dict[str, Any]) -> pl.DataFrame:
+        """Run a query of our own in this process."""
         import duckdb
         import polars as pl
 
-        # A CTE can hold an INSERT, which only the read-only transaction rejects.
         self._con.execute("begin transaction read only")
         try:
             return interruptible(self._con, lambda: self._con.sql(text, params=params).pl())
         except duckdb.Error as error:
-            # A resumed run deletes the rows that it recorded after its checkpoint.
-            if gone := next((path for path in self._files if not Path(path).exists()), None):
-                raise InputError(f"{gone}: deleted since the run was opened; open the run again") from None
-            raise InputError(_one_line(error)) from None
+            self._check_deleted()
+            raise InputError(one_line(error)) from None
         except pl.exceptions.PolarsError as error:
-            reason = in_one_line(error)
-            raise InputError(
-                f"sql: the type of a result column is not supported ({reason}); cast the column, as in x::varchar"
-            ) from None
+            raise _unsupported(error) from None
         finally:
             self._con.execute("rollback")
+
+    def _check_deleted(self) -> None:
+        # A resumed run deletes the rows that it recorded after its checkpoint.
+        if gone := next((path for paths in self._files.values() for path in paths if not Path(path).exists()), None):
+            raise InputError(f"{gone}: deleted since the run was opened; open the run again") from None
+
+
+def _unsupported(error: Exception) -> InputError:
+    reason = in_one_line(error)
+    return InputError(
+        f"sql: the type of a result column is not supported ({reason}); cast the column, as in x::varchar"
+    )
 
 
 def _find_run_folders(path: str | Path) -> list[Path]:
@@ -365,122 +413,3 @@ def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int], gone: 
         return f"{len(unknown)} recorded quantities are unknown; see `unknown` in {MANIFEST}" if unknown else None
     removed = f"; removed: {', '.join(gone)}" if gone else ""
     return f"{state or manifest.get('status')}, {done}{missing if gaps else ''}{removed}"
-
-
-def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, dict[str, int]]) -> duckdb.DuckDBPyConnection:
-    import duckdb
-
-    # By default DuckDB spills to the working directory. It creates this folder only when it spills.
-    spill = Path(tempfile.gettempdir(), f"entrace-{uuid.uuid4().hex}")
-    con = duckdb.connect(
-        config={
-            "autoload_known_extensions": "false",
-            "autoinstall_known_extensions": "false",
-            "python_enable_replacements": "false",
-            "memory_limit": MEMORY_LIMIT,
-            "temp_directory": str(spill),
-        }
-    )
-    weakref.finalize(con, shutil.rmtree, spill, ignore_errors=True)
-    # The view of tokens of schema version 1 reads the view of rollouts, which must exist first.
-    for name in reversed(TABLES):
-        _create_view(con, TABLES[name], files[name])
-    for name, columns in (("runs", RUNS_COLUMNS), ("stages", STAGES_COLUMNS)):
-        con.execute(f"create table {name} ({', '.join(f'{column} {kind}' for column, kind in columns.items())})")
-    rows = [
-        [_scalar({**manifest, "run_id": run_id}.get(name)) for name in RUNS_COLUMNS]
-        for run_id, manifest in manifests.items()
-    ]
-    con.executemany(f"insert into runs values ({', '.join('?' * len(RUNS_COLUMNS))})", rows)
-    interval_functions.register(con)
-    for text in queries.staging():
-        con.execute(text)
-    # DuckDB checks both the pattern itself and each file that it matches.
-    paths = dict.fromkeys(form for found in files.values() for path in found for form in (path, _pattern(path)))
-    con.execute(f"set allowed_paths = [{', '.join(map(_quote, paths))}]")
-    con.execute("set enable_external_access = false")
-    con.execute("set lock_configuration = true")
-    return con
-
-
-def _create_view(con: duckdb.DuckDBPyConnection, table: Table, files: dict[str, int]) -> None:
-    import duckdb
-
-    if not files:
-        con.register("empty", table.arrow_schema.empty_table())
-        con.execute(f"create table {table.name} as select * from empty")
-        con.unregister("empty")
-        return
-    sources = [
-        _select_version(table, version, [path for path, found in files.items() if found == version])
-        for version in sorted(set(files.values()))
-    ]
-    try:
-        con.execute(f"create view {table.name} as {' union all '.join(sources)}")
-    except duckdb.Error as error:
-        raise InputError(_one_line(error)) from None
-
-
-def _select_version(table: Table, version: int, files: list[str]) -> str:
-    """Return a SELECT of all columns of ``table`` from files of one schema version."""
-    paths = ", ".join(_quote(_pattern(path)) for path in files)
-    stored = ", ".join(column.name for column in table.columns if column.since <= version)
-    source = f"(select {stored} from read_parquet([{paths}]))"
-    if version < SCHEMA_VERSION and table.name in DERIVED:
-        name, derived = DERIVED[table.name]
-        source, stored = derived.format(source=source), f"{stored}, {name}"
-    known = stored.split(", ")
-    columns = (c.name if c.name in known else f"null::{c.type} as {c.name}" for c in table.columns)
-    return f"select {', '.join(columns)} from {source}"
-
-
-def _parameters(text: str) -> set[str]:
-    """Return the names of the ``$parameters`` of one query, or of EXPLAIN of one.
-
-    Raises:
-        InputError: the text is not a single query.
-        duckdb.Error: the SQL cannot be parsed.
-    """
-    import duckdb
-
-    if text != well_formed(text):
-        raise InputError("sql: the query is not UTF-8")
-    if explain := EXPLAIN.match(text):
-        text = text[explain.end() :]
-    statements = duckdb.extract_statements(text)
-    is_select = len(statements) == 1 and statements[0].type == duckdb.StatementType.SELECT
-    if not is_select and not _is_pivot(text):
-        found = " and ".join(STATEMENT_NAMES.get(s.type.name, s.type.name) for s in statements) or "nothing"
-        raise InputError(f"sql is read-only: expected one query, such as SELECT or PIVOT; found {found}")
-    return {name for statement in statements for name in statement.named_parameters}
-
-
-def _is_pivot(text: str) -> bool:
-    """Return whether SQL is one query with a PIVOT, which DuckDB expands into several statements.
-
-    EXISTS accepts exactly one query, and no other statement.
-    """
-    import duckdb
-
-    try:
-        duckdb.extract_statements(f"select exists ({FINAL_SEMICOLON.sub('', text)}\n)")
-    except duckdb.Error:
-        return False
-    return True
-
-
-def _one_line(error: Exception) -> str:
-    return f"sql: {' '.join(SQL_POSITION.sub('', str(error)).split())}"
-
-
-def _pattern(path: str) -> str:
-    """Return the glob pattern that matches only this path; DuckDB reads file names as patterns."""
-    return GLOB_CHARACTERS.sub(r"[\g<0>]", path)
-
-
-def _quote(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _scalar(value: Any) -> Any:
-    return value if value is None or isinstance(value, str | int | float) else str(value)

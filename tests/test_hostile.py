@@ -29,11 +29,11 @@ from entrace.analysis.compare import compare
 from entrace.analysis.compare.text import to_text
 from entrace.analysis.report import SCRIPT, TEMPLATES, write_report
 from entrace.analysis.runs import open_runs
-from entrace.analysis.terminal.export import FORMATS, render, to_report_csv
+from entrace.analysis.terminal.export import FORMATS, to_report_csv
 from entrace.analysis.terminal.progress import Progress
 from entrace.analysis.trace import TABLES, InputError, TraceWriter
 from entrace.analysis.trace.plain import plain
-from tests.analysis.conftest import VOCAB, write_failed, write_tiny
+from tests.analysis.conftest import VOCAB, write_failed, write_tiny, written
 from tests.analysis.synthetic import Planted, write_run
 
 MARKUP = """<script>alert(1)</script><img src=x onerror=alert(1)>"' onload=alert(1) x='</pre></style>{{ 7*7 }}"""
@@ -181,10 +181,10 @@ def test_what_a_spreadsheet_takes_for_a_formula_is_marked(cell: str):
 
 def test_scripts_read_exact_values():
     frame = pl.DataFrame({"text": [HOSTILE, SPREADSHEET, '"', "a\r\nb", ""], "number": [-1.0, 1e-300, 0.1, 2.5, 1e300]})
-    with io.StringIO(render(frame, "csv").decode(), newline="") as lines:
+    with io.StringIO(written(frame, "csv").decode(), newline="") as lines:
         rows = list(csv.reader(lines))[1:]
     assert [(text, float(number)) for text, number in rows] == frame.rows()
-    assert json.loads(render(frame, "json")) == frame.to_dicts()
+    assert json.loads(written(frame, "json")) == frame.to_dicts()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -193,7 +193,7 @@ def test_json_is_json(value: float):
         raise AssertionError(name)
 
     frame = pl.DataFrame({"x": [value], "rows": [[{"y": value}]]})
-    assert json.loads(render(frame, "json"), parse_constant=refuse) == [{"x": None, "rows": [{"y": None}]}]
+    assert json.loads(written(frame, "json"), parse_constant=refuse) == [{"x": None, "rows": [{"y": None}]}]
 
 
 def test_terminal_sees_no_control_character(command, hostile: Path):
@@ -390,9 +390,9 @@ def test_ten_megabytes_pass_through(tmp_path: Path, command):
     writer.finish(error=LONG)
     runs = open_runs(tmp_path / "run")
     frame = runs.sql("select completion, answer, text, error from rollouts, vocab, runs where token_id = 99")
-    assert len(render(frame, "table")) < 2000
-    assert json.loads(render(frame, "json"))[0]["completion"] == LONG
-    assert LONG.encode() in render(frame, "csv")
+    assert len(written(frame, "table")) < 2000
+    assert json.loads(written(frame, "json"))[0]["completion"] == LONG
+    assert LONG.encode() in written(frame, "csv")
     assert set(FORMATS) == {"table", "json", "csv", "parquet"}
     page = write_report(runs, tmp_path / "out")
     assert sum(path.stat().st_size for path in page.parent.iterdir()) < 3_000_000

@@ -80,7 +80,7 @@ class Evaluations:
     def __init__(self, runs: Runs, run_ids: Sequence[str]) -> None:
         """Read the evaluated steps and the numbers of samples; outcomes are read on request."""
         self._runs, self._run_ids = runs, list(run_ids)
-        counts = runs.sql(NUM_SAMPLES, {"runs": self._run_ids})
+        counts = runs.run_shipped(NUM_SAMPLES, {"runs": self._run_ids})
         self.steps: dict[tuple[str, str], list[int]] = {}
         for run, benchmark, step, _ in counts.iter_rows():
             self.steps.setdefault((run, benchmark), []).append(step)
@@ -124,7 +124,7 @@ def pass_metrics(num_samples: int) -> dict[str, int]:
 
 def read_prompts(runs: Runs, run_ids: Sequence[str]) -> pl.DataFrame:
     """Return ``prompt``, an integer that identifies the text, by run_id and prompt_id."""
-    return runs.sql(PROMPTS, {"runs": list(run_ids)})
+    return runs.run_shipped(PROMPTS, {"runs": list(run_ids)})
 
 
 def name_prompts(frame: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:

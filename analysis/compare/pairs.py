@@ -50,7 +50,7 @@ def pair_runs(runs: Runs, references: Mapping[str, str]) -> tuple[list[Pair], di
     """
     by_seed, reasons = _complete_runs(runs)
     evaluated: dict[str, set[tuple[str, int]]] = {}
-    for run, *evaluation in runs.sql(EVALUATED).iter_rows():
+    for run, *evaluation in runs.run_shipped(EVALUATED).iter_rows():
         evaluated.setdefault(run, set()).add(tuple(evaluation))
     pairs = []
     for (arm, seed), run in by_seed.items():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from entrace.analysis.trace.errors import InputError
 from entrace.analysis.trace.plain import escape, plain
@@ -17,27 +18,40 @@ if TYPE_CHECKING:
 
 FORMATS = ("table", "csv", "json", "parquet")
 TABLE_ROWS = 100
+# Rows that are converted to JSON at a time.
+JSON_ROWS = 10_000
+# Columns that EXPLAIN returns.
+PLAN = ["explain_key", "explain_value"]
 CSV_DIGITS = 6
 # Spreadsheets run a cell that begins with one of these characters as a formula (OWASP, "CSV Injection"). Some of them
 # first strip leading blanks and quotes.
 FORMULA = r"""^[\s"']*[=+\-@＝＋－＠]|^[\t\r\n]"""
 
 
-def render(frame: pl.DataFrame, form: str) -> bytes:
-    """Return ``frame`` in one of ``FORMATS``; every format except ``table`` preserves the exact values.
+def write(parts: Iterable[pl.DataFrame], form: str, out: BinaryIO | io.RawIOBase, *, is_safe: bool = False) -> None:
+    """Write frames, as they arrive, as one table in one of ``FORMATS``.
+
+    Every format except ``table`` preserves the exact values. Memory does not grow with the number of rows.
+
+    Args:
+        parts: Frames with equal columns, of which the first may be empty; at least one.
+        form: One of ``FORMATS``.
+        out: File to write to; parquet needs no seeking.
+        is_safe: In CSV, mark text that a spreadsheet would run as a formula with an apostrophe.
 
     Raises:
         InputError: CSV cannot represent the type of a column.
     """
     if form == "parquet":
-        buffer = io.BytesIO()
-        frame.write_parquet(buffer)
-        return buffer.getvalue()
-    if form == "csv":
-        return _csv(_flat(frame)).encode()
-    if form == "json":
-        return (to_json(frame.to_dicts(), default=str) + "\n").encode()
-    return (_table(frame) + "\n").encode()
+        _write_parquet(parts, out)
+    elif form == "csv":
+        for number, frame in enumerate(parts):
+            flat = _flat(frame)
+            out.write(_csv(_without_formulas(flat) if is_safe else flat, has_header=number == 0).encode())
+    elif form == "json":
+        _write_json(parts, out)
+    else:
+        _write_table(parts, out)
 
 
 def to_json(value: Any, default: Callable[[Any], str] | None = None) -> str:
@@ -50,12 +64,9 @@ def to_json(value: Any, default: Callable[[Any], str] | None = None) -> str:
 
 def to_report_csv(frame: pl.DataFrame) -> str:
     """Return CSV that is safe in a spreadsheet: six significant digits, and no text that runs as a formula."""
-    import polars as pl
     import polars.selectors as cs
 
-    frame = _flat(frame)
-    text = pl.when(cs.string().str.contains(FORMULA)).then("'" + cs.string()).otherwise(cs.string())
-    return _csv(readable(frame.with_columns(cs.float().round_sig_figs(CSV_DIGITS), text.name.keep())))
+    return _csv(readable(_without_formulas(_flat(frame)).with_columns(cs.float().round_sig_figs(CSV_DIGITS))))
 
 
 def readable(frame: pl.DataFrame) -> pl.DataFrame:
@@ -73,6 +84,19 @@ def readable(frame: pl.DataFrame) -> pl.DataFrame:
 def show(text: str) -> str:
     """Return ``text`` with its line breaks, and every other control character escaped."""
     return "\n".join(map(escape, text.split("\n")))
+
+
+class Visible(io.RawIOBase):
+    """A binary file for text on a terminal: control characters are escaped, line breaks excepted."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        """Write to ``out``."""
+        self._out = out
+
+    def write(self, data: Any) -> int:
+        """Write whole characters in UTF-8."""
+        self._out.write(show(bytes(data).decode()).encode())
+        return len(data)
 
 
 def _json_value(value: Any) -> Any:
@@ -94,16 +118,81 @@ def _flat(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.with_columns(pl.col(name).cast(pl.List(pl.String)).list.join(";") for name in lists)
 
 
-def _csv(frame: pl.DataFrame) -> str:
+def _without_formulas(frame: pl.DataFrame) -> pl.DataFrame:
+    import polars as pl
+    import polars.selectors as cs
+
+    text = pl.when(cs.string().str.contains(FORMULA)).then("'" + cs.string()).otherwise(cs.string())
+    return frame.with_columns(text.name.keep())
+
+
+def _csv(frame: pl.DataFrame, has_header: bool = True) -> str:
     import polars as pl
 
     try:
-        return frame.write_csv()
+        return frame.write_csv(include_header=has_header)
     except pl.exceptions.ComputeError:
         kinds = ", ".join(f"{name} {kind}" for name, kind in frame.schema.items() if kind.is_nested())
         raise InputError(
             f"csv cannot represent every column ({kinds or 'binary'}); use --format json, or cast these columns"
         ) from None
+
+
+def _write_parquet(parts: Iterable[pl.DataFrame], out: BinaryIO | io.RawIOBase) -> None:
+    import polars as pl
+    import pyarrow.parquet as pq
+
+    tables = (frame.to_arrow(compat_level=pl.CompatLevel.oldest()) for frame in parts)
+    first = next(tables)
+    with pq.ParquetWriter(out, first.schema, compression="zstd", write_page_checksum=True) as writer:
+        for table in chain([first], tables):
+            if len(table):
+                writer.write_table(table)
+
+
+def _write_json(parts: Iterable[pl.DataFrame], out: BinaryIO | io.RawIOBase) -> None:
+    """Write an array with one object per line."""
+    separator = b"[\n"
+    for frame in parts:
+        for part in frame.iter_slices(JSON_ROWS):
+            out.write(separator + _json_rows(part).removesuffix(b"\n").replace(b"\n", b",\n"))
+            separator = b",\n"
+    out.write(b"[]\n" if separator == b"[\n" else b"\n]\n")
+
+
+def _json_rows(frame: pl.DataFrame) -> bytes:
+    """Return one JSON object per line."""
+    import polars as pl
+    import polars.selectors as cs
+
+    if all(map(_is_plain, frame.dtypes)):
+        # Doubles print all digits of a 32-bit float.
+        return frame.with_columns(cs.by_dtype(pl.Float32).cast(pl.Float64)).write_ndjson().encode()
+    return "\n".join(json.dumps(_json_value(row), default=str) for row in frame.iter_rows(named=True)).encode()
+
+
+def _is_plain(kind: pl.DataType) -> bool:
+    """Return whether polars writes a type as Python's json module does; it is faster by a factor of ten."""
+    import polars as pl
+
+    return kind.is_integer() or kind in (pl.Float64, pl.Float32, pl.Boolean, pl.String)
+
+
+def _write_table(parts: Iterable[pl.DataFrame], out: BinaryIO | io.RawIOBase) -> None:
+    import polars as pl
+
+    head: list[pl.DataFrame] = []
+    held = num_rows = 0
+    for frame in parts:
+        if held < TABLE_ROWS or not head:
+            head.append(frame.head(TABLE_ROWS - held))
+            held += head[-1].height
+        num_rows += frame.height
+    shown = pl.concat(head)
+    # EXPLAIN draws its own boxes.
+    text = "\n".join(map(show, shown[PLAN[1]])) if shown.columns == PLAN else _table(shown)
+    more = f"\n... {num_rows:,} rows in all; --format csv prints every one" if num_rows > TABLE_ROWS else ""
+    out.write(f"{text}{more}\n".encode())
 
 
 def _table(frame: pl.DataFrame) -> str:
@@ -119,6 +208,4 @@ def _table(frame: pl.DataFrame) -> str:
         tbl_hide_column_data_types=True,
         tbl_formatting="ASCII_MARKDOWN",
     ):
-        text = show(str(frame.with_columns(cs.string().str.replace_all("\n", r"\n", literal=True))))
-    more = f"\n... {frame.height:,} rows in all; --format csv prints every one" if frame.height > TABLE_ROWS else ""
-    return text + more
+        return show(str(frame.with_columns(cs.string().str.replace_all("\n", r"\n", literal=True))))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
 from entrace.analysis.runs import Runs, open_runs
+from entrace.analysis.terminal.export import write
 from entrace.analysis.trace import SCHEMA_VERSION, TraceWriter, write_manifest
 from tests.analysis.synthetic import Planted, write_run
 
@@ -60,6 +63,13 @@ EVALS = [
     (24, "h1", ["1", "1"], [True, True]),
     (24, "h2", ["3", "4"], [False, True]),
 ]
+
+
+def written(frame: pl.DataFrame, form: str, *, is_safe: bool = False) -> bytes:
+    """What ``entrace sql --format`` prints, in parts of three rows."""
+    out = io.BytesIO()
+    write([frame.clear(), *frame.iter_slices(3)], form, out, is_safe=is_safe)
+    return out.getvalue()
 
 
 def write_tiny(folder: Path) -> Path:

@@ -17,9 +17,9 @@ from entrace.analysis.effects.estimate import count
 from entrace.analysis.figures import STEMS
 from entrace.analysis.report import MARK, _provenance, num_parts, write_report
 from entrace.analysis.runs import Runs, open_runs
-from entrace.analysis.terminal.export import render, to_report_csv
+from entrace.analysis.terminal.export import to_report_csv
 from entrace.analysis.trace import InputError, TraceWriter
-from tests.analysis.conftest import step_row, write_failed, write_tiny
+from tests.analysis.conftest import step_row, write_failed, write_tiny, written
 from tests.analysis.synthetic import write_run
 
 HOSTILE = '<script>alert("x")</script>'
@@ -195,14 +195,14 @@ def test_text_cells_do_not_run_as_formulas(cell: str):
 
 def test_formats_for_scripts_keep_values():
     frame = pl.DataFrame({"a": [1, 2], "names": [["x", "y"], []], "b": [0.1, None]})
-    assert render(frame, "csv").decode().splitlines() == ["a,names,b", "1,x;y,0.1", '2,"",']
-    assert json.loads(render(frame, "json")) == frame.to_dicts()
-    assert pl.read_parquet(render(frame, "parquet")).equals(frame)
-    assert "| 1 " in render(frame, "table").decode()
+    assert written(frame, "csv").decode().splitlines() == ["a,names,b", "1,x;y,0.1", '2,"",']
+    assert json.loads(written(frame, "json")) == frame.to_dicts()
+    assert pl.read_parquet(written(frame, "parquet")).equals(frame)
+    assert "| 1 " in written(frame, "table").decode()
 
 
 def test_long_table_says_how_much_is_missing():
-    assert "250 rows in all" in render(pl.DataFrame({"a": range(250)}), "table").decode()
+    assert "250 rows in all" in written(pl.DataFrame({"a": range(250)}), "table").decode()
 
 
 @pytest.mark.parametrize("steps", [(1,), (1, 2), (1, 100), (1, 100, 200)], ids=str)

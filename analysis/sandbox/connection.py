@@ -1,0 +1,167 @@
+"""Connect DuckDB to the files of traces; SQL over the connection can reach no other file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from entrace.analysis import queries
+from entrace.analysis.sandbox.statements import one_line
+from entrace.analysis.statistics import interval_functions
+from entrace.analysis.trace.errors import InputError
+from entrace.analysis.trace.schema import SCHEMA_VERSION, TABLES, Table
+
+if TYPE_CHECKING:
+    import duckdb
+
+RUNS_COLUMNS = {
+    "run_id": "varchar",
+    "study": "varchar",
+    "arm": "varchar",
+    "seed": "integer",
+    "status": "varchar",
+    "error": "varchar",
+    "model": "varchar",
+    "task": "varchar",
+    "last_durable_step": "integer",
+    "total_steps": "integer",
+    "git_commit": "varchar",
+    "started_at": "varchar",
+    "finished_at": "varchar",
+    "path": "varchar",
+}
+STAGES_COLUMNS = {
+    "run_id": "varchar",
+    "stage": "varchar",
+    "first_step": "integer",
+    "last_step": "integer",
+    "boundary_step": "double",
+    "boundary_low": "double",
+    "boundary_high": "double",
+    "entropy_start": "double",
+    "entropy_slope": "double",
+    "entropy_slope_low": "double",
+    "entropy_slope_high": "double",
+    "accuracy_start": "double",
+    "accuracy_slope": "double",
+    "accuracy_slope_low": "double",
+    "accuracy_slope_high": "double",
+}
+# Columns that schema version 1 implies and does not store.
+DERIVED = {
+    # A prompt that is sampled twice in one step forms two groups; each group holds every sample_index once.
+    "rollouts": (
+        "group_id",
+        "(select *, min(rollout_id) over (partition by run_id, step, prompt_id, repeat) as group_id from (select *, "
+        "row_number() over (partition by run_id, step, prompt_id, sample_index order by rollout_id) as repeat "
+        "from {source}))",
+    ),
+    "tokens": (
+        "is_kept",
+        "(select * from {source} left join (select run_id, rollout_id, bool_or(is_kept) as is_kept from rollouts "
+        "group by all) using (run_id, rollout_id))",
+    ),
+}
+# Characters that brackets make literal in a glob pattern.
+GLOB_CHARACTERS = re.compile(r"[*?\[]")
+
+
+def connect(
+    manifests: Mapping[str, Mapping[str, Any]], files: Mapping[str, dict[str, int]], memory: int, spill: Path
+) -> duckdb.DuckDBPyConnection:
+    """Return a connection with the tables of the trace, the tables runs and stages, and the views of sql/staging.
+
+    Args:
+        manifests: Content of each ``run.json``, with ``path`` added, by run_id.
+        files: Schema version of each Parquet file of all runs, by table and path.
+        memory: Limit of DuckDB's buffers in bytes; the excess is spilled to disk.
+        spill: Folder for spilled data, which DuckDB creates when it spills; the caller removes it.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    import duckdb
+
+    con = duckdb.connect(
+        config={
+            "autoload_known_extensions": "false",
+            "autoinstall_known_extensions": "false",
+            "python_enable_replacements": "false",
+            "memory_limit": f"{memory >> 10}KiB",
+            "temp_directory": str(spill),
+        }
+    )
+    # The view of tokens of schema version 1 reads the view of rollouts, which must exist first.
+    for name in reversed(TABLES):
+        _create_view(con, TABLES[name], files[name])
+    for name, columns in (("runs", RUNS_COLUMNS), ("stages", STAGES_COLUMNS)):
+        con.execute(f"create table {name} ({', '.join(f'{column} {kind}' for column, kind in columns.items())})")
+    rows = [
+        [_scalar({**manifest, "run_id": run_id}.get(name)) for name in RUNS_COLUMNS]
+        for run_id, manifest in manifests.items()
+    ]
+    con.executemany(f"insert into runs values ({', '.join('?' * len(RUNS_COLUMNS))})", rows)
+    interval_functions.register(con)
+    for text in queries.staging():
+        con.execute(text)
+    # DuckDB checks both the pattern itself and each file that it matches.
+    paths = dict.fromkeys(form for found in files.values() for path in found for form in (path, _pattern(path)))
+    con.execute(f"set allowed_paths = [{', '.join(map(_quote, paths))}]")
+    # Progress is read by ``query_progress``, never printed.
+    con.execute("set enable_progress_bar = true")
+    con.execute("set enable_progress_bar_print = false")
+    con.execute("set enable_external_access = false")
+    con.execute("set lock_configuration = true")
+    return con
+
+
+def fill_stages(con: duckdb.DuckDBPyConnection, rows: list[tuple[Any, ...]]) -> None:
+    """Insert rows into the table ``stages``."""
+    if rows:
+        con.executemany(f"insert into stages values ({', '.join('?' * len(STAGES_COLUMNS))})", rows)
+
+
+def _create_view(con: duckdb.DuckDBPyConnection, table: Table, files: dict[str, int]) -> None:
+    import duckdb
+
+    if not files:
+        con.register("empty", table.arrow_schema.empty_table())
+        con.execute(f"create table {table.name} as select * from empty")
+        con.unregister("empty")
+        return
+    sources = [
+        _select_version(table, version, [path for path, found in files.items() if found == version])
+        for version in sorted(set(files.values()))
+    ]
+    try:
+        con.execute(f"create view {table.name} as {' union all '.join(sources)}")
+    except duckdb.Error as error:
+        raise InputError(one_line(error)) from None
+
+
+def _select_version(table: Table, version: int, files: list[str]) -> str:
+    """Return a SELECT of all columns of ``table`` from files of one schema version."""
+    paths = ", ".join(_quote(_pattern(path)) for path in files)
+    stored = ", ".join(column.name for column in table.columns if column.since <= version)
+    source = f"(select {stored} from read_parquet([{paths}]))"
+    if version < SCHEMA_VERSION and table.name in DERIVED:
+        name, derived = DERIVED[table.name]
+        source, stored = derived.format(source=source), f"{stored}, {name}"
+    known = stored.split(", ")
+    columns = (c.name if c.name in known else f"null::{c.type} as {c.name}" for c in table.columns)
+    return f"select {', '.join(columns)} from {source}"
+
+
+def _pattern(path: str) -> str:
+    """Return the glob pattern that matches only this path; DuckDB reads file names as patterns."""
+    return GLOB_CHARACTERS.sub(r"[\g<0>]", path)
+
+
+def _quote(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _scalar(value: Any) -> Any:
+    return value if value is None or isinstance(value, str | int | float) else str(value)

@@ -1,0 +1,204 @@
+"""Start the process that answers queries, receive rows as they arrive, and end it when a limit is reached."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from entrace.analysis.sandbox.worker import DONE, OUT_OF_MEMORY, PROGRESS, ROWS, Question, Setup
+from entrace.analysis.trace.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+UNITS |= {f"{prefix}i": 1024**power for power, prefix in enumerate("KMGT", start=1)}
+SIZE = re.compile(rf"(\d+(?:\.\d+)?)\s*({'|'.join(sorted(UNITS, key=len, reverse=True))})B?", re.IGNORECASE)
+SMALLEST = 64 << 20
+# The child finds modules where this process does, whatever its working directory holds.
+BOOT = (
+    "import sys; from multiprocessing.connection import Connection; pipe = Connection(int(sys.argv[1])); "
+    "sys.path[:] = pipe.recv(); from entrace.analysis.sandbox.worker import serve; serve(pipe)"
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one query.
+
+    Attributes:
+        memory: Bytes for the query, and in Python for its result.
+        timeout: Seconds of computing; 0 for no limit. Time in which the reader of the rows is busy does not count.
+    """
+
+    memory: int = 2 << 30
+    timeout: float = 600.0
+
+    @classmethod
+    def parse(cls, memory: str | int | None, timeout: float | None) -> Limits:
+        """Return limits from what a user gave; None stands for the default.
+
+        Raises:
+            InputError: the memory is not a size of at least 64 MiB, or the timeout is negative.
+        """
+        limits = cls(
+            cls.memory if memory is None else _bytes_in(memory), cls.timeout if timeout is None else float(timeout)
+        )
+        if not limits.memory >= SMALLEST:
+            raise InputError(f"memory: {memory} is too little for a query; expected at least {SMALLEST >> 20}MiB")
+        if not limits.timeout >= 0:
+            raise InputError(f"timeout: {timeout} is not a number of seconds; expected 0 (no limit) or more")
+        return limits
+
+    @property
+    def memory_text(self) -> str:
+        """Memory in the largest binary unit that keeps it short."""
+        return f"{self.memory / 2**30:.3g}GiB" if self.memory >= 1 << 30 else f"{self.memory / 2**20:.4g}MiB"
+
+
+class QueryProcess:
+    """A process with its own connection to the traces; it answers one query at a time."""
+
+    def __init__(self, manifests: dict[str, dict[str, Any]], files: dict[str, dict[str, int]], limits: Limits) -> None:
+        """Start the process.
+
+        Args:
+            manifests: As for ``connection.connect``.
+            files: As for ``connection.connect``.
+            limits: Its ``memory`` holds for all queries of this process.
+        """
+        self.memory = limits.memory
+        spill = Path(tempfile.gettempdir(), f"entrace-{uuid.uuid4().hex}")
+        self._pipe, theirs = Pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-c", BOOT, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            # Standard output belongs to the rows.
+            stdout=subprocess.DEVNULL,
+        )
+        theirs.close()
+        self.close = weakref.finalize(self, _end, self._process, self._pipe, spill)
+        self._pipe.send(sys.path)
+        self._pipe.send(Setup(manifests, files, limits.memory, spill))
+
+    def ask(
+        self,
+        question: Question,
+        limits: Limits,
+        on_progress: Callable[[float], None] | None = None,
+        reader: int | None = None,
+    ) -> Iterator[pa.RecordBatchReader]:
+        """Yield the rows of a query in parts, as they arrive; the first part has the columns and no rows.
+
+        The process is ended unless the answer was read to its end.
+
+        Args:
+            question: The query.
+            limits: Its ``timeout`` holds for this query.
+            on_progress: Called with the percentage that DuckDB estimates, about twice a second.
+            reader: Descriptor to which the rows are written; if it is a pipe whose other end is closed, the query ends.
+
+        Raises:
+            InputError: DuckDB rejects the query, or a limit is reached.
+            BrokenPipeError: nobody reads from ``reader`` any more.
+        """
+        import pyarrow as pa
+
+        is_reusable = False
+        try:
+            self._exchange(lambda pipe: pipe.send(question), limits)
+            left = limits.timeout or None
+            while True:
+                started = time.monotonic()
+                self._wait(left, limits, reader)
+                kind, content = self._exchange(lambda pipe: pipe.recv(), limits)
+                left = left and max(left - (time.monotonic() - started), 0.0)
+                if kind == ROWS:
+                    yield pa.ipc.open_stream(content)
+                elif kind == PROGRESS:
+                    if on_progress:
+                        on_progress(content)
+                elif kind == OUT_OF_MEMORY:
+                    raise _out_of_memory(limits)
+                else:
+                    is_reusable = True
+                    if kind == DONE:
+                        return
+                    raise InputError(content)
+        finally:
+            if not is_reusable:
+                self.close()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process can answer another query."""
+        return self.close.alive and self._process.poll() is None
+
+    def _wait(self, timeout: float | None, limits: Limits, reader: int | None) -> None:
+        """Wait for a message, at most ``timeout`` s."""
+        poll = select.poll()
+        poll.register(self._pipe.fileno(), select.POLLIN)
+        if reader is not None and stat.S_ISFIFO(os.fstat(reader).st_mode):
+            # Without a mask, poll reports only that the other end was closed.
+            poll.register(reader, 0)
+        ready = dict(poll.poll(None if timeout is None else timeout * 1000))
+        if reader in ready:
+            raise BrokenPipeError
+        if not ready:
+            raise InputError(
+                f"sql: stopped after {limits.timeout:g} s; narrow the query, or raise --timeout (timeout= in Python)"
+            )
+
+    def _exchange(self, action: Callable[[Connection], Any], limits: Limits) -> Any:
+        try:
+            return action(self._pipe)
+        except (EOFError, ConnectionError):
+            raise self._death(limits) from None
+
+    def _death(self, limits: Limits) -> InputError:
+        status = self._process.wait()
+        if status >= 0:
+            return InputError(f"sql: the process of the query ended with exit code {status}; see the lines above")
+        if -status in (signal.SIGABRT, signal.SIGKILL, signal.SIGSEGV):
+            return _out_of_memory(limits)
+        return InputError(f"sql: the process of the query was ended by {signal.Signals(-status).name}")
+
+
+def _out_of_memory(limits: Limits) -> InputError:
+    return InputError(
+        f"sql: the query needs more than {limits.memory_text} of memory; aggregate or filter earlier, or raise "
+        "--memory (memory= in Python)"
+    )
+
+
+def _bytes_in(memory: str | int) -> int:
+    if isinstance(memory, str):
+        if not (match := SIZE.fullmatch(memory.strip())):
+            raise InputError(f'memory: "{memory}" is not a size; expected a number with a unit, such as 500MB or 2GiB')
+        unit = next(name for name in UNITS if name.lower() == match[2].lower())
+        return int(float(match[1]) * UNITS[unit])
+    return int(memory)
+
+
+def _end(process: subprocess.Popen[bytes], pipe: Connection, spill: Path) -> None:
+    pipe.close()
+    process.kill()
+    process.wait()
+    shutil.rmtree(spill, ignore_errors=True)

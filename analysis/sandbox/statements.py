@@ -1,0 +1,56 @@
+"""Check that SQL is one read-only query, and describe errors of DuckDB."""
+
+from __future__ import annotations
+
+import re
+
+from entrace.analysis.trace.errors import InputError
+from entrace.analysis.trace.plain import well_formed
+
+# EXPLAIN ANALYZE executes the statement that follows, which must therefore be a query as well.
+COMMENTS = r"(?:\s|--[^\n]*|/\*(?:(?!\*/).)*\*/)*"
+EXPLAIN = re.compile(rf"{COMMENTS}explain\b\s*(\([^)]*\)|analyze\b)?", re.IGNORECASE | re.DOTALL)
+FINAL_SEMICOLON = re.compile(rf";{COMMENTS}\Z", re.DOTALL)
+# Readable names for statement types of DuckDB.
+STATEMENT_NAMES = {"MULTI": "a PIVOT inside another statement"}
+SQL_POSITION = re.compile(r"\s*\n\s*LINE \d+:.*", re.DOTALL)
+
+
+def parameters(text: str) -> set[str]:
+    """Return the names of the ``$parameters`` of one query, or of EXPLAIN of one.
+
+    Raises:
+        InputError: the text is not a single query.
+        duckdb.Error: the SQL cannot be parsed.
+    """
+    import duckdb
+
+    if text != well_formed(text):
+        raise InputError("sql: the query is not UTF-8")
+    if explain := EXPLAIN.match(text):
+        text = text[explain.end() :]
+    statements = duckdb.extract_statements(text)
+    is_select = len(statements) == 1 and statements[0].type == duckdb.StatementType.SELECT
+    if not is_select and not _is_pivot(text):
+        found = " and ".join(STATEMENT_NAMES.get(s.type.name, s.type.name) for s in statements) or "nothing"
+        raise InputError(f"sql is read-only: expected one query, such as SELECT or PIVOT; found {found}")
+    return {name for statement in statements for name in statement.named_parameters}
+
+
+def _is_pivot(text: str) -> bool:
+    """Return whether SQL is one query with a PIVOT, which DuckDB expands into several statements.
+
+    EXISTS accepts exactly one query, and no other statement.
+    """
+    import duckdb
+
+    try:
+        duckdb.extract_statements(f"select exists ({FINAL_SEMICOLON.sub('', text)}\n)")
+    except duckdb.Error:
+        return False
+    return True
+
+
+def one_line(error: Exception) -> str:
+    """Return an error of DuckDB without the position in the text."""
+    return f"sql: {' '.join(SQL_POSITION.sub('', str(error)).split())}"

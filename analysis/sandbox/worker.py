@@ -1,0 +1,202 @@
+"""Answer queries in a process of their own, on behalf of ``sandbox.process``.
+
+Each message is a pair of a kind and its content: ``ROWS`` with a table in Arrow's IPC format (the first one of an
+answer has no rows), ``PROGRESS`` with a percentage, ``DONE``, or ``ERROR`` and ``OUT_OF_MEMORY`` with one line.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from entrace.analysis.sandbox.connection import connect, fill_stages
+from entrace.analysis.sandbox.statements import one_line
+from entrace.analysis.trace.errors import InputError, in_one_line
+
+if TYPE_CHECKING:
+    import duckdb
+    import pyarrow as pa
+
+ROWS, PROGRESS, DONE, ERROR, OUT_OF_MEMORY = "rows", "progress", "done", "error", "out of memory"
+PROGRESS_EVERY_S = 0.5
+# Share of the memory limit for DuckDB's buffers, whose excess spills to disk; text, lists, and batches of rows need
+# memory in addition.
+BUFFER_SHARE = 0.75
+# DuckDB computes vectors of this many rows. They are joined to messages of about this many bytes.
+VECTOR_ROWS, MESSAGE_BYTES = 2048, 1 << 23
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker needs before it can answer.
+
+    Attributes:
+        manifests: Content of each ``run.json``, by run_id.
+        files: Schema version of each Parquet file, by table and path.
+        memory: Bytes that queries may use in addition to the memory of the idle process.
+        spill: Folder for spilled data; removed by the parent.
+    """
+
+    manifests: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, int]]
+    memory: int
+    spill: Path
+
+
+@dataclass(frozen=True)
+class Question:
+    """One query with its parameters, and the rows of the table ``stages`` if it reads them."""
+
+    text: str
+    params: dict[str, Any]
+    stages: list[tuple[Any, ...]]
+
+
+def serve(pipe: Connection) -> None:
+    """Answer one query after another until the parent closes the pipe."""
+    # Ctrl-C reaches the whole process group; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    setup: Setup = pipe.recv()
+    try:
+        con = connect(setup.manifests, setup.files, int(setup.memory * BUFFER_SHARE), setup.spill)
+    except InputError as error:
+        pipe.send((ERROR, str(error)))
+        return
+    _limit_memory(setup.memory)
+    line = _Line(pipe)
+    questions: queue.SimpleQueue[Question] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(line, con, questions), daemon=True).start()
+    while True:
+        _answer(line, con, questions.get())
+
+
+class _Line:
+    """The pipe to the parent, on which two threads send."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe = pipe
+        self._lock = threading.Lock()
+
+    def send(self, kind: str, content: Any = None) -> None:
+        with self._lock:
+            self.pipe.send((kind, content))
+
+
+def _listen(line: _Line, con: duckdb.DuckDBPyConnection, questions: queue.SimpleQueue[Question]) -> None:
+    """Receive queries and report progress; end the process when the parent is gone, even in the middle of a query."""
+    try:
+        while True:
+            if line.pipe.poll(PROGRESS_EVERY_S):
+                questions.put(line.pipe.recv())
+            elif (percent := con.query_progress()) >= 0:
+                line.send(PROGRESS, percent)
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def _answer(line: _Line, con: duckdb.DuckDBPyConnection, question: Question) -> None:
+    import duckdb
+    import pyarrow as pa
+
+    try:
+        if question.stages:
+            con.execute("delete from stages")
+            fill_stages(con, question.stages)
+        # A CTE can hold an INSERT, which only the read-only transaction rejects.
+        con.execute("begin transaction read only")
+        try:
+            # A result that is still open would block the rollback.
+            with con.sql(question.text, params=question.params).to_arrow_reader(VECTOR_ROWS) as reader:
+                for field in reader.schema:
+                    _check_type(field.name, field.type)
+                names = _distinct(reader.schema.names)
+                line.send(ROWS, _serialize(reader.schema.empty_table(), names))
+                for table in _joined(reader):
+                    line.send(ROWS, _serialize(table, names))
+        finally:
+            con.execute("rollback")
+    except BrokenPipeError:
+        # The parent is gone.
+        os._exit(0)
+    except (MemoryError, duckdb.OutOfMemoryException, pa.ArrowMemoryError) as error:
+        line.send(OUT_OF_MEMORY, in_one_line(error))
+    except (duckdb.Error, pa.ArrowException, OSError) as error:
+        # Arrow turns errors that DuckDB raises after the first rows into its own, or into an OSError.
+        kind = OUT_OF_MEMORY if "Out of Memory" in str(error) or "bad_alloc" in str(error) else ERROR
+        line.send(kind, one_line(error))
+    except InputError as error:
+        line.send(ERROR, str(error))
+    else:
+        line.send(DONE)
+
+
+def _check_type(column: str, kind: pa.DataType) -> None:
+    """Reject types that polars cannot read, also inside lists and structs."""
+    import pyarrow as pa
+
+    if pa.types.is_interval(kind) or pa.types.is_union(kind):
+        raise InputError(f'sql: column "{column}" has type {kind}, which is not supported; cast it, as in x::varchar')
+    for i in range(kind.num_fields):
+        _check_type(column, kind.field(i).type)
+
+
+def _joined(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Yield batches joined to tables of at least ``MESSAGE_BYTES``, the last one excepted."""
+    import pyarrow as pa
+
+    held: list[pa.RecordBatch] = []
+    size = 0
+    for batch in batches:
+        held.append(batch)
+        size += batch.nbytes
+        if size >= MESSAGE_BYTES:
+            yield pa.Table.from_batches(held)
+            held, size = [], 0
+    if held:
+        yield pa.Table.from_batches(held)
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """Return names that differ, as DuckDB makes them: a second ``a`` becomes ``a_1``."""
+    counts: dict[str, int] = {}
+    distinct = []
+    for name in names:
+        while (key := name.lower()) in counts:
+            counts[key] += 1
+            name = f"{name}_{counts[key] - 1}"
+        counts[key] = 1
+        distinct.append(name)
+    return distinct
+
+
+def _serialize(table: pa.Table, names: list[str]) -> bytes:
+    import pyarrow as pa
+
+    table = table.rename_columns(names)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return sink.getvalue().to_pybytes()
+
+
+def _limit_memory(memory: int) -> None:
+    """Let this process use ``memory`` bytes more than now, whoever allocates them.
+
+    Only Linux counts every private writable mapping against RLIMIT_DATA; elsewhere DuckDB's own limit remains.
+    """
+    if sys.platform != "linux":
+        return
+    status = Path("/proc/self/status").read_text()
+    used = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmData:"))
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = used + memory
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
