@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup study test test-slow check docs bench bench-gpu bench-queries calibrate chaos clean
+.PHONY: help setup study test test-slow check docs bench bench-gpu bench-queries bench-output calibrate chaos clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -56,6 +56,9 @@ bench-gpu: .venv-bench/.ready  ## two models' GRPO steps against TRL on a GPU, a
 
 bench-queries: $(READY)  ## each question on 50 million tokens against a plain scan, pandas and polars
 	$(BIN)/python tests/benchmarks/bench_queries.py --out reports/query_benchmarks.json
+
+bench-output: $(READY)  ## peak memory and rows per second of `entrace sql`, each format, 50 million rows
+	$(BIN)/python -m tests.benchmarks.bench_output --out reports/output_benchmarks.json
 
 calibrate: $(READY)  ## how often verdicts are wrong, on simulated runs with known truth; WORLDS=a,b SIMULATIONS=400
 	$(BIN)/python -m tests.calibration.calibrate --out reports/calibration \

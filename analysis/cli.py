@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from entrace.analysis.queries import Question
     from entrace.analysis.runs import Runs
 
 NOTES_SHOWN, NOTE_LENGTH = 5, 200
@@ -47,11 +48,23 @@ class Format(StrEnum):
 @app.command()
 def sql(
     arguments: Annotated[
-        list[str], typer.Argument(metavar='RUN... "QUERY"', help="Runs, then the query; with --file, runs only.")
-    ],
+        list[str] | None,
+        typer.Argument(
+            metavar='RUN... "QUERY"',
+            help="Runs, then the query; with --file, runs only; with --question, runs and NAME=VALUE.",
+            show_default=False,
+        ),
+    ] = None,
     file: Annotated[
         Path | None, typer.Option(help="File that contains the query (default: the query is the last argument).")
     ] = None,
+    question: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Named question to ask instead of a query (default: none).")
+    ] = None,
+    is_list: Annotated[
+        bool, typer.Option("--list", help="List the named questions instead of running a query (default: run).")
+    ] = False,
+    questions: QuestionsOption = None,
     form: Annotated[
         Format, typer.Option("--format", help="Output format; table shows at most 100 rows.")
     ] = Format.TABLE,
@@ -74,36 +87,52 @@ def sql(
     """Run one read-only SQL query over the tables of the trace, plus the tables runs and stages.
 
     Example: entrace sql data/runs/study "select step, avg(entropy) from tokens group by all order by step"
+
+    Example: entrace sql data/runs/study --question movement_concentration stage=plateau
     """
+    from entrace.analysis.queries import Questions
     from entrace.analysis.runs import open_runs
     from entrace.analysis.terminal.export import Visible, write
     from entrace.analysis.terminal.query_progress import QueryProgress
     from entrace.analysis.trace.errors import InputError
 
-    paths = arguments if file else arguments[:-1]
-    if not paths:
-        raise InputError('sql: expected RUN... "QUERY", found one argument; name the runs first, then the query')
-    text = _read_text(file) if file else arguments[-1]
     is_terminal = sys.stdout.isatty()
     if form is Format.PARQUET and is_terminal:
         raise InputError("sql: parquet is binary; redirect it to a file, as in ... --format parquet > rows.parquet")
-    opened = open_runs(paths)
+    if file and question:
+        raise InputError("sql: --file and --question both name a query; give one of them")
+    out = Visible(sys.stdout.buffer) if is_terminal else sys.stdout.buffer
+    given = arguments or []
+    if is_list:
+        asked = Questions(questions).table()
+        shown = asked.select("stem", "level", "claim", "question") if form is Format.TABLE else asked
+        write([shown], form.value, out, is_safe=safe)
+        return
+    paths, rest = (given, []) if file else (given[:-1], given[-1:])
+    if question:
+        paths, rest = _split_settings(given, Questions(questions)[question])
+    if not paths:
+        raise InputError(
+            'sql: expected RUN... "QUERY", found one argument; name the runs first, then the query'
+            if given
+            else 'sql: expected RUN... "QUERY", RUN... --question NAME, or --list'
+        )
+    opened = open_runs(paths, questions=questions)
+    text = opened.questions.read(question) if question else _read_text(file) if file else rest[0]
+    params = _parse_params([*(param or []), *(rest if question else [])])
     with QueryProgress() as progress:
         parts = opened.stream(
             text,
-            _parse_params(param or []),
+            params,
             memory=memory,
             timeout=timeout,
             # On a terminal, rows and progress would overwrite each other.
             on_progress=None if is_terminal and form is not Format.TABLE else progress.update,
             reader=_descriptor(sys.stdout),
         )
-        write(
-            progress.counted(parts),
-            form.value,
-            Visible(sys.stdout.buffer) if is_terminal else sys.stdout.buffer,
-            is_safe=safe,
-        )
+        write(progress.counted(parts), form.value, out, is_safe=safe)
+    if question and not progress.num_rows:
+        say(f"entrace: {opened.why_no_rows(question, params)}", err=True)
     _remark(opened)
 
 
@@ -309,6 +338,24 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}: {reason_of(error)}") from None
     except ValueError as error:
         raise InputError(f"{path}: not UTF-8 text ({in_one_line(error)})") from None
+
+
+def _split_settings(arguments: list[str], question: Question) -> tuple[list[str], list[str]]:
+    """Return the runs and the settings NAME=VALUE among the arguments; a run may have an equals sign in its name."""
+    from entrace.analysis.parameters import parameters
+    from entrace.analysis.trace.errors import InputError, nearest
+
+    known = parameters(question.params)
+    runs, settings = [], []
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if equals and name in known:
+            settings.append(argument)
+        elif equals and name.isidentifier() and not Path(argument).exists():
+            raise InputError(f'{question.stem}: unknown parameter "{name}"{nearest(name, known)}')
+        else:
+            runs.append(argument)
+    return runs, settings
 
 
 def _parse_params(pairs: list[str]) -> dict[str, Any]:
