@@ -17,11 +17,13 @@ from entrace.analysis import queries
 from entrace.analysis.queries import BUILT_IN, Questions
 from entrace.analysis.statistics import interval_functions
 from entrace.analysis.terminal.interrupt import interruptible
+from entrace.analysis.trace import digests
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest, reason_of
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
-from entrace.analysis.trace.parts import check_part, list_parts, listed_files
+from entrace.analysis.trace.parts import check_parts, check_whole, listed_files, read_part
 from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.schema import SCHEMA_VERSION, TABLES, Table
+from entrace.analysis.trace.verify import check_run
 
 if TYPE_CHECKING:
     import duckdb
@@ -94,12 +96,16 @@ GLOB_CHARACTERS = re.compile(r"[*?\[]")
 SQL_POSITION = re.compile(r"\s*\n\s*LINE \d+:.*", re.DOTALL)
 
 
-def open_runs(paths: str | Path | Iterable[str | Path], *, questions: str | Path | None = None) -> Runs:
+def open_runs(
+    paths: str | Path | Iterable[str | Path], *, questions: str | Path | None = None, verify: bool = False
+) -> Runs:
     """Open one or more traces for reading, up to their last durable step.
 
     Args:
         paths: Run folders, study folders (all runs inside are opened), or globs of either.
         questions: Folder with the user's own SQL, figures, and claims; see ``queries``.
+        verify: Check every byte of every file first, as ``entrace verify`` does. Without it, damage inside large files
+            is not seen.
 
     Returns:
         The runs, including failed runs and runs without data.
@@ -108,28 +114,30 @@ def open_runs(paths: str | Path | Iterable[str | Path], *, questions: str | Path
         InputError: a path is not a trace, has an unreadable schema version, lacks a column, or holds a damaged file;
             or a file in ``questions`` is malformed.
     """
-    given = [paths] if isinstance(paths, str | Path) else list(paths)
-    if not given:
-        raise InputError("no run given; name at least one run folder or study folder")
-    folders = dict.fromkeys(folder.resolve() for path in given for folder in _find_run_folders(path))
+    folders = find_run_folders([paths] if isinstance(paths, str | Path) else paths)
     manifests: dict[str, dict[str, Any]] = {}
     files: dict[str, dict[str, int]] = {name: {} for name in TABLES}
     notes: dict[str, str | None] = {}
     for folder in folders:
         if str(folder) != well_formed(str(folder)):
             raise InputError(f"{folder}: the name is not UTF-8; rename it")
+        if verify:
+            check_run(folder)
         manifest = {**read_manifest(folder), "path": str(folder)}
         run_id = manifest.get("run_id") or folder.name
         if run_id in manifests:
             taken = manifests[run_id]["path"]
             raise InputError(f'{folder}: run_id "{run_id}" is already used by {taken}; open only one of the two')
         manifests[run_id] = manifest
-        parts = list_parts(folder, manifest)
-        for name, table in TABLES.items():
-            files[name] |= {str(path): check_part(path, table, rows) for path, rows in parts[name].items()}
+        recorded = digests.read(folder)
+        parts = check_parts(folder, manifest, recorded)
+        for name, versions in parts.items():
+            files[name] |= {str(path): version for path, version in versions.items()}
         listed = listed_files(folder, manifest)
         gone = [name for name, found in parts.items() if not found and listed.get(name)]
-        notes[run_id] = _describe_progress(manifest, _read_steps(folder, parts["steps"]), gone)
+        progress = _describe_progress(manifest, _read_steps(folder, parts["steps"]), gone)
+        damage = f"{digests.DIGESTS} is damaged; see entrace verify {folder}" if recorded.damage else None
+        notes[run_id] = "; ".join(filter(None, [progress, damage]))
     asked = BUILT_IN if questions is None else Questions(Path(questions).resolve())
     return Runs(manifests, files, notes, asked)
 
@@ -158,7 +166,7 @@ class Runs:
         self._has_stages = False
         self._kept: dict[tuple[str, ...], pl.DataFrame] = {}
         self._finite: set[str] = set()
-        self._files = [path for paths in files.values() for path in paths]
+        self._files = files
         self._con = _connect(manifests, files)
 
     def __repr__(self) -> str:
@@ -290,6 +298,16 @@ class Runs:
                 )
         self._finite.add(table.name)
 
+    def _check_files(self, text: str) -> None:
+        """Check every byte of the files that a failed query read: DuckDB does not name a damaged file.
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        for name in queries.tables_in(text):
+            for path in map(Path, self._files[name]):
+                check_whole(path, TABLES[name], known=digests.read(path.parents[1]).of(f"{name}/{path.name}"))
+
     def _run(self, text: str, params: dict[str, Any]) -> pl.DataFrame:
         import duckdb
         import polars as pl
@@ -300,8 +318,13 @@ class Runs:
             return interruptible(self._con, lambda: self._con.sql(text, params=params).pl())
         except duckdb.Error as error:
             # A resumed run deletes the rows that it recorded after its checkpoint.
-            if gone := next((path for path in self._files if not Path(path).exists()), None):
+            if gone := next(
+                (path for paths in self._files.values() for path in paths if not Path(path).exists()), None
+            ):
                 raise InputError(f"{gone}: deleted since the run was opened; open the run again") from None
+            # The parser and the binder reject a query before it reads a file.
+            if not isinstance(error, duckdb.ParserException | duckdb.BinderException | duckdb.CatalogException):
+                self._check_files(text)
             raise InputError(_one_line(error)) from None
         except pl.exceptions.PolarsError as error:
             reason = in_one_line(error)
@@ -310,6 +333,18 @@ class Runs:
             ) from None
         finally:
             self._con.execute("rollback")
+
+
+def find_run_folders(paths: Iterable[str | Path]) -> list[Path]:
+    """Return the run folders among ``paths``, each once: run folders, study folders, or globs of either.
+
+    Raises:
+        InputError: a path is not a trace, or no path is given.
+    """
+    folders = dict.fromkeys(folder.resolve() for path in paths for folder in _find_run_folders(path))
+    if not folders:
+        raise InputError("no run given; name at least one run folder or study folder")
+    return list(folders)
 
 
 def _find_run_folders(path: str | Path) -> list[Path]:
@@ -336,14 +371,7 @@ def _read_steps(folder: Path, parts: Iterable[Path]) -> list[int]:
     Raises:
         InputError: a step is recorded twice, or a file is damaged.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        columns = [pq.read_table(path, columns=["step"])["step"].drop_null() for path in parts]
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{folder / 'steps'}: damaged Parquet file ({in_one_line(error)})") from None
-    steps = sorted(step for column in columns for step in column.to_pylist())
+    steps = sorted(step for path in parts for step in read_part(path, ["step"])["step"].drop_null().to_pylist())
     if twice := next((step for step, following in pairwise(steps) if step == following), None):
         raise InputError(
             f"{folder / 'steps'}: step {twice} is recorded twice; remove the file that is not part of the run"
