@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from io import TextIOWrapper
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -261,6 +263,42 @@ def report(
         say(f"report: {page}")
 
 
+@app.command()
+def verify(
+    runs: RunsArgument,
+    accept_edits: Annotated[
+        bool,
+        typer.Option("--accept-edits", help="Record files that you edited as they are now (default: only check)."),
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Read every file of the runs and compare it with its digest; exit code 1 if one is damaged or missing.
+
+    Example: entrace verify data/runs/study
+    """
+    from entrace.analysis.runs import find_run_folders
+    from entrace.analysis.terminal.progress import Progress
+    from entrace.analysis.trace.verify import accept_edits as accept
+    from entrace.analysis.trace.verify import list_files, verify_run
+
+    folders = find_run_folders(runs)
+    if accept_edits:
+        for folder in folders:
+            for name in accept(folder):
+                say(f"accepted: {folder / name}", err=True)
+    steps = count(1)
+    with Progress("verify", sum(len(list_files(folder)) for folder in folders)) as progress:
+        results = [verify_run(folder, lambda: progress.update(next(steps))) for folder in folders]
+    if json:
+        print_json({"is_intact": not any(result.faults for result in results), "runs": list(map(asdict, results))})
+    else:
+        for result in results:
+            for finding in result.findings:
+                say(str(finding))
+            say(result.summary)
+    raise typer.Exit(1 if any(result.faults for result in results) else 0)
+
+
 def run(command: typer.Typer) -> None:
     """Run the command line; an error becomes one line on stderr and exit code 2 (bad input) or 1."""
     if isinstance(sys.stdout, TextIOWrapper):
@@ -343,6 +381,7 @@ def _read_text(path: Path) -> str:
 def _split_settings(arguments: list[str], question: Question) -> tuple[list[str], list[str]]:
     """Return the runs and the settings NAME=VALUE among the arguments; a run may have an equals sign in its name."""
     from entrace.analysis.parameters import parameters
+
     from entrace.analysis.trace.errors import InputError, nearest
 
     known = parameters(question.params)

@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 from entrace.analysis import queries
 from entrace.analysis.queries import BUILT_IN, Questions
 from entrace.analysis.sandbox.connection import STAGES_COLUMNS, connect, fill_stages
-from entrace.analysis.sandbox.process import Limits, QueryProcess
+from entrace.analysis.sandbox.process import Limits, QueryProcess, ReadError
 from entrace.analysis.sandbox.statements import one_line, parameters
 from entrace.analysis.sandbox.worker import Question
 from entrace.analysis.terminal.interrupt import interruptible
+from entrace.analysis.trace import digests
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest, reason_of
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
-from entrace.analysis.trace.parts import check_part, list_parts, listed_files
+from entrace.analysis.trace.parts import check_parts, check_whole, listed_files, read_part
 from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.schema import TABLES, Table
+from entrace.analysis.trace.verify import check_run
 
 if TYPE_CHECKING:
     import polars as pl
@@ -37,12 +39,16 @@ BUFFERS = 1500 << 20
 GAPS_SHOWN = 3
 
 
-def open_runs(paths: str | Path | Iterable[str | Path], *, questions: str | Path | None = None) -> Runs:
+def open_runs(
+    paths: str | Path | Iterable[str | Path], *, questions: str | Path | None = None, verify: bool = False
+) -> Runs:
     """Open one or more traces for reading, up to their last durable step.
 
     Args:
         paths: Run folders, study folders (all runs inside are opened), or globs of either.
         questions: Folder with the user's own SQL, figures, and claims; see ``queries``.
+        verify: Check every byte of every file first, as ``entrace verify`` does. Without it, damage inside large files
+            is not seen.
 
     Returns:
         The runs, including failed runs and runs without data.
@@ -51,28 +57,30 @@ def open_runs(paths: str | Path | Iterable[str | Path], *, questions: str | Path
         InputError: a path is not a trace, has an unreadable schema version, lacks a column, or holds a damaged file;
             or a file in ``questions`` is malformed.
     """
-    given = [paths] if isinstance(paths, str | Path) else list(paths)
-    if not given:
-        raise InputError("no run given; name at least one run folder or study folder")
-    folders = dict.fromkeys(folder.resolve() for path in given for folder in _find_run_folders(path))
+    folders = find_run_folders([paths] if isinstance(paths, str | Path) else paths)
     manifests: dict[str, dict[str, Any]] = {}
     files: dict[str, dict[str, int]] = {name: {} for name in TABLES}
     notes: dict[str, str | None] = {}
     for folder in folders:
         if str(folder) != well_formed(str(folder)):
             raise InputError(f"{folder}: the name is not UTF-8; rename it")
+        if verify:
+            check_run(folder)
         manifest = {**read_manifest(folder), "path": str(folder)}
         run_id = manifest.get("run_id") or folder.name
         if run_id in manifests:
             taken = manifests[run_id]["path"]
             raise InputError(f'{folder}: run_id "{run_id}" is already used by {taken}; open only one of the two')
         manifests[run_id] = manifest
-        parts = list_parts(folder, manifest)
-        for name, table in TABLES.items():
-            files[name] |= {str(path): check_part(path, table, rows) for path, rows in parts[name].items()}
+        recorded = digests.read(folder)
+        parts = check_parts(folder, manifest, recorded)
+        for name, versions in parts.items():
+            files[name] |= {str(path): version for path, version in versions.items()}
         listed = listed_files(folder, manifest)
         gone = [name for name, found in parts.items() if not found and listed.get(name)]
-        notes[run_id] = _describe_progress(manifest, _read_steps(folder, parts["steps"]), gone)
+        progress = _describe_progress(manifest, _read_steps(folder, parts["steps"]), gone)
+        damage = f"{digests.DIGESTS} is damaged; see entrace verify {folder}" if recorded.damage else None
+        notes[run_id] = "; ".join(filter(None, [progress, damage]))
     asked = BUILT_IN if questions is None else Questions(Path(questions).resolve())
     return Runs(manifests, files, notes, asked)
 
@@ -322,8 +330,8 @@ class Runs:
         try:
             for part in process.ask(question, limits, on_progress, reader):
                 yield pl.DataFrame(part)
-        except InputError:
-            self._check_deleted()
+        except ReadError:
+            self._check_files(question.text)
             raise
         except pl.exceptions.PolarsError as error:
             raise _unsupported(error) from None
@@ -340,17 +348,27 @@ class Runs:
         try:
             return interruptible(self._con, lambda: self._con.sql(text, params=params).pl())
         except duckdb.Error as error:
-            self._check_deleted()
+            # The parser and the binder reject a query before it reads a file.
+            if not isinstance(error, duckdb.ParserException | duckdb.BinderException | duckdb.CatalogException):
+                self._check_files(text)
             raise InputError(one_line(error)) from None
         except pl.exceptions.PolarsError as error:
             raise _unsupported(error) from None
         finally:
             self._con.execute("rollback")
 
-    def _check_deleted(self) -> None:
+    def _check_files(self, text: str) -> None:
+        """Check every byte of the files that a failed query read: DuckDB does not name a damaged file.
+
+        Raises:
+            InputError: a file is damaged, or was deleted.
+        """
         # A resumed run deletes the rows that it recorded after its checkpoint.
         if gone := next((path for paths in self._files.values() for path in paths if not Path(path).exists()), None):
             raise InputError(f"{gone}: deleted since the run was opened; open the run again") from None
+        for name in queries.tables_in(text):
+            for path in map(Path, self._files[name]):
+                check_whole(path, TABLES[name], known=digests.read(path.parents[1]).of(f"{name}/{path.name}"))
 
 
 def _unsupported(error: Exception) -> InputError:
@@ -358,6 +376,18 @@ def _unsupported(error: Exception) -> InputError:
     return InputError(
         f"sql: the type of a result column is not supported ({reason}); cast the column, as in x::varchar"
     )
+
+
+def find_run_folders(paths: Iterable[str | Path]) -> list[Path]:
+    """Return the run folders among ``paths``, each once: run folders, study folders, or globs of either.
+
+    Raises:
+        InputError: a path is not a trace, or no path is given.
+    """
+    folders = dict.fromkeys(folder.resolve() for path in paths for folder in _find_run_folders(path))
+    if not folders:
+        raise InputError("no run given; name at least one run folder or study folder")
+    return list(folders)
 
 
 def _find_run_folders(path: str | Path) -> list[Path]:
@@ -384,14 +414,7 @@ def _read_steps(folder: Path, parts: Iterable[Path]) -> list[int]:
     Raises:
         InputError: a step is recorded twice, or a file is damaged.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        columns = [pq.read_table(path, columns=["step"])["step"].drop_null() for path in parts]
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{folder / 'steps'}: damaged Parquet file ({in_one_line(error)})") from None
-    steps = sorted(step for column in columns for step in column.to_pylist())
+    steps = sorted(step for path in parts for step in read_part(path, ["step"])["step"].drop_null().to_pylist())
     if twice := next((step for step, following in pairwise(steps) if step == following), None):
         raise InputError(
             f"{folder / 'steps'}: step {twice} is recorded twice; remove the file that is not part of the run"

@@ -32,6 +32,7 @@ from entrace.analysis.runs import open_runs
 from entrace.analysis.terminal.export import FORMATS, to_report_csv
 from entrace.analysis.terminal.progress import Progress
 from entrace.analysis.trace import TABLES, InputError, TraceWriter
+from entrace.analysis.trace.digests import DIGESTS
 from entrace.analysis.trace.plain import plain
 from tests.analysis.conftest import VOCAB, write_failed, write_tiny, written
 from tests.analysis.synthetic import Planted, write_run
@@ -65,7 +66,7 @@ UNSEEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029\u206
 
 
 def rewrite(folder: Path, change: Callable[[str, str], str]) -> None:
-    """Replaces all text in the tables of a run by what ``change`` makes of column and text."""
+    """Replaces all text in the tables of a run by what ``change`` makes of column and text; no digest tells."""
     for path in (path for name in TABLES for path in (folder / name).glob("*.parquet")):
         table = pq.read_table(path)
         for i, field in enumerate(table.schema):
@@ -73,6 +74,7 @@ def rewrite(folder: Path, change: Callable[[str, str], str]) -> None:
                 texts = [text if text is None else change(field.name, text) for text in table[i].to_pylist()]
                 table = table.set_column(i, field, pa.array(texts, field.type))
         pq.write_table(table, path)
+    (folder / DIGESTS).unlink()
 
 
 def poison(folder: Path, tail: str) -> None:
@@ -246,6 +248,7 @@ def test_progress_shows_names_as_they_are(tmp_path: Path):
 import sys
 from entrace.analysis.terminal.grid_progress import GridProgress
 from entrace.analysis.terminal.progress import Progress
+from entrace.analysis.trace.verify import accept_edits
 name = sys.argv[1].encode().decode("unicode_escape")
 with Progress(name, 2) as progress:
     progress.update(1, name)
@@ -366,6 +369,7 @@ def test_lone_surrogates_in_a_manifest_become_replacement_characters(tiny_path: 
     path = folder / "run.json"
     text = path.read_text().replace('"none"', r'"a\ud800b\ud83d\ude00"').replace('"hand"', r'"\udc00\ud800"')
     path.write_text(text)
+    (folder / DIGESTS).unlink()
     assert command("sql", str(folder), "select arm, study from runs", "--format", "csv") == (
         0,
         "arm,study\na\ufffdb\U0001f600,\ufffd\ufffd\n",

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entrace.analysis.sandbox.worker import DONE, OUT_OF_MEMORY, PROGRESS, ROWS, Question, Setup
+from entrace.analysis.sandbox.worker import DONE, FAILED, OUT_OF_MEMORY, PROGRESS, ROWS, Question, Setup
 from entrace.analysis.trace.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ BOOT = (
     "import sys; from multiprocessing.connection import Connection; pipe = Connection(int(sys.argv[1])); "
     "sys.path[:] = pipe.recv(); from entrace.analysis.sandbox.worker import serve; serve(pipe)"
 )
+
+
+class ReadError(InputError):
+    """Report that a query failed while it read files or computed, rather than for its text."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ class QueryProcess:
 
         Raises:
             InputError: DuckDB rejects the query, or a limit is reached.
+            ReadError: the query failed while it read files.
             BrokenPipeError: nobody reads from ``reader`` any more.
         """
         import pyarrow as pa
@@ -141,7 +146,7 @@ class QueryProcess:
                     is_reusable = True
                     if kind == DONE:
                         return
-                    raise InputError(content)
+                    raise ReadError(content) if kind == FAILED else InputError(content)
         finally:
             if not is_reusable:
                 self.close()

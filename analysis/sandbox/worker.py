@@ -1,7 +1,8 @@
 """Answer queries in a process of their own, on behalf of ``sandbox.process``.
 
 Each message is a pair of a kind and its content: ``ROWS`` with a table in Arrow's IPC format (the first one of an
-answer has no rows), ``PROGRESS`` with a percentage, ``DONE``, or ``ERROR`` and ``OUT_OF_MEMORY`` with one line.
+answer has no rows), ``PROGRESS`` with a percentage, ``DONE``, or one line: ``REJECTED`` before any file was read,
+``FAILED`` while files were read, or ``OUT_OF_MEMORY``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
 
-ROWS, PROGRESS, DONE, ERROR, OUT_OF_MEMORY = "rows", "progress", "done", "error", "out of memory"
+ROWS, PROGRESS, DONE = "rows", "progress", "done"
+REJECTED, FAILED, OUT_OF_MEMORY = "rejected", "failed", "out of memory"
 PROGRESS_EVERY_S = 0.5
 # Share of the memory limit for DuckDB's buffers, whose excess spills to disk; text, lists, and batches of rows need
 # memory in addition.
@@ -69,7 +71,7 @@ def serve(pipe: Connection) -> None:
     try:
         con = connect(setup.manifests, setup.files, int(setup.memory * BUFFER_SHARE), setup.spill)
     except InputError as error:
-        pipe.send((ERROR, str(error)))
+        pipe.send((FAILED, str(error)))
         return
     _limit_memory(setup.memory)
     line = _Line(pipe)
@@ -129,12 +131,14 @@ def _answer(line: _Line, con: duckdb.DuckDBPyConnection, question: Question) -> 
         os._exit(0)
     except (MemoryError, duckdb.OutOfMemoryException, pa.ArrowMemoryError) as error:
         line.send(OUT_OF_MEMORY, in_one_line(error))
+    except (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException) as error:
+        line.send(REJECTED, one_line(error))
     except (duckdb.Error, pa.ArrowException, OSError) as error:
         # Arrow turns errors that DuckDB raises after the first rows into its own, or into an OSError.
-        kind = OUT_OF_MEMORY if "Out of Memory" in str(error) or "bad_alloc" in str(error) else ERROR
+        kind = OUT_OF_MEMORY if "Out of Memory" in str(error) or "bad_alloc" in str(error) else FAILED
         line.send(kind, one_line(error))
     except InputError as error:
-        line.send(ERROR, str(error))
+        line.send(REJECTED, str(error))
     else:
         line.send(DONE)
 

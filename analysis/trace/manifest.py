@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from entrace.analysis.trace import digests
+from entrace.analysis.trace.digests import Digest
 from entrace.analysis.trace.errors import InputError, in_one_line, reason_of
 from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.schema import check_version
@@ -31,14 +33,15 @@ KINDS: dict[str, tuple[type, ...]] = {
 PACKAGES = ("entrace", "torch", "transformers", "tokenizers", "reasoning-gym", "pyarrow", "duckdb", "numpy")
 
 
-def write_manifest(run_dir: Path, manifest: dict[str, Any]) -> None:
-    """Replace ``run.json`` atomically: a reader sees either the old or the new content, never a part."""
-    replace_atomically(run_dir / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
+def write_manifest(run_dir: Path, manifest: dict[str, Any], new_files: Mapping[str, Digest] | None = None) -> None:
+    """Replace ``run.json`` atomically, after recording digests.
 
-
-def replace_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` completely or not at all; it survives a loss of power."""
-    with durable_file(path) as file:
+    The digests are its own, and those of the ``new_files`` that it lists for the first time. A reader sees either the
+    old or the new content, never a part. The new content survives a loss of power.
+    """
+    data = (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()
+    digests.append(run_dir, {**(new_files or {}), MANIFEST: Digest.of(data)})
+    with durable_file(run_dir / MANIFEST) as file:
         file.write(data)
 
 
@@ -73,14 +76,15 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     """Return the content of ``run.json``.
 
     Raises:
-        InputError: the folder is not a trace, the file is not JSON, its schema version is not readable, or a key has
-            the wrong type.
+        InputError: the folder is not a trace, the file is damaged or not JSON, its schema version is not readable, or
+            a key has the wrong type.
     """
     path = Path(run_dir) / MANIFEST
     if not path.is_file():
         raise InputError(f"{run_dir}: not a trace (no {MANIFEST})")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        values = json.loads(data.decode())
         manifest = json.loads(well_formed(json.dumps(values, ensure_ascii=False)))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({in_one_line(error)})") from None
@@ -101,6 +105,8 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
             raise InputError(
                 f"{path}: files.{table} is {reprlib.repr(files)}, expected a table of files and their rows"
             )
+    if not digests.is_intact(run_dir, MANIFEST, data):
+        raise InputError(f"{path}: {digests.DIFFERS}; restore it")
     return manifest
 
 

@@ -8,10 +8,14 @@ those of ``entrace intervene``, belong to no step and always count. Without a li
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entrace.analysis.trace import digests
+from entrace.analysis.trace.digests import Digest, End, Recorded
 from entrace.analysis.trace.errors import InputError, in_one_line
 from entrace.analysis.trace.schema import TABLES, VERSION_KEY, Table, check_version
 
@@ -63,20 +67,39 @@ def list_parts(run_dir: Path, manifest: Mapping[str, Any]) -> dict[str, dict[Pat
         rows = {run_dir / table / name: rows for name, rows in listed.get(table, {}).items() if is_there}
         found = _find(run_dir, table)
         if lost := sorted(rows.keys() - set(found)):
-            raise InputError(f"{lost[0]}: missing, although {run_dir.name}/run.json lists it; {_remedy(lost[0])}")
+            raise InputError(f"{lost[0]}: missing, although {run_dir.name}/run.json lists it; {remedy(lost[0])}")
         parts[table] = {path: rows.get(path) for path in found if path in rows or not PART.fullmatch(path.name)}
     return parts
 
 
+def check_parts(run_dir: Path, manifest: Mapping[str, Any], recorded: Recorded) -> dict[str, dict[Path, int]]:
+    """Return the files of each table that belong to the run, in order, with their schema versions.
+
+    Raises:
+        InputError: a file is missing, or ``check_part`` rejects it.
+    """
+    return {
+        table: {
+            path: check_part(path, TABLES[table], rows, recorded.of(f"{table}/{path.name}"))
+            for path, rows in parts.items()
+        }
+        for table, parts in list_parts(run_dir, manifest).items()
+    }
+
+
 def last_whole_step(run_dir: Path, manifest: Mapping[str, Any]) -> tuple[int, str | None]:
-    """Return the last step up to which every file is intact, and the fault of the first damaged file."""
+    """Return the last step up to which every file is intact, and the fault of the first damaged file.
+
+    Every file is read completely.
+    """
     durable, damage = int(manifest["last_durable_step"]), None
+    recorded = digests.read(run_dir)
     for table, files in listed_files(run_dir, manifest).items():
         for name, rows in files.items():
             match = PART.fullmatch(name)
             if match and int(match[1]) <= durable:
                 try:
-                    check_part(run_dir / table / name, TABLES[table], rows)
+                    check_whole(run_dir / table / name, TABLES[table], rows, recorded.of(f"{table}/{name}"))
                 except InputError as error:
                     durable, damage = int(match[1]) - 1, str(error)
     return max(0, durable), damage
@@ -92,8 +115,16 @@ def remove_leftovers(run_dir: Path, manifest: Mapping[str, Any]) -> None:
                 path.unlink()
 
 
-def check_part(path: Path, table: Table, rows: int | None = None) -> int:
-    """Return the schema version of a file, after checking its columns and, if given, its number of ``rows``.
+def check_part(path: Path, table: Table, rows: int | None = None, known: Sequence[Digest] = ()) -> int:
+    """Return the schema version of a file, after checking what its end shows.
+
+    These are its columns, its size and footer, all bytes if it is small, and, if given, its number of ``rows``.
+
+    Args:
+        path: A Parquet file of ``table``.
+        table: The table.
+        rows: Number of rows that the file must have (default: any).
+        known: Digests of which the file must have one (default: any).
 
     Raises:
         InputError: the file is damaged or a link, has an unreadable schema version, lacks a column, has a column of
@@ -104,22 +135,60 @@ def check_part(path: Path, table: Table, rows: int | None = None) -> int:
 
     if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
         raise InputError(f"{path}: a link, or not a regular file; a trace holds regular files only")
-    try:
-        with pq.ParquetFile(path) as file:
+    with _translate_errors(path):
+        end = End.of(path)
+        # Arrow reads the footer from the end of what it is given.
+        with pq.ParquetFile(pa.BufferReader(end.data)) as file:
             schema, found_rows = file.schema_arrow, file.metadata.num_rows
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = in_one_line(error)
-        raise InputError(f"{path}: damaged or truncated Parquet file ({reason}); {_remedy(path)}") from None
     version = _check_schema(path, schema, table)
     if rows is not None and found_rows != rows:
-        raise InputError(f"{path}: holds {found_rows} rows, run.json says {rows}; {_remedy(path)}")
+        raise _damage(path, f"holds {found_rows} rows, run.json says {rows}")
+    if known and not any(digest.agrees_with(end) for digest in known):
+        raise _damage(path, digests.DIFFERS)
     return version
+
+
+def check_whole(path: Path, table: Table, rows: int | None = None, known: Sequence[Digest] = ()) -> None:
+    """Check a file as ``check_part`` does, and then every byte of it.
+
+    A file without a digest is decoded, with its page checksums. Files of older traces have none.
+
+    Raises:
+        InputError: as in ``check_part``.
+    """
+    import pyarrow.parquet as pq
+
+    check_part(path, table, rows, known)
+    with _translate_errors(path):
+        if not known:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                for _ in file.iter_batches():
+                    pass
+        elif digests.digest_of(path) not in known:
+            raise _damage(path, digests.DIFFERS)
+
+
+def read_part(path: Path, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
+    """Read a file whose page checksums must be right, if it has any.
+
+    Args:
+        path: A Parquet file of a trace.
+        columns: Columns to read (default: all).
+        filters: Rows to read, as in ``pyarrow.parquet.read_table`` (default: all).
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    import pyarrow.parquet as pq
+
+    with _translate_errors(path):
+        return pq.read_table(path, columns=columns, filters=filters, page_checksum_verification=True)
 
 
 def _check_schema(path: Path, schema: pa.Schema, table: Table) -> int:
     stored = (schema.metadata or {}).get(VERSION_KEY)
     if stored is None:
-        raise InputError(f"{path}: no schema version in its metadata ({VERSION_KEY.decode()}); {_remedy(path)}")
+        raise _damage(path, f"no schema version in its metadata ({VERSION_KEY.decode()})")
     version = check_version(f"{path}: schema version", stored.decode(errors="replace"))
     for column in table.columns:
         if column.since > version:
@@ -139,12 +208,28 @@ def _find(run_dir: Path, table: str) -> list[Path]:
     return sorted((run_dir / table).glob("*.parquet"))
 
 
-def _remedy(path: Path) -> str:
+@contextmanager
+def _translate_errors(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _damage(path, f"damaged or truncated Parquet file ({in_one_line(error)})") from None
+
+
+def _damage(path: Path, reason: str) -> InputError:
+    return InputError(f"{path}: {reason}; {remedy(path)}")
+
+
+def remedy(path: Path) -> str:
+    """Return what to do about a damaged or missing file of a table."""
     if not PART.fullmatch(path.name):
         return "remove it, and repeat the command that made it"
     return "restore it, or go back to the checkpoint before it with entrace train --resume"
 
 
+@cache
 def _kind(stored: pa.DataType) -> str:
     """Return the family of a type: numbers and strings of any width are readable."""
     import pyarrow as pa

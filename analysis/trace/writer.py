@@ -15,16 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from entrace.analysis.trace import digests
+from entrace.analysis.trace.digests import DIGESTS, Digest
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest
 from entrace.analysis.trace.lexicon import Lexicon
 from entrace.analysis.trace.manifest import durable_file, now, read_manifest, write_manifest
-from entrace.analysis.trace.parts import FILES, Files, last_step, listed_files, part_name, remove_leftovers
+from entrace.analysis.trace.parts import FILES, last_step, listed_files, part_name, read_part, remove_leftovers
 from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
 from entrace.analysis.trace.vocabulary import Vocabulary
@@ -33,7 +35,17 @@ from entrace.analysis.trace.vocabulary import Vocabulary
 # when split from the exponents; ids and lengths are constant or increase slowly within a response.
 DELTA_COLUMNS = {"rollout_id", "position", "response_length"}
 
-Gather = Callable[[Files], list[Files]]
+
+class Written(NamedTuple):
+    """A file of the trace that was written: its number of rows and its digest."""
+
+    rows: int
+    digest: Digest
+
+
+# By table and file name.
+WrittenFiles = dict[str, dict[str, Written]]
+Gather = Callable[[WrittenFiles], list[WrittenFiles]]
 
 
 class TraceWriter:
@@ -98,6 +110,8 @@ class TraceWriter:
         writer = cls(run_dir, {**manifest, "schema_version": SCHEMA_VERSION, **state}, categories, rank, gather)
         if rank == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
+            # Of the trace to replace.
+            (run_dir / DIGESTS).unlink(missing_ok=True)
             write_manifest(run_dir, writer.manifest)
             remove_leftovers(run_dir, writer.manifest)
             columns = {"text": entries.texts, "category": categories, "is_special": entries.is_special}
@@ -109,7 +123,7 @@ class TraceWriter:
         """Resume the trace in ``run_dir`` after ``step``, and remove the rows of later steps.
 
         Raises:
-            InputError: no part of the trace is durable up to ``step``, or a file is missing.
+            InputError: no part of the trace is durable up to ``step``, or a file is missing or damaged.
         """
         run_dir = Path(run_dir)
         manifest = read_manifest(run_dir)
@@ -118,7 +132,7 @@ class TraceWriter:
             table: {name: rows for name, rows in files.items() if last_step(name) <= step}
             for table, files in listed.items()
         }
-        parts = [pq.read_table(run_dir / "vocab" / name, columns=["category"]) for name in kept.get("vocab", ())]
+        parts = [read_part(run_dir / "vocab" / name, ["category"]) for name in kept.get("vocab", ())]
         if not parts:
             raise InputError(f"{run_dir}: no durable step to resume from; remove the folder and start again")
         manifest.pop("error", None)
@@ -178,19 +192,21 @@ class TraceWriter:
             self.end_step(step)
         first = min(self.manifest["last_durable_step"] + 1, self._ended_step)
         name = part_name(first, self._ended_step, self.rank)
-        own: Files = {}
+        own: WrittenFiles = {}
         for table, parts in self._buffers.items():
             if ended := parts[: self._num_ended[table]]:
                 if name in self.manifest[FILES].get(table, {}):
                     raise InputError(f"table {table}: step {self._ended_step} is already durable; no row can be added")
                 own[table] = {name: _write_part(self.run_dir / table / name, TABLES[table], ended)}
         files = {table: dict(listed) for table, listed in self.manifest[FILES].items()}
+        new_files = {}
         for written in self._gather(own):
-            for table, part in written.items():
-                files.setdefault(table, {}).update(part)
+            for table, parts in written.items():
+                files.setdefault(table, {}).update({name: part.rows for name, part in parts.items()})
+                new_files |= {f"{table}/{name}": part.digest for name, part in parts.items()}
         manifest = {**self.manifest, "last_durable_step": self._ended_step, FILES: files}
         if self.rank == 0:
-            write_manifest(self.run_dir, manifest)
+            write_manifest(self.run_dir, manifest, new_files)
         # No process drops its rows before rank 0 has listed the files.
         self._gather({})
         self.manifest = manifest
@@ -220,7 +236,8 @@ def write_part(path: Path, table: str, columns: Mapping[str, Any], metadata: Map
         InputError: as in ``TraceWriter.append``.
     """
     rows = _as_arrow(TABLES[table], columns)
-    _write_part(path, TABLES[table], [rows.replace_schema_metadata({**rows.schema.metadata, **metadata})])
+    written = _write_part(path, TABLES[table], [rows.replace_schema_metadata({**rows.schema.metadata, **metadata})])
+    digests.append(path.parents[1], {f"{path.parent.name}/{path.name}": written.digest})
 
 
 def _as_arrow(table: Table, columns: Mapping[str, Any]) -> pa.Table:
@@ -290,8 +307,8 @@ def _is_sorted(rows: pa.Table, names: tuple[str, ...]) -> bool:
     return True
 
 
-def _write_part(path: Path, table: Table, parts: list[pa.Table]) -> int:
-    """Write one sorted file and return its number of rows."""
+def _write_part(path: Path, table: Table, parts: list[pa.Table]) -> Written:
+    """Write one sorted file."""
     path.parent.mkdir(exist_ok=True)
     rows = pa.concat_tables(parts)
     if not _is_sorted(rows, table.sort_by):
@@ -299,12 +316,17 @@ def _write_part(path: Path, table: Table, parts: list[pa.Table]) -> int:
     names = [column.name for column in table.columns]
     encodings = {column.name: "BYTE_STREAM_SPLIT" for column in table.columns if column.is_measured}
     encodings |= {name: "DELTA_BINARY_PACKED" for name in names if name in DELTA_COLUMNS}
+    # In memory, where it takes least time to compute the digest.
+    stream = pa.BufferOutputStream()
+    pq.write_table(
+        rows,
+        stream,
+        compression="zstd",
+        use_dictionary=[name for name in names if name not in encodings],  # pyright: ignore[reportArgumentType]
+        column_encoding=encodings,
+        write_page_checksum=True,
+    )
+    data = memoryview(stream.getvalue())
     with durable_file(path) as file:
-        pq.write_table(
-            rows,
-            file,
-            compression="zstd",
-            use_dictionary=[name for name in names if name not in encodings],  # pyright: ignore[reportArgumentType]
-            column_encoding=encodings,
-        )
-    return len(rows)
+        file.write(data)
+    return Written(len(rows), Digest.of(data))

@@ -25,6 +25,7 @@ from entrace.analysis.effects.training import PARTS
 from entrace.analysis.runs import Runs, open_runs
 from entrace.analysis.statistics.estimates import Estimate, holm
 from entrace.analysis.trace.errors import InputError
+from entrace.analysis.trace.verify import accept_edits
 from tests.analysis.conftest import write_failed
 from tests.analysis.synthetic import NOTHING, Planted, write_run
 
@@ -213,6 +214,7 @@ def test_missing_data_are_named_with_the_way_to_record_them(tmp_path):
         nothing = pa.nulls(len(table), pa.float32())
         column = table.schema.get_field_index("logprob_after")
         pq.write_table(table.set_column(column, table.schema.field(column), nothing), part)
+    accept_edits(path)
     found = {(v.claim, v.part): v for v in judge(open_runs(path))}
     for claim, part in (("S5", "concentration"), ("S6", "direction"), ("T3", "movement")):
         assert found[claim, part].verdict == NOT_RECORDED

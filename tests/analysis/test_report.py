@@ -18,7 +18,7 @@ from entrace.analysis.figures import STEMS
 from entrace.analysis.report import MARK, _provenance, num_parts, write_report
 from entrace.analysis.runs import Runs, open_runs
 from entrace.analysis.terminal.export import to_report_csv
-from entrace.analysis.trace import InputError, TraceWriter
+from entrace.analysis.trace import InputError, TraceWriter, write_manifest
 from tests.analysis.conftest import step_row, write_failed, write_tiny, written
 from tests.analysis.synthetic import write_run
 
@@ -120,7 +120,7 @@ def test_hostile_names_and_errors_are_escaped(tmp_path: Path):
     folder = write_tiny(tmp_path / "run")
     manifest = json.loads((folder / "run.json").read_text())
     hostile = {"run_id": "tiny", "arm": HOSTILE, "study": HOSTILE, "error": HOSTILE, "config": {"a": HOSTILE}}
-    (folder / "run.json").write_text(json.dumps({**manifest, **hostile}))
+    write_manifest(folder, {**manifest, **hostile})
     write_failed(tmp_path / "broken", error=HOSTILE)
     page = write_report(open_runs([folder, tmp_path / "broken"]), tmp_path / "out").read_text()
     assert HOSTILE not in page
@@ -249,6 +249,6 @@ def test_what_cannot_be_known_is_said_with_its_reason(tmp_path: Path):
 def test_page_shows_the_plateau_that_was_detected_while_training(plateau_step: int | None, text: str, tmp_path: Path):
     path = write_run(tmp_path / "run")
     manifest = json.loads((path / "run.json").read_text())
-    (path / "run.json").write_text(json.dumps({**manifest, "plateau_step": plateau_step}))
+    write_manifest(path, {**manifest, "plateau_step": plateau_step})
     [run] = _provenance(open_runs(path))["runs"]
     assert run["online"] == text

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from entrace.analysis.runs import Runs, open_runs
-from entrace.analysis.trace import InputError, TraceWriter
+from entrace.analysis.trace import InputError, TraceWriter, write_manifest
 from tests.analysis.conftest import VOCAB, step_row, write_failed
 
 
@@ -170,7 +170,7 @@ def test_study_may_name_its_baseline(study_path: Path, tmp_path: Path):
     folder = tmp_path / "run"
     shutil.copytree(study_path / "ppl-seed0", folder)
     manifest = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**manifest, "baseline": "ppl"}))
+    write_manifest(folder, {**manifest, "baseline": "ppl"})
     assert open_runs([folder, study_path / "none-seed0"]).subjects() == {"ppl": ["ppl-seed0"]}
 
 

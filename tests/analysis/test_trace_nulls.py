@@ -20,6 +20,7 @@ from entrace.analysis import queries
 from entrace.analysis.report import write_report
 from entrace.analysis.runs import Runs, open_runs
 from entrace.analysis.trace import TABLES
+from entrace.analysis.trace.verify import accept_edits
 from tests.analysis.synthetic import Planted, write_run
 
 mpl.use("Agg")
@@ -60,6 +61,8 @@ def forget(root: Path, copy: Path, table: str, columns: Iterable[str], share: st
             ]
             rows = rows.set_column(i, rows.schema.field(i), pa.array(values, rows.schema.field(i).type))
         pq.write_table(rows, path)
+    for run_dir in copy.iterdir():
+        accept_edits(run_dir)
 
 
 @cache

@@ -15,6 +15,7 @@ import pytest
 
 from entrace import open_runs
 from entrace.analysis.trace import TABLES, InputError, TraceWriter
+from entrace.analysis.trace.verify import accept_edits
 from entrace.analysis.trace.writer import write_part
 from tests.analysis.conftest import VOCAB
 
@@ -36,6 +37,7 @@ def spoil(run: Path, table: str, column: str, value: float) -> None:
     i = rows.schema.get_field_index(column)
     values = [value, *rows[i].to_pylist()[1:]]
     pq.write_table(rows.set_column(i, rows.schema.field(i), pa.array(values, rows.schema.field(i).type)), path)
+    accept_edits(run)
 
 
 def test_the_float_columns_include_every_measurement():

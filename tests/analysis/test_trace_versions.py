@@ -16,6 +16,7 @@ from entrace import open_runs
 from entrace.analysis import queries
 from entrace.analysis.runs import Runs
 from entrace.analysis.trace import TABLES, InputError, TraceWriter, read_manifest
+from entrace.analysis.trace.digests import DIGESTS
 from tests.analysis.conftest import step_row
 
 FROZEN = Path(__file__).parents[1] / "fixtures" / "frozen" / "none-seed0"
@@ -25,6 +26,8 @@ NEW_COLUMNS = [(table.name, column.name) for table in TABLES.values() for column
 def change_rows(run: Path, table: str, change: Callable[[pa.Table], pa.Table]) -> None:
     for path in (run / table).glob("*.parquet"):
         pq.write_table(change(pq.read_table(path)), path)
+    # Older writers record no digests.
+    (run / DIGESTS).unlink(missing_ok=True)
 
 
 def as_version_1(run: Path, copy: Path) -> Path:

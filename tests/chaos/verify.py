@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 
 import entrace
+from entrace.analysis.trace.verify import verify_run
 from entrace.trainer.config import load_config
 
 from .victim import CONFIG
@@ -64,6 +65,7 @@ class Reference:
 
     def defects(self, run_dir: Path) -> Iterator[str]:
         """Return what is wrong with a run as a reader sees it, right after a kill or at its end."""
+        yield from map(str, verify_run(run_dir).faults)
         runs = entrace.open_runs(run_dir)
         durable = next(iter(runs.manifests.values()))["last_durable_step"]
         sizes = {"durable": durable, "prompts": self.config.task.num_heldout, "samples": self.config.eval.samples}

@@ -176,7 +176,7 @@ class Killed(BaseException):
     """Stands for the process ending at that point."""
 
 
-@pytest.mark.parametrize("place", ["save_file", "_seal", "_checksum"])
+@pytest.mark.parametrize("place", ["save_file", "_seal", "sha256_of"])
 def test_an_interrupted_save_does_not_count(learner, run_dir, monkeypatch, place):
     def die(*arguments):
         raise Killed

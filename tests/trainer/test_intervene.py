@@ -5,11 +5,14 @@ from dataclasses import replace
 import duckdb
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from entrace import open_runs
-from entrace.analysis.trace import TABLES, InputError, TraceWriter, read_manifest
+from entrace.analysis.trace import SCHEMA_VERSION, TABLES, InputError, TraceWriter, read_manifest
+from entrace.analysis.trace.digests import DIGESTS
+from entrace.analysis.trace.schema import VERSION_KEY
 from entrace.trainer.config import build_config, load_config
 from entrace.trainer.interventions import intervene as intervene_module
 from entrace.trainer.interventions.candidates import STRATA, load_candidates, ntile, order_candidates
@@ -33,6 +36,12 @@ BUDGET = 2000
 
 def read(run_dir, table="interventions"):
     return pl.read_parquet(run_dir / table / "*.parquet")
+
+
+def rewrite(path, rows, version=SCHEMA_VERSION):
+    """Replace the rows of a file, which another trainer may have written."""
+    pq.write_table(rows.to_arrow().replace_schema_metadata({VERSION_KEY: str(version)}), path)
+    (path.parents[1] / DIGESTS).unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +361,7 @@ def test_a_run_without_checkpoints_is_refused(trained, tmp_path):
 def test_responses_outside_updates_are_no_candidates(trained, tmp_path):
     run_dir = shutil.copytree(trained, tmp_path / "run")
     for path in (run_dir / "rollouts").iterdir():
-        pl.read_parquet(path).with_columns(is_kept=pl.lit(False)).write_parquet(path)
+        rewrite(path, pl.read_parquet(path).with_columns(is_kept=pl.lit(False)))
     with pytest.raises(InputError, match="no response of known perplexity was in the updates of steps 1 to 4"):
         load_candidates(run_dir, 4)
 
@@ -363,7 +372,7 @@ def test_a_response_of_unknown_perplexity_is_no_candidate(trained, tmp_path):
     rows = pl.read_parquet(path)
     unknown = rows.filter("is_kept")["rollout_id"][0]
     known = pl.when(pl.col("rollout_id") != unknown).then("ppl")
-    rows.with_columns(ppl=known).write_parquet(path)
+    rewrite(path, rows.with_columns(ppl=known))
     found, before = load_candidates(run_dir, 4), load_candidates(trained, 4)
     assert unknown in before["rollout_id"]
     assert unknown not in found["rollout_id"]
@@ -378,7 +387,7 @@ def test_a_prompt_sampled_twice_is_ranked_group_by_group(trained, tmp_path):
         for name, added in (("rollouts", ["group_id", "answer_class"]), ("tokens", ["is_kept"])):
             for i, path in enumerate(sorted((run_dir / name).iterdir())):
                 rows = pl.read_parquet(path).with_columns(prompt_id=pl.lit("same"))
-                (rows.drop(added) if versions[i > 1] == 1 else rows).write_parquet(path)
+                rewrite(path, rows.drop(added) if versions[i > 1] == 1 else rows, versions[i > 1])
         assert load_candidates(run_dir, 4).select(expected.columns).equals(expected)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from entrace.analysis.trace import InputError
+from entrace.analysis.trace import TABLES, InputError, digests, read_manifest
+from entrace.analysis.trace.parts import check_parts, read_part
 
 # The policies of the last steps before a checkpoint were close to it.
 WINDOW_STEPS = 10
@@ -27,14 +28,13 @@ def load_candidates(run_dir: Path, last_step: int) -> pl.DataFrame:
     Raises:
         InputError: no response of known perplexity was in these updates.
     """
-    in_window = pl.col("step").is_between(last_step - WINDOW_STEPS + 1, last_step)
+    first_step = max(1, last_step - WINDOW_STEPS + 1)
     # Traces of schema 1 have no group_id: a prompt sampled twice in one step is two groups of equal sample indices.
     repeat = pl.int_range(pl.len()).over("step", "prompt_id", "sample_index")
     group = ("step", "prompt_id", "repeat")
     rank = pl.col("ppl").rank("ordinal").over(group).cast(pl.Int64) - 1
     responses = (
-        _scan(run_dir, "rollouts")
-        .filter(in_window)
+        _read(run_dir, "rollouts", first_step, last_step)
         .sort("rollout_id")
         .with_columns(repeat.alias("repeat"))
         .filter(pl.col("ppl").is_not_null())
@@ -42,19 +42,21 @@ def load_candidates(run_dir: Path, last_step: int) -> pl.DataFrame:
         .filter("is_kept")
         .select("rollout_id", "ppl", "ppl_tercile")
     )
-    tokens = _scan(run_dir, "tokens").filter(in_window)
-    found = tokens.join(responses, on="rollout_id").sort("rollout_id", "position").collect()
+    tokens = _read(run_dir, "tokens", first_step, last_step)
+    found = tokens.join(responses, on="rollout_id").sort("rollout_id", "position")
     if found.is_empty():
-        first_step = max(1, last_step - WINDOW_STEPS + 1)
         raise InputError(
             f"{run_dir}: no response of known perplexity was in the updates of steps {first_step} to {last_step}"
         )
     return found
 
 
-def _scan(run_dir: Path, table: str) -> pl.LazyFrame:
-    """Scan a table whose parts may have different schema versions."""
-    return pl.scan_parquet(run_dir / table / "*.parquet", missing_columns="insert", extra_columns="ignore")
+def _read(run_dir: Path, table: str, first_step: int, last_step: int) -> pl.DataFrame:
+    """Read the rows of some steps; the parts of the table may have different schema versions."""
+    steps = [("step", ">=", first_step), ("step", "<=", last_step)]
+    files = check_parts(run_dir, read_manifest(run_dir), digests.read(run_dir))[table]
+    parts = [pl.DataFrame(read_part(path, filters=steps)) for path in files]
+    return pl.concat(parts, how="diagonal_relaxed") if parts else pl.DataFrame(TABLES[table].arrow_schema.empty_table())
 
 
 def order_candidates(

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from entrace.analysis.trace import InputError, read_manifest
+from entrace.analysis.trace.parts import read_part
 from entrace.analysis.trace.writer import write_part
 from entrace.trainer.config import Config
 from entrace.trainer.interventions.candidates import load_candidates, order_candidates
@@ -303,7 +303,7 @@ def _check_settings(run_dir: Path, settings: Settings) -> None:
     path = settings.part(run_dir, 0)
     if not path.exists():
         return
-    found = json.loads(pq.read_schema(path).metadata[SETTINGS_KEY])
+    found = json.loads(read_part(path, []).schema.metadata[SETTINGS_KEY])
     wanted = json.loads(json.dumps(asdict(settings)))
     changed = [f"{name} {found[name]}, not {wanted[name]}" for name in wanted if found[name] != wanted[name]]
     if changed:
@@ -316,6 +316,6 @@ def _check_settings(run_dir: Path, settings: Settings) -> None:
 def _read_counts(parts: list[Path]) -> InterventionCounts:
     counts = InterventionCounts()
     for path in parts:
-        rows = pq.read_table(path, columns=["impact", "tokens"])
+        rows = read_part(path, ["impact", "tokens"])
         counts.add(rows["impact"].to_numpy(), rows["tokens"].to_numpy())
     return counts

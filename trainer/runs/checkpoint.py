@@ -6,7 +6,6 @@ name before it is removed. A folder with the name of a checkpoint is therefore c
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from entrace.analysis.trace import InputError, reason_of
+from entrace.analysis.trace.digests import sha256_of
 from entrace.analysis.trace.manifest import sync_folder
+from entrace.analysis.trace.verify import CHECKSUMS
 from entrace.trainer.learner import Learner
 from entrace.trainer.parallel.sharding import distribute_like, full_tensors
 
@@ -27,7 +28,6 @@ KEPT = 2
 POLICY = "policy"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
-CHECKSUMS = "checksums.json"
 NAME = re.compile(r"step-(\d+)")
 
 log = logging.getLogger("entrace")
@@ -176,7 +176,7 @@ def find_damage(checkpoint: Path) -> str | None:
         if not isinstance(checksums, dict) or not {OPTIMIZER, STATE} < checksums.keys():
             return f"{CHECKSUMS}: expected the checksum of every file"
         for name, checksum in checksums.items():
-            if _checksum(checkpoint / name) != checksum:
+            if sha256_of(checkpoint / name) != checksum:
                 return f"{name}: checksum differs"
     except FileNotFoundError:
         return f"{name} is missing"
@@ -215,18 +215,13 @@ def _optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
 def _seal(folder: Path) -> None:
     """Add the checksums of all files, and sync the folder with its contents to disk."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    checksums = {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+    checksums = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
     (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1), encoding="utf-8")
     for path in [*files, folder / CHECKSUMS]:
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
     for path in (folder / POLICY, folder):
         sync_folder(path)
-
-
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove(checkpoint: Path) -> None:

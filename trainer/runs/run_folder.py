@@ -13,6 +13,7 @@ from typing import Any
 
 from entrace.analysis.trace import InputError, describe_machine, flatten, read_manifest, write_manifest
 from entrace.analysis.trace.manifest import MANIFEST, now
+from entrace.analysis.trace.parts import FILES, last_whole_step, listed_files
 from entrace.analysis.trace.schema import SCHEMA_VERSION
 from entrace.trainer.config import MEMORY_KEYS, Config, build_config
 from entrace.trainer.parallel.ranks import ALONE, Ranks
@@ -82,7 +83,8 @@ def mark_failed(config: Config, run_dir: Path, labels: Mapping[str, Any], error:
 def is_complete(config: Config, run_dir: Path) -> bool:
     """Return whether a run to resume is already complete; False if it has not begun.
 
-    A run can be extended to more steps if its learning rate does not depend on their number.
+    A run can be extended to more steps if its learning rate does not depend on their number. A run with a damaged file
+    is not complete, so that it can go back to the checkpoint before the damage.
 
     Raises:
         InputError: the folder is not a trace, or was made with another configuration.
@@ -97,7 +99,12 @@ def is_complete(config: Config, run_dir: Path) -> bool:
     free, is_extended = extend(free, config, run_dir)
     if changed := list(config_changes(free, config)):
         raise InputError(f"{run_dir}: made with another configuration, {', '.join(changed)}; not resumed")
-    return manifest["status"] == "complete" and not is_extended
+    if manifest["status"] != "complete" or is_extended:
+        return False
+    # A table without a folder was removed on purpose.
+    there = {table: files for table, files in listed_files(run_dir, manifest).items() if (run_dir / table).exists()}
+    _, damage = last_whole_step(run_dir, {**manifest, FILES: there})
+    return damage is None
 
 
 def extend(found: Mapping[str, Any], config: Config, run_dir: Path) -> tuple[Mapping[str, Any], bool]:
