@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 import uuid
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entrace.analysis import queries
+from entrace.analysis.parameters import parameters, shown, to_plain
 from entrace.analysis.queries import BUILT_IN, Questions
 from entrace.analysis.statistics import interval_functions
 from entrace.analysis.terminal.interrupt import interruptible
@@ -89,6 +91,8 @@ FINAL_SEMICOLON = re.compile(rf";{COMMENTS}\Z", re.DOTALL)
 STATEMENT_NAMES = {"MULTI": "a PIVOT inside another statement"}
 # Missing ranges of steps that the note on a run lists.
 GAPS_SHOWN = 3
+# Most values of a column that the note on an empty result lists.
+VALUES_SHOWN = 5
 # Characters that brackets make literal in a glob pattern.
 GLOB_CHARACTERS = re.compile(r"[*?\[]")
 SQL_POSITION = re.compile(r"\s*\n\s*LINE \d+:.*", re.DOTALL)
@@ -172,39 +176,67 @@ class Runs:
 
         Args:
             text: DuckDB SQL.
-            params: Values of the ``$name`` parameters; an omitted one is null, which shipped queries read as "all".
+            params: Values of the ``$name`` parameters; an omitted one is null, which shipped queries read as "all". If
+                the text begins with the header ``-- params:``, values must be of the kinds that it names.
 
         Raises:
-            InputError: the text is not a single query, a parameter is unknown, or DuckDB rejects the query.
+            InputError: the text is not a single query, a parameter or its value is unknown, or DuckDB rejects the
+                query.
         """
-        import duckdb
-
-        try:
-            names = _parameters(text)
-        except duckdb.Error as error:
-            raise InputError(_one_line(error)) from None
-        given = dict(params or {})
-        for name in given:
-            if name not in names:
-                hint = nearest(name, names) if names else "; this query has none"
-                raise InputError(f'unknown parameter "{name}"{hint}')
-        if queries.reads_stages(text):
-            self._fill_stages()
-        return self._select(text, dict.fromkeys(names) | given)
+        described = parameters(queries.headers(text).get("params", ""))
+        checked = {
+            name: described[name].check(value, self._values_of) if name in described else to_plain(value)
+            for name, value in (params or {}).items()
+        }
+        return self._answer(text, checked)
 
     def query(self, stem: str, **params: Any) -> pl.DataFrame:
-        """Run one of the shipped queries, such as ``query("entropy_by_position", stage="plateau")``.
+        """Ask one of the questions, such as ``query("entropy_by_position", stage="plateau")``.
+
+        ``questions[stem]`` describes the parameters. If no rows are left, a warning says why; see ``why_no_rows``.
 
         Raises:
-            InputError: the query or a parameter is unknown.
+            InputError: the question, a parameter, or its value is unknown.
         """
-        return self.sql(self.questions.read(stem), params)
+        frame = self.sql(self.questions.read(stem), params)
+        if frame.is_empty():
+            warnings.warn(self.why_no_rows(stem, params), stacklevel=2)
+        return frame
+
+    def ask(self, stem: str, **params: Any) -> pl.DataFrame:
+        """Return the rows of a question without ``query``'s checks and warning, for values taken from the traces."""
+        return self._answer(self.questions.read(stem), params)
+
+    def why_no_rows(self, stem: str, params: Mapping[str, Any]) -> str:
+        """Return one line that says which conditions removed all rows of a question, or what the traces lack.
+
+        A condition is responsible if the question has rows without it.
+        """
+        conditions = {name: value for name, value in params.items() if value is not None}
+        text = self.questions.read(stem)
+        total = self.sql(text).height
+        if not conditions or not total:
+            return f"{stem}: no rows: {self.why_empty(self.questions.need(stem))}"
+        described = parameters(queries.headers(text)["params"])
+        named = {name: f"{name}={shown(to_plain(value))}" for name, value in conditions.items()}
+        without: dict[str, str] = {}
+        for name in conditions:
+            rows = self.sql(text, {other: value for other, value in conditions.items() if other != name})
+            if rows.height:
+                column = described[name].column if name in described else name
+                without[name] = f"{rows.height:,} rows{_describe_values(rows, column)}"
+        if len(without) == 1:
+            [(name, rows)] = without.items()
+            return f"{stem}: no rows: {named[name]} removed all {rows}"
+        parts = [f"; without {named[name]} there are {rows}" for name, rows in without.items()]
+        together = " and ".join(named[name] for name in without or named)
+        return f"{stem}: no rows: {together} together removed all {total:,} rows" + "".join(parts)
 
     def query_once(self, stem: str, run_ids: Sequence[str]) -> pl.DataFrame:
         """Run a shipped query over some runs and cache the rows, which several parts of a claim share."""
         key = (stem, *run_ids)
         if key not in self._kept:
-            self._kept[key] = self.query(stem, runs=list(run_ids))
+            self._kept[key] = self.ask(stem, runs=list(run_ids))
         return self._kept[key]
 
     def why_empty(self, need: str) -> str:
@@ -249,6 +281,15 @@ class Runs:
         baseline = [run for run in recorded if self.manifests.get(run, {}).get("arm") == self.baseline]
         return {self.baseline: baseline} if baseline else {run: [run] for run in recorded}
 
+    def _values_of(self, column: str) -> list[Any] | None:
+        """Return the distinct values of a column of the runs or of the trace; None if no table has it."""
+        homes = {"runs": RUNS_COLUMNS, **{name: table.arrow_schema.names for name, table in TABLES.items()}}
+        table = next((name for name, columns in homes.items() if column in columns), None)
+        if table is None:
+            return None
+        found = self._select(f"select distinct {column} from {table} where {column} is not null", {})
+        return found[column].to_list()
+
     def _fill_stages(self) -> None:
         if self._has_stages:
             return
@@ -260,6 +301,21 @@ class Runs:
         ]
         if rows:
             self._con.executemany(f"insert into stages values ({', '.join('?' * len(STAGES_COLUMNS))})", rows)
+
+    def _answer(self, text: str, params: Mapping[str, Any]) -> pl.DataFrame:
+        import duckdb
+
+        try:
+            names = _parameters(text)
+        except duckdb.Error as error:
+            raise InputError(_one_line(error)) from None
+        for name in params:
+            if name not in names:
+                hint = nearest(name, names) if names else "; this query has none"
+                raise InputError(f'unknown parameter "{name}"{hint}')
+        if queries.reads_stages(text):
+            self._fill_stages()
+        return self._select(text, {**dict.fromkeys(names), **params})
 
     def _select(self, text: str, params: dict[str, Any]) -> pl.DataFrame:
         for name in queries.tables_in(text):
@@ -365,6 +421,12 @@ def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int], gone: 
         return f"{len(unknown)} recorded quantities are unknown; see `unknown` in {MANIFEST}" if unknown else None
     removed = f"; removed: {', '.join(gone)}" if gone else ""
     return f"{state or manifest.get('status')}, {done}{missing if gaps else ''}{removed}"
+
+
+def _describe_values(rows: pl.DataFrame, column: str) -> str:
+    """Return ``, whose stage is "rising"`` for the values of a column, or nothing if there are many or none."""
+    values = rows[column].drop_nulls().unique().sort().to_list() if column in rows.columns else []
+    return f", whose {column} is {' or '.join(map(shown, values))}" if 0 < len(values) <= VALUES_SHOWN else ""
 
 
 def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, dict[str, int]]) -> duckdb.DuckDBPyConnection:
