@@ -381,7 +381,6 @@ def _read_text(path: Path) -> str:
 def _split_settings(arguments: list[str], question: Question) -> tuple[list[str], list[str]]:
     """Return the runs and the settings NAME=VALUE among the arguments; a run may have an equals sign in its name."""
     from entrace.analysis.parameters import parameters
-
     from entrace.analysis.trace.errors import InputError, nearest
 
     known = parameters(question.params)

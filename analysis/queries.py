@@ -8,15 +8,22 @@ Built-in questions are in ``sql/``, one folder per level. A user's folder holds 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from entrace.analysis.trace.errors import InputError, nearest, reason_of
 from entrace.analysis.trace.schema import TABLES
 
+if TYPE_CHECKING:
+    import polars as pl
+
 SQL_ROOT = Path(__file__).with_name("sql")
 LEVELS = ("stage", "instance", "token", "ablation", "claims")
+# Level of the questions in a user's folder.
+OWN = "own"
 # Ordered so that each file builds on earlier ones only.
 STAGING = (
     "macros",
@@ -34,6 +41,7 @@ HEADERS = ("question", "grain", "params", "units", "needs")
 CONTINUATION = "--   "
 LEDGER = "claims.toml"
 WORD = re.compile(r"\w+")
+CLAIMS = re.compile(r"(?P<claim>[A-Z]\w*\d(?:, [A-Z]\w*\d)*)\. ")
 COMMENT_LINE = re.compile(r"^\s*--.*$", re.MULTILINE)
 CREATED = re.compile(r"^create (?:view|macro) (\w+)", re.MULTILINE)
 # For each value of the header "needs": a probe of the trace, the remedy if it finds nothing, and the table or column
@@ -57,8 +65,47 @@ NEEDS = {
 
 
 @dataclass(frozen=True)
+class Question:
+    """Hold one question: the SQL file and its headers.
+
+    Attributes:
+        stem: Name of the question, of its SQL file, and of its figure.
+        level: Folder of the SQL file (``LEVELS``), or ``OWN`` for a question of the user's.
+        question: The question, in words.
+        claim: Ids of the claims that it belongs to, as in ``S6, T3``; None if it names none.
+        grain: Meaning of one row.
+        params: Parameters with kind, meaning, and default; see ``parameters``.
+        units: Units of the columns.
+        needs: Data that a trace must hold, a key of ``NEEDS``.
+        sql: Text of the SQL file, with its headers.
+    """
+
+    stem: str
+    level: str
+    question: str
+    claim: str | None
+    grain: str
+    params: str
+    units: str
+    needs: str
+    sql: str
+
+    def __str__(self) -> str:
+        return f"{self.stem} ({self.level})\n\n{self.sql}"
+
+    __repr__ = __str__
+
+    def _repr_markdown_(self) -> str:
+        """Return the question as a notebook displays it."""
+        facts = "\n".join(f"- {name}: {getattr(self, name)}" for name in ("claim", *HEADERS[1:]) if getattr(self, name))
+        return f"### {self.stem}\n\n{self.question}\n\n{facts}\n\n```sql\n{self.sql}```\n"
+
+
+@dataclass(frozen=True, repr=False)
 class Questions:
     """The questions that runs can be asked: the built-in ones, and those in a folder of the user's.
+
+    ``questions["stage_dynamics"]`` shows one question, ``list(questions)`` their names, and ``questions.table()`` all.
 
     Attributes:
         folder: The user's folder, or None.
@@ -83,6 +130,43 @@ class Questions:
                     raise InputError(f'{path}: expected "-- {name}: ..." among the first lines')
             if found["needs"] not in NEEDS:
                 raise InputError(f'{path}: needs: unknown value "{found["needs"]}"{nearest(found["needs"], NEEDS)}')
+
+    def __getitem__(self, stem: str) -> Question:
+        """Return one question.
+
+        Raises:
+            InputError: no such question.
+        """
+        text = self.read(stem)
+        found = headers(text)
+        claims = CLAIMS.match(found["question"])
+        question = found["question"][claims.end() :] if claims else found["question"]
+        level = OWN if stem in self._own else self.paths[stem].parent.name
+        rest = (found[name] for name in HEADERS[1:])
+        return Question(stem, level, question, claims["claim"] if claims else None, *rest, sql=text)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __repr__(self) -> str:
+        rows = [self[stem] for stem in self]
+        width = max(len(row.stem) for row in rows)
+        lines = [f"{row.level:<8}  {row.stem:<{width}}  {row.claim or '-':<10}  {row.question}" for row in rows]
+        return "\n".join([f"{len(self)} questions; questions[name] shows one, with its parameters and SQL", *lines])
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)
+
+    def table(self) -> pl.DataFrame:
+        """Return one row per question: stem, level, question, claim, params, units, and needs."""
+        import polars as pl
+
+        columns = ("stem", "level", "question", "claim", "params", "units", "needs")
+        rows = [[getattr(self[stem], name) for name in columns] for stem in self]
+        return pl.DataFrame(rows, dict.fromkeys(columns, pl.String), orient="row")
 
     @cached_property
     def paths(self) -> dict[str, Path]:
@@ -111,7 +195,7 @@ class Questions:
             InputError: no such question.
         """
         if stem not in self.paths:
-            raise InputError(f'unknown query "{stem}"{nearest(stem, self.paths)}')
+            raise InputError(f'unknown query "{stem}"{nearest(str(stem), self.paths)}')
         return _read_text(self.paths[stem])
 
     def is_own(self, stem: str) -> bool:
@@ -124,7 +208,7 @@ class Questions:
 
     def need(self, stem: str) -> str:
         """Return what a trace must hold for a question to have rows, a key of ``NEEDS``."""
-        return headers(self.read(stem))["needs"]
+        return self[stem].needs
 
 
 BUILT_IN = Questions()

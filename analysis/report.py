@@ -84,7 +84,7 @@ def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None
         num_runs=len(runs.manifests),
         comparison=comparison,
         provenance=_provenance(runs),
-        final=_final_table(runs.query("ablation_final")),
+        final=_final_table(runs.ask("ablation_final")),
         scorecard=scorecard,
         sections=sections,
     )

@@ -6,6 +6,7 @@ import glob
 import shutil
 import tempfile
 import uuid
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -13,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entrace.analysis import queries
+from entrace.analysis.parameters import parameters, shown, to_plain
 from entrace.analysis.queries import BUILT_IN, Questions
-from entrace.analysis.sandbox.connection import STAGES_COLUMNS, connect, fill_stages
+from entrace.analysis.sandbox.connection import RUNS_COLUMNS, STAGES_COLUMNS, connect, fill_stages
 from entrace.analysis.sandbox.process import Limits, QueryProcess, ReadError
-from entrace.analysis.sandbox.statements import one_line, parameters
-from entrace.analysis.sandbox.worker import Question
-from entrace.analysis.terminal.interrupt import interruptible
+from entrace.analysis.sandbox.statements import one_line, parameter_names
+from entrace.analysis.sandbox.worker import Query
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest, reason_of
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
@@ -37,6 +38,8 @@ DEFAULT_BASELINE = "none"
 BUFFERS = 1500 << 20
 # Missing ranges of steps that the note on a run lists.
 GAPS_SHOWN = 3
+# Most values of a column that the note on an empty result lists.
+VALUES_SHOWN = 5
 
 
 def open_runs(
@@ -133,27 +136,16 @@ class Runs:
 
         Args:
             text: DuckDB SQL.
-            params: Values of the ``$name`` parameters; an omitted one is null, which shipped queries read as "all".
+            params: Values of the ``$name`` parameters; an omitted one is null, which shipped queries read as "all". If
+                the text begins with the header ``-- params:``, values must be of the kinds that it names.
             memory: Most memory for the query, and for its rows, such as ``"500MB"`` (default 2GiB).
             timeout: Most seconds of computing (default 600; 0 for no limit).
 
         Raises:
-            InputError: the text is not a single query, a parameter is unknown, DuckDB rejects the query, or a limit is
-                reached.
+            InputError: the text is not a single query, a parameter or its value is unknown, DuckDB rejects the query,
+                or a limit is reached.
         """
-        import polars as pl
-
-        limits = Limits.parse(memory, timeout)
-        frames, size = [], 0
-        for frame in self.stream(text, params, memory=memory, timeout=timeout):
-            frames.append(frame)
-            size += frame.estimated_size()
-            if size > limits.memory:
-                raise InputError(
-                    f"sql: the result needs more than {limits.memory_text} of memory; aggregate, add a LIMIT, raise "
-                    "memory=, or read it in parts with runs.stream"
-                )
-        return pl.concat(frames)
+        return self._collect(self._prepare(text, self._check(text, params or {})), Limits.parse(memory, timeout))
 
     def stream(
         self,
@@ -182,18 +174,26 @@ class Runs:
             InputError: as for ``sql``.
         """
         limits = Limits.parse(memory, timeout)
-        question = self._prepare(text, params or {})
-        return self._ask(question, limits, on_progress, reader)
+        return self._send(self._prepare(text, self._check(text, params or {})), limits, on_progress, reader)
 
     def query(self, stem: str, **params: Any) -> pl.DataFrame:
-        """Run one of the shipped queries, such as ``query("entropy_by_position", stage="plateau")``.
+        """Ask one of the questions, such as ``query("entropy_by_position", stage="plateau")``.
+
+        ``questions[stem]`` describes the parameters. If no rows are left, a warning says why; see ``why_no_rows``.
 
         Raises:
-            InputError: the query or a parameter is unknown.
+            InputError: the question, a parameter, or its value is unknown.
         """
+        frame = self.ask(stem, **self._check(self.questions.read(stem), params))
+        if frame.is_empty():
+            warnings.warn(self.why_no_rows(stem, params), stacklevel=2)
+        return frame
+
+    def ask(self, stem: str, **params: Any) -> pl.DataFrame:
+        """Return the rows of a question without ``query``'s checks and warning, for values taken from the traces."""
         text = self.questions.read(stem)
         if self.questions.is_own(stem):
-            return self.sql(text, params)
+            return self._collect(self._prepare(text, params), Limits())
         return self.run_shipped(text, params)
 
     def run_shipped(self, text: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
@@ -202,17 +202,42 @@ class Runs:
         Raises:
             InputError: a parameter is unknown, or a file cannot be read.
         """
-        question = self._prepare(text, params or {})
-        if question.stages and not self._has_stages:
+        query = self._prepare(text, params or {})
+        if query.stages and not self._has_stages:
             self._has_stages = True
-            fill_stages(self._con, question.stages)
-        return self._run(question.text, question.params)
+            fill_stages(self._con, query.stages)
+        return self._run(query.text, query.params)
+
+    def why_no_rows(self, stem: str, params: Mapping[str, Any]) -> str:
+        """Return one line that says which conditions removed all rows of a question, or what the traces lack.
+
+        A condition is responsible if the question has rows without it.
+        """
+        conditions = {name: value for name, value in params.items() if value is not None}
+        text = self.questions.read(stem)
+        total = self.ask(stem).height
+        if not conditions or not total:
+            return f"{stem}: no rows: {self.why_empty(self.questions.need(stem))}"
+        described = parameters(queries.headers(text)["params"])
+        named = {name: f"{name}={shown(to_plain(value))}" for name, value in conditions.items()}
+        without: dict[str, str] = {}
+        for name in conditions:
+            rows = self.ask(stem, **{other: value for other, value in conditions.items() if other != name})
+            if rows.height:
+                column = described[name].column if name in described else name
+                without[name] = f"{rows.height:,} rows{_describe_values(rows, column)}"
+        if len(without) == 1:
+            [(name, rows)] = without.items()
+            return f"{stem}: no rows: {named[name]} removed all {rows}"
+        parts = [f"; without {named[name]} there are {rows}" for name, rows in without.items()]
+        together = " and ".join(named[name] for name in without or named)
+        return f"{stem}: no rows: {together} together removed all {total:,} rows" + "".join(parts)
 
     def query_once(self, stem: str, run_ids: Sequence[str]) -> pl.DataFrame:
         """Run a shipped query over some runs and cache the rows, which several parts of a claim share."""
         key = (stem, *run_ids)
         if key not in self._kept:
-            self._kept[key] = self.query(stem, runs=list(run_ids))
+            self._kept[key] = self.ask(stem, runs=list(run_ids))
         return self._kept[key]
 
     def why_empty(self, need: str) -> str:
@@ -257,6 +282,15 @@ class Runs:
         baseline = [run for run in recorded if self.manifests.get(run, {}).get("arm") == self.baseline]
         return {self.baseline: baseline} if baseline else {run: [run] for run in recorded}
 
+    def _values_of(self, column: str) -> list[Any] | None:
+        """Return the distinct values of a column of the runs or of the trace; None if no table has it."""
+        homes = {"runs": RUNS_COLUMNS, **{name: table.arrow_schema.names for name, table in TABLES.items()}}
+        table = next((name for name, columns in homes.items() if column in columns), None)
+        if table is None:
+            return None
+        found = self._select(f"select distinct {column} from {table} where {column} is not null", {})
+        return found[column].to_list()
+
     def _stage_rows(self) -> list[tuple[Any, ...]]:
         return [
             (run_id, *[segment.get(name) for name in list(STAGES_COLUMNS)[1:]])
@@ -265,9 +299,12 @@ class Runs:
         ]
 
     def _select(self, text: str, params: dict[str, Any]) -> pl.DataFrame:
+        self._check_tables(text)
+        return self._run(text, params)
+
+    def _check_tables(self, text: str) -> None:
         for name in queries.tables_in(text):
             self._check_finite(TABLES[name])
-        return self._run(text, params)
 
     def _check_finite(self, table: Table) -> None:
         """Reject a table that holds NaN or infinity, which would silently spread through every mean.
@@ -293,7 +330,7 @@ class Runs:
                 )
         self._finite.add(table.name)
 
-    def _prepare(self, text: str, given: Mapping[str, Any]) -> Question:
+    def _prepare(self, text: str, given: Mapping[str, Any]) -> Query:
         """Return a checked query with all of its parameters.
 
         Raises:
@@ -302,25 +339,47 @@ class Runs:
         import duckdb
 
         try:
-            names = parameters(text)
+            names = parameter_names(text)
         except duckdb.Error as error:
             raise InputError(one_line(error)) from None
         for name in given:
             if name not in names:
                 hint = nearest(name, names) if names else "; this query has none"
                 raise InputError(f'unknown parameter "{name}"{hint}')
-        for name in queries.tables_in(text):
-            self._check_finite(TABLES[name])
+        self._check_tables(text)
         stages = self._stage_rows() if queries.reads_stages(text) else []
-        return Question(text, dict.fromkeys(names) | dict(given), stages)
+        return Query(text, dict.fromkeys(names) | dict(given), stages)
 
-    def _ask(
+    def _check(self, text: str, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return parameters whose values are of the kinds that the headers of a query name."""
+        described = parameters(queries.headers(text).get("params", ""))
+        return {
+            name: described[name].check(value, self._values_of) if name in described else to_plain(value)
+            for name, value in params.items()
+        }
+
+    def _collect(self, query: Query, limits: Limits) -> pl.DataFrame:
+        import polars as pl
+
+        frames, size = [], 0
+        for frame in self._send(query, limits):
+            frames.append(frame)
+            size += frame.estimated_size()
+            if size > limits.memory:
+                raise InputError(
+                    f"sql: the result needs more than {limits.memory_text} of memory; aggregate, add a LIMIT, raise "
+                    "memory=, or read it in parts with runs.stream"
+                )
+        return pl.concat(frames)
+
+    def _send(
         self,
-        question: Question,
+        query: Query,
         limits: Limits,
-        on_progress: Callable[[float], None] | None,
-        reader: int | None,
+        on_progress: Callable[[float], None] | None = None,
+        reader: int | None = None,
     ) -> Iterator[pl.DataFrame]:
+        """Let the process of the user's queries answer one, and yield its rows as they arrive."""
         import polars as pl
 
         # Several answers may be read at once; each needs a process.
@@ -328,10 +387,10 @@ class Runs:
         if process is None or process.memory != limits.memory or not process.is_alive:
             process = QueryProcess(self.manifests, self._files, limits)
         try:
-            for part in process.ask(question, limits, on_progress, reader):
+            for part in process.ask(query, limits, on_progress, reader):
                 yield pl.DataFrame(part)
         except ReadError:
-            self._check_files(question.text)
+            self._check_files(query.text)
             raise
         except pl.exceptions.PolarsError as error:
             raise _unsupported(error) from None
@@ -436,3 +495,9 @@ def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int], gone: 
         return f"{len(unknown)} recorded quantities are unknown; see `unknown` in {MANIFEST}" if unknown else None
     removed = f"; removed: {', '.join(gone)}" if gone else ""
     return f"{state or manifest.get('status')}, {done}{missing if gaps else ''}{removed}"
+
+
+def _describe_values(rows: pl.DataFrame, column: str) -> str:
+    """Return ``, whose stage is "rising"`` for the values of a column, or nothing if there are many or none."""
+    values = rows[column].drop_nulls().unique().sort().to_list() if column in rows.columns else []
+    return f", whose {column} is {' or '.join(map(shown, values))}" if 0 < len(values) <= VALUES_SHOWN else ""

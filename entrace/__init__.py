@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from entrace.analysis import compare, figures, trace
     from entrace.analysis.claims import Verdict, judge
     from entrace.analysis.compare import Comparison
+    from entrace.analysis.queries import Questions
     from entrace.analysis.report import write_report
     from entrace.analysis.runs import Runs, open_runs
     from entrace.analysis.trace import InputError, TraceWriter, Vocabulary
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from entrace.trainer.train import train
 
 __version__ = version("entrace")
+
+questions: Questions
 
 __all__ = [
     "Comparison",
@@ -46,6 +49,7 @@ __all__ = [
     "load_config",
     "objective",
     "open_runs",
+    "questions",
     "shaping",
     "trace",
     "train",
@@ -66,6 +70,7 @@ __getattr__ = names_from(
         "load_config": "entrace.trainer.config",
         "objective": "entrace.trainer.algorithm.method",
         "open_runs": "entrace.analysis.runs",
+        "questions": "entrace.analysis.queries:BUILT_IN",
         "shaping": "entrace.trainer.algorithm.method",
         "train": "entrace.trainer.train",
         "write_report": "entrace.analysis.report",

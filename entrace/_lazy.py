@@ -14,7 +14,7 @@ def names_from(
 
     Args:
         package: Name of the package.
-        homes: Module that defines each public name.
+        homes: Module that defines each public name, or ``module:name`` if it has another name there.
         modules: Full name of each public module.
     """
 
@@ -23,6 +23,7 @@ def names_from(
             return import_module(modules[name])
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(homes[name]), name)
+        module, _, defined = homes[name].partition(":")
+        return getattr(import_module(module), defined or name)
 
     return load

@@ -145,7 +145,7 @@ def _measure_all(
         for (arm, baseline), own in measured.items():
             level = half_way(_curves_beside(measured, baseline)) if accuracy is None else accuracy
             rows += evaluation_rows(arm, baseline, benchmark, own, len(arms[arm, baseline]), level)
-    formal = name_prompts(runs.query("formal_sums", runs=run_ids), prompts)
+    formal = name_prompts(runs.ask("formal_sums", runs=run_ids), prompts)
     for (arm, baseline), own in arms.items():
         rows.append(training_row(arm, baseline, TRAINING, measure_training(own, formal), len(own)))
     # Claims with a reference other than the baseline are about the primary metric only.

@@ -106,7 +106,7 @@ class Evaluations:
         import polars as pl
 
         params = {"runs": self._run_ids, "benchmark": benchmark, "k": self.num_samples[benchmark]}
-        frame = name_prompts(self._runs.query("eval_outcomes", **params), prompts)
+        frame = name_prompts(self._runs.ask("eval_outcomes", **params), prompts)
         k_of = pass_metrics(self.num_samples[benchmark])
         frame = frame.with_columns(
             pl.lit(1.0).alias("count"),

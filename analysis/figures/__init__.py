@@ -76,8 +76,8 @@ def query(runs: Runs, stem: str) -> pl.DataFrame:
     if hasattr(module, "query"):
         return module.query(runs)
     if hasattr(module, "MEAN_OF"):
-        return arms.with_means(runs, runs.query(stem), module.MEAN_OF, module.AT)
-    return runs.query(stem, runs=[run for subject in runs.subjects().values() for run in subject])
+        return arms.with_means(runs, runs.ask(stem), module.MEAN_OF, module.AT)
+    return runs.ask(stem, runs=[run for subject in runs.subjects().values() for run in subject])
 
 
 def is_drawable(frame: pl.DataFrame) -> bool:

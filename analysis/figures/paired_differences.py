@@ -45,7 +45,7 @@ def query(runs: Runs) -> pl.DataFrame:
     """
     baselines = {str(m.get("arm") or "-"): m.get("baseline") or runs.baseline for m in runs.manifests.values()}
     pairs = {"key": list(baselines), "value": list(baselines.values())}
-    frame = runs.query("paired_differences", baselines=pairs)
+    frame = runs.ask("paired_differences", baselines=pairs)
     found = compare_once(runs)
     if found is None:
         return frame.clear()

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entrace.analysis.sandbox.worker import DONE, FAILED, OUT_OF_MEMORY, PROGRESS, ROWS, Question, Setup
+from entrace.analysis.sandbox.worker import DONE, FAILED, OUT_OF_MEMORY, PROGRESS, ROWS, Query, Setup
 from entrace.analysis.trace.errors import InputError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class QueryProcess:
 
     def ask(
         self,
-        question: Question,
+        query: Query,
         limits: Limits,
         on_progress: Callable[[float], None] | None = None,
         reader: int | None = None,
@@ -114,7 +114,7 @@ class QueryProcess:
         The process is ended unless the answer was read to its end.
 
         Args:
-            question: The query.
+            query: The query.
             limits: Its ``timeout`` holds for this query.
             on_progress: Called with the percentage that DuckDB estimates, about twice a second.
             reader: Descriptor to which the rows are written; if it is a pipe whose other end is closed, the query ends.
@@ -128,7 +128,7 @@ class QueryProcess:
 
         is_reusable = False
         try:
-            self._exchange(lambda pipe: pipe.send(question), limits)
+            self._exchange(lambda pipe: pipe.send(query), limits)
             left = limits.timeout or None
             while True:
                 started = time.monotonic()

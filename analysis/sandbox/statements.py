@@ -16,7 +16,7 @@ STATEMENT_NAMES = {"MULTI": "a PIVOT inside another statement"}
 SQL_POSITION = re.compile(r"\s*\n\s*LINE \d+:.*", re.DOTALL)
 
 
-def parameters(text: str) -> set[str]:
+def parameter_names(text: str) -> set[str]:
     """Return the names of the ``$parameters`` of one query, or of EXPLAIN of one.
 
     Raises:

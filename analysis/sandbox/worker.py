@@ -55,7 +55,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Question:
+class Query:
     """One query with its parameters, and the rows of the table ``stages`` if it reads them."""
 
     text: str
@@ -75,10 +75,10 @@ def serve(pipe: Connection) -> None:
         return
     _limit_memory(setup.memory)
     line = _Line(pipe)
-    questions: queue.SimpleQueue[Question] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(line, con, questions), daemon=True).start()
+    waiting: queue.SimpleQueue[Query] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(line, con, waiting), daemon=True).start()
     while True:
-        _answer(line, con, questions.get())
+        _answer(line, con, waiting.get())
 
 
 class _Line:
@@ -93,31 +93,31 @@ class _Line:
             self.pipe.send((kind, content))
 
 
-def _listen(line: _Line, con: duckdb.DuckDBPyConnection, questions: queue.SimpleQueue[Question]) -> None:
+def _listen(line: _Line, con: duckdb.DuckDBPyConnection, waiting: queue.SimpleQueue[Query]) -> None:
     """Receive queries and report progress; end the process when the parent is gone, even in the middle of a query."""
     try:
         while True:
             if line.pipe.poll(PROGRESS_EVERY_S):
-                questions.put(line.pipe.recv())
+                waiting.put(line.pipe.recv())
             elif (percent := con.query_progress()) >= 0:
                 line.send(PROGRESS, percent)
     except (EOFError, OSError):
         os._exit(0)
 
 
-def _answer(line: _Line, con: duckdb.DuckDBPyConnection, question: Question) -> None:
+def _answer(line: _Line, con: duckdb.DuckDBPyConnection, query: Query) -> None:
     import duckdb
     import pyarrow as pa
 
     try:
-        if question.stages:
+        if query.stages:
             con.execute("delete from stages")
-            fill_stages(con, question.stages)
+            fill_stages(con, query.stages)
         # A CTE can hold an INSERT, which only the read-only transaction rejects.
         con.execute("begin transaction read only")
         try:
             # A result that is still open would block the rollback.
-            with con.sql(question.text, params=question.params).to_arrow_reader(VECTOR_ROWS) as reader:
+            with con.sql(query.text, params=query.params).to_arrow_reader(VECTOR_ROWS) as reader:
                 for field in reader.schema:
                     _check_type(field.name, field.type)
                 names = _distinct(reader.schema.names)

@@ -9,6 +9,8 @@ from entrace.analysis.trace.plain import plain
 
 # Longest message, in characters, that is joined from several lines.
 MAX_JOINED = 500
+# Most valid names that an error lists after it suggested one.
+MAX_LISTED = 20
 
 
 class InputError(Exception):
@@ -25,19 +27,33 @@ class InputError(Exception):
 def nearest(name: str, options: Iterable[str], others: str = "valid") -> str:
     """Return ``'; did you mean "x"?'`` for the closest of ``options``, or list all of them if none is close.
 
-    An option is close if its spelling is similar, or if it is the only one that contains the name.
-
     Args:
         name: The name that was given.
         options: The valid names; the hint is empty if there are none.
         others: The word that introduces the list of all options.
     """
     options = list(options)
-    containing = [option for option in options if name and name in option]
-    close = difflib.get_close_matches(name, options, n=1) or (containing if len(containing) == 1 else [])
-    if close:
-        return f'; did you mean "{close[0]}"?'
+    if close := _closest(name, options):
+        return f'; did you mean "{close}"?'
     return f"; {others}: {', '.join(sorted(options))}" if options else ""
+
+
+def choices(name: str, options: Iterable[str]) -> str:
+    """Return the hint of ``nearest`` followed by the valid names, ``MAX_LISTED`` at most."""
+    options = sorted(options)
+    listed = ", ".join(options[:MAX_LISTED]) or "none"
+    more = f", and {len(options) - MAX_LISTED} more" if len(options) > MAX_LISTED else ""
+    close = _closest(name, options)
+    return f'; did you mean "{close}"? Valid: {listed}{more}' if close else f"; valid: {listed}{more}"
+
+
+def _closest(name: str, options: list[str]) -> str | None:
+    """Return the option of similar spelling in any case, or the only one that contains the name."""
+    folded = {option.casefold(): option for option in options}
+    if close := difflib.get_close_matches(name.casefold(), folded, n=1):
+        return folded[close[0]]
+    containing = [option for option in options if name and name in option]
+    return containing[0] if len(containing) == 1 else None
 
 
 def in_one_line(error: BaseException) -> str:

@@ -107,7 +107,7 @@ def test_questions_and_report(whole: Path, tmp_path: Path, share: str):
         forget(whole, tmp_path / "study", table, columns, share)
     runs = open_runs(tmp_path / "study")
     for stem in queries.BUILT_IN.paths:
-        runs.query(stem)
+        runs.ask(stem)
     page = write_report(runs, tmp_path / "report")
     assert "none-seed1" in page.read_text()
 

@@ -1,7 +1,7 @@
 -- question: M1, M2, M3. How much does each arm differ from its baseline, seed by seed, on the same held-out prompts?
 -- grain: one row per arm, benchmark, metric, and seed for which both the arm and its baseline have a complete run
--- params: $runs: list of run_id (default all); $baselines: map of arm to baseline (default none for every arm); $k:
---   samples per prompt (default 8)
+-- params: $runs: list of run_id (default all); $baselines: map of arm to arm, the baseline of each (default none for
+--   every arm); $k: integer in [1, 1000000], samples per prompt (default 8)
 -- units: value, baseline_value: *_at_k in [0, 1], response_length in tokens, entropy in nats per token, all at the last
 --   common evaluation; difference = value - baseline_value, relative for response_length; num_prompts in prompts
 -- needs: evaluations

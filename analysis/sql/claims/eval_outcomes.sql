@@ -1,7 +1,7 @@
 -- question: M1, M2, M3. What is the outcome of each held-out prompt in each run, at every evaluation of a benchmark?
 -- grain: one row per run, step, and prompt
--- params: $runs: list of run_id (default all); $benchmark: name of the benchmark (default all); $k: samples per prompt
---   (default 8)
+-- params: $runs: list of run_id (default all); $benchmark: one benchmark (default all); $k: integer in [1, 1000000],
+--   samples per prompt (default 8)
 -- units: num_samples, num_correct in samples; avg_at_k, maj_at_k in [0, 1]; response_length in tokens; entropy in nats
 --   per token
 -- needs: evaluations

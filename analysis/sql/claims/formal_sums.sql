@@ -1,6 +1,6 @@
 -- question: M3. Which share of each prompt's tokens is formal reasoning in the last steps of a run?
 -- grain: one row per run and prompt, over the last $last_steps steps
--- params: $runs: list of run_id (default all); $last_steps: number of steps (default 10)
+-- params: $runs: list of run_id (default all); $last_steps: integer in [1, 1000000], steps (default 10)
 -- units: num_tokens, num_formal in tokens
 -- needs: tokens
 with last_steps as (

@@ -1,8 +1,8 @@
 -- question: I1. Among the responses to one prompt, are low-perplexity responses more often correct?
 -- grain: one row per run, stage, and bin of length-adjusted perplexity (1 = lowest), over groups with correct and
 --   incorrect responses
--- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: number of bins of
---   perplexity per group (default 4)
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: integer in [1, 1000],
+--   bins of perplexity per group (default 4)
 -- units: accuracy, low, high in [0, 1] (95 % interval over steps and prompts); ppl_mean is a perplexity (>= 1); num_*
 --   are counts
 -- needs: responses

@@ -1,8 +1,8 @@
 -- question: I1. Are the high-entropy tokens of low-perplexity responses more often reasoning tokens?
 -- grain: one row per run, stage, tercile of length-adjusted perplexity (1 = lowest), and category, over tokens in the
 --   update
--- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $top: share of tokens that
---   count as high-entropy (default 0.2)
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $top: number in (0, 1], share
+--   of tokens that count as high-entropy (default 0.2)
 -- units: share, low, high in [0, 1] of the num_tokens high-entropy tokens of the tercile (95 % interval over steps and
 --   prompts); num_prompts in prompts
 -- needs: tokens

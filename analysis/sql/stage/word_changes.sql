@@ -1,8 +1,8 @@
 -- question: S3. Which words become more frequent in the rising stage, and which become rarer?
 -- grain: one row per run and word (lower case, without word-start marks), the $words largest rises and the $words
 --   largest falls
--- params: $runs: list of run_id (default all); $words: words per direction (default 10); $min_count: minimum
---   occurrences in both phases together (default 20)
+-- params: $runs: list of run_id (default all); $words: integer in [1, 1000000], words per direction (default 10);
+--   $min_count: integer in [1, 1000000], minimum occurrences in both phases together (default 20)
 -- units: share_start, share_end in [0, 1] of the tokens of a phase; change = share_end - share_start, low, high (95 %
 --   interval over steps); num_* in tokens; rank_* from 1
 -- needs: tokens

@@ -1,7 +1,7 @@
 -- question: T1. Is entropy higher at the beginning and at the end of a response than in the middle?
 -- grain: one row per run, stage, sample sign, and bin of relative position (0 = first), over responses in the update
--- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: number of bins of
---   position (default 10)
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: integer in [1, 1000],
+--   bins of position (default 10)
 -- units: position_mid in [0, 1]; entropy, low, high in nats per token (95 % interval over steps and prompts); num_* are
 --   counts
 -- needs: tokens

@@ -1,7 +1,7 @@
 -- question: S6, T3. Where in a response are the high-entropy tokens?
 -- grain: one row per run, stage, and bin of relative position (0 = first), over tokens in the update
--- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: number of bins of
---   position (default 10); $top: share of tokens that count as high-entropy (default 0.2)
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: integer in [1, 1000],
+--   bins of position (default 10); $top: number in (0, 1], share of tokens that count as high-entropy (default 0.2)
 -- units: position_mid in [0, 1]; share, low, high in [0, 1] of the bin's tokens (95 % interval over steps and prompts);
 --   share_of_high in [0, 1] of the high-entropy tokens; entropy_threshold in nats; num_* are counts
 -- needs: tokens

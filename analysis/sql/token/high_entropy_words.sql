@@ -1,7 +1,7 @@
 -- question: S6, T3. Which words are the high-entropy tokens?
 -- grain: one row per run, stage, and word, the $words most frequent among the high-entropy tokens in the update
--- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $top: share of tokens that
---   count as high-entropy (default 0.2); $words: number of words (default 15)
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $top: number in (0, 1], share
+--   of tokens that count as high-entropy (default 0.2); $words: integer in [1, 1000000], words (default 15)
 -- units: share, low, high in [0, 1] of high-entropy tokens (95 % interval over steps); high_rate in [0, 1] of the
 --   word's tokens; entropy_mean in nats; num_* are counts; rank from 1
 -- needs: tokens

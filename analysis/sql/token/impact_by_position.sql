@@ -1,6 +1,6 @@
 -- question: T2. Does replacing a token change the outcome more, the later the token occurs?
 -- grain: one row per run, intervention series, correctness of the response, and bin of relative position (0 = first)
--- params: $runs: list of run_id (default all); $bins: number of bins of position (default 5)
+-- params: $runs: list of run_id (default all); $bins: integer in [1, 1000], bins of position (default 5)
 -- units: position_mid in [0, 1]; impact, low, high in [-1, 1] of accuracy; movement, movement_low, movement_high: mean
 --   |impact| in [0, 1] (95 % intervals over prompts); accuracy_original in [0, 1]; num_* are counts
 -- needs: interventions

@@ -1,8 +1,8 @@
 -- question: T3. Where in a response do updates move token probabilities most, overall and for high-entropy tokens?
 -- grain: one row per run, stage, sample sign, and bin of relative position (0 = first), over tokens with after-update
 --   values
--- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: number of bins of
---   position (default 10); $top: share of tokens that count as high-entropy (default 0.2)
+-- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: integer in [1, 1000],
+--   bins of position (default 10); $top: number in (0, 1], share of tokens that count as high-entropy (default 0.2)
 -- units: position_mid in [0, 1]; movement, low, high: mean |dp| in probability, movement_high_entropy* likewise for
 --   high-entropy tokens; dp: mean change of probability; grad_norm, grad_low, grad_high in nats; entropy in nats (95 %
 --   intervals over steps and prompts); num_* are counts
