@@ -20,6 +20,7 @@ from entrace.analysis.sandbox.connection import RUNS_COLUMNS, STAGES_COLUMNS, co
 from entrace.analysis.sandbox.process import Limits, QueryProcess, ReadError
 from entrace.analysis.sandbox.statements import one_line, parameter_names
 from entrace.analysis.sandbox.worker import Query
+from entrace.analysis.terminal.interrupt import interruptible
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest, reason_of
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
