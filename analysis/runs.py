@@ -221,9 +221,10 @@ class Runs:
             return f"{stem}: no rows: {self.why_empty(self.questions.need(stem))}"
         described = parameters(queries.headers(text)["params"])
         named = {name: f"{name}={shown(to_plain(value))}" for name, value in conditions.items()}
+        checked = self._check(text, conditions)
         without: dict[str, str] = {}
         for name in conditions:
-            rows = self.ask(stem, **{other: value for other, value in conditions.items() if other != name})
+            rows = self.ask(stem, **{other: value for other, value in checked.items() if other != name})
             if rows.height:
                 column = described[name].column if name in described else name
                 without[name] = f"{rows.height:,} rows{_describe_values(rows, column)}"
