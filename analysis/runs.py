@@ -9,6 +9,7 @@ import tempfile
 import uuid
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from entrace.analysis.trace.errors import InputError, in_one_line, nearest, reas
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
 from entrace.analysis.trace.parts import check_part, list_parts, listed_files
 from entrace.analysis.trace.plain import well_formed
+from entrace.analysis.trace.sampling import TokenSampling
 from entrace.analysis.trace.schema import SCHEMA_VERSION, TABLES, Table
 
 if TYPE_CHECKING:
@@ -66,6 +68,22 @@ STAGES_COLUMNS = {
     "accuracy_slope_low": "double",
     "accuracy_slope_high": "double",
 }
+# Numbers of responses of each step, and of those whose tokens are stored.
+COVERAGE_COLUMNS = {
+    "run_id": "varchar",
+    "step": "integer",
+    "num_responses": "bigint",
+    "num_with_tokens": "bigint",
+}
+COVERAGE = """
+with sampled as (select run_id, step, count(*) as n from rollouts where response_length > 0 group by all),
+stored as (select run_id, step, count(*) as n from tokens where position = 0 group by all)
+select
+  run_id, step, greatest(coalesce(sampled.n, 0), coalesce(stored.n, 0)) as num_responses,
+  coalesce(stored.n, 0) as num_with_tokens
+from sampled full join stored using (run_id, step)
+order by run_id, step
+"""
 # Columns that schema version 1 implies and does not store.
 DERIVED = {
     # A prompt that is sampled twice in one step forms two groups; each group holds every sample_index once.
@@ -111,7 +129,7 @@ def open_runs(paths: str | Path | Iterable[str | Path], *, questions: str | Path
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
         raise InputError("no run given; name at least one run folder or study folder")
-    folders = dict.fromkeys(folder.resolve() for path in given for folder in _find_run_folders(path))
+    folders = dict.fromkeys(folder.resolve() for path in given for folder in find_run_folders(path))
     manifests: dict[str, dict[str, Any]] = {}
     files: dict[str, dict[str, int]] = {name: {} for name in TABLES}
     notes: dict[str, str | None] = {}
@@ -139,7 +157,7 @@ class Runs:
 
     Attributes:
         manifests: Content of each ``run.json``, with ``path`` added, by run_id.
-        notes: One line per incomplete run that states what is missing, by run_id.
+        notes: One line per incomplete or sampled run that states what is missing, by run_id.
         questions: The questions that can be asked, built in or the user's own.
     """
 
@@ -155,7 +173,7 @@ class Runs:
         self.questions = questions
         self.notes = {run_id: note for run_id, note in notes.items() if note}
         self._fits: dict[str, StageFit] | None = None
-        self._has_stages = False
+        self._filled: set[str] = set()
         self._kept: dict[tuple[str, ...], pl.DataFrame] = {}
         self._finite: set[str] = set()
         self._files = [path for paths in files.values() for path in paths]
@@ -188,8 +206,8 @@ class Runs:
             if name not in names:
                 hint = nearest(name, names) if names else "; this query has none"
                 raise InputError(f'unknown parameter "{name}"{hint}')
-        if queries.reads_stages(text):
-            self._fill_stages()
+        for name in queries.computed_tables_in(text):
+            self._fill(name)
         return self._select(text, dict.fromkeys(names) | given)
 
     def query(self, stem: str, **params: Any) -> pl.DataFrame:
@@ -214,6 +232,32 @@ class Runs:
             reasons = {str((manifest.get("unknown") or {}).get(name, hint)) for manifest in self.manifests.values()}
             return reasons.pop() if len(reasons) == 1 else hint
         return f"the traces hold {need}, but none that match this question"
+
+    @cached_property
+    def token_coverage(self) -> pl.DataFrame:
+        """Return the number of responses of each run and step, and the number of those whose tokens are stored."""
+        return self._run(COVERAGE, {})
+
+    def token_share(self, stem: str, run_ids: Sequence[str] | None = None) -> str:
+        """Return in words of which share of the responses a question reads tokens.
+
+        Args:
+            stem: Name of the question.
+            run_ids: Runs that it reads (default: all).
+
+        Returns:
+            Empty if the question reads no tokens, or if the tokens of all responses, or of none, are stored.
+        """
+        probe, *_ = queries.NEEDS[self.questions.need(stem)]
+        if "tokens" not in queries.tables_in(probe):
+            return ""
+        frame = self.token_coverage
+        frame = frame if run_ids is None else frame.filter(frame["run_id"].is_in(list(run_ids)))
+        stored, recorded = int(frame["num_with_tokens"].sum()), int(frame["num_responses"].sum())
+        if stored in (0, recorded):
+            return ""
+        share, steps = f"{100 * stored / recorded:.2g} %", int((frame["num_with_tokens"] > 0).sum())
+        return f"tokens of {share} of the responses are stored, on {steps:,} of {len(frame):,} steps"
 
     @property
     def stage_fits(self) -> dict[str, StageFit]:
@@ -249,12 +293,18 @@ class Runs:
         baseline = [run for run in recorded if self.manifests.get(run, {}).get("arm") == self.baseline]
         return {self.baseline: baseline} if baseline else {run: [run] for run in recorded}
 
-    def _fill_stages(self) -> None:
-        if self._has_stages:
+    def _fill(self, name: str) -> None:
+        """Fill a table of ``queries.COMPUTED``, once."""
+        if name in self._filled:
             return
-        self._has_stages = True
+        self._filled.add(name)
+        if name == "token_coverage":
+            self._con.register("computed", self.token_coverage.to_arrow())
+            self._con.execute(f"insert into {name} select * from computed")
+            self._con.unregister("computed")
+            return
         rows = [
-            (run_id, *[segment.get(name) for name in list(STAGES_COLUMNS)[1:]])
+            (run_id, *[segment.get(column) for column in list(STAGES_COLUMNS)[1:]])
             for run_id, fit in self.stage_fits.items()
             for segment in fit.segments()
         ]
@@ -312,7 +362,12 @@ class Runs:
             self._con.execute("rollback")
 
 
-def _find_run_folders(path: str | Path) -> list[Path]:
+def find_run_folders(path: str | Path) -> list[Path]:
+    """Return the run that a path names, or the runs in a study folder, or those that a glob matches.
+
+    Raises:
+        InputError: there is no run.
+    """
     try:
         is_pattern = glob.has_magic(str(path)) and not Path(path).exists()
         places = map(Path, sorted(glob.glob(str(path)))) if is_pattern else [Path(path)]
@@ -353,6 +408,8 @@ def _read_steps(folder: Path, parts: Iterable[Path]) -> list[int]:
 
 def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int], gone: Sequence[str]) -> str | None:
     """Return one line that states what is missing from a run, or None if the run is complete."""
+    sampling = TokenSampling.of(manifest)
+    sampled = "" if sampling == TokenSampling() else f"tokens are stored for {sampling}"
     # An imported trace may hold only every tenth step, as its trainer saved it.
     gaps = [] if manifest.get("scored") else [(a + 1, b - 1) for a, b in pairwise([0, *steps]) if b - a > 1]
     missing = "; steps " + ", ".join(f"{a} to {b}" if b > a else str(a) for a, b in gaps[:GAPS_SHOWN]) + " are missing"
@@ -362,9 +419,11 @@ def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int], gone: 
     state = status.get(manifest.get("status") or "")
     if not state and not gaps and not gone:
         unknown = manifest.get("unknown")
-        return f"{len(unknown)} recorded quantities are unknown; see `unknown` in {MANIFEST}" if unknown else None
-    removed = f"; removed: {', '.join(gone)}" if gone else ""
-    return f"{state or manifest.get('status')}, {done}{missing if gaps else ''}{removed}"
+        unknown = f"{len(unknown)} recorded quantities are unknown; see `unknown` in {MANIFEST}" if unknown else ""
+        return "; ".join(filter(None, (unknown, sampled))) or None
+    removed = f"removed: {', '.join(gone)}" if gone else ""
+    progress = f"{state or manifest.get('status')}, {done}{missing if gaps else ''}"
+    return "; ".join(filter(None, (progress, removed, sampled)))
 
 
 def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, dict[str, int]]) -> duckdb.DuckDBPyConnection:
@@ -385,7 +444,8 @@ def _connect(manifests: dict[str, dict[str, Any]], files: dict[str, dict[str, in
     # The view of tokens of schema version 1 reads the view of rollouts, which must exist first.
     for name in reversed(TABLES):
         _create_view(con, TABLES[name], files[name])
-    for name, columns in (("runs", RUNS_COLUMNS), ("stages", STAGES_COLUMNS)):
+    computed = {"runs": RUNS_COLUMNS, "stages": STAGES_COLUMNS, "token_coverage": COVERAGE_COLUMNS}
+    for name, columns in computed.items():
         con.execute(f"create table {name} ({', '.join(f'{column} {kind}' for column, kind in columns.items())})")
     rows = [
         [_scalar({**manifest, "run_id": run_id}.get(name)) for name in RUNS_COLUMNS]

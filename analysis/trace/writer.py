@@ -296,15 +296,17 @@ def _write_part(path: Path, table: Table, parts: list[pa.Table]) -> int:
     rows = pa.concat_tables(parts)
     if not _is_sorted(rows, table.sort_by):
         rows = rows.sort_by([(name, "ascending") for name in table.sort_by])
-    names = [column.name for column in table.columns]
-    encodings = {column.name: "BYTE_STREAM_SPLIT" for column in table.columns if column.is_measured}
-    encodings |= {name: "DELTA_BINARY_PACKED" for name in names if name in DELTA_COLUMNS}
     with durable_file(path) as file:
-        pq.write_table(
-            rows,
-            file,
-            compression="zstd",
-            use_dictionary=[name for name in names if name not in encodings],  # pyright: ignore[reportArgumentType]
-            column_encoding=encodings,
-        )
+        pq.write_table(rows, file, **parquet_options(table, rows.column_names))
     return len(rows)
+
+
+def parquet_options(table: Table, names: Sequence[str]) -> dict[str, Any]:
+    """Return compression and encodings of a file of ``table`` with the columns ``names``."""
+    encodings = {column.name: "BYTE_STREAM_SPLIT" for column in table.columns if column.is_measured}
+    encodings |= dict.fromkeys(DELTA_COLUMNS, "DELTA_BINARY_PACKED")
+    return {
+        "compression": "zstd",
+        "use_dictionary": [name for name in names if name not in encodings],
+        "column_encoding": {name: encodings[name] for name in names if name in encodings},
+    }

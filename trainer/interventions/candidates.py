@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from entrace.analysis.trace import InputError
+from entrace.analysis.trace import InputError, read_manifest
+from entrace.analysis.trace.parts import list_parts
 
 # The policies of the last steps before a checkpoint were close to it.
 WINDOW_STEPS = 10
@@ -25,15 +27,23 @@ def load_candidates(run_dir: Path, last_step: int) -> pl.DataFrame:
         Columns of table tokens, and the response's ``ppl`` and ``ppl_tercile``, sorted by rollout_id and position.
 
     Raises:
-        InputError: no response of known perplexity was in these updates.
+        InputError: no response of known perplexity was in these updates, or none whose tokens are stored.
     """
-    in_window = pl.col("step").is_between(last_step - WINDOW_STEPS + 1, last_step)
+    parts = list_parts(run_dir, read_manifest(run_dir))
+    first_step = max(1, last_step - WINDOW_STEPS + 1)
+    none_found = InputError(
+        f"{run_dir}: no response of known perplexity was in the updates of steps {first_step} to {last_step}, or none "
+        "of which tokens are stored; see record.token_steps and record.token_responses"
+    )
+    if not (parts["rollouts"] and parts["tokens"]):
+        raise none_found
+    in_window = pl.col("step").is_between(first_step, last_step)
     # Traces of schema 1 have no group_id: a prompt sampled twice in one step is two groups of equal sample indices.
     repeat = pl.int_range(pl.len()).over("step", "prompt_id", "sample_index")
     group = ("step", "prompt_id", "repeat")
     rank = pl.col("ppl").rank("ordinal").over(group).cast(pl.Int64) - 1
     responses = (
-        _scan(run_dir, "rollouts")
+        _scan(parts["rollouts"])
         .filter(in_window)
         .sort("rollout_id")
         .with_columns(repeat.alias("repeat"))
@@ -42,19 +52,16 @@ def load_candidates(run_dir: Path, last_step: int) -> pl.DataFrame:
         .filter("is_kept")
         .select("rollout_id", "ppl", "ppl_tercile")
     )
-    tokens = _scan(run_dir, "tokens").filter(in_window)
+    tokens = _scan(parts["tokens"]).filter(in_window)
     found = tokens.join(responses, on="rollout_id").sort("rollout_id", "position").collect()
     if found.is_empty():
-        first_step = max(1, last_step - WINDOW_STEPS + 1)
-        raise InputError(
-            f"{run_dir}: no response of known perplexity was in the updates of steps {first_step} to {last_step}"
-        )
+        raise none_found
     return found
 
 
-def _scan(run_dir: Path, table: str) -> pl.LazyFrame:
-    """Scan a table whose parts may have different schema versions."""
-    return pl.scan_parquet(run_dir / table / "*.parquet", missing_columns="insert", extra_columns="ignore")
+def _scan(parts: Iterable[Path]) -> pl.LazyFrame:
+    """Scan the files of a table, which may have different schema versions."""
+    return pl.scan_parquet(list(parts), glob=False, missing_columns="insert", extra_columns="ignore")
 
 
 def order_candidates(
