@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from entrace.analysis.compare import claims as method_claims
 from entrace.analysis.compare.claims import MethodFinding, judge_methods
+from entrace.analysis.compare.verdict import FORMAL
 from entrace.analysis.effects import training
 from entrace.analysis.effects.estimate import NoEffectError
 from entrace.analysis.ledger import Ledger, load_ledger
@@ -183,6 +185,9 @@ def _verdict(
     entry = ledger[claim]
     spec = entry["parts"][part]
     stem = spec.get("figure", entry["figure"])
+    is_formal = "arms" in entry and method_claims.PARTS[part] == FORMAL
+    measured = "formal_sums" if is_formal else spec.get("sql", stem)
+    share = runs.token_share(measured) if estimate else ""
     return Verdict(
         claim=claim,
         part=part,
@@ -202,7 +207,7 @@ def _verdict(
         detectable=detectable if math.isfinite(detectable) else None,
         n=estimate.n if estimate else 0,
         of=estimate.of if estimate else "-",
-        why=why,
+        why=f"{why}; {share}" if share else why,
         sql=runs.questions.location(stem),
         figure=stem,
     )

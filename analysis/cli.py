@@ -299,6 +299,52 @@ def verify(
     raise typer.Exit(1 if any(result.faults for result in results) else 0)
 
 
+@app.command()
+def prune(
+    runs: RunsArgument,
+    token_steps: Annotated[int, typer.Option(min=1, metavar="K", help="Keep the tokens of every K-th step.")] = 1,
+    token_responses: Annotated[
+        float, typer.Option(metavar="SHARE", help="Keep the tokens of this share of the responses, in (0, 1].")
+    ] = 1.0,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print sizes, the new ones estimated, instead of pruning (default: prune)."),
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Thin the tokens of recorded runs, as if they had been recorded with record.token_steps and token_responses.
+
+    Tokens of the first step, of the last step, and of steps with after-update values are kept whatever K is. All other
+    tables stay complete, and a pruned run can be resumed. A run that is being written is refused. If the command is
+    stopped, call it again.
+
+    Example: entrace prune data/runs/study --token-steps 5 --token-responses 0.25
+    """
+    from entrace.analysis.runs import find_run_folders
+    from entrace.analysis.terminal.progress import Progress
+    from entrace.analysis.trace.errors import InputError
+    from entrace.analysis.trace.prune import prune as prune_run
+    from entrace.analysis.trace.sampling import TokenSampling
+
+    if not 0 < token_responses <= 1:
+        raise InputError(f"--token-responses {token_responses:g}: expected a share in (0, 1], such as 0.25")
+    sampling = TokenSampling(token_steps, token_responses)
+    if sampling == TokenSampling():
+        raise InputError("prune: nothing to remove; set --token-steps above 1, or --token-responses below 1")
+    folders = find_run_folders(runs)
+    found = []
+    with Progress("prune", len(folders)) as progress:
+        for done, folder in enumerate(folders, start=1):
+            found.append(prune_run(folder, sampling, dry_run=dry_run))
+            progress.update(done, folder.name)
+    if json:
+        print_json([asdict(pruned) for pruned in found])
+        return
+    for p in found:
+        sizes = f"{p.bytes_before / 1e6:,.1f} to {p.bytes_after / 1e6:,.1f} MB"
+        say(f"{p.run}: tokens {p.rows_before:,} to {p.rows_after:,}, {sizes}{' (estimated)' * dry_run}")
+
+
 def run(command: typer.Typer) -> None:
     """Run the command line; an error becomes one line on stderr and exit code 2 (bad input) or 1."""
     if isinstance(sys.stdout, TextIOWrapper):
@@ -350,13 +396,13 @@ def print_json(value: Any) -> None:
 
 
 def _remark(runs: Runs) -> None:
-    """Print on stderr the notes on incomplete runs."""
+    """Print on stderr the notes on incomplete and sampled runs."""
     from entrace.analysis.trace.plain import plain
 
     for run_id, note in list(runs.notes.items())[:NOTES_SHOWN]:
         say(f"entrace: {plain(run_id, NOTE_LENGTH)}: {plain(note, NOTE_LENGTH)}", err=True)
     if (more := len(runs.notes) - NOTES_SHOWN) > 0:
-        say(f"entrace: {more} more runs are incomplete", err=True)
+        say(f"entrace: {more} more runs are incomplete or sampled", err=True)
 
 
 def _descriptor(stream: Any) -> int | None:

@@ -28,6 +28,7 @@ OWN = "own"
 STAGING = (
     "macros",
     "staged_steps",
+    "token_steps",
     "staged_responses",
     "staged_tokens",
     "staged_movements",
@@ -37,6 +38,8 @@ STAGING = (
     "eval_prompts",
     "vocab_words",
 )
+# Tables that ``Runs`` fills when a query first reads them.
+COMPUTED = {"stages", "token_coverage"}
 HEADERS = ("question", "grain", "params", "units", "needs")
 CONTINUATION = "--   "
 LEDGER = "claims.toml"
@@ -252,9 +255,9 @@ def tables_in(text: str) -> set[str]:
     return _sources_in(text) & TABLES.keys()
 
 
-def reads_stages(text: str) -> bool:
-    """Return whether a query may read the table ``stages``, directly or through the shared views and macros."""
-    return "stages" in _sources_in(text)
+def computed_tables_in(text: str) -> set[str]:
+    """Return the members of ``COMPUTED`` that a query may read, directly or through the shared views and macros."""
+    return _sources_in(text) & COMPUTED
 
 
 def _sources_in(text: str) -> set[str]:
@@ -265,7 +268,7 @@ def _sources_in(text: str) -> set[str]:
 @cache
 def _sources_behind() -> dict[str, set[str]]:
     """Return the tables that each table, shared view, and macro reads, by name."""
-    behind = {name: {name} for name in (*TABLES, "stages")}
+    behind = {name: {name} for name in (*TABLES, *COMPUTED)}
     for text in (COMMENT_LINE.sub("", text) for text in staging()):
         behind |= dict.fromkeys(CREATED.findall(text), set().union(*(behind.get(w, ()) for w in WORD.findall(text))))
     return behind

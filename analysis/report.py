@@ -38,7 +38,7 @@ COMPARED = {
     "aggregates": "comparison_aggregates.csv",
 }
 # Facts of a run that the page shows beside its configuration.
-FACTS = ("study", "model", "task", "git_commit", "hardware", "versions")
+FACTS = ("study", "model", "task", "git_commit", "hardware", "versions", "token_sampling")
 # Tables with more runs are folded.
 FEW = 12
 # Longest name or error, and longest text of several lines, in characters.

@@ -9,6 +9,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from entrace.analysis import queries
 from entrace.analysis.parameters import parameters, shown, to_plain
 from entrace.analysis.queries import BUILT_IN, Questions
-from entrace.analysis.sandbox.connection import RUNS_COLUMNS, STAGES_COLUMNS, connect, fill_stages
+from entrace.analysis.sandbox.connection import COVERAGE, RUNS_COLUMNS, STAGES_COLUMNS, connect, fill
 from entrace.analysis.sandbox.process import Limits, QueryProcess, ReadError
 from entrace.analysis.sandbox.statements import one_line, parameter_names
 from entrace.analysis.sandbox.worker import Query
@@ -26,6 +27,7 @@ from entrace.analysis.trace.errors import InputError, in_one_line, nearest, reas
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
 from entrace.analysis.trace.parts import check_parts, check_whole, listed_files, read_part
 from entrace.analysis.trace.plain import well_formed
+from entrace.analysis.trace.sampling import TokenSampling
 from entrace.analysis.trace.schema import TABLES, Table
 from entrace.analysis.trace.verify import check_run
 
@@ -94,7 +96,7 @@ class Runs:
 
     Attributes:
         manifests: Content of each ``run.json``, with ``path`` added, by run_id.
-        notes: One line per incomplete run that states what is missing, by run_id.
+        notes: One line per incomplete or sampled run that states what is missing, by run_id.
         questions: The questions that can be asked, built in or the user's own.
     """
 
@@ -110,7 +112,7 @@ class Runs:
         self.questions = questions
         self.notes = {run_id: note for run_id, note in notes.items() if note}
         self._fits: dict[str, StageFit] | None = None
-        self._has_stages = False
+        self._filled: set[str] = set()
         self._kept: dict[tuple[str, ...], pl.DataFrame] = {}
         self._finite: set[str] = set()
         self._files = files
@@ -204,9 +206,9 @@ class Runs:
             InputError: a parameter is unknown, or a file cannot be read.
         """
         query = self._prepare(text, params or {})
-        if query.stages and not self._has_stages:
-            self._has_stages = True
-            fill_stages(self._con, query.stages)
+        for name in query.computed.keys() - self._filled:
+            self._filled.add(name)
+            fill(self._con, name, query.computed[name])
         return self._run(query.text, query.params)
 
     def why_no_rows(self, stem: str, params: Mapping[str, Any]) -> str:
@@ -249,6 +251,32 @@ class Runs:
             reasons = {str((manifest.get("unknown") or {}).get(name, hint)) for manifest in self.manifests.values()}
             return reasons.pop() if len(reasons) == 1 else hint
         return f"the traces hold {need}, but none that match this question"
+
+    @cached_property
+    def token_coverage(self) -> pl.DataFrame:
+        """Return the number of responses of each run and step, and the number of those whose tokens are stored."""
+        return self._run(COVERAGE, {})
+
+    def token_share(self, stem: str, run_ids: Sequence[str] | None = None) -> str:
+        """Return in words of which share of the responses a question reads tokens.
+
+        Args:
+            stem: Name of the question.
+            run_ids: Runs that it reads (default: all).
+
+        Returns:
+            Empty if the question reads no tokens, or if the tokens of all responses, or of none, are stored.
+        """
+        probe, *_ = queries.NEEDS[self.questions.need(stem)]
+        if "tokens" not in queries.tables_in(probe):
+            return ""
+        frame = self.token_coverage
+        frame = frame if run_ids is None else frame.filter(frame["run_id"].is_in(list(run_ids)))
+        stored, recorded = int(frame["num_with_tokens"].sum()), int(frame["num_responses"].sum())
+        if stored in (0, recorded):
+            return ""
+        share, steps = f"{100 * stored / recorded:.2g} %", int((frame["num_with_tokens"] > 0).sum())
+        return f"tokens of {share} of the responses are stored, on {steps:,} of {len(frame):,} steps"
 
     @property
     def stage_fits(self) -> dict[str, StageFit]:
@@ -293,9 +321,12 @@ class Runs:
         found = self._select(f"select distinct {column} from {table} where {column} is not null", {})
         return found[column].to_list()
 
-    def _stage_rows(self) -> list[tuple[Any, ...]]:
+    def _compute(self, name: str) -> list[tuple[Any, ...]]:
+        """Return the rows of a table of ``queries.COMPUTED``."""
+        if name == "token_coverage":
+            return self.token_coverage.rows()
         return [
-            (run_id, *[segment.get(name) for name in list(STAGES_COLUMNS)[1:]])
+            (run_id, *[segment.get(column) for column in list(STAGES_COLUMNS)[1:]])
             for run_id, fit in self.stage_fits.items()
             for segment in fit.segments()
         ]
@@ -349,8 +380,8 @@ class Runs:
                 hint = nearest(name, names) if names else "; this query has none"
                 raise InputError(f'unknown parameter "{name}"{hint}')
         self._check_tables(text)
-        stages = self._stage_rows() if queries.reads_stages(text) else []
-        return Query(text, dict.fromkeys(names) | dict(given), stages)
+        computed = {name: self._compute(name) for name in queries.computed_tables_in(text)}
+        return Query(text, dict.fromkeys(names) | dict(given), computed)
 
     def _check(self, text: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return parameters whose values are of the kinds that the headers of a query name."""
@@ -485,6 +516,8 @@ def _read_steps(folder: Path, parts: Iterable[Path]) -> list[int]:
 
 def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int], gone: Sequence[str]) -> str | None:
     """Return one line that states what is missing from a run, or None if the run is complete."""
+    sampling = TokenSampling.of(manifest)
+    sampled = "" if sampling == TokenSampling() else f"tokens are stored for {sampling}"
     # An imported trace may hold only every tenth step, as its trainer saved it.
     gaps = [] if manifest.get("scored") else [(a + 1, b - 1) for a, b in pairwise([0, *steps]) if b - a > 1]
     missing = "; steps " + ", ".join(f"{a} to {b}" if b > a else str(a) for a, b in gaps[:GAPS_SHOWN]) + " are missing"
@@ -494,9 +527,11 @@ def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int], gone: 
     state = status.get(manifest.get("status") or "")
     if not state and not gaps and not gone:
         unknown = manifest.get("unknown")
-        return f"{len(unknown)} recorded quantities are unknown; see `unknown` in {MANIFEST}" if unknown else None
-    removed = f"; removed: {', '.join(gone)}" if gone else ""
-    return f"{state or manifest.get('status')}, {done}{missing if gaps else ''}{removed}"
+        unknown = f"{len(unknown)} recorded quantities are unknown; see `unknown` in {MANIFEST}" if unknown else ""
+        return "; ".join(filter(None, (unknown, sampled))) or None
+    removed = f"removed: {', '.join(gone)}" if gone else ""
+    progress = f"{state or manifest.get('status')}, {done}{missing if gaps else ''}"
+    return "; ".join(filter(None, (progress, removed, sampled)))
 
 
 def _describe_values(rows: pl.DataFrame, column: str) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from entrace.analysis.trace.sampling import TokenSampling
 from entrace.trainer.algorithm.objectives import LossConfig
 from entrace.trainer.algorithm.shaping import ShapingConfig
 from entrace.trainer.resources import EMBEDDED, resolve_config
@@ -144,18 +145,27 @@ class RecordConfig(BaseConfig):
     """Intervals, in steps, at which rows are written, after-update values captured, and checkpoints saved.
 
     After-update values are captured for at most ``after_update_responses`` of the responses in an update;
-    ``after_update_every = 0`` captures none.
+    ``after_update_every = 0`` captures none. Tokens are stored on every ``token_steps``-th step, on the first and the
+    last step, and on steps with after-update values, for the share ``token_responses`` of the responses. All other
+    tables are complete.
     """
 
     flush_every: Positive = 10
     after_update_every: Natural = 5
     after_update_responses: Positive = 24
+    token_steps: Positive = 1
+    token_responses: Annotated[float, Field(gt=0, le=1)] = 1.0
     checkpoint_every: Positive = 50
     lexicon: str | None = None
 
     def captures(self, step: int) -> bool:
         """Return whether after-update values are captured at a step."""
         return self.after_update_every > 0 and step % self.after_update_every == 0
+
+    @property
+    def token_sampling(self) -> TokenSampling:
+        """Steps and responses whose tokens are stored."""
+        return TokenSampling(self.token_steps, self.token_responses)
 
     @model_validator(mode="after")
     def _checkpoints_are_durable(self) -> RecordConfig:

@@ -43,8 +43,9 @@ SHAPES = PACKAGE / "shapes.toml"
 PROMPT_TOKENS = 256
 # Measured on templates of sums, which hold few words and many digits.
 CHARACTERS_PER_TOKEN = 2.5
-# Smallest and largest record of a token with its share of texts, for vocabularies of 512 and 49,152 entries.
-TRACE_BYTES_PER_TOKEN = (6.7, 12.9)
+# Smallest and largest record of a token, and of its share of all other tables, bytes: measured on 100 steps of the
+# embedded policy (512 entries), and on its first steps with English texts and ids of 49,152 entries by Zipf's law.
+TOKEN_BYTES, OTHER_BYTES = (8.6, 12.7), (1.3, 2.1)
 
 
 @dataclass
@@ -63,7 +64,10 @@ class Plan:
         responses_per_step: Responses before refills.
         tokens_per_step: Tokens before refills if all responses reach the length limit.
         max_rounds: Most generation rounds per step, refills included.
-        trace_bytes_per_step: Trace size of these tokens, for the smallest and the largest record measured.
+        steps: Number of steps.
+        token_steps: Steps whose tokens are stored.
+        token_responses: Share of the responses of these steps whose tokens are stored.
+        trace_bytes: Trace size of all steps with these tokens, for the smallest and the largest record measured.
         sequence_tokens: Longest prompt and response together.
         state: Weights, gradients, moments, and the reference policy.
         sampling: Additional memory of sampling.
@@ -82,7 +86,10 @@ class Plan:
     responses_per_step: int
     tokens_per_step: int
     max_rounds: int
-    trace_bytes_per_step: tuple[int, int]
+    steps: int
+    token_steps: int
+    token_responses: float
+    trace_bytes: tuple[int, int]
     sequence_tokens: int
     state: int
     sampling: int
@@ -106,7 +113,7 @@ class Plan:
 
     def lines(self) -> list[str]:
         """Return the plan as text, one line per fact."""
-        low, high = (size / 1e6 for size in self.trace_bytes_per_step)
+        low, high = (size / 1e9 for size in self.trace_bytes)
         longest = self.tokens_per_step // self.responses_per_step
         wrong, right = self.rewards
         rows = (
@@ -121,7 +128,8 @@ class Plan:
             f"rewards       {wrong:g} wrong, {right:g} right, at most {self.length_penalty:g} deducted for length",
             f"per step      {self.responses_per_step:,} responses of up to {longest:,} tokens",
             f"tokens        {self.tokens_per_step:,} per step at most, x {self.max_rounds} with all refills",
-            f"trace         {low:,.1f} to {high:,.1f} MB per step for these tokens",
+            f"trace         {low:.3g} to {high:.3g} GB for {self.steps:,} steps of these tokens, which are stored for "
+            f"{100 * self.token_responses:.3g} % of the responses on {self.token_steps:,} steps",
             f"memory        per device, {self.dtype}, sequences of {self.sequence_tokens:,} tokens, GB",
             f"              {'unsharded':>12} {f'FSDP over {self.devices}':>14}",
             *(f"  {name:12}{full / 1e9:>12.2f} {sharded / 1e9:>14.2f}" for name, full, sharded in rows),
@@ -148,6 +156,10 @@ def make_plan(config: Config, devices: int = 1) -> Plan:
     layers = [sum(p.numel() for p in layer.parameters()) for layer in blocks(policy.model)]
     # The embedding or the head may be larger than a decoder layer.
     layers += [p for p in parameters if p > max(layers)]
+    record, steps = config.record, range(1, config.steps + 1)
+    token_steps = sum(
+        record.captures(step) or record.token_sampling.has_step(step, is_last=step == config.steps) for step in steps
+    )
     rows = max(1, min(responses // devices, rollout.cache_tokens // longest))
     return Plan(
         model=config.policy.path,
@@ -161,13 +173,22 @@ def make_plan(config: Config, devices: int = 1) -> Plan:
         responses_per_step=responses,
         tokens_per_step=tokens,
         max_rounds=1 + rollout.max_refills * rollout.dynamic_sampling,
-        trace_bytes_per_step=cast("tuple[int, int]", tuple(round(tokens * size) for size in TRACE_BYTES_PER_TOKEN)),
+        steps=config.steps,
+        token_steps=token_steps,
+        token_responses=config.record.token_responses,
+        trace_bytes=trace_bytes(tokens * config.steps, tokens * token_steps * config.record.token_responses),
         sequence_tokens=longest,
         state=4 * sum(parameters) * (1 + bool(config.loss.kl_coef)) + 12 * sum(trained),
         sampling=_sampling_bytes(policy, rows, longest),
         update=_update_bytes(policy, max(1, config.optim.micro_batch_tokens // longest), longest, prompt_tokens),
         gathered=4 * sum(sorted(layers)[-2:]),
     )
+
+
+def trace_bytes(tokens: float, stored: float) -> tuple[int, int]:
+    """Return the smallest and the largest size of a trace of ``tokens`` tokens of which ``stored`` are stored."""
+    low, high = (round(stored * each + tokens * other) for each, other in zip(TOKEN_BYTES, OTHER_BYTES, strict=True))
+    return low, high
 
 
 def find_shape(name: str) -> tuple[PreTrainedConfig, str]:

@@ -121,12 +121,12 @@ class Learner:
         return UpdateMetrics(is_clipped, loss, grad_norm, kl if self.reference else None, *clipped)
 
     @torch.no_grad()
-    def capture(self, batch: Batch, metrics: UpdateMetrics, step: int) -> AfterUpdate:
-        """Evaluate this process's share of ``captured_responses`` under the updated weights."""
+    def capture(self, batch: Batch, metrics: UpdateMetrics, rows: Tensor) -> AfterUpdate:
+        """Evaluate this process's share of the responses ``rows``, (n,), under the updated weights."""
         samples = batch.rollouts
         logprob, entropy = torch.zeros(samples.response_ids.shape), torch.zeros(samples.response_ids.shape)
         is_scored = torch.zeros_like(batch.is_own)
-        is_scored[captured_responses(self.config, batch, step)] = True
+        is_scored[rows] = True
         is_scored &= batch.is_own
         scored = torch.nonzero(is_scored).squeeze(1)
         with memory_advice(self.config, "capturing after-update values", UPDATE_MEMORY), self.policy.unsharded():
@@ -259,13 +259,3 @@ def mini_batches(config: Config, batch: Batch, step: int) -> Iterator[Tensor]:
             if len(part):
                 is_in = torch.isin(batch.group_ids, torch.from_numpy(part)) & batch.has_verdict
                 yield torch.nonzero(is_in).squeeze(1)
-
-
-def captured_responses(config: Config, batch: Batch, step: int) -> Tensor:
-    """Return the kept responses whose after-update values are captured, drawn at random given seed and step.
-
-    Single responses, not whole groups: the effect of an update varies more between prompts than within a prompt.
-    """
-    kept = torch.nonzero(batch.is_kept).squeeze(1).numpy()
-    rng = generator(config.seed, Stream.CAPTURE, step)
-    return torch.from_numpy(rng.permutation(kept)[: config.record.after_update_responses])

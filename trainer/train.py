@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from entrace.analysis.trace import TraceWriter
+from entrace.analysis.trace.sampling import TokenSampling
 from entrace.trainer.algorithm.plateau import PlateauDetector
 from entrace.trainer.algorithm.shaping import shape
 from entrace.trainer.config import Config
@@ -36,7 +37,7 @@ from entrace.trainer.parallel.ranks import ALONE, Ranks
 from entrace.trainer.remarks import Remarks
 from entrace.trainer.rollouts import PromptSource, collect_batch, view_rollouts
 from entrace.trainer.runs.checkpoint import RunState, save_checkpoint
-from entrace.trainer.runs.record import StepRecorder, progress_metrics, record_batch, record_prompts
+from entrace.trainer.runs.record import StepRecorder, progress_metrics, record_batch, record_prompts, sample_tokens
 from entrace.trainer.runs.recording import finalize_on_exit, open_trace
 from entrace.trainer.runs.run_folder import is_complete
 from entrace.trainer.sampling.backend import backend_of
@@ -106,6 +107,8 @@ def _run_steps(
     plateau = PlateauDetector(config.shaping.plateau, state.history)
     recorder = StepRecorder(task, writer, ranks)
     remarks = Remarks(config)
+    # Not that of the configuration: a pruned run continues as it was pruned.
+    sampling = TokenSampling.of(writer.manifest)
     for step in range(state.step + 1, config.steps + 1):
         batch = collect_batch(config, learner.policy, source, step, ranks)
         advantages = batch.advantages[:, None].expand_as(batch.rollouts.response_mask)
@@ -115,7 +118,8 @@ def _run_steps(
         started = time.perf_counter()
         metrics = learner.update(batch, objectives, step)
         update_s = time.perf_counter() - started
-        after = learner.capture(batch, metrics, step) if config.record.captures(step) else None
+        tokens = sample_tokens(config, sampling, batch, step, state.next_rollout_id)
+        after = learner.capture(batch, metrics, tokens.captured) if config.record.captures(step) else None
 
         record_batch(
             writer,
@@ -125,6 +129,7 @@ def _run_steps(
             step=step,
             first_rollout_id=state.next_rollout_id,
             temperature=config.rollout.temperature,
+            is_stored=tokens.is_stored,
         )
         record_s = time.perf_counter() - started - update_s
         is_last = step == config.steps

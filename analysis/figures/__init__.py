@@ -65,9 +65,14 @@ def stems(runs: Runs) -> list[str]:
 
 
 def caption(runs: Runs, stem: str) -> str:
-    """Return the caption of a figure; that of a user's figure defaults to the question of its SQL."""
+    """Return the caption of a figure, with the share of the responses whose tokens it shows if tokens are sampled.
+
+    The caption of a user's figure defaults to the question of its SQL.
+    """
     question = headers(runs.questions.read(stem))["question"]
-    return getattr(figure_module(stem, runs.questions), "CAPTION", question)
+    own = getattr(figure_module(stem, runs.questions), "CAPTION", question)
+    share = runs.token_share(stem, _shown(runs))
+    return f"{own.rstrip('.')}. Sampled: {share}." if share else own
 
 
 def query(runs: Runs, stem: str) -> pl.DataFrame:
@@ -77,7 +82,12 @@ def query(runs: Runs, stem: str) -> pl.DataFrame:
         return module.query(runs)
     if hasattr(module, "MEAN_OF"):
         return arms.with_means(runs, runs.ask(stem), module.MEAN_OF, module.AT)
-    return runs.ask(stem, runs=[run for subject in runs.subjects().values() for run in subject])
+    return runs.ask(stem, runs=_shown(runs))
+
+
+def _shown(runs: Runs) -> list[str]:
+    """Return the runs that figures of training show."""
+    return [run for subject in runs.subjects().values() for run in subject]
 
 
 def is_drawable(frame: pl.DataFrame) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,24 @@ STAGES_COLUMNS = {
     "accuracy_slope_low": "double",
     "accuracy_slope_high": "double",
 }
+# Numbers of responses of each step, and of those whose tokens are stored.
+COVERAGE_COLUMNS = {
+    "run_id": "varchar",
+    "step": "integer",
+    "num_responses": "bigint",
+    "num_with_tokens": "bigint",
+}
+COVERAGE = """
+with sampled as (select run_id, step, count(*) as n from rollouts where response_length > 0 group by all),
+stored as (select run_id, step, count(*) as n from tokens where position = 0 group by all)
+select
+  run_id, step, greatest(coalesce(sampled.n, 0), coalesce(stored.n, 0)) as num_responses,
+  coalesce(stored.n, 0) as num_with_tokens
+from sampled full join stored using (run_id, step)
+order by run_id, step
+"""
+# Tables beside those of the trace; all but the first are filled when a query reads them.
+COMPUTED = {"runs": RUNS_COLUMNS, "stages": STAGES_COLUMNS, "token_coverage": COVERAGE_COLUMNS}
 # Columns that schema version 1 implies and does not store.
 DERIVED = {
     # A prompt that is sampled twice in one step forms two groups; each group holds every sample_index once.
@@ -96,13 +114,13 @@ def connect(
     # The view of tokens of schema version 1 reads the view of rollouts, which must exist first.
     for name in reversed(TABLES):
         _create_view(con, TABLES[name], files[name])
-    for name, columns in (("runs", RUNS_COLUMNS), ("stages", STAGES_COLUMNS)):
+    for name, columns in COMPUTED.items():
         con.execute(f"create table {name} ({', '.join(f'{column} {kind}' for column, kind in columns.items())})")
     rows = [
-        [_scalar({**manifest, "run_id": run_id}.get(name)) for name in RUNS_COLUMNS]
+        tuple(_scalar({**manifest, "run_id": run_id}.get(name)) for name in RUNS_COLUMNS)
         for run_id, manifest in manifests.items()
     ]
-    con.executemany(f"insert into runs values ({', '.join('?' * len(RUNS_COLUMNS))})", rows)
+    fill(con, "runs", rows)
     interval_functions.register(con)
     for text in queries.staging():
         con.execute(text)
@@ -117,10 +135,11 @@ def connect(
     return con
 
 
-def fill_stages(con: duckdb.DuckDBPyConnection, rows: list[tuple[Any, ...]]) -> None:
-    """Insert rows into the table ``stages``."""
+def fill(con: duckdb.DuckDBPyConnection, name: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Replace the rows of a table of ``COMPUTED``."""
+    con.execute(f"delete from {name}")
     if rows:
-        con.executemany(f"insert into stages values ({', '.join('?' * len(STAGES_COLUMNS))})", rows)
+        con.executemany(f"insert into {name} values ({', '.join('?' * len(COMPUTED[name]))})", rows)
 
 
 def _create_view(con: duckdb.DuckDBPyConnection, table: Table, files: dict[str, int]) -> None:

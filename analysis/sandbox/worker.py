@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entrace.analysis.sandbox.connection import connect, fill_stages
+from entrace.analysis.sandbox.connection import connect, fill
 from entrace.analysis.sandbox.statements import one_line
 from entrace.analysis.trace.errors import InputError, in_one_line
 
@@ -56,11 +56,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Query:
-    """One query with its parameters, and the rows of the table ``stages`` if it reads them."""
+    """One query with its parameters, and the rows of those tables of ``connection.COMPUTED`` that it reads."""
 
     text: str
     params: dict[str, Any]
-    stages: list[tuple[Any, ...]]
+    computed: dict[str, list[tuple[Any, ...]]]
 
 
 def serve(pipe: Connection) -> None:
@@ -110,9 +110,8 @@ def _answer(line: _Line, con: duckdb.DuckDBPyConnection, query: Query) -> None:
     import pyarrow as pa
 
     try:
-        if query.stages:
-            con.execute("delete from stages")
-            fill_stages(con, query.stages)
+        for name, rows in query.computed.items():
+            fill(con, name, rows)
         # A CTE can hold an INSERT, which only the read-only transaction rejects.
         con.execute("begin transaction read only")
         try:

@@ -18,6 +18,7 @@ from entrace.analysis.trace import digests
 from entrace.analysis.trace.digests import Digest
 from entrace.analysis.trace.errors import InputError, in_one_line, reason_of
 from entrace.analysis.trace.plain import well_formed
+from entrace.analysis.trace.sampling import TokenSampling
 from entrace.analysis.trace.schema import check_version
 
 MANIFEST = "run.json"
@@ -29,6 +30,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("git_commit", "started_at", "finished_at"), TEXT),
     **dict.fromkeys(("seed", "last_durable_step", "total_steps"), NUMBER),
     **dict.fromkeys(("config", "files", "hardware", "versions", "common_random_numbers", "scored", "unknown"), SECTION),
+    "token_sampling": SECTION,
 }
 PACKAGES = ("entrace", "torch", "transformers", "tokenizers", "reasoning-gym", "pyarrow", "duckdb", "numpy")
 
@@ -100,6 +102,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
         value = manifest.get(key)
         if not isinstance(value, kinds) or (isinstance(value, int) and not -(2**31) <= value < 2**31):
             raise InputError(f"{path}: {key} is {reprlib.repr(value)}, expected {KIND_NAMES[kinds]}")
+    TokenSampling.of(manifest, str(path))
     for table, files in (manifest.get("files") or {}).items():
         if not isinstance(files, dict):
             raise InputError(

@@ -8,7 +8,7 @@ those of ``entrace intervene``, belong to no step and always count. Without a li
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from entrace.analysis.trace.schema import TABLES, VERSION_KEY, Table, check_vers
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PART = re.compile(r"part-(\d+)-(\d+)(?:\.rank-\d+)?\.parquet")
+PART = re.compile(r"part-(\d+)-(\d+)(?:\.rank-\d+)?(?:\.pruned-(\d+))?\.parquet")
 # Key of run.json.
 FILES = "files"
 # Number of rows of each file of the writer, by table and file name; None if unknown.
@@ -32,6 +32,13 @@ Files = dict[str, dict[str, int | None]]
 def part_name(first: int, last: int, rank: int) -> str:
     """Return the name of the file with the rows of steps ``first`` to ``last`` from one process."""
     return f"part-{first:06d}-{last:06d}{f'.rank-{rank:03d}' if rank else ''}.parquet"
+
+
+def pruned_name(name: str, files: Iterable[str]) -> str:
+    """Return a name for the remaining rows of file ``name`` that none of ``files`` of its table has."""
+    latest = max((int(match[3] or 0) for match in map(PART.fullmatch, files) if match), default=0)
+    stem = name.removesuffix(".parquet").partition(".pruned-")[0]
+    return f"{stem}.pruned-{latest + 1}.parquet"
 
 
 def last_step(name: str) -> int:

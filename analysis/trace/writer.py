@@ -313,20 +313,22 @@ def _write_part(path: Path, table: Table, parts: list[pa.Table]) -> Written:
     rows = pa.concat_tables(parts)
     if not _is_sorted(rows, table.sort_by):
         rows = rows.sort_by([(name, "ascending") for name in table.sort_by])
-    names = [column.name for column in table.columns]
-    encodings = {column.name: "BYTE_STREAM_SPLIT" for column in table.columns if column.is_measured}
-    encodings |= {name: "DELTA_BINARY_PACKED" for name in names if name in DELTA_COLUMNS}
     # In memory, where it takes least time to compute the digest.
     stream = pa.BufferOutputStream()
-    pq.write_table(
-        rows,
-        stream,
-        compression="zstd",
-        use_dictionary=[name for name in names if name not in encodings],  # pyright: ignore[reportArgumentType]
-        column_encoding=encodings,
-        write_page_checksum=True,
-    )
+    pq.write_table(rows, stream, **parquet_options(table, rows.column_names))
     data = memoryview(stream.getvalue())
     with durable_file(path) as file:
         file.write(data)
     return Written(len(rows), Digest.of(data))
+
+
+def parquet_options(table: Table, names: Sequence[str]) -> dict[str, Any]:
+    """Return compression and encodings of a file of ``table`` with the columns ``names``."""
+    encodings = {column.name: "BYTE_STREAM_SPLIT" for column in table.columns if column.is_measured}
+    encodings |= dict.fromkeys(DELTA_COLUMNS, "DELTA_BINARY_PACKED")
+    return {
+        "compression": "zstd",
+        "write_page_checksum": True,
+        "use_dictionary": [name for name in names if name not in encodings],
+        "column_encoding": {name: encodings[name] for name in names if name in encodings},
+    }

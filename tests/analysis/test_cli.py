@@ -22,7 +22,7 @@ def test_incomplete_runs_are_noted_on_stderr(command, tmp_path: Path):
     assert (code, out) == (0, b"n\n0\n")
     lines = err.splitlines()
     assert lines[0] == "entrace: run-0: being written or interrupted, 0 of 9 steps recorded"
-    assert lines[-1] == "entrace: 2 more runs are incomplete"
+    assert lines[-1] == "entrace: 2 more runs are incomplete or sampled"
     assert len(lines) == NOTES_SHOWN + 1
 
 

@@ -32,7 +32,7 @@ from entrace.trainer.learner import Learner, make_objectives
 from entrace.trainer.model.loading import load_pretrained
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.rollouts import PromptSource, collect_batch, view_rollouts
-from entrace.trainer.runs.record import record_batch
+from entrace.trainer.runs.record import record_batch, sample_tokens
 from entrace.trainer.runs.run_folder import describe_run
 from entrace.trainer.seeding import Stream
 from entrace.trainer.tasks import Task, load_task
@@ -81,8 +81,9 @@ class Ours:
             torch.cuda.synchronize()
         updated = time.perf_counter()
         if self.records:
-            after = self.learner.capture(batch, metrics, self.step) if config.record.captures(self.step) else None
             first = (self.step - 1) * len(batch.prompts)
+            captured = sample_tokens(config, config.record.token_sampling, batch, self.step, first).captured
+            after = self.learner.capture(batch, metrics, captured) if config.record.captures(self.step) else None
             record_batch(self.writer, batch, shaped, after, step=self.step, first_rollout_id=first, temperature=1.0)
             if self.step % config.record.flush_every == 0:
                 self.writer.flush(self.step)

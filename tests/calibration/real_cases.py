@@ -33,21 +33,22 @@ class RandomlyCaptured(Learner):
     """Capture after-update values at randomly moved weights; each tensor moves as far as in the update."""
 
     def update(self, batch: Batch, objectives: Iterable[tuple[torch.Tensor, Objective]], step: int) -> UpdateMetrics:
-        """Store the weights before the update."""
+        """Store the step, and the weights before the update."""
+        self._step = step
         self._before = [weight.detach().clone() for weight in self.policy.model.parameters()]
         return super().update(batch, objectives, step)
 
     @torch.no_grad()
-    def capture(self, batch: Batch, metrics: UpdateMetrics, step: int) -> AfterUpdate:
+    def capture(self, batch: Batch, metrics: UpdateMetrics, rows: torch.Tensor) -> AfterUpdate:
         """Capture at randomly moved weights, then restore the updated weights."""
         weights = list(self.policy.model.parameters())
         updated = [weight.detach().clone() for weight in weights]
-        rng = torch.Generator().manual_seed(step)
+        rng = torch.Generator().manual_seed(self._step)
         for weight, old, new in zip(weights, self._before, updated, strict=True):
             noise = torch.randn(weight.shape, generator=rng)
             weight.copy_(old + noise * (new - old).norm() / noise.norm())
         try:
-            return super().capture(batch, metrics, step)
+            return super().capture(batch, metrics, rows)
         finally:
             for weight, new in zip(weights, updated, strict=True):
                 weight.copy_(new)

@@ -7,10 +7,10 @@ import torch
 
 from entrace.analysis.trace import TraceWriter, read_manifest
 from entrace.trainer.config import load_config
-from entrace.trainer.learner import Learner, captured_responses, make_objectives
+from entrace.trainer.learner import Learner, make_objectives
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.rollouts import PromptSource, collect_batch
-from entrace.trainer.runs.record import record_batch
+from entrace.trainer.runs.record import record_batch, sample_tokens
 from entrace.trainer.sampling.backend import backend_of
 from entrace.trainer.train import train
 
@@ -45,7 +45,7 @@ def test_values_equal_a_float64_pass_with_the_updated_weights(policy, task, tmp_
     advantages = batch.advantages[:, None].expand(batch.rollouts.response_ids.shape)
     metrics = learner.update(batch, make_objectives(learner.config, batch, advantages, step=1), step=1)
     writer = TraceWriter.create(tmp_path / "run", {"run_id": "run"}, policy.vocab())
-    after = learner.capture(batch, metrics, step=1)
+    after = learner.capture(batch, metrics, torch.nonzero(batch.is_kept).squeeze(1))
     record_batch(writer, batch, advantages, after, step=1, first_rollout_id=0, temperature=0.8)
     writer.flush(1)
     tokens = read(tmp_path / "run", "tokens")
@@ -112,12 +112,17 @@ def test_capturing_fewer_responses_changes_nothing_else(leap, tmp_path):
 def test_the_captured_responses_depend_only_on_the_step(small_config, policy, task):
     config = load_config("tiny", [*SMALL, "record.after_update_responses=5"])
     batch = collect_batch(config, policy, PromptSource(task), step=1)
-    chosen = [set(captured_responses(config, batch, step).tolist()) for step in range(1, 41)]
-    assert chosen == [set(captured_responses(config, batch, step).tolist()) for step in range(1, 41)]
+
+    def captured(config, step):
+        return sample_tokens(config, config.record.token_sampling, batch, step, first_rollout_id=7).captured
+
+    chosen = [set(captured(config, step).tolist()) for step in range(2, 82, 2)]
+    assert chosen == [set(captured(config, step).tolist()) for step in range(2, 82, 2)]
     kept = torch.nonzero(batch.is_kept).squeeze(1)
     assert all(len(rows) == 5 and rows <= set(kept.tolist()) for rows in chosen)
     assert set.union(*chosen) == set(kept.tolist()), "some response is never chosen"
-    assert torch.equal(captured_responses(small_config, batch, 1).sort().values, kept)
+    assert torch.equal(captured(small_config, 2).sort().values, kept)
+    assert len(captured(small_config, 1)) == 0
 
 
 def test_any_epoch_counts(policy, task):
@@ -158,7 +163,8 @@ def test_a_step_without_kept_groups_captures_nothing(policy: Policy, task, small
     metrics = learner.update(
         batch, make_objectives(learner.config, batch, torch.zeros(batch.rollouts.response_ids.shape), step=1), step=1
     )
-    after = learner.capture(batch, metrics, step=1)
+    sample = sample_tokens(small_config, small_config.record.token_sampling, batch, step=2, first_rollout_id=0)
+    after = learner.capture(batch, metrics, sample.captured)
     assert metrics.loss == 0.0
     assert not after.is_scored.any()
     assert not after.is_clipped.any()

@@ -26,7 +26,7 @@ def load_candidates(run_dir: Path, last_step: int) -> pl.DataFrame:
         Columns of table tokens, and the response's ``ppl`` and ``ppl_tercile``, sorted by rollout_id and position.
 
     Raises:
-        InputError: no response of known perplexity was in these updates.
+        InputError: no response of known perplexity was in these updates, or none whose tokens are stored.
     """
     first_step = max(1, last_step - WINDOW_STEPS + 1)
     # Traces of schema 1 have no group_id: a prompt sampled twice in one step is two groups of equal sample indices.
@@ -46,7 +46,8 @@ def load_candidates(run_dir: Path, last_step: int) -> pl.DataFrame:
     found = tokens.join(responses, on="rollout_id").sort("rollout_id", "position")
     if found.is_empty():
         raise InputError(
-            f"{run_dir}: no response of known perplexity was in the updates of steps {first_step} to {last_step}"
+            f"{run_dir}: no response of known perplexity was in the updates of steps {first_step} to {last_step}, or "
+            "none of which tokens are stored; see record.token_steps and record.token_responses"
         )
     return found
 

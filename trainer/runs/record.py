@@ -2,20 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from entrace.analysis.trace import TraceWriter, find_defects
+from entrace.analysis.trace.sampling import TokenSampling, response_draws
 from entrace.trainer.algorithm.advantages import mean_surprisal, ppl_z
+from entrace.trainer.config import Config
 from entrace.trainer.kernels.token_stats import lm_head_grad_norm
 from entrace.trainer.learner import AfterUpdate, UpdateMetrics
 from entrace.trainer.parallel.ranks import Ranks
 from entrace.trainer.rollouts import Batch
 from entrace.trainer.tasks import Prompt, Task, answer_classes
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """The responses of a step whose tokens are stored, and those with after-update values.
+
+    Attributes:
+        is_stored: (B,) bool.
+        captured: Rows to evaluate under the updated weights, (n,); none on a step without capture.
+    """
+
+    is_stored: Tensor
+    captured: Tensor
+
+
+def sample_tokens(
+    config: Config, sampling: TokenSampling, batch: Batch, step: int, first_rollout_id: int
+) -> TokenSample:
+    """Choose the responses of a step for which tokens and after-update values are stored.
+
+    Both choices use ``response_draws``, so that after-update values are captured only where tokens are stored. Single
+    responses, not whole groups, are captured: the effect of an update varies more between prompts than within a prompt.
+    """
+    rollout_ids = first_rollout_id + np.arange(len(batch.prompts))
+    draws = torch.from_numpy(response_draws(config.seed, step, rollout_ids))
+    is_stored = draws < sampling.responses
+    captured = torch.empty(0, dtype=torch.int64)
+    if config.record.captures(step):
+        kept = torch.nonzero(batch.is_kept & is_stored).squeeze(1)
+        captured = kept[draws[kept].argsort()][: config.record.after_update_responses]
+    if not len(captured) and not sampling.has_step(step, is_last=step == config.steps):
+        is_stored = torch.zeros_like(is_stored)
+    return TokenSample(is_stored, captured)
 
 
 def record_prompts(writer: TraceWriter, prompts: list[Prompt]) -> None:
@@ -34,6 +71,7 @@ def record_batch(
     step: int,
     first_rollout_id: int,
     temperature: float,
+    is_stored: Tensor | None = None,
 ) -> None:
     """Add the tokens and rollouts that this process sampled in one step, and the step's prompts.
 
@@ -45,6 +83,7 @@ def record_batch(
         step: Current step; the sampling policy had received ``step - 1`` updates.
         first_rollout_id: Id of the batch's first response.
         temperature: Sampling temperature.
+        is_stored: Responses whose tokens are stored, (B,) bool (default: all).
     """
     num_samples = len(batch.prompts) // int(batch.group_ids[-1] + 1)
     if writer.rank == 0:
@@ -70,7 +109,10 @@ def record_batch(
         },
     )
     samples = batch.rollouts
-    mask = (samples.response_mask & batch.is_own[:, None]).numpy()
+    is_stored = batch.is_own if is_stored is None else batch.is_own & is_stored
+    mask = (samples.response_mask & is_stored[:, None]).numpy()
+    if not mask.any():
+        return
     lengths = samples.lengths.numpy()
     rows, positions = np.nonzero(mask)
     grad_norm = lm_head_grad_norm(shaped, samples.stats.logprob, samples.stats.sum_p2, samples.hidden_norm, temperature)

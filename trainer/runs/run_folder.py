@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
 from entrace.analysis.trace import InputError, describe_machine, flatten, read_manifest, write_manifest
+from entrace.analysis.trace.lock import acquire_lock
 from entrace.analysis.trace.manifest import MANIFEST, now
 from entrace.analysis.trace.parts import FILES, last_whole_step, listed_files
 from entrace.analysis.trace.schema import SCHEMA_VERSION
@@ -20,8 +21,6 @@ from entrace.trainer.parallel.ranks import ALONE, Ranks
 from entrace.trainer.resources import find_model
 from entrace.trainer.settings import merge, nest
 
-# Folder of the lock files, beside the runs.
-LOCKS = ".locks"
 WEIGHTS = "*.safetensors"
 DIGEST_LENGTH = 16
 # Increased whenever equal seeds draw other prompts than before, so that such runs are never paired.
@@ -41,6 +40,7 @@ def describe_run(config: Config, run_dir: Path, labels: Mapping[str, Any]) -> di
         "model": config.policy.path,
         "task": " + ".join(config.task.sources),
         "total_steps": config.steps,
+        **config.record.token_sampling.entry(),
         **describe_machine(),
     }
 
@@ -178,35 +178,13 @@ def run_lock(run_dir: Path, *, waits: bool, ranks: Ranks = ALONE) -> Iterator[No
         InputError: another process holds the lock.
     """
     with ranks.together():
-        file = _lock(run_dir.resolve(), waits) if ranks.is_main else None
+        file = acquire_lock(run_dir, waits=waits) if ranks.is_main else None
         ranks.barrier()
     try:
         yield
     finally:
         if file is not None:
             os.close(file)
-
-
-def _lock(run_dir: Path, waits: bool) -> int | None:
-    folder = run_dir.parent / LOCKS
-    # Windows and some shared file systems have no such locks; launchers then start each run only once. An unwritable
-    # folder is reported by the writer.
-    with suppress(ImportError, OSError):
-        import fcntl
-
-        folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / run_dir.name, os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
-        except OSError as error:
-            os.close(file)
-            if isinstance(error, BlockingIOError):
-                raise InputError(
-                    f"{run_dir}: another process is already recording this run; stop it or wait for it"
-                ) from None
-            raise
-        return file
-    return None
 
 
 def has_begun(run_dir: Path) -> bool:

@@ -1,8 +1,8 @@
 -- question: I1. In the plateau, are the high-entropy tokens of low-perplexity responses more often reasoning tokens?
 -- grain: one row per run, step, and group; low and high are its first and last tercile by length-adjusted perplexity
 -- params: $runs: list of run_id (default all)
--- units: low_tokens, high_tokens: high-entropy tokens (top 20 % of the tokens in the update); low_excess, high_excess:
---   reasoning tokens among them minus the number expected at their positions
+-- units: low_tokens, high_tokens: high-entropy tokens (top 20 % of the tokens in the update), by token_weight;
+--   low_excess, high_excess: reasoning tokens among them minus the number expected at their positions
 -- needs: tokens
 with thresholds as (
   select *
@@ -14,8 +14,8 @@ high as (
     tokens.run_id,
     tokens.rollout_id,
     tokens.position * 10 // tokens.response_length as place,
-    count(*) as num_high,
-    count(*) filter (where is_reasoning(tokens.category)) as num_reasoning
+    any_value(thresholds.token_weight) * count(*) as num_high,
+    any_value(thresholds.token_weight) * count(*) filter (where is_reasoning(tokens.category)) as num_reasoning
   from tokens
   join thresholds
     on thresholds.run_id = tokens.run_id
@@ -56,9 +56,9 @@ final as (
     run_id,
     step,
     any_value(prompt_id) as prompt_id,
-    coalesce(sum(num_high) filter (where ppl_tercile = 1), 0)::bigint as low_tokens,
+    coalesce(sum(num_high) filter (where ppl_tercile = 1), 0) as low_tokens,
     coalesce(sum(excess) filter (where ppl_tercile = 1), 0) as low_excess,
-    coalesce(sum(num_high) filter (where ppl_tercile = 3), 0)::bigint as high_tokens,
+    coalesce(sum(num_high) filter (where ppl_tercile = 3), 0) as high_tokens,
     coalesce(sum(excess) filter (where ppl_tercile = 3), 0) as high_excess
   from terciles
   join per_response using (run_id, rollout_id)

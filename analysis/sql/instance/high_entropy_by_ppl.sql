@@ -14,7 +14,7 @@ thresholds as (
   where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
 ),
 high_entropy as (
-  select tokens.run_id, tokens.rollout_id, tokens.category, count(*) as tokens
+  select tokens.run_id, tokens.rollout_id, tokens.category, thresholds.token_weight, count(*) as tokens
   from tokens
   join thresholds
     on thresholds.run_id = tokens.run_id
@@ -52,6 +52,7 @@ per_prompt as (
     kinds.category,
     step,
     prompt_id,
+    any_value(token_weight) as token_weight,
     sum(tokens) as tokens,
     sum(
       if(
@@ -72,7 +73,9 @@ per_category as (
     stage,
     ppl_tercile,
     category,
-    estimate_share(list(step_prompt(step, prompt_id, tokens_of_category, tokens))) as share,
+    estimate_share(
+      list(step_prompt(step, prompt_id, tokens_of_category * token_weight, tokens * token_weight))
+    ) as share,
     sum(tokens)::bigint as num_tokens,
     count(distinct prompt_id) as num_prompts
   from per_prompt

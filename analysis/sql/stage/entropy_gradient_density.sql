@@ -7,8 +7,8 @@
 --   interval over steps)
 -- needs: tokens
 with steps_of_stage as (
-  select run_id, step, stage
-  from staged_steps
+  select run_id, step, stage, step_weight, token_weight
+  from token_steps
   where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
 ),
 logs as (
@@ -45,7 +45,7 @@ per_step as (
   group by all
 ),
 staged as (
-  select per_step.*, stage, if(is_positive, 'positive', 'negative') as sample_sign
+  select per_step.*, stage, step_weight, token_weight, if(is_positive, 'positive', 'negative') as sample_sign
   from per_step
   join steps_of_stage using (run_id, step)
 ),
@@ -58,6 +58,8 @@ counted as (
     grad_norm_bin,
     step,
     sum(tokens)::bigint as tokens,
+    sum(tokens * token_weight) as weighted_tokens,
+    any_value(step_weight) as step_weight,
     (sum(xy) - sum(x) * sum(y) / sum(tokens))
     / sqrt(
       greatest(sum(xx) - sum(x) * sum(x) / sum(tokens), 0) * greatest(sum(yy) - sum(y) * sum(y) / sum(tokens), 0)
@@ -73,7 +75,7 @@ correlations as (
     run_id,
     stage,
     sample_sign,
-    estimate(list(step_prompt(step, step, correlation, 1))) as correlation,
+    estimate(list(step_prompt(step, step, correlation * step_weight, step_weight))) as correlation,
     count(*) as num_steps
   from counted
   where step is not null and isfinite(correlation)
@@ -87,7 +89,8 @@ final as (
     pow(10, entropy_bin * 0.125 - 4) as entropy_low,
     pow(10, grad_norm_bin * 0.15 - 4) as grad_norm_low,
     tokens as num_tokens,
-    tokens / sum(tokens) over (partition by counted.run_id, counted.stage, counted.sample_sign) as share,
+    weighted_tokens
+    / sum(weighted_tokens) over (partition by counted.run_id, counted.stage, counted.sample_sign) as share,
     correlations.correlation.value as correlation,
     correlations.correlation.low as low,
     correlations.correlation.high as high,

@@ -7,12 +7,18 @@
 --   interval over steps); num_* in tokens; rank_* from 1
 -- needs: tokens
 with phase_steps as (
-  select run_id, step, phase
-  from staged_steps
+  select run_id, step, phase, token_weight
+  from token_steps
   where phase is not null and ($runs is null or list_contains($runs, run_id))
 ),
 per_token as (
-  select tokens.run_id, tokens.step, phase_steps.phase, tokens.token_id, count(*) as occurrences
+  select
+    tokens.run_id,
+    tokens.step,
+    phase_steps.phase,
+    phase_steps.token_weight,
+    tokens.token_id,
+    count(*) as occurrences
   from tokens
   join phase_steps on phase_steps.run_id = tokens.run_id and phase_steps.step = tokens.step
   group by all
@@ -22,6 +28,7 @@ per_word as (
     per_token.run_id,
     per_token.phase,
     per_token.step,
+    per_token.token_weight,
     vocab_words.word,
     min(vocab_words.category) as category,
     sum(per_token.occurrences) as occurrences
@@ -36,7 +43,7 @@ frequent as (
   having sum(occurrences) >= coalesce($min_count, 20)::integer
 ),
 per_step as (
-  select run_id, phase, step, sum(occurrences) as tokens
+  select run_id, phase, step, token_weight, sum(occurrences) as tokens
   from per_word
   group by all
 ),
@@ -47,7 +54,13 @@ per_phase as (
     word,
     frequent.category,
     phase,
-    list(step_prompt(step, step, coalesce(per_word.occurrences, 0), per_step.tokens)) as shares,
+    list(
+      step_prompt(
+        step, step, coalesce(per_word.occurrences, 0) * per_step.token_weight, per_step.tokens * per_step.token_weight
+      )
+    ) as shares,
+    sum(coalesce(per_word.occurrences, 0) * per_step.token_weight)
+    / sum(per_step.tokens * per_step.token_weight) as share,
     sum(coalesce(per_word.occurrences, 0))::bigint as num,
     sum(per_step.tokens)::bigint as num_tokens
   from frequent
@@ -62,7 +75,7 @@ changes as (
     s.category,
     s.shares as shares_start,
     e.shares as shares_end,
-    e.num / e.num_tokens - s.num / s.num_tokens as change,
+    e.share - s.share as change,
     s.num as num_start,
     e.num as num_end,
     s.num_tokens as num_tokens_start,

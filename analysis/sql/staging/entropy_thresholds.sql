@@ -1,8 +1,8 @@
 -- At which entropy does the top share of tokens begin (top = 0.2 for 20 %)?
 -- One row per run and stage, over tokens in the update: entropy_threshold in nats. A token is high-entropy if its
--- entropy is at least the threshold. The threshold is the lower edge of a histogram bin that is 0.5 % wide, which takes
--- one pass and no sort, and is at most 0.5 % below the exact quantile. Counts are joined with stages, because joining
--- every token would take most of the time.
+-- entropy is at least the threshold. Tokens count by token_weight. The threshold is the lower edge of a histogram bin
+-- that is 0.5 % wide, which takes one pass and no sort, and is at most 0.5 % below the exact quantile. Counts are
+-- joined with stages, because joining every token would take most of the time.
 create macro entropy_thresholds(top) as table
   with bins as (
     select run_id, step, floor(200 * ln(greatest(entropy, 1e-9)))::smallint as bin, count(*) as num_tokens
@@ -11,9 +11,9 @@ create macro entropy_thresholds(top) as table
     group by all
   ),
   per_stage as (
-    select bins.run_id, staged_steps.stage, bins.bin, sum(bins.num_tokens) as num_tokens
+    select bins.run_id, token_steps.stage, bins.bin, sum(bins.num_tokens * token_steps.token_weight) as num_tokens
     from bins
-    join staged_steps on staged_steps.run_id = bins.run_id and staged_steps.step = bins.step
+    join token_steps on token_steps.run_id = bins.run_id and token_steps.step = bins.step
     group by all
   ),
   ranked as (
@@ -29,10 +29,15 @@ create macro entropy_thresholds(top) as table
   group by all;
 
 -- Which threshold applies at each step?
--- One row per run and step: stage, and entropy_threshold in nats. Queries that count high-entropy tokens join tokens
--- with this table only.
+-- One row per run and step with tokens: stage, token_weight, and entropy_threshold in nats. Queries that count
+-- high-entropy tokens join tokens with this table only.
 create macro steps_with_threshold(top) as table
-  select staged_steps.run_id, staged_steps.step, staged_steps.stage, thresholds.entropy_threshold
-  from staged_steps
+  select
+    token_steps.run_id,
+    token_steps.step,
+    token_steps.stage,
+    token_steps.token_weight,
+    thresholds.entropy_threshold
+  from token_steps
   join entropy_thresholds(top) as thresholds
-    on thresholds.run_id = staged_steps.run_id and thresholds.stage = staged_steps.stage;
+    on thresholds.run_id = token_steps.run_id and thresholds.stage = token_steps.stage;

@@ -6,8 +6,8 @@
 --   counts
 -- needs: tokens
 with steps_of_stage as (
-  select run_id, step, stage
-  from staged_steps
+  select run_id, step, stage, token_weight
+  from token_steps
   where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
 ),
 -- Sums are joined with stages, because joining every token would take most of the time.
@@ -30,7 +30,7 @@ per_bin as (
     stage,
     is_positive,
     position_bin,
-    estimate_positive(list(step_prompt(step, prompt_id, entropy_sum, tokens))) as entropy,
+    estimate_positive(list(step_prompt(step, prompt_id, entropy_sum * token_weight, tokens * token_weight))) as entropy,
     sum(tokens)::bigint as num_tokens,
     count(distinct prompt_id) as num_prompts
   from per_prompt

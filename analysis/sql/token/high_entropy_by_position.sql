@@ -20,7 +20,8 @@ tokens_in_update as (
     tokens.step,
     tokens.prompt_id,
     tokens.entropy >= thresholds.entropy_threshold as is_high_entropy,
-    thresholds.entropy_threshold
+    thresholds.entropy_threshold,
+    thresholds.token_weight
   from tokens
   join thresholds on thresholds.run_id = tokens.run_id and thresholds.step = tokens.step
   where tokens.is_kept
@@ -33,6 +34,7 @@ per_prompt as (
     step,
     prompt_id,
     any_value(entropy_threshold) as entropy_threshold,
+    any_value(token_weight) as token_weight,
     count(*) as tokens,
     count(*) filter (where is_high_entropy) as high_tokens
   from tokens_in_update
@@ -43,8 +45,9 @@ per_bin as (
     run_id,
     stage,
     position_bin,
-    estimate_share(list(step_prompt(step, prompt_id, high_tokens, tokens))) as share,
+    estimate_share(list(step_prompt(step, prompt_id, high_tokens * token_weight, tokens * token_weight))) as share,
     sum(high_tokens)::bigint as num_high,
+    sum(high_tokens * token_weight) as weighted_high,
     sum(tokens)::bigint as num_tokens,
     count(distinct prompt_id) as num_prompts,
     any_value(entropy_threshold) as entropy_threshold
@@ -64,7 +67,7 @@ final as (
     num_tokens,
     num_prompts,
     entropy_threshold,
-    num_high / sum(num_high) over (partition by run_id, stage) as share_of_high
+    weighted_high / sum(weighted_high) over (partition by run_id, stage) as share_of_high
   from per_bin
   order by run_id, stage desc, position_bin
 )

@@ -16,6 +16,7 @@ counted as (
   select
     tokens.run_id,
     any_value(thresholds.stage) as stage,
+    any_value(thresholds.token_weight) as token_weight,
     tokens.step,
     tokens.token_id,
     count(*) as tokens,
@@ -32,6 +33,7 @@ per_step as (
     counted.stage,
     vocab_words.word as text,
     counted.step,
+    counted.token_weight,
     min(vocab_words.category) as category,
     sum(counted.tokens) as tokens,
     sum(counted.high_tokens) as high_tokens,
@@ -48,15 +50,16 @@ most_frequent as (
     min(category) as category,
     sum(tokens)::bigint as num_all,
     sum(high_tokens)::bigint as num_high,
-    sum(entropy_sum) / sum(tokens) as entropy_mean,
-    row_number() over (partition by run_id, stage order by sum(high_tokens) desc, text) as rank
+    sum(high_tokens * token_weight) / sum(tokens * token_weight) as high_rate,
+    sum(entropy_sum * token_weight) / sum(tokens * token_weight) as entropy_mean,
+    row_number() over (partition by run_id, stage order by sum(high_tokens * token_weight) desc, text) as rank
   from per_step
   group by run_id, stage, text
   having sum(high_tokens) > 0
   qualify rank <= coalesce($words, 15)::integer
 ),
 steps_with_any as (
-  select run_id, stage, step, sum(high_tokens) as all_high_tokens
+  select run_id, stage, step, token_weight, sum(high_tokens) as all_high_tokens
   from per_step
   group by all
   having all_high_tokens > 0
@@ -67,7 +70,16 @@ shares as (
     run_id,
     stage,
     text,
-    estimate_share(list(step_prompt(step, step, coalesce(high_tokens, 0), all_high_tokens))) as share,
+    estimate_share(
+      list(
+        step_prompt(
+          step,
+          step,
+          coalesce(high_tokens, 0) * steps_with_any.token_weight,
+          all_high_tokens * steps_with_any.token_weight
+        )
+      )
+    ) as share,
     count(*) as num_steps
   from most_frequent
   join steps_with_any using (run_id, stage)
@@ -84,7 +96,7 @@ final as (
     share.value as share,
     share.low as low,
     share.high as high,
-    num_high / num_all as high_rate,
+    high_rate,
     entropy_mean,
     num_high,
     num_all,

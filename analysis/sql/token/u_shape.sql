@@ -6,13 +6,13 @@
 --   num_* are counts
 -- needs: tokens
 with per_response as (
-  select response_fifths.*, staged_steps.stage
+  select response_fifths.*, token_steps.stage, token_steps.token_weight
   from response_fifths
-  join staged_steps on staged_steps.run_id = response_fifths.run_id and staged_steps.step = response_fifths.step
+  join token_steps on token_steps.run_id = response_fifths.run_id and token_steps.step = response_fifths.step
   where
     response_fifths.sample_sign is not null
     and ($runs is null or list_contains($runs, response_fifths.run_id))
-    and ($stage is null or staged_steps.stage = $stage)
+    and ($stage is null or token_steps.stage = $stage)
 ),
 -- 'beginning' is the first fifth, 'end' is the last fifth, and the middle is the three fifths between them.
 parts as (
@@ -26,8 +26,8 @@ per_prompt as (
     part,
     step,
     prompt_id,
-    sum(if(part = 'beginning', first_mean, last_mean)) as part_sum,
-    sum(middle_mean) as middle_sum,
+    sum(if(part = 'beginning', first_mean, last_mean) * token_weight) as part_sum,
+    sum(middle_mean * token_weight) as middle_sum,
     count(*) as responses
   from per_response, parts
   group by all

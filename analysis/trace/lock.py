@@ -1,0 +1,49 @@
+"""Lock a run's folder against other processes, where the file system supports locks."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from entrace.analysis.trace.errors import InputError
+
+# Folder of the lock files, beside the runs.
+LOCKS = ".locks"
+
+
+def lock_path(run_dir: Path) -> Path:
+    """Return the lock file of a run, which exists once a process has locked the run."""
+    run_dir = Path(run_dir).resolve()
+    return run_dir.parent / LOCKS / run_dir.name
+
+
+def acquire_lock(run_dir: Path, *, waits: bool) -> int | None:
+    """Lock a run and return a file descriptor, which holds the lock until it is closed; None without locks.
+
+    Args:
+        run_dir: The run, begun or not.
+        waits: Wait for another process to release the lock instead of raising.
+
+    Raises:
+        InputError: another process holds the lock.
+    """
+    path = lock_path(run_dir)
+    # Windows and some shared file systems have no such locks; launchers then start each run only once. An unwritable
+    # folder is reported by the writer.
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+        except OSError as error:
+            os.close(file)
+            if isinstance(error, BlockingIOError):
+                raise InputError(
+                    f"{run_dir}: another process is already recording this run; stop it or wait for it"
+                ) from None
+            raise
+        return file
+    return None
