@@ -24,6 +24,7 @@ class Stream(IntEnum):
     SPLIT = 9
     EPOCH = 10
     MIXTURE = 11
+    CAPTURE = 12
 
 
 def generator(seed: int, stream: Stream, *indices: int) -> np.random.Generator:

@@ -73,13 +73,14 @@ def test_whole_responses_of_the_chosen_steps_are_stored(full, sampled):
 
 
 def test_captured_responses_are_stored(full, sampled):
-    """With enough stored responses in the update, as many are captured as without sampling, and the same ones."""
-    captured = [
-        read(run, "tokens").drop_nulls("logprob_after").select("rollout_id", "position", "logprob_after")
+    """The captured responses are those of a full run, without those that are not stored."""
+    everything, found = (
+        read(run, "tokens").drop_nulls("logprob_after").select("step", "rollout_id", "position", "logprob_after")
         for run in (full, sampled)
-    ]
-    assert captured[0]["rollout_id"].n_unique() == 3
-    assert captured[1].equals(captured[0])
+    )
+    draws = response_draws(0, everything["step"].to_numpy(), everything["rollout_id"].to_numpy())
+    assert everything["rollout_id"].n_unique() == 3
+    assert found.equals(everything.filter(pl.Series(draws < 0.5)))
 
 
 def test_pruning_a_full_trace_equals_recording_a_sampled_one(full, sampled, tmp_path):

@@ -19,6 +19,7 @@ from entrace.trainer.kernels.token_stats import lm_head_grad_norm
 from entrace.trainer.learner import AfterUpdate, UpdateMetrics
 from entrace.trainer.parallel.ranks import Ranks
 from entrace.trainer.rollouts import Batch
+from entrace.trainer.seeding import Stream, generator
 from entrace.trainer.tasks import Prompt, Task, answer_classes
 
 
@@ -40,16 +41,18 @@ def sample_tokens(
 ) -> TokenSample:
     """Choose the responses of a step for which tokens and after-update values are stored.
 
-    Both choices use ``response_draws``, so that after-update values are captured only where tokens are stored. Single
-    responses, not whole groups, are captured: the effect of an update varies more between prompts than within a prompt.
+    After-update values are captured only where tokens are stored. Single responses, not whole groups, are captured: the
+    effect of an update varies more between prompts than within a prompt.
     """
     rollout_ids = first_rollout_id + np.arange(len(batch.prompts))
     draws = torch.from_numpy(response_draws(config.seed, step, rollout_ids))
     is_stored = draws < sampling.responses
     captured = torch.empty(0, dtype=torch.int64)
     if config.record.captures(step):
-        kept = torch.nonzero(batch.is_kept & is_stored).squeeze(1)
-        captured = kept[draws[kept].argsort()][: config.record.after_update_responses]
+        kept = torch.nonzero(batch.is_kept).squeeze(1).numpy()
+        chosen = generator(config.seed, Stream.CAPTURE, step).permutation(kept)[: config.record.after_update_responses]
+        # Filtered last: a run that is sampled captures what is left of a full run once it is pruned.
+        captured = torch.from_numpy(chosen[is_stored.numpy()[chosen]])
     if not len(captured) and not sampling.has_step(step, is_last=step == config.steps):
         is_stored = torch.zeros_like(is_stored)
     return TokenSample(is_stored, captured)
