@@ -8,6 +8,7 @@ import platform
 import reprlib
 import subprocess
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -42,9 +43,14 @@ def write_manifest(run_dir: Path, manifest: dict[str, Any], new_files: Mapping[s
     old or the new content, never a part. The new content survives a loss of power.
     """
     data = (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()
-    digests.append(run_dir, {**(new_files or {}), MANIFEST: Digest.of(data)})
-    with durable_file(run_dir / MANIFEST) as file:
+    recorded = {**(new_files or {}), MANIFEST: Digest.of(data)}
+    # Both files are synced together, and the digests are on disk before ``run.json`` gets its name.
+    with ThreadPoolExecutor(1) as pool, durable_file(run_dir / MANIFEST) as file:
+        appended = pool.submit(digests.append, run_dir, recorded)
         file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        appended.result()
 
 
 @contextmanager

@@ -147,7 +147,10 @@ def check_part(path: Path, table: Table, rows: int | None = None, known: Sequenc
         # Arrow reads the footer from the end of what it is given.
         with pq.ParquetFile(pa.BufferReader(end.data)) as file:
             schema, found_rows = file.schema_arrow, file.metadata.num_rows
-    version = _check_schema(path, schema, table)
+    try:
+        version = _check_schema(path, schema, table)
+    except InputError as error:
+        raise InputError(f"{error}; {remedy(path)}") from None
     if rows is not None and found_rows != rows:
         raise _damage(path, f"holds {found_rows} rows, run.json says {rows}")
     if known and not any(digest.agrees_with(end) for digest in known):
@@ -195,15 +198,16 @@ def read_part(path: Path, columns: list[str] | None = None, filters: Any = None)
 def _check_schema(path: Path, schema: pa.Schema, table: Table) -> int:
     stored = (schema.metadata or {}).get(VERSION_KEY)
     if stored is None:
-        raise _damage(path, f"no schema version in its metadata ({VERSION_KEY.decode()})")
+        raise InputError(f"{path}: no schema version in its metadata ({VERSION_KEY.decode()})")
     version = check_version(f"{path}: schema version", stored.decode(errors="replace"))
+    names = schema.names
     for column in table.columns:
         if column.since > version:
             continue
-        if column.name not in schema.names:
-            found = ", ".join(schema.names)
+        if column.name not in names:
+            found = ", ".join(names)
             raise InputError(f"{path}: column {column.name} ({column.type}) is missing; found {found}")
-        if schema.names.count(column.name) > 1:
+        if names.count(column.name) > 1:
             raise InputError(f"{path}: column {column.name} appears more than once")
         stored = schema.field(column.name).type
         if _kind(stored) != _kind(column.type):

@@ -213,7 +213,7 @@ class _Verifier:
             elif table in TABLES:
                 self._report("missing", name, f"{path}: missing; {remedy(path)}")
             elif (self.run_dir / table / name.split("/")[1]).exists():
-                self._report("missing", name, f"{path}: missing; {CHECKPOINT_REMEDY}")
+                self._report("missing", name, f"{path}: missing, although {CHECKSUMS} lists it; {CHECKPOINT_REMEDY}")
         for table, count in removed.items():
             self._report(
                 "removed", table, f"{self.run_dir / table}: {count} files were removed; other tables are complete"

@@ -76,7 +76,7 @@ class Reference:
         for table in TABLES:
             found, expected = _read(runs, table), self._until(table, durable)
             # What belongs to no step is durable with the first that is.
-            if not (_equal(found, expected) or (durable == 0 and found.is_empty())):
+            if not (equal(found, expected) or (durable == 0 and found.is_empty())):
                 yield f"{table}: {len(found)} rows that are not the {len(expected)} up to step {durable}"
 
     def final_defects(self, run_dir: Path) -> Iterator[str]:
@@ -106,7 +106,7 @@ def _read(runs: entrace.Runs, table: str) -> pl.DataFrame:
     return runs.sql(f"select * from {table}").drop(SECONDS, strict=False)
 
 
-def _equal(one: pl.DataFrame, other: pl.DataFrame) -> bool:
+def equal(one: pl.DataFrame, other: pl.DataFrame) -> bool:
     """Return True if two frames hold the same values in the same order, floats to the bit."""
     floats = [name for name, kind in one.schema.items() if kind.is_float()]
     return one.equals(other) and all(

@@ -1,0 +1,253 @@
+"""Damage one file of a small trained run at a time, and check whether readers notice.
+
+Usage: python -m tests.chaos.flips [--trials 1200] [--seed 0] [--trace DIR] [--out FILE]
+
+Five of six trials flip one bit, and one of six zeroes a block of 4 KiB. Every second trial draws any file with equal
+probability, the others a Parquet file in proportion to its size. The run is then opened with and without verification,
+and all its tables are read by SQL. An outcome is ``detected`` (an error, or a note on the run), ``harmless`` (all
+answers are those of the intact run), ``unread`` (a checkpoint, which no table reads), or ``silent`` (another answer).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+import entrace
+from entrace.analysis.terminal.progress import Progress
+from entrace.analysis.trace import TABLES, InputError
+from entrace.analysis.trace.digests import DIGESTS, END_BYTES
+from entrace.analysis.trace.verify import CHECKPOINTS, CHECKSUMS, list_files, verify_run
+
+from .verify import equal
+
+BLOCK_BYTES = 4096
+BLOCK_EVERY = 6
+DETECTED, HARMLESS, UNREAD, SILENT = "detected", "harmless", "unread", "silent"
+# Opening reads all of a file of up to END_BYTES, and only the footer of a larger one.
+PAGES, FOOTER, SMALL, OTHER = "pages of a large file", "footer of a large file", "small Parquet file", "other file"
+CONFIG = [
+    "steps=6",
+    "task.num_heldout=8",
+    "eval.samples=2",
+    "eval.every=3",
+    "record.flush_every=3",
+    "record.checkpoint_every=3",
+    "record.after_update_every=3",
+]
+INTERVENTION_TOKENS = 20_000
+
+
+class Damage(NamedTuple):
+    """A change of one file: ``offset`` of the block, or of the byte whose ``bit`` is flipped."""
+
+    file: str
+    offset: int
+    bit: int | None
+
+    @classmethod
+    def draw(cls, trace: Path, index: int, seed: int) -> Damage:
+        """Draw the damage of a trial; a block of zeros is none, and is drawn again."""
+        rng = np.random.default_rng([seed, index])
+        names = list_files(trace)
+        sizes = np.array([(trace / name).stat().st_size * name.endswith(".parquet") for name in names], float)
+        weights = sizes / sizes.sum() if index % 2 else None
+        while True:
+            name = names[rng.choice(len(names), p=weights)]
+            offset = int(rng.integers((trace / name).stat().st_size))
+            if index % BLOCK_EVERY < BLOCK_EVERY - 1:
+                return cls(name, offset, int(rng.integers(8)))
+            damage = cls(name, offset // BLOCK_BYTES * BLOCK_BYTES, None)
+            data = (trace / name).read_bytes()
+            if damage.apply_to(data) != data:
+                return damage
+
+    def apply_to(self, data: bytes) -> bytes:
+        """Return the damaged content of the file."""
+        if self.bit is None:
+            zeros = bytes(min(BLOCK_BYTES, len(data) - self.offset))
+            return data[: self.offset] + zeros + data[self.offset + len(zeros) :]
+        changed = bytearray(data)
+        changed[self.offset] ^= 1 << self.bit
+        return bytes(changed)
+
+    def place(self, data: bytes) -> str:
+        """Return which part of the file is damaged, given its intact content."""
+        if not self.file.endswith(".parquet"):
+            return OTHER
+        if len(data) <= END_BYTES:
+            return SMALL
+        footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+        end = self.offset + (BLOCK_BYTES if self.bit is None else 1)
+        return FOOTER if end > footer else PAGES
+
+
+class Answers(NamedTuple):
+    """Everything that readers can learn from a run: its manifest, and the rows and summaries of its tables."""
+
+    manifest: dict[str, Any]
+    frames: list[pl.DataFrame]
+
+    @classmethod
+    def of(cls, runs: entrace.Runs) -> Answers:
+        """Ask for all of it."""
+        [manifest] = ({**values, "path": None} for values in runs.manifests.values())
+        frames = []
+        for table in TABLES.values():
+            plain = [column.name for column in table.columns if not pa.types.is_list(column.type)]
+            # DuckDB answers these from the statistics in the footers, where it can.
+            bounds = ", ".join(f"min({name}), max({name})" for name in plain)
+            frames += [
+                runs.sql(f"select * from {table.name}"),
+                runs.sql(f"select count(*), {bounds} from {table.name}"),
+            ]
+        return cls(manifest, frames)
+
+    def are_those_of(self, other: Answers) -> bool:
+        """Return whether both runs answer alike, floats to the bit."""
+        return self.manifest == other.manifest and all(map(equal, self.frames, other.frames))
+
+
+def make_trace(folder: Path, overrides: Sequence[str] = ()) -> Path:
+    """Train a small run with checkpoints and interventions in ``folder``, and return its path."""
+    from entrace.trainer.config import load_config
+    from entrace.trainer.interventions.intervene import Settings, intervene, resolve_checkpoint
+    from entrace.trainer.train import train
+
+    run_dir = folder / "run"
+    train(load_config("tiny", [*CONFIG, *overrides]), run_dir, {"study": "flips", "arm": "none"})
+    intervene(run_dir, Settings(resolve_checkpoint(run_dir, None), continuations=2), INTERVENTION_TOKENS)
+    return run_dir
+
+
+@cache
+def answers_of(trace: Path) -> Answers:
+    """Return the answers of the intact run."""
+    if faults := verify_run(trace).faults:
+        raise AssertionError(f"the intact run: {'; '.join(map(str, faults))}")
+    return Answers.of(entrace.open_runs(trace))
+
+
+def run_trial(trace: Path, index: int, seed: int) -> dict[str, Any]:
+    """Damage a copy of ``trace`` once, and read it with and without verification.
+
+    Args:
+        trace: An intact run, which is left as it is.
+        index: Number of the trial; with ``seed``, it determines the damage.
+        seed: Seed of all trials.
+
+    Returns:
+        The damage, ``default`` and ``verified`` outcomes, the messages, and ``is_named``: whether every message names
+        the damaged file, or the file with its digest or checksum.
+    """
+    damage = Damage.draw(trace, index, seed)
+    intact = (trace / damage.file).read_bytes()
+    with tempfile.TemporaryDirectory(dir=trace.parent) as folder:
+        # Links cost nothing; the damaged file is the only copy.
+        run_dir = Path(shutil.copytree(trace, Path(folder, trace.name), copy_function=os.link))
+        path = run_dir / damage.file
+        path.unlink()
+        path.write_bytes(damage.apply_to(intact))
+        outcomes = {name: _read(trace, run_dir, damage, verify=name == "verified") for name in ("default", "verified")}
+    messages = {name: message for name, (_, message) in outcomes.items() if message}
+    return {
+        "index": index,
+        "seed": seed,
+        **damage._asdict(),
+        "place": damage.place(intact),
+        **{name: outcome for name, (outcome, _) in outcomes.items()},
+        "messages": messages,
+        "is_named": all(str(path) in m or DIGESTS in m or CHECKSUMS in m for m in messages.values()),
+    }
+
+
+def _read(trace: Path, run_dir: Path, damage: Damage, verify: bool) -> tuple[str, str | None]:
+    """Return the outcome, and the error or note."""
+    path = run_dir / damage.file
+    try:
+        runs = entrace.open_runs(run_dir, verify=verify)
+        answers = Answers.of(runs)
+    except InputError as error:
+        return DETECTED, str(error)
+    notes = "; ".join(runs.notes.values())
+    if DIGESTS in notes:
+        return DETECTED, notes
+    if not answers.are_those_of(answers_of(trace)):
+        return SILENT, None
+    if not damage.file.startswith(CHECKPOINTS):
+        return HARMLESS, None
+    if not verify:
+        return UNREAD, None
+    # White space between the checksums may differ.
+    is_equal = path.name == CHECKSUMS and json.loads(path.read_text()) == json.loads((trace / damage.file).read_text())
+    return (HARMLESS if is_equal else SILENT), None
+
+
+def tally(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Count outcomes by kind of damage and place, and list what must not happen."""
+    counts: dict[str, Counter[str]] = {}
+    for trial in trials:
+        kind = "flips" if trial["bit"] is not None else "blocks"
+        for mode in ("default", "verified"):
+            counts.setdefault(f"{kind} in {trial['place']}, {mode}", Counter())[trial[mode]] += 1
+    return {
+        "trials": len(trials),
+        "flips": sum(trial["bit"] is not None for trial in trials),
+        "blocks": sum(trial["bit"] is None for trial in trials),
+        "outcomes": {key: dict(count) for key, count in sorted(counts.items())},
+        "failures": [trial for trial in trials if is_failure(trial)],
+    }
+
+
+def is_failure(trial: dict[str, Any]) -> bool:
+    """Return whether damage was silent that had to be detected, or an error does not name the file."""
+    is_avoidable = trial["default"] == SILENT and trial["place"] != PAGES
+    return trial["verified"] == SILENT or is_avoidable or not trial["is_named"]
+
+
+def render(result: dict[str, Any]) -> str:
+    """Return the tally as a table."""
+    head = (DETECTED, HARMLESS, UNREAD, SILENT)
+    lines = [f"{'':<48}" + "".join(f"{name:>10}" for name in head)]
+    for key, count in result["outcomes"].items():
+        lines.append(f"{key:<48}" + "".join(f"{count.get(name, 0):>10}" for name in head))
+    return "\n".join([*lines, *(f"FAILURE {json.dumps(trial)}" for trial in result["failures"])])
+
+
+def main() -> None:
+    """Run the trials, print the tally, and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=1200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trace", type=Path, help="intact run to damage copies of (default: train one)")
+    parser.add_argument("--out", type=Path, help="JSON file of the tally")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="entrace-flips-") as folder:
+        trace = options.trace.resolve() if options.trace else make_trace(Path(folder))
+        trials = []
+        with Progress("flips", options.trials) as progress:
+            for index in range(options.trials):
+                trials.append(run_trial(trace, index, options.seed))
+                progress.update(index + 1)
+    result = {"seed": options.seed, **tally(trials)}
+    print(render(result))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    sys.exit(1 if result["failures"] else 0)
+
+
+if __name__ == "__main__":
+    main()
