@@ -1,6 +1,10 @@
 import json
+import os
+import subprocess
 import sys
 import time
+import types
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -10,6 +14,7 @@ import pytest
 from entrace.analysis.trace import InputError, read_manifest, write_manifest
 from entrace.analysis.trace.manifest import count_cores
 from entrace.trainer.ablation.grid import load_grid
+from entrace.trainer.ablation.launch.job import Job, describe_exit, execute, settle
 from entrace.trainer.ablation.launch.local import LocalLauncher
 from entrace.trainer.ablation.runner import run_grid
 from entrace.trainer.train import train
@@ -141,9 +146,93 @@ def test_a_run_whose_process_dies_without_a_word_has_failed(grid, tmp_path):
     specs = load_grid(str(grid), [*SMALL, "steps=20"])[:1]
     out, seen = tmp_path / "study", KillsItsRun()
     failed = run_grid(specs, out, one_thread_each(), train, listener=seen)
-    assert failed == seen.ended == {"none-seed0": "the process was killed"}
+    reason = "the process was killed by signal 9 (SIGKILL), often for lack of memory"
+    assert failed == seen.ended == {"none-seed0": reason}
     assert read_manifest(out / "none-seed0")["status"] == "failed"
     assert 1 <= read_manifest(out / "none-seed0")["last_durable_step"] < 20
+
+
+def print_and_exit(config, run_dir, labels, **_):
+    """Stands for a library that ends the process."""
+    for number in range(9):
+        print("line", number)
+    os.write(2, b"terminate called\nbad_alloc")
+    os._exit(3)
+
+
+def test_a_run_that_ends_without_an_error_says_how_and_what_it_printed_last(grid, tmp_path, capsys):
+    specs = load_grid(str(grid), SMALL)[:1]
+    failed = run_grid(specs, tmp_path / "study", one_thread_each(), print_and_exit)
+    last = "line 8 | terminate called | bad_alloc"
+    assert failed == {"none-seed0": f"the process ended with exit code 3; its last output: {last}"}
+    printed = [f"none-seed0: line {number}" for number in range(9)]
+    assert capsys.readouterr().err.splitlines() == [*printed, "none-seed0: terminate called", "none-seed0: bad_alloc"]
+
+
+def test_a_module_that_the_worker_cannot_import_is_named(grid, tmp_path):
+    module = types.ModuleType("only_in_this_process")
+    exec("def train(*arguments, **options): pass", vars(module))
+    sys.modules[module.__name__] = module
+    try:
+        specs = load_grid(str(grid), SMALL)[:1]
+        failed = run_grid(specs, tmp_path / "study", one_thread_each(), module.train)
+    finally:
+        del sys.modules[module.__name__]
+    assert failed["none-seed0"].startswith("the process ended with exit code 1; its last output: ")
+    assert failed["none-seed0"].endswith("| ModuleNotFoundError: No module named 'only_in_this_process'")
+
+
+BROKEN_IN_WORKERS = """
+import sys
+from pathlib import Path
+if "forkserver" in " ".join(sys.orig_argv):
+    raise ImportError("libcudart.so.12: cannot open shared object")
+path = sys.path[:]
+sys.path.remove(str(Path(__file__).parents[1]))
+del sys.modules["torch"]
+import torch
+sys.path[:] = path
+"""
+
+
+def test_an_import_that_fails_in_the_worker_is_reported(grid, tmp_path):
+    (tmp_path / "path" / "torch").mkdir(parents=True)
+    (tmp_path / "path" / "torch" / "__init__.py").write_text(BROKEN_IN_WORKERS)
+    path = os.pathsep.join([str(tmp_path / "path"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "entrace", "ablate", str(grid), *SMALL, "--out", str(tmp_path / "study")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    error = read_manifest(tmp_path / "study" / "none-seed0")["error"]
+    assert error.startswith("the process ended with exit code 1; its last output: ")
+    assert error.endswith("| ImportError: libcudart.so.12: cannot open shared object")
+    assert f"entrace: none-seed0 failed: {error}\n" in done.stderr
+
+
+def test_an_error_before_training_is_reported_as_itself(grid, tmp_path, monkeypatch):
+    """If the failure cannot be recorded either, the process ends with it."""
+    spec = load_grid(str(grid), SMALL)[0]
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: (_ for _ in ()).throw(RuntimeError("no threads")))
+    job = Job(spec.config, tmp_path / "study" / spec.run_id, spec.labels(tmp_path / "study"), train)
+    execute(job, 1, lambda done, **metrics: None)
+    assert settle(job, "unknown") == "RuntimeError: no threads"
+    (tmp_path / "file").touch()
+    with pytest.raises(RuntimeError, match="no threads"):
+        execute(replace(job, run_dir=tmp_path / "file" / "run"), 1, lambda done, **metrics: None)
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (-9, "the process was killed by signal 9 (SIGKILL), often for lack of memory"),
+        (-11, "the process was killed by signal 11 (SIGSEGV)"),
+        (-64, "the process was killed by signal 64 (SIGRTMAX)"),
+        (1, "the process ended with exit code 1"),
+        (143, "the process ended with exit code 143 (SIGTERM)"),
+        (255, "the process ended with exit code 255"),
+    ],
+)
+def test_an_exit_code_is_described(code, text):
+    assert describe_exit(code) == text
 
 
 def test_a_grid_may_grow_but_not_change(grid, tmp_path):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
-from multiprocessing.connection import Connection, wait
-from typing import Any, NoReturn
+from multiprocessing.connection import wait
+from typing import Any
 
 from entrace.analysis.trace.manifest import count_cores
-from entrace.trainer.ablation.launch.job import Job, ProgressListener, execute, settle
+from entrace.trainer.ablation.launch.job import Job, Output, ProgressListener, describe_exit, settle
+from entrace.trainer.ablation.launch.worker import run
 
 GRACE_S = 10.0
 
@@ -36,29 +37,32 @@ class LocalLauncher:
         threads = max(1, count_cores() // self.slots)
         waiting = list(jobs)
         # One pipe per process: a process killed while writing to a shared queue would block the others.
-        running: dict[Any, tuple[Job, Any]] = {}
+        running: dict[Any, tuple[Job, Any, Output]] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < self.slots:
                     job = waiting.pop(0)
+                    output = Output(job)
                     ours, theirs = context.Pipe(duplex=False)
-                    process = context.Process(target=_run, args=(job, threads, theirs), daemon=True)
+                    arguments = (pickle.dumps(job), job.log, threads, theirs)
+                    process = context.Process(target=run, args=arguments, daemon=True)
                     process.start()
                     theirs.close()
-                    running[ours] = job, process
+                    running[ours] = job, process, output
                 ready: list[Any] = wait(list(running))
                 for pipe in ready:
-                    job, process = running[pipe]
+                    job, process, output = running[pipe]
+                    output.show()
                     try:
                         done, metrics = pipe.recv()
                     except (EOFError, OSError):
                         process.join()
                         del running[pipe]
-                        listener.end(job.run_id, settle(job))
+                        listener.end(job.run_id, settle(job, describe_exit(process.exitcode) + output.quote()))
                     else:
                         listener.update(job.run_id, done, **metrics)
         finally:
-            _stop([process for _, process in running.values()])
+            _stop([process for _, process, _ in running.values()])
 
 
 def _start_server() -> Any:
@@ -87,22 +91,3 @@ def _stop(processes: Sequence[Any]) -> None:
         if process.is_alive():
             process.kill()
             process.join()
-
-
-def _run(job: Job, threads: int, pipe: Connection[Any, Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _interrupt)
-
-    def report(done: int, **metrics: float) -> None:
-        try:
-            pipe.send((done, metrics))
-        except OSError:
-            # The launcher may have been killed; its runs must not continue without it.
-            raise KeyboardInterrupt from None
-
-    with suppress(KeyboardInterrupt):
-        execute(job, threads, report)
-
-
-def _interrupt(*_: Any) -> NoReturn:
-    raise KeyboardInterrupt

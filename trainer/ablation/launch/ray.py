@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from entrace.analysis.trace import InputError, in_one_line
 from entrace.analysis.trace.errors import with_kind
-from entrace.trainer.ablation.launch.job import KILLED, Job, ProgressListener, execute, settle
+from entrace.trainer.ablation.launch.job import Job, Output, ProgressListener, execute, settle
+from entrace.trainer.ablation.launch.worker import output_to
 
 CONNECT_S = 5.0
 PROBE_S = 15.0
@@ -58,12 +62,16 @@ class RayLauncher:
         import ray
 
         if not ray.is_initialized():
+            on_sigterm = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(address=self.address, logging_level=logging.ERROR, log_to_driver=False)
             except Exception as error:
                 where = f"--address {address}" if address else "ray"
                 raise InputError(f"{where}: no Ray cluster answers ({in_one_line(error)})") from None
             self._is_ours = True
+            # Ray's own handler would end this process before its runs are stopped.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         has_gpus = any(node.get("GPU", 0) for node in nodes)
         self.gpus = float(has_gpus) if self._gpus_wanted is None else self._gpus_wanted
@@ -91,15 +99,20 @@ class RayLauncher:
         task: Any = ray.remote(_run).options(
             num_cpus=self.cpus, num_gpus=self.gpus, max_retries=MAX_RETRIES, retry_exceptions=False
         )
-        running = {task.remote(pickle.dumps(job), self.cpus, os.getcwd(), mailbox): job for job in jobs}
+        outputs = {job.run_id: Output(job) for job in jobs}
+        running = {
+            task.remote(pickle.dumps(job), job.run_id, job.log, self.cpus, os.getcwd(), mailbox): job for job in jobs
+        }
         try:
             while running:
                 ended, _ = ray.wait(list(running), timeout=POLL_S)
                 for run_id, done, metrics in ray.get(mailbox.collect.remote()):
                     listener.update(run_id, done, **metrics)
+                for job in running.values():
+                    outputs[job.run_id].show()
                 for ref in ended:
                     job = running.pop(ref)
-                    listener.end(job.run_id, settle(job, _death(ref)))
+                    listener.end(job.run_id, settle(job, _death(ref) + outputs[job.run_id].quote()))
         finally:
             for ref in running:
                 ray.cancel(ref)
@@ -125,21 +138,21 @@ class Mailbox:
         return reports
 
 
-def _run(pickled: bytes, threads: int, cwd: str, mailbox: Any) -> None:
+def _run(pickled: bytes, run_id: str, log: Path, threads: int, cwd: str, mailbox: Any) -> None:
     # Relative paths and modules of the config refer to the folder in which the grid was started, and unpickling the
     # config imports those modules. Ray starts its workers in another folder.
     with suppress(OSError):
         os.chdir(cwd)
-    job: Job = pickle.loads(pickled)
 
     def report(done: int, **metrics: float) -> None:
-        mailbox.put.remote(job.run_id, done, metrics)
+        mailbox.put.remote(run_id, done, metrics)
 
-    execute(job, threads, report)
+    with output_to(log):
+        execute(pickle.loads(pickled), threads, report)
 
 
 def _death(ref: Any) -> str:
-    """Return why a task ended before it could record an error."""
+    """Return why a task ended before it could record an error, as far as Ray knows."""
     import ray
     from ray.exceptions import RayTaskError
 
@@ -148,8 +161,8 @@ def _death(ref: Any) -> str:
     except RayTaskError as error:
         return with_kind(error.cause)
     except Exception as error:
-        return f"{KILLED} ({with_kind(error)})"
-    return KILLED
+        return with_kind(error)
+    return "the task ended before the run was complete"
 
 
 def _check_reachable(address: str) -> None:
