@@ -1,18 +1,22 @@
 """Define the commands that read traces, and translate errors into exit codes.
 
-Exit codes: 0 success, 1 failure, 2 bad input, 130 stopped with Ctrl-C.
+Exit codes: 0 success, 1 failure, 2 bad input, 130 stopped with Ctrl-C, 143 stopped with SIGTERM.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from io import TextIOWrapper
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -351,24 +355,83 @@ def run(command: typer.Typer) -> None:
         # Some terminals cannot encode every character.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = command(sys.argv[1:] or ["--help"], standalone_mode=False)
-        sys.stdout.flush()
+        with _hear_signals():
+            status = _invoke(command)
+            sys.stdout.flush()
         sys.exit(status if isinstance(status, int) else 0)
     except BrokenPipeError:
-        # The reader closed the pipe. Python would raise the error again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader closed the pipe.
+        _discard_output()
         sys.exit(0)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped", 130)
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        how = getattr(stop, "__notes__", ["run the same command again"])[-1]
+        _fail(f"stopped; {how}", getattr(stop, "exit_code", 130))
     except Exception as error:
         _fail(*_describe(error))
 
 
+def _invoke(command: typer.Typer) -> Any:
+    # Calling the command itself would turn Ctrl-C into an exit code and lose its notes.
+    try:
+        group = typer.main.get_command(command)
+        with group.make_context("entrace", sys.argv[1:] or ["--help"]) as context:
+            return group.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends a command as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        """Store the exit code by which shells know the signal."""
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def _hear_signals() -> Iterator[None]:
+    """Raise ``Stopped`` on SIGTERM, and when the terminal closes, unless these signals are already handled."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = ("SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    heard = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in heard:
+        signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _stop(number: int, _: Any) -> NoReturn:
+    raise Stopped(number)
+
+
+@contextmanager
+def stoppable(how: str) -> Iterator[None]:
+    """Say how to continue if Ctrl-C or SIGTERM ends the command; the outermost block wins.
+
+    Args:
+        how: What the same command does when it is called again.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(f"the same command {how}")
+        raise
+
+
 def _describe(error: Exception) -> tuple[str, int]:
-    from entrace.analysis.trace.errors import InputError
+    from entrace.analysis.trace.errors import InputError, describe_fault
 
     if isinstance(error, InputError):
         return str(error), 2
+    if fault := describe_fault(error):
+        return fault, 1
     # Only usage errors of typer have this method. Their class differs between versions of typer.
     if describe := getattr(error, "format_message", None):
         return f"{describe().rstrip('.')}; see --help", 2
@@ -378,7 +441,16 @@ def _describe(error: Exception) -> tuple[str, int]:
 
 def _fail(message: str, status: int) -> None:
     say(f"entrace: {' '.join(message.split())}", err=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_output()
     sys.exit(status)
+
+
+def _discard_output() -> None:
+    # Python would raise the error again when it flushes stdout at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(line: str, err: bool = False) -> None:

@@ -19,6 +19,7 @@ from entrace.analysis.terminal.export import to_json, to_report_csv
 from entrace.analysis.trace.errors import InputError
 from entrace.analysis.trace.manifest import flatten
 from entrace.analysis.trace.plain import plain
+from entrace.analysis.trace.staging import is_interrupted, staged
 
 if TYPE_CHECKING:
     import polars as pl
@@ -64,9 +65,15 @@ def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None
         InputError: ``out`` holds something other than a report.
     """
     out = Path(out)
-    _check_target(out)
-    out.mkdir(parents=True, exist_ok=True)
-    on_step = on_step or (lambda done, name: None)
+    check_target(out)
+    stems = figures.stems(runs)
+    replaces = [f"{stem}.{form}" for stem in stems for form in STAMPS] + list(COMPARED.values())
+    with staged(out, last=PAGE, replaces=replaces) as folder:
+        _write_parts(runs, stems, folder, on_step or (lambda done, name: None))
+    return out / PAGE
+
+
+def _write_parts(runs: Runs, stems: list[str], out: Path, on_step: Callable[[int, str], None]) -> None:
     verdicts = claims.judge(runs)
     scorecard = {"overall": claims.overall(verdicts), "verdicts": [verdict.to_dict() for verdict in verdicts]}
     (out / CLAIMS).write_text(to_json(scorecard) + "\n", encoding="utf-8")
@@ -74,7 +81,7 @@ def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None
     comparison = _write_comparison(runs, out)
     on_step(2, COMPARED["differences"])
     sections = []
-    for done, stem in enumerate(figures.stems(runs), start=3):
+    for done, stem in enumerate(stems, start=3):
         sections.append(_write_section(runs, stem, out, scorecard))
         on_step(done, stem)
     page = _render(
@@ -89,8 +96,7 @@ def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None
         sections=sections,
     )
     (out / PAGE).write_text(page, encoding="utf-8")
-    on_step(num_parts(runs), PAGE)
-    return out / PAGE
+    on_step(len(stems) + 3, PAGE)
 
 
 def num_parts(runs: Runs) -> int:
@@ -98,10 +104,17 @@ def num_parts(runs: Runs) -> int:
     return len(figures.stems(runs)) + 3
 
 
-def _check_target(out: Path) -> None:
+def check_target(out: Path) -> None:
+    """Refuse a target that holds something other than a report, or an unfinished one.
+
+    Raises:
+        InputError: ``out`` is a file, or a folder with other files.
+    """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; --out must name a folder")
     page = out / PAGE
+    if is_interrupted(out):
+        return
     if out.exists() and any(out.iterdir()) and not (page.is_file() and MARK.encode() in page.read_bytes()):
         raise InputError(f"{out}: holds files other than a report; choose a new or an empty folder")
 
@@ -111,8 +124,6 @@ def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) 
     frame = figures.query(runs, stem)
     (out / f"{stem}.csv").write_text(to_report_csv(frame), encoding="utf-8")
     image = None
-    for form in STAMPS:
-        (out / f"{stem}.{form}").unlink(missing_ok=True)
     if figures.is_drawable(frame):
         for form, data in _draw(runs, stem, frame).items():
             (out / f"{stem}.{form}").write_bytes(data)
@@ -171,7 +182,6 @@ def _write_comparison(runs: Runs, out: Path) -> dict[str, Any] | None:
     """Write the CSV files of the comparison and return its rows; None without a baseline or another arm."""
     comparison = compare_once(runs)
     for frame, name in COMPARED.items():
-        (out / name).unlink(missing_ok=True)
         if comparison is not None:
             (out / name).write_text(to_report_csv(getattr(comparison, frame)), encoding="utf-8")
     if comparison is None:

@@ -23,7 +23,7 @@ from entrace.analysis.sandbox.statements import one_line, parameter_names
 from entrace.analysis.sandbox.worker import Query
 from entrace.analysis.terminal.interrupt import interruptible
 from entrace.analysis.trace import digests
-from entrace.analysis.trace.errors import InputError, in_one_line, nearest, reason_of
+from entrace.analysis.trace.errors import TEMPORARY, InputError, fault_of, in_one_line, nearest, reason_of
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
 from entrace.analysis.trace.parts import check_parts, check_whole, listed_files, read_part
 from entrace.analysis.trace.plain import well_formed
@@ -116,9 +116,9 @@ class Runs:
         self._kept: dict[tuple[str, ...], pl.DataFrame] = {}
         self._finite: set[str] = set()
         self._files = files
-        spill = Path(tempfile.gettempdir(), f"entrace-{uuid.uuid4().hex}")
-        self._con = connect(manifests, files, BUFFERS, spill)
-        weakref.finalize(self._con, shutil.rmtree, spill, ignore_errors=True)
+        self._spill = Path(tempfile.gettempdir(), f"{TEMPORARY}{uuid.uuid4().hex}")
+        self._con = connect(manifests, files, BUFFERS, self._spill)
+        weakref.finalize(self._con, shutil.rmtree, self._spill, ignore_errors=True)
         self._idle: QueryProcess | None = None
 
     def __repr__(self) -> str:
@@ -422,8 +422,8 @@ class Runs:
         try:
             for part in process.ask(query, limits, on_progress, reader):
                 yield pl.DataFrame(part)
-        except ReadError:
-            self._check_files(query.text)
+        except ReadError as error:
+            self._explain(Exception(str(error)), query.text)
             raise
         except pl.exceptions.PolarsError as error:
             raise _unsupported(error) from None
@@ -442,22 +442,27 @@ class Runs:
         except duckdb.Error as error:
             # The parser and the binder reject a query before it reads a file.
             if not isinstance(error, duckdb.ParserException | duckdb.BinderException | duckdb.CatalogException):
-                self._check_files(text)
+                self._explain(error, text)
             raise InputError(one_line(error)) from None
         except pl.exceptions.PolarsError as error:
             raise _unsupported(error) from None
         finally:
             self._con.execute("rollback")
 
-    def _check_files(self, text: str) -> None:
-        """Check every byte of the files that a failed query read: DuckDB does not name a damaged file.
+    def _explain(self, error: Exception, text: str) -> None:
+        """Raise what is behind the error of a failed query, if its files or the disk are: DuckDB names neither.
 
         Raises:
-            InputError: a file is damaged, or was deleted.
+            InputError: a file that the query reads is damaged, or was deleted.
+            OSError: the disk is full, or the like.
         """
+        files = [path for paths in self._files.values() for path in paths]
         # A resumed run deletes the rows that it recorded after its checkpoint.
-        if gone := next((path for paths in self._files.values() for path in paths if not Path(path).exists()), None):
+        if gone := next((path for path in files if not Path(path).exists()), None):
             raise InputError(f"{gone}: deleted since the run was opened; open the run again") from None
+        if fault := fault_of(error):
+            place = next((path for path in files if path in str(error)), str(self._spill))
+            raise OSError(fault.errno, fault.strerror, place) from None
         for name in queries.tables_in(text):
             for path in map(Path, self._files[name]):
                 check_whole(path, TABLES[name], known=digests.read(path.parents[1]).of(f"{name}/{path.name}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import traceback
 from collections.abc import Iterator
@@ -12,13 +11,10 @@ from pathlib import Path
 import torch
 
 from entrace.analysis.trace import MANIFEST, InputError, flatten, read_manifest
+from entrace.analysis.trace.errors import REMEDIES, fault_of
 from entrace.trainer.parallel.ranks import LostProcessError
 from entrace.trainer.settings import BaseConfig
 
-REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
-}
 # Messages of CPU allocators, which raise a plain RuntimeError.
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
 
@@ -28,7 +24,7 @@ class TrainingError(RuntimeError):
 
 
 def explain_fault(error: Exception, run_dir: Path) -> Exception:
-    """Return a ``TrainingError`` for a full or read-only disk or a lost process, else ``error`` itself.
+    """Return a ``TrainingError`` for a fault of the disk that holds the run or a lost process, else ``error`` itself.
 
     The message gives the last recorded step, which is read from the folder. Nothing is written.
 
@@ -36,16 +32,16 @@ def explain_fault(error: Exception, run_dir: Path) -> Exception:
         error: The error that ended the run.
         run_dir: Folder of the run, which need not exist.
     """
-    code = next((code for code in REMEDIES if _is_fault(error, code)), None)
-    named = getattr(error, "filename", None)
     recorded = f"recorded up to step {_last_durable_step(run_dir)}"
     if isinstance(error, LostProcessError):
         return TrainingError(f"{run_dir}: {error}; {recorded}: resume with --resume")
-    if code is None or (named and not Path(os.fsdecode(named)).is_relative_to(run_dir)):
+    fault = fault_of(error)
+    if fault is None or fault.errno not in REMEDIES:
         return error
-    return TrainingError(
-        f"{run_dir}: {os.strerror(code).lower()}; {recorded}: {REMEDIES[code]} and resume with --resume"
-    )
+    if fault.filename and not Path(os.fsdecode(fault.filename)).is_relative_to(run_dir):
+        return error
+    reason = os.strerror(fault.errno).lower()
+    return TrainingError(f"{run_dir}: {reason}; {recorded}: {REMEDIES[fault.errno]} and resume with --resume")
 
 
 @contextmanager
@@ -81,12 +77,6 @@ def memory_advice(config: BaseConfig, activity: str, *keys: str) -> Iterator[Non
         settings = flatten(config.model_dump(mode="json"))
         advice = " or ".join(f"{key} ({settings[key]} now)" for key in keys)
         raise TrainingError(f"out of memory while {activity}; lower {advice}") from error
-
-
-def _is_fault(error: Exception, code: int) -> bool:
-    # Writers in Rust and C++ raise their own errors, which only mention the system's in their text.
-    text = str(error)
-    return getattr(error, "errno", None) == code or os.strerror(code) in text or f"(os error {code})" in text
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -164,7 +164,7 @@ def _select_version(table: Table, version: int, files: list[str]) -> str:
     """Return a SELECT of all columns of ``table`` from files of one schema version."""
     paths = ", ".join(_quote(_pattern(path)) for path in files)
     stored = ", ".join(column.name for column in table.columns if column.since <= version)
-    source = f"(select {stored} from read_parquet([{paths}]))"
+    source = f"(select {stored} from read_parquet([{paths}], hive_partitioning = false))"
     if version < SCHEMA_VERSION and table.name in DERIVED:
         name, derived = DERIVED[table.name]
         source, stored = derived.format(source=source), f"{stored}, {name}"

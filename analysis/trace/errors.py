@@ -1,9 +1,18 @@
-"""Define the exception for bad input, and turn other errors into one readable line."""
+"""Define the exception for bad input, and turn other errors into one readable line.
+
+An error of the operating system, such as a full disk, gets a remedy. Libraries in Rust and C++ raise errors of their
+own, which only quote that of the system; ``fault_of`` finds it.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from entrace.analysis.trace.plain import plain
 
@@ -11,6 +20,26 @@ from entrace.analysis.trace.plain import plain
 MAX_JOINED = 500
 # Most valid names that an error lists after it suggested one.
 MAX_LISTED = 20
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
+    errno.EROFS: "make it writable",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n)"),
+    errno.EFBIG: "allow larger files (ulimit -f)",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "name a path whose parents are folders",
+    errno.EISDIR: "name a file",
+    errno.EEXIST: "choose another name",
+    errno.ELOOP: "remove the link that leads to itself",
+    errno.EIO: "check the disk",
+    errno.ENOMEM: "free some memory",
+}
+# Prefix of the temporary folders that entrace creates.
+TEMPORARY = "entrace-"
+# Part of DuckDB's message that no space is left for intermediate results.
+SPILL_LIMIT = "max_temp_directory_size"
+NO_TEMPORARY = "No usable temporary directory"
+TMPDIR = "set TMPDIR to a writable folder with free space"
 
 
 class InputError(Exception):
@@ -71,12 +100,62 @@ def in_one_line(error: BaseException) -> str:
     return plain(" ".join(lines), MAX_JOINED).removesuffix(":") if lines[0].endswith(":") else lines[0]
 
 
-def reason_of(error: OSError) -> str:
-    """Return the operating system's reason for an error, such as ``no such file or directory``."""
-    return (error.strerror or in_one_line(error)).lower()
-
-
 def with_kind(error: BaseException) -> str:
     """Return ``in_one_line`` preceded by the name of the exception's class."""
     kind, said = type(error).__name__, in_one_line(error)
     return kind if said == kind else f"{kind}: {said}"
+
+
+def fault_of(error: BaseException) -> OSError | None:
+    """Return the error of the operating system that an error is or quotes; None if it is of another kind."""
+    if isinstance(error, InputError):
+        return None
+    if isinstance(error, OSError) and error.errno in errno.errorcode:
+        return error
+    text = str(error)
+    if SPILL_LIMIT in text:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    quoted = (code for code in REMEDIES if os.strerror(code) in text or f"(os error {code})" in text)
+    return next((OSError(code, os.strerror(code)) for code in quoted), None)
+
+
+def reason_of(error: OSError) -> str:
+    """Return the operating system's reason for an error and, if there is one, its remedy.
+
+    Such as ``no such file or directory``, or ``no space left on device; free some space``.
+    """
+    if NO_TEMPORARY in str(error):
+        return f"no usable temporary folder; {TMPDIR}"
+    code = error.errno or 0
+    reason = os.strerror(code).lower() if code in errno.errorcode else in_one_line(error).lower()
+    remedy = REMEDIES.get(code)
+    if remedy and _is_temporary(error.filename):
+        remedy = f"{remedy}, or {TMPDIR}"
+    return f"{reason}; {remedy}" if remedy else reason
+
+
+def describe_fault(error: BaseException) -> str | None:
+    """Return file, reason, and remedy of an error of the operating system in one line; None for other errors."""
+    if (fault := fault_of(error)) is None:
+        return None
+    # The target of a rename says more than its temporary source.
+    named = fault.filename2 or fault.filename
+    return f"{os.fsdecode(named)}: {reason_of(fault)}" if isinstance(named, str | bytes) else reason_of(fault)
+
+
+@contextmanager
+def faults_at(path: str | Path) -> Iterator[None]:
+    """Name ``path`` in errors of the operating system that name no file or a hidden one, and in those only quoted."""
+    try:
+        yield
+    except Exception as error:
+        fault = fault_of(error)
+        if fault is None or NO_TEMPORARY in str(fault):
+            raise
+        if fault.filename is not None and not Path(os.fsdecode(fault.filename)).name.startswith("."):
+            raise
+        raise OSError(fault.errno, os.strerror(fault.errno or 0), str(path)) from error
+
+
+def _is_temporary(name: object) -> bool:
+    return isinstance(name, str) and name.startswith(os.path.join(tempfile.tempdir or "", TEMPORARY))

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.digests import Digest
-from entrace.analysis.trace.errors import InputError, in_one_line, reason_of
+from entrace.analysis.trace.errors import InputError, faults_at, in_one_line, reason_of
 from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.sampling import TokenSampling
 from entrace.analysis.trace.schema import check_version
@@ -57,16 +57,17 @@ def write_manifest(run_dir: Path, manifest: dict[str, Any], new_files: Mapping[s
 def durable_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that is renamed to ``path`` once it is complete and on disk; an error leaves the old file."""
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except Exception:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with faults_at(path):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

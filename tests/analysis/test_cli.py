@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import polars as pl
@@ -13,6 +18,8 @@ import pytest
 
 from entrace.analysis.cli import NOTES_SHOWN
 from entrace.analysis.trace import TABLES, TraceWriter
+from entrace.analysis.trace.staging import PARTIAL
+from tests.analysis.conftest import write_failed
 
 
 def test_incomplete_runs_are_noted_on_stderr(command, tmp_path: Path):
@@ -125,6 +132,78 @@ def test_a_closed_pipe_is_not_an_error(tiny_path: Path):
     script = f"{sys.executable} -m entrace sql {tiny_path} '{query}' --format csv | head -1"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("range\n", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device without space")
+@pytest.mark.parametrize("arguments", [["tables", "--json"], ["sql", "RUN", "from range(9)", "--format", "csv"]])
+def test_output_that_cannot_be_written_is_one_line(tiny_path: Path, arguments: list[str]):
+    command = [sys.executable, "-m", "entrace", *(str(tiny_path) if part == "RUN" else part for part in arguments)]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "entrace: no space left on device; free some space\n")
+
+
+def test_a_missing_temporary_folder_has_a_remedy(tiny_path: Path, tmp_path: Path):
+    code = (
+        f"import tempfile; tempfile._candidate_tempdir_list = lambda: [{str(tmp_path / 'nowhere')!r}]\n"
+        "from entrace.analysis.cli import app, run; run(app)"
+    )
+    command = [sys.executable, "-c", code, "sql", str(tiny_path), "select 1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    remedy = "set TMPDIR to a writable folder with free space"
+    assert (done.returncode, done.stderr) == (1, f"entrace: no usable temporary folder; {remedy}\n")
+
+
+def obey_permissions() -> None:
+    """Give up root's right to read and write everything."""
+    drop, override, read_search = 24, 1, 2
+    for capability in (override, read_search):
+        ctypes.CDLL(None).prctl(drop, capability)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are given up as in Linux")
+def test_a_missing_permission_has_a_remedy(tiny_path: Path, tmp_path: Path):
+    run_dir = shutil.copytree(tiny_path, tmp_path / "run")
+    part = next((run_dir / "steps").iterdir())
+    part.chmod(0)
+    (tmp_path / "closed").mkdir(mode=0o555)
+
+    def say(*arguments: object) -> tuple[int, str]:
+        command = [sys.executable, "-m", "entrace", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=obey_permissions)
+        return done.returncode, done.stderr
+
+    assert say("sql", run_dir, "select 1") == (2, f"entrace: {part}: permission denied; change its permissions\n")
+    part.chmod(0o444)
+    out = tmp_path / "closed" / "out"
+    assert say("report", run_dir, "--out", out) == (1, f"entrace: {out}: permission denied; change its permissions\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM")
+def test_a_stopped_report_leaves_nothing_and_the_same_command_completes_it(command, tmp_path: Path):
+    run_dir, out = write_failed(tmp_path / "broken"), tmp_path / "out"
+    arguments = ["report", str(run_dir), "--out", str(out)]
+
+    def stop(number: int) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "entrace", *arguments], stderr=subprocess.PIPE, text=True, env=environment
+        )
+        while process.poll() is None and not (out / PARTIAL / "claims.json").exists():
+            time.sleep(0.001)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(arguments, process.returncode, stderr=err)
+
+    stopped = stop(signal.SIGTERM)
+    assert (stopped.returncode, stopped.stderr) == (143, "entrace: stopped; run the same command again\n")
+    assert not out.exists()
+    assert stop(signal.SIGKILL).returncode == -signal.SIGKILL
+    assert (out / PARTIAL).is_dir()
+    code, _, err = command(*arguments)
+    assert code == 0, err
+    assert (out / "report.html").is_file()
+    assert not (out / PARTIAL).exists()
 
 
 def test_start_up_loads_nothing_heavy_and_no_training_package():

@@ -109,7 +109,7 @@ def test_a_ledger_that_cannot_be_read(tmp_path: Path, content: str, message: str
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda path: path.mkdir(), "is a directory"),
+        (lambda path: path.mkdir(), "is a directory; name a file"),
         (lambda path: path.write_bytes(b"\xff"), "not TOML (byte 0xff at offset 0 is not UTF-8)"),
         (lambda path: path.write_text("special = 'a'"), "special is 'a', expected a list of words"),
     ],

@@ -1,5 +1,7 @@
 import os
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from entrace.trainer import cli
 from entrace.trainer.algorithm.method import RolloutView
 from entrace.trainer.config import Config, PolicyConfig, load_config
 from entrace.trainer.model.policy import Policy
+from entrace.trainer.resources import CONFIGS
 from entrace.trainer.tasks import Task, load_task
 
 # Small enough for seconds, large enough that groups are mixed and responses end at different places.
@@ -23,6 +26,19 @@ SMALL = [
     "record.after_update_every=2",
     "record.checkpoint_every=2",
 ]
+
+
+SMALL_RECIPE = {
+    "num_heldout": 4,
+    "examples": 2000,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "questions": 500,
+    "steps": 40,
+    "batch_size": 16,
+    "samples": 2,
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,6 +60,18 @@ def small_config() -> Config:
 @pytest.fixture
 def task(small_config) -> Task:
     return load_task(small_config.task, seed=0)
+
+
+@pytest.fixture
+def small_recipe(tmp_path) -> Path:
+    """A recipe that is pretrained in seconds."""
+    text = (CONFIGS / "base-policy.toml").read_text()
+    for key, value in SMALL_RECIPE.items():
+        text, found = re.subn(rf"^{key} = \S+", f"{key} = {value}", text, flags=re.MULTILINE)
+        assert found == 1, key
+    path = tmp_path / "small.toml"
+    path.write_text(text)
+    return path
 
 
 @pytest.fixture

@@ -178,8 +178,7 @@ def test_a_module_that_the_worker_cannot_import_is_named(grid, tmp_path):
         failed = run_grid(specs, tmp_path / "study", one_thread_each(), module.train)
     finally:
         del sys.modules[module.__name__]
-    assert failed["none-seed0"].startswith("the process ended with exit code 1; its last output: ")
-    assert failed["none-seed0"].endswith("| ModuleNotFoundError: No module named 'only_in_this_process'")
+    assert failed == {"none-seed0": "ModuleNotFoundError: No module named 'only_in_this_process'"}
 
 
 BROKEN_IN_WORKERS = """
@@ -202,10 +201,10 @@ def test_an_import_that_fails_in_the_worker_is_reported(grid, tmp_path):
     command = [sys.executable, "-m", "entrace", "ablate", str(grid), *SMALL, "--out", str(tmp_path / "study")]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
-    error = read_manifest(tmp_path / "study" / "none-seed0")["error"]
-    assert error.startswith("the process ended with exit code 1; its last output: ")
-    assert error.endswith("| ImportError: libcudart.so.12: cannot open shared object")
+    error = "ImportError: libcudart.so.12: cannot open shared object"
+    assert read_manifest(tmp_path / "study" / "none-seed0")["error"] == error
     assert f"entrace: none-seed0 failed: {error}\n" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_an_error_before_training_is_reported_as_itself(grid, tmp_path, monkeypatch):

@@ -9,12 +9,13 @@ import io
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import weakref
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import polars as pl
@@ -23,6 +24,7 @@ import pytest
 import torch
 
 import entrace
+from entrace.analysis import runs as runs_module
 from entrace.analysis.trace import InputError, manifest, read_manifest
 from entrace.trainer import cli, evaluate
 from entrace.trainer import rollouts as batch
@@ -299,13 +301,13 @@ def _mount(folder, options):
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
 
 
-def _entrace(*arguments):
-    """Exit code and last line of an ``entrace`` command in this process."""
+def _entrace(*arguments, line=-1):
+    """Exit code and last line, or another one, of an ``entrace`` command in this process."""
     sys.argv = ["entrace", *map(str, arguments)]
     with io.TextIOWrapper(io.BytesIO(), write_through=True) as said:
         with redirect_stdout(said), redirect_stderr(said), pytest.raises(SystemExit) as stopped:
             cli.main()
-        return stopped.value.code, said.buffer.getvalue().decode().splitlines()[-1]
+        return stopped.value.code, said.buffer.getvalue().decode().splitlines()[line]
 
 
 def full_disk(folder, out, *rooms):
@@ -400,6 +402,77 @@ def test_a_disk_that_becomes_read_only(tmp_path, whole):
     assert_same_run(tmp_path / "resumed", whole)
 
 
+def unwritable_disk(folder, run_dir, recipe, condition):
+    """Calls every command that writes on a disk that is full or read-only; prints what each said at last."""
+    torch.set_num_threads(1)
+    folder = Path(folder)
+    _mount(folder, "size=64m")
+    shutil.copytree(run_dir, folder / "trained")
+    rows = Path(recipe).with_name("rows.jsonl")
+    rows.write_text('{"prompt": "1 + 1", "response": "2", "reward": 1}\n')
+    if condition == "full":
+        with suppress(OSError), open(folder / "fill", "wb") as file:
+            while True:
+                file.write(bytes(BLOCK))
+    else:
+        _mount(folder, "remount,ro")
+    grid = ["ablate", "tiny-study", *OVERRIDES, "--seeds", "0"]
+    told = {
+        "report": _entrace("report", run_dir, "--out", folder / "report"),
+        "import": _entrace("import", rows, "--out", folder / "imported"),
+        "intervene": _entrace("intervene", folder / "trained", "--budget", "100"),
+        "pretrain": _entrace("pretrain", recipe, "--out", folder / "model"),
+        "ablate": _entrace(*grid, "--out", folder / "study", line=-3),
+        "left": sorted(path.name for path in folder.rglob(".entrace-partial")),
+    }
+    print(json.dumps(told))
+
+
+@needs_mounts
+@pytest.mark.parametrize(
+    ("condition", "reason", "remedy"),
+    [
+        ("full", "no space left on device", "free some space"),
+        ("read-only", "read-only file system", "make it writable"),
+    ],
+)
+def test_every_command_names_an_unwritable_disk_and_a_remedy(tmp_path, whole, small_recipe, condition, reason, remedy):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    told = run_child(unwritable_disk, disk, whole, small_recipe, condition, prefix=own_mounts())
+    of_run = told.pop("ablate")
+    assert of_run[0] == 1
+    assert re.match(rf"entrace: \S+ failed: .*{disk}/study\S*: {reason}; .*{remedy}", of_run[1])
+    part = "interventions/step-000006-seed-0-000000.parquet"
+    resumed = f"recorded up to step 0: {remedy} and resume with --resume"
+    assert told == {
+        "report": [1, f"entrace: {disk}/report: {reason}; {remedy}"],
+        "import": [1, f"entrace: TrainingError: {disk}/imported: {reason}; {resumed}"],
+        "intervene": [1, f"entrace: {disk}/trained/{part}: {reason}; {remedy}"],
+        "pretrain": [1, f"entrace: {disk}/model: {reason}; {remedy}"],
+        "left": [],
+    }
+
+
+def full_temporary_folder(folder, run_dir):
+    """Lets a query spill more than its temporary folder can hold."""
+    _mount(folder, "size=2m")
+    runs_module.MEMORY_LIMIT = "60MiB"
+    text = (
+        "select sum(length(x) + r) from (select repeat(md5(i::varchar), 20) as x, row_number() over (order by x) as r"
+    )
+    print(json.dumps(_entrace("sql", run_dir, f"{text} from range(300000) as t(i))")))
+
+
+@needs_mounts
+def test_a_query_that_fills_the_temporary_folder_has_a_remedy(tmp_path, whole):
+    code, line = run_child(full_temporary_folder, tmp_path, whole, prefix=own_mounts(), TMPDIR=str(tmp_path))
+    assert code == 1
+    assert line.startswith(f"entrace: {tmp_path}/entrace-")
+    remedy = "free some space, or set TMPDIR to a writable folder with free space"
+    assert line.endswith(f": no space left on device; {remedy}")
+
+
 def test_faults_elsewhere_are_not_blamed_on_the_run(tmp_path):
     for error in (
         PermissionError(13, "Permission denied", "/etc/shadow"),
@@ -408,7 +481,7 @@ def test_faults_elsewhere_are_not_blamed_on_the_run(tmp_path):
     ):
         assert explain_fault(error, tmp_path) is error
     inside = explain_fault(PermissionError(13, "Permission denied", str(tmp_path / "steps")), tmp_path)
-    assert str(inside).startswith(f"{tmp_path}: permission denied; recorded up to step 0: make it writable")
+    assert str(inside).startswith(f"{tmp_path}: permission denied; recorded up to step 0: change its permissions")
     quota = explain_fault(RuntimeError("I/O error: Disk quota exceeded (os error 122)"), tmp_path)
     assert str(quota).startswith(f"{tmp_path}: disk quota exceeded; recorded up to step 0: free some space")
 

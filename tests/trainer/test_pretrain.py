@@ -1,5 +1,4 @@
 import re
-from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -11,33 +10,11 @@ from entrace.trainer.tasks import load_task
 
 SHIPPED = CONFIGS / "base-policy.toml"
 QUESTION = "State the final answer to the following arithmetic problem: 15 - 43 - 75 ="
-SMALL = {
-    "num_heldout": 4,
-    "examples": 2000,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "questions": 500,
-    "steps": 40,
-    "batch_size": 16,
-    "samples": 2,
-}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(find_base_policy())
-
-
-@pytest.fixture
-def small_recipe(tmp_path) -> Path:
-    text = SHIPPED.read_text()
-    for key, value in SMALL.items():
-        text, found = re.subn(rf"^{key} = \S+", f"{key} = {value}", text, flags=re.MULTILINE)
-        assert found == 1, key
-    path = tmp_path / "small.toml"
-    path.write_text(text)
-    return path
 
 
 @pytest.mark.parametrize("word", ["so", "then", "because", "wait", "check", "first", "therefore", "think", "answer"])

@@ -44,6 +44,22 @@ class NoListener:
         """Do nothing."""
 
 
+class Errors:
+    """A listener that collects errors, also of runs whose folder cannot be written, and passes all events on."""
+
+    def __init__(self, listener: ProgressListener) -> None:
+        """Start without errors."""
+        self.found: dict[str, str] = {}
+        self._listener = listener
+        self.update = listener.update
+
+    def end(self, run_id: str, error: str | None) -> None:
+        """Note the error of a run."""
+        if error:
+            self.found[run_id] = error
+        self._listener.end(run_id, error)
+
+
 def survey(specs: Sequence[RunSpec], out: Path) -> dict[str, RunStatus]:
     """Return the state of every run of a grid in the folder ``out``, by run id.
 
@@ -106,7 +122,7 @@ def run_grid(
         InputError: ``out`` already holds files and neither flag is set, ``out`` was made from another grid, or the
             launcher cannot start runs. Nothing has been written then.
     """
-    listener = listener or NoListener()
+    errors = Errors(listener or NoListener())
     if not (resume or retry_failed) and out.exists() and any(out.iterdir()):
         raise InputError(f"{out}: already holds files; choose another folder, or resume with --resume")
     statuses = survey(specs, out)
@@ -120,9 +136,9 @@ def run_grid(
             launcher.connect()
         for run_id, status in statuses.items():
             if status.is_kept(retry_failed):
-                listener.end(run_id, status.error)
+                errors.end(run_id, status.error)
         if jobs:
-            launcher.run(jobs, listener)
+            launcher.run(jobs, errors)
     finally:
         launcher.close()
-    return {run_id: status.error for run_id, status in survey(specs, out).items() if status.error}
+    return {run_id: errors.found[run_id] for run_id in statuses if run_id in errors.found}

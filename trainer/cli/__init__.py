@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from entrace.analysis.cli import app, print_json, run, say
+from entrace.analysis.cli import app, print_json, run, say, stoppable
 from entrace.analysis.trace import InputError
 from entrace.trainer.cli.evaluate import evaluate
 from entrace.trainer.cli.import_rollouts import import_rollouts, score
@@ -22,7 +22,6 @@ from entrace.trainer.cli.options import (
     RetryFailed,
     import_lazily,
     require_train_extra,
-    stoppable,
 )
 from entrace.trainer.parallel.ranks import Ranks, prepare, was_launched
 
@@ -228,20 +227,22 @@ def study(
     """
     require_train_extra()
     from entrace.analysis.cli import report as write_report
+    from entrace.analysis.report import check_target
     from entrace.analysis.trace.manifest import count_cores
     from entrace.trainer.ablation.grid import load_grid
     from entrace.trainer.ablation.launch.local import LocalLauncher
     from entrace.trainer.cli import grid as grid_command
     from entrace.trainer.interventions.intervene import Settings, resolve_checkpoint
 
+    check_target(report)
     specs = load_grid("tiny-study")
     with stoppable(f"with --resume continues in {out}"):
         launcher = LocalLauncher(jobs or min(count_cores(), len(specs)))
         failed = grid_command.run(specs, out, launcher, resume, retry_failed)
-    subjects = [out / spec.run_id for spec in specs if spec.arm == spec.baseline and spec.run_id not in failed]
-    for subject in subjects:
-        run_interventions(subject, Settings(resolve_checkpoint(subject, None)), DEFAULT_BUDGET // len(subjects))
-    write_report([str(out)], out=report)
+        subjects = [out / spec.run_id for spec in specs if spec.arm == spec.baseline and spec.run_id not in failed]
+        for subject in subjects:
+            run_interventions(subject, Settings(resolve_checkpoint(subject, None)), DEFAULT_BUDGET // len(subjects))
+        write_report([str(out)], out=report)
     raise typer.Exit(1 if failed else 0)
 
 

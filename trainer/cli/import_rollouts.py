@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from entrace.analysis.cli import say
+from entrace.analysis.cli import say, stoppable
 from entrace.analysis.trace import InputError
-from entrace.trainer.cli.options import Resume, require_train_extra, stoppable
+from entrace.trainer.cli.options import Resume, require_train_extra
 
 
 def import_rollouts(

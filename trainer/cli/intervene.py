@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from entrace.analysis.cli import print_json
+from entrace.analysis.cli import print_json, stoppable
 from entrace.analysis.trace import InputError
-from entrace.trainer.cli.options import Json, require_train_extra, stoppable
+from entrace.trainer.cli.options import Json, require_train_extra
 
 if TYPE_CHECKING:
     from entrace.trainer.interventions.intervene import InterventionCounts, Settings

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 
-from entrace.analysis.cli import say
 from entrace.analysis.trace import InputError
 
 Overrides = Annotated[
@@ -31,20 +28,6 @@ def require_train_extra() -> None:
 
     if find_spec("torch") is None or find_spec("transformers") is None:
         raise InputError("this command needs the train extra: pip install 'entrace[train]'")
-
-
-@contextmanager
-def stoppable(how: str) -> Iterator[None]:
-    """End the command on Ctrl-C with one line and exit code 130.
-
-    Args:
-        how: What the same command does when it is called again.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        say(f"entrace: stopped; the same command {how}", err=True)
-        raise typer.Exit(130) from None
 
 
 class _LazyModule(ModuleType):

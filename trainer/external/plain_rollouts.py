@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from entrace.analysis.trace import InputError, nearest, reason_of
+from entrace.analysis.trace.errors import TEMPORARY, faults_at
 from entrace.trainer.external.rollout_rows import ImportSettings, Rollout, RowReader
 from entrace.trainer.tasks.rows import NUM_NAMED, BadRowError, name_some, read_rows
 
@@ -140,8 +141,8 @@ class PlainRollouts:
         """Yield all rollouts by step, with groups adjacent, in constant memory."""
         import duckdb
 
-        con = duckdb.connect(config={"memory_limit": SORT_MEMORY, "temp_directory": str(self.path.parent)})
-        try:
+        config: dict[str, Any] = {"memory_limit": SORT_MEMORY, "temp_directory": str(self.path.parent)}
+        with faults_at(self.path.parent), duckdb.connect(config=config) as con:
             rows = con.execute(
                 "select * exclude (row) from (select *, file_row_number as row from "
                 "read_parquet(?, file_row_number=true)) order by step, group_id, row",
@@ -149,8 +150,6 @@ class PlainRollouts:
             )
             while batch := rows.fetchmany(ROWS_AT_ONCE):
                 yield from (Rollout(*values[: len(SPILL)]) for values in batch)
-        finally:
-            con.close()
 
 
 @contextmanager
@@ -163,11 +162,11 @@ def read_rollouts(paths: Sequence[Path], settings: ImportSettings, policy: Polic
     for path in paths:
         if found := _other_format(path):
             raise InputError(f"{path}: expected JSONL or Parquet, one response per row; found {found}")
-    with tempfile.TemporaryDirectory(prefix="entrace-") as folder:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
         spill = Path(folder) / "rollouts.parquet"
         reader = RowReader(settings, policy)
         counts = Counts()
-        with pq.ParquetWriter(spill, SPILL, compression="zstd") as writer:
+        with faults_at(folder), pq.ParquetWriter(spill, SPILL, compression="zstd") as writer:
             batch: list[dict[str, Any]] = []
             for rollout, fields in _read_files(paths, settings, reader, counts):
                 counts.add(rollout, fields)

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entrace.analysis.trace import InputError
+from entrace.analysis.trace.staging import is_interrupted, staged
 from entrace.trainer.config import Config, EvalConfig, PolicyConfig, RolloutConfig, TaskConfig
 from entrace.trainer.evaluate import evaluate
 from entrace.trainer.model.policy import Policy
@@ -139,8 +140,13 @@ def pretrain(recipe_path: Path, out: Path, on_step: Callable[..., None]) -> Held
         InputError: the recipe is invalid, or ``out`` is not empty.
     """
     recipe = load_recipe(recipe_path)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not is_interrupted(out) and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: not empty; choose a new folder")
+    with staged(out, last="config.json") as folder:
+        return _build(recipe, folder, on_step)
+
+
+def _build(recipe: Recipe, folder: Path, on_step: Callable[..., None]) -> HeldoutMetrics:
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(recipe.training.threads)
     task = load_task(recipe.task, recipe.seed)
@@ -149,10 +155,9 @@ def pretrain(recipe_path: Path, out: Path, on_step: Callable[..., None]) -> Held
     tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size)
     model = LlamaForCausalLM(_model_config(recipe.model, tokenizer))
     _fit(model, _batches(corpus, tokenizer, recipe.training), recipe.training, on_step)
-    out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return evaluate_heldout(out, task, recipe)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return evaluate_heldout(folder, task, recipe)
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:

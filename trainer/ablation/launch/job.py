@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from entrace.analysis.trace import read_manifest
-from entrace.analysis.trace.errors import with_kind
+from entrace.analysis.trace.errors import describe_fault, with_kind
 from entrace.analysis.trace.plain import plain
 from entrace.trainer.config import Config
 from entrace.trainer.runs.run_folder import has_begun, mark_failed, run_lock
@@ -94,9 +94,14 @@ def execute(job: Job, threads: int, report: Callable[..., None]) -> None:
             job.train(job.config, job.run_dir, job.labels, resume=True, on_step=report)
         except Exception as error:
             try:
-                mark_failed(job.config, job.run_dir, job.labels, with_kind(error))
+                mark_failed(job.config, job.run_dir, job.labels, describe_error(error))
             except OSError:
                 raise error from None
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error in one line, as a manifest records it."""
+    return describe_fault(error) or with_kind(error)
 
 
 class Output:

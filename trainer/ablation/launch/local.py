@@ -38,6 +38,7 @@ class LocalLauncher:
         waiting = list(jobs)
         # One pipe per process: a process killed while writing to a shared queue would block the others.
         running: dict[Any, tuple[Job, Any, Output]] = {}
+        errors: dict[str, str] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < self.slots:
@@ -54,13 +55,18 @@ class LocalLauncher:
                     job, process, output = running[pipe]
                     output.show()
                     try:
-                        done, metrics = pipe.recv()
+                        message = pipe.recv()
                     except (EOFError, OSError):
                         process.join()
                         del running[pipe]
-                        listener.end(job.run_id, settle(job, describe_exit(process.exitcode) + output.quote()))
+                        ending = describe_exit(process.exitcode) + output.quote()
+                        listener.end(job.run_id, settle(job, errors.get(job.run_id, ending)))
                     else:
-                        listener.update(job.run_id, done, **metrics)
+                        if isinstance(message, str):
+                            errors[job.run_id] = message
+                        else:
+                            done, metrics = message
+                            listener.update(job.run_id, done, **metrics)
         finally:
             _stop([process for _, process, _ in running.values()])
 

@@ -18,7 +18,14 @@ from typing import Any
 
 from entrace.analysis.trace import InputError, in_one_line
 from entrace.analysis.trace.errors import with_kind
-from entrace.trainer.ablation.launch.job import Job, Output, ProgressListener, execute, settle
+from entrace.trainer.ablation.launch.job import (
+    Job,
+    Output,
+    ProgressListener,
+    describe_error,
+    execute,
+    settle,
+)
 from entrace.trainer.ablation.launch.worker import output_to
 
 CONNECT_S = 5.0
@@ -159,7 +166,7 @@ def _death(ref: Any) -> str:
     try:
         ray.get(ref)
     except RayTaskError as error:
-        return with_kind(error.cause)
+        return describe_error(error.cause)
     except Exception as error:
         return with_kind(error)
     return "the task ended before the run was complete"

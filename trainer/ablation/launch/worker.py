@@ -6,7 +6,6 @@ import os
 import pickle
 import signal
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
@@ -16,7 +15,14 @@ from typing import Any, NoReturn
 
 
 def run(pickled: bytes, log: Path, threads: int, pipe: Connection[Any, Any]) -> None:
-    """Execute a pickled job, and send its progress through a pipe; the target of a process."""
+    """Execute a pickled job, the target of a process.
+
+    Args:
+        pickled: The job.
+        log: File for the output.
+        threads: CPU threads of torch.
+        pipe: Receives the number of finished steps and their metrics, or an error that could not be recorded.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _interrupt)
 
@@ -29,14 +35,16 @@ def run(pickled: bytes, log: Path, threads: int, pipe: Connection[Any, Any]) -> 
 
     with output_to(log):
         try:
-            from entrace.trainer.ablation.launch.job import execute
-
+            from entrace.trainer.ablation.launch.job import describe_error, execute
+        except Exception as error:
+            pipe.send(f"{type(error).__name__}: {error}")
+            return
+        try:
             execute(pickle.loads(pickled), threads, report)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGTERM)
-        except Exception:
-            traceback.print_exc()
-            sys.exit(1)
+        except Exception as error:
+            pipe.send(describe_error(error))
 
 
 @contextmanager
