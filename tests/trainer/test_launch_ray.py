@@ -1,5 +1,6 @@
 """Runs as Ray tasks, on a cluster of two nodes on this machine, one of which is killed."""
 
+import os
 import sys
 from collections import defaultdict
 
@@ -100,3 +101,17 @@ def test_a_method_of_the_working_directory_is_found_by_the_tasks(cluster, tmp_pa
     advantages, shaped = (tokens[name].to_numpy() for name in tokens.column_names)
     assert (advantages != 0).any()
     assert (shaped == 0.25 * advantages).all()
+
+
+def print_and_exit(config, run_dir, labels, **_):
+    """Stands for a library that ends the process."""
+    print("terminate called")
+    os._exit(3)
+
+
+def test_a_task_that_dies_says_how_and_what_it_printed_last(cluster, tmp_path, capsys):
+    spec = load_grid("tiny-study", SMALL, seeds=[0])[0]
+    failed = run_grid([spec], tmp_path / "study", RayLauncher(cluster.address), print_and_exit)
+    assert failed[spec.run_id].startswith("WorkerCrashedError: The worker died unexpectedly")
+    assert failed[spec.run_id].endswith("; its last output: terminate called")
+    assert f"{spec.run_id}: terminate called\n" in capsys.readouterr().err
