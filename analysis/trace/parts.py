@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.digests import Digest, End, Recorded
-from entrace.analysis.trace.errors import InputError, in_one_line
+from entrace.analysis.trace.errors import InputError, fault_of, in_one_line, reason_of
 from entrace.analysis.trace.schema import TABLES, VERSION_KEY, Table, check_version
 
 if TYPE_CHECKING:
@@ -226,6 +226,8 @@ def _translate_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
+        if fault := fault_of(error):
+            raise InputError(f"{path}: {reason_of(fault)}") from None
         raise _damage(path, f"damaged or truncated Parquet file ({in_one_line(error)})") from None
 
 

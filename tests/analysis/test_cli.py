@@ -228,3 +228,40 @@ print(*[name for name in ("torch", "transformers", "entrace.trainer") if name in
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_named_questions_are_listed_and_asked(command, tiny_path: Path):
+    rows = json.loads(command("sql", "--list", "--format", "json")[1])
+    assert {"stem", "level", "question", "claim", "params", "units", "needs"} == set(rows[0])
+    assert "stage_dynamics" in {row["stem"] for row in rows}
+    code, out, err = command(
+        "sql", str(tiny_path), "--question", "entropy_by_sample_sign", "stage=rising", "--format", "json"
+    )
+    assert (code, err) == (0, "")
+    assert {row["stage"] for row in json.loads(out)} == {"rising"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["RUN", "--question", "entropy_by_sample_sgn"], 'did you mean "entropy_by_sample_sign"?'),
+        (["RUN", "--question", "entropy_by_sample_sign", "stage=rise"], 'did you mean "rising"?'),
+        (["RUN", "--question", "entropy_by_sample_sign", "stge=rising"], 'unknown parameter "stge"'),
+        (["RUN", "--question", "entropy_by_sample_sign", 'runs=["tny"]'], 'did you mean "tiny"?'),
+        (["--question", "entropy_by_sample_sign"], "RUN... --question NAME"),
+        (["RUN", "--question", "stage_dynamics", "--file", "x.sql"], "--file and --question both name a query"),
+        (["RUN", "select 1", "--memory", "lots"], "is not a size"),
+        (["RUN", "select 1", "--timeout", "-1"], "expected 0 (no limit) or more"),
+    ],
+)
+def test_wrong_questions_and_limits_are_one_line(command, tiny_path: Path, args: list[str], message: str):
+    code, out, err = command("sql", *[str(tiny_path) if arg == "RUN" else arg for arg in args])
+    assert (code, out, err.count("\n")) == (2, b"", 1)
+    assert message in err
+
+
+def test_an_empty_answer_to_a_question_says_what_removed_the_rows(command, tiny_path: Path):
+    code, out, err = command("sql", str(tiny_path), "--question", "stage_dynamics", "runs=[]", "--format", "csv")
+    assert code == 0
+    assert out.count(b"\n") == 1
+    assert "stage_dynamics: no rows: runs=[] removed all" in err

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def start(*args: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "entrace", "sql", *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # Tests that run in the background of a shell inherit that Ctrl-C is ignored.
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear)
 
 
 def path_of(runs: Runs) -> str:
@@ -185,9 +188,12 @@ def test_ctrl_c_ends_any_query(runs: Runs, text: str):
     time.sleep(1)
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert time.monotonic() - started < HANG_S
-    assert (process.returncode, out, err) == (130, b"", b"entrace: stopped\n")
+    assert (process.returncode, out, err) == (130, b"", b"entrace: stopped; run the same command again\n")
 
 
 def test_ctrl_c_ends_a_query_from_python(runs: Runs):
