@@ -87,6 +87,11 @@ class Estimate:
         return cls.from_error(value, (high - low) / 2 * inflation, df, n, of)
 
     @property
+    def is_finite(self) -> bool:
+        """Return whether the estimate has an interval, with finite ends."""
+        return bool(np.isfinite(self.low) and np.isfinite(self.high))
+
+    @property
     def width(self) -> float:
         """Return the width of the interval; infinite if it is undefined."""
         return np.inf if np.isnan(self.low) else self.high - self.low
