@@ -29,7 +29,8 @@ WAYS = ("in the expected direction", "in the opposite direction")
 class Verdict:
     """Hold one row of the scorecard: a part of a claim, judged on a run, on the baseline runs, or on an arm.
 
-    ``detectable`` is the effect that the runs detect with 80 % power; None if unknown.
+    ``effect`` is None if undefined, ``low`` and ``high`` if there is no interval. ``detectable`` is the effect that the
+    runs detect with 80 % power; None if unknown.
     """
 
     claim: str
@@ -73,12 +74,7 @@ class _Finding:
     @property
     def is_judged(self) -> bool:
         """Return True if the finding can earn a verdict: a finite interval, and enough effective steps."""
-        return (
-            self.estimate is not None
-            and math.isfinite(self.estimate.low)
-            and math.isfinite(self.estimate.high)
-            and self.estimate.blocks >= MIN_BLOCKS
-        )
+        return self.estimate is not None and self.estimate.is_finite and self.estimate.blocks >= MIN_BLOCKS
 
 
 def judge(runs: Runs, ledger: Ledger | None = None) -> list[Verdict]:
@@ -199,9 +195,9 @@ def _verdict(
         direction=spec["direction"],
         smallest_effect=spec["smallest_effect"],
         verdict=word,
-        effect=estimate.value if estimate else None,
-        low=estimate.low if estimate else None,
-        high=estimate.high if estimate else None,
+        effect=estimate.value if estimate and math.isfinite(estimate.value) else None,
+        low=estimate.low if estimate and estimate.is_finite else None,
+        high=estimate.high if estimate and estimate.is_finite else None,
         p_value=estimate.p_value if estimate else None,
         p_adjusted=p_adjusted,
         detectable=detectable if math.isfinite(detectable) else None,

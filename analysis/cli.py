@@ -199,7 +199,8 @@ def claims(
         print_json({"overall": overall(verdicts), "verdicts": [verdict.to_dict() for verdict in verdicts]})
         return
     for v in verdicts:
-        estimate = f"{v.effect:.3g} [{v.low:.3g}, {v.high:.3g}] {v.unit}, n = {v.n:,} {v.of}" if v.n else ""
+        interval = "[no interval]" if v.low is None or v.high is None else f"[{v.low:.3g}, {v.high:.3g}]"
+        estimate = f"{v.effect:.3g} {interval} {v.unit}, n = {v.n:,} {v.of}" if v.effect is not None else ""
         say(f"{v.claim:<3} {v.part:<16} {v.subject:<16} {v.verdict:<13} {estimate}".rstrip())
         say(f"    {v.why}")
         say(f"    null: {v.null}" + (f"; detectable from {v.detectable:.3g} on" if v.detectable is not None else ""))

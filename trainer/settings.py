@@ -22,6 +22,7 @@ from pydantic import (
     create_model,
     model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from entrace.analysis.trace import InputError, nearest, reason_of
 
@@ -39,6 +40,7 @@ __all__ = [
     "NonNegative",
     "Positive",
     "PositiveFraction",
+    "ValidationError",
     "create_model",
     "import_function",
     "keyword_defaults",
@@ -50,6 +52,7 @@ __all__ = [
     "read_toml",
     "section_of",
     "validate_section",
+    "with_keys",
 ]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -71,6 +74,8 @@ class BaseConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+# Type of pydantic's error about a key that no field has.
+UNKNOWN = "extra_forbidden"
 # pydantic includes the tried branch of a union in the path of an error.
 UNION_BRANCH = re.compile(r"constrained-|literal\[")
 
@@ -133,14 +138,25 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def with_keys(model: type[BaseConfig], error: ValidationError) -> ValidationError:
+    """Add the valid keys to an error about an unknown key, for a ``model`` that its parent does not know."""
+    first = next((e for e in error.errors() if e["type"] == UNKNOWN), None)
+    if first is None:
+        return error
+    keys = PydanticCustomError(UNKNOWN, "unknown key", {"keys": _keys_at(model, [str(p) for p in first["loc"][:-1]])})
+    details = InitErrorDetails(type=keys, loc=first["loc"], input=first["input"])
+    return ValidationError.from_exception_data(model.__name__, [details])
+
+
 def _one_line(model: type[BaseConfig], error: ValidationError) -> str:
     # A misspelled key is also a missing one; the spelling is the useful error.
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first = min(error.errors(), key=lambda e: e["type"] != UNKNOWN)
     path = [str(part) for part in first["loc"] if not UNION_BRANCH.match(str(part))]
     key = ".".join(path)
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        return f'unknown key "{key}"{nearest(path[-1], _keys_at(model, path[:-1]))}'
+    if first["type"] == UNKNOWN:
+        keys = first.get("ctx", {}).get("keys") or _keys_at(model, path[:-1])
+        return f'unknown key "{key}"{nearest(path[-1], keys)}'
     if first["type"] == "missing":
         return f'key "{key}" is missing'
     if first["type"] == "value_error":

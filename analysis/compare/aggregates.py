@@ -62,11 +62,14 @@ def _aggregate(arm: str, run_ids: Iterable[str], scores: Scores, rng: np.random.
 def _improvement(
     run_ids: Sequence[str], others: Iterable[str], scores: Scores, rng: np.random.Generator
 ) -> dict[str, float]:
-    """Return the probability of improvement with its interval; empty if no benchmark has scores of both."""
+    """Return the probability of improvement with its interval.
+
+    It is empty if no benchmark has scores of both, or if each has one run of both: a single pair of runs gives 0 or 1.
+    """
     beside = list(dict.fromkeys(others))
     both = [(_of(run_ids, scored), _of(beside, scored)) for scored in scores.values()]
     both = [(own, other) for own, other in both if own.size and other.size]
-    if not both:
+    if all(own.size == other.size == 1 for own, other in both):
         return {}
     names = ("improvement", "improvement_low", "improvement_high")
     found = improvement_interval([own for own, _ in both], [other for _, other in both], rng)

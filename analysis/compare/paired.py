@@ -14,6 +14,7 @@ from entrace.analysis.statistics.shares import NO_ERROR, bounded
 PROMPTS_ONLY = "prompts only; other seeds not covered"
 PROMPTS_AND_SEEDS = "prompts and seeds"
 SEEDS_ONLY = "seeds"
+ONE_PROMPT = "nothing; one seed and one prompt"
 NOTHING = "nothing; one seed, and the metric has no prompts"
 
 Bounds = tuple[float, float]
@@ -109,7 +110,8 @@ def over_prompts_and_seeds(pairs: Sequence[SeedSums], bounds: Bounds | None = No
     prompts = len(np.unique(np.concatenate([pair.prompts for pair in pairs])))
     if len(pairs) == 1:
         error = float(np.std(pairs[0].residuals, ddof=1) / np.sqrt(prompts)) if prompts > 1 else np.nan
-        return _difference(differences, error, prompts - 1, prompts, "prompts, 1 seed", PROMPTS_ONLY, bounds, prompts)
+        covers = PROMPTS_ONLY if prompts > 1 else ONE_PROMPT
+        return _difference(differences, error, prompts - 1, prompts, "prompts, 1 seed", covers, bounds, prompts)
     shared = max(0.0, _shared_variance(pairs))
     error = float(np.sqrt(np.var(differences, ddof=1) / len(pairs) + shared))
     prompts_agree = all(np.abs(pair.residuals).max() <= NO_ERROR for pair in pairs)

@@ -59,10 +59,11 @@ def seed_table(rows: Sequence[Row]) -> pl.DataFrame:
 
 
 def aggregate_table(records: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
-    """Return one row per arm; values missing from a record are null."""
+    """Return one row per arm; values that are missing from a record or not finite are null."""
     import polars as pl
 
-    return pl.DataFrame([[record.get(name) for name in AGGREGATES] for record in records], AGGREGATES, orient="row")
+    rows = [[_finite(record.get(name)) for name in AGGREGATES] for record in records]
+    return pl.DataFrame(rows, AGGREGATES, orient="row")
 
 
 def unpaired_table(manifests: Mapping[str, Mapping[str, Any]], reasons: Mapping[str, str]) -> pl.DataFrame:
@@ -90,5 +91,5 @@ def _record(found: Judged) -> tuple[Any, ...]:
     return (*names, row.value, row.baseline_value, *measured, *verdict, covers, row.metric == PRIMARY)
 
 
-def _finite(number: float | None) -> float | None:
-    return number if number is not None and math.isfinite(number) else None
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -73,8 +73,9 @@ def _difference_lines(frame: pl.DataFrame) -> Iterator[str]:
 
 def _details(row: dict[str, Any]) -> Iterator[str]:
     yield f"{_number(row['value'])} vs. {_number(row['baseline_value'])} of {row['baseline']}"
-    yield f"n = {_seeds(row)}" + (f", {row['num_prompts']:,} prompts" if row["num_prompts"] else "")
-    yield f"interval covers {row['covers'].replace('; ', ', ')}"
+    yield f"n = {_count(row, 'seed')}" + (f", {_count(row, 'prompt')}" if row["num_prompts"] else "")
+    if row["low"] is not None:
+        yield f"interval covers {row['covers'].replace('; ', ', ')}"
     if row["p_adjusted"] is not None:
         yield f"p = {row['p_value']:.2g}, Holm-adjusted {row['p_adjusted']:.2g}"
     if row["detectable"] is not None:
@@ -86,14 +87,16 @@ def _aggregate_lines(frame: pl.DataFrame) -> Iterator[str]:
     width = max(map(len, frame["arm"]))
     for row in frame.iter_rows(named=True):
         if row["iqm"] is None:
-            yield f"{row['arm']:<{width}}  no common last evaluation, n = {_seeds(row)}"
+            yield f"{row['arm']:<{width}}  no common last evaluation, n = {_count(row, 'seed')}"
             continue
         line = f"{row['arm']:<{width}}  {_interval(row['iqm'], row['iqm_low'], row['iqm_high'])}"
         line += f"  mean {_number(row['mean'])}"
         if row["improvement"] is not None:
             better = _interval(row["improvement"], row["improvement_low"], row["improvement_high"])
             line += f"  improvement {better}"
-        yield f"{line}  n = {_seeds(row)}"
+        yield f"{line}  n = {_count(row, 'seed')}"
+    if frame["iqm"].count() > frame["iqm_low"].count():
+        yield "An interval and a probability of improvement need a second seed"
 
 
 def _unpaired_lines(frame: pl.DataFrame) -> Iterator[str]:
@@ -103,8 +106,8 @@ def _unpaired_lines(frame: pl.DataFrame) -> Iterator[str]:
         yield f"{row['run_id']:<{width}}  {row['why']}"
 
 
-def _seeds(row: dict[str, Any]) -> str:
-    return f"{row['num_seeds']} seed{'s' * (row['num_seeds'] != 1)}"
+def _count(row: dict[str, Any], noun: str) -> str:
+    return f"{row[f'num_{noun}s']:,} {noun}{'s' * (row[f'num_{noun}s'] != 1)}"
 
 
 def _interval(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -104,8 +103,7 @@ def judge_rows(rows: Sequence[Row]) -> list[Judged]:
 def _may_earn_verdict(row: Row) -> bool:
     if row.difference is None or len(row.seeds) < MIN_RUNS:
         return False
-    estimate = row.difference.estimate
-    return math.isfinite(estimate.low) and math.isfinite(estimate.high)
+    return row.difference.estimate.is_finite
 
 
 def _judge(row: Row, p_adjusted: float | None, num_tests: int) -> Judged:
@@ -127,9 +125,10 @@ def _judge(row: Row, p_adjusted: float | None, num_tests: int) -> Judged:
         noun="difference",
     )
     why = outcome.why
-    if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
+    if not estimate.is_finite:
         equal = "the difference is equal in all seeds, so its error cannot be estimated"
-        why = equal if estimate.df > 0 else "there is no interval"
+        second = "seed" if row.num_prompts is None else "seed or prompt"
+        why = equal if estimate.df > 0 else f"there is no interval, which needs a second {second}"
     word = INCONCLUSIVE
     if num_seeds < MIN_RUNS:
         seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"

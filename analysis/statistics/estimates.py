@@ -1,8 +1,4 @@
-"""Define estimates with intervals, Holm's correction, detectable effects, bootstraps, and pass@k.
-
-Tokens are nested in responses, prompts, and runs. Every bootstrap resamples prompts, runs, or blocks of steps, never
-tokens, and takes its random generator from the caller.
-"""
+"""Define estimates with intervals, Holm's correction, detectable effects, and pass@k."""
 
 from __future__ import annotations
 
@@ -13,14 +9,10 @@ from functools import cache
 
 import numpy as np
 
-DRAWS = 1000
-# Random numbers per chunk.
-CHUNK = 1 << 20
 CONFIDENCE = 0.95
 LEVEL = (2.5, 97.5)
 # Percentiles of a normal distribution one standard deviation below and above its mean.
 ONE_SD = (15.866, 84.134)
-MIN_DEFINED = 0.95
 # Prior degrees of freedom above which a prior is treated as certain.
 MAX_PRIOR_DF = 1e6
 
@@ -71,20 +63,10 @@ class Estimate:
         shift = value - self.value
         return replace(self, value=value, low=self.low + shift, high=self.high + shift)
 
-    @classmethod
-    def from_draws(cls, value: float, draws: np.ndarray, df: float, n: int, of: str) -> Estimate:
-        """Return the interval and the p-value from a bootstrap of ``df`` + 1 independent units.
-
-        The standard error is half the distance between the percentiles ``ONE_SD``, which is robust to outlying draws of
-        a ratio, times sqrt((df + 1) / df), since a bootstrap spreads by the variance with divisor n. The interval is
-        undefined (nan, p = 1) if the statistic is undefined on over 5 % of the draws.
-        """
-        finite = draws[np.isfinite(draws)]
-        if finite.size < MIN_DEFINED * draws.size:
-            return cls(float(value), np.nan, np.nan, 1.0, n, of)
-        low, high = np.percentile(finite, ONE_SD)
-        inflation = np.sqrt((df + 1) / df) if df > 0 else 1.0
-        return cls.from_error(value, (high - low) / 2 * inflation, df, n, of)
+    @property
+    def is_finite(self) -> bool:
+        """Return whether the estimate has an interval, with finite ends."""
+        return bool(np.isfinite(self.low) and np.isfinite(self.high))
 
     @property
     def width(self) -> float:
@@ -193,49 +175,6 @@ def detectable_difference(
     """
     df = max(num_tests, 1) * (num_seeds - 1)
     return detectable(sd / np.sqrt(num_seeds), df, num_tests, level, power)
-
-
-def resample_clusters(sums: np.ndarray, rng: np.random.Generator, draws: int = DRAWS) -> np.ndarray:
-    """Return totals over clusters drawn with replacement.
-
-    To bootstrap a function of totals, apply it to the result. Runs on a later axis are paired: each draw holds the same
-    prompts for all of them.
-
-    Args:
-        sums: Contribution of each cluster (prompt), shape ``(P, ...)``.
-        rng: Source of randomness.
-        draws: Number of bootstrap samples.
-
-    Returns:
-        Array of shape ``(draws, ...)``.
-    """
-    clusters = len(sums)
-    flat = sums.reshape(clusters, -1)
-    size = max(1, CHUNK // clusters)
-    totals = [_draw_counts(clusters, min(size, draws - done), rng) @ flat for done in range(0, draws, size)]
-    return np.concatenate(totals).reshape(draws, *sums.shape[1:])
-
-
-def _draw_counts(clusters: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw how often each cluster occurs, ``(draws, clusters)``; faster than drawing multinomials."""
-    drawn = rng.integers(0, clusters, (draws, clusters)) + clusters * np.arange(draws)[:, None]
-    return np.bincount(drawn.ravel(), minlength=draws * clusters).reshape(draws, clusters).astype(float)
-
-
-def block_length(length: int) -> int:
-    """Return the block length of a moving-block bootstrap of ``length`` steps: 1.5 n^(1/3), at most n."""
-    return max(1, min(length, round(1.5 * length ** (1 / 3))))
-
-
-def resample_blocks(length: int, rng: np.random.Generator, draws: int = DRAWS, block: int | None = None) -> np.ndarray:
-    """Return the indices of a moving-block bootstrap with blocks of ``block`` steps (default ``block_length``).
-
-    Returns:
-        Integers in ``[0, length)``, shape ``(length, draws)``.
-    """
-    block = block or block_length(length)
-    starts = rng.integers(0, length - block + 1, size=(-(-length // block), draws))
-    return (starts[:, None, :] + np.arange(block)[None, :, None]).reshape(-1, draws)[:length]
 
 
 def avg_at_k(is_correct: Sequence[bool] | np.ndarray, k: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,13 +15,16 @@ import polars as pl
 import pytest
 
 import entrace
+from entrace.analysis.claims import judge
 from entrace.analysis.compare import Comparison, compare
 from entrace.analysis.compare.claims import PARTS, judge_methods
 from entrace.analysis.compare.measure import first_reached, tensor
 from entrace.analysis.compare.paired import Difference
 from entrace.analysis.compare.rows import Row, SeedValue
+from entrace.analysis.compare.text import to_text
 from entrace.analysis.compare.verdict import judge_rows, metric_of
 from entrace.analysis.ledger import load_ledger
+from entrace.analysis.report import write_report
 from entrace.analysis.runs import open_runs
 from entrace.analysis.statistics.aggregates import iqm
 from entrace.analysis.statistics.estimates import Estimate, detectable, holm
@@ -54,7 +58,7 @@ def write_arm(
     folder = root / f"{arm}-seed{seed}"
     fields = {"run_id": folder.name, "arm": arm, "seed": seed, "study": "hand", "total_steps": 20, **manifest}
     writer = TraceWriter.create(folder, fields, ["<eos>"])
-    ids = ["p", "q"]
+    ids = ["p", "q"][: len(counts[0])]
     texts = texts or [f"{name} of seed {seed}" for name in ids]
     writer.append(
         "prompts", {"prompt_id": ids, "split": "heldout", "task": "t", "prompt": list(texts), "ground_truth": "1"}
@@ -322,6 +326,37 @@ def test_aggregates_are_those_of_the_last_evaluation(comparison: Comparison):
     assert ppl["iqm"] == pytest.approx(iqm(np.array([7, 6, 5]) / 8))
     # One of nine resamples has three equal draws, so both ends are the ends of the sample.
     assert (ppl["iqm_low"], ppl["iqm_high"]) == (0.625, 0.875)
+
+
+@pytest.mark.parametrize("texts", [["p", "q"], ["p"]], ids=["two prompts", "one prompt"])
+def test_one_seed_has_no_aggregate_interval_and_no_nan(tmp_path: Path, texts: list[str]):
+    for arm, counts in (("none", NONE), ("ppl", PPL)):
+        write_arm(tmp_path, arm, 0, [step[: len(texts)] for step in counts[0]], texts=texts)
+    runs = open_runs(tmp_path)
+    found = compare(runs)
+    for row in found.aggregates.iter_rows(named=True):
+        assert row["iqm"] == row["mean"] is not None
+        assert {row[name] for name in row if "_low" in name or "_high" in name or name == "improvement"} == {None}
+    steps = find(found, "steps_to_accuracy")
+    assert steps["low"] is None
+    assert "there is no interval, which needs a second seed (" in steps["why"]
+    accuracy = find(found, "avg_at_k")
+    assert accuracy["num_prompts"] == len(texts)
+    assert (accuracy["low"] is None) == (len(texts) == 1)
+    assert (accuracy["covers"] == "nothing; one seed and one prompt") == (len(texts) == 1)
+    assert accuracy["why"].endswith("there is no interval, which needs a second seed or prompt") == (len(texts) == 1)
+    text = to_text(found)
+    assert "none  0.5 [no interval]  mean 0.5  n = 1 seed\n" in text
+    assert text.endswith("An interval and a probability of improvement need a second seed")
+    [judged] = [verdict for verdict in judge(runs) if (verdict.claim, verdict.subject) == ("M1", "ppl vs none")]
+    assert (judged.low is None) == (judged.high is None) == (len(texts) == 1)
+    write_report(runs, tmp_path / "report")
+    for path in [*(tmp_path / "report").glob("*.csv"), *(tmp_path / "report").glob("*.json")]:
+        assert not re.search(r"\b(nan|inf)\b", path.read_text(), re.IGNORECASE), path.name
+    assert not re.search(r"[\[ ](nan|inf|–)[,\]]", (tmp_path / "report" / "report.html").read_text())
+    printed = subprocess.run([sys.executable, "-m", "entrace", "claims", str(tmp_path)], capture_output=True, text=True)
+    assert ("[no interval] accuracy, n = 1 " in printed.stdout) == (len(texts) == 1)
+    assert not re.search(r"\b(nan|inf)\b", printed.stdout)
 
 
 def test_formal_share_is_a_ratio_of_tokens(study: entrace.Runs):

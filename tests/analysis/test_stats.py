@@ -17,8 +17,6 @@ from entrace.analysis.statistics.estimates import (
     holm,
     maj_at_k,
     pass_at_k,
-    resample_blocks,
-    resample_clusters,
 )
 
 
@@ -53,43 +51,6 @@ def test_avg_at_k_takes_the_first_k():
     assert avg_at_k([True, False, False, True], 2) == 0.5
 
 
-def test_cluster_bootstrap_equals_drawing_prompts_one_by_one():
-    sums = np.random.default_rng(1).normal(size=(6, 2, 3))
-    totals = resample_clusters(sums, np.random.default_rng(2), draws=250)
-    rng = np.random.default_rng(2)
-    for draw, prompts in enumerate(rng.integers(0, 6, (250, 6))):
-        np.testing.assert_allclose(totals[draw], sum(sums[prompt] for prompt in prompts))
-
-
-def test_cluster_interval_has_the_width_of_the_mean_s_standard_error():
-    values = np.random.default_rng(3).normal(size=400)
-    sums = np.stack((values, np.ones(400)), axis=1)
-    draws = resample_clusters(sums, np.random.default_rng(4), draws=4000)
-    estimate = Estimate.from_draws(values.mean(), draws[:, 0] / draws[:, 1], 399, 400, "prompts")
-    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.06)
-    assert estimate.low < estimate.value < estimate.high
-
-
-def test_interval_follows_prompts_not_tokens():
-    # Ten prompts of 100 equal tokens each: ten independent values.
-    values = np.arange(10.0)
-    sums = np.stack((values * 100, np.full(10, 100.0)), axis=1)
-    draws = resample_clusters(sums, np.random.default_rng(5), draws=4000)
-    assert (draws[:, 0] / draws[:, 1]).std() == pytest.approx(values.std() / np.sqrt(10), rel=0.05)
-
-
-def test_blocks_consist_of_consecutive_steps():
-    indices = resample_blocks(64, np.random.default_rng(0), draws=50)
-    assert indices.shape == (64, 50)
-    assert indices.min() >= 0
-    assert indices.max() <= 63
-    block = round(1.5 * 64 ** (1 / 3))
-    steps = np.diff(indices, axis=0)
-    inside = np.arange(1, 64) % block != 0
-    assert (steps[inside] == 1).all()
-    assert (steps[~inside] != 1).any()
-
-
 def test_interval_from_an_error_is_that_of_students_t():
     # t(0.975, 2) = 4.3027. Seeds 1, 2, 3 have a standard error of 1 / sqrt(3), so their mean 2 has t = 3.46.
     estimate = Estimate.from_error(2.0, 1 / 3**0.5, 2, 3, "seeds")
@@ -98,27 +59,6 @@ def test_interval_from_an_error_is_that_of_students_t():
     assert Estimate.from_error(2.0, 1.0, 0, 1, "seeds").width == math.inf
     assert Estimate.from_error(2.0, 0.0, 5, 6, "seeds").p_value == 0
     assert Estimate.from_error(0.0, 0.0, 5, 6, "seeds").p_value == 1
-
-
-def test_few_clusters_widen_the_interval():
-    # Five clusters: t(0.975, 4) = 2.7764 instead of 1.96, times sqrt(5 / 4).
-    draws = np.random.default_rng(6).normal(size=100_000)
-    estimate = Estimate.from_draws(0.0, draws, 4, 5, "prompts")
-    assert estimate.width / 2 == pytest.approx(2.7764 * (5 / 4) ** 0.5, rel=0.02)
-
-
-def test_interval_is_robust_to_outlying_draws():
-    draws = np.random.default_rng(7).normal(size=1000)
-    calm = Estimate.from_draws(0.0, draws, 99, 100, "prompts")
-    draws[:5] = 1e9
-    assert Estimate.from_draws(0.0, draws, 99, 100, "prompts").width == pytest.approx(calm.width, rel=0.02)
-
-
-def test_statistic_that_is_often_undefined_has_no_interval():
-    draws = np.r_[np.full(6, np.nan), np.ones(94)]
-    assert math.isnan(Estimate.from_draws(1.0, draws, 8, 9, "prompts").low)
-    assert Estimate.from_draws(1.0, draws, 8, 9, "prompts").p_value == 1
-    assert Estimate.from_draws(1.0, draws[2:], 8, 9, "prompts").low == 1
 
 
 def test_holm_by_hand():

@@ -175,6 +175,23 @@ def test_a_parameter_of_an_own_method_can_be_swept(module, call, tmp_path):
     assert 'unknown key "shaping.confident.betta"; did you mean "shaping.confident.beta"?' in err
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("shaping.confident.betta=1", 'unknown key "shaping.confident.betta"; did you mean "beta"?'),
+        ("shaping.confident.x=1", 'unknown key "shaping.confident.x"; valid: beta, end_step, start_step'),
+        ("shaping.confidnt.beta=1", 'unknown key "shaping.confidnt"; did you mean "confident"?'),
+        ("loss.early.moost=1", 'unknown key "loss.early.moost"; did you mean "most"?'),
+        ("shaping.position.gama=1", 'unknown key "shaping.position.gama"; did you mean "gamma"?'),
+    ],
+)
+def test_an_unknown_key_of_an_own_method_names_the_keys_of_its_section(module, call, tmp_path, override, message):
+    methods = [f"shaping.method={module}:confident", f"loss.method={module}:early"]
+    code, _, err = call("train", "tiny", *methods, override, "--out", tmp_path / "out")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.rstrip().endswith(message)
+
+
 WRONG = {
     "shaping:confidnt": ('no function "confidnt" in MODULE; did you mean "confident"?',),
     "shaping:too_few": ("expected (advantages, rollouts, parameter=default, ...), found (advantages)",),

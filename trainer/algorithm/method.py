@@ -26,11 +26,13 @@ from entrace.trainer.settings import (
     BaseConfig,
     InputError,
     Positive,
+    ValidationError,
     create_model,
     import_function,
     keyword_defaults,
     nearest,
     section_of,
+    with_keys,
 )
 
 if TYPE_CHECKING:
@@ -263,7 +265,12 @@ def validate_with_own(
     extended = with_sections(kind, new, model)
     for spec in specs:
         _check_section(spec, extended.model_fields[spec.section].annotation if spec.section else None)
-    return extended.model_validate(values) if new else handler(values)
+    if not new:
+        return handler(values)
+    try:
+        return extended.model_validate(values)
+    except ValidationError as error:
+        raise with_keys(extended, error) from None
 
 
 def check_result(spec: MethodSpec, result: Any, advantages: Tensor) -> Tensor:
