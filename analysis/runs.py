@@ -454,7 +454,7 @@ class Runs:
 
         Raises:
             InputError: a file that the query reads is damaged, or was deleted.
-            OSError: the disk is full, or the like.
+            OSError: the disk is full, or a similar fault occurred.
         """
         files = [path for paths in self._files.values() for path in paths]
         # A resumed run deletes the rows that it recorded after its checkpoint.

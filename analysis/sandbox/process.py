@@ -153,7 +153,7 @@ class QueryProcess:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process can answer another query."""
+        """Return True if the process can answer another query."""
         return self.close.alive and self._process.poll() is None
 
     def _wait(self, timeout: float | None, limits: Limits, reader: int | None) -> None:

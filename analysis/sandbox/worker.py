@@ -39,7 +39,7 @@ VECTOR_ROWS, MESSAGE_BYTES = 2048, 1 << 23
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker needs before it can answer.
+    """Hold the input of a worker.
 
     Attributes:
         manifests: Content of each ``run.json``, by run_id.

@@ -66,7 +66,7 @@ EVALS = [
 
 
 def written(frame: pl.DataFrame, form: str, *, is_safe: bool = False) -> bytes:
-    """What ``entrace sql --format`` prints, in parts of three rows."""
+    """Return the output of ``entrace sql --format``, in parts of three rows."""
     out = io.BytesIO()
     write([frame.clear(), *frame.iter_slices(3)], form, out, is_safe=is_safe)
     return out.getvalue()
