@@ -7,6 +7,7 @@ answer has no rows), ``PROGRESS`` with a percentage, ``DONE``, or one line: ``RE
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import resource
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from entrace.analysis.sandbox.connection import connect, fill
 from entrace.analysis.sandbox.statements import one_line
-from entrace.analysis.trace.errors import InputError, in_one_line
+from entrace.analysis.trace.errors import InputError, fault_of
 
 if TYPE_CHECKING:
     import duckdb
@@ -128,18 +129,26 @@ def _answer(line: _Line, con: duckdb.DuckDBPyConnection, query: Query) -> None:
     except BrokenPipeError:
         # The parent is gone.
         os._exit(0)
-    except (MemoryError, duckdb.OutOfMemoryException, pa.ArrowMemoryError) as error:
-        line.send(OUT_OF_MEMORY, in_one_line(error))
     except (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException) as error:
         line.send(REJECTED, one_line(error))
-    except (duckdb.Error, pa.ArrowException, OSError) as error:
+    except (MemoryError, duckdb.Error, pa.ArrowException, OSError) as error:
         # Arrow turns errors that DuckDB raises after the first rows into its own, or into an OSError.
-        kind = OUT_OF_MEMORY if "Out of Memory" in str(error) or "bad_alloc" in str(error) else FAILED
-        line.send(kind, one_line(error))
+        line.send(OUT_OF_MEMORY if _lacks_memory(error) else FAILED, one_line(error))
     except InputError as error:
         line.send(REJECTED, str(error))
     else:
         line.send(DONE)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Return whether memory ran out, rather than space on the disk to which DuckDB spills."""
+    import duckdb
+    import pyarrow as pa
+
+    if (fault := fault_of(error)) and fault.errno == errno.ENOSPC:
+        return False
+    is_declared = isinstance(error, MemoryError | duckdb.OutOfMemoryException | pa.ArrowMemoryError)
+    return is_declared or "Out of Memory" in str(error) or "bad_alloc" in str(error)
 
 
 def _check_type(column: str, kind: pa.DataType) -> None:
