@@ -169,7 +169,6 @@ def _switch_files(run_dir: Path, manifest: dict[str, Any], replaced: Mapping[str
     write_manifest(run_dir, {**manifest, FILES: {**manifest[FILES], TOKENS: {**kept, **added}}}, new)
     for name in replaced:
         (run_dir / TOKENS / name).unlink()
-    digests.append(run_dir, dict.fromkeys(f"{TOKENS}/{name}" for name in replaced))
 
 
 def _sampled_steps(parts: Mapping[Path, int | None], manifest: Mapping[str, Any], sampling: TokenSampling) -> set[int]:

@@ -24,6 +24,7 @@ from entrace.analysis.claims import (
 from entrace.analysis.effects.training import PARTS
 from entrace.analysis.runs import Runs, open_runs
 from entrace.analysis.statistics.estimates import Estimate, holm
+from entrace.analysis.trace import read_manifest, write_manifest
 from entrace.analysis.trace.errors import InputError
 from entrace.analysis.trace.verify import accept_edits
 from tests.analysis.conftest import write_failed
@@ -256,8 +257,7 @@ def test_nothing_recorded(tmp_path):
 def test_failed_arm_gives_no_comparison(tmp_path):
     write_run(tmp_path / "none")
     folder = write_run(tmp_path / "ppl", arm="ppl")
-    manifest = folder / "run.json"
-    manifest.write_text(manifest.read_text().replace('"complete"', '"failed"'))
+    write_manifest(folder, {**read_manifest(folder), "status": "failed"})
     verdict = next(v for v in judge(open_runs(tmp_path)) if v.claim == "M1")
     assert verdict.verdict == NOT_RECORDED
 

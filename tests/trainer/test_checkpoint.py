@@ -226,7 +226,7 @@ DAMAGE = [
     ("optimizer.safetensors", flip_a_bit, "optimizer.safetensors: checksum differs"),
     ("optimizer.safetensors", Path.unlink, "optimizer.safetensors is missing"),
     ("state.json", lambda path: path.write_bytes(b""), "state.json: checksum differs"),
-    ("state.json", lambda path: (path.unlink(), path.mkdir()), "state.json: is a directory"),
+    ("state.json", lambda path: (path.unlink(), path.mkdir()), "state.json: is a directory; name a file"),
     ("checksums.json", Path.unlink, "checksums.json is missing"),
     ("checksums.json", cut_short, "checksums.json: not JSON"),
     ("checksums.json", lambda path: path.write_bytes(b"\xff\xfe"), "checksums.json: not JSON"),

@@ -113,5 +113,6 @@ def test_a_task_that_dies_says_how_and_what_it_printed_last(cluster, tmp_path, c
     spec = load_grid("tiny-study", SMALL, seeds=[0])[0]
     failed = run_grid([spec], tmp_path / "study", RayLauncher(cluster.address), print_and_exit)
     assert failed[spec.run_id].startswith("WorkerCrashedError: The worker died unexpectedly")
-    assert failed[spec.run_id].endswith("; its last output: terminate called")
+    # Ray repeats the task; each attempt prints the line.
+    assert "; its last output: terminate called" in failed[spec.run_id]
     assert f"{spec.run_id}: terminate called\n" in capsys.readouterr().err
