@@ -29,8 +29,8 @@ WAYS = ("in the expected direction", "in the opposite direction")
 class Verdict:
     """Hold one row of the scorecard: a part of a claim, judged on a run, on the baseline runs, or on an arm.
 
-    ``effect`` is None if undefined, ``low`` and ``high`` if there is no interval. ``detectable`` is the effect that the
-    runs detect with 80 % power; None if unknown.
+    ``effect`` is None if it is undefined; ``low`` and ``high`` are None without an interval. ``detectable`` is the
+    effect that the runs detect with 80 % power; None if unknown.
     """
 
     claim: str

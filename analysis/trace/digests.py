@@ -79,7 +79,7 @@ class End(NamedTuple):
 
 @dataclass
 class Recorded:
-    """Hold the statements of ``digests.jsonl`` about the files of a run.
+    """Hold the content of a run's ``digests.jsonl``.
 
     Attributes:
         files: Digests that count, by path in the run's folder; empty for a file that was removed on purpose.

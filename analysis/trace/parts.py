@@ -123,9 +123,9 @@ def remove_leftovers(run_dir: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def check_part(path: Path, table: Table, rows: int | None = None, known: Sequence[Digest] = ()) -> int:
-    """Return the schema version of a file, after checking what its end shows.
+    """Return the schema version of a file, after checking its columns, size, footer, and number of rows.
 
-    These are its columns, its size and footer, all bytes if it is small, and, if given, its number of ``rows``.
+    A small file is checked completely.
 
     Args:
         path: A Parquet file of ``table``.

@@ -28,7 +28,7 @@ from tests.analysis.synthetic import write_run
 
 STEPS, EVERY = 40, 20
 SAMPLING = TokenSampling(3, 0.25)
-# Kills itself at the given event: the creation of a file, a renaming, or a removal.
+# Kills itself at the given event: the creation, rename, or removal of a file.
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The process of a run. Nothing is imported beside the standard library until the output goes to the log of the run."""
+"""The process of a run. It imports only the standard library until its output goes to the run's log."""
 
 from __future__ import annotations
 
