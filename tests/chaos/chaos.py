@@ -10,11 +10,9 @@ the run must equal the uninterrupted one in every row, weight and state of the o
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -27,6 +25,7 @@ import numpy as np
 
 from entrace.analysis.terminal.progress import Progress
 
+from .conclude import conclude
 from .verify import Reference
 from .victim import CONFIG, Board, run
 
@@ -227,10 +226,7 @@ def main() -> None:
             with Progress("chaos", options.kills) as progress:
                 cases = play_cases(harness, options.seed, options.kills, progress.update)
     result = tally(cases, options.seed)
-    print(render(result))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    sys.exit(1 if result["failures"] else 0)
+    conclude(result, render(result), options.out)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from entrace.analysis.trace import TABLES, InputError
 from entrace.analysis.trace.digests import DIGESTS, END_BYTES
 from entrace.analysis.trace.verify import CHECKPOINTS, CHECKSUMS, list_files, verify_run
 
+from .conclude import conclude
 from .verify import equal
 
 BLOCK_BYTES = 4096
@@ -243,10 +243,7 @@ def main() -> None:
                 trials.append(run_trial(trace, index, options.seed))
                 progress.update(index + 1)
     result = {"seed": options.seed, **tally(trials)}
-    print(render(result))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    sys.exit(1 if result["failures"] else 0)
+    conclude(result, render(result), options.out)
 
 
 if __name__ == "__main__":
