@@ -109,14 +109,18 @@ def sql(
         raise InputError("sql: --file and --question both name a query; give one of them")
     out = Visible(sys.stdout.buffer) if is_terminal else sys.stdout.buffer
     given = arguments or []
+    asked = Questions(questions)
     if is_list:
-        asked = Questions(questions).table()
-        shown = asked.select("stem", "level", "claim", "question") if form is Format.TABLE else asked
+        listed = asked.table()
+        shown = listed.select("stem", "level", "claim", "question") if form is Format.TABLE else listed
         write([shown], form.value, out, is_safe=safe)
         return
-    paths, rest = (given, []) if file else (given[:-1], given[-1:])
+    paths, settings, text = given, [], ""
     if question:
-        paths, rest = _split_settings(given, Questions(questions)[question])
+        paths, settings = _split_settings(given, asked[question])
+        text = asked.read(question)
+    elif not file:
+        paths, text = given[:-1], "".join(given[-1:])
     if not paths:
         raise InputError(
             'sql: expected RUN... "QUERY", found one argument; name the runs first, then the query'
@@ -124,8 +128,8 @@ def sql(
             else 'sql: expected RUN... "QUERY", RUN... --question NAME, or --list'
         )
     opened = open_runs(paths, questions=questions)
-    text = opened.questions.read(question) if question else _read_text(file) if file else rest[0]
-    params = _parse_params([*(param or []), *(rest if question else [])])
+    text = _read_text(file) if file else text
+    params = _parse_params([*(param or []), *settings])
     with QueryProgress() as progress:
         parts = opened.stream(
             text,

@@ -96,7 +96,7 @@ def _write_parts(runs: Runs, stems: list[str], out: Path, on_step: Callable[[int
         sections=sections,
     )
     (out / PAGE).write_text(page, encoding="utf-8")
-    on_step(len(stems) + 3, PAGE)
+    on_step(num_parts(runs), PAGE)
 
 
 def num_parts(runs: Runs) -> int:

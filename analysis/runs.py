@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import glob
 import shutil
-import tempfile
-import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from entrace.analysis import queries
 from entrace.analysis.parameters import parameters, shown, to_plain
 from entrace.analysis.queries import BUILT_IN, Questions
-from entrace.analysis.sandbox.connection import COVERAGE, RUNS_COLUMNS, STAGES_COLUMNS, connect, fill
+from entrace.analysis.sandbox.connection import COVERAGE, RUNS_COLUMNS, STAGES_COLUMNS, connect, fill, spill_folder
 from entrace.analysis.sandbox.process import Limits, QueryProcess, ReadError
 from entrace.analysis.sandbox.statements import one_line, parameter_names
 from entrace.analysis.sandbox.worker import Query
 from entrace.analysis.terminal.interrupt import interruptible
 from entrace.analysis.trace import digests
-from entrace.analysis.trace.errors import TEMPORARY, InputError, fault_of, in_one_line, nearest, reason_of
+from entrace.analysis.trace.errors import InputError, fault_of, in_one_line, nearest, reason_of
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
 from entrace.analysis.trace.parts import check_parts, check_whole, listed_files, read_part
 from entrace.analysis.trace.plain import well_formed
@@ -116,7 +114,7 @@ class Runs:
         self._kept: dict[tuple[str, ...], pl.DataFrame] = {}
         self._finite: set[str] = set()
         self._files = files
-        self._spill = Path(tempfile.gettempdir(), f"{TEMPORARY}{uuid.uuid4().hex}")
+        self._spill = spill_folder()
         self._con = connect(manifests, files, BUFFERS, self._spill)
         weakref.finalize(self._con, shutil.rmtree, self._spill, ignore_errors=True)
         self._idle: QueryProcess | None = None
@@ -148,7 +146,7 @@ class Runs:
             InputError: the text is not a single query, a parameter or its value is unknown, DuckDB rejects the query,
                 or a limit is reached.
         """
-        return self._collect(self._prepare(text, self._check(text, params or {})), Limits.parse(memory, timeout))
+        return self._collect(self._to_query(text, self._check(text, params or {})), Limits.parse(memory, timeout))
 
     def stream(
         self,
@@ -177,7 +175,7 @@ class Runs:
             InputError: as for ``sql``.
         """
         limits = Limits.parse(memory, timeout)
-        return self._send(self._prepare(text, self._check(text, params or {})), limits, on_progress, reader)
+        return self._send(self._to_query(text, self._check(text, params or {})), limits, on_progress, reader)
 
     def query(self, stem: str, **params: Any) -> pl.DataFrame:
         """Ask one of the questions, such as ``query("entropy_by_position", stage="plateau")``.
@@ -196,7 +194,7 @@ class Runs:
         """Return the rows of a question without ``query``'s checks and warning, for values taken from the traces."""
         text = self.questions.read(stem)
         if self.questions.is_own(stem):
-            return self._collect(self._prepare(text, params), Limits())
+            return self._collect(self._to_query(text, params), Limits())
         return self.run_shipped(text, params)
 
     def run_shipped(self, text: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
@@ -205,11 +203,11 @@ class Runs:
         Raises:
             InputError: a parameter is unknown, or a file cannot be read.
         """
-        query = self._prepare(text, params or {})
-        for name in query.computed.keys() - self._filled:
+        given = self._prepare(text, params or {})
+        for name in queries.computed_tables_in(text) - self._filled:
             self._filled.add(name)
-            fill(self._con, name, query.computed[name])
-        return self._run(query.text, query.params)
+            fill(self._con, name, self._compute(name))
+        return self._run(text, given)
 
     def why_no_rows(self, stem: str, params: Mapping[str, Any]) -> str:
         """Return one line that says which conditions removed all rows of a question, or what the traces lack.
@@ -363,8 +361,13 @@ class Runs:
                 )
         self._finite.add(table.name)
 
-    def _prepare(self, text: str, given: Mapping[str, Any]) -> Query:
-        """Return a checked query with all of its parameters.
+    def _to_query(self, text: str, given: Mapping[str, Any]) -> Query:
+        """Return a query for another process, which has none of the computed tables."""
+        params = self._prepare(text, given)
+        return Query(text, params, {name: self._compute(name) for name in queries.computed_tables_in(text)})
+
+    def _prepare(self, text: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Check a query and the tables that it reads, and return all of its parameters.
 
         Raises:
             InputError: as for ``sql``.
@@ -380,8 +383,7 @@ class Runs:
                 hint = nearest(name, names) if names else "; this query has none"
                 raise InputError(f'unknown parameter "{name}"{hint}')
         self._check_tables(text)
-        computed = {name: self._compute(name) for name in queries.computed_tables_in(text)}
-        return Query(text, dict.fromkeys(names) | dict(given), computed)
+        return dict.fromkeys(names) | dict(given)
 
     def _check(self, text: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return parameters whose values are of the kinds that the headers of a query name."""
@@ -463,9 +465,10 @@ class Runs:
         if fault := fault_of(error):
             place = next((path for path in files if path in str(error)), str(self._spill))
             raise OSError(fault.errno, fault.strerror, place) from None
+        recorded = {folder: digests.read(folder) for folder in {Path(path).parents[1] for path in files}}
         for name in queries.tables_in(text):
             for path in map(Path, self._files[name]):
-                check_whole(path, TABLES[name], known=digests.read(path.parents[1]).of(f"{name}/{path.name}"))
+                check_whole(path, TABLES[name], known=recorded[path.parents[1]].of(f"{name}/{path.name}"))
 
 
 def _unsupported(error: Exception) -> InputError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from entrace.analysis import queries
 from entrace.analysis.sandbox.statements import one_line
 from entrace.analysis.statistics import interval_functions
-from entrace.analysis.trace.errors import InputError
+from entrace.analysis.trace.errors import TEMPORARY, InputError
 from entrace.analysis.trace.schema import SCHEMA_VERSION, TABLES, Table
 
 if TYPE_CHECKING:
@@ -65,8 +67,8 @@ select
 from sampled full join stored using (run_id, step)
 order by run_id, step
 """
-# Tables beside those of the trace; all but the first are filled when a query reads them.
-COMPUTED = {"runs": RUNS_COLUMNS, "stages": STAGES_COLUMNS, "token_coverage": COVERAGE_COLUMNS}
+# Columns of the tables beside those of the trace; the members of ``queries.COMPUTED`` are filled on first use.
+BESIDE_TRACE = {"runs": RUNS_COLUMNS, "stages": STAGES_COLUMNS, "token_coverage": COVERAGE_COLUMNS}
 # Columns that schema version 1 implies and does not store.
 DERIVED = {
     # A prompt that is sampled twice in one step forms two groups; each group holds every sample_index once.
@@ -84,6 +86,11 @@ DERIVED = {
 }
 # Characters that brackets make literal in a glob pattern.
 GLOB_CHARACTERS = re.compile(r"[*?\[]")
+
+
+def spill_folder() -> Path:
+    """Return a new path for spilled data; without one, DuckDB would spill to the working directory."""
+    return Path(tempfile.gettempdir(), f"{TEMPORARY}{uuid.uuid4().hex}")
 
 
 def connect(
@@ -114,7 +121,7 @@ def connect(
     # The view of tokens of schema version 1 reads the view of rollouts, which must exist first.
     for name in reversed(TABLES):
         _create_view(con, TABLES[name], files[name])
-    for name, columns in COMPUTED.items():
+    for name, columns in BESIDE_TRACE.items():
         con.execute(f"create table {name} ({', '.join(f'{column} {kind}' for column, kind in columns.items())})")
     rows = [
         tuple(_scalar({**manifest, "run_id": run_id}.get(name)) for name in RUNS_COLUMNS)
@@ -136,10 +143,10 @@ def connect(
 
 
 def fill(con: duckdb.DuckDBPyConnection, name: str, rows: Sequence[tuple[Any, ...]]) -> None:
-    """Replace the rows of a table of ``COMPUTED``."""
+    """Replace the rows of a table of ``BESIDE_TRACE``."""
     con.execute(f"delete from {name}")
     if rows:
-        con.executemany(f"insert into {name} values ({', '.join('?' * len(COMPUTED[name]))})", rows)
+        con.executemany(f"insert into {name} values ({', '.join('?' * len(BESIDE_TRACE[name]))})", rows)
 
 
 def _create_view(con: duckdb.DuckDBPyConnection, table: Table, files: dict[str, int]) -> None:

@@ -10,9 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import time
-import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entrace.analysis.sandbox.connection import spill_folder
 from entrace.analysis.sandbox.worker import DONE, FAILED, OUT_OF_MEMORY, PROGRESS, ROWS, Query, Setup
 from entrace.analysis.trace.errors import InputError
 
@@ -88,7 +87,7 @@ class QueryProcess:
             limits: Its ``memory`` holds for all queries of this process.
         """
         self.memory = limits.memory
-        spill = Path(tempfile.gettempdir(), f"entrace-{uuid.uuid4().hex}")
+        spill = spill_folder()
         self._pipe, theirs = Pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-c", BOOT, str(theirs.fileno())],

@@ -57,7 +57,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Query:
-    """One query with its parameters, and the rows of those tables of ``connection.COMPUTED`` that it reads."""
+    """One query with its parameters, and the rows of those members of ``queries.COMPUTED`` that it reads."""
 
     text: str
     params: dict[str, Any]
