@@ -354,6 +354,8 @@ class Runs:
         )
         for row in found.iter_rows(named=True):
             if column := next((column for column in table.float_columns if row[column.name]), None):
+                # Damage looks like this as well, and has another remedy.
+                self._check_content(table)
                 remedy = "write null where the value is unknown" if column.nullable else "correct or remove these rows"
                 raise InputError(
                     f"run {row['run_id']}: table {table.name}: column {column.name} is NaN or infinite in "
@@ -465,10 +467,19 @@ class Runs:
         if fault := fault_of(error):
             place = next((path for path in files if path in str(error)), str(self._spill))
             raise OSError(fault.errno, fault.strerror, place) from None
-        recorded = {folder: digests.read(folder) for folder in {Path(path).parents[1] for path in files}}
         for name in queries.tables_in(text):
-            for path in map(Path, self._files[name]):
-                check_whole(path, TABLES[name], known=recorded[path.parents[1]].of(f"{name}/{path.name}"))
+            self._check_content(TABLES[name])
+
+    def _check_content(self, table: Table) -> None:
+        """Check every byte of the files of a table.
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        paths = list(map(Path, self._files[table.name]))
+        recorded = {folder: digests.read(folder) for folder in {path.parents[1] for path in paths}}
+        for path in paths:
+            check_whole(path, table, known=recorded[path.parents[1]].of(f"{table.name}/{path.name}"))
 
 
 def _unsupported(error: Exception) -> InputError:

@@ -200,6 +200,16 @@ def test_verification_notices_what_opening_cannot(large: Path):
         check_whole(path, TABLES["tokens"])
 
 
+def test_nan_from_damage_names_the_file(large: Path):
+    path = part(large, "tokens")
+    runs = open_runs(large)
+    rows = pq.read_table(path)
+    at = rows.column_names.index("entropy")
+    pq.write_table(rows.set_column(at, rows.schema.field(at), pa.array(np.full(len(rows), np.nan, np.float32))), path)
+    with pytest.raises(InputError, match=r"tokens/part-.*: damaged, or edited by hand .*; restore it, or go back to"):
+        runs.sql("select avg(entropy) from tokens")
+
+
 def test_a_query_that_fails_on_damage_names_the_file(large: Path):
     path = part(large, "tokens")
     data = bytearray(path.read_bytes())
