@@ -2,11 +2,12 @@
 
 Blocks of a page run in order, in a folder with a small study in ``data/runs/study``. Commands run in this process; runs
 that they train are small (``TINY``), and reports draw the figures in ``DRAWN``. A block with ``title="FILE"`` is also
-saved as that file.
+saved as that file. Every other block can be pasted as it stands into a shell or into Python.
 """
 
 from __future__ import annotations
 
+import codeop
 import json
 import os
 import re
@@ -49,6 +50,9 @@ BLOCK = re.compile(
 LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 HEADING = re.compile(r"^#+ (?P<title>.+)$", re.MULTILINE)
 OVERRIDE = re.compile(r"[\w.]+=")
+QUOTED = re.compile(r"'[^']*'|\"[^\"!$`\\]*\"")
+# Outside quotes: comments, which zsh reads as words, patterns, prompts, placeholders such as RUN or <run>, ellipses.
+NOT_PASTABLE = re.compile(r"[#*?\[\]{}<>|;&()!~^$`'\"…]|\.\.\.|(?<![\w/.-])[A-Z]{2,}(?![\w=])")
 TINY = [*SMALL, "rollout.max_response_tokens=24"]
 
 
@@ -124,6 +128,8 @@ def check_command(words: list[str]) -> None:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         for extra in re.findall(r"\[([\w,]+)\]", " ".join(rest)):
             assert set(extra.split(",")) <= set(extras)
+    elif program == ".":
+        assert rest == [".venv/bin/activate"]
     elif program == "accelerate":
         assert (ROOT / rest[rest.index("--config_file") + 1]).is_file()
         at = rest.index("-m")
@@ -247,7 +253,6 @@ def folder(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.name)
 def test_every_block_of_a_page_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch):
-    names: dict[str, Any] = {"__name__": "__main__"}
     for block in (block for block in ALL_BLOCKS if block.page == page):
         if block.title:
             path = folder / block.title
@@ -260,10 +265,47 @@ def test_every_block_of_a_page_runs(page: Path, folder: Path, monkeypatch: pytes
                     assert words[0] == "entrace", f"{block.name}: only entrace runs; tag the block"
                     run_entrace(words[1:], monkeypatch)
         elif block.language == "python":
-            exec(compile(block.text, block.name, "exec"), names)
+            exec(compile(block.text, block.name, "exec"), {"__name__": "__main__"})
         else:
             check_data(block)
     plt.close("all")
+
+
+SHELL = [block for block in ALL_BLOCKS if block.language == "sh"]
+PYTHON = [block for block in ALL_BLOCKS if block.language == "python" and not block.title]
+
+
+@pytest.mark.parametrize("block", SHELL, ids=lambda block: block.name)
+def test_a_shell_block_can_be_pasted(block: Block):
+    """Every shell reads it in the same way: sh, bash, and zsh, in which comments and patterns differ."""
+    assert not NOT_PASTABLE.findall(QUOTED.sub("", block.text).replace("\\\n", "")), block.text
+    for shell in ("sh", "bash", "zsh"):
+        if shutil.which(shell):
+            subprocess.run([shell, "-n"], input=block.text, text=True, check=True)
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.name)
+def test_a_python_block_can_be_pasted_line_by_line(block: Block):
+    """The prompt of Python ends a statement at the first line that is not indented, or after a blank line."""
+    pending: list[str] = []
+    for line in [*block.text.splitlines(), ""]:
+        pending.append(line)
+        if codeop.compile_command("\n".join(pending), block.name, "single") is not None:
+            pending = []
+    assert not pending
+
+
+def test_no_two_pages_write_the_same_folder():
+    """A command refuses a folder that holds something else, so that the blocks of all pages can be run in any order."""
+    homes: dict[Path, str] = {Path("data/runs/study"): "the default study"}
+    for block in SHELL:
+        for words in commands_of(block):
+            if words[:2] and words[1] in ("train", "ablate", "import", "pretrain") and "--resume" not in words:
+                out = Path(words[words.index("--out") + 1]) if "--out" in words else None
+                near = [home for home in homes if out and (home in (out, *out.parents) or out in home.parents)]
+                assert not near, f"{block.name}: {words[1]} writes {out}, and {homes[near[0]]} writes {near[0]}"
+                if out and "--dry-run" not in words:
+                    homes[out] = block.name
 
 
 def test_every_block_has_a_known_language_and_tags():

@@ -17,6 +17,7 @@ from entrace.trainer.ablation.grid import load_grid
 from entrace.trainer.ablation.launch.job import Job, describe_exit, execute, settle
 from entrace.trainer.ablation.launch.local import LocalLauncher
 from entrace.trainer.ablation.runner import run_grid
+from entrace.trainer.config import load_config
 from entrace.trainer.train import train
 
 from .conftest import SMALL
@@ -55,7 +56,7 @@ def grid(tmp_path):
 
 def one_thread_each():
     """Sums are rounded as in this process, which has one thread too."""
-    return LocalLauncher(count_cores())
+    return LocalLauncher(count_cores(), threads=1)
 
 
 def steps_of(run_dir):
@@ -64,6 +65,27 @@ def steps_of(run_dir):
 
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_threads_of_a_run():
+    embedded, smollm = load_config("tiny"), load_config("tiny", ["policy.path=smollm2-135m"])
+    assert [LocalLauncher(jobs).threads_of(embedded) for jobs in (1, 2)] == [1, 1]
+    assert LocalLauncher(1).threads_of(smollm) == count_cores()
+    assert LocalLauncher(2 * count_cores()).threads_of(smollm) == 1
+    assert LocalLauncher(1, threads=3).threads_of(embedded) == LocalLauncher(8, threads=3).threads_of(smollm) == 3
+
+
+def test_the_number_of_concurrent_runs_does_not_change_a_run(grid, tmp_path):
+    specs = load_grid(str(grid), [*SMALL, "steps=2"])[:2]
+    for jobs in (1, 2):
+        assert run_grid(specs, tmp_path / str(jobs), LocalLauncher(jobs), train) == {}
+    for spec in specs:
+        alone, beside = (tmp_path / jobs / spec.run_id for jobs in "12")
+        assert read_manifest(alone)["num_threads"] == read_manifest(beside)["num_threads"] == 1
+        for table in ("tokens", "rollouts", "evals"):
+            assert pq.read_table(alone / table).equals(pq.read_table(beside / table))
+        [first, second] = (sorted(run.glob("checkpoints/*/policy/model.safetensors"))[-1] for run in (alone, beside))
+        assert first.read_bytes() == second.read_bytes()
 
 
 def test_failed_runs_stay_until_they_are_retried(grid, tmp_path):

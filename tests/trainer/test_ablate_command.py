@@ -46,6 +46,7 @@ def write(folder, text):
         (GRID, ["--launcher", "slurm"], ["--launcher", "slurm"]),
         (GRID, ["--address", "auto"], ["--address needs --launcher ray"]),
         (GRID, ["--launcher", "ray", "--jobs", "2"], ["--jobs needs --launcher local"]),
+        (GRID, ["--launcher", "ray", "--threads", "2"], ["--threads needs --launcher local"]),
         (GRID, ["--launcher", "ray", "--address", "here"], ['--address "here"', "host:port or auto"]),
         (GRID, ["--launcher", "ray", "--address", "127.0.0.1:1"], ["127.0.0.1:1", "no Ray cluster answers"]),
     ],

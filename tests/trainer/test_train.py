@@ -8,6 +8,7 @@ import torch
 from entrace.analysis.claims import judge
 from entrace.analysis.runs import open_runs
 from entrace.analysis.trace import InputError, read_manifest
+from entrace.analysis.trace.manifest import count_cores
 from entrace.trainer import train as train_module
 from entrace.trainer.algorithm.plateau import PlateauDetector
 from entrace.trainer.config import load_config
@@ -166,6 +167,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run_dir, tmp_path, last):
     assert read_manifest(tmp_path / "cut")["status"] == "complete"
     policies = [sorted(d.glob("checkpoints/*/policy/model.safetensors"))[-1] for d in (run_dir, tmp_path / "cut")]
     assert policies[0].read_bytes() == policies[1].read_bytes()
+
+
+@pytest.mark.skipif(count_cores() < 2, reason="needs two cores")
+def test_a_resumed_run_keeps_its_number_of_threads(tmp_path):
+    def stop(done, **figures):
+        raise Interrupted
+
+    config = load_config("tiny", [*SMALL, "steps=2", "record.flush_every=1", "record.checkpoint_every=1"])
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "cut", LABELS, on_step=stop)
+        torch.set_num_threads(1)
+        train(config, tmp_path / "cut", LABELS, resume=True)
+        assert torch.get_num_threads() == read_manifest(tmp_path / "cut")["num_threads"] == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_arms_are_one_run_until_their_windows_open(run_dir, tmp_path):

@@ -156,6 +156,12 @@ def ablate(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="local: concurrent runs, which share the cores (default 1).")
     ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="local: CPU threads per run (default: 1 for the embedded policy, otherwise cores / jobs)."
+        ),
+    ] = None,
     address: Annotated[
         str | None,
         typer.Option(
@@ -192,7 +198,7 @@ def ablate(
     from entrace.trainer.cli import grid as grid_command
 
     specs = load_grid(grid, overrides or [], _parse_seeds(seeds))
-    chosen = grid_command.choose_launcher(launcher.value, jobs, address, cpus_per_run, gpus_per_run)
+    chosen = grid_command.choose_launcher(launcher.value, jobs, threads, address, cpus_per_run, gpus_per_run)
     if dry_run:
         plan = grid_command.plan(specs, out, chosen, retry_failed, pilot)
         warnings, problems = grid_command.check(specs)

@@ -21,7 +21,12 @@ from entrace.trainer.settings import read_toml
 
 
 def choose_launcher(
-    name: str, jobs: int | None, address: str | None, cpus_per_run: int | None, gpus_per_run: float | None
+    name: str,
+    jobs: int | None,
+    threads: int | None,
+    address: str | None,
+    cpus_per_run: int | None,
+    gpus_per_run: float | None,
 ) -> Launcher:
     """Return the launcher of that name; options that were not given are None.
 
@@ -33,11 +38,13 @@ def choose_launcher(
         if name == "local" and value is not None:
             raise InputError(f"{option} needs --launcher ray")
     if name == "local":
-        return LocalLauncher(jobs or 1)
+        return LocalLauncher(jobs or 1, threads)
     if jobs is not None:
         raise InputError(
             "--jobs needs --launcher local; with Ray, --cpus-per-run and --gpus-per-run limit the number of runs"
         )
+    if threads is not None:
+        raise InputError("--threads needs --launcher local; with Ray, a run has as many threads as --cpus-per-run")
     return RayLauncher(address, cpus_per_run or 1, gpus_per_run)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from entrace.analysis.trace import Lexicon, TraceWriter, read_manifest
+from entrace.analysis.trace.manifest import count_cores
 from entrace.analysis.trace.parts import last_whole_step
 from entrace.trainer.config import Config
 from entrace.trainer.faults import explain_fault
@@ -34,6 +35,8 @@ def open_trace(
             if ranks.is_main:
                 remove_superseded(run_dir, state.step)
             writer = TraceWriter.resume(run_dir, state.step, ranks.rank, ranks.all_gather_object)
+        # The order in which floats are added depends on the number of threads.
+        torch.set_num_threads(min(writer.manifest.get("num_threads") or torch.get_num_threads(), count_cores()))
         writer.manifest |= {
             "config": config.model_dump(mode="json"),
             "total_steps": config.steps,

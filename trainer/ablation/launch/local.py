@@ -14,16 +14,18 @@ from typing import Any
 from entrace.analysis.trace.manifest import count_cores
 from entrace.trainer.ablation.launch.job import Job, Output, ProgressListener, describe_exit, settle
 from entrace.trainer.ablation.launch.worker import run
+from entrace.trainer.config import Config
+from entrace.trainer.resources import EMBEDDED
 
 GRACE_S = 10.0
 
 
 class LocalLauncher:
-    """``jobs`` processes at a time, each with an equal share of the cores."""
+    """``jobs`` processes at a time."""
 
-    def __init__(self, jobs: int = 1) -> None:
-        """Store the number of concurrent runs."""
-        self.slots = jobs
+    def __init__(self, jobs: int = 1, threads: int | None = None) -> None:
+        """Store the number of concurrent runs and the CPU threads of each; see ``threads_of``."""
+        self.slots, self._threads = jobs, threads
 
     def connect(self) -> None:
         """Do nothing: processes need no connection."""
@@ -31,10 +33,18 @@ class LocalLauncher:
     def close(self) -> None:
         """Do nothing: nothing was acquired."""
 
+    def threads_of(self, config: Config) -> int:
+        """Return the CPU threads of a run: one for the embedded policy, otherwise an equal share of the cores.
+
+        The order in which floats are added depends on the number of threads. The embedded policy is too small to gain
+        from a second one, so its runs do not depend on ``jobs`` or on the number of cores.
+        """
+        share = 1 if config.policy.path == EMBEDDED else max(1, count_cores() // self.slots)
+        return self._threads or share
+
     def run(self, jobs: Sequence[Job], listener: ProgressListener) -> None:
         """Execute all runs in order."""
         context = _start_server()
-        threads = max(1, count_cores() // self.slots)
         waiting = list(jobs)
         # One pipe per process: a process killed while writing to a shared queue would block the others.
         running: dict[Any, tuple[Job, Any, Output]] = {}
@@ -45,7 +55,7 @@ class LocalLauncher:
                     job = waiting.pop(0)
                     output = Output(job)
                     ours, theirs = context.Pipe(duplex=False)
-                    arguments = (pickle.dumps(job), job.log, threads, theirs)
+                    arguments = (pickle.dumps(job), job.log, self.threads_of(job.config), theirs)
                     process = context.Process(target=run, args=arguments, daemon=True)
                     process.start()
                     theirs.close()
