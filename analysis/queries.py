@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entrace.analysis.trace.errors import InputError, nearest, reason_of
-from entrace.analysis.trace.schema import TABLES
+from entrace.analysis.trace.schema import RESPONSE_TOKENS, TABLES
 
 if TYPE_CHECKING:
     import polars as pl
@@ -268,7 +268,7 @@ def _sources_in(text: str) -> set[str]:
 @cache
 def _sources_behind() -> dict[str, set[str]]:
     """Return the tables that each table, shared view, and macro reads, by name."""
-    behind = {name: {name} for name in (*TABLES, *COMPUTED)}
+    behind = {name: {name} for name in (*TABLES, *COMPUTED)} | {RESPONSE_TOKENS: {"tokens"}}
     for text in (COMMENT_LINE.sub("", text) for text in staging()):
         behind |= dict.fromkeys(CREATED.findall(text), set().union(*(behind.get(w, ()) for w in WORD.findall(text))))
     return behind

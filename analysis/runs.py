@@ -23,7 +23,7 @@ from entrace.analysis.terminal.interrupt import interruptible
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.errors import InputError, fault_of, in_one_line, nearest, reason_of
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
-from entrace.analysis.trace.parts import check_parts, check_whole, listed_files, read_part
+from entrace.analysis.trace.parts import Layout, check_parts, check_whole, listed_files, read_part
 from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.sampling import TokenSampling
 from entrace.analysis.trace.schema import TABLES, Table
@@ -63,7 +63,7 @@ def open_runs(
     """
     folders = find_run_folders([paths] if isinstance(paths, str | Path) else paths)
     manifests: dict[str, dict[str, Any]] = {}
-    files: dict[str, dict[str, int]] = {name: {} for name in TABLES}
+    files: dict[str, dict[str, Layout]] = {name: {} for name in TABLES}
     notes: dict[str, str | None] = {}
     for folder in folders:
         if str(folder) != well_formed(str(folder)):
@@ -78,8 +78,8 @@ def open_runs(
         manifests[run_id] = manifest
         recorded = digests.read(folder)
         parts = check_parts(folder, manifest, recorded)
-        for name, versions in parts.items():
-            files[name] |= {str(path): version for path, version in versions.items()}
+        for name, layouts in parts.items():
+            files[name] |= {str(path): layout for path, layout in layouts.items()}
         listed = listed_files(folder, manifest)
         gone = [name for name, found in parts.items() if not found and listed.get(name)]
         progress = _describe_progress(manifest, _read_steps(folder, parts["steps"]), gone)
@@ -101,11 +101,11 @@ class Runs:
     def __init__(
         self,
         manifests: dict[str, dict[str, Any]],
-        files: dict[str, dict[str, int]],
+        files: dict[str, dict[str, Layout]],
         notes: dict[str, str | None],
         questions: Questions = BUILT_IN,
     ) -> None:
-        """Connect DuckDB to ``files``: the schema version of each Parquet file of all runs, by table and path."""
+        """Connect DuckDB to ``files``: the layout of each Parquet file of all runs, by table and path."""
         self.manifests = manifests
         self.questions = questions
         self.notes = {run_id: note for run_id, note in notes.items() if note}

@@ -13,10 +13,12 @@ from entrace.analysis import queries
 from entrace.analysis.sandbox.statements import one_line
 from entrace.analysis.statistics import interval_functions
 from entrace.analysis.trace.errors import TEMPORARY, InputError
-from entrace.analysis.trace.schema import SCHEMA_VERSION, TABLES, Table
+from entrace.analysis.trace.parts import Layout
+from entrace.analysis.trace.schema import RESPONSE_TOKENS, SCHEMA_VERSION, TABLES, TOKENS, Table
 
 if TYPE_CHECKING:
     import duckdb
+    import pyarrow as pa
 
 RUNS_COLUMNS = {
     "run_id": "varchar",
@@ -60,7 +62,7 @@ COVERAGE_COLUMNS = {
 }
 COVERAGE = """
 with sampled as (select run_id, step, count(*) as n from rollouts where response_length > 0 group by all),
-stored as (select run_id, step, count(*) as n from tokens where position = 0 group by all)
+stored as (select run_id, step, count(*) as n from response_tokens where position = 0 group by all)
 select
   run_id, step, greatest(coalesce(sampled.n, 0), coalesce(stored.n, 0)) as num_responses,
   coalesce(stored.n, 0) as num_with_tokens
@@ -84,6 +86,8 @@ DERIVED = {
         "group by all) using (run_id, rollout_id))",
     ),
 }
+# What the views show instead of null, by table and column.
+DEFAULTS = {("rollouts", "generated_length"): "response_length"}
 # Characters that brackets make literal in a glob pattern.
 GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
@@ -94,13 +98,13 @@ def spill_folder() -> Path:
 
 
 def connect(
-    manifests: Mapping[str, Mapping[str, Any]], files: Mapping[str, dict[str, int]], memory: int, spill: Path
+    manifests: Mapping[str, Mapping[str, Any]], files: Mapping[str, Mapping[str, Layout]], memory: int, spill: Path
 ) -> duckdb.DuckDBPyConnection:
     """Return a connection with the tables of the trace, the tables runs and stages, and the views of sql/staging.
 
     Args:
         manifests: Content of each ``run.json``, with ``path`` added, by run_id.
-        files: Schema version of each Parquet file of all runs, by table and path.
+        files: Layout of each Parquet file of all runs, by table and path.
         memory: Limit of DuckDB's buffers in bytes; the excess is spilled to disk.
         spill: Folder for spilled data, which DuckDB creates when it spills; the caller removes it.
 
@@ -149,35 +153,53 @@ def fill(con: duckdb.DuckDBPyConnection, name: str, rows: Sequence[tuple[Any, ..
         con.executemany(f"insert into {name} values ({', '.join('?' * len(BESIDE_TRACE[name]))})", rows)
 
 
-def _create_view(con: duckdb.DuckDBPyConnection, table: Table, files: dict[str, int]) -> None:
+def _create_view(con: duckdb.DuckDBPyConnection, table: Table, files: Mapping[str, Layout]) -> None:
     import duckdb
 
     if not files:
         con.register("empty", table.arrow_schema.empty_table())
-        con.execute(f"create table {table.name} as select * from empty")
+        for name in (table.name, RESPONSE_TOKENS) if table is TOKENS else (table.name,):
+            con.execute(f"create table {name} as select * from empty")
         con.unregister("empty")
         return
-    sources = [
-        _select_version(table, version, [path for path, found in files.items() if found == version])
-        for version in sorted(set(files.values()))
-    ]
+    layouts = sorted(set(files.values()))
+    views = {
+        table.name: [_select(table, layout, [path for path in files if files[path] == layout]) for layout in layouts]
+    }
+    if table is TOKENS:
+        views[RESPONSE_TOKENS] = views[TOKENS.name]
+        views[TOKENS.name] = [
+            f"{source} where loss_mask is not false" if layout.has_context else source
+            for layout, source in zip(layouts, views[RESPONSE_TOKENS], strict=True)
+        ]
     try:
-        con.execute(f"create view {table.name} as {' union all '.join(sources)}")
+        for name, sources in views.items():
+            con.execute(f"create view {name} as {' union all '.join(sources)}")
     except duckdb.Error as error:
         raise InputError(one_line(error)) from None
 
 
-def _select_version(table: Table, version: int, files: list[str]) -> str:
-    """Return a SELECT of all columns of ``table`` from files of one schema version."""
+def _select(table: Table, layout: Layout, files: list[str]) -> str:
+    """Return a SELECT of all columns of ``table`` from files of one layout."""
     paths = ", ".join(_quote(_pattern(path)) for path in files)
-    stored = ", ".join(column.name for column in table.columns if column.since <= version)
-    source = f"(select {stored} from read_parquet([{paths}], hive_partitioning = false))"
-    if version < SCHEMA_VERSION and table.name in DERIVED:
+    stored = [column.name for column in table.columns if column.name not in layout.absent]
+    source = f"(select {', '.join(stored)} from read_parquet([{paths}], hive_partitioning = false))"
+    if layout.version < SCHEMA_VERSION and table.name in DERIVED:
         name, derived = DERIVED[table.name]
-        source, stored = derived.format(source=source), f"{stored}, {name}"
-    known = stored.split(", ")
-    columns = (c.name if c.name in known else f"null::{c.type} as {c.name}" for c in table.columns)
+        source = derived.format(source=source)
+        stored.append(name)
+    columns = []
+    for column in table.columns:
+        value = column.name if column.name in stored else f"null::{_sql_type(column.type)}"
+        default = DEFAULTS.get((table.name, column.name))
+        columns.append(f"{f'coalesce({value}, {default})' if default else value} as {column.name}")
     return f"select {', '.join(columns)} from {source}"
+
+
+def _sql_type(kind: pa.DataType) -> str:
+    import pyarrow as pa
+
+    return f"map({kind.key_type}, {kind.item_type})" if isinstance(kind, pa.MapType) else str(kind)
 
 
 def _pattern(path: str) -> str:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from entrace.analysis.sandbox.connection import spill_folder
 from entrace.analysis.sandbox.worker import DONE, FAILED, OUT_OF_MEMORY, PROGRESS, ROWS, Query, Setup
 from entrace.analysis.trace.errors import InputError
+from entrace.analysis.trace.parts import Layout
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -78,7 +79,9 @@ class Limits:
 class QueryProcess:
     """A process with its own connection to the traces; it answers one query at a time."""
 
-    def __init__(self, manifests: dict[str, dict[str, Any]], files: dict[str, dict[str, int]], limits: Limits) -> None:
+    def __init__(
+        self, manifests: dict[str, dict[str, Any]], files: dict[str, dict[str, Layout]], limits: Limits
+    ) -> None:
         """Start the process.
 
         Args:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from entrace.analysis.sandbox.connection import connect, fill
 from entrace.analysis.sandbox.statements import one_line
 from entrace.analysis.trace.errors import InputError, fault_of
+from entrace.analysis.trace.parts import Layout
 
 if TYPE_CHECKING:
     import duckdb
@@ -44,13 +45,13 @@ class Setup:
 
     Attributes:
         manifests: Content of each ``run.json``, by run_id.
-        files: Schema version of each Parquet file, by table and path.
+        files: Layout of each Parquet file, by table and path.
         memory: Bytes that queries may use in addition to the memory of the idle process.
         spill: Folder for spilled data; removed by the parent.
     """
 
     manifests: dict[str, dict[str, Any]]
-    files: dict[str, dict[str, int]]
+    files: dict[str, dict[str, Layout]]
     memory: int
     spill: Path
 

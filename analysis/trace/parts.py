@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.digests import Digest, End, Recorded
@@ -21,12 +21,21 @@ from entrace.analysis.trace.schema import TABLES, VERSION_KEY, Table, check_vers
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 PART = re.compile(r"part-(\d+)-(\d+)(?:\.rank-\d+)?(?:\.pruned-(\d+))?\.parquet")
 # Key of run.json.
 FILES = "files"
 # Number of rows of each file of the writer, by table and file name; None if unknown.
 Files = dict[str, dict[str, int | None]]
+
+
+class Layout(NamedTuple):
+    """What a file of a table holds: schema version, columns that are absent, and whether some tokens are context."""
+
+    version: int
+    absent: tuple[str, ...]
+    has_context: bool
 
 
 def part_name(first: int, last: int, rank: int) -> str:
@@ -79,8 +88,8 @@ def list_parts(run_dir: Path, manifest: Mapping[str, Any]) -> dict[str, dict[Pat
     return parts
 
 
-def check_parts(run_dir: Path, manifest: Mapping[str, Any], recorded: Recorded) -> dict[str, dict[Path, int]]:
-    """Return the files of each table that belong to the run, in order, with their schema versions.
+def check_parts(run_dir: Path, manifest: Mapping[str, Any], recorded: Recorded) -> dict[str, dict[Path, Layout]]:
+    """Return the files of each table that belong to the run, in order, with their layouts.
 
     Raises:
         InputError: a file is missing, or ``check_part`` rejects it.
@@ -122,8 +131,8 @@ def remove_leftovers(run_dir: Path, manifest: Mapping[str, Any]) -> None:
                 path.unlink()
 
 
-def check_part(path: Path, table: Table, rows: int | None = None, known: Sequence[Digest] = ()) -> int:
-    """Return the schema version of a file, after checking its columns, size, footer, and number of rows.
+def check_part(path: Path, table: Table, rows: int | None = None, known: Sequence[Digest] = ()) -> Layout:
+    """Return the layout of a file, after checking its columns, size, footer, and number of rows.
 
     A small file is checked completely.
 
@@ -146,16 +155,17 @@ def check_part(path: Path, table: Table, rows: int | None = None, known: Sequenc
         end = End.of(path)
         # Arrow reads the footer from the end of what it is given.
         with pq.ParquetFile(pa.BufferReader(end.data)) as file:
-            schema, found_rows = file.schema_arrow, file.metadata.num_rows
+            schema, footer = file.schema_arrow, file.metadata
     try:
         version = _check_schema(path, schema, table)
     except InputError as error:
         raise InputError(f"{error}; {remedy(path)}") from None
-    if rows is not None and found_rows != rows:
-        raise _damage(path, f"holds {found_rows} rows, run.json says {rows}")
+    if rows is not None and footer.num_rows != rows:
+        raise _damage(path, f"holds {footer.num_rows} rows, run.json says {rows}")
     if known and not any(digest.agrees_with(end) for digest in known):
         raise _damage(path, digests.DIFFERS)
-    return version
+    absent = tuple(column.name for column in table.columns if column.name not in schema.names)
+    return Layout(version, absent, _has_context(footer))
 
 
 def check_whole(path: Path, table: Table, rows: int | None = None, known: Sequence[Digest] = ()) -> None:
@@ -202,9 +212,9 @@ def _check_schema(path: Path, schema: pa.Schema, table: Table) -> int:
     version = check_version(f"{path}: schema version", stored.decode(errors="replace"))
     names = schema.names
     for column in table.columns:
-        if column.since > version:
-            continue
         if column.name not in names:
+            if column.may_be_absent_from(version):
+                continue
             found = ", ".join(names)
             raise InputError(f"{path}: column {column.name} ({column.type}) is missing; found {found}")
         if names.count(column.name) > 1:
@@ -213,6 +223,21 @@ def _check_schema(path: Path, schema: pa.Schema, table: Table) -> int:
         if _kind(stored) != _kind(column.type):
             raise InputError(f"{path}: column {column.name} is {stored}, expected {column.type}")
     return version
+
+
+def _has_context(footer: pq.FileMetaData) -> bool:
+    """Return whether a file holds tokens outside ``loss_mask``, as far as its footer tells."""
+    names = [footer.schema.column(i).path for i in range(footer.num_columns)]
+    if "loss_mask" not in names:
+        return False
+    chunks = (footer.row_group(i).column(names.index("loss_mask")) for i in range(footer.num_row_groups))
+    found = [chunk.statistics for chunk in chunks]
+    return any(stats is None or not stats.has_min_max or not stats.min for stats in found if not _is_null(stats))
+
+
+def _is_null(stats: pq.Statistics | None) -> bool:
+    """Return whether a column chunk holds no value."""
+    return stats is not None and stats.has_null_count and not stats.num_values
 
 
 def _find(run_dir: Path, table: str) -> list[Path]:
@@ -252,5 +277,6 @@ def _kind(stored: pa.DataType) -> str:
         "float": pa.types.is_floating,
         "text": lambda t: pa.types.is_string(t) or pa.types.is_large_string(t) or pa.types.is_string_view(t),
         "list": lambda t: pa.types.is_list(t) or pa.types.is_large_list(t),
+        "map": pa.types.is_map,
     }
     return next((name for name, is_kind in tests.items() if is_kind(stored)), str(stored))

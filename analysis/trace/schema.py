@@ -5,8 +5,9 @@ them, and ``entrace tables`` prints them. A nullable column is null if its value
 ``unknown`` in ``run.json`` gives the reason. No float column holds NaN or infinity. Raise ``SCHEMA_VERSION`` when a
 column is added or its meaning or type changes, and keep ``OLDEST_VERSION`` readable.
 
-Version 2 added the columns with ``since=2`` and made ``is_correct`` and ``reward`` nullable. The views that
-``open_runs`` creates have equal columns for both versions.
+Version 2 added the columns with ``since=2``, and made nullable what other trainers do not record, such as ``reward``,
+``is_correct``, ``logprob``, and ``entropy``. A file of version 2 may lack nullable columns of version 2. The views that
+``open_runs`` creates have all columns for both versions.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ OLDEST_VERSION = 1
 VERSION_KEY = b"entrace_schema_version"
 
 LIST_OF_STRINGS = pa.list_(pa.string())
+NUMBERS_BY_NAME = pa.map_(pa.string(), pa.float32())
+
+# Files of tokens hold context as well: tokens inside a response that the policy did not generate. The view ``tokens``
+# leaves them out, and this view has all rows.
+RESPONSE_TOKENS = "response_tokens"
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,10 @@ class Column:
     nullable: bool = False
     is_measured: bool = False
     since: int = 1
+
+    def may_be_absent_from(self, version: int) -> bool:
+        """Return whether files of a schema version may lack the column; its values are null then."""
+        return self.since > version or (self.nullable and self.since == SCHEMA_VERSION)
 
 
 @dataclass(frozen=True)
@@ -89,8 +99,8 @@ def check_version(place: str, found: object) -> int:
     raise InputError(f"{place} {plain(str(found), 50)}, this version of entrace reads {readable}{remedy}")
 
 
-def _measured(name: str, unit: str, meaning: str, *, nullable: bool = False) -> Column:
-    return Column(name, pa.float32(), unit, meaning, nullable, is_measured=True)
+def _measured(name: str, unit: str, meaning: str, since: int = 1) -> Column:
+    return Column(name, pa.float32(), unit, meaning, nullable=True, is_measured=True, since=since)
 
 
 RUN_ID = Column("run_id", pa.string(), "-", "Identifier of the run, unique within a study.")
@@ -99,7 +109,9 @@ PROMPT_ID = Column("prompt_id", pa.string(), "-", "Identifier of the prompt.")
 ROLLOUT_ID = Column(
     "rollout_id", pa.int64(), "-", "Identifier of the response, unique within the run and increasing with step."
 )
-RESPONSE_LENGTH = Column("response_length", pa.int32(), "tokens", "Generated tokens, including the end of sequence.")
+RESPONSE_LENGTH = Column(
+    "response_length", pa.int32(), "tokens", "Tokens of the response, including the end of sequence and context."
+)
 IS_CORRECT = Column("is_correct", pa.bool_(), "-", "The score reached correct_at; null if unknown or not judged.", True)
 ANSWER_CLASS = Column(
     "answer_class",
@@ -122,10 +134,18 @@ TOKENS = Table(
         RESPONSE_LENGTH,
         Column("token_id", pa.int32(), "-", "Vocabulary entry; its text is in table vocab."),
         Column("category", pa.string(), "-", "Function of the token; see analysis/trace/lexicon.toml."),
-        _measured("logprob", "nats", "ln p of the token under the distribution that it was sampled from."),
-        _measured("entropy", "nats", "Shannon entropy of that distribution over the whole vocabulary."),
-        Column("advantage", pa.float32(), "std of group reward", "Group-relative advantage before shaping."),
-        Column("shaped_advantage", pa.float32(), "std of group reward", "The advantage that entered the loss."),
+        _measured(
+            "logprob",
+            "nats",
+            "ln p of the token under the distribution that it was sampled from; logprob_kind says who computed it.",
+        ),
+        _measured(
+            "entropy",
+            "nats",
+            "Shannon entropy of that distribution; entropy_kind says over which part of the vocabulary.",
+        ),
+        Column("advantage", pa.float32(), "std of group reward", "Group-relative advantage before shaping.", True),
+        Column("shaped_advantage", pa.float32(), "std of group reward", "The advantage that entered the loss.", True),
         _measured(
             "grad_norm",
             "nats",
@@ -133,8 +153,8 @@ TOKENS = Table(
             "|shaped_advantage| sqrt(1 - 2 p + sum p^2) |h| / temperature, before clipping and averaging.",
         ),
         IS_CORRECT,
-        _measured("logprob_after", "nats", "logprob after the step's update; null if not scored again.", nullable=True),
-        _measured("entropy_after", "nats", "entropy after the step's update; null if not scored again.", nullable=True),
+        _measured("logprob_after", "nats", "logprob after the step's update; null if not scored again."),
+        _measured("entropy_after", "nats", "entropy after the step's update; null if not scored again."),
         Column(
             "is_clipped", pa.bool_(), "-", "The ratio clip removed the token's gradient; null if not captured.", True
         ),
@@ -143,6 +163,33 @@ TOKENS = Table(
             pa.bool_(),
             "-",
             "The token entered the update, as rollouts.is_kept; null if unknown.",
+            True,
+            since=2,
+        ),
+        _measured(
+            "sampling_logprob",
+            "nats",
+            "ln p of the token as the inference engine reported it, beside the trainer's logprob.",
+            since=2,
+        ),
+        _measured("reference_logprob", "nats", "ln p of the token under the reference policy.", since=2),
+        Column(
+            "loss_mask",
+            pa.bool_(),
+            "-",
+            "False for context, such as tool output and user turns inside a response; null = the policy generated it. "
+            "View tokens leaves context out, view response_tokens has it.",
+            True,
+            since=2,
+        ),
+        Column(
+            "turn", pa.int32(), "from 0", "Turn of the conversation; null if the response is one turn.", True, since=2
+        ),
+        Column(
+            "policy_version",
+            pa.int32(),
+            "-",
+            "Version of the weights that sampled the token, as the trainer counts them.",
             True,
             since=2,
         ),
@@ -179,6 +226,14 @@ ROLLOUTS = Table(
             True,
             since=2,
         ),
+        Column(
+            "reward_components",
+            NUMBERS_BY_NAME,
+            "-",
+            "Score of each reward function by name, before weighting; null if the reward has no parts.",
+            True,
+            since=2,
+        ),
         IS_CORRECT,
         Column("has_answer", pa.bool_(), "-", "An answer could be parsed; false means a format violation.", True),
         Column(
@@ -188,6 +243,14 @@ ROLLOUTS = Table(
             "Every defect that applies: format_violation, truncated, repetition, irrelevant; empty if none.",
         ),
         RESPONSE_LENGTH,
+        Column(
+            "generated_length",
+            pa.int32(),
+            "tokens",
+            "Tokens of the response that the policy generated; null if all of them.",
+            True,
+            since=2,
+        ),
         Column("is_truncated", pa.bool_(), "-", "Generation stopped at the length limit.", True),
         Column("is_kept", pa.bool_(), "-", "The response entered the update; drop_reason says why not."),
         Column(
@@ -204,9 +267,26 @@ ROLLOUTS = Table(
         ),
         Column("ppl", pa.float32(), ">= 1", "Perplexity exp(surprisal_mean) of the response.", True),
         Column("ppl_z", pa.float32(), "standard deviations", "ln ppl standardized within the group.", True),
-        Column("advantage", pa.float32(), "std of group reward", "Group-relative advantage; 0 in uniform groups."),
-        Column("temperature", pa.float32(), "-", "Sampling temperature, included in every recorded probability."),
-        Column("entropy_kind", pa.string(), "-", "exact = entropy over the whole vocabulary."),
+        Column(
+            "advantage", pa.float32(), "std of group reward", "Group-relative advantage; 0 in uniform groups.", True
+        ),
+        Column("temperature", pa.float32(), "-", "Sampling temperature, included in every recorded probability.", True),
+        Column(
+            "entropy_kind",
+            pa.string(),
+            "-",
+            "exact = over the whole vocabulary; top_k = over the entries an engine reported; null if not recorded.",
+            True,
+        ),
+        Column(
+            "logprob_kind",
+            pa.string(),
+            "-",
+            "Who computed logprob: trainer, engine, or rescored (a teacher-forced pass of entrace import); "
+            "null if not recorded.",
+            True,
+            since=2,
+        ),
         Column("policy_step", pa.int32(), "steps", "Updates applied to the sampling policy.", True),
     ),
     ("step", "rollout_id"),
@@ -253,11 +333,15 @@ STEPS = Table(
         STEP,
         Column("loss", pa.float32(), "-", "Token-mean loss, averaged over mini-batches and epochs.", True),
         Column(
-            "reward_mean", pa.float32(), "-", "Mean reward over all responses with a verdict, including dropped ones."
+            "reward_mean",
+            pa.float32(),
+            "-",
+            "Mean reward over all responses with a verdict, including dropped ones.",
+            True,
         ),
-        Column("accuracy", pa.float32(), "[0, 1]", "Share of correct responses among all sampled ones."),
+        Column("accuracy", pa.float32(), "[0, 1]", "Share of correct responses among all sampled ones.", True),
         Column("format_rate", pa.float32(), "[0, 1]", "Share of all sampled responses with a parsable answer.", True),
-        Column("entropy_token_mean", pa.float32(), "nats", "Mean token entropy over all sampled tokens."),
+        Column("entropy_token_mean", pa.float32(), "nats", "Mean token entropy over all sampled tokens.", True),
         Column(
             "kl",
             pa.float32(),
@@ -286,12 +370,13 @@ STEPS = Table(
         Column("grad_norm", pa.float32(), "-", "Global gradient norm before clipping, averaged over updates.", True),
         Column("lr", pa.float32(), "-", "Learning rate of the step.", True),
         Column("tokens", pa.int64(), "tokens", "Generated tokens, including dropped groups."),
-        Column("groups_kept", pa.int32(), "groups", "Groups that entered the update."),
+        Column("groups_kept", pa.int32(), "groups", "Groups that entered the update.", True),
         Column(
             "groups_dropped",
             pa.int32(),
             "groups",
             "Groups left out of the update, such as those with uniform outcomes.",
+            True,
         ),
         Column("is_shaped", pa.bool_(), "-", "The shaping method was active at this step.", True),
         Column("rollout_s", pa.float32(), "s", "Time for sampling.", True),
@@ -316,9 +401,12 @@ EVALS = Table(
         Column("answer", pa.string(), "-", "Extracted answer; null if none was found.", True),
         ANSWER_CLASS,
         IS_CORRECT,
+        Column(
+            "reward", pa.float32(), "-", "Score of the response; null if only its correctness is known.", True, since=2
+        ),
         RESPONSE_LENGTH,
         Column("entropy_mean", pa.float32(), "nats per token", "Mean token entropy of the response.", True),
-        Column("temperature", pa.float32(), "-", "Sampling temperature."),
+        Column("temperature", pa.float32(), "-", "Sampling temperature.", True),
     ),
     ("step", "benchmark", "prompt_id", "sample_index"),
 )
