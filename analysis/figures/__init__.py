@@ -71,8 +71,14 @@ def caption(runs: Runs, stem: str) -> str:
     """
     question = headers(runs.questions.read(stem))["question"]
     own = getattr(figure_module(stem, runs.questions), "CAPTION", question)
-    share = runs.token_share(stem, _shown(runs))
-    return f"{own.rstrip('.')}. Sampled: {share}." if share else own
+    shown = _shown(runs)
+    share = runs.token_share(stem, shown)
+    sentences = [own.rstrip("."), f"Sampled: {share}" if share else ""]
+    lacking = runs.lacking(stem)
+    if left_out := [run for run in shown if run in lacking]:
+        sentences.append(f"Left out: {', '.join(f'{run} ({lacking[run]})' for run in left_out)}")
+    sentences = [sentence for sentence in sentences if sentence]
+    return ". ".join([*sentences, ""]).rstrip() if len(sentences) > 1 else own
 
 
 def query(runs: Runs, stem: str) -> pl.DataFrame:
@@ -109,7 +115,7 @@ def draw(stem: str, runs: Runs, ax: Axes | None = None) -> Axes:
     """
     frame = query(runs, stem)
     if not is_drawable(frame):
-        raise InputError(f"{stem}: {runs.why_empty(runs.questions.need(stem))}")
+        raise InputError(f"{stem}: {runs.why_empty(stem)}")
     return figure_module(stem, runs.questions).draw(frame, ax or style.new_axes(size(runs, stem, frame)))
 
 

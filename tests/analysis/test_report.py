@@ -235,7 +235,7 @@ def test_what_cannot_be_known_is_said_with_its_reason(tmp_path: Path):
     assert "steps.loss: not among the rows" in page
     # Of runs that differ in what they lack, the general hint is all that holds for both.
     TraceWriter.create(tmp_path / "s", {"run_id": "s"}, ["a"]).finish()
-    assert "entrace intervene" in open_runs([tmp_path / "r", tmp_path / "s"]).why_empty("interventions")
+    assert "entrace intervene" in open_runs([tmp_path / "r", tmp_path / "s"]).why_empty("impact_by_position")
 
 
 @pytest.mark.parametrize(
