@@ -43,6 +43,8 @@ MOVED = {
     9: [-0.1, 0, 0, 0, 0],
     10: [0.1, 0, 0, 0, 0],
 }
+# rollout_id -> probabilities according to the inference engine.
+ENGINE = {7: [0.4, 0.5, 0.5, 0.5, 0.5], 8: [0.5] * 5, 9: [0.5, 0.5, 0.5, 0.5, 0.2]}
 # rollout_id -> gradient norms other than 1 (0 where the advantage is).
 GRAD_NORMS = {6: [2, 1], 7: [2, 1, 1, 1, 2], 8: [4, 1, 1, 1, 1], 11: [0] * 5, 12: [0] * 5}
 # rollout_id -> token ids other than "1" followed by " dog".
@@ -119,6 +121,8 @@ def _append_response(
     if rollout_id in MOVED:
         tokens["logprob_after"] = np.log(0.5 + np.array(MOVED[rollout_id]))
         tokens |= {"entropy_after": entropies, "is_clipped": False}
+    if rollout_id in ENGINE:
+        tokens["sampling_logprob"] = np.log(ENGINE[rollout_id])
     writer.append("tokens", {**common, **tokens, "shaped_advantage": advantage})
     writer.append(
         "rollouts",
