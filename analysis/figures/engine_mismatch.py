@@ -25,8 +25,8 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         if not part.is_empty():
             style.curve(ax, part, "bin_mid", "kl", color=color, marker=marker, markersize=4, label=f"by {breakdown}")
     total = frame.filter(breakdown="position")
-    tokens = total["num_tokens"].sum()
-    far = (total["ratio_share"] * total["num_tokens"]).sum() / tokens
+    tokens = int(total["num_tokens"].sum())
+    far = float((total["ratio_share"] * total["num_tokens"]).sum()) / tokens
     style.label(
         ax,
         "share of the run, of the response, or of tokens by entropy",

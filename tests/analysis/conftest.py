@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,17 @@ def step_row(step: int, *, entropy: float, accuracy: float) -> dict[str, object]
     figures = {"reward_mean": accuracy, "accuracy": accuracy, "format_rate": 1.0, "entropy_token_mean": entropy}
     counts = {"tokens": 8, "groups_kept": 2, "groups_dropped": 0, "is_shaped": False, "lr": 0.1}
     return {**dict.fromkeys(zeros, 0.0), **figures, **counts, "step": step}
+
+
+def write_steps(folder: Path, steps: Sequence[int] = range(1, 25)) -> Path:
+    """Write a run of which only ``steps`` are recorded, so that its report has two figures and is quick."""
+    writer = TraceWriter.create(folder, {"run_id": folder.name, "arm": "none", "seed": 0, "study": "s"}, ["a"])
+    for step in steps:
+        writer.append("steps", step_row(step, entropy=1 / step, accuracy=1 - 0.5 / step))
+        writer.end_step(step)
+    writer.flush()
+    writer.finish()
+    return folder
 
 
 def _append_response(
