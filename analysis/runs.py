@@ -23,7 +23,7 @@ from entrace.analysis.terminal.interrupt import interruptible
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.errors import InputError, fault_of, in_one_line, nearest, reason_of
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
-from entrace.analysis.trace.parts import check_parts, check_whole, listed_files, read_part
+from entrace.analysis.trace.parts import check_parts, check_whole, listed_files, listed_name, read_part
 from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.sampling import TokenSampling
 from entrace.analysis.trace.schema import TABLES, Table
@@ -479,7 +479,7 @@ class Runs:
         paths = list(map(Path, self._files[table.name]))
         recorded = {folder: digests.read(folder) for folder in {path.parents[1] for path in paths}}
         for path in paths:
-            check_whole(path, table, known=recorded[path.parents[1]].of(f"{table.name}/{path.name}"))
+            check_whole(path, table, known=recorded[path.parents[1]].of(f"{table.name}/{listed_name(path)}"))
 
 
 def _unsupported(error: Exception) -> InputError:

@@ -12,7 +12,7 @@ from entrace.analysis.trace import digests
 from entrace.analysis.trace.digests import DIGESTS, sha256_of
 from entrace.analysis.trace.errors import InputError, reason_of
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
-from entrace.analysis.trace.parts import PART, check_whole, listed_files, remedy
+from entrace.analysis.trace.parts import PART, check_whole, listed_files, part_path, remedy, wait_for_moves
 from entrace.analysis.trace.schema import TABLES
 
 CHECKPOINTS = "checkpoints"
@@ -148,6 +148,7 @@ class _Verifier:
         # The manifest comes first, because a file has a digest before it is listed.
         self.recorded = digests.read(run_dir)
         listed = listed_files(run_dir, manifest)
+        wait_for_moves(run_dir, listed)
         self.rows = {f"{table}/{name}": rows for table, files in listed.items() for name, rows in files.items()}
         self.checksums: dict[str, str] = {}
         for folder in sorted((run_dir / CHECKPOINTS).glob("step-*")):
@@ -160,6 +161,7 @@ class _Verifier:
     def verify(self, on_file: Callable[[], None]) -> Verification:
         """Check the files that exist, then report those that do not."""
         names = list_files(self.run_dir)
+        names += sorted(name for name in self.rows.keys() - set(names) if self._path(name).exists())
         for name in names:
             try:
                 self._check(name)
@@ -170,14 +172,14 @@ class _Verifier:
         return self.result
 
     def _check(self, name: str) -> None:
-        path, known = self.run_dir / name, self.recorded.of(name)
+        path, known = self._path(name), self.recorded.of(name)
         if name in self.checksums:
             self._compare(path, {self.checksums[name]}, f"damaged, it differs from {CHECKSUMS}; {CHECKPOINT_REMEDY}")
         elif name == DIGESTS and self.recorded.damage:
             raise InputError(f"{path}: {self.recorded.damage}; {DIGESTS_REMEDY}")
         elif self._is_part(name):
             self.result.without_digest += not known
-            check_whole(path, TABLES[path.parent.name], self.rows.get(name), known)
+            check_whole(path, TABLES[name.partition("/")[0]], self.rows.get(name), known)
         elif name not in (MANIFEST, DIGESTS) and path.name != CHECKSUMS:
             if not known:
                 self._report(
@@ -189,6 +191,11 @@ class _Verifier:
             )
         self.result.files += 1
         self.result.size += path.stat().st_size
+
+    def _path(self, name: str) -> Path:
+        """Return where a file is, which run.json may list before it moves to its table."""
+        table, _, file = name.partition("/")
+        return part_path(self.run_dir, table, file) if name in self.rows else self.run_dir / name
 
     def _compare(self, path: Path, expected: set[str], fault: str) -> None:
         try:

@@ -24,10 +24,20 @@ import pyarrow.parquet as pq
 
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.digests import DIGESTS, Digest
-from entrace.analysis.trace.errors import InputError, in_one_line, nearest
+from entrace.analysis.trace.errors import InputError, faults_at, in_one_line, nearest
 from entrace.analysis.trace.lexicon import Lexicon
-from entrace.analysis.trace.manifest import durable_file, now, read_manifest, write_manifest
-from entrace.analysis.trace.parts import FILES, last_step, listed_files, part_name, read_part, remove_leftovers
+from entrace.analysis.trace.manifest import durable_file, now, read_manifest, sync_folder, write_manifest
+from entrace.analysis.trace.parts import (
+    FILES,
+    last_step,
+    listed_files,
+    move_listed,
+    part_name,
+    part_path,
+    pending_path,
+    read_part,
+    remove_leftovers,
+)
 from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
 from entrace.analysis.trace.vocabulary import Vocabulary
@@ -54,8 +64,9 @@ Gather = Callable[[WrittenFiles], list[WrittenFiles]]
 class TraceWriter:
     """Buffer rows in memory and write one Parquet file per table at every ``flush``.
 
-    A file covers whole steps, gets its final name only when complete, and is never rewritten. It counts as soon as
-    ``run.json``, which is replaced atomically, lists it. All tables therefore advance to a step together.
+    A file covers whole steps, is complete before it can be found, and is never rewritten. It counts as soon as
+    ``run.json``, which is replaced atomically, lists it. All tables therefore advance to a step together. Only then
+    does the file move to the folder of its table; see ``parts``.
 
     If several processes record one run, each has a writer with its own ``rank``, and all flush together. ``gather``
     waits until every process has called it and returns the values of all, or raises if a process has failed. Rank 0
@@ -135,7 +146,7 @@ class TraceWriter:
             table: {name: rows for name, rows in files.items() if last_step(name) <= step}
             for table, files in listed.items()
         }
-        parts = [read_part(run_dir / "vocab" / name, ["category"]) for name in kept.get("vocab", ())]
+        parts = [read_part(part_path(run_dir, "vocab", name), ["category"]) for name in kept.get("vocab", ())]
         if not parts:
             raise InputError(f"{run_dir}: no durable step to resume from; remove the folder and start again")
         manifest.pop("error", None)
@@ -186,7 +197,8 @@ class TraceWriter:
     def flush(self, step: int | None = None) -> None:
         """Make the rows of all ended steps durable, after ending ``step`` if it is given.
 
-        If an error is raised, readers see no change and the rows are still buffered.
+        If an error is raised, readers see all of these steps or none, the rows are still buffered, and another call
+        completes the work.
 
         Raises:
             InputError: rows were appended to a step that is already durable.
@@ -200,7 +212,9 @@ class TraceWriter:
             if ended := parts[: self._num_ended[table]]:
                 if name in self.manifest[FILES].get(table, {}):
                     raise InputError(f"table {table}: step {self._ended_step} is already durable; no row can be added")
-                own[table] = {name: _write_part(self.run_dir / table / name, TABLES[table], ended)}
+                # Without its folder, a table counts as removed.
+                (self.run_dir / table).mkdir(exist_ok=True)
+                own[table] = {name: _write_part(pending_path(self.run_dir, table, name), TABLES[table], ended)}
         files = {table: dict(listed) for table, listed in self.manifest[FILES].items()}
         new_files = {}
         for written in self._gather(own):
@@ -210,6 +224,8 @@ class TraceWriter:
         manifest = {**self.manifest, "last_durable_step": self._ended_step, FILES: files}
         if self.rank == 0:
             write_manifest(self.run_dir, manifest, new_files)
+            with faults_at(self.run_dir):
+                move_listed(self.run_dir, manifest)
         # No process drops its rows before rank 0 has listed the files.
         self._gather({})
         self.manifest = manifest
@@ -223,6 +239,10 @@ class TraceWriter:
         if error:
             self.manifest["error"] = error
         if self.rank == 0:
+            # A loss of power between listing and moving is repaired by a resume, which a finished run does not need.
+            for table in self.manifest[FILES]:
+                if (self.run_dir / table).exists():
+                    sync_folder(self.run_dir / table)
             write_manifest(self.run_dir, self.manifest)
 
 
