@@ -372,6 +372,8 @@ def run(command: typer.Typer) -> None:
         how = getattr(stop, "__notes__", ["run the same command again"])[-1]
         _fail(f"stopped; {how}", getattr(stop, "exit_code", 130))
     except Exception as error:
+        if stop := _stop_behind(error):
+            _fail("stopped; run the same command again", stop.exit_code)
         _fail(*_describe(error))
 
 
@@ -386,7 +388,7 @@ def _invoke(command: typer.Typer) -> Any:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that ends a command as Ctrl-C does."""
+    """A signal that ends a command: Ctrl-C, SIGTERM, or the end of the terminal."""
 
     def __init__(self, number: int) -> None:
         """Store the exit code by which shells know the signal."""
@@ -396,24 +398,37 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def _hear_signals() -> Iterator[None]:
-    """Raise ``Stopped`` on SIGTERM, and when the terminal closes, unless these signals are already handled."""
+    """Raise ``Stopped`` on Ctrl-C, SIGTERM, and when the terminal closes, unless these signals are already handled."""
+    _heard.clear()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    names = ("SIGTERM", "SIGHUP")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    heard = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    for number in heard:
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
+    unhandled = (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: handler for number, handler in before.items() if handler in unhandled}
+    for number in before:
         signal.signal(number, _stop)
     try:
         yield
     finally:
-        for number in heard:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# Signals that this command received.
+_heard: list[int] = []
 
 
 def _stop(number: int, _: Any) -> NoReturn:
+    _heard.append(number)
     raise Stopped(number)
+
+
+def _stop_behind(error: Exception) -> Stopped | None:
+    """Return the stop that DuckDB turned into an error, because the signal arrived within one of its calls."""
+    is_stop = _heard and isinstance(error, RuntimeError) and str(error) == "Query interrupted"
+    return Stopped(_heard[-1]) if is_stop else None
 
 
 @contextmanager
@@ -428,6 +443,11 @@ def stoppable(how: str) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         stop.add_note(f"the same command {how}")
         raise
+    except RuntimeError as error:
+        if not (stop := _stop_behind(error)):
+            raise
+        stop.add_note(f"the same command {how}")
+        raise stop from None
 
 
 def _describe(error: Exception) -> tuple[str, int]:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from entrace.analysis.trace import write_manifest
-from tests.chaos.chaos import Harness, play_cases
+from tests.chaos.kills import Harness, play_cases
 
 SEED = 4
 NUM_KILLS = 8
@@ -28,7 +28,7 @@ def test_the_run_has_what_a_resume_must_restore(harness):
 
 
 def test_a_killed_run_opens_and_ends_like_one_that_was_left_alone(harness):
-    cases = play_cases(harness, SEED, NUM_KILLS, lambda done: None)
+    cases = play_cases(harness, SEED, NUM_KILLS)
     assert [failure for case in cases for failure in case.failures()] == []
     moments = [kill.moment for case in cases for kill in case.kills]
     assert {moment.by_event for moment in moments} == {True, False}
