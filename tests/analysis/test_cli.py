@@ -206,6 +206,32 @@ def test_a_stopped_report_leaves_nothing_and_the_same_command_completes_it(comma
     assert not (out / PARTIAL).exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM")
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("how", ["run the same command again", "the same command with --resume continues"])
+def test_a_signal_within_a_call_of_duckdb_stops_a_command(name: str, status: int, how: str):
+    """DuckDB replaces the exception that the handler of the signal raises by a RuntimeError."""
+    code = f"""
+import os, signal, threading
+from contextlib import nullcontext
+import duckdb, typer
+from entrace.analysis.cli import run, stoppable
+
+app = typer.Typer()
+
+@app.command()
+def query():
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.{name})).start()
+    with stoppable("with --resume continues") if "--resume" in {how!r} else nullcontext():
+        duckdb.sql("select count(*) from range(1000000000) as a, range(100) as b").fetchall()
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+run(app)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (status, f"entrace: stopped; {how}\n")
+
+
 def test_start_up_loads_nothing_heavy_and_no_training_package():
     heavy = {"duckdb", "polars", "pandas", "matplotlib", "scipy", "pyarrow", "numpy"}
     training = {"torch", "transformers", "entrace.trainer"}

@@ -93,8 +93,10 @@ def _play(kind: str, index: int) -> Trial:
 
 
 def read_state(path: Path) -> dict[tuple[str, int], Trial]:
-    """Return the trials that are stored; a last line that was cut off does not count."""
+    """Return the trials that are stored, and remove a last line that was cut off."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    if path.exists():
+        path.write_text("".join(f"{line}\n" for line in lines))
     trials = [Trial.from_dict(json.loads(line)) for line in lines]
     return {(trial.kind, trial.index): trial for trial in trials}
 
@@ -125,8 +127,8 @@ def tally(trials: Sequence[Trial], seed: int) -> dict[str, Any]:
         "seed": seed,
         "kinds": counts,
         "all": total,
-        "training": kills.tally_places(by_kind[kills.Kills.name]),
-        "damage": flips.tally_places([trial for kind in DAMAGE for trial in by_kind[kind]]),
+        "training": kills.tally_places([trial for trial in trials if trial.kind == kills.Kills.name]),
+        "damage": flips.tally_places([trial for trial in trials if trial.kind in DAMAGE]),
         "failures": [trial.to_dict() for trial in trials if trial.outcome in FAILED],
         **describe_machine(),
     }

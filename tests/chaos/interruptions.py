@@ -25,14 +25,14 @@ from .victim import Board, Watch
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 # Exit codes of a command that a signal ends. Before a command handles SIGTERM, the system ends it.
 STOPPED = {signal.SIGINT: {130}, signal.SIGTERM: {143, -signal.SIGTERM}, signal.SIGKILL: {-signal.SIGKILL}}
-STEMS = ["stage_dynamics", "entropy_by_position"]
+STEMS = ["stage_dynamics"]
 FLUSH_TOKENS = 300
 IMPORTED = ("tokens", "rollouts", "prompts", "vocab", "steps")
 SAMPLING = ("--token-steps", "2", "--token-responses", "0.5")
 
 
 def draw_few_figures() -> None:
-    """Limit a report to two figures, which takes seconds."""
+    """Limit a report to one figure, which takes seconds."""
     from entrace.analysis import figures
 
     figures.STEMS = STEMS

@@ -189,7 +189,7 @@ def can_mount() -> bool:
 
 
 def draw_on_small_disk(folder: Path, size: int) -> None:
-    """Mount a disk of ``size`` bytes, which only this process sees, and limit the report to two figures."""
+    """Mount a disk of ``size`` bytes, which only this process sees, and limit the report to one figure."""
     new_namespace = 0x20000
     if ctypes.CDLL(None, use_errno=True).unshare(new_namespace):
         raise OSError(ctypes.get_errno(), "unshare")

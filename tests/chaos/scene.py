@@ -59,7 +59,7 @@ class Scene:
         """Return the responses of the run as another trainer might have dumped them."""
         rows = entrace.open_runs(self.trace).sql(
             "select step, prompt, completion as response, reward from rollouts join prompts using (run_id, prompt_id) "
-            "order by step, rollout_id"
+            "where step <= 4 order by step, rollout_id"
         )
         path = self.folder / "dump.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows.iter_rows(named=True)))
