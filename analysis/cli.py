@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from entrace.analysis.queries import Question
     from entrace.analysis.runs import Runs
 
@@ -112,8 +114,10 @@ def sql(
     asked = Questions(questions)
     if is_list:
         listed = asked.table()
-        shown = listed.select("stem", "level", "claim", "question") if form is Format.TABLE else listed
-        write([shown], form.value, out, is_safe=safe)
+        if form is Format.TABLE:
+            _print_questions(listed)
+        else:
+            write([listed], form.value, out, is_safe=safe)
         return
     paths, settings, text = given, [], ""
     if question:
@@ -129,7 +133,7 @@ def sql(
         )
     opened = open_runs(paths, questions=questions)
     text = _read_text(file) if file else text
-    params = _parse_params([*(param or []), *settings])
+    params = _parse_params([*(param or []), *settings], text)
     with QueryProgress() as progress:
         parts = opened.stream(
             text,
@@ -277,7 +281,9 @@ def verify(
     runs: RunsArgument,
     accept_edits: Annotated[
         bool,
-        typer.Option("--accept-edits", help="Record files that you edited as they are now (default: only check)."),
+        typer.Option(
+            "--accept-edits", help="Record files that you edited or removed as they are now (default: only check)."
+        ),
     ] = False,
     json: JsonOption = False,
 ) -> None:
@@ -294,7 +300,7 @@ def verify(
     if accept_edits:
         for folder in folders:
             for name in accept(folder):
-                say(f"accepted: {folder / name}", err=True)
+                say(f"accepted{'' if (folder / name).exists() else ' as removed'}: {folder / name}", err=True)
     steps = count(1)
     with Progress("verify", sum(len(list_files(folder)) for folder in folders)) as progress:
         results = [verify_run(folder, lambda: progress.update(next(steps))) for folder in folders]
@@ -502,6 +508,19 @@ def _remark(runs: Runs) -> None:
         say(f"entrace: {more} more runs are incomplete or sampled", err=True)
 
 
+def _print_questions(listed: pl.DataFrame) -> None:
+    """Print each question, wrapped on a terminal, below its name."""
+    from shutil import get_terminal_size
+    from textwrap import fill
+
+    width = get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    for row in listed.iter_rows(named=True):
+        level = f"{row['level']}, {row['claim']}" if row["claim"] else row["level"]
+        say(f"{row['stem']} ({level})")
+        for line in fill(row["question"], width, initial_indent="  ", subsequent_indent="  ").splitlines():
+            say(line)
+
+
 def _descriptor(stream: Any) -> int | None:
     """Return the file descriptor of a stream, or None if it has none, as in a notebook."""
     try:
@@ -539,13 +558,21 @@ def _split_settings(arguments: list[str], question: Question) -> tuple[list[str]
     return runs, settings
 
 
-def _parse_params(pairs: list[str]) -> dict[str, Any]:
-    """Return parameters by name; a value that is valid JSON is parsed (``bins=5`` is a number), others are text."""
+def _parse_params(pairs: list[str], text: str) -> dict[str, Any]:
+    """Return parameters by name.
+
+    A value that is valid JSON is parsed (``bins=5`` is a number), others are text. If the headers of the query declare
+    a parameter as text, such as a run, only a list and ``null`` are parsed (``runs=0`` is the run named 0).
+    """
     from json import loads
 
+    from entrace.analysis.parameters import parameters
+    from entrace.analysis.queries import headers
+    from entrace.analysis.runs import TEXT_COLUMNS
     from entrace.analysis.trace.errors import InputError
 
-    params = {}
+    described = parameters(headers(text).get("params", ""))
+    params: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
@@ -553,5 +580,8 @@ def _parse_params(pairs: list[str]) -> dict[str, Any]:
         try:
             params[name] = loads(value)
         except (ValueError, RecursionError):
+            params[name] = value
+        is_text = name in described and described[name].takes_text(TEXT_COLUMNS)
+        if is_text and not isinstance(params[name], list | None):
             params[name] = value
     return params

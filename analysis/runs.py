@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from entrace.analysis.statistics.stages import StageFit
 
 DEFAULT_BASELINE = "none"
+# Columns of the runs and of the trace that hold text.
+TEXT_COLUMNS = {name for name, kind in RUNS_COLUMNS.items() if kind == "varchar"}
+TEXT_COLUMNS |= {column.name for table in TABLES.values() for column in table.columns if str(column.type) == "string"}
 # Bytes for DuckDB in this process, which answers the shipped questions; the excess is spilled to disk.
 BUFFERS = 1500 << 20
 # Missing ranges of steps that the note on a run lists.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from entrace.analysis.trace import digests
-from entrace.analysis.trace.digests import DIGESTS, sha256_of
+from entrace.analysis.trace.digests import DIGESTS, Digest, sha256_of
 from entrace.analysis.trace.errors import InputError, reason_of
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
 from entrace.analysis.trace.parts import PART, check_whole, listed_files, part_path, remedy, wait_for_moves
@@ -115,15 +115,19 @@ def check_run(run_dir: Path) -> None:
 
 
 def accept_edits(run_dir: Path) -> list[str]:
-    """Record the files of a run that were edited on purpose as they are now, and return their names.
+    """Record the files of a run that were edited or removed on purpose as they are now, and return their names.
+
+    A file that ``run.json`` lists cannot be removed alone; every reader would miss its rows.
 
     Raises:
         InputError: a file of a table cannot be read, or its page checksums are wrong.
     """
     recorded = digests.read(run_dir)
-    edited = {}
+    edited: dict[str, Digest | None] = {}
     for name in recorded.files:
         path, known = run_dir / name, recorded.of(name)
+        if known and not path.exists() and path.parent.name in TABLES and not PART.fullmatch(path.name):
+            edited[name] = None
         if known and path.is_file() and (digest := digests.digest_of(path)) not in known:
             if path.parent.name in TABLES:
                 check_whole(path, TABLES[path.parent.name])
@@ -218,7 +222,7 @@ class _Verifier:
             if table in TABLES and (self.recorded.is_removed(name) or not (self.run_dir / table).exists()):
                 removed[table] = removed.get(table, 0) + 1
             elif table in TABLES:
-                self._report("missing", name, f"{path}: missing; {remedy(path)}")
+                self._report("missing", name, f"{path}: missing; {_remedy_of_loss(path)}")
             elif (self.run_dir / table / name.split("/")[1]).exists():
                 self._report("missing", name, f"{path}: missing, although {CHECKSUMS} lists it; {CHECKPOINT_REMEDY}")
         for table, count in removed.items():
@@ -230,6 +234,12 @@ class _Verifier:
         table = name.split("/")[0]
         table = table if table in (*TABLES, CHECKPOINTS) else None
         self.result.findings.append(Finding(state, self.result.run, table, name, message))
+
+
+def _remedy_of_loss(path: Path) -> str:
+    if PART.fullmatch(path.name):
+        return remedy(path)
+    return "repeat the command that made it, or accept that it was removed with entrace verify --accept-edits"
 
 
 def _read_checksums(checkpoint: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Outcome(StrEnum):
-    """How a trial ended; the last two must not happen.
+    """Name the ways in which a trial can end; the last two must not happen.
 
     Attributes:
         SURVIVED: The work continues, or the same command completes it, and every answer is right.
