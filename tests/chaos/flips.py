@@ -241,3 +241,10 @@ def tally_places(trials: Sequence[Trial]) -> dict[str, dict[str, int]]:
             key = f"{trial.kind}, {trial.detail['place']}, {mode}"
             counts.setdefault(key, Counter())[trial.detail[mode]] += 1
     return {key: dict(count) for key, count in sorted(counts.items())}
+
+
+def describe_default(damage: dict[str, dict[str, int]]) -> str:
+    """Return how often damage that verification notices changed an answer without it, in one line."""
+    counts = [count for key, count in damage.items() if key.endswith(f", {PAGES}, default")]
+    silent, tried = sum(count.get(SILENT, 0) for count in counts), sum(sum(count.values()) for count in counts)
+    return f"Without it, {silent:,} of {tried:,} changes within data pages of larger files changed an answer silently."
