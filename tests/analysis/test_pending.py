@@ -203,3 +203,26 @@ def test_a_removed_table_stays_removed(run_dir: Path):
     assert not (run_dir / "evals").exists()
     assert not (run_dir / PENDING).exists()
     assert steps_of(run_dir) == [1, 2]
+
+
+def test_a_flush_whose_files_cannot_move_can_be_repeated(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parts, "MOVE_TIMEOUT_S", 0.0)
+    writer = TraceWriter.resume(run_dir, 1)
+    add_step(writer, 2)
+    replace = Path.replace
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.parent.name == PENDING and path.name.startswith("steps.part"):
+            raise PermissionError(13, "Permission denied", str(target))
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        with pytest.raises(PermissionError):
+            writer.flush(2)
+    assert steps_of(run_dir) == [1, 2]
+    writer.flush()
+    assert {path.name for path in (run_dir / "steps").iterdir()} == {FIRST, SECOND}
+    assert not (run_dir / PENDING).exists()
+    assert steps_of(run_dir) == [1, 2]
+    assert not verify_run(run_dir).findings
