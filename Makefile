@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup study test test-slow check docs bench bench-gpu bench-queries bench-output calibrate chaos clean
+.PHONY: help setup study test test-slow check docs bench bench-gpu bench-queries bench-output bench-integrity calibrate chaos clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -60,11 +60,14 @@ bench-queries: $(READY)  ## each question on 50 million tokens against a plain s
 bench-output: $(READY)  ## peak memory and rows per second of `entrace sql`, each format, 50 million rows
 	$(BIN)/python -m tests.benchmarks.bench_output --out reports/output_benchmarks.json
 
+bench-integrity: $(READY)  ## cost of digests and checksums: writing, opening, and verifying a run
+	$(BIN)/python tests/benchmarks/bench_integrity.py --out reports/integrity_benchmarks.json
+
 calibrate: $(READY)  ## how often verdicts are wrong, on simulated runs with known truth; WORLDS=a,b SIMULATIONS=400
 	$(BIN)/python -m tests.calibration.calibrate --out reports/calibration \
 		$(if $(WORLDS),--worlds $(WORLDS)) $(if $(SIMULATIONS),--simulations $(SIMULATIONS))
 
-chaos: $(READY)  ## kills runs at 100 random moments, resumes them, compares them with one left alone
+chaos: $(READY)  ## faults of every kind, 1,800 times, each compared with a run left alone; 40 minutes
 	$(BIN)/python -m tests.chaos.chaos --out reports/chaos.json
 
 clean:           ## remove the virtual environment and caches; runs and reports stay

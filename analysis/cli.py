@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from entrace.analysis.queries import Question
     from entrace.analysis.runs import Runs
 
@@ -112,8 +114,10 @@ def sql(
     asked = Questions(questions)
     if is_list:
         listed = asked.table()
-        shown = listed.select("stem", "level", "claim", "question") if form is Format.TABLE else listed
-        write([shown], form.value, out, is_safe=safe)
+        if form is Format.TABLE:
+            _print_questions(listed)
+        else:
+            write([listed], form.value, out, is_safe=safe)
         return
     paths, settings, text = given, [], ""
     if question:
@@ -129,7 +133,7 @@ def sql(
         )
     opened = open_runs(paths, questions=questions)
     text = _read_text(file) if file else text
-    params = _parse_params([*(param or []), *settings])
+    params = _parse_params([*(param or []), *settings], text)
     with QueryProgress() as progress:
         parts = opened.stream(
             text,
@@ -277,7 +281,9 @@ def verify(
     runs: RunsArgument,
     accept_edits: Annotated[
         bool,
-        typer.Option("--accept-edits", help="Record files that you edited as they are now (default: only check)."),
+        typer.Option(
+            "--accept-edits", help="Record files that you edited or removed as they are now (default: only check)."
+        ),
     ] = False,
     json: JsonOption = False,
 ) -> None:
@@ -294,7 +300,7 @@ def verify(
     if accept_edits:
         for folder in folders:
             for name in accept(folder):
-                say(f"accepted: {folder / name}", err=True)
+                say(f"accepted{'' if (folder / name).exists() else ' as removed'}: {folder / name}", err=True)
     steps = count(1)
     with Progress("verify", sum(len(list_files(folder)) for folder in folders)) as progress:
         results = [verify_run(folder, lambda: progress.update(next(steps))) for folder in folders]
@@ -372,6 +378,8 @@ def run(command: typer.Typer) -> None:
         how = getattr(stop, "__notes__", ["run the same command again"])[-1]
         _fail(f"stopped; {how}", getattr(stop, "exit_code", 130))
     except Exception as error:
+        if stop := _stop_behind(error):
+            _fail("stopped; run the same command again", stop.exit_code)
         _fail(*_describe(error))
 
 
@@ -386,7 +394,7 @@ def _invoke(command: typer.Typer) -> Any:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that ends a command as Ctrl-C does."""
+    """A signal that ends a command: Ctrl-C, SIGTERM, or the end of the terminal."""
 
     def __init__(self, number: int) -> None:
         """Store the exit code by which shells know the signal."""
@@ -396,24 +404,37 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def _hear_signals() -> Iterator[None]:
-    """Raise ``Stopped`` on SIGTERM, and when the terminal closes, unless these signals are already handled."""
+    """Raise ``Stopped`` on Ctrl-C, SIGTERM, and when the terminal closes, unless these signals are already handled."""
+    _heard.clear()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    names = ("SIGTERM", "SIGHUP")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    heard = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    for number in heard:
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
+    unhandled = (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: handler for number, handler in before.items() if handler in unhandled}
+    for number in before:
         signal.signal(number, _stop)
     try:
         yield
     finally:
-        for number in heard:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# Signals that this command received.
+_heard: list[int] = []
 
 
 def _stop(number: int, _: Any) -> NoReturn:
+    _heard.append(number)
     raise Stopped(number)
+
+
+def _stop_behind(error: Exception) -> Stopped | None:
+    """Return the stop that DuckDB turned into an error, because the signal arrived within one of its calls."""
+    is_stop = _heard and isinstance(error, RuntimeError) and str(error) == "Query interrupted"
+    return Stopped(_heard[-1]) if is_stop else None
 
 
 @contextmanager
@@ -428,6 +449,11 @@ def stoppable(how: str) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         stop.add_note(f"the same command {how}")
         raise
+    except RuntimeError as error:
+        if not (stop := _stop_behind(error)):
+            raise
+        stop.add_note(f"the same command {how}")
+        raise stop from None
 
 
 def _describe(error: Exception) -> tuple[str, int]:
@@ -482,6 +508,19 @@ def _remark(runs: Runs) -> None:
         say(f"entrace: {more} more runs are incomplete or sampled", err=True)
 
 
+def _print_questions(listed: pl.DataFrame) -> None:
+    """Print each question, wrapped on a terminal, below its name."""
+    from shutil import get_terminal_size
+    from textwrap import fill
+
+    width = get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    for row in listed.iter_rows(named=True):
+        level = f"{row['level']}, {row['claim']}" if row["claim"] else row["level"]
+        say(f"{row['stem']} ({level})")
+        for line in fill(row["question"], width, initial_indent="  ", subsequent_indent="  ").splitlines():
+            say(line)
+
+
 def _descriptor(stream: Any) -> int | None:
     """Return the file descriptor of a stream, or None if it has none, as in a notebook."""
     try:
@@ -519,13 +558,21 @@ def _split_settings(arguments: list[str], question: Question) -> tuple[list[str]
     return runs, settings
 
 
-def _parse_params(pairs: list[str]) -> dict[str, Any]:
-    """Return parameters by name; a value that is valid JSON is parsed (``bins=5`` is a number), others are text."""
+def _parse_params(pairs: list[str], text: str) -> dict[str, Any]:
+    """Return parameters by name.
+
+    A value that is valid JSON is parsed (``bins=5`` is a number), others are text. If the headers of the query declare
+    a parameter as text, such as a run, only a list and ``null`` are parsed (``runs=0`` is the run named 0).
+    """
     from json import loads
 
+    from entrace.analysis.parameters import parameters
+    from entrace.analysis.queries import headers
+    from entrace.analysis.runs import TEXT_COLUMNS
     from entrace.analysis.trace.errors import InputError
 
-    params = {}
+    described = parameters(headers(text).get("params", ""))
+    params: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
@@ -533,5 +580,8 @@ def _parse_params(pairs: list[str]) -> dict[str, Any]:
         try:
             params[name] = loads(value)
         except (ValueError, RecursionError):
+            params[name] = value
+        is_text = name in described and described[name].takes_text(TEXT_COLUMNS)
+        if is_text and not isinstance(params[name], list | None):
             params[name] = value
     return params

@@ -44,6 +44,14 @@ class Parameter:
         found = LIST.match(self.description) or ONE.match(self.description)
         return found[1] if found else self.name
 
+    def takes_text(self, text_columns: Iterable[str]) -> bool:
+        """Return True if a single value is text, which a command line must not read as a number."""
+        if found := LIST.match(self.description) or ONE.match(self.description):
+            return found[1] in text_columns
+        return not (MAP.match(self.description) or NUMBER.match(self.description)) and bool(
+            WORDS.match(self.description)
+        )
+
     def check(self, value: Any, values_of: ValuesOf) -> Any:
         """Return the value as the query expects it; None means that the parameter is left out.
 

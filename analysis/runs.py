@@ -29,6 +29,7 @@ from entrace.analysis.trace.parts import (
     check_whole,
     columns_with_values,
     listed_files,
+    listed_name,
     read_part,
 )
 from entrace.analysis.trace.plain import well_formed
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from entrace.analysis.statistics.stages import StageFit
 
 DEFAULT_BASELINE = "none"
+# Columns of the runs and of the trace that hold text.
+TEXT_COLUMNS = {name for name, kind in RUNS_COLUMNS.items() if kind == "varchar"}
+TEXT_COLUMNS |= {column.name for table in TABLES.values() for column in table.columns if str(column.type) == "string"}
 # Bytes for DuckDB in this process, which answers the shipped questions; the excess is spilled to disk.
 BUFFERS = 1500 << 20
 # Missing ranges of steps that the note on a run lists.
@@ -517,7 +521,7 @@ class Runs:
         paths = list(map(Path, self._files[table.name]))
         recorded = {folder: digests.read(folder) for folder in {path.parents[1] for path in paths}}
         for path in paths:
-            check_whole(path, table, known=recorded[path.parents[1]].of(f"{table.name}/{path.name}"))
+            check_whole(path, table, known=recorded[path.parents[1]].of(f"{table.name}/{listed_name(path)}"))
 
 
 def _unsupported(error: Exception) -> InputError:

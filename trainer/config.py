@@ -147,7 +147,7 @@ class RecordConfig(BaseConfig):
     After-update values are captured for at most ``after_update_responses`` of the responses in an update;
     ``after_update_every = 0`` captures none. Tokens are stored on every ``token_steps``-th step, on the first and the
     last step, and on steps with after-update values, for the share ``token_responses`` of the responses. All other
-    tables are complete.
+    tables are complete. ``log`` names dashboards that show steps and evaluations.
     """
 
     flush_every: Positive = 10
@@ -157,6 +157,7 @@ class RecordConfig(BaseConfig):
     token_responses: Annotated[float, Field(gt=0, le=1)] = 1.0
     checkpoint_every: Positive = 50
     lexicon: str | None = None
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     def captures(self, step: int) -> bool:
         """Return whether after-update values are captured at a step."""

@@ -114,9 +114,9 @@ def covers(frame: pl.DataFrame) -> str:
 def counts(frame: pl.DataFrame) -> str:
     """Return the number of arms, seeds, prompts, and samples behind means, and of runs left out, in words."""
     shown = frame.drop_nulls("mean")
-    prompts, samples = style.span(shown["num_prompts"]), style.span(shown["k"])
+    prompts, samples = style.span(shown["num_prompts"], "held-out prompt"), style.span(shown["k"], "sample")
     number = style.count(names(shown), "arm")
-    text = f"{number}, {seeds(shown)} each, {prompts} held-out prompts, {samples} samples each"
+    text = f"{number}, {seeds(shown)} each, {prompts}, {samples} each"
     return "\n".join(filter(None, (text, _left_out(frame))))
 
 
@@ -131,8 +131,7 @@ def _left_out(frame: pl.DataFrame) -> str:
 
 def seeds(frame: pl.DataFrame) -> str:
     """Return ``1 seed`` or ``3–5 seeds``."""
-    found = frame["num_seeds"].drop_nulls()
-    return f"{style.span(found)} seed{'s' * (found.to_list() != [1] * len(found))}"
+    return style.span(frame["num_seeds"].drop_nulls(), "seed")
 
 
 def is_crowded(frame: pl.DataFrame) -> bool:

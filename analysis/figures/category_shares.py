@@ -29,7 +29,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         style.STEP,
         "share of tokens",
-        f"{frame['num_tokens'].sum():,} tokens, {style.span(frame['num_prompts'])} prompts per step; "
+        f"{frame['num_tokens'].sum():,} tokens, {style.span(frame['num_prompts'], 'prompt')} per step; "
         "band: 95 % interval over prompts" + style.runs_note(frame),
     )
     style.start_at_zero(ax)

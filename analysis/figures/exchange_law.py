@@ -45,7 +45,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         "mean token entropy (nats)",
         "accuracy of sampled responses",
-        f"n = {style.span(lengths)} steps in {style.count(lengths, 'run')}; band: 95 % interval of the fit, steps "
+        f"n = {style.span(lengths, 'step')} in {style.count(lengths, 'run')}; band: 95 % interval of the fit, steps "
         f"autocorrelated\n{describe_fit(fitted)}",
     )
     style.legend(ax, ncols=3)

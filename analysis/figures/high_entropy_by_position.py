@@ -30,7 +30,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         "relative position in the response",
         "share of tokens with high entropy",
-        f"{frame['num_tokens'].sum():,} tokens, {style.span(frame['num_prompts'])} prompts per point and run;\n"
+        f"{frame['num_tokens'].sum():,} tokens, {style.span(frame['num_prompts'], 'prompt')} per point and run;\n"
         f"band: 95 % interval over steps and prompts{style.runs_note(frame)}",
     )
     ax.set_xlim(0, 1)

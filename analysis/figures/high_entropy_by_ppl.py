@@ -49,8 +49,9 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         "function of the token",
         "share of high-entropy tokens",
-        f"{stage}; {style.span(shown['num_tokens'])} high-entropy tokens per third, {style.span(shown['num_prompts'])} "
-        f"prompts;\nbars: 95 % interval over steps and prompts{style.runs_note(shown, 'open dots')}",
+        f"{stage}; {style.span(shown['num_tokens'], 'high-entropy token')} per third, "
+        f"{style.span(shown['num_prompts'], 'prompt')};\n"
+        f"bars: 95 % interval over steps and prompts{style.runs_note(shown, 'open dots')}",
     )
     style.legend(ax, tick_lines=2, ncols=3, title="third of the prompt's group by perplexity", title_fontsize=8)
     return ax

@@ -46,7 +46,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         "tokens that move most, by |Δp|",
         "share of all movement",
-        f"{style.span(frame['num_tokens'])} tokens, {style.span(frame['num_prompts'])} prompts per stage and run; "
+        f"{style.span(frame['num_tokens'], 'token')}, {style.span(frame['num_prompts'], 'prompt')} per stage and run; "
         "bars: 95 % interval over steps and prompts" + style.runs_note(frame, "open dots"),
     )
     style.legend(ax, ncols=2)

@@ -94,8 +94,9 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     baselines = shown["baseline"].unique().to_list()
     than = style.shorten(baselines[0]) if len(baselines) == 1 else "its baseline"
     note = (
-        f"{style.count(rows, 'difference')}, {arms.seeds(shown)} each, {style.span(shown['num_prompts'])} held-out "
-        f"prompts per seed\nbars: 95 % interval, covers {' / '.join(shown['covers'].unique(maintain_order=True))}"
+        f"{style.count(rows, 'difference')}, {arms.seeds(shown)} each, "
+        f"{style.span(shown['num_prompts'], 'held-out prompt')} per seed\n"
+        f"bars: 95 % interval, covers {' / '.join(shown['covers'].unique(maintain_order=True))}"
     )
     style.label(ax, f"held-out accuracy (avg@k): arm minus {than}", "", note)
     return ax

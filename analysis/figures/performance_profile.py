@@ -27,6 +27,6 @@ size = arms.panels_size
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     """Draw the share over tau, one color or one panel per arm."""
     arms.lines(ax, frame, "tau")
-    x = f"τ (share of {style.span(frame['k'])} samples that are right)"
+    x = f"τ (share of {style.span(frame['k'], 'sample')} that are right)"
     style.label(ax, x, "share of (seed, prompt) above τ", arms.line_note(frame))
     return ax

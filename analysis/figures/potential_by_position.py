@@ -41,7 +41,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         "relative position in the response",
         "mean |Δp|",
-        f"{stage}; {shown['num_tokens'].sum():,} tokens, {style.span(shown['num_prompts'])} prompts per point and "
+        f"{stage}; {shown['num_tokens'].sum():,} tokens, {style.span(shown['num_prompts'], 'prompt')} per point and "
         "run;\n"
         f"band: 95 % interval over steps and prompts{style.runs_note(shown)}",
     )

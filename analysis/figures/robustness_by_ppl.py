@@ -41,8 +41,9 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         "perplexity within the prompt's group",
         "accuracy lost by replacing a token",
-        f"{style.span(frame['num_interventions'])} replaced tokens, {style.span(frame['num_prompts'])} prompts per bar "
-        f"and run;\nbars: 95 % interval over prompts{style.runs_note(frame, 'open dots')}",
+        f"{style.span(frame['num_interventions'], 'replaced token')}, "
+        f"{style.span(frame['num_prompts'], 'prompt')} per bar and run;\n"
+        f"bars: 95 % interval over prompts{style.runs_note(frame, 'open dots')}",
     )
     style.legend(ax, ncols=2 if len(series) == 1 else 1)
     return ax

@@ -39,7 +39,8 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         style.STEP,
         "mean token entropy (nats)",
-        f"n = {style.span(lengths)} steps in {style.count(lengths, 'run')}; {interval}: 95 % interval of the boundary",
+        f"n = {style.span(lengths, 'step')} in {style.count(lengths, 'run')}; {interval}: 95 % interval of the "
+        "boundary",
     )
     right.set_ylabel("accuracy of sampled responses", color=style.BLUE)
     ax.yaxis.label.set_color(style.VERMILLION)

@@ -387,10 +387,11 @@ def mark_boundary(ax: Axes, frame: pl.DataFrame) -> None:
         ax.text(max(row[0] for row in found), below, " plateau", ha="left", **words)
 
 
-def span(values: Sequence[int | float] | pl.Series) -> str:
-    """Return ``7`` or ``7–12``: the range of a count."""
+def span(values: Sequence[int | float] | pl.Series, noun: str = "") -> str:
+    """Return ``7`` or ``7–12``, the range of a count; with a noun, ``1 prompt`` or ``7–12 prompts``."""
     low, high = min(values), max(values)
-    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+    text = f"{low:,}" if low == high else f"{low:,}–{high:,}"
+    return f"{text} {noun}{'s' * (high != 1)}" if noun else text
 
 
 def count(items: Sequence[object], noun: str) -> str:

@@ -39,7 +39,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         "entropy relative to the middle, minus 1",
         "",
-        f"{style.span(frame['num_responses'])} responses to {style.span(frame['num_prompts'])} prompts per dot;\n"
+        f"{style.span(frame['num_responses'], 'response')} to {style.span(frame['num_prompts'], 'prompt')} per dot;\n"
         f"bars: 95 % interval over steps and prompts{style.runs_note(frame, 'open dots')}",
     )
     style.legend(ax, ncols=2)

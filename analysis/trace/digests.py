@@ -2,8 +2,9 @@
 
 Every line is JSON and describes one written file: its path in the run's folder, size in bytes, SHA-256, the CRC-32 of
 its Parquet footer, and the CRC-32 of the line's other fields. ``sha256`` is null for a file that was removed on
-purpose. Lines are only ever added. A file is intact if it equals any of its lines since the last removal, so that a
-line may be added before the file is replaced: a process that is killed in between leaves the old file, and its line.
+purpose, as ``entrace verify --accept-edits`` records. Lines are only ever added. A file is intact if it equals any of
+its lines since the last removal, so that a line may be added before the file is replaced: a process that is killed in
+between leaves the old file, and its line.
 
 Files of older traces have no line; ``entrace verify`` decodes them. The files of a checkpoint have a list of their own,
 ``checksums.json`` in the checkpoint.

@@ -53,6 +53,11 @@ def write_manifest(run_dir: Path, manifest: dict[str, Any], new_files: Mapping[s
         appended.result()
 
 
+def is_before_manifest(run_dir: Path) -> bool:
+    """Return True if a folder is empty, or holds only what a process leaves that is killed in its first manifest."""
+    return {path.name for path in run_dir.iterdir()} <= {f".{MANIFEST}.tmp", digests.DIGESTS}
+
+
 @contextmanager
 def durable_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that is renamed to ``path`` once it is complete and on disk; an error leaves the old file."""

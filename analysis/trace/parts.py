@@ -1,15 +1,21 @@
 """Find the Parquet files that belong to a run, and check them against ``run.json``.
 
 ``run.json`` lists every durable file of ``TraceWriter`` with its number of rows. A file that is named like those of
-the writer but is not listed is left over from an interrupted flush, and is ignored. Files with other names, such as
-those of ``entrace intervene``, belong to no step and always count. Without a list in ``run.json``, every file counts.
+the writer but is not listed is ignored. Files with other names, such as those of ``entrace intervene``, belong to no
+step and always count. Without a list in ``run.json``, every file counts.
+
+A file of the writer is complete in the folder ``.pending`` of the run before ``run.json`` lists it, and moves to the
+folder of its table afterwards. A pattern such as ``tokens/*.parquet`` therefore never finds a row that a resumed run
+may remove. If the process is killed before a listed file moves, readers read it where it is, and the next writer moves
+it. Hidden names in the folder of the table would not be enough: patterns of DuckDB and polars match them.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +32,10 @@ if TYPE_CHECKING:
 PART = re.compile(r"part-(\d+)-(\d+)(?:\.rank-\d+)?(?:\.pruned-(\d+))?\.parquet")
 # Key of run.json.
 FILES = "files"
+# Folder in the run for complete files that run.json does not list yet.
+PENDING = ".pending"
+# A writer takes milliseconds to move the files that run.json lists.
+MOVE_TIMEOUT_S, POLL_S = 0.5, 0.005
 # Number of rows of each file of the writer, by table and file name; None if unknown.
 Files = dict[str, dict[str, int | None]]
 
@@ -48,6 +58,23 @@ def pruned_name(name: str, files: Iterable[str]) -> str:
     latest = max((int(match[3] or 0) for match in map(PART.fullmatch, files) if match), default=0)
     stem = name.removesuffix(".parquet").partition(".pruned-")[0]
     return f"{stem}.pruned-{latest + 1}.parquet"
+
+
+def pending_path(run_dir: Path, table: str, name: str) -> Path:
+    """Return where file ``name`` of ``table`` is before ``run.json`` lists it."""
+    return run_dir / PENDING / f"{table}.{name}"
+
+
+def part_path(run_dir: Path, table: str, name: str) -> Path:
+    """Return where a listed file is; in the folder of its table if it is nowhere."""
+    pending, path = pending_path(run_dir, table, name), run_dir / table / name
+    # In this order, a file that moves in between is found.
+    return pending if pending.exists() and not path.exists() else path
+
+
+def listed_name(path: Path) -> str:
+    """Return the name by which ``run.json`` lists a file, wherever it is."""
+    return path.name.partition(".")[2] if path.parent.name == PENDING else path.name
 
 
 def last_step(name: str) -> int:
@@ -77,15 +104,26 @@ def list_parts(run_dir: Path, manifest: Mapping[str, Any]) -> dict[str, dict[Pat
         InputError: a listed file is missing, although the folder of its table exists.
     """
     listed = listed_files(run_dir, manifest)
+    wait_for_moves(run_dir, listed)
     parts = {}
     for table in TABLES:
         is_there = (run_dir / table).exists()
-        rows = {run_dir / table / name: rows for name, rows in listed.get(table, {}).items() if is_there}
-        found = _find(run_dir, table)
+        rows = {part_path(run_dir, table, name): rows for name, rows in listed.get(table, {}).items() if is_there}
+        pending = {path for path in rows if path.parent.name == PENDING}
+        found = sorted({*_find(run_dir, table), *pending}, key=listed_name)
         if lost := sorted(rows.keys() - set(found)):
             raise InputError(f"{lost[0]}: missing, although {run_dir.name}/run.json lists it; {remedy(lost[0])}")
         parts[table] = {path: rows.get(path) for path in found if path in rows or not PART.fullmatch(path.name)}
     return parts
+
+
+def wait_for_moves(run_dir: Path, listed: Files) -> None:
+    """Wait until the writer has moved every listed file, unless it seems to have been killed."""
+    deadline = time.monotonic() + MOVE_TIMEOUT_S
+    while (run_dir / PENDING).exists() and time.monotonic() < deadline:
+        if all(part_path(run_dir, table, name).parent.name != PENDING for table in listed for name in listed[table]):
+            return
+        time.sleep(POLL_S)
 
 
 def check_parts(run_dir: Path, manifest: Mapping[str, Any], recorded: Recorded) -> dict[str, dict[Path, Layout]]:
@@ -96,7 +134,7 @@ def check_parts(run_dir: Path, manifest: Mapping[str, Any], recorded: Recorded) 
     """
     return {
         table: {
-            path: check_part(path, TABLES[table], rows, recorded.of(f"{table}/{path.name}"))
+            path: check_part(path, TABLES[table], rows, recorded.of(f"{table}/{listed_name(path)}"))
             for path, rows in parts.items()
         }
         for table, parts in list_parts(run_dir, manifest).items()
@@ -115,20 +153,44 @@ def last_whole_step(run_dir: Path, manifest: Mapping[str, Any]) -> tuple[int, st
             match = PART.fullmatch(name)
             if match and int(match[1]) <= durable:
                 try:
-                    check_whole(run_dir / table / name, TABLES[table], rows, recorded.of(f"{table}/{name}"))
+                    check_whole(part_path(run_dir, table, name), TABLES[table], rows, recorded.of(f"{table}/{name}"))
                 except InputError as error:
                     durable, damage = int(match[1]) - 1, str(error)
     return max(0, durable), damage
 
 
 def remove_leftovers(run_dir: Path, manifest: Mapping[str, Any]) -> None:
-    """Remove temporary files, and files named like the writer's that the manifest does not list."""
-    for name in TABLES:
-        listed = manifest[FILES].get(name, {})
-        for path in (run_dir / name).glob("*"):
-            is_temporary = path.name.startswith(".") and path.name.endswith(".tmp")
-            if is_temporary or (PART.fullmatch(path.name) and path.name not in listed):
+    """Complete what an interrupted writer left: remove files that do not count, then move those that do.
+
+    Temporary files do not count, nor do files named like the writer's that the manifest does not list.
+    """
+    for table in TABLES:
+        listed = manifest[FILES].get(table, {})
+        for path in (run_dir / table).glob("*"):
+            if _is_temporary(path) or (PART.fullmatch(path.name) and path.name not in listed):
                 path.unlink()
+    move_listed(run_dir, manifest)
+    for path in (run_dir / PENDING).glob("*"):
+        path.unlink()
+    _remove_if_empty(run_dir / PENDING)
+
+
+def move_listed(run_dir: Path, manifest: Mapping[str, Any]) -> None:
+    """Move the pending files that the manifest lists to the folders of their tables, unless a folder was removed."""
+    for path in sorted((run_dir / PENDING).glob("*")):
+        table = path.name.partition(".")[0]
+        if listed_name(path) in manifest[FILES].get(table, {}) and (run_dir / table).exists():
+            path.replace(run_dir / table / listed_name(path))
+    _remove_if_empty(run_dir / PENDING)
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def check_part(path: Path, table: Table, rows: int | None = None, known: Sequence[Digest] = ()) -> Layout:
@@ -274,7 +336,7 @@ def _damage(path: Path, reason: str) -> InputError:
 
 def remedy(path: Path) -> str:
     """Return what to do about a damaged or missing file of a table."""
-    if not PART.fullmatch(path.name):
+    if not PART.fullmatch(listed_name(path)):
         return "remove it, and repeat the command that made it"
     return "restore it, or go back to the checkpoint before it with entrace train --resume"
 

@@ -1,8 +1,9 @@
 """Thin the tokens of a trace that is already recorded, as if it had been recorded with ``TokenSampling``.
 
-The remaining tokens are written under new names; then ``run.json`` switches to the new files at once, and the old ones
-are removed. A process killed at any moment leaves the old trace or the new one. Files that ``run.json`` does not list
-count for no reader, and the next call removes them.
+The remaining tokens are written to pending files; then ``run.json`` switches to the new files at once, the old ones are
+removed, and the new ones move to their places. A process killed at any moment leaves the old trace or the new one, and
+the next call completes the work. A reader by pattern finds the old tokens, for a moment only some of the new ones, and
+then the new ones, but never a token twice.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.errors import InputError
 from entrace.analysis.trace.lock import acquire_lock, lock_path
-from entrace.analysis.trace.manifest import durable_file, read_manifest, write_manifest
+from entrace.analysis.trace.manifest import durable_file, read_manifest, sync_folder, write_manifest
 from entrace.analysis.trace.parts import (
     FILES,
     PART,
@@ -29,6 +30,8 @@ from entrace.analysis.trace.parts import (
     check_whole,
     list_parts,
     listed_files,
+    listed_name,
+    pending_path,
     pruned_name,
     read_part,
     remove_leftovers,
@@ -113,18 +116,19 @@ def _prune(
     before = TokenSampling.of(manifest)
     is_listed = manifest.get(FILES) is not None
     manifest = {**manifest, FILES: listed_files(run_dir, manifest)}
+    if is_listed and not dry_run:
+        remove_leftovers(run_dir, manifest)
     parts = list_parts(run_dir, manifest)
     recorded = digests.read(run_dir)
     for path, rows in parts[TOKENS].items():
-        if not PART.fullmatch(path.name):
+        if not PART.fullmatch(listed_name(path)):
             raise InputError(f"{path}: not written by TraceWriter, so that it cannot be replaced; remove or rename it")
         # What is thinned gets a new digest, which must not cover damage.
         check = check_part if dry_run else check_whole
-        check(path, TABLES[TOKENS], rows, recorded.of(f"{TOKENS}/{path.name}"))
-    if not dry_run:
-        if not is_listed:
-            # Without a list, the new files would count while the old ones still do.
-            write_manifest(run_dir, manifest)
+        check(path, TABLES[TOKENS], rows, recorded.of(f"{TOKENS}/{listed_name(path)}"))
+    if not is_listed and not dry_run:
+        # Without a list, the new files would count while the old ones still do.
+        write_manifest(run_dir, manifest)
         remove_leftovers(run_dir, manifest)
     seed = manifest.get("seed") or 0
     counts, captured = {}, set()
@@ -140,10 +144,12 @@ def _prune(
             size = size_left = path.stat().st_size
             if num_left < num_rows:
                 size_left = round(size * num_left / num_rows)
-                name = pruned_name(path.name, manifest[FILES][TOKENS])
-                replaced[path.name] = (name, num_left) if num_left else None
+                name = pruned_name(listed_name(path), manifest[FILES][TOKENS])
+                replaced[listed_name(path)] = (name, num_left) if num_left else None
                 if num_left and not dry_run:
-                    size_left = _write_sampled(path, path.with_name(name), stored, sampling.responses, seed)
+                    target = pending_path(run_dir, TOKENS, name)
+                    target.parent.mkdir(exist_ok=True)
+                    size_left = _write_sampled(path, target, stored, sampling.responses, seed)
             result.add(num_rows, num_left, size, size_left)
     except BaseException:
         # A full disk needs the space.
@@ -165,10 +171,11 @@ def _switch_files(run_dir: Path, manifest: dict[str, Any], replaced: Mapping[str
     """
     kept = {name: rows for name, rows in manifest[FILES].get(TOKENS, {}).items() if name not in replaced}
     added = dict(new for new in replaced.values() if new)
-    new = {f"{TOKENS}/{name}": digests.digest_of(run_dir / TOKENS / name) for name in added}
-    write_manifest(run_dir, {**manifest, FILES: {**manifest[FILES], TOKENS: {**kept, **added}}}, new)
-    for name in replaced:
-        (run_dir / TOKENS / name).unlink()
+    new = {f"{TOKENS}/{name}": digests.digest_of(pending_path(run_dir, TOKENS, name)) for name in added}
+    manifest = {**manifest, FILES: {**manifest[FILES], TOKENS: {**kept, **added}}}
+    write_manifest(run_dir, manifest, new)
+    remove_leftovers(run_dir, manifest)
+    sync_folder(run_dir / TOKENS)
 
 
 def _sampled_steps(parts: Mapping[Path, int | None], manifest: Mapping[str, Any], sampling: TokenSampling) -> set[int]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from entrace.analysis.trace import digests
-from entrace.analysis.trace.digests import DIGESTS, sha256_of
+from entrace.analysis.trace.digests import DIGESTS, Digest, sha256_of
 from entrace.analysis.trace.errors import InputError, reason_of
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
-from entrace.analysis.trace.parts import PART, check_whole, listed_files, remedy
+from entrace.analysis.trace.parts import PART, check_whole, listed_files, part_path, remedy, wait_for_moves
 from entrace.analysis.trace.schema import TABLES
 
 CHECKPOINTS = "checkpoints"
@@ -115,15 +115,19 @@ def check_run(run_dir: Path) -> None:
 
 
 def accept_edits(run_dir: Path) -> list[str]:
-    """Record the files of a run that were edited on purpose as they are now, and return their names.
+    """Record the files of a run that were edited or removed on purpose as they are now, and return their names.
+
+    A file that ``run.json`` lists cannot be removed alone; every reader would miss its rows.
 
     Raises:
         InputError: a file of a table cannot be read, or its page checksums are wrong.
     """
     recorded = digests.read(run_dir)
-    edited = {}
+    edited: dict[str, Digest | None] = {}
     for name in recorded.files:
         path, known = run_dir / name, recorded.of(name)
+        if known and not path.exists() and path.parent.name in TABLES and not PART.fullmatch(path.name):
+            edited[name] = None
         if known and path.is_file() and (digest := digests.digest_of(path)) not in known:
             if path.parent.name in TABLES:
                 check_whole(path, TABLES[path.parent.name])
@@ -148,6 +152,7 @@ class _Verifier:
         # The manifest comes first, because a file has a digest before it is listed.
         self.recorded = digests.read(run_dir)
         listed = listed_files(run_dir, manifest)
+        wait_for_moves(run_dir, listed)
         self.rows = {f"{table}/{name}": rows for table, files in listed.items() for name, rows in files.items()}
         self.checksums: dict[str, str] = {}
         for folder in sorted((run_dir / CHECKPOINTS).glob("step-*")):
@@ -160,6 +165,7 @@ class _Verifier:
     def verify(self, on_file: Callable[[], None]) -> Verification:
         """Check the files that exist, then report those that do not."""
         names = list_files(self.run_dir)
+        names += sorted(name for name in self.rows.keys() - set(names) if self._path(name).exists())
         for name in names:
             try:
                 self._check(name)
@@ -170,14 +176,14 @@ class _Verifier:
         return self.result
 
     def _check(self, name: str) -> None:
-        path, known = self.run_dir / name, self.recorded.of(name)
+        path, known = self._path(name), self.recorded.of(name)
         if name in self.checksums:
             self._compare(path, {self.checksums[name]}, f"damaged, it differs from {CHECKSUMS}; {CHECKPOINT_REMEDY}")
         elif name == DIGESTS and self.recorded.damage:
             raise InputError(f"{path}: {self.recorded.damage}; {DIGESTS_REMEDY}")
         elif self._is_part(name):
             self.result.without_digest += not known
-            check_whole(path, TABLES[path.parent.name], self.rows.get(name), known)
+            check_whole(path, TABLES[name.partition("/")[0]], self.rows.get(name), known)
         elif name not in (MANIFEST, DIGESTS) and path.name != CHECKSUMS:
             if not known:
                 self._report(
@@ -189,6 +195,11 @@ class _Verifier:
             )
         self.result.files += 1
         self.result.size += path.stat().st_size
+
+    def _path(self, name: str) -> Path:
+        """Return where a file is, which run.json may list before it moves to its table."""
+        table, _, file = name.partition("/")
+        return part_path(self.run_dir, table, file) if name in self.rows else self.run_dir / name
 
     def _compare(self, path: Path, expected: set[str], fault: str) -> None:
         try:
@@ -211,7 +222,7 @@ class _Verifier:
             if table in TABLES and (self.recorded.is_removed(name) or not (self.run_dir / table).exists()):
                 removed[table] = removed.get(table, 0) + 1
             elif table in TABLES:
-                self._report("missing", name, f"{path}: missing; {remedy(path)}")
+                self._report("missing", name, f"{path}: missing; {_remedy_of_loss(path)}")
             elif (self.run_dir / table / name.split("/")[1]).exists():
                 self._report("missing", name, f"{path}: missing, although {CHECKSUMS} lists it; {CHECKPOINT_REMEDY}")
         for table, count in removed.items():
@@ -223,6 +234,12 @@ class _Verifier:
         table = name.split("/")[0]
         table = table if table in (*TABLES, CHECKPOINTS) else None
         self.result.findings.append(Finding(state, self.result.run, table, name, message))
+
+
+def _remedy_of_loss(path: Path) -> str:
+    if PART.fullmatch(path.name):
+        return remedy(path)
+    return "repeat the command that made it, or accept that it was removed with entrace verify --accept-edits"
 
 
 def _read_checksums(checkpoint: Path) -> dict[str, str]:

@@ -24,10 +24,21 @@ import pyarrow.parquet as pq
 
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.digests import DIGESTS, Digest
-from entrace.analysis.trace.errors import InputError, in_one_line, nearest
+from entrace.analysis.trace.errors import InputError, faults_at, in_one_line, nearest
 from entrace.analysis.trace.lexicon import Lexicon
-from entrace.analysis.trace.manifest import durable_file, now, read_manifest, write_manifest
-from entrace.analysis.trace.parts import FILES, last_step, listed_files, part_name, read_part, remove_leftovers
+from entrace.analysis.trace.manifest import durable_file, now, read_manifest, sync_folder, write_manifest
+from entrace.analysis.trace.mirror import Mirror, check_names
+from entrace.analysis.trace.parts import (
+    FILES,
+    last_step,
+    listed_files,
+    move_listed,
+    part_name,
+    part_path,
+    pending_path,
+    read_part,
+    remove_leftovers,
+)
 from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
 from entrace.analysis.trace.vocabulary import Vocabulary
@@ -54,8 +65,9 @@ Gather = Callable[[WrittenFiles], list[WrittenFiles]]
 class TraceWriter:
     """Buffer rows in memory and write one Parquet file per table at every ``flush``.
 
-    A file covers whole steps, gets its final name only when complete, and is never rewritten. It counts as soon as
-    ``run.json``, which is replaced atomically, lists it. All tables therefore advance to a step together.
+    A file covers whole steps, is complete before it can be found, and is never rewritten. It counts as soon as
+    ``run.json``, which is replaced atomically, lists it. All tables therefore advance to a step together. Only then
+    does the file move to the folder of its table; see ``parts``.
 
     If several processes record one run, each has a writer with its own ``rank``, and all flush together. ``gather``
     waits until every process has called it and returns the values of all, or raises if a process has failed. Rank 0
@@ -74,6 +86,7 @@ class TraceWriter:
         self._buffers: dict[str, list[pa.Table]] = {name: [] for name in TABLES}
         self._ended_step = manifest["last_durable_step"]
         self._num_ended = dict.fromkeys(TABLES, 0)
+        self._mirror: Mirror | None = None
 
     @classmethod
     def create(
@@ -86,6 +99,7 @@ class TraceWriter:
         replace: bool = False,
         rank: int = 0,
         gather: Gather = lambda files: [files],
+        log: Sequence[str] = (),
     ) -> TraceWriter:
         """Start a new trace in ``run_dir``.
 
@@ -97,9 +111,10 @@ class TraceWriter:
             replace: Allow a folder that holds a trace, and remove its rows.
             rank: Rank of this process among those that record the run.
             gather: Exchange between processes; see the class.
+            log: Dashboards that show steps and evaluations as soon as they are durable; names from ``mirror``.
 
         Raises:
-            InputError: ``run_dir`` is not empty, or ``run_id`` is missing.
+            InputError: ``run_dir`` is not empty, ``run_id`` is missing, or a dashboard is unknown or not installed.
         """
         run_dir = Path(run_dir)
         if manifest.get("run_id") is None:
@@ -107,6 +122,7 @@ class TraceWriter:
             raise InputError(f"manifest: run_id {state}; name the run")
         if rank == 0 and not replace and run_dir.exists() and any(run_dir.iterdir()):
             raise InputError(f"{run_dir}: already holds files; choose another folder, or continue with --resume")
+        check_names(log)
         entries = vocab if isinstance(vocab, Vocabulary) else Vocabulary(list(vocab))
         categories = (lexicon or Lexicon.load()).categorize(entries.texts, entries.is_special)
         state = {"status": "running", "started_at": now(), "last_durable_step": 0, FILES: {}}
@@ -119,23 +135,33 @@ class TraceWriter:
             remove_leftovers(run_dir, writer.manifest)
             columns = {"text": entries.texts, "category": categories, "is_special": entries.is_special}
             writer.append("vocab", {"token_id": np.arange(len(entries.texts)), **columns})
+            writer._mirror = Mirror(log, run_dir, writer.manifest)
         return writer
 
     @classmethod
-    def resume(cls, run_dir: Path, step: int, rank: int = 0, gather: Gather = lambda files: [files]) -> TraceWriter:
+    def resume(
+        cls,
+        run_dir: Path,
+        step: int,
+        rank: int = 0,
+        gather: Gather = lambda files: [files],
+        log: Sequence[str] = (),
+    ) -> TraceWriter:
         """Resume the trace in ``run_dir`` after ``step``, and remove the rows of later steps.
 
         Raises:
-            InputError: no part of the trace is durable up to ``step``, or a file is missing or damaged.
+            InputError: no part of the trace is durable up to ``step``, a file is missing or damaged, or a dashboard of
+                ``log`` is unknown or not installed.
         """
         run_dir = Path(run_dir)
+        check_names(log)
         manifest = read_manifest(run_dir)
         listed = listed_files(run_dir, manifest)
         kept = {
             table: {name: rows for name, rows in files.items() if last_step(name) <= step}
             for table, files in listed.items()
         }
-        parts = [read_part(run_dir / "vocab" / name, ["category"]) for name in kept.get("vocab", ())]
+        parts = [read_part(part_path(run_dir, "vocab", name), ["category"]) for name in kept.get("vocab", ())]
         if not parts:
             raise InputError(f"{run_dir}: no durable step to resume from; remove the folder and start again")
         manifest.pop("error", None)
@@ -147,6 +173,7 @@ class TraceWriter:
             # Readers follow the manifest, so it must stop listing files before they are removed.
             write_manifest(run_dir, writer.manifest)
             remove_leftovers(run_dir, writer.manifest)
+            writer._mirror = Mirror(log, run_dir, writer.manifest)
         return writer
 
     def append(self, table: str, columns: Mapping[str, Any]) -> None:
@@ -186,7 +213,8 @@ class TraceWriter:
     def flush(self, step: int | None = None) -> None:
         """Make the rows of all ended steps durable, after ending ``step`` if it is given.
 
-        If an error is raised, readers see no change and the rows are still buffered.
+        If an error is raised, readers see all of these steps or none, the rows are still buffered, and another call
+        completes the work.
 
         Raises:
             InputError: rows were appended to a step that is already durable.
@@ -200,7 +228,9 @@ class TraceWriter:
             if ended := parts[: self._num_ended[table]]:
                 if name in self.manifest[FILES].get(table, {}):
                     raise InputError(f"table {table}: step {self._ended_step} is already durable; no row can be added")
-                own[table] = {name: _write_part(self.run_dir / table / name, TABLES[table], ended)}
+                # Without its folder, a table counts as removed.
+                (self.run_dir / table).mkdir(exist_ok=True)
+                own[table] = {name: _write_part(pending_path(self.run_dir, table, name), TABLES[table], ended)}
         files = {table: dict(listed) for table, listed in self.manifest[FILES].items()}
         new_files = {}
         for written in self._gather(own):
@@ -210,11 +240,20 @@ class TraceWriter:
         manifest = {**self.manifest, "last_durable_step": self._ended_step, FILES: files}
         if self.rank == 0:
             write_manifest(self.run_dir, manifest, new_files)
+            with faults_at(self.run_dir):
+                move_listed(self.run_dir, manifest)
         # No process drops its rows before rank 0 has listed the files.
         self._gather({})
         self.manifest = manifest
         self._buffers = {table: parts[self._num_ended[table] :] for table, parts in self._buffers.items()}
         self._num_ended = dict.fromkeys(TABLES, 0)
+        if self._mirror:
+            self._mirror.send(self.run_dir / name for name in new_files)
+
+    def close_dashboards(self) -> None:
+        """End the run on its dashboards; the trace stays as it is."""
+        if self._mirror:
+            self._mirror.close()
 
     def finish(self, error: str | None = None) -> None:
         """Mark the run ``complete``, or ``failed`` with its error; rows that were not flushed are dropped."""
@@ -222,7 +261,12 @@ class TraceWriter:
         self.manifest["finished_at"] = now()
         if error:
             self.manifest["error"] = error
+        self.close_dashboards()
         if self.rank == 0:
+            # A loss of power between listing and moving is repaired by a resume, which a finished run does not need.
+            for table in self.manifest[FILES]:
+                if (self.run_dir / table).exists():
+                    sync_folder(self.run_dir / table)
             write_manifest(self.run_dir, self.manifest)
 
 

@@ -19,7 +19,7 @@ import pytest
 from entrace.analysis.cli import NOTES_SHOWN
 from entrace.analysis.trace import TABLES, TraceWriter
 from entrace.analysis.trace.staging import PARTIAL
-from tests.analysis.conftest import write_failed, write_steps
+from tests.analysis.conftest import write_failed, write_steps, write_tiny
 
 
 def test_incomplete_runs_are_noted_on_stderr(command, tmp_path: Path):
@@ -206,6 +206,35 @@ def test_a_stopped_report_leaves_nothing_and_the_same_command_completes_it(comma
     assert not (out / PARTIAL).exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM")
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("how", ["run the same command again", "the same command with --resume continues"])
+def test_a_signal_within_a_call_of_duckdb_stops_a_command(name: str, status: int, how: str):
+    """DuckDB replaces the exception that the handler of the signal raises by a RuntimeError."""
+    code = f"""
+import os, signal, threading
+from contextlib import nullcontext
+import duckdb, typer
+from entrace.analysis.cli import run, stoppable
+
+app = typer.Typer()
+app.callback()(lambda: None)
+
+@app.command()
+def query():
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.{name})).start()
+    with stoppable("with --resume continues") if "--resume" in {how!r} else nullcontext():
+        duckdb.sql("select count(*) from range(1000000000) as a, range(100) as b").fetchall()
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+run(app)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, "query"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (status, f"entrace: stopped; {how}\n")
+
+
 def test_start_up_loads_nothing_heavy_and_no_training_package():
     heavy = {"duckdb", "polars", "pandas", "matplotlib", "scipy", "pyarrow", "numpy"}
     training = {"torch", "transformers", "entrace.trainer"}
@@ -234,11 +263,25 @@ def test_named_questions_are_listed_and_asked(command, tiny_path: Path):
     rows = json.loads(command("sql", "--list", "--format", "json")[1])
     assert {"stem", "level", "question", "claim", "params", "units", "needs"} == set(rows[0])
     assert "stage_dynamics" in {row["stem"] for row in rows}
+    code, out, err = command("sql", "--list")
+    assert (code, err) == (0, "")
+    for row in rows:
+        assert f"\n  {row['question']}\n" in out.decode(), "whole, and not cut off"
     code, out, err = command(
         "sql", str(tiny_path), "--question", "entropy_by_sample_sign", "stage=rising", "--format", "json"
     )
     assert (code, err) == (0, "")
     assert {row["stage"] for row in json.loads(out)} == {"rising"}
+
+
+@pytest.mark.parametrize("name", ["0", "1e3", "true", '{"a": 1}'])
+def test_a_run_whose_name_looks_like_json_can_be_named(command, tmp_path: Path, name: str):
+    run_dir = write_tiny(tmp_path / name)
+    for value in (name, json.dumps([name])):
+        arguments = ["sql", str(run_dir), "--question", "stage_dynamics", "--format", "json"]
+        code, out, err = command(*arguments, "--param", f"runs={value}")
+        assert (code, err) == (0, "")
+        assert {row["run_id"] for row in json.loads(out)} == {name}
 
 
 @pytest.mark.parametrize(

@@ -273,12 +273,30 @@ def test_what_is_absent_or_additional_is_listed(run_dir: Path, case: str):
     assert states(run_dir) == [(state, file.format(**names)) for state, file in expected]
 
 
-def test_files_recorded_as_removed_are_no_loss(run_dir: Path):
-    for path in (run_dir / "tokens").iterdir():
-        path.unlink()
-        digests.append(run_dir, {f"tokens/{path.name}": None})
+def test_a_file_that_was_removed_on_purpose_is_accepted(run_dir: Path):
+    """Only files that no step needs: a file that run.json lists stays missing."""
+    name = f"interventions/{write_interventions(run_dir).name}"
+    (run_dir / name).unlink()
     [finding] = verify_run(run_dir).findings
-    assert (finding.state, finding.table, finding.is_fault) == ("removed", "tokens", False)
+    assert (finding.state, finding.file) == ("missing", name)
+    assert finding.message.endswith(
+        "missing; repeat the command that made it, or accept that it was removed with entrace verify --accept-edits"
+    )
+    assert accept_edits(run_dir) == [name]
+    [finding] = verify_run(run_dir).findings
+    assert (finding.state, finding.table, finding.is_fault) == ("removed", "interventions", False)
+    assert accept_edits(run_dir) == []
+    assert write_interventions(run_dir).name in name
+    assert verify_run(run_dir).findings == []
+    part(run_dir, "tokens").unlink()
+    assert accept_edits(run_dir) == []
+    assert [state for state, _ in states(run_dir)] == ["missing"]
+
+
+def write_interventions(run_dir: Path) -> Path:
+    path = run_dir / "interventions" / "later.parquet"
+    write_part(path, "interventions", pq.read_table(part(run_dir, "interventions")).to_pydict(), {})
+    return path
 
 
 def test_a_file_may_be_replaced_after_its_new_digest_is_recorded(run_dir: Path, tmp_path: Path):

@@ -31,6 +31,20 @@ def ax():
     return Figure().subplots()
 
 
+@pytest.mark.parametrize(
+    ("values", "noun", "text"),
+    [
+        ([1], "prompt", "1 prompt"),
+        ([7, 7], "prompt", "7 prompts"),
+        ([1, 1200], "prompt", "1–1,200 prompts"),
+        ([0], "run", "0 runs"),
+        ([3, 4], "", "3–4"),
+    ],
+)
+def test_a_count_and_its_noun_agree(values: list[int], noun: str, text: str):
+    assert style.span(values, noun) == text
+
+
 @pytest.mark.parametrize("stem", STEMS)
 def test_figure_labels_its_axes_and_states_n_and_interval(study: Runs, ax, stem: str):
     drawn = getattr(entrace.figures, stem)(study, ax=ax)

@@ -169,6 +169,9 @@ def test_a_killed_prune_leaves_the_old_or_the_new_trace_and_can_be_repeated(reco
         assert done.returncode == -signal.SIGKILL
         found = tokens(run)
         states.append("new" if found.equals(new) else "old" if found.equals(old) else "neither")
+        if list((run / "tokens").iterdir()):
+            by_pattern = pl.read_parquet(run / "tokens" / "*", columns=["rollout_id", "position"])
+            assert not by_pattern.is_duplicated().any(), event
         prune(run, SAMPLING)
         assert not verify_run(run).faults
         assert {**contents(run), "run.json": b""} == {**contents(finished), "run.json": b""}

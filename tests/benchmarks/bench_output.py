@@ -68,6 +68,15 @@ def run_benchmark(trace: Path, tokens: int) -> dict[str, Any]:
     return {"rows": tokens, "formats": formats, **describe_machine()}
 
 
+def to_markdown(result: dict[str, Any]) -> str:
+    """Return one row per format: speed, and peak memory beyond that of 1,000 rows, of both processes together."""
+    lines = ["| Format | Rows per second | Added memory (MiB) |", "| --- | ---: | ---: |"]
+    for form, found in result["formats"].items():
+        added = sum(found[key] - found[f"{key}_of_1000_rows"] for key in ("peak_mib", "query_peak_mib"))
+        lines.append(f"| `{form}` | {found['rows_per_s']:,} | {added} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run the benchmark and write its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,6 +91,7 @@ def main() -> None:
         result = run_benchmark(trace, options.tokens)
     text = json.dumps(result, indent=1)
     print(text)
+    print(to_markdown(result))
     if options.out:
         options.out.write_text(text + "\n")
 

@@ -1,232 +1,190 @@
-"""Kills small training runs at random moments, resumes them, and compares them with one that was never interrupted.
+"""Make faults of every kind happen, many times at random moments, and check that nothing is lost or silently wrong.
 
-Usage: python -m tests.chaos.chaos [--kills 100] [--seed 0] [--out reports/chaos.json] [--only INDEX]
+Usage: python -m tests.chaos.chaos [--out reports/chaos.json] [--kinds NAME,NAME] [--only KIND:INDEX] [--state FILE]
 
-A case is a run that is killed up to three times in a row: at a file-system event, by itself, or after some time, from
-outside. After each kill the trace must open and hold exactly the steps up to the last durable one; resumed to its end,
-the run must equal the uninterrupted one in every row, weight and state of the optimizer.
+A trial survives, is refused in one line, gives a wrong answer silently, or loses something; the last two are failures,
+and the exit code is then 1. Each result is appended to the file ``--state``, so that the same command continues where
+it was stopped. The kind and the index of a trial determine its random numbers, and ``--only`` repeats it; moments in
+seconds differ a little.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import shutil
-import signal
+import json
+import os
+import sys
 import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from entrace.analysis.terminal.progress import Progress
+from entrace.analysis.trace import describe_machine
+from entrace.analysis.trace.manifest import count_cores
 
-from .conclude import conclude
-from .verify import Reference
-from .victim import CONFIG, Board, run
+from . import flips, interruptions, kills, output, training
+from .scene import Scene
+from .trial import FAILED, Fault, Outcome, Trial
 
-POLL_S = 0.001
-# Of cases that are killed once, twice, three times.
-SHARES = (0.3, 0.35, 0.35)
-# A resumed run reaches its first step after about this share of the events of a whole one.
-RESUMING = 0.15
+FAULTS: dict[str, type[Fault]] = {
+    fault.name: fault
+    for fault in (
+        kills.Kills,
+        flips.Flips,
+        flips.Blocks,
+        interruptions.Reports,
+        interruptions.Imports,
+        interruptions.Prunes,
+        output.Pipes,
+        output.Memory,
+        output.Disks,
+        training.Writers,
+        training.Clocks,
+    )
+}
+DAMAGE = (flips.Flips.name, flips.Blocks.name)
 
-
-@dataclass(frozen=True)
-class Moment:
-    """When to kill.
-
-    Attributes:
-        at: Share of the events, or of the time, of an uninterrupted run that come before.
-        by_event: At a file-system event; else after some time.
-        is_torn: A write is killed after half of it, not before it.
-    """
-
-    at: float
-    by_event: bool
-    is_torn: bool
-
-
-@dataclass
-class Kill:
-    """A kill that came about: where, and what is wrong with the trace that it left."""
-
-    place: str
-    moment: Moment
-    defects: list[str]
+# Of a process that plays trials.
+_faults: dict[str, Fault] = {}
 
 
-@dataclass
-class Case:
-    """One run, killed and resumed; ``defects`` are those at its end."""
-
-    index: int
-    kills: list[Kill] = field(default_factory=list)
-    defects: list[str] = field(default_factory=list)
-
-    def failures(self) -> Iterator[str]:
-        """Everything that is wrong, in words."""
-        for kill in self.kills:
-            yield from (f"case {self.index}, killed in {kill.place}: {defect}" for defect in kill.defects)
-        places = " and ".join(kill.place for kill in self.kills) or "no place"
-        yield from (f"case {self.index}, killed in {places}, then resumed: {defect}" for defect in self.defects)
+def make_faults(folder: Path, seed: int, kinds: Iterable[str]) -> dict[str, Fault]:
+    """Return the faults of some kinds, which share a scene in ``folder``."""
+    scene = Scene(folder, seed)
+    return {kind: FAULTS[kind](scene) for kind in kinds}
 
 
-def draw_moments(seed: int, index: int) -> list[Moment]:
-    """The moments of a case: the first one at any time, the others while the run is being resumed, or soon after."""
-    rng = np.random.default_rng([seed, index])
-    num_kills = 1 + int(rng.choice(len(SHARES), p=SHARES))
-    return [
-        Moment(
-            at=float(rng.random() * (RESUMING if number else 1)),
-            by_event=bool(rng.random() < 0.6),
-            is_torn=bool(rng.random() < 0.5),
-        )
-        for number in range(num_kills)
-    ]
+def plan(kinds: Iterable[str], numbers: dict[str, int]) -> list[tuple[str, int]]:
+    """Return all trials; the kinds alternate, so that the time left can be estimated."""
+    trials = [((index + 0.5) / numbers[kind], kind, index) for kind in kinds for index in range(numbers[kind])]
+    return [(kind, index) for _, kind, index in sorted(trials)]
 
 
-class Ending(NamedTuple):
-    """End of a victim (killed, with an error, or neither): place, number of events, and time."""
-
-    is_killed: bool
-    error: str | None
-    place: str
-    num_events: int
-    seconds: float
-
-
-class Harness:
-    """Runs victims below a folder, and compares them with a run that is left alone."""
-
-    def __init__(self, folder: Path) -> None:
-        """Makes the reference, and takes its time and its events as the measure of moments."""
-        # Imports cost seconds: a server pays them once and forks a process a victim.
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["entrace.trainer.train"])
-        self.folder = folder
-        run_dir = folder / "reference" / "run"
-        self.whole = self._run(run_dir)
-        if self.whole.error:
-            raise RuntimeError(f"the run that was left alone: {self.whole.error}")
-        self.reference = Reference(run_dir)
-
-    def play(self, seed: int, index: int) -> Case:
-        """Kills a run at the moments of a case, and resumes it to its end."""
-        case = Case(index)
-        run_dir = self.folder / f"case-{index}" / "run"
-        for moment in draw_moments(seed, index):
-            if moment.by_event:
-                ending = self._run(run_dir, 1 + int(moment.at * self.whole.num_events), moment.is_torn)
-            else:
-                ending = self._run(run_dir, timeout=moment.at * self.whole.seconds)
-            if not ending.is_killed:
-                break
-            case.kills.append(Kill(ending.place, moment, _collect(self._look, run_dir)))
-        error = self._run(run_dir).error
-        case.defects = [error] if error else _collect(self.reference.final_defects, run_dir)
-        shutil.rmtree(run_dir.parent)
-        return case
-
-    def _look(self, run_dir: Path) -> Iterable[str]:
-        # Before its first manifest a run is no trace.
-        return self.reference.defects(run_dir) if (run_dir / "run.json").exists() else ()
-
-    def _run(
-        self, run_dir: Path, kill_at: int | None = None, is_torn: bool = False, timeout: float | None = None
-    ) -> Ending:
-        """Resume a run until it ends, kills itself at an event, or ``timeout`` seconds are over."""
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
-        log, board = run_dir.parent / "log.txt", Board.of(self.context)
-        process = self.context.Process(target=run, args=(run_dir, log, board, kill_at, is_torn), daemon=True)
-        process.start()
-        while not board.place.value and process.is_alive():
-            time.sleep(POLL_S)
-        started = time.perf_counter()
-        process.join(timeout)
-        process.kill()
-        process.join()
-        seconds, place = time.perf_counter() - started, board.place.value.decode()
-        is_killed = process.exitcode == -signal.SIGKILL
-        error = None
-        if process.exitcode and not is_killed:
-            lines = log.read_text().splitlines() or ["nothing said"]
-            error = f"exit code {process.exitcode} in {place}: {lines[-1]}"
-        return Ending(is_killed, error, place, board.num_events.value, seconds)
+def play_all(
+    trials: Sequence[tuple[str, int]], seed: int, jobs: int, done: dict[tuple[str, int], Trial]
+) -> Iterator[Trial]:
+    """Play the trials that are not ``done`` in so many processes, and yield each as it ends."""
+    kinds = list(dict.fromkeys(kind for kind, _ in trials))
+    left = (trial for trial in trials if trial not in done)
+    # A folder of its own for each process; a stopped command leaves none behind.
+    with tempfile.TemporaryDirectory(prefix="entrace-chaos-") as folder:
+        # Processes that a fork would copy may hold locks.
+        context = get_context("forkserver")
+        with ProcessPoolExecutor(jobs, context, _prepare, (Path(folder), seed, kinds)) as pool:
+            # Few at a time, so that Ctrl-C ends soon.
+            running: set[Future[Trial]] = {pool.submit(_play, *trial) for trial in islice(left, jobs)}
+            while running:
+                ended, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    yield future.result()
+                    running |= {pool.submit(_play, *trial) for trial in islice(left, 1)}
 
 
-def _collect(look: Callable[[Path], Iterable[str]], run_dir: Path) -> list[str]:
-    try:
-        return list(look(run_dir))
-    except Exception as error:  # a reader that cannot cope is a finding
-        return [f"does not open: {type(error).__name__}: {error}"]
+def _prepare(folder: Path, seed: int, kinds: list[str]) -> None:
+    _faults.update(make_faults(folder / str(os.getpid()), seed, kinds))
 
 
-def play_cases(harness: Harness, seed: int, num_kills: int, on_case: Callable[[int], None]) -> list[Case]:
-    """Plays cases in order until so many kills came about; ``on_case`` is called with their number so far."""
-    cases: list[Case] = []
-    while (done := sum(len(case.kills) for case in cases)) < num_kills:
-        on_case(done)
-        cases.append(harness.play(seed, len(cases)))
-    on_case(num_kills)
-    return cases
+def _play(kind: str, index: int) -> Trial:
+    return _faults[kind].play(index)
 
 
-def tally(cases: list[Case], seed: int) -> dict[str, Any]:
-    """Count kills by place and outcome."""
-    killed: Counter[str] = Counter()
-    opened: Counter[str] = Counter()
-    equal: Counter[str] = Counter()
-    for case in cases:
-        for kill in case.kills:
-            killed[kill.place] += 1
-            opened[kill.place] += not kill.defects
-            equal[kill.place] += not case.defects
-    kills = [kill for case in cases for kill in case.kills]
+def read_state(path: Path) -> dict[tuple[str, int], Trial]:
+    """Return the trials that are stored, and remove a last line that was cut off."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    if path.exists():
+        path.write_text("".join(f"{line}\n" for line in lines))
+    trials = [Trial.from_dict(json.loads(line)) for line in lines]
+    return {(trial.kind, trial.index): trial for trial in trials}
+
+
+def append_state(path: Path, trial: Trial) -> None:
+    """Store a trial."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(trial.to_dict()) + "\n")
+
+
+def default_state(seed: int) -> Path:
+    """Return a file outside the repository, a different one for each commit."""
+    commit = (describe_machine()["git_commit"] or "unknown")[:12]
+    return Path(tempfile.gettempdir(), "entrace-chaos", f"{commit}-seed-{seed}.jsonl")
+
+
+def tally(trials: Sequence[Trial], seed: int) -> dict[str, Any]:
+    """Count outcomes by kind, and list the failures."""
+    by_kind = {kind: [trial for trial in trials if trial.kind == kind] for kind in FAULTS}
+    counts = {
+        kind: {"tried": len(found), **{name: sum(t.outcome == name for t in found) for name in Outcome}}
+        for kind, found in by_kind.items()
+        if found
+    }
+    total = {key: sum(count[key] for count in counts.values()) for key in ("tried", *Outcome)}
     return {
         "seed": seed,
-        "config": CONFIG,
-        "runs": len(cases),
-        "kills": len(kills),
-        "kills_by_event": sum(kill.moment.by_event for kill in kills),
-        "kills_of_resumed_runs": sum(len(case.kills[1:]) for case in cases),
-        "places": [
-            {"place": place, "kills": number, "opened_whole": opened[place], "resumed_equal": equal[place]}
-            for place, number in sorted(killed.items())
-        ],
-        "failures": [failure for case in cases for failure in case.failures()],
+        "kinds": counts,
+        "all": total,
+        "training": kills.tally_places([trial for trial in trials if trial.kind == kills.Kills.name]),
+        "damage": flips.tally_places([trial for trial in trials if trial.kind in DAMAGE]),
+        "failures": [trial.to_dict() for trial in trials if trial.outcome in FAILED],
+        **describe_machine(),
     }
 
 
 def render(result: dict[str, Any]) -> str:
-    """The tally as a table."""
-    rows = [("place", "kills", "opened whole", "resumed equal"), *(tuple(row.values()) for row in result["places"])]
-    sums = (sum(row[column] for row in rows[1:]) for column in (1, 2, 3))
-    lines = [f"{place:<34}{kills:>6}{opened:>14}{equal:>15}" for place, kills, opened, equal in [*rows, ("all", *sums)]]
-    return "\n".join([*lines, *result["failures"]])
+    """Return the tally as a table in Markdown."""
+    head = ("fault", "tried", *Outcome)
+    rows = [(kind, *count.values()) for kind, count in (*result["kinds"].items(), ("all", result["all"]))]
+    lines = [head, ("---", *["---:"] * (len(head) - 1)), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def main() -> None:
-    """Plays the cases, prints the tally and writes it."""
+    """Play the trials, print the tally, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="JSON file of the tally")
-    parser.add_argument("--only", type=int, metavar="INDEX", help="play this case alone")
+    parser.add_argument("--jobs", type=int, default=count_cores(), help="processes (default: the number of cores)")
+    parser.add_argument("--kinds", help=f"kinds separated by commas (default all): {', '.join(FAULTS)}")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the trials of each kind (default 1.0)")
+    parser.add_argument("--only", metavar="KIND:INDEX", help="play one trial")
+    parser.add_argument("--state", type=Path, help="JSONL file of finished trials (default: in the temporary folder)")
+    parser.add_argument("--out", type=Path, help="JSON file of the tally (default: print only)")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="entrace-chaos-") as folder:
-        harness = Harness(Path(folder))
-        if options.only is not None:
-            cases = [harness.play(options.seed, options.only)]
-        else:
-            with Progress("chaos", options.kills) as progress:
-                cases = play_cases(harness, options.seed, options.kills, progress.update)
-    result = tally(cases, options.seed)
-    conclude(result, render(result), options.out)
+    kinds = options.kinds.split(",") if options.kinds else list(FAULTS)
+    if options.only:
+        kind, _, index = options.only.rpartition(":")
+        trials, state = [(kind, int(index))], None
+        kinds = [kind]
+    else:
+        state = options.state or default_state(options.seed)
+    if unknown := set(kinds) - set(FAULTS):
+        parser.error(f"unknown kind {', '.join(sorted(unknown))}; expected {', '.join(FAULTS)}")
+    if not options.only:
+        trials = plan(kinds, {kind: max(1, round(FAULTS[kind].number * options.share)) for kind in kinds})
+    done = read_state(state) if state else {}
+    found = [done[trial] for trial in trials if trial in done]
+    with Progress("chaos", len(trials)) as progress:
+        for trial in play_all(trials, options.seed, options.jobs, done):
+            found.append(trial)
+            if state:
+                append_state(state, trial)
+            failures = sum(trial.outcome in FAILED for trial in found)
+            progress.update(len(found), trial.kind, failures=failures)
+    result = tally(sorted(found, key=lambda trial: trials.index((trial.kind, trial.index))), options.seed)
+    print(render(result))
+    for failure in result["failures"]:
+        print(f"{failure['kind']}:{failure['index']}: {failure['outcome']}: {failure['message']}")
+    if options.only:
+        print(json.dumps(found[0].to_dict(), indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if state and not options.state:
+        # The next run starts anew.
+        state.unlink(missing_ok=True)
+    sys.exit(1 if result["failures"] else 0)
 
 
 if __name__ == "__main__":

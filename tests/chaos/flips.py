@@ -1,7 +1,5 @@
 """Damage one file of a small trained run at a time, and check whether readers notice.
 
-Usage: python -m tests.chaos.flips [--trials 1200] [--seed 0] [--trace DIR] [--out FILE]
-
 Five of six trials flip one bit, and one of six zeroes a block of 4 KiB. Every second trial draws any file with equal
 probability, the others a Parquet file in proportion to its size. The run is then opened with and without verification,
 and all its tables are read by SQL. An outcome is ``detected`` (an error, or a note on the run), ``harmless`` (all
@@ -10,7 +8,6 @@ answers are those of the intact run), ``unread`` (a checkpoint, which no table r
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -19,19 +16,18 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
 import entrace
-from entrace.analysis.terminal.progress import Progress
 from entrace.analysis.trace import TABLES, InputError
 from entrace.analysis.trace.digests import DIGESTS, END_BYTES
 from entrace.analysis.trace.verify import CHECKPOINTS, CHECKSUMS, list_files, verify_run
 
-from .conclude import conclude
+from .trial import Fault, Outcome, Trial
 from .verify import equal
 
 BLOCK_BYTES = 4096
@@ -103,7 +99,7 @@ class Answers(NamedTuple):
 
     @classmethod
     def of(cls, runs: entrace.Runs) -> Answers:
-        """Ask for all of it."""
+        """Ask for all of it, in this process, which saves starting another one per trial."""
         [manifest] = ({**values, "path": None} for values in runs.manifests.values())
         frames = []
         for table in TABLES.values():
@@ -111,8 +107,8 @@ class Answers(NamedTuple):
             # DuckDB answers these from the statistics in the footers, where it can.
             bounds = ", ".join(f"min({name}), max({name})" for name in plain)
             frames += [
-                runs.sql(f"select * from {table.name}"),
-                runs.sql(f"select count(*), {bounds} from {table.name}"),
+                runs.run_shipped(f"select * from {table.name}"),
+                runs.run_shipped(f"select count(*), {bounds} from {table.name}"),
             ]
         return cls(manifest, frames)
 
@@ -196,55 +192,59 @@ def _read(trace: Path, run_dir: Path, damage: Damage, verify: bool) -> tuple[str
     return (HARMLESS if is_equal else SILENT), None
 
 
-def tally(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Count outcomes by kind of damage and place, and list what must not happen."""
-    counts: dict[str, Counter[str]] = {}
-    for trial in trials:
-        kind = "flips" if trial["bit"] is not None else "blocks"
-        for mode in ("default", "verified"):
-            counts.setdefault(f"{kind} in {trial['place']}, {mode}", Counter())[trial[mode]] += 1
-    return {
-        "trials": len(trials),
-        "flips": sum(trial["bit"] is not None for trial in trials),
-        "blocks": sum(trial["bit"] is None for trial in trials),
-        "outcomes": {key: dict(count) for key, count in sorted(counts.items())},
-        "failures": [trial for trial in trials if is_failure(trial)],
-    }
-
-
 def is_failure(trial: dict[str, Any]) -> bool:
     """Return whether damage was silent that had to be detected, or an error does not name the file."""
     is_avoidable = trial["default"] == SILENT and trial["place"] != PAGES
     return trial["verified"] == SILENT or is_avoidable or not trial["is_named"]
 
 
-def render(result: dict[str, Any]) -> str:
-    """Return the tally as a table."""
-    head = (DETECTED, HARMLESS, UNREAD, SILENT)
-    lines = [f"{'':<48}" + "".join(f"{name:>10}" for name in head)]
-    for key, count in result["outcomes"].items():
-        lines.append(f"{key:<48}" + "".join(f"{count.get(name, 0):>10}" for name in head))
-    return "\n".join([*lines, *(f"FAILURE {json.dumps(trial)}" for trial in result["failures"])])
+class Damaged(Fault):
+    """Files with one flipped bit or one block of zeros, read with and without verification."""
+
+    is_block: ClassVar[bool]
+
+    def attempt(self, index: int, rng: np.random.Generator) -> Trial:
+        """Damage one file."""
+        # Of six indices, the last is a block.
+        number = BLOCK_EVERY * index + BLOCK_EVERY - 1 if self.is_block else index + index // (BLOCK_EVERY - 1)
+        found = run_trial(self.scene.flip_trace, number, self.scene.seed)
+        detail = {key: found[key] for key in ("file", "offset", "bit", "place", "default", "verified")}
+        message = next(iter(found["messages"].values()), "")
+        if is_failure(found):
+            return Trial(self.name, index, Outcome.SILENT, message or "another answer, and no line", detail)
+        if found["verified"] == DETECTED:
+            return self.refused(index, message, **detail)
+        return self.survived(index, **detail)
 
 
-def main() -> None:
-    """Run the trials, print the tally, and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=1200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trace", type=Path, help="intact run to damage copies of (default: train one)")
-    parser.add_argument("--out", type=Path, help="JSON file of the tally")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="entrace-flips-") as folder:
-        trace = options.trace.resolve() if options.trace else make_trace(Path(folder))
-        trials = []
-        with Progress("flips", options.trials) as progress:
-            for index in range(options.trials):
-                trials.append(run_trial(trace, index, options.seed))
-                progress.update(index + 1)
-    result = {"seed": options.seed, **tally(trials)}
-    conclude(result, render(result), options.out)
+class Flips(Damaged):
+    """One flipped bit."""
+
+    name = "flipped bit"
+    number = 1000
+    is_block = False
 
 
-if __name__ == "__main__":
-    main()
+class Blocks(Damaged):
+    """One block of zeros."""
+
+    name = "zeroed block"
+    number = 200
+    is_block = True
+
+
+def tally_places(trials: Sequence[Trial]) -> dict[str, dict[str, int]]:
+    """Count the outcomes of damage by kind, place, and whether the run was opened with verification."""
+    counts: dict[str, Counter[str]] = {}
+    for trial in trials:
+        for mode in ("default", "verified") if trial.detail else ():
+            key = f"{trial.kind}, {trial.detail['place']}, {mode}"
+            counts.setdefault(key, Counter())[trial.detail[mode]] += 1
+    return {key: dict(count) for key, count in sorted(counts.items())}
+
+
+def describe_default(damage: dict[str, dict[str, int]]) -> str:
+    """Return how often damage that verification notices changed an answer without it, in one line."""
+    counts = [count for key, count in damage.items() if key.endswith(f", {PAGES}, default")]
+    silent, tried = sum(count.get(SILENT, 0) for count in counts), sum(sum(count.values()) for count in counts)
+    return f"Without it, {silent:,} of {tried:,} changes within data pages of larger files changed an answer silently."

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from entrace.analysis.trace.parts import PENDING
+
 # A small run in which everything happens that a resume has to restore: steps are flushed, checkpointed, evaluated and
 # captured at different intervals, an old checkpoint is removed, groups are refilled, the loss draws random numbers, one
 # shaping draws some until step 5, and another one starts at the plateau, which this seed reaches at step 7.
@@ -80,7 +82,14 @@ class Board(NamedTuple):
         return cls(context.RawArray("c", 64), context.RawValue("l", 0))
 
 
-def run(run_dir: Path, log: Path, board: Board, kill_at: int | None, is_torn: bool) -> None:
+def run(
+    run_dir: Path,
+    log: Path,
+    board: Board,
+    kill_at: int | None,
+    is_torn: bool,
+    prepare: Callable[[], None] | None = None,
+) -> None:
     """Train or resume the run in ``run_dir``; the process target.
 
     Args:
@@ -89,6 +98,7 @@ def run(run_dir: Path, log: Path, board: Board, kill_at: int | None, is_torn: bo
         board: Where the process is.
         kill_at: Number of the file-system event, from 1, at which the process kills itself; None for never.
         is_torn: A write is killed after half of it, not before it.
+        prepare: Called in the process before it trains.
     """
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -96,12 +106,17 @@ def run(run_dir: Path, log: Path, board: Board, kill_at: int | None, is_torn: bo
     import torch
 
     from entrace.trainer.config import load_config
+    from entrace.trainer.runs.run_folder import run_lock
     from entrace.trainer.train import train
 
     torch.set_num_threads(1)
     config = load_config("tiny", CONFIG)
+    if prepare:
+        prepare()
     Watch(run_dir, board, kill_at, is_torn).install()
-    train(config, run_dir, LABELS, resume=True)
+    # As the command does.
+    with run_lock(run_dir, waits=False):
+        train(config, run_dir, LABELS, resume=True)
 
 
 class Watch:
@@ -128,7 +143,9 @@ class Watch:
         if not self._is_inside(path):
             return False
         if self.board.place.value.decode().split()[0] == FLUSH:
-            table, *_ = f"{path}{os.sep}".removeprefix(self.folder).split(os.sep)
+            table, *names = f"{path}{os.sep}".removeprefix(self.folder).split(os.sep)
+            if table == PENDING:
+                table = names[0].lstrip(".").partition(".")[0]
             self.board.place.value = f"{FLUSH} of {table or 'folder'}".encode()
         self.board.num_events.value += 1
         return self.board.num_events.value == self.kill_at

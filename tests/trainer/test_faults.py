@@ -33,6 +33,7 @@ from entrace.trainer.learner import Learner
 from entrace.trainer.model import policy as policy_module
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.resources import find_base_policy
+from entrace.trainer.runs.run_folder import is_complete
 from entrace.trainer.train import train
 
 from .conftest import SMALL, cut_short, flip_a_bit
@@ -155,6 +156,15 @@ def test_a_trace_damaged_before_its_first_checkpoint_is_not_touched(run_dir, cal
     assert "nothing was changed" in lines[-1]
     assert any(message.startswith(f"{path}: damaged") for message in caplog.messages), "which file to restore"
     assert contents(run_dir) == before
+
+
+def test_a_run_killed_in_its_first_manifest_has_not_begun(tmp_path):
+    (tmp_path / "digests.jsonl").touch()
+    (tmp_path / ".run.json.tmp").touch()
+    assert not is_complete(load_config("tiny", OVERRIDES), tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match=r"not a trace \(no run.json\)"):
+        is_complete(load_config("tiny", OVERRIDES), tmp_path)
 
 
 def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, whole, monkeypatch):

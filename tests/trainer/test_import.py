@@ -569,6 +569,21 @@ def test_the_former_name_of_the_command_points_to_the_new_one(call, arguments):
     assert call("score", *arguments) == (2, "", expected)
 
 
+def test_an_import_killed_in_its_first_manifest_resumes(tmp_path, call):
+    """Digests are written before run.json gets its name."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "digests.jsonl").write_text('{"file": "run.js')
+    (out / ".run.json.tmp").touch()
+    arguments = ["import", write(tmp_path / "rows.jsonl", [row(step=1)]), "--out", out]
+    status, _, err = call(*arguments)
+    assert (status, err.count("already holds files")) == (2, 1)
+    status, _, err = call(*arguments, "--resume")
+    assert status == 0, err
+    assert read_manifest(out)["status"] == "complete"
+    assert len(table(out, "rollouts")) == 1
+
+
 def test_a_trace_of_the_former_command_resumes(tmp_path, call):
     """Manifest keys, config key, and the texts in them are those that ``entrace score`` wrote."""
     path = write(tmp_path / "rows.jsonl", [row(), row(reward=0.0)])

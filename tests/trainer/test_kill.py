@@ -1,4 +1,4 @@
-"""A run that is killed loses nothing that was durable, and ends as if nothing had happened; `make chaos` kills more."""
+"""No fault loses anything that was durable or makes an answer wrong; `make chaos` tries each kind more often."""
 
 import json
 import shutil
@@ -7,10 +7,26 @@ import sys
 import pytest
 
 from entrace.analysis.trace import write_manifest
-from tests.chaos.chaos import Harness, play_cases
+from tests.chaos import chaos
+from tests.chaos.kills import Harness, play_cases
+from tests.chaos.scene import Scene
+from tests.chaos.trial import Fault, Outcome, Trial, require
 
 SEED = 4
-NUM_KILLS = 8
+NUM_KILLS = 6
+# Indices of trials: of signals, events, formats, and commands, each index is another one.
+TRIALS = {
+    "flipped bit": (0, 1, 2, 3),
+    "zeroed block": (0, 1),
+    "interrupted report": (2,),
+    "interrupted import": (1,),
+    "interrupted prune": (1, 2),
+    "closed pipe": (1,),
+    "exhausted memory": (2,),
+    "full disk": (1,),
+    "second writer": (0,),
+    "clock jump": (0,),
+}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the harness names open folders by /proc")
 
@@ -28,7 +44,7 @@ def test_the_run_has_what_a_resume_must_restore(harness):
 
 
 def test_a_killed_run_opens_and_ends_like_one_that_was_left_alone(harness):
-    cases = play_cases(harness, SEED, NUM_KILLS, lambda done: None)
+    cases = play_cases(harness, SEED, NUM_KILLS)
     assert [failure for case in cases for failure in case.failures()] == []
     moments = [kill.moment for case in cases for kill in case.kills]
     assert {moment.by_event for moment in moments} == {True, False}
@@ -54,3 +70,67 @@ def test_what_is_lost_or_left_over_would_be_noticed(harness, tmp_path):
     manifest = json.loads((run_dir / "run.json").read_text())
     write_manifest(run_dir, {**manifest, "last_durable_step": 8})
     assert any("last durable step 8" in defect for defect in harness.reference.defects(run_dir))
+
+
+@pytest.fixture(scope="module")
+def scene(harness, tmp_path_factory) -> Scene:
+    scene = Scene(tmp_path_factory.mktemp("scene"), SEED)
+    scene.harness = harness
+    scene.flip_trace = scene.trace
+    return scene
+
+
+@pytest.mark.parametrize("kind", TRIALS)
+def test_nothing_is_lost_and_no_answer_is_silently_wrong(scene, kind):
+    fault = chaos.FAULTS[kind](scene)
+    trials = [fault.play(index) for index in TRIALS[kind]]
+    assert [trial.message for trial in trials if trial.outcome in (Outcome.SILENT, Outcome.LOST)] == []
+    assert list(scene.folder.glob("*/[0-9]*")) == [], "a trial removes its folder"
+
+
+def test_every_kind_is_tried():
+    assert {*TRIALS, "killed training"} == set(chaos.FAULTS)
+
+
+class Careless(Fault):
+    """Loses something in every second trial, and fails in another way in every third."""
+
+    name = "careless"
+    number = 6
+
+    def attempt(self, index, rng) -> Trial:
+        require(index % 2, f"lost {index}")
+        if index % 3 == 0:
+            raise ValueError("a reader that cannot cope")
+        return self.refused(index, "entrace: no")
+
+
+def test_failures_are_counted_and_a_stopped_command_continues(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(chaos, "FAULTS", {"careless": Careless, "killed training": chaos.FAULTS["killed training"]})
+    played = []
+
+    def play(trials, seed, jobs, done):
+        faults = chaos.make_faults(tmp_path, seed, ["careless"])
+        for kind, index in trials:
+            if (kind, index) not in done:
+                if len(played) == 4:
+                    played.append("stopped")
+                    raise KeyboardInterrupt
+                played.append(index)
+                yield faults[kind].play(index)
+
+    monkeypatch.setattr(chaos, "play_all", play)
+    state, out = tmp_path / "state.jsonl", tmp_path / "chaos.json"
+    arguments = ["chaos", "--kinds", "careless", "--state", str(state), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(KeyboardInterrupt):
+        chaos.main()
+    with state.open("a") as file:
+        file.write('{"kind": "careless", "ind')
+    with pytest.raises(SystemExit, match="1"):
+        chaos.main()
+    assert played == [0, 1, 2, 3, "stopped", 4, 5]
+    result = json.loads(out.read_text())
+    assert result["kinds"]["careless"] == {"tried": 6, "survived": 0, "refused": 2, "silent": 0, "lost": 4}
+    assert [failure["index"] for failure in result["failures"]] == [0, 2, 3, 4]
+    assert "careless:3: lost: ValueError: a reader that cannot cope" in capsys.readouterr().out

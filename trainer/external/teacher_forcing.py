@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from entrace.analysis.trace import InputError, TraceWriter, describe_machine, find_defects, read_manifest
+from entrace.analysis.trace.manifest import is_before_manifest
 from entrace.analysis.trace.parts import last_step, last_whole_step, listed_files
 from entrace.trainer.algorithm.advantages import group_relative_advantage, place_in_group, ppl_z
 from entrace.trainer.external.plain_rollouts import Counts, PlainRollouts
@@ -95,7 +96,7 @@ def check_target(run_dir: Path, resume: bool) -> None:
         InputError: the folder holds files, and ``resume`` is not set or they are not a trace.
     """
     is_used = run_dir.is_dir() and any(not path.name.startswith(".") for path in run_dir.iterdir())
-    if is_used and not (resume and has_begun(run_dir)):
+    if is_used and not (resume and (has_begun(run_dir) or is_before_manifest(run_dir))):
         raise InputError(f"{run_dir}: already holds files; choose another folder, or resume with --resume")
 
 

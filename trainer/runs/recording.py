@@ -34,7 +34,7 @@ def open_trace(
         with ranks.main_first():
             if ranks.is_main:
                 remove_superseded(run_dir, state.step)
-            writer = TraceWriter.resume(run_dir, state.step, ranks.rank, ranks.all_gather_object)
+            writer = TraceWriter.resume(run_dir, state.step, ranks.rank, ranks.all_gather_object, config.record.log)
         # The order in which floats are added depends on the number of threads.
         torch.set_num_threads(min(writer.manifest.get("num_threads") or torch.get_num_threads(), count_cores()))
         writer.manifest |= {
@@ -55,6 +55,7 @@ def open_trace(
             replace=resume,
             rank=ranks.rank,
             gather=ranks.all_gather_object,
+            log=config.record.log,
         )
     return writer, RunState()
 

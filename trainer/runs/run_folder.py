@@ -13,7 +13,7 @@ from typing import Any
 
 from entrace.analysis.trace import InputError, describe_machine, flatten, read_manifest, write_manifest
 from entrace.analysis.trace.lock import acquire_lock
-from entrace.analysis.trace.manifest import MANIFEST, now
+from entrace.analysis.trace.manifest import MANIFEST, is_before_manifest, now
 from entrace.analysis.trace.parts import FILES, last_whole_step, listed_files
 from entrace.analysis.trace.schema import SCHEMA_VERSION
 from entrace.trainer.config import MEMORY_KEYS, Config, build_config
@@ -89,13 +89,12 @@ def is_complete(config: Config, run_dir: Path) -> bool:
     Raises:
         InputError: the folder is not a trace, or was made with another configuration.
     """
-    # A process killed while writing its first manifest leaves a temporary file.
-    if not run_dir.exists() or {path.name for path in run_dir.iterdir()} <= {f".{MANIFEST}.tmp"}:
+    if not run_dir.exists() or is_before_manifest(run_dir):
         return False
     manifest = read_manifest(run_dir)
-    # These keys change only memory and rounding, so that a run that ran out of memory can resume with less.
+    # A run that ran out of memory can resume with less, and any run with other dashboards.
     wanted = flatten(config.model_dump(mode="json"))
-    free = reduce(merge, (nest(key, wanted[key]) for key in MEMORY_KEYS), manifest["config"])
+    free = reduce(merge, (nest(key, wanted[key]) for key in (*MEMORY_KEYS, "record.log")), manifest["config"])
     free, is_extended = extend(free, config, run_dir)
     if changed := list(config_changes(free, config)):
         raise InputError(f"{run_dir}: made with another configuration, {', '.join(changed)}; not resumed")

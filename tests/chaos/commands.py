@@ -1,0 +1,147 @@
+"""Run ``entrace`` commands in processes that can be stopped at any moment."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .trial import require
+
+# A command of a trial takes seconds; a longer one hangs.
+TIMEOUT_S = 120.0
+POLL_S = 0.001
+# Modules that a server imports once for all processes.
+PRELOAD = ["entrace.trainer.train", "entrace.trainer.cli", "tests.chaos.preload"]
+
+
+class Ended(NamedTuple):
+    """The end of a command: exit code (negative for a signal), lines on stderr, seconds, and peak memory in MiB."""
+
+    code: int
+    lines: list[str]
+    seconds: float
+    peak_mib: float
+
+    @property
+    def last_line(self) -> str:
+        """Return the last line, which names the error."""
+        return self.lines[-1] if self.lines else ""
+
+    def require_one_line(self) -> None:
+        """Require that an error is one line, and not a traceback."""
+        require(not any("Traceback" in line for line in self.lines), f"a traceback: {' | '.join(self.lines[-3:])}")
+        errors = [line for line in self.lines if line.startswith("entrace: ")]
+        require(self.code <= 0 or self.last_line in errors, f"exit code {self.code} without a line: {self.last_line}")
+
+
+class Started:
+    """A command that runs."""
+
+    def __init__(self, context: ForkServerContext, arguments: Sequence[Any], log: Path, **options: Any) -> None:
+        """Start ``entrace`` with ``arguments``; see ``Commands.start``."""
+        self.log = log
+        self._board = context.RawArray("d", 2)
+        words = [str(word) for word in arguments]
+        self._process = context.Process(target=_run, args=(words, log, self._board), kwargs=options)
+        self._process.start()
+        while not self._board[0] and self._process.is_alive():
+            time.sleep(POLL_S)
+        self._started = time.perf_counter()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end, at most ``timeout`` s; return whether the command ended."""
+        self._process.join(timeout)
+        return not self._process.is_alive()
+
+    def stop(self, number: int) -> None:
+        """Send a signal, unless the command has ended."""
+        if self._process.is_alive() and self._process.pid:
+            os.kill(self._process.pid, number)
+
+    def end(self) -> Ended:
+        """Wait for the end and return it.
+
+        Raises:
+            UnexpectedError: the command hangs.
+        """
+        ended = self.wait(TIMEOUT_S)
+        seconds = time.perf_counter() - self._started
+        self._process.kill()
+        self._process.join()
+        require(ended, f"hangs: no end after {TIMEOUT_S:g} s")
+        lines = self.log.read_text(errors="replace").splitlines()
+        return Ended(self._process.exitcode or 0, lines, seconds, self._board[1])
+
+
+class Commands:
+    """Start commands as forks of a server that has imported everything."""
+
+    def __init__(self, context: ForkServerContext) -> None:
+        """Use the server of ``context``."""
+        self.context = context
+
+    def start(
+        self,
+        *arguments: Any,
+        log: Path,
+        out: Path | None = None,
+        prepare: Callable[[], None] | None = None,
+        finish: Callable[[], None] | None = None,
+    ) -> Started:
+        """Start a command.
+
+        Args:
+            arguments: Words after ``entrace``.
+            log: File for stderr, and for stdout without ``out``.
+            out: File, pipe, or device for stdout.
+            prepare: Called in the process before the command; must be picklable.
+            finish: Called in the process after the command; must be picklable.
+        """
+        return Started(self.context, arguments, log, out=out, prepare=prepare, finish=finish)
+
+    def run(self, *arguments: Any, log: Path, **options: Any) -> Ended:
+        """Run a command to its end; ``options`` as for ``start``."""
+        return self.start(*arguments, log=log, **options).end()
+
+
+def _run(
+    words: list[str],
+    log: Path,
+    board: Any,
+    out: Path | None,
+    prepare: Callable[[], None] | None,
+    finish: Callable[[], None] | None,
+) -> None:
+    """Run a command line; the process target."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    os.dup2(os.open(log, flags), 2)
+    os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT) if out else 2, 1)
+    # The objects of the server remember whether its own files could be seeked in.
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
+    import torch
+
+    from entrace.trainer import cli
+
+    torch.set_num_threads(1)
+    if prepare:
+        prepare()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["entrace", *words]
+    # A fork begins with the peak of its parent.
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    board[0] = 1
+    try:
+        cli.main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if finish:
+            finish()
+        board[1] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
