@@ -253,7 +253,8 @@ def compare(
 def report(
     runs: RunsArgument,
     out: Annotated[
-        Path, typer.Option(help="Folder of the report: new, empty, or an earlier report, which is replaced.")
+        str,
+        typer.Option(help="Folder or URL of the report: new, empty, or an earlier report, which is replaced."),
     ],
     questions: QuestionsOption = None,
     json: JsonOption = False,

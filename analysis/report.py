@@ -18,6 +18,7 @@ from entrace.analysis.runs import Runs
 from entrace.analysis.terminal.export import to_json, to_report_csv
 from entrace.analysis.trace.errors import InputError
 from entrace.analysis.trace.manifest import flatten
+from entrace.analysis.trace.places import reaching, to_place
 from entrace.analysis.trace.plain import plain
 from entrace.analysis.trace.staging import is_interrupted, staged
 
@@ -64,8 +65,9 @@ def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None
     Raises:
         InputError: ``out`` holds something other than a report.
     """
-    out = Path(out)
-    check_target(out)
+    out = to_place(out)
+    with reaching(out):
+        check_target(out)
     stems = figures.stems(runs)
     replaces = [f"{stem}.{form}" for stem in stems for form in STAMPS] + list(COMPARED.values())
     with staged(out, last=PAGE, replaces=replaces) as folder:

@@ -32,6 +32,7 @@ from entrace.analysis.trace.parts import (
     listed_name,
     read_part,
 )
+from entrace.analysis.trace.places import find, is_remote, reaching, to_place
 from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.sampling import TokenSampling
 from entrace.analysis.trace.schema import TABLES, Table
@@ -77,25 +78,26 @@ def open_runs(
     files: dict[str, dict[str, Layout]] = {name: {} for name in TABLES}
     notes: dict[str, str | None] = {}
     for folder in folders:
-        if str(folder) != well_formed(str(folder)):
-            raise InputError(f"{folder}: the name is not UTF-8; rename it")
-        if verify:
-            check_run(folder)
-        manifest = {**read_manifest(folder), "path": str(folder)}
-        run_id = manifest.get("run_id") or folder.name
-        if run_id in manifests:
-            taken = manifests[run_id]["path"]
-            raise InputError(f'{folder}: run_id "{run_id}" is already used by {taken}; open only one of the two')
-        manifests[run_id] = manifest
-        recorded = digests.read(folder)
-        parts = check_parts(folder, manifest, recorded)
-        for name, layouts in parts.items():
-            files[name] |= {str(path): layout for path, layout in layouts.items()}
-        listed = listed_files(folder, manifest)
-        gone = [name for name, found in parts.items() if not found and listed.get(name)]
-        progress = _describe_progress(manifest, _read_steps(folder, parts["steps"]), gone)
-        damage = f"{digests.DIGESTS} is damaged; see entrace verify {folder}" if recorded.damage else None
-        notes[run_id] = "; ".join(filter(None, [progress, damage]))
+        with reaching(folder):
+            if str(folder) != well_formed(str(folder)):
+                raise InputError(f"{folder}: the name is not UTF-8; rename it")
+            if verify:
+                check_run(folder)
+            manifest = {**read_manifest(folder), "path": str(folder)}
+            run_id = manifest.get("run_id") or folder.name
+            if run_id in manifests:
+                taken = manifests[run_id]["path"]
+                raise InputError(f'{folder}: run_id "{run_id}" is already used by {taken}; open only one of the two')
+            manifests[run_id] = manifest
+            recorded = digests.read(folder)
+            parts = check_parts(folder, manifest, recorded)
+            for name, layouts in parts.items():
+                files[name] |= {str(path): layout for path, layout in layouts.items()}
+            listed = listed_files(folder, manifest)
+            gone = [name for name, found in parts.items() if not found and listed.get(name)]
+            progress = _describe_progress(manifest, _read_steps(folder, parts["steps"]), gone)
+            damage = f"{digests.DIGESTS} is damaged; see entrace verify {folder}" if recorded.damage else None
+            notes[run_id] = "; ".join(filter(None, [progress, damage]))
     asked = BUILT_IN if questions is None else Questions(Path(questions).resolve())
     return Runs(manifests, files, notes, asked)
 
@@ -289,7 +291,7 @@ class Runs:
         if table not in self._columns:
             folders = {manifest["path"]: run for run, manifest in self.manifests.items()}
             found = self._columns[table] = {}
-            for path in map(Path, self._files[table]):
+            for path in map(to_place, self._files[table]):
                 found.setdefault(folders[str(path.parents[1])], set()).update(columns_with_values(path))
         return self._columns[table]
 
@@ -504,7 +506,7 @@ class Runs:
         """
         files = [path for paths in self._files.values() for path in paths]
         # A resumed run deletes the rows that it recorded after its checkpoint.
-        if gone := next((path for path in files if not Path(path).exists()), None):
+        if gone := next((path for path in files if not to_place(path).exists()), None):
             raise InputError(f"{gone}: deleted since the run was opened; open the run again") from None
         if fault := fault_of(error):
             place = next((path for path in files if path in str(error)), str(self._spill))
@@ -518,7 +520,7 @@ class Runs:
         Raises:
             InputError: a file is damaged.
         """
-        paths = list(map(Path, self._files[table.name]))
+        paths = list(map(to_place, self._files[table.name]))
         recorded = {folder: digests.read(folder) for folder in {path.parents[1] for path in paths}}
         for path in paths:
             check_whole(path, table, known=recorded[path.parents[1]].of(f"{table.name}/{listed_name(path)}"))
@@ -544,14 +546,21 @@ def find_run_folders(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def _find_run_folders(path: str | Path) -> list[Path]:
-    try:
-        is_pattern = glob.has_magic(str(path)) and not Path(path).exists()
-        places = map(Path, sorted(glob.glob(str(path)))) if is_pattern else [Path(path)]
-        found = [folder for place in places for folder in _runs_inside(place)]
-    except OSError as error:
-        raise InputError(f"{path}: {reason_of(error)}") from None
+    with reaching(path):
+        place = to_place(path)
+        try:
+            exists = place.exists()
+            if exists or not glob.has_magic(str(path)):
+                places = [place]
+            else:
+                places = find(str(path)) if is_remote(place) else map(Path, sorted(glob.glob(str(path))))
+            found = [folder for place in places for folder in _runs_inside(place)]
+        except OSError as error:
+            if is_remote(place):
+                raise
+            raise InputError(f"{path}: {reason_of(error)}") from None
     if not found:
-        raise InputError(f"{path}: {'no such folder' if not Path(path).exists() else f'not a trace (no {MANIFEST})'}")
+        raise InputError(f"{path}: {f'not a trace (no {MANIFEST})' if exists else 'no such folder'}")
     return found
 
 

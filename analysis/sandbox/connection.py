@@ -14,6 +14,7 @@ from entrace.analysis.sandbox.statements import one_line
 from entrace.analysis.statistics import interval_functions
 from entrace.analysis.trace.errors import TEMPORARY, InputError
 from entrace.analysis.trace.parts import Layout
+from entrace.analysis.trace.places import forms_of, storages_of
 from entrace.analysis.trace.schema import RESPONSE_TOKENS, SCHEMA_VERSION, TABLES, TOKENS, Table
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ def connect(
             "temp_directory": str(spill),
         }
     )
+    for storage in storages_of(path for found in files.values() for path in found).values():
+        con.register_filesystem(storage)
     # The view of tokens of schema version 1 reads the view of rollouts, which must exist first.
     for name in reversed(TABLES):
         _create_view(con, TABLES[name], files[name])
@@ -136,7 +139,9 @@ def connect(
     for text in queries.staging():
         con.execute(text)
     # DuckDB checks both the pattern itself and each file that it matches.
-    paths = dict.fromkeys(form for found in files.values() for path in found for form in (path, _pattern(path)))
+    paths = dict.fromkeys(
+        form for found in files.values() for path in found for name in forms_of(path) for form in (name, _pattern(name))
+    )
     con.execute(f"set allowed_paths = [{', '.join(map(_quote, paths))}]")
     # Progress is read by ``query_progress``, never printed.
     con.execute("set enable_progress_bar = true")

@@ -23,6 +23,7 @@ from entrace.analysis.sandbox.connection import spill_folder
 from entrace.analysis.sandbox.worker import DONE, FAILED, OUT_OF_MEMORY, PROGRESS, ROWS, Query, Setup
 from entrace.analysis.trace.errors import InputError
 from entrace.analysis.trace.parts import Layout
+from entrace.analysis.trace.places import copies_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -102,7 +103,8 @@ class QueryProcess:
         theirs.close()
         self.close = weakref.finalize(self, _end, self._process, self._pipe, spill)
         self._pipe.send(sys.path)
-        self._pipe.send(Setup(manifests, files, limits.memory, spill))
+        copies = copies_of(path for found in files.values() for path in found)
+        self._pipe.send(Setup(manifests, files, limits.memory, spill, copies))
 
     def ask(
         self,

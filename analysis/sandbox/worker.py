@@ -24,6 +24,7 @@ from entrace.analysis.sandbox.connection import connect, fill
 from entrace.analysis.sandbox.statements import one_line
 from entrace.analysis.trace.errors import InputError, fault_of
 from entrace.analysis.trace.parts import Layout
+from entrace.analysis.trace.places import store
 
 if TYPE_CHECKING:
     import duckdb
@@ -48,12 +49,14 @@ class Setup:
         files: Layout of each Parquet file, by table and path.
         memory: Bytes that queries may use in addition to the memory of the idle process.
         spill: Folder for spilled data; removed by the parent.
+        copies: Content of files that only the parent has.
     """
 
     manifests: dict[str, dict[str, Any]]
     files: dict[str, dict[str, Layout]]
     memory: int
     spill: Path
+    copies: dict[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def serve(pipe: Connection) -> None:
     # Ctrl-C reaches the whole process group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     setup: Setup = pipe.recv()
+    store(setup.copies)
     try:
         con = connect(setup.manifests, setup.files, int(setup.memory * BUFFER_SHARE), setup.spill)
     except InputError as error:

@@ -71,8 +71,8 @@ class End(NamedTuple):
     @classmethod
     def of(cls, path: Path) -> End:
         """Read the end of a file."""
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
             data = _read_last(file, size, END_BYTES)
             footer = _footer_bytes(data)
             return cls(size, _read_last(file, size, footer) if footer > len(data) else data)
@@ -108,7 +108,7 @@ def digest_of(path: Path) -> Digest:
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

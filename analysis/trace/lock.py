@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from entrace.analysis.trace.errors import InputError
+from entrace.analysis.trace.places import check_local
 
 # Folder of the lock files, beside the runs.
 LOCKS = ".locks"
@@ -26,8 +27,9 @@ def acquire_lock(run_dir: Path, *, waits: bool) -> int | None:
         waits: Wait for another process to release the lock instead of raising.
 
     Raises:
-        InputError: another process holds the lock.
+        InputError: another process holds the lock, or the run would be recorded in a remote storage.
     """
+    check_local(run_dir)
     path = lock_path(run_dir)
     # Windows and some shared file systems have no such locks; launchers then start each run only once. An unwritable
     # folder is reported by the writer.

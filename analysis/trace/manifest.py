@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.digests import Digest
 from entrace.analysis.trace.errors import InputError, faults_at, in_one_line, reason_of
+from entrace.analysis.trace.places import to_place
 from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.sampling import TokenSampling
 from entrace.analysis.trace.schema import check_version
@@ -93,7 +94,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
         InputError: the folder is not a trace, the file is damaged or not JSON, its schema version is not readable, or
             a key has the wrong type.
     """
-    path = Path(run_dir) / MANIFEST
+    path = to_place(run_dir) / MANIFEST
     if not path.is_file():
         raise InputError(f"{run_dir}: not a trace (no {MANIFEST})")
     try:

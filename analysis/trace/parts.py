@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.digests import Digest, End, Recorded
 from entrace.analysis.trace.errors import InputError, fault_of, in_one_line, reason_of
+from entrace.analysis.trace.places import source_of
 from entrace.analysis.trace.schema import TABLES, VERSION_KEY, Table, check_version
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ def columns_with_values(path: Path) -> set[str]:
     import pyarrow.parquet as pq
 
     with _translate_errors(path):
-        footer = pq.read_metadata(path)
+        footer = pq.read_metadata(source_of(path))
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
     chunks = [group.column(i) for group in groups for i in range(group.num_columns) if group.num_rows]
     # A list or map is named by the path to its values.
@@ -255,7 +256,7 @@ def check_whole(path: Path, table: Table, rows: int | None = None, known: Sequen
     check_part(path, table, rows, known)
     with _translate_errors(path):
         if not known:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            with pq.ParquetFile(source_of(path), page_checksum_verification=True) as file:
                 for _ in file.iter_batches():
                     pass
         elif digests.digest_of(path) not in known:
@@ -276,7 +277,7 @@ def read_part(path: Path, columns: list[str] | None = None, filters: Any = None)
     import pyarrow.parquet as pq
 
     with _translate_errors(path):
-        return pq.read_table(path, columns=columns, filters=filters, page_checksum_verification=True)
+        return pq.read_table(source_of(path), columns=columns, filters=filters, page_checksum_verification=True)
 
 
 def _check_schema(path: Path, schema: pa.Schema, table: Table) -> int:

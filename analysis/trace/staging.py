@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from entrace.analysis.trace.errors import faults_at
+from entrace.analysis.trace.errors import TEMPORARY, faults_at
+from entrace.analysis.trace.places import is_remote, reaching
 
 # Folder, inside the target and hence on its disk, that marks an unfinished attempt.
 PARTIAL = ".entrace-partial"
@@ -15,7 +17,7 @@ PARTIAL = ".entrace-partial"
 
 def is_interrupted(out: Path) -> bool:
     """Return whether a process was killed while it filled this folder; the same command may then fill it."""
-    return (out / PARTIAL).is_dir()
+    return (out / PARTIAL).exists()
 
 
 @contextmanager
@@ -29,6 +31,11 @@ def staged(out: Path, *, last: str, replaces: Iterable[str] = ()) -> Iterator[Pa
         last: File that moves last, because its presence shows that the others are complete.
         replaces: Files of ``out`` to remove unless the block writes them.
     """
+    if is_remote(out):
+        with reaching(out), tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
+            yield Path(folder)
+            _upload(Path(folder), out, last, replaces)
+        return
     partial = out / PARTIAL
     is_new, was_interrupted = not out.exists(), is_interrupted(out)
     with faults_at(out):
@@ -65,6 +72,18 @@ def _publish(partial: Path, names: Iterable[str], stale: Iterable[str], last: st
             (partial / name).replace(out / name)
     with suppress(FileNotFoundError):
         partial.rmdir()
+
+
+def _upload(folder: Path, out: Path, last: str, replaces: Iterable[str]) -> None:
+    """Write the files of a folder to a storage; there a file marks an unfinished attempt."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / PARTIAL).write_bytes(b"")
+    names = {path.name for path in folder.iterdir()}
+    for name in set(replaces) - names:
+        (out / name).unlink(missing_ok=True)
+    for name in (*sorted(names - {last}), last):
+        (out / name).write_bytes((folder / name).read_bytes())
+    (out / PARTIAL).unlink()
 
 
 def _empty(folder: Path) -> None:

@@ -248,7 +248,7 @@ def study(
         subjects = [out / spec.run_id for spec in specs if spec.arm == spec.baseline and spec.run_id not in failed]
         for subject in subjects:
             run_interventions(subject, Settings(resolve_checkpoint(subject, None)), DEFAULT_BUDGET // len(subjects))
-        write_report([str(out)], out=report)
+        write_report([str(out)], out=str(report))
     raise typer.Exit(1 if failed else 0)
 
 

@@ -1,0 +1,117 @@
+"""Name files and folders: local paths, and URLs of any storage that fsspec knows, such as ``s3://bucket/run``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from entrace.analysis.trace.errors import InputError, in_one_line
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+SCHEME = "://"
+MEMORY = "memory://"
+# Of what a storage raises, the classes whose message alone would not tell what to do.
+REMEDIES = {
+    "NoCredentialsError": "no credentials; set those of the storage, such as AWS_ACCESS_KEY_ID",
+    "FileNotFoundError": "no such bucket or file",
+    "PermissionError": "permission denied; check the credentials",
+}
+
+
+def to_place(path: str | Path) -> Path:
+    """Return a local path, or for a URL an object with the same methods (``upath.UPath``).
+
+    Raises:
+        InputError: the package that opens such URLs is not installed, or no package does.
+    """
+    if is_remote(path):
+        return cast("Path", path)
+    text = str(path)
+    if SCHEME not in text:
+        return Path(path)
+    protocol = text.partition(SCHEME)[0]
+    try:
+        import fsspec
+        from upath import UPath
+
+        fsspec.get_filesystem_class(protocol)
+        return cast("Path", UPath(text))
+    except ImportError as error:
+        raise InputError(f"{text}: {in_one_line(error)}; pip install 'entrace[remote]'") from None
+    except ValueError:
+        raise InputError(f'{text}: no storage is called "{protocol}"; a local path has no {SCHEME}') from None
+
+
+def is_remote(path: str | Path) -> bool:
+    """Return whether a path that ``to_place`` returned is a URL."""
+    return not isinstance(path, str | Path)
+
+
+def check_local(run_dir: Path) -> None:
+    """Refuse a URL as the folder in which a run is recorded; ``Path`` has turned its ``//`` into ``/``.
+
+    Raises:
+        InputError: the folder is a URL.
+    """
+    if found := re.match(r"([a-z][a-z0-9+.-]+):/", str(run_dir)):
+        url = str(run_dir).replace(found[0], f"{found[1]}{SCHEME}", 1)
+        raise InputError(f"{url}: a run is recorded on a local disk; copy it there afterwards")
+
+
+def source_of(path: Path) -> Any:
+    """Return what pyarrow can read a file from."""
+    return path.open("rb") if is_remote(path) else path
+
+
+def forms_of(path: str) -> Iterator[str]:
+    """Yield the forms in which DuckDB may name a file: as it is, and as its storage writes it."""
+    yield path
+    if SCHEME in path:
+        place = cast("Any", to_place(path))
+        yield place.fs.unstrip_protocol(place.path)
+
+
+def storages_of(paths: Iterable[str]) -> dict[str, AbstractFileSystem]:
+    """Return the file systems of the URLs among paths, by protocol."""
+    urls = {path.partition(SCHEME)[0]: path for path in paths if SCHEME in path}
+    return {protocol: cast("Any", to_place(path)).fs for protocol, path in urls.items()}
+
+
+def find(pattern: str) -> list[Path]:
+    """Return the folders that a URL with wildcards matches, in order."""
+    place = cast("Any", to_place(pattern))
+    return sorted(to_place(place.fs.unstrip_protocol(found)) for found in place.fs.glob(place.path))
+
+
+def copies_of(paths: Iterable[str]) -> dict[str, bytes]:
+    """Return the content of files in ``memory://``, which another process cannot see."""
+    return {path: to_place(path).read_bytes() for path in paths if path.startswith(MEMORY)}
+
+
+def store(copies: dict[str, bytes]) -> None:
+    """Store what ``copies_of`` returned."""
+    for path, content in copies.items():
+        to_place(path).write_bytes(content)
+
+
+@contextmanager
+def reaching(path: str | Path) -> Iterator[None]:
+    """Turn whatever a remote storage raises into one line; faults of local files pass.
+
+    Raises:
+        InputError: the storage cannot be reached, or refuses.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if SCHEME not in str(path):
+            raise
+        reason = REMEDIES.get(type(error).__name__) or in_one_line(error)
+        raise InputError(f"{path}: {reason}") from None

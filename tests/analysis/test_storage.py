@@ -1,0 +1,141 @@
+"""Test runs and reports in remote storages: fsspec's memory, and S3 as a local server of moto."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+import entrace
+from entrace.analysis.trace import InputError
+from entrace.analysis.trace.lock import acquire_lock
+from entrace.analysis.trace.places import to_place
+from entrace.analysis.trace.verify import check_run
+
+FROZEN = Path(__file__).parents[1] / "fixtures" / "frozen" / "none-seed0"
+
+
+def upload(folder: Path, url: str) -> str:
+    """Copy a folder to a URL, and return the URL."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            place = to_place(f"{url}/{path.relative_to(folder)}")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(path.read_bytes())
+    return url
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """Start a server of S3 on loopback, and return a URL of a bucket."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+@pytest.fixture(params=["memory", "s3"])
+def root(request: pytest.FixtureRequest) -> str:
+    name = uuid.uuid4().hex
+    return f"{request.getfixturevalue('s3')}/{name}" if request.param == "s3" else f"memory://{name}"
+
+
+@pytest.fixture
+def url(root: str) -> str:
+    return upload(FROZEN, f"{root}/study/none-seed0")
+
+
+def test_a_remote_run_gives_the_answers_of_a_local_one(url: str, root: str):
+    local = entrace.open_runs(FROZEN)
+    for path in (url, f"{root}/study", f"{root}/stud*", f"{root}/*/none-*"):
+        runs = entrace.open_runs(path)
+        assert list(runs.manifests) == list(local.manifests)
+    assert runs.query("entropy_by_position").equals(local.query("entropy_by_position"))
+    text = "select step, sum(entropy) from tokens group by step order by step"
+    assert runs.sql(text).equals(local.sql(text))
+
+
+def test_a_local_and_a_remote_run_open_together(url: str, tiny_path: Path):
+    runs = entrace.open_runs([url, tiny_path])
+    assert runs.sql("select count(distinct run_id) from tokens").item() == 2
+
+
+@pytest.mark.parametrize("query", ["select * from read_parquet('{}')", "select * from read_text('{}')"])
+def test_queries_reach_no_other_file_of_the_storage(url: str, root: str, query: str):
+    other = upload(FROZEN / "steps", f"{root}/other")
+    runs = entrace.open_runs(url)
+    for path in (f"{other}/part-000001-000010.parquet", f"{other}/*"):
+        with pytest.raises(InputError, match=r"disabled by configuration|not allowed|can read|only the tables"):
+            runs.sql(query.format(path))
+
+
+def test_damage_is_found_in_a_remote_file(url: str, root: str, tiny_path: Path):
+    check_run(to_place(upload(tiny_path, f"{root}/tiny")))
+    place = next(iter(to_place(f"{root}/tiny/tokens").glob("*.parquet")))
+    data = bytearray(place.read_bytes())
+    data[100] ^= 1
+    place.write_bytes(bytes(data))
+    with pytest.raises(InputError, match=r"tokens/part-.*digest"):
+        entrace.open_runs(f"{root}/tiny")
+
+
+def test_a_report_is_written_to_a_storage_and_replaced(root: str, command: Callable, tmp_path: Path):
+    from tests.analysis.conftest import write_steps
+
+    run = write_steps(tmp_path / "run")
+    for _ in range(2):
+        code, out, err = command("report", str(run), "--out", f"{root}/report")
+        assert (code, out.decode()) == (0, f"report: {root}/report/report.html\n"), err
+    names = {place.name for place in to_place(f"{root}/report").iterdir()}
+    assert {"report.html", "claims.json", "stage_dynamics.png"} <= names
+    assert "none" in to_place(f"{root}/report/report.html").read_text()
+    upload(FROZEN / "steps", f"{root}/other")
+    code, _, err = command("report", str(run), "--out", f"{root}/other")
+    assert (code, err.count("\n"), "other than a report" in err) == (2, 1, True)
+
+
+def test_what_cannot_be_reached_is_one_line(s3: str, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(InputError, match=r"^s3://no-such-bucket/run: (no such|not a trace)"):
+        entrace.open_runs("s3://no-such-bucket/run")
+    with pytest.raises(InputError, match=r'^nowhere://x: no storage is called "nowhere"'):
+        entrace.open_runs("nowhere://x")
+    with pytest.raises(InputError, match=r"^memory://nothing: no such folder$"):
+        entrace.open_runs("memory://nothing")
+    with pytest.raises(InputError, match=r"^gs://bucket/run: .*pip install 'entrace\[remote\]'$"):
+        entrace.open_runs("gs://bucket/run")
+
+
+def test_credentials_and_connections_are_one_line(s3: str):
+    """In another process, since s3fs keeps what it was configured with."""
+
+    def run(**environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "entrace", "sql", "s3://bucket/run", "select 1"]
+        base = {"PATH": "/usr/bin", "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/nowhere"}
+        return subprocess.run(command, env={**base, **environment}, capture_output=True, text=True, timeout=120)
+
+    done = run(AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("entrace: s3://bucket/run: no credentials; set those of the storage")
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_MAX_ATTEMPTS": "1"}
+    done = run(AWS_ENDPOINT_URL="http://127.0.0.1:9", **keys)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "Could not connect" in done.stderr
+
+
+def test_recording_refuses_a_remote_folder():
+    with pytest.raises(InputError, match=r"^memory://run: a run is recorded on a local disk; copy it there"):
+        acquire_lock(Path("memory://run"), waits=False)
