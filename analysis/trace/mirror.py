@@ -1,7 +1,7 @@
 """Mirror the tables ``steps`` and ``evals`` of a run to dashboards: TensorBoard, Weights & Biases, and Trackio.
 
 A dashboard gets the rows that a flush has made durable, so that a resumed run sends no step twice. The trace stays the
-source: a dashboard that fails is left out with a warning, and recording goes on.
+source: a dashboard that fails is left out with a warning, and recording continues.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class Mirror:
         for name, dashboard in list(self._dashboards.items()):
             try:
                 act(dashboard)
-            # Whatever a service raises, training must go on.
+            # Whatever a service raises, training must continue.
             except Exception as error:
                 reason = in_one_line(error)
                 log.warning("entrace: %s receives nothing any more (%s); the trace is complete", name, reason)
