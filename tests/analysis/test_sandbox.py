@@ -338,6 +338,8 @@ def test_ctrl_c_while_the_thread_of_a_query_starts_leaves_the_connection_free(
     def interrupted(thread: threading.Thread) -> None:
         if has_started:
             start(thread)
+            # Until the query runs.
+            time.sleep(0.3)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(threading.Thread, "start", interrupted)
