@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from entrace.analysis.runs import Runs
 
 NOTES_SHOWN, NOTE_LENGTH = 5, 200
+# Wait before a signal is sent again, in seconds.
+REPEAT_S = 0.01
 
 app = typer.Typer(
     name="entrace",
@@ -414,11 +416,27 @@ def _hear_signals() -> Iterator[None]:
     before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
     unhandled = (signal.SIG_DFL, signal.default_int_handler)
     before = {number: handler for number, handler in before.items() if handler in unhandled}
+    repeats: list[threading.Timer] = []
+    report = sys.unraisablehook
+
+    def repeat_if_ignored(ignored: sys.UnraisableHookArgs) -> None:
+        """Send a signal again whose exception Python ignored, because the signal arrived within a finalizer."""
+        if isinstance(ignored.exc_value, Stopped):
+            repeats.append(threading.Timer(REPEAT_S, os.kill, (os.getpid(), ignored.exc_value.exit_code - 128)))
+            repeats[-1].daemon = True
+            repeats[-1].start()
+        else:
+            report(ignored)
+
     for number in before:
         signal.signal(number, _stop)
+    sys.unraisablehook = repeat_if_ignored
     try:
         yield
     finally:
+        for timer in repeats:
+            timer.cancel()
+        sys.unraisablehook = report
         for number, handler in before.items():
             signal.signal(number, handler)
 

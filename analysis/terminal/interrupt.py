@@ -34,14 +34,16 @@ def interruptible(con: duckdb.DuckDBPyConnection, query: Callable[[], Result]) -
             errors.append(error)
         is_done.set()
 
-    threading.Thread(target=work).start()
+    thread = threading.Thread(target=work)
     try:
+        # The signal may arrive while the thread starts.
+        thread.start()
         while not is_done.wait(POLL_INTERVAL_S):
             pass
     except KeyboardInterrupt:
         # An interrupt between two batches of rows has no effect, hence the repetition.
         con.interrupt()
-        while not is_done.wait(POLL_INTERVAL_S):
+        while not is_done.wait(POLL_INTERVAL_S) and thread.ident is not None:
             con.interrupt()
         raise
     if errors:

@@ -235,6 +235,36 @@ run(app)
     assert (done.returncode, done.stderr) == (status, f"entrace: stopped; {how}\n")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM")
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_within_a_finalizer_stops_a_command(name: str, status: int):
+    """Python prints and ignores an exception that is raised in a finalizer."""
+    code = f"""
+import os, signal, time
+import typer
+from entrace.analysis.cli import run
+
+app = typer.Typer()
+app.callback()(lambda: None)
+
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+
+@app.command()
+def query():
+    Finalized()
+    time.sleep(60)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+run(app)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, "query"], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stderr) == (status, "entrace: stopped; run the same command again\n")
+
+
 def test_start_up_loads_nothing_heavy_and_no_training_package():
     heavy = {"duckdb", "polars", "pandas", "matplotlib", "scipy", "pyarrow", "numpy"}
     training = {"torch", "transformers", "entrace.trainer"}

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import polars as pl
 import polars.selectors as cs
 import pytest
@@ -24,6 +25,7 @@ import pytest
 from entrace.analysis.runs import Runs, open_runs
 from entrace.analysis.sandbox.process import Limits
 from entrace.analysis.sandbox.worker import _distinct
+from entrace.analysis.terminal.interrupt import interruptible
 from entrace.analysis.trace import InputError
 from tests.analysis.conftest import written
 
@@ -324,3 +326,23 @@ run(app)
 def test_written_parts_make_one_parquet_file(runs: Runs):
     frame = pl.DataFrame({"a": range(10), "b": [[1, 2]] * 10, "c": ["x"] * 10})
     assert pl.read_parquet(io.BytesIO(written(frame, "parquet"))).equals(frame)
+
+
+@pytest.mark.parametrize("has_started", [True, False])
+def test_ctrl_c_while_the_thread_of_a_query_starts_leaves_the_connection_free(
+    monkeypatch: pytest.MonkeyPatch, has_started: bool
+):
+    con = duckdb.connect()
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if has_started:
+            start(thread)
+            # Until the query runs.
+            time.sleep(0.3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(con, lambda: con.sql("select count(*) from range(1000000000) as a, range(100) as b").fetchall())
+    assert con.sql("select 1").fetchall() == [(1,)]

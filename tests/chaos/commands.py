@@ -36,7 +36,9 @@ class Ended(NamedTuple):
 
     def require_one_line(self) -> None:
         """Require that an error is one line, and not a traceback."""
-        require(not any("Traceback" in line for line in self.lines), f"a traceback: {' | '.join(self.lines[-3:])}")
+        found = next((number for number, line in enumerate(self.lines) if "Traceback" in line), None)
+        # The line before says where an exception was ignored.
+        require(found is None, f"a traceback: {' | '.join(self.lines[max(0, (found or 0) - 1) :])}")
         errors = [line for line in self.lines if line.startswith("entrace: ")]
         require(self.code <= 0 or self.last_line in errors, f"exit code {self.code} without a line: {self.last_line}")
 
