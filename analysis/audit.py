@@ -1,0 +1,399 @@
+"""Audit a trace: which distribution do its recorded numbers describe, and do its groups and advantages agree?
+
+Each check compares what is recorded with what must hold for any policy:
+
+- The mean surprisal of tokens equals their mean entropy if both belong to the distribution that the tokens were sampled
+  from. The difference is a martingale over the tokens of a response, so its error follows from the scatter of responses.
+- Responses to one prompt that begin with the same tokens have the same distribution at the next token.
+- Advantages are a rising linear function of the reward, within a group or within a step.
+
+A check without the data that it needs says so. Faults that leave these relations intact, such as the tokens of text that
+was tokenized again, cannot be seen without the model; ``entrace import --model`` compares recorded with rescored values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from entrace.analysis.runs import Runs
+
+if TYPE_CHECKING:
+    import polars as pl
+
+OK, ALARM, UNKNOWN = "ok", "alarm", "cannot tell"
+# Tokens of evenly spaced steps that are read of each run.
+MAX_TOKENS = 200_000
+MIN_TOKENS, MIN_RESPONSES, MIN_GROUPS = 1000, 20, 5
+# Standard errors, and relative size, from which a difference between surprisal and entropy counts.
+MAX_Z, MAX_EXCESS = 4.0, 0.02
+# Nats by which values of one distribution may differ, as in bfloat16.
+TOLERANCE = 0.05
+# Share of tokens, groups, or responses that may be exceptions.
+MAX_SHARE = 0.02
+MAX_KL, MAX_FAR = 0.01, 0.01
+MIN_CORRELATION = 0.999
+# Tokens over which stretches of unlikely tokens are looked for, and their surprisal in excess of the entropy, in nats.
+WINDOW, UNLIKELY = 5, 3.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Hold the outcome of one check.
+
+    Attributes:
+        run_id: The run.
+        check: Name of the check.
+        state: ``OK``, ``ALARM``, or ``UNKNOWN``.
+        evidence: Measured values, in words.
+        cause: Likely causes of an alarm, or what is missing; empty if all is well.
+    """
+
+    run_id: str
+    check: str
+    state: str
+    evidence: str
+    cause: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.run_id}: {self.check}: {self.state}: {self.evidence}{'; ' if self.cause else ''}{self.cause}"
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the attributes by name."""
+        return asdict(self)
+
+
+class Lacking(Exception):
+    """Signal that a check lacks data; the message says which."""
+
+
+class Alarm(Exception):
+    """Signal a fault: evidence, and likely causes."""
+
+    def __init__(self, evidence: str, cause: str) -> None:
+        """Store both."""
+        super().__init__(evidence)
+        self.evidence, self.cause = evidence, cause
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Hold the rows of one run that the checks read.
+
+    Attributes:
+        tokens: Tokens of evenly spaced steps in the order of responses and positions.
+        responses: All responses of the run.
+        num_entries: Entries of the vocabulary.
+    """
+
+    tokens: pl.DataFrame
+    responses: pl.DataFrame
+    num_entries: int
+
+    @classmethod
+    def of(cls, runs: Runs, run_id: str) -> Sample:
+        """Read a run."""
+        import polars as pl
+
+        responses = runs.run_shipped(RESPONSES, {"run": run_id})
+        steps = responses["step"].unique().sort()
+        total = int(responses["response_length"].fill_null(0).sum())
+        stride = max(1, -(-total // MAX_TOKENS))
+        tokens = runs.run_shipped(TOKENS, {"run": run_id, "steps": steps.gather_every(stride).to_list()})
+        num_entries = runs.run_shipped(ENTRIES, {"run": run_id}).item()
+        return cls(tokens.with_columns(pl.col(pl.Float32).cast(pl.Float64)), responses, num_entries)
+
+    def known(self, *columns: str) -> pl.DataFrame:
+        """Return the tokens with values in all ``columns``.
+
+        Raises:
+            Lacking: there are too few.
+        """
+        found = self.tokens.drop_nulls(list(columns))
+        if found.height < MIN_TOKENS:
+            raise Lacking(f"{found.height:,} tokens have {' and '.join(columns)}; {MIN_TOKENS:,} are needed")
+        return found
+
+
+RESPONSES = """
+select step, rollout_id, group_id, reward + coalesce(length_penalty, 0) as reward, advantage, is_truncated, completion,
+  response_length, generated_length
+from rollouts where run_id = $run order by step, rollout_id
+"""
+TOKENS = """
+select tokens.step, tokens.rollout_id, rollouts.group_id, position, token_id, logprob, entropy, sampling_logprob, turn,
+  tokens.response_length, rollouts.generated_length, rollouts.is_truncated
+from tokens left join rollouts using (run_id, rollout_id)
+where tokens.run_id = $run and list_contains($steps, tokens.step) order by tokens.rollout_id, position
+"""
+ENTRIES = "select count(*) from vocab where run_id = $run"
+
+
+def audit(runs: Runs) -> list[Finding]:
+    """Return the findings of all checks on all runs."""
+    return [finding for run_id in runs.manifests for finding in audit_run(Sample.of(runs, run_id), run_id)]
+
+
+def audit_run(sample: Sample, run_id: str) -> Iterator[Finding]:
+    """Yield the finding of each check on one run."""
+    for name, check in CHECKS.items():
+        try:
+            yield Finding(run_id, name, OK, check(sample))
+        except Lacking as lacking:
+            yield Finding(run_id, name, UNKNOWN, str(lacking))
+        except Alarm as alarm:
+            yield Finding(run_id, name, ALARM, alarm.evidence, alarm.cause)
+
+
+def check_range(sample: Sample) -> str:
+    """Check that log-probabilities and entropies are those of some distribution over the vocabulary."""
+    tokens = sample.tokens.select("logprob", "entropy", "sampling_logprob")
+    if not any(tokens[name].count() for name in tokens.columns):
+        raise Lacking("no log-probabilities and no entropies were recorded")
+    largest = np.log(max(sample.num_entries, 2))
+    outside = {
+        "log-probabilities above 0": _count(tokens["logprob"] > 1e-4) + _count(tokens["sampling_logprob"] > 1e-4),
+        "entropies below 0": _count(tokens["entropy"] < -1e-4),
+        f"entropies above ln {sample.num_entries:,}": _count(tokens["entropy"] > largest + 0.01),
+    }
+    if found := [f"{number:,} {name}" for name, number in outside.items() if number]:
+        raise Alarm(", ".join(found), "not the logarithm of a probability, in other units, or with the wrong sign")
+    return f"{tokens.height:,} tokens"
+
+
+def check_entropy(sample: Sample) -> str:
+    """Check that the entropy is not the surprisal of the sampled token."""
+    tokens = sample.known("logprob", "entropy")
+    share = float(((tokens["entropy"] + tokens["logprob"]).abs() < 1e-3).mean() or 0)
+    uncertain = tokens.filter(tokens["entropy"] > 0.1)
+    equal = float(((uncertain["entropy"] + uncertain["logprob"]).abs() < 1e-3).mean() or 0)
+    if uncertain.height and equal > 0.9:
+        raise Alarm(f"entropy = -logprob in {share:.0%} of the tokens", "the surprisal was recorded as entropy")
+    return f"entropy = -logprob in {share:.1%} of the tokens"
+
+
+def check_balance(sample: Sample) -> str:
+    """Check that mean surprisal and mean entropy are equal; see the module."""
+    tokens = sample.known("logprob", "entropy")
+    return _balance(tokens, "logprob")
+
+
+def check_engine_balance(sample: Sample) -> str:
+    """Check that the engine's mean surprisal equals the mean entropy."""
+    return _balance(sample.known("sampling_logprob", "entropy"), "sampling_logprob")
+
+
+def _balance(tokens: pl.DataFrame, column: str) -> str:
+    import polars as pl
+
+    tokens = tokens.with_columns(excess=-pl.col(column) - pl.col("entropy"))
+    sums = tokens.group_by("rollout_id", maintain_order=True).agg(pl.col("excess").sum())["excess"].to_numpy()
+    if len(sums) < MIN_RESPONSES:
+        raise Lacking(f"{len(sums)} responses; {MIN_RESPONSES} are needed")
+    surprisal, entropy = -float(tokens[column].mean()), float(tokens["entropy"].mean())  # pyright: ignore
+    z = float(sums.sum() / max(np.sqrt((sums**2).sum()), 1e-12))
+    evidence = f"mean surprisal {surprisal:.4f}, mean entropy {entropy:.4f} nats (z = {z:+.1f})"
+    # A few tokens that the policy hardly ever samples scatter so much that z stays small.
+    stretches = _share_in_stretches(tokens)
+    is_far = abs(surprisal - entropy) > MAX_EXCESS * max(entropy, 0.05)
+    if surprisal > entropy + 1 and stretches < 0.5:
+        raise Alarm(evidence, "log-probabilities of other tokens, such as logits off by one, or text tokenized again")
+    if surprisal > entropy and is_far and stretches > 0.5:
+        raise Alarm(evidence, "tokens that the policy did not sample, such as tool output, user turns, or padding")
+    if abs(z) > MAX_Z and is_far:
+        way = ("flatter", "above 1") if z > 0 else ("sharper", "below 1, top-p, top-k, or min-p")
+        raise Alarm(evidence, f"sampled from a {way[0]} distribution: a temperature {way[1]} was not applied to the values")
+    return evidence
+
+
+def _share_in_stretches(tokens: pl.DataFrame) -> float:
+    """Return which share of all excess surprisal lies in stretches of tokens that are unlikely throughout."""
+    import polars as pl
+
+    mean = pl.col("excess").rolling_mean(WINDOW).over("rollout_id")
+    inside = tokens.with_columns(mean=mean).filter(pl.col("mean") > UNLIKELY)
+    covered = inside.height / tokens.height
+    total = float(tokens["excess"].clip(0).sum())
+    return float(inside["excess"].clip(0).sum()) / total if total and covered < 0.5 else 0.0
+
+
+def check_prefixes(sample: Sample) -> str:
+    """Check that responses of a group that begin alike have equal values where they begin alike."""
+    import polars as pl
+
+    tokens = sample.known("entropy", "group_id")
+    # The state after each prefix: a hash of the tokens before it, chained along the response.
+    ids = tokens["token_id"].to_numpy().astype(np.uint64)
+    starts = tokens["rollout_id"].ne_missing(tokens["rollout_id"].shift()).to_numpy()
+    prefix = np.zeros(len(ids), np.uint64)
+    for i in range(1, len(ids)):
+        # Multiplication wraps around, as in FNV-1a.
+        prefix[i] = 0 if starts[i] else (int(prefix[i - 1]) ^ (int(ids[i - 1]) + 1)) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    spread = (
+        tokens.with_columns(prefix=pl.Series(prefix))
+        .group_by("step", "group_id", "position", "prefix")
+        .agg(pl.len(), spread=pl.col("entropy").max() - pl.col("entropy").min())
+        .filter(pl.col("len") > 1)
+    )
+    if spread.height < MIN_GROUPS:
+        raise Lacking(f"{spread.height} prefixes are shared by two responses of a group; {MIN_GROUPS} are needed")
+    share = float((spread["spread"] > TOLERANCE).mean() or 0)
+    evidence = f"{spread.height:,} prefixes are shared; entropies differ by more than {TOLERANCE} at {share:.1%} of them"
+    if share > 0.1:
+        raise Alarm(evidence, "values of other positions: shifted, permuted, masked wrongly, or of other prompts")
+    return evidence
+
+
+def check_alignment(sample: Sample) -> str:
+    """Check that surprisal rises with entropy from token to token."""
+    tokens = sample.known("logprob", "entropy")
+    entropy, surprisal = tokens["entropy"].to_numpy(), -tokens["logprob"].to_numpy()
+    if entropy.std() < 0.05:
+        raise Lacking("the entropy hardly varies")
+    ranks = [np.argsort(np.argsort(values)) for values in (entropy, surprisal)]
+    correlation = float(np.corrcoef(*ranks)[0, 1])
+    if correlation < 0.2:
+        cause = "entropies and log-probabilities of different positions, such as a permuted mask"
+        raise Alarm(f"rank correlation of surprisal and entropy is {correlation:.2f}", cause)
+    return f"rank correlation of surprisal and entropy is {correlation:.2f}"
+
+
+def check_rounding(sample: Sample) -> str:
+    """Check that log-probabilities have the precision of float32."""
+    tokens = sample.tokens
+    column = next((name for name in ("logprob", "sampling_logprob", "entropy") if tokens[name].count() >= 100), None)
+    if column is None:
+        raise Lacking("no log-probabilities and no entropies were recorded")
+    values = tokens[column].drop_nulls().to_numpy()
+    values = np.abs(values[np.abs(values) > 0.01])
+    if len(values) < 50:
+        raise Lacking(f"{len(values)} values of {column} differ from 0")
+    for decimals in range(1, 6):
+        if (np.abs(values * 10**decimals - np.round(values * 10**decimals)) < 2e-6 * values * 10**decimals + 1e-9).mean() > 0.99:
+            raise Alarm(f"{column} has {decimals} decimals", "rounded when it was stored")
+    mantissa = np.frexp(values)[0] * 2**8
+    if (mantissa == np.round(mantissa)).mean() > 0.99:
+        raise Alarm(f"{column} has the 8-bit mantissa of bfloat16", "computed or stored in bfloat16")
+    half = np.frexp(values)[0] * 2**11
+    if (half == np.round(half)).mean() > 0.99:
+        raise Alarm(f"{column} has the 11-bit mantissa of float16", "computed or stored in float16")
+    return f"{column} of {len(values):,} tokens is not rounded"
+
+
+def check_ends(sample: Sample) -> str:
+    """Check that nothing follows the end of a response."""
+    import polars as pl
+
+    tokens = sample.tokens.filter(pl.col("turn").is_null() | (pl.col("turn") == 0))
+    tokens = tokens.filter(pl.col("generated_length") == pl.col("response_length"))
+    last = tokens.group_by("rollout_id", maintain_order=True).agg(
+        pl.col("token_id").last(), pl.col("is_truncated").first(), pl.len()
+    )
+    finished = last.filter(~pl.col("is_truncated").fill_null(False))
+    if finished.height < MIN_RESPONSES:
+        raise Lacking(f"{finished.height} responses of one turn ended by themselves; {MIN_RESPONSES} are needed")
+    [(end, number)] = finished["token_id"].value_counts(sort=True).head(1).iter_rows()
+    repeated = tokens.with_columns(before=pl.col("token_id").shift().over("rollout_id"))
+    padded = repeated.filter((pl.col("token_id") == end) & (pl.col("before") == end))
+    after = tokens.filter((pl.col("token_id") == end).cast(pl.Int32).cum_sum().over("rollout_id") > 1)
+    shares = [frame["rollout_id"].n_unique() / last.height for frame in (padded, after)]
+    evidence = f"{number:,} of {finished.height:,} finished responses end with token {end}"
+    if max(shares) > MAX_SHARE:
+        raise Alarm(f"{max(shares):.0%} of the responses continue after token {end}", "padding was counted as generated")
+    return evidence
+
+
+def check_lengths(sample: Sample) -> str:
+    """Check that each response has as many tokens as its length says."""
+    import polars as pl
+
+    counted = sample.tokens.group_by("rollout_id").agg(pl.len(), pl.col("generated_length").first())
+    counted = counted.drop_nulls()
+    if counted.is_empty():
+        raise Lacking("no tokens were recorded")
+    wrong = counted.filter(pl.col("len") != pl.col("generated_length")).height
+    if wrong:
+        raise Alarm(f"{wrong:,} of {counted.height:,} responses have another number of tokens than recorded", "cut tokens")
+    return f"{counted.height:,} responses"
+
+
+def check_groups(sample: Sample) -> str:
+    """Check that groups have several responses."""
+    sizes = sample.responses["group_id"].value_counts()["count"]
+    if sizes.is_empty():
+        raise Lacking("no responses were recorded")
+    if sizes.len() >= MIN_GROUPS and float((sizes == 1).mean() or 0) > 0.9:
+        cause = "an id of each response was taken for the id of its group; no advantage within a group exists"
+        raise Alarm(f"{_count(sizes == 1):,} of {sizes.len():,} groups have one response", cause)
+    return f"{sizes.len():,} groups of {sizes.min()} to {sizes.max()} responses"
+
+
+def check_advantages(sample: Sample) -> str:
+    """Check that advantages rise linearly with the reward, in each group or in each step."""
+    import polars as pl
+
+    known = sample.responses.drop_nulls(["reward", "advantage"])
+    # Left out of the update, or without a baseline.
+    known = known.filter((pl.col("advantage") != 0).any().over("group_id"))
+    varied = known.filter((pl.col("reward").max() - pl.col("reward").min() > 1e-6).over("group_id"))
+    if varied["group_id"].n_unique() < MIN_GROUPS:
+        raise Lacking(f"{varied['group_id'].n_unique()} groups have rewards that differ, and advantages")
+    found = varied.group_by("group_id", maintain_order=True).agg(
+        correlation=pl.corr("reward", "advantage"), mean=pl.col("advantage").mean(), std=pl.col("advantage").std()
+    )
+    is_linear = pl.col("correlation") > MIN_CORRELATION
+    wrong = float(found.select((~(is_linear & pl.col("correlation").is_finite())).mean()).item())
+    off_center = float(found.select((pl.col("mean").abs() > 0.05 * pl.col("std")).mean()).item())
+    uniform = known.join(varied.select("group_id").unique(), on="group_id", how="anti")
+    # A baseline of the whole step, as in REINFORCE, gives groups a mean.
+    per_step = known.group_by("step").agg(correlation=pl.corr("reward", "advantage"))["correlation"].drop_nans()
+    is_step_wise = per_step.len() > 0 and float(per_step.min() or 0) > MIN_CORRELATION  # pyright: ignore
+    evidence = f"{found.height:,} groups with different rewards; advantages of {wrong:.0%} are not linear in the reward"
+    if wrong > MAX_SHARE:
+        raise Alarm(evidence, "advantages of other responses, of other rewards, or after shaping")
+    if not is_step_wise and off_center > MAX_SHARE:
+        raise Alarm(f"{evidence}, and of {off_center:.0%} are not centered", "normalized over other responses than the group")
+    if not is_step_wise and uniform.height:
+        number = uniform["group_id"].n_unique()
+        raise Alarm(f"{number:,} groups with equal rewards have advantages", "rewards are not those of the advantages")
+    return evidence
+
+
+def check_engine(sample: Sample) -> str:
+    """Check that inference engine and trainer give the sampled tokens the same probabilities."""
+    tokens = sample.known("logprob", "sampling_logprob")
+    difference = (tokens["logprob"] - tokens["sampling_logprob"]).to_numpy()
+    kl = float((np.expm1(difference) - difference).mean())
+    far = float((np.abs(difference) > np.log(2)).mean())
+    evidence = f"KL(engine, trainer) = {kl:.5f} nats per token, ratio outside [1/2, 2] at {far:.2%} of the tokens"
+    if kl > MAX_KL or far > MAX_FAR:
+        raise Alarm(evidence, "other weights, precision, temperature, or tokens; see question engine_mismatch")
+    return evidence
+
+
+def check_text(sample: Sample, texts: dict[int, str] | None = None) -> str:
+    """Check nothing without the model: equal text may have been tokenized again."""
+    raise Lacking("whether text was tokenized again shows only with the model; see entrace import --model")
+
+
+CHECKS: dict[str, Callable[[Sample], str]] = {
+    "range": check_range,
+    "entropy": check_entropy,
+    "balance": check_balance,
+    "engine balance": check_engine_balance,
+    "alignment": check_alignment,
+    "prefixes": check_prefixes,
+    "rounding": check_rounding,
+    "ends": check_ends,
+    "lengths": check_lengths,
+    "groups": check_groups,
+    "advantages": check_advantages,
+    "engine": check_engine,
+}
+
+
+def _count(mask: Any) -> int:
+    return int(mask.sum() or 0)
