@@ -6,14 +6,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from entrace.trainer.external.plain_rollouts import read_rollouts
+from entrace.trainer.external.rollout_rows import ImportSettings
 from tokenizers.processors import TemplateProcessing
 
 import entrace
 from entrace.analysis.trace import InputError, TraceWriter, read_manifest
 from entrace.trainer.config import PolicyConfig, load_config
-from entrace.trainer.external import teacher_forcing
-from entrace.trainer.external.plain_rollouts import read_rollouts
-from entrace.trainer.external.rollout_rows import ImportSettings
 from entrace.trainer.faults import TrainingError
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.train import train
@@ -31,6 +30,17 @@ def row(**fields):
 def write(path, rows):
     path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows))
     return path
+
+
+def read_rollouts(paths, policy, **settings):
+    """Read files for a pass of ``policy``."""
+    dump = Dump.find(paths, has_fields=bool(settings.get("fields")))
+    return collect(dump, ImportSettings(**settings), PolicyCodec(policy), is_scored=True)
+
+
+def score_all(read, policy, run):
+    settings = PassSettings(policy=PolicyConfig())
+    importer.record(read, ImportSettings(), run, codec=PolicyCodec(policy), scorer=TeacherForcing(policy, settings))
 
 
 def table(run, name):
@@ -55,7 +65,9 @@ def without(rows, *names):
 
 def test_scores_equal_what_was_recorded_while_sampling(trained, tmp_path, call):
     run, rows = trained
-    status, _, err = call("import", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "imported")
+    status, _, err = call(
+        "import", "--model", "embedded", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "imported"
+    )
     assert status == 0, err
     # The first step was sampled by the model that scores; what the second was sampled by is another.
     for name, key, columns in (
@@ -79,7 +91,12 @@ def test_text_alone_is_tokenised_to_what_was_sampled(trained, tmp_path, call):
     _, rows = trained
     paths = {"ids": rows, "text": without(rows, "response_ids")}
     for name, entries in paths.items():
-        assert call("import", write(tmp_path / f"{name}.jsonl", entries), "--out", tmp_path / name)[0] == 0
+        assert (
+            call("import", "--model", "embedded", write(tmp_path / f"{name}.jsonl", entries), "--out", tmp_path / name)[
+                0
+            ]
+            == 0
+        )
     exact, text = (table(tmp_path / name, "tokens").sort("rollout_id", "position") for name in paths)
     assert exact["token_id"].to_list() == text["token_id"].to_list()
     assert exact["logprob"].to_list() == pytest.approx(text["logprob"].to_list(), abs=1e-5)
@@ -90,7 +107,7 @@ def test_text_alone_is_tokenised_to_what_was_sampled(trained, tmp_path, call):
 def test_every_analysis_command_reads_an_imported_trace(trained, tmp_path, call):
     _, rows = trained
     run = tmp_path / "imported"
-    assert call("import", write(tmp_path / "rows.jsonl", rows), "--out", run)[0] == 0
+    assert call("import", "--model", "embedded", write(tmp_path / "rows.jsonl", rows), "--out", run)[0] == 0
     status, out, err = call("claims", run, "--json")
     assert status == 0
     assert "recorded quantities are unknown; see `unknown` in run.json" in err
@@ -116,7 +133,19 @@ def test_every_analysis_command_reads_an_imported_trace(trained, tmp_path, call)
 
 def test_three_rows_by_hand(tmp_path, call, policy):
     rows = [row(), row(response="2", reward=0.0), row(prompt="What is 2 + 2?", response="4", reward=0.5)]
-    assert call("import", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "run", "--correct-at", 0.5)[0] == 0
+    assert (
+        call(
+            "import",
+            "--model",
+            "embedded",
+            write(tmp_path / "rows.jsonl", rows),
+            "--out",
+            tmp_path / "run",
+            "--correct-at",
+            0.5,
+        )[0]
+        == 0
+    )
     run = tmp_path / "run"
     rollouts = table(run, "rollouts").sort("rollout_id")
     a = math.sqrt(0.5)
@@ -154,7 +183,9 @@ def test_what_others_call_the_fields_and_steps_out_of_order(tmp_path, call):
         {"input": PROMPT, "output": "3", "gts": "2", "score": 0.0, "step": 3},
         {"input": PROMPT, "output": "4", "gts": "2", "score": 0.0, "step": 20},
     ]
-    status, _, err = call("import", write(tmp_path / "verl.jsonl", rows), "--out", tmp_path / "run")
+    status, _, err = call(
+        "import", "--model", "embedded", write(tmp_path / "verl.jsonl", rows), "--out", tmp_path / "run"
+    )
     assert status == 0
     assert "prompt from input" in err
     rollouts = table(tmp_path / "run", "rollouts").sort("rollout_id")
@@ -182,7 +213,7 @@ def test_parquet_of_several_files_with_chats_and_given_advantages(tmp_path, call
         ]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{step}.parquet")
     files = [tmp_path / "1.parquet", tmp_path / "2.parquet"]
-    assert call("import", *files, "--field", "reward=ok", "--out", tmp_path / "run")[0] == 0
+    assert call("import", "--model", "embedded", *files, "--field", "reward=ok", "--out", tmp_path / "run")[0] == 0
     rollouts = table(tmp_path / "run", "rollouts").sort("rollout_id")
     assert rollouts["advantage"].to_list() == [0.25, -4.0] * 2
     assert rollouts["step"].to_list() == [1, 1, 2, 2]
@@ -190,7 +221,9 @@ def test_parquet_of_several_files_with_chats_and_given_advantages(tmp_path, call
 
 def test_groups_that_share_a_prompt_stay_apart(tmp_path, call):
     rows = [row(group=name, reward=reward) for name, reward in (("a", 1), ("b", 1), ("a", 0), ("b", 1))]
-    assert call("import", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "run")[0] == 0
+    assert (
+        call("import", "--model", "embedded", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "run")[0] == 0
+    )
     rollouts = table(tmp_path / "run", "rollouts").sort("rollout_id")
     assert rollouts["prompt_id"].to_list() == ["prompt-000001"] * 2 + ["prompt-000002"] * 2
     assert rollouts["group_id"].to_list() == [0, 0, 2, 2]
@@ -255,7 +288,7 @@ def test_a_malformed_row_is_named(line, message, tmp_path, policy):
     path = write(tmp_path / "rows.jsonl", [line])
     with (
         pytest.raises(InputError) as caught,
-        read_rollouts([path], ImportSettings(policy=PolicyConfig()), policy),
+        read_rollouts([path], policy),
     ):
         pass
     assert f"{path}, line 1: " in str(caught.value)
@@ -269,7 +302,7 @@ def test_a_row_unlike_those_before_it_is_malformed(tmp_path, policy):
     path = write(tmp_path / "rows.jsonl", [*rows, {**row(step=1, group="b", reward=None), "score": 1}])
     with (
         pytest.raises(InputError) as caught,
-        read_rollouts([path], ImportSettings(policy=PolicyConfig()), policy),
+        read_rollouts([path], policy),
     ):
         pass
     for message in (
@@ -303,27 +336,26 @@ def test_a_file_of_another_format_is_named(name, tmp_path, policy):
     expected = f"{tmp_path / name}: expected JSONL or Parquet, one response per row; {message}"
     with (
         pytest.raises(InputError) as caught,
-        read_rollouts([tmp_path / name], ImportSettings(policy=PolicyConfig()), policy),
+        read_rollouts([tmp_path / name], policy),
     ):
         pass
     assert str(caught.value).startswith(expected)
 
 
 def test_a_field_that_no_row_has_is_named(tmp_path, policy):
-    settings = ImportSettings(policy=PolicyConfig(), fields={"is_correct": "acuracy"})
     path = write(tmp_path / "rows.jsonl", [row(accuracy=True)])
     with (
         pytest.raises(
             InputError, match=r'--field is_correct=acuracy: no row has .* "acuracy"; did you mean "accuracy"'
         ),
-        read_rollouts([path], settings, policy),
+        read_rollouts([path], policy, fields={"is_correct": "acuracy"}),
     ):
         pass
 
 
 def read_all(path, policy, **fields):
-    with read_rollouts([path], ImportSettings(policy=PolicyConfig(), fields=fields), policy) as read:
-        return list(read.in_order()), read.remarks()
+    with read_rollouts([path], policy, fields=fields) as read:
+        return list(read.in_order()), list(read.remarks)
 
 
 def test_a_verdict_may_be_text_or_left_out(tmp_path, policy):
@@ -368,7 +400,7 @@ def test_an_empty_response_that_was_not_truncated_is_one_stop_token(tmp_path, po
     rows[2] = {"prompt": PROMPT, "response_ids": [], "reward": 0, "is_truncated": False}
     found, _ = read_all(write(tmp_path / "rows.jsonl", rows), policy)
     assert [(rollout.completion, rollout.response_ids) for rollout in found] == [("", [1])] * 3
-    assert call("import", tmp_path / "rows.jsonl", "--out", tmp_path / "run")[0] == 0
+    assert call("import", "--model", "embedded", tmp_path / "rows.jsonl", "--out", tmp_path / "run")[0] == 0
     tokens = table(tmp_path / "run", "tokens")
     assert tokens.select("position", "response_length", "token_id").rows() == [(0, 1, 1)] * 3
     blank = policy.tokenizer(" \n", add_special_tokens=False)["input_ids"]
@@ -393,7 +425,9 @@ def test_tokens_outside_the_loss_mask_are_read_and_enter_no_statistic(tmp_path, 
     masked = [{**whole, "loss_mask": mask}, {**other, "loss_mask": None}]
     covers_prompt = [{**whole, "response_mask": [False] * 3 + [bool(m) for m in mask]}, other]
     for name, rows in (("whole", [whole, other]), ("masked", masked), ("covers_prompt", covers_prompt)):
-        status, _, err = call("import", write(tmp_path / f"{name}.jsonl", rows), "--out", tmp_path / name)
+        status, _, err = call(
+            "import", "--model", "embedded", write(tmp_path / f"{name}.jsonl", rows), "--out", tmp_path / name
+        )
         assert status == 0, err
         assert ("excludes 2 of 8 tokens" in err) == (name != "whole")
     expected = table(tmp_path / "whole", "tokens").sort("rollout_id", "position")
@@ -434,7 +468,7 @@ def test_a_fault_of_all_rows_is_said_once(tmp_path, policy):
     path = write(tmp_path / "rows.jsonl", [{"question": PROMPT, "response": "2", "reward": 1}] * 7)
     with (
         pytest.raises(InputError) as caught,
-        read_rollouts([path], ImportSettings(policy=PolicyConfig()), policy),
+        read_rollouts([path], policy),
     ):
         pass
     fault = 'no "prompt"; found: question (--field prompt=KEY names the key of prompt)'
@@ -444,11 +478,11 @@ def test_a_fault_of_all_rows_is_said_once(tmp_path, policy):
 
 def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, call):
     path = write(tmp_path / "rows.jsonl", [row(), b"{", row(response="")])
-    status, _, err = call("import", path, "--out", tmp_path / "run")
+    status, _, err = call("import", "--model", "embedded", path, "--out", tmp_path / "run")
     assert status == 2
     assert "2 of 3 rows are malformed" in err
     assert not (tmp_path / "run").exists()
-    assert call("import", path, "--out", tmp_path / "run", "--skip-bad-rows")[0] == 0
+    assert call("import", "--model", "embedded", path, "--out", tmp_path / "run", "--skip-bad-rows")[0] == 0
     scored = read_manifest(tmp_path / "run")["scored"]
     assert (scored["rows"], scored["bad_rows"]) == (3, 2)
 
@@ -459,7 +493,7 @@ def test_parquet_text_that_is_not_utf8_is_named(tmp_path, policy):
     pq.write_table(rows, tmp_path / "rows.parquet")
     with (
         pytest.raises(InputError, match=r'row 2: "response" is unreadable .*utf-8'),
-        read_rollouts([tmp_path / "rows.parquet"], ImportSettings(policy=PolicyConfig()), policy),
+        read_rollouts([tmp_path / "rows.parquet"], policy),
     ):
         pass
 
@@ -469,7 +503,7 @@ def test_what_is_longer_than_the_model_takes_is_named(tmp_path, policy):
     path = write(tmp_path / "rows.jsonl", [row(response_ids=[5] * (limit + 1))])
     with (
         pytest.raises(InputError, match=f"line 1: prompt and response have .* tokens, embedded takes at most {limit}"),
-        read_rollouts([path], ImportSettings(policy=PolicyConfig()), policy),
+        read_rollouts([path], policy),
     ):
         pass
 
@@ -485,7 +519,7 @@ def test_bad_arguments_are_one_line(tmp_path, call):
         ([path, "--temperature", "0"], "temperature"),
         ([path, "--correct-at", "nan"], "correct_at"),
     ):
-        status, _, err = call("import", *arguments, "--out", tmp_path / "run")
+        status, _, err = call("import", "--model", "embedded", *arguments, "--out", tmp_path / "run")
         assert status == 2
         assert message in err
         assert len(err.strip().splitlines()) == 1
@@ -494,7 +528,7 @@ def test_bad_arguments_are_one_line(tmp_path, call):
 def test_an_interrupted_trace_goes_on_and_equals_one_that_was_not(tmp_path, monkeypatch, policy, call):
     rows = [row(step=step, response=f"{step} + {i} = 2", reward=i % 2) for step in (1, 4, 9) for i in range(3)]
     path = write(tmp_path / "rows.jsonl", rows)
-    assert call("import", path, "--out", tmp_path / "whole")[0] == 0
+    assert call("import", "--model", "embedded", path, "--out", tmp_path / "whole")[0] == 0
 
     end_step = TraceWriter.end_step
 
@@ -503,20 +537,22 @@ def test_an_interrupted_trace_goes_on_and_equals_one_that_was_not(tmp_path, monk
             raise KeyboardInterrupt
         end_step(self, step)
 
-    monkeypatch.setattr(teacher_forcing, "FLUSH_TOKENS", 1)
+    monkeypatch.setattr(importer, "FLUSH_TOKENS", 1)
     monkeypatch.setattr(TraceWriter, "end_step", stop)
-    status, _, err = call("import", path, "--out", tmp_path / "cut")
+    status, _, err = call("import", "--model", "embedded", path, "--out", tmp_path / "cut")
     assert status == 130
     assert "--resume continues" in err
     monkeypatch.undo()
     assert read_manifest(tmp_path / "cut")["last_durable_step"] == 4
-    status, _, err = call("import", write(tmp_path / "other.jsonl", rows), "--out", tmp_path / "cut", "--resume")
+    status, _, err = call(
+        "import", "--model", "embedded", write(tmp_path / "other.jsonl", rows), "--out", tmp_path / "cut", "--resume"
+    )
     assert status == 2
     assert f"{tmp_path / 'cut'}: imported with another value of files; choose another folder" in err
-    status, _, err = call("import", path, "--out", tmp_path / "cut")
+    status, _, err = call("import", "--model", "embedded", path, "--out", tmp_path / "cut")
     assert status == 2
     assert "--resume" in err
-    assert call("import", path, "--out", tmp_path / "cut", "--resume")[0] == 0
+    assert call("import", "--model", "embedded", path, "--out", tmp_path / "cut", "--resume")[0] == 0
     for name in ("tokens", "rollouts", "prompts", "steps", "vocab"):
         whole, cut = (table(tmp_path / run, name).drop("run_id") for run in ("whole", "cut"))
         assert whole.equals(cut)
@@ -526,9 +562,9 @@ def test_an_interrupted_trace_goes_on_and_equals_one_that_was_not(tmp_path, monk
 def test_chunks_and_batches_change_nothing_but_rounding(tmp_path, monkeypatch, call):
     rows = [row(response=f"{i} + {i} = 2", reward=i % 2, prompt=f"{i // 4} + 1") for i in range(12)]
     path = write(tmp_path / "rows.jsonl", rows)
-    assert call("import", path, "--out", tmp_path / "one")[0] == 0
-    monkeypatch.setattr(teacher_forcing, "CHUNK_TOKENS", 1)
-    assert call("import", path, "--out", tmp_path / "many", "--batch-tokens", 1)[0] == 0
+    assert call("import", "--model", "embedded", path, "--out", tmp_path / "one")[0] == 0
+    monkeypatch.setattr(importer, "CHUNK_TOKENS", 1)
+    assert call("import", "--model", "embedded", path, "--out", tmp_path / "many", "--batch-tokens", 1)[0] == 0
     for name, columns in (("tokens", MEASURED), ("rollouts", ("ppl", "ppl_z")), ("steps", ("entropy_token_mean",))):
         one, many = (table(tmp_path / run, name) for run in ("one", "many"))
         for column in columns:
@@ -537,30 +573,28 @@ def test_chunks_and_batches_change_nothing_but_rounding(tmp_path, monkeypatch, c
 
 def test_running_out_of_memory_names_the_option(tmp_path, monkeypatch, policy):
     path = write(tmp_path / "rows.jsonl", [row()])
-    settings = ImportSettings(policy=PolicyConfig())
 
     def exhaust(*args):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(Policy, "forward_unique", exhaust)
     with (
-        read_rollouts([path], settings, policy) as read,
+        read_rollouts([path], policy) as read,
         pytest.raises(TrainingError, match=r"importing step 1; lower batch_tokens \(8192 now\)"),
     ):
-        teacher_forcing.import_rollouts(read, [path], settings, policy, tmp_path / "run")
+        score_all(read, policy, tmp_path / "run")
     assert read_manifest(tmp_path / "run")["status"] == "failed"
 
 
 def test_probabilities_that_are_not_finite_name_the_row(tmp_path, policy):
     path = write(tmp_path / "rows.jsonl", [row(), row(response="2 = 2")])
-    settings = ImportSettings(policy=PolicyConfig())
     with torch.no_grad():
         policy.head.weight[5] = torch.nan
     with (
-        read_rollouts([path], settings, policy) as read,
+        read_rollouts([path], policy) as read,
         pytest.raises(TrainingError, match="line 1: embedded gives this response a probability that is NaN"),
     ):
-        teacher_forcing.import_rollouts(read, [path], settings, policy, tmp_path / "run")
+        score_all(read, policy, tmp_path / "run")
 
 
 @pytest.mark.parametrize("arguments", [[], ["rows.jsonl", "--out", "run"], ["--help"], ["--unknown", "1"]], ids=str)
@@ -572,7 +606,7 @@ def test_the_former_name_of_the_command_points_to_the_new_one(call, arguments):
 def test_a_trace_of_the_former_command_resumes(tmp_path, call):
     """Manifest keys, config key, and the texts in them are those that ``entrace score`` wrote."""
     path = write(tmp_path / "rows.jsonl", [row(), row(reward=0.0)])
-    assert call("import", path, "--out", tmp_path / "run")[0] == 0
+    assert call("import", "--model", "embedded", path, "--out", tmp_path / "run")[0] == 0
     manifest = read_manifest(tmp_path / "run")
     assert list(manifest["config"]) == ["score"]
     assert manifest["config"]["score"] == manifest["scored"]["settings"]
@@ -580,4 +614,4 @@ def test_a_trace_of_the_former_command_resumes(tmp_path, call):
         *("files", "weights", "rows", "bad_rows", "fields", "advantage", "response_tokens", "settings")
     }
     assert manifest["scored"]["advantage"] == "group-relative, from rewards"
-    assert call("import", path, "--out", tmp_path / "run", "--resume")[0] == 0
+    assert call("import", "--model", "embedded", path, "--out", tmp_path / "run", "--resume")[0] == 0

@@ -1,0 +1,122 @@
+"""Define what an import needs of a tokenizer, and provide the texts of a dump that comes without one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from entrace.analysis.importers.chat import Question, as_chat, as_text
+from entrace.analysis.trace.vocabulary import Vocabulary
+
+# Stands for a response, to find the tokens that the chat template writes after it.
+PROBE = "entrace"
+
+
+class Codec(Protocol):
+    """A tokenizer with its chat template.
+
+    Attributes:
+        name: Where it was loaded from, for messages.
+        template: Text of a prompt with placeholder ``{question}``; replaces the chat template.
+        vocab_size: Number of token ids.
+        max_tokens: Most tokens of prompt and response together; None without a limit.
+        stop_ids: Tokens that end a response.
+        turn_end: The stop token that the chat template writes after a response; None if unknown.
+        markers: Texts of the special tokens.
+    """
+
+    name: str
+    template: str | None
+    vocab_size: int
+    max_tokens: int | None
+    stop_ids: frozenset[int]
+    turn_end: int | None
+    markers: tuple[str, ...]
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Return whether there is a chat template that ``template`` does not replace."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without tokens that the tokenizer would add."""
+        ...
+
+    def encode_prompt(self, question: Question) -> list[int]:
+        """Return the token ids of a question in ``template`` or in the chat template.
+
+        Raises:
+            InputError: the chat template rejects the question's turns.
+        """
+        ...
+
+    def encode_whole(self, text: str) -> list[int]:
+        """Return the token ids of a prompt that needs no template; it begins with the beginning of sequence once."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, without special tokens."""
+        ...
+
+    def render(self, turns: list[dict[str, str]], *, is_answered: bool = False) -> str:
+        """Return turns in the chat template, followed by the beginning of a response unless the last turn is one.
+
+        Raises:
+            InputError: the chat template rejects the turns.
+        """
+        ...
+
+    def vocabulary(self) -> Vocabulary:
+        """Return the texts of all tokens."""
+        ...
+
+
+class DumpTexts:
+    """Texts of the tokens that a dump itself holds.
+
+    A token with an id keeps it. A token that has only a text gets the number of its text, in order of appearance.
+    """
+
+    def __init__(self) -> None:
+        """Start without texts."""
+        self._texts: dict[int, str] = {}
+        self._ids: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return max(self._texts, default=-1) + 1
+
+    def learn(self, ids: Sequence[int], texts: Sequence[str]) -> None:
+        """Remember the texts of tokens with ids."""
+        self._texts.update(zip(ids, texts, strict=True))
+
+    def number(self, texts: Sequence[str]) -> list[int]:
+        """Return ids of tokens without ids."""
+        ids = [self._ids.setdefault(text, len(self._ids)) for text in texts]
+        self._texts.update(zip(ids, texts, strict=True))
+        return ids
+
+    def text_of(self, ids: Sequence[int]) -> str | None:
+        """Return the text of tokens, None if one of them has no known text."""
+        if all(token in self._texts for token in ids):
+            return "".join(self._texts[token] for token in ids)
+        return None
+
+    def vocabulary(self, size: int) -> Vocabulary:
+        """Return ``size`` entries; an entry without a known text is shown as its number, such as ``<42>``."""
+        texts = [self._texts.get(token, placeholder([token])) for token in range(size)]
+        return Vocabulary(texts, has_text=[token in self._texts for token in range(size)])
+
+
+def placeholder(ids: Sequence[int]) -> str:
+    """Return what stands for the text of tokens without a known text."""
+    return "".join(f"<{token}>" for token in ids)
+
+
+def fill_template(template: str, question: Question) -> str:
+    """Return a question in a template of text."""
+    return template.replace("{question}", as_text(question))
+
+
+def probe_turns(content: str = PROBE) -> list[dict[str, str]]:
+    """Return a dialog whose response is ``content``."""
+    return [*as_chat(PROBE), {"role": "assistant", "content": content}]
