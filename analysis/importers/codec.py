@@ -13,25 +13,42 @@ PROBE = "entrace"
 
 
 class Codec(Protocol):
-    """A tokenizer with its chat template.
+    """A tokenizer with its chat template."""
 
-    Attributes:
-        name: Where it was loaded from, for messages.
-        template: Text of a prompt with placeholder ``{question}``; replaces the chat template.
-        vocab_size: Number of token ids.
-        max_tokens: Most tokens of prompt and response together; None without a limit.
-        stop_ids: Tokens that end a response.
-        turn_end: The stop token that the chat template writes after a response; None if unknown.
-        markers: Texts of the special tokens.
-    """
+    @property
+    def name(self) -> str:
+        """Return where it was loaded from, for messages."""
+        ...
 
-    name: str
-    template: str | None
-    vocab_size: int
-    max_tokens: int | None
-    stop_ids: frozenset[int]
-    turn_end: int | None
-    markers: tuple[str, ...]
+    @property
+    def template(self) -> str | None:
+        """Return the text of a prompt with placeholder ``{question}`` that replaces the chat template."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Return the number of token ids."""
+        ...
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Return the most tokens of prompt and response together; None without a limit."""
+        ...
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Return the tokens that end a response."""
+        ...
+
+    @property
+    def turn_end(self) -> int | None:
+        """Return the stop token that the chat template writes after a response; None if unknown."""
+        ...
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Return the texts of the special tokens."""
+        ...
 
     @property
     def has_chat_template(self) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -31,8 +31,6 @@ KNOWN = (
     *("logprob", "sampling_logprob", "reference_logprob", "entropy", "entropy_mean", "turn", "policy_version"),
     "temperature",
 )
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -230,7 +228,7 @@ def _finish(
         whole = ""
         if counts.dropped_rows:
             whole = f", with {counts.dropped_rows} further rows, the rest of {counts.dropped_groups} groups"
-        logger.warning("entrace: %d of %d rows skipped%s (%s)", bad_rows, rows, whole, named)
+        remarks.append(f"{bad_rows} of {rows} rows skipped{whole} ({named})")
     if not counts.rollouts:
         raise InputError(
             f"{', '.join(map(str, dump.named))}: every group holds a malformed row ({named}); fix the rows"
@@ -248,9 +246,8 @@ def _unwhole(con: Any, spill: Path, column: str, reader: RowReader) -> list[int]
     present = con.execute(f"select {column}, count(*) from read_parquet(?) group by 1", [str(spill)]).fetchall()
     sizes = dict(present)
     if reader.num_lost:
-        usual = _one(con, f"select mode(n) from (select count(*) as n from read_parquet(?) group by {column})", spill)[
-            0
-        ]
+        common = Counter(size for group, size in sizes.items() if group not in bad)
+        usual = max(common, key=lambda size: (common[size], size), default=0)
         bad = bad | {group for group, size in sizes.items() if size < usual}
     return sorted(bad & sizes.keys())
 

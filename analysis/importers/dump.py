@@ -16,7 +16,8 @@ from entrace.analysis.trace.errors import InputError, choices, reason_of
 
 PICKLE = (
     "a pickle, which can run code when it is loaded; if you trust it, load it yourself and write JSONL (slime: per "
-    'sample of torch.load(FILE)["samples"], with n = response_length: prompt_ids = tokens[:-n], response_ids = tokens[-n:], '
+    'sample of torch.load(FILE)["samples"], with n = response_length: prompt_ids = tokens[:-n], '
+    "response_ids = tokens[-n:], "
     "loss_mask, reward, group = group_index, sampling_logprob = rollout_log_probs)"
 )
 # Other formats, by the first bytes of a file and by its suffix.

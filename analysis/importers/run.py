@@ -8,7 +8,6 @@ Values that the dump holds are recorded as they are: logprobs, entropies, and ad
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import groupby
@@ -32,8 +31,6 @@ FLUSH_TOKENS = 1 << 20
 DIGEST_LENGTH = 16
 # Largest difference between two passes in float32 that differ in the order of summation, in nats.
 ROUNDING = 1e-3
-
-logger = logging.getLogger(__name__)
 
 
 def record(

@@ -22,8 +22,15 @@ LARGEST_SURPRISAL = 88.0
 class Scores(Protocol):
     """Statistics of a teacher-forced pass, one value per token of the responses, concatenated, float32 ``(N,)``."""
 
-    logprob: np.ndarray
-    entropy: np.ndarray
+    @property
+    def logprob(self) -> np.ndarray:
+        """Return log-probabilities."""
+        ...
+
+    @property
+    def entropy(self) -> np.ndarray:
+        """Return entropies."""
+        ...
 
     def grad_norm(self, advantages: np.ndarray) -> np.ndarray:
         """Return the norm of each token's policy gradient at the LM head, ``(N,)``."""
@@ -31,13 +38,12 @@ class Scores(Protocol):
 
 
 class Scorer(Protocol):
-    """A model that scores given responses.
+    """A model that scores given responses."""
 
-    Attributes:
-        name: Where the model was loaded from.
-    """
-
-    name: str
+    @property
+    def name(self) -> str:
+        """Return where the model was loaded from."""
+        ...
 
     def score(self, chunk: Sequence[Rollout]) -> Scores:
         """Return the statistics of all tokens of the responses, context included."""

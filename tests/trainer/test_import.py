@@ -6,13 +6,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from entrace.trainer.external.plain_rollouts import read_rollouts
-from entrace.trainer.external.rollout_rows import ImportSettings
 from tokenizers.processors import TemplateProcessing
 
 import entrace
-from entrace.analysis.trace import InputError, TraceWriter, read_manifest
+from entrace.analysis.importers import run as importer
+from entrace.analysis.importers.collect import collect
+from entrace.analysis.importers.dump import Dump
+from entrace.analysis.importers.settings import ImportSettings
+from entrace.analysis.trace import InputError, TraceWriter, read_manifest, write_manifest
 from entrace.trainer.config import PolicyConfig, load_config
+from entrace.trainer.external.policy_codec import PolicyCodec
+from entrace.trainer.external.teacher_forcing import PassSettings, TeacherForcing
 from entrace.trainer.faults import TrainingError
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.train import train
@@ -247,7 +251,9 @@ BAD = {
     b'{"prompt": null, "response": "r", "reward": 1}': '"prompt" is null, expected text or a list of turns',
     b'{"prompt": "p", "completion": null, "reward": 1}': '"completion" is null, expected text',
     b'{"prompt": "p", "completion": [{"content": null}], "reward": 1}': '"completion.content" is null, expected text',
-    b'{"prompt": "p", "response": "r"}': 'no "reward" (--field reward=KEY names the key of reward)',
+    b'{"prompt": "p", "response": "r"}': (
+        'no "reward" (--field reward=KEY names the key of reward; --field reward= imports without)'
+    ),
     b'{"prompt": "p", "response": "r", "rewards": 1}': 'no "reward"; did you mean "rewards"? (--field reward=KEY',
     b'{"prompt": "p", "response": "r", "xyz": 1, "k": 2}': 'no "reward"; found: k, xyz (--field reward=KEY',
     b'{"prompt": "p", "respnse": "r", "reward": 1}': 'no "response"; did you mean "respnse"?',
@@ -321,7 +327,7 @@ FOREIGN = {
     "old.pkl": (b"(lp0\n.", "found a pickle"),
     "rows": (b"PAR1\x15\x04", "found Parquet; rename the file to .parquet"),
     "rows.jsonl.gz": (b"\x1f\x8b\x08", "found gzip; decompress the file"),
-    "rows.jsonl.zst": (b"\x28\xb5\x2f\xfd", "found zstd; decompress the file"),
+    "packed": (b"\x28\xb5\x2f\xfd", "found zstd; rename the file to .jsonl.zst"),
     "rows.arrow": (b"ARROW1\x00\x00", "found an Arrow file; write Parquet"),
     "rows.csv": (b"prompt,response\n", "found a table of text; write Parquet"),
     "rows.json": (b"[\n  {}\n]", "found a JSON array; write one object per line"),
@@ -376,10 +382,16 @@ def test_numbers_may_be_text(tmp_path, policy):
     assert [rollout.reward for rollout in read_all(path, policy)[0]] == list(values.values())
 
 
-def test_groups_of_one_response_each_are_named(tmp_path, policy):
+def test_groups_of_one_response_each_fall_back_to_the_prompt(tmp_path, policy):
+    """A group per response has no advantage; a group that the user chose is kept."""
     path = write(tmp_path / "rows.jsonl", [row(uid=float(i), reward=i) for i in range(2)])
+    found, remarks = read_all(path, policy)
+    assert [rollout.group_id for rollout in found] == [0, 0]
+    assert remarks == ["read group from uid", '"uid" differs for every response; groups share prompt and step instead']
+    found, remarks = read_all(path, policy, group="uid")
+    assert [rollout.group_id for rollout in found] == [0, 1]
     remark = "all advantages are 0: no two responses share uid; --field group= groups by prompt and step"
-    assert remark in read_all(path, policy)[1]
+    assert remark in remarks
     found, remarks = read_all(path, policy, group="")
     assert [rollout.group_id for rollout in found] == [0, 0]
     assert remarks == []
@@ -418,38 +430,45 @@ def test_any_stop_token_ends_a_response_and_the_template_says_which_is_appended(
     assert [rollout.response_ids for rollout in found] == [[*two, 1], [*two, 1], [*two, 2]]
 
 
-def test_tokens_outside_the_loss_mask_are_read_and_enter_no_statistic(tmp_path, call):
+def test_tokens_outside_the_loss_mask_are_rows_without_values(tmp_path, call):
     prompt, ids, mask = [3, 265, 4], [504, 335, 225, 63, 18, 321], [1, 1, 0, 0, 1, 1]
     whole = {"prompt_ids": prompt, "response_ids": ids, "reward": 1.0, "group": "a"}
     other = {**whole, "response_ids": ids[:2], "reward": 0.0}
     masked = [{**whole, "loss_mask": mask}, {**other, "loss_mask": None}]
     covers_prompt = [{**whole, "response_mask": [False] * 3 + [bool(m) for m in mask]}, other]
     for name, rows in (("whole", [whole, other]), ("masked", masked), ("covers_prompt", covers_prompt)):
-        status, _, err = call(
-            "import", "--model", "embedded", write(tmp_path / f"{name}.jsonl", rows), "--out", tmp_path / name
-        )
+        path = write(tmp_path / f"{name}.jsonl", rows)
+        status, _, err = call("import", "--model", "embedded", path, "--out", tmp_path / name)
         assert status == 0, err
-        assert ("excludes 2 of 8 tokens" in err) == (name != "whole")
+        assert ("marks 2 of 8 tokens as context" in err) == (name != "whole")
+    is_generated = pl.Series([True, True, False, False, *[True] * 4])
     expected = table(tmp_path / "whole", "tokens").sort("rollout_id", "position")
-    expected = expected.filter(pl.Series([True, True, False, False, *[True] * 4]))
+    assert expected["loss_mask"].to_list() == [None] * 8
+    assert table(tmp_path / "whole", "rollouts")["generated_length"].to_list() == [None] * 2
+    generated = expected.filter(is_generated)
     for name in ("masked", "covers_prompt"):
         tokens = table(tmp_path / name, "tokens").sort("rollout_id", "position")
-        assert tokens["token_id"].to_list() == [504, 335, 18, 321, 504, 335]
-        assert tokens["position"].to_list() == [0, 1, 2, 3, 0, 1]
-        assert tokens["response_length"].to_list() == [4, 4, 4, 4, 2, 2]
+        assert tokens["loss_mask"].to_list() == is_generated.to_list()
+        for column in ("token_id", "position", "response_length"):
+            assert tokens[column].to_list() == expected[column].to_list()
         for column in MEASURED:
-            assert tokens[column].to_list() == pytest.approx(expected[column].to_list(), abs=1e-5)
-        rollout = table(tmp_path / name, "rollouts").sort("rollout_id").row(0, named=True)
-        assert rollout["response_length"] == 4
-        assert rollout["ppl"] == pytest.approx(math.exp(-expected["logprob"].head(4).mean()), rel=1e-5)
-        assert rollout["entropy_mean"] == pytest.approx(expected["entropy"].head(4).mean(), rel=1e-5)
+            found = tokens[column].to_list()
+            assert found[2:4] == [None, None]
+            assert found[:2] + found[4:] == pytest.approx(generated[column].to_list(), abs=1e-5)
+        # Without the view, a mean over the files is that of the generated tokens as well.
+        assert tokens["entropy"].mean() == pytest.approx(generated["entropy"].mean(), rel=1e-5)
+        rollouts = table(tmp_path / name, "rollouts").sort("rollout_id")
+        assert rollouts.select("response_length", "generated_length").rows() == [(6, 4), (2, 2)]
+        assert rollouts["ppl"][0] == pytest.approx(math.exp(-generated["logprob"].head(4).mean()), rel=1e-5)
+        assert rollouts["entropy_mean"][0] == pytest.approx(generated["entropy"].head(4).mean(), rel=1e-5)
+        assert rollouts["completion"][0] == "so we. so"
         step = table(tmp_path / name, "steps").row(0, named=True)
         assert step["tokens"] == 6
-        assert step["entropy_token_mean"] == pytest.approx(expected["entropy"].mean(), rel=1e-5)
-        scored = read_manifest(tmp_path / name)["scored"]
-        assert scored["response_tokens"] == "as given, without 2 outside loss_mask"
-    completion = table(tmp_path / "masked", "rollouts").sort("rollout_id")["completion"][0]
-    assert completion == "so we. so"
+        assert step["entropy_token_mean"] == pytest.approx(generated["entropy"].mean(), rel=1e-5)
+        assert read_manifest(tmp_path / name)["scored"]["response_tokens"] == "as given, without 2 outside loss_mask"
+        opened = entrace.open_runs(tmp_path / name)
+        counts = opened.sql("select (select count(*) from tokens), (select count(*) from response_tokens)")
+        assert counts.row(0) == (6, 8)
 
 
 def test_a_prompt_that_holds_its_beginning_of_sequence_gets_no_second_one(tmp_path, policy):
@@ -476,15 +495,30 @@ def test_a_fault_of_all_rows_is_said_once(tmp_path, policy):
     assert str(caught.value) == f"7 of 7 rows are malformed ({path}, line 1: {fault}; ...); {remedy}"
 
 
-def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, call):
-    path = write(tmp_path / "rows.jsonl", [row(), b"{", row(response="")])
+def test_skipping_bad_rows_leaves_no_group_in_part(tmp_path, call):
+    groups = {name: [row(group=name, response=f"{n} = {n}", reward=n % 2) for n in range(3)] for name in "abcd"}
+    # A row of group b is malformed, and one that cannot be read may be of any group: c lacks one.
+    rows = [*groups["a"], *groups["b"][:2], row(group="b", response=""), *groups["c"][:2], b"{", *groups["d"]]
+    path = write(tmp_path / "rows.jsonl", rows)
     status, _, err = call("import", "--model", "embedded", path, "--out", tmp_path / "run")
     assert status == 2
-    assert "2 of 3 rows are malformed" in err
+    assert "2 of 12 rows are malformed" in err
     assert not (tmp_path / "run").exists()
-    assert call("import", "--model", "embedded", path, "--out", tmp_path / "run", "--skip-bad-rows")[0] == 0
+    status, _, err = call("import", "--model", "embedded", path, "--out", tmp_path / "run", "--skip-bad-rows")
+    assert status == 0
+    assert "2 of 12 rows skipped, with 4 further rows, the rest of 2 groups (" in err
     scored = read_manifest(tmp_path / "run")["scored"]
-    assert (scored["rows"], scored["bad_rows"]) == (3, 2)
+    assert (scored["rows"], scored["bad_rows"], scored["dropped_groups"]) == (12, 2, 2)
+    rollouts = table(tmp_path / "run", "rollouts").sort("rollout_id")
+    assert rollouts["completion"].to_list() == ["0 = 0", "1 = 1", "2 = 2"] * 2
+    assert rollouts["group_id"].to_list() == [0, 0, 0, 3, 3, 3]
+
+
+def test_a_dump_whose_groups_all_hold_a_bad_row_is_refused(tmp_path, call):
+    path = write(tmp_path / "rows.jsonl", [row(), row(response="")])
+    status, _, err = call("import", "--model", "embedded", path, "--out", tmp_path / "run", "--skip-bad-rows")
+    assert status == 2
+    assert "every group holds a malformed row" in err
 
 
 def test_parquet_text_that_is_not_utf8_is_named(tmp_path, policy):
@@ -514,7 +548,10 @@ def test_bad_arguments_are_one_line(tmp_path, call):
         ([tmp_path / "none.jsonl"], "none.jsonl: no such file"),
         ([path, "--field", "rewrd=x"], 'did you mean "reward"?'),
         ([path, "--field", "reward"], "expected NAME=KEY"),
-        ([path, "--field", "reward="], 'no "reward", which every row needs; remove --field reward='),
+        ([path, "--field", "prompt="], 'no "prompt", which every row needs; remove --field prompt='),
+        ([path, "--tokenizer", "data/base-policy"], "--tokenizer: --model has its own tokenizer"),
+        ([path, "--from", "vrl"], 'unknown format; did you mean "verl"? Valid: ms-swift, nemo-rl'),
+        ([path, "--template", "no place"], "expected {question}"),
         ([path, "--field", "reward=scor"], 'no "scor"; did you mean "score"?'),
         ([path, "--temperature", "0"], "temperature"),
         ([path, "--correct-at", "nan"], "correct_at"),
@@ -599,7 +636,7 @@ def test_probabilities_that_are_not_finite_name_the_row(tmp_path, policy):
 
 @pytest.mark.parametrize("arguments", [[], ["rows.jsonl", "--out", "run"], ["--help"], ["--unknown", "1"]], ids=str)
 def test_the_former_name_of_the_command_points_to_the_new_one(call, arguments):
-    expected = "entrace: score: this command is now `entrace import`, with the same arguments\n"
+    expected = "entrace: score: this command is now `entrace import --model embedded`, with the same arguments\n"
     assert call("score", *arguments) == (2, "", expected)
 
 
@@ -610,8 +647,8 @@ def test_a_trace_of_the_former_command_resumes(tmp_path, call):
     manifest = read_manifest(tmp_path / "run")
     assert list(manifest["config"]) == ["score"]
     assert manifest["config"]["score"] == manifest["scored"]["settings"]
-    assert set(manifest["scored"]) == {
-        *("files", "weights", "rows", "bad_rows", "fields", "advantage", "response_tokens", "settings")
-    }
+    before = {"files", "weights", "rows", "bad_rows", "fields", "advantage", "response_tokens", "settings"}
+    assert set(manifest["scored"]) == before | {"format", "dropped_groups", "logprobs"}
     assert manifest["scored"]["advantage"] == "group-relative, from rewards"
+    write_manifest(tmp_path / "run", {**manifest, "scored": {key: manifest["scored"][key] for key in before}})
     assert call("import", "--model", "embedded", path, "--out", tmp_path / "run", "--resume")[0] == 0
