@@ -218,10 +218,12 @@ def _finish(
             "select count(*), count(distinct group_id), count(distinct shared_group_id) from read_parquet(?)",
             spill,
         )
-        falls_back = own == total > shared and "group" in keys and "group" not in settings.fields
+        is_unique = own == total > shared and "group" not in settings.fields
+        falls_back = "group" in keys and (is_unique or reader.num_ungrouped > 0)
         column = "shared_group_id" if falls_back else "group_id"
         if falls_back:
-            remarks.append(f'"{keys["group"]}" differs for every response; groups share prompt and step instead')
+            why = "differs for every response" if is_unique else f"is missing from {reader.num_ungrouped} responses"
+            remarks.append(f'"{keys["group"]}" {why}; groups share prompt and step instead')
         excluded = _unwhole(con, spill, column, reader) if bad_rows else []
         counts = _count(con, spill, column, excluded, rows, bad_rows)
     if bad_rows:

@@ -65,6 +65,7 @@ class RowReader:
         mismatches: Rows whose token ids differ from their text.
         bad_groups: Ids of groups and of shared groups that hold a malformed row.
         num_lost: Malformed rows whose group is unknown.
+        num_ungrouped: Rollouts without a recorded group.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class RowReader:
         self.prompts = PromptReader(codec, kind, is_scored=is_scored) if codec else None
         self.mismatches = Mismatches()
         self.bad_groups: tuple[set[int], set[int]] = (set(), set())
-        self.num_lost = 0
+        self.num_lost = self.num_ungrouped = 0
         self._settings, self._codec, self._is_scored = settings, codec, is_scored
         self._numbers: dict[str, int] | None = None
 
@@ -108,6 +109,7 @@ class RowReader:
                 self.bad_groups[1].add(ids[2])
             raise
         self.columns.accept(keys)
+        self.num_ungrouped += "group" not in keys
         return rollout, keys
 
     def _place_of_bad(self, row: Any, default_task: str) -> tuple[int, str, int, str] | None:
@@ -134,14 +136,14 @@ class RowReader:
         step = step_of(given["step"], keys["step"]) if "step" in keys else 1
         task = text_of(given["task"], f'"{keys["task"]}"') if "task" in keys else default_task
         group = group_of(given["group"], keys["group"]) if "group" in keys else None
-        if "prompt" in keys:
-            prompt = digest([task, as_text(question_of(given["prompt"], keys["prompt"]))])
-        elif "prompt_ids" in keys:
+        if "prompt_ids" in keys:
             prompt = digest([task, ids_of(given["prompt_ids"], keys["prompt_ids"], None)])
+        elif "prompt" in keys:
+            prompt = digest([task, as_text(question_of(given["prompt"], keys["prompt"]))])
         else:
             prompt = digest([task, group])
         own = self.groups.place(step, prompt, group)
-        shared = own if group is None else self.shared_groups.place(step, prompt, None)
+        shared = self.shared_groups.place(step, prompt, None)
         return (*own, *shared), step, task
 
     def _rollout(

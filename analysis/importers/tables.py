@@ -183,7 +183,7 @@ class Chunk:
         entropy_mean = np.where(np.isnan(entropy_mean), logged, entropy_mean)
         lengths = np.bincount(self.rows, minlength=size)
         num_generated = np.bincount(generated, minlength=size)
-        is_masked = any(rollout.loss_mask for rollout in rollouts)
+        is_masked = np.array([rollout.loss_mask is not None for rollout in rollouts])
         as_read = ("completion", "answer", "reward", "has_answer", "is_truncated", "is_correct")
         writer.append(
             "rollouts",
@@ -197,7 +197,7 @@ class Chunk:
                 "reward_components": [_pairs(rollout.reward_components) for rollout in rollouts],
                 "defects": [_defects(rollout) for rollout in rollouts],
                 "response_length": lengths,
-                "generated_length": num_generated if is_masked else None,
+                "generated_length": pa.array(num_generated, pa.int32(), mask=~is_masked),
                 "is_kept": is_kept,
                 "entropy_mean": _nullable(entropy_mean),
                 "surprisal_mean": _nullable(surprisal),
@@ -228,7 +228,7 @@ class Chunk:
                 "is_kept": np.array(is_kept)[self.rows] if knows_kept else None,
                 "sampling_logprob": _nullable(self.sampling_logprob),
                 "reference_logprob": _nullable(self.reference_logprob),
-                "loss_mask": self.is_generated if is_masked else None,
+                "loss_mask": pa.array(self.is_generated, pa.bool_(), mask=~is_masked[self.rows]),
                 "turn": _integers(rollouts, "turn"),
                 "policy_version": _integers(rollouts, "policy_version"),
             },
@@ -255,8 +255,10 @@ class Chunk:
         size = len(self.rollouts)
         low, high = np.full(size, np.inf), np.full(size, -np.inf)
         rows, chosen = self.rows[self.is_generated], values[self.is_generated]
-        np.minimum.at(low, rows, chosen)
-        np.maximum.at(high, rows, chosen)
+        # A NaN among the values of a response makes both bounds NaN, which are unequal.
+        with np.errstate(invalid="ignore"):
+            np.minimum.at(low, rows, chosen)
+            np.maximum.at(high, rows, chosen)
         return np.where(low == high, low, np.nan)
 
     def _add(self, sums: StepSums, is_kept: Sequence[bool], knows_kept: bool) -> None:

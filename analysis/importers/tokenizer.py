@@ -62,22 +62,22 @@ class TokenizerFile:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {token: entry.content for token, entry in added.items() if entry.special}
         self.markers = tuple(self._special.values())
+        self.stop_ids = self._find_stop_ids()
+        self.turn_end = self._find_turn_end()
 
     @property
     def has_chat_template(self) -> bool:
         """Return whether there is a chat template that ``template`` does not replace."""
         return self.template is None and self._chat_template is not None
 
-    @cached_property
-    def stop_ids(self) -> frozenset[int]:
+    def _find_stop_ids(self) -> frozenset[int]:
         """Return the tokens that end a response."""
         configured = _read_json(self.path.with_name(GENERATION)).get("eos_token_id")
         ids = configured if isinstance(configured, list) else [configured]
         eos = self._tokenizer.token_to_id(_content(self._config.get("eos_token")) or "")
         return frozenset(token for token in [*ids, eos] if isinstance(token, int))
 
-    @cached_property
-    def turn_end(self) -> int | None:
+    def _find_turn_end(self) -> int | None:
         """Return the stop token that the chat template writes after a response; None if unknown."""
         eos = self._tokenizer.token_to_id(_content(self._config.get("eos_token")) or "")
         otherwise = next(iter(self.stop_ids)) if len(self.stop_ids) == 1 else eos

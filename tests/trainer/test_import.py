@@ -448,7 +448,7 @@ def test_tokens_outside_the_loss_mask_are_rows_without_values(tmp_path, call):
     generated = expected.filter(is_generated)
     for name in ("masked", "covers_prompt"):
         tokens = table(tmp_path / name, "tokens").sort("rollout_id", "position")
-        assert tokens["loss_mask"].to_list() == is_generated.to_list()
+        assert tokens["loss_mask"].to_list() == [*is_generated.to_list()[:6], None, None]
         for column in ("token_id", "position", "response_length"):
             assert tokens[column].to_list() == expected[column].to_list()
         for column in MEASURED:
@@ -458,7 +458,7 @@ def test_tokens_outside_the_loss_mask_are_rows_without_values(tmp_path, call):
         # Without the view, a mean over the files is that of the generated tokens as well.
         assert tokens["entropy"].mean() == pytest.approx(generated["entropy"].mean(), rel=1e-5)
         rollouts = table(tmp_path / name, "rollouts").sort("rollout_id")
-        assert rollouts.select("response_length", "generated_length").rows() == [(6, 4), (2, 2)]
+        assert rollouts.select("response_length", "generated_length").rows() == [(6, 4), (2, None)]
         assert rollouts["ppl"][0] == pytest.approx(math.exp(-generated["logprob"].head(4).mean()), rel=1e-5)
         assert rollouts["entropy_mean"][0] == pytest.approx(generated["entropy"].head(4).mean(), rel=1e-5)
         assert rollouts["completion"][0] == "so we. so"

@@ -7,8 +7,9 @@ beside ``token_exports``, whose traces have the same tokens. Without them, ``--r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from entrace.analysis.importers.formats.annotated import Records, key_of_tokens
 from entrace.analysis.importers.formats.base import Convert, Format, Row, Session, has_keys, listed, split_at_response
@@ -22,7 +23,10 @@ ALIGNED = {
 }
 FOLDER = "token_exports"
 # What only the rollouts know.
-JOINED = ("group", "prompt", "reward", "reward_components", "ground_truth", "is_truncated", "policy_version", "turn")
+JOINED = (
+    *("group", "prompt", "reward", "reward_components", "ground_truth", "is_truncated"),
+    *("temperature", "policy_version", "turn"),
+)
 
 
 def run_of(path: Path) -> str:
@@ -41,8 +45,8 @@ def _open(session: Session) -> Convert:
     return joiner.convert
 
 
-def _keys(record: Row, path: Path, reader: Reader) -> Iterator[str]:
-    for row in reader.convert(record, path):
+def _keys(record: Mapping[str, Any], path: Path, reader: Reader) -> Iterator[str]:
+    for row in reader.convert(dict(record), path):
         yield key_of_tokens([*row["prompt_ids"], *row["response_ids"]])
 
 
@@ -93,5 +97,6 @@ FORMAT = Format(
     (f"**/{FOLDER}/step_*/rank_*.jsonl", "step_*/rank_*.jsonl"),
     has_keys("token_ids", "loss_mask", "trainer_logprobs", "inference_logprobs"),
     _open,
+    uniform=("step", "advantage"),
     run_of=run_of,
 )

@@ -63,8 +63,6 @@ def _convert(row: Row, path: Path) -> Iterable[Row]:
     name = str(row.get("custom_id") or answer.get("id") or row.get("id") or "")
     prompt = request.get("messages") or request.get("prompt")
     prompt = prompt if isinstance(prompt, list | str) else None
-    if prompt is None and "group" not in others and "uid" not in others:
-        others["group"] = name
     if "temperature" in request:
         others["temperature"] = request["temperature"]
     for place, choice in enumerate(choices):
@@ -72,6 +70,9 @@ def _convert(row: Row, path: Path) -> Iterable[Row]:
         found = {**others, **_tokens_of(choice), "finish_reason": choice.get("finish_reason")}
         found["id"] = f"{name}/{index}" if len(choices) > 1 else name
         prompt_ids = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
+        if prompt is None and not prompt_ids and not {"group", "uid"} & found.keys():
+            # The choices of one response share its prompt, whatever it is.
+            found["group"] = name
         yield {**found, "prompt": prompt, "prompt_ids": prompt_ids}
 
 

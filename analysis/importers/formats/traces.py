@@ -271,5 +271,5 @@ FORMAT = Format(
     _is_row,
     _open,
     # Only a trace that was trained on has an advantage.
-    uniform=("step", "group"),
+    uniform=("step",),
 )
