@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from entrace.analysis.trace.errors import InputError, nearest, reason_of
 from entrace.analysis.trace.schema import RESPONSE_TOKENS, TABLES
@@ -47,23 +47,52 @@ WORD = re.compile(r"\w+")
 CLAIMS = re.compile(r"(?P<claim>[A-Z]\w*\d(?:, [A-Z]\w*\d)*)\. ")
 COMMENT_LINE = re.compile(r"^\s*--.*$", re.MULTILINE)
 CREATED = re.compile(r"^create (?:view|macro) (\w+)", re.MULTILINE)
-# For each value of the header "needs": a probe of the trace, the remedy if it finds nothing, and the table or column
-# for which ``unknown`` in run.json gives a reason if there is no remedy.
+
+
+class Need(NamedTuple):
+    """Data that a question reads.
+
+    Attributes:
+        table: Table that must have rows.
+        column: Column that must have a value; empty if rows suffice.
+        remedy: What to do, or what is the case, if there are none.
+    """
+
+    table: str
+    column: str
+    remedy: str
+
+    @property
+    def place(self) -> str:
+        """Return the table or column for which ``unknown`` in run.json may give a reason."""
+        return f"{self.table}.{self.column}" if self.column else self.table
+
+
+# What the header "needs" may name, separated by commas.
 NEEDS = {
-    "steps": ("select 1 from steps", "no step is durable yet", "steps"),
-    "responses": ("select 1 from rollouts", "no response is durable yet", "rollouts"),
-    "tokens": ("select 1 from tokens", "no token is durable yet", "tokens"),
-    "evaluations": ("select 1 from evals", "no held-out evaluation was recorded", "evals"),
-    "after-update values": (
-        "select 1 from tokens where logprob_after is not null",
+    "steps": Need("steps", "", "no step is durable yet"),
+    "responses": Need("rollouts", "", "no response is durable yet"),
+    "tokens": Need("tokens", "", "no token is durable yet"),
+    "evaluations": Need("evals", "", "no held-out evaluation was recorded"),
+    "interventions": Need("interventions", "", "no interventions were recorded; run `entrace intervene RUN`"),
+    "after-update values": Need(
+        "tokens",
+        "logprob_after",
         "no after-update values were recorded; train with record.after_update_every=5",
-        "tokens.logprob_after",
     ),
-    "interventions": (
-        "select 1 from interventions",
-        "no interventions were recorded; run `entrace intervene RUN`",
-        "interventions",
+    "entropies": Need("tokens", "entropy", "no entropies of tokens were recorded"),
+    "log-probabilities": Need("tokens", "logprob", "no log-probabilities of tokens were recorded"),
+    "engine log-probabilities": Need(
+        "tokens", "sampling_logprob", "no log-probabilities of the inference engine were recorded beside the trainer's"
     ),
+    "gradient norms": Need("tokens", "grad_norm", "no gradient norms of tokens were recorded"),
+    "token advantages": Need("tokens", "advantage", "no advantages of tokens were recorded"),
+    "advantages": Need("rollouts", "advantage", "no advantages were recorded"),
+    "correctness": Need("rollouts", "is_correct", "no correctness of responses was recorded"),
+    "response entropies": Need("rollouts", "entropy_mean", "no entropies of responses were recorded"),
+    "perplexities": Need("rollouts", "ppl", "no perplexities of responses were recorded"),
+    "step entropies": Need("steps", "entropy_token_mean", "no entropies of steps were recorded"),
+    "accuracies": Need("steps", "accuracy", "no accuracies of steps were recorded"),
 }
 
 
@@ -79,7 +108,7 @@ class Question:
         grain: Meaning of one row.
         params: Parameters with kind, meaning, and default; see ``parameters``.
         units: Units of the columns.
-        needs: Data that a trace must hold, a key of ``NEEDS``.
+        needs: Data that a trace must hold, keys of ``NEEDS`` separated by commas.
         sql: Text of the SQL file, with its headers.
     """
 
@@ -131,8 +160,8 @@ class Questions:
             for name in HEADERS:
                 if not found.get(name):
                     raise InputError(f'{path}: expected "-- {name}: ..." among the first lines')
-            if found["needs"] not in NEEDS:
-                raise InputError(f'{path}: needs: unknown value "{found["needs"]}"{nearest(found["needs"], NEEDS)}')
+            if unknown := next((name for name in _names(found["needs"]) if name not in NEEDS), None):
+                raise InputError(f'{path}: needs: unknown value "{unknown}"{nearest(unknown, NEEDS)}')
 
     def __getitem__(self, stem: str) -> Question:
         """Return one question.
@@ -209,9 +238,9 @@ class Questions:
         """Return the file of a question, as ``analysis/sql/stage/stage_dynamics.sql``, or the path of a user's file."""
         return str(self._own.get(stem) or f"analysis/sql/{self.paths[stem].parent.name}/{stem}.sql")
 
-    def need(self, stem: str) -> str:
-        """Return what a trace must hold for a question to have rows, a key of ``NEEDS``."""
-        return self[stem].needs
+    def needs(self, stem: str) -> list[Need]:
+        """Return what a trace must hold for a question to have rows."""
+        return [NEEDS[name] for name in _names(self[stem].needs)]
 
 
 BUILT_IN = Questions()
@@ -220,6 +249,10 @@ BUILT_IN = Questions()
 @cache
 def _built_in() -> dict[str, Path]:
     return {path.stem: path for level in LEVELS for path in sorted((SQL_ROOT / level).glob("*.sql"))}
+
+
+def _names(needs: str) -> list[str]:
+    return [name.strip() for name in needs.split(",")]
 
 
 def _read_text(path: Path) -> str:

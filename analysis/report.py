@@ -135,7 +135,7 @@ def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) 
         "question": queries.headers(text)["question"],
         "caption": figures.caption(runs, stem),
         "image": image,
-        "lacks": "" if image else runs.why_empty(runs.questions.need(stem)),
+        "lacks": "" if image else runs.why_empty(stem),
         "sql": text,
         "verdicts": [verdict for verdict in scorecard["verdicts"] if verdict["figure"] == stem],
     }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from entrace.analysis import queries
 from entrace.analysis.parameters import parameters, shown, to_plain
-from entrace.analysis.queries import BUILT_IN, Questions
+from entrace.analysis.queries import BUILT_IN, Need, Questions
 from entrace.analysis.sandbox.connection import COVERAGE, RUNS_COLUMNS, STAGES_COLUMNS, connect, fill, spill_folder
 from entrace.analysis.sandbox.process import Limits, QueryProcess, ReadError
 from entrace.analysis.sandbox.statements import one_line, parameter_names
@@ -23,7 +23,14 @@ from entrace.analysis.terminal.interrupt import interruptible
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.errors import InputError, fault_of, in_one_line, nearest, reason_of
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
-from entrace.analysis.trace.parts import Layout, check_parts, check_whole, listed_files, read_part
+from entrace.analysis.trace.parts import (
+    Layout,
+    check_parts,
+    check_whole,
+    columns_with_values,
+    listed_files,
+    read_part,
+)
 from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.sampling import TokenSampling
 from entrace.analysis.trace.schema import TABLES, Table
@@ -114,6 +121,7 @@ class Runs:
         self._kept: dict[tuple[str, ...], pl.DataFrame] = {}
         self._finite: set[str] = set()
         self._files = files
+        self._columns: dict[str, dict[str, set[str]]] = {}
         self._spill = spill_folder()
         self._con = connect(manifests, files, BUFFERS, self._spill)
         weakref.finalize(self._con, shutil.rmtree, self._spill, ignore_errors=True)
@@ -193,6 +201,9 @@ class Runs:
     def ask(self, stem: str, **params: Any) -> pl.DataFrame:
         """Return the rows of a question without ``query``'s checks and warning, for values taken from the traces."""
         text = self.questions.read(stem)
+        if "runs" in parameter_names(text) and (lacking := self.lacking(stem)):
+            asked = params.get("runs")
+            params["runs"] = [run for run in (self.manifests if asked is None else asked) if run not in lacking]
         if self.questions.is_own(stem):
             return self._collect(self._to_query(text, params), Limits())
         return self.run_shipped(text, params)
@@ -218,7 +229,7 @@ class Runs:
         text = self.questions.read(stem)
         total = self.ask(stem).height
         if not conditions or not total:
-            return f"{stem}: no rows: {self.why_empty(self.questions.need(stem))}"
+            return f"{stem}: no rows: {self.why_empty(stem)}"
         described = parameters(queries.headers(text)["params"])
         named = {name: f"{name}={shown(to_plain(value))}" for name, value in conditions.items()}
         checked = self._check(text, conditions)
@@ -242,13 +253,41 @@ class Runs:
             self._kept[key] = self.ask(stem, runs=list(run_ids))
         return self._kept[key]
 
-    def why_empty(self, need: str) -> str:
+    def why_empty(self, stem: str) -> str:
         """Return why a question has no rows: the traces lack the data that it needs, or no data match the question."""
-        probe, hint, name = queries.NEEDS[need]
-        if self._select(f"{probe} limit 1", {}).is_empty():
-            reasons = {str((manifest.get("unknown") or {}).get(name, hint)) for manifest in self.manifests.values()}
-            return reasons.pop() if len(reasons) == 1 else hint
-        return f"the traces hold {need}, but none that match this question"
+        needs = self.questions.needs(stem)
+        if need := next((need for need in needs if not self._holders(need)), None):
+            reasons = {self._why_lacking(run, need) for run in self.manifests}
+            return reasons.pop() if len(reasons) == 1 else need.remedy
+        return f"the traces hold {self.questions[stem].needs}, but none that match this question"
+
+    def lacking(self, stem: str) -> dict[str, str]:
+        """Return the runs that a question leaves out, as no row has a value of a column that it needs, with reasons.
+
+        A run without rows is not left out, because it changes no answer.
+        """
+        return {
+            run: self._why_lacking(run, need)
+            for need in reversed(self.questions.needs(stem))
+            for run, columns in self._recorded(need.table).items()
+            if need.column and need.column not in columns
+        }
+
+    def _why_lacking(self, run: str, need: Need) -> str:
+        return str((self.manifests[run].get("unknown") or {}).get(need.place, need.remedy))
+
+    def _holders(self, need: Need) -> set[str]:
+        """Return the runs that hold what a question needs."""
+        return {run for run, columns in self._recorded(need.table).items() if (need.column or "run_id") in columns}
+
+    def _recorded(self, table: str) -> dict[str, set[str]]:
+        """Return the columns of a table that have values, by run."""
+        if table not in self._columns:
+            folders = {manifest["path"]: run for run, manifest in self.manifests.items()}
+            found = self._columns[table] = {}
+            for path in map(Path, self._files[table]):
+                found.setdefault(folders[str(path.parents[1])], set()).update(columns_with_values(path))
+        return self._columns[table]
 
     @cached_property
     def token_coverage(self) -> pl.DataFrame:
@@ -265,8 +304,7 @@ class Runs:
         Returns:
             Empty if the question reads no tokens, or if the tokens of all responses, or of none, are stored.
         """
-        probe, *_ = queries.NEEDS[self.questions.need(stem)]
-        if "tokens" not in queries.tables_in(probe):
+        if not any(need.table == "tokens" for need in self.questions.needs(stem)):
             return ""
         frame = self.token_coverage
         frame = frame if run_ids is None else frame.filter(frame["run_id"].is_in(list(run_ids)))
@@ -280,18 +318,18 @@ class Runs:
     def stage_fits(self) -> dict[str, StageFit]:
         """Return the two-stage fit of every run with recorded steps; see ``statistics.stages``."""
         if self._fits is None:
+            import polars as pl
+
             from entrace.analysis.statistics.stages import fit_stages
 
-            known = "entropy_token_mean is not null and accuracy is not null"
-            steps = self._select(
-                f"select run_id, step, entropy_token_mean, accuracy from steps where {known} order by run_id, step", {}
-            )
-            self._fits = {
-                str(run_id): fit_stages(
-                    part["step"].to_numpy(), part["entropy_token_mean"].to_numpy(), part["accuracy"].to_numpy()
-                )
-                for (run_id,), part in steps.group_by("run_id", maintain_order=True)
-            }
+            series = ("entropy_token_mean", "accuracy")
+            steps = self._select(f"select run_id, step, {', '.join(series)} from steps order by run_id, step", {})
+            self._fits = {}
+            for (run_id,), part in steps.group_by("run_id", maintain_order=True):
+                known = part.drop_nulls([name for name in series if part[name].count()])
+                if len(known) and any(part[name].count() for name in series):
+                    entropy, accuracy = (known[name].cast(pl.Float64).to_numpy() for name in series)
+                    self._fits[str(run_id)] = fit_stages(known["step"].to_numpy(), entropy, accuracy)
         return self._fits
 
     @property

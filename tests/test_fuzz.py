@@ -62,7 +62,7 @@ VALUES = st.recursive(
 )
 LINES = st.one_of(SIGNS, st.tuples(NAMES, VALUES).map(" = ".join), NAMES.map("[{}]".format), st.just(""))
 DEEP = ["[" * 5000, "[" * 50_000 + "]" * 50_000, "{a = " * 5000 + "1" + "}" * 5000]
-QUICK = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from([10**400, 2**31]),
@@ -73,7 +73,7 @@ JSON = st.recursive(
 )
 TYPES = [pa.int8(), pa.int64(), pa.uint64(), pa.float16(), pa.float64(), pa.string(), pa.large_string(), pa.binary()]
 TYPES += [pa.bool_(), pa.list_(pa.int32()), pa.dictionary(pa.int32(), pa.string()), pa.date32(), pa.decimal128(10, 2)]
-NUM_DAMAGED = 40
+NUM_DAMAGED = 24
 
 
 def read(name: str, text: str) -> None:
@@ -163,7 +163,7 @@ def test_any_manifest(run: Path):
     good = json.loads(path.read_text())
     keys = [*good, "config", "arm", "baseline", "error", "hardware", "versions", "model", "files", "path", "axes"]
 
-    @settings(QUICK, max_examples=30)
+    @settings(QUICK, max_examples=20)
     @given(st.one_of(JSON, st.dictionaries(st.sampled_from(keys), JSON, min_size=1, max_size=2).map(good.__or__)))
     def check(manifest: Any) -> None:
         path.write_text(json.dumps(manifest))

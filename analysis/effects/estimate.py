@@ -64,7 +64,7 @@ def fetch(runs: Runs, stem: str, run_ids: Sequence[str]) -> pl.DataFrame:
     """
     frame = runs.query_once(stem, run_ids)
     if set(frame["run_id"]) != set(run_ids):
-        raise NoEffectError(runs.why_empty(runs.questions.need(stem)))
+        raise NoEffectError(runs.why_empty(stem))
     return frame
 
 

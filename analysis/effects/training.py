@@ -56,11 +56,17 @@ def of_policy(judged: Judged) -> Judged:
     return judge
 
 
+# As in ``StageFit``.
+SERIES = ("the entropy", "the accuracy")
+
+
 def slows(series: int) -> Judged:
     """Return a judge of the slowdown of entropy (0) or accuracy (1) between halves (S1); see ``slowdown``."""
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         fits = [_long_enough(runs, run) for run in run_ids]
+        if not all(fit.is_known[series] for fit in fits):
+            raise NoEffectError(f"{SERIES[series]} of the steps was not recorded")
         num_steps = sum(fit.num_steps for fit in fits)
         movements = [fit.movement(series) for fit in fits]
         return slowdown_of(movements, num_steps, f"steps, {count(run_ids, 'run')}")

@@ -65,14 +65,20 @@ def stems(runs: Runs) -> list[str]:
 
 
 def caption(runs: Runs, stem: str) -> str:
-    """Return the caption of a figure, with the share of the responses whose tokens it shows if tokens are sampled.
+    """Return the caption of a figure, with the share of the responses if tokens are sampled, and the runs left out.
 
     The caption of a user's figure defaults to the question of its SQL.
     """
     question = headers(runs.questions.read(stem))["question"]
     own = getattr(figure_module(stem, runs.questions), "CAPTION", question)
-    share = runs.token_share(stem, _shown(runs))
-    return f"{own.rstrip('.')}. Sampled: {share}." if share else own
+    shown = _shown(runs)
+    notes = []
+    if share := runs.token_share(stem, shown):
+        notes.append(f"Sampled: {share}.")
+    lacking = {run: reason for run, reason in runs.lacking(stem).items() if run in shown}
+    if 0 < len(lacking) < len(shown):
+        notes.append(f"Left out: {', '.join(f'{run} ({reason})' for run, reason in lacking.items())}.")
+    return " ".join([f"{own.rstrip('.')}.", *notes]) if notes else own
 
 
 def query(runs: Runs, stem: str) -> pl.DataFrame:
@@ -109,7 +115,7 @@ def draw(stem: str, runs: Runs, ax: Axes | None = None) -> Axes:
     """
     frame = query(runs, stem)
     if not is_drawable(frame):
-        raise InputError(f"{stem}: {runs.why_empty(runs.questions.need(stem))}")
+        raise InputError(f"{stem}: {runs.why_empty(stem)}")
     return figure_module(stem, runs.questions).draw(frame, ax or style.new_axes(size(runs, stem, frame)))
 
 
@@ -252,6 +258,12 @@ def high_entropy_by_position(runs: Runs, ax: Axes | None = None) -> Axes:
 def high_entropy_words(runs: Runs, ax: Axes | None = None) -> Axes:
     """Draw the most frequent high-entropy words (claims S6, T3)."""
     return draw("high_entropy_words", runs, ax)
+
+
+@_listed
+def engine_mismatch(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw how far the inference engine's probabilities differ from the trainer's."""
+    return draw("engine_mismatch", runs, ax)
 
 
 @_listed

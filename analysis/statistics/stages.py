@@ -11,7 +11,7 @@ All errors are autocorrelated; see ``autocorrelation``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -58,6 +58,7 @@ class StageFit:
         slope_draws: Simulated slopes, shape ``(draws, 2, 2)``; empty without a boundary.
         steps: Fitted steps, shape ``(n,)``.
         values: Entropy and accuracy at the fitted steps, shape ``(n, 2)``.
+        is_known: Whether entropy and accuracy were recorded, shape ``(2,)``; an unknown series is 0 throughout.
     """
 
     first_step: int
@@ -73,6 +74,7 @@ class StageFit:
     slope_draws: np.ndarray = field(repr=False)
     steps: np.ndarray = field(repr=False, default_factory=lambda: np.empty(0))
     values: np.ndarray = field(repr=False, default_factory=lambda: np.empty((0, 2)))
+    is_known: tuple[bool, bool] = (True, True)
 
     def segments(self) -> list[dict[str, Any]]:
         """Return one row per stage, as in table ``stages``."""
@@ -98,6 +100,8 @@ class StageFit:
 
     def _measure(self, name: str, stage: int, series: int) -> dict[str, float | None]:
         """Return start and slope of one series in one stage; with a boundary, also the 95 % interval of the slope."""
+        if not self.is_known[series]:
+            return dict.fromkeys(f"{name}_{value}" for value in ("start", "slope", "slope_low", "slope_high"))
         ends = np.percentile(self.slope_draws[:, stage, series], LEVEL) if len(self.slope_draws) else (None, None)
         return {
             f"{name}_start": float(self.starts[stage, series]),
@@ -146,14 +150,25 @@ def fit_stages(
 
     Args:
         step: Steps in order, shape ``(n,)``.
-        entropy: Mean token entropy per step, nats.
-        accuracy: Accuracy per step.
+        entropy: Mean token entropy per step, nats. A series that is NaN throughout is unknown, and takes no part.
+        accuracy: Accuracy per step, likewise.
         rng: Source of randomness (default: seed 0 for every run).
     """
     rng = rng or np.random.default_rng(0)
     recorded = np.asarray(step, dtype=float)
-    x, y = _average(recorded, np.column_stack((entropy, accuracy)).astype(float))
+    series = np.column_stack((entropy, accuracy)).astype(float)
+    is_known = (not np.isnan(series[:, 0]).all(), not np.isnan(series[:, 1]).all())
+    # A constant series has no weight in the fit.
+    x, y = _average(recorded, np.where(is_known, series, 0.0))
     spans = (int(recorded[0]), int(recorded[-1]), len(recorded))
+    fit = _fit(spans, recorded, x, y, rng)
+    return replace(fit, is_known=is_known)
+
+
+def _fit(
+    spans: tuple[int, int, int], recorded: np.ndarray, x: np.ndarray, y: np.ndarray, rng: np.random.Generator
+) -> StageFit:
+    """Fit ``y`` at ``x``, the averages of neighboring recorded steps."""
     if len(x) < MIN_STEPS:
         return _one_stage(spans, x, y, f"the run has {len(x)} steps; a boundary needs {MIN_STEPS}")
     center, scale = y.mean(0), y.std(0)

@@ -168,6 +168,18 @@ def check_part(path: Path, table: Table, rows: int | None = None, known: Sequenc
     return Layout(version, absent, _has_context(footer))
 
 
+def columns_with_values(path: Path) -> set[str]:
+    """Return the columns of a file that have a value in some row, as far as its footer tells."""
+    import pyarrow.parquet as pq
+
+    with _translate_errors(path):
+        footer = pq.read_metadata(path)
+    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+    chunks = [group.column(i) for group in groups for i in range(group.num_columns) if group.num_rows]
+    # A list or map is named by the path to its values.
+    return {chunk.path_in_schema.split(".")[0] for chunk in chunks if not _is_null(chunk.statistics)}
+
+
 def check_whole(path: Path, table: Table, rows: int | None = None, known: Sequence[Digest] = ()) -> None:
     """Check a file as ``check_part`` does, and then every byte of it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,8 @@ MOVED = {
     9: [-0.1, 0, 0, 0, 0],
     10: [0.1, 0, 0, 0, 0],
 }
+# rollout_id -> probabilities according to the inference engine.
+ENGINE = {7: [0.4, 0.5, 0.5, 0.5, 0.5], 8: [0.5] * 5, 9: [0.5, 0.5, 0.5, 0.5, 0.2]}
 # rollout_id -> gradient norms other than 1 (0 where the advantage is).
 GRAD_NORMS = {6: [2, 1], 7: [2, 1, 1, 1, 2], 8: [4, 1, 1, 1, 1], 11: [0] * 5, 12: [0] * 5}
 # rollout_id -> token ids other than "1" followed by " dog".
@@ -98,6 +101,17 @@ def step_row(step: int, *, entropy: float, accuracy: float) -> dict[str, object]
     return {**dict.fromkeys(zeros, 0.0), **figures, **counts, "step": step}
 
 
+def write_steps(folder: Path, steps: Sequence[int] = range(1, 25)) -> Path:
+    """Write a run of which only ``steps`` are recorded, so that its report has two figures and is quick."""
+    writer = TraceWriter.create(folder, {"run_id": folder.name, "arm": "none", "seed": 0, "study": "s"}, ["a"])
+    for step in steps:
+        writer.append("steps", step_row(step, entropy=1 / step, accuracy=1 - 0.5 / step))
+        writer.end_step(step)
+    writer.flush()
+    writer.finish()
+    return folder
+
+
 def _append_response(
     writer: TraceWriter,
     rollout_id: int,
@@ -119,6 +133,8 @@ def _append_response(
     if rollout_id in MOVED:
         tokens["logprob_after"] = np.log(0.5 + np.array(MOVED[rollout_id]))
         tokens |= {"entropy_after": entropies, "is_clipped": False}
+    if rollout_id in ENGINE:
+        tokens["sampling_logprob"] = np.log(ENGINE[rollout_id])
     writer.append("tokens", {**common, **tokens, "shaped_advantage": advantage})
     writer.append(
         "rollouts",

@@ -119,6 +119,7 @@ def _append_step(
             "response_length": LENGTH,
             "token_id": token_ids.ravel(),
             "logprob": -surprisal.ravel(),
+            "sampling_logprob": -1.02 * surprisal.ravel(),
             "entropy": entropy.ravel(),
             "advantage": np.repeat(advantage, LENGTH),
             "shaped_advantage": np.repeat(advantage, LENGTH),

@@ -19,7 +19,7 @@ import pytest
 from entrace.analysis.cli import NOTES_SHOWN
 from entrace.analysis.trace import TABLES, TraceWriter
 from entrace.analysis.trace.staging import PARTIAL
-from tests.analysis.conftest import write_failed
+from tests.analysis.conftest import write_failed, write_steps
 
 
 def test_incomplete_runs_are_noted_on_stderr(command, tmp_path: Path):
@@ -108,8 +108,8 @@ def test_claims_as_text_and_json(command, tiny_path: Path):
     assert first["null"] == "a straight line, or drifting noise"
 
 
-def test_report_names_the_page(command, tiny_path: Path, tmp_path: Path):
-    code, out, _ = command("report", str(tiny_path), "--out", str(tmp_path / "out"))
+def test_report_names_the_page(command, tmp_path: Path):
+    code, out, _ = command("report", str(write_steps(tmp_path / "run")), "--out", str(tmp_path / "out"))
     assert (code, out.decode()) == (0, f"report: {tmp_path / 'out' / 'report.html'}\n")
     assert (tmp_path / "out" / "report.html").is_file()
 

@@ -19,7 +19,7 @@ from entrace.analysis.report import MARK, _provenance, num_parts, write_report
 from entrace.analysis.runs import Runs, open_runs
 from entrace.analysis.terminal.export import to_report_csv
 from entrace.analysis.trace import InputError, TraceWriter, write_manifest
-from tests.analysis.conftest import step_row, write_failed, write_tiny, written
+from tests.analysis.conftest import step_row, write_failed, write_steps, written
 from tests.analysis.synthetic import write_run
 
 HOSTILE = '<script>alert("x")</script>'
@@ -117,7 +117,7 @@ def test_report_replaces_nothing_but_a_report(tiny: Runs, tmp_path: Path):
 
 
 def test_hostile_names_and_errors_are_escaped(tmp_path: Path):
-    folder = write_tiny(tmp_path / "run")
+    folder = write_steps(tmp_path / "run")
     manifest = json.loads((folder / "run.json").read_text())
     hostile = {"run_id": "tiny", "arm": HOSTILE, "study": HOSTILE, "error": HOSTILE, "config": {"a": HOSTILE}}
     write_manifest(folder, {**manifest, **hostile})
@@ -146,11 +146,11 @@ def test_comparison_stands_on_the_page_and_beside_it(report: Path):
     assert pl.read_csv(report / "comparison_aggregates.csv")["arm"].to_list() == ["none", "ppl"]
 
 
-def test_report_without_another_arm_has_no_comparison_and_removes_an_earlier_one(tiny: Runs, tmp_path: Path):
+def test_report_without_another_arm_has_no_comparison_and_removes_an_earlier_one(tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "report.html").write_text(MARK)
     (tmp_path / "out" / "comparison.csv").write_text("earlier")
-    page = write_report(tiny, tmp_path / "out").read_text()
+    page = write_report(open_runs(write_steps(tmp_path / "run")), tmp_path / "out").read_text()
     assert "Comparison</h2>" not in page
     assert not list((tmp_path / "out").glob("comparison*"))
 
@@ -207,13 +207,7 @@ def test_long_table_says_how_much_is_missing():
 
 @pytest.mark.parametrize("steps", [(1,), (1, 2), (1, 100), (1, 100, 200)], ids=str)
 def test_runs_of_a_few_steps_have_a_report(steps: tuple[int, ...], tmp_path: Path):
-    writer = TraceWriter.create(tmp_path / "few", {"run_id": "few", "arm": "none", "seed": 0, "study": "s"}, ["a"])
-    for step in steps:
-        writer.append("steps", step_row(step, entropy=1 / step, accuracy=1 - 0.5 / step))
-        writer.end_step(step)
-    writer.flush()
-    writer.finish()
-    write_report(open_runs(tmp_path / "few"), tmp_path / "report")
+    write_report(open_runs(write_steps(tmp_path / "few", steps)), tmp_path / "report")
     assert (tmp_path / "report" / "exchange_law.png").exists()
     verdicts = json.loads((tmp_path / "report" / "claims.json").read_text())["verdicts"]
     assert {verdict["verdict"] for verdict in verdicts if verdict["claim"] != "S1"} == {"not recorded"}
@@ -235,7 +229,7 @@ def test_what_cannot_be_known_is_said_with_its_reason(tmp_path: Path):
     assert "steps.loss: not among the rows" in page
     # Of runs that differ in what they lack, the general hint is all that holds for both.
     TraceWriter.create(tmp_path / "s", {"run_id": "s"}, ["a"]).finish()
-    assert "entrace intervene" in open_runs([tmp_path / "r", tmp_path / "s"]).why_empty("interventions")
+    assert "entrace intervene" in open_runs([tmp_path / "r", tmp_path / "s"]).why_empty("impact_by_position")
 
 
 @pytest.mark.parametrize(

@@ -238,12 +238,16 @@ def test_verdicts_on_tokens_widen_and_state_the_share(full: Path, sampled: Runs)
     assert np.median(widths) > 1.3
 
 
+def reads_tokens(stem: str) -> bool:
+    return any(need.table == "tokens" for need in queries.BUILT_IN.needs(stem))
+
+
 def test_captions_and_notes_state_what_is_stored(full: Path, sampled: Runs):
     runs, share = open_runs(full), sampled.token_share("u_shape")
     assert share.startswith("tokens of ")
     for stem in figures.STEMS:
         before, after = figures.caption(runs, stem), figures.caption(sampled, stem)
-        assert after == (f"{before.rstrip('.')}. Sampled: {share}." if stem in VALUES or "density" in stem else before)
+        assert after == (f"{before.rstrip('.')}. Sampled: {share}." if reads_tokens(stem) else before)
     assert runs.notes == {}
     assert sampled.notes["run"].startswith("tokens are stored for ")
 
@@ -252,4 +256,4 @@ def test_captions_and_notes_state_what_is_stored(full: Path, sampled: Runs):
 def test_questions_that_read_tokens_say_so(stem: str):
     """``token_share`` relies on the header."""
     reads = pl.Series([queries.BUILT_IN.read(stem)]).str.contains(f"(?i){READERS}").item()
-    assert reads == (queries.BUILT_IN.need(stem) in ("tokens", "after-update values"))
+    assert reads == reads_tokens(stem)

@@ -14,11 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from matplotlib.figure import Figure
+from polars.testing import assert_frame_equal
 
 from entrace import figures
 from entrace.analysis import queries
 from entrace.analysis.report import write_report
 from entrace.analysis.runs import Runs, open_runs
+from entrace.analysis.sandbox.connection import DEFAULTS
 from entrace.analysis.trace import TABLES
 from entrace.analysis.trace.verify import accept_edits
 from tests.analysis.synthetic import Planted, write_run
@@ -26,6 +28,11 @@ from tests.analysis.synthetic import Planted, write_run
 mpl.use("Agg")
 
 NULLABLE = {name: [c.name for c in table.columns if c.nullable] for name, table in TABLES.items()}
+READ = (
+    set()
+    .union(*(queries.WORD.findall(queries.BUILT_IN.read(stem)) for stem in queries.BUILT_IN))
+    .union(*(queries.WORD.findall(text) for text in queries.staging()))
+)
 SHARES = ["all", "half"]
 
 
@@ -79,7 +86,7 @@ def draw(runs: Runs, stem: str, whole: pl.DataFrame) -> None:
     """Draw a figure that the nulls change; a figure without rows must have a reason."""
     frame = figures.query(runs, stem)
     if not figures.is_drawable(frame):
-        assert runs.why_empty(queries.BUILT_IN.need(stem))
+        assert runs.why_empty(stem)
     elif not frame.equals(whole):
         canvas = Figure(figsize=figures.size(runs, stem, frame))
         figures.figure_module(stem).draw(frame, canvas.subplots())
@@ -87,18 +94,37 @@ def draw(runs: Runs, stem: str, whole: pl.DataFrame) -> None:
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize(("table", "column"), [(table, c) for table, names in NULLABLE.items() for c in names])
+@pytest.mark.parametrize(
+    ("table", "column"), [(table, c) for table, names in NULLABLE.items() for c in names if c in READ]
+)
 def test_questions_and_figures(
     whole: Path, drawn: dict[str, pl.DataFrame], tmp_path: Path, table: str, column: str, share: str
 ):
     forget(whole, tmp_path / "study", table, [column], share)
     runs = open_runs(tmp_path / "study")
-    assert runs.sql(f"select count(*) from {table} where {column} is null").item() > 0
+    if (table, column) not in DEFAULTS:
+        assert runs.sql(f"select count(*) from {table} where {column} is null").item() > 0
     for stem in (stem for stem in queries.BUILT_IN.paths if {table, column} <= names_in(stem)):
         if stem in figures.STEMS:
             draw(runs, stem, drawn[stem])
         else:
             runs.query(stem)
+
+
+@pytest.mark.parametrize("name", [name for name, need in queries.NEEDS.items() if need.column])
+def test_what_a_question_needs(whole: Path, tmp_path: Path, name: str):
+    """A run without the values is left out, and the rest is answered as if it were alone."""
+    need = queries.NEEDS[name]
+    forget(whole, tmp_path / "study", need.table, [need.column], "all")
+    shutil.rmtree(tmp_path / "study" / "ppl-seed0")
+    shutil.copytree(whole / "none-seed0", tmp_path / "whole")
+    none, mixed = open_runs(tmp_path / "study"), open_runs([tmp_path / "whole", tmp_path / "study" / "none-seed1"])
+    for stem in (stem for stem in queries.BUILT_IN.paths if need in queries.BUILT_IN.needs(stem)):
+        assert none.ask(stem).is_empty(), stem
+        assert none.why_empty(stem) == need.remedy
+        assert mixed.lacking(stem) == {"none-seed1": need.remedy}
+        if need.table != "steps":
+            assert_frame_equal(mixed.ask(stem), open_runs(tmp_path / "whole").ask(stem))
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -158,12 +158,24 @@ def test_a_window_without_stored_responses_is_one_line(full, tmp_path):
     assert "\n" not in str(refused.value)
 
 
+SIZES = ["rollout.prompts_per_step=24", "rollout.group_size=8", "record.flush_every=8", "record.checkpoint_every=8"]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A run with as many prompts per step as in practice."""
+    out = tmp_path_factory.mktemp("runs") / "large"
+    train(load_config("tiny", [*SHAPE, *SIZES]), out, {})
+    return out
+
+
 @pytest.mark.parametrize("options", [[], SAMPLED])
-def test_the_predicted_size_is_near_that_of_a_run(tmp_path, options):
-    """With as many prompts as in practice, and with the tokens that were sampled instead of the most possible."""
-    sizes = ["rollout.prompts_per_step=24", "rollout.group_size=8", "record.flush_every=8", "record.checkpoint_every=8"]
-    config = load_config("tiny", [*SHAPE, *sizes, *options])
-    train(config, tmp_path / "run", {})
+def test_the_predicted_size_is_near_that_of_a_run(large, tmp_path, options):
+    """With the tokens that were sampled instead of the most possible."""
+    config = load_config("tiny", [*SHAPE, *SIZES, *options])
+    shutil.copytree(large, tmp_path / "run")
+    if options:
+        prune(tmp_path / "run", SAMPLING)
     plan = make_plan(config)
     share = plan.token_steps / plan.steps * plan.token_responses
     assert (plan.steps, plan.token_steps) == (8, 5 if options else 8)

@@ -4,7 +4,7 @@
 --   middle, 1 = last fifth)
 -- params: $runs: list of run_id (default all)
 -- units: tokens in tokens; movement: sum of |dp| in probability; grad_norm: sum in nats
--- needs: after-update values
+-- needs: after-update values, log-probabilities, entropies, gradient norms
 with high as (
   select
     moved.run_id,

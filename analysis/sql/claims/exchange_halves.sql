@@ -2,7 +2,7 @@
 -- grain: one row per run, step, and half (0, 1) of the step's prompts, over all sampled responses
 -- params: $runs: list of run_id (default all)
 -- units: entropy_sum in nats; tokens in tokens; correct, responses in responses
--- needs: responses
+-- needs: responses, response entropies, correctness
 with halves as (
   select
     *,
@@ -18,8 +18,8 @@ final as (
     run_id,
     step,
     half,
-    sum(entropy_mean::double * response_length) as entropy_sum,
-    sum(response_length)::double as tokens,
+    sum(entropy_mean::double * generated_length) as entropy_sum,
+    sum(generated_length)::double as tokens,
     sum(is_correct::integer)::double as correct,
     count(*)::double as responses
   from halves

@@ -3,7 +3,7 @@
 -- params: $runs: list of run_id (default all)
 -- units: tokens in tokens; bin b holds p (1 - p) from 2^(-2 - (b + 1) / 4) to 2^(-2 - b / 4), and the last bin all
 --   smaller values
--- needs: after-update values
+-- needs: after-update values, log-probabilities
 with final as (
   select run_id, step, prompt_id, potential_bin(exp(logprob::double)) as bin, count(*) as tokens
   from staged_movements

@@ -3,7 +3,7 @@
 -- params: $runs: list of run_id (default all)
 -- units: *tokens in tokens; *movement: sums of |dp|; *_dp: sums of dp; *_potential: sums of p (1 - p); *_margin: sums
 --   of p (1 - p) max(|logit p|, 1); uncertain_shift: sum of |d ln p| in nats
--- needs: after-update values
+-- needs: after-update values, log-probabilities, entropies, gradient norms, token advantages
 with moved as (
   select
     run_id,

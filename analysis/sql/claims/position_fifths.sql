@@ -3,7 +3,7 @@
 -- params: $runs: list of run_id (default all)
 -- units: first_sum, middle_sum, last_sum: sums over responses of the mean entropy of that part, by token_weight, in
 --   nats per token; num_responses: responses, by token_weight
--- needs: tokens
+-- needs: tokens, entropies
 with per_response as (
   select response_fifths.*, token_steps.token_weight
   from response_fifths

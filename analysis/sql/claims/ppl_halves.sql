@@ -3,7 +3,7 @@
 -- params: $runs: list of run_id (default all)
 -- units: difference in [-1, 1]: accuracy of the half with lower length-adjusted perplexity minus accuracy of the other
 --   half; num_groups is 1
--- needs: responses
+-- needs: responses, perplexities, correctness
 with ranked as (
   select
     *,

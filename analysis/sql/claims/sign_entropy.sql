@@ -3,18 +3,18 @@
 -- params: $runs: list of run_id (default all)
 -- units: *_sum in nats: mean entropy of a sign's tokens times the number of tokens of the group; *_mean in nats per
 --   token: mean over responses
--- needs: responses
+-- needs: responses, response entropies, advantages
 with per_group as (
   select
     run_id,
     step,
     group_id,
     any_value(prompt_id) as prompt_id,
-    sum(response_length) as tokens,
-    sum(entropy_mean::double * response_length) filter (where sample_sign = 'negative')
-    / sum(response_length) filter (where sample_sign = 'negative') as negative,
-    sum(entropy_mean::double * response_length) filter (where sample_sign = 'positive')
-    / sum(response_length) filter (where sample_sign = 'positive') as positive,
+    sum(generated_length) as tokens,
+    sum(entropy_mean::double * generated_length) filter (where sample_sign = 'negative')
+    / sum(generated_length) filter (where sample_sign = 'negative') as negative,
+    sum(entropy_mean::double * generated_length) filter (where sample_sign = 'positive')
+    / sum(generated_length) filter (where sample_sign = 'positive') as positive,
     avg(entropy_mean) filter (where sample_sign = 'negative') as negative_mean,
     avg(entropy_mean) filter (where sample_sign = 'positive') as positive_mean
   from staged_responses

@@ -4,7 +4,7 @@
 --   bins of perplexity (default 10)
 -- units: accuracy, low, high in [0, 1] (95 % interval over steps and prompts); ppl_mean, ppl_low, ppl_high are
 --   perplexities (>= 1); num_* are counts
--- needs: responses
+-- needs: responses, perplexities, correctness
 with responses as (
   select
     run_id,

@@ -5,7 +5,7 @@
 --   bins of perplexity per group (default 4)
 -- units: accuracy, low, high in [0, 1] (95 % interval over steps and prompts); ppl_mean is a perplexity (>= 1); num_*
 --   are counts
--- needs: responses
+-- needs: responses, perplexities, correctness
 with responses as (
   select run_id, stage, step, prompt_id, group_id, sample_index, is_correct, ppl, surprisal_at_length
   from responses_at_length

@@ -4,9 +4,9 @@
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
 -- units: entropy, low, high in nats per token (95 % interval over prompts); token_share in [0, 1] of the step's tokens;
 --   num_* are counts; boundary_* in steps
--- needs: responses
+-- needs: responses, response entropies, advantages
 with responses as (
-  select *, entropy_mean::double * response_length as entropy_sum
+  select *, entropy_mean::double * generated_length as entropy_sum
   from staged_responses
   where
     sample_sign is not null
@@ -23,7 +23,7 @@ per_prompt as (
     sample_sign,
     prompt_id,
     sum(entropy_sum) as entropy_sum,
-    sum(response_length) as tokens,
+    sum(generated_length) as tokens,
     count(*) as responses
   from responses
   group by all

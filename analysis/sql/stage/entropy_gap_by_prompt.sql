@@ -4,7 +4,7 @@
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
 -- units: gap, low, high in nats per token, gap = negative - positive (95 % interval over prompts); num_prompts in
 --   prompts; boundary_* in steps
--- needs: responses
+-- needs: responses, response entropies, advantages
 with responses as (
   select run_id, step, stage, prompt_id, group_id, sample_sign, entropy_mean::double as entropy
   from staged_responses

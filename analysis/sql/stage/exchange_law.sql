@@ -3,7 +3,7 @@
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
 -- units: entropy in nats per token; exp_entropy is exp(entropy); accuracy, accuracy_fit in [0, 1]; a, b, and ceiling in
 --   units of accuracy, ceiling = b - a is the accuracy at entropy 0; r2 in [0, 1]; num_steps in steps
--- needs: steps
+-- needs: steps, step entropies, accuracies
 with steps_of_runs as (
   select
     run_id,
@@ -13,7 +13,11 @@ with steps_of_runs as (
     exp(entropy_token_mean::double) as exp_entropy,
     accuracy::double as accuracy
   from staged_steps
-  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
+  where
+    entropy_token_mean is not null
+    and accuracy is not null
+    and ($runs is null or list_contains($runs, run_id))
+    and ($stage is null or stage = $stage)
 ),
 fits as (
   select

@@ -3,7 +3,7 @@
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
 -- units: dp, low, high: mean change of probability; movement, movement_low, movement_high: mean |dp| (95 % intervals
 --   over steps and prompts); grad_norm in nats; entropy_mean in nats; num_* are counts
--- needs: after-update values
+-- needs: after-update values, log-probabilities, entropies, token advantages
 with moved as (
   select
     run_id,
@@ -18,6 +18,7 @@ with moved as (
   from staged_movements
   where
     sample_sign is not null
+    and entropy is not null
     and ($runs is null or list_contains($runs, run_id))
     and ($stage is null or stage = $stage)
 ),

@@ -3,7 +3,7 @@
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
 -- units: share, low, high, even, random in [0, 1] of all |dp| (95 % interval over steps and prompts); even = equal
 --   movement of all tokens, random = random logit changes; num_* are counts
--- needs: after-update values
+-- needs: after-update values, log-probabilities
 with moved as (
   select
     run_id,

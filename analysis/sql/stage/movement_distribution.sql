@@ -4,7 +4,7 @@
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
 -- units: bin_low, bin_high in units of |dp|; share, low, high in [0, 1] of the sign's tokens (95 % interval over steps
 --   and prompts); num_* are counts
--- needs: after-update values
+-- needs: after-update values, log-probabilities, token advantages
 with moved as (
   select run_id, stage, sample_sign, step, prompt_id, abs(dp) as movement
   from staged_movements

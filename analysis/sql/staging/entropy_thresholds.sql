@@ -7,7 +7,7 @@ create macro entropy_thresholds(top) as table
   with bins as (
     select run_id, step, floor(200 * ln(greatest(entropy, 1e-9)))::smallint as bin, count(*) as num_tokens
     from tokens
-    where is_kept
+    where is_kept and entropy is not null
     group by all
   ),
   per_stage as (

@@ -8,9 +8,9 @@ with centered as (
   select
     *,
     surprisal_mean - avg(surprisal_mean) over (partition by run_id, group_id) as surprisal_in_group,
-    ln(response_length) - avg(ln(response_length)) over (partition by run_id, group_id) as length_in_group
+    ln(generated_length) - avg(ln(generated_length)) over (partition by run_id, group_id) as length_in_group
   from staged_responses
-  where ppl is not null and surprisal_mean is not null and response_length > 0
+  where ppl is not null and surprisal_mean is not null and generated_length > 0
 ),
 slopes as (
   select

@@ -4,4 +4,4 @@
 create view staged_movements as
 select *, exp(logprob_after::double) - exp(logprob::double) as dp
 from staged_tokens
-where is_kept and logprob_after is not null;
+where is_kept and logprob is not null and logprob_after is not null;

@@ -4,7 +4,7 @@
 --   bins of position (default 10)
 -- units: position_mid in [0, 1]; entropy, low, high in nats per token (95 % interval over steps and prompts); num_* are
 --   counts
--- needs: tokens
+-- needs: tokens, entropies, token advantages
 with steps_of_stage as (
   select run_id, step, stage, token_weight
   from token_steps
@@ -21,7 +21,11 @@ per_prompt as (
     sum(entropy) as entropy_sum,
     count(*) as tokens
   from tokens
-  where is_kept and advantage <> 0 and ($runs is null or list_contains($runs, run_id))
+  where
+    is_kept
+    and advantage <> 0
+    and entropy is not null
+    and ($runs is null or list_contains($runs, run_id))
   group by all
 ),
 per_bin as (

@@ -4,7 +4,7 @@
 --   bins of position (default 10); $top: number in (0, 1], share of tokens that count as high-entropy (default 0.2)
 -- units: position_mid in [0, 1]; share, low, high in [0, 1] of the bin's tokens (95 % interval over steps and prompts);
 --   share_of_high in [0, 1] of the high-entropy tokens; entropy_threshold in nats; num_* are counts
--- needs: tokens
+-- needs: tokens, entropies
 with
 -- High-entropy tokens are the $top share of the stage's tokens in the update. The threshold is at most 0.5 % too low.
 thresholds as (
@@ -24,7 +24,7 @@ tokens_in_update as (
     thresholds.token_weight
   from tokens
   join thresholds on thresholds.run_id = tokens.run_id and thresholds.step = tokens.step
-  where tokens.is_kept
+  where tokens.is_kept and tokens.entropy is not null
 ),
 per_prompt as (
   select

@@ -4,7 +4,7 @@
 --   of tokens that count as high-entropy (default 0.2); $words: integer in [1, 1000000], words (default 15)
 -- units: share, low, high in [0, 1] of high-entropy tokens (95 % interval over steps); high_rate in [0, 1] of the
 --   word's tokens; entropy_mean in nats; num_* are counts; rank from 1
--- needs: tokens
+-- needs: tokens, entropies
 with
 -- High-entropy tokens are the $top share of the stage's tokens in the update. The threshold is at most 0.5 % too low.
 thresholds as (
@@ -24,7 +24,7 @@ counted as (
     sum(tokens.entropy) as entropy_sum
   from tokens
   join thresholds on thresholds.run_id = tokens.run_id and thresholds.step = tokens.step
-  where tokens.is_kept
+  where tokens.is_kept and tokens.entropy is not null
   group by tokens.run_id, tokens.step, tokens.token_id
 ),
 per_step as (

@@ -4,7 +4,7 @@
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
 -- units: excess, low, high: entropy of the part / entropy of the middle - 1 (95 % interval over steps and prompts);
 --   num_* are counts
--- needs: tokens
+-- needs: tokens, entropies, token advantages
 with per_response as (
   select response_fifths.*, token_steps.stage, token_steps.token_weight
   from response_fifths

@@ -1,3 +1,5 @@
+from math import log
+
 from tests.analysis.expected import Interval, alone, over_prompts, positive, share
 
 
@@ -11,7 +13,24 @@ def excess(*prompts: tuple[float, float]) -> Interval:
 
 # Movement of the first token: 0.2 in prompt a, 0.1 in b.
 MOVED = positive((0.2, 1), (0.1, 1))
+# Of the tokens of step 20, the engine's probability differs at the first one of response 7 (0.4, prompt a) and the last
+# one of response 9 (0.2, prompt b), where the trainer's is 0.5.
+FIRST, LAST = 0.25 - log(1.25), 1.5 - log(2.5)
 EXPECTED = {
+    # Entropies of response 7: 1, 0.5, 0.5, 0.5, 1; of 8: 2, 1, 1, 1, 0.5; of 9: 1 throughout.
+    "engine_mismatch": (
+        {"bins": 5},
+        ["breakdown", "bin", "bin_mid", "kl", "low", "high", "ratio_mean", "ratio_share", "num_tokens", "num_prompts"],
+        [
+            ("entropy", 0, 0.1, *alone(0), 1, 0, 4, 1),
+            ("entropy", 1, 0.3, *positive((FIRST, 5), (LAST, 5)), (10 + 0.25 + 1.5) / 10, 0.1, 10, 2),
+            ("entropy", 4, 0.9, *alone(0), 1, 0, 1, 1),
+            ("position", 0, 0.1, *positive((FIRST, 2), (0, 1)), (3 + 0.25) / 3, 0, 3, 2),
+            *[("position", i, (i + 0.5) / 5, 0, 0, 0, 1, 0, 3, 2) for i in (1, 2, 3)],
+            ("position", 4, 0.9, *positive((0, 2), (LAST, 1)), (3 + 1.5) / 3, 1 / 3, 3, 2),
+            ("step", 0, 0.1, *positive((FIRST, 10), (LAST, 5)), (15 + 0.25 + 1.5) / 15, 1 / 15, 15, 2),
+        ],
+    ),
     "entropy_by_position": (
         {"stage": "plateau", "bins": 5},
         ["sample_sign", "position_bin", "position_mid", "entropy", "num_tokens", "num_prompts"],
