@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -118,7 +118,6 @@ def collect(
     *,
     rewards: Rewards | None = None,
     is_scored: bool = False,
-    on_row: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[Collected]:
     """Read all files, and keep the rollouts in a temporary file while the context lasts.
 
@@ -128,14 +127,13 @@ def collect(
         codec: Tokenizer; None to use tokens as they are.
         rewards: Rewards to join by id.
         is_scored: A model will read prompts and responses.
-        on_row: Called with the number of rows so far.
 
     Raises:
         InputError: a file is unreadable, or a row is malformed and must not be skipped.
     """
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
         with faults_at(folder):
-            collected = _read(dump, settings, codec, rewards, is_scored, Path(folder), on_row)
+            collected = _read(dump, settings, codec, rewards, is_scored, Path(folder))
         yield collected
 
 
@@ -146,7 +144,6 @@ def _read(
     rewards: Rewards | None,
     is_scored: bool,
     folder: Path,
-    on_row: Callable[[int], None],
 ) -> Collected:
     spill = folder / "rollouts.parquet"
     needed = {name: kind for name, kind in dump.format.needed.items() if name != "reward" or not rewards}
@@ -171,7 +168,6 @@ def _read(
             if len(batch) == ROWS_AT_ONCE:
                 writer.write_table(pa.Table.from_pylist(batch, SPILL))
                 batch = []
-                on_row(rows)
         writer.write_table(pa.Table.from_pylist(batch, SPILL))
     named = name_some(list(faults.values()), bad_rows)
     _check(dump, settings, reader, rows, bad_rows, named)
@@ -304,6 +300,8 @@ def _remarks(
     if reader.mismatches.rows:
         found = reader.mismatches
         lines.append(f"{found.rows} of {found.checked} rows have token ids that differ from their text ({found.first})")
+    if not reader.prompts and counts.with_text < counts.rollouts:
+        lines.append("token texts are unknown, so that questions about words have no answer; add --tokenizer PATH")
     restored = reader.prompts.counts if reader.prompts else {}
     if number := restored.get("rebuilt", 0) + restored.get("as question", 0):
         lines.append(f"{number} prompts rebuilt with the chat template, whose special tokens the dump lacks")

@@ -31,7 +31,7 @@ Files = dict[str, dict[str, int | None]]
 
 
 class Layout(NamedTuple):
-    """What a file of a table holds: schema version, columns that are absent, and whether some tokens are context."""
+    """Describe a file of a table: schema version, columns that are absent, and whether some tokens are context."""
 
     version: int
     absent: tuple[str, ...]

@@ -149,6 +149,7 @@ def test_nemo_rl_keeps_its_logprobs_and_advantages(run):
     """Padding is cut at input_lengths, masks split prompt and response, and entropies are not recorded."""
     trace, err = run("nemo_train_data_step1.jsonl", model=None)
     assert "found NeMo-RL training data in 1 file" in err
+    assert "token texts are unknown, so that questions about words have no answer; add --tokenizer PATH" in err
     rows = rows_of("nemo_train_data_step1.jsonl")
     rollouts = table(trace, "rollouts").sort("rollout_id")
     tokens = table(trace, "tokens").sort("rollout_id", "position")
