@@ -6,7 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from entrace.analysis.importers.row_files import NUM_NAMED, BadRowError, name_so
 from entrace.analysis.importers.settings import ImportSettings
 from entrace.analysis.trace.errors import TEMPORARY, InputError, faults_at, nearest
 
-ROWS_AT_ONCE = 1024
+# Rows and tokens in memory while reading, and rows while sorting.
+ROWS_AT_ONCE, TOKENS_AT_ONCE, SORTED_AT_ONCE = 1024, 1 << 18, 64
 SORT_MEMORY = "1GiB"
 # Rows whose values are known, by column.
 KNOWN = (
@@ -106,7 +107,7 @@ class Collected:
                 f"select {names} from ({_select(self.group_column)}) order by step, group_id, row",
                 [str(self.path), list(self.excluded)],
             )
-            while batch := rows.fetchmany(ROWS_AT_ONCE):
+            while batch := rows.fetchmany(SORTED_AT_ONCE):
                 yield from (Rollout(*values) for values in batch)
 
 
@@ -149,7 +150,7 @@ def _read(
     needed = {name: kind for name, kind in dump.format.needed.items() if name != "reward" or not rewards}
     columns = Columns(settings.fields, needed, dump.format.uniform)
     reader = RowReader(settings, codec, columns, dump.format.prompts, is_scored)
-    rows = bad_rows = 0
+    rows = bad_rows = tokens = 0
     # The first row of each distinct fault, so that a fault of all rows is reported once.
     faults: dict[str, str] = {}
     with pq.ParquetWriter(spill, SPILL, compression="zstd") as writer:
@@ -164,10 +165,11 @@ def _read(
                 if len(faults) < NUM_NAMED:
                     faults.setdefault(str(fault), f"{place}: {fault}")
                 continue
-            batch.append(asdict(rollout))
-            if len(batch) == ROWS_AT_ONCE:
+            batch.append(vars(rollout))
+            tokens += len(rollout.response_ids)
+            if len(batch) == ROWS_AT_ONCE or tokens >= TOKENS_AT_ONCE:
                 writer.write_table(pa.Table.from_pylist(batch, SPILL))
-                batch = []
+                batch, tokens = [], 0
         writer.write_table(pa.Table.from_pylist(batch, SPILL))
     named = name_some(list(faults.values()), bad_rows)
     _check(dump, settings, reader, rows, bad_rows, named)

@@ -72,6 +72,11 @@ class Dump:
         if name is not None and name not in FORMATS:
             raise InputError(f"--from {name}: unknown format{choices(name, FORMATS)}")
         found = [_find(Path(path), FORMATS[name] if name else None, has_fields) for path in paths]
+        told: list[str] = []
+        for path, (form, files) in zip(paths, found, strict=True):
+            if Path(path).is_dir():
+                files[:], of_path = form.whole(files)
+                told += of_path
         kinds = {form.name: path for path, (form, _) in zip(paths, found, strict=True)}
         if len(kinds) > 1:
             listed = ", ".join(f"{path} holds {FORMATS[kind].title}" for kind, path in kinds.items())
@@ -84,7 +89,7 @@ class Dump:
                 f"{', '.join(map(str, paths))}: {len(runs)} runs, {runs[0]} and {runs[1]}; import one run at a time"
             )
         remarks = [] if form.name == "rows" else [f"found {form.title} in {len(files)} file{'s'[: len(files) > 1]}"]
-        return cls(list(paths), files, form, remarks)
+        return cls(list(paths), files, form, [*remarks, *told])
 
     def rows(self, folder: Path) -> Iterator[tuple[str, dict[str, Any] | BadRowError, str]]:
         """Yield all rollouts with their places and the default name of their task; a malformed row is its fault.

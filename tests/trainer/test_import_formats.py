@@ -233,6 +233,16 @@ def test_exports_of_prime_rl_get_rewards_from_the_rollouts_beside_them(load, tok
     assert tokens["entropy"].to_list() == pytest.approx([0.5, 0.6, 0.7, 0.8])
 
 
+def test_a_step_that_ranks_still_export_is_left_out(load, tmp_path):
+    run = tmp_path / "prime"
+    shutil.copytree(DUMPS / "prime-rl" / "export-run", run)
+    shutil.copytree(run / "token_exports" / "step_2", run / "token_exports" / "step_10")
+    (run / "token_exports" / "step_10" / "STABLE").unlink()
+    trace, err = load(run)
+    assert "left out step_10, which has no STABLE file" in err
+    assert table(trace, "rollouts").height == 3
+
+
 def test_a_stream_of_two_runs_is_refused(load, tmp_path):
     source = DUMPS / "prime-rl" / "export-run" / "rollouts" / "step_2" / "train" / "effective" / "traces.jsonl"
     rows = [json.loads(line) for line in source.read_text().splitlines()]

@@ -49,6 +49,7 @@ class Format:
         needed: Fields that every row must have, and what is expected of them.
         uniform: Fields that all rows must have, or none.
         run_of: Name of the run that a file belongs to; None if names do not say.
+        whole: Return the files of a folder that are complete, and remarks about the others.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Format:
     needed: Mapping[str, str] = field(default_factory=lambda: NEEDED)
     uniform: tuple[str, ...] = UNIFORM
     run_of: Callable[[Path], str | None] = lambda path: None
+    whole: Callable[[list[Path]], tuple[list[Path], list[str]]] = lambda files: (files, [])
 
 
 def unchanged(session: Session) -> Convert:

@@ -22,6 +22,8 @@ ALIGNED = {
     "entropy": "entropy",
 }
 FOLDER = "token_exports"
+# Marks the folder of a step whose ranks have all written their files.
+STABLE = "STABLE"
 # What only the rollouts know.
 JOINED = (
     *("group", "prompt", "reward", "reward_components", "ground_truth", "is_truncated"),
@@ -33,6 +35,17 @@ def run_of(path: Path) -> str:
     """Return the folder of the run that a file belongs to."""
     parts = path.parts
     return str(Path(*parts[: parts.index(FOLDER)])) if FOLDER in parts else str(path.parent.parent)
+
+
+def whole(files: list[Path]) -> tuple[list[Path], list[str]]:
+    """Return the files of complete steps, and remarks about the others; without any mark, all count as complete."""
+    found = [path for path in files if (path.parent / STABLE).exists()]
+    steps = {path.parent.name for path in files} - {path.parent.name for path in found}
+    if not found or not steps:
+        return files, []
+    return found, [
+        f"left out {', '.join(sorted(steps))}, which {'has' if len(steps) == 1 else 'have'} no {STABLE} file"
+    ]
 
 
 def _open(session: Session) -> Convert:
@@ -99,4 +112,5 @@ FORMAT = Format(
     _open,
     uniform=("step", "advantage"),
     run_of=run_of,
+    whole=whole,
 )
