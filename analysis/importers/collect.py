@@ -55,6 +55,7 @@ class Counts:
         largest_id: Largest token id.
         kinds: Rows by who computed their logprobs.
         known: Rows that have a value, by column of ``KNOWN``.
+        temperatures: Lowest and highest recorded sampling temperature; None if not recorded.
     """
 
     rows: int
@@ -73,6 +74,7 @@ class Counts:
     largest_id: int = 0
     kinds: Mapping[str, int] = field(default_factory=dict)
     known: Mapping[str, int] = field(default_factory=dict)
+    temperatures: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -267,6 +269,9 @@ def _count(con: Any, spill: Path, column: str, excluded: list[int], rows: int, b
         f"select logprob_kind, count(*) from ({_select(column)}) where logprob_kind is not null group by 1 order by 1",
         [str(spill), excluded],
     ).fetchall()
+    low, high = con.execute(
+        f"select min(temperature), max(temperature) from ({_select(column)})", [str(spill), excluded]
+    ).fetchone()
     names = ("rollouts", "groups", "steps", "tokens", "masked", "exact", "with_text", "with_advantage", "correct")
     first = dict(zip((*names, "largest_id"), values, strict=False))
     return Counts(
@@ -277,6 +282,7 @@ def _count(con: Any, spill: Path, column: str, excluded: list[int], rows: int, b
         **first,
         kinds=dict(kinds),
         known=dict(zip(KNOWN, values[len(first) :], strict=True)),
+        temperatures=None if low is None else (low, high),
     )
 
 

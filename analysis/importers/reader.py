@@ -158,6 +158,8 @@ class RowReader:
         prompt, prompt_ids = self._prompt(given, keys)
         truncated = _truncated(given, keys)
         text, response_ids = self._response(given, keys, truncated)
+        if self._is_scored and not prompt_ids:
+            raise BadRowError('no "prompt" and no "prompt_ids", one of which --model reads')
         num_prompt = len(prompt_ids or [])
         loss_mask = mask_of(given, keys, num_prompt, len(response_ids))
         self._check_length(num_prompt + len(response_ids))

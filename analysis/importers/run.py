@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from entrace.analysis.importers.codec import Codec
-from entrace.analysis.importers.collect import Collected
+from entrace.analysis.importers.collect import Collected, Counts
 from entrace.analysis.importers.rollout import Rollout
 from entrace.analysis.importers.settings import ImportSettings
 from entrace.analysis.importers.tables import Chunk, Difference, Differences, Scorer, StepSums
@@ -84,6 +84,22 @@ def check_target(run_dir: Path, resume: bool) -> None:
     is_used = run_dir.is_dir() and any(not path.name.startswith(".") for path in run_dir.iterdir())
     if is_used and not (resume and (run_dir / MANIFEST).exists()):
         raise InputError(f"{run_dir}: already holds files; choose another folder, or resume with --resume")
+
+
+def temperature_of_pass(counts: Counts, given: float | None) -> float:
+    """Return the temperature at which a model scores: as given, else as recorded, else 1.
+
+    Raises:
+        InputError: the dump records several temperatures, and none is given.
+    """
+    if given is not None or counts.temperatures is None:
+        return 1.0 if given is None else given
+    low, high = counts.temperatures
+    if low != high:
+        raise InputError(
+            f"the dump records temperatures from {low:g} to {high:g}, and a pass has one; add --temperature"
+        )
+    return low
 
 
 def describe_differences(differences: Differences, name: str) -> list[str]:

@@ -366,6 +366,35 @@ def test_chat_completions_have_the_texts_of_their_tokens(load, tmp_path):
     assert unknown["tokens.entropy"] == 'the rows have no "entropy"; add --model'
 
 
+def test_a_model_scores_at_the_recorded_temperature(load, tmp_path, policy):
+    import torch
+
+    texts = [policy.vocab().texts[token] for token in (504, 335)]
+    answers = [chat("", [(text, -0.5) for text in texts])]
+    request = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0.5}
+    path = write(tmp_path / "responses.jsonl", [{"request": request, "response": answer} for answer in answers])
+    trace, err = load(path, "--model", "embedded")
+    assert "recorded logprobs differ by more than rounding from those of embedded" in err
+    with torch.no_grad():
+        logits = policy.model(torch.tensor([[*PROMPT, 504, 335]])).logits[0, -3:-1].double() / 0.5
+    log_p = logits.log_softmax(-1)
+    expected = (-(log_p.exp() * log_p).sum(-1)).tolist()
+    tokens = table(trace, "tokens").sort("position")
+    assert tokens["token_id"].to_list() == [504, 335]
+    assert tokens["entropy"].to_list() == pytest.approx(expected, abs=1e-4)
+    assert tokens["logprob"].to_list() == [-0.5, -0.5]
+    differences = [abs(float(log_p[n, token]) + 0.5) for n, token in enumerate((504, 335))]
+    assert read_manifest(trace)["rescored"]["logprob"]["largest"] == pytest.approx(max(differences), abs=1e-4)
+    assert table(trace, "rollouts")["temperature"].to_list() == [0.5]
+    other = {**request, "temperature": 1.0}
+    write(path, [{"request": entry, "response": answers[0]} for entry in (request, other)])
+    _, err = load(path, "--model", "embedded", name="two", status=2)
+    assert "the dump records temperatures from 0.5 to 1, and a pass has one; add --temperature" in err
+    write(path, answers)
+    _, err = load(path, "--model", "embedded", name="three", status=2)
+    assert 'no "prompt" and no "prompt_ids", one of which --model reads' in err
+
+
 def test_completions_of_vllm_with_token_ids(load, tmp_path, tokenizer):
     choice = {"index": 0, "text": "so we", "finish_reason": "length", "prompt_token_ids": PROMPT}
     marked = {"tokens": ["token_id:504", "token_id:335"], "token_logprobs": [-0.1, -0.2]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,7 +103,7 @@ def import_rollouts(
     policy = _policy_entry(model, template)
     settings = ImportSettings(
         policy=policy,
-        temperature=1.0 if policy and temperature is None else temperature,
+        temperature=temperature,
         correct_at=correct_at,
         skip_bad_rows=skip_bad_rows,
         fields=fields,
@@ -114,12 +114,16 @@ def import_rollouts(
         run.check_target(out, resume)
         found = Dump.find(dump, format_name, has_fields=bool(fields))
         joined = Rewards(rewards, fields.get("id")) if rewards else None
-        using = _load(model, tokenizer, template, settings.temperature, batch_tokens, out)
+        using = _load(model, tokenizer, template, out)
         with (
             using.guard,
             collect(found, settings, using.codec, rewards=joined, is_scored=model is not None) as read,
             Progress(out.name, read.counts.rollouts) as progress,
         ):
+            scorer = None
+            if using.make_scorer:
+                settings = replace(settings, temperature=run.temperature_of_pass(read.counts, temperature))
+                scorer = using.make_scorer(settings.temperature or 1.0, batch_tokens)
             for remark in read.remarks:
                 say(f"entrace: {remark}", err=True)
             differences = run.record(
@@ -127,25 +131,28 @@ def import_rollouts(
                 settings,
                 out,
                 codec=using.codec,
-                scorer=using.scorer,
+                scorer=scorer,
                 weights=using.weights,
                 extra={"rewards": run.hash_file(rewards)} if rewards else {},
                 resume=resume,
                 on_step=progress.update,
                 explain=using.explain,
             )
-        if using.scorer:
-            for line in run.describe_differences(differences, using.scorer.name):
+        if scorer:
+            for line in run.describe_differences(differences, scorer.name):
                 say(f"entrace: {line}", err=True)
     say(str(out))
 
 
 @dataclass(frozen=True)
 class _Using:
-    """The tokenizer and the model of an import, and how errors of the latter are told."""
+    """The tokenizer and the model of an import, and how errors of the latter are told.
+
+    ``make_scorer`` takes the sampling temperature and the tokens of a forward pass.
+    """
 
     codec: Codec | None = None
-    scorer: Scorer | None = None
+    make_scorer: Callable[[float, int], Scorer] | None = None
     weights: str | None = None
     guard: AbstractContextManager[Any] = dataclass_field(default_factory=nullcontext)
     explain: Callable[[Exception], Exception] = lambda error: error
@@ -168,8 +175,6 @@ def _load(
     model: str | None,
     tokenizer: Path | None,
     template: str | None,
-    temperature: float | None,
-    batch_tokens: int,
     out: Path,
 ) -> _Using:
     """Load the model or the tokenizer."""
@@ -185,11 +190,15 @@ def _load(
     from entrace.trainer.runs.run_folder import hash_weights
 
     config = PolicyConfig(path=model, template=template)
-    settings = PassSettings(policy=config, temperature=temperature or 1.0, batch_tokens=batch_tokens)
     policy = Policy.load(config)
+
+    def make_scorer(temperature: float, batch_tokens: int) -> Scorer:
+        settings = PassSettings(policy=config, temperature=temperature, batch_tokens=batch_tokens)
+        return TeacherForcing(policy, settings)
+
     return _Using(
         PolicyCodec(policy),
-        TeacherForcing(policy, settings),
+        make_scorer,
         hash_weights(model),
         translate_errors(out),
         lambda error: explain_fault(error, out),
