@@ -12,7 +12,7 @@ from typing import Any
 from entrace.analysis.importers.formats import FORMATS
 from entrace.analysis.importers.formats.base import Format, Session
 from entrace.analysis.importers.row_files import BadRowError, read_rows
-from entrace.analysis.trace.errors import InputError, choices, reason_of
+from entrace.analysis.trace.errors import InputError, choices, in_one_line, reason_of
 
 PICKLE = (
     "a pickle, which can run code when it is loaded; if you trust it, load it yourself and write JSONL (slime: per "
@@ -113,6 +113,9 @@ class Dump:
                         yield where, found, path.stem
                 except BadRowError as fault:
                     yield where, fault, path.stem
+                except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                    # A value of another type than the trainer writes.
+                    yield where, BadRowError(f"not {self.format.title} ({in_one_line(error)})"), path.stem
         self.remarks.extend(session.remarks)
 
 

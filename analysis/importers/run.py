@@ -99,6 +99,8 @@ def temperature_of_pass(counts: Counts, given: float | None) -> float:
         raise InputError(
             f"the dump records temperatures from {low:g} to {high:g}, and a pass has one; add --temperature"
         )
+    if low <= 0:
+        raise InputError(f"the dump records temperature {low:g}, at which no pass can score; add --temperature")
     return low
 
 

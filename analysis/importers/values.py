@@ -14,6 +14,8 @@ from entrace.analysis.importers.row_files import BadRowError, kind_of, text_of
 from entrace.analysis.trace.plain import well_formed
 
 MAX_INT = 2**31 - 1
+# Largest vocabulary without a tokenizer; the trace has an entry for each id up to the largest.
+MAX_VOCABULARY = 1 << 20
 # Products of larger numbers may overflow float32.
 MAX_NUMBER = 1e30
 # Rounding of other trainers' softmax may put a logprob slightly above 0.
@@ -104,11 +106,12 @@ def ids_of(value: Any, key: str, size: int | None) -> list[int]:
         raise BadRowError(f'"{key}" is {kind_of(value)}, expected a list of token ids')
     if not value:
         raise BadRowError(f'"{key}" is empty')
-    limit = MAX_INT if size is None else size
+    limit = MAX_VOCABULARY if size is None else size
     for place, token in enumerate(value):
         if type(token) is not int or not 0 <= token < limit:
-            bound = "" if size is None else f" from 0 to {size - 1}"
-            raise BadRowError(f'"{key}" holds {reprlib.repr(token)} at index {place}, expected a token id{bound}')
+            raise BadRowError(
+                f'"{key}" holds {reprlib.repr(token)} at index {place}, expected a token id from 0 to {limit - 1}'
+            )
     return value
 
 

@@ -10,11 +10,15 @@ import pytest
 
 import entrace
 from entrace.analysis.importers import run as importer
+from entrace.analysis.importers.columns import Columns
+from entrace.analysis.importers.dump import Dump
 from entrace.analysis.importers.formats import FORMATS
+from entrace.analysis.importers.reader import RowReader
 from entrace.analysis.importers.rebuild import Rebuilder
 from entrace.analysis.importers.row_files import BadRowError
+from entrace.analysis.importers.settings import ImportSettings
 from entrace.analysis.importers.tokenizer import TokenizerFile
-from entrace.analysis.trace import TraceWriter, Vocabulary, read_manifest
+from entrace.analysis.trace import InputError, TraceWriter, Vocabulary, read_manifest
 from entrace.trainer.resources import find_model
 
 DUMPS = Path(__file__).parents[1] / "fixtures" / "dumps"
@@ -494,6 +498,64 @@ def test_a_dump_that_is_not_one_is_refused(load, tmp_path):
         _, err = load(*arguments, name="refused", status=2)
         assert message in err
         assert not (tmp_path / "refused").exists()
+
+
+STRANGE = (None, True, -1, 0.5, 1e400, "x", [], [None], [[]], ["x"], [10**12], {}, {"a": None}, {"content": 1})
+
+
+def mutations(value):
+    """Yield copies of a value in which one part, at any depth, is strange; of a list, the first part."""
+    yield from STRANGE
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from ({**value, key: found} for found in mutations(part))
+            yield {name: other for name, other in value.items() if name != key}
+    elif isinstance(value, list) and value:
+        yield from ([found, *value[1:]] for found in mutations(value[0]))
+
+
+def samples():
+    """Yield a row of each format, with the name of its file."""
+    prime = DUMPS / "prime-rl"
+    export = prime / "export-run" / "token_exports" / "step_2" / "rank_0.jsonl"
+    traces = prime / "export-run" / "rollouts" / "step_2" / "train" / "effective" / "traces.jsonl"
+    nemo = DUMPS / "cases" / "nemo_train_data_step1.jsonl"
+    for name, path in (("prime-rl", export), ("verifiers", traces), ("nemo-rl", nemo)):
+        row = json.loads(path.read_text().splitlines()[0])
+        # Another run would be refused.
+        row.pop("run", None)
+        yield name, path.name, row
+    yield "open-instruct", "a_rollouts_0.jsonl", open_instruct_row(0)
+    table = {"step": ["1"], "prompt": ["p"], "completion": ["so"], "accuracy": [1.0], "advantages": [0.5]}
+    yield "ms-swift", "completions.jsonl", table
+    yield "trl", "completions_1.jsonl", {"step": 1, "prompt": "p", "completion": "c", "r": 1.0, "advantage": 0.5}
+    yield "verl", "1.jsonl", verl_rows(1, str)[0]
+    yield (
+        "openai",
+        "a.jsonl",
+        {"request": {"messages": [{"role": "user", "content": "p"}]}, "response": chat("a", [("a", -1)])},
+    )
+    lists = {"logprob": [-0.1], "entropy": [0.5], "advantage": [1.0], "loss_mask": [1], "turn": [0]}
+    others = {"id": 1, "answer": "5", "acc": True, "reward_components": {"a": 1.0}, "finish_reason": "stop"}
+    yield "rows", "a.jsonl", {"prompt": "p", "response_ids": [5], "response": "c", "reward": 1.0, **lists, **others}
+
+
+@pytest.mark.parametrize(("name", "file", "row"), samples(), ids=[name for name, *_ in samples()])
+def test_a_strange_value_is_a_fault_of_its_row(name, file, row, tmp_path, tokenizer):
+    """Whatever a row holds, it is read, or it is malformed; nothing else is raised."""
+    path = write(tmp_path / file, [found for found in mutations(row) if isinstance(found, dict)])
+    form = FORMATS[name]
+    dump = Dump([path], [path], form)
+    codec = TokenizerFile(tokenizer)
+    faults = 0
+    for place, found, task in dump.rows(tmp_path):
+        for using in (codec, None):
+            reader = RowReader(ImportSettings(), using, Columns({}, form.needed), form.prompts, is_scored=False)
+            try:
+                reader.read(found, place, task)
+            except (BadRowError, InputError):
+                faults += 1
+    assert faults
 
 
 def test_from_overrides_what_was_detected(load, tmp_path, tokenizer):

@@ -177,7 +177,7 @@ def _tokens(nodes: Sequence[Row]) -> Row:
     values: dict[str, list[Any]] = {name: [] for name in STREAMS}
     sampled = 0
     for node in nodes:
-        own, marks = node.get("token_ids") or [], node.get("mask") or []
+        own, marks = node.get("token_ids") or [], [bool(mark) for mark in node.get("mask") or []]
         if len(own) != len(marks):
             raise BadRowError(f'a node has {len(own)} "token_ids" and {len(marks)} entries in "mask"')
         ids += own
