@@ -134,6 +134,6 @@ def fill_template(template: str, question: Question) -> str:
     return template.replace("{question}", as_text(question))
 
 
-def probe_turns(content: str = PROBE) -> list[dict[str, str]]:
-    """Return a dialog whose response is ``content``."""
-    return [*as_chat(PROBE), {"role": "assistant", "content": content}]
+def probe_turns() -> list[dict[str, str]]:
+    """Return a dialog whose response is ``PROBE``."""
+    return [*as_chat(PROBE), {"role": "assistant", "content": PROBE}]

@@ -159,6 +159,30 @@ def test_rollouts_of_verl_in_a_folder(load, tmp_path, tokenizer):
     assert set(table(trace, "prompts")["ground_truth"]) == {"5"}
 
 
+def test_a_stripped_prompt_is_scored_as_the_prompt_that_was_sampled_from(load, tmp_path):
+    """The log lacks <user> and <assistant>; with the ids of the prompt, the numbers are the same."""
+    text = verl_rows(1, str)
+    for row in text:
+        del row["uid"]
+    rebuilt, err = load(write(tmp_path / "dump" / "1.jsonl", text), "--model", "embedded", name="rebuilt")
+    assert "4 prompts rebuilt with the chat template" in err
+    exact = [{"prompt_ids": PROMPT, "response": row["output"], "reward": row["score"]} for row in text]
+    given, _ = load(write(tmp_path / "rows.jsonl", exact), "--model", "embedded", name="given")
+    found, expected = (table(run, "tokens").sort("rollout_id", "position") for run in (rebuilt, given))
+    for column in ("token_id", "logprob", "entropy", "grad_norm"):
+        assert found[column].to_list() == pytest.approx(expected[column].to_list(), abs=1e-6)
+
+
+def test_rows_whose_prompt_is_stripped_are_rebuilt_too(load, tmp_path):
+    prompt = "system\nBe brief.\nuser\n1 + 1?\nassistant\n"
+    path = write(
+        tmp_path / "rows.jsonl", [{"prompt": text, "response": "2", "reward": 1.0} for text in (prompt, "user?")]
+    )
+    trace, err = load(path, "--tokenizer", SMOLLM)
+    assert "1 prompts rebuilt" in err
+    assert set(table(trace, "prompts")["prompt"]) == {"system: Be brief.\n\nuser: 1 + 1?", "user?"}
+
+
 def test_two_runs_are_refused(load, tmp_path):
     for run in "ab":
         write(tmp_path / "dumps" / run / "1.jsonl", verl_rows(1, str))

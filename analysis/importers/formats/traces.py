@@ -83,7 +83,7 @@ class Reader:
                 index = branch.get("index", branch.get("branch_index"))
                 if type(index) is int and 0 <= index < len(paths):
                     for name in ANNOTATED:
-                        _spread(nodes, paths[index], name, branch.get(name))
+                        _spread(paths[index], name, branch.get(name))
         return {**trace, "nodes": nodes, "info": info}
 
     def _rollouts(self, trace: Row, episode: Row, path: Path) -> Iterator[Row]:
@@ -116,9 +116,8 @@ def branches_of(nodes: Sequence[Row]) -> list[list[Row]]:
     return paths
 
 
-def _spread(nodes: Sequence[Row], path: Sequence[Row], name: str, stream: Any) -> None:
+def _spread(path: Sequence[Row], name: str, stream: Any) -> None:
     """Give each node of a path the values of its sampled tokens; a node with a null among them keeps its own."""
-    del nodes
     start = 0
     for node in path if isinstance(stream, list) else ():
         length = len(node.get("token_ids") or [])
