@@ -205,7 +205,9 @@ def _balance(tokens: pl.DataFrame, column: str) -> str:
         raise Alarm(evidence, "tokens that the policy did not sample, such as tool output, user turns, or padding")
     if abs(z) > MAX_Z and is_far:
         way = ("flatter", "above 1") if z > 0 else ("sharper", "below 1, top-p, top-k, or min-p")
-        raise Alarm(evidence, f"sampled from a {way[0]} distribution: a temperature {way[1]} was not applied to the values")
+        raise Alarm(
+            evidence, f"sampled from a {way[0]} distribution: a temperature {way[1]} was not applied to the values"
+        )
     return evidence
 
 
@@ -231,7 +233,9 @@ def check_prefixes(sample: Sample) -> str:
     prefix = np.zeros(len(ids), np.uint64)
     for i in range(1, len(ids)):
         # Multiplication wraps around, as in FNV-1a.
-        prefix[i] = 0 if starts[i] else (int(prefix[i - 1]) ^ (int(ids[i - 1]) + 1)) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+        prefix[i] = (
+            0 if starts[i] else (int(prefix[i - 1]) ^ (int(ids[i - 1]) + 1)) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+        )
     spread = (
         tokens.with_columns(prefix=pl.Series(prefix))
         .group_by("step", "group_id", "position", "prefix")
@@ -241,7 +245,9 @@ def check_prefixes(sample: Sample) -> str:
     if spread.height < MIN_GROUPS:
         raise Lacking(f"{spread.height} prefixes are shared by two responses of a group; {MIN_GROUPS} are needed")
     share = float((spread["spread"] > TOLERANCE).mean() or 0)
-    evidence = f"{spread.height:,} prefixes are shared; entropies differ by more than {TOLERANCE} at {share:.1%} of them"
+    evidence = (
+        f"{spread.height:,} prefixes are shared; entropies differ by more than {TOLERANCE} at {share:.1%} of them"
+    )
     if share > 0.1:
         raise Alarm(evidence, "values of other positions: shifted, permuted, masked wrongly, or of other prompts")
     return evidence
@@ -272,7 +278,9 @@ def check_rounding(sample: Sample) -> str:
     if len(values) < 50:
         raise Lacking(f"{len(values)} values of {column} differ from 0")
     for decimals in range(1, 6):
-        if (np.abs(values * 10**decimals - np.round(values * 10**decimals)) < 2e-6 * values * 10**decimals + 1e-9).mean() > 0.99:
+        if (
+            np.abs(values * 10**decimals - np.round(values * 10**decimals)) < 2e-6 * values * 10**decimals + 1e-9
+        ).mean() > 0.99:
             raise Alarm(f"{column} has {decimals} decimals", "rounded when it was stored")
     mantissa = np.frexp(values)[0] * 2**8
     if (mantissa == np.round(mantissa)).mean() > 0.99:
@@ -302,7 +310,9 @@ def check_ends(sample: Sample) -> str:
     shares = [frame["rollout_id"].n_unique() / last.height for frame in (padded, after)]
     evidence = f"{number:,} of {finished.height:,} finished responses end with token {end}"
     if max(shares) > MAX_SHARE:
-        raise Alarm(f"{max(shares):.0%} of the responses continue after token {end}", "padding was counted as generated")
+        raise Alarm(
+            f"{max(shares):.0%} of the responses continue after token {end}", "padding was counted as generated"
+        )
     return evidence
 
 
@@ -316,7 +326,9 @@ def check_lengths(sample: Sample) -> str:
         raise Lacking("no tokens were recorded")
     wrong = counted.filter(pl.col("len") != pl.col("generated_length")).height
     if wrong:
-        raise Alarm(f"{wrong:,} of {counted.height:,} responses have another number of tokens than recorded", "cut tokens")
+        raise Alarm(
+            f"{wrong:,} of {counted.height:,} responses have another number of tokens than recorded", "cut tokens"
+        )
     return f"{counted.height:,} responses"
 
 
@@ -355,7 +367,9 @@ def check_advantages(sample: Sample) -> str:
     if wrong > MAX_SHARE:
         raise Alarm(evidence, "advantages of other responses, of other rewards, or after shaping")
     if not is_step_wise and off_center > MAX_SHARE:
-        raise Alarm(f"{evidence}, and of {off_center:.0%} are not centered", "normalized over other responses than the group")
+        raise Alarm(
+            f"{evidence}, and of {off_center:.0%} are not centered", "normalized over other responses than the group"
+        )
     if not is_step_wise and uniform.height:
         number = uniform["group_id"].n_unique()
         raise Alarm(f"{number:,} groups with equal rewards have advantages", "rewards are not those of the advantages")

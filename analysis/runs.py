@@ -287,12 +287,15 @@ class Runs:
         return {run for run, columns in self._recorded(need.table).items() if (need.column or "run_id") in columns}
 
     def _recorded(self, table: str) -> dict[str, set[str]]:
-        """Return the columns of a table that have values, by run."""
+        """Return the columns of a table that have values, by run; ``unknown`` says which values mean nothing."""
         if table not in self._columns:
             folders = {manifest["path"]: run for run, manifest in self.manifests.items()}
             found = self._columns[table] = {}
             for path in map(to_place, self._files[table]):
                 found.setdefault(folders[str(path.parents[1])], set()).update(columns_with_values(path))
+            for run, columns in found.items():
+                unknown = self.manifests[run].get("unknown") or {}
+                columns -= {c.name for c in TABLES[table].columns if not c.nullable and f"{table}.{c.name}" in unknown}
         return self._columns[table]
 
     @cached_property

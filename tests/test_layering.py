@@ -55,13 +55,15 @@ def foreign(module, *allowed):
 @pytest.mark.parametrize("module", below("entrace.analysis"))
 def test_analysis_imports_neither_torch_nor_the_trainer(module):
     forbidden = {"torch", "transformers", "tokenizers", "safetensors", "reasoning_gym"}
+    # Inside a function, for --tokenizer.
+    forbidden -= {"tokenizers"} if module == "entrace.analysis.importers.tokenizer" else set()
     assert not {name for name in imported(module) if name.partition(".")[0] in forbidden}
     assert not foreign(module, "entrace.analysis", "entrace._lazy")
 
 
 @pytest.mark.parametrize("module", below("entrace.trainer"))
-def test_the_trainer_imports_only_the_trace_contract_of_analysis(module):
-    allowed = ["entrace.trainer", "entrace.analysis.trace"]
+def test_the_trainer_imports_only_the_trace_contract_and_the_readers_of_analysis(module):
+    allowed = ["entrace.trainer", "entrace.analysis.trace", "entrace.analysis.importers"]
     # Both sides meet in the command line.
     if is_in(module, "entrace.trainer.cli"):
         allowed.append("entrace.analysis")
@@ -108,6 +110,7 @@ def loaded_by(statement):
     [
         ("import entrace", ["torch", "duckdb", "polars", "pyarrow", "matplotlib", "pydantic"]),
         ("import entrace; entrace.open_runs", ["torch", "matplotlib"]),
+        ("import entrace.analysis.importers.run", ["torch", "transformers", "tokenizers"]),
         ("import entrace; entrace.figures.stage_dynamics", ["torch", "transformers"]),
         (
             "import entrace.trainer.algorithm.shaping",

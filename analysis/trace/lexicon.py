@@ -21,6 +21,9 @@ FORMAL, LOGICAL, META, SEMANTIC, SPECIAL = CATEGORIES = (
     "special",
 )
 
+# Category of an entry whose text is unknown, in traces that were imported without a tokenizer.
+OTHER = "other"
+
 SHIPPED = Path(__file__).with_name("lexicon.toml")
 # Characters by which SentencePiece and byte-level BPE mark word starts, line ends, and tabs.
 MARKS_TO_BLANKS = dict.fromkeys(map(ord, "\u2581\u0120\u010a\u0109\u010d"), " ")

@@ -32,10 +32,12 @@ class Vocabulary:
         texts: Text of each entry; each byte of an incomplete character is shown as ``<0xF0>``.
         is_special: True for entries that the tokenizer marks as special, such as end of sequence or a role; None if
             unknown.
+        has_text: False for entries whose text is unknown, and stands for its number; None if all texts are known.
     """
 
     texts: list[str]
     is_special: list[bool] | None = None
+    has_text: list[bool] | None = None
 
     @classmethod
     def of(cls, tokenizer: Any, size: int) -> Vocabulary:

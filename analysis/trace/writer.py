@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.digests import DIGESTS, Digest
 from entrace.analysis.trace.errors import InputError, faults_at, in_one_line, nearest
-from entrace.analysis.trace.lexicon import Lexicon
+from entrace.analysis.trace.lexicon import OTHER, Lexicon
 from entrace.analysis.trace.manifest import durable_file, now, read_manifest, sync_folder, write_manifest
 from entrace.analysis.trace.mirror import Mirror, check_names
 from entrace.analysis.trace.parts import (
@@ -125,6 +125,8 @@ class TraceWriter:
         check_names(log)
         entries = vocab if isinstance(vocab, Vocabulary) else Vocabulary(list(vocab))
         categories = (lexicon or Lexicon.load()).categorize(entries.texts, entries.is_special)
+        if entries.has_text is not None:
+            categories[~np.array(entries.has_text, dtype=bool)] = OTHER
         state = {"status": "running", "started_at": now(), "last_durable_step": 0, FILES: {}}
         writer = cls(run_dir, {**manifest, "schema_version": SCHEMA_VERSION, **state}, categories, rank, gather)
         if rank == 0:

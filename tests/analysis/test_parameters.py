@@ -176,7 +176,7 @@ def test_questions_can_be_listed_and_shown(study: Runs):
     assert table.columns == ["stem", "level", "question", "claim", "params", "units", "needs"]
     assert table["stem"].to_list() == list(questions) == [*queries.BUILT_IN.paths]
     row = table.row(by_predicate=pl.col("stem") == "high_entropy_words", named=True)
-    assert (row["level"], row["claim"], row["needs"]) == ("token", "S6, T3", "tokens, entropies")
+    assert (row["level"], row["claim"], row["needs"]) == ("token", "S6, T3", "tokens, entropies, token categories")
     assert row["question"] == "Which words are the high-entropy tokens?"
     assert repr(questions).count("\n") == len(questions) == table.height
     one = questions["high_entropy_words"]

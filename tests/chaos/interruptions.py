@@ -177,7 +177,15 @@ class Imports(Fault):
         self, folder: Path, board: Board, kill_at: int | None = None, is_torn: bool = False, resume: bool = False
     ) -> Started:
         prepare = partial(watch, folder / "run", board, kill_at, is_torn, flush_often)
-        words = ["import", self.scene.dump, "--out", folder / "run", *(["--resume"] if resume else [])]
+        words = [
+            "import",
+            self.scene.dump,
+            "--model",
+            "embedded",
+            "--out",
+            folder / "run",
+            *(["--resume"] if resume else []),
+        ]
         return self.scene.commands.start(*words, log=folder / "log.txt", prepare=prepare)
 
 

@@ -23,7 +23,7 @@ SECOND_WRITERS = {
     "train --resume": ["train", "tiny", *CONFIG, "--out", "RUN", "--resume"],
     "train": ["train", "tiny", *CONFIG, "--out", "RUN"],
     "prune": ["prune", "RUN", "--token-steps", "2"],
-    "import --resume": ["import", "DUMP", "--out", "RUN", "--resume"],
+    "import --resume": ["import", "DUMP", "--model", "embedded", "--out", "RUN", "--resume"],
 }
 # Share of the time of a run in which the second process begins.
 BEGIN = (0.0, 0.4)

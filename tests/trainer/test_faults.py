@@ -428,7 +428,7 @@ def unwritable_disk(folder, run_dir, recipe, condition):
     grid = ["ablate", "tiny-study", *OVERRIDES, "--seeds", "0"]
     told = {
         "report": _entrace("report", run_dir, "--out", folder / "report"),
-        "import": _entrace("import", rows, "--out", folder / "imported"),
+        "import": _entrace("import", rows, "--model", "embedded", "--out", folder / "imported"),
         "intervene": _entrace("intervene", folder / "trained", "--budget", "100"),
         "pretrain": _entrace("pretrain", recipe, "--out", folder / "model"),
         "ablate": _entrace(*grid, "--out", folder / "study", line=-3),

@@ -9,11 +9,14 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 import entrace
-from entrace.analysis.trace import InputError, TraceWriter, read_manifest
+from entrace.analysis.importers import run as importer
+from entrace.analysis.importers.collect import collect
+from entrace.analysis.importers.dump import Dump
+from entrace.analysis.importers.settings import ImportSettings
+from entrace.analysis.trace import InputError, TraceWriter, read_manifest, write_manifest
 from entrace.trainer.config import PolicyConfig, load_config
-from entrace.trainer.external import teacher_forcing
-from entrace.trainer.external.plain_rollouts import read_rollouts
-from entrace.trainer.external.rollout_rows import ImportSettings
+from entrace.trainer.external.policy_codec import PolicyCodec
+from entrace.trainer.external.teacher_forcing import PassSettings, TeacherForcing
 from entrace.trainer.faults import TrainingError
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.train import train
@@ -31,6 +34,17 @@ def row(**fields):
 def write(path, rows):
     path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows))
     return path
+
+
+def read_rollouts(paths, policy, **settings):
+    """Read files for a pass of ``policy``."""
+    dump = Dump.find(paths, has_fields=bool(settings.get("fields")))
+    return collect(dump, ImportSettings(**settings), PolicyCodec(policy), is_scored=True)
+
+
+def score_all(read, policy, run):
+    settings = PassSettings(policy=PolicyConfig())
+    importer.record(read, ImportSettings(), run, codec=PolicyCodec(policy), scorer=TeacherForcing(policy, settings))
 
 
 def table(run, name):
@@ -55,7 +69,9 @@ def without(rows, *names):
 
 def test_scores_equal_what_was_recorded_while_sampling(trained, tmp_path, call):
     run, rows = trained
-    status, _, err = call("import", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "imported")
+    status, _, err = call(
+        "import", "--model", "embedded", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "imported"
+    )
     assert status == 0, err
     # The first step was sampled by the model that scores; what the second was sampled by is another.
     for name, key, columns in (
@@ -79,7 +95,12 @@ def test_text_alone_is_tokenised_to_what_was_sampled(trained, tmp_path, call):
     _, rows = trained
     paths = {"ids": rows, "text": without(rows, "response_ids")}
     for name, entries in paths.items():
-        assert call("import", write(tmp_path / f"{name}.jsonl", entries), "--out", tmp_path / name)[0] == 0
+        assert (
+            call("import", "--model", "embedded", write(tmp_path / f"{name}.jsonl", entries), "--out", tmp_path / name)[
+                0
+            ]
+            == 0
+        )
     exact, text = (table(tmp_path / name, "tokens").sort("rollout_id", "position") for name in paths)
     assert exact["token_id"].to_list() == text["token_id"].to_list()
     assert exact["logprob"].to_list() == pytest.approx(text["logprob"].to_list(), abs=1e-5)
@@ -90,7 +111,7 @@ def test_text_alone_is_tokenised_to_what_was_sampled(trained, tmp_path, call):
 def test_every_analysis_command_reads_an_imported_trace(trained, tmp_path, call):
     _, rows = trained
     run = tmp_path / "imported"
-    assert call("import", write(tmp_path / "rows.jsonl", rows), "--out", run)[0] == 0
+    assert call("import", "--model", "embedded", write(tmp_path / "rows.jsonl", rows), "--out", run)[0] == 0
     status, out, err = call("claims", run, "--json")
     assert status == 0
     assert "recorded quantities are unknown; see `unknown` in run.json" in err
@@ -116,7 +137,19 @@ def test_every_analysis_command_reads_an_imported_trace(trained, tmp_path, call)
 
 def test_three_rows_by_hand(tmp_path, call, policy):
     rows = [row(), row(response="2", reward=0.0), row(prompt="What is 2 + 2?", response="4", reward=0.5)]
-    assert call("import", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "run", "--correct-at", 0.5)[0] == 0
+    assert (
+        call(
+            "import",
+            "--model",
+            "embedded",
+            write(tmp_path / "rows.jsonl", rows),
+            "--out",
+            tmp_path / "run",
+            "--correct-at",
+            0.5,
+        )[0]
+        == 0
+    )
     run = tmp_path / "run"
     rollouts = table(run, "rollouts").sort("rollout_id")
     a = math.sqrt(0.5)
@@ -154,7 +187,9 @@ def test_what_others_call_the_fields_and_steps_out_of_order(tmp_path, call):
         {"input": PROMPT, "output": "3", "gts": "2", "score": 0.0, "step": 3},
         {"input": PROMPT, "output": "4", "gts": "2", "score": 0.0, "step": 20},
     ]
-    status, _, err = call("import", write(tmp_path / "verl.jsonl", rows), "--out", tmp_path / "run")
+    status, _, err = call(
+        "import", "--model", "embedded", write(tmp_path / "verl.jsonl", rows), "--out", tmp_path / "run"
+    )
     assert status == 0
     assert "prompt from input" in err
     rollouts = table(tmp_path / "run", "rollouts").sort("rollout_id")
@@ -182,7 +217,7 @@ def test_parquet_of_several_files_with_chats_and_given_advantages(tmp_path, call
         ]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{step}.parquet")
     files = [tmp_path / "1.parquet", tmp_path / "2.parquet"]
-    assert call("import", *files, "--field", "reward=ok", "--out", tmp_path / "run")[0] == 0
+    assert call("import", "--model", "embedded", *files, "--field", "reward=ok", "--out", tmp_path / "run")[0] == 0
     rollouts = table(tmp_path / "run", "rollouts").sort("rollout_id")
     assert rollouts["advantage"].to_list() == [0.25, -4.0] * 2
     assert rollouts["step"].to_list() == [1, 1, 2, 2]
@@ -190,7 +225,9 @@ def test_parquet_of_several_files_with_chats_and_given_advantages(tmp_path, call
 
 def test_groups_that_share_a_prompt_stay_apart(tmp_path, call):
     rows = [row(group=name, reward=reward) for name, reward in (("a", 1), ("b", 1), ("a", 0), ("b", 1))]
-    assert call("import", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "run")[0] == 0
+    assert (
+        call("import", "--model", "embedded", write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "run")[0] == 0
+    )
     rollouts = table(tmp_path / "run", "rollouts").sort("rollout_id")
     assert rollouts["prompt_id"].to_list() == ["prompt-000001"] * 2 + ["prompt-000002"] * 2
     assert rollouts["group_id"].to_list() == [0, 0, 2, 2]
@@ -214,7 +251,9 @@ BAD = {
     b'{"prompt": null, "response": "r", "reward": 1}': '"prompt" is null, expected text or a list of turns',
     b'{"prompt": "p", "completion": null, "reward": 1}': '"completion" is null, expected text',
     b'{"prompt": "p", "completion": [{"content": null}], "reward": 1}': '"completion.content" is null, expected text',
-    b'{"prompt": "p", "response": "r"}': 'no "reward" (--field reward=KEY names the key of reward)',
+    b'{"prompt": "p", "response": "r"}': (
+        'no "reward" (--field reward=KEY names the key of reward; --field reward= imports without)'
+    ),
     b'{"prompt": "p", "response": "r", "rewards": 1}': 'no "reward"; did you mean "rewards"? (--field reward=KEY',
     b'{"prompt": "p", "response": "r", "xyz": 1, "k": 2}': 'no "reward"; found: k, xyz (--field reward=KEY',
     b'{"prompt": "p", "respnse": "r", "reward": 1}': 'no "response"; did you mean "respnse"?',
@@ -255,7 +294,7 @@ def test_a_malformed_row_is_named(line, message, tmp_path, policy):
     path = write(tmp_path / "rows.jsonl", [line])
     with (
         pytest.raises(InputError) as caught,
-        read_rollouts([path], ImportSettings(policy=PolicyConfig()), policy),
+        read_rollouts([path], policy),
     ):
         pass
     assert f"{path}, line 1: " in str(caught.value)
@@ -269,7 +308,7 @@ def test_a_row_unlike_those_before_it_is_malformed(tmp_path, policy):
     path = write(tmp_path / "rows.jsonl", [*rows, {**row(step=1, group="b", reward=None), "score": 1}])
     with (
         pytest.raises(InputError) as caught,
-        read_rollouts([path], ImportSettings(policy=PolicyConfig()), policy),
+        read_rollouts([path], policy),
     ):
         pass
     for message in (
@@ -288,7 +327,7 @@ FOREIGN = {
     "old.pkl": (b"(lp0\n.", "found a pickle"),
     "rows": (b"PAR1\x15\x04", "found Parquet; rename the file to .parquet"),
     "rows.jsonl.gz": (b"\x1f\x8b\x08", "found gzip; decompress the file"),
-    "rows.jsonl.zst": (b"\x28\xb5\x2f\xfd", "found zstd; decompress the file"),
+    "packed": (b"\x28\xb5\x2f\xfd", "found zstd; rename the file to .jsonl.zst"),
     "rows.arrow": (b"ARROW1\x00\x00", "found an Arrow file; write Parquet"),
     "rows.csv": (b"prompt,response\n", "found a table of text; write Parquet"),
     "rows.json": (b"[\n  {}\n]", "found a JSON array; write one object per line"),
@@ -303,27 +342,26 @@ def test_a_file_of_another_format_is_named(name, tmp_path, policy):
     expected = f"{tmp_path / name}: expected JSONL or Parquet, one response per row; {message}"
     with (
         pytest.raises(InputError) as caught,
-        read_rollouts([tmp_path / name], ImportSettings(policy=PolicyConfig()), policy),
+        read_rollouts([tmp_path / name], policy),
     ):
         pass
     assert str(caught.value).startswith(expected)
 
 
 def test_a_field_that_no_row_has_is_named(tmp_path, policy):
-    settings = ImportSettings(policy=PolicyConfig(), fields={"is_correct": "acuracy"})
     path = write(tmp_path / "rows.jsonl", [row(accuracy=True)])
     with (
         pytest.raises(
             InputError, match=r'--field is_correct=acuracy: no row has .* "acuracy"; did you mean "accuracy"'
         ),
-        read_rollouts([path], settings, policy),
+        read_rollouts([path], policy, fields={"is_correct": "acuracy"}),
     ):
         pass
 
 
 def read_all(path, policy, **fields):
-    with read_rollouts([path], ImportSettings(policy=PolicyConfig(), fields=fields), policy) as read:
-        return list(read.in_order()), read.remarks()
+    with read_rollouts([path], policy, fields=fields) as read:
+        return list(read.in_order()), list(read.remarks)
 
 
 def test_a_verdict_may_be_text_or_left_out(tmp_path, policy):
@@ -344,10 +382,16 @@ def test_numbers_may_be_text(tmp_path, policy):
     assert [rollout.reward for rollout in read_all(path, policy)[0]] == list(values.values())
 
 
-def test_groups_of_one_response_each_are_named(tmp_path, policy):
+def test_groups_of_one_response_each_fall_back_to_the_prompt(tmp_path, policy):
+    """A group per response has no advantage; a group that the user chose is kept."""
     path = write(tmp_path / "rows.jsonl", [row(uid=float(i), reward=i) for i in range(2)])
+    found, remarks = read_all(path, policy)
+    assert [rollout.group_id for rollout in found] == [0, 0]
+    assert remarks == ["read group from uid", '"uid" differs for every response; groups share prompt and step instead']
+    found, remarks = read_all(path, policy, group="uid")
+    assert [rollout.group_id for rollout in found] == [0, 1]
     remark = "all advantages are 0: no two responses share uid; --field group= groups by prompt and step"
-    assert remark in read_all(path, policy)[1]
+    assert remark in remarks
     found, remarks = read_all(path, policy, group="")
     assert [rollout.group_id for rollout in found] == [0, 0]
     assert remarks == []
@@ -368,7 +412,7 @@ def test_an_empty_response_that_was_not_truncated_is_one_stop_token(tmp_path, po
     rows[2] = {"prompt": PROMPT, "response_ids": [], "reward": 0, "is_truncated": False}
     found, _ = read_all(write(tmp_path / "rows.jsonl", rows), policy)
     assert [(rollout.completion, rollout.response_ids) for rollout in found] == [("", [1])] * 3
-    assert call("import", tmp_path / "rows.jsonl", "--out", tmp_path / "run")[0] == 0
+    assert call("import", "--model", "embedded", tmp_path / "rows.jsonl", "--out", tmp_path / "run")[0] == 0
     tokens = table(tmp_path / "run", "tokens")
     assert tokens.select("position", "response_length", "token_id").rows() == [(0, 1, 1)] * 3
     blank = policy.tokenizer(" \n", add_special_tokens=False)["input_ids"]
@@ -386,36 +430,45 @@ def test_any_stop_token_ends_a_response_and_the_template_says_which_is_appended(
     assert [rollout.response_ids for rollout in found] == [[*two, 1], [*two, 1], [*two, 2]]
 
 
-def test_tokens_outside_the_loss_mask_are_read_and_enter_no_statistic(tmp_path, call):
+def test_tokens_outside_the_loss_mask_are_rows_without_values(tmp_path, call):
     prompt, ids, mask = [3, 265, 4], [504, 335, 225, 63, 18, 321], [1, 1, 0, 0, 1, 1]
     whole = {"prompt_ids": prompt, "response_ids": ids, "reward": 1.0, "group": "a"}
     other = {**whole, "response_ids": ids[:2], "reward": 0.0}
     masked = [{**whole, "loss_mask": mask}, {**other, "loss_mask": None}]
     covers_prompt = [{**whole, "response_mask": [False] * 3 + [bool(m) for m in mask]}, other]
     for name, rows in (("whole", [whole, other]), ("masked", masked), ("covers_prompt", covers_prompt)):
-        status, _, err = call("import", write(tmp_path / f"{name}.jsonl", rows), "--out", tmp_path / name)
+        path = write(tmp_path / f"{name}.jsonl", rows)
+        status, _, err = call("import", "--model", "embedded", path, "--out", tmp_path / name)
         assert status == 0, err
-        assert ("excludes 2 of 8 tokens" in err) == (name != "whole")
+        assert ("marks 2 of 8 tokens as context" in err) == (name != "whole")
+    is_generated = pl.Series([True, True, False, False, *[True] * 4])
     expected = table(tmp_path / "whole", "tokens").sort("rollout_id", "position")
-    expected = expected.filter(pl.Series([True, True, False, False, *[True] * 4]))
+    assert expected["loss_mask"].to_list() == [None] * 8
+    assert table(tmp_path / "whole", "rollouts")["generated_length"].to_list() == [None] * 2
+    generated = expected.filter(is_generated)
     for name in ("masked", "covers_prompt"):
         tokens = table(tmp_path / name, "tokens").sort("rollout_id", "position")
-        assert tokens["token_id"].to_list() == [504, 335, 18, 321, 504, 335]
-        assert tokens["position"].to_list() == [0, 1, 2, 3, 0, 1]
-        assert tokens["response_length"].to_list() == [4, 4, 4, 4, 2, 2]
+        assert tokens["loss_mask"].to_list() == [*is_generated.to_list()[:6], None, None]
+        for column in ("token_id", "position", "response_length"):
+            assert tokens[column].to_list() == expected[column].to_list()
         for column in MEASURED:
-            assert tokens[column].to_list() == pytest.approx(expected[column].to_list(), abs=1e-5)
-        rollout = table(tmp_path / name, "rollouts").sort("rollout_id").row(0, named=True)
-        assert rollout["response_length"] == 4
-        assert rollout["ppl"] == pytest.approx(math.exp(-expected["logprob"].head(4).mean()), rel=1e-5)
-        assert rollout["entropy_mean"] == pytest.approx(expected["entropy"].head(4).mean(), rel=1e-5)
+            found = tokens[column].to_list()
+            assert found[2:4] == [None, None]
+            assert found[:2] + found[4:] == pytest.approx(generated[column].to_list(), abs=1e-5)
+        # Without the view, a mean over the files is that of the generated tokens as well.
+        assert tokens["entropy"].mean() == pytest.approx(generated["entropy"].mean(), rel=1e-5)
+        rollouts = table(tmp_path / name, "rollouts").sort("rollout_id")
+        assert rollouts.select("response_length", "generated_length").rows() == [(6, 4), (2, None)]
+        assert rollouts["ppl"][0] == pytest.approx(math.exp(-generated["logprob"].head(4).mean()), rel=1e-5)
+        assert rollouts["entropy_mean"][0] == pytest.approx(generated["entropy"].head(4).mean(), rel=1e-5)
+        assert rollouts["completion"][0] == "so we. so"
         step = table(tmp_path / name, "steps").row(0, named=True)
         assert step["tokens"] == 6
-        assert step["entropy_token_mean"] == pytest.approx(expected["entropy"].mean(), rel=1e-5)
-        scored = read_manifest(tmp_path / name)["scored"]
-        assert scored["response_tokens"] == "as given, without 2 outside loss_mask"
-    completion = table(tmp_path / "masked", "rollouts").sort("rollout_id")["completion"][0]
-    assert completion == "so we. so"
+        assert step["entropy_token_mean"] == pytest.approx(generated["entropy"].mean(), rel=1e-5)
+        assert read_manifest(tmp_path / name)["scored"]["response_tokens"] == "as given, without 2 outside loss_mask"
+        opened = entrace.open_runs(tmp_path / name)
+        counts = opened.sql("select (select count(*) from tokens), (select count(*) from response_tokens)")
+        assert counts.row(0) == (6, 8)
 
 
 def test_a_prompt_that_holds_its_beginning_of_sequence_gets_no_second_one(tmp_path, policy):
@@ -434,7 +487,7 @@ def test_a_fault_of_all_rows_is_said_once(tmp_path, policy):
     path = write(tmp_path / "rows.jsonl", [{"question": PROMPT, "response": "2", "reward": 1}] * 7)
     with (
         pytest.raises(InputError) as caught,
-        read_rollouts([path], ImportSettings(policy=PolicyConfig()), policy),
+        read_rollouts([path], policy),
     ):
         pass
     fault = 'no "prompt"; found: question (--field prompt=KEY names the key of prompt)'
@@ -442,15 +495,30 @@ def test_a_fault_of_all_rows_is_said_once(tmp_path, policy):
     assert str(caught.value) == f"7 of 7 rows are malformed ({path}, line 1: {fault}; ...); {remedy}"
 
 
-def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, call):
-    path = write(tmp_path / "rows.jsonl", [row(), b"{", row(response="")])
-    status, _, err = call("import", path, "--out", tmp_path / "run")
+def test_skipping_bad_rows_leaves_no_group_in_part(tmp_path, call):
+    groups = {name: [row(group=name, response=f"{n} = {n}", reward=n % 2) for n in range(3)] for name in "abcd"}
+    # A row of group b is malformed, and one that cannot be read may be of any group: c lacks one.
+    rows = [*groups["a"], *groups["b"][:2], row(group="b", response=""), *groups["c"][:2], b"{", *groups["d"]]
+    path = write(tmp_path / "rows.jsonl", rows)
+    status, _, err = call("import", "--model", "embedded", path, "--out", tmp_path / "run")
     assert status == 2
-    assert "2 of 3 rows are malformed" in err
+    assert "2 of 12 rows are malformed" in err
     assert not (tmp_path / "run").exists()
-    assert call("import", path, "--out", tmp_path / "run", "--skip-bad-rows")[0] == 0
+    status, _, err = call("import", "--model", "embedded", path, "--out", tmp_path / "run", "--skip-bad-rows")
+    assert status == 0
+    assert "2 of 12 rows skipped, with 4 further rows, the rest of 2 groups (" in err
     scored = read_manifest(tmp_path / "run")["scored"]
-    assert (scored["rows"], scored["bad_rows"]) == (3, 2)
+    assert (scored["rows"], scored["bad_rows"], scored["dropped_groups"]) == (12, 2, 2)
+    rollouts = table(tmp_path / "run", "rollouts").sort("rollout_id")
+    assert rollouts["completion"].to_list() == ["0 = 0", "1 = 1", "2 = 2"] * 2
+    assert rollouts["group_id"].to_list() == [0, 0, 0, 3, 3, 3]
+
+
+def test_a_dump_whose_groups_all_hold_a_bad_row_is_refused(tmp_path, call):
+    path = write(tmp_path / "rows.jsonl", [row(), row(response="")])
+    status, _, err = call("import", "--model", "embedded", path, "--out", tmp_path / "run", "--skip-bad-rows")
+    assert status == 2
+    assert "every group holds a malformed row" in err
 
 
 def test_parquet_text_that_is_not_utf8_is_named(tmp_path, policy):
@@ -459,7 +527,7 @@ def test_parquet_text_that_is_not_utf8_is_named(tmp_path, policy):
     pq.write_table(rows, tmp_path / "rows.parquet")
     with (
         pytest.raises(InputError, match=r'row 2: "response" is unreadable .*utf-8'),
-        read_rollouts([tmp_path / "rows.parquet"], ImportSettings(policy=PolicyConfig()), policy),
+        read_rollouts([tmp_path / "rows.parquet"], policy),
     ):
         pass
 
@@ -469,7 +537,7 @@ def test_what_is_longer_than_the_model_takes_is_named(tmp_path, policy):
     path = write(tmp_path / "rows.jsonl", [row(response_ids=[5] * (limit + 1))])
     with (
         pytest.raises(InputError, match=f"line 1: prompt and response have .* tokens, embedded takes at most {limit}"),
-        read_rollouts([path], ImportSettings(policy=PolicyConfig()), policy),
+        read_rollouts([path], policy),
     ):
         pass
 
@@ -480,12 +548,15 @@ def test_bad_arguments_are_one_line(tmp_path, call):
         ([tmp_path / "none.jsonl"], "none.jsonl: no such file"),
         ([path, "--field", "rewrd=x"], 'did you mean "reward"?'),
         ([path, "--field", "reward"], "expected NAME=KEY"),
-        ([path, "--field", "reward="], 'no "reward", which every row needs; remove --field reward='),
+        ([path, "--field", "prompt="], 'no "prompt", which every row needs; remove --field prompt='),
+        ([path, "--tokenizer", "data/base-policy"], "--tokenizer: --model has its own tokenizer"),
+        ([path, "--from", "vrl"], 'unknown format; did you mean "verl"? Valid: ms-swift, nemo-rl'),
+        ([path, "--template", "no place"], "expected {question}"),
         ([path, "--field", "reward=scor"], 'no "scor"; did you mean "score"?'),
         ([path, "--temperature", "0"], "temperature"),
         ([path, "--correct-at", "nan"], "correct_at"),
     ):
-        status, _, err = call("import", *arguments, "--out", tmp_path / "run")
+        status, _, err = call("import", "--model", "embedded", *arguments, "--out", tmp_path / "run")
         assert status == 2
         assert message in err
         assert len(err.strip().splitlines()) == 1
@@ -494,7 +565,7 @@ def test_bad_arguments_are_one_line(tmp_path, call):
 def test_an_interrupted_trace_goes_on_and_equals_one_that_was_not(tmp_path, monkeypatch, policy, call):
     rows = [row(step=step, response=f"{step} + {i} = 2", reward=i % 2) for step in (1, 4, 9) for i in range(3)]
     path = write(tmp_path / "rows.jsonl", rows)
-    assert call("import", path, "--out", tmp_path / "whole")[0] == 0
+    assert call("import", "--model", "embedded", path, "--out", tmp_path / "whole")[0] == 0
 
     end_step = TraceWriter.end_step
 
@@ -503,20 +574,22 @@ def test_an_interrupted_trace_goes_on_and_equals_one_that_was_not(tmp_path, monk
             raise KeyboardInterrupt
         end_step(self, step)
 
-    monkeypatch.setattr(teacher_forcing, "FLUSH_TOKENS", 1)
+    monkeypatch.setattr(importer, "FLUSH_TOKENS", 1)
     monkeypatch.setattr(TraceWriter, "end_step", stop)
-    status, _, err = call("import", path, "--out", tmp_path / "cut")
+    status, _, err = call("import", "--model", "embedded", path, "--out", tmp_path / "cut")
     assert status == 130
     assert "--resume continues" in err
     monkeypatch.undo()
     assert read_manifest(tmp_path / "cut")["last_durable_step"] == 4
-    status, _, err = call("import", write(tmp_path / "other.jsonl", rows), "--out", tmp_path / "cut", "--resume")
+    status, _, err = call(
+        "import", "--model", "embedded", write(tmp_path / "other.jsonl", rows), "--out", tmp_path / "cut", "--resume"
+    )
     assert status == 2
     assert f"{tmp_path / 'cut'}: imported with another value of files; choose another folder" in err
-    status, _, err = call("import", path, "--out", tmp_path / "cut")
+    status, _, err = call("import", "--model", "embedded", path, "--out", tmp_path / "cut")
     assert status == 2
     assert "--resume" in err
-    assert call("import", path, "--out", tmp_path / "cut", "--resume")[0] == 0
+    assert call("import", "--model", "embedded", path, "--out", tmp_path / "cut", "--resume")[0] == 0
     for name in ("tokens", "rollouts", "prompts", "steps", "vocab"):
         whole, cut = (table(tmp_path / run, name).drop("run_id") for run in ("whole", "cut"))
         assert whole.equals(cut)
@@ -526,9 +599,9 @@ def test_an_interrupted_trace_goes_on_and_equals_one_that_was_not(tmp_path, monk
 def test_chunks_and_batches_change_nothing_but_rounding(tmp_path, monkeypatch, call):
     rows = [row(response=f"{i} + {i} = 2", reward=i % 2, prompt=f"{i // 4} + 1") for i in range(12)]
     path = write(tmp_path / "rows.jsonl", rows)
-    assert call("import", path, "--out", tmp_path / "one")[0] == 0
-    monkeypatch.setattr(teacher_forcing, "CHUNK_TOKENS", 1)
-    assert call("import", path, "--out", tmp_path / "many", "--batch-tokens", 1)[0] == 0
+    assert call("import", "--model", "embedded", path, "--out", tmp_path / "one")[0] == 0
+    monkeypatch.setattr(importer, "CHUNK_TOKENS", 1)
+    assert call("import", "--model", "embedded", path, "--out", tmp_path / "many", "--batch-tokens", 1)[0] == 0
     for name, columns in (("tokens", MEASURED), ("rollouts", ("ppl", "ppl_z")), ("steps", ("entropy_token_mean",))):
         one, many = (table(tmp_path / run, name) for run in ("one", "many"))
         for column in columns:
@@ -537,35 +610,33 @@ def test_chunks_and_batches_change_nothing_but_rounding(tmp_path, monkeypatch, c
 
 def test_running_out_of_memory_names_the_option(tmp_path, monkeypatch, policy):
     path = write(tmp_path / "rows.jsonl", [row()])
-    settings = ImportSettings(policy=PolicyConfig())
 
     def exhaust(*args):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(Policy, "forward_unique", exhaust)
     with (
-        read_rollouts([path], settings, policy) as read,
+        read_rollouts([path], policy) as read,
         pytest.raises(TrainingError, match=r"importing step 1; lower batch_tokens \(8192 now\)"),
     ):
-        teacher_forcing.import_rollouts(read, [path], settings, policy, tmp_path / "run")
+        score_all(read, policy, tmp_path / "run")
     assert read_manifest(tmp_path / "run")["status"] == "failed"
 
 
 def test_probabilities_that_are_not_finite_name_the_row(tmp_path, policy):
     path = write(tmp_path / "rows.jsonl", [row(), row(response="2 = 2")])
-    settings = ImportSettings(policy=PolicyConfig())
     with torch.no_grad():
         policy.head.weight[5] = torch.nan
     with (
-        read_rollouts([path], settings, policy) as read,
+        read_rollouts([path], policy) as read,
         pytest.raises(TrainingError, match="line 1: embedded gives this response a probability that is NaN"),
     ):
-        teacher_forcing.import_rollouts(read, [path], settings, policy, tmp_path / "run")
+        score_all(read, policy, tmp_path / "run")
 
 
 @pytest.mark.parametrize("arguments", [[], ["rows.jsonl", "--out", "run"], ["--help"], ["--unknown", "1"]], ids=str)
 def test_the_former_name_of_the_command_points_to_the_new_one(call, arguments):
-    expected = "entrace: score: this command is now `entrace import`, with the same arguments\n"
+    expected = "entrace: score: this command is now `entrace import --model embedded`, with the same arguments\n"
     assert call("score", *arguments) == (2, "", expected)
 
 
@@ -587,12 +658,12 @@ def test_an_import_killed_in_its_first_manifest_resumes(tmp_path, call):
 def test_a_trace_of_the_former_command_resumes(tmp_path, call):
     """Manifest keys, config key, and the texts in them are those that ``entrace score`` wrote."""
     path = write(tmp_path / "rows.jsonl", [row(), row(reward=0.0)])
-    assert call("import", path, "--out", tmp_path / "run")[0] == 0
+    assert call("import", "--model", "embedded", path, "--out", tmp_path / "run")[0] == 0
     manifest = read_manifest(tmp_path / "run")
     assert list(manifest["config"]) == ["score"]
     assert manifest["config"]["score"] == manifest["scored"]["settings"]
-    assert set(manifest["scored"]) == {
-        *("files", "weights", "rows", "bad_rows", "fields", "advantage", "response_tokens", "settings")
-    }
+    before = {"files", "weights", "rows", "bad_rows", "fields", "advantage", "response_tokens", "settings"}
+    assert set(manifest["scored"]) == before | {"format", "dropped_groups", "logprobs"}
     assert manifest["scored"]["advantage"] == "group-relative, from rewards"
-    assert call("import", path, "--out", tmp_path / "run", "--resume")[0] == 0
+    write_manifest(tmp_path / "run", {**manifest, "scored": {key: manifest["scored"][key] for key in before}})
+    assert call("import", "--model", "embedded", path, "--out", tmp_path / "run", "--resume")[0] == 0

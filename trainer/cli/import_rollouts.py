@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,14 +16,45 @@ from entrace.analysis.cli import say, stoppable
 from entrace.analysis.trace import InputError
 from entrace.trainer.cli.options import Resume, require_train_extra
 
+if TYPE_CHECKING:
+    from entrace.analysis.importers.codec import Codec
+    from entrace.analysis.importers.tables import Scorer
+
 
 def import_rollouts(
-    rollouts: Annotated[list[Path], typer.Argument(metavar="ROLLOUTS...", help="JSONL or Parquet files of rollouts.")],
+    dump: Annotated[
+        list[Path],
+        typer.Argument(metavar="DUMP...", help="Folder of a dump, or its JSONL and Parquet files.", show_default=False),
+    ],
     *,
     out: Annotated[Path, typer.Option(help="Folder of the trace; its name is the run id.")],
+    format_name: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="FORMAT",
+            help="Format of the dump: trl, verl, prime-rl, verifiers, nemo-rl, open-instruct, ms-swift, openai, or "
+            "rows (default: detected).",
+        ),
+    ] = None,
     model: Annotated[
-        str, typer.Option(help="Model whose probabilities are recorded; any value of policy.path.")
-    ] = "embedded",
+        str | None,
+        typer.Option(
+            help="Model that computes missing values and is compared with recorded ones; any value of policy.path "
+            "(default: none, values as recorded)."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="tokenizer.json or its folder, for the texts of tokens (default: that of --model, or none).",
+        ),
+    ] = None,
+    rewards: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Rows of id and reward, joined by id (default: rewards of the dump)."),
+    ] = None,
     template: Annotated[
         str | None,
         typer.Option(
@@ -26,7 +62,10 @@ def import_rollouts(
             "rows hold the templated prompt (default: the chat template)."
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature of the rollouts.")] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Sampling temperature of the rollouts (default: as recorded; 1.0 with --model)."),
+    ] = None,
     correct_at: Annotated[float, typer.Option(help="Lowest reward of a correct response.")] = 1.0,
     field: Annotated[
         list[str] | None,
@@ -37,44 +76,146 @@ def import_rollouts(
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per forward pass, padding included.")] = 8192,
     skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Skip malformed rows (default: stop at them).")
+        bool,
+        typer.Option("--skip-bad-rows", help="Skip malformed rows with the rest of their groups (default: stop)."),
     ] = False,
     resume: Resume = False,
 ) -> None:
-    """Import rollouts that another trainer sampled: rows of prompt, response, reward, and optionally step.
+    """Import rollouts that another trainer sampled: TRL, verl, prime-rl, NeMo-RL, open-instruct, ms-swift, and others.
 
-    One teacher-forced pass of a model records the log-probability, entropy, and gradient norm of every token.
+    Recorded logprobs, entropies, and advantages are kept as they are. --model adds missing ones with one teacher-forced
+    pass and compares it with recorded values.
 
-    Example: entrace import rollouts.jsonl --model data/base-policy --out data/runs/mine/imported
+    Example: entrace import runs/mine/token_exports --tokenizer Qwen3-4B --out data/runs/theirs/recorded
+
+    Example: entrace import train_data_step1.jsonl --rewards rewards.jsonl --out data/runs/theirs/joined
+
+    Example: entrace import rollouts.jsonl --model data/base-policy --out data/runs/theirs/rescored
     """
-    require_train_extra()
+    from entrace.analysis.importers import run
+    from entrace.analysis.importers.collect import collect
+    from entrace.analysis.importers.dump import Dump
+    from entrace.analysis.importers.rewards import Rewards
+    from entrace.analysis.importers.settings import ImportSettings
     from entrace.analysis.terminal.progress import Progress
-    from entrace.trainer.external import teacher_forcing
-    from entrace.trainer.external.plain_rollouts import read_rollouts
-    from entrace.trainer.external.rollout_rows import ImportSettings
-    from entrace.trainer.model.policy import Policy
-    from entrace.trainer.runs.run_folder import run_lock
+
+    fields = _parse_fields(field or [])
+    policy = _policy_entry(model, template)
+    settings = ImportSettings(
+        policy=policy,
+        temperature=temperature,
+        correct_at=correct_at,
+        skip_bad_rows=skip_bad_rows,
+        fields=fields,
+    )
+    if model and tokenizer:
+        raise InputError("--tokenizer: --model has its own tokenizer; leave one of them out")
+    with stoppable(f"with --resume continues in {out}"), _lock(out):
+        run.check_target(out, resume)
+        found = Dump.find(dump, format_name, has_fields=bool(fields))
+        joined = Rewards(rewards, fields.get("id")) if rewards else None
+        using = _load(model, tokenizer, template, out)
+        with (
+            using.guard,
+            collect(found, settings, using.codec, rewards=joined, is_scored=model is not None) as read,
+            Progress(out.name, read.counts.rollouts) as progress,
+        ):
+            scorer = None
+            if using.make_scorer:
+                settings = replace(settings, temperature=run.temperature_of_pass(read.counts, temperature))
+                scorer = using.make_scorer(settings.temperature or 1.0, batch_tokens)
+            for remark in read.remarks:
+                say(f"entrace: {remark}", err=True)
+            differences = run.record(
+                read,
+                settings,
+                out,
+                codec=using.codec,
+                scorer=scorer,
+                weights=using.weights,
+                extra={"rewards": run.hash_file(rewards)} if rewards else {},
+                resume=resume,
+                on_step=progress.update,
+                explain=using.explain,
+            )
+        if scorer:
+            for line in run.describe_differences(differences, scorer.name):
+                say(f"entrace: {line}", err=True)
+    say(str(out))
+
+
+@dataclass(frozen=True)
+class _Using:
+    """The tokenizer and the model of an import, and how errors of the latter are told.
+
+    ``make_scorer`` takes the sampling temperature and the tokens of a forward pass.
+    """
+
+    codec: Codec | None = None
+    make_scorer: Callable[[float, int], Scorer] | None = None
+    weights: str | None = None
+    guard: AbstractContextManager[Any] = dataclass_field(default_factory=nullcontext)
+    explain: Callable[[Exception], Exception] = lambda error: error
+
+
+def _policy_entry(model: str | None, template: str | None) -> dict[str, Any] | None:
+    """Check the settings of the model, and return its entry of ``run.json``."""
+    if template is not None and "{question}" not in template:
+        raise InputError("--template: expected {question}, which marks where the question goes")
+    if model is None:
+        return None
+    require_train_extra()
+    from entrace.trainer.config import PolicyConfig
     from entrace.trainer.settings import validate_section
 
-    values = {
-        "policy": {"path": model, "template": template},
-        "temperature": temperature,
-        "correct_at": correct_at,
-        "batch_tokens": batch_tokens,
-        "skip_bad_rows": skip_bad_rows,
-        "fields": _parse_fields(field or []),
-    }
-    settings = validate_section(ImportSettings, values, "import")
-    with stoppable(f"with --resume continues in {out}"), run_lock(out, waits=False):
-        teacher_forcing.check_target(out, resume)
-        policy = Policy.load(settings.policy)
-        with read_rollouts(rollouts, settings, policy) as read, Progress(out.name, read.counts.rollouts) as progress:
-            for remark in read.remarks():
-                say(f"entrace: {remark}", err=True)
-            teacher_forcing.import_rollouts(
-                read, rollouts, settings, policy, out, resume=resume, on_step=progress.update
-            )
-    say(str(out))
+    return validate_section(PolicyConfig, {"path": model, "template": template}, "import").model_dump(mode="json")
+
+
+def _load(
+    model: str | None,
+    tokenizer: Path | None,
+    template: str | None,
+    out: Path,
+) -> _Using:
+    """Load the model or the tokenizer."""
+    if model is None:
+        from entrace.analysis.importers.tokenizer import TokenizerFile
+
+        return _Using(TokenizerFile(tokenizer, template) if tokenizer else None)
+    from entrace.trainer.config import PolicyConfig
+    from entrace.trainer.external.policy_codec import PolicyCodec
+    from entrace.trainer.external.teacher_forcing import PassSettings, TeacherForcing
+    from entrace.trainer.faults import explain_fault, translate_errors
+    from entrace.trainer.model.policy import Policy
+    from entrace.trainer.runs.run_folder import hash_weights
+
+    config = PolicyConfig(path=model, template=template)
+    policy = Policy.load(config)
+
+    def make_scorer(temperature: float, batch_tokens: int) -> Scorer:
+        settings = PassSettings(policy=config, temperature=temperature, batch_tokens=batch_tokens)
+        return TeacherForcing(policy, settings)
+
+    return _Using(
+        PolicyCodec(policy),
+        make_scorer,
+        hash_weights(model),
+        translate_errors(out),
+        lambda error: explain_fault(error, out),
+    )
+
+
+@contextmanager
+def _lock(run_dir: Path) -> Iterator[None]:
+    """Lock the folder of the trace against other processes, where the file system supports locks."""
+    from entrace.analysis.trace.lock import acquire_lock
+
+    file = acquire_lock(run_dir, waits=False)
+    try:
+        yield
+    finally:
+        if file is not None:
+            os.close(file)
 
 
 def score() -> None:
@@ -83,7 +224,7 @@ def score() -> None:
     Raises:
         InputError: always.
     """
-    raise InputError("score: this command is now `entrace import`, with the same arguments")
+    raise InputError("score: this command is now `entrace import --model embedded`, with the same arguments")
 
 
 def _parse_fields(pairs: list[str]) -> dict[str, str]:

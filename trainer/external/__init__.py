@@ -1,1 +1,1 @@
-"""Import rollouts that other trainers sampled."""
+"""Score imported rollouts with a model."""

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from entrace.analysis.importers.chat import Question, as_chat, as_text
 from entrace.analysis.trace import InputError, Vocabulary, in_one_line
 from entrace.analysis.trace.plain import plain
 from entrace.trainer.config import PolicyConfig
@@ -35,7 +36,6 @@ from entrace.trainer.parallel.sharding import (
     load_full_state_dict,
     shard,
 )
-from entrace.trainer.tasks.prompt import Question, as_chat, as_text
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from entrace.analysis.importers.chat import Question, as_chat, as_text
 from entrace.analysis.trace import InputError
 from entrace.trainer.seeding import Stream, generator
 from entrace.trainer.tasks.config import TaskConfig
 from entrace.trainer.tasks.files import FileSource
 from entrace.trainer.tasks.gym import GymSource
 from entrace.trainer.tasks.normalize import normalize_text
-from entrace.trainer.tasks.prompt import Prompt, Question, Score, as_chat, as_text, extract_answer
+from entrace.trainer.tasks.prompt import Prompt, Score, extract_answer
 from entrace.trainer.tasks.source import Context, Source
 from entrace.trainer.tasks.verifiers import Verifiers, answer_classes
 

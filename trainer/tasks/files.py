@@ -11,19 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from entrace.analysis.trace import InputError
-from entrace.trainer.seeding import Stream, generator
-from entrace.trainer.settings import validate_section
-from entrace.trainer.tasks.config import FileParams, SourceConfig
-from entrace.trainer.tasks.math_verifier import fault_of
-from entrace.trainer.tasks.normalize import normalize_text
-from entrace.trainer.tasks.prompt import Prompt, Verifier
-from entrace.trainer.tasks.rows import (
+from entrace.analysis.importers.row_files import (
     BadRowError,
     MissingFieldError,
-    NoAnswerError,
     Place,
-    UnreadableAnswerError,
     field_at,
     kind_of,
     name_some,
@@ -31,6 +22,14 @@ from entrace.trainer.tasks.rows import (
     read_rows,
     text_of,
 )
+from entrace.analysis.trace import InputError
+from entrace.trainer.seeding import Stream, generator
+from entrace.trainer.settings import validate_section
+from entrace.trainer.tasks.config import FileParams, SourceConfig
+from entrace.trainer.tasks.math_verifier import fault_of
+from entrace.trainer.tasks.normalize import normalize_text
+from entrace.trainer.tasks.prompt import Prompt, Verifier
+from entrace.trainer.tasks.rows import NoAnswerError, UnreadableAnswerError
 from entrace.trainer.tasks.source import Context
 from entrace.trainer.tasks.verifiers import UserFunction
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-# Plain text, or the turns of a chat as {"role": ..., "content": ...}.
-Question = str | list[dict[str, str]]
+from entrace.analysis.importers.chat import Question, as_text
 
 OPEN, CLOSE = "<answer>", "</answer>"
 # Escaped characters are skipped, so that \{ and \} of a set do not count as braces. Some models write \\boxed.
@@ -85,20 +84,6 @@ class Prompt:
 
 
 Verifier = Callable[[str, Prompt], Score]
-
-
-def as_text(question: Question) -> str:
-    """Return a question as text: one user turn unchanged, several turns as ``role: content`` between blank lines."""
-    if isinstance(question, str):
-        return question
-    if [turn["role"] for turn in question] == ["user"]:
-        return question[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in question)
-
-
-def as_chat(question: Question) -> list[dict[str, str]]:
-    """Return a question as turns; plain text becomes one user turn."""
-    return [{"role": "user", "content": question}] if isinstance(question, str) else question
 
 
 def extract_answer(completion: str) -> str | None:

@@ -3,7 +3,7 @@
 -- params: $runs: list of run_id (default all)
 -- units: response_length, tokens, reasoning, semantic in tokens; reasoning = formal_reasoning, logical_structuring, and
 --   metacognitive
--- needs: tokens
+-- needs: tokens, token categories
 with final as (
   select
     run_id,

@@ -2,7 +2,7 @@
 -- grain: one row per run and prompt, over the last $last_steps steps
 -- params: $runs: list of run_id (default all); $last_steps: integer in [1, 1000000], steps (default 10)
 -- units: num_tokens, num_formal in tokens, weighted to count for all responses of their step
--- needs: tokens
+-- needs: tokens, token categories
 with last_steps as (
   select run_id, max(step) - coalesce($last_steps, 10)::integer as after_step
   from steps

@@ -3,7 +3,7 @@
 -- params: $runs: list of run_id (default all)
 -- units: low_tokens, high_tokens: high-entropy tokens (top 20 % of the tokens in the update), by token_weight;
 --   low_excess, high_excess: reasoning tokens among them minus the number expected at their positions
--- needs: tokens, entropies, perplexities, advantages
+-- needs: tokens, entropies, perplexities, advantages, token categories
 with thresholds as (
   select *
   from steps_with_threshold(0.2)

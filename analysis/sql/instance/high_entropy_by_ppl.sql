@@ -5,7 +5,7 @@
 --   of tokens that count as high-entropy (default 0.2)
 -- units: share, low, high in [0, 1] of the num_tokens high-entropy tokens of the tercile (95 % interval over steps and
 --   prompts); num_prompts in prompts
--- needs: tokens, entropies, perplexities
+-- needs: tokens, entropies, perplexities, token categories
 with
 -- High-entropy tokens are the $top share of the stage's tokens in the update. The threshold is at most 0.5 % too low.
 thresholds as (

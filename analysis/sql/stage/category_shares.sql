@@ -4,7 +4,7 @@
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
 -- units: share, low, high in [0, 1] of tokens (95 % interval over prompts); num_tokens in tokens; num_prompts in
 --   prompts; boundary_* in steps
--- needs: tokens
+-- needs: tokens, token categories
 with
 -- Counts are joined with stages, because joining every token would take most of the time.
 counted as (

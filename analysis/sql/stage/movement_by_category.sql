@@ -3,7 +3,7 @@
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
 -- units: dp, low, high: mean change of probability; movement, movement_low, movement_high: mean |dp| (95 % intervals
 --   over steps and prompts); grad_norm in nats; num_* are counts
--- needs: after-update values, log-probabilities, token advantages
+-- needs: after-update values, log-probabilities, token advantages, token categories
 with per_prompt as (
   select
     run_id,

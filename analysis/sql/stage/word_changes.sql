@@ -5,7 +5,7 @@
 --   $min_count: integer in [1, 1000000], minimum occurrences in both phases together (default 20)
 -- units: share_start, share_end in [0, 1] of the tokens of a phase; change = share_end - share_start, low, high (95 %
 --   interval over steps); num_* in tokens; rank_* from 1
--- needs: tokens
+-- needs: tokens, token categories
 with phase_steps as (
   select run_id, step, phase, token_weight
   from token_steps

@@ -4,7 +4,7 @@
 --   of tokens that count as high-entropy (default 0.2); $words: integer in [1, 1000000], words (default 15)
 -- units: share, low, high in [0, 1] of high-entropy tokens (95 % interval over steps); high_rate in [0, 1] of the
 --   word's tokens; entropy_mean in nats; num_* are counts; rank from 1
--- needs: tokens, entropies
+-- needs: tokens, entropies, token categories
 with
 -- High-entropy tokens are the $top share of the stage's tokens in the update. The threshold is at most 0.5 % too low.
 thresholds as (

@@ -1,0 +1,1 @@
+"""Read the dumps of other trainers, and record them as traces."""

@@ -1,0 +1,334 @@
+"""Turn chunks of rollouts into rows of the trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from entrace.analysis.importers.rollout import RESCORED, Rollout
+from entrace.analysis.importers.statistics import group_relative_advantage, mean_of, place_in_group, ppl_z
+from entrace.analysis.trace.defects import find_defects
+from entrace.analysis.trace.writer import TraceWriter
+
+EXACT = "exact"
+# exp of more overflows float32.
+LARGEST_SURPRISAL = 88.0
+
+
+class Scores(Protocol):
+    """Statistics of a teacher-forced pass, one value per token of the responses, concatenated, float32 ``(N,)``."""
+
+    @property
+    def logprob(self) -> np.ndarray:
+        """Return log-probabilities."""
+        ...
+
+    @property
+    def entropy(self) -> np.ndarray:
+        """Return entropies."""
+        ...
+
+    def grad_norm(self, advantages: np.ndarray) -> np.ndarray:
+        """Return the norm of each token's policy gradient at the LM head, ``(N,)``."""
+        ...
+
+
+class Scorer(Protocol):
+    """A model that scores given responses."""
+
+    @property
+    def name(self) -> str:
+        """Return where the model was loaded from."""
+        ...
+
+    def score(self, chunk: Sequence[Rollout]) -> Scores:
+        """Return the statistics of all tokens of the responses, context included."""
+        ...
+
+
+@dataclass
+class Difference:
+    """Absolute differences between recorded and rescored values of generated tokens."""
+
+    count: int = 0
+    total: float = 0.0
+    largest: float = 0.0
+
+    def add(self, recorded: np.ndarray, rescored: np.ndarray) -> None:
+        """Add the tokens whose recorded value is known."""
+        is_known = ~np.isnan(recorded)
+        found = np.abs(recorded[is_known] - rescored[is_known])
+        if len(found):
+            self.count += len(found)
+            self.total += float(found.sum())
+            self.largest = max(self.largest, float(found.max()))
+
+    @property
+    def mean(self) -> float:
+        """Return the mean difference; 0 without tokens."""
+        return self.total / self.count if self.count else 0.0
+
+
+@dataclass
+class Differences:
+    """Differences of logprobs and entropies, in nats."""
+
+    logprob: Difference = field(default_factory=Difference)
+    entropy: Difference = field(default_factory=Difference)
+
+
+@dataclass
+class StepSums:
+    """Sums behind the row of a step in table ``steps``."""
+
+    rollouts: int = 0
+    rewarded: int = 0
+    reward: float = 0.0
+    judged: int = 0
+    correct: int = 0
+    known_answers: int = 0
+    answered: int = 0
+    tokens: int = 0
+    with_entropy: int = 0
+    entropy: float = 0.0
+    groups: int = 0
+    groups_kept: int = 0
+    knows_kept: bool = True
+
+    def columns(self) -> dict[str, Any]:
+        """Return columns of table ``steps``."""
+        return {
+            "reward_mean": self.reward / self.rewarded if self.rewarded else None,
+            "accuracy": self.correct / self.judged if self.judged else None,
+            "format_rate": self.answered / self.known_answers if self.known_answers else None,
+            "entropy_token_mean": self.entropy / self.with_entropy if self.with_entropy else None,
+            "tokens": self.tokens,
+            "groups_kept": self.groups_kept if self.knows_kept else None,
+            "groups_dropped": self.groups - self.groups_kept if self.knows_kept else None,
+        }
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rollouts of one step, in whole groups, with their values per token of all responses, ``(N,)`` float64.
+
+    Unknown values are NaN. ``rows`` is the index of the response of each token.
+    """
+
+    rollouts: Sequence[Rollout]
+    groups: np.ndarray
+    rows: np.ndarray
+    is_generated: np.ndarray
+    logprob: np.ndarray
+    entropy: np.ndarray
+    sampling_logprob: np.ndarray
+    reference_logprob: np.ndarray
+    advantage: np.ndarray
+    grad_norm: np.ndarray
+    kinds: Sequence[tuple[str | None, str | None]]
+
+    @classmethod
+    def of(
+        cls, rollouts: Sequence[Rollout], scorer: Scorer | None, differences: Differences, *, has_advantages: bool
+    ) -> Chunk:
+        """Collect the recorded values, and score what is missing.
+
+        Args:
+            rollouts: Rollouts of one step, in whole groups.
+            scorer: The model of the pass, or None.
+            differences: Gets the differences between recorded and rescored values.
+            has_advantages: The dump records advantages; otherwise they follow from the rewards.
+        """
+        groups = np.unique([rollout.group_id for rollout in rollouts], return_inverse=True)[1]
+        lengths = np.array([len(rollout.response_ids) for rollout in rollouts])
+        rows = np.repeat(np.arange(len(rollouts)), lengths)
+        is_generated = np.concatenate([np.array(rollout.is_generated) for rollout in rollouts])
+        recorded = {
+            name: _per_token([getattr(rollout, name) for rollout in rollouts], lengths, is_generated)
+            for name in ("logprob", "entropy", "sampling_logprob", "reference_logprob")
+        }
+        advantage = _advantages(rollouts, groups, rows, has_advantages, lengths)
+        advantage[~is_generated] = np.nan
+        kinds = [(r.logprob_kind, EXACT if r.entropy is not None else None) for r in rollouts]
+        grad_norm = np.full(len(rows), np.nan)
+        if scorer:
+            scores = scorer.score(rollouts)
+            differences.logprob.add(recorded["logprob"][is_generated], scores.logprob[is_generated])
+            differences.entropy.add(recorded["entropy"][is_generated], scores.entropy[is_generated])
+            for name, values in (("logprob", scores.logprob), ("entropy", scores.entropy)):
+                is_missing = np.array([getattr(rollout, name) is None for rollout in rollouts])[rows] & is_generated
+                recorded[name][is_missing] = values[is_missing]
+            kinds = [(kind or RESCORED, EXACT) for kind, _ in kinds]
+            grad_norm = scores.grad_norm(advantage.astype(np.float32)).astype(np.float64)
+        return cls(
+            rollouts, groups, rows, is_generated, **recorded, advantage=advantage, grad_norm=grad_norm, kinds=kinds
+        )
+
+    def write(self, writer: TraceWriter, first_rollout_id: int, temperature: float | None, sums: StepSums) -> None:
+        """Append the rows of tables ``rollouts`` and ``tokens``, and add to the sums of the step."""
+        rollouts = self.rollouts
+        size = len(rollouts)
+        rollout_ids = first_rollout_id + np.arange(size)
+        # As in training, the first response of a group is its id.
+        first_of_group = np.unique(self.groups, return_index=True)[1]
+        is_kept, knows_kept = self._kept()
+        generated = self.rows[self.is_generated]
+        surprisal = mean_of(-self.logprob[self.is_generated], generated, size)
+        entropy_mean = mean_of(self.entropy[self.is_generated], generated, size)
+        logged = np.array([np.nan if r.entropy_mean is None else r.entropy_mean for r in rollouts])
+        entropy_mean = np.where(np.isnan(entropy_mean), logged, entropy_mean)
+        lengths = np.bincount(self.rows, minlength=size)
+        num_generated = np.bincount(generated, minlength=size)
+        is_masked = np.array([rollout.loss_mask is not None for rollout in rollouts])
+        as_read = ("completion", "answer", "reward", "has_answer", "is_truncated", "is_correct")
+        writer.append(
+            "rollouts",
+            {
+                "step": rollouts[0].step,
+                "prompt_id": [rollout.prompt_id for rollout in rollouts],
+                "rollout_id": rollout_ids,
+                "group_id": rollout_ids[first_of_group][self.groups],
+                "sample_index": place_in_group(self.groups),
+                **{name: [getattr(rollout, name) for rollout in rollouts] for name in as_read},
+                "reward_components": [_pairs(rollout.reward_components) for rollout in rollouts],
+                "defects": [_defects(rollout) for rollout in rollouts],
+                "response_length": lengths,
+                "generated_length": pa.array(num_generated, pa.int32(), mask=~is_masked),
+                "is_kept": is_kept,
+                "entropy_mean": _nullable(entropy_mean),
+                "surprisal_mean": _nullable(surprisal),
+                "ppl": _nullable(np.exp(np.where(surprisal > LARGEST_SURPRISAL, np.nan, surprisal))),
+                "ppl_z": _nullable(ppl_z(surprisal, self.groups)),
+                "advantage": _nullable(self._of_response(self.advantage)),
+                "temperature": [r.temperature if r.temperature is not None else temperature for r in rollouts],
+                "entropy_kind": [kind for _, kind in self.kinds],
+                "logprob_kind": [kind for kind, _ in self.kinds],
+            },
+        )
+        is_correct = np.array([rollout.is_correct for rollout in rollouts], dtype=object)
+        writer.append(
+            "tokens",
+            {
+                "step": rollouts[0].step,
+                "prompt_id": np.array([rollout.prompt_id for rollout in rollouts], dtype=object)[self.rows],
+                "rollout_id": rollout_ids[self.rows],
+                "position": np.arange(len(self.rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths),
+                "response_length": lengths[self.rows],
+                "token_id": np.concatenate([rollout.response_ids for rollout in rollouts]),
+                "logprob": _nullable(self.logprob),
+                "entropy": _nullable(self.entropy),
+                "advantage": _nullable(self.advantage),
+                "shaped_advantage": _nullable(self.advantage),
+                "grad_norm": _nullable(self.grad_norm),
+                "is_correct": is_correct[self.rows],
+                "is_kept": np.array(is_kept)[self.rows] if knows_kept else None,
+                "sampling_logprob": _nullable(self.sampling_logprob),
+                "reference_logprob": _nullable(self.reference_logprob),
+                "loss_mask": pa.array(self.is_generated, pa.bool_(), mask=~is_masked[self.rows]),
+                "turn": _integers(rollouts, "turn"),
+                "policy_version": _integers(rollouts, "policy_version"),
+            },
+        )
+        self._add(sums, is_kept, knows_kept)
+
+    def _kept(self) -> tuple[list[bool], bool]:
+        """Return which responses entered the update, and whether that is known.
+
+        Without a record, a group entered it if any of its advantages is not 0: otherwise its gradient was 0.
+        """
+        recorded = [rollout.is_kept for rollout in self.rollouts]
+        size = int(self.groups.max()) + 1
+        known = ~np.isnan(self.advantage)
+        if not known.any():
+            return [True if kept is None else kept for kept in recorded], None not in recorded
+        largest = np.zeros(size)
+        np.maximum.at(largest, self.groups[self.rows][known], np.abs(self.advantage[known]))
+        inferred = (largest > 0)[self.groups]
+        return [bool(inferred[n]) if kept is None else kept for n, kept in enumerate(recorded)], True
+
+    def _of_response(self, values: np.ndarray) -> np.ndarray:
+        """Return the value that all generated tokens of a response share; NaN if they differ or are unknown."""
+        size = len(self.rollouts)
+        low, high = np.full(size, np.inf), np.full(size, -np.inf)
+        rows, chosen = self.rows[self.is_generated], values[self.is_generated]
+        # A NaN among the values of a response makes both bounds NaN, which are unequal.
+        with np.errstate(invalid="ignore"):
+            np.minimum.at(low, rows, chosen)
+            np.maximum.at(high, rows, chosen)
+        return np.where(low == high, low, np.nan)
+
+    def _add(self, sums: StepSums, is_kept: Sequence[bool], knows_kept: bool) -> None:
+        rollouts = self.rollouts
+        sums.rollouts += len(rollouts)
+        rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+        sums.rewarded += len(rewards)
+        sums.reward += sum(rewards)
+        verdicts = [rollout.is_correct for rollout in rollouts if rollout.is_correct is not None]
+        sums.judged += len(verdicts)
+        sums.correct += sum(verdicts)
+        sums.known_answers += sum(rollout.has_answer is not None for rollout in rollouts)
+        sums.answered += sum(bool(rollout.has_answer) for rollout in rollouts)
+        sums.tokens += int(self.is_generated.sum())
+        entropy = self.entropy[self.is_generated]
+        sums.with_entropy += int((~np.isnan(entropy)).sum())
+        sums.entropy += float(np.nansum(entropy))
+        sums.groups += int(self.groups.max()) + 1
+        sums.groups_kept += len(np.unique(self.groups[np.array(is_kept)]))
+        sums.knows_kept &= knows_kept
+
+
+def _advantages(
+    rollouts: Sequence[Rollout], groups: np.ndarray, rows: np.ndarray, has_advantages: bool, lengths: np.ndarray
+) -> np.ndarray:
+    """Return the advantage of each token, recorded or from the rewards of the group."""
+    if not has_advantages:
+        rewards = np.array([np.nan if rollout.reward is None else rollout.reward for rollout in rollouts])
+        return group_relative_advantage(rewards, groups)[rows]
+    values = np.array([np.nan if rollout.advantage is None else rollout.advantage for rollout in rollouts])[rows]
+    starts = np.cumsum(lengths) - lengths
+    for start, rollout in zip(starts, rollouts, strict=True):
+        if rollout.advantages is not None:
+            values[start : start + len(rollout.advantages)] = np.array(rollout.advantages, dtype=np.float64)
+    return values
+
+
+def _per_token(values: Sequence[Any], lengths: np.ndarray, is_generated: np.ndarray) -> np.ndarray:
+    """Return recorded values of all tokens, NaN where unknown and for context."""
+    parts = [
+        np.full(length, np.nan) if entry is None else np.array(entry, dtype=np.float64)
+        for entry, length in zip(values, lengths, strict=True)
+    ]
+    found = np.concatenate(parts)
+    found[~is_generated] = np.nan
+    return found
+
+
+def _nullable(values: np.ndarray) -> pa.Array:
+    return (
+        pa.array(values, pa.float32(), from_pandas=True)
+        if values.dtype == np.float32
+        else pa.array(values.astype(np.float32), pa.float32(), from_pandas=True)
+    )
+
+
+def _integers(rollouts: Sequence[Rollout], name: str) -> list[int | None] | None:
+    """Return a value per token, None if no response has any."""
+    if all(getattr(rollout, name) is None for rollout in rollouts):
+        return None
+    return [value for r in rollouts for value in (getattr(r, name) or [None] * len(r.response_ids))]
+
+
+def _pairs(components: Any) -> list[tuple[str, float]] | None:
+    if components is None:
+        return None
+    return list(components.items()) if isinstance(components, dict) else [tuple(pair) for pair in components]
+
+
+def _defects(rollout: Rollout) -> list[str]:
+    """Return the defects of a response; placeholders of unknown texts have none of their own."""
+    prompt, completion = (rollout.prompt, rollout.completion) if rollout.has_text else ("", "")
+    return find_defects(prompt, completion, has_answer=rollout.has_answer, is_truncated=rollout.is_truncated)
