@@ -2,13 +2,15 @@
 
 Each check compares what is recorded with what must hold for any policy:
 
-- The mean surprisal of tokens equals their mean entropy if both belong to the distribution that the tokens were sampled
-  from. The difference is a martingale over the tokens of a response, so its error follows from the scatter of responses.
+- The mean surprisal of tokens equals their mean entropy if both belong to the distribution that the tokens were
+  sampled from. The sum of the differences over a response is a martingale, so its error follows from the scatter of
+  responses.
 - Responses to one prompt that begin with the same tokens have the same distribution at the next token.
 - Advantages are a rising linear function of the reward, within a group or within a step.
 
-A check without the data that it needs says so. Faults that leave these relations intact, such as the tokens of text that
-was tokenized again, cannot be seen without the model; ``entrace import --model`` compares recorded with rescored values.
+A check without the data that it needs says so. Faults that leave these relations intact, such as text that was
+tokenized again without new values, show only with the model: ``entrace import --model`` compares recorded with rescored
+values.
 """
 
 from __future__ import annotations
@@ -66,11 +68,11 @@ class Finding:
         return asdict(self)
 
 
-class Lacking(Exception):
+class LackingError(Exception):
     """Signal that a check lacks data; the message says which."""
 
 
-class Alarm(Exception):
+class AlarmError(Exception):
     """Signal a fault: evidence, and likely causes."""
 
     def __init__(self, evidence: str, cause: str) -> None:
@@ -110,11 +112,11 @@ class Sample:
         """Return the tokens with values in all ``columns``.
 
         Raises:
-            Lacking: there are too few.
+            LackingError: there are too few.
         """
         found = self.tokens.drop_nulls(list(columns))
         if found.height < MIN_TOKENS:
-            raise Lacking(f"{found.height:,} tokens have {' and '.join(columns)}; {MIN_TOKENS:,} are needed")
+            raise LackingError(f"{found.height:,} tokens have {' and '.join(columns)}; {MIN_TOKENS:,} are needed")
         return found
 
 
@@ -142,9 +144,9 @@ def audit_run(sample: Sample, run_id: str) -> Iterator[Finding]:
     for name, check in CHECKS.items():
         try:
             yield Finding(run_id, name, OK, check(sample))
-        except Lacking as lacking:
+        except LackingError as lacking:
             yield Finding(run_id, name, UNKNOWN, str(lacking))
-        except Alarm as alarm:
+        except AlarmError as alarm:
             yield Finding(run_id, name, ALARM, alarm.evidence, alarm.cause)
 
 
@@ -152,7 +154,7 @@ def check_range(sample: Sample) -> str:
     """Check that log-probabilities and entropies are those of some distribution over the vocabulary."""
     tokens = sample.tokens.select("logprob", "entropy", "sampling_logprob")
     if not any(tokens[name].count() for name in tokens.columns):
-        raise Lacking("no log-probabilities and no entropies were recorded")
+        raise LackingError("no log-probabilities and no entropies were recorded")
     largest = np.log(max(sample.num_entries, 2))
     outside = {
         "log-probabilities above 0": _count(tokens["logprob"] > 1e-4) + _count(tokens["sampling_logprob"] > 1e-4),
@@ -160,18 +162,18 @@ def check_range(sample: Sample) -> str:
         f"entropies above ln {sample.num_entries:,}": _count(tokens["entropy"] > largest + 0.01),
     }
     if found := [f"{number:,} {name}" for name, number in outside.items() if number]:
-        raise Alarm(", ".join(found), "not the logarithm of a probability, in other units, or with the wrong sign")
+        raise AlarmError(", ".join(found), "not the logarithm of a probability, in other units, or with the wrong sign")
     return f"{tokens.height:,} tokens"
 
 
 def check_entropy(sample: Sample) -> str:
     """Check that the entropy is not the surprisal of the sampled token."""
     tokens = sample.known("logprob", "entropy")
-    share = float(((tokens["entropy"] + tokens["logprob"]).abs() < 1e-3).mean() or 0)
+    share = _share((tokens["entropy"] + tokens["logprob"]).abs() < 1e-3)
     uncertain = tokens.filter(tokens["entropy"] > 0.1)
-    equal = float(((uncertain["entropy"] + uncertain["logprob"]).abs() < 1e-3).mean() or 0)
+    equal = _share((uncertain["entropy"] + uncertain["logprob"]).abs() < 1e-3)
     if uncertain.height and equal > 0.9:
-        raise Alarm(f"entropy = -logprob in {share:.0%} of the tokens", "the surprisal was recorded as entropy")
+        raise AlarmError(f"entropy = -logprob in {share:.0%} of the tokens", "the surprisal was recorded as entropy")
     return f"entropy = -logprob in {share:.1%} of the tokens"
 
 
@@ -192,20 +194,22 @@ def _balance(tokens: pl.DataFrame, column: str) -> str:
     tokens = tokens.with_columns(excess=-pl.col(column) - pl.col("entropy"))
     sums = tokens.group_by("rollout_id", maintain_order=True).agg(pl.col("excess").sum())["excess"].to_numpy()
     if len(sums) < MIN_RESPONSES:
-        raise Lacking(f"{len(sums)} responses; {MIN_RESPONSES} are needed")
-    surprisal, entropy = -float(tokens[column].mean()), float(tokens["entropy"].mean())  # pyright: ignore
+        raise LackingError(f"{len(sums)} responses; {MIN_RESPONSES} are needed")
+    surprisal, entropy = -tokens[column].to_numpy().mean(), tokens["entropy"].to_numpy().mean()
     z = float(sums.sum() / max(np.sqrt((sums**2).sum()), 1e-12))
     evidence = f"mean surprisal {surprisal:.4f}, mean entropy {entropy:.4f} nats (z = {z:+.1f})"
     # A few tokens that the policy hardly ever samples scatter so much that z stays small.
     stretches = _share_in_stretches(tokens)
     is_far = abs(surprisal - entropy) > MAX_EXCESS * max(entropy, 0.05)
     if surprisal > entropy + 1 and stretches < 0.5:
-        raise Alarm(evidence, "log-probabilities of other tokens, such as logits off by one, or text tokenized again")
+        raise AlarmError(
+            evidence, "log-probabilities of other tokens, such as logits off by one, or text tokenized again"
+        )
     if surprisal > entropy and is_far and stretches > 0.5:
-        raise Alarm(evidence, "tokens that the policy did not sample, such as tool output, user turns, or padding")
+        raise AlarmError(evidence, "tokens that the policy did not sample, such as tool output, user turns, or padding")
     if abs(z) > MAX_Z and is_far:
         way = ("flatter", "above 1") if z > 0 else ("sharper", "below 1, top-p, top-k, or min-p")
-        raise Alarm(
+        raise AlarmError(
             evidence, f"sampled from a {way[0]} distribution: a temperature {way[1]} was not applied to the values"
         )
     return evidence
@@ -227,30 +231,31 @@ def check_prefixes(sample: Sample) -> str:
     import polars as pl
 
     tokens = sample.known("entropy", "group_id")
-    # The state after each prefix: a hash of the tokens before it, chained along the response.
-    ids = tokens["token_id"].to_numpy().astype(np.uint64)
-    starts = tokens["rollout_id"].ne_missing(tokens["rollout_id"].shift()).to_numpy()
-    prefix = np.zeros(len(ids), np.uint64)
-    for i in range(1, len(ids)):
-        # Multiplication wraps around, as in FNV-1a.
-        prefix[i] = (
-            0 if starts[i] else (int(prefix[i - 1]) ^ (int(ids[i - 1]) + 1)) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
-        )
+    prefixes = _prefixes(tokens["rollout_id"].to_numpy(), tokens["token_id"].to_numpy())
     spread = (
-        tokens.with_columns(prefix=pl.Series(prefix))
+        tokens.with_columns(prefix=pl.Series(prefixes))
         .group_by("step", "group_id", "position", "prefix")
         .agg(pl.len(), spread=pl.col("entropy").max() - pl.col("entropy").min())
         .filter(pl.col("len") > 1)
     )
     if spread.height < MIN_GROUPS:
-        raise Lacking(f"{spread.height} prefixes are shared by two responses of a group; {MIN_GROUPS} are needed")
-    share = float((spread["spread"] > TOLERANCE).mean() or 0)
+        raise LackingError(f"{spread.height} prefixes are shared by two responses of a group; {MIN_GROUPS} are needed")
+    share = _share(spread["spread"] > TOLERANCE)
     evidence = (
         f"{spread.height:,} prefixes are shared; entropies differ by more than {TOLERANCE} at {share:.1%} of them"
     )
     if share > 0.1:
-        raise Alarm(evidence, "values of other positions: shifted, permuted, masked wrongly, or of other prompts")
+        raise AlarmError(evidence, "values of other positions: shifted, permuted, masked wrongly, or of other prompts")
     return evidence
+
+
+def _prefixes(responses: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Return a hash of the tokens before each token of its response, shape ``(N,)``."""
+    hashes = np.zeros(len(ids), np.int64)
+    for i in range(1, len(ids)):
+        if responses[i] == responses[i - 1]:
+            hashes[i] = hash((int(hashes[i - 1]), int(ids[i - 1])))
+    return hashes
 
 
 def check_alignment(sample: Sample) -> str:
@@ -258,12 +263,12 @@ def check_alignment(sample: Sample) -> str:
     tokens = sample.known("logprob", "entropy")
     entropy, surprisal = tokens["entropy"].to_numpy(), -tokens["logprob"].to_numpy()
     if entropy.std() < 0.05:
-        raise Lacking("the entropy hardly varies")
+        raise LackingError("the entropy hardly varies")
     ranks = [np.argsort(np.argsort(values)) for values in (entropy, surprisal)]
-    correlation = float(np.corrcoef(*ranks)[0, 1])
+    correlation = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
     if correlation < 0.2:
         cause = "entropies and log-probabilities of different positions, such as a permuted mask"
-        raise Alarm(f"rank correlation of surprisal and entropy is {correlation:.2f}", cause)
+        raise AlarmError(f"rank correlation of surprisal and entropy is {correlation:.2f}", cause)
     return f"rank correlation of surprisal and entropy is {correlation:.2f}"
 
 
@@ -272,22 +277,20 @@ def check_rounding(sample: Sample) -> str:
     tokens = sample.tokens
     column = next((name for name in ("logprob", "sampling_logprob", "entropy") if tokens[name].count() >= 100), None)
     if column is None:
-        raise Lacking("no log-probabilities and no entropies were recorded")
+        raise LackingError("no log-probabilities and no entropies were recorded")
     values = tokens[column].drop_nulls().to_numpy()
     values = np.abs(values[np.abs(values) > 0.01])
     if len(values) < 50:
-        raise Lacking(f"{len(values)} values of {column} differ from 0")
+        raise LackingError(f"{len(values)} values of {column} differ from 0")
     for decimals in range(1, 6):
-        if (
-            np.abs(values * 10**decimals - np.round(values * 10**decimals)) < 2e-6 * values * 10**decimals + 1e-9
-        ).mean() > 0.99:
-            raise Alarm(f"{column} has {decimals} decimals", "rounded when it was stored")
-    mantissa = np.frexp(values)[0] * 2**8
-    if (mantissa == np.round(mantissa)).mean() > 0.99:
-        raise Alarm(f"{column} has the 8-bit mantissa of bfloat16", "computed or stored in bfloat16")
-    half = np.frexp(values)[0] * 2**11
-    if (half == np.round(half)).mean() > 0.99:
-        raise Alarm(f"{column} has the 11-bit mantissa of float16", "computed or stored in float16")
+        scaled = values * 10**decimals
+        # float32 stores decimals with a relative error of 6e-8.
+        if (np.abs(scaled - np.round(scaled)) < 2e-6 * scaled + 1e-9).mean() > 0.99:
+            raise AlarmError(f"{column} has {decimals} decimals", "rounded when it was stored")
+    for bits, kind in ((8, "bfloat16"), (11, "float16")):
+        mantissa = np.frexp(values)[0] * 2**bits
+        if (mantissa == np.round(mantissa)).mean() > 0.99:
+            raise AlarmError(f"{column} has the {bits}-bit mantissa of {kind}", f"computed or stored in {kind}")
     return f"{column} of {len(values):,} tokens is not rounded"
 
 
@@ -302,7 +305,7 @@ def check_ends(sample: Sample) -> str:
     )
     finished = last.filter(~pl.col("is_truncated").fill_null(False))
     if finished.height < MIN_RESPONSES:
-        raise Lacking(f"{finished.height} responses of one turn ended by themselves; {MIN_RESPONSES} are needed")
+        raise LackingError(f"{finished.height} responses of one turn ended by themselves; {MIN_RESPONSES} are needed")
     [(end, number)] = finished["token_id"].value_counts(sort=True).head(1).iter_rows()
     repeated = tokens.with_columns(before=pl.col("token_id").shift().over("rollout_id"))
     padded = repeated.filter((pl.col("token_id") == end) & (pl.col("before") == end))
@@ -310,7 +313,7 @@ def check_ends(sample: Sample) -> str:
     shares = [frame["rollout_id"].n_unique() / last.height for frame in (padded, after)]
     evidence = f"{number:,} of {finished.height:,} finished responses end with token {end}"
     if max(shares) > MAX_SHARE:
-        raise Alarm(
+        raise AlarmError(
             f"{max(shares):.0%} of the responses continue after token {end}", "padding was counted as generated"
         )
     return evidence
@@ -323,10 +326,10 @@ def check_lengths(sample: Sample) -> str:
     counted = sample.tokens.group_by("rollout_id").agg(pl.len(), pl.col("generated_length").first())
     counted = counted.drop_nulls()
     if counted.is_empty():
-        raise Lacking("no tokens were recorded")
+        raise LackingError("no tokens were recorded")
     wrong = counted.filter(pl.col("len") != pl.col("generated_length")).height
     if wrong:
-        raise Alarm(
+        raise AlarmError(
             f"{wrong:,} of {counted.height:,} responses have another number of tokens than recorded", "cut tokens"
         )
     return f"{counted.height:,} responses"
@@ -336,10 +339,10 @@ def check_groups(sample: Sample) -> str:
     """Check that groups have several responses."""
     sizes = sample.responses["group_id"].value_counts()["count"]
     if sizes.is_empty():
-        raise Lacking("no responses were recorded")
-    if sizes.len() >= MIN_GROUPS and float((sizes == 1).mean() or 0) > 0.9:
+        raise LackingError("no responses were recorded")
+    if sizes.len() >= MIN_GROUPS and _share(sizes == 1) > 0.9:
         cause = "an id of each response was taken for the id of its group; no advantage within a group exists"
-        raise Alarm(f"{_count(sizes == 1):,} of {sizes.len():,} groups have one response", cause)
+        raise AlarmError(f"{_count(sizes == 1):,} of {sizes.len():,} groups have one response", cause)
     return f"{sizes.len():,} groups of {sizes.min()} to {sizes.max()} responses"
 
 
@@ -352,7 +355,7 @@ def check_advantages(sample: Sample) -> str:
     known = known.filter((pl.col("advantage") != 0).any().over("group_id"))
     varied = known.filter((pl.col("reward").max() - pl.col("reward").min() > 1e-6).over("group_id"))
     if varied["group_id"].n_unique() < MIN_GROUPS:
-        raise Lacking(f"{varied['group_id'].n_unique()} groups have rewards that differ, and advantages")
+        raise LackingError(f"{varied['group_id'].n_unique()} groups have rewards that differ, and advantages")
     found = varied.group_by("group_id", maintain_order=True).agg(
         correlation=pl.corr("reward", "advantage"), mean=pl.col("advantage").mean(), std=pl.col("advantage").std()
     )
@@ -362,17 +365,19 @@ def check_advantages(sample: Sample) -> str:
     uniform = known.join(varied.select("group_id").unique(), on="group_id", how="anti")
     # A baseline of the whole step, as in REINFORCE, gives groups a mean.
     per_step = known.group_by("step").agg(correlation=pl.corr("reward", "advantage"))["correlation"].drop_nans()
-    is_step_wise = per_step.len() > 0 and float(per_step.min() or 0) > MIN_CORRELATION  # pyright: ignore
+    is_step_wise = _share(per_step > MIN_CORRELATION) == 1
     evidence = f"{found.height:,} groups with different rewards; advantages of {wrong:.0%} are not linear in the reward"
     if wrong > MAX_SHARE:
-        raise Alarm(evidence, "advantages of other responses, of other rewards, or after shaping")
+        raise AlarmError(evidence, "advantages of other responses, of other rewards, or after shaping")
     if not is_step_wise and off_center > MAX_SHARE:
-        raise Alarm(
+        raise AlarmError(
             f"{evidence}, and of {off_center:.0%} are not centered", "normalized over other responses than the group"
         )
     if not is_step_wise and uniform.height:
         number = uniform["group_id"].n_unique()
-        raise Alarm(f"{number:,} groups with equal rewards have advantages", "rewards are not those of the advantages")
+        raise AlarmError(
+            f"{number:,} groups with equal rewards have advantages", "rewards are not those of the advantages"
+        )
     return evidence
 
 
@@ -384,13 +389,8 @@ def check_engine(sample: Sample) -> str:
     far = float((np.abs(difference) > np.log(2)).mean())
     evidence = f"KL(engine, trainer) = {kl:.5f} nats per token, ratio outside [1/2, 2] at {far:.2%} of the tokens"
     if kl > MAX_KL or far > MAX_FAR:
-        raise Alarm(evidence, "other weights, precision, temperature, or tokens; see question engine_mismatch")
+        raise AlarmError(evidence, "other weights, precision, temperature, or tokens; see question engine_mismatch")
     return evidence
-
-
-def check_text(sample: Sample, texts: dict[int, str] | None = None) -> str:
-    """Check nothing without the model: equal text may have been tokenized again."""
-    raise Lacking("whether text was tokenized again shows only with the model; see entrace import --model")
 
 
 CHECKS: dict[str, Callable[[Sample], str]] = {
@@ -407,6 +407,10 @@ CHECKS: dict[str, Callable[[Sample], str]] = {
     "advantages": check_advantages,
     "engine": check_engine,
 }
+
+
+def _share(mask: Any) -> float:
+    return float(mask.to_numpy().mean()) if len(mask) else 0.0
 
 
 def _count(mask: Any) -> int:

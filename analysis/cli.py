@@ -318,6 +318,29 @@ def verify(
 
 
 @app.command()
+def audit(runs: RunsArgument, json: JsonOption = False) -> None:
+    """Check which distribution the recorded numbers describe, and groups and advantages; exit code 1 on an alarm.
+
+    Example: entrace audit data/runs/study
+    """
+    from entrace.analysis.audit import ALARM
+    from entrace.analysis.audit import audit as find
+    from entrace.analysis.runs import open_runs
+
+    opened = open_runs(runs)
+    findings = find(opened)
+    alarms = sum(finding.state == ALARM for finding in findings)
+    if json:
+        print_json({"alarms": alarms, "findings": [finding.to_dict() for finding in findings]})
+    else:
+        for finding in findings:
+            say(str(finding))
+        say(f"{len(opened.manifests)} runs, {len(findings)} checks, {alarms} alarms")
+    _remark(opened)
+    raise typer.Exit(1 if alarms else 0)
+
+
+@app.command()
 def prune(
     runs: RunsArgument,
     token_steps: Annotated[int, typer.Option(min=1, metavar="K", help="Keep the tokens of every K-th step.")] = 1,

@@ -646,7 +646,7 @@ def test_an_import_killed_in_its_first_manifest_resumes(tmp_path, call):
     out.mkdir()
     (out / "digests.jsonl").write_text('{"file": "run.js')
     (out / ".run.json.tmp").touch()
-    arguments = ["import", write(tmp_path / "rows.jsonl", [row(step=1)]), "--out", out]
+    arguments = ["import", write(tmp_path / "rows.jsonl", [row(step=1)]), "--model", "embedded", "--out", out]
     status, _, err = call(*arguments)
     assert (status, err.count("already holds files")) == (2, 1)
     status, _, err = call(*arguments, "--resume")
