@@ -195,7 +195,7 @@ class Recorder:
         self._writer = TraceWriter.resume(self.run_dir, self._last)
         found = self._writer.manifest
         # A reason that an earlier part of the run has removed stays removed.
-        kept = {name: reasons.get(name, reason) for name, reason in (found.get("unknown") or {}).items()}
+        kept = {name: unknown.get(name, reason) for name, reason in (found.get("unknown") or {}).items()}
         found |= {**manifest, "unknown": kept}
         check_kinds("manifest", found)
         for prompt_ids in self._read("prompts", "prompt_id"):
@@ -243,6 +243,10 @@ class Recorder:
     def manifest(self) -> dict[str, Any]:
         """Content of ``run.json``; changes are written with the next flush."""
         return self._writer.manifest
+
+    def has_eval(self, step: int, benchmark: str) -> bool:
+        """Return whether the trace holds an evaluation."""
+        return (step, benchmark) in self._samples
 
     def past_metrics(self) -> list[tuple[float | None, float | None]]:
         """Return (entropy_token_mean, accuracy) of every durable step, in order of step."""
