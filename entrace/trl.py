@@ -17,7 +17,8 @@ from importlib.util import find_spec
 if find_spec("trl") is None:
     raise ImportError("entrace.trl needs TRL: pip install 'entrace[trl]'")
 
-from trl import GRPOTrainer, RLOOTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.rloo_trainer import RLOOTrainer
 
 from entrace.trainer.live.trl import Traced
 

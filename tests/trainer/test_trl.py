@@ -1,12 +1,11 @@
 """Real runs of TRL, recorded: weights stay bit-identical, and the trace agrees with independent passes and counts."""
 
-
 import numpy as np
 import polars as pl
 import pytest
 import torch
 
-from entrace.trainer.live import trl as live
+from entrace.trainer.live import tracer as live
 
 pytest.importorskip("trl")
 

@@ -38,13 +38,13 @@ class Pass:
     @classmethod
     def join(cls, parts: Sequence[Pass]) -> Pass:
         """Return passes over several responses as one; a statistic that one of them lacks is None."""
-        columns: Any = zip(*(vars(part).values() for part in parts), strict=True)
-        return cls(*(None if any(part is None for part in column) else torch.cat(column) for column in columns))
+        names = [name for name in vars(parts[0]) if all(getattr(part, name) is not None for part in parts)]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
     def take(self, rows: Tensor) -> Pass:
         """Return the statistics of ``rows``."""
-        values: Any = vars(self).values()
-        return Pass(*(None if value is None else value[rows.to(value.device)] for value in values))
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        return Pass(**{name: value[rows.to(value.device)] for name, value in known.items()})
 
 
 @dataclass
