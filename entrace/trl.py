@@ -12,13 +12,13 @@ Usage::
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
-if find_spec("trl") is None:
-    raise ImportError("entrace.trl needs TRL: pip install 'entrace[trl]'")
-
-from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.rloo_trainer import RLOOTrainer
+try:
+    from trl.trainer.grpo_trainer import GRPOTrainer
+    from trl.trainer.rloo_trainer import RLOOTrainer
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] not in ("trl", "datasets"):
+        raise
+    raise ImportError("entrace.trl needs TRL: pip install 'entrace[trl]'") from None
 
 from entrace.trainer.live.trl import Traced
 

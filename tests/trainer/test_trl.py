@@ -1,17 +1,28 @@
 """Real runs of TRL, recorded: weights stay bit-identical, and the trace agrees with independent passes and counts."""
 
+import json
+import logging
+import subprocess
+import sys
+
 import numpy as np
 import polars as pl
 import pytest
 import torch
-
-from entrace.trainer.live import tracer as live
-
-pytest.importorskip("trl")
-
 from peft import LoraConfig
-from trl import RLOOTrainer
+from trl import GRPOTrainer, RLOOTrainer
 
+import entrace
+from entrace.analysis import queries
+from entrace.analysis.trace import InputError
+from entrace.trainer.algorithm.method import RolloutView
+from entrace.trainer.algorithm.shaping import shape
+from entrace.trainer.live import arguments
+from entrace.trainer.live import tracer as live
+from entrace.trainer.seeding import Stream, generator
+from entrace.trl import Traced, TracedGRPOTrainer, TracedRLOOTrainer
+
+from . import trl_runs
 from .trl_runs import (
     TracedWitnessGRPO,
     TracedWitnessRLOO,
@@ -32,10 +43,6 @@ from .trl_runs import (
 TOLERANCE = 2e-5
 SLOW = pytest.mark.slow
 LORA = LoraConfig(r=4, lora_alpha=16, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-]
 
 CASES = {
     "defaults": {},
@@ -197,3 +204,386 @@ def test_measures_of_the_update_are_recorded(recorded):
     for name in ("tokens", "rollouts", "steps"):
         frame = table(folder, name)
         assert not [c for c in frame.columns if f"{name}.{c}" in unknown and frame[c].null_count() < frame.height]
+
+
+def expected_shaping(trainer, step, shaping, statistics):
+    """Shape one batch by hand: the tokens of each response alone, and the statistics of an independent pass."""
+    batch = trainer.batches[step - 1]
+    width = max(map(len, batch["ids"]))
+    logprob, entropy = (
+        torch.tensor(np.array([np.pad(row[i], (0, width - len(row[i]))) for row in statistics]), dtype=torch.float32)
+        for i in range(2)
+    )
+    mask = torch.arange(width) < torch.tensor([len(ids) for ids in batch["ids"]])[:, None]
+    groups = torch.arange(len(batch["ids"])) // trainer.num_generations
+    rng = generator(trainer.args.seed, Stream.SHAPING, step)
+    view = RolloutView(logprob, entropy, batch["rewards"][:, 0] >= 1, mask, groups, rng)
+    advantage = batch["raw"][:, None].expand(mask.shape)
+    return shape(advantage, view, arguments.shaping_config(shaping), step, None)[0], mask
+
+
+class RawAdvantages:
+    """Keeps the advantages as TRL gives them, below the recorder."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        self.raw = output["advantages"].clone()
+        return output
+
+
+class ShapedGRPO(Traced, trl_runs.Witness, RawAdvantages, GRPOTrainer):
+    pass
+
+
+class ShapedRLOO(Traced, trl_runs.Witness, RawAdvantages, RLOOTrainer):
+    pass
+
+
+SHAPINGS = {
+    # One slice: the loss's own pass comes before its advantages are used.
+    "in the loss": (ShapedGRPO, ["ppl", "entropy_advantage"], {}),
+    # Several slices: an extra pass, or TRL's own one.
+    "before slices": (
+        ShapedGRPO,
+        {"method": ["ppl", "position"], "ppl": {"alpha": 0.2}, "position": {"start_step": 1}},
+        {"gradient_accumulation_steps": 2},
+    ),
+    "with old values": (ShapedGRPO, "reweighting", {"num_iterations": 2}),
+    "per response": (ShapedRLOO, {"method": "ppl", "ppl": {"alpha": 0.2}}, {}),
+}
+
+
+@pytest.mark.parametrize("case", SHAPINGS)
+def test_shaped_advantages_enter_the_loss_and_the_trace(case, tmp_path):
+    cls, shaping, changed = SHAPINGS[case]
+    trainer = build(
+        cls, tmp_path / "out", traced={"trace": tmp_path / "run", "shaping": shaping}, max_steps=2, **changed
+    )
+    trainer.train()
+    tokens = table(tmp_path / "run", "tokens")
+    assert table(tmp_path / "run", "steps")["is_shaped"].all()
+    model = bare_policy(trainer)
+    for step, batch in enumerate(trainer.batches, 1):
+        model.load_state_dict(batch["weights"])
+        pairs = zip(batch["prompt_ids"], batch["ids"], strict=True)
+        statistics = [teacher_forced(model, prompt, ids, trainer.temperature) for prompt, ids in pairs]
+        shaped, mask = expected_shaping(trainer, step, shaping, statistics)
+        rows = tokens.filter(step=step)
+        np.testing.assert_allclose(rows["shaped_advantage"], shaped[mask], atol=1e-4)
+        assert (rows["shaped_advantage"] - rows["advantage"]).abs().max() > 1e-3
+        # What the loss read, by the tokens of each response.
+        by_ids = {tuple(ids): row for ids, row in zip(batch["ids"], shaped, strict=True)}
+        for loss in (loss for loss in trainer.losses if loss["batch"] == step - 1):
+            for ids, seen, given in zip(
+                loss["completion_ids"], loss["completion_mask"], loss["advantages"], strict=True
+            ):
+                own = by_ids[tuple(ids[seen.bool()].tolist())]
+                length = int(seen.sum())
+                np.testing.assert_allclose(given.expand(len(ids))[:length], own[:length], atol=1e-4)
+
+
+def test_a_method_of_tokens_is_refused_where_advantages_are_per_response(tmp_path):
+    shaping = {"method": "position", "position": {"start_step": 1}}
+    trainer = build(TracedRLOOTrainer, tmp_path / "out", traced={"trace": tmp_path / "run", "shaping": shaping})
+    with pytest.raises(
+        InputError, match=r"position gives the tokens of a response different advantages, and TracedRLOO"
+    ):
+        trainer.train()
+    assert manifest(tmp_path / "run")["status"] == "failed"
+
+
+def test_an_extra_pass_is_logged_once_and_only_where_needed(tmp_path, caplog):
+    def passes(name, **changed):
+        caplog.clear()
+        traced = {"trace": tmp_path / name, "after_update_every": 0, **changed.pop("traced", {})}
+        build(TracedGRPOTrainer, tmp_path / "out", traced=traced, max_steps=2, **changed).train()
+        return [record.message for record in caplog.records if "extra forward pass" in record.message]
+
+    with caplog.at_level(logging.WARNING, "entrace"):
+        assert passes("aligned", gradient_accumulation_steps=2) == []
+        (message,) = passes("shaped", gradient_accumulation_steps=2, traced={"shaping": "ppl"})
+    assert message.endswith("where shaping needs the whole generation batch before its first slice")
+
+
+def test_resuming_continues_the_trace_without_duplicates(tmp_path):
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": 5,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
+    held = dataset(2)
+
+    def make(name):
+        return build(
+            TracedGRPOTrainer,
+            tmp_path / name,
+            eval_dataset=held,
+            traced={"trace": tmp_path / f"{name}-run"},
+            max_steps=5,
+            **settings,
+        )
+
+    whole = make("whole")
+    whole.train()
+    broken = make("broken")
+    generate, calls = broken._generate_single_turn, []
+
+    def fail_in_the_fourth_step(*args):
+        calls.append(broken.model.training)
+        if sum(calls) == 4:
+            raise KeyboardInterrupt
+        return generate(*args)
+
+    broken._generate_single_turn = fail_in_the_fourth_step
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    assert manifest(tmp_path / "broken-run")["status"] == "running"
+    resumed = make("broken")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "broken/checkpoint-2"))
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values(), strict=True))
+    timed = [name for name in table(tmp_path / "whole-run", "steps").columns if name.endswith("_s")]
+    for name in ("steps", "rollouts", "tokens", "evals", "prompts"):
+        frames = [
+            table(tmp_path / f"{run}-run", name).drop("run_id", *timed, strict=False) for run in ("whole", "broken")
+        ]
+        assert frames[0].equals(frames[1], null_equal=True), name
+    assert manifest(tmp_path / "broken-run")["status"] == "complete"
+    assert manifest(tmp_path / "broken-run")["checkpoints"] == {"2": 2, "4": 4, "5": 5}
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    first = build(
+        TracedGRPOTrainer,
+        tmp_path / "out",
+        traced={"trace": tmp_path / "a"},
+        max_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    first.train()
+    build(TracedGRPOTrainer, tmp_path / "other", traced={"trace": tmp_path / "b"}, max_steps=1).train()
+    second = build(TracedGRPOTrainer, tmp_path / "out", traced={"trace": tmp_path / "b"}, max_steps=2)
+    with pytest.raises(InputError, match="holds no step that ends at the checkpoint of optimizer step 1"):
+        second.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
+    third = build(TracedGRPOTrainer, tmp_path / "out", traced={"trace": tmp_path / "a"})
+    with pytest.raises(InputError, match=r"already holds files; choose another folder for trace, or resume with train"):
+        third.train()
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A run with two held-out sets, evaluated before, during, and after training."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    trainer = build(
+        TracedGRPOTrainer,
+        folder / "out",
+        eval_dataset={"easy": dataset(3), "hard": dataset(5)},
+        traced={"trace": folder / "run"},
+        eval_strategy="steps",
+        eval_steps=2,
+        eval_on_start=True,
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+        max_steps=3,
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.evaluate(dataset(2), metric_key_prefix="eval_extra")
+    return trainer, folder / "run"
+
+
+def test_evaluations_are_recorded_by_set_and_step(evaluated):
+    _, folder = evaluated
+    evals = table(folder, "evals")
+    counts = evals.group_by("step", "benchmark").len().sort("step", "benchmark").rows()
+    assert counts == [
+        *[
+            (step, name, size)
+            for step in (0, 2, 3)
+            for name, size in [("easy", 6), ("extra", 4), ("hard", 10)]
+            if name != "extra" or step == 3
+        ]
+    ]
+    assert (
+        evals.group_by("step", "benchmark", "prompt_id")
+        .agg(pl.col("sample_index").sort())
+        .select((pl.col("sample_index") == [0, 1]).all())
+        .item()
+    )
+    assert evals["entropy_mean"].null_count() == evals["is_correct"].null_count() == 0
+    assert evals["is_correct"].to_list() == (evals["reward"] >= 1).to_list()
+    prompts = table(folder, "prompts")
+    assert set(evals["prompt_id"]) <= set(prompts["prompt_id"])
+    assert manifest(folder)["status"] == "complete"
+    assert "evals" not in manifest(folder)["unknown"]
+
+
+def test_every_question_and_claim_can_be_asked(evaluated, command):
+    _, folder = evaluated
+    runs = entrace.open_runs(str(folder))
+    for stem, path in queries.BUILT_IN.paths.items():
+        if path.parent.name != "claims":
+            runs.query(stem)
+    assert runs.query("entropy_by_position").height
+    assert {verdict.claim for verdict in entrace.judge(runs)} >= {"S1", "E1"}
+    code, out, err = command("claims", str(folder))
+    assert (code, bool(out)) == (0, True), err
+
+
+def environment(prompts, trainer):
+    """A rollout function: two turns with context between them, and log-probabilities of an engine."""
+    chats = [trainer._tokenizer.apply_chat_template(p, add_generation_prompt=True)["input_ids"] for p in prompts]
+    rng = np.random.default_rng(len(trainer.batches))
+    ids = [
+        [*rng.integers(4, 500, size=size).tolist(), trainer._tokenizer.eos_token_id]
+        for size in rng.integers(4, 9, len(chats))
+    ]
+    mask = [[1, 1, 0, 0] + [1] * (len(row) - 4) for row in ids]
+    logprobs = [[-0.5] * len(row) for row in ids]
+    return {"prompt_ids": chats, "completion_ids": ids, "logprobs": logprobs, "env_mask": mask}
+
+
+def test_context_and_the_log_probabilities_of_an_engine_are_recorded(tmp_path):
+    trainer = TracedWitnessGRPO(
+        model=trl_runs.POLICY,
+        reward_funcs=[is_short],
+        args=trl_runs.config(tmp_path / "out", max_steps=2),
+        train_dataset=dataset(),
+        rollout_func=environment,
+        trace=tmp_path / "run",
+        shaping={"method": "position", "position": {"start_step": 1}},
+    )
+    trainer.train()
+    rows = pl.concat([table(tmp_path / "run", "tokens")])
+    context = rows.filter(~pl.col("loss_mask"))
+    assert set(context["position"]) == {2, 3}
+    assert context.height == 2 * table(tmp_path / "run", "rollouts").height
+    for name in ("logprob", "entropy", "advantage", "shaped_advantage", "sampling_logprob", "grad_norm"):
+        assert context[name].null_count() == context.height, name
+    generated = rows.filter("loss_mask")
+    assert generated["sampling_logprob"].unique().to_list() == [-0.5]
+    lengths = table(tmp_path / "run", "rollouts").select(pl.col("response_length") - pl.col("generated_length"))
+    assert lengths.to_series().unique().to_list() == [2]
+    model = bare_policy(trainer)
+    model.load_state_dict(trainer.batches[0]["weights"])
+    prompt, ids = trainer.batches[0]["prompt_ids"][0], trainer.batches[0]["ids"][0]
+    expected = teacher_forced(model, prompt, ids, 1.0)[0]
+    first = rows.filter(rollout_id=0)
+    np.testing.assert_allclose(first["logprob"].drop_nulls(), np.delete(expected, [2, 3]), atol=TOLERANCE)
+    # Relative positions count generated tokens only.
+    bonus = (first["shaped_advantage"] - first["advantage"]).drop_nulls().abs().to_numpy()
+    share = np.arange(len(ids) - 2) / (len(ids) - 2)
+    size = np.minimum(0.1 / (1 + np.exp(-15 * (share - 0.5))), 0.5 * abs(first["advantage"][0]))
+    np.testing.assert_allclose(bonus, size, atol=1e-6)
+
+
+def test_responses_without_any_score_have_no_reward(tmp_path):
+    def unsure(completions, **kwargs):
+        return [None if i % 2 else 1.0 for i in range(len(completions))]
+
+    build(
+        TracedGRPOTrainer, tmp_path / "out", rewards=(unsure,), traced={"trace": tmp_path / "run"}, max_steps=1
+    ).train()
+    rollouts = table(tmp_path / "run", "rollouts")
+    assert rollouts["reward"].to_list() == [1.0, None] * 4
+    assert rollouts["is_correct"].to_list() == [True, None] * 4
+    assert rollouts["advantage"].to_list() == [0.0] * 8
+
+
+@pytest.mark.parametrize(
+    ("traced", "message"),
+    [
+        ({"shaping": "pppl"}, 'unknown shaping method "pppl"; did you mean "ppl"?'),
+        ({"shaping": {"method": "ppl", "ppl": {"alpa": 1}}}, "ppl.alpa"),
+        ({"correct": "is_rihgt"}, 'correct: no reward function "is_rihgt"; did you mean "is_right"?'),
+        ({"correct": True}, "correct: expected the name of a reward function or a number, found True"),
+        ({"after_update_every": -1}, "after_update_every: -1 is not a number of at least 0"),
+    ],
+)
+def test_bad_arguments_are_one_error(tmp_path, traced, message):
+    with pytest.raises(InputError) as raised:
+        build(TracedGRPOTrainer, tmp_path / "out", traced={"trace": tmp_path / "run", **traced})
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("correct", "names", "expected"),
+    [
+        (None, ["is_right"], "is_right"),
+        (None, ["style", "accuracy_reward"], "accuracy_reward"),
+        (None, ["style", "length"], None),
+        (0.5, ["style", "length"], 0.5),
+        ("style", ["style", "length"], "style"),
+    ],
+)
+def test_correctness_has_a_named_source(correct, names, expected):
+    assert live.choose_correct(correct, names)[0] == expected
+
+
+def test_an_untested_version_warns_once(monkeypatch, caplog):
+    monkeypatch.setattr(arguments, "trl_version", lambda: "9.1.0")
+    with caplog.at_level(logging.WARNING, "entrace"):
+        arguments.check_version()
+        arguments.check_version()
+    (record,) = caplog.records
+    assert (
+        record.message
+        == "TRL 9.1.0 has not been tested with entrace, which was tested with 1.14 up to, not including, 1.17"
+    )
+
+
+def test_a_missing_extra_is_named():
+    script = "import sys; sys.modules['trl'] = None; import entrace.trl"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "ImportError: entrace.trl needs TRL: pip install 'entrace[trl]'"
+
+
+@SLOW
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"num_generations": 8, "steps_per_generation": 2, "num_iterations": 2}],
+    ids=["groups", "split groups"],
+)
+def test_two_processes_record_one_trace(tmp_path, changed):
+    """Groups of eight are split over both processes."""
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        "-m",
+        "tests.trainer.trl_two",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights_of = [torch.load(tmp_path / f"{name}.pt") for name in ("plain", "traced")]
+    assert all(torch.equal(weights_of[0][key], weights_of[1][key]) for key in weights_of[0])
+    run = tmp_path / "run"
+    batches = [torch.load(tmp_path / f"batches-{rank}.pt", weights_only=False) for rank in range(2)]
+    rollouts, tokens = table(run, "rollouts"), table(run, "tokens")
+    assert table(run, "steps")["step"].to_list() == list(range(1, len(batches[0]) + 1))
+    size = changed.get("num_generations", 4)
+    model = trl_runs.load_policy().eval()
+    for step, parts in enumerate(zip(*batches, strict=True), 1):
+        ids = [row for part in parts for row in part["ids"]]
+        prompts = [row for part in parts for row in part["prompt_ids"]]
+        rows = rollouts.filter(step=step)
+        assert rows["response_length"].to_list() == [len(row) for row in ids]
+        assert rows["completion"].to_list() == [text for part in parts for text in part["completions"]]
+        np.testing.assert_allclose(rows["reward"], parts[0]["rewards"][:, 0])
+        assert (rows["group_id"] - rows["rollout_id"].min()).to_list() == [i // size * size for i in range(len(ids))]
+        assert tokens.filter(step=step)["token_id"].to_list() == [i for row in ids for i in row]
+        model.load_state_dict(parts[0]["weights"])
+        expected = [teacher_forced(model, prompt, row, 1.0) for prompt, row in zip(prompts, ids, strict=True)]
+        found = tokens.filter(step=step)
+        np.testing.assert_allclose(found["logprob"], np.concatenate([e[0] for e in expected]), atol=TOLERANCE)
+        np.testing.assert_allclose(found["entropy"], np.concatenate([e[1] for e in expected]), atol=TOLERANCE)
+    evals = table(run, "evals")
+    assert evals.group_by("step", "prompt_id").len()["len"].unique().to_list() == [size]
+    assert evals["prompt_id"].n_unique() == 3

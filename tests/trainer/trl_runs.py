@@ -102,6 +102,7 @@ class Witness:
                         for row, mask in zip(output["prompt_ids"], output["prompt_mask"], strict=True)
                     ],
                     "advantages": output["advantages"].clone(),
+                    "raw": getattr(self, "raw", None),
                     **self._rewarded,
                 }
             )
