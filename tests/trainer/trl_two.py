@@ -15,6 +15,11 @@ def main(folder: Path) -> None:
     for name, cls, traced in (
         ("plain", WitnessGRPO, {}),
         ("traced", TracedWitnessGRPO, {"trace": folder / "run", "after_update_every": 1}),
+        (
+            "shaped",
+            TracedWitnessGRPO,
+            {"trace": folder / "shaped-run", "shaping": {"method": "ppl", "ppl": {"alpha": 0.1}}},
+        ),
     ):
         trainer = build(
             cls,
@@ -32,7 +37,8 @@ def main(folder: Path) -> None:
         rank = trainer.accelerator.process_index
         if rank == 0:
             torch.save(weights(trainer), folder / f"{name}.pt")
-        torch.save(trainer.batches, folder / f"batches-{rank}.pt")
+        if name == "traced":
+            torch.save(trainer.batches, folder / f"batches-{rank}.pt")
 
 
 if __name__ == "__main__":
