@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup study test test-slow check docs bench bench-gpu bench-queries bench-output calibrate chaos clean
+.PHONY: help setup study test test-slow check docs bench bench-gpu bench-queries bench-output bench-trl calibrate chaos clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -59,6 +59,9 @@ bench-queries: $(READY)  ## each question on 50 million tokens against a plain s
 
 bench-output: $(READY)  ## peak memory and rows per second of `entrace sql`, each format, 50 million rows
 	$(BIN)/python -m tests.benchmarks.bench_output --out reports/output_benchmarks.json
+
+bench-trl: $(READY)  ## seconds per step of TRL with and without recording, paired
+	$(BIN)/python -m tests.benchmarks.bench_trl_recording --out reports/trl_recording.json
 
 calibrate: $(READY)  ## how often verdicts are wrong, on simulated runs with known truth; WORLDS=a,b SIMULATIONS=400
 	$(BIN)/python -m tests.calibration.calibrate --out reports/calibration \

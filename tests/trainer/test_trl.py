@@ -515,7 +515,7 @@ def test_responses_without_any_score_have_no_reward(tmp_path):
         ({"shaping": {"method": "ppl", "ppl": {"alpa": 1}}}, "ppl.alpa"),
         ({"correct": "is_rihgt"}, 'correct: no reward function "is_rihgt"; did you mean "is_right"?'),
         ({"correct": True}, "correct: expected the name of a reward function or a number, found True"),
-        ({"after_update_every": -1}, "after_update_every: -1 is not a number of at least 0"),
+        ({"after_update_every": -1}, "after_update_every: -1 is not an integer of at least 0"),
     ],
 )
 def test_bad_arguments_are_one_error(tmp_path, traced, message):

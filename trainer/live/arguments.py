@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from entrace.analysis.trace.errors import InputError, nearest
@@ -16,6 +18,28 @@ log = logging.getLogger("entrace")
 
 # Versions of TRL that the tests have run against, the second excluded.
 TESTED = ((1, 14), (1, 17))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Hold what ``Traced`` adds to the arguments of a trainer; see there."""
+
+    run_dir: Path
+    shaping: ShapingConfig
+    correct: str | float | None
+    after_update_every: int
+    after_update_responses: int | None
+    flush_every: int
+    arm: str | None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that are negative or not integers."""
+        for name, lowest in (("after_update_every", 0), ("after_update_responses", 1), ("flush_every", 1)):
+            value = getattr(self, name)
+            if value is None and name == "after_update_responses":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise InputError(f"{name}: {value!r} is not an integer of at least {lowest}")
 
 
 def check_version() -> None:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,8 @@ from entrace.analysis.trace.errors import InputError
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
 from entrace.analysis.trace.recorder import Recorder
 from entrace.trainer.algorithm.plateau import PlateauDetector
-from entrace.trainer.algorithm.shaping import NONE, ShapingConfig, waits_for_plateau
-from entrace.trainer.live.arguments import choose_correct, trl_version
+from entrace.trainer.algorithm.shaping import NONE, waits_for_plateau
+from entrace.trainer.live.arguments import Arguments, choose_correct, trl_version
 from entrace.trainer.live.generation import Generation, Pass, join, per_response, shape_all
 from entrace.trainer.live.head_probe import HeadProbe
 from entrace.trainer.live.messages import first_of, identify, number_repeats, text_of
@@ -41,6 +40,8 @@ CHECKPOINTS = "checkpoints"
 HELDOUT = "heldout"
 GROUND_TRUTH = ("ground_truth", "solution", "answer")
 TASK = ("task", "data_source")
+# Most responses that are evaluated again after an update, unless a number is given.
+MAX_AFTER = 24
 CLIPPING_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
 METRICS = {"kl": "kl", "clip_ratio/low_mean": "clip_frac_low", "clip_ratio/high_mean": "clip_frac_high"}
 # Relative rounding error of the mean of equal rewards, divided by the 1e-4 that TRL adds to a standard deviation of 0.
@@ -63,21 +64,17 @@ class _Scored:
 class Tracer:
     """Follow a trainer and record what it does; only the main process writes."""
 
-    after_update_every = 5
-    after_update_responses = 24
-    flush_every = 10
-    arm = NONE
-
-    def __init__(self, trainer: Any, run_dir: Path, config: ShapingConfig, correct: str | float | None) -> None:
-        """Follow ``trainer``; see ``Traced`` for the other arguments."""
-        self.trainer, self.run_dir, self.config = trainer, run_dir, config
+    def __init__(self, trainer: Any, arguments: Arguments) -> None:
+        """Follow ``trainer``."""
+        self.trainer, self.arguments = trainer, arguments
+        self.run_dir, self.config = arguments.run_dir, arguments.shaping
         self.accelerator = trainer.accelerator
         self.reward_names = number_repeats(trainer.reward_func_names)
-        self.correct, self.correct_note = choose_correct(correct, self.reward_names)
+        self.correct, self.correct_note = choose_correct(arguments.correct, self.reward_names)
         self.has_dropout = _has_dropout(trainer.model)
         self.probe = HeadProbe.attach(trainer)
         self._warn_of_truncated_sampling()
-        self.plateau = PlateauDetector(config.plateau)
+        self.plateau = PlateauDetector(self.config.plateau)
         self.lr: float | None = None
         self._recorder: Recorder | None = None
         self._open: list[Generation] = []
@@ -106,7 +103,7 @@ class Tracer:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the trace."""
+        """Return True in the process that writes the trace."""
         return self.accelerator.is_main_process
 
     def open(self) -> None:
@@ -127,7 +124,7 @@ class Tracer:
         generate_every = trainer.args.steps_per_generation * trainer.num_iterations
         manifest = {
             "seed": trainer.args.seed,
-            "arm": self.arm,
+            "arm": self.arguments.arm or self.config.method,
             "model": str(getattr(trainer.model.config, "_name_or_path", "") or type(trainer.model).__name__),
             "task": " + ".join(self.reward_names),
             "total_steps": -(-state.max_steps * trainer.args.gradient_accumulation_steps // generate_every),
@@ -162,7 +159,7 @@ class Tracer:
             correct_at=None,
             manifest=manifest,
             unknown=self._reasons(),
-            flush_every=self.flush_every,
+            flush_every=self.arguments.flush_every,
             resume_after=resume_after,
         )
         recorder.manifest["versions"] = {**recorder.manifest.get("versions", {}), "trl": trl_version()}
@@ -177,7 +174,7 @@ class Tracer:
         if self.correct is None:
             judged = ("rollouts.is_correct", "tokens.is_correct", "steps.accuracy", "evals.is_correct")
             reasons |= dict.fromkeys(judged, self.correct_note)
-        if not self.after_update_every:
+        if not self.arguments.after_update_every:
             never = "after_update_every is 0"
             reasons |= dict.fromkeys(("tokens.logprob_after", "tokens.entropy_after"), never)
         if self.probe is None:
@@ -395,7 +392,7 @@ class Tracer:
         """Make a pass of our own over the responses for which TRL makes none that can be used."""
         early = bool(self._shapes) and self.trainer.args.steps_per_generation > 1
         if self.has_dropout:
-            rows, reason = np.arange(len(batch.ids)), "dropout is on, and would change what TRL's own passes compute"
+            rows, reason = np.arange(len(batch.ids)), "dropout is on, which is random in TRL's own passes"
         elif early and not batch.known.all():
             rows = np.flatnonzero(~batch.known)
             reason = "shaping needs the whole generation batch before its first slice"
@@ -580,7 +577,11 @@ class Tracer:
 
     def _record(self, batch: Generation) -> None:
         with self._costing():
-            if self.after_update_every and batch.step % self.after_update_every == 0 and batch.updates:
+            if (
+                self.arguments.after_update_every
+                and batch.step % self.arguments.after_update_every == 0
+                and batch.updates
+            ):
                 self._capture_after(batch)
             parts = self._gather_all(batch.payload())
         cost, self._charged = self._overhead - self._charged, self._overhead
@@ -596,7 +597,10 @@ class Tracer:
 
     def _capture_after(self, batch: Generation) -> None:
         """Evaluate responses again under the updated weights; every process takes an equal number of its own."""
-        number = -(-self.after_update_responses // self.accelerator.num_processes)
+        wanted = self.arguments.after_update_responses
+        if wanted is None:
+            wanted = min(MAX_AFTER, max(1, len(batch.ids) * self.accelerator.num_processes // 8))
+        number = -(-wanted // self.accelerator.num_processes)
         drawn = generator(self.trainer.args.seed, Stream.CAPTURE, batch.step, self.accelerator.process_index)
         candidates = np.flatnonzero(batch.in_loss & ~batch.is_masked)
         rows = np.sort(drawn.permutation(candidates)[:number])

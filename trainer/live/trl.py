@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from entrace.analysis.trace.errors import InputError
 from entrace.trainer.algorithm.shaping import ShapingConfig
-from entrace.trainer.live.arguments import check_version, shaping_config
+from entrace.trainer.live.arguments import Arguments, check_version, shaping_config
 from entrace.trainer.live.tracer import Tracer
 
 # A trainer of TRL, which follows in the bases of every class that is used.
@@ -43,7 +43,7 @@ class Traced(_Base):
         shaping: str | Sequence[str] | Mapping[str, Any] | ShapingConfig | None = None,
         correct: str | float | None = None,
         after_update_every: int = 5,
-        after_update_responses: int = 24,
+        after_update_responses: int | None = None,
         flush_every: int = 10,
         arm: str | None = None,
         **kwargs: Any,
@@ -59,7 +59,8 @@ class Traced(_Base):
                 response is correct (default: ``accuracy_reward``, or the only reward function).
             after_update_every: Steps between captures of log-probability and entropy after the update (default 5; 0 =
                 none). Each takes a forward pass.
-            after_update_responses: Responses per capture, chosen at random (default 24).
+            after_update_responses: Responses per capture, chosen at random (default: an eighth of the batch, 24 at
+                most, so that recording stays cheap).
             flush_every: Steps per Parquet file (default 10); a checkpoint flushes as well.
             arm: Name of the arm, to compare runs (default: the shaping methods).
             **kwargs: Arguments of the trainer.
@@ -68,23 +69,20 @@ class Traced(_Base):
             InputError: an argument is invalid.
         """
         check_version()
-        config = shaping_config(shaping)
-        for name, value in (
-            ("after_update_every", after_update_every),
-            ("after_update_responses", after_update_responses),
-        ):
-            if not isinstance(value, int) or value < 0:
-                raise InputError(f"{name}: {value!r} is not a number of at least 0")
+        chosen = Arguments(
+            run_dir=Path(trace),
+            shaping=shaping_config(shaping),
+            correct=correct,
+            after_update_every=after_update_every,
+            after_update_responses=after_update_responses,
+            flush_every=flush_every,
+            arm=arm,
+        )
         self._entrace: Tracer | None = None
         super().__init__(*args, **kwargs)
         if self.args.auto_find_batch_size:
             raise InputError("auto_find_batch_size: not supported, because it starts training again; set a batch size")
-        self._entrace = Tracer(self, Path(trace), config, correct)
-        self._entrace.after_update_every, self._entrace.after_update_responses = (
-            after_update_every,
-            after_update_responses,
-        )
-        self._entrace.flush_every, self._entrace.arm = flush_every, arm or config.method
+        self._entrace = Tracer(self, chosen)
         self.add_callback(_Callback(self._entrace))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
