@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup study test test-slow check docs bench bench-gpu bench-queries bench-output bench-integrity calibrate chaos clean
+.PHONY: help setup study test test-slow check docs bench bench-gpu bench-queries bench-output bench-integrity bench-trl calibrate chaos clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -62,6 +62,9 @@ bench-output: $(READY)  ## peak memory and rows per second of `entrace sql`, eac
 
 bench-integrity: $(READY)  ## cost of digests and checksums: writing, opening, and verifying a run
 	$(BIN)/python tests/benchmarks/bench_integrity.py --out reports/integrity_benchmarks.json
+
+bench-trl: $(READY)  ## seconds per step of TRL with and without recording, paired
+	$(BIN)/python -m tests.benchmarks.bench_trl_recording --out reports/trl_recording.json
 
 calibrate: $(READY)  ## how often verdicts are wrong, on simulated runs with known truth; WORLDS=a,b SIMULATIONS=400
 	$(BIN)/python -m tests.calibration.calibrate --out reports/calibration \

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from entrace.analysis.queries import Questions
     from entrace.analysis.report import write_report
     from entrace.analysis.runs import Runs, open_runs
-    from entrace.analysis.trace import InputError, TraceWriter, Vocabulary
+    from entrace.analysis.trace import InputError, Recorder, TraceWriter, Vocabulary
     from entrace.trainer.algorithm.method import objective, shaping
     from entrace.trainer.config import Config, load_config
     from entrace.trainer.train import train
@@ -39,6 +39,7 @@ __all__ = [
     "Comparison",
     "Config",
     "InputError",
+    "Recorder",
     "Runs",
     "TraceWriter",
     "Verdict",
@@ -62,6 +63,7 @@ __getattr__ = names_from(
         "Comparison": "entrace.analysis.compare",
         "Config": "entrace.trainer.config",
         "InputError": "entrace.analysis.trace.errors",
+        "Recorder": "entrace.analysis.trace.recorder",
         "Runs": "entrace.analysis.runs",
         "TraceWriter": "entrace.analysis.trace.writer",
         "Verdict": "entrace.analysis.claims",

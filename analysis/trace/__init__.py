@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from entrace.analysis.trace.errors import InputError, in_one_line, nearest, reason_of
     from entrace.analysis.trace.lexicon import CATEGORIES, Lexicon
     from entrace.analysis.trace.manifest import MANIFEST, describe_machine, flatten, read_manifest, write_manifest
+    from entrace.analysis.trace.recorder import Recorder
     from entrace.analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
     from entrace.analysis.trace.vocabulary import Vocabulary
     from entrace.analysis.trace.writer import TraceWriter
@@ -23,6 +24,7 @@ __all__ = [
     "Column",
     "InputError",
     "Lexicon",
+    "Recorder",
     "Table",
     "TraceWriter",
     "Vocabulary",
@@ -51,6 +53,7 @@ __getattr__ = names_from(
         "flatten": "entrace.analysis.trace.manifest",
         "read_manifest": "entrace.analysis.trace.manifest",
         "write_manifest": "entrace.analysis.trace.manifest",
+        "Recorder": "entrace.analysis.trace.recorder",
         "SCHEMA_VERSION": "entrace.analysis.trace.schema",
         "TABLES": "entrace.analysis.trace.schema",
         "Column": "entrace.analysis.trace.schema",

@@ -111,10 +111,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
         state = "is null" if "schema_version" in manifest else "is missing"
         raise InputError(f"{path}: schema_version {state}; not the manifest of a trace")
     check_version(f"{path}: schema_version", manifest["schema_version"])
-    for key, kinds in KINDS.items():
-        value = manifest.get(key)
-        if not isinstance(value, kinds) or (isinstance(value, int) and not -(2**31) <= value < 2**31):
-            raise InputError(f"{path}: {key} is {reprlib.repr(value)}, expected {KIND_NAMES[kinds]}")
+    check_kinds(str(path), manifest)
     TokenSampling.of(manifest, str(path))
     for table, files in (manifest.get("files") or {}).items():
         if not isinstance(files, dict):
@@ -124,6 +121,14 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     if not digests.is_intact(run_dir, MANIFEST, data):
         raise InputError(f"{path}: {digests.DIFFERS}; restore it")
     return manifest
+
+
+def check_kinds(place: str, manifest: Mapping[str, Any]) -> None:
+    """Raise ``InputError`` if a key that readers use has the wrong type; ``place`` is named in the error."""
+    for key, kinds in KINDS.items():
+        value = manifest.get(key)
+        if not isinstance(value, kinds) or (isinstance(value, int) and not -(2**31) <= value < 2**31):
+            raise InputError(f"{place}: {key} is {reprlib.repr(value)}, expected {KIND_NAMES[kinds]}")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

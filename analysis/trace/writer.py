@@ -13,8 +13,9 @@ Usage::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,6 +198,17 @@ class TraceWriter:
         if table == "tokens" and "token_id" in columns:
             columns["category"] = self._categorize(columns["token_id"])
         self._buffers[table].append(_as_arrow(TABLES[table], columns))
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Drop the rows that the block appended if it raises."""
+        before = {name: len(parts) for name, parts in self._buffers.items()}
+        try:
+            yield
+        except BaseException:
+            for name, parts in self._buffers.items():
+                del parts[before[name] :]
+            raise
 
     def _categorize(self, token_ids: Any) -> Any:
         try:

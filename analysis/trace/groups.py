@@ -1,0 +1,74 @@
+"""Compute values of responses relative to their group: advantages and standardized perplexity.
+
+The trainer computes equal values with torch; see ``entrace.trainer.algorithm.advantages``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+EPS = 1e-6
+
+
+def group_relative_advantage(rewards: np.ndarray, group_ids: np.ndarray) -> np.ndarray:
+    """Return A_i = (r_i - mean(r)) / (std(r) + eps) within the group of one prompt (GRPO, arXiv 2402.03300).
+
+    Args:
+        rewards: One per response, (B,) float64; NaN where there is no verdict.
+        group_ids: Group of each response, (B,), integers from 0.
+
+    Returns:
+        Advantages, (B,); the standard deviation has Bessel's correction. Exactly 0 where all rewards of a group are
+        equal, in groups of one response, and for responses without a reward.
+    """
+    counted = ~np.isnan(rewards)
+    values = np.where(counted, rewards, 0.0)
+    count = np.maximum(np.bincount(group_ids, counted), 1)
+    # Differences between equal rewards are exactly 0, differences from their mean are not: (8 x 0.7) / 8 != 0.7.
+    lowest = np.full(len(count), np.inf)
+    np.minimum.at(lowest, group_ids[counted], values[counted])
+    above = np.where(counted, values - np.where(np.isinf(lowest), 0.0, lowest)[group_ids], 0.0)
+    centered = (above - (np.bincount(group_ids, above) / count)[group_ids]) * counted
+    variance = np.bincount(group_ids, centered**2) / np.maximum(count - 1, 1)
+    return centered / (np.sqrt(variance) + EPS)[group_ids]
+
+
+def ppl_z(log_ppl: np.ndarray, group_ids: np.ndarray) -> np.ndarray:
+    """Standardize the log perplexity of responses within their groups (released code of arXiv 2508.02260).
+
+    z_i = (ln PPL_i - m) / s; m and the population standard deviation s are taken over the group's responses inside
+    [Q1 - 1.5 IQR, Q3 + 1.5 IQR]; s below 1e-6 counts as 1.
+
+    Args:
+        log_ppl: Mean surprisal of each response, nats, (B,); NaN where unknown.
+        group_ids: Group of each response, (B,), integers from 0.
+
+    Returns:
+        z, (B,); a response without perplexity is excluded from the moments and gets 0.
+    """
+    z = np.zeros(len(log_ppl))
+    for rows in rows_by_group(group_ids):
+        known = rows[~np.isnan(log_ppl[rows])]
+        if not len(known):
+            continue
+        values = log_ppl[known]
+        q1, q3 = np.quantile(values, [0.25, 0.75])
+        reach = 1.5 * (q3 - q1)
+        inside = values[(values >= q1 - reach) & (values <= q3 + reach)]
+        std = inside.std()
+        z[known] = (values - inside.mean()) / (std if std >= 1e-6 else 1.0)
+    return z
+
+
+def rows_by_group(group_ids: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of each group, (B,) -> one array per group, in order of group and row."""
+    order = np.argsort(group_ids, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(group_ids[order])) + 1) if len(order) else []
+
+
+def place_in_group(group_ids: np.ndarray) -> np.ndarray:
+    """Return the index of each element within its group, from 0, (B,)."""
+    place = np.empty(len(group_ids), np.int64)
+    for rows in rows_by_group(group_ids):
+        place[rows] = np.arange(len(rows))
+    return place

@@ -1,0 +1,833 @@
+"""Record a training loop as a trace; this module does not import torch, so any loop can use it.
+
+Usage::
+
+    with Recorder("data/runs/mine/by-hand", tokenizer, temperature=1.0) as recorder:
+        for step in ...:
+            recorder.record(step, prompt=texts, response_ids=ids, logprob=logprobs, entropy=entropies, reward=rewards)
+            recorder.record_eval(step, prompt=texts, response_ids=ids, reward=rewards)
+
+Arguments are named like the columns that they fill; ``entrace tables`` describes these. Values that are not passed are
+null, and ``unknown`` in ``run.json`` says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from entrace.analysis.trace.defects import find_defects
+from entrace.analysis.trace.errors import InputError, in_one_line, nearest, with_kind
+from entrace.analysis.trace.groups import group_relative_advantage, place_in_group, ppl_z
+from entrace.analysis.trace.lexicon import Lexicon
+from entrace.analysis.trace.lock import acquire_lock
+from entrace.analysis.trace.manifest import check_kinds, describe_machine, read_manifest
+from entrace.analysis.trace.parts import PART, last_whole_step, listed_files, read_part
+from entrace.analysis.trace.ragged import Responses, as_list
+from entrace.analysis.trace.schema import EVALS, PROMPTS, ROLLOUTS, STEPS, TABLES, TOKENS
+from entrace.analysis.trace.vocabulary import Vocabulary
+from entrace.analysis.trace.writer import TraceWriter
+
+# Arguments by what one value belongs to. An advantage may also be per token.
+PER_TOKEN = (
+    "shaped_advantage",
+    "grad_norm",
+    "logprob_after",
+    "entropy_after",
+    "is_clipped",
+    "sampling_logprob",
+    "reference_logprob",
+    "turn",
+    "policy_version",
+)
+PER_RESPONSE = (
+    "answer",
+    "answer_class",
+    "length_penalty",
+    "reward_components",
+    "has_answer",
+    "is_truncated",
+    "is_kept",
+    "drop_reason",
+    "policy_step",
+)
+PER_PROMPT = ("prompt_id", "task", "ground_truth", "difficulty")
+EXPLICIT = (
+    "prompt",
+    "response_ids",
+    "response_mask",
+    "loss_mask",
+    "logprob",
+    "entropy",
+    "reward",
+    "group",
+    "advantage",
+    "is_correct",
+    "completion",
+    "metrics",
+)
+EVAL_ONLY = ("response_length", "entropy_mean")
+# Columns of table steps that follow from the responses.
+DERIVED = ("reward_mean", "accuracy", "format_rate", "entropy_token_mean", "tokens", "groups_kept", "groups_dropped")
+STEP_METRICS = tuple(c.name for c in STEPS.columns if c.name not in ("run_id", "step", *DERIVED))
+# Null has a meaning of its own in these columns, which the schema states.
+NULL_IS_KNOWN = {
+    "tokens": {"loss_mask", "turn"},
+    "rollouts": {"generated_length", "reward_components", "answer_class", "drop_reason", "length_penalty"},
+    "evals": {"answer_class"},
+}
+NOT_PASSED = "the training loop did not pass it to the recorder"
+UNKNOWN = {
+    "interventions": "the trace has no checkpoints to continue from",
+    "evals": "the training loop recorded no evaluation",
+}
+HASH_LENGTH = 16
+
+
+class Recorder:
+    """Write a trace from the arrays of a training loop, one call per step.
+
+    Derived from what is passed: lengths, positions, entropy_mean, surprisal_mean, ppl, ppl_z, defects, group ids, texts
+    of responses, correctness, advantages, and the means of table ``steps``.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        vocab: Any,
+        *,
+        vocab_size: int | None = None,
+        temperature: float | None = None,
+        correct_at: float | None = 1.0,
+        entropy_kind: Literal["exact", "top_k"] = "exact",
+        logprob_kind: Literal["trainer", "engine", "rescored"] = "trainer",
+        manifest: Mapping[str, Any] | None = None,
+        unknown: Mapping[str, str] | None = None,
+        lexicon: Lexicon | None = None,
+        flush_every: int = 10,
+        resume_after: int | Literal["last"] | None = None,
+    ) -> None:
+        """Open a trace.
+
+        Args:
+            run_dir: Folder of the trace; its name is the run id.
+            vocab: A tokenizer of transformers, a ``Vocabulary``, or the text of every token by id.
+            vocab_size: Rows of the LM head, if more than the entries of the tokenizer.
+            temperature: Sampling temperature, included in every log-probability and entropy (default: unknown).
+            correct_at: Reward from which a response is correct (default 1.0; None: correctness is unknown unless
+                passed).
+            entropy_kind: ``exact``, or ``top_k`` if entropies cover only the entries that an engine reported.
+            logprob_kind: Who computed the log-probabilities.
+            manifest: Further keys of ``run.json``, such as ``seed``, ``arm``, ``model``, ``config``.
+            unknown: Reasons why columns are null, by ``table.column``.
+            lexicon: Rules of the token categories (default: the shipped lexicon).
+            flush_every: Steps per Parquet file, which is written when the next step arrives; see ``flush``.
+            resume_after: Continue an existing trace after this step and remove later steps; ``last`` is its last
+                durable step (default: start a new trace in an empty folder).
+
+        Raises:
+            InputError: the folder cannot be used, an argument is invalid, or another process records the run.
+        """
+        self.run_dir = Path(run_dir)
+        if flush_every < 1:
+            raise InputError(f"flush_every is {flush_every}, expected at least 1 step")
+        self.temperature, self.correct_at = temperature, correct_at
+        self._kinds = {"entropy": entropy_kind, "logprob": logprob_kind}
+        self._flush_every = flush_every
+        self._decode: Callable[[Sequence[int]], str] | None = None
+        self._special: frozenset[int] = frozenset()
+        entries = self._read_vocabulary(vocab, vocab_size)
+        self._texts = entries.texts
+        self._lock = acquire_lock(self.run_dir, waits=False)
+        try:
+            self._open(entries, dict(manifest or {}), dict(unknown or {}), lexicon, resume_after)
+        except BaseException:
+            self._release()
+            raise
+
+    def _read_vocabulary(self, vocab: Any, size: int | None) -> Vocabulary:
+        if not hasattr(vocab, "batch_decode"):
+            entries = vocab if isinstance(vocab, Vocabulary) else Vocabulary(list(vocab))
+            if entries.is_special:
+                self._special = frozenset(np.flatnonzero(entries.is_special).tolist())
+            return entries
+        self._decode = lambda ids: vocab.decode(ids, skip_special_tokens=True)
+        return Vocabulary.of(vocab, max(len(vocab), size or 0))
+
+    def _open(
+        self,
+        entries: Vocabulary,
+        manifest: dict[str, Any],
+        unknown: dict[str, str],
+        lexicon: Lexicon | None,
+        resume_after: int | str | None,
+    ) -> None:
+        self._prompts: set[str] = set()
+        self._samples: dict[tuple[int, str], Counter[str]] = {}
+        self._rollouts, self._since_flush = 0, 0
+        reasons = _reasons(unknown)
+        described = {
+            "recorded": {"correct_at": self.correct_at},
+            "study": self.run_dir.resolve().parent.name,
+            "run_id": self.run_dir.name,
+            **manifest,
+        }
+        if resume_after is None:
+            described |= {"unknown": reasons, **describe_machine()}
+            check_kinds("manifest", described)
+            if self.run_dir.exists() and any(self.run_dir.iterdir()):
+                raise InputError(f"{self.run_dir}: already holds files; choose another folder, or pass resume_after")
+            self._writer = TraceWriter.create(self.run_dir, described, entries, lexicon)
+            self._last = self._eval_step = 0
+            return
+        self._last = self._eval_step = self._check_resumable(resume_after)
+        self._writer = TraceWriter.resume(self.run_dir, self._last)
+        found = self._writer.manifest
+        # A reason that an earlier part of the run has removed stays removed.
+        kept = {name: unknown.get(name, reason) for name, reason in (found.get("unknown") or {}).items()}
+        found |= {**manifest, "unknown": kept}
+        check_kinds("manifest", found)
+        for prompt_ids in self._read("prompts", "prompt_id"):
+            self._prompts.update(prompt_ids)
+        self._rollouts = max((max(ids, default=-1) for ids in self._read("rollouts", "rollout_id")), default=-1) + 1
+        for step, benchmark, prompt_id in self._read_rows("evals", ["step", "benchmark", "prompt_id"]):
+            self._samples.setdefault((step, benchmark), Counter())[prompt_id] += 1
+
+    def _check_resumable(self, wanted: int | str) -> int:
+        """Return the step to resume after.
+
+        Raises:
+            InputError: the trace ends earlier, or the step lies inside a file.
+        """
+        manifest = read_manifest(self.run_dir)
+        whole, _ = last_whole_step(self.run_dir, manifest)
+        if isinstance(wanted, str):
+            return whole
+        if wanted > whole:
+            raise InputError(f"{self.run_dir}: ends at step {whole}, and cannot continue after step {wanted}")
+        for files in listed_files(self.run_dir, manifest).values():
+            for match in filter(None, map(PART.fullmatch, files)):
+                if int(match[1]) <= wanted < int(match[2]):
+                    raise InputError(
+                        f"{self.run_dir}: cannot continue after step {wanted}, which lies inside {match[0]}; call "
+                        "flush() whenever a checkpoint is saved"
+                    )
+        return wanted
+
+    def _read(self, table: str, column: str) -> Iterable[list[Any]]:
+        for name in self._writer.manifest["files"].get(table, {}):
+            yield read_part(self.run_dir / table / name, [column])[column].to_pylist()
+
+    def _read_rows(self, table: str, columns: list[str]) -> Iterable[tuple[Any, ...]]:
+        for name in self._writer.manifest["files"].get(table, {}):
+            rows = read_part(self.run_dir / table / name, columns)
+            yield from zip(*(rows[column].to_pylist() for column in columns), strict=True)
+
+    @property
+    def last_step(self) -> int:
+        """Last recorded step, 0 if there is none."""
+        return self._last
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Content of ``run.json``; changes are written with the next flush."""
+        return self._writer.manifest
+
+    def has_eval(self, step: int, benchmark: str) -> bool:
+        """Return whether the trace holds an evaluation."""
+        return (step, benchmark) in self._samples
+
+    def past_metrics(self) -> list[tuple[float | None, float | None]]:
+        """Return (entropy_token_mean, accuracy) of every durable step, in order of step."""
+        rows = sorted(self._read_rows("steps", ["step", "entropy_token_mean", "accuracy"]))
+        return [(entropy, accuracy) for _, entropy, accuracy in rows]
+
+    def record(
+        self,
+        step: int,
+        *,
+        prompt: Any,
+        response_ids: Any,
+        response_mask: Any = None,
+        loss_mask: Any = None,
+        logprob: Any = None,
+        entropy: Any = None,
+        reward: Any = None,
+        group: Any = None,
+        advantage: Any = None,
+        is_correct: Any = None,
+        completion: Sequence[str] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        **columns: Any,
+    ) -> dict[str, Any]:
+        """Add the responses of one training step.
+
+        B responses. Values per token are one list per response, or a padded array ``(B, T)`` with ``response_mask``.
+        Values per response are a list or array of length B. Arrays of numpy and tensors of torch are accepted. Context
+        counts in positions and lengths, and its measures are null.
+
+        Args:
+            step: The step, from 1; greater than that of the call before. Steps may be skipped.
+            prompt: Text of the prompt of each response, or its token ids.
+            response_ids: Token ids of each response, including the end of sequence.
+            response_mask: True at the tokens of the responses, if ``response_ids`` is padded.
+            loss_mask: True at tokens that the policy generated, false at context such as tool output (default: all
+                true).
+            logprob: Log-probability of each token under the distribution that it was sampled from, nats.
+            entropy: Entropy of that distribution, nats.
+            reward: Score of each response; None where there is no verdict.
+            group: Label of the group of each response (default: equal prompts of one step are a group).
+            advantage: Advantage of each response, or of each token (default: group-relative, from the rewards, as in
+                GRPO; then ``shaped_advantage`` is null unless passed).
+            is_correct: Verdict on each response (default: the reward is at least ``correct_at``).
+            completion: Text of each response (default: its tokens, decoded without special tokens).
+            metrics: Columns of table ``steps`` that do not follow from responses, such as loss, lr, and kl.
+            **columns: Further columns of tables tokens, rollouts, and prompts, by name: per token, response, or prompt
+                of each response.
+
+        Returns:
+            The row of table ``steps``.
+
+        Raises:
+            InputError: a name is unknown, a length differs, a value is NaN or infinite, or steps go back.
+        """
+        started = time.perf_counter()
+        _check_names("record", columns, (*PER_TOKEN, *PER_RESPONSE, *PER_PROMPT), EXPLICIT)
+        _check_names("metrics", metrics or {}, STEP_METRICS, ())
+        self._check_step(step, self._last + 1)
+        responses = Responses.of(response_ids, response_mask)
+        if not len(responses):
+            raise InputError(f"step {step}: no responses; record a step with at least one response")
+        batch = self._batch(responses, loss_mask, prompt, columns)
+        batch.groups = _group_indices(batch.prompt_ids if group is None else batch.per_response("group", group))
+        batch.add_tokens({"logprob": logprob, "entropy": entropy, **{name: columns.get(name) for name in PER_TOKEN}})
+        batch.add_responses({name: columns.get(name) for name in PER_RESPONSE})
+        batch.rewards = batch.numbers("reward", reward)
+        batch.correct = self._judge(batch, is_correct)
+        batch.advantages = _advantages(batch, advantage)
+        batch.kept, batch.drop_reasons = _kept(batch, has_advantage=advantage is not None)
+        completions = self._completions(batch, completion)
+        # Only now, so that a file holds the evaluations of its last step.
+        if self._since_flush >= self._flush_every:
+            self.flush()
+        row = {"step": step, **_step_row(batch), **_finite_metrics(metrics or {})}
+
+        rollout_ids = self._rollouts + np.arange(len(responses))
+        with self._writer.all_or_nothing():
+            new = self._append_prompts(batch, "train", columns)
+            self._append("rollouts", {"step": step, **self._rollout_columns(batch, rollout_ids, completions)})
+            self._append("tokens", {"step": step, **_token_columns(batch, rollout_ids)})
+            row.setdefault("record_s", time.perf_counter() - started)
+            self._append("steps", row)
+        self._prompts |= new
+        self._rollouts += len(responses)
+        self._last = step
+        self._writer.end_step(step)
+        self._since_flush += 1
+        return row
+
+    def record_eval(
+        self,
+        step: int,
+        *,
+        prompt: Any,
+        benchmark: str = "heldout",
+        response_ids: Any = None,
+        response_mask: Any = None,
+        loss_mask: Any = None,
+        entropy: Any = None,
+        reward: Any = None,
+        is_correct: Any = None,
+        temperature: float | None = None,
+        **columns: Any,
+    ) -> None:
+        """Add responses to held-out prompts; several calls for one step and benchmark add up.
+
+        Args:
+            step: Updates applied to the evaluated policy, 0 for the base policy; no less than in the call before.
+            prompt: As in ``record``.
+            benchmark: Name of the held-out set.
+            response_ids: As in ``record``; ``response_length`` per response is enough.
+            response_mask: As in ``record``.
+            loss_mask: As in ``record``.
+            entropy: As in ``record``; or ``entropy_mean`` per response.
+            reward: As in ``record``.
+            is_correct: As in ``record``.
+            temperature: Sampling temperature (default: that of the recorder).
+            **columns: answer, answer_class, entropy_mean, and response_length per response; prompt_id, task,
+                ground_truth, and difficulty per prompt.
+
+        Raises:
+            InputError: as in ``record``, or neither ``response_ids`` nor ``response_length`` is given.
+        """
+        names = ("answer", "answer_class", *EVAL_ONLY, *PER_PROMPT)
+        explicit = ("prompt", "benchmark", "response_ids", "response_mask", "loss_mask", "entropy", "reward")
+        _check_names("record_eval", columns, names, (*explicit, "is_correct", "temperature"))
+        self._check_step(step, max(self._last, self._eval_step))
+        if response_ids is None:
+            if columns.get("response_length") is None:
+                raise InputError("record_eval: response_ids is missing; pass it, or response_length per response")
+            given = as_list(columns["response_length"])
+            responses = Responses(np.empty(0, np.int64), np.zeros(len(given), np.int64))
+            if entropy is not None:
+                raise InputError("entropy: needs response_ids; pass entropy_mean per response instead")
+        else:
+            responses = Responses.of(response_ids, response_mask)
+        batch = self._batch(responses, loss_mask, prompt, columns)
+        batch.add_tokens({"entropy": entropy})
+        batch.add_responses({name: columns.get(name) for name in ("answer", "answer_class", "response_length")})
+        batch.rewards = batch.numbers("reward", reward)
+        given = columns.get("entropy_mean")
+        means = batch.means("entropy") if entropy is not None else batch.numbers("entropy_mean", given)
+        counts = Counter(self._samples.get((step, benchmark), ()))
+        samples = []
+        for prompt_id in batch.prompt_ids:
+            samples.append(counts[prompt_id])
+            counts[prompt_id] += 1
+        lengths = batch.response.get("response_length")
+        row = {
+            "benchmark": benchmark,
+            "prompt_id": batch.prompt_ids,
+            "sample_index": samples,
+            "answer": batch.response.get("answer"),
+            "answer_class": batch.response.get("answer_class"),
+            "is_correct": self._judge(batch, is_correct),
+            "reward": _nullable(batch.rewards),
+            "response_length": responses.lengths if lengths is None else lengths,
+            "entropy_mean": _nullable(means),
+            "temperature": self.temperature if temperature is None else temperature,
+        }
+        with self._writer.all_or_nothing():
+            new = self._append_prompts(batch, "heldout", columns)
+            self._append("evals", {"step": step, **row})
+        self._prompts |= new
+        self._samples[step, benchmark] = counts
+        (self.manifest.get("unknown") or {}).pop("evals", None)
+        self._eval_step = step
+        if step <= self._last:
+            self._writer.end_step(self._last)
+
+    def flush(self) -> None:
+        """Make all recorded steps durable; call it when a checkpoint is saved, so that the run can resume there."""
+        self._writer.flush()
+        self._since_flush = 0
+
+    def close(self, error: str | None = None) -> None:
+        """Flush the recorded steps, and mark the run ``complete``, or ``failed`` with its error."""
+        try:
+            self._writer.end_step(max(self._last, self._eval_step))
+            if error is None:
+                self.flush()
+            else:
+                # The cause, such as a full disk, may prevent this write too; durable rows remain.
+                with suppress(Exception):
+                    self.flush()
+            self._writer.finish(error)
+        finally:
+            self._release()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        elif isinstance(error, Exception):
+            with suppress(Exception):
+                self.close(with_kind(error))
+        else:
+            # Interrupted: the run is not complete and can resume.
+            with suppress(Exception):
+                self.flush()
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _check_step(self, step: int, lowest: int) -> None:
+        if not isinstance(step, int | np.integer) or isinstance(step, bool):
+            raise InputError(f"step: expected an integer, found {type(step).__name__}")
+        if step < lowest:
+            raise InputError(f"step {step}: expected at least {lowest}; steps never go back")
+
+    def _batch(self, responses: Responses, loss_mask: Any, prompt: Any, columns: Mapping[str, Any]) -> _Batch:
+        """Return the responses of a call with their prompts."""
+        values = [prompt] if isinstance(prompt, str) else list(prompt)
+        if len(values) != len(responses):
+            raise InputError(f"prompt: {len(values)} prompts, expected {len(responses)}, one per response")
+        texts = [value if isinstance(value, str) else self._text("prompt", value) for value in values]
+        batch = _Batch(responses, _generated(responses, loss_mask), texts)
+        if columns.get("prompt_id") is None:
+            batch.prompt_ids = [_hash(text) for text in texts]
+        else:
+            batch.prompt_ids = [str(value) for value in batch.per_response("prompt_id", columns["prompt_id"])]
+        return batch
+
+    def _text(self, name: str, ids: Any) -> str:
+        try:
+            tokens = [int(i) for i in as_list(ids)]
+            if self._decode:
+                return self._decode(tokens)
+            return "".join(self._texts[i] for i in tokens if i not in self._special)
+        except (TypeError, ValueError, IndexError, OverflowError) as error:
+            raise InputError(f"{name}: expected text or token ids ({in_one_line(error)})") from None
+
+    def _completions(self, batch: _Batch, given: Sequence[str] | None) -> list[str]:
+        if given is not None:
+            return [str(text) for text in batch.per_response("completion", given)]
+        ends = np.cumsum(batch.responses.lengths)[:-1]
+        return [self._text("response_ids", ids) for ids in np.split(batch.responses.ids, ends)]
+
+    def _judge(self, batch: _Batch, given: Any) -> list[bool | None]:
+        if given is not None:
+            return [None if value is None else bool(value) for value in batch.per_response("is_correct", given)]
+        if self.correct_at is None:
+            return [None] * len(batch.responses)
+        return [None if np.isnan(value) else bool(value >= self.correct_at) for value in batch.rewards]
+
+    def _append_prompts(self, batch: _Batch, split: str, columns: Mapping[str, Any]) -> set[str]:
+        """Add the prompts that the trace does not hold yet, and return their ids."""
+        first: dict[str, int] = {}
+        for row, prompt_id in enumerate(batch.prompt_ids):
+            if prompt_id not in self._prompts:
+                first.setdefault(prompt_id, row)
+        rows: dict[str, Any] = {"task": str(self.manifest.get("task") or "unnamed")}
+        for name in PER_PROMPT[1:]:
+            if columns.get(name) is not None:
+                values = batch.per_response(name, columns[name])
+                rows[name] = [None if values[i] is None else str(values[i]) for i in first.values()]
+        if first:
+            texts = [batch.texts[i] for i in first.values()]
+            self._append("prompts", {"prompt_id": list(first), "split": split, "prompt": texts, **rows})
+        return set(first)
+
+    def _rollout_columns(self, batch: _Batch, rollout_ids: np.ndarray, completions: list[str]) -> dict[str, Any]:
+        surprisal = -batch.means("logprob")
+        given = dict(batch.response)
+        if "has_answer" not in given and "answer" in given:
+            given["has_answer"] = [answer is not None for answer in given["answer"]]
+        unjudged = [None] * len(completions)
+        judged = (given.get("has_answer", unjudged), given.get("is_truncated", unjudged))
+        first_of_group = np.unique(batch.groups, return_index=True)[1]
+        lengths, generated = batch.responses.lengths, batch.generated_lengths
+        return {
+            **given,
+            "prompt_id": batch.prompt_ids,
+            "rollout_id": rollout_ids,
+            # The id of a group is that of its first response.
+            "group_id": rollout_ids[first_of_group][batch.groups],
+            "sample_index": place_in_group(batch.groups),
+            "completion": completions,
+            "reward": _nullable(batch.rewards),
+            "is_correct": batch.correct,
+            "defects": [
+                find_defects(text, completion, has_answer=has_answer, is_truncated=is_truncated)
+                for text, completion, has_answer, is_truncated in zip(batch.texts, completions, *judged, strict=True)
+            ],
+            "response_length": lengths,
+            "generated_length": pa.array(generated, mask=generated == lengths),
+            "is_kept": batch.kept,
+            "drop_reason": batch.drop_reasons,
+            "entropy_mean": _nullable(batch.means("entropy")),
+            "surprisal_mean": _nullable(surprisal),
+            "ppl": _nullable(np.exp(surprisal)),
+            "ppl_z": pa.array(ppl_z(surprisal, batch.groups), mask=np.isnan(surprisal)),
+            "advantage": _nullable(batch.advantages),
+            "temperature": self.temperature,
+            "entropy_kind": self._kinds["entropy"] if "entropy" in batch.token else None,
+            "logprob_kind": self._kinds["logprob"] if "logprob" in batch.token else None,
+        }
+
+    def _append(self, table: str, columns: Mapping[str, Any]) -> None:
+        """Append rows, and drop the reasons of columns that have a value."""
+        self._writer.append(table, columns)
+        reasons = self.manifest.get("unknown") or {}
+        for name, values in columns.items():
+            if f"{table}.{name}" in reasons and _has_value(values):
+                del reasons[f"{table}.{name}"]
+
+
+@dataclass
+class _Batch:
+    """Hold the responses of a call and the values that were passed with them.
+
+    Attributes:
+        responses: Tokens.
+        is_generated: True at tokens that the policy generated, (N,).
+        texts: Prompt of each response.
+        prompt_ids: Identifier of the prompt of each response.
+        token: Values per token, null at context, by name.
+        response: Values per response, by name.
+        groups: Group of each response, (B,), numbered from 0.
+        rewards: Reward of each response, (B,); NaN if unknown.
+        advantages: Advantage of each response, (B,); NaN if unknown.
+        correct: Verdict on each response.
+        kept: Responses that entered the update, (B,) bool.
+        drop_reasons: Why the others did not.
+    """
+
+    responses: Responses
+    is_generated: np.ndarray
+    texts: list[str]
+    prompt_ids: list[str] = field(default_factory=list)
+    token: dict[str, pa.Array] = field(default_factory=dict)
+    response: dict[str, list[Any]] = field(default_factory=dict)
+    groups: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    rewards: np.ndarray = field(default_factory=lambda: np.empty(0))
+    advantages: np.ndarray = field(default_factory=lambda: np.empty(0))
+    correct: list[bool | None] = field(default_factory=list)
+    kept: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
+    drop_reasons: list[str | None] = field(default_factory=list)
+
+    @property
+    def generated_lengths(self) -> np.ndarray:
+        """Tokens of each response that the policy generated, (B,)."""
+        return np.bincount(self.responses.rows, self.is_generated, len(self.responses)).astype(np.int64)
+
+    def per_response(self, name: str, values: Any) -> list[Any]:
+        """Return values per response as a list.
+
+        Raises:
+            InputError: there is not one value per response.
+        """
+        found = [values] * len(self.responses) if isinstance(values, str) else as_list(values)
+        if len(found) != len(self.responses):
+            raise InputError(f"{name}: {len(found)} values, expected {len(self.responses)}, one per response")
+        return found
+
+    def numbers(self, name: str, values: Any) -> np.ndarray:
+        """Return numbers per response, (B,) float64, NaN where they are None or not passed."""
+        if values is None:
+            return np.full(len(self.responses), np.nan)
+        found = self.per_response(name, values)
+        for i, value in enumerate(found):
+            if value is not None and not isinstance(value, int | float):
+                raise InputError(f"{name}: response {i} has {type(value).__name__}, expected a number or None")
+            if value is not None and not np.isfinite(value):
+                raise InputError(f"{name}: {value} at response {i}; pass None where it is unknown")
+        return np.array([np.nan if value is None else value for value in found], float)
+
+    def add_responses(self, values: Mapping[str, Any]) -> None:
+        """Add values per response; a scalar applies to all of them."""
+        for name, given in values.items():
+            if given is not None:
+                is_scalar = isinstance(given, bool | int | float | str)
+                found = [given] * len(self.responses) if is_scalar else self.per_response(name, given)
+                self.response[name] = [_items(value) for value in found] if name == "reward_components" else found
+
+    def add_tokens(self, values: Mapping[str, Any]) -> None:
+        """Add values per token; one value per response applies to all of its tokens.
+
+        Raises:
+            InputError: a length differs, or a value is NaN or infinite.
+        """
+        for name, given in values.items():
+            if given is None:
+                continue
+            if isinstance(given, bool | int | float):
+                flat, is_unknown = np.full(len(self.responses.ids), given), np.zeros(len(self.responses.ids), bool)
+            elif self.responses.is_per_token(given) or not len(self.responses.ids):
+                flat, is_unknown = self.responses.flatten(name, given)
+            else:
+                found = self.per_response(name, given)
+                is_unknown = np.array([value is None for value in found])[self.responses.rows]
+                flat = np.array([0 if value is None else value for value in found])[self.responses.rows]
+            self.token[name] = self._measure(name, flat, is_unknown)
+
+    def _measure(self, name: str, flat: np.ndarray, is_unknown: np.ndarray) -> pa.Array:
+        kind = next(column.type for column in TOKENS.columns if column.name == name)
+        is_null = is_unknown | ~self.is_generated if name not in ("turn", "policy_version") else is_unknown
+        if flat.dtype.kind not in "biufO" or (flat.dtype.kind == "O" and not all(map(_is_number, flat))):
+            raise InputError(f"{name}: expected numbers, found {flat.dtype}")
+        flat = np.where(is_null, 0, flat).astype(float if flat.dtype.kind in "fO" else flat.dtype)
+        if flat.dtype.kind == "f":
+            bad = np.flatnonzero(~np.isfinite(flat))
+            if len(bad):
+                place = f"response {self.responses.rows[bad[0]]}, position {self.responses.positions[bad[0]]}"
+                raise InputError(f"{name}: {flat[bad[0]]} at {place}; pass None where it is unknown")
+        if pa.types.is_boolean(kind):
+            flat = flat != 0
+        try:
+            return pa.array(flat, mask=is_null).cast(kind)
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{name}: expected {kind} ({in_one_line(error)})") from None
+
+    def means(self, name: str) -> np.ndarray:
+        """Return the mean over the generated tokens of each response, (B,); NaN if any is unknown or there is none."""
+        values = self.token.get(name)
+        if values is None:
+            return np.full(len(self.responses), np.nan)
+        rows = self.responses.rows
+        flat = np.where(self.is_generated, values.fill_null(np.nan).to_numpy(zero_copy_only=False), 0.0)
+        sums, counts = np.bincount(rows, flat, len(self.responses)), self.generated_lengths
+        return np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
+
+
+def _reasons(given: Mapping[str, str]) -> dict[str, str]:
+    """Return the reason of every column that is null until a value is recorded."""
+    tables = (TOKENS, ROLLOUTS, PROMPTS, STEPS, EVALS)
+    names = {
+        f"{table.name}.{column.name}": NOT_PASSED
+        for table in tables
+        for column in table.columns
+        if column.nullable and column.name not in NULL_IS_KNOWN.get(table.name, ())
+    }
+    known = {*names, *TABLES, *(f"{t.name}.{c.name}" for t in TABLES.values() for c in t.columns), "policy.entropy"}
+    for name in given:
+        if name not in known:
+            raise InputError(f'unknown: no column "{name}"{nearest(name, known)}')
+    return {**UNKNOWN, **names, **given}
+
+
+def _check_names(place: str, given: Iterable[str], names: Iterable[str], explicit: Iterable[str]) -> None:
+    for name in given:
+        if name in DERIVED:
+            raise InputError(f"{place}: {name} follows from the responses; leave it out")
+        if name not in names:
+            raise InputError(f'{place}: unknown name "{name}"{nearest(name, (*names, *explicit))}')
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:HASH_LENGTH]
+
+
+def _generated(responses: Responses, loss_mask: Any) -> np.ndarray:
+    if loss_mask is None:
+        return np.ones(len(responses.ids), bool)
+    flat, is_unknown = responses.flatten("loss_mask", loss_mask)
+    if is_unknown.any():
+        raise InputError("loss_mask: None is not a mask; pass true or false for every token")
+    return flat != 0
+
+
+def _group_indices(labels: Sequence[Any]) -> np.ndarray:
+    """Return the group of each response, (B,), numbered in order of appearance."""
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(label, len(numbers)) for label in labels], np.int64)
+
+
+def _advantages(batch: _Batch, given: Any) -> np.ndarray:
+    """Return the advantage of each response, (B,), NaN if unknown, and add it to the tokens.
+
+    An advantage per token is that of its response only if it is equal for all tokens of the response.
+    """
+    count = len(batch.responses)
+    if given is None:
+        if np.isnan(batch.rewards).all():
+            return np.full(count, np.nan)
+        advantages = group_relative_advantage(batch.rewards, batch.groups)
+        batch.add_tokens({"advantage": advantages})
+        return advantages
+    batch.add_tokens({"advantage": given})
+    batch.token.setdefault("shaped_advantage", batch.token["advantage"])
+    if not batch.responses.is_per_token(given):
+        return batch.numbers("advantage", given)
+    advantages = np.full(count, np.nan)
+    values = batch.token["advantage"].to_numpy(zero_copy_only=False)
+    for row, tokens in enumerate(np.split(np.arange(len(values)), np.cumsum(batch.responses.lengths)[:-1])):
+        own = values[tokens][batch.is_generated[tokens]]
+        if len(own) and (own == own[0]).all():
+            advantages[row] = own[0]
+    return advantages
+
+
+def _kept(batch: _Batch, *, has_advantage: bool) -> tuple[np.ndarray, list[str | None]]:
+    """Return which responses entered the update, (B,) bool, and why the others did not.
+
+    Unless ``is_kept`` is passed, every response with a generated token did, except those without a verdict whose
+    advantage was not passed either.
+    """
+    is_unknown = np.isnan(batch.rewards)
+    without_verdict = is_unknown & (not has_advantage and not is_unknown.all())
+    kept = batch.response.pop("is_kept", None)
+    reasons = batch.response.pop("drop_reason", None)
+    if kept is None:
+        reasons = reasons or ["no_verdict" if missing else None for missing in without_verdict]
+        return (batch.generated_lengths > 0) & ~without_verdict, reasons
+    if None in kept:
+        raise InputError("is_kept: None is not a verdict; pass true or false for every response")
+    return np.array(kept, bool), reasons or [None] * len(kept)
+
+
+def _token_columns(batch: _Batch, rollout_ids: np.ndarray) -> dict[str, Any]:
+    responses, rows = batch.responses, batch.responses.rows
+    places = pa.array(rows)
+    return {
+        **batch.token,
+        "prompt_id": pa.array(batch.prompt_ids, pa.string()).take(places),
+        "rollout_id": rollout_ids[rows],
+        "position": responses.positions,
+        "response_length": responses.lengths[rows],
+        "token_id": responses.ids,
+        "is_correct": pa.array(batch.correct, pa.bool_()).take(places),
+        "is_kept": batch.kept[rows],
+        "loss_mask": None if batch.is_generated.all() else batch.is_generated,
+    }
+
+
+def _step_row(batch: _Batch) -> dict[str, Any]:
+    answered = batch.response.get("has_answer") or [answer is not None for answer in batch.response.get("answer", ())]
+    known = batch.token.get("entropy", pa.array([], pa.float32())).drop_null()
+    groups_kept = len(np.unique(batch.groups[batch.kept]))
+    return {
+        "reward_mean": _mean(None if np.isnan(value) else value for value in batch.rewards),
+        "accuracy": _mean(batch.correct),
+        "format_rate": _mean(answered),
+        "entropy_token_mean": float(known.to_numpy().mean(dtype=float)) if len(known) else None,
+        "tokens": int(batch.is_generated.sum()),
+        "groups_kept": groups_kept,
+        "groups_dropped": int(batch.groups.max()) + 1 - groups_kept,
+    }
+
+
+def _mean(values: Iterable[Any]) -> float | None:
+    known = [float(value) for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _finite_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
+    for name, value in found.items():
+        if isinstance(value, float) and not np.isfinite(value):
+            raise InputError(f"metrics: {name} is {value}; leave it out where it is unknown")
+    return found
+
+
+def _items(values: Any) -> list[tuple[str, float]] | None:
+    """Return a mapping as Arrow stores it, without the entries that are None."""
+    if values is None:
+        return None
+    if not isinstance(values, Mapping):
+        raise InputError(f"reward_components: expected a mapping of name to score, found {type(values).__name__}")
+    return [(str(name), float(value)) for name, value in values.items() if value is not None]
+
+
+def _nullable(values: np.ndarray) -> pa.Array:
+    return pa.array(values, mask=np.isnan(values))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number | np.bool_)
+
+
+def _has_value(values: Any) -> bool:
+    if isinstance(values, pa.Array):
+        return values.null_count < len(values)
+    if isinstance(values, list):
+        return any(value is not None for value in values)
+    return values is not None

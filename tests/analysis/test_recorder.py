@@ -1,0 +1,375 @@
+"""A training loop's arrays become a trace: what is derived, what is null, and what is refused."""
+
+import json
+import math
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import entrace
+from entrace.analysis import queries
+from entrace.analysis.trace import InputError, Recorder, Vocabulary
+from entrace.analysis.trace.groups import group_relative_advantage, ppl_z
+from entrace.trainer.algorithm import advantages as by_torch
+
+VOCAB = Vocabulary(["<eos>", "so", " 2", " plus", " 3", " is", " 5", "<user>"], [True, *[False] * 6, True])
+STEP = {
+    "prompt": ["What is 2 plus 3?"] * 2 + ["What is 3 plus 2?"] * 2,
+    "response_ids": [[1, 6, 0], [4, 0], [6, 0], [1, 1, 1, 5]],
+    "logprob": [[-1.0, -2.0, -3.0], [-0.5, -0.5], [-1.0, 0.0], [-4.0, -2.0, -1.0, -1.0]],
+    "entropy": [[0.1, 0.2, 0.3], [1.0, 2.0], [0.0, 0.0], [1.0, 1.0, 1.0, 1.0]],
+    "reward": [1.0, 0.0, 1.0, None],
+}
+
+
+def table(folder, name):
+    return pl.read_parquet(folder / name / "*.parquet").sort(
+        [key for key in ("step", "rollout_id", "position", "sample_index") if key in COLUMNS[name]]
+    )
+
+
+COLUMNS = {name: [c.name for c in t.columns] for name, t in entrace.trace.TABLES.items()}
+
+
+@pytest.fixture
+def recorder(tmp_path):
+    return Recorder(tmp_path / "study" / "run", VOCAB, temperature=0.7, flush_every=1)
+
+
+def written(recorder):
+    recorder.close()
+    return recorder.run_dir
+
+
+def test_everything_that_follows_from_a_step_is_derived(recorder):
+    row = recorder.record(1, **STEP, metrics={"loss": 0.5, "lr": 1e-5})
+    folder = written(recorder)
+    rollouts, tokens, steps = (table(folder, name) for name in ("rollouts", "tokens", "steps"))
+    assert rollouts["response_length"].to_list() == [3, 2, 2, 4]
+    assert rollouts["completion"].to_list() == ["so 5", " 3", " 5", "sososo is"]
+    assert rollouts["entropy_mean"].to_list() == pytest.approx([0.2, 1.5, 0.0, 1.0])
+    assert rollouts["surprisal_mean"].to_list() == pytest.approx([2.0, 0.5, 0.5, 2.0])
+    assert rollouts["ppl"].to_list() == pytest.approx([math.exp(x) for x in (2.0, 0.5, 0.5, 2.0)])
+    assert rollouts["ppl_z"].to_list() == pytest.approx([1, -1, -1, 1])
+    assert rollouts["group_id"].to_list() == [0, 0, 2, 2]
+    assert rollouts["sample_index"].to_list() == [0, 1, 0, 1]
+    assert rollouts["is_correct"].to_list() == [True, False, True, None]
+    assert rollouts["advantage"].to_list() == pytest.approx([math.sqrt(0.5), -math.sqrt(0.5), 0, 0], rel=1e-5)
+    assert rollouts["is_kept"].to_list() == [True, True, True, False]
+    assert rollouts["drop_reason"].to_list() == [None, None, None, "no_verdict"]
+    assert rollouts["entropy_kind"].unique().to_list() == ["exact"]
+    assert rollouts["temperature"].to_list() == pytest.approx([0.7] * 4)
+    assert rollouts["prompt_id"].n_unique() == 2 == table(folder, "prompts").height
+    assert tokens["position"].to_list() == [0, 1, 2, 0, 1, 0, 1, 0, 1, 2, 3]
+    assert tokens["token_id"].to_list() == [i for ids in STEP["response_ids"] for i in ids]
+    assert tokens["logprob"].to_list() == [x for row in STEP["logprob"] for x in row]
+    assert tokens["shaped_advantage"].null_count() == len(tokens)
+    assert tokens["loss_mask"].null_count() == len(tokens)
+    assert steps["reward_mean"].item() == pytest.approx(2 / 3) == row["reward_mean"]
+    assert steps["accuracy"].item() == pytest.approx(2 / 3)
+    assert steps["entropy_token_mean"].item() == pytest.approx(7.6 / 11)
+    assert steps["loss"].item() == 0.5
+    assert steps["tokens"].item() == 11
+    assert steps["groups_kept"].item() == 2
+
+
+def padded(rows, fill, dtype=float):
+    return np.array([[*row, *[fill] * (6 - len(row))] for row in rows], dtype)
+
+
+def test_padded_arrays_tensors_and_lists_give_the_same_rows(tmp_path):
+    mask = padded([[1] * len(ids) for ids in STEP["response_ids"]], 0, int)
+    arrays = {
+        "response_ids": padded(STEP["response_ids"], 0, int),
+        "logprob": padded(STEP["logprob"], np.nan),
+        "entropy": padded(STEP["entropy"], np.nan),
+    }
+    tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    lists = {name: [torch.tensor(row) for row in STEP[name]] for name in arrays}
+    right = {"response_ids": STEP["response_ids"], "logprob": arrays["logprob"], "entropy": arrays["entropy"]}
+    found = []
+    for name, values in {
+        "lists": {},
+        "arrays": {**arrays, "response_mask": mask},
+        "tensors": {**tensors, "response_mask": torch.from_numpy(mask)},
+        "rows": lists,
+        "right": right,
+    }.items():
+        recorder = Recorder(tmp_path / name, VOCAB)
+        recorder.record(1, **{**STEP, **values})
+        found.append(table(written(recorder), "tokens").drop("run_id"))
+    assert all(frame.equals(found[0], null_equal=True) for frame in found[1:])
+
+
+def test_context_counts_in_positions_and_has_no_measures(recorder):
+    step = {name: values[:2] for name, values in STEP.items()}
+    # The measures of context are not read, whatever they are.
+    step["logprob"] = [[-1.0, math.nan, -3.0], [-0.5, -0.5]]
+    recorder.record(1, **step, loss_mask=[[True, False, True], [True, True]], advantage=[1.0, -1.0])
+    folder = written(recorder)
+    tokens, rollouts = table(folder, "tokens"), table(folder, "rollouts")
+    context = tokens.row(1, named=True)
+    assert context["position"] == 1
+    assert tokens["loss_mask"].to_list() == [True, False, True, True, True]
+    for name in ("logprob", "entropy", "advantage", "shaped_advantage"):
+        assert context[name] is None
+        assert tokens[name].null_count() == 1
+    assert rollouts["response_length"].to_list() == [3, 2]
+    assert rollouts["generated_length"].to_list() == [2, None]
+    assert rollouts["surprisal_mean"].to_list() == pytest.approx([2.0, 0.5])
+    assert table(folder, "steps")["tokens"].item() == 4
+    runs = entrace.open_runs(str(folder))
+    assert runs.sql("select count(*) as n from tokens")["n"].item() == 4
+    assert runs.sql("select count(*) as n from response_tokens")["n"].item() == 5
+
+
+def test_values_beside_the_usual_ones_are_recorded(recorder):
+    recorder.record(
+        1,
+        **{name: values[:2] for name, values in STEP.items()},
+        group=["a", "a"],
+        advantage=[[1.0, 1.0, 1.0], [0.5, -0.5]],
+        shaped_advantage=[2.0, -2.0],
+        sampling_logprob=padded(STEP["logprob"][:2], 0.0),
+        logprob_after=[[-1.1, -2.1, None], None],
+        is_clipped=[[False, True, False], [False, False]],
+        turn=[[0, 0, 1], [0, 0]],
+        policy_version=3,
+        reward_components=[{"accuracy": 1.0, "style": None}, {"accuracy": 0.0, "style": 0.5}],
+        answer=["5", None],
+        is_truncated=[False, True],
+        is_kept=[True, False],
+        drop_reason=[None, "truncated"],
+        ground_truth=["5", "5"],
+    )
+    folder = written(recorder)
+    tokens, rollouts = table(folder, "tokens"), table(folder, "rollouts")
+    assert tokens["advantage"].to_list() == [1.0, 1.0, 1.0, 0.5, -0.5]
+    assert rollouts["advantage"].to_list() == [1.0, None]
+    assert tokens["shaped_advantage"].to_list() == [2, 2, 2, -2, -2]
+    assert tokens["logprob_after"].to_list() == pytest.approx([-1.1, -2.1, None, None, None])
+    assert tokens["is_clipped"].to_list() == [False, True, False, False, False]
+    assert tokens["turn"].to_list() == [0, 0, 1, 0, 0]
+    assert tokens["policy_version"].to_list() == [3] * 5
+    assert tokens["is_kept"].to_list() == [True] * 3 + [False] * 2
+    components = pq.read_table(folder / "rollouts")["reward_components"].to_pylist(maps_as_pydicts="strict")
+    assert components == [{"accuracy": 1.0}, {"accuracy": 0.0, "style": 0.5}]
+    assert rollouts["has_answer"].to_list() == [True, False]
+    assert rollouts["defects"].to_list() == [[], ["format_violation", "truncated"]]
+    assert rollouts["drop_reason"].to_list() == [None, "truncated"]
+    assert table(folder, "prompts")["ground_truth"].to_list() == ["5"]
+
+
+def test_a_reason_is_given_for_every_null_and_for_no_value(recorder):
+    recorder.record(1, **STEP)
+    recorder.record(2, **STEP, policy_step=1)
+    folder = written(recorder)
+    unknown = json.loads((folder / "run.json").read_text())["unknown"]
+    for name in ("tokens", "rollouts", "steps", "prompts"):
+        frame = table(folder, name)
+        nulls = {c for c in frame.columns if frame[c].null_count() == frame.height}
+        named = {key.partition(".")[2] for key in unknown if key.startswith(f"{name}.")}
+        assert named <= nulls, name
+        meant = {"loss_mask", "turn", "generated_length", "reward_components", "answer_class", "length_penalty"}
+        assert nulls - named <= meant, name
+    assert unknown["tokens.logprob_after"] == "the training loop did not pass it to the recorder"
+    assert "evals" in unknown
+
+
+def test_evaluations_add_up(recorder):
+    for _ in range(2):
+        recorder.record_eval(
+            0, prompt=["a", "b"], response_ids=[[6, 0], [4, 0]], reward=[1.0, 0.0], entropy=[[1, 2], [0, 1]]
+        )
+    recorder.record(1, **STEP)
+    recorder.record_eval(1, prompt=["a"], response_length=[7], is_correct=[True], entropy_mean=[0.5], benchmark="other")
+    folder = written(recorder)
+    evals = table(folder, "evals").sort("step", "prompt_id", "sample_index")
+    assert evals["sample_index"].to_list() == [0, 1, 0, 1, 0]
+    assert evals["benchmark"].to_list() == ["heldout"] * 4 + ["other"]
+    assert sorted(evals["entropy_mean"].to_list()) == [0.5, 0.5, 0.5, 1.5, 1.5]
+    assert evals.filter(step=1)["response_length"].item() == 7
+    assert table(folder, "prompts").filter(split="heldout").height == 2
+    assert "evals" not in json.loads((folder / "run.json").read_text())["unknown"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"logprob": [[-1.0]] * 4}, "logprob: response 0 has 1 values, expected 3 as in response_ids"),
+        ({"logprob": STEP["logprob"][:3]}, "logprob: 3 responses, expected 4 as in response_ids"),
+        (
+            {"entropy": [[0.1, math.nan, 0.3], *STEP["entropy"][1:]]},
+            "entropy: nan at response 0, position 1; pass None",
+        ),
+        ({"entropy": [["a", "b", "c"], *STEP["entropy"][1:]]}, "entropy: response 0 is not a list of numbers"),
+        ({"reward": [1.0, math.nan, 0.0, 0.0]}, "reward: nan at response 1; pass None where it is unknown"),
+        ({"reward": [1.0]}, "reward: 1 values, expected 4, one per response"),
+        ({"advantage": [1.0, math.inf, 0.0, 0.0]}, "advantage: inf at response 1, position 0"),
+        ({"prompt": ["a"]}, "prompt: 1 prompts, expected 4, one per response"),
+        ({"group": [1, 2]}, "group: 2 values, expected 4, one per response"),
+        ({"logprobs": STEP["logprob"]}, 'record: unknown name "logprobs"; did you mean "logprob"?'),
+        ({"metrics": {"los": 1.0}}, 'metrics: unknown name "los"; did you mean "loss"?'),
+        ({"metrics": {"loss": math.nan}}, "metrics: loss is nan; leave it out where it is unknown"),
+        ({"metrics": {"accuracy": 1.0}}, "metrics: accuracy follows from the responses; leave it out"),
+        ({"response_ids": [[1, 6, 99], *STEP["response_ids"][1:]]}, "response_ids: expected text or token ids"),
+        ({"response_ids": [[0.5] * 3, *STEP["response_ids"][1:]]}, "response_ids: token ids must be integers"),
+        ({"response_ids": np.zeros((4, 4), int)}, "response_mask: missing; a padded array of response_ids needs it"),
+        (
+            {"response_ids": np.ones((4, 3), int), "response_mask": np.array([[1, 0, 1]] * 4)},
+            "response_mask: response 0 has gaps; mark context in loss_mask instead",
+        ),
+        ({"response_mask": np.ones((4, 4))}, "response_mask: expected the shape (B, T) of response_ids"),
+        ({"loss_mask": [[None] * 3, *STEP["entropy"][1:]]}, "loss_mask: None is not a mask"),
+        ({"is_kept": [True, None, True, True]}, "is_kept: None is not a verdict"),
+        ({"answer": [1, 2, 3, 4]}, "table rollouts: column answer is not string"),
+        ({"reward_components": [1.0] * 4}, "reward_components: expected a mapping of name to score"),
+        ({"step": 0}, "step 0: expected at least 1; steps never go back"),
+        ({"step": "1"}, "step: expected an integer, found str"),
+    ],
+)
+def test_bad_input_is_one_error_and_leaves_no_rows(recorder, changed, message):
+    with pytest.raises(InputError) as raised:
+        recorder.record(**{"step": 1, **STEP, **changed})
+    assert str(raised.value).startswith(message)
+    assert "\n" not in str(raised.value)
+    recorder.record(1, **STEP)
+    folder = written(recorder)
+    assert (table(folder, "rollouts").height, table(folder, "prompts").height) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"response_ids": None}, "record_eval: response_ids is missing; pass it, or response_length per response"),
+        ({"response_ids": None, "response_length": [1], "entropy": [[1.0]]}, "entropy: needs response_ids"),
+        ({"rewards": [1.0]}, 'record_eval: unknown name "rewards"; did you mean "reward"?'),
+        ({"step": 1}, "step 1: expected at least 2; steps never go back"),
+    ],
+)
+def test_bad_evaluations_are_one_error(recorder, changed, message):
+    recorder.record(2, **STEP)
+    with pytest.raises(InputError) as raised:
+        recorder.record_eval(**{"step": 2, "prompt": ["a"], "response_ids": [[1]], **changed})
+    assert str(raised.value).startswith(message)
+    recorder.close()
+
+
+def test_steps_go_forward_only(recorder):
+    recorder.record(3, **STEP)
+    with pytest.raises(InputError, match="step 3: expected at least 4"):
+        recorder.record(3, **STEP)
+    recorder.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"manifest": {"seed": "zero"}}, "manifest: seed is 'zero', expected a 32-bit integer"),
+        (
+            {"unknown": {"tokens.logprobs": "no"}},
+            'unknown: no column "tokens.logprobs"; did you mean "tokens.logprob"?',
+        ),
+        ({"flush_every": 0}, "flush_every is 0, expected at least 1 step"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, arguments, message):
+    with pytest.raises(InputError) as raised:
+        Recorder(tmp_path / "run", VOCAB, **arguments)
+    assert str(raised.value).startswith(message)
+    Recorder(tmp_path / "run", VOCAB).close()
+
+
+def test_a_used_folder_and_a_second_writer_are_refused(recorder):
+    with pytest.raises(InputError, match="another process is already recording"):
+        Recorder(recorder.run_dir, VOCAB)
+    recorder.close()
+    with pytest.raises(InputError, match="already holds files; choose another folder, or pass resume_after"):
+        Recorder(recorder.run_dir, VOCAB)
+
+
+def record_and_raise(recorder, error, record):
+    record(recorder)
+    raise error
+
+
+def test_a_resumed_trace_equals_an_uninterrupted_one(tmp_path):
+    def record(recorder, steps):
+        for step in steps:
+            recorder.record(step, **STEP)
+            recorder.record_eval(step, prompt=["a"], response_ids=[[6]], reward=[1.0])
+            if step == 4:
+                recorder.flush()
+
+    with Recorder(tmp_path / "whole", VOCAB, flush_every=3) as whole:
+        record(whole, range(1, 8))
+    with pytest.raises(KeyboardInterrupt), Recorder(tmp_path / "parts", VOCAB, flush_every=3) as first:
+        record_and_raise(first, KeyboardInterrupt(), lambda recorder: record(recorder, range(1, 7)))
+    assert json.loads((tmp_path / "parts/run.json").read_text())["status"] == "running"
+    with Recorder(tmp_path / "parts", VOCAB, flush_every=3, resume_after=4) as second:
+        assert second.last_step == 4
+        assert len(second.past_metrics()) == 4
+        record(second, range(5, 8))
+    for name in ("tokens", "rollouts", "prompts", "evals", "steps"):
+        frames = [table(tmp_path / run, name).drop("run_id", "record_s", strict=False) for run in ("whole", "parts")]
+        if name == "prompts":
+            frames = [frame.sort("prompt_id") for frame in frames]
+        assert frames[0].equals(frames[1], null_equal=True), name
+
+
+def test_a_step_inside_a_file_cannot_be_resumed(tmp_path):
+    with Recorder(tmp_path / "run", VOCAB, flush_every=4) as recorder:
+        for step in range(1, 5):
+            recorder.record(step, **STEP)
+    with pytest.raises(InputError, match=r"cannot continue after step 2, which lies inside part-000001-000004"):
+        Recorder(tmp_path / "run", VOCAB, resume_after=2)
+    with pytest.raises(InputError, match="ends at step 4, and cannot continue after step 9"):
+        Recorder(tmp_path / "run", VOCAB, resume_after=9)
+    with Recorder(tmp_path / "run", VOCAB, resume_after="last") as recorder:
+        recorder.record(5, **STEP)
+    assert table(tmp_path / "run", "rollouts")["rollout_id"].to_list() == list(range(20))
+
+
+def test_a_failed_loop_keeps_its_steps_and_says_why(tmp_path):
+    with pytest.raises(ZeroDivisionError), Recorder(tmp_path / "run", VOCAB) as recorder:
+        record_and_raise(recorder, ZeroDivisionError("division by zero"), lambda recorder: recorder.record(1, **STEP))
+    manifest = json.loads((tmp_path / "run/run.json").read_text())
+    assert (manifest["status"], manifest["error"]) == ("failed", "ZeroDivisionError: division by zero")
+    assert table(tmp_path / "run", "steps").height == 1
+
+
+def test_every_question_can_be_asked(recorder):
+    for step in range(1, 4):
+        recorder.record(step, **STEP, advantage=[1.0, -1.0, 0.5, -0.5])
+        recorder.record_eval(step, prompt=["a"], response_ids=[[6]], reward=[1.0])
+    runs = entrace.open_runs(str(written(recorder)))
+    for stem in queries.BUILT_IN.paths:
+        if queries.BUILT_IN.paths[stem].parent.name != "claims":
+            runs.query(stem)
+    assert runs.query("entropy_by_position").height
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.floats(-3, 3, width=32) | st.just(math.nan), st.floats(0, 4, width=32)),
+        min_size=1,
+        max_size=24,
+    )
+)
+def test_group_statistics_equal_those_of_the_trainer(rows):
+    labels, rewards, surprisal = map(np.array, zip(*rows, strict=True))
+    groups = np.unique(labels, return_inverse=True)[1].astype(np.int64)
+    known = ~np.isnan(rewards)
+    expected = by_torch.group_relative_advantage(
+        torch.from_numpy(np.nan_to_num(rewards)), torch.from_numpy(groups), is_counted=torch.from_numpy(known)
+    )
+    np.testing.assert_allclose(group_relative_advantage(rewards, groups), expected, rtol=1e-9, atol=1e-9)
+    z = by_torch.ppl_z(
+        -torch.from_numpy(surprisal)[:, None], torch.ones(len(groups), 1).bool(), torch.from_numpy(groups)
+    )
+    np.testing.assert_allclose(ppl_z(surprisal, groups), z, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,1 @@
+"""Record other trainers while they train, inside the user's own script."""

@@ -1,0 +1,99 @@
+"""Check the arguments that a traced trainer adds to those of TRL, and the version of TRL."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from entrace.analysis.trace.errors import InputError, nearest
+from entrace.trainer.algorithm.shaping import ShapingConfig
+from entrace.trainer.settings import validate_section
+
+log = logging.getLogger("entrace")
+
+# Versions of TRL that the tests have run against, the second excluded.
+TESTED = ((1, 14), (1, 17))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Hold what ``Traced`` adds to the arguments of a trainer; see there."""
+
+    run_dir: Path
+    shaping: ShapingConfig
+    correct: str | float | None
+    after_update_every: int
+    after_update_responses: int | None
+    flush_every: int
+    arm: str | None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that are negative or not integers."""
+        for name, lowest in (("after_update_every", 0), ("after_update_responses", 1), ("flush_every", 1)):
+            value = getattr(self, name)
+            if value is None and name == "after_update_responses":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise InputError(f"{name}: {value!r} is not an integer of at least {lowest}")
+
+
+def check_version() -> None:
+    """Warn once if the installed TRL is outside the range that the tests have run against."""
+    found = trl_version()
+    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
+    if not TESTED[0] <= numbers < TESTED[1]:
+        low, high = (".".join(map(str, version)) for version in TESTED)
+        _warn_once(
+            f"TRL {found} has not been tested with entrace, which was tested with {low} up to, not including, {high}"
+        )
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
+
+
+def trl_version() -> str:
+    """Return the version of the installed TRL."""
+    return version("trl")
+
+
+def shaping_config(shaping: Any) -> ShapingConfig:
+    """Return the section of a config that the argument ``shaping`` stands for.
+
+    Raises:
+        InputError: an unknown method or parameter.
+    """
+    if isinstance(shaping, ShapingConfig):
+        return shaping
+    if shaping is None:
+        return ShapingConfig()
+    values = (
+        shaping if isinstance(shaping, Mapping) else {"method": shaping if isinstance(shaping, str) else list(shaping)}
+    )
+    return validate_section(ShapingConfig, values, "shaping")
+
+
+def choose_correct(correct: str | float | None, names: Sequence[str]) -> tuple[str | float | None, str]:
+    """Return the reward function or the threshold that decides correctness, and the rule in words.
+
+    Raises:
+        InputError: no such reward function, or the threshold is not a number.
+    """
+    if isinstance(correct, str):
+        if correct not in names:
+            raise InputError(f'correct: no reward function "{correct}"{nearest(correct, names)}')
+        return correct, f"{correct} gives 1 or more"
+    if correct is not None:
+        if isinstance(correct, bool) or not isinstance(correct, int | float):
+            raise InputError(f"correct: expected the name of a reward function or a number, found {correct!r}")
+        return float(correct), f"the total reward is at least {correct:g}"
+    if "accuracy_reward" in names or len(names) == 1:
+        chosen = "accuracy_reward" if "accuracy_reward" in names else names[0]
+        return chosen, f"{chosen} gives 1 or more"
+    return None, f"none of {', '.join(names)} is named by the argument correct"

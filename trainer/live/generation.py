@@ -1,0 +1,267 @@
+"""Hold the responses of one generation batch while a trainer consumes them, slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from entrace.trainer.algorithm.method import RolloutView
+from entrace.trainer.algorithm.shaping import ShapingConfig, shape
+from entrace.trainer.kernels.token_stats import lm_head_grad_norm
+from entrace.trainer.seeding import Stream, generator
+
+# Names of ``Pass`` that are recorded under another name, or not at all.
+STATS = ("logprob", "entropy", "log_sum_p2", "hidden_norm")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Hold the statistics of tokens from one forward pass, (B, T) each; None where the pass did not compute one.
+
+    Attributes:
+        logprob: Log-probability of each token, nats.
+        entropy: Entropy of the distribution at each token, nats.
+        log_sum_p2: ln sum_v p_v^2 of that distribution.
+        hidden_norm: |h| of the input of the LM head.
+    """
+
+    logprob: Tensor
+    entropy: Tensor | None = None
+    log_sum_p2: Tensor | None = None
+    hidden_norm: Tensor | None = None
+
+    @classmethod
+    def join(cls, parts: Sequence[Pass]) -> Pass:
+        """Return passes over several responses as one; a statistic that one of them lacks is None."""
+        names = [name for name in vars(parts[0]) if all(getattr(part, name) is not None for part in parts)]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+    def take(self, rows: Tensor) -> Pass:
+        """Return the statistics of ``rows``."""
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        return Pass(**{name: value[rows.to(value.device)] for name, value in known.items()})
+
+
+@dataclass
+class Generation:
+    """Hold the responses that this process generated for one training step, in the order of generation.
+
+    B responses, T tokens at most.
+
+    Attributes:
+        step: Step of the trace, from 1.
+        policy_step: Completed steps of the sampling policy.
+        policy_version: Optimizer steps of the sampling policy.
+        responses: Values per response by name, as ``Recorder.record`` takes them.
+        ids: Token ids of each response.
+        group: Group of each response, numbered over all processes, (B,).
+        rewards: Reward of each response, (B,); NaN without a verdict.
+        is_correct: Verdict on each response.
+        loss_mask: True at tokens that the policy generated, (B, T) bool.
+        is_masked: Responses that the trainer masks from its loss, (B,) bool.
+        advantage: Advantage of each response as the trainer computed it, (B,).
+        tensors: Prompts and responses as the trainer padded them.
+        slices: Loss passes that the trainer takes over the batch, all iterations together.
+        temperature: Sampling temperature.
+        can_score: The tensors are all that a forward pass needs.
+        token: Further values per token, (B, T), by name.
+        stats: Statistics under the sampling policy, (B, T), by name; NaN where unknown.
+        after: Statistics under the updated policy, (B, T), by name; NaN where unknown.
+        shaped: Shaped advantages, (B, T); None if they equal the trainer's.
+        is_shaped: A shaping method was on.
+        in_loss: Responses that a loss has used, (B,) bool.
+        is_clipped: Tokens whose gradient the ratio clip removed, (B, T) bool; None if unknown.
+        updates: Optimizer steps since the generation.
+        pending: A loss was computed since the last optimizer step.
+        losses: Loss of each pass, as of a whole window of gradient accumulation.
+        metrics: Values of each loss pass or optimizer step, by column of table ``steps``.
+        seconds: Durations, by column of table ``steps``.
+    """
+
+    step: int
+    policy_step: int
+    policy_version: int
+    responses: dict[str, list[Any]]
+    ids: list[list[int]]
+    group: np.ndarray
+    rewards: np.ndarray
+    is_correct: list[bool | None]
+    loss_mask: Tensor
+    is_masked: np.ndarray
+    advantage: Tensor
+    tensors: dict[str, Tensor]
+    slices: int
+    temperature: float
+    can_score: bool = True
+    token: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    after: dict[str, Tensor] = field(default_factory=dict)
+    shaped: Tensor | None = None
+    is_shaped: bool = False
+    in_loss: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
+    is_clipped: Tensor | None = None
+    updates: int = 0
+    pending: bool = False
+    losses: list[Tensor] = field(default_factory=list)
+    metrics: dict[str, list[Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: {"rollout_s": 0.0, "reward_s": 0.0, "update_s": 0.0})
+
+    def __post_init__(self) -> None:
+        """Start with no statistics and no response in a loss."""
+        self.in_loss = np.zeros(len(self.ids), bool)
+        self.known = np.zeros(len(self.ids), bool)
+
+    @property
+    def is_complete(self) -> bool:
+        """Return whether every loss over the batch has been taken, and the optimizer step after the last of them."""
+        return len(self.losses) >= self.slices and not self.pending
+
+    def add(self, found: Pass, rows: Tensor | None = None) -> None:
+        """Keep the statistics of ``rows`` (default: all) under the sampling policy, unless they are known already."""
+        rows = torch.arange(len(self.ids)) if rows is None else rows.cpu()
+        new = ~self.known[rows.numpy()]
+        if new.any():
+            _place(self.stats, found, rows[new], torch.from_numpy(new), self.loss_mask)
+            self.known[rows.numpy()] = True
+
+    def add_after(self, found: Pass, rows: Tensor) -> None:
+        """Keep the statistics of ``rows`` under the updated policy."""
+        _place(self.after, found, rows.cpu(), torch.ones(len(rows), dtype=torch.bool), self.loss_mask)
+
+    def add_metric(self, name: str, value: Any) -> None:
+        """Add a value to the mean of a column of table ``steps``."""
+        if value is not None:
+            self.metrics.setdefault(name, []).append(value)
+
+    def payload(self) -> dict[str, Any]:
+        """Return everything to record, as arrays of numpy over the tokens of all responses, (N,)."""
+        lengths = np.array([len(ids) for ids in self.ids], np.int64)
+        is_token = torch.arange(self.loss_mask.shape[1]) < torch.from_numpy(lengths)[:, None]
+        shaped = self.advantage[:, None].expand(self.loss_mask.shape) if self.shaped is None else self.shaped
+        grids = {"loss_mask": self.loss_mask, "shaped_advantage": shaped, **self.token}
+        grids |= {name: self.stats[name] for name in ("logprob", "entropy") if name in self.stats}
+        grids |= {f"{name}_after": self.after[name] for name in ("logprob", "entropy") if name in self.after}
+        if self.is_clipped is not None:
+            grids["is_clipped"] = self.is_clipped
+        if "log_sum_p2" in self.stats and "hidden_norm" in self.stats:
+            sum_p2 = self.stats["log_sum_p2"].exp()
+            hidden_norm = self.stats["hidden_norm"]
+            grids["grad_norm"] = lm_head_grad_norm(shaped, self.stats["logprob"], sum_p2, hidden_norm, self.temperature)
+        return {
+            "lengths": lengths,
+            "ids": np.concatenate([np.array(ids, np.int64) for ids in self.ids]),
+            "token": {name: grid[is_token].numpy() for name, grid in grids.items()},
+            "response": self.responses,
+            "group": self.group,
+            "reward": self.rewards,
+            "is_correct": self.is_correct,
+            "advantage": self.advantage.numpy(),
+            "is_masked": self.is_masked,
+            "in_loss": self.in_loss,
+            "loss": torch.stack(self.losses).double().mean().item() if self.losses else None,
+        }
+
+
+def _place(grids: dict[str, Tensor], found: Pass, rows: Tensor, chosen: Tensor, loss_mask: Tensor) -> None:
+    for name in STATS:
+        values = getattr(found, name)
+        if values is not None:
+            values = values.detach().float().cpu()[chosen]
+            width = min(values.shape[1], loss_mask.shape[1])
+            grid = grids.setdefault(name, torch.full(loss_mask.shape, torch.nan))
+            grid[rows, :width] = values[:, :width]
+
+
+def join(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the payloads of all processes as one, in order of rank."""
+    first = parts[0]
+    joined: dict[str, Any] = {
+        name: np.concatenate([part[name] for part in parts])
+        for name, value in first.items()
+        if isinstance(value, np.ndarray)
+    }
+    joined["is_correct"] = [value for part in parts for value in part["is_correct"]]
+    joined["response"] = {
+        name: [value for part in parts for value in part["response"][name]] for name in first["response"]
+    }
+    # Whether a process scored any response after the update may differ.
+    names = dict.fromkeys(name for part in parts for name in part["token"])
+    joined["token"] = {
+        name: np.concatenate([part["token"].get(name, np.full(part["ids"].shape, np.nan)) for part in parts])
+        for name in names
+    }
+    losses = [part["loss"] for part in parts if part.get("loss") is not None]
+    joined["loss"] = sum(losses) / len(losses) if losses else None
+    return joined
+
+
+def per_response(values: np.ndarray, lengths: np.ndarray) -> list[Any]:
+    """Split values of tokens by response; None for a response without values, None for a single value that is unknown.
+
+    Args:
+        values: Values of the tokens of all responses, (N,); NaN or infinite where unknown.
+        lengths: Tokens of each response, (B,).
+    """
+    rows: list[Any] = np.split(values, np.cumsum(lengths)[:-1])
+    if values.dtype.kind != "f":
+        return rows
+    is_bad = ~np.isfinite(values)
+    if not is_bad.any():
+        return rows
+    for i, (row, bad) in enumerate(zip(rows, np.split(is_bad, np.cumsum(lengths)[:-1]), strict=True)):
+        if bad.any():
+            rows[i] = (
+                None if bad.all() else [None if unknown else x for x, unknown in zip(row.tolist(), bad, strict=True)]
+            )
+    return rows
+
+
+def shape_all(
+    parts: Sequence[Mapping[str, Tensor]],
+    correct: Sequence[bool],
+    group: np.ndarray,
+    config: ShapingConfig,
+    seed: int,
+    step: int,
+    plateau_step: int | None,
+) -> tuple[Tensor, bool]:
+    """Return the shaped advantages of the responses of all processes, and whether a method was on.
+
+    Methods see the tokens that the policy generated and nothing of the context between these.
+
+    Args:
+        parts: ``logprob``, ``entropy``, and ``loss_mask`` of each process, (B, T), and ``advantage``, (B,).
+        correct: Verdict on each response of all processes.
+        group: Group of each response.
+        config: Methods, parameters, and windows.
+        seed: Seed of the run.
+        step: Step of the trace.
+        plateau_step: First step of the plateau, if it has been detected.
+
+    Returns:
+        Advantages (B, T) over all processes; tokens of context keep the trainer's.
+    """
+    width = max(part["loss_mask"].shape[1] for part in parts)
+    logprob, entropy, mask = (
+        torch.cat([torch.nn.functional.pad(part[name], (0, width - part[name].shape[1])) for part in parts])
+        for name in ("logprob", "entropy", "loss_mask")
+    )
+    advantage = torch.cat([part["advantage"] for part in parts])[:, None].expand(mask.shape)
+    order = (~mask).int().argsort(dim=1, stable=True)
+    is_token = torch.arange(width) < mask.sum(1, keepdim=True)
+    view = RolloutView(
+        torch.where(is_token, logprob.gather(1, order), 0),
+        torch.where(is_token, entropy.gather(1, order), 0),
+        torch.tensor(correct),
+        is_token,
+        torch.from_numpy(group),
+        generator(seed, Stream.SHAPING, step),
+    )
+    shaped, is_on = shape(advantage, view, config, step, plateau_step)
+    placed = torch.empty_like(shaped).scatter_(1, order, shaped)
+    return torch.where(mask, placed, advantage), is_on
