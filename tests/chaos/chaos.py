@@ -15,8 +15,10 @@ import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -115,7 +117,7 @@ def default_state(seed: int) -> Path:
 
 
 def tally(trials: Sequence[Trial], seed: int) -> dict[str, Any]:
-    """Count outcomes by kind, and list the failures."""
+    """Count outcomes and commits by kind, and list the failures."""
     by_kind = {kind: [trial for trial in trials if trial.kind == kind] for kind in FAULTS}
     counts = {
         kind: {"tried": len(found), **{name: sum(t.outcome == name for t in found) for name in Outcome}}
@@ -129,8 +131,11 @@ def tally(trials: Sequence[Trial], seed: int) -> dict[str, Any]:
         "all": total,
         "training": kills.tally_places([trial for trial in trials if trial.kind == kills.Kills.name]),
         "damage": flips.tally_places([trial for trial in trials if trial.kind in DAMAGE]),
+        "commits": {
+            kind: dict(Counter(trial.commit for trial in trials if trial.kind == kind).most_common()) for kind in counts
+        },
         "failures": [trial.to_dict() for trial in trials if trial.outcome in FAILED],
-        **describe_machine(),
+        **{key: value for key, value in describe_machine().items() if key != "git_commit"},
     }
 
 
@@ -166,8 +171,10 @@ def main() -> None:
         trials = plan(kinds, {kind: max(1, round(FAULTS[kind].number * options.share)) for kind in kinds})
     done = read_state(state) if state else {}
     found = [done[trial] for trial in trials if trial in done]
+    commit = describe_machine()["git_commit"] or "unknown"
     with Progress("chaos", len(trials)) as progress:
-        for trial in play_all(trials, options.seed, options.jobs, done):
+        for played in play_all(trials, options.seed, options.jobs, done):
+            trial = replace(played, commit=commit)
             found.append(trial)
             if state:
                 append_state(state, trial)

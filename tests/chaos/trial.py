@@ -36,7 +36,17 @@ FAILED = (Outcome.SILENT, Outcome.LOST)
 
 @dataclass(frozen=True)
 class Trial:
-    """The result of one trial; ``message`` is a line of the command, or says what failed."""
+    """The result of one trial.
+
+    Attributes:
+        kind: Name of the fault.
+        index: Number of the trial.
+        outcome: How it ended.
+        message: A line of the command, or what failed.
+        detail: What was drawn.
+        seconds: Duration.
+        commit: Commit at which it was played, because a command that continues may do so with changed code.
+    """
 
     kind: str
     index: int
@@ -44,6 +54,7 @@ class Trial:
     message: str = ""
     detail: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    commit: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the trial as JSON stores it."""
