@@ -679,7 +679,7 @@ class Tracer:
     def _take_evaluation(self, inputs: Any, rows: Tensor, found: Pass) -> None:
         if self._eval_rows and found.entropy is not None:
             mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-            means = (found.entropy.double() * mask).sum(1) / mask.sum(1)
+            means = (found.entropy.float() * mask).sum(1) / mask.sum(1)
             for row, mean in zip(rows.tolist(), means.tolist(), strict=True):
                 # NaN if the loss masks the whole response.
                 self._eval_rows[-1]["entropy_mean"][row] = mean if np.isfinite(mean) else None
