@@ -12,9 +12,9 @@ import seaborn
 
 import entrace.analysis.claims
 import entrace.analysis.compare
+import entrace.analysis.importers.run
 import entrace.analysis.report
 import entrace.analysis.runs
-import entrace.trainer.external.plain_rollouts
 import entrace.trainer.external.teacher_forcing
 
 __all__ = ["duckdb", "entrace", "jinja2", "matplotlib", "pandas", "polars", "pyarrow", "scipy", "seaborn"]
