@@ -103,8 +103,8 @@ class Trackio:
 
     def __init__(self, run_dir: Path, manifest: Mapping[str, Any]) -> None:
         """Start a run, or continue the one with the same project and name."""
-        import trackio
-
+        # Not among the packages of a contributor: its pillow is older than ours.
+        trackio = importlib.import_module("trackio")
         project, name = names(manifest)
         self._run = trackio.init(
             project=project, name=name, resume="allow", config=dict(manifest.get("config") or {}), embed=False
