@@ -71,10 +71,10 @@ class Dump:
         """
         if name is not None and name not in FORMATS:
             raise InputError(f"--from {name}: unknown format{choices(name, FORMATS)}")
-        found = [_find(Path(path), FORMATS[name] if name else None, has_fields) for path in paths]
+        found = [_find(path, FORMATS[name] if name else None, has_fields) for path in paths]
         told: list[str] = []
         for path, (form, files) in zip(paths, found, strict=True):
-            if Path(path).is_dir():
+            if path.is_dir():
                 files[:], of_path = form.whole(files)
                 told += of_path
         kinds = {form.name: path for path, (form, _) in zip(paths, found, strict=True)}
@@ -199,7 +199,7 @@ def _other_format(path: Path) -> str | None:
     if path.suffix.lower() in (".parquet", ".zst") or not path.is_file():
         return None
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             start = file.read(64)
     except OSError as error:
         raise InputError(f"{path}: {reason_of(error)}") from None

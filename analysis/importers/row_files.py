@@ -83,7 +83,7 @@ def open_lines(path: Path) -> Iterator[Iterable[bytes]]:
     Raises:
         InputError: the file is not zstd, or is cut short.
     """
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         if path.suffix.lower() != ".zst":
             yield file
             return
@@ -128,7 +128,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     try:
         # Opening the file here gives Python's short error message instead of pyarrow's.
-        with open(path, "rb") as opened, pq.ParquetFile(opened) as file:
+        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
             batches = file.iter_batches(batch_size=1024)
             yield from enumerate((row for batch in batches for row in _as_dicts(batch)), start=1)
     except pa.ArrowException as error:

@@ -121,7 +121,7 @@ def hash_file(path: Path) -> str | None:
     """Return the fingerprint of a file; None if it does not exist, which its reader reports."""
     if not path.is_file():
         return None
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST_LENGTH]
 
 

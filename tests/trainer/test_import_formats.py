@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import uuid
 from pathlib import Path
 
 import polars as pl
@@ -19,6 +20,7 @@ from entrace.analysis.importers.row_files import BadRowError
 from entrace.analysis.importers.settings import ImportSettings
 from entrace.analysis.importers.tokenizer import TokenizerFile
 from entrace.analysis.trace import InputError, TraceWriter, Vocabulary, read_manifest
+from entrace.analysis.trace.places import to_place
 from entrace.trainer.resources import find_model
 
 DUMPS = Path(__file__).parents[1] / "fixtures" / "dumps"
@@ -629,3 +631,21 @@ def test_a_recorded_trace_is_verified_and_read(load, tmp_path, call):
     assert call("verify", trace)[0] == 0
     found = entrace.open_runs(trace).sql("select count(*), count(entropy), count(logprob) from tokens")
     assert found.row(0) == (12, 0, 12)
+
+
+# Storage
+
+
+@pytest.mark.parametrize("dump", ["prime-rl/export-run", "prime-rl/stream-run", "trl"])
+def test_a_dump_in_a_storage_is_read_as_a_local_one(load, dump, tokenizer):
+    url = f"memory://{uuid.uuid4().hex}/{dump}"
+    for path in (DUMPS / dump).rglob("*"):
+        if path.is_file():
+            to_place(f"{url}/{path.relative_to(DUMPS / dump)}").write_bytes(path.read_bytes())
+    options = ["--tokenizer", SMOLLM if dump == "trl" else tokenizer]
+    sources = [f"{root}/completions_00001.parquet" if dump == "trl" else root for root in (url, str(DUMPS / dump))]
+    runs = [load(source, *options, name=f"run{i}")[0] for i, source in enumerate(sources)]
+    for name in ("tokens", "rollouts", "prompts", "steps"):
+        found, expected = (table(run, name).drop("run_id") for run in runs)
+        assert found.equals(expected), name
+    assert all(name.startswith("memory://") for name in read_manifest(runs[0])["scored"]["files"])

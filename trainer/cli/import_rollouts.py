@@ -14,6 +14,7 @@ import typer
 
 from entrace.analysis.cli import say, stoppable
 from entrace.analysis.trace import InputError
+from entrace.analysis.trace.places import reaching, to_place
 from entrace.trainer.cli.options import Resume, require_train_extra
 
 if TYPE_CHECKING:
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
 
 def import_rollouts(
     dump: Annotated[
-        list[Path],
-        typer.Argument(metavar="DUMP...", help="Folder of a dump, or its JSONL and Parquet files.", show_default=False),
+        list[str],
+        typer.Argument(
+            metavar="DUMP...",
+            help="Folder or URL of a dump, or its JSONL and Parquet files.",
+            show_default=False,
+        ),
     ],
     *,
     out: Annotated[Path, typer.Option(help="Folder of the trace; its name is the run id.")],
@@ -110,9 +115,9 @@ def import_rollouts(
     )
     if model and tokenizer:
         raise InputError("--tokenizer: --model has its own tokenizer; leave one of them out")
-    with stoppable(f"with --resume continues in {out}"), _lock(out):
+    with reaching(dump[0]), stoppable(f"with --resume continues in {out}"), _lock(out):
         run.check_target(out, resume)
-        found = Dump.find(dump, format_name, has_fields=bool(fields))
+        found = Dump.find([to_place(path) for path in dump], format_name, has_fields=bool(fields))
         joined = Rewards(rewards, fields.get("id")) if rewards else None
         using = _load(model, tokenizer, template, out)
         with (

@@ -25,10 +25,10 @@ class Records:
         plain = path
         if path.suffix == ".zst":
             plain = self._folder / f"{sha256(str(path).encode()).hexdigest()[:16]}.jsonl"
-            with open_lines(path) as lines, open(plain, "wb") as file:
+            with open_lines(path) as lines, plain.open("wb") as file:
                 file.writelines(lines)
         offset = 0
-        with open(plain, "rb") as file:
+        with plain.open("rb") as file:
             for line in file:
                 record = parse_line(line) if line.strip() else None
                 if isinstance(record, dict):
@@ -42,7 +42,7 @@ class Records:
     def get(self, key: str) -> Iterator[dict[str, Any]]:
         """Yield the records of a key in the order in which they were written."""
         for path, offset in self._places.get(key, ()):
-            with open(path, "rb") as file:
+            with path.open("rb") as file:
                 file.seek(offset)
                 record = parse_line(file.readline())
                 if not isinstance(record, BadRowError):

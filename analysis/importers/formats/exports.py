@@ -14,6 +14,7 @@ from typing import Any
 from entrace.analysis.importers.formats.annotated import Records, key_of_tokens
 from entrace.analysis.importers.formats.base import Convert, Format, Row, Session, has_keys, listed, split_at_response
 from entrace.analysis.importers.formats.traces import Reader
+from entrace.analysis.trace.places import to_place
 
 ALIGNED = {
     "advantages": "advantage",
@@ -33,8 +34,8 @@ JOINED = (
 
 def run_of(path: Path) -> str:
     """Return the folder of the run that a file belongs to."""
-    parts = path.parts
-    return str(Path(*parts[: parts.index(FOLDER)])) if FOLDER in parts else str(path.parent.parent)
+    inside = next((folder for folder in path.parents if folder.name == FOLDER), None)
+    return str(inside.parent if inside else path.parent.parent)
 
 
 def whole(files: list[Path]) -> tuple[list[Path], list[str]]:
@@ -51,7 +52,7 @@ def whole(files: list[Path]) -> tuple[list[Path], list[str]]:
 def _open(session: Session) -> Convert:
     rollouts = Records(session.folder)
     reader = Reader(Session(session.files, session.folder), Records(session.folder))
-    for root in dict.fromkeys(Path(run_of(path)) for path in session.files):
+    for root in dict.fromkeys(to_place(run_of(path)) for path in session.files):
         for path in sorted(root.glob("rollouts/step_*/train/effective/traces.jsonl")):
             rollouts.add(path, lambda record, path=path: _keys(record, path, reader))
     joiner = _Joiner(session, rollouts, reader)
