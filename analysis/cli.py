@@ -318,17 +318,36 @@ def verify(
 
 
 @app.command()
-def audit(runs: RunsArgument, json: JsonOption = False) -> None:
+def audit(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run folders, study folders, globs, or dumps of trainers.")
+    ],
+    format_name: Annotated[
+        str | None, typer.Option("--from", metavar="FORMAT", help="Format of the dumps (default: detected).")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="tokenizer.json or its folder, for dumps of text (default: none)."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
     """Check which distribution the recorded numbers describe, and groups and advantages; exit code 1 on an alarm.
 
     Example: entrace audit data/runs/study
+
+    Example: entrace audit runs/mine/token_exports
     """
     from entrace.analysis.audit import ALARM
     from entrace.analysis.audit import audit as find
-    from entrace.analysis.runs import open_runs
+    from entrace.analysis.importers.temporary import as_traces
+    from entrace.analysis.runs import is_run, open_runs
 
-    opened = open_runs(runs)
-    findings = find(opened)
+    dumps = [path for path in runs if format_name or tokenizer or not is_run(path)]
+    with as_traces(dumps, format_name, tokenizer) as (folders, remarks):
+        for remark in remarks:
+            say(f"entrace: {remark}", err=True)
+        opened = open_runs([*(path for path in runs if path not in dumps), *folders])
+        findings = find(opened)
     alarms = sum(finding.state == ALARM for finding in findings)
     if json:
         print_json({"alarms": alarms, "findings": [finding.to_dict() for finding in findings]})

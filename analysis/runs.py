@@ -548,6 +548,14 @@ def find_run_folders(paths: Iterable[str | Path]) -> list[Path]:
     return list(folders)
 
 
+def is_run(path: str | Path) -> bool:
+    """Return whether a path names runs, or nothing at all, rather than files of something else."""
+    try:
+        return bool(_find_run_folders(path))
+    except InputError:
+        return not to_place(path).exists()
+
+
 def _find_run_folders(path: str | Path) -> list[Path]:
     with reaching(path):
         place = to_place(path)

@@ -187,3 +187,34 @@ def test_the_command_prints_findings_and_exits_with_1_on_an_alarm(command, tmp_p
     assert command("audit", str(tmp_path / "none"))[0] == 2
     with pytest.raises(InputError):
         open_runs(tmp_path / "none")
+
+
+def dump_of(sample: Sample, folder: Path, **changes: Callable[[list[float]], list[float]]) -> Path:
+    """Write the rollouts of a sample as rows, with changed values."""
+    rows = []
+    for (rollout,), tokens in sample.tokens.group_by("rollout_id", maintain_order=True):
+        response = sample.responses.row(by_predicate=pl.col("rollout_id") == rollout, named=True)
+        values = {name: tokens[name].to_list() for name in ("logprob", "entropy")}
+        rows.append(
+            {
+                "prompt_ids": [3, response["group_id"] % 300 + 5],
+                "response_ids": tokens["token_id"].to_list(),
+                **{name: response[name] for name in ("step", "reward", "advantage", "is_truncated")},
+                "group": f"g{response['group_id']}",
+                **{name: changes.get(name, list)(value) for name, value in values.items()},
+            }
+        )
+    path = folder / "dump.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_dump_is_audited_as_it_is(command, clean: Sample, tmp_path: Path):
+    code, out, err = command("audit", str(dump_of(clean, tmp_path)), "--json")
+    states = {finding["check"]: finding["state"] for finding in json.loads(out)["findings"]}
+    assert (code, states["balance"], states["prefixes"], states["advantages"]) == (0, "ok", "ok", "ok"), err
+    spoilt = dump_of(clean, tmp_path, logprob=lambda values: [1.3 * value for value in values])
+    code, out, _ = command("audit", str(spoilt))
+    assert code == 1
+    assert "dump: balance: alarm: " in out.decode()
+    assert not list(tmp_path.glob("*/run.json"))
