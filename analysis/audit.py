@@ -37,6 +37,8 @@ TOLERANCE = 0.05
 # Share of tokens, groups, or responses that may be exceptions.
 MAX_SHARE = 0.02
 MAX_KL, MAX_FAR = 0.01, 0.01
+# Mass that a mismatch of rounding may miss.
+MAX_MISSING = 0.005
 MIN_CORRELATION = 0.999
 # Tokens over which stretches of unlikely tokens are looked for, and their surprisal in excess of the entropy, in nats.
 WINDOW, UNLIKELY = 5, 3.0
@@ -382,12 +384,26 @@ def check_advantages(sample: Sample) -> str:
 
 
 def check_engine(sample: Sample) -> str:
-    """Check that inference engine and trainer give the sampled tokens the same probabilities."""
+    """Check that inference engine and trainer give the sampled tokens the same probabilities.
+
+    The mean ratio p trainer / p engine over sampled tokens is the trainer's mass on the tokens that the engine could
+    sample: 1, unless the engine's values are renormalized over a part of the vocabulary.
+    """
     tokens = sample.known("logprob", "sampling_logprob")
     difference = (tokens["logprob"] - tokens["sampling_logprob"]).to_numpy()
     kl = float((np.expm1(difference) - difference).mean())
     far = float((np.abs(difference) > np.log(2)).mean())
-    evidence = f"KL(engine, trainer) = {kl:.5f} nats per token, ratio outside [1/2, 2] at {far:.2%} of the tokens"
+    ratio = np.exp(difference)
+    z = float((ratio.mean() - 1) / max(ratio.std() / np.sqrt(len(ratio)), 1e-12))
+    evidence = (
+        f"KL(engine, trainer) = {kl:.5f} nats per token, mean ratio {ratio.mean():.3f} (z = {z:+.1f}), "
+        f"outside [1/2, 2] at {far:.2%} of the tokens"
+    )
+    if z < -MAX_Z and ratio.mean() < 1 - MAX_MISSING:
+        cause = (
+            f"the engine's values are renormalized over {ratio.mean():.1%} of the mass, as by top-p, top-k, or min-p"
+        )
+        raise AlarmError(evidence, cause)
     if kl > MAX_KL or far > MAX_FAR:
         raise AlarmError(evidence, "other weights, precision, temperature, or tokens; see question engine_mismatch")
     return evidence

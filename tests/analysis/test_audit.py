@@ -41,7 +41,7 @@ def alarms(sample: Sample) -> dict[str, Finding]:
     return {finding.check: finding for finding in audit_run(sample, "run") if finding.state == ALARM}
 
 
-def with_tokens(sample: Sample, *columns: pl.Expr) -> Sample:
+def with_tokens(sample: Sample, *columns: pl.Expr | pl.Series) -> Sample:
     return replace(sample, tokens=sample.tokens.with_columns(*columns))
 
 
@@ -143,12 +143,23 @@ FAULTS: dict[str, tuple[Callable[[Sample], Sample], str, str]] = {
         "advantages",
         "other responses",
     ),
+    "engine renormalized over top-p": (
+        lambda s: with_tokens(s, pl.Series("sampling_logprob", s.tokens["logprob"].to_numpy() - kept_mass(s))),
+        "engine",
+        "renormalized over 9",
+    ),
     "engine with other weights": (
         lambda s: with_tokens(s, (pl.col("logprob") * 1.4).alias("sampling_logprob")),
         "engine",
         "other weights",
     ),
 }
+
+
+def kept_mass(sample: Sample) -> np.ndarray:
+    """Return the logarithm of the mass that top-p keeps at each token, which confident tokens need not lose."""
+    entropy = sample.tokens["entropy"].to_numpy()
+    return np.log(1 - np.minimum(0.2, entropy) * np.random.default_rng(0).random(len(entropy)))
 
 
 def bf16(values: np.ndarray) -> np.ndarray:
