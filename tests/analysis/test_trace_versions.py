@@ -47,6 +47,9 @@ def as_version_1(run: Path, copy: Path) -> Path:
 
 def assert_equal_answers(found: Runs, expected: Runs) -> None:
     for stem in queries.BUILT_IN.paths:
+        # Version 1 has no column for it.
+        if any((need.table, need.column) in NEW_COLUMNS for need in queries.BUILT_IN.needs(stem)):
+            continue
         answers = [
             runs.query(stem).drop("selection", "temperature", "series", strict=False) for runs in (found, expected)
         ]

@@ -40,9 +40,9 @@ def draw_few_figures() -> None:
 
 def flush_often() -> None:
     """Make an import durable several times."""
-    from entrace.trainer.external import teacher_forcing
+    from entrace.analysis.importers import run
 
-    teacher_forcing.FLUSH_TOKENS = FLUSH_TOKENS
+    run.FLUSH_TOKENS = FLUSH_TOKENS
 
 
 def watch(folder: Path, board: Board, kill_at: int | None, is_torn: bool, prepare: Callable[[], None]) -> None:
