@@ -6,7 +6,7 @@ Each check compares what is recorded with what must hold for any policy:
   sampled from. The sum of the differences over a response is a martingale, so its error follows from the scatter of
   responses.
 - Responses to one prompt that begin with the same tokens have the same distribution at the next token.
-- Advantages are a rising linear function of the reward, within a group or within a step.
+- Advantages increase linearly with the reward, within a group or within a step.
 
 A check without the data that it needs says so. Faults that leave these relations intact, such as text that was
 tokenized again without new values, show only with the model: ``entrace import --model`` compares recorded with rescored
@@ -16,7 +16,7 @@ values.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,10 +65,6 @@ class Finding:
     def __str__(self) -> str:
         return f"{self.run_id}: {self.check}: {self.state}: {self.evidence}{'; ' if self.cause else ''}{self.cause}"
 
-    def to_dict(self) -> dict[str, str]:
-        """Return the attributes by name."""
-        return asdict(self)
-
 
 class LackingError(Exception):
     """Signal that a check lacks data; the message says which."""
@@ -99,7 +95,7 @@ class Sample:
 
     @classmethod
     def of(cls, runs: Runs, run_id: str) -> Sample:
-        """Read a run."""
+        """Return the sample of one run."""
         import polars as pl
 
         responses = runs.run_shipped(RESPONSES, {"run": run_id})
@@ -123,8 +119,7 @@ class Sample:
 
 
 RESPONSES = """
-select step, rollout_id, group_id, reward + coalesce(length_penalty, 0) as reward, advantage, is_truncated, completion,
-  response_length, generated_length
+select step, rollout_id, group_id, reward + coalesce(length_penalty, 0) as reward, advantage, response_length
 from rollouts where run_id = $run order by step, rollout_id
 """
 TOKENS = """
@@ -303,21 +298,17 @@ def check_ends(sample: Sample) -> str:
     tokens = sample.tokens.filter(pl.col("turn").is_null() | (pl.col("turn") == 0))
     tokens = tokens.filter(pl.col("generated_length") == pl.col("response_length"))
     last = tokens.group_by("rollout_id", maintain_order=True).agg(
-        pl.col("token_id").last(), pl.col("is_truncated").first(), pl.len()
+        pl.col("token_id").last(), pl.col("is_truncated").first()
     )
     finished = last.filter(~pl.col("is_truncated").fill_null(False))
     if finished.height < MIN_RESPONSES:
         raise LackingError(f"{finished.height} responses of one turn ended by themselves; {MIN_RESPONSES} are needed")
     [(end, number)] = finished["token_id"].value_counts(sort=True).head(1).iter_rows()
-    repeated = tokens.with_columns(before=pl.col("token_id").shift().over("rollout_id"))
-    padded = repeated.filter((pl.col("token_id") == end) & (pl.col("before") == end))
     after = tokens.filter((pl.col("token_id") == end).cast(pl.Int32).cum_sum().over("rollout_id") > 1)
-    shares = [frame["rollout_id"].n_unique() / last.height for frame in (padded, after)]
+    share = after["rollout_id"].n_unique() / last.height
     evidence = f"{number:,} of {finished.height:,} finished responses end with token {end}"
-    if max(shares) > MAX_SHARE:
-        raise AlarmError(
-            f"{max(shares):.0%} of the responses continue after token {end}", "padding was counted as generated"
-        )
+    if share > MAX_SHARE:
+        raise AlarmError(f"{share:.0%} of the responses continue after token {end}", "padding was counted as generated")
     return evidence
 
 
@@ -400,10 +391,8 @@ def check_engine(sample: Sample) -> str:
         f"outside [1/2, 2] at {far:.2%} of the tokens"
     )
     if z < -MAX_Z and ratio.mean() < 1 - MAX_MISSING:
-        cause = (
-            f"the engine's values are renormalized over {ratio.mean():.1%} of the mass, as by top-p, top-k, or min-p"
-        )
-        raise AlarmError(evidence, cause)
+        kept = f"renormalized over {ratio.mean():.1%} of the mass, as by top-p, top-k, or min-p"
+        raise AlarmError(evidence, f"the engine's values are {kept}, or of a lower temperature than it sampled at")
     if kl > MAX_KL or far > MAX_FAR:
         raise AlarmError(evidence, "other weights, precision, temperature, or tokens; see question engine_mismatch")
     return evidence

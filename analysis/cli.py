@@ -350,7 +350,7 @@ def audit(
         findings = find(opened)
     alarms = sum(finding.state == ALARM for finding in findings)
     if json:
-        print_json({"alarms": alarms, "findings": [finding.to_dict() for finding in findings]})
+        print_json({"alarms": alarms, "findings": list(map(asdict, findings))})
     else:
         for finding in findings:
             say(str(finding))

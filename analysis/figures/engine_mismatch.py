@@ -31,7 +31,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         "share of the run, of the response, or of tokens by entropy",
         "KL(engine, trainer) (nats per token)",
-        f"{tokens:,} tokens, {style.span(total['num_prompts'])} prompts per bin and run;\nratio outside [1/2, 2]: "
+        f"{tokens:,} tokens, {style.span(total['num_prompts'], 'prompt')} per bin and run;\nratio outside [1/2, 2]: "
         f"{far:.2%}; band: 95 % interval over steps and prompts{style.runs_note(frame)}",
     )
     ax.set_xlim(0, 1)

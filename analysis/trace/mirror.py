@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest
 from entrace.analysis.trace.parts import read_part
@@ -29,18 +29,6 @@ EVAL_MEANS = {
     "response_length": "response_length",
 }
 MIRRORED = ("steps", "evals")
-
-
-class Dashboard(Protocol):
-    """Receive the values of a run."""
-
-    def send(self, step: int, values: Mapping[str, float]) -> None:
-        """Show ``values`` at ``step``; steps increase."""
-        ...
-
-    def close(self) -> None:
-        """End the run on the dashboard."""
-        ...
 
 
 class TensorBoard:
@@ -68,24 +56,17 @@ class TensorBoard:
         self._writer.close()
 
 
-class WeightsAndBiases:
-    """Log to Weights & Biases, offline with ``WANDB_MODE=offline``; files go to ``wandb/`` in the folder of the run."""
+class _Service:
+    """Log to a service whose runs belong to a project; a subclass starts the run.
 
-    package = "wandb"
+    The project is the study, and the name is the run_id.
+    """
 
-    def __init__(self, run_dir: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, manifest: Mapping[str, Any], init: Callable[..., Any], **options: Any) -> None:
         """Start a run, or continue the one with the same project and name."""
-        import wandb
-
-        project, name = names(manifest)
-        self._run = wandb.init(
-            project=project,
-            name=name,
-            id=re.sub(r"[^\w-]", "-", f"{project}-{name}"),
-            resume="allow",
-            dir=run_dir,
-            config=dict(manifest.get("config") or {}),
-        )
+        project, name = _project(manifest), str(manifest["run_id"])
+        identity = {"project": project, "name": name, "resume": "allow"}
+        self._run = init(**identity, config=dict(manifest.get("config") or {}), **options)
 
     def send(self, step: int, values: Mapping[str, float]) -> None:
         """Log the values of one step."""
@@ -96,30 +77,37 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-class Trackio:
+def _project(manifest: Mapping[str, Any]) -> str:
+    return str(manifest.get("study") or "entrace")
+
+
+class WeightsAndBiases(_Service):
+    """Log to Weights & Biases, offline with ``WANDB_MODE=offline``; files go to ``wandb/`` in the folder of the run."""
+
+    package = "wandb"
+
+    def __init__(self, run_dir: Path, manifest: Mapping[str, Any]) -> None:
+        """Start the run; see ``_Service``."""
+        import wandb
+
+        # A run is continued by its id, which may hold few characters.
+        identifier = re.sub(r"[^\w-]", "-", f"{_project(manifest)}-{manifest['run_id']}")
+        super().__init__(manifest, wandb.init, id=identifier, dir=run_dir)
+
+
+class Trackio(_Service):
     """Log to Trackio, which stores values locally unless ``TRACKIO_SPACE_ID`` names a space."""
 
     package = "trackio"
 
     def __init__(self, run_dir: Path, manifest: Mapping[str, Any]) -> None:
-        """Start a run, or continue the one with the same project and name."""
+        """Start the run; see ``_Service``."""
         # Not among the packages of a contributor: its pillow is older than ours.
-        trackio = importlib.import_module("trackio")
-        project, name = names(manifest)
-        self._run = trackio.init(
-            project=project, name=name, resume="allow", config=dict(manifest.get("config") or {}), embed=False
-        )
-
-    def send(self, step: int, values: Mapping[str, float]) -> None:
-        """Log the values of one step."""
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        """Store what is left, and end the run."""
-        self._run.finish()
+        super().__init__(manifest, importlib.import_module("trackio").init, embed=False)
 
 
-DASHBOARDS: dict[str, Callable[[Path, Mapping[str, Any]], Dashboard]] = {
+Dashboard = TensorBoard | WeightsAndBiases | Trackio
+DASHBOARDS: dict[str, type[Dashboard]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
     "trackio": Trackio,
@@ -135,28 +123,18 @@ def check_names(dashboards: Iterable[str]) -> None:
     for name in dashboards:
         if name not in DASHBOARDS:
             raise InputError(f'record.log: unknown dashboard "{name}"{nearest(name, DASHBOARDS)}')
-        package = DASHBOARDS[name].package  # pyright: ignore[reportFunctionMemberAccess]
+        package = DASHBOARDS[name].package
         try:
             importlib.import_module(package)
         except ImportError:
             raise InputError(f"record.log: {name} needs {package}; pip install 'entrace[log]'") from None
 
 
-def names(manifest: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the project and the name of a run on a dashboard: its study and run_id."""
-    return str(manifest.get("study") or "entrace"), str(manifest["run_id"])
-
-
 class Mirror:
-    """Send the rows of a run to its dashboards."""
+    """Send the rows of a run to its dashboards, if it has any."""
 
     def __init__(self, dashboards: Sequence[str], run_dir: Path, manifest: Mapping[str, Any]) -> None:
-        """Start the dashboards.
-
-        Raises:
-            InputError: as in ``check_names``.
-        """
-        check_names(dashboards)
+        """Start the dashboards, whose names ``check_names`` has checked."""
         self._dashboards = {name: DASHBOARDS[name](run_dir, manifest) for name in dashboards}
 
     def send(self, files: Iterable[Path]) -> None:

@@ -69,7 +69,7 @@ def source_of(path: Path) -> Any:
 
 
 def forms_of(path: str) -> Iterator[str]:
-    """Yield the forms in which DuckDB may name a file: as it is, and as its storage writes it."""
+    """Yield the names that DuckDB may use for a file: as given, and as its storage writes it."""
     yield path
     if SCHEME in path:
         place = cast("Any", to_place(path))

@@ -87,7 +87,7 @@ class TraceWriter:
         self._buffers: dict[str, list[pa.Table]] = {name: [] for name in TABLES}
         self._ended_step = manifest["last_durable_step"]
         self._num_ended = dict.fromkeys(TABLES, 0)
-        self._mirror: Mirror | None = None
+        self._mirror = Mirror((), run_dir, manifest)
 
     @classmethod
     def create(
@@ -261,13 +261,11 @@ class TraceWriter:
         self.manifest = manifest
         self._buffers = {table: parts[self._num_ended[table] :] for table, parts in self._buffers.items()}
         self._num_ended = dict.fromkeys(TABLES, 0)
-        if self._mirror:
-            self._mirror.send(self.run_dir / name for name in new_files)
+        self._mirror.send(self.run_dir / name for name in new_files)
 
     def close_dashboards(self) -> None:
         """End the run on its dashboards; the trace stays as it is."""
-        if self._mirror:
-            self._mirror.close()
+        self._mirror.close()
 
     def finish(self, error: str | None = None) -> None:
         """Mark the run ``complete``, or ``failed`` with its error; rows that were not flushed are dropped."""

@@ -210,7 +210,8 @@ def dump_of(sample: Sample, folder: Path, **changes: Callable[[list[float]], lis
             {
                 "prompt_ids": [3, response["group_id"] % 300 + 5],
                 "response_ids": tokens["token_id"].to_list(),
-                **{name: response[name] for name in ("step", "reward", "advantage", "is_truncated")},
+                **{name: response[name] for name in ("step", "reward", "advantage")},
+                "is_truncated": tokens["is_truncated"][0],
                 "group": f"g{response['group_id']}",
                 **{name: changes.get(name, list)(value) for name, value in values.items()},
             }
