@@ -54,6 +54,8 @@ MARKS = [
     ("1234", "#### $1,234.", True),
     ("42", "#### 42 apples", True),
     ("42", "#### 42 apples\n.", True),
+    ("42", "#### 42 apples\n.。", True),
+    ("42", "#### 42 apples\n．", True),
     ("42", "\\boxed{41}\n#### 42", True),
     ("42", "#### Step 2\nwe see\n#### 42\n#### That is all", True),
     ("42", "#### Final answer\n\\boxed{42}", True),

@@ -98,18 +98,23 @@ def find_answer(completion: str) -> str | None:
     found: list[str] = []
     end = -1
     for box in find_boxes(completion):
-        if not box.content.strip(PUNCTUATION):
+        if _is_blank(box.content):
             continue
         if not (found and BETWEEN.fullmatch(completion, end, box.start)):
             found = []
         if box.content not in found:
             found.append(box.content)
         end = box.end
-    lines = [line for line in HASH_LINE.finditer(completion, max(end, 0)) if line[1].strip(PUNCTUATION)]
+    lines = [line for line in HASH_LINE.finditer(completion, max(end, 0)) if not _is_blank(line[1])]
     answers = [line for line in lines if not WORD.search(line[1])]
-    if not answers and lines and not completion[lines[-1].end() :].strip(PUNCTUATION):
+    if not answers and lines and _is_blank(completion[lines[-1].end() :]):
         answers = lines
     return answers[-1][1].strip() if answers else ", ".join(found) or None
+
+
+def _is_blank(text: str) -> bool:
+    """Return whether a text has nothing but white space and punctuation, of any script."""
+    return not _to_ascii(text).strip(PUNCTUATION)
 
 
 @lru_cache(maxsize=4096)
