@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .commands import PRELOAD
+from .commands import PRELOAD, begin
 from .trial import Fault, Outcome, Trial
 from .verify import Reference
 from .victim import Board, run
 
-POLL_S = 0.001
 # Of cases that are killed once, twice, three times.
 SHARES = (0.3, 0.35, 0.35)
 # A resumed run reaches its first step after about this share of the events of a whole one.
@@ -143,10 +142,7 @@ class Harness:
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         log, board = run_dir.parent / "log.txt", Board.of(self.context)
         process = self.context.Process(target=run, args=(run_dir, log, board, kill_at, is_torn, prepare), daemon=True)
-        process.start()
-        while not board.place.value and process.is_alive():
-            time.sleep(POLL_S)
-        started = time.perf_counter()
+        started = begin(process, lambda: board.place.value)
         process.join(timeout)
         process.kill()
         process.join()
