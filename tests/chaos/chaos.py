@@ -1,4 +1,4 @@
-"""Make faults of every kind happen, many times at random moments, and check that nothing is lost or silently wrong.
+"""Cause faults of every kind at random moments, and check that nothing is lost or silently wrong.
 
 Usage: python -m tests.chaos.chaos [--out reports/chaos.json] [--kinds NAME,NAME] [--only KIND:INDEX] [--state FILE]
 

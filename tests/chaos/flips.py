@@ -51,7 +51,7 @@ INTERVENTION_TOKENS = 20_000
 
 
 class Damage(NamedTuple):
-    """A change of one file: ``offset`` of the block, or of the byte whose ``bit`` is flipped."""
+    """Describe a change of one file: ``offset`` of the block, or of the byte whose ``bit`` is flipped."""
 
     file: str
     offset: int
@@ -59,7 +59,7 @@ class Damage(NamedTuple):
 
     @classmethod
     def draw(cls, trace: Path, index: int, seed: int) -> Damage:
-        """Draw the damage of a trial; a block of zeros is none, and is drawn again."""
+        """Draw the damage of a trial; a block that already holds zeros is drawn again."""
         rng = np.random.default_rng([seed, index])
         names = list_files(trace)
         sizes = np.array([(trace / name).stat().st_size * name.endswith(".parquet") for name in names], float)
@@ -95,7 +95,7 @@ class Damage(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Everything that readers can learn from a run: its manifest, and the rows and summaries of its tables."""
+    """Hold everything that readers can learn from a run: its manifest, and rows and summaries of its tables."""
 
     manifest: dict[str, Any]
     frames: list[pl.DataFrame]
@@ -212,7 +212,7 @@ def _read(trace: Path, run_dir: Path, damage: Damage, verify: bool) -> tuple[str
 
 
 class Damaged(Fault):
-    """Files with one flipped bit or one block of zeros, read with and without verification."""
+    """Flip a bit or zero a block, and read the run with and without verification."""
 
     is_block: ClassVar[bool]
 
@@ -232,7 +232,7 @@ class Damaged(Fault):
 
 
 class Flips(Damaged):
-    """One flipped bit."""
+    """Flip one bit."""
 
     name = "flipped bit"
     number = 1000
@@ -240,7 +240,7 @@ class Flips(Damaged):
 
 
 class Blocks(Damaged):
-    """One block of zeros."""
+    """Zero one block."""
 
     name = "zeroed block"
     number = 200
@@ -261,4 +261,5 @@ def describe_default(damage: dict[str, dict[str, int]]) -> str:
     """Return how often damage that verification notices changed an answer without it, in one line."""
     counts = [count for key, count in damage.items() if key.endswith(f", {PAGES}, default")]
     silent, tried = sum(count.get(SILENT, 0) for count in counts), sum(sum(count.values()) for count in counts)
-    return f"Without it, {silent:,} of {tried:,} changes within data pages of larger files changed an answer silently."
+    changes = f"{silent:,} of {tried:,} changes within data pages of larger files"
+    return f"Without verification, {changes} silently changed an answer."

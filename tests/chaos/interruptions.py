@@ -1,4 +1,4 @@
-"""Stop reports, imports, and prunes at random moments, repeat the command, and compare with one that was left alone."""
+"""Stop reports, imports, and prunes at random moments, repeat the command, and compare with an undisturbed one."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def interrupt(
 
 
 class Reports(Fault):
-    """Reports that are stopped, in a new folder or over an earlier report."""
+    """Stop a report, in a new folder or over an earlier one."""
 
     name = "interrupted report"
     number = 50
@@ -122,7 +122,7 @@ class Reports(Fault):
 
 
 class Imports(Fault):
-    """Imports that are stopped and resumed."""
+    """Stop and resume an import."""
 
     name = "interrupted import"
     number = 70
@@ -179,7 +179,7 @@ class Imports(Fault):
 
 
 class Prunes(Fault):
-    """Prunes that are stopped and repeated."""
+    """Stop and repeat a prune."""
 
     name = "interrupted prune"
     number = 140

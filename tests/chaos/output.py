@@ -51,14 +51,14 @@ QUERIES: dict[str, str] = {
 
 
 class Pipes(Fault):
-    """Readers that close a pipe after some bytes, as ``head -c`` does."""
+    """Close a pipe after some bytes, as ``head -c`` does."""
 
     name = "closed pipe"
     number = 100
 
     @cache  # noqa: B019 - one object per process
     def _beginning(self, form: str) -> bytes:
-        """Return the first bytes of the output, as a reader finds them who reads on."""
+        """Return the first bytes of the output, from a reader that does not stop early."""
         with self.scene.place(f"pipe/{form}") as place:
             _, data = self._read(place, form, 1 << 21)
         return data
@@ -95,7 +95,7 @@ class Pipes(Fault):
 
 
 class Memory(Fault):
-    """Queries with little memory."""
+    """Ask a query with little memory."""
 
     name = "exhausted memory"
     number = 80
@@ -131,7 +131,7 @@ class Memory(Fault):
 
 
 class Disks(Fault):
-    """Exports and reports on a full disk."""
+    """Export, or write a report, on a full disk."""
 
     name = "full disk"
     number = 40

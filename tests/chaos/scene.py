@@ -24,7 +24,7 @@ from .victim import Board
 
 
 class Scene:
-    """A folder in which the trials of one process take place, and what they compare with.
+    """Hold the folder in which the trials of one process take place, and what they compare with.
 
     Attributes:
         folder: Folder for everything.
@@ -93,7 +93,7 @@ class Scene:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file but hidden ones, and the list of digests, to which an interruption adds lines."""
+    """Return the bytes of every file except hidden ones and the list of digests, to which an interruption adds."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
     return {
         path.as_posix(): (folder / path).read_bytes()

@@ -31,7 +31,7 @@ JUMP_S = 3e9
 
 
 class Writers(Fault):
-    """A second process that writes a run while it trains."""
+    """Let a second process write a run while it trains."""
 
     name = "second writer"
     number = 30
@@ -71,7 +71,7 @@ class Writers(Fault):
 
 
 class Clocks(Fault):
-    """A clock that jumps while a run trains, and between a kill and its resume."""
+    """Let the clock jump while a run trains, and between a kill and its resume."""
 
     name = "clock jump"
     number = 30
