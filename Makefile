@@ -77,7 +77,7 @@ calibrate: $(READY)  ## how often verdicts are wrong, on simulated runs with kno
 	$(BIN)/python -m tests.calibration.calibrate --out reports/calibration \
 		$(if $(WORLDS),--worlds $(WORLDS)) $(if $(SIMULATIONS),--simulations $(SIMULATIONS))
 
-chaos: $(READY)  ## faults of every kind, 1,800 times, each compared with a run left alone; 40 minutes
+chaos: $(READY)  ## faults of every kind, 1,800 times, each compared with a run left alone; under an hour
 	$(BIN)/python -m tests.chaos.chaos --out reports/chaos.json
 
 clean:           ## remove the virtual environment and caches; runs and reports stay

@@ -411,7 +411,7 @@ def run(command: typer.Typer) -> None:
         # Some terminals cannot encode every character.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with _hear_signals():
+        with _hear_signals(), _restore_stops():
             status = _invoke(command)
             sys.stdout.flush()
         sys.exit(status if isinstance(status, int) else 0)
@@ -423,8 +423,6 @@ def run(command: typer.Typer) -> None:
         how = getattr(stop, "__notes__", ["run the same command again"])[-1]
         _fail(f"stopped; {how}", getattr(stop, "exit_code", 130))
     except Exception as error:
-        if stop := _stop_behind(error):
-            _fail("stopped; run the same command again", stop.exit_code)
         _fail(*_describe(error))
 
 
@@ -492,10 +490,15 @@ def _stop(number: int, _: Any) -> NoReturn:
     raise Stopped(number)
 
 
-def _stop_behind(error: Exception) -> Stopped | None:
-    """Return the stop that DuckDB turned into an error, because the signal arrived within one of its calls."""
-    is_stop = _heard and isinstance(error, RuntimeError) and str(error) == "Query interrupted"
-    return Stopped(_heard[-1]) if is_stop else None
+@contextmanager
+def _restore_stops() -> Iterator[None]:
+    """Raise the stop that DuckDB turned into an error, because the signal arrived within one of its calls."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _heard or str(error) != "Query interrupted":
+            raise
+        raise Stopped(_heard[-1]) from None
 
 
 @contextmanager
@@ -506,15 +509,11 @@ def stoppable(how: str) -> Iterator[None]:
         how: What the same command does when it is called again.
     """
     try:
-        yield
+        with _restore_stops():
+            yield
     except KeyboardInterrupt as stop:
         stop.add_note(f"the same command {how}")
         raise
-    except RuntimeError as error:
-        if not (stop := _stop_behind(error)):
-            raise
-        stop.add_note(f"the same command {how}")
-        raise stop from None
 
 
 def _describe(error: Exception) -> tuple[str, int]:

@@ -30,7 +30,9 @@ Schedule = Literal["constant", "linear", "cosine"]
 REMOVED_KEYS = {("rollout", "engine"): "cache", ("record", "mantissa_bits"): 23}
 
 # The keys that bound the memory of updating and of sampling.
-UPDATE_MEMORY, SAMPLING_MEMORY = MEMORY_KEYS = ("optim.micro_batch_tokens", "rollout.cache_tokens")
+UPDATE_MEMORY, SAMPLING_MEMORY = "optim.micro_batch_tokens", "rollout.cache_tokens"
+# The keys that may change when a run is resumed, besides its number of steps.
+CHANGEABLE_KEYS = (UPDATE_MEMORY, SAMPLING_MEMORY, "record.log")
 
 
 class LoraConfig(BaseConfig):

@@ -105,11 +105,15 @@ def list_parts(run_dir: Path, manifest: Mapping[str, Any]) -> dict[str, dict[Pat
         InputError: a listed file is missing, although the folder of its table exists.
     """
     listed = listed_files(run_dir, manifest)
-    wait_for_moves(run_dir, listed)
+    waiting = wait_for_moves(run_dir, listed)
     parts = {}
     for table in TABLES:
         is_there = (run_dir / table).exists()
-        rows = {part_path(run_dir, table, name): rows for name, rows in listed.get(table, {}).items() if is_there}
+        rows = {
+            part_path(run_dir, table, name) if (table, name) in waiting else run_dir / table / name: rows
+            for name, rows in listed.get(table, {}).items()
+            if is_there
+        }
         pending = {path for path in rows if path.parent.name == PENDING}
         found = sorted({*_find(run_dir, table), *pending}, key=listed_name)
         if lost := sorted(rows.keys() - set(found)):
@@ -118,13 +122,22 @@ def list_parts(run_dir: Path, manifest: Mapping[str, Any]) -> dict[str, dict[Pat
     return parts
 
 
-def wait_for_moves(run_dir: Path, listed: Files) -> None:
-    """Wait until the writer has moved every listed file, unless it seems to have been killed."""
+def wait_for_moves(run_dir: Path, listed: Files) -> set[tuple[str, str]]:
+    """Wait until the writer has moved every listed file, unless it seems to have been killed.
+
+    Returns:
+        Table and name of each listed file that did not move.
+    """
     deadline = time.monotonic() + MOVE_TIMEOUT_S
-    while (run_dir / PENDING).exists() and time.monotonic() < deadline:
-        if all(part_path(run_dir, table, name).parent.name != PENDING for table in listed for name in listed[table]):
-            return
+    while (waiting := _list_waiting(run_dir, listed)) and time.monotonic() < deadline:
         time.sleep(POLL_S)
+    return waiting
+
+
+def _list_waiting(run_dir: Path, listed: Files) -> set[tuple[str, str]]:
+    """Return table and name of each listed file that is pending, and not in the folder of its table as well."""
+    pending = {(path.name.partition(".")[0], listed_name(path)) for path in (run_dir / PENDING).glob("*")}
+    return {(t, name) for t, name in pending if name in listed.get(t, {}) and not (run_dir / t / name).exists()}
 
 
 def check_parts(run_dir: Path, manifest: Mapping[str, Any], recorded: Recorded) -> dict[str, dict[Path, Layout]]:
@@ -227,8 +240,10 @@ def check_part(path: Path, table: Table, rows: int | None = None, known: Sequenc
         raise _damage(path, f"holds {footer.num_rows} rows, run.json says {rows}")
     if known and not any(digest.agrees_with(end) for digest in known):
         raise _damage(path, digests.DIFFERS)
-    absent = tuple(column.name for column in table.columns if column.name not in schema.names)
-    return Layout(version, absent, _has_context(footer))
+    # Each access to schema.names builds a list.
+    names = set(schema.names)
+    absent = tuple(column.name for column in table.columns if column.name not in names)
+    return Layout(version, absent, "loss_mask" in names and _has_context(footer))
 
 
 def columns_with_values(path: Path) -> set[str]:

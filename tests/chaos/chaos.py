@@ -1,4 +1,4 @@
-"""Make faults of every kind happen, many times at random moments, and check that nothing is lost or silently wrong.
+"""Cause faults of every kind at random moments, and check that nothing is lost or silently wrong.
 
 Usage: python -m tests.chaos.chaos [--out reports/chaos.json] [--kinds NAME,NAME] [--only KIND:INDEX] [--state FILE]
 
@@ -110,14 +110,13 @@ def append_state(path: Path, trial: Trial) -> None:
         file.write(json.dumps(trial.to_dict()) + "\n")
 
 
-def default_state(seed: int) -> Path:
+def default_state(seed: int, commit: str) -> Path:
     """Return a file outside the repository, a different one for each commit."""
-    commit = (describe_machine()["git_commit"] or "unknown")[:12]
-    return Path(tempfile.gettempdir(), "entrace-chaos", f"{commit}-seed-{seed}.jsonl")
+    return Path(tempfile.gettempdir(), "entrace-chaos", f"{commit[:12]}-seed-{seed}.jsonl")
 
 
-def tally(trials: Sequence[Trial], seed: int) -> dict[str, Any]:
-    """Count outcomes and commits by kind, and list the failures."""
+def tally(trials: Sequence[Trial], seed: int, machine: dict[str, Any]) -> dict[str, Any]:
+    """Count outcomes, commits, and seconds by kind, and list the failures; ``machine`` describes where."""
     by_kind = {kind: [trial for trial in trials if trial.kind == kind] for kind in FAULTS}
     counts = {
         kind: {"tried": len(found), **{name: sum(t.outcome == name for t in found) for name in Outcome}}
@@ -131,11 +130,10 @@ def tally(trials: Sequence[Trial], seed: int) -> dict[str, Any]:
         "all": total,
         "training": kills.tally_places([trial for trial in trials if trial.kind == kills.Kills.name]),
         "damage": flips.tally_places([trial for trial in trials if trial.kind in DAMAGE]),
-        "commits": {
-            kind: dict(Counter(trial.commit for trial in trials if trial.kind == kind).most_common()) for kind in counts
-        },
+        "commits": {kind: dict(Counter(trial.commit for trial in by_kind[kind]).most_common()) for kind in counts},
+        "seconds": {kind: round(sum(trial.seconds for trial in by_kind[kind])) for kind in counts},
         "failures": [trial.to_dict() for trial in trials if trial.outcome in FAILED],
-        **{key: value for key, value in describe_machine().items() if key != "git_commit"},
+        **machine,
     }
 
 
@@ -147,31 +145,50 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+def parse_kinds(text: str) -> list[str]:
+    """Return the kinds of ``--kinds``."""
+    kinds = text.split(",")
+    if unknown := set(kinds) - set(FAULTS):
+        named = ", ".join(sorted(unknown))
+        raise argparse.ArgumentTypeError(f"unknown kind {named}; expected {', '.join(FAULTS)}")
+    return kinds
+
+
+def parse_trial(text: str) -> tuple[str, int]:
+    """Return the kind and the index of ``--only``."""
+    kind, _, index = text.rpartition(":")
+    if kind not in FAULTS or not index.isdecimal():
+        raise argparse.ArgumentTypeError(
+            f'expected KIND:INDEX, such as "{next(iter(FAULTS))}:0", found "{text}"; kinds are {", ".join(FAULTS)}'
+        )
+    return kind, int(index)
+
+
 def main() -> None:
     """Play the trials, print the tally, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=count_cores(), help="processes (default: the number of cores)")
-    parser.add_argument("--kinds", help=f"kinds separated by commas (default all): {', '.join(FAULTS)}")
+    parser.add_argument(
+        "--kinds",
+        type=parse_kinds,
+        default=list(FAULTS),
+        help=f"kinds separated by commas (default all): {', '.join(FAULTS)}",
+    )
     parser.add_argument("--share", type=float, default=1.0, help="share of the trials of each kind (default 1.0)")
-    parser.add_argument("--only", metavar="KIND:INDEX", help="play one trial")
+    parser.add_argument("--only", type=parse_trial, metavar="KIND:INDEX", help="play one trial")
     parser.add_argument("--state", type=Path, help="JSONL file of finished trials (default: in the temporary folder)")
     parser.add_argument("--out", type=Path, help="JSON file of the tally (default: print only)")
     options = parser.parse_args()
-    kinds = options.kinds.split(",") if options.kinds else list(FAULTS)
+    machine = describe_machine()
+    commit = machine.pop("git_commit") or "unknown"
     if options.only:
-        kind, _, index = options.only.rpartition(":")
-        trials, state = [(kind, int(index))], None
-        kinds = [kind]
+        trials, state = [options.only], None
     else:
-        state = options.state or default_state(options.seed)
-    if unknown := set(kinds) - set(FAULTS):
-        parser.error(f"unknown kind {', '.join(sorted(unknown))}; expected {', '.join(FAULTS)}")
-    if not options.only:
-        trials = plan(kinds, {kind: max(1, round(FAULTS[kind].number * options.share)) for kind in kinds})
+        numbers = {kind: max(1, round(FAULTS[kind].number * options.share)) for kind in options.kinds}
+        trials, state = plan(options.kinds, numbers), options.state or default_state(options.seed, commit)
     done = read_state(state) if state else {}
     found = [done[trial] for trial in trials if trial in done]
-    commit = describe_machine()["git_commit"] or "unknown"
     with Progress("chaos", len(trials)) as progress:
         for played in play_all(trials, options.seed, options.jobs, done):
             trial = replace(played, commit=commit)
@@ -180,7 +197,9 @@ def main() -> None:
                 append_state(state, trial)
             failures = sum(trial.outcome in FAILED for trial in found)
             progress.update(len(found), trial.kind, failures=failures)
-    result = tally(sorted(found, key=lambda trial: trials.index((trial.kind, trial.index))), options.seed)
+    order = {trial: place for place, trial in enumerate(trials)}
+    found.sort(key=lambda trial: order[trial.kind, trial.index])
+    result = tally(found, options.seed, machine)
     print(render(result))
     for failure in result["failures"]:
         print(f"{failure['kind']}:{failure['index']}: {failure['outcome']}: {failure['message']}")

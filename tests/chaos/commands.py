@@ -7,8 +7,9 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +20,11 @@ TIMEOUT_S = 120.0
 POLL_S = 0.001
 # Modules that a server imports once for all processes.
 PRELOAD = ["entrace.trainer.train", "entrace.trainer.cli", "tests.chaos.preload"]
+STEMS = ["stage_dynamics"]
 
 
 class Ended(NamedTuple):
-    """The end of a command: exit code (negative for a signal), lines on stderr, seconds, and peak memory in MiB."""
+    """Describe how a command ended: exit code (negative for a signal), lines on stderr, seconds, and peak MiB."""
 
     code: int
     lines: list[str]
@@ -43,19 +45,41 @@ class Ended(NamedTuple):
         require(self.code <= 0 or self.last_line in errors, f"exit code {self.code} without a line: {self.last_line}")
 
 
-class Started:
-    """A command that runs."""
+def begin(process: BaseProcess, has_begun: Callable[[], object]) -> float:
+    """Start a process, wait until it has begun or ended, and return the time."""
+    process.start()
+    while not has_begun() and process.is_alive():
+        time.sleep(POLL_S)
+    return time.perf_counter()
 
-    def __init__(self, context: ForkServerContext, arguments: Sequence[Any], log: Path, **options: Any) -> None:
-        """Start ``entrace`` with ``arguments``; see ``Commands.start``."""
+
+class Started:
+    """Control a running command."""
+
+    def __init__(
+        self,
+        context: ForkServerContext,
+        *arguments: Any,
+        log: Path,
+        out: Path | None = None,
+        prepare: Callable[[], None] | None = None,
+        finish: Callable[[], None] | None = None,
+    ) -> None:
+        """Start a command as a fork of a server that has imported everything.
+
+        Args:
+            context: Context of the server.
+            arguments: Words after ``entrace``.
+            log: File for stderr, and for stdout without ``out``.
+            out: File, pipe, or device for stdout.
+            prepare: Called in the process before the command; must be picklable.
+            finish: Called in the process after the command; must be picklable.
+        """
         self.log = log
         self._board = context.RawArray("d", 2)
-        words = [str(word) for word in arguments]
-        self._process = context.Process(target=_run, args=(words, log, self._board), kwargs=options)
-        self._process.start()
-        while not self._board[0] and self._process.is_alive():
-            time.sleep(POLL_S)
-        self._started = time.perf_counter()
+        words = [str(argument) for argument in arguments]
+        self._process = context.Process(target=_run, args=(words, log, self._board, out, prepare, finish))
+        self._started = begin(self._process, lambda: self._board[0])
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end, at most ``timeout`` s; return whether the command ended."""
@@ -82,35 +106,11 @@ class Started:
         return Ended(self._process.exitcode or 0, lines, seconds, self._board[1])
 
 
-class Commands:
-    """Start commands as forks of a server that has imported everything."""
+def draw_few_figures() -> None:
+    """Limit a report to one figure, which takes seconds."""
+    from entrace.analysis import figures
 
-    def __init__(self, context: ForkServerContext) -> None:
-        """Use the server of ``context``."""
-        self.context = context
-
-    def start(
-        self,
-        *arguments: Any,
-        log: Path,
-        out: Path | None = None,
-        prepare: Callable[[], None] | None = None,
-        finish: Callable[[], None] | None = None,
-    ) -> Started:
-        """Start a command.
-
-        Args:
-            arguments: Words after ``entrace``.
-            log: File for stderr, and for stdout without ``out``.
-            out: File, pipe, or device for stdout.
-            prepare: Called in the process before the command; must be picklable.
-            finish: Called in the process after the command; must be picklable.
-        """
-        return Started(self.context, arguments, log, out=out, prepare=prepare, finish=finish)
-
-    def run(self, *arguments: Any, log: Path, **options: Any) -> Ended:
-        """Run a command to its end; ``options`` as for ``start``."""
-        return self.start(*arguments, log=log, **options).end()
+    figures.STEMS = STEMS
 
 
 def _run(

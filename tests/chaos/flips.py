@@ -1,9 +1,10 @@
 """Damage one file of a small trained run at a time, and check whether readers notice.
 
-Five of six trials flip one bit, and one of six zeroes a block of 4 KiB. Every second trial draws any file with equal
-probability, the others a Parquet file in proportion to its size. The run is then opened with and without verification,
-and all its tables are read by SQL. An outcome is ``detected`` (an error, or a note on the run), ``harmless`` (all
-answers are those of the intact run), ``unread`` (a checkpoint, which no table reads), or ``silent`` (another answer).
+Five of six trials flip one bit, and one of six zeroes a block of 4 KiB. Three of five flips draw any file with equal
+probability. The other flips, and every zeroed block, draw a Parquet file in proportion to its size. The run is then
+opened with and without verification, and all its tables are read by SQL. An outcome is ``detected`` (an error, or a
+note on the run), ``harmless`` (all answers are those of the intact run), ``unread`` (a checkpoint, which no table
+reads), or ``silent`` (another answer).
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from .verify import equal
 BLOCK_BYTES = 4096
 BLOCK_EVERY = 6
 DETECTED, HARMLESS, UNREAD, SILENT = "detected", "harmless", "unread", "silent"
+# Without and with verification.
+MODES = ("default", "verified")
 # Opening reads all of a file of up to END_BYTES, and only the footer of a larger one.
 PAGES, FOOTER, SMALL, OTHER = "pages of a large file", "footer of a large file", "small Parquet file", "other file"
 CONFIG = [
@@ -48,7 +51,7 @@ INTERVENTION_TOKENS = 20_000
 
 
 class Damage(NamedTuple):
-    """A change of one file: ``offset`` of the block, or of the byte whose ``bit`` is flipped."""
+    """Describe a change of one file: ``offset`` of the block, or of the byte whose ``bit`` is flipped."""
 
     file: str
     offset: int
@@ -56,7 +59,7 @@ class Damage(NamedTuple):
 
     @classmethod
     def draw(cls, trace: Path, index: int, seed: int) -> Damage:
-        """Draw the damage of a trial; a block of zeros is none, and is drawn again."""
+        """Draw the damage of a trial; a block that already holds zeros is drawn again."""
         rng = np.random.default_rng([seed, index])
         names = list_files(trace)
         sizes = np.array([(trace / name).stat().st_size * name.endswith(".parquet") for name in names], float)
@@ -92,7 +95,7 @@ class Damage(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Everything that readers can learn from a run: its manifest, and the rows and summaries of its tables."""
+    """Hold everything that readers can learn from a run: its manifest, and rows and summaries of its tables."""
 
     manifest: dict[str, Any]
     frames: list[pl.DataFrame]
@@ -117,14 +120,14 @@ class Answers(NamedTuple):
         return self.manifest == other.manifest and all(map(equal, self.frames, other.frames))
 
 
-def make_trace(folder: Path, overrides: Sequence[str] = ()) -> Path:
+def make_trace(folder: Path) -> Path:
     """Train a small run with checkpoints and interventions in ``folder``, and return its path."""
     from entrace.trainer.config import load_config
     from entrace.trainer.interventions.intervene import Settings, intervene, resolve_checkpoint
     from entrace.trainer.train import train
 
     run_dir = folder / "run"
-    train(load_config("tiny", [*CONFIG, *overrides]), run_dir, {"study": "flips", "arm": "none"})
+    train(load_config("tiny", CONFIG), run_dir, {"study": "flips", "arm": "none"})
     intervene(run_dir, Settings(resolve_checkpoint(run_dir, None), continuations=2), INTERVENTION_TOKENS)
     return run_dir
 
@@ -137,17 +140,39 @@ def answers_of(trace: Path) -> Answers:
     return Answers.of(entrace.open_runs(trace))
 
 
-def run_trial(trace: Path, index: int, seed: int) -> dict[str, Any]:
+class Found(NamedTuple):
+    """Describe what readers noticed of some damage.
+
+    Attributes:
+        damage: What was changed.
+        place: Part of the file that was changed.
+        default: Outcome without verification.
+        verified: Outcome with verification.
+        messages: Errors and notes by mode.
+        is_named: Whether every message names the damaged file, or the file with its digest or checksum.
+    """
+
+    damage: Damage
+    place: str
+    default: str
+    verified: str
+    messages: dict[str, str]
+    is_named: bool
+
+    @property
+    def is_failure(self) -> bool:
+        """Return whether damage was silent that had to be detected, or an error does not name the file."""
+        is_avoidable = self.default == SILENT and self.place != PAGES
+        return self.verified == SILENT or is_avoidable or not self.is_named
+
+
+def run_trial(trace: Path, index: int, seed: int) -> Found:
     """Damage a copy of ``trace`` once, and read it with and without verification.
 
     Args:
         trace: An intact run, which is left as it is.
         index: Number of the trial; with ``seed``, it determines the damage.
         seed: Seed of all trials.
-
-    Returns:
-        The damage, ``default`` and ``verified`` outcomes, the messages, and ``is_named``: whether every message names
-        the damaged file, or the file with its digest or checksum.
     """
     damage = Damage.draw(trace, index, seed)
     intact = (trace / damage.file).read_bytes()
@@ -157,17 +182,11 @@ def run_trial(trace: Path, index: int, seed: int) -> dict[str, Any]:
         path = run_dir / damage.file
         path.unlink()
         path.write_bytes(damage.apply_to(intact))
-        outcomes = {name: _read(trace, run_dir, damage, verify=name == "verified") for name in ("default", "verified")}
-    messages = {name: message for name, (_, message) in outcomes.items() if message}
-    return {
-        "index": index,
-        "seed": seed,
-        **damage._asdict(),
-        "place": damage.place(intact),
-        **{name: outcome for name, (outcome, _) in outcomes.items()},
-        "messages": messages,
-        "is_named": all(str(path) in m or DIGESTS in m or CHECKSUMS in m for m in messages.values()),
-    }
+        outcomes = {mode: _read(trace, run_dir, damage, verify=mode == "verified") for mode in MODES}
+    messages = {mode: message for mode, (_, message) in outcomes.items() if message}
+    is_named = all(str(path) in m or DIGESTS in m or CHECKSUMS in m for m in messages.values())
+    default, verified = (outcomes[mode][0] for mode in MODES)
+    return Found(damage, damage.place(intact), default, verified, messages, is_named)
 
 
 def _read(trace: Path, run_dir: Path, damage: Damage, verify: bool) -> tuple[str, str | None]:
@@ -192,14 +211,8 @@ def _read(trace: Path, run_dir: Path, damage: Damage, verify: bool) -> tuple[str
     return (HARMLESS if is_equal else SILENT), None
 
 
-def is_failure(trial: dict[str, Any]) -> bool:
-    """Return whether damage was silent that had to be detected, or an error does not name the file."""
-    is_avoidable = trial["default"] == SILENT and trial["place"] != PAGES
-    return trial["verified"] == SILENT or is_avoidable or not trial["is_named"]
-
-
 class Damaged(Fault):
-    """Files with one flipped bit or one block of zeros, read with and without verification."""
+    """Flip a bit or zero a block, and read the run with and without verification."""
 
     is_block: ClassVar[bool]
 
@@ -208,17 +221,18 @@ class Damaged(Fault):
         # Of six indices, the last is a block.
         number = BLOCK_EVERY * index + BLOCK_EVERY - 1 if self.is_block else index + index // (BLOCK_EVERY - 1)
         found = run_trial(self.scene.flip_trace, number, self.scene.seed)
-        detail = {key: found[key] for key in ("file", "offset", "bit", "place", "default", "verified")}
-        message = next(iter(found["messages"].values()), "")
-        if is_failure(found):
+        outcomes = {"place": found.place, "default": found.default, "verified": found.verified}
+        detail = {**found.damage._asdict(), **outcomes}
+        message = next(iter(found.messages.values()), "")
+        if found.is_failure:
             return Trial(self.name, index, Outcome.SILENT, message or "another answer, and no line", detail)
-        if found["verified"] == DETECTED:
+        if found.verified == DETECTED:
             return self.refused(index, message, **detail)
         return self.survived(index, **detail)
 
 
 class Flips(Damaged):
-    """One flipped bit."""
+    """Flip one bit."""
 
     name = "flipped bit"
     number = 1000
@@ -226,7 +240,7 @@ class Flips(Damaged):
 
 
 class Blocks(Damaged):
-    """One block of zeros."""
+    """Zero one block."""
 
     name = "zeroed block"
     number = 200
@@ -237,7 +251,7 @@ def tally_places(trials: Sequence[Trial]) -> dict[str, dict[str, int]]:
     """Count the outcomes of damage by kind, place, and whether the run was opened with verification."""
     counts: dict[str, Counter[str]] = {}
     for trial in trials:
-        for mode in ("default", "verified") if trial.detail else ():
+        for mode in MODES if trial.detail else ():
             key = f"{trial.kind}, {trial.detail['place']}, {mode}"
             counts.setdefault(key, Counter())[trial.detail[mode]] += 1
     return {key: dict(count) for key, count in sorted(counts.items())}
@@ -247,4 +261,5 @@ def describe_default(damage: dict[str, dict[str, int]]) -> str:
     """Return how often damage that verification notices changed an answer without it, in one line."""
     counts = [count for key, count in damage.items() if key.endswith(f", {PAGES}, default")]
     silent, tried = sum(count.get(SILENT, 0) for count in counts), sum(sum(count.values()) for count in counts)
-    return f"Without it, {silent:,} of {tried:,} changes within data pages of larger files changed an answer silently."
+    changes = f"{silent:,} of {tried:,} changes within data pages of larger files"
+    return f"Without verification, {changes} silently changed an answer."

@@ -1,4 +1,4 @@
-"""Stop reports, imports, and prunes at random moments, repeat the command, and compare with one that was left alone."""
+"""Stop reports, imports, and prunes at random moments, repeat the command, and compare with an undisturbed one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from entrace.analysis.trace.parts import PART
 from entrace.analysis.trace.staging import is_interrupted
 from entrace.analysis.trace.verify import verify_run
 
-from .commands import Ended, Started
+from .commands import Ended, Started, draw_few_figures
 from .scene import contents, differences, table_of
 from .trial import Fault, Outcome, Trial, require
 from .verify import equal
@@ -25,17 +25,9 @@ from .victim import Board, Watch
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 # Exit codes of a command that a signal ends. Before a command handles SIGTERM, the system ends it.
 STOPPED = {signal.SIGINT: {130}, signal.SIGTERM: {143, -signal.SIGTERM}, signal.SIGKILL: {-signal.SIGKILL}}
-STEMS = ["stage_dynamics"]
 FLUSH_TOKENS = 300
 IMPORTED = ("tokens", "rollouts", "prompts", "vocab", "steps")
 SAMPLING = ("--token-steps", "2", "--token-responses", "0.5")
-
-
-def draw_few_figures() -> None:
-    """Limit a report to one figure, which takes seconds."""
-    from entrace.analysis import figures
-
-    figures.STEMS = STEMS
 
 
 def flush_often() -> None:
@@ -45,14 +37,13 @@ def flush_often() -> None:
     run.FLUSH_TOKENS = FLUSH_TOKENS
 
 
-def watch(folder: Path, board: Board, kill_at: int | None, is_torn: bool, prepare: Callable[[], None]) -> None:
+def watch(
+    folder: Path, board: Board, kill_at: int | None, is_torn: bool, prepare: Callable[[], None] | None = None
+) -> None:
     """Count file-system events below ``folder``, and let the process kill itself at one of them."""
-    prepare()
+    if prepare:
+        prepare()
     Watch(folder, board, kill_at, is_torn).install()
-
-
-def nothing() -> None:
-    """Prepare nothing."""
 
 
 def stop_at(started: Started, number: int, seconds: float) -> Ended:
@@ -65,8 +56,27 @@ def stop_at(started: Started, number: int, seconds: float) -> Ended:
     return ended
 
 
+def interrupt(
+    start: Callable[..., Started], number: int | None, rng: np.random.Generator, seconds: float, num_events: int
+) -> Ended:
+    """Stop a command at a random moment, and check how it ended.
+
+    Args:
+        start: Starts the command; called with ``kill_at`` and ``is_torn`` of ``watch``, or without arguments.
+        number: Signal that is sent after some time; without one, the command kills itself at a file-system event.
+        rng: Draws the moment.
+        seconds: Duration of the command if nothing stops it.
+        num_events: Number of its file-system events if nothing stops it.
+    """
+    if number is not None:
+        return stop_at(start(), number, rng.random() * seconds)
+    ended = start(int(rng.integers(1, num_events + 1)), bool(rng.random() < 0.5)).end()
+    require(ended.code in {0, -signal.SIGKILL}, f"exit code {ended.code}: {ended.last_line}")
+    return ended
+
+
 class Reports(Fault):
-    """Reports that are stopped, in a new folder or over an earlier report."""
+    """Stop a report, in a new folder or over an earlier one."""
 
     name = "interrupted report"
     number = 50
@@ -78,18 +88,9 @@ class Reports(Fault):
         write_manifest(run_dir, {**read_manifest(run_dir), "arm": "earlier"})
         return contents(self._report(run_dir, self.scene.folder / "report" / "before"))
 
-    @cached_property
-    def _whole(self) -> tuple[dict[str, bytes], float]:
-        """Return the report that nothing interrupted, and its seconds."""
-        out = self.scene.folder / "report" / "whole"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        ended = self._start(self.scene.trace, out).end()
-        require(ended.code == 0, ended.last_line)
-        return contents(out), ended.seconds
-
     def attempt(self, index: int, rng: np.random.Generator) -> Trial:
         """Stop a report, and repeat it."""
-        whole, seconds = self._whole
+        whole, seconds = self.scene.report
         earlier = self._earlier if index % 2 else {}
         number = SIGNALS[index // 2 % len(SIGNALS)]
         with self.scene.place(f"report/{index}") as place:
@@ -117,11 +118,11 @@ class Reports(Fault):
 
     def _start(self, run_dir: Path, out: Path) -> Started:
         log = out.with_name(f"{out.name}.txt")
-        return self.scene.commands.start("report", run_dir, "--out", out, log=log, prepare=draw_few_figures)
+        return self.scene.start("report", run_dir, "--out", out, log=log, prepare=draw_few_figures)
 
 
 class Imports(Fault):
-    """Imports that are stopped and resumed."""
+    """Stop and resume an import."""
 
     name = "interrupted import"
     number = 70
@@ -131,7 +132,7 @@ class Imports(Fault):
         """Return the tables of the import that nothing interrupted, its seconds, and its file-system events."""
         folder = self.scene.folder / "import" / "whole"
         folder.mkdir(parents=True)
-        board = Board.of(self.scene.harness.context)
+        board = self.scene.board()
         ended = self._start(folder, board).end()
         require(ended.code == 0, ended.last_line)
         tables = {name: table_of(folder / "run", name) for name in IMPORTED}
@@ -142,17 +143,12 @@ class Imports(Fault):
         """Stop an import, look at what is durable, and resume it."""
         whole, seconds, num_events = self._whole
         with self.scene.place(f"import/{index}") as folder:
-            board = Board.of(self.scene.harness.context)
-            if index % 2:
-                place = int(rng.integers(1, num_events + 1))
-                ended = self._start(folder, board, place, bool(rng.random() < 0.5)).end()
-                require(ended.code in {0, -signal.SIGKILL}, f"exit code {ended.code}: {ended.last_line}")
-            else:
-                number = SIGNALS[index // 2 % len(SIGNALS)]
-                ended = stop_at(self._start(folder, board), number, rng.random() * seconds)
+            board = self.scene.board()
+            number = None if index % 2 else SIGNALS[index // 2 % len(SIGNALS)]
+            ended = interrupt(partial(self._start, folder, board), number, rng, seconds, num_events)
             if (folder / "run" / "run.json").exists():
                 self._check(folder / "run", whole)
-            again = self._start(folder, Board.of(self.scene.harness.context), resume=True).end()
+            again = self._start(folder, self.scene.board(), resume=True).end()
             require(again.code == 0, f"resumed: exit code {again.code}: {again.last_line}")
             require(read_manifest(folder / "run")["status"] == "complete", "resumed, but not complete")
             self._check(folder / "run", whole, is_complete=True)
@@ -177,20 +173,13 @@ class Imports(Fault):
         self, folder: Path, board: Board, kill_at: int | None = None, is_torn: bool = False, resume: bool = False
     ) -> Started:
         prepare = partial(watch, folder / "run", board, kill_at, is_torn, flush_often)
-        words = [
-            "import",
-            self.scene.dump,
-            "--model",
-            "embedded",
-            "--out",
-            folder / "run",
-            *(["--resume"] if resume else []),
-        ]
-        return self.scene.commands.start(*words, log=folder / "log.txt", prepare=prepare)
+        words = ["import", self.scene.dump, "--model", "embedded", "--out", folder / "run"]
+        words += ["--resume"] if resume else []
+        return self.scene.start(*words, log=folder / "log.txt", prepare=prepare)
 
 
 class Prunes(Fault):
-    """Prunes that are stopped and repeated."""
+    """Stop and repeat a prune."""
 
     name = "interrupted prune"
     number = 140
@@ -200,7 +189,7 @@ class Prunes(Fault):
         """Return the files of the run that nothing interrupted, its seconds, and its file-system events."""
         folder = self.scene.folder / "prune" / "whole"
         run_dir = shutil.copytree(self.scene.trace, folder / "run")
-        board = Board.of(self.scene.harness.context)
+        board = self.scene.board()
         ended = self._start(run_dir, board).end()
         require(ended.code == 0, ended.last_line)
         return contents(run_dir), ended.seconds, board.num_events.value
@@ -215,14 +204,9 @@ class Prunes(Fault):
         whole, seconds, num_events = self._whole
         with self.scene.place(f"prune/{index}") as folder:
             run_dir = shutil.copytree(self.scene.trace, folder / "run")
-            board = Board.of(self.scene.harness.context)
-            if index % 3:
-                started = self._start(run_dir, board, int(rng.integers(1, num_events + 1)), bool(rng.random() < 0.5))
-                ended = started.end()
-                require(ended.code in {0, -signal.SIGKILL}, f"exit code {ended.code}: {ended.last_line}")
-            else:
-                number = SIGNALS[index // 3 % len(SIGNALS)]
-                ended = stop_at(self._start(run_dir, board), number, rng.random() * seconds)
+            board = self.scene.board()
+            number = None if index % 3 else SIGNALS[index // 3 % len(SIGNALS)]
+            ended = interrupt(partial(self._start, run_dir, board), number, rng, seconds, num_events)
             old, new = self._tokens
             found = table_of(run_dir, "tokens")
             require(equal(found, old) or equal(found, new), "tokens of neither before nor after", Outcome.SILENT)
@@ -232,7 +216,7 @@ class Prunes(Fault):
             if by_name:
                 rows = pl.concat(by_name).select("rollout_id", "position")
                 require(not rows.is_duplicated().any(), "a pattern finds a token twice", Outcome.SILENT)
-            again = self._start(run_dir, Board.of(self.scene.harness.context)).end()
+            again = self._start(run_dir, self.scene.board()).end()
             require(again.code == 0, f"repeated: exit code {again.code}: {again.last_line}")
             left = contents(run_dir)
             require(left == whole, f"repeated: {differences(left, whole)} differ")
@@ -240,6 +224,6 @@ class Prunes(Fault):
         return self.survived(index, ended.last_line, place=board.place.value.decode())
 
     def _start(self, run_dir: Path, board: Board, kill_at: int | None = None, is_torn: bool = False) -> Started:
-        prepare = partial(watch, run_dir, board, kill_at, is_torn, nothing)
+        prepare = partial(watch, run_dir, board, kill_at, is_torn)
         log = run_dir.with_name("log.txt")
-        return self.scene.commands.start("prune", run_dir, *SAMPLING, log=log, prepare=prepare)
+        return self.scene.start("prune", run_dir, *SAMPLING, log=log, prepare=prepare)

@@ -1,4 +1,4 @@
-"""Kill small training runs at random moments, resume them, and compare them with one that was never interrupted.
+"""Kill small training runs at random moments, resume them, and compare them with an undisturbed one.
 
 A case is a run that is killed up to three times in a row: at a file-system event, by itself, or after some time, from
 outside. After each kill the trace must open and hold exactly the steps up to the last durable one; resumed to its end,
@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .commands import PRELOAD
+from .commands import PRELOAD, begin
 from .trial import Fault, Outcome, Trial
 from .verify import Reference
 from .victim import Board, run
 
-POLL_S = 0.001
 # Of cases that are killed once, twice, three times.
 SHARES = (0.3, 0.35, 0.35)
 # A resumed run reaches its first step after about this share of the events of a whole one.
@@ -33,7 +32,7 @@ RESUMING = 0.15
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill.
+    """Say when to kill.
 
     Attributes:
         at: Share of the events, or of the time, of an uninterrupted run that come before.
@@ -48,7 +47,7 @@ class Moment:
 
 @dataclass
 class Kill:
-    """A kill that came about: where, and what is wrong with the trace that it left."""
+    """Record where a run was killed, and what is wrong with the trace that it left."""
 
     place: str
     moment: Moment
@@ -57,14 +56,14 @@ class Kill:
 
 @dataclass
 class Case:
-    """One run, killed and resumed; ``defects`` are those at its end."""
+    """Record the kills of one run; ``defects`` are those at its end."""
 
     index: int
     kills: list[Kill] = field(default_factory=list)
     defects: list[str] = field(default_factory=list)
 
     def failures(self) -> Iterator[str]:
-        """Everything that is wrong, in words."""
+        """Yield everything that is wrong, in words."""
         for kill in self.kills:
             yield from (f"case {self.index}, killed in {kill.place}: {defect}" for defect in kill.defects)
         places = " and ".join(kill.place for kill in self.kills) or "no place"
@@ -72,7 +71,7 @@ class Case:
 
 
 def draw_moments(seed: int, index: int) -> list[Moment]:
-    """The moments of a case: the first one at any time, the others while the run is being resumed, or soon after."""
+    """Draw the moments of a case: the first at any time, the others during a resume or soon after."""
     rng = np.random.default_rng([seed, index])
     num_kills = 1 + int(rng.choice(len(SHARES), p=SHARES))
     return [
@@ -86,7 +85,7 @@ def draw_moments(seed: int, index: int) -> list[Moment]:
 
 
 class Ending(NamedTuple):
-    """End of a victim (killed, with an error, or neither): place, number of events, and time."""
+    """Describe how a victim ended (killed, with an error, or neither): place, number of events, and seconds."""
 
     is_killed: bool
     error: str | None
@@ -96,10 +95,10 @@ class Ending(NamedTuple):
 
 
 class Harness:
-    """Runs victims below a folder, and compares them with a run that is left alone."""
+    """Run victims below a folder, and compare them with a run that is left alone."""
 
     def __init__(self, folder: Path) -> None:
-        """Makes the reference, and takes its time and its events as the measure of moments."""
+        """Make the reference, whose seconds and events are the measure of moments."""
         # Imports cost seconds: a server pays them once and forks a process a victim.
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOAD)
@@ -111,7 +110,7 @@ class Harness:
         self.reference = Reference(run_dir)
 
     def play(self, seed: int, index: int) -> Case:
-        """Kills a run at the moments of a case, and resumes it to its end."""
+        """Kill a run at the moments of a case, and resume it to its end."""
         case = Case(index)
         run_dir = self.folder / f"case-{index}" / "run"
         for moment in draw_moments(seed, index):
@@ -143,10 +142,7 @@ class Harness:
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         log, board = run_dir.parent / "log.txt", Board.of(self.context)
         process = self.context.Process(target=run, args=(run_dir, log, board, kill_at, is_torn, prepare), daemon=True)
-        process.start()
-        while not board.place.value and process.is_alive():
-            time.sleep(POLL_S)
-        started = time.perf_counter()
+        started = begin(process, lambda: board.place.value)
         process.join(timeout)
         process.kill()
         process.join()
@@ -160,6 +156,7 @@ class Harness:
 
 
 def collect(look: Callable[[Path], Iterable[str]], run_dir: Path) -> list[str]:
+    """Return the defects that ``look`` finds; an error counts as one."""
     try:
         return list(look(run_dir))
     except Exception as error:  # a reader that cannot cope is a finding
@@ -175,7 +172,7 @@ def play_cases(harness: Harness, seed: int, num_kills: int) -> list[Case]:
 
 
 class Kills(Fault):
-    """Training runs that are killed and resumed; a trial is a case."""
+    """Kill and resume a training run; a trial is a case."""
 
     name = "killed training"
     number = 50

@@ -6,15 +6,14 @@ import ctypes
 import os
 import shutil
 import subprocess
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 
 from entrace.analysis.terminal.export import FORMATS
 
-from .commands import Ended
-from .interruptions import draw_few_figures
+from .commands import Ended, draw_few_figures
 from .scene import contents, differences
 from .trial import Fault, Outcome, Trial, require
 
@@ -52,14 +51,14 @@ QUERIES: dict[str, str] = {
 
 
 class Pipes(Fault):
-    """Readers that close a pipe after some bytes, as ``head -c`` does."""
+    """Close a pipe after some bytes, as ``head -c`` does."""
 
     name = "closed pipe"
     number = 100
 
     @cache  # noqa: B019 - one object per process
     def _beginning(self, form: str) -> bytes:
-        """Return the first bytes of the output, as a reader finds them who reads on."""
+        """Return the first bytes of the output, from a reader that does not stop early."""
         with self.scene.place(f"pipe/{form}") as place:
             _, data = self._read(place, form, 1 << 21)
         return data
@@ -86,7 +85,7 @@ class Pipes(Fault):
         # A table is printed at its end, which never comes; its reader leaves at once.
         size = 0 if form == "table" else size
         with os.fdopen(descriptor, "rb", buffering=0) as reader:
-            started = self.scene.commands.start(
+            started = self.scene.start(
                 "sql", self.scene.trace, ENDLESS, "--format", form, log=place / "log.txt", out=pipe
             )
             data = b""
@@ -96,7 +95,7 @@ class Pipes(Fault):
 
 
 class Memory(Fault):
-    """Queries with little memory."""
+    """Ask a query with little memory."""
 
     name = "exhausted memory"
     number = 80
@@ -127,43 +126,35 @@ class Memory(Fault):
 
     def _ask(self, place: Path, query: str, memory: str) -> tuple[Ended, bytes]:
         words = ["sql", self.scene.trace, query, "--format", "csv", "--memory", memory]
-        ended = self.scene.commands.run(*words, log=place / "log.txt", out=place / "rows.csv")
+        ended = self.scene.start(*words, log=place / "log.txt", out=place / "rows.csv").end()
         return ended, (place / "rows.csv").read_bytes()
 
 
 class Disks(Fault):
-    """Exports and reports on a full disk."""
+    """Export, or write a report, on a full disk."""
 
     name = "full disk"
     number = 40
-
-    @cached_property
-    def _report(self) -> dict[str, bytes]:
-        """Return the report on a disk with enough room."""
-        with self.scene.place("disk/whole") as place:
-            words = ["report", self.scene.trace, "--out", place / "out"]
-            ended = self.scene.commands.run(*words, log=place / "log.txt", prepare=draw_few_figures)
-            require(ended.code == 0, ended.last_line)
-            return contents(place / "out")
 
     def attempt(self, index: int, rng: np.random.Generator) -> Trial:
         """Export to a device that is full, or write a report where there is too little room."""
         if index % 2 or not can_mount():
             return self._export(index)
+        whole, _ = self.scene.report
         with self.scene.place(f"disk/{index}") as place:
-            size = int(rng.uniform(0.02, 1.1) * sum(map(len, self._report.values()))) >> 12
+            size = int(rng.uniform(0.02, 1.1) * sum(map(len, whole.values()))) >> 12
             (place / "disk").mkdir()
             out, left_over = place / "disk" / "out", place / "left"
-            ended = self.scene.commands.run(
+            ended = self.scene.start(
                 *("report", self.scene.trace, "--out", out),
                 log=place / "log.txt",
                 prepare=partial(draw_on_small_disk, place / "disk", size << 12),
                 finish=partial(copy_what_is_left, out, left_over),
-            )
+            ).end()
             left, hidden = contents(left_over), [path.name for path in left_over.rglob(".*")]
         ended.require_one_line()
         if ended.code == 0:
-            require(left == self._report, f"finished, but {differences(left, self._report)} differ", Outcome.SILENT)
+            require(left == whole, f"finished, but {differences(left, whole)} differ", Outcome.SILENT)
             return self.survived(index)
         require("no space left on device; free some space" in ended.last_line, ended.last_line)
         require(not left and not hidden, f"left files behind: {', '.join([*left, *hidden])}")
@@ -174,7 +165,7 @@ class Disks(Fault):
         query = "select * from tokens, range(20)" if index % 4 == 1 else "select * from tokens limit 3"
         with self.scene.place(f"disk/{index}") as place:
             words = ["sql", self.scene.trace, query, "--format", form]
-            ended = self.scene.commands.run(*words, log=place / "log.txt", out=Path("/dev/full"))
+            ended = self.scene.start(*words, log=place / "log.txt", out=Path("/dev/full")).end()
         ended.require_one_line()
         require(ended.code == 1, f"exit code {ended.code}: {ended.last_line}", Outcome.SILENT)
         require("no space left on device" in ended.last_line.lower(), ended.last_line)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -16,12 +17,14 @@ from entrace.analysis.trace import digests, read_manifest
 from entrace.analysis.trace.digests import DIGESTS
 from entrace.analysis.trace.parts import check_parts
 
-from .commands import Commands
+from .commands import Started, draw_few_figures
 from .kills import Harness
+from .trial import require
+from .victim import Board
 
 
 class Scene:
-    """A folder in which the trials of one process take place, and what they compare with.
+    """Hold the folder in which the trials of one process take place, and what they compare with.
 
     Attributes:
         folder: Folder for everything.
@@ -42,10 +45,22 @@ class Scene:
         """Return a complete run of nine steps."""
         return self.harness.reference.run_dir
 
+    def board(self) -> Board:
+        """Return a new board for a command."""
+        return Board.of(self.harness.context)
+
+    def start(self, *arguments: Any, log: Path, **options: Any) -> Started:
+        """Start a command; ``options`` as for ``Started``."""
+        return Started(self.harness.context, *arguments, log=log, **options)
+
     @cached_property
-    def commands(self) -> Commands:
-        """Return what starts commands."""
-        return Commands(self.harness.context)
+    def report(self) -> tuple[dict[str, bytes], float]:
+        """Return the files of a report that nothing interrupted, and its seconds."""
+        with self.place("report/whole") as place:
+            words = ["report", self.trace, "--out", place / "out"]
+            ended = self.start(*words, log=place / "log.txt", prepare=draw_few_figures).end()
+            require(ended.code == 0, ended.last_line)
+            return contents(place / "out"), ended.seconds
 
     @cached_property
     def flip_trace(self) -> Path:
@@ -78,7 +93,7 @@ class Scene:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file but hidden ones, and the list of digests, to which an interruption adds lines."""
+    """Return the bytes of every file except hidden ones and the list of digests, to which an interruption adds."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
     return {
         path.as_posix(): (folder / path).read_bytes()

@@ -31,7 +31,7 @@ JUMP_S = 3e9
 
 
 class Writers(Fault):
-    """A second process that writes a run while it trains."""
+    """Let a second process write a run while it trains."""
 
     name = "second writer"
     number = 30
@@ -41,7 +41,7 @@ class Writers(Fault):
         name = list(SECOND_WRITERS)[index % len(SECOND_WRITERS)]
         harness = self.scene.harness
         # Made before the run starts.
-        dump, commands = self.scene.dump, self.scene.commands
+        dump = self.scene.dump
         with self.scene.place(f"writers/{index}") as place:
             run_dir = place / "run"
             endings = []
@@ -53,7 +53,7 @@ class Writers(Fault):
             is_training = first.is_alive()
             words = [{"RUN": run_dir, "DUMP": dump}.get(word, word) for word in SECOND_WRITERS[name]]
             try:
-                ended = commands.run(*words, log=place / "second.txt")
+                ended = self.scene.start(*words, log=place / "second.txt").end()
                 was_training = first.is_alive()
             finally:
                 first.join()
@@ -71,7 +71,7 @@ class Writers(Fault):
 
 
 class Clocks(Fault):
-    """A clock that jumps while a run trains, and between a kill and its resume."""
+    """Let the clock jump while a run trains, and between a kill and its resume."""
 
     name = "clock jump"
     number = 30

@@ -36,7 +36,7 @@ FAILED = (Outcome.SILENT, Outcome.LOST)
 
 @dataclass(frozen=True)
 class Trial:
-    """The result of one trial.
+    """Describe how one trial ended.
 
     Attributes:
         kind: Name of the fault.
@@ -67,7 +67,7 @@ class Trial:
 
 
 class UnexpectedError(Exception):
-    """Raised where a trial finds what must not happen.
+    """Report what must not happen in a trial.
 
     Attributes:
         outcome: ``SILENT`` or ``LOST``.
@@ -86,7 +86,7 @@ def require(condition: object, message: str, outcome: Outcome = Outcome.LOST) ->
 
 
 class Fault(ABC):
-    """One kind of fault.
+    """Cause one kind of fault.
 
     Attributes:
         name: Name of the kind.

@@ -51,10 +51,10 @@ INVARIANTS = {
 
 
 class Reference:
-    """The run that was never interrupted: its rows in order, its manifest, and its checkpoints."""
+    """Hold the run that was never interrupted: its rows in order, its manifest, and its checkpoints."""
 
     def __init__(self, run_dir: Path) -> None:
-        """``run_dir`` holds the finished run."""
+        """Read the finished run in ``run_dir``."""
         self.run_dir = run_dir
         self.config = load_config("tiny", CONFIG)
         runs = entrace.open_runs(run_dir)

@@ -1,7 +1,7 @@
-"""A training run that can be killed at any moment, by itself or from outside, and that says where it was.
+"""Train a run that can be killed at any moment, by itself or from outside, and that says where it was.
 
 File-system events are counted as Python sees them: opens, renames, removals, folders, syncs, and each write of a buffer
-to a file. Libraries that write past it count as one write a file.
+to a file. Libraries that write past it count as one write per file.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.lis
 
 
 class Board(NamedTuple):
-    """Memory shared with the parent, which can read it after the victim is gone."""
+    """Share memory with the parent, which can read it after the victim is gone."""
 
     place: Any
     num_events: Any
 
     @classmethod
     def of(cls, context: Any) -> Board:
-        """A board for processes of a multiprocessing context."""
+        """Return a board for processes of a multiprocessing context."""
         return cls(context.RawArray("c", 64), context.RawValue("l", 0))
 
 
@@ -120,15 +120,15 @@ def run(
 
 
 class Watch:
-    """Counts what happens to the files below a folder, keeps the place, and kills."""
+    """Count what happens to the files below a folder, keep the place, and kill."""
 
     def __init__(self, folder: Path, board: Board, kill_at: int | None, is_torn: bool) -> None:
-        """See ``run``."""
+        """Store what to watch, and when to kill; see ``run``."""
         self.folder = f"{folder}{os.sep}"
         self.board, self.kill_at, self.is_torn = board, kill_at, is_torn
 
     def install(self) -> None:
-        """Watches this process from now on."""
+        """Watch this process from now on."""
         for name, place in PLACES.items():
             self._wrap(name, functools.partial(self._enter, place))
         self._wrap(NATIVE_WRITER, self._write_natively)
@@ -139,7 +139,7 @@ class Watch:
         self.board.place.value = START.encode()
 
     def is_due(self, path: Any) -> bool:
-        """Counts an event at a path; whether it is the one to be killed at."""
+        """Count an event at a path; return whether it is the one to be killed at."""
         if not self._is_inside(path):
             return False
         if self.board.place.value.decode().split()[0] == FLUSH:
@@ -151,7 +151,7 @@ class Watch:
         return self.board.num_events.value == self.kill_at
 
     def say_torn(self) -> None:
-        """Adds to the place that a write was cut short."""
+        """Add to the place that a write was cut short."""
         self.board.place.value += b", inside a write"
 
     def _is_inside(self, path: Any) -> bool:
@@ -196,7 +196,7 @@ class Watch:
         return binary if "b" in mode else io.TextIOWrapper(binary, *args, **kwargs)
 
     def _wrap(self, name: str, wrapper: Callable[..., Any]) -> None:
-        """Puts ``wrapper(function, ...)`` in the place of a function."""
+        """Replace a function by ``wrapper(function, ...)``."""
         owner, _, attribute = name.replace(":", ".").rpartition(".")
         function = pkgutil.resolve_name(name)
 
@@ -208,15 +208,15 @@ class Watch:
 
 
 class WatchedFile(io.FileIO):
-    """A file whose every write to the system is an event."""
+    """Count every write of a file to the system as an event."""
 
     def __init__(self, watch: Watch, path: Any, mode: str) -> None:
-        """``path`` is opened, which is an event of its own."""
+        """Open ``path``, which is an event of its own."""
         super().__init__(path, mode)
         self.watch = watch
 
     def write(self, data: Any) -> int:
-        """Writes, or is killed before, or after half of it."""
+        """Write, unless the process is killed before, or after half of it."""
         if self.watch.is_due(self.name):
             if self.watch.is_torn:
                 super().write(memoryview(data)[: len(data) // 2])
@@ -226,5 +226,5 @@ class WatchedFile(io.FileIO):
 
 
 def kill() -> None:
-    """Ends this process as the system does when it runs out of memory."""
+    """End this process as the system does when it runs out of memory."""
     os.kill(os.getpid(), signal.SIGKILL)

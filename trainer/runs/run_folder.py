@@ -16,7 +16,7 @@ from entrace.analysis.trace.lock import acquire_lock
 from entrace.analysis.trace.manifest import MANIFEST, is_before_manifest, now
 from entrace.analysis.trace.parts import FILES, last_whole_step, listed_files
 from entrace.analysis.trace.schema import SCHEMA_VERSION
-from entrace.trainer.config import MEMORY_KEYS, Config, build_config
+from entrace.trainer.config import CHANGEABLE_KEYS, Config, build_config
 from entrace.trainer.parallel.ranks import ALONE, Ranks
 from entrace.trainer.resources import find_model
 from entrace.trainer.settings import merge, nest
@@ -94,7 +94,7 @@ def is_complete(config: Config, run_dir: Path) -> bool:
     manifest = read_manifest(run_dir)
     # A run that ran out of memory can resume with less, and any run with other dashboards.
     wanted = flatten(config.model_dump(mode="json"))
-    free = reduce(merge, (nest(key, wanted[key]) for key in (*MEMORY_KEYS, "record.log")), manifest["config"])
+    free = reduce(merge, (nest(key, wanted[key]) for key in CHANGEABLE_KEYS), manifest["config"])
     free, is_extended = extend(free, config, run_dir)
     if changed := list(config_changes(free, config)):
         raise InputError(f"{run_dir}: made with another configuration, {', '.join(changed)}; not resumed")

@@ -21,7 +21,7 @@ GRACE_S = 10.0
 
 
 class LocalLauncher:
-    """``jobs`` processes at a time."""
+    """Run up to ``jobs`` processes at a time."""
 
     def __init__(self, jobs: int = 1, threads: int | None = None) -> None:
         """Store the number of concurrent runs and the CPU threads of each; see ``threads_of``."""
@@ -39,8 +39,9 @@ class LocalLauncher:
         The order in which floats are added depends on the number of threads. The embedded policy is too small to gain
         from a second one, so its runs do not depend on ``jobs`` or on the number of cores.
         """
-        share = 1 if config.policy.path == EMBEDDED else max(1, count_cores() // self.slots)
-        return self._threads or share
+        if self._threads:
+            return self._threads
+        return 1 if config.policy.path == EMBEDDED else max(1, count_cores() // self.slots)
 
     def run(self, jobs: Sequence[Job], listener: ProgressListener) -> None:
         """Execute all runs in order."""
