@@ -282,6 +282,32 @@ def test_a_stream_of_two_runs_is_refused(load, tmp_path):
     assert f"{path}: holds runs run-1 and run-2; import one run at a time" in err
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_the_streams_of_two_runs_in_one_folder_are_refused(load, tmp_path, named):
+    """Chunks of both have the same names, and their runs have the same id, as copies of a run do."""
+    for run in "ab":
+        shutil.copytree(DUMPS / "prime-rl" / "stream-run", tmp_path / "dumps" / run)
+    _, err = load(tmp_path / "dumps", *(["--from", "verifiers"] if named else []), status=2)
+    roots = [tmp_path / "dumps" / run / "monitors" / "file" / "traces" for run in "ab"]
+    assert f"2 runs, {roots[0]} and {roots[1]}; import one run at a time" in err
+
+
+def test_a_chunk_that_is_there_twice_is_read_once(load, tmp_path):
+    """A chunk is compressed before the plain one is removed; what else is beside it is no chunk."""
+    from entrace.analysis.importers.row_files import open_lines
+
+    run = tmp_path / "prime"
+    shutil.copytree(DUMPS / "prime-rl" / "stream-run", run)
+    expected = table(load(run, name="once")[0], "rollouts").drop("run_id")
+    packed = run / "monitors" / "file" / "traces" / "stream" / "00000.jsonl.zst"
+    with open_lines(packed) as lines:
+        packed.with_suffix("").write_bytes(b"".join(lines))
+    packed.with_name("00001.jsonl.tmp").write_text("{")
+    trace, err = load(run, name="twice")
+    assert "found verifiers traces in 2 files" in err
+    assert table(trace, "rollouts").drop("run_id").equals(expected)
+
+
 # open-instruct
 
 

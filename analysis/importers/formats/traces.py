@@ -236,7 +236,7 @@ def _open(session: Session) -> Convert:
 def annotation_files(files: Iterable[Path]) -> list[Path]:
     """Return the annotations beside the streams of a run, in the order of their names."""
     found = []
-    for root in dict.fromkeys(path.parent.parent if path.parent.name == "stream" else path.parent for path in files):
+    for root in dict.fromkeys(map(_root_of, files)):
         found += sorted(
             path
             for pattern in ("annotations/*.jsonl*", "annotations/*/*.jsonl*")
@@ -244,6 +244,23 @@ def annotation_files(files: Iterable[Path]) -> list[Path]:
             if ".index." not in path.name and path.suffix in (".jsonl", ".zst")
         )
     return found
+
+
+def _root_of(path: Path) -> Path:
+    """Return the folder that holds a stream and its annotations."""
+    return path.parent.parent if path.parent.name == "stream" else path.parent
+
+
+def _run_of(path: Path) -> str | None:
+    """Return the folder of the stream that a file belongs to; None for other files."""
+    is_stream = path.parent.name == "stream" or path.name.startswith("stream")
+    return str(_root_of(path)) if is_stream else None
+
+
+def _without_twins(files: list[Path]) -> tuple[list[Path], list[str]]:
+    """Return the files without the compressed ones whose plain twin is there."""
+    there = set(files)
+    return [path for path in files if path.suffix != ".zst" or path.with_suffix("") not in there], []
 
 
 def _is_row(row: Mapping[str, Any], path: Path) -> bool:
@@ -256,19 +273,17 @@ FORMAT = Format(
     "verifiers",
     "verifiers traces",
     (
-        "**/monitors/file/traces/stream*.jsonl",
-        "**/monitors/file/traces/stream/*.jsonl",
-        "**/monitors/file/traces/stream*.jsonl.zst",
-        "**/monitors/file/traces/stream/*.jsonl.zst",
+        "**/monitors/file/traces/stream*.jsonl*",
+        "**/monitors/file/traces/stream/*.jsonl*",
         "**/train/effective/traces.jsonl",
         "**/traces.jsonl",
-        "stream*.jsonl",
-        "stream*.jsonl.zst",
-        "stream/*.jsonl",
-        "stream/*.jsonl.zst",
+        "stream*.jsonl*",
+        "stream/*.jsonl*",
     ),
     _is_row,
     _open,
     # Only a trace that was trained on has an advantage.
     uniform=("step",),
+    run_of=_run_of,
+    whole=_without_twins,
 )
