@@ -151,7 +151,7 @@ def _read(
     spill = folder / "rollouts.parquet"
     needed = {name: kind for name, kind in dump.format.needed.items() if name != "reward" or not rewards}
     columns = Columns(settings.fields, needed, dump.format.uniform)
-    reader = RowReader(settings, codec, columns, dump.format.prompts, is_scored)
+    reader = RowReader(settings, codec, columns, dump.format.prompts, is_scored, rewards)
     rows = bad_rows = tokens = 0
     # The first row of each distinct fault, so that a fault of all rows is reported once.
     faults: dict[str, str] = {}
@@ -160,8 +160,7 @@ def _read(
         for place, row, task in dump.rows(folder):
             rows += 1
             try:
-                joined = rewards.join(row) if rewards and isinstance(row, dict) else row
-                rollout, _ = reader.read(joined, place, task)
+                rollout = reader.read(row, place, task)
             except BadRowError as fault:
                 bad_rows += 1
                 if len(faults) < NUM_NAMED:

@@ -12,6 +12,7 @@ from entrace.analysis.importers.codec import Codec, DumpTexts, placeholder
 from entrace.analysis.importers.columns import Columns
 from entrace.analysis.importers.groups import Groups, digest
 from entrace.analysis.importers.prompts import PromptReader, PromptText, holds, matches
+from entrace.analysis.importers.rewards import Rewards
 from entrace.analysis.importers.rollout import ENGINE, TRAINER, Rollout
 from entrace.analysis.importers.row_files import BadRowError, question_of, text_of
 from entrace.analysis.importers.settings import ImportSettings
@@ -69,9 +70,15 @@ class RowReader:
     """
 
     def __init__(
-        self, settings: ImportSettings, codec: Codec | None, columns: Columns, kind: PromptText, is_scored: bool
+        self,
+        settings: ImportSettings,
+        codec: Codec | None,
+        columns: Columns,
+        kind: PromptText,
+        is_scored: bool,
+        rewards: Rewards | None = None,
     ) -> None:
-        """Read for ``codec``, the tokenizer; None to use tokens as they are."""
+        """Read for ``codec``, the tokenizer; None to use tokens as they are. ``rewards`` are joined by id."""
         self.columns = columns
         self.groups, self.shared_groups = Groups(), Groups()
         self.texts = DumpTexts()
@@ -79,11 +86,11 @@ class RowReader:
         self.mismatches = Mismatches()
         self.bad_groups: tuple[set[int], set[int]] = (set(), set())
         self.num_lost = self.num_ungrouped = 0
-        self._settings, self._codec, self._is_scored = settings, codec, is_scored
+        self._settings, self._codec, self._is_scored, self._rewards = settings, codec, is_scored, rewards
         self._numbers: dict[str, int] | None = None
 
-    def read(self, row: dict[str, Any] | BadRowError, place: str, default_task: str) -> tuple[Rollout, dict[str, str]]:
-        """Return one rollout and the keys of the fields in its row.
+    def read(self, row: dict[str, Any] | BadRowError, place: str, default_task: str) -> Rollout:
+        """Return one rollout.
 
         Raises:
             BadRowError: the row is malformed.
@@ -92,6 +99,7 @@ class RowReader:
         try:
             if isinstance(row, BadRowError):
                 raise row
+            row = self._rewards.join(row) if self._rewards else row
             keys, given = self.columns.find(row)
             try:
                 ids, step, task = self._place(given, keys, default_task)
@@ -110,7 +118,7 @@ class RowReader:
             raise
         self.columns.accept(keys)
         self.num_ungrouped += "group" not in keys
-        return rollout, keys
+        return rollout
 
     def _place_of_bad(self, row: Any, default_task: str) -> tuple[int, str, int, str] | None:
         """Return the groups of a malformed row, None if it does not say."""

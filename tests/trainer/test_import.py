@@ -514,6 +514,18 @@ def test_skipping_bad_rows_leaves_no_group_in_part(tmp_path, call):
     assert rollouts["group_id"].to_list() == [0, 0, 0, 3, 3, 3]
 
 
+def test_a_row_that_rewards_cannot_join_takes_its_group_along(tmp_path, call):
+    """A row without an id names its group all the same."""
+    rows = [row(id=f"{name}{n}", group=name, response=f"{n}") for name in "ab" for n in range(3)]
+    rewards = write(tmp_path / "rewards.jsonl", [{"id": entry["id"], "reward": 1} for entry in rows])
+    del rows[4]["id"]
+    arguments = ["--rewards", rewards, "--skip-bad-rows", "--model", "embedded"]
+    status, _, err = call("import", write(tmp_path / "rows.jsonl", rows), *arguments, "--out", tmp_path / "run")
+    assert status == 0, err
+    assert "1 of 6 rows skipped, with 2 further rows, the rest of 1 groups (" in err
+    assert table(tmp_path / "run", "rollouts").sort("rollout_id")["completion"].to_list() == ["0", "1", "2"]
+
+
 def test_a_dump_whose_groups_all_hold_a_bad_row_is_refused(tmp_path, call):
     path = write(tmp_path / "rows.jsonl", [row(), row(response="")])
     status, _, err = call("import", "--model", "embedded", path, "--out", tmp_path / "run", "--skip-bad-rows")
