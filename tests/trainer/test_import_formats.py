@@ -646,6 +646,24 @@ def test_a_tokenizer_file_has_the_texts_of_the_model(policy, tokenizer):
     assert codec.decode([*PROMPT[1:4], 1]) == policy.decode([[*PROMPT[1:4], 1]])[0]
 
 
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        # The response is not in the text, so that what follows the user's turn is not the end of a response.
+        ("{% for m in messages if m.role == 'user' %}<user>{{ m.content }}<system>{% endfor %}", 1),
+        ("{% for m in messages %}<user>{{ m.content }}<system>{% endfor %}", 2),
+    ],
+)
+def test_the_stop_token_is_the_one_after_a_response(policy, tokenizer, tmp_path, template, expected):
+    shutil.copytree(tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 1]}))
+    policy.tokenizer.chat_template = template
+    policy.model.generation_config.eos_token_id = [2, 1]
+    codec = TokenizerFile(tmp_path / "model")
+    assert (codec.turn_end, codec.stop_ids) == (policy.turn_end, frozenset(policy.stop_ids.tolist())) == (expected, {1, 2})
+
+
 def test_every_format_is_documented():
     page = (Path(__file__).parents[2] / "docs" / "import.md").read_text()
     for name in FORMATS:
