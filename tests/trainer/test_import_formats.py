@@ -661,7 +661,34 @@ def test_the_stop_token_is_the_one_after_a_response(policy, tokenizer, tmp_path,
     policy.tokenizer.chat_template = template
     policy.model.generation_config.eos_token_id = [2, 1]
     codec = TokenizerFile(tmp_path / "model")
-    assert (codec.turn_end, codec.stop_ids) == (policy.turn_end, frozenset(policy.stop_ids.tolist())) == (expected, {1, 2})
+    assert (
+        (codec.turn_end, codec.stop_ids) == (policy.turn_end, frozenset(policy.stop_ids.tolist())) == (expected, {1, 2})
+    )
+
+
+def test_a_trace_resumes_with_its_own_tokenizer_and_template_only(load, tmp_path, tokenizer, call):
+    path = write(tmp_path / "run_rollouts_0.jsonl", [open_instruct_row(n) for n in range(4)])
+    whole = ["--tokenizer", tokenizer, "--template", "{question}"]
+    for name, given in (("none", []), ("own", ["--tokenizer", tokenizer]), ("templated", whole)):
+        load(path, *given, name=name)
+        load(path, *given, "--resume", name=name)
+    for name, given, changed in (
+        ("none", ["--tokenizer", tokenizer], "tokenizer"),
+        ("own", ["--tokenizer", SMOLLM], "tokenizer"),
+        ("own", [], "tokenizer"),
+        ("own", whole, "template"),
+        ("templated", ["--tokenizer", tokenizer], "template"),
+    ):
+        status, _, err = call("import", path, *given, "--resume", "--out", tmp_path / name)
+        assert status == 2
+        assert f"imported with another value of {changed}; choose another folder" in err
+
+
+def test_a_template_needs_what_tokenizes_it(load, tmp_path):
+    path = write(tmp_path / "run_rollouts_0.jsonl", [open_instruct_row(0)])
+    _, err = load(path, "--template", "{question}", status=2)
+    assert "--template: needs --tokenizer PATH or --model MODEL" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_format_is_documented():
