@@ -72,3 +72,9 @@ def place_in_group(group_ids: np.ndarray) -> np.ndarray:
     for rows in rows_by_group(group_ids):
         place[rows] = np.arange(len(rows))
     return place
+
+
+def mean_of(values: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
+    """Return the mean of the values of each row, (size,); NaN for a row without values and for one with a NaN."""
+    sums, counts = np.bincount(rows, values, size), np.bincount(rows, minlength=size)
+    return np.divide(sums, counts, out=np.full(size, np.nan), where=counts > 0)

@@ -29,7 +29,7 @@ import pyarrow as pa
 
 from entrace.analysis.trace.defects import find_defects
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest, with_kind
-from entrace.analysis.trace.groups import group_relative_advantage, place_in_group, ppl_z
+from entrace.analysis.trace.groups import group_relative_advantage, mean_of, place_in_group, ppl_z
 from entrace.analysis.trace.lexicon import Lexicon
 from entrace.analysis.trace.lock import acquire_lock
 from entrace.analysis.trace.manifest import check_kinds, describe_machine, read_manifest
@@ -672,10 +672,8 @@ class _Batch:
         values = self.token.get(name)
         if values is None:
             return np.full(len(self.responses), np.nan)
-        rows = self.responses.rows
-        flat = np.where(self.is_generated, values.fill_null(np.nan).to_numpy(zero_copy_only=False), 0.0)
-        sums, counts = np.bincount(rows, flat, len(self.responses)), self.generated_lengths
-        return np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
+        flat = values.fill_null(np.nan).to_numpy(zero_copy_only=False)
+        return mean_of(flat[self.is_generated], self.responses.rows[self.is_generated], len(self.responses))
 
 
 def _reasons(given: Mapping[str, str]) -> dict[str, str]:
