@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def _describe(
         "fields": dict(rollouts.keys),
         "advantage": given if counts.with_advantage or counts.known["reward"] else "unknown",
         "response_tokens": f"as given{masked}" if counts.exact == counts.rollouts else anew,
-        "settings": settings.entry(),
+        "settings": asdict(settings),
         "format": rollouts.dump.format.name,
         "dropped_groups": counts.dropped_groups,
         "logprobs": dict(counts.kinds),

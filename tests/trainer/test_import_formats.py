@@ -23,6 +23,8 @@ from entrace.analysis.trace import InputError, TraceWriter, Vocabulary, read_man
 from entrace.analysis.trace.places import to_place
 from entrace.trainer.resources import find_model
 
+from .conftest import table
+
 DUMPS = Path(__file__).parents[1] / "fixtures" / "dumps"
 SMOLLM = DUMPS / "smollm2-tokenizer"
 PROMPT = [3, 308, 265, 305, 275, 286, 265, 311, 312, 310, 30, 318, 270, 320, 264, 294, 271, 4]
@@ -45,10 +47,6 @@ def load(call, tmp_path):
         return tmp_path / name, err
 
     return import_dump
-
-
-def table(run, name):
-    return pl.read_parquet(run / name / "*.parquet")
 
 
 def write(path, rows):
@@ -448,7 +446,7 @@ def test_a_model_scores_at_the_recorded_temperature(load, tmp_path, policy):
     assert "the dump records temperatures from 0.5 to 1, and a pass has one; add --temperature" in err
     write(path, answers)
     _, err = load(path, "--model", "embedded", name="three", status=2)
-    assert 'no "prompt" and no "prompt_ids", one of which --model reads' in err
+    assert 'no "prompt" or "prompt_ids"; --model needs one of them' in err
 
 
 def test_completions_of_vllm_with_token_ids(load, tmp_path, tokenizer):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from entrace.analysis.importers.formats.annotated import Records
-from entrace.analysis.importers.formats.base import STEP, Convert, Format, Row, Session
+from entrace.analysis.importers.formats.base import Convert, Format, Row, Session, find_step
 from entrace.analysis.importers.row_files import BadRowError
 from entrace.analysis.trace.errors import InputError
 
@@ -140,8 +140,7 @@ def _facts(trace: Row, episode: Row, path: Path, *, has_orders: bool) -> Row:
     """Return what a trace says about all its branches."""
     info = trace["info"]
     shipped = _at(info, "ship", "step")
-    in_path = next((int(found[1]) for part in reversed(path.parts) if (found := STEP.search(part))), None)
-    steps = (shipped, in_path, _at(info, "arrival", "step"), _at(episode, "run", "work", "step"), 1)
+    steps = (shipped, find_step(path), _at(info, "arrival", "step"), _at(episode, "run", "work", "step"), 1)
     rewards = trace.get("rewards") or {}
     data = _at(trace, "task", "data") or {}
     scores = {name: None if reward is None else reward.get("score") for name, reward in rewards.items()}
@@ -192,7 +191,7 @@ def _tokens(nodes: Sequence[Row]) -> Row:
             values[name] += [next(rest) if mark else None for mark in marks]
     start = mask.index(True)
     if start == 0:
-        raise BadRowError('"mask" marks the first token as sampled, so that there is no prompt')
+        raise BadRowError('"mask" marks the first token as sampled, which leaves no prompt')
     found: Row = {
         "prompt_ids": ids[:start],
         "response_ids": ids[start:],
