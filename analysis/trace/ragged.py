@@ -125,7 +125,9 @@ class Responses:
         array = None if isinstance(values, list | tuple) else as_array(values)
         if array is not None:
             return array.ndim == 2
-        return any(hasattr(row, "__len__") and not isinstance(row, str) and np.ndim(row) > 0 for row in values)
+        return hasattr(values, "__iter__") and any(
+            hasattr(row, "__len__") and not isinstance(row, str) and np.ndim(row) > 0 for row in values
+        )
 
 
 def as_array(values: Any) -> np.ndarray | None:

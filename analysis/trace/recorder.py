@@ -600,12 +600,17 @@ class _Batch:
         return np.bincount(self.responses.rows, self.is_generated, len(self.responses)).astype(np.int64)
 
     def per_response(self, name: str, values: Any) -> list[Any]:
-        """Return values per response as a list.
+        """Return values per response as a list; a scalar applies to all of them.
 
         Raises:
             InputError: there is not one value per response.
         """
-        found = [values] * len(self.responses) if isinstance(values, str) else as_list(values)
+        value = values.item() if getattr(values, "ndim", None) == 0 else values
+        if isinstance(value, bool | int | float | str):
+            return [value] * len(self.responses)
+        if not hasattr(value, "__iter__"):
+            raise InputError(f"{name}: expected one value per response, found {type(value).__name__}")
+        found = as_list(value)
         if len(found) != len(self.responses):
             raise InputError(f"{name}: {len(found)} values, expected {len(self.responses)}, one per response")
         return found
@@ -626,8 +631,7 @@ class _Batch:
         """Add values per response; a scalar applies to all of them."""
         for name, given in values.items():
             if given is not None:
-                is_scalar = isinstance(given, bool | int | float | str)
-                found = [given] * len(self.responses) if is_scalar else self.per_response(name, given)
+                found = self.per_response(name, given)
                 self.response[name] = [_items(value) for value in found] if name == "reward_components" else found
 
     def add_tokens(self, values: Mapping[str, Any]) -> None:
