@@ -12,6 +12,7 @@ import pyarrow as pa
 from entrace.analysis.importers.rollout import RESCORED, Rollout
 from entrace.analysis.importers.statistics import group_relative_advantage, mean_of, place_in_group, ppl_z
 from entrace.analysis.trace.defects import find_defects
+from entrace.analysis.trace.groups import perplexity
 from entrace.analysis.trace.writer import TraceWriter
 
 EXACT = "exact"
@@ -201,7 +202,7 @@ class Chunk:
                 "is_kept": is_kept,
                 "entropy_mean": _nullable(entropy_mean),
                 "surprisal_mean": _nullable(surprisal),
-                "ppl": _nullable(np.exp(np.where(surprisal > LARGEST_SURPRISAL, np.nan, surprisal))),
+                "ppl": _nullable(perplexity(surprisal)),
                 "ppl_z": _nullable(ppl_z(surprisal, self.groups)),
                 "advantage": _nullable(self._of_response(self.advantage)),
                 "temperature": [r.temperature if r.temperature is not None else temperature for r in rollouts],

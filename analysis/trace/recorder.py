@@ -29,7 +29,7 @@ import pyarrow as pa
 
 from entrace.analysis.trace.defects import find_defects
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest, with_kind
-from entrace.analysis.trace.groups import group_relative_advantage, place_in_group, ppl_z
+from entrace.analysis.trace.groups import group_relative_advantage, perplexity, place_in_group, ppl_z
 from entrace.analysis.trace.lexicon import Lexicon
 from entrace.analysis.trace.lock import acquire_lock
 from entrace.analysis.trace.manifest import check_kinds, describe_machine, read_manifest
@@ -545,7 +545,7 @@ class Recorder:
             "drop_reason": batch.drop_reasons,
             "entropy_mean": _nullable(batch.means("entropy")),
             "surprisal_mean": _nullable(surprisal),
-            "ppl": _nullable(np.exp(surprisal)),
+            "ppl": _nullable(perplexity(surprisal)),
             "ppl_z": pa.array(ppl_z(surprisal, batch.groups), mask=np.isnan(surprisal)),
             "advantage": _nullable(batch.advantages),
             "temperature": self.temperature,

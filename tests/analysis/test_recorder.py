@@ -106,6 +106,15 @@ def test_padded_arrays_tensors_and_lists_give_the_same_rows(tmp_path):
     assert all(frame.equals(found[0], null_equal=True) for frame in found[1:])
 
 
+def test_a_perplexity_that_overflows_is_null(recorder):
+    recorder.record(1, **{**STEP, "logprob": [[-100.0] * len(ids) for ids in STEP["response_ids"]]})
+    recorder.record(2, **STEP)
+    rollouts = table(written(recorder), "rollouts")
+    assert rollouts.filter(step=1)["surprisal_mean"].to_list() == [100.0] * 4
+    assert rollouts.filter(step=1)["ppl"].to_list() == [None] * 4
+    assert rollouts.filter(step=2)["ppl"].null_count() == 0
+
+
 def test_context_counts_in_positions_and_has_no_measures(recorder):
     step = {name: values[:2] for name, values in STEP.items()}
     # The measures of context are not read, whatever they are.
