@@ -15,9 +15,6 @@ from entrace.trainer.algorithm.shaping import ShapingConfig, shape
 from entrace.trainer.kernels.token_stats import lm_head_grad_norm
 from entrace.trainer.seeding import Stream, generator
 
-# Names of ``Pass`` that are recorded under another name, or not at all.
-STATS = ("logprob", "entropy", "log_sum_p2", "hidden_norm")
-
 
 @dataclass(frozen=True)
 class Pass:
@@ -121,17 +118,14 @@ class Generation:
         """Return whether every loss over the batch has been taken, and the optimizer step after the last of them."""
         return len(self.losses) >= self.slices and not self.pending
 
-    def add(self, found: Pass, rows: Tensor | None = None) -> None:
-        """Keep the statistics of ``rows`` (default: all) under the sampling policy, unless they are known already."""
-        rows = torch.arange(len(self.ids)) if rows is None else rows.cpu()
-        new = ~self.known[rows.numpy()]
-        if new.any():
-            _place(self.stats, found, rows[new], torch.from_numpy(new), self.loss_mask)
-            self.known[rows.numpy()] = True
+    def add(self, found: Pass, rows: Tensor) -> None:
+        """Keep the statistics of ``rows`` under the sampling policy."""
+        _place(self.stats, found, rows, self.loss_mask)
+        self.known[rows.numpy()] = True
 
     def add_after(self, found: Pass, rows: Tensor) -> None:
         """Keep the statistics of ``rows`` under the updated policy."""
-        _place(self.after, found, rows.cpu(), torch.ones(len(rows), dtype=torch.bool), self.loss_mask)
+        _place(self.after, found, rows, self.loss_mask)
 
     def add_metric(self, name: str, value: Any) -> None:
         """Add a value to the mean of a column of table ``steps``."""
@@ -167,14 +161,14 @@ class Generation:
         }
 
 
-def _place(grids: dict[str, Tensor], found: Pass, rows: Tensor, chosen: Tensor, loss_mask: Tensor) -> None:
-    for name in STATS:
-        values = getattr(found, name)
-        if values is not None:
-            values = values.detach().float().cpu()[chosen]
-            width = min(values.shape[1], loss_mask.shape[1])
-            grid = grids.setdefault(name, torch.full(loss_mask.shape, torch.nan))
-            grid[rows, :width] = values[:, :width]
+def _place(grids: dict[str, Tensor], found: Pass, rows: Tensor, loss_mask: Tensor) -> None:
+    for name, values in vars(found).items():
+        if values is None:
+            continue
+        if name not in grids:
+            grids[name] = torch.full(loss_mask.shape, torch.nan)
+        width = min(values.shape[1], loss_mask.shape[1])
+        grids[name][rows, :width] = values[:, :width].float().cpu()
 
 
 def join(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

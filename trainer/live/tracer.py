@@ -384,9 +384,10 @@ class Tracer:
 
     @staticmethod
     def _add(batch: Generation, found: Pass, rows: Tensor) -> None:
-        """Keep the statistics of TRL's pass over ``rows``, except for responses that it masks."""
-        places = torch.from_numpy(np.flatnonzero(~batch.is_masked[rows.numpy()]))
-        batch.add(found.take(places), rows[places])
+        """Keep the statistics of TRL's pass over ``rows``, except for responses that are known or that it masks."""
+        places = torch.from_numpy(np.flatnonzero(~(batch.is_masked | batch.known)[rows.numpy()]))
+        if len(places):
+            batch.add(found.take(places), rows[places])
 
     def _extra_passes(self, batch: Generation, output: Mapping[str, Any]) -> None:
         """Make a pass of our own over the responses for which TRL makes none that can be used."""
@@ -405,7 +406,9 @@ class Tracer:
             self._say(f"images: no extra forward pass is made, although {reason}; the values are null")
             return
         self._say(f"an extra forward pass is made where {reason}")
-        batch.add(self._score(batch, rows), torch.from_numpy(rows))
+        found = self._score(batch, rows)
+        if len(rows):
+            batch.add(found, torch.from_numpy(rows))
 
     @torch.no_grad()
     def _score(self, batch: Generation, rows: np.ndarray) -> Pass:
