@@ -490,14 +490,14 @@ class Tracer:
     def timed_pass(self) -> Iterator[list[Tensor]]:
         """Keep the loss of the pass in the block, and its duration without generation."""
         started, before = time.perf_counter(), self._overhead
-        numbers = {id(batch) for batch in self._open}
+        latest = self._open[-1] if self._open else None
         losses: list[Tensor] = []
         yield losses
         if not self._open:
             return
         batch = self._open[-1]
         elapsed = time.perf_counter() - started - (self._overhead - before)
-        if id(batch) not in numbers:
+        if batch is not latest:
             elapsed -= batch.seconds["rollout_s"] + batch.seconds["reward_s"]
         batch.seconds["update_s"] += elapsed
         batch.losses += losses
