@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from entrace.analysis.trace.errors import InputError
+from entrace.analysis.trace.groups import rows_by_group
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
 from entrace.analysis.trace.recorder import Recorder
 from entrace.trainer.algorithm.plateau import PlateauDetector
@@ -786,8 +787,7 @@ def exact_zeros(advantages: np.ndarray, rewards: np.ndarray, group: np.ndarray) 
     1e-4. Larger advantages of such a group have another source, such as a penalty, and stay.
     """
     result = advantages.copy()
-    for number in np.unique(group):
-        rows = np.flatnonzero(group == number)
+    for rows in rows_by_group(group):
         values = rewards[rows]
         if np.isnan(values).any() or np.ptp(values) > 0:
             continue
