@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,8 @@ class Generation:
         stats: Statistics under the sampling policy, (B, T), by name; NaN where unknown.
         after: Statistics under the updated policy, (B, T), by name; NaN where unknown.
         shaped: Shaped advantages, (B, T); None if they equal the trainer's.
-        is_shaped: A shaping method was on.
         in_loss: Responses that a loss has used, (B,) bool.
+        known: Responses whose statistics under the sampling policy are known, (B,) bool.
         is_clipped: Tokens whose gradient the ratio clip removed, (B, T) bool; None if unknown.
         updates: Optimizer steps since the generation.
         pending: A loss was computed since the last optimizer step.
@@ -99,8 +100,8 @@ class Generation:
     stats: dict[str, Tensor] = field(default_factory=dict)
     after: dict[str, Tensor] = field(default_factory=dict)
     shaped: Tensor | None = None
-    is_shaped: bool = False
-    in_loss: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
+    in_loss: np.ndarray = field(init=False)
+    known: np.ndarray = field(init=False)
     is_clipped: Tensor | None = None
     updates: int = 0
     pending: bool = False
@@ -112,6 +113,21 @@ class Generation:
         """Start with no statistics and no response in a loss."""
         self.in_loss = np.zeros(len(self.ids), bool)
         self.known = np.zeros(len(self.ids), bool)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each response, (B,)."""
+        return np.array([len(ids) for ids in self.ids], np.int64)
+
+    @cached_property
+    def is_token(self) -> Tensor:
+        """True at the tokens of the responses, false at padding, (B, T) bool."""
+        return torch.arange(self.loss_mask.shape[1]) < torch.from_numpy(self.lengths)[:, None]
+
+    @property
+    def is_shaped(self) -> bool:
+        """Return whether a shaping method was on."""
+        return self.shaped is not None
 
     @property
     def is_complete(self) -> bool:
@@ -134,8 +150,6 @@ class Generation:
 
     def payload(self) -> dict[str, Any]:
         """Return everything to record, as arrays of numpy over the tokens of all responses, (N,)."""
-        lengths = np.array([len(ids) for ids in self.ids], np.int64)
-        is_token = torch.arange(self.loss_mask.shape[1]) < torch.from_numpy(lengths)[:, None]
         shaped = self.advantage[:, None].expand(self.loss_mask.shape) if self.shaped is None else self.shaped
         grids = {"loss_mask": self.loss_mask, "shaped_advantage": shaped, **self.token}
         grids |= {name: self.stats[name] for name in ("logprob", "entropy") if name in self.stats}
@@ -147,9 +161,9 @@ class Generation:
             hidden_norm = self.stats["hidden_norm"]
             grids["grad_norm"] = lm_head_grad_norm(shaped, self.stats["logprob"], sum_p2, hidden_norm, self.temperature)
         return {
-            "lengths": lengths,
+            "lengths": self.lengths,
             "ids": np.concatenate([np.array(ids, np.int64) for ids in self.ids]),
-            "token": {name: grid[is_token].numpy() for name, grid in grids.items()},
+            "token": {name: grid[self.is_token].numpy() for name, grid in grids.items()},
             "response": self.responses,
             "group": self.group,
             "reward": self.rewards,
@@ -216,9 +230,7 @@ def per_response(values: np.ndarray, lengths: np.ndarray) -> list[Any]:
 
 
 def shape_all(
-    parts: Sequence[Mapping[str, Tensor]],
-    correct: Sequence[bool],
-    group: np.ndarray,
+    parts: Sequence[Mapping[str, Any]],
     config: ShapingConfig,
     seed: int,
     step: int,
@@ -229,9 +241,8 @@ def shape_all(
     Methods see the tokens that the policy generated and nothing of the context between these.
 
     Args:
-        parts: ``logprob``, ``entropy``, and ``loss_mask`` of each process, (B, T), and ``advantage``, (B,).
-        correct: Verdict on each response of all processes.
-        group: Group of each response.
+        parts: Of each process ``logprob``, ``entropy``, and ``loss_mask``, (B, T), and ``advantage``, ``group``, and
+            ``correct``, (B,).
         config: Methods, parameters, and windows.
         seed: Seed of the run.
         step: Step of the trace.
@@ -251,9 +262,9 @@ def shape_all(
     view = RolloutView(
         torch.where(is_token, logprob.gather(1, order), 0),
         torch.where(is_token, entropy.gather(1, order), 0),
-        torch.tensor(correct),
+        torch.tensor([value for part in parts for value in part["correct"]]),
         is_token,
-        torch.from_numpy(group),
+        torch.from_numpy(np.concatenate([part["group"] for part in parts])),
         generator(seed, Stream.SHAPING, step),
     )
     shaped, is_on = shape(advantage, view, config, step, plateau_step)

@@ -429,10 +429,9 @@ class Tracer:
         try:
             for chunk in chunks:
                 index = torch.from_numpy(chunk).to(batch.tensors["completion_ids"].device)
-                mask = torch.arange(width) < torch.tensor([len(batch.ids[i]) for i in chunk])[:, None]
                 ids = torch.cat([batch.tensors["prompt_ids"][index], batch.tensors["completion_ids"][index]], 1)
                 prompt_mask = batch.tensors["prompt_mask"][index]
-                attention = torch.cat([prompt_mask, mask.to(prompt_mask)], 1)
+                attention = torch.cat([prompt_mask, batch.is_token[chunk].to(prompt_mask)], 1)
                 self._passes, self._in_loss = [], None
                 logprob, _, *_ = trainer._get_per_token_logps_and_entropies(model, ids, attention, width)
                 found.append(next(kept for own, kept in self._passes if own is logprob))
@@ -452,13 +451,8 @@ class Tracer:
         own = {name: batch.stats[name].nan_to_num(0.0) for name in ("logprob", "entropy")}
         own |= {"loss_mask": batch.loss_mask, "advantage": batch.advantage}
         parts = self._gather_all({**own, "correct": [bool(c) for c in batch.is_correct], "group": batch.group})
-        correct = [value for part in parts for value in part["correct"]]
-        group = np.concatenate([part["group"] for part in parts])
         # Both trainers average over the prompts of a step; the methods see groups from 0.
-        shaped, is_on = shape_all(
-            parts, correct, group, self.config, self.trainer.args.seed, batch.step, self.plateau.plateau_step
-        )
-        batch.is_shaped = is_on
+        shaped, is_on = shape_all(parts, self.config, self.trainer.args.seed, batch.step, self.plateau.plateau_step)
         if not is_on:
             return
         start = sum(len(part["advantage"]) for part in parts[: self.accelerator.process_index])
@@ -537,7 +531,7 @@ class Tracer:
         with self._costing():
             if batch.updates == 0 and not self.has_dropout:
                 self._add(batch, found, rows)
-                waits = self._shapes and not batch.is_shaped and batch.shaped is None and not batch.losses
+                waits = self._shapes and not batch.is_shaped and not batch.losses
                 if waits and self.trainer.args.steps_per_generation == 1:
                     self._shape(batch, inputs, rows)
             self._take_clipping(batch, inputs, rows, found)
