@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -147,27 +148,29 @@ class Recorder:
         self._flush_every = flush_every
         self._decode: Callable[[Sequence[int]], str] | None = None
         self._special: frozenset[int] = frozenset()
-        entries = self._read_vocabulary(vocab, vocab_size)
-        self._texts = entries.texts
+        self._texts: list[str] = []
+        read_entries = self._prepare_vocabulary(vocab, vocab_size)
         self._lock = acquire_lock(self.run_dir, waits=False)
         try:
-            self._open(entries, dict(manifest or {}), dict(unknown or {}), lexicon, resume_after)
+            self._open(read_entries, dict(manifest or {}), dict(unknown or {}), lexicon, resume_after)
         except BaseException:
             self._release()
             raise
 
-    def _read_vocabulary(self, vocab: Any, size: int | None) -> Vocabulary:
-        if not hasattr(vocab, "batch_decode"):
-            entries = vocab if isinstance(vocab, Vocabulary) else Vocabulary(list(vocab))
-            if entries.is_special:
-                self._special = frozenset(np.flatnonzero(entries.is_special).tolist())
-            return entries
-        self._decode = lambda ids: vocab.decode(ids, skip_special_tokens=True)
-        return Vocabulary.of(vocab, max(len(vocab), size or 0))
+    def _prepare_vocabulary(self, vocab: Any, size: int | None) -> Callable[[], Vocabulary]:
+        """Return a function that reads the vocabulary, which a resumed trace does not need."""
+        if hasattr(vocab, "batch_decode"):
+            self._decode = lambda ids: vocab.decode(ids, skip_special_tokens=True)
+            return lambda: Vocabulary.of(vocab, max(len(vocab), size or 0))
+        entries = vocab if isinstance(vocab, Vocabulary) else Vocabulary(list(vocab))
+        self._texts = entries.texts
+        if entries.is_special:
+            self._special = frozenset(np.flatnonzero(entries.is_special).tolist())
+        return lambda: entries
 
     def _open(
         self,
-        entries: Vocabulary,
+        read_entries: Callable[[], Vocabulary],
         manifest: dict[str, Any],
         unknown: dict[str, str],
         lexicon: Lexicon | None,
@@ -188,7 +191,7 @@ class Recorder:
             check_kinds("manifest", described)
             if self.run_dir.exists() and any(self.run_dir.iterdir()):
                 raise InputError(f"{self.run_dir}: already holds files; choose another folder, or pass resume_after")
-            self._writer = TraceWriter.create(self.run_dir, described, entries, lexicon)
+            self._writer = TraceWriter.create(self.run_dir, described, read_entries(), lexicon)
             self._last = self._eval_step = 0
             return
         self._last = self._eval_step = self._check_resumable(resume_after)
@@ -198,9 +201,8 @@ class Recorder:
         kept = {name: unknown.get(name, reason) for name, reason in (found.get("unknown") or {}).items()}
         found |= {**manifest, "unknown": kept}
         check_kinds("manifest", found)
-        for prompt_ids in self._read("prompts", "prompt_id"):
-            self._prompts.update(prompt_ids)
-        self._rollouts = max((max(ids, default=-1) for ids in self._read("rollouts", "rollout_id")), default=-1) + 1
+        self._prompts.update(prompt_id for (prompt_id,) in self._read_rows("prompts", ["prompt_id"]))
+        self._rollouts = max((number for (number,) in self._read_rows("rollouts", ["rollout_id"])), default=-1) + 1
         for step, benchmark, prompt_id in self._read_rows("evals", ["step", "benchmark", "prompt_id"]):
             self._samples.setdefault((step, benchmark), Counter())[prompt_id] += 1
 
@@ -224,10 +226,6 @@ class Recorder:
                         "flush() whenever a checkpoint is saved"
                     )
         return wanted
-
-    def _read(self, table: str, column: str) -> Iterable[list[Any]]:
-        for name in self._writer.manifest["files"].get(table, {}):
-            yield read_part(self.run_dir / table / name, [column])[column].to_pylist()
 
     def _read_rows(self, table: str, columns: list[str]) -> Iterable[tuple[Any, ...]]:
         for name in self._writer.manifest["files"].get(table, {}):
@@ -594,7 +592,7 @@ class _Batch:
     kept: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
     drop_reasons: list[str | None] = field(default_factory=list)
 
-    @property
+    @cached_property
     def generated_lengths(self) -> np.ndarray:
         """Tokens of each response that the policy generated, (B,)."""
         return np.bincount(self.responses.rows, self.is_generated, len(self.responses)).astype(np.int64)
@@ -654,7 +652,7 @@ class _Batch:
             self.token[name] = self._measure(name, flat, is_unknown)
 
     def _measure(self, name: str, flat: np.ndarray, is_unknown: np.ndarray) -> pa.Array:
-        kind = next(column.type for column in TOKENS.columns if column.name == name)
+        kind = TOKENS.arrow_schema.field(name).type
         is_null = is_unknown | ~self.is_generated if name not in ("turn", "policy_version") else is_unknown
         if flat.dtype.kind not in "biufO" or (flat.dtype.kind == "O" and not all(map(_is_number, flat))):
             raise InputError(f"{name}: expected numbers, found {flat.dtype}")
