@@ -73,9 +73,12 @@ def shaping_config(shaping: Any) -> ShapingConfig:
         return shaping
     if shaping is None:
         return ShapingConfig()
-    values = (
-        shaping if isinstance(shaping, Mapping) else {"method": shaping if isinstance(shaping, str) else list(shaping)}
-    )
+    if isinstance(shaping, str):
+        values: Mapping[str, Any] = {"method": shaping}
+    elif isinstance(shaping, Mapping):
+        values = shaping
+    else:
+        values = {"method": list(shaping)}
     return validate_section(ShapingConfig, values, "shaping")
 
 

@@ -208,25 +208,26 @@ def join(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return joined
 
 
-def per_response(values: np.ndarray, lengths: np.ndarray) -> list[Any]:
+def split_by_response(values: np.ndarray, lengths: np.ndarray) -> list[Any]:
     """Split values of tokens by response; None for a response without values, None for a single value that is unknown.
 
     Args:
         values: Values of the tokens of all responses, (N,); NaN or infinite where unknown.
         lengths: Tokens of each response, (B,).
     """
-    rows: list[Any] = np.split(values, np.cumsum(lengths)[:-1])
-    if values.dtype.kind != "f":
+    rows = np.split(values, np.cumsum(lengths)[:-1])
+    if values.dtype.kind != "f" or np.isfinite(values).all():
         return rows
-    is_bad = ~np.isfinite(values)
-    if not is_bad.any():
-        return rows
-    for i, (row, bad) in enumerate(zip(rows, np.split(is_bad, np.cumsum(lengths)[:-1]), strict=True)):
-        if bad.any():
-            rows[i] = (
-                None if bad.all() else [None if unknown else x for x, unknown in zip(row.tolist(), bad, strict=True)]
-            )
-    return rows
+    return [_with_none(row) for row in rows]
+
+
+def _with_none(row: np.ndarray) -> Any:
+    is_known = np.isfinite(row)
+    if is_known.all():
+        return row
+    if not is_known.any():
+        return None
+    return [value if known else None for value, known in zip(row.tolist(), is_known, strict=True)]
 
 
 def shape_all(

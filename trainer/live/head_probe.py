@@ -71,10 +71,10 @@ class HeadProbe:
     @contextmanager
     def listening(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Collect ln sum p^2 and |h| of the forward passes in the block, (B, T) each; T spans prompt and response."""
-        self._heard, heard = (found := []), []
+        heard: list[tuple[Tensor, Tensor]] = []
+        self._heard = heard
         try:
             yield heard
-            heard += found
         finally:
             self._heard = self._norms = None
 

@@ -27,7 +27,7 @@ from entrace.analysis.trace.recorder import Recorder
 from entrace.trainer.algorithm.plateau import PlateauDetector
 from entrace.trainer.algorithm.shaping import NONE, waits_for_plateau
 from entrace.trainer.live.arguments import Arguments, choose_correct, trl_version
-from entrace.trainer.live.generation import Generation, Pass, join, per_response, shape_all
+from entrace.trainer.live.generation import Generation, Pass, join, shape_all, split_by_response
 from entrace.trainer.live.head_probe import HeadProbe
 from entrace.trainer.live.messages import first_of, identify, number_repeats, text_of
 from entrace.trainer.seeding import Stream, generator
@@ -233,12 +233,13 @@ class Tracer:
             self.finish_steps(None)
             self._flush_evals()
         started = time.perf_counter()
-        self._scored, self._passes = _Scored(), []
+        scored = _Scored()
+        passes: list[tuple[Any, Pass]] = []
+        self._scored, self._passes = scored, passes
         try:
-            yield self._scored
-            scored, passes = self._scored, self._passes
+            yield scored
         finally:
-            self._scored, self._passes = None, None
+            self._scored = self._passes = None
         output = scored.output
         output[ROW] = torch.arange(len(scored.ids), device=output["completion_ids"].device)
         if not is_training:
@@ -278,8 +279,6 @@ class Tracer:
             arguments["compute_entropy"] = True
         with self.probe.listening() if self.probe and is_policy else nullcontext([]) as heard:
             yield kept
-        if not kept:
-            return
         logprob, entropy = kept
         sums = norms = None
         if heard:
@@ -502,20 +501,18 @@ class Tracer:
     def loss_pass(self, inputs: Any) -> Iterator[None]:
         """Follow the loss over a slice of the latest batch, or over an evaluation batch."""
         rows = inputs[ROW].cpu()
-        if not self.trainer.model.training:
-            self._in_loss = functools.partial(self._take_evaluation, inputs, rows)
-            try:
-                yield
-            finally:
-                self._in_loss = None
-            return
-        batch = self._open[-1]
+        batch = self._open[-1] if self.trainer.model.training else None
         before = {name: len(self._metric(name)) for name in METRICS}
-        self._in_loss = functools.partial(self._take_loss, batch, inputs, rows)
+        if batch is None:
+            self._in_loss = functools.partial(self._take_evaluation, inputs, rows)
+        else:
+            self._in_loss = functools.partial(self._take_loss, batch, inputs, rows)
         try:
             yield
         finally:
             self._in_loss = None
+        if batch is None:
+            return
         batch.in_loss[rows.numpy()] = True
         for name, column in METRICS.items():
             values = self._metric(name)
@@ -610,7 +607,7 @@ class Tracer:
 
     def _write(self, recorder: Recorder, batch: Generation, joined: dict[str, Any], cost: float) -> dict[str, Any]:
         lengths = joined["lengths"]
-        token = {name: per_response(values, lengths) for name, values in joined["token"].items()}
+        token = {name: split_by_response(values, lengths) for name, values in joined["token"].items()}
         loss_mask = token.pop("loss_mask")
         response = dict(joined["response"])
         rewards = [None if value != value else value for value in joined["reward"].tolist()]
@@ -621,7 +618,7 @@ class Tracer:
             batch.step,
             prompt=response.pop("prompt"),
             completion=response.pop("completion"),
-            response_ids=per_response(joined["ids"], lengths),
+            response_ids=split_by_response(joined["ids"], lengths),
             loss_mask=loss_mask,
             reward=rewards,
             group=joined["group"],
