@@ -36,7 +36,7 @@ from entrace.analysis.trace.lock import acquire_lock
 from entrace.analysis.trace.manifest import check_kinds, describe_machine, read_manifest
 from entrace.analysis.trace.parts import PART, last_whole_step, listed_files, read_part
 from entrace.analysis.trace.ragged import Responses, as_list
-from entrace.analysis.trace.schema import EVALS, PROMPTS, ROLLOUTS, STEPS, TABLES, TOKENS
+from entrace.analysis.trace.schema import EVALS, NO_VERDICT, PROMPTS, ROLLOUTS, STEPS, TABLES, TOKENS
 from entrace.analysis.trace.vocabulary import Vocabulary
 from entrace.analysis.trace.writer import TraceWriter
 
@@ -471,7 +471,7 @@ class Recorder:
         texts = [value if isinstance(value, str) else self._text("prompt", value) for value in values]
         batch = _Batch(responses, _generated(responses, loss_mask), texts)
         if columns.get("prompt_id") is None:
-            batch.prompt_ids = [_hash(text) for text in texts]
+            batch.prompt_ids = [prompt_hash(text) for text in texts]
         else:
             batch.prompt_ids = [str(value) for value in batch.per_response("prompt_id", columns["prompt_id"])]
         return batch
@@ -704,7 +704,8 @@ def _check_names(place: str, given: Iterable[str], names: Iterable[str], explici
             raise InputError(f'{place}: unknown name "{name}"{nearest(name, (*names, *explicit))}')
 
 
-def _hash(text: str) -> str:
+def prompt_hash(text: str) -> str:
+    """Return a hash of the text of a prompt, its identifier unless one is passed."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:HASH_LENGTH]
 
 
@@ -759,7 +760,7 @@ def _kept(batch: _Batch, *, has_advantage: bool) -> tuple[np.ndarray, list[str |
     kept = batch.response.pop("is_kept", None)
     reasons = batch.response.pop("drop_reason", None)
     if kept is None:
-        reasons = reasons or ["no_verdict" if missing else None for missing in without_verdict]
+        reasons = reasons or [NO_VERDICT if missing else None for missing in without_verdict]
         return (batch.generated_lengths > 0) & ~without_verdict, reasons
     if None in kept:
         raise InputError("is_kept: None is not a verdict; pass true or false for every response")
@@ -787,9 +788,9 @@ def _step_row(batch: _Batch) -> dict[str, Any]:
     known = batch.token.get("entropy", pa.array([], pa.float32())).drop_null()
     groups_kept = len(np.unique(batch.groups[batch.kept]))
     return {
-        "reward_mean": _mean(None if np.isnan(value) else value for value in batch.rewards),
-        "accuracy": _mean(batch.correct),
-        "format_rate": _mean(answered),
+        "reward_mean": mean_of_known(None if np.isnan(value) else value for value in batch.rewards),
+        "accuracy": mean_of_known(batch.correct),
+        "format_rate": mean_of_known(answered),
         "entropy_token_mean": float(known.to_numpy().mean(dtype=float)) if len(known) else None,
         "tokens": int(batch.is_generated.sum()),
         "groups_kept": groups_kept,
@@ -797,7 +798,8 @@ def _step_row(batch: _Batch) -> dict[str, Any]:
     }
 
 
-def _mean(values: Iterable[Any]) -> float | None:
+def mean_of_known(values: Iterable[Any]) -> float | None:
+    """Return the mean of the values that are not None; None if there is none."""
     known = [float(value) for value in values if value is not None]
     return sum(known) / len(known) if known else None
 

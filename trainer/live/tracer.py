@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from entrace.analysis.trace.errors import InputError
 from entrace.analysis.trace.groups import rows_by_group
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
-from entrace.analysis.trace.recorder import Recorder
+from entrace.analysis.trace.recorder import Recorder, mean_of_known
+from entrace.analysis.trace.schema import TRUNCATED
 from entrace.trainer.algorithm.plateau import PlateauDetector
 from entrace.trainer.algorithm.shaping import NONE, waits_for_plateau
 from entrace.trainer.live.arguments import Arguments, choose_correct, trl_version
@@ -610,9 +611,8 @@ class Tracer:
         token = {name: split_by_response(values, lengths) for name, values in joined["token"].items()}
         loss_mask = token.pop("loss_mask")
         response = dict(joined["response"])
-        rewards = [None if value != value else value for value in joined["reward"].tolist()]
         kept = joined["in_loss"] & ~joined["is_masked"]
-        metrics = {name: _mean(values) for name, values in batch.metrics.items()}
+        metrics = {name: mean_of_known(values) for name, values in batch.metrics.items()}
         metrics["loss"] = joined["loss"]
         return recorder.record(
             batch.step,
@@ -620,12 +620,12 @@ class Tracer:
             completion=response.pop("completion"),
             response_ids=split_by_response(joined["ids"], lengths),
             loss_mask=loss_mask,
-            reward=rewards,
+            reward=_none_for_nan(joined["reward"]),
             group=joined["group"],
             advantage=exact_zeros(joined["advantage"], joined["reward"], joined["group"]),
             is_correct=joined["is_correct"],
             is_kept=kept,
-            drop_reason=["truncated" if masked else None for masked in joined["is_masked"]],
+            drop_reason=[TRUNCATED if masked else None for masked in joined["is_masked"]],
             policy_step=batch.policy_step,
             policy_version=batch.policy_version,
             metrics={
@@ -701,7 +701,7 @@ class Tracer:
             ground_truth=rows["ground_truth"],
             task=rows["task"],
             response_length=rows["length"],
-            reward=[None if value != value else float(value) for value in rows["reward"]],
+            reward=_none_for_nan(rows["reward"]),
             is_correct=rows["is_correct"],
             entropy_mean=rows["entropy_mean"],
         )
@@ -805,9 +805,8 @@ def _has_dropout(model: Any) -> bool:
     return any("attention_dropout" in name and value for name, value in vars(config).items())
 
 
-def _mean(values: Sequence[Any]) -> float | None:
-    numbers = [float(value) for value in values if value is not None]
-    return sum(numbers) / len(numbers) if numbers else None
+def _none_for_nan(values: Iterable[float]) -> list[float | None]:
+    return [None if value != value else float(value) for value in values]
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
