@@ -1,4 +1,4 @@
-"""Convert values per token and per response, in the forms that trainers hold them, to flat arrays.
+"""Flatten per-token and per-response values from the layouts that trainers use.
 
 A trainer holds values per token as one list or array per response, or as one padded array ``(B, T)`` with a mask, and
 tensors of torch as well as arrays of numpy. Nothing here imports torch.
@@ -81,8 +81,8 @@ class Responses:
 
         Args:
             name: Name of the values, for errors.
-            values: One list or array per response, in which None is unknown, as is a None instead of a list; or an
-                array ``(B, T)``: with the mask of the ids if they had one, and padded on the right if they had none.
+            values: One list or array per response; None marks an unknown value or a wholly unknown response. Or an
+                array ``(B, T)``: masked like the ids, or right-padded if the ids came as lists.
 
         Raises:
             InputError: a length or shape differs from that of the ids.

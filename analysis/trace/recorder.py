@@ -82,7 +82,7 @@ EVAL_ONLY = ("response_length", "entropy_mean")
 # Columns of table steps that follow from the responses.
 DERIVED = ("reward_mean", "accuracy", "format_rate", "entropy_token_mean", "tokens", "groups_kept", "groups_dropped")
 STEP_METRICS = tuple(c.name for c in STEPS.columns if c.name not in ("run_id", "step", *DERIVED))
-# Null has a meaning of its own in these columns, which the schema states.
+# Columns in which null is a statement of its own (see the schema) and needs no reason.
 NULL_IS_KNOWN = {
     "tokens": {"loss_mask", "turn"},
     "rollouts": {"generated_length", "reward_components", "answer_class", "drop_reason", "length_penalty"},
@@ -273,7 +273,7 @@ class Recorder:
 
         B responses. Values per token are one list per response, or a padded array ``(B, T)`` with ``response_mask``.
         Values per response are a list or array of length B. Arrays of numpy and tensors of torch are accepted. Context
-        counts in positions and lengths, and its measures are null.
+        tokens count toward positions and lengths; their measured values are null.
 
         Args:
             step: The step, from 1; greater than that of the call before. Steps may be skipped.

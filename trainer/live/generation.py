@@ -66,7 +66,7 @@ class Generation:
         tensors: Prompts and responses as the trainer padded them.
         slices: Loss passes that the trainer takes over the batch, all iterations together.
         temperature: Sampling temperature.
-        can_score: The tensors are all that a forward pass needs.
+        can_score: ``tensors`` suffice for a forward pass; false with images.
         token: Further values per token, (B, T), by name.
         stats: Statistics under the sampling policy, (B, T), by name; NaN where unknown.
         after: Statistics under the updated policy, (B, T), by name; NaN where unknown.
@@ -76,7 +76,7 @@ class Generation:
         is_clipped: Tokens whose gradient the ratio clip removed, (B, T) bool; None if unknown.
         updates: Optimizer steps since the generation.
         pending: A loss was computed since the last optimizer step.
-        losses: Loss of each pass, as of a whole window of gradient accumulation.
+        losses: Loss of each pass, rescaled to a full gradient-accumulation window.
         metrics: Values of each loss pass or optimizer step, by column of table ``steps``.
         seconds: Durations, by column of table ``steps``.
     """
@@ -239,7 +239,7 @@ def shape_all(
 ) -> tuple[Tensor, bool]:
     """Return the shaped advantages of the responses of all processes, and whether a method was on.
 
-    Methods see the tokens that the policy generated and nothing of the context between these.
+    Methods see generated tokens only; context between them is removed.
 
     Args:
         parts: Of each process ``logprob``, ``entropy``, and ``loss_mask``, (B, T), and ``advantage``, ``group``, and

@@ -52,7 +52,7 @@ UNIFORM_ROUNDING = 4 * torch.finfo(torch.float32).eps / 1e-4
 
 @dataclass
 class _Scored:
-    """Hold a generation batch while TRL builds it: its rewards, forward passes, and the dictionary returned."""
+    """Hold the inputs, rewards, and output of one batch while TRL builds it."""
 
     output: Any = None
     inputs: Any = None
@@ -82,7 +82,8 @@ class Tracer:
         self._open: list[Generation] = []
         self._last = 0
         self._scored: _Scored | None = None
-        # Forward passes of the policy that TRL makes while it builds a batch, and the pass of the loss that is running.
+        # Passes that TRL makes while it builds a batch, and the consumer of the pass inside the running loss; None
+        # outside.
         self._passes: list[tuple[Any, Pass]] | None = None
         self._in_loss: Callable[[Pass], None] | None = None
         self._eval_rows: list[dict[str, Any]] | None = None
@@ -260,7 +261,7 @@ class Tracer:
     def keep_rewards(
         self, inputs: Any, prompts: Any, completions: Any, ids: Any, rewards: Tensor, started: float
     ) -> None:
-        """Keep what a batch was rewarded for."""
+        """Keep the inputs and scores of the reward functions."""
         if self._scored is not None:
             found = self._scored
             found.inputs, found.prompts, found.completions, found.ids = inputs, prompts, completions, ids
@@ -560,7 +561,7 @@ class Tracer:
                 batch.add_metric("lr", self.lr)
 
     def finish_steps(self, grad_norm: Any, *, is_end: bool = False) -> None:
-        """Record the batches that training has finished with; at the end, those that it leaves unfinished too."""
+        """Record completed batches; at the end of training, also those that some loss has used."""
         if grad_norm is not None:
             for batch in self._open:
                 if batch.updates and len(batch.metrics.get("grad_norm", [])) < batch.updates:
@@ -719,7 +720,7 @@ class Tracer:
             for step, benchmark in sorted(self._evals):
                 self._write_eval(recorder, step, benchmark, self._evals.pop((step, benchmark)))
 
-    # Processes
+    # Processes. Not those of trainer.parallel.ranks, which would take over the signals and errors of the user's process.
 
     def _gather_all(self, value: Any) -> list[Any]:
         """Return the values of all processes, in order of rank."""
@@ -742,7 +743,7 @@ class Tracer:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Raise an error of the block, which only the main process may meet, in all processes."""
+        """Raise an error of the block in all processes; only the main process may encounter one."""
         error: Exception | None = None
         try:
             yield
@@ -772,7 +773,7 @@ class Tracer:
 
 
 def exact_zeros(advantages: np.ndarray, rewards: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Return advantages with exactly 0 where all rewards of a group are equal, which TRL gives up to rounding.
+    """Set advantages to exactly 0 in groups with equal rewards, where TRL leaves rounding errors.
 
     The mean of equal numbers may differ from them in the last bit, and TRL divides by a standard deviation of 0 plus
     1e-4. Larger advantages of such a group have another source, such as a penalty, and stay.
