@@ -11,12 +11,10 @@ import pyarrow as pa
 
 from entrace.analysis.importers.rollout import RESCORED, Rollout
 from entrace.analysis.trace.defects import find_defects
-from entrace.analysis.trace.groups import group_relative_advantage, mean_of, place_in_group, ppl_z
+from entrace.analysis.trace.groups import group_relative_advantage, mean_of, perplexity, place_in_group, ppl_z
 from entrace.analysis.trace.writer import TraceWriter
 
 EXACT = "exact"
-# exp of more overflows float32.
-LARGEST_SURPRISAL = 88.0
 
 
 class Scores(Protocol):
@@ -201,7 +199,7 @@ class Chunk:
                 "is_kept": is_kept,
                 "entropy_mean": _nullable(entropy_mean),
                 "surprisal_mean": _nullable(surprisal),
-                "ppl": _nullable(np.exp(np.where(surprisal > LARGEST_SURPRISAL, np.nan, surprisal))),
+                "ppl": _nullable(perplexity(surprisal)),
                 "ppl_z": _nullable(np.where(self._has_gap(surprisal), np.nan, ppl_z(surprisal, self.groups))),
                 "advantage": _nullable(self._of_response(self.advantage)),
                 "temperature": [r.temperature if r.temperature is not None else temperature for r in rollouts],
