@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from entrace.analysis.trace.schema import NO_VERDICT, TRUNCATED, UNIFORM_GROUP
 from entrace.trainer.algorithm.advantages import group_relative_advantage, mixed_groups, overlong_penalty
 from entrace.trainer.algorithm.method import RolloutView
 from entrace.trainer.config import SAMPLING_MEMORY, Config
@@ -21,9 +22,6 @@ from entrace.trainer.sampling.samples import Rollouts, SamplingParams
 from entrace.trainer.seeding import Stream, generator
 from entrace.trainer.tasks import Prompt, Score, Task
 
-# Reasons to exclude a response from the update: no verdict, a uniform group dropped by dynamic sampling, or the length
-# limit with loss.mask_truncated.
-DROP_REASONS = NO_VERDICT, UNIFORM_GROUP, TRUNCATED = "no_verdict", "uniform_group", "truncated"
 # Consecutive rounds of dynamic sampling without any usable group after which sampling stops.
 MAX_ROUNDS_IN_VAIN = 100
 
@@ -42,7 +40,7 @@ class Batch:
         length_penalties: Added to the rewards for length, (B,), at most 0.
         group_ids: (B,), from 0 within the step.
         has_verdict: Responses with a verdict, (B,) bool.
-        drop_reasons: Reason to exclude a response from the update, one of ``DROP_REASONS``; None if it is included.
+        drop_reasons: Reason to exclude a response from the update, one of ``DROP_REASONS``; None if included.
         is_own: Responses sampled, and recorded, by this process, (B,) bool.
         advantages: Group-relative advantages of reward plus penalty, (B,); 0 in uniform groups.
         rollout_s: Seconds spent sampling.

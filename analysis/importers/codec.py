@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from entrace.analysis.importers.chat import Question, as_chat, as_text
+from entrace.analysis.importers.chat import Question, as_text
 from entrace.analysis.trace.vocabulary import Vocabulary
 
 # Stands for a response, to find the tokens that the chat template writes after it.
@@ -18,11 +18,6 @@ class Codec(Protocol):
     @property
     def name(self) -> str:
         """Return where it was loaded from, for messages."""
-        ...
-
-    @property
-    def template(self) -> str | None:
-        """Return the text of a prompt with placeholder ``{question}`` that replaces the chat template."""
         ...
 
     @property
@@ -136,4 +131,20 @@ def fill_template(template: str, question: Question) -> str:
 
 def probe_turns() -> list[dict[str, str]]:
     """Return a dialog whose response is ``PROBE``."""
-    return [*as_chat(PROBE), {"role": "assistant", "content": PROBE}]
+    return [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+
+
+def after_response(rendered: str) -> str:
+    """Return the text after the response of rendered ``probe_turns``; empty if the template dropped the response."""
+    _, found, rest = rendered.rpartition(PROBE)
+    return rest if found else ""
+
+
+def opening_of(bare: list[int], whole: list[int]) -> list[int]:
+    """Return the tokens that a tokenizer puts before a text, from the text's tokens without and with special ones."""
+    return whole[: next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)]
+
+
+def with_opening(ids: list[int], opening: list[int]) -> list[int]:
+    """Return tokens that begin with ``opening`` once."""
+    return ids if ids[: len(opening)] == opening else [*opening, *ids]

@@ -151,7 +151,7 @@ def _read(
     spill = folder / "rollouts.parquet"
     needed = {name: kind for name, kind in dump.format.needed.items() if name != "reward" or not rewards}
     columns = Columns(settings.fields, needed, dump.format.uniform)
-    reader = RowReader(settings, codec, columns, dump.format.prompts, is_scored)
+    reader = RowReader(settings, codec, columns, dump.format.prompts, is_scored, rewards)
     rows = bad_rows = tokens = 0
     # The first row of each distinct fault, so that a fault of all rows is reported once.
     faults: dict[str, str] = {}
@@ -160,8 +160,7 @@ def _read(
         for place, row, task in dump.rows(folder):
             rows += 1
             try:
-                joined = rewards.join(row) if rewards and isinstance(row, dict) else row
-                rollout, _ = reader.read(joined, place, task)
+                rollout = reader.read(row, place, task)
             except BadRowError as fault:
                 bad_rows += 1
                 if len(faults) < NUM_NAMED:
@@ -261,27 +260,22 @@ def _count(con: Any, spill: Path, column: str, excluded: list[int], rows: int, b
           count(*), count(distinct group_id), count(distinct step), coalesce(sum(len(response_ids)), 0)::bigint,
           coalesce(sum(len(list_filter(loss_mask, lambda x: not x))), 0)::bigint, count(*) filter (ids_given),
           count(*) filter (has_text), count(*) filter (advantage is not null or advantages is not null),
-          count(*) filter (is_correct), coalesce(max(list_max(response_ids)), 0), {known}
+          count(*) filter (is_correct), coalesce(max(list_max(response_ids)), 0),
+          histogram(logprob_kind), min(temperature), max(temperature), {known}
         from ({_select(column)})""",
         [str(spill), excluded],
     ).fetchone()
-    kinds = con.execute(
-        f"select logprob_kind, count(*) from ({_select(column)}) where logprob_kind is not null group by 1 order by 1",
-        [str(spill), excluded],
-    ).fetchall()
-    low, high = con.execute(
-        f"select min(temperature), max(temperature) from ({_select(column)})", [str(spill), excluded]
-    ).fetchone()
     names = ("rollouts", "groups", "steps", "tokens", "masked", "exact", "with_text", "with_advantage", "correct")
     first = dict(zip((*names, "largest_id"), values, strict=False))
+    kinds, low, high, *by_column = values[len(first) :]
     return Counts(
         rows=rows,
         bad_rows=bad_rows,
         dropped_rows=rows - bad_rows - first["rollouts"],
         dropped_groups=len(excluded),
         **first,
-        kinds=dict(kinds),
-        known=dict(zip(KNOWN, values[len(first) :], strict=True)),
+        kinds=kinds or {},
+        known=dict(zip(KNOWN, by_column, strict=True)),
         temperatures=None if low is None else (low, high),
     )
 
@@ -304,7 +298,9 @@ def _remarks(
         lines.append(f"all advantages are 0: no two responses share {shared}")
     if counts.masked:
         mask = keys.get("loss_mask", "loss_mask")
-        lines.append(f"{mask} marks {counts.masked} of {counts.tokens} tokens as context, which enters no statistic")
+        lines.append(
+            f"{mask} marks {counts.masked} of {counts.tokens} tokens as context, which is excluded from all statistics"
+        )
     if reader.mismatches.rows:
         found = reader.mismatches
         lines.append(f"{found.rows} of {found.checked} rows have token ids that differ from their text ({found.first})")
@@ -314,7 +310,7 @@ def _remarks(
     if number := restored.get("rebuilt", 0) + restored.get("as question", 0):
         lines.append(f"{number} prompts rebuilt with the chat template, whose special tokens the dump lacks")
     if number := restored.get("not rebuilt", 0):
-        lines.append(f"{number} prompts are not what the chat template leaves without special tokens; recorded as text")
+        lines.append(f"{number} prompts do not match the chat template without its special tokens; recorded as text")
     return lines
 
 

@@ -43,7 +43,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 # Fields that all rows must have, or none, because they determine groups and advantages.
 UNIFORM = ("step", "group", "advantage", "is_correct")
-NEEDED = {"prompt": "text or a list of turns", "response": "text", "reward": "a number"}
+# Fields that the rows of most formats must have, and what is expected of them.
+NEEDED = {"prompt": "text or a list of turns", "response": "text"}
 
 
 class Columns:
@@ -57,7 +58,7 @@ class Columns:
     def __init__(
         self,
         chosen: Mapping[str, str],
-        needed: Mapping[str, str] = NEEDED,
+        needed: Mapping[str, str],
         uniform: Sequence[str] = UNIFORM,
     ) -> None:
         """Look for the ``chosen`` keys of fields, and for those in ``ALIASES`` otherwise.

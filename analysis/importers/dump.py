@@ -35,6 +35,8 @@ SUFFIXES = {
     **dict.fromkeys((".pt", ".pth", ".pkl", ".pickle"), PICKLE),
     **dict.fromkeys((".csv", ".tsv"), "a table of text; write Parquet"),
 }
+# Suffixes of the files of a folder that are read; other files beside them, such as unfinished ones, are not.
+READ = (".jsonl", ".zst", ".parquet")
 NUMBERS = re.compile(r"(\d+)")
 # Files that a message about a folder names.
 NUM_LISTED = 3
@@ -150,11 +152,9 @@ def _find_in_folder(folder: Path, form: Format | None) -> tuple[Format, list[Pat
     for candidate in [form] if form else FORMATS.values():
         for pattern in candidate.files:
             files = sorted((path for path in folder.glob(pattern) if path.is_file()), key=natural)
-            files = [path for path in files if ".index." not in path.name]
+            files = [path for path in files if path.suffix in READ and ".index." not in path.name]
             if not files:
                 continue
-            if candidate.name == "verifiers":
-                files = _with_streams(folder, pattern, files)
             if form or _detect(_first_row(files[0]), files[0]) is candidate:
                 return candidate, files
     names = sorted((path for path in folder.rglob("*") if path.is_file()), key=natural)
@@ -165,16 +165,6 @@ def _find_in_folder(folder: Path, form: Format | None) -> tuple[Format, list[Pat
     more = f", and {len(names) - NUM_LISTED} more" if len(names) > NUM_LISTED else ""
     wanted = f"no files of {form.title}" if form else "no dump of a known format"
     raise InputError(f"{folder}: {wanted}; found {shown}{more}; formats: {', '.join(FORMATS)}")
-
-
-def _with_streams(folder: Path, pattern: str, files: list[Path]) -> list[Path]:
-    """Return plain and compressed chunks of a stream together; a chunk that is there twice is read once."""
-    if "stream" not in pattern:
-        return files
-    twins = folder.glob(f"{pattern.removesuffix('.zst')}.zst")
-    chunks = {path.name.removesuffix(".zst"): path for path in twins if path.is_file()}
-    chunks |= {path.name.removesuffix(".zst"): path for path in files}
-    return sorted(chunks.values(), key=natural)
 
 
 def natural(path: Path) -> list[tuple[int, int | str]]:

@@ -14,15 +14,14 @@ from entrace.analysis.importers.row_files import BadRowError
 from entrace.analysis.trace.errors import InputError
 from entrace.analysis.trace.plain import plain
 
-# What a prompt of text is: a question for the chat template; what decoding left of the templated prompt; or the
-# templated prompt with its special tokens.
+# Forms of a text prompt: a question for the chat template, a templated prompt without special tokens, or one with them.
 PromptText = Literal["question", "stripped", "whole"]
 
 ENCODINGS_KEPT = 256
 
 
 class PromptReader:
-    """Restore what was sampled from the prompts of a dump.
+    """Restore the prompts that the policy read from those that a dump logged.
 
     Attributes:
         counts: Prompts by what was done to them: ``rebuilt``, ``as question``, ``not rebuilt``.
@@ -87,22 +86,17 @@ class PromptReader:
 def matches(codec: Codec, ids: list[int], text: str) -> bool:
     """Return whether token ids are the tokens of a text, up to special tokens and white space around it."""
     decoded = codec.decode(ids).strip()
-    if decoded == text.strip():
-        return True
-    stripped = text
-    for marker in codec.markers:
-        stripped = stripped.replace(marker, "")
-    return decoded == stripped.strip()
+    return decoded == text.strip() or decoded == _without_markers(codec, text).strip()
 
 
 def holds(codec: Codec, ids: list[int], question: Any) -> bool:
     """Return whether the tokens of a prompt hold the texts of its turns."""
     decoded = codec.decode(ids)
     texts = [question] if isinstance(question, str) else [turn["content"] for turn in question]
-    for text in texts:
-        stripped = text
-        for marker in codec.markers:
-            stripped = stripped.replace(marker, "")
-        if stripped.strip() not in decoded:
-            return False
-    return True
+    return all(_without_markers(codec, text).strip() in decoded for text in texts)
+
+
+def _without_markers(codec: Codec, text: str) -> str:
+    for marker in codec.markers:
+        text = text.replace(marker, "")
+    return text

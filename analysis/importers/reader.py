@@ -9,9 +9,10 @@ from typing import Any
 
 from entrace.analysis.importers.chat import as_text
 from entrace.analysis.importers.codec import Codec, DumpTexts, placeholder
-from entrace.analysis.importers.columns import Columns
+from entrace.analysis.importers.columns import Columns, look_up
 from entrace.analysis.importers.groups import Groups, digest
 from entrace.analysis.importers.prompts import PromptReader, PromptText, holds, matches
+from entrace.analysis.importers.rewards import Rewards
 from entrace.analysis.importers.rollout import ENGINE, TRAINER, Rollout
 from entrace.analysis.importers.row_files import BadRowError, question_of, text_of
 from entrace.analysis.importers.settings import ImportSettings
@@ -32,10 +33,8 @@ from entrace.analysis.importers.values import (
     truncated_of,
 )
 from entrace.analysis.trace.errors import InputError
-from entrace.analysis.trace.plain import well_formed
 
 NO_TOKENS = "the rows hold text without token ids; add --tokenizer PATH or --model MODEL to tokenize it"
-LOWEST = -1e30
 
 
 @dataclass
@@ -69,9 +68,15 @@ class RowReader:
     """
 
     def __init__(
-        self, settings: ImportSettings, codec: Codec | None, columns: Columns, kind: PromptText, is_scored: bool
+        self,
+        settings: ImportSettings,
+        codec: Codec | None,
+        columns: Columns,
+        kind: PromptText,
+        is_scored: bool,
+        rewards: Rewards | None = None,
     ) -> None:
-        """Read for ``codec``, the tokenizer; None to use tokens as they are."""
+        """Read for ``codec``, the tokenizer; None to use tokens as they are. ``rewards`` are joined by id."""
         self.columns = columns
         self.groups, self.shared_groups = Groups(), Groups()
         self.texts = DumpTexts()
@@ -79,11 +84,11 @@ class RowReader:
         self.mismatches = Mismatches()
         self.bad_groups: tuple[set[int], set[int]] = (set(), set())
         self.num_lost = self.num_ungrouped = 0
-        self._settings, self._codec, self._is_scored = settings, codec, is_scored
+        self._settings, self._codec, self._is_scored, self._rewards = settings, codec, is_scored, rewards
         self._numbers: dict[str, int] | None = None
 
-    def read(self, row: dict[str, Any] | BadRowError, place: str, default_task: str) -> tuple[Rollout, dict[str, str]]:
-        """Return one rollout and the keys of the fields in its row.
+    def read(self, row: dict[str, Any] | BadRowError, place: str, default_task: str) -> Rollout:
+        """Return one rollout.
 
         Raises:
             BadRowError: the row is malformed.
@@ -92,12 +97,9 @@ class RowReader:
         try:
             if isinstance(row, BadRowError):
                 raise row
+            row = self._rewards.join(row) if self._rewards else row
             keys, given = self.columns.find(row)
-            try:
-                ids, step, task = self._place(given, keys, default_task)
-            except BadRowError:
-                ids = None
-                raise
+            ids, step, task = self._place(given, keys, default_task)
             rollout = self._rollout(given, keys, place, ids, step, task)
         except BadRowError:
             if ids is None:
@@ -110,7 +112,7 @@ class RowReader:
             raise
         self.columns.accept(keys)
         self.num_ungrouped += "group" not in keys
-        return rollout, keys
+        return rollout
 
     def _place_of_bad(self, row: Any, default_task: str) -> tuple[int, str, int, str] | None:
         """Return the groups of a malformed row, None if it does not say."""
@@ -119,8 +121,8 @@ class RowReader:
         keys, given = {}, {}
         for name in ("step", "group", "task", "prompt", "prompt_ids"):
             for key in self.columns.names(name):
-                if key in row and row[key] is not None and name not in keys:
-                    keys[name], given[name] = key, row[key]
+                if name not in keys and (value := look_up(row, key)) is not None:
+                    keys[name], given[name] = key, value
         # A row without a field that others have may belong to any group.
         if any(name in self.columns.keys and name not in keys for name in ("step", "group")):
             return None
@@ -159,12 +161,12 @@ class RowReader:
         truncated = _truncated(given, keys)
         text, response_ids = self._response(given, keys, truncated)
         if self._is_scored and not prompt_ids:
-            raise BadRowError('no "prompt" and no "prompt_ids", one of which --model reads')
+            raise BadRowError('no "prompt" or "prompt_ids"; --model needs one of them')
         num_prompt = len(prompt_ids or [])
         loss_mask = mask_of(given, keys, num_prompt, len(response_ids))
         self._check_length(num_prompt + len(response_ids))
         generated = [token for token, mark in zip(response_ids, loss_mask, strict=True) if mark] if loss_mask else None
-        self._compare(given, keys, place, prompt_ids, response_ids, generated)
+        self._compare(given, keys, place, (prompt, text), (prompt_ids, response_ids, generated))
         completion = self._completion(text, response_ids, generated)
         prompt_text = as_text(prompt) if prompt is not None else self._decode(prompt_ids)
         reward = number_of(given["reward"], keys["reward"]) if "reward" in keys else None
@@ -240,7 +242,7 @@ class RowReader:
             ids = [*ids, end] if truncated is False and end is not None and not has_end else ids
         if ids == []:
             ids = self._empty(key, truncated, end)
-        return None if text is None else well_formed(text), ids_of(ids, key, codec.vocab_size if codec else None)
+        return text, ids_of(ids, key, codec.vocab_size if codec else None)
 
     def _number(self, texts: list[str]) -> list[int]:
         """Return ids of tokens that the dump records as texts."""
@@ -288,18 +290,25 @@ class RowReader:
         given: Mapping[str, Any],
         keys: Mapping[str, str],
         place: str,
-        prompt_ids: list[int] | None,
-        response_ids: list[int],
-        generated: list[int] | None,
+        texts: tuple[Any, str | None],
+        tokens: tuple[list[int] | None, list[int], list[int] | None],
     ) -> None:
-        """Compare recorded token ids with the texts beside them."""
+        """Compare recorded token ids with the texts beside them.
+
+        Args:
+            given: Values of the fields.
+            keys: Keys of the fields.
+            place: Place of the row.
+            texts: Prompt and response; None if the row has only tokens.
+            tokens: Tokens of the prompt, of the response, and those of the response that were generated.
+        """
+        (question, text), (prompt_ids, response_ids, generated) = texts, tokens
         codec = self._codec
         if codec is None or "response_ids" not in keys:
             return
         wrong = ""
         is_checked = False
-        if "response" in keys:
-            text = response_text(given["response"], keys["response"])
+        if text is not None:
             is_checked = True
             if not matches(codec, response_ids, text) and not (generated and matches(codec, generated, text)):
                 wrong = keys["response_ids"]
@@ -309,7 +318,7 @@ class RowReader:
                 wrong = keys["response_ids"]
         if "prompt" in keys and "prompt_ids" in keys and prompt_ids:
             is_checked = True
-            if not holds(codec, prompt_ids, question_of(given["prompt"], keys["prompt"])):
+            if not holds(codec, prompt_ids, question):
                 wrong = wrong or keys["prompt_ids"]
         self.mismatches.checked += is_checked
         self.mismatches.rows += bool(wrong)
@@ -340,7 +349,7 @@ def _advantage(
 def _measures(given: Mapping[str, Any], keys: Mapping[str, str], num_prompt: int, num_response: int) -> dict[str, Any]:
     """Return what the dump records per token; engine logprobs count as logprob if the trainer's are missing."""
     found: dict[str, Any] = {}
-    limits = {"low": LOWEST, "high": MAX_LOGPROB}
+    limits = {"high": MAX_LOGPROB}
     entropy = {"low": 0}
     for name in ("logprob", "sampling_logprob", "reference_logprob", "entropy"):
         if name == "entropy" and name in keys and not isinstance(given[name], list):

@@ -10,7 +10,7 @@ from entrace.analysis.importers.row_files import BadRowError, read_rows
 from entrace.analysis.importers.values import number_of
 from entrace.analysis.trace.errors import InputError
 
-# What a row of rewards may say besides the id.
+# Fields that a row of rewards may hold besides its id.
 JOINED = ("reward", "is_correct", "answer", "ground_truth", "reward_components", "group")
 
 

@@ -64,11 +64,6 @@ class Rollout:
         """Return which tokens of the response the policy generated."""
         return self.loss_mask or [True] * len(self.response_ids)
 
-    @property
-    def num_generated(self) -> int:
-        """Return the number of tokens that the policy generated."""
-        return sum(self.loss_mask) if self.loss_mask else len(self.response_ids)
-
 
 TYPES: dict[str, pa.DataType] = {
     **dict.fromkeys(("step",), pa.int32()),

@@ -7,9 +7,9 @@ Values that the dump holds are recorded as they are: logprobs, entropies, and ad
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from entrace.analysis.importers.rollout import Rollout
 from entrace.analysis.importers.settings import ImportSettings
 from entrace.analysis.importers.tables import Chunk, Difference, Differences, Scorer, StepSums
 from entrace.analysis.importers.unknown import unknown_columns
+from entrace.analysis.trace.digests import hash_file
 from entrace.analysis.trace.errors import InputError, in_one_line
 from entrace.analysis.trace.manifest import MANIFEST, describe_machine, is_before_manifest, read_manifest
 from entrace.analysis.trace.parts import last_step, last_whole_step, listed_files
@@ -28,7 +29,6 @@ from entrace.analysis.trace.writer import TraceWriter
 # Tokens per chunk, which holds whole groups, and tokens between two flushes, which come after whole steps.
 CHUNK_TOKENS = 1 << 17
 FLUSH_TOKENS = 1 << 20
-DIGEST_LENGTH = 16
 # Largest difference between two passes in float32 that differ in the order of summation, in nats.
 ROUNDING = 1e-3
 
@@ -117,14 +117,6 @@ def describe_differences(differences: Differences, name: str) -> list[str]:
     return lines
 
 
-def hash_file(path: Path) -> str | None:
-    """Return the fingerprint of a file; None if it does not exist, which its reader reports."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST_LENGTH]
-
-
 def _describe(
     rollouts: Collected, settings: ImportSettings, weights: str | None, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -141,7 +133,7 @@ def _describe(
         "fields": dict(rollouts.keys),
         "advantage": given if counts.with_advantage or counts.known["reward"] else "unknown",
         "response_tokens": f"as given{masked}" if counts.exact == counts.rollouts else anew,
-        "settings": settings.entry(),
+        "settings": asdict(settings),
         "format": rollouts.dump.format.name,
         "dropped_groups": counts.dropped_groups,
         "logprobs": dict(counts.kinds),

@@ -41,13 +41,3 @@ class ImportSettings:
         for name in self.fields:
             if name not in ALIASES:
                 raise InputError(f'import: fields: "{name}" is not a field of a rollout{nearest(name, ALIASES)}')
-
-    def entry(self) -> dict[str, Any]:
-        """Return the entry of ``run.json``."""
-        return {
-            "policy": self.policy,
-            "temperature": self.temperature,
-            "correct_at": self.correct_at,
-            "skip_bad_rows": self.skip_bad_rows,
-            "fields": dict(self.fields),
-        }

@@ -10,13 +10,11 @@ import numpy as np
 import pyarrow as pa
 
 from entrace.analysis.importers.rollout import RESCORED, Rollout
-from entrace.analysis.importers.statistics import group_relative_advantage, mean_of, place_in_group, ppl_z
 from entrace.analysis.trace.defects import find_defects
+from entrace.analysis.trace.groups import group_relative_advantage, mean_of, perplexity, place_in_group, ppl_z
 from entrace.analysis.trace.writer import TraceWriter
 
 EXACT = "exact"
-# exp of more overflows float32.
-LARGEST_SURPRISAL = 88.0
 
 
 class Scores(Protocol):
@@ -85,7 +83,6 @@ class Differences:
 class StepSums:
     """Sums behind the row of a step in table ``steps``."""
 
-    rollouts: int = 0
     rewarded: int = 0
     reward: float = 0.0
     judged: int = 0
@@ -194,15 +191,16 @@ class Chunk:
                 "group_id": rollout_ids[first_of_group][self.groups],
                 "sample_index": place_in_group(self.groups),
                 **{name: [getattr(rollout, name) for rollout in rollouts] for name in as_read},
-                "reward_components": [_pairs(rollout.reward_components) for rollout in rollouts],
+                # DuckDB gives a map as a mapping; Arrow takes pairs.
+                "reward_components": [r.reward_components and [*dict(r.reward_components).items()] for r in rollouts],
                 "defects": [_defects(rollout) for rollout in rollouts],
                 "response_length": lengths,
                 "generated_length": pa.array(num_generated, pa.int32(), mask=~is_masked),
                 "is_kept": is_kept,
                 "entropy_mean": _nullable(entropy_mean),
                 "surprisal_mean": _nullable(surprisal),
-                "ppl": _nullable(np.exp(np.where(surprisal > LARGEST_SURPRISAL, np.nan, surprisal))),
-                "ppl_z": _nullable(ppl_z(surprisal, self.groups)),
+                "ppl": _nullable(perplexity(surprisal)),
+                "ppl_z": _nullable(np.where(self._has_gap(surprisal), np.nan, ppl_z(surprisal, self.groups))),
                 "advantage": _nullable(self._of_response(self.advantage)),
                 "temperature": [r.temperature if r.temperature is not None else temperature for r in rollouts],
                 "entropy_kind": [kind for _, kind in self.kinds],
@@ -250,6 +248,10 @@ class Chunk:
         inferred = (largest > 0)[self.groups]
         return [bool(inferred[n]) if kept is None else kept for n, kept in enumerate(recorded)], True
 
+    def _has_gap(self, values: np.ndarray) -> np.ndarray:
+        """Return whether the value of any response of the group is NaN, for each response."""
+        return np.isin(self.groups, self.groups[np.isnan(values)])
+
     def _of_response(self, values: np.ndarray) -> np.ndarray:
         """Return the value that all generated tokens of a response share; NaN if they differ or are unknown."""
         size = len(self.rollouts)
@@ -263,7 +265,6 @@ class Chunk:
 
     def _add(self, sums: StepSums, is_kept: Sequence[bool], knows_kept: bool) -> None:
         rollouts = self.rollouts
-        sums.rollouts += len(rollouts)
         rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
         sums.rewarded += len(rewards)
         sums.reward += sum(rewards)
@@ -287,7 +288,7 @@ def _advantages(
     """Return the advantage of each token, recorded or from the rewards of the group."""
     if not has_advantages:
         rewards = np.array([np.nan if rollout.reward is None else rollout.reward for rollout in rollouts])
-        return group_relative_advantage(rewards, groups)[rows]
+        return np.where(np.isnan(rewards), np.nan, group_relative_advantage(rewards, groups))[rows]
     values = np.array([np.nan if rollout.advantage is None else rollout.advantage for rollout in rollouts])[rows]
     starts = np.cumsum(lengths) - lengths
     for start, rollout in zip(starts, rollouts, strict=True):
@@ -320,12 +321,6 @@ def _integers(rollouts: Sequence[Rollout], name: str) -> list[int | None] | None
     if all(getattr(rollout, name) is None for rollout in rollouts):
         return None
     return [value for r in rollouts for value in (getattr(r, name) or [None] * len(r.response_ids))]
-
-
-def _pairs(components: Any) -> list[tuple[str, float]] | None:
-    if components is None:
-        return None
-    return list(components.items()) if isinstance(components, dict) else [tuple(pair) for pair in components]
 
 
 def _defects(rollout: Rollout) -> list[str]:

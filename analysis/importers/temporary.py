@@ -1,4 +1,4 @@
-"""Import a dump for as long as it is looked at."""
+"""Import dumps into a temporary folder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def as_traces(
                 found = Dump.find([to_place(dump)], format_name)
                 name = to_place(dump).stem or "dump"
                 folder = Path(temporary, f"{name}-{i}" if i else name)
-                with collect(found, settings, codec, is_scored=False) as read:
+                with collect(found, settings, codec) as read:
                     run.record(read, settings, folder, codec=codec)
                     remarks += [f"{dump}: {remark}" for remark in read.remarks]
             folders.append(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from entrace.analysis.importers.chat import Question, as_chat
-from entrace.analysis.importers.codec import PROBE, fill_template, probe_turns
+from entrace.analysis.importers.codec import after_response, fill_template, opening_of, probe_turns, with_opening
 from entrace.analysis.trace.errors import InputError, in_one_line, reason_of
 from entrace.analysis.trace.vocabulary import Vocabulary
 
@@ -87,14 +87,13 @@ class TokenizerFile:
             text = self.render(probe_turns(), is_answered=True)
         except InputError:
             return otherwise
-        after = self.encode(text[text.rfind(PROBE) + len(PROBE) :])
+        after = self.encode(after_response(text))
         return next((token for token in after if token in self.stop_ids), otherwise)
 
     @cached_property
     def opening(self) -> list[int]:
         """Return the special tokens that the tokenizer puts before a text, such as a beginning of sequence."""
-        bare, whole = self.encode("a"), self._tokenizer.encode("a").ids
-        return whole[: next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)]
+        return opening_of(self.encode("a"), self._tokenizer.encode("a").ids)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without tokens that the tokenizer would add."""
@@ -109,8 +108,7 @@ class TokenizerFile:
 
     def encode_whole(self, text: str) -> list[int]:
         """Return the token ids of a prompt that needs no template; it begins with the beginning of sequence once."""
-        ids = self.encode(text)
-        return ids if ids[: len(self.opening)] == self.opening else [*self.opening, *ids]
+        return with_opening(self.encode(text), self.opening)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens."""

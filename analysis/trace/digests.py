@@ -34,6 +34,8 @@ TRAILER_BYTES = 8
 LINE_START = b'{"file": "'
 # Of `, "crc32": "00000000"}`, which ends every line.
 CHECK_BYTES = 22
+# Hexadecimal digits of a fingerprint, which identifies an input of a run.
+DIGEST_LENGTH = 16
 
 
 class Digest(NamedTuple):
@@ -110,6 +112,11 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_file(path: Path) -> str | None:
+    """Return the fingerprint of a file; None if it does not exist, which its reader reports."""
+    return sha256_of(path)[:DIGEST_LENGTH] if path.is_file() else None
 
 
 def append(run_dir: Path, files: Mapping[str, Digest | None]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 EPS = 1e-6
+# exp of more overflows float32.
+LARGEST_SURPRISAL = 88.0
 
 
 def group_relative_advantage(rewards: np.ndarray, group_ids: np.ndarray) -> np.ndarray:
@@ -31,6 +33,11 @@ def group_relative_advantage(rewards: np.ndarray, group_ids: np.ndarray) -> np.n
     centered = (above - (np.bincount(group_ids, above) / count)[group_ids]) * counted
     variance = np.bincount(group_ids, centered**2) / np.maximum(count - 1, 1)
     return centered / (np.sqrt(variance) + EPS)[group_ids]
+
+
+def perplexity(surprisal: np.ndarray) -> np.ndarray:
+    """Return exp of the mean surprisal of responses, (B,); NaN where that is unknown or overflows float32."""
+    return np.exp(np.where(surprisal > LARGEST_SURPRISAL, np.nan, surprisal))
 
 
 def ppl_z(log_ppl: np.ndarray, group_ids: np.ndarray) -> np.ndarray:
@@ -72,3 +79,9 @@ def place_in_group(group_ids: np.ndarray) -> np.ndarray:
     for rows in rows_by_group(group_ids):
         place[rows] = np.arange(len(rows))
     return place
+
+
+def mean_of(values: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
+    """Return the mean of the values of each row, (size,); NaN for a row without values and for one with a NaN."""
+    sums, counts = np.bincount(rows, values, size), np.bincount(rows, minlength=size)
+    return np.divide(sums, counts, out=np.full(size, np.nan), where=counts > 0)

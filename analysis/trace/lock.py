@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from entrace.analysis.trace.errors import InputError
@@ -49,3 +50,14 @@ def acquire_lock(run_dir: Path, *, waits: bool) -> int | None:
             raise
         return file
     return None
+
+
+@contextmanager
+def locked(run_dir: Path, *, waits: bool) -> Iterator[bool]:
+    """Hold the lock of a run inside the block, and yield whether there is one; see ``acquire_lock``."""
+    file = acquire_lock(run_dir, waits=waits)
+    try:
+        yield file is not None
+    finally:
+        if file is not None:
+            os.close(file)

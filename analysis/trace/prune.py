@@ -8,9 +8,9 @@ then the new ones, but never a token twice.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.errors import InputError
-from entrace.analysis.trace.lock import acquire_lock, lock_path
+from entrace.analysis.trace.lock import lock_path, locked
 from entrace.analysis.trace.manifest import durable_file, read_manifest, sync_folder, write_manifest
 from entrace.analysis.trace.parts import (
     FILES,
@@ -93,18 +93,14 @@ def prune(
             traces did not write.
     """
     is_locked_by_writers = lock_path(run_dir).exists()
-    lock = None if dry_run else acquire_lock(run_dir, waits=False)
-    try:
+    with nullcontext(False) if dry_run else locked(run_dir, waits=False) as is_locked:
         manifest = read_manifest(run_dir)
-        if manifest.get("status") == "running" and not dry_run and (lock is None or not is_locked_by_writers):
+        if manifest.get("status") == "running" and not dry_run and not (is_locked and is_locked_by_writers):
             raise InputError(
                 f"{run_dir}: run.json says that the run is being written, and no lock shows that it is not; finish it, "
                 'or set "status" to "failed" in run.json if its process has ended'
             )
         return _prune(run_dir, manifest, TokenSampling.of(manifest).thinned(sampling), dry_run)
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 def _prune(

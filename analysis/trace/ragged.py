@@ -1,4 +1,4 @@
-"""Convert values per token and per response, in the forms that trainers hold them, to flat arrays.
+"""Flatten per-token and per-response values from the layouts that trainers use.
 
 A trainer holds values per token as one list or array per response, or as one padded array ``(B, T)`` with a mask, and
 tensors of torch as well as arrays of numpy. Nothing here imports torch.
@@ -81,8 +81,8 @@ class Responses:
 
         Args:
             name: Name of the values, for errors.
-            values: One list or array per response, in which None is unknown, as is a None instead of a list; or an
-                array ``(B, T)``: with the mask of the ids if they had one, and padded on the right if they had none.
+            values: One list or array per response; None marks an unknown value or a wholly unknown response. Or an
+                array ``(B, T)``: masked like the ids, or right-padded if the ids came as lists.
 
         Raises:
             InputError: a length or shape differs from that of the ids.
@@ -125,7 +125,9 @@ class Responses:
         array = None if isinstance(values, list | tuple) else as_array(values)
         if array is not None:
             return array.ndim == 2
-        return any(hasattr(row, "__len__") and not isinstance(row, str) and np.ndim(row) > 0 for row in values)
+        return hasattr(values, "__iter__") and any(
+            hasattr(row, "__len__") and not isinstance(row, str) and np.ndim(row) > 0 for row in values
+        )
 
 
 def as_array(values: Any) -> np.ndarray | None:

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -29,13 +30,13 @@ import pyarrow as pa
 
 from entrace.analysis.trace.defects import find_defects
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest, with_kind
-from entrace.analysis.trace.groups import group_relative_advantage, place_in_group, ppl_z
+from entrace.analysis.trace.groups import group_relative_advantage, mean_of, perplexity, place_in_group, ppl_z
 from entrace.analysis.trace.lexicon import Lexicon
 from entrace.analysis.trace.lock import acquire_lock
 from entrace.analysis.trace.manifest import check_kinds, describe_machine, read_manifest
 from entrace.analysis.trace.parts import PART, last_whole_step, listed_files, read_part
 from entrace.analysis.trace.ragged import Responses, as_list
-from entrace.analysis.trace.schema import EVALS, PROMPTS, ROLLOUTS, STEPS, TABLES, TOKENS
+from entrace.analysis.trace.schema import EVALS, NO_VERDICT, PROMPTS, ROLLOUTS, STEPS, TABLES, TOKENS
 from entrace.analysis.trace.vocabulary import Vocabulary
 from entrace.analysis.trace.writer import TraceWriter
 
@@ -81,7 +82,7 @@ EVAL_ONLY = ("response_length", "entropy_mean")
 # Columns of table steps that follow from the responses.
 DERIVED = ("reward_mean", "accuracy", "format_rate", "entropy_token_mean", "tokens", "groups_kept", "groups_dropped")
 STEP_METRICS = tuple(c.name for c in STEPS.columns if c.name not in ("run_id", "step", *DERIVED))
-# Null has a meaning of its own in these columns, which the schema states.
+# Columns in which null is a statement of its own (see the schema) and needs no reason.
 NULL_IS_KNOWN = {
     "tokens": {"loss_mask", "turn"},
     "rollouts": {"generated_length", "reward_components", "answer_class", "drop_reason", "length_penalty"},
@@ -147,27 +148,29 @@ class Recorder:
         self._flush_every = flush_every
         self._decode: Callable[[Sequence[int]], str] | None = None
         self._special: frozenset[int] = frozenset()
-        entries = self._read_vocabulary(vocab, vocab_size)
-        self._texts = entries.texts
+        self._texts: list[str] = []
+        read_entries = self._prepare_vocabulary(vocab, vocab_size)
         self._lock = acquire_lock(self.run_dir, waits=False)
         try:
-            self._open(entries, dict(manifest or {}), dict(unknown or {}), lexicon, resume_after)
+            self._open(read_entries, dict(manifest or {}), dict(unknown or {}), lexicon, resume_after)
         except BaseException:
             self._release()
             raise
 
-    def _read_vocabulary(self, vocab: Any, size: int | None) -> Vocabulary:
-        if not hasattr(vocab, "batch_decode"):
-            entries = vocab if isinstance(vocab, Vocabulary) else Vocabulary(list(vocab))
-            if entries.is_special:
-                self._special = frozenset(np.flatnonzero(entries.is_special).tolist())
-            return entries
-        self._decode = lambda ids: vocab.decode(ids, skip_special_tokens=True)
-        return Vocabulary.of(vocab, max(len(vocab), size or 0))
+    def _prepare_vocabulary(self, vocab: Any, size: int | None) -> Callable[[], Vocabulary]:
+        """Return a function that reads the vocabulary, which a resumed trace does not need."""
+        if hasattr(vocab, "batch_decode"):
+            self._decode = lambda ids: vocab.decode(ids, skip_special_tokens=True)
+            return lambda: Vocabulary.of(vocab, max(len(vocab), size or 0))
+        entries = vocab if isinstance(vocab, Vocabulary) else Vocabulary(list(vocab))
+        self._texts = entries.texts
+        if entries.is_special:
+            self._special = frozenset(np.flatnonzero(entries.is_special).tolist())
+        return lambda: entries
 
     def _open(
         self,
-        entries: Vocabulary,
+        read_entries: Callable[[], Vocabulary],
         manifest: dict[str, Any],
         unknown: dict[str, str],
         lexicon: Lexicon | None,
@@ -188,7 +191,7 @@ class Recorder:
             check_kinds("manifest", described)
             if self.run_dir.exists() and any(self.run_dir.iterdir()):
                 raise InputError(f"{self.run_dir}: already holds files; choose another folder, or pass resume_after")
-            self._writer = TraceWriter.create(self.run_dir, described, entries, lexicon)
+            self._writer = TraceWriter.create(self.run_dir, described, read_entries(), lexicon)
             self._last = self._eval_step = 0
             return
         self._last = self._eval_step = self._check_resumable(resume_after)
@@ -198,9 +201,8 @@ class Recorder:
         kept = {name: unknown.get(name, reason) for name, reason in (found.get("unknown") or {}).items()}
         found |= {**manifest, "unknown": kept}
         check_kinds("manifest", found)
-        for prompt_ids in self._read("prompts", "prompt_id"):
-            self._prompts.update(prompt_ids)
-        self._rollouts = max((max(ids, default=-1) for ids in self._read("rollouts", "rollout_id")), default=-1) + 1
+        self._prompts.update(prompt_id for (prompt_id,) in self._read_rows("prompts", ["prompt_id"]))
+        self._rollouts = max((number for (number,) in self._read_rows("rollouts", ["rollout_id"])), default=-1) + 1
         for step, benchmark, prompt_id in self._read_rows("evals", ["step", "benchmark", "prompt_id"]):
             self._samples.setdefault((step, benchmark), Counter())[prompt_id] += 1
 
@@ -224,10 +226,6 @@ class Recorder:
                         "flush() whenever a checkpoint is saved"
                     )
         return wanted
-
-    def _read(self, table: str, column: str) -> Iterable[list[Any]]:
-        for name in self._writer.manifest["files"].get(table, {}):
-            yield read_part(self.run_dir / table / name, [column])[column].to_pylist()
 
     def _read_rows(self, table: str, columns: list[str]) -> Iterable[tuple[Any, ...]]:
         for name in self._writer.manifest["files"].get(table, {}):
@@ -275,7 +273,7 @@ class Recorder:
 
         B responses. Values per token are one list per response, or a padded array ``(B, T)`` with ``response_mask``.
         Values per response are a list or array of length B. Arrays of numpy and tensors of torch are accepted. Context
-        counts in positions and lengths, and its measures are null.
+        tokens count toward positions and lengths; their measured values are null.
 
         Args:
             step: The step, from 1; greater than that of the call before. Steps may be skipped.
@@ -473,7 +471,7 @@ class Recorder:
         texts = [value if isinstance(value, str) else self._text("prompt", value) for value in values]
         batch = _Batch(responses, _generated(responses, loss_mask), texts)
         if columns.get("prompt_id") is None:
-            batch.prompt_ids = [_hash(text) for text in texts]
+            batch.prompt_ids = [prompt_hash(text) for text in texts]
         else:
             batch.prompt_ids = [str(value) for value in batch.per_response("prompt_id", columns["prompt_id"])]
         return batch
@@ -545,7 +543,7 @@ class Recorder:
             "drop_reason": batch.drop_reasons,
             "entropy_mean": _nullable(batch.means("entropy")),
             "surprisal_mean": _nullable(surprisal),
-            "ppl": _nullable(np.exp(surprisal)),
+            "ppl": _nullable(perplexity(surprisal)),
             "ppl_z": pa.array(ppl_z(surprisal, batch.groups), mask=np.isnan(surprisal)),
             "advantage": _nullable(batch.advantages),
             "temperature": self.temperature,
@@ -594,18 +592,23 @@ class _Batch:
     kept: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
     drop_reasons: list[str | None] = field(default_factory=list)
 
-    @property
+    @cached_property
     def generated_lengths(self) -> np.ndarray:
         """Tokens of each response that the policy generated, (B,)."""
         return np.bincount(self.responses.rows, self.is_generated, len(self.responses)).astype(np.int64)
 
     def per_response(self, name: str, values: Any) -> list[Any]:
-        """Return values per response as a list.
+        """Return values per response as a list; a scalar applies to all of them.
 
         Raises:
             InputError: there is not one value per response.
         """
-        found = [values] * len(self.responses) if isinstance(values, str) else as_list(values)
+        value = values.item() if getattr(values, "ndim", None) == 0 else values
+        if isinstance(value, bool | int | float | str):
+            return [value] * len(self.responses)
+        if not hasattr(value, "__iter__"):
+            raise InputError(f"{name}: expected one value per response, found {type(value).__name__}")
+        found = as_list(value)
         if len(found) != len(self.responses):
             raise InputError(f"{name}: {len(found)} values, expected {len(self.responses)}, one per response")
         return found
@@ -626,8 +629,7 @@ class _Batch:
         """Add values per response; a scalar applies to all of them."""
         for name, given in values.items():
             if given is not None:
-                is_scalar = isinstance(given, bool | int | float | str)
-                found = [given] * len(self.responses) if is_scalar else self.per_response(name, given)
+                found = self.per_response(name, given)
                 self.response[name] = [_items(value) for value in found] if name == "reward_components" else found
 
     def add_tokens(self, values: Mapping[str, Any]) -> None:
@@ -650,7 +652,7 @@ class _Batch:
             self.token[name] = self._measure(name, flat, is_unknown)
 
     def _measure(self, name: str, flat: np.ndarray, is_unknown: np.ndarray) -> pa.Array:
-        kind = next(column.type for column in TOKENS.columns if column.name == name)
+        kind = TOKENS.arrow_schema.field(name).type
         is_null = is_unknown | ~self.is_generated if name not in ("turn", "policy_version") else is_unknown
         if flat.dtype.kind not in "biufO" or (flat.dtype.kind == "O" and not all(map(_is_number, flat))):
             raise InputError(f"{name}: expected numbers, found {flat.dtype}")
@@ -672,10 +674,8 @@ class _Batch:
         values = self.token.get(name)
         if values is None:
             return np.full(len(self.responses), np.nan)
-        rows = self.responses.rows
-        flat = np.where(self.is_generated, values.fill_null(np.nan).to_numpy(zero_copy_only=False), 0.0)
-        sums, counts = np.bincount(rows, flat, len(self.responses)), self.generated_lengths
-        return np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
+        flat = values.fill_null(np.nan).to_numpy(zero_copy_only=False)
+        return mean_of(flat[self.is_generated], self.responses.rows[self.is_generated], len(self.responses))
 
 
 def _reasons(given: Mapping[str, str]) -> dict[str, str]:
@@ -702,7 +702,8 @@ def _check_names(place: str, given: Iterable[str], names: Iterable[str], explici
             raise InputError(f'{place}: unknown name "{name}"{nearest(name, (*names, *explicit))}')
 
 
-def _hash(text: str) -> str:
+def prompt_hash(text: str) -> str:
+    """Return a hash of the text of a prompt, its identifier unless one is passed."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:HASH_LENGTH]
 
 
@@ -757,7 +758,7 @@ def _kept(batch: _Batch, *, has_advantage: bool) -> tuple[np.ndarray, list[str |
     kept = batch.response.pop("is_kept", None)
     reasons = batch.response.pop("drop_reason", None)
     if kept is None:
-        reasons = reasons or ["no_verdict" if missing else None for missing in without_verdict]
+        reasons = reasons or [NO_VERDICT if missing else None for missing in without_verdict]
         return (batch.generated_lengths > 0) & ~without_verdict, reasons
     if None in kept:
         raise InputError("is_kept: None is not a verdict; pass true or false for every response")
@@ -785,9 +786,9 @@ def _step_row(batch: _Batch) -> dict[str, Any]:
     known = batch.token.get("entropy", pa.array([], pa.float32())).drop_null()
     groups_kept = len(np.unique(batch.groups[batch.kept]))
     return {
-        "reward_mean": _mean(None if np.isnan(value) else value for value in batch.rewards),
-        "accuracy": _mean(batch.correct),
-        "format_rate": _mean(answered),
+        "reward_mean": mean_of_known(None if np.isnan(value) else value for value in batch.rewards),
+        "accuracy": mean_of_known(batch.correct),
+        "format_rate": mean_of_known(answered),
         "entropy_token_mean": float(known.to_numpy().mean(dtype=float)) if len(known) else None,
         "tokens": int(batch.is_generated.sum()),
         "groups_kept": groups_kept,
@@ -795,7 +796,8 @@ def _step_row(batch: _Batch) -> dict[str, Any]:
     }
 
 
-def _mean(values: Iterable[Any]) -> float | None:
+def mean_of_known(values: Iterable[Any]) -> float | None:
+    """Return the mean of the values that are not None; None if there is none."""
     known = [float(value) for value in values if value is not None]
     return sum(known) / len(known) if known else None
 

@@ -28,6 +28,10 @@ VERSION_KEY = b"entrace_schema_version"
 LIST_OF_STRINGS = pa.list_(pa.string())
 NUMBERS_BY_NAME = pa.map_(pa.string(), pa.float32())
 
+# Reasons to exclude a response from the update: a uniform group dropped by dynamic sampling, no verdict, or the length
+# limit if the loss masks truncated responses.
+DROP_REASONS = UNIFORM_GROUP, NO_VERDICT, TRUNCATED = "uniform_group", "no_verdict", "truncated"
+
 # Files of tokens hold context as well: tokens inside a response that the policy did not generate. The view ``tokens``
 # leaves them out, and this view has all rows.
 RESPONSE_TOKENS = "response_tokens"
@@ -257,7 +261,7 @@ ROLLOUTS = Table(
             "drop_reason",
             pa.string(),
             "-",
-            "Reason for exclusion from the update: uniform_group, no_verdict, truncated; null if included or unknown.",
+            f"Reason for exclusion from the update: {', '.join(DROP_REASONS)}; null if included or unknown.",
             True,
             since=2,
         ),

@@ -106,6 +106,15 @@ def test_padded_arrays_tensors_and_lists_give_the_same_rows(tmp_path):
     assert all(frame.equals(found[0], null_equal=True) for frame in found[1:])
 
 
+def test_a_perplexity_that_overflows_is_null(recorder):
+    recorder.record(1, **{**STEP, "logprob": [[-100.0] * len(ids) for ids in STEP["response_ids"]]})
+    recorder.record(2, **STEP)
+    rollouts = table(written(recorder), "rollouts")
+    assert rollouts.filter(step=1)["surprisal_mean"].to_list() == [100.0] * 4
+    assert rollouts.filter(step=1)["ppl"].to_list() == [None] * 4
+    assert rollouts.filter(step=2)["ppl"].null_count() == 0
+
+
 def test_context_counts_in_positions_and_has_no_measures(recorder):
     step = {name: values[:2] for name, values in STEP.items()}
     # The measures of context are not read, whatever they are.
@@ -165,6 +174,16 @@ def test_values_beside_the_usual_ones_are_recorded(recorder):
     assert table(folder, "prompts")["ground_truth"].to_list() == ["5"]
 
 
+@pytest.mark.parametrize("scalar", [1.0, 1, np.float32(1), np.ones(()), torch.tensor(1.0)])
+def test_a_scalar_applies_to_all_responses(recorder, scalar):
+    recorder.record(1, **{**STEP, "reward": scalar}, advantage=scalar, grad_norm=scalar)
+    folder = written(recorder)
+    rollouts, tokens = table(folder, "rollouts"), table(folder, "tokens")
+    assert rollouts["reward"].to_list() == rollouts["advantage"].to_list() == [1.0] * 4
+    for name in ("advantage", "shaped_advantage", "grad_norm"):
+        assert tokens[name].to_list() == [1.0] * 11, name
+
+
 def test_a_reason_is_given_for_every_null_and_for_no_value(recorder):
     recorder.record(1, **STEP)
     recorder.record(2, **STEP, policy_step=1)
@@ -211,6 +230,9 @@ def test_evaluations_add_up(recorder):
         ({"reward": [1.0, math.nan, 0.0, 0.0]}, "reward: nan at response 1; pass None where it is unknown"),
         ({"reward": [1.0]}, "reward: 1 values, expected 4, one per response"),
         ({"advantage": [1.0, math.inf, 0.0, 0.0]}, "advantage: inf at response 1, position 0"),
+        ({"advantage": math.inf}, "advantage: inf at response 0, position 0"),
+        ({"advantage": "high"}, "advantage: expected numbers, found <U4"),
+        ({"reward": object()}, "reward: expected one value per response, found object"),
         ({"prompt": ["a"]}, "prompt: 1 prompts, expected 4, one per response"),
         ({"group": [1, 2]}, "group: 2 values, expected 4, one per response"),
         ({"logprobs": STEP["logprob"]}, 'record: unknown name "logprobs"; did you mean "logprob"?'),

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -86,6 +87,10 @@ def call(capsys, monkeypatch):
         return stopped.value.code, output.out, output.err
 
     return run
+
+
+def table(run, name):
+    return pl.read_parquet(run / name / "*.parquet")
 
 
 def flip_a_bit(path):

@@ -21,7 +21,7 @@ from entrace.trainer.faults import TrainingError
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.train import train
 
-from .conftest import SMALL
+from .conftest import SMALL, table
 
 PROMPT = "What is 1 + 1?"
 MEASURED = ("logprob", "entropy", "grad_norm", "advantage")
@@ -45,10 +45,6 @@ def read_rollouts(paths, policy, **settings):
 def score_all(read, policy, run):
     settings = PassSettings(policy=PolicyConfig())
     importer.record(read, ImportSettings(), run, codec=PolicyCodec(policy), scorer=TeacherForcing(policy, settings))
-
-
-def table(run, name):
-    return pl.read_parquet(run / name / "*.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -512,6 +508,30 @@ def test_skipping_bad_rows_leaves_no_group_in_part(tmp_path, call):
     rollouts = table(tmp_path / "run", "rollouts").sort("rollout_id")
     assert rollouts["completion"].to_list() == ["0 = 0", "1 = 1", "2 = 2"] * 2
     assert rollouts["group_id"].to_list() == [0, 0, 0, 3, 3, 3]
+
+
+def test_a_row_that_rewards_cannot_join_takes_its_group_along(tmp_path, call):
+    """A row without an id names its group all the same."""
+    rows = [row(id=f"{name}{n}", group=name, response=f"{n}") for name in "ab" for n in range(3)]
+    rewards = write(tmp_path / "rewards.jsonl", [{"id": entry["id"], "reward": 1} for entry in rows])
+    del rows[4]["id"]
+    arguments = ["--rewards", rewards, "--skip-bad-rows", "--model", "embedded"]
+    status, _, err = call("import", write(tmp_path / "rows.jsonl", rows), *arguments, "--out", tmp_path / "run")
+    assert status == 0, err
+    assert "1 of 6 rows skipped, with 2 further rows, the rest of 1 groups (" in err
+    assert table(tmp_path / "run", "rollouts").sort("rollout_id")["completion"].to_list() == ["0", "1", "2"]
+
+
+def test_a_bad_row_whose_group_has_a_nested_key_takes_its_group_along(tmp_path, call):
+    """Without the group of the row, the rest of its group would stay: it is as large as the others."""
+    sizes = {"a": 3, "b": 4, "c": 3}
+    rows = [row(meta={"group": name}, response=f"{name}{n}") for name, size in sizes.items() for n in range(size)]
+    rows[4]["reward"] = None
+    arguments = ["--field", "group=meta.group", "--skip-bad-rows", "--model", "embedded"]
+    status, _, err = call("import", write(tmp_path / "rows.jsonl", rows), *arguments, "--out", tmp_path / "run")
+    assert status == 0, err
+    found = table(tmp_path / "run", "rollouts").sort("rollout_id")["completion"].to_list()
+    assert found == ["a0", "a1", "a2", "c0", "c1", "c2"]
 
 
 def test_a_dump_whose_groups_all_hold_a_bad_row_is_refused(tmp_path, call):

@@ -12,11 +12,9 @@ import entrace
 from entrace.analysis.trace import read_manifest
 from entrace.trainer.resources import find_model
 
+from .conftest import table
+
 CASES = Path(__file__).parents[1] / "fixtures" / "dumps" / "cases"
-
-
-def table(run, name):
-    return pl.read_parquet(run / name / "*.parquet")
 
 
 def rows_of(name):

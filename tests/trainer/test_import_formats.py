@@ -23,6 +23,8 @@ from entrace.analysis.trace import InputError, TraceWriter, Vocabulary, read_man
 from entrace.analysis.trace.places import to_place
 from entrace.trainer.resources import find_model
 
+from .conftest import table
+
 DUMPS = Path(__file__).parents[1] / "fixtures" / "dumps"
 SMOLLM = DUMPS / "smollm2-tokenizer"
 PROMPT = [3, 308, 265, 305, 275, 286, 265, 311, 312, 310, 30, 318, 270, 320, 264, 294, 271, 4]
@@ -45,10 +47,6 @@ def load(call, tmp_path):
         return tmp_path / name, err
 
     return import_dump
-
-
-def table(run, name):
-    return pl.read_parquet(run / name / "*.parquet")
 
 
 def write(path, rows):
@@ -282,6 +280,32 @@ def test_a_stream_of_two_runs_is_refused(load, tmp_path):
     assert f"{path}: holds runs run-1 and run-2; import one run at a time" in err
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_the_streams_of_two_runs_in_one_folder_are_refused(load, tmp_path, named):
+    """Chunks of both have the same names, and their runs have the same id, as copies of a run do."""
+    for run in "ab":
+        shutil.copytree(DUMPS / "prime-rl" / "stream-run", tmp_path / "dumps" / run)
+    _, err = load(tmp_path / "dumps", *(["--from", "verifiers"] if named else []), status=2)
+    roots = [tmp_path / "dumps" / run / "monitors" / "file" / "traces" for run in "ab"]
+    assert f"2 runs, {roots[0]} and {roots[1]}; import one run at a time" in err
+
+
+def test_a_chunk_that_is_there_twice_is_read_once(load, tmp_path):
+    """A chunk is compressed before the plain one is removed; what else is beside it is no chunk."""
+    from entrace.analysis.importers.row_files import open_lines
+
+    run = tmp_path / "prime"
+    shutil.copytree(DUMPS / "prime-rl" / "stream-run", run)
+    expected = table(load(run, name="once")[0], "rollouts").drop("run_id")
+    packed = run / "monitors" / "file" / "traces" / "stream" / "00000.jsonl.zst"
+    with open_lines(packed) as lines:
+        packed.with_suffix("").write_bytes(b"".join(lines))
+    packed.with_name("00001.jsonl.tmp").write_text("{")
+    trace, err = load(run, name="twice")
+    assert "found verifiers traces in 2 files" in err
+    assert table(trace, "rollouts").drop("run_id").equals(expected)
+
+
 # open-instruct
 
 
@@ -422,7 +446,7 @@ def test_a_model_scores_at_the_recorded_temperature(load, tmp_path, policy):
     assert "the dump records temperatures from 0.5 to 1, and a pass has one; add --temperature" in err
     write(path, answers)
     _, err = load(path, "--model", "embedded", name="three", status=2)
-    assert 'no "prompt" and no "prompt_ids", one of which --model reads' in err
+    assert 'no "prompt" or "prompt_ids"; --model needs one of them' in err
 
 
 def test_completions_of_vllm_with_token_ids(load, tmp_path, tokenizer):
@@ -618,6 +642,51 @@ def test_a_tokenizer_file_has_the_texts_of_the_model(policy, tokenizer):
     assert codec.encode_prompt(QUESTION) == policy.encode_prompt(QUESTION) == PROMPT
     assert (codec.turn_end, codec.stop_ids) == (policy.turn_end, frozenset(policy.stop_ids.tolist()))
     assert codec.decode([*PROMPT[1:4], 1]) == policy.decode([[*PROMPT[1:4], 1]])[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        # The response is not in the text, so that what follows the user's turn is not the end of a response.
+        ("{% for m in messages if m.role == 'user' %}<user>{{ m.content }}<system>{% endfor %}", 1),
+        ("{% for m in messages %}<user>{{ m.content }}<system>{% endfor %}", 2),
+    ],
+)
+def test_the_stop_token_is_the_one_after_a_response(policy, tokenizer, tmp_path, template, expected):
+    shutil.copytree(tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 1]}))
+    policy.tokenizer.chat_template = template
+    policy.model.generation_config.eos_token_id = [2, 1]
+    codec = TokenizerFile(tmp_path / "model")
+    assert (
+        (codec.turn_end, codec.stop_ids) == (policy.turn_end, frozenset(policy.stop_ids.tolist())) == (expected, {1, 2})
+    )
+
+
+def test_a_trace_resumes_with_its_own_tokenizer_and_template_only(load, tmp_path, tokenizer, call):
+    path = write(tmp_path / "run_rollouts_0.jsonl", [open_instruct_row(n) for n in range(4)])
+    whole = ["--tokenizer", tokenizer, "--template", "{question}"]
+    for name, given in (("none", []), ("own", ["--tokenizer", tokenizer]), ("templated", whole)):
+        load(path, *given, name=name)
+        load(path, *given, "--resume", name=name)
+    for name, given, changed in (
+        ("none", ["--tokenizer", tokenizer], "tokenizer"),
+        ("own", ["--tokenizer", SMOLLM], "tokenizer"),
+        ("own", [], "tokenizer"),
+        ("own", whole, "template"),
+        ("templated", ["--tokenizer", tokenizer], "template"),
+    ):
+        status, _, err = call("import", path, *given, "--resume", "--out", tmp_path / name)
+        assert status == 2
+        assert f"imported with another value of {changed}; choose another folder" in err
+
+
+def test_a_template_needs_what_tokenizes_it(load, tmp_path):
+    path = write(tmp_path / "run_rollouts_0.jsonl", [open_instruct_row(0)])
+    _, err = load(path, "--template", "{question}", status=2)
+    assert "--template: needs --tokenizer PATH or --model MODEL" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_format_is_documented():

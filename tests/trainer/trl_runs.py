@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from entrace.trainer.resources import find_base_policy
@@ -173,10 +173,6 @@ def bare_policy(trainer):
     # TRL and the trace patch the forward pass of the instance.
     vars(inner).pop("forward", None)
     return model.eval()
-
-
-def tokenizer():
-    return AutoTokenizer.from_pretrained(POLICY)
 
 
 def load_policy():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from pathlib import Path
@@ -14,12 +13,14 @@ import typer
 
 from entrace.analysis.cli import say, stoppable
 from entrace.analysis.trace import InputError
+from entrace.analysis.trace.digests import hash_file
 from entrace.analysis.trace.places import reaching, to_place
 from entrace.trainer.cli.options import Resume, require_train_extra
 
 if TYPE_CHECKING:
     from entrace.analysis.importers.codec import Codec
     from entrace.analysis.importers.tables import Scorer
+    from entrace.trainer.config import PolicyConfig
 
 
 def import_rollouts(
@@ -103,11 +104,12 @@ def import_rollouts(
     from entrace.analysis.importers.rewards import Rewards
     from entrace.analysis.importers.settings import ImportSettings
     from entrace.analysis.terminal.progress import Progress
+    from entrace.analysis.trace.lock import locked
 
     fields = _parse_fields(field or [])
-    policy = _policy_entry(model, template)
+    policy = _policy_config(model, tokenizer, template)
     settings = ImportSettings(
-        policy=policy,
+        policy=policy.model_dump(mode="json") if policy else None,
         temperature=temperature,
         correct_at=correct_at,
         skip_bad_rows=skip_bad_rows,
@@ -115,11 +117,11 @@ def import_rollouts(
     )
     if model and tokenizer:
         raise InputError("--tokenizer: --model has its own tokenizer; leave one of them out")
-    with reaching(dump[0]), stoppable(f"with --resume continues in {out}"), _lock(out):
+    with reaching(dump[0]), stoppable(f"with --resume continues in {out}"), locked(out, waits=False):
         run.check_target(out, resume)
         found = Dump.find([to_place(path) for path in dump], format_name, has_fields=bool(fields))
         joined = Rewards(rewards, fields.get("id")) if rewards else None
-        using = _load(model, tokenizer, template, out)
+        using = _load(policy, tokenizer, template, out)
         with (
             using.guard,
             collect(found, settings, using.codec, rewards=joined, is_scored=model is not None) as read,
@@ -127,8 +129,9 @@ def import_rollouts(
         ):
             scorer = None
             if using.make_scorer:
-                settings = replace(settings, temperature=run.temperature_of_pass(read.counts, temperature))
-                scorer = using.make_scorer(settings.temperature or 1.0, batch_tokens)
+                of_pass = run.temperature_of_pass(read.counts, temperature)
+                settings = replace(settings, temperature=of_pass)
+                scorer = using.make_scorer(of_pass, batch_tokens)
             for remark in read.remarks:
                 say(f"entrace: {remark}", err=True)
             differences = run.record(
@@ -138,7 +141,7 @@ def import_rollouts(
                 codec=using.codec,
                 scorer=scorer,
                 weights=using.weights,
-                extra={"rewards": run.hash_file(rewards)} if rewards else {},
+                extra={**using.extra, **({"rewards": hash_file(rewards)} if rewards else {})},
                 resume=resume,
                 on_step=progress.update,
                 explain=using.explain,
@@ -151,50 +154,54 @@ def import_rollouts(
 
 @dataclass(frozen=True)
 class _Using:
-    """The tokenizer and the model of an import, and how errors of the latter are told.
+    """Hold the tokenizer and model of an import, and the translation of the model's errors.
 
-    ``make_scorer`` takes the sampling temperature and the tokens of a forward pass.
+    ``make_scorer`` takes the sampling temperature and the tokens of a forward pass. ``extra`` describes a tokenizer
+    without a model in ``run.json``.
     """
 
     codec: Codec | None = None
     make_scorer: Callable[[float, int], Scorer] | None = None
     weights: str | None = None
+    extra: Mapping[str, Any] = dataclass_field(default_factory=dict)
     guard: AbstractContextManager[Any] = dataclass_field(default_factory=nullcontext)
     explain: Callable[[Exception], Exception] = lambda error: error
 
 
-def _policy_entry(model: str | None, template: str | None) -> dict[str, Any] | None:
-    """Check the settings of the model, and return its entry of ``run.json``."""
+def _policy_config(model: str | None, tokenizer: Path | None, template: str | None) -> PolicyConfig | None:
+    """Check the settings of the model, and return them; None without a model."""
     if template is not None and "{question}" not in template:
         raise InputError("--template: expected {question}, which marks where the question goes")
     if model is None:
+        if template is not None and tokenizer is None:
+            raise InputError("--template: needs --tokenizer PATH or --model MODEL, which tokenizes the prompts")
         return None
     require_train_extra()
     from entrace.trainer.config import PolicyConfig
     from entrace.trainer.settings import validate_section
 
-    return validate_section(PolicyConfig, {"path": model, "template": template}, "import").model_dump(mode="json")
+    return validate_section(PolicyConfig, {"path": model, "template": template}, "import")
 
 
 def _load(
-    model: str | None,
+    config: PolicyConfig | None,
     tokenizer: Path | None,
     template: str | None,
     out: Path,
 ) -> _Using:
     """Load the model or the tokenizer."""
-    if model is None:
+    if config is None:
         from entrace.analysis.importers.tokenizer import TokenizerFile
 
-        return _Using(TokenizerFile(tokenizer, template) if tokenizer else None)
-    from entrace.trainer.config import PolicyConfig
+        # Without a tokenizer, null, so that a trace without one does not resume with one.
+        codec = TokenizerFile(tokenizer, template) if tokenizer else None
+        return _Using(codec, extra={"tokenizer": hash_file(codec.path) if codec else None, "template": template})
     from entrace.trainer.external.policy_codec import PolicyCodec
     from entrace.trainer.external.teacher_forcing import PassSettings, TeacherForcing
     from entrace.trainer.faults import explain_fault, translate_errors
     from entrace.trainer.model.policy import Policy
     from entrace.trainer.runs.run_folder import hash_weights
 
-    config = PolicyConfig(path=model, template=template)
     policy = Policy.load(config)
 
     def make_scorer(temperature: float, batch_tokens: int) -> Scorer:
@@ -204,23 +211,10 @@ def _load(
     return _Using(
         PolicyCodec(policy),
         make_scorer,
-        hash_weights(model),
-        translate_errors(out),
-        lambda error: explain_fault(error, out),
+        hash_weights(config.path),
+        guard=translate_errors(out),
+        explain=lambda error: explain_fault(error, out),
     )
-
-
-@contextmanager
-def _lock(run_dir: Path) -> Iterator[None]:
-    """Lock the folder of the trace against other processes, where the file system supports locks."""
-    from entrace.analysis.trace.lock import acquire_lock
-
-    file = acquire_lock(run_dir, waits=False)
-    try:
-        yield
-    finally:
-        if file is not None:
-            os.close(file)
 
 
 def score() -> None:

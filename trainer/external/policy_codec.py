@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from entrace.analysis.importers.chat import Question
+from entrace.analysis.importers.codec import with_opening
 from entrace.analysis.trace import InputError, Vocabulary, in_one_line
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.settings import MAX_INT
@@ -24,11 +25,6 @@ class PolicyCodec:
     def name(self) -> str:
         """Return where the model was loaded from."""
         return self.policy.name
-
-    @property
-    def template(self) -> str | None:
-        """Return the text that replaces the chat template."""
-        return self.policy.template
 
     @property
     def vocab_size(self) -> int:
@@ -70,8 +66,7 @@ class PolicyCodec:
 
     def encode_whole(self, text: str) -> list[int]:
         """Return the token ids of a prompt that needs no template; it begins with the beginning of sequence once."""
-        ids, opening = self.encode(text), self.policy.opening
-        return ids if ids[: len(opening)] == opening else [*opening, *ids]
+        return with_opening(self.encode(text), self.policy.opening)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens."""

@@ -16,13 +16,13 @@ from entrace.trainer.settings import validate_section
 
 log = logging.getLogger("entrace")
 
-# Versions of TRL that the tests have run against, the second excluded.
+# Tested versions of TRL: lower bound included, upper bound excluded.
 TESTED = ((1, 14), (1, 17))
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Hold what ``Traced`` adds to the arguments of a trainer; see there."""
+    """Hold the arguments that ``Traced`` adds to those of a trainer."""
 
     run_dir: Path
     shaping: ShapingConfig
@@ -73,9 +73,12 @@ def shaping_config(shaping: Any) -> ShapingConfig:
         return shaping
     if shaping is None:
         return ShapingConfig()
-    values = (
-        shaping if isinstance(shaping, Mapping) else {"method": shaping if isinstance(shaping, str) else list(shaping)}
-    )
+    if isinstance(shaping, str):
+        values: Mapping[str, Any] = {"method": shaping}
+    elif isinstance(shaping, Mapping):
+        values = shaping
+    else:
+        values = {"method": list(shaping)}
     return validate_section(ShapingConfig, values, "shaping")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,6 @@ from entrace.trainer.algorithm.method import RolloutView
 from entrace.trainer.algorithm.shaping import ShapingConfig, shape
 from entrace.trainer.kernels.token_stats import lm_head_grad_norm
 from entrace.trainer.seeding import Stream, generator
-
-# Names of ``Pass`` that are recorded under another name, or not at all.
-STATS = ("logprob", "entropy", "log_sum_p2", "hidden_norm")
 
 
 @dataclass(frozen=True)
@@ -68,17 +66,17 @@ class Generation:
         tensors: Prompts and responses as the trainer padded them.
         slices: Loss passes that the trainer takes over the batch, all iterations together.
         temperature: Sampling temperature.
-        can_score: The tensors are all that a forward pass needs.
+        can_score: ``tensors`` suffice for a forward pass; false with images.
         token: Further values per token, (B, T), by name.
         stats: Statistics under the sampling policy, (B, T), by name; NaN where unknown.
         after: Statistics under the updated policy, (B, T), by name; NaN where unknown.
         shaped: Shaped advantages, (B, T); None if they equal the trainer's.
-        is_shaped: A shaping method was on.
         in_loss: Responses that a loss has used, (B,) bool.
+        known: Responses whose statistics under the sampling policy are known, (B,) bool.
         is_clipped: Tokens whose gradient the ratio clip removed, (B, T) bool; None if unknown.
         updates: Optimizer steps since the generation.
         pending: A loss was computed since the last optimizer step.
-        losses: Loss of each pass, as of a whole window of gradient accumulation.
+        losses: Loss of each pass, rescaled to a full gradient-accumulation window.
         metrics: Values of each loss pass or optimizer step, by column of table ``steps``.
         seconds: Durations, by column of table ``steps``.
     """
@@ -102,8 +100,8 @@ class Generation:
     stats: dict[str, Tensor] = field(default_factory=dict)
     after: dict[str, Tensor] = field(default_factory=dict)
     shaped: Tensor | None = None
-    is_shaped: bool = False
-    in_loss: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
+    in_loss: np.ndarray = field(init=False)
+    known: np.ndarray = field(init=False)
     is_clipped: Tensor | None = None
     updates: int = 0
     pending: bool = False
@@ -116,22 +114,34 @@ class Generation:
         self.in_loss = np.zeros(len(self.ids), bool)
         self.known = np.zeros(len(self.ids), bool)
 
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each response, (B,)."""
+        return np.array([len(ids) for ids in self.ids], np.int64)
+
+    @cached_property
+    def is_token(self) -> Tensor:
+        """True at the tokens of the responses, false at padding, (B, T) bool."""
+        return torch.arange(self.loss_mask.shape[1]) < torch.from_numpy(self.lengths)[:, None]
+
+    @property
+    def is_shaped(self) -> bool:
+        """Return whether a shaping method was on."""
+        return self.shaped is not None
+
     @property
     def is_complete(self) -> bool:
         """Return whether every loss over the batch has been taken, and the optimizer step after the last of them."""
         return len(self.losses) >= self.slices and not self.pending
 
-    def add(self, found: Pass, rows: Tensor | None = None) -> None:
-        """Keep the statistics of ``rows`` (default: all) under the sampling policy, unless they are known already."""
-        rows = torch.arange(len(self.ids)) if rows is None else rows.cpu()
-        new = ~self.known[rows.numpy()]
-        if new.any():
-            _place(self.stats, found, rows[new], torch.from_numpy(new), self.loss_mask)
-            self.known[rows.numpy()] = True
+    def add(self, found: Pass, rows: Tensor) -> None:
+        """Keep the statistics of ``rows`` under the sampling policy."""
+        _place(self.stats, found, rows, self.loss_mask)
+        self.known[rows.numpy()] = True
 
     def add_after(self, found: Pass, rows: Tensor) -> None:
         """Keep the statistics of ``rows`` under the updated policy."""
-        _place(self.after, found, rows.cpu(), torch.ones(len(rows), dtype=torch.bool), self.loss_mask)
+        _place(self.after, found, rows, self.loss_mask)
 
     def add_metric(self, name: str, value: Any) -> None:
         """Add a value to the mean of a column of table ``steps``."""
@@ -140,8 +150,6 @@ class Generation:
 
     def payload(self) -> dict[str, Any]:
         """Return everything to record, as arrays of numpy over the tokens of all responses, (N,)."""
-        lengths = np.array([len(ids) for ids in self.ids], np.int64)
-        is_token = torch.arange(self.loss_mask.shape[1]) < torch.from_numpy(lengths)[:, None]
         shaped = self.advantage[:, None].expand(self.loss_mask.shape) if self.shaped is None else self.shaped
         grids = {"loss_mask": self.loss_mask, "shaped_advantage": shaped, **self.token}
         grids |= {name: self.stats[name] for name in ("logprob", "entropy") if name in self.stats}
@@ -153,9 +161,9 @@ class Generation:
             hidden_norm = self.stats["hidden_norm"]
             grids["grad_norm"] = lm_head_grad_norm(shaped, self.stats["logprob"], sum_p2, hidden_norm, self.temperature)
         return {
-            "lengths": lengths,
+            "lengths": self.lengths,
             "ids": np.concatenate([np.array(ids, np.int64) for ids in self.ids]),
-            "token": {name: grid[is_token].numpy() for name, grid in grids.items()},
+            "token": {name: grid[self.is_token].numpy() for name, grid in grids.items()},
             "response": self.responses,
             "group": self.group,
             "reward": self.rewards,
@@ -167,14 +175,14 @@ class Generation:
         }
 
 
-def _place(grids: dict[str, Tensor], found: Pass, rows: Tensor, chosen: Tensor, loss_mask: Tensor) -> None:
-    for name in STATS:
-        values = getattr(found, name)
-        if values is not None:
-            values = values.detach().float().cpu()[chosen]
-            width = min(values.shape[1], loss_mask.shape[1])
-            grid = grids.setdefault(name, torch.full(loss_mask.shape, torch.nan))
-            grid[rows, :width] = values[:, :width]
+def _place(grids: dict[str, Tensor], found: Pass, rows: Tensor, loss_mask: Tensor) -> None:
+    for name, values in vars(found).items():
+        if values is None:
+            continue
+        if name not in grids:
+            grids[name] = torch.full(loss_mask.shape, torch.nan)
+        width = min(values.shape[1], loss_mask.shape[1])
+        grids[name][rows, :width] = values[:, :width].float().cpu()
 
 
 def join(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -200,31 +208,30 @@ def join(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return joined
 
 
-def per_response(values: np.ndarray, lengths: np.ndarray) -> list[Any]:
+def split_by_response(values: np.ndarray, lengths: np.ndarray) -> list[Any]:
     """Split values of tokens by response; None for a response without values, None for a single value that is unknown.
 
     Args:
         values: Values of the tokens of all responses, (N,); NaN or infinite where unknown.
         lengths: Tokens of each response, (B,).
     """
-    rows: list[Any] = np.split(values, np.cumsum(lengths)[:-1])
-    if values.dtype.kind != "f":
+    rows = np.split(values, np.cumsum(lengths)[:-1])
+    if values.dtype.kind != "f" or np.isfinite(values).all():
         return rows
-    is_bad = ~np.isfinite(values)
-    if not is_bad.any():
-        return rows
-    for i, (row, bad) in enumerate(zip(rows, np.split(is_bad, np.cumsum(lengths)[:-1]), strict=True)):
-        if bad.any():
-            rows[i] = (
-                None if bad.all() else [None if unknown else x for x, unknown in zip(row.tolist(), bad, strict=True)]
-            )
-    return rows
+    return [_with_none(row) for row in rows]
+
+
+def _with_none(row: np.ndarray) -> Any:
+    is_known = np.isfinite(row)
+    if is_known.all():
+        return row
+    if not is_known.any():
+        return None
+    return [value if known else None for value, known in zip(row.tolist(), is_known, strict=True)]
 
 
 def shape_all(
-    parts: Sequence[Mapping[str, Tensor]],
-    correct: Sequence[bool],
-    group: np.ndarray,
+    parts: Sequence[Mapping[str, Any]],
     config: ShapingConfig,
     seed: int,
     step: int,
@@ -232,12 +239,11 @@ def shape_all(
 ) -> tuple[Tensor, bool]:
     """Return the shaped advantages of the responses of all processes, and whether a method was on.
 
-    Methods see the tokens that the policy generated and nothing of the context between these.
+    Methods see generated tokens only; context between them is removed.
 
     Args:
-        parts: ``logprob``, ``entropy``, and ``loss_mask`` of each process, (B, T), and ``advantage``, (B,).
-        correct: Verdict on each response of all processes.
-        group: Group of each response.
+        parts: Of each process ``logprob``, ``entropy``, and ``loss_mask``, (B, T), and ``advantage``, ``group``, and
+            ``correct``, (B,).
         config: Methods, parameters, and windows.
         seed: Seed of the run.
         step: Step of the trace.
@@ -257,9 +263,9 @@ def shape_all(
     view = RolloutView(
         torch.where(is_token, logprob.gather(1, order), 0),
         torch.where(is_token, entropy.gather(1, order), 0),
-        torch.tensor(correct),
+        torch.tensor([value for part in parts for value in part["correct"]]),
         is_token,
-        torch.from_numpy(group),
+        torch.from_numpy(np.concatenate([part["group"] for part in parts])),
         generator(seed, Stream.SHAPING, step),
     )
     shaped, is_on = shape(advantage, view, config, step, plateau_step)

@@ -1,4 +1,4 @@
-"""Listen to the policy's LM head in TRL for what gradient norms of tokens need."""
+"""Capture ln sum p^2 and |h| from TRL's forward passes, from which per-token gradient norms follow."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCALED_LOGITS = (
 
 
 class HeadProbe:
-    """Listen to the policy's LM head for what gradient norms of tokens need: sum p^2 and |h|."""
+    """Capture ln sum p^2 and |h| from TRL's forward passes, from which per-token gradient norms follow."""
 
     def __init__(self) -> None:
         self._heard: list[tuple[Tensor, Tensor]] | None = None
@@ -71,10 +71,10 @@ class HeadProbe:
     @contextmanager
     def listening(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Collect ln sum p^2 and |h| of the forward passes in the block, (B, T) each; T spans prompt and response."""
-        self._heard, heard = (found := []), []
+        heard: list[tuple[Tensor, Tensor]] = []
+        self._heard = heard
         try:
             yield heard
-            heard += found
         finally:
             self._heard = self._norms = None
 

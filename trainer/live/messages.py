@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from entrace.analysis.trace.recorder import prompt_hash
 
 
 def text_of(message: Any) -> str:
@@ -26,7 +27,7 @@ def text_of(message: Any) -> str:
 def identify(prompt: Any) -> str:
     """Return an identifier of a prompt: a hash of its text, or of its messages."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+    return prompt_hash(text)
 
 
 def first_of(row: Mapping[str, Any], names: Sequence[str]) -> str | None:

@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from entrace.analysis.trace.errors import InputError
+from entrace.analysis.trace.groups import rows_by_group
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
-from entrace.analysis.trace.recorder import Recorder
+from entrace.analysis.trace.recorder import Recorder, mean_of_known
+from entrace.analysis.trace.schema import TRUNCATED
 from entrace.trainer.algorithm.plateau import PlateauDetector
 from entrace.trainer.algorithm.shaping import NONE, waits_for_plateau
 from entrace.trainer.live.arguments import Arguments, choose_correct, trl_version
-from entrace.trainer.live.generation import Generation, Pass, join, per_response, shape_all
+from entrace.trainer.live.generation import Generation, Pass, join, shape_all, split_by_response
 from entrace.trainer.live.head_probe import HeadProbe
 from entrace.trainer.live.messages import first_of, identify, number_repeats, text_of
 from entrace.trainer.seeding import Stream, generator
@@ -50,7 +52,7 @@ UNIFORM_ROUNDING = 4 * torch.finfo(torch.float32).eps / 1e-4
 
 @dataclass
 class _Scored:
-    """Hold a generation batch while TRL builds it: its rewards, forward passes, and the dictionary returned."""
+    """Hold the inputs, rewards, and output of one batch while TRL builds it."""
 
     output: Any = None
     inputs: Any = None
@@ -80,7 +82,8 @@ class Tracer:
         self._open: list[Generation] = []
         self._last = 0
         self._scored: _Scored | None = None
-        # Forward passes of the policy that TRL makes while it builds a batch, and the pass of the loss that is running.
+        # Passes that TRL makes while it builds a batch, and the consumer of the pass inside the running loss; None
+        # outside.
         self._passes: list[tuple[Any, Pass]] | None = None
         self._in_loss: Callable[[Pass], None] | None = None
         self._eval_rows: list[dict[str, Any]] | None = None
@@ -232,12 +235,13 @@ class Tracer:
             self.finish_steps(None)
             self._flush_evals()
         started = time.perf_counter()
-        self._scored, self._passes = _Scored(), []
+        scored = _Scored()
+        passes: list[tuple[Any, Pass]] = []
+        self._scored, self._passes = scored, passes
         try:
-            yield self._scored
-            scored, passes = self._scored, self._passes
+            yield scored
         finally:
-            self._scored, self._passes = None, None
+            self._scored = self._passes = None
         output = scored.output
         output[ROW] = torch.arange(len(scored.ids), device=output["completion_ids"].device)
         if not is_training:
@@ -257,7 +261,7 @@ class Tracer:
     def keep_rewards(
         self, inputs: Any, prompts: Any, completions: Any, ids: Any, rewards: Tensor, started: float
     ) -> None:
-        """Keep what a batch was rewarded for."""
+        """Keep the inputs and scores of the reward functions."""
         if self._scored is not None:
             found = self._scored
             found.inputs, found.prompts, found.completions, found.ids = inputs, prompts, completions, ids
@@ -277,8 +281,6 @@ class Tracer:
             arguments["compute_entropy"] = True
         with self.probe.listening() if self.probe and is_policy else nullcontext([]) as heard:
             yield kept
-        if not kept:
-            return
         logprob, entropy = kept
         sums = norms = None
         if heard:
@@ -384,9 +386,10 @@ class Tracer:
 
     @staticmethod
     def _add(batch: Generation, found: Pass, rows: Tensor) -> None:
-        """Keep the statistics of TRL's pass over ``rows``, except for responses that it masks."""
-        places = torch.from_numpy(np.flatnonzero(~batch.is_masked[rows.numpy()]))
-        batch.add(found.take(places), rows[places])
+        """Keep the statistics of TRL's pass over ``rows``, except for responses that are known or that it masks."""
+        places = torch.from_numpy(np.flatnonzero(~(batch.is_masked | batch.known)[rows.numpy()]))
+        if len(places):
+            batch.add(found.take(places), rows[places])
 
     def _extra_passes(self, batch: Generation, output: Mapping[str, Any]) -> None:
         """Make a pass of our own over the responses for which TRL makes none that can be used."""
@@ -405,7 +408,9 @@ class Tracer:
             self._say(f"images: no extra forward pass is made, although {reason}; the values are null")
             return
         self._say(f"an extra forward pass is made where {reason}")
-        batch.add(self._score(batch, rows), torch.from_numpy(rows))
+        found = self._score(batch, rows)
+        if len(rows):
+            batch.add(found, torch.from_numpy(rows))
 
     @torch.no_grad()
     def _score(self, batch: Generation, rows: np.ndarray) -> Pass:
@@ -425,10 +430,9 @@ class Tracer:
         try:
             for chunk in chunks:
                 index = torch.from_numpy(chunk).to(batch.tensors["completion_ids"].device)
-                mask = torch.arange(width) < torch.tensor([len(batch.ids[i]) for i in chunk])[:, None]
                 ids = torch.cat([batch.tensors["prompt_ids"][index], batch.tensors["completion_ids"][index]], 1)
                 prompt_mask = batch.tensors["prompt_mask"][index]
-                attention = torch.cat([prompt_mask, mask.to(prompt_mask)], 1)
+                attention = torch.cat([prompt_mask, batch.is_token[chunk].to(prompt_mask)], 1)
                 self._passes, self._in_loss = [], None
                 logprob, _, *_ = trainer._get_per_token_logps_and_entropies(model, ids, attention, width)
                 found.append(next(kept for own, kept in self._passes if own is logprob))
@@ -448,13 +452,8 @@ class Tracer:
         own = {name: batch.stats[name].nan_to_num(0.0) for name in ("logprob", "entropy")}
         own |= {"loss_mask": batch.loss_mask, "advantage": batch.advantage}
         parts = self._gather_all({**own, "correct": [bool(c) for c in batch.is_correct], "group": batch.group})
-        correct = [value for part in parts for value in part["correct"]]
-        group = np.concatenate([part["group"] for part in parts])
         # Both trainers average over the prompts of a step; the methods see groups from 0.
-        shaped, is_on = shape_all(
-            parts, correct, group, self.config, self.trainer.args.seed, batch.step, self.plateau.plateau_step
-        )
-        batch.is_shaped = is_on
+        shaped, is_on = shape_all(parts, self.config, self.trainer.args.seed, batch.step, self.plateau.plateau_step)
         if not is_on:
             return
         start = sum(len(part["advantage"]) for part in parts[: self.accelerator.process_index])
@@ -487,14 +486,14 @@ class Tracer:
     def timed_pass(self) -> Iterator[list[Tensor]]:
         """Keep the loss of the pass in the block, and its duration without generation."""
         started, before = time.perf_counter(), self._overhead
-        numbers = {id(batch) for batch in self._open}
+        latest = self._open[-1] if self._open else None
         losses: list[Tensor] = []
         yield losses
         if not self._open:
             return
         batch = self._open[-1]
         elapsed = time.perf_counter() - started - (self._overhead - before)
-        if id(batch) not in numbers:
+        if batch is not latest:
             elapsed -= batch.seconds["rollout_s"] + batch.seconds["reward_s"]
         batch.seconds["update_s"] += elapsed
         batch.losses += losses
@@ -504,20 +503,18 @@ class Tracer:
     def loss_pass(self, inputs: Any) -> Iterator[None]:
         """Follow the loss over a slice of the latest batch, or over an evaluation batch."""
         rows = inputs[ROW].cpu()
-        if not self.trainer.model.training:
-            self._in_loss = functools.partial(self._take_evaluation, inputs, rows)
-            try:
-                yield
-            finally:
-                self._in_loss = None
-            return
-        batch = self._open[-1]
+        batch = self._open[-1] if self.trainer.model.training else None
         before = {name: len(self._metric(name)) for name in METRICS}
-        self._in_loss = functools.partial(self._take_loss, batch, inputs, rows)
+        if batch is None:
+            self._in_loss = functools.partial(self._take_evaluation, inputs, rows)
+        else:
+            self._in_loss = functools.partial(self._take_loss, batch, inputs, rows)
         try:
             yield
         finally:
             self._in_loss = None
+        if batch is None:
+            return
         batch.in_loss[rows.numpy()] = True
         for name, column in METRICS.items():
             values = self._metric(name)
@@ -533,7 +530,7 @@ class Tracer:
         with self._costing():
             if batch.updates == 0 and not self.has_dropout:
                 self._add(batch, found, rows)
-                waits = self._shapes and not batch.is_shaped and batch.shaped is None and not batch.losses
+                waits = self._shapes and not batch.is_shaped and not batch.losses
                 if waits and self.trainer.args.steps_per_generation == 1:
                     self._shape(batch, inputs, rows)
             self._take_clipping(batch, inputs, rows, found)
@@ -564,7 +561,7 @@ class Tracer:
                 batch.add_metric("lr", self.lr)
 
     def finish_steps(self, grad_norm: Any, *, is_end: bool = False) -> None:
-        """Record the batches that training has finished with; at the end, those that it leaves unfinished too."""
+        """Record completed batches; at the end of training, also those that some loss has used."""
         if grad_norm is not None:
             for batch in self._open:
                 if batch.updates and len(batch.metrics.get("grad_norm", [])) < batch.updates:
@@ -612,25 +609,24 @@ class Tracer:
 
     def _write(self, recorder: Recorder, batch: Generation, joined: dict[str, Any], cost: float) -> dict[str, Any]:
         lengths = joined["lengths"]
-        token = {name: per_response(values, lengths) for name, values in joined["token"].items()}
+        token = {name: split_by_response(values, lengths) for name, values in joined["token"].items()}
         loss_mask = token.pop("loss_mask")
         response = dict(joined["response"])
-        rewards = [None if value != value else value for value in joined["reward"].tolist()]
         kept = joined["in_loss"] & ~joined["is_masked"]
-        metrics = {name: _mean(values) for name, values in batch.metrics.items()}
+        metrics = {name: mean_of_known(values) for name, values in batch.metrics.items()}
         metrics["loss"] = joined["loss"]
         return recorder.record(
             batch.step,
             prompt=response.pop("prompt"),
             completion=response.pop("completion"),
-            response_ids=per_response(joined["ids"], lengths),
+            response_ids=split_by_response(joined["ids"], lengths),
             loss_mask=loss_mask,
-            reward=rewards,
+            reward=_none_for_nan(joined["reward"]),
             group=joined["group"],
             advantage=exact_zeros(joined["advantage"], joined["reward"], joined["group"]),
             is_correct=joined["is_correct"],
             is_kept=kept,
-            drop_reason=["truncated" if masked else None for masked in joined["is_masked"]],
+            drop_reason=[TRUNCATED if masked else None for masked in joined["is_masked"]],
             policy_step=batch.policy_step,
             policy_version=batch.policy_version,
             metrics={
@@ -706,7 +702,7 @@ class Tracer:
             ground_truth=rows["ground_truth"],
             task=rows["task"],
             response_length=rows["length"],
-            reward=[None if value != value else float(value) for value in rows["reward"]],
+            reward=_none_for_nan(rows["reward"]),
             is_correct=rows["is_correct"],
             entropy_mean=rows["entropy_mean"],
         )
@@ -724,7 +720,7 @@ class Tracer:
             for step, benchmark in sorted(self._evals):
                 self._write_eval(recorder, step, benchmark, self._evals.pop((step, benchmark)))
 
-    # Processes
+    # Processes. trainer.parallel.ranks would take over the signals and errors of the user's process.
 
     def _gather_all(self, value: Any) -> list[Any]:
         """Return the values of all processes, in order of rank."""
@@ -747,7 +743,7 @@ class Tracer:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Raise an error of the block, which only the main process may meet, in all processes."""
+        """Raise an error of the block in all processes; only the main process may encounter one."""
         error: Exception | None = None
         try:
             yield
@@ -777,14 +773,13 @@ class Tracer:
 
 
 def exact_zeros(advantages: np.ndarray, rewards: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Return advantages with exactly 0 where all rewards of a group are equal, which TRL gives up to rounding.
+    """Set advantages to exactly 0 in groups with equal rewards, where TRL leaves rounding errors.
 
     The mean of equal numbers may differ from them in the last bit, and TRL divides by a standard deviation of 0 plus
     1e-4. Larger advantages of such a group have another source, such as a penalty, and stay.
     """
     result = advantages.copy()
-    for number in np.unique(group):
-        rows = np.flatnonzero(group == number)
+    for rows in rows_by_group(group):
         values = rewards[rows]
         if np.isnan(values).any() or np.ptp(values) > 0:
             continue
@@ -811,9 +806,8 @@ def _has_dropout(model: Any) -> bool:
     return any("attention_dropout" in name and value for name, value in vars(config).items())
 
 
-def _mean(values: Sequence[Any]) -> float | None:
-    numbers = [float(value) for value in values if value is not None]
-    return sum(numbers) / len(numbers) if numbers else None
+def _none_for_nan(values: Iterable[float]) -> list[float | None]:
+    return [None if value != value else float(value) for value in values]
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from entrace.trainer.algorithm.shaping import ShapingConfig
 from entrace.trainer.live.arguments import Arguments, check_version, shaping_config
 from entrace.trainer.live.tracer import Tracer
 
-# A trainer of TRL, which follows in the bases of every class that is used.
+# Placeholder for type checkers: at run time a trainer of TRL follows in the MRO.
 _Base: Any = object
 
 

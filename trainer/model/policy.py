@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from entrace.analysis.importers.chat import Question, as_chat, as_text
+from entrace.analysis.importers.codec import after_response, opening_of, probe_turns, with_opening
 from entrace.analysis.trace import InputError, Vocabulary, in_one_line
 from entrace.analysis.trace.plain import plain
 from entrace.trainer.config import PolicyConfig
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 TOLERANCE = 1e-2
-# Stands for a response, to find the tokens that the chat template writes after it.
-PROBE = "entrace"
 
 
 @dataclass(eq=False)
@@ -157,7 +156,7 @@ class Policy:
     def opening(self) -> list[int]:
         """Return the special tokens that the tokenizer puts before a text, such as a beginning of sequence."""
         bare, whole = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-        return whole[: next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)]
+        return opening_of(bare, whole)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context in which computation runs in ``dtype``."""
@@ -175,7 +174,7 @@ class Policy:
             text = (self.template or "{question}").replace("{question}", as_text(question))
             # Without the end of sequence that some tokenizers append.
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            return ids if ids[: len(self.opening)] == self.opening else [*self.opening, *ids]
+            return with_opening(ids, self.opening)
         try:
             rendered: Any = self.tokenizer.apply_chat_template(
                 as_chat(question), add_generation_prompt=True, tokenize=False
@@ -318,13 +317,11 @@ class Policy:
         """Return the tokens that the chat template writes after a response; none if it cannot render one."""
         if self.tokenizer.chat_template is None:
             return []
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
         try:
-            rendered: Any = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            rendered: Any = self.tokenizer.apply_chat_template(probe_turns(), tokenize=False)
         except TemplateError:
             return []
-        _, found, rest = rendered.rpartition(PROBE)
-        return self.tokenizer(rest, add_special_tokens=False)["input_ids"] if found else []
+        return self.tokenizer(after_response(rendered), add_special_tokens=False)["input_ids"]
 
     @torch.no_grad()
     def _check_head(self) -> None:

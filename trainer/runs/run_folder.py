@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
 from entrace.analysis.trace import InputError, describe_machine, flatten, read_manifest, write_manifest
-from entrace.analysis.trace.lock import acquire_lock
+from entrace.analysis.trace.digests import DIGEST_LENGTH, hash_file
+from entrace.analysis.trace.lock import locked
 from entrace.analysis.trace.manifest import MANIFEST, is_before_manifest, now
 from entrace.analysis.trace.parts import FILES, last_whole_step, listed_files
 from entrace.analysis.trace.schema import SCHEMA_VERSION
@@ -22,7 +22,6 @@ from entrace.trainer.resources import find_model
 from entrace.trainer.settings import merge, nest
 
 WEIGHTS = "*.safetensors"
-DIGEST_LENGTH = 16
 # Increased whenever equal seeds draw other prompts than before, so that such runs are never paired.
 STREAMS = 2
 FIRST_TASK_KEYS = {"name", "params", "num_heldout"}
@@ -176,14 +175,12 @@ def run_lock(run_dir: Path, *, waits: bool, ranks: Ranks = ALONE) -> Iterator[No
     Raises:
         InputError: another process holds the lock.
     """
-    with ranks.together():
-        file = acquire_lock(run_dir, waits=waits) if ranks.is_main else None
-        ranks.barrier()
-    try:
+    with ExitStack() as stack:
+        with ranks.together():
+            if ranks.is_main:
+                stack.enter_context(locked(run_dir, waits=waits))
+            ranks.barrier()
         yield
-    finally:
-        if file is not None:
-            os.close(file)
 
 
 def has_begun(run_dir: Path) -> bool:
@@ -206,14 +203,6 @@ def hash_weights(name: str) -> str | None:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:DIGEST_LENGTH]
-
-
-def hash_file(path: Path) -> str | None:
-    """Return the fingerprint of a file; None if it does not exist, which its reader reports."""
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST_LENGTH]
 
 
 def _hash_json(value: Any) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from entrace.analysis.importers.columns import UNIFORM
+from entrace.analysis.importers.columns import NEEDED, UNIFORM
 from entrace.analysis.importers.prompts import PromptText
 from entrace.analysis.importers.row_files import BadRowError, kind_of
 
@@ -17,7 +17,6 @@ Row = dict[str, Any]
 Convert = Callable[[Row, Path], Iterable[Row]]
 
 STEP = re.compile(r"step[_-]?(\d+)", re.IGNORECASE)
-NEEDED = {"prompt": "text or a list of turns", "response": "text"}
 
 
 @dataclass
@@ -70,8 +69,13 @@ def unchanged(session: Session) -> Convert:
     return lambda row, path: (row,)
 
 
+def stateless(convert: Convert) -> Callable[[Session], Convert]:
+    """Return the start of a reading whose rows are converted one by one."""
+    return lambda session: convert
+
+
 def folder_of(path: Path) -> str:
-    """Return the folder of a file, which names the run of formats with one file per step."""
+    """Return the folder of a file, which identifies the run in formats with one file per step."""
     return str(path.parent)
 
 
@@ -80,15 +84,19 @@ def has_keys(*names: str) -> Callable[[Mapping[str, Any], Path], bool]:
     return lambda row, path: row.keys() >= set(names)
 
 
+def find_step(path: Path) -> int | None:
+    """Return the step in the name of a file or in that of a folder above it; None if there is none."""
+    return next((int(found[1]) for part in reversed(path.parts) if (found := STEP.search(part))), None)
+
+
 def step_in(path: Path) -> int:
     """Return the step in the name of a file or in that of a folder above it.
 
     Raises:
         BadRowError: the path holds none.
     """
-    for part in reversed(path.parts):
-        if found := STEP.search(part):
-            return int(found[1])
+    if (step := find_step(path)) is not None:
+        return step
     raise BadRowError(f"{path.name}: no step in the file name, expected a name such as train_data_step12.jsonl")
 
 
@@ -106,7 +114,7 @@ def listed(row: Mapping[str, Any], key: str, length: int | None = None) -> list[
     return value
 
 
-def split_at_response(ids: Sequence[int], mask: Sequence[Any], key: str) -> int:
+def split_at_response(mask: Sequence[Any], key: str) -> int:
     """Return the index of the first generated token of a sequence.
 
     Raises:
@@ -116,16 +124,5 @@ def split_at_response(ids: Sequence[int], mask: Sequence[Any], key: str) -> int:
     if start is None:
         raise BadRowError(f'"{key}" excludes every token')
     if start == 0:
-        raise BadRowError(f'"{key}" marks the first token as generated, so that there is no prompt')
+        raise BadRowError(f'"{key}" marks the first token as generated, which leaves no prompt')
     return start
-
-
-def reward_columns(row: Mapping[str, Any], known: Iterable[str]) -> dict[str, float | None]:
-    """Return the scores of reward functions: columns of numbers that are none of the ``known`` ones."""
-    others = {name: value for name, value in row.items() if name not in set(known)}
-    numbers = {
-        name: None if value is None or value != value else value
-        for name, value in others.items()
-        if value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-    }
-    return {name: value for name, value in numbers.items() if name.endswith("reward") or value is not None}

@@ -25,7 +25,7 @@ ALIGNED = {
 FOLDER = "token_exports"
 # Marks the folder of a step whose ranks have all written their files.
 STABLE = "STABLE"
-# What only the rollouts know.
+# Fields that only the rollouts record.
 JOINED = (
     *("group", "prompt", "reward", "reward_components", "ground_truth", "is_truncated"),
     *("temperature", "policy_version", "turn"),
@@ -74,7 +74,7 @@ class _Joiner:
     def convert(self, row: Row, path: Path) -> Iterable[Row]:
         ids = listed(row, "token_ids")
         mask = listed(row, "loss_mask", len(ids))
-        start = split_at_response(ids, mask, "loss_mask")
+        start = split_at_response(mask, "loss_mask")
         found: Row = {
             "id": f"{row.get('step')}/{row.get('rank')}/{row.get('export_sequence_idx')}",
             "step": row.get("step"),

@@ -11,26 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from entrace.analysis.importers.formats.base import (
-    NEEDED,
-    Convert,
     Format,
     Row,
-    Session,
     folder_of,
     has_keys,
     listed,
     split_at_response,
+    stateless,
     step_in,
 )
 from entrace.analysis.importers.row_files import BadRowError
 
 ALIGNED = {"prev_logprobs": "logprob", "generation_logprobs": "sampling_logprob", "advantages": "advantage"}
 REWARD = ("rewards", "reward")
-
-
-def _open(session: Session) -> Convert:
-    del session
-    return _convert
 
 
 def _convert(row: Row, path: Path) -> Iterable[Row]:
@@ -41,7 +34,7 @@ def _convert(row: Row, path: Path) -> Iterable[Row]:
         raise BadRowError(f'"input_lengths" is {length!r}, expected a length up to {padded}')
     ids = entry["token_ids"][:length]
     mask = [bool(mark) for mark in listed(entry, "token_loss_mask", padded)[:length]]
-    start = split_at_response(ids, mask, "token_loss_mask")
+    start = split_at_response(mask, "token_loss_mask")
     step = step_in(path)
     found: Row = {
         "id": f"{step}/{entry.get('idx')}",
@@ -76,7 +69,6 @@ FORMAT = Format(
     "NeMo-RL training data",
     ("**/train_data_step*.jsonl",),
     has_keys("token_ids", "token_loss_mask"),
-    _open,
-    needed=NEEDED,
+    stateless(_convert),
     run_of=folder_of,
 )

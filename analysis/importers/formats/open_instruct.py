@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from entrace.analysis.importers.formats.base import Convert, Format, Row, Session, has_keys
+from entrace.analysis.importers.formats.base import Format, Row, has_keys, stateless
 
 NAMES = {
     "step": "step",
@@ -23,11 +23,6 @@ NAMES = {
     "sampling_logprob": "logprobs",
 }
 MARK = "_rollouts_"
-
-
-def _open(session: Session) -> Convert:
-    del session
-    return _convert
 
 
 def _convert(row: Row, path: Path) -> Iterable[Row]:
@@ -46,6 +41,6 @@ FORMAT = Format(
     "open-instruct traces",
     (f"**/*{MARK}*.jsonl",),
     has_keys("prompt_tokens", "response_tokens"),
-    _open,
+    stateless(_convert),
     run_of=_run_of,
 )

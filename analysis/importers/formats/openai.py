@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from entrace.analysis.importers.formats.base import Convert, Format, Row, Session
+from entrace.analysis.importers.formats.base import Format, Row, stateless
 from entrace.analysis.importers.row_files import BadRowError, kind_of
 from entrace.analysis.trace.vocabulary import show_bytes
 
@@ -37,11 +37,6 @@ ANSWERS = (
 def _is_row(row: Mapping[str, Any], path: Path) -> bool:
     del path
     return isinstance(_answer_of(row).get("choices"), list)
-
-
-def _open(session: Session) -> Convert:
-    del session
-    return _convert
 
 
 def _answer_of(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -118,6 +113,6 @@ FORMAT = Format(
     "responses of an OpenAI-compatible server",
     ("*.jsonl",),
     _is_row,
-    _open,
+    stateless(_convert),
     needed={"response": "text"},
 )

@@ -18,4 +18,11 @@ def _is_row(row: Mapping[str, Any], path: Path) -> bool:
     return any(look_up(row, key) is not None for name in TELLING for key in (name, *ALIASES[name]))
 
 
-FORMAT = Format("rows", "rows of prompt and response", ("*.jsonl", "*.parquet"), _is_row, unchanged, needed=NEEDED)
+FORMAT = Format(
+    "rows",
+    "rows of prompt and response",
+    ("*.jsonl", "*.parquet"),
+    _is_row,
+    unchanged,
+    needed={**NEEDED, "reward": "a number"},
+)

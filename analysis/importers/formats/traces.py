@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from entrace.analysis.importers.formats.annotated import Records
-from entrace.analysis.importers.formats.base import STEP, Convert, Format, Row, Session
+from entrace.analysis.importers.formats.base import Convert, Format, Row, Session, find_step
 from entrace.analysis.importers.row_files import BadRowError
 from entrace.analysis.trace.errors import InputError
 
@@ -140,8 +140,7 @@ def _facts(trace: Row, episode: Row, path: Path, *, has_orders: bool) -> Row:
     """Return what a trace says about all its branches."""
     info = trace["info"]
     shipped = _at(info, "ship", "step")
-    in_path = next((int(found[1]) for part in reversed(path.parts) if (found := STEP.search(part))), None)
-    steps = (shipped, in_path, _at(info, "arrival", "step"), _at(episode, "run", "work", "step"), 1)
+    steps = (shipped, find_step(path), _at(info, "arrival", "step"), _at(episode, "run", "work", "step"), 1)
     rewards = trace.get("rewards") or {}
     data = _at(trace, "task", "data") or {}
     scores = {name: None if reward is None else reward.get("score") for name, reward in rewards.items()}
@@ -192,7 +191,7 @@ def _tokens(nodes: Sequence[Row]) -> Row:
             values[name] += [next(rest) if mark else None for mark in marks]
     start = mask.index(True)
     if start == 0:
-        raise BadRowError('"mask" marks the first token as sampled, so that there is no prompt')
+        raise BadRowError('"mask" marks the first token as sampled, which leaves no prompt')
     found: Row = {
         "prompt_ids": ids[:start],
         "response_ids": ids[start:],
@@ -236,7 +235,7 @@ def _open(session: Session) -> Convert:
 def annotation_files(files: Iterable[Path]) -> list[Path]:
     """Return the annotations beside the streams of a run, in the order of their names."""
     found = []
-    for root in dict.fromkeys(path.parent.parent if path.parent.name == "stream" else path.parent for path in files):
+    for root in dict.fromkeys(map(_root_of, files)):
         found += sorted(
             path
             for pattern in ("annotations/*.jsonl*", "annotations/*/*.jsonl*")
@@ -244,6 +243,23 @@ def annotation_files(files: Iterable[Path]) -> list[Path]:
             if ".index." not in path.name and path.suffix in (".jsonl", ".zst")
         )
     return found
+
+
+def _root_of(path: Path) -> Path:
+    """Return the folder that holds a stream and its annotations."""
+    return path.parent.parent if path.parent.name == "stream" else path.parent
+
+
+def _run_of(path: Path) -> str | None:
+    """Return the folder of the stream that a file belongs to; None for other files."""
+    is_stream = path.parent.name == "stream" or path.name.startswith("stream")
+    return str(_root_of(path)) if is_stream else None
+
+
+def _without_twins(files: list[Path]) -> tuple[list[Path], list[str]]:
+    """Return the files without the compressed ones whose plain twin is there."""
+    there = set(files)
+    return [path for path in files if path.suffix != ".zst" or path.with_suffix("") not in there], []
 
 
 def _is_row(row: Mapping[str, Any], path: Path) -> bool:
@@ -256,19 +272,17 @@ FORMAT = Format(
     "verifiers",
     "verifiers traces",
     (
-        "**/monitors/file/traces/stream*.jsonl",
-        "**/monitors/file/traces/stream/*.jsonl",
-        "**/monitors/file/traces/stream*.jsonl.zst",
-        "**/monitors/file/traces/stream/*.jsonl.zst",
+        "**/monitors/file/traces/stream*.jsonl*",
+        "**/monitors/file/traces/stream/*.jsonl*",
         "**/train/effective/traces.jsonl",
         "**/traces.jsonl",
-        "stream*.jsonl",
-        "stream*.jsonl.zst",
-        "stream/*.jsonl",
-        "stream/*.jsonl.zst",
+        "stream*.jsonl*",
+        "stream/*.jsonl*",
     ),
     _is_row,
     _open,
     # Only a trace that was trained on has an advantage.
     uniform=("step",),
+    run_of=_run_of,
+    whole=_without_twins,
 )

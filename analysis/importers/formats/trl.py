@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from entrace.analysis.importers.formats.base import Convert, Format, Row, Session, folder_of, reward_columns
+from entrace.analysis.importers.formats.base import Convert, Format, Row, Session, folder_of
 
 KNOWN = ("step", "prompt", "completion", "advantage", "completion_ids", "prompt_ids", "image", "images")
 WEIGHTS = "the weights of the reward functions are not logged; --field reward=KEY chooses one, KEY+KEY adds several"
@@ -30,13 +30,22 @@ def _convert(row: Row, session: Session) -> Iterable[Row]:
 
 def with_rewards(row: Row, known: Iterable[str], session: Session) -> Row:
     """Return a row with its reward, if there is one reward function, and the scores of all of them."""
-    scores = reward_columns(row, known)
+    scores = _scores(row, known)
     if len(scores) > 1 and not session.remarks:
         session.remarks.append(f"reward is null: {', '.join(scores)} may all be rewards, and {WEIGHTS}")
-    found: Row = {name: value for name, value in row.items() if name not in scores}
-    if len(scores) == 1:
-        found["reward"] = next(iter(scores.values()))
-    return {**row, **found, "reward_components": scores or None}
+    total = {"reward": next(iter(scores.values()))} if len(scores) == 1 else {}
+    return {**row, **total, "reward_components": scores or None}
+
+
+def _scores(row: Row, known: Iterable[str]) -> dict[str, float | None]:
+    """Return the scores of reward functions: numeric columns that are not in ``known``."""
+    names = set(known)
+    numbers = {
+        name: None if value is None or value != value else value
+        for name, value in row.items()
+        if name not in names and (value is None or (isinstance(value, int | float) and not isinstance(value, bool)))
+    }
+    return {name: value for name, value in numbers.items() if name.endswith("reward") or value is not None}
 
 
 FORMAT = Format(

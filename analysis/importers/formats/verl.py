@@ -10,14 +10,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from entrace.analysis.importers.formats.base import Convert, Format, Row, Session, folder_of, has_keys
+from entrace.analysis.importers.formats.base import Format, Row, folder_of, has_keys, stateless
 
 KEY = re.compile(r"(.+)_\d+_\d+")
-
-
-def _open(session: Session) -> Convert:
-    del session
-    return _convert
 
 
 def _convert(row: Row, path: Path) -> Iterable[Row]:
@@ -34,7 +29,7 @@ FORMAT = Format(
     "verl rollouts",
     ("**/[0-9]*.jsonl",),
     has_keys("input", "output", "score"),
-    _open,
+    stateless(_convert),
     prompts="stripped",
     run_of=folder_of,
 )
