@@ -10,6 +10,9 @@ Modes: ``entrace_sync``, ``entrace_colocate_async``, and ``entrace_separate_asyn
 rollout engine of a GPU.
 """
 
+# pyright: reportMissingImports=false
+# verl is not installed where types are checked.
+
 from __future__ import annotations
 
 try:

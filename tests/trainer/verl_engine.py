@@ -1,7 +1,10 @@
 """A stand-in for the rollout engine of verl, which needs a GPU: transformers on a CPU behind verl's interfaces.
 
-Loaded in every process by ``VERL_USE_EXTERNAL_MODULES``. Everything else of a run is verl: agent loops, load balancer,
-rewards, TransferQueue, actor workers, and the transfer of weights to this engine before each step.
+Loaded in every process by ``VERL_USE_EXTERNAL_MODULES``. Everything else of a run is verl's own: agent loops, load
+balancer, rewards, TransferQueue, actor workers, and the transfer of weights to this engine before each step. verl's
+platform plug-in tells the actor workers to compute on the CPU.
+
+Not run, here or elsewhere: vLLM and SGLang. ``Witness`` keeps what the trace has to agree with.
 """
 
 import asyncio
@@ -9,15 +12,20 @@ import functools
 
 import ray
 import torch
+import transfer_queue as tq
 from transformers import AutoModelForCausalLM
 from verl.plugin.platform.platform_cuda import PlatformCUDA
 from verl.plugin.platform.platform_manager import set_platform
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers import engine_workers
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.rollout import base
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
+
+from entrace.trainer.live.verl import Traced
 
 NAME = "entrace_cpu"
 
@@ -159,3 +167,50 @@ EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], 
 engine_workers.initialize_global_process_group_ray = functools.partial(
     engine_workers.initialize_global_process_group_ray, backend="gloo"
 )
+
+FIELDS = [
+    "prompts",
+    "responses",
+    "response_mask",
+    "rm_scores",
+    "rollout_log_probs",
+    "old_log_probs",
+    "ref_log_prob",
+    "log_probs",
+    "entropy",
+    "advantages",
+]
+
+
+def read_fields(batch) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the tensors of every row by key and field."""
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=FIELDS)
+    rows = {name: data[name].unbind(0) for name in FIELDS if name in data}
+    return {key: {name: row[i].clone() for name, row in rows.items()} for i, key in enumerate(batch.keys)}
+
+
+class Keeper(PPOTrainerSync):
+    """Save the rows of TransferQueue as verl leaves them, and as they are at the end of the step."""
+
+    def _compute_advantage(self, batch, metrics):
+        if not hasattr(self, "kept"):
+            self.kept = {"verl": {}, "updated": {}, "tags": {}}
+        batch = super()._compute_advantage(batch, metrics)
+        self.kept["verl"] |= read_fields(batch)
+        self.kept["tags"] |= dict(zip(batch.keys, batch.tags, strict=True))
+        return batch
+
+    def _update_actor(self, batch, metrics):
+        batch = super()._update_actor(batch, metrics)
+        self.kept["updated"] |= read_fields(batch)
+        return batch
+
+    def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):
+        torch.save(self.kept | {"end": read_fields(batch), "metrics": dict(metrics)}, f"witness-{global_steps}.pt")
+        del self.kept
+        return super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
+
+
+@register_trainer("entrace_witness")
+class Witness(Traced, Keeper):
+    """A trainer of one's own, traced."""

@@ -1,19 +1,22 @@
 """Configs, data, and rewards for runs of verl on a CPU."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import polars as pl
+from hydra import compose, initialize_config_module
 
 ROOT = Path(__file__).parents[2]
 POLICY = ROOT / "data" / "base-policy"
 QUESTION = "State the final answer to the following arithmetic problem: {} + {} ="
 
 
-def is_right(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    """Reward one half more than correctness, so that reward and ``acc`` differ."""
-    right = f">{ground_truth}<" in solution_str
-    return {"score": right - 0.5, "acc": right}
+def is_finished(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    """Reward an answer, whatever it is; the reward is one half less than ``acc``, so that they differ."""
+    finished = "</answer>" in solution_str
+    return {"score": finished - 0.5, "acc": finished}
 
 
 def write_rows(folder: Path, count: int = 8) -> Path:
@@ -50,7 +53,7 @@ def overrides(folder: Path, rows: Path, *more: str) -> list[str]:
         f"data.val_files={rows}",
         "data.train_batch_size=4",
         "data.max_prompt_length=64",
-        "data.max_response_length=24",
+        "data.max_response_length=30",
         "data.dataloader_num_workers=0",
         "+data.seed=3",
         f"actor_rollout_ref.model.path={POLICY}",
@@ -60,6 +63,7 @@ def overrides(folder: Path, rows: Path, *more: str) -> list[str]:
         "actor_rollout_ref.actor.ppo_mini_batch_size=2",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
         "actor_rollout_ref.actor.fsdp_config.model_dtype=fp32",
+        "actor_rollout_ref.actor.fsdp_config.dtype=float32",
         "actor_rollout_ref.actor.fsdp_config.use_torch_compile=false",
         "actor_rollout_ref.actor.use_torch_compile=false",
         "actor_rollout_ref.actor.optim.lr=1e-3",
@@ -71,13 +75,13 @@ def overrides(folder: Path, rows: Path, *more: str) -> list[str]:
         "actor_rollout_ref.rollout.agent.num_workers=1",
         "reward.num_workers=1",
         f"reward.custom_reward_function.path={Path(__file__)}",
-        "reward.custom_reward_function.name=is_right",
+        "reward.custom_reward_function.name=is_finished",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         # A GPU in name: verl's resource pools count GPUs, on a CPU as well.
         "ray_kwargs.ray_init.num_cpus=8",
         "+ray_kwargs.ray_init.num_gpus=1",
         "+ray_kwargs.ray_init.include_dashboard=false",
-        f"+entrace.trace={folder}/run",
+        "+entrace.trace=run",
     ]
     return [*given, *more]
 
@@ -94,3 +98,31 @@ def environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "PYTHONWARNINGS": "ignore",
     }
+
+
+def train(folder: Path, *more: str) -> str:
+    """Run verl's command in ``folder``, and return its output."""
+    rows = folder / "rows.parquet"
+    if not rows.exists():
+        write_rows(folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "verl.trainer.main_ppo", *overrides(folder, rows, *more)],
+        env=environment(),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=500,
+    )
+    (folder / "log.txt").write_text(done.stdout)
+    return done.stdout
+
+
+def compose_config(folder: Path, *more: str):
+    """Return verl's config as its command composes it."""
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", overrides(folder, folder / "rows.parquet", *more))
+
+
+def table(folder: Path, name: str) -> pl.DataFrame:
+    return pl.concat([pl.read_parquet(path) for path in sorted((folder / name).glob("*.parquet"))])

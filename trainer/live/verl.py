@@ -9,6 +9,9 @@ Not run: rollout engines (vLLM, SGLang), which need a GPU, and with them colocat
 ``separate_async``, and Megatron.
 """
 
+# pyright: reportMissingImports=false
+# verl is not installed where types are checked.
+
 from __future__ import annotations
 
 from collections.abc import Mapping

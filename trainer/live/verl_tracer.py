@@ -4,6 +4,9 @@ A step of the trace is one global step of verl. With ``parameter_sync_step`` abo
 computes ``old_log_probs`` of all of them with the weights at the start of the step.
 """
 
+# pyright: reportMissingImports=false
+# verl is not installed where types are checked.
+
 from __future__ import annotations
 
 import functools
@@ -177,7 +180,9 @@ class Tracer:
         """Return why columns are null, by table and column."""
         trainer = self.trainer
         scores = "verl's reward functions return scores, not answers"
-        reasons = dict.fromkeys(("rollouts.answer", "rollouts.has_answer", "steps.format_rate", "evals.answer"), scores)
+        reasons: dict[str, str] = {}
+        for name in ("rollouts.answer", "rollouts.has_answer", "steps.format_rate", "evals.answer"):
+            reasons[name] = scores
         reasons["tokens.grad_norm"] = "verl does not give sums of squared probabilities"
         reasons["tokens.is_clipped"] = "verl reports clipping per step, not per token"
         sides = "verl reports the share of both sides together"
@@ -285,7 +290,7 @@ class Tracer:
             InputError: the key that entrace.correct names is in no response.
         """
         correct = self.arguments.correct
-        if isinstance(correct, float):
+        if correct is not None and not isinstance(correct, str):
             return [None] * count
         name = correct or ACCURACY
         infos = [
@@ -502,7 +507,7 @@ class Tracer:
                 temperature=float(self.rollout.val_kwargs.temperature),
                 **{name: [rows[i][name] for i in chosen] for name in names},
             )
-        # verl evaluates after it saves: flushed with the next step, the evaluation would be lost if the run resumed here.
+        # verl evaluates after it saves: flushed with the next step, this would be lost if the run resumed here.
         recorder.flush()
 
     # Messages
