@@ -6,6 +6,8 @@ Only the rollout engine is a stand-in; see ``verl_engine``.
 import json
 import logging
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -18,6 +20,7 @@ pytest.importorskip("verl", reason="verl is not installed; make test-verl runs t
 import ray
 import torch
 import transfer_queue as tq
+from hydra import compose, initialize_config_module
 from tensordict import TensorDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
@@ -91,6 +94,17 @@ def test_section_entrace_is_read_from_hydra_overrides(tmp_path):
     assert own.shaping.method == "tests.trainer.verl_methods:halved"
 
 
+def test_the_command_of_the_guide_composes_with_the_config_of_verl():
+    block = re.search(r"```bash\n(.*?)```", (verl_runs.ROOT / "docs" / "verl.md").read_text(), re.DOTALL)
+    export, command = block[1].replace("\\\n", " ").splitlines()
+    assert export == "export VERL_USE_EXTERNAL_MODULES=entrace.verl"
+    program, given = shlex.split(command)[:3], shlex.split(command)[3:]
+    assert program == ["python", "-m", "verl.trainer.main_ppo"]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        trainer = TracedSync(config=compose("ppo_trainer", given))
+    assert trainer._entrace.arguments.correct == "acc"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -152,7 +166,7 @@ def test_another_version_of_verl_warns_once(tmp_path, monkeypatch, caplog):
 def queue(tmp_path_factory):
     """A local Ray and TransferQueue."""
     config = compose_config(tmp_path_factory.mktemp("queue"))
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     config.transfer_queue.enable = True
     tq.init(config.transfer_queue)
     yield

@@ -63,7 +63,8 @@ def overrides(folder: Path, rows: Path, *more: str) -> list[str]:
         "actor_rollout_ref.actor.ppo_mini_batch_size=2",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
         "actor_rollout_ref.actor.fsdp_config.model_dtype=fp32",
-        "actor_rollout_ref.actor.fsdp_config.dtype=float32",
+        "+actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32",
+        "+actor_rollout_ref.ref.fsdp_config.mixed_precision.param_dtype=fp32",
         "actor_rollout_ref.actor.fsdp_config.use_torch_compile=false",
         "actor_rollout_ref.actor.use_torch_compile=false",
         "actor_rollout_ref.actor.optim.lr=1e-3",
@@ -78,6 +79,8 @@ def overrides(folder: Path, rows: Path, *more: str) -> list[str]:
         "reward.custom_reward_function.name=is_finished",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         # A GPU in name: verl's resource pools count GPUs, on a CPU as well.
+        # Not a cluster that happens to run on this machine.
+        "+ray_kwargs.ray_init.address=local",
         "ray_kwargs.ray_init.num_cpus=8",
         "+ray_kwargs.ray_init.num_gpus=1",
         "+ray_kwargs.ray_init.include_dashboard=false",
