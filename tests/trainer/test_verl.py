@@ -95,7 +95,7 @@ def test_section_entrace_is_read_from_hydra_overrides(tmp_path):
 
 
 def test_the_command_of_the_guide_composes_with_the_config_of_verl():
-    block = re.search(r"```bash\n(.*?)```", (verl_runs.ROOT / "docs" / "verl.md").read_text(), re.DOTALL)
+    block = re.search(r"```text\n(.*?)```", (verl_runs.ROOT / "docs" / "verl.md").read_text(), re.DOTALL)
     export, command = block[1].replace("\\\n", " ").splitlines()
     assert export == "export VERL_USE_EXTERNAL_MODULES=entrace.verl"
     program, given = shlex.split(command)[:3], shlex.split(command)[3:]
