@@ -217,7 +217,7 @@ def put_rows(tokenizer, seed, *, groups=3, size=4, absent=(), tools=True):
                 "raw_prompt": [{"role": "user", "content": f"question {group} of {seed}"}],
                 "reward_model": {"style": "rule", "ground_truth": str(group)},
                 "data_source": "sums",
-                "extra_fields": {"reward_extra_info": {"acc": reward > 0, "score": reward}},
+                "extra_fields": {"reward_extra_info": {"acc": reward > 0, "score": reward, "pred": "7"}},
                 "rollout_log_probs": -torch.from_numpy(rng.random(count)).float(),
             }
             keys.append(f"{uid}_{session}_0")
@@ -441,11 +441,31 @@ def test_own_agent_loops_may_leave_out_messages_and_answers(queue, tokenizer, tm
     assert set(table(tmp_path / "run", "prompts")["prompt"]) == texts
 
 
-def test_a_key_that_the_reward_does_not_report_stops_the_first_step(queue, tokenizer, tmp_path):
-    trainer = make_trainer(tmp_path, tokenizer, "+entrace.correct=accuracy")
+def test_values_that_are_not_finite_are_null(queue, tokenizer, tmp_path):
+    trainer = make_trainer(tmp_path, tokenizer, "+entrace.shaping=ppl")
+    with trainer._entrace.recording():
+        batch, rows = put_rows(tokenizer, 10, tools=False)
+        key = next(iter(rows))
+        values = torch.nested.as_nested_tensor([rows[key]["old_log_probs"].clone()], layout=torch.jagged)
+        values.values()[0] = -torch.inf
+        tq.kv_batch_put(keys=[key], partition_id="train", fields=TensorDict({"rollout_log_probs": values}, 1))
+        found = take_step(trainer, batch)
+        tq.kv_clear(keys=batch.keys, partition_id="train")
+    assert all(torch.isfinite(row).all() for row in found.values())
+    assert table(tmp_path / "run", "tokens")["sampling_logprob"].null_count() == 1
+
+
+@pytest.mark.parametrize(
+    ("correct", "message"),
+    [
+        ("accuracy", r'no key "accuracy" in the reward\'s extra info; did you mean "acc"\?'),
+        ("pred", "pred of the reward's extra info is '7', expected a number"),
+    ],
+)
+def test_a_key_that_decides_nothing_stops_the_first_step(queue, tokenizer, tmp_path, correct, message):
+    trainer = make_trainer(tmp_path, tokenizer, f"+entrace.correct={correct}")
     batch, _ = put_rows(tokenizer, 9)
-    message = r'entrace.correct: no key "accuracy" in the reward\'s extra info'
-    with pytest.raises(InputError, match=message), trainer._entrace.recording():
+    with pytest.raises(InputError, match=f"entrace.correct: {message}"), trainer._entrace.recording():
         take_step(trainer, batch)
     tq.kv_clear(keys=batch.keys, partition_id="train")
     assert manifest(tmp_path / "run")["status"] == "failed"

@@ -130,6 +130,12 @@ class _Memory:
     def mem_get_info(self) -> tuple[int, int]:
         return 0, 0
 
+    def get_rng_state(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
+
 
 class PlatformCPU(PlatformCUDA):
     """Tell verl's actor workers to compute on the CPU, over gloo."""

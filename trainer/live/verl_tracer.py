@@ -29,7 +29,7 @@ from entrace.analysis.trace.recorder import Recorder
 from entrace.trainer.algorithm.plateau import PlateauDetector
 from entrace.trainer.algorithm.shaping import NONE, waits_for_plateau
 from entrace.trainer.live.arguments import Arguments, warn_if_untested
-from entrace.trainer.live.generation import shape_all
+from entrace.trainer.live.generation import shape_all, split_by_response
 from entrace.trainer.live.messages import first_of, identify, text_of
 from entrace.trainer.live.tracer import HELDOUT, MAX_AFTER
 from entrace.trainer.seeding import Stream, generator
@@ -232,7 +232,8 @@ class Tracer:
         columns["is_kept"] = [bool(row.any()) for row in in_loss]
         for name, source in TOKEN_FIELDS.items():
             if source in data:
-                columns[name] = [row.float().numpy() for row in _rows(data[source])]
+                rows = [row.float().numpy() for row in _rows(data[source])]
+                columns[name] = split_by_response(np.concatenate(rows), np.array([len(row) for row in rows]))
         if self.config.method != NONE:
             self._shape(keys, batch.partition_id, data, columns, in_loss)
         columns.setdefault("shaped_advantage", columns["advantage"])
@@ -243,10 +244,10 @@ class Tracer:
 
     def _describe(self, data: Any, tags: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         """Return values per response that do not depend on the policy's probabilities."""
-        ids = [row.tolist() for row in _rows(data["responses"])]
-        prompt_ids = [row.tolist() for row in _rows(data["prompts"])]
+        ids = [row.numpy() for row in _rows(data["responses"])]
+        prompt_ids = _rows(data["prompts"])
         count = len(ids)
-        rewards = [row.double().sum().item() for row in _rows(data["rm_scores"])]
+        rewards = [_finite(row.double().sum().item()) for row in _rows(data["rm_scores"])]
         versions = [(tag.get("min_global_steps"), tag.get("max_global_steps")) for tag in tags]
         columns = {
             "response_ids": ids,
@@ -259,7 +260,7 @@ class Tracer:
         }
         return columns | self._prompt_columns(data, prompt_ids)
 
-    def _prompt_columns(self, data: Any, prompt_ids: Sequence[list[int]]) -> dict[str, list[Any]]:
+    def _prompt_columns(self, data: Any, prompt_ids: Sequence[Tensor]) -> dict[str, list[Any]]:
         """Return texts and identifiers of prompts, and what the dataset says about them."""
         count = len(prompt_ids)
         decode = functools.partial(self.trainer.tokenizer.decode, skip_special_tokens=True)
@@ -277,11 +278,11 @@ class Tracer:
             "task": [str(source or self.trainer.config.trainer.experiment_name) for source in sources],
         }
 
-    def _is_cut(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> bool:
+    def _is_cut(self, prompt_ids: Tensor, ids: np.ndarray) -> bool:
         """Return whether a response reached a limit of length without an end of sequence."""
         limit = self.rollout.get("max_model_len", None) or float("inf")
         at_limit = len(ids) >= self.rollout.response_length or len(prompt_ids) + len(ids) >= limit
-        return at_limit and (not ids or ids[-1] not in self._ends)
+        return at_limit and (not len(ids) or int(ids[-1]) not in self._ends)
 
     def _scores(self, data: Any, count: int) -> list[Any]:
         """Return what the reward's extra info says about correctness, per response; None where it is silent.
@@ -297,27 +298,37 @@ class Tracer:
             (fields.get("reward_extra_info") or {}) if isinstance(fields, Mapping) else {}
             for fields in _values(data, "extra_fields", count)
         ]
-        # A colocated reward model writes fields of their own. Not run: it needs a GPU.
+        # A colocated reward model writes a field per key. Not run: it needs a GPU.
         found = _values(data, name, count)
         scores = [info.get(name, other) for info, other in zip(infos, found, strict=True)]
-        self._check_key(correct, scores, {key for info in infos for key in info})
-        return scores
+        return self._checked(scores, {key for info in infos for key in info})
 
-    def _check_key(self, correct: str | float | None, scores: Sequence[Any], keys: set[str]) -> None:
-        if isinstance(correct, str) and len(scores) and all(score is None for score in scores):
-            near = nearest(correct, sorted(keys)) if keys else "; the reward function returns no extra info"
+    def _checked(self, scores: Sequence[Any], keys: set[str]) -> list[Any]:
+        """Return scores that decide correctness; None where the reward's extra info is silent.
+
+        Raises:
+            InputError: the key that entrace.correct names is in no response, or holds something other than numbers.
+        """
+        correct = self.arguments.correct
+        numbers = [score if isinstance(score, bool | int | float | np.number | np.bool_) else None for score in scores]
+        if isinstance(correct, str) and scores and all(number is None for number in numbers):
+            known = next((score for score in scores if score is not None), None)
+            if known is not None:
+                raise InputError(
+                    f"entrace.correct: {correct} of the reward's extra info is {known!r}, expected a number"
+                )
+            near = nearest(correct, sorted(keys)) if keys else "; the reward function returns none"
             raise InputError(f'entrace.correct: no key "{correct}" in the reward\'s extra info{near}')
+        return numbers
 
-    def _judge(self, rewards: Sequence[float], scores: Sequence[Any]) -> list[bool | None]:
-        """Return the verdict on each response."""
+    def _judge(self, rewards: Sequence[float | None], scores: Sequence[Any]) -> list[bool | None]:
+        """Return the verdict on each response; None without a score."""
         correct = self.arguments.correct
         if isinstance(correct, float):
-            return [reward >= correct for reward in rewards]
-        if isinstance(correct, str):
-            return [None if score is None else bool(score >= 1) for score in scores]
-        return [
-            bool(reward >= 1 if score is None else score >= 1) for reward, score in zip(rewards, scores, strict=True)
-        ]
+            return [None if reward is None else reward >= correct for reward in rewards]
+        if correct is None:
+            scores = [reward if score is None else score for reward, score in zip(rewards, scores, strict=True)]
+        return [None if score is None else bool(score >= 1) for score in scores]
 
     def _shape(
         self, keys: list[str], partition_id: str, data: Any, columns: dict[str, list[Any]], in_loss: list[Tensor]
@@ -337,7 +348,8 @@ class Tracer:
         numbers: dict[str, int] = {}
         group = np.array([numbers.setdefault(uid, len(numbers)) for uid in columns["uid"]])
         given = _rows(data["advantages"])
-        part = {name: _padded([torch.from_numpy(row) for row in columns[name]]) for name in ("logprob", "entropy")}
+        sources = {name: _rows(data[TOKEN_FIELDS[name]]) for name in ("logprob", "entropy")}
+        part = {name: _padded(rows).float().nan_to_num(0.0) for name, rows in sources.items()}
         part |= {
             "loss_mask": _padded([torch.from_numpy(row) for row in columns["loss_mask"]]),
             "advantage": _padded(given),
@@ -433,10 +445,7 @@ class Tracer:
 
     def _divisible(self, wanted: int, count: int) -> int:
         """Return the number of responses nearest to ``wanted`` that actor workers and micro-batches divide evenly."""
-        group = self.trainer.actor_rollout_wg
-        if "actor" not in group._dispatch_info:
-            group._dispatch_info["actor"] = group._query_dispatch_info("actor")
-        multiple = max(group._dispatch_info["actor"]) + 1
+        multiple = max(self.trainer.actor_rollout_wg._dispatch_info["actor"]) + 1
         if not self.rollout.log_prob_use_dynamic_bsz:
             multiple *= self.rollout.log_prob_micro_batch_size_per_gpu or 1
         return min(-(-wanted // multiple), count // multiple) * multiple
@@ -473,8 +482,7 @@ class Tracer:
             return
         fields = ["uid", "prompts", "responses", "raw_prompt", "reward_model", "data_source"]
         data = _get(keys, batch.partition_id, fields)
-        prompt_ids = [row.tolist() for row in _rows(data["prompts"])]
-        columns = self._prompt_columns(data, prompt_ids)
+        columns = self._prompt_columns(data, _rows(data["prompts"]))
         columns["uid"] = [str(uid) for uid in _values(data, "uid", len(keys))]
         columns["response_length"] = [len(row) for row in _rows(data["responses"])]
         if self._eval_rows is not None:
@@ -489,9 +497,8 @@ class Tracer:
             raise InputError("verl evaluated other responses than it sampled; this version cannot be recorded")
         step, correct = self.trainer.global_steps, self.arguments.correct
         scores = list(infos.get(correct if isinstance(correct, str) else ACCURACY) or [None] * len(rows))
-        self._check_key(correct, scores, set(infos))
-        rewards = [float(reward) for reward in infos["reward"]]
-        verdicts = self._judge(rewards, scores)
+        rewards = [_finite(float(reward)) for reward in infos["reward"]]
+        verdicts = self._judge(rewards, self._checked(scores, set(infos)))
         for source in dict.fromkeys(sources):
             benchmark = HELDOUT if source == "unknown" else str(source)
             if recorder.has_eval(step, benchmark):
@@ -552,6 +559,11 @@ def _get(keys: list[str], partition_id: str, fields: list[str]) -> Any:
 def _rows(values: Tensor) -> list[Tensor]:
     """Return the rows of a tensor that may be nested."""
     return list(values.unbind(0))
+
+
+def _finite(value: float) -> float | None:
+    """Return a number, or None for NaN and infinity."""
+    return value if np.isfinite(value) else None
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:
