@@ -524,8 +524,11 @@ def trained(tmp_path_factory):
 
 
 def by_tokens(kept, name):
-    """Values of tokens by the ids of the response, which identify it well enough."""
-    return {tuple(row["responses"].tolist()): row[name].tolist() for row in kept.values() if name in row}
+    """Values of tokens by the ids of the response; several rows may hold the same response."""
+    found = {}
+    for row in kept.values():
+        found.setdefault(tuple(row["responses"].tolist()), []).append(row[name].tolist())
+    return found
 
 
 def test_a_whole_run_is_recorded_without_duplicates_over_a_resume(trained):
@@ -550,22 +553,20 @@ def test_a_whole_run_is_recorded_without_duplicates_over_a_resume(trained):
         for row in rows.iter_rows(named=True):
             ids = tuple(row["token_id"])
             for name in columns:
-                assert row[name] == before[name][ids]
-            assert row["shaped_advantage"] == shaped[ids]
+                assert row[name] in before[name][ids]
+            assert row["shaped_advantage"] in shaped[ids]
     assert steps["loss"].to_list() == pytest.approx([found["metrics"]["actor/pg_loss"] for found in kept])
     assert steps["kl"].to_list() == pytest.approx([found["metrics"]["actor/kl_loss"] for found in kept])
     assert steps["lr"].to_list() == pytest.approx([1e-3] * 3)
 
 
 def test_shaping_changes_what_verl_trains_on(trained):
+    changed = 0
     for found in trained[1]:
-        before, after = (by_tokens(found[name], "advantages") for name in ("verl", "end"))
-        assert before.keys() == after.keys()
-    assert any(
-        not torch.equal(found["verl"][k]["advantages"], found["end"][k]["advantages"])
-        for found in trained[1]
-        for k in found["end"]
-    )
+        assert found["verl"].keys() == found["end"].keys()
+        for key, row in found["verl"].items():
+            changed += not torch.equal(row["advantages"], found["end"][key]["advantages"])
+    assert changed > 0
 
 
 def test_the_capture_after_the_update_puts_the_fields_of_verl_back(trained):
@@ -576,7 +577,7 @@ def test_the_capture_after_the_update_puts_the_fields_of_verl_back(trained):
             assert all(torch.equal(row[name], found["end"][key][name]) for name in row)
 
 
-def test_values_after_the_update_are_those_of_the_checkpoint(trained):
+def test_values_after_the_update_are_those_of_the_checkpoint(trained, tokenizer):
     folder, _ = trained
     path = folder / "checkpoints/global_step_2/actor/model_world_size_1_rank_0.pt"
     state = torch.load(path, weights_only=False)
@@ -586,13 +587,17 @@ def test_values_after_the_update_are_those_of_the_checkpoint(trained):
     assert not unexpected
     assert all("lm_head" in name for name in missing)
     tokens = table(folder / "run", "tokens").sort("rollout_id", "position")
-    kept = {tuple(row["responses"].tolist()): row["prompts"] for row in trained[1][1]["end"].values()}
-    kept |= {tuple(row["responses"].tolist()): row["prompts"] for row in trained[1][2]["end"].values()}
+    prompts = {
+        number: tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
+        for number, text in table(folder / "run", "prompts").select("prompt_id", "prompt").iter_rows()
+    }
 
     def check(rows, logprob, entropy):
         for _, own in rows.group_by("rollout_id", maintain_order=True):
             ids = own["token_id"].to_list()
-            sequence = torch.cat([kept[tuple(ids)], torch.tensor(ids)])
+            sequence = torch.tensor([*prompts[own["prompt_id"][0]], *ids])
             with torch.no_grad():
                 logp = model(sequence[None]).logits[0, -len(ids) - 1 : -1].double().log_softmax(-1)
             np.testing.assert_allclose(own[logprob], logp[range(len(ids)), ids], atol=TOLERANCE)
