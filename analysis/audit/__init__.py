@@ -1,7 +1,7 @@
 """Audit a trace: which distribution do its recorded numbers describe, and do its groups and advantages agree?
 
 ``checks`` needs nothing but the trace. ``against_model`` compares recorded values with those of the policy that sampled
-the tokens, which a teacher-forced pass of ``trainer.external`` provides. A check without the data that it needs says so.
+the tokens, which a teacher-forced pass of ``trainer.external`` provides. A check that lacks data says so.
 """
 
 from __future__ import annotations

@@ -16,15 +16,25 @@ import numpy as np
 from entrace.analysis.audit.checks import MAX_KL, UNLIKELY, WINDOW
 from entrace.analysis.audit.distributions import Distributions
 from entrace.analysis.audit.findings import AlarmError, LackingError
-from entrace.analysis.audit.fits import MAX_UNLIKELY, Fit, fit_entropies, fit_logprobs, fit_values, is_unlikely
+from entrace.analysis.audit.fits import (
+    MAX_UNLIKELY,
+    UNCERTAIN,
+    Fit,
+    fit_entropies,
+    fit_logprobs,
+    fit_values,
+    is_unlikely,
+)
 from entrace.analysis.audit.sample import MIN_TOKENS, Reference, Sample
 
 # Nats within which a value counts as the model's, and the share of tokens that may be farther off.
 TOLERANCE, MAX_SHARE = 0.05, 0.02
-# Share of tokens that an alternative has to explain.
-MIN_EXPLAINED = 0.9
+# Share of tokens that an alternative has to explain, and share of exact values from which the rest is of another kind.
+MIN_EXPLAINED, MIN_PART = 0.9, 0.3
+# Nats by which values of four decimals or of another order of summation differ.
+ROUNDING = 2e-3
 # Standard errors and relative size from which two temperatures differ.
-MAX_Z, MAX_GAP = 4.0, 0.03
+MAX_Z, MAX_GAP = 5.0, 0.03
 # Standard errors and share from which the most likely token is sampled too often or too seldom.
 MAX_CALIBRATION_Z, MAX_CALIBRATION = 5.0, 0.02
 BINS = (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -59,10 +69,10 @@ def check_sampling(reference: Reference) -> str:
     unlikely = is_unlikely(model)
     if unlikely.mean() > MAX_UNLIKELY:
         evidence = f"{evidence}; {reference.name} hardly ever samples {unlikely.mean():.1%} of them"
-        raise AlarmError(evidence, _why_unlikely(reference, unlikely))
-    largest = _miscalibration(reference)
-    if largest:
-        raise AlarmError(f"{evidence}; {largest}", f"{reference.name} did not sample these tokens: {OTHER_POLICY}")
+        raise AlarmError(evidence, _padding(reference) or _why_unlikely(reference, unlikely))
+    if largest := _miscalibration(reference):
+        cause = _padding(reference) or f"{reference.name} did not sample these tokens: {OTHER_POLICY}"
+        raise AlarmError(f"{evidence}; {largest}", cause)
     recorded = reference.tokens["temperature"].drop_nulls().unique().to_list()
     gap = [value for value in recorded if value > 0 and _differs(fit, -np.log(value), 0.0)]
     if gap:
@@ -72,23 +82,34 @@ def check_sampling(reference: Reference) -> str:
 
 def _why_unlikely(reference: Reference, unlikely: np.ndarray) -> str:
     """Return the likely cause of tokens that the model hardly ever samples."""
-    excess = -reference.model.logprob(0.0) - reference.model.entropy(0.0)
     responses = reference.responses
-    stretches = _in_stretches(excess, responses)
-    if stretches[unlikely].mean() > 0.5:
-        repeated = reference.tokens["token_id"].to_numpy()
-        same = np.zeros(len(repeated), bool)
-        same[1:] = (repeated[1:] == repeated[:-1]) & (responses[1:] == responses[:-1])
-        if same[unlikely].mean() > 0.5:
-            return "padding was counted as generated"
-        if _share_of_responses(unlikely, responses) > 0.9:
-            return f"{reference.name} did not sample these tokens: {OTHER_POLICY}"
-        return "tokens that the policy did not sample, such as tool output or user turns"
-    anew = ""
-    if reference.num_canonical:
-        same, tried = reference.num_canonical
-        anew = f" ({same:,} of {tried:,} responses are what their text gives)"
-    return f"text tokenized again, so that the token ids are not those that were sampled{anew}; or {OTHER_POLICY}"
+    is_canonical = reference.is_canonical
+    touched = np.isin(responses, responses[unlikely])
+    if is_canonical is not None and (~is_canonical)[touched].mean() > 0.8 and is_canonical[~touched].mean() > 0.8:
+        share = len(np.unique(responses[touched])) / len(np.unique(responses))
+        return (
+            f"text tokenized again: the token ids of {share:.0%} of the responses are not those that the policy samples"
+        )
+    excess = -reference.model.logprob(0.0) - reference.model.entropy(0.0)
+    if _in_stretches(excess, responses)[unlikely].mean() <= 0.5:
+        return f"text tokenized again, so that the token ids are not those that were sampled; or {OTHER_POLICY}"
+    if len(np.unique(responses[touched])) > 0.9 * len(np.unique(responses)):
+        return f"{reference.name} did not sample these tokens: {OTHER_POLICY}"
+    return "tokens that the policy did not sample, such as tool output or user turns"
+
+
+def _padding(reference: Reference) -> str:
+    """Return whether many responses end with the same token several times; empty if not."""
+    responses, ids = reference.responses, reference.tokens["token_id"].to_numpy()
+    last = np.flatnonzero(np.concatenate([responses[1:] != responses[:-1], [True]]))
+    last = last[last >= 2]
+    repeats = np.logical_and.reduce(
+        [(ids[last - i] == ids[last]) & (responses[last - i] == responses[last]) for i in (1, 2)]
+    )
+    ends = ids[last][repeats]
+    if len(ends) > MAX_SHARE * len(last) and (ends == np.bincount(ends).argmax()).mean() > 0.5:
+        return f"padding was counted as generated: {len(ends):,} responses end with one token several times"
+    return ""
 
 
 def _in_stretches(excess: np.ndarray, responses: np.ndarray) -> np.ndarray:
@@ -100,11 +121,6 @@ def _in_stretches(excess: np.ndarray, responses: np.ndarray) -> np.ndarray:
         if responses[start] == responses[end - 1] and (sums[end] - sums[start]) / WINDOW > UNLIKELY:
             inside[start:end] = True
     return inside
-
-
-def _share_of_responses(marked: np.ndarray, responses: np.ndarray) -> float:
-    index = np.unique(responses, return_inverse=True)[1]
-    return float((np.bincount(index, marked) > 0).mean())
 
 
 def _miscalibration(reference: Reference) -> str:
@@ -169,9 +185,9 @@ def _other_distribution(reference: Reference, fit: Fit) -> str:
     sampled = reference.sampling
     if _differs(sampled, fit.x, fit.error):
         if abs(fit.x) < MAX_GAP:
-            return f"the sampling temperature of {sampled.temperature:.3g} was not applied to the values"
+            return f"the sampling temperature of about {sampled.temperature:.2f} was not applied to the values"
         if not _differs(sampled, fit.x / 2, fit.error):
-            return f"the sampling temperature of {sampled.temperature:.3g} was applied twice"
+            return f"the sampling temperature of about {sampled.temperature:.2f} was applied twice"
         if not _differs(sampled, -fit.x, fit.error):
             return "the values were multiplied by the temperature instead of divided"
         return "the values are of another temperature than the tokens"
@@ -185,39 +201,47 @@ def _other_distribution(reference: Reference, fit: Fit) -> str:
 def _why_unexplained(known: Reference, values: np.ndarray, fit: Fit, is_explained: np.ndarray) -> str:
     """Return the likely cause of log-probabilities that no distribution of the model explains."""
     model, responses = known.model, known.responses
-    for x in dict.fromkeys((fit.x, known.sampling.x, 0.0)):
-        for cause, predicted in _alternatives(model, responses, x).items():
-            is_given = ~np.isnan(predicted)
-            near = np.abs(values - predicted)[is_given] < TOLERANCE
-            if near.mean() > max(MIN_EXPLAINED, is_explained.mean()):
-                return cause
+    for cause, predict in _alternatives(model, responses).items():
+        other = fit_values(predict, None, values, responses)
+        difference = np.abs(values - predict(other.x))
+        is_near = difference[~np.isnan(difference)] < TOLERANCE
+        if is_near.mean() > max(MIN_EXPLAINED, is_explained.mean()):
+            return cause
     for unit, scale in (("bits", np.log(2)), ("decimal digits (log10)", np.log(10))):
-        other = fit_logprobs(model, values * scale, responses)
+        other = fit_values(model.logprob, model.slope, values * scale, responses)
         if (np.abs(values * scale - other.logprob(model)) < TOLERANCE).mean() > MIN_EXPLAINED:
             return f"the values are in {unit}, not in nats"
-    plain = known.sampling.logprob(model)
-    plain = np.where(np.isnan(plain), model.logprob(known.sampling.x), plain)
+    x = known.expected
+    plain = model.logprob(x)
     if cause := _permuted(known, values, plain):
         return cause
-    if is_explained.mean() > 0.3 and (cause := _part(known, values, ~is_explained)):
-        return cause
+    if _is_exact(model.logprob(fit.x) - values, known, is_explained):
+        return _part(known, values, ~is_explained)
     if np.corrcoef(values, plain)[0, 1] > 0.95:
         return f"engine and trainer differ, as with another precision; or {OTHER_POLICY}"
     return f"not values of {known.name}: {OTHER_POLICY}"
 
 
-def _alternatives(model: Distributions, responses: np.ndarray, x: float) -> dict[str, np.ndarray]:
-    """Return values of other positions by cause, (N,) each; NaN where there is none."""
-    logprob, log_sum = model.logprob(x), model.log_sums(x)
+def _is_exact(difference: np.ndarray, known: Reference, is_explained: np.ndarray) -> bool:
+    """Return whether many uncertain tokens have the model's values, so that the others are of another kind."""
+    uncertain = np.abs(difference[known.model.entropy(0.0) > UNCERTAIN])
+    return is_explained.mean() > MIN_PART and bool((uncertain < ROUNDING).mean() > MIN_PART)
+
+
+def _alternatives(model: Distributions, responses: np.ndarray) -> dict[str, Callable[[float], np.ndarray]]:
+    """Return functions of x = ln b by cause that give values of other positions, (N,); NaN where there is none."""
+
+    def following(x: float) -> np.ndarray:
+        return np.exp(x) * model.following - _shift(model.log_sums(x), responses, -1)
+
+    def preceding(x: float) -> np.ndarray:
+        return np.exp(x) * model.preceding - _shift(model.log_sums(x), responses, 1)
+
     return {
-        "logits off by one: each token in the distribution of the next one": (
-            np.exp(x) * model.following - _shift(log_sum, responses, -1)
-        ),
-        "logits off by one: each token in the distribution of the one before": (
-            np.exp(x) * model.preceding - _shift(log_sum, responses, 1)
-        ),
-        "values of the next token, shifted by one position": _shift(logprob, responses, -1),
-        "values of the token before, shifted by one position": _shift(logprob, responses, 1),
+        "logits off by one: each token in the distribution of the next one": following,
+        "logits off by one: each token in the distribution of the one before": preceding,
+        "values of the next token, shifted by one position": lambda x: _shift(model.logprob(x), responses, -1),
+        "values of the token before, shifted by one position": lambda x: _shift(model.logprob(x), responses, 1),
     }
 
 
@@ -253,7 +277,7 @@ def _permuted(known: Reference, values: np.ndarray, expected: np.ndarray) -> str
 
 
 def _part(known: Reference, values: np.ndarray, is_wrong: np.ndarray) -> str:
-    """Return the likely cause if the model explains a part of the tokens; empty if none is likely."""
+    """Return the likely cause if the model explains a part of the tokens."""
     import polars as pl
 
     wrong = values[is_wrong]
@@ -266,7 +290,7 @@ def _part(known: Reference, values: np.ndarray, is_wrong: np.ndarray) -> str:
     shares = frame.group_by("response", maintain_order=True).agg(pl.col("wrong").mean(), pl.col("after").mean())
     touched = shares.filter(pl.col("wrong") > 0)
     is_whole = (touched["wrong"] > 0.5).to_numpy()
-    if is_whole.mean() > 0.8 and (touched["after"] > 0.9).to_numpy().mean() > 0.6:
+    if is_whole.mean() > 0.8 and (touched["after"] > 0.97).to_numpy().mean() > 0.6:
         whole = f"the values of {touched.height:,} of {shares.height:,} responses are not the model's"
         return f"{whole}: {OTHER_POLICY}"
     inside = frame.filter(pl.col("after"))
@@ -298,7 +322,7 @@ def check_entropies(reference: Reference) -> str:
 
 def _why_entropies(known: Reference, values: np.ndarray, is_explained: np.ndarray) -> str:
     """Return the likely cause of entropies that no distribution of the model explains."""
-    model, responses, x = known.model, known.responses, known.sampling.x
+    model, responses, x = known.model, known.responses, known.expected
     exact = model.entropy(x)
     logprobs = [known.tokens[name].to_numpy() for name in ("logprob", "sampling_logprob")]
     for surprisal in (*(-column for column in logprobs), -model.logprob(x), -model.logprob(0.0)):
@@ -315,8 +339,8 @@ def _why_entropies(known: Reference, values: np.ndarray, is_explained: np.ndarra
             return f"the entropies are {unit}"
     if cause := _permuted(known, values, exact):
         return cause
-    if is_explained.mean() > 0.3 and (cause := _part(known, values, ~is_explained)):
-        return cause
+    if _is_exact(exact - values, known, is_explained):
+        return _part(known, values, ~is_explained)
     if np.corrcoef(values, exact)[0, 1] > 0.95:
         return f"over a part of the vocabulary, such as the entries that an engine reports; or {OTHER_POLICY}"
     return f"not entropies of {known.name}: {OTHER_POLICY}"

@@ -20,7 +20,7 @@ FAR = 1.0
 # Standard errors of an interval, and the error of interpolation in ln T.
 Z, INTERPOLATION = 1.96, 2e-4
 # Tokens with which truncations are searched.
-SEARCHED = 3000
+SEARCHED = 2000
 # Entropy from which a token tells about a truncation, in nats.
 UNCERTAIN = 0.1
 # Share of tokens that may be outside of a truncation, such as tokens that were not sampled.
@@ -94,7 +94,7 @@ def fit_logprobs(model: Distributions, values: np.ndarray, responses: np.ndarray
     whole = fit_values(model.logprob, model.slope, values, responses)
     if whole.loss < MIN_LOSS:
         return whole
-    cut = _fit_truncated(model, values, responses)
+    cut = _fit_truncated(model, values, responses, whole.x)
     return cut if cut and whole.loss > MIN_RATIO * cut.loss else whole
 
 
@@ -212,15 +212,15 @@ def _error(
     return float(np.sqrt((sums**2).sum()) / max(curvature, 1e-12)) + INTERPOLATION
 
 
-def _fit_truncated(model: Distributions, values: np.ndarray, responses: np.ndarray) -> Fit | None:
-    """Return the best fit with a truncation, or None without tokens that tell."""
+def _fit_truncated(model: Distributions, values: np.ndarray, responses: np.ndarray, start: float) -> Fit | None:
+    """Return the best fit with a truncation, or None without tokens that tell; ``start`` is x without one."""
     tells = np.flatnonzero(model.entropy(0.0) > UNCERTAIN)
     if len(tells) < 100:
         return None
     tells = tells[:: max(1, len(tells) // SEARCHED)]
     part, given = model.take(tells), values[tells]
     found: tuple[float, float, Truncation] | None = None
-    for x in NODES:
+    for x in (start, *NODES):
         masses = part.masses(x)
         plain = part.logprob(x)
         for truncation, _ in _candidates(part, x, masses, np.exp(plain - given)):

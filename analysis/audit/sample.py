@@ -30,11 +30,13 @@ class Sample:
         tokens: Tokens of evenly spaced steps in the order of responses and positions.
         responses: All responses of the run.
         num_entries: Entries of the vocabulary.
+        form: Format of the dump that the run was imported from; empty for other runs.
     """
 
     tokens: pl.DataFrame
     responses: pl.DataFrame
     num_entries: int
+    form: str = ""
 
     @classmethod
     def of(cls, runs: Runs, run_id: str) -> Sample:
@@ -47,7 +49,8 @@ class Sample:
         stride = max(1, -(-total // MAX_TOKENS))
         tokens = runs.run_shipped(TOKENS, {"run": run_id, "steps": steps.gather_every(stride).to_list()})
         num_entries = runs.run_shipped(ENTRIES, {"run": run_id}).item()
-        return cls(tokens.with_columns(pl.col(pl.Float32).cast(pl.Float64)), responses, num_entries)
+        form = (runs.manifests[run_id].get("scored") or {}).get("format", "")
+        return cls(tokens.with_columns(pl.col(pl.Float32).cast(pl.Float64)), responses, num_entries, form)
 
     def known(self, *columns: str) -> pl.DataFrame:
         """Return the tokens with values in all ``columns``.
@@ -70,15 +73,15 @@ class Reference:
         about: Which rows were compared, and why these.
         tokens: N tokens in the order of responses and positions.
         model: Their distributions.
-        num_canonical: Responses whose token ids are what their text gives when it is tokenized, and all responses;
-            None if unknown.
+        is_canonical: Whether the text of the token's response, tokenized again, gives its token ids, (N,); None if
+            unknown.
     """
 
     name: str
     about: str
     tokens: pl.DataFrame
     model: Distributions
-    num_canonical: tuple[int, int] | None = None
+    is_canonical: np.ndarray | None = None
 
     @cached_property
     def responses(self) -> np.ndarray:
@@ -89,6 +92,16 @@ class Reference:
     def sampling(self) -> Fit:
         """Return the distribution that explains the sampled tokens best."""
         return fit_sampling(self.model)
+
+    @property
+    def expected(self) -> float:
+        """Return ln of the inverse temperature: as recorded if the tokens agree, else as they tell."""
+        recorded = self.tokens["temperature"].drop_nulls().unique().to_list()
+        if len(recorded) == 1 and recorded[0] > 0:
+            x = -float(np.log(recorded[0]))
+            if abs(x - self.sampling.x) < 5 * self.sampling.error:
+                return x
+        return self.sampling.x
 
     def known(self, column: str) -> Reference:
         """Return the tokens with a value in ``column``.
@@ -101,7 +114,8 @@ class Reference:
             raise LackingError(
                 f"{len(rows):,} of the tokens that the model read have {column}; {MIN_TOKENS:,} are needed"
             )
-        found = replace(self, tokens=self.tokens[rows], model=self.model.take(rows))
+        is_canonical = None if self.is_canonical is None else self.is_canonical[rows]
+        found = replace(self, tokens=self.tokens[rows], model=self.model.take(rows), is_canonical=is_canonical)
         # Of all tokens.
         vars(found)["sampling"] = self.sampling
         return found

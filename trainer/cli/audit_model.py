@@ -33,8 +33,6 @@ from entrace.trainer.settings import validate_section
 
 # Generated tokens that are compared, in whole groups.
 MAX_COMPARED = 20_000
-# Responses whose text is tokenized again.
-MAX_RETOKENIZED = 500
 ALL = "all"
 
 
@@ -115,10 +113,7 @@ class Comparison:
         Raises:
             InputError: it is not known which responses the model sampled, or a token is not in its vocabulary.
         """
-        if run_id in self.prompts:
-            prompts, about = self.prompts[run_id], self.abouts[run_id]
-        else:
-            prompts, about = self._prompts_of_run(runs, sample, run_id)
+        prompts, about = self.choose(runs, sample, run_id)
         tokens = read_responses(runs, run_id, prompts)
         if tokens.is_empty():
             raise InputError(f"{run_id}: no tokens of {about} are recorded")
@@ -127,9 +122,29 @@ class Comparison:
                 f"{run_id}: token {largest} is not in the vocabulary of {self.path} ({self.policy.vocab_size:,} "
                 "entries), which did not sample it"
             )
-        return self._read(tokens, prompts, about)
+        return self.read(tokens, prompts, about)
 
-    def _read(self, tokens: pl.DataFrame, prompts: Mapping[int, list[int]], about: str) -> Reference:
+    def choose(self, runs: Runs, sample: Sample, run_id: str) -> tuple[dict[int, list[int]], str]:
+        """Return the prompt tokens of the responses that the model sampled, by response, and which these are.
+
+        Raises:
+            InputError: it is not known which responses the model sampled.
+        """
+        if run_id in self.prompts:
+            return self.prompts[run_id], self.abouts[run_id]
+        return self._prompts_of_run(runs, sample, run_id)
+
+    def read(self, tokens: pl.DataFrame, prompts: Mapping[int, list[int]], about: str) -> Reference:
+        """Read responses with the model.
+
+        Args:
+            tokens: Tokens of responses, context included, as ``read_responses`` returns them.
+            prompts: Prompt tokens by response.
+            about: Which responses these are.
+
+        Raises:
+            InputError: a response is longer than the model takes.
+        """
         frames = tokens.partition_by("rollout_id", maintain_order=True)
         given = [prompts[frame["rollout_id"][0]] for frame in frames]
         responses = [frame["token_id"].to_list() for frame in frames]
@@ -147,16 +162,21 @@ class Comparison:
                 parts.append(of_part.take(is_generated))
                 order.append(part.filter("is_generated"))
                 progress.update(sum(frame["rollout_id"].n_unique() for frame in order))
-        return Reference(self.path, about, pl.concat(order), Distributions.join(parts), self._canonical(responses))
+        compared = pl.concat(order)
+        is_canonical = compared["rollout_id"].is_in(self._canonical(tokens)).to_numpy()
+        return Reference(self.path, about, compared, Distributions.join(parts), is_canonical)
 
-    def _canonical(self, responses: list[list[int]]) -> tuple[int, int]:
-        """Return how many responses their text gives when it is tokenized, and how many were tried."""
-        special = set(self.policy.tokenizer.all_special_ids)
-        tried = responses[:MAX_RETOKENIZED]
-        same = 0
-        for ids, text in zip(tried, self.policy.decode(tried), strict=True):
-            same += self.codec.encode(text) == [token for token in ids if token not in special]
-        return same, len(tried)
+    def _canonical(self, tokens: pl.DataFrame) -> list[int]:
+        """Return the responses whose text, tokenized again, gives their token ids without special tokens."""
+        special = self.policy.tokenizer.all_special_ids
+        shown = tokens.filter(~pl.col("token_id").is_in(special))
+        # Turns are tokenized apart from the context between them.
+        spans = pl.col("is_generated").rle_id().over("rollout_id").alias("span")
+        spans = shown.with_columns(spans).group_by("rollout_id", "span", maintain_order=True).agg("token_id")
+        spans = spans.with_columns(text=pl.Series(self.policy.decode(spans["token_id"].to_list())))
+        is_same = [self.codec.encode(text) == ids for _, _, ids, text in spans.iter_rows()]
+        whole = spans.with_columns(same=pl.Series(is_same)).group_by("rollout_id").agg(pl.col("same").all())
+        return whole.filter("same")["rollout_id"].to_list()
 
     def _prompts_of_run(self, runs: Runs, sample: Sample, run_id: str) -> tuple[dict[int, list[int]], str]:
         """Return the prompt tokens of the responses that the model sampled, and which these are."""
