@@ -475,10 +475,12 @@ def stoppable(how: str) -> Iterator[None]:
 
 
 def _describe(error: Exception) -> tuple[str, int]:
-    from entrace.analysis.trace.errors import InputError, describe_fault
+    from entrace.analysis.trace.errors import InputError, describe_fault, quoted_input_error
 
     if isinstance(error, InputError):
         return str(error), 2
+    if quoted := quoted_input_error(error):
+        return quoted, 2
     if fault := describe_fault(error):
         return fault, 1
     # Only usage errors of typer have this method. Their class differs between versions of typer.
