@@ -234,13 +234,19 @@ def test_a_connection_that_breaks_while_writing_keeps_the_earlier_report(breakin
     monkeypatch.setattr(Breaking, "requests", 0)
     assert command("report", str(run), "--out", report)[0] == 0
     total = Breaking.requests
-    before = {place.name: place.read_bytes() for place in to_place(report).iterdir() if place.is_file()}
+
+    def contents() -> dict[str, bytes]:
+        """Leave out the mark of a report that is being written."""
+        places = [place for place in to_place(report).iterdir() if place.is_file() and not place.name.startswith(".")]
+        return {place.name: place.read_bytes() for place in places}
+
+    before = contents()
     for share in (0.1, 0.4):
         with monkeypatch.context() as broken:
             broken.setattr(Breaking, "left", int(share * total))
             code, _, err = command("report", str(run), "--out", report)
         assert (code, err.splitlines()[-1].startswith("entrace: breaking://bucket")) == (2, True), err
-        assert {place.name: place.read_bytes() for place in to_place(report).iterdir() if place.is_file()} == before
+        assert contents() == before
     assert command("report", str(run), "--out", report)[0] == 0
 
 
