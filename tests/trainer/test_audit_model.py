@@ -152,9 +152,9 @@ def test_no_part_of_a_clean_dump_raises_an_alarm(case: Case):
         chosen = rng.choice(rollouts, len(rollouts) // 2, replace=False).tolist()
         rows = case.reference.tokens["rollout_id"].is_in(chosen).to_numpy()
         part = replace(case.reference, tokens=case.reference.tokens.filter(rows), model=case.reference.model.take(rows))
-        is_chosen = pl.col("rollout_id").is_in(chosen)
-        tokens, responses = case.sample.tokens.filter(is_chosen), case.sample.responses.filter(is_chosen)
-        assert alarms(replace(case.sample, tokens=tokens, responses=responses), part) == {}
+        # Half a group would have advantages that are not centered.
+        tokens = case.sample.tokens.filter(pl.col("rollout_id").is_in(chosen))
+        assert alarms(replace(case.sample, tokens=tokens), part) == {}
 
 
 def test_the_kept_sums_reproduce_values_of_any_temperature_and_truncation(trl: Case):
