@@ -149,7 +149,7 @@ def sql(
         write(progress.counted(parts), form.value, out, is_safe=safe)
     if question and not progress.num_rows:
         say(f"entrace: {opened.why_no_rows(question, params)}", err=True)
-    _remark(opened)
+    note_incomplete(opened)
 
 
 @app.command()
@@ -204,7 +204,7 @@ def claims(
 
     opened = open_runs(runs, questions=questions)
     verdicts = judge(opened, load_ledger(ledger, opened.questions) if ledger else None)
-    _remark(opened)
+    note_incomplete(opened)
     if json:
         print_json({"overall": overall(verdicts), "verdicts": [verdict.to_dict() for verdict in verdicts]})
         return
@@ -244,7 +244,7 @@ def compare(
     opened = open_runs(runs)
     comparison = compare_runs(opened, accuracy)
     chosen = choose_metrics(comparison, metric or ["all" if json else "avg_at_k"])
-    _remark(opened)
+    note_incomplete(opened)
     if json:
         print_json(to_json(chosen))
     else:
@@ -272,7 +272,7 @@ def report(
     opened = open_runs(runs, questions=questions)
     with Progress("report", num_parts(opened)) as progress:
         page = write_report(opened, out, on_step=progress.update)
-    _remark(opened)
+    note_incomplete(opened)
     if json:
         print_json({"report": str(page)})
     else:
@@ -315,48 +315,6 @@ def verify(
                 say(str(finding))
             say(result.summary)
     raise typer.Exit(1 if any(result.faults for result in results) else 0)
-
-
-@app.command()
-def audit(
-    runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Run folders, study folders, globs, or dumps of trainers.")
-    ],
-    format_name: Annotated[
-        str | None, typer.Option("--from", metavar="FORMAT", help="Format of the dumps (default: detected).")
-    ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="tokenizer.json or its folder, for dumps of text (default: none)."),
-    ] = None,
-    json: JsonOption = False,
-) -> None:
-    """Check which distribution the recorded numbers describe, and groups and advantages; exit code 1 on an alarm.
-
-    Example: entrace audit data/runs/study
-
-    Example: entrace audit runs/mine/token_exports
-    """
-    from entrace.analysis.audit import ALARM
-    from entrace.analysis.audit import audit as find
-    from entrace.analysis.importers.temporary import as_traces
-    from entrace.analysis.runs import is_run, open_runs
-
-    dumps = [path for path in runs if format_name or tokenizer or not is_run(path)]
-    with as_traces(dumps, format_name, tokenizer) as (folders, remarks):
-        for remark in remarks:
-            say(f"entrace: {remark}", err=True)
-        opened = open_runs([*(path for path in runs if path not in dumps), *folders])
-        findings = find(opened)
-    alarms = sum(finding.state == ALARM for finding in findings)
-    if json:
-        print_json({"alarms": alarms, "findings": list(map(asdict, findings))})
-    else:
-        for finding in findings:
-            say(str(finding))
-        say(f"{len(opened.manifests)} runs, {len(findings)} checks, {alarms} alarms")
-    _remark(opened)
-    raise typer.Exit(1 if alarms else 0)
 
 
 @app.command()
@@ -517,10 +475,12 @@ def stoppable(how: str) -> Iterator[None]:
 
 
 def _describe(error: Exception) -> tuple[str, int]:
-    from entrace.analysis.trace.errors import InputError, describe_fault
+    from entrace.analysis.trace.errors import InputError, describe_fault, quoted_input_error
 
     if isinstance(error, InputError):
         return str(error), 2
+    if quoted := quoted_input_error(error):
+        return quoted, 2
     if fault := describe_fault(error):
         return fault, 1
     # Only usage errors of typer have this method. Their class differs between versions of typer.
@@ -558,7 +518,7 @@ def print_json(value: Any) -> None:
     typer.echo(to_json(value))
 
 
-def _remark(runs: Runs) -> None:
+def note_incomplete(runs: Runs) -> None:
     """Print on stderr the notes on incomplete and sampled runs."""
     from entrace.analysis.trace.plain import plain
 

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from entrace.analysis.cli import app, run
+from entrace.analysis.cli import run
+from entrace.trainer.cli import app
 
 # Triton asks once, when it is imported: without a GPU, its kernels are interpreted.
 if not shutil.which("nvidia-smi"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -26,6 +26,10 @@ from entrace.analysis.trace.errors import TEMPORARY, InputError, faults_at, near
 # Rows and tokens in memory while reading, and rows while sorting.
 ROWS_AT_ONCE, TOKENS_AT_ONCE, SORTED_AT_ONCE = 1024, 1 << 18, 64
 SORT_MEMORY = "1GiB"
+# Called with the share of the files that was read, in [0, 1], and the number of rows.
+OnRead = Callable[[float, int], None]
+# Rows between two calls.
+READ_EVERY = 256
 # Rows whose values are known, by column.
 KNOWN = (
     *("reward", "is_correct", "is_truncated", "has_answer", "ground_truth", "reward_components", "is_kept"),
@@ -121,6 +125,7 @@ def collect(
     *,
     rewards: Rewards | None = None,
     is_scored: bool = False,
+    on_read: OnRead = lambda share, rows: None,
 ) -> Iterator[Collected]:
     """Read all files, and keep the rollouts in a temporary file while the context lasts.
 
@@ -130,13 +135,14 @@ def collect(
         codec: Tokenizer; None to use tokens as they are.
         rewards: Rewards to join by id.
         is_scored: A model will read prompts and responses.
+        on_read: Called while rows are read.
 
     Raises:
         InputError: a file is unreadable, or a row is malformed and must not be skipped.
     """
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
         with faults_at(folder):
-            collected = _read(dump, settings, codec, rewards, is_scored, Path(folder))
+            collected = _read(dump, settings, codec, rewards, is_scored, Path(folder), on_read)
         yield collected
 
 
@@ -147,6 +153,7 @@ def _read(
     rewards: Rewards | None,
     is_scored: bool,
     folder: Path,
+    on_read: OnRead,
 ) -> Collected:
     spill = folder / "rollouts.parquet"
     needed = {name: kind for name, kind in dump.format.needed.items() if name != "reward" or not rewards}
@@ -159,6 +166,8 @@ def _read(
         batch: list[dict[str, Any]] = []
         for place, row, task in dump.rows(folder):
             rows += 1
+            if rows % READ_EVERY == 0:
+                on_read(dump.share_read, rows)
             try:
                 rollout = reader.read(row, place, task)
             except BadRowError as fault:

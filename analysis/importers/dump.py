@@ -11,7 +11,7 @@ from typing import Any
 
 from entrace.analysis.importers.formats import FORMATS
 from entrace.analysis.importers.formats.base import Format, Session
-from entrace.analysis.importers.row_files import BadRowError, read_rows
+from entrace.analysis.importers.row_files import BadRowError, Reading, read_rows, size_of
 from entrace.analysis.trace.errors import InputError, choices, in_one_line, reason_of
 
 PICKLE = (
@@ -57,6 +57,7 @@ class Dump:
     files: Sequence[Path]
     format: Format
     remarks: list[str] = field(default_factory=list)
+    _progress: _Progress = field(default_factory=lambda: _Progress(), repr=False, compare=False)
 
     @classmethod
     def find(cls, paths: Sequence[Path], name: str | None = None, *, has_fields: bool = False) -> Dump:
@@ -93,6 +94,11 @@ class Dump:
         remarks = [] if form.name == "rows" else [f"found {form.title} in {len(files)} file{'s'[: len(files) > 1]}"]
         return cls(list(paths), files, form, [*remarks, *told])
 
+    @property
+    def share_read(self) -> float:
+        """Return the share of the bytes of all files that ``rows`` has read, in [0, 1]."""
+        return self._progress.share
+
     def rows(self, folder: Path) -> Iterator[tuple[str, dict[str, Any] | BadRowError, str]]:
         """Yield all rollouts with their places and the default name of their task; a malformed row is its fault.
 
@@ -104,8 +110,8 @@ class Dump:
         """
         session = Session(self.files, folder)
         convert = self.format.open(session)
-        for path in self.files:
-            for place, row in read_rows(path):
+        for path in self._progress.over(self.files):
+            for place, row in read_rows(path, self._progress.reading):
                 where = f"{path}, {place}"
                 if isinstance(row, BadRowError):
                     yield where, row, path.stem
@@ -119,6 +125,29 @@ class Dump:
                     # A value of another type than the trainer writes.
                     yield where, BadRowError(f"not {self.format.title} ({in_one_line(error)})"), path.stem
         self.remarks.extend(session.remarks)
+
+
+class _Progress:
+    """Tell how far the reading of files is."""
+
+    def __init__(self) -> None:
+        self.reading = Reading()
+        self._done = self._size = self._total = 0
+
+    def over(self, files: Sequence[Path]) -> Iterator[Path]:
+        """Yield the files, and count the bytes of those that are complete."""
+        sizes = [size_of(path) for path in files]
+        self._done, self._total = 0, sum(sizes)
+        for path, self._size in zip(files, sizes, strict=True):
+            self.reading = Reading()
+            yield path
+            self._done += self._size
+        self._size = 0
+
+    @property
+    def share(self) -> float:
+        """Return the share that was read, in [0, 1]; 0 if unknown."""
+        return (self._done + self._size * self.reading.share) / self._total if self._total else 0.0
 
 
 def _find(path: Path, form: Format | None, has_fields: bool) -> tuple[Format, list[Path]]:

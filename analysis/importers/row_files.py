@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,14 +54,45 @@ class Place:
         return f"{self.unit} {self.number}"
 
 
-def read_rows(path: Path) -> Iterator[tuple[Place, dict[str, Any] | BadRowError]]:
+class Reading:
+    """Say which share of a file has been read."""
+
+    def __init__(self) -> None:
+        """Start at the beginning of a file."""
+        self._done: Callable[[], float] = lambda: 0.0
+        self._total = 0
+
+    def watch(self, done: Callable[[], float], total: int) -> None:
+        """Take what tells how much was read, and how much there is, in any unit."""
+        self._done, self._total = done, total
+
+    @property
+    def share(self) -> float:
+        """Return the share that was read, in [0, 1]; 0 if unknown, as of a pipe."""
+        return min(self._done() / self._total, 1.0) if self._total > 0 else 0.0
+
+
+def size_of(path: Path) -> int:
+    """Return the size of a file in bytes; 0 if unknown, as of a pipe."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
+
+
+def read_rows(path: Path, reading: Reading | None = None) -> Iterator[tuple[Place, dict[str, Any] | BadRowError]]:
     """Yield the rows of a JSONL or Parquet file with their positions; a malformed row is replaced by its fault.
+
+    Args:
+        path: The file.
+        reading: Learns which share has been read, until the next row is taken.
 
     Raises:
         InputError: the file does not exist or is damaged.
     """
+    reading = reading or Reading()
     is_parquet = path.suffix.lower() == ".parquet"
-    unit, rows = ("row", _read_parquet(path)) if is_parquet else ("line", _read_jsonl(path))
+    unit, rows = ("row", _read_parquet(path, reading)) if is_parquet else ("line", _read_jsonl(path, reading))
     try:
         for number, row in rows:
             yield Place(unit, number), row
@@ -69,21 +100,23 @@ def read_rows(path: Path) -> Iterator[tuple[Place, dict[str, Any] | BadRowError]
         raise InputError(f"{path}: {reason_of(error)}") from None
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRowError]]:
-    with open_lines(path) as file:
+def _read_jsonl(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, Any] | BadRowError]]:
+    with open_lines(path, reading) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, parse_line(line)
 
 
 @contextmanager
-def open_lines(path: Path) -> Iterator[Iterable[bytes]]:
+def open_lines(path: Path, reading: Reading | None = None) -> Iterator[Iterable[bytes]]:
     """Yield the lines of a file, decompressed if its name ends with ``.zst``.
 
     Raises:
         InputError: the file is not zstd, or is cut short.
     """
     with path.open("rb") as file:
+        if reading and (size := size_of(path)):
+            reading.watch(file.tell, size)
         if path.suffix.lower() != ".zst":
             yield file
             return
@@ -122,7 +155,7 @@ def parse_line(line: bytes) -> dict[str, Any] | BadRowError:
     return row if isinstance(row, dict) else BadRowError(f"{kind_of(row)}, expected an object")
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_parquet(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -130,7 +163,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         # Opening the file here gives Python's short error message instead of pyarrow's.
         with path.open("rb") as opened, pq.ParquetFile(opened) as file:
             batches = file.iter_batches(batch_size=1024)
-            yield from enumerate((row for batch in batches for row in _as_dicts(batch)), start=1)
+            for number, row in enumerate((row for batch in batches for row in _as_dicts(batch)), start=1):
+                reading.watch(lambda number=number: number, file.metadata.num_rows)
+                yield number, row
     except pa.ArrowException as error:
         raise InputError(f"{path}: damaged, or not a Parquet file ({str(error).splitlines()[0]})") from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from entrace.analysis.trace.errors import InputError
+from entrace.analysis.trace.errors import InputError, quoted_input_error
 from entrace.analysis.trace.plain import well_formed
 
 # EXPLAIN ANALYZE executes the statement that follows, which must therefore be a query as well.
@@ -53,4 +53,6 @@ def _is_pivot(text: str) -> bool:
 
 def one_line(error: Exception) -> str:
     """Return an error of DuckDB without the position in the text."""
+    if quoted := quoted_input_error(error):
+        return quoted
     return f"sql: {' '.join(SQL_POSITION.sub('', str(error)).split())}"

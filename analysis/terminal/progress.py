@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from entrace.analysis.trace.plain import plain
@@ -22,10 +24,11 @@ class Progress:
             progress.update(7, accuracy=0.41, entropy=0.22)
     """
 
-    def __init__(self, title: str, total: int) -> None:
-        """Prepare a bar for ``total`` steps."""
+    def __init__(self, title: str, total: int, *, final_line: bool = True) -> None:
+        """Prepare a bar for ``total`` steps; ``final_line`` prints the last one without a terminal too."""
         self.title, self.total = plain(title, NAME_LENGTH), total
         self._done = 0
+        self._final_line = final_line
         self._first: tuple[float, int] | None = None
         self._last_line = time.monotonic()
         self._bar = _make_bar(self.title, total) if sys.stderr.isatty() else None
@@ -51,7 +54,7 @@ class Progress:
         self._done = done
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=done, metrics=text)
-        elif now - self._last_line >= PLAIN_LINE_EVERY_S or done >= self.total:
+        elif now - self._last_line >= PLAIN_LINE_EVERY_S or (self._final_line and done >= self.total):
             self._last_line = now
             print(f"{self.title}: {done}/{self.total} {text} left {self._time_left(now)}", file=sys.stderr, flush=True)
 
@@ -61,6 +64,13 @@ class Progress:
             return "?"
         seconds = (now - start) / (self._done - first) * (self.total - self._done)
         return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+@contextmanager
+def reading(name: str) -> Iterator[Callable[[float, int], None]]:
+    """Show how much of a dump has been read, in percent; yield what takes the share in [0, 1] and the rows."""
+    with Progress(f"reading {name}, %", 100, final_line=False) as progress:
+        yield lambda share, rows: progress.update(int(100 * share), f"{rows:,} rows")
 
 
 def _short(value: float) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ REMEDIES = {
 TEMPORARY = "entrace-"
 # Part of DuckDB's message that no space is left for intermediate results.
 SPILL_LIMIT = "max_temp_directory_size"
+TRACEBACK = "Traceback (most recent call last)"
 NO_TEMPORARY = "No usable temporary directory"
 TMPDIR = "set TMPDIR to a writable folder with free space"
 
@@ -51,6 +53,10 @@ class InputError(Exception):
     def __init__(self, message: str) -> None:
         """Store ``message`` shortened and escaped, because it may quote arbitrary files and names."""
         super().__init__(plain(message))
+
+
+class StorageError(InputError):
+    """Report that a remote storage could not be asked, which says nothing about its files."""
 
 
 def nearest(name: str, options: Iterable[str], others: str = "valid") -> str:
@@ -94,10 +100,24 @@ def in_one_line(error: BaseException) -> str:
         return f"byte 0x{error.object[error.start]:02x} at offset {error.start} is not {error.encoding.upper()}"
     if isinstance(error, KeyError):
         return f"no key {error}"
+    if quoted := quoted_input_error(error):
+        return quoted
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     return plain(" ".join(lines), MAX_JOINED).removesuffix(":") if lines[0].endswith(":") else lines[0]
+
+
+def quoted_input_error(error: BaseException) -> str | None:
+    """Return the message of the ``InputError`` that another library quotes with its traceback, or None.
+
+    DuckDB turns an error of a file system in Python into the text of its traceback.
+    """
+    text = str(error)
+    if TRACEBACK not in text:
+        return None
+    found = re.findall(r"^(?:\S+\.)?(?:Input|Storage)Error: (.+)$", text, re.MULTILINE)
+    return found[-1] if found else None
 
 
 def with_kind(error: BaseException) -> str:

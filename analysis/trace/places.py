@@ -8,19 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from entrace.analysis.trace.errors import InputError, in_one_line
+from entrace.analysis.trace.connection import guard, reason_of_storage
+from entrace.analysis.trace.errors import InputError, in_one_line, quoted_input_error
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 SCHEME = "://"
 MEMORY = "memory://"
-# Of what a storage raises, the classes whose message alone would not tell what to do.
-REMEDIES = {
-    "NoCredentialsError": "no credentials; set those of the storage, such as AWS_ACCESS_KEY_ID",
-    "FileNotFoundError": "no such bucket or file",
-    "PermissionError": "permission denied; check the credentials",
-}
 
 
 def to_place(path: str | Path) -> Path:
@@ -40,7 +35,9 @@ def to_place(path: str | Path) -> Path:
         from upath import UPath
 
         fsspec.get_filesystem_class(protocol)
-        return cast("Path", UPath(text))
+        place = UPath(text)
+        guard(place.fs)
+        return cast("Path", place)
     except ImportError as error:
         raise InputError(f"{text}: {in_one_line(error)}; pip install 'entrace[remote]'") from None
     except ValueError:
@@ -113,5 +110,4 @@ def reaching(path: str | Path) -> Iterator[None]:
     except Exception as error:
         if SCHEME not in str(path):
             raise
-        reason = REMEDIES.get(type(error).__name__) or in_one_line(error)
-        raise InputError(f"{path}: {reason}") from None
+        raise InputError(quoted_input_error(error) or f"{path}: {reason_of_storage(error)}") from None

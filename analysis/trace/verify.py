@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.digests import DIGESTS, Digest, sha256_of
-from entrace.analysis.trace.errors import InputError, reason_of
+from entrace.analysis.trace.errors import InputError, StorageError, reason_of
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
 from entrace.analysis.trace.parts import PART, check_whole, listed_files, part_path, remedy, wait_for_moves
 from entrace.analysis.trace.schema import TABLES
@@ -147,6 +147,8 @@ class _Verifier:
         try:
             manifest = read_manifest(run_dir)
             self.result.run = manifest.get("run_id") or run_dir.name
+        except StorageError:
+            raise
         except InputError as error:
             self._report("damaged", MANIFEST, str(error))
         # The manifest comes first, because a file has a digest before it is listed.
@@ -159,6 +161,8 @@ class _Verifier:
             place = f"{CHECKPOINTS}/{folder.name}"
             try:
                 self.checksums |= {f"{place}/{name}": value for name, value in _read_checksums(folder).items()}
+            except StorageError:
+                raise
             except InputError as error:
                 self._report("damaged", f"{place}/{CHECKSUMS}", str(error))
 
@@ -169,6 +173,8 @@ class _Verifier:
         for name in names:
             try:
                 self._check(name)
+            except StorageError:
+                raise
             except InputError as error:
                 self._report("damaged", name, str(error))
             on_file()

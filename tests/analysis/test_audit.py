@@ -185,6 +185,10 @@ def test_what_is_not_recorded_is_said(clean: Sample):
     assert states["balance"].state == UNKNOWN
     assert states["balance"].evidence == "0 tokens have logprob and entropy; 1,000 are needed"
     assert states["groups"].state == "ok"
+    assert states["model"].state == UNKNOWN
+    assert states["model"].evidence.startswith("needs --model: temperature, top-p, top-k, logits off by one")
+    recorded = {finding.check: finding for finding in audit_run(clean, "run")}["model"]
+    assert recorded.evidence.startswith("needs --model: values of another policy version, text tokenized again")
 
 
 def test_the_command_prints_findings_and_exits_with_1_on_an_alarm(command, tmp_path: Path, tiny_path: Path):
@@ -194,7 +198,7 @@ def test_the_command_prints_findings_and_exits_with_1_on_an_alarm(command, tmp_p
     assert {"run_id", "check", "state", "evidence", "cause"} == set(found["findings"][0])
     code, out, _ = command("audit", str(FROZEN))
     assert code == 0
-    assert out.decode().splitlines()[-1] == "1 runs, 12 checks, 0 alarms"
+    assert out.decode().splitlines()[-1] == "1 runs, 13 checks, 0 alarms"
     assert command("audit", str(tmp_path / "none"))[0] == 2
     with pytest.raises(InputError):
         open_runs(tmp_path / "none")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 import entrace
 from entrace.analysis.trace import InputError
+from entrace.analysis.trace.connection import guard
+from entrace.analysis.trace.errors import StorageError
 from entrace.analysis.trace.lock import acquire_lock
 from entrace.analysis.trace.places import to_place
 from entrace.analysis.trace.verify import check_run
@@ -134,6 +140,137 @@ def test_credentials_and_connections_are_one_line(s3: str):
     done = run(AWS_ENDPOINT_URL="http://127.0.0.1:9", **keys)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "Could not connect" in done.stderr
+
+
+class Breaking(MemoryFileSystem):
+    """A storage in memory whose connection breaks after a number of requests."""
+
+    protocol = "breaking"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    requests, left = 0, sys.maxsize
+    error: Exception = ConnectionError("connection reset by peer")
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return MemoryFileSystem._strip_protocol(str(path).replace("breaking://", "memory://"))
+
+    def unstrip_protocol(self, name):
+        return f"breaking://{name.lstrip('/')}"
+
+    def _ask(self, name, *args, **options):
+        cls = type(self)
+        cls.requests, cls.left = cls.requests + 1, cls.left - 1
+        if cls.left < 0:
+            raise cls.error
+        return getattr(super(), name)(*args, **options)
+
+    def _open(self, *args, **options):
+        return self._ask("_open", *args, **options)
+
+    def info(self, *args, **options):
+        return self._ask("info", *args, **options)
+
+    def ls(self, *args, **options):
+        return self._ask("ls", *args, **options)
+
+    def mv(self, *args, **options):
+        return self._ask("mv", *args, **options)
+
+    def rm(self, *args, **options):
+        return self._ask("rm", *args, **options)
+
+
+@pytest.fixture(scope="module")
+def breaking() -> str:
+    fsspec.register_implementation("breaking", Breaking, clobber=True)
+    upload(FROZEN, "breaking://bucket/run")
+    to_place("breaking://bucket/dump.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": str(n), "response_ids": [n, 1], "logprob": [-1.5, -0.1], "reward": n % 2}) + "\n"
+            for n in range(600)
+        )
+    )
+    return "breaking://bucket"
+
+
+@pytest.mark.filterwarnings("ignore:UPath")
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("verify", ConnectionError("connection reset by peer")),
+        ("audit", OSError("read timed out")),
+        ("import", TimeoutError()),
+    ],
+)
+def test_a_connection_that_breaks_midway_is_one_line(breaking, name, error, command, tmp_path, monkeypatch):
+    """It is never taken for a missing or damaged file."""
+    arguments = {
+        "verify": ["verify", f"{breaking}/run"],
+        "audit": ["audit", f"{breaking}/dump.jsonl"],
+        "import": ["import", f"{breaking}/dump.jsonl", "--out", str(tmp_path / "run")],
+    }[name]
+    monkeypatch.setattr(Breaking, "error", error)
+    monkeypatch.setattr(Breaking, "requests", 0)
+    assert command(*arguments)[0] in (0, 1)
+    total = Breaking.requests
+    assert total > 10
+    for share in (0, 0.2, 0.5, 0.8, 0.95):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        with monkeypatch.context() as broken:
+            broken.setattr(Breaking, "left", int(share * total))
+            code, out, err = command(*arguments)
+        *before, last = err.splitlines()
+        assert (code, out) == (2, b""), (share, err)
+        assert last.startswith("entrace: breaking://"), err
+        assert not [line for line in before if "damaged" in line or "no such" in line]
+
+
+@pytest.mark.filterwarnings("ignore:UPath")
+def test_a_connection_that_breaks_while_writing_keeps_the_earlier_report(breaking, command, tmp_path, monkeypatch):
+    from tests.analysis.conftest import write_steps
+
+    run, report = write_steps(tmp_path / "run"), f"{breaking}/report"
+    monkeypatch.setattr(Breaking, "requests", 0)
+    assert command("report", str(run), "--out", report)[0] == 0
+    total = Breaking.requests
+
+    def contents() -> dict[str, bytes]:
+        """Leave out the mark of a report that is being written."""
+        places = [place for place in to_place(report).iterdir() if place.is_file() and not place.name.startswith(".")]
+        return {place.name: place.read_bytes() for place in places}
+
+    before = contents()
+    for share in (0.1, 0.4):
+        with monkeypatch.context() as broken:
+            broken.setattr(Breaking, "left", int(share * total))
+            code, _, err = command("report", str(run), "--out", report)
+        assert (code, err.splitlines()[-1].startswith("entrace: breaking://bucket")) == (2, True), err
+        assert contents() == before
+    assert command("report", str(run), "--out", report)[0] == 0
+
+
+def test_a_server_that_stops_while_a_run_is_open_is_one_line():
+    """The client of S3 gives up after its own retries."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = {"endpoint_url": f"http://{host}:{port}", "key": "key", "secret": "secret"}
+    storage = fsspec.filesystem(
+        "s3", skip_instance_cache=True, **options, config_kwargs={"retries": {"max_attempts": 1}}
+    )
+    storage.retries = 1
+    guard(storage)
+    storage.mkdir("stopped")
+    storage.pipe_file("stopped/file", b"content" * 1000)
+    with storage.open("stopped/file", "rb", block_size=64) as file:
+        assert file.read(7) == b"content"
+        server.stop()
+        with pytest.raises(StorageError, match=r"^s3://stopped/file: "):
+            file.read()
+    with pytest.raises(StorageError, match=r"^s3://stopped/file: "):
+        storage.exists("stopped/file")
 
 
 def test_recording_refuses_a_remote_folder():

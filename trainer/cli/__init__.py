@@ -12,6 +12,7 @@ import typer
 
 from entrace.analysis.cli import app, print_json, run, say, stoppable
 from entrace.analysis.trace import InputError
+from entrace.trainer.cli.audit import audit
 from entrace.trainer.cli.evaluate import evaluate
 from entrace.trainer.cli.import_rollouts import import_rollouts, score
 from entrace.trainer.cli.intervene import DEFAULT_BUDGET, intervene, run_interventions
@@ -285,6 +286,7 @@ def methods(
         typer.echo(f"    {entry['kind']}: {' '.join(entry['settings']) or 'nothing to set'}")
 
 
+app.command()(audit)
 app.command(name="eval")(evaluate)
 app.command(name="import")(import_rollouts)
 app.command(

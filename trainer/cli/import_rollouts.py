@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from pathlib import Path
@@ -103,7 +103,7 @@ def import_rollouts(
     from entrace.analysis.importers.dump import Dump
     from entrace.analysis.importers.rewards import Rewards
     from entrace.analysis.importers.settings import ImportSettings
-    from entrace.analysis.terminal.progress import Progress
+    from entrace.analysis.terminal.progress import Progress, reading
     from entrace.analysis.trace.lock import locked
 
     fields = _parse_fields(field or [])
@@ -122,11 +122,12 @@ def import_rollouts(
         found = Dump.find([to_place(path) for path in dump], format_name, has_fields=bool(fields))
         joined = Rewards(rewards, fields.get("id")) if rewards else None
         using = _load(policy, tokenizer, template, out)
-        with (
-            using.guard,
-            collect(found, settings, using.codec, rewards=joined, is_scored=model is not None) as read,
-            Progress(out.name, read.counts.rollouts) as progress,
-        ):
+        with using.guard, ExitStack() as stack:
+            with reading(out.name) as on_read:
+                read = stack.enter_context(
+                    collect(found, settings, using.codec, rewards=joined, is_scored=model is not None, on_read=on_read)
+                )
+            progress = stack.enter_context(Progress(out.name, read.counts.rollouts))
             scorer = None
             if using.make_scorer:
                 of_pass = run.temperature_of_pass(read.counts, temperature)

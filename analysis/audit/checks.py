@@ -1,35 +1,26 @@
-"""Audit a trace: which distribution do its recorded numbers describe, and do its groups and advantages agree?
-
-Each check compares what is recorded with what must hold for any policy:
+"""Check what must hold for recorded values of any policy, without a model.
 
 - The mean surprisal of tokens equals their mean entropy if both belong to the distribution that the tokens were
   sampled from. The sum of the differences over a response is a martingale, so its error follows from the scatter of
   responses.
 - Responses to one prompt that begin with the same tokens have the same distribution at the next token.
 - Advantages increase linearly with the reward, within a group or within a step.
-
-A check without the data that it needs says so. Faults that leave these relations intact, such as text that was
-tokenized again without new values, show only with the model: ``entrace import --model`` compares recorded with rescored
-values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from entrace.analysis.runs import Runs
+from entrace.analysis.audit.findings import AlarmError, LackingError
+from entrace.analysis.audit.sample import MIN_RESPONSES, Sample
 
 if TYPE_CHECKING:
     import polars as pl
 
-OK, ALARM, UNKNOWN = "ok", "alarm", "cannot tell"
-# Tokens of evenly spaced steps that are read of each run.
-MAX_TOKENS = 200_000
-MIN_TOKENS, MIN_RESPONSES, MIN_GROUPS = 1000, 20, 5
+MIN_GROUPS = 5
 # Standard errors, and relative size, from which a difference between surprisal and entropy counts.
 MAX_Z, MAX_EXCESS = 4.0, 0.02
 # Nats by which values of one distribution may differ, as in bfloat16.
@@ -40,111 +31,10 @@ MAX_KL, MAX_FAR = 0.01, 0.01
 # Mass that a mismatch of rounding may miss.
 MAX_MISSING = 0.005
 MIN_CORRELATION = 0.999
+# Decimals that a format writes by default.
+WRITTEN_DECIMALS = {"verifiers": 4}
 # Tokens over which stretches of unlikely tokens are looked for, and their surprisal in excess of the entropy, in nats.
 WINDOW, UNLIKELY = 5, 3.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Hold the outcome of one check.
-
-    Attributes:
-        run_id: The run.
-        check: Name of the check.
-        state: ``OK``, ``ALARM``, or ``UNKNOWN``.
-        evidence: Measured values, in words.
-        cause: Likely causes of an alarm, or what is missing; empty if all is well.
-    """
-
-    run_id: str
-    check: str
-    state: str
-    evidence: str
-    cause: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.run_id}: {self.check}: {self.state}: {self.evidence}{'; ' if self.cause else ''}{self.cause}"
-
-
-class LackingError(Exception):
-    """Signal that a check lacks data; the message says which."""
-
-
-class AlarmError(Exception):
-    """Signal a fault: evidence, and likely causes."""
-
-    def __init__(self, evidence: str, cause: str) -> None:
-        """Store both."""
-        super().__init__(evidence)
-        self.evidence, self.cause = evidence, cause
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Hold the rows of one run that the checks read.
-
-    Attributes:
-        tokens: Tokens of evenly spaced steps in the order of responses and positions.
-        responses: All responses of the run.
-        num_entries: Entries of the vocabulary.
-    """
-
-    tokens: pl.DataFrame
-    responses: pl.DataFrame
-    num_entries: int
-
-    @classmethod
-    def of(cls, runs: Runs, run_id: str) -> Sample:
-        """Return the sample of one run."""
-        import polars as pl
-
-        responses = runs.run_shipped(RESPONSES, {"run": run_id})
-        steps = responses["step"].unique().sort()
-        total = int(responses["response_length"].fill_null(0).sum())
-        stride = max(1, -(-total // MAX_TOKENS))
-        tokens = runs.run_shipped(TOKENS, {"run": run_id, "steps": steps.gather_every(stride).to_list()})
-        num_entries = runs.run_shipped(ENTRIES, {"run": run_id}).item()
-        return cls(tokens.with_columns(pl.col(pl.Float32).cast(pl.Float64)), responses, num_entries)
-
-    def known(self, *columns: str) -> pl.DataFrame:
-        """Return the tokens with values in all ``columns``.
-
-        Raises:
-            LackingError: there are too few.
-        """
-        found = self.tokens.drop_nulls(list(columns))
-        if found.height < MIN_TOKENS:
-            raise LackingError(f"{found.height:,} tokens have {' and '.join(columns)}; {MIN_TOKENS:,} are needed")
-        return found
-
-
-RESPONSES = """
-select step, rollout_id, group_id, reward + coalesce(length_penalty, 0) as reward, advantage, response_length
-from rollouts where run_id = $run order by step, rollout_id
-"""
-TOKENS = """
-select tokens.step, tokens.rollout_id, rollouts.group_id, position, token_id, logprob, entropy, sampling_logprob, turn,
-  tokens.response_length, rollouts.generated_length, rollouts.is_truncated
-from tokens left join rollouts using (run_id, rollout_id)
-where tokens.run_id = $run and list_contains($steps, tokens.step) order by tokens.rollout_id, position
-"""
-ENTRIES = "select count(*) from vocab where run_id = $run"
-
-
-def audit(runs: Runs) -> list[Finding]:
-    """Return the findings of all checks on all runs."""
-    return [finding for run_id in runs.manifests for finding in audit_run(Sample.of(runs, run_id), run_id)]
-
-
-def audit_run(sample: Sample, run_id: str) -> Iterator[Finding]:
-    """Yield the finding of each check on one run."""
-    for name, check in CHECKS.items():
-        try:
-            yield Finding(run_id, name, OK, check(sample))
-        except LackingError as lacking:
-            yield Finding(run_id, name, UNKNOWN, str(lacking))
-        except AlarmError as alarm:
-            yield Finding(run_id, name, ALARM, alarm.evidence, alarm.cause)
 
 
 def check_range(sample: Sample) -> str:
@@ -283,6 +173,8 @@ def check_rounding(sample: Sample) -> str:
         scaled = values * 10**decimals
         # float32 stores decimals with a relative error of 6e-8.
         if (np.abs(scaled - np.round(scaled)) < 2e-6 * scaled + 1e-9).mean() > 0.99:
+            if WRITTEN_DECIMALS.get(sample.form) == decimals:
+                return f"{column} has {decimals} decimals, as {sample.form} writes it by default"
             raise AlarmError(f"{column} has {decimals} decimals", "rounded when it was stored")
     for bits, kind in ((8, "bfloat16"), (11, "float16")):
         mantissa = np.frexp(values)[0] * 2**bits
