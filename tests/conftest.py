@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import sys
 
 import pytest
@@ -9,6 +10,14 @@ from entrace.analysis.cli import app, run
 # Triton asks once, when it is imported: without a GPU, its kernels are interpreted.
 if not shutil.which("nvidia-smi"):
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def heard_ctrl_c():
+    """Hear Ctrl-C, which a process that was started in the background may have been told to ignore."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
 
 
 @pytest.fixture
