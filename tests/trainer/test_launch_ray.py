@@ -3,6 +3,7 @@
 import os
 import sys
 from collections import defaultdict
+from contextlib import contextmanager
 
 import pyarrow.parquet as pq
 import pytest
@@ -21,20 +22,32 @@ STEPS = 14
 NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """A head that holds one run."""
+@contextmanager
+def make_cluster(**settings):
+    """Start a head that holds one run."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    # Lost nodes are noticed after two seconds instead of half a minute.
-    noticed = {"health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_failure_threshold": 3}
-    system = {**noticed, "health_check_initial_delay_ms": 0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "_system_config": system})
+        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "_system_config": settings})
         yield cluster
         cluster.shutdown()
+
+
+@pytest.fixture
+def watchful_cluster():
+    """A cluster that notices lost nodes after two seconds instead of half a minute."""
+    noticed = {"health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_failure_threshold": 3}
+    with make_cluster(**noticed, health_check_initial_delay_ms=0) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster that all other tests share."""
+    with make_cluster() as cluster:
+        yield cluster
 
 
 class Killer:
@@ -55,7 +68,8 @@ class Killer:
         self.ended.append(run_id)
 
 
-def test_a_grid_survives_the_loss_of_a_node(cluster, tmp_path):
+def test_a_grid_survives_the_loss_of_a_node(watchful_cluster, tmp_path):
+    cluster = watchful_cluster
     specs = load_grid("tiny-study", [*SMALL, f"steps={STEPS}", "record.after_update_every=0"], seeds=[0])
     killer = Killer(cluster)
     out = tmp_path / "study"
