@@ -3,7 +3,6 @@
 import os
 import sys
 from collections import defaultdict
-from contextlib import contextmanager
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,62 +18,47 @@ from .conftest import SMALL
 STEPS = 14
 
 
-NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}
-
-
-@contextmanager
-def make_cluster(**settings):
-    """Start a head that holds one run."""
+@pytest.fixture
+def cluster(monkeypatch):
+    """A head that holds one run, and a second node that holds another."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "_system_config": settings})
-        yield cluster
-        cluster.shutdown()
-
-
-@pytest.fixture
-def watchful_cluster():
-    """A cluster that notices lost nodes after two seconds instead of half a minute."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # Lost nodes are noticed after two seconds instead of half a minute.
     noticed = {"health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_failure_threshold": 3}
-    with make_cluster(**noticed, health_check_initial_delay_ms=0) as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """A cluster that all other tests share."""
-    with make_cluster() as cluster:
-        yield cluster
+    node = {"num_cpus": 1, "object_store_memory": 100_000_000}
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**node, "_system_config": {**noticed, "health_check_initial_delay_ms": 0}}
+    )
+    cluster.second = cluster.add_node(**node)
+    yield cluster
+    cluster.shutdown()
 
 
 class Killer:
-    """Adds a second node and kills it once both are past their first checkpoint; keeps what every run reported."""
+    """Kills the second node once both nodes are past their first checkpoint; keeps what every run reported."""
 
     def __init__(self, cluster):
         self.cluster, self.done, self.ended = cluster, defaultdict(list), []
-        self.second = cluster.add_node(**NODE)
 
     def update(self, run_id, done, **metrics):
         self.done[run_id].append(done)
         running = [steps for name, steps in self.done.items() if name not in self.ended]
-        if self.second and len(running) == 2 and all(steps[-1] >= 5 for steps in running):
-            self.cluster.remove_node(self.second, allow_graceful=False)
-            self.second = None
+        if self.cluster.second and len(running) == 2 and all(steps[-1] >= 5 for steps in running):
+            self.cluster.remove_node(self.cluster.second, allow_graceful=False)
+            self.cluster.second = None
 
     def end(self, run_id, error):
         self.ended.append(run_id)
 
 
-def test_a_grid_survives_the_loss_of_a_node(watchful_cluster, tmp_path):
-    cluster = watchful_cluster
+def test_a_grid_survives_the_loss_of_a_node(cluster, tmp_path):
     specs = load_grid("tiny-study", [*SMALL, f"steps={STEPS}", "record.after_update_every=0"], seeds=[0])
     killer = Killer(cluster)
     out = tmp_path / "study"
     assert run_grid(specs, out, RayLauncher(cluster.address), train, listener=killer) == {}
-    assert killer.second is None
+    assert cluster.second is None
     assert sorted(killer.ended) == sorted(spec.run_id for spec in specs)
     begun_again = [steps for steps in killer.done.values() if steps.count(0) == 2]
     assert len(begun_again) == 1
