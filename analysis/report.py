@@ -8,7 +8,8 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,9 @@ CELL_LENGTH, SOURCE_LENGTH = 1000, 20_000
 COLORS = 64
 # Entries to leave out, so that equal data give equal bytes.
 STAMPS: dict[str, dict[str, Any]] = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None}}
+# A picture is compressed once, after its palette is known.
+SAVE_OPTIONS: dict[str, dict[str, Any]] = {"png": {"pil_kwargs": {"compress_level": 0}}}
+LAYOUT_TABLES = ("GSUB", "GPOS", "GDEF", "kern", "BASE", "JSTF", "MATH")
 
 
 def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None] | None = None) -> Path:
@@ -149,16 +153,41 @@ def _draw(runs: Runs, stem: str, frame: pl.DataFrame) -> dict[str, bytes]:
     from matplotlib.figure import Figure
 
     files = {}
-    with mpl.rc_context(figures.style.RC), warnings.catch_warnings():
+    with mpl.rc_context(figures.style.RC), warnings.catch_warnings(), _without_layout_tables():
         # Words and names may hold characters that the font lacks; each becomes a box.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
-        figure = Figure(figsize=figures.size(runs, stem, frame))
+        figure = Figure(figsize=figures.size(runs, stem, frame), dpi=mpl.rcParams["savefig.dpi"])
         figures.figure_module(stem, runs.questions).draw(frame, figure.subplots())
+        # All formats have the layout of the picture: a layout takes as long as a drawing.
+        figure.draw_without_rendering()
+        mpl.rcParams["figure.constrained_layout.use"] = False
+        figure.set_layout_engine(None)
         for form, stamps in STAMPS.items():
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=form, metadata=stamps)
+            figure.savefig(buffer, format=form, metadata=stamps, **SAVE_OPTIONS.get(form, {}))
             files[form] = _shrink(buffer) if form == "png" else buffer.getvalue()
     return files
+
+
+@contextmanager
+def _without_layout_tables() -> Iterator[None]:
+    """Embed fonts without the tables that place glyphs, which PDF viewers ignore and which are slow to subset."""
+    from fontTools import subset
+
+    load_font = subset.load_font
+
+    def load_without(*arguments: Any, **options: Any) -> Any:
+        font = load_font(*arguments, **options)
+        for table in LAYOUT_TABLES:
+            if table in font:
+                del font[table]
+        return font
+
+    subset.load_font = load_without
+    try:
+        yield
+    finally:
+        subset.load_font = load_font
 
 
 def _shrink(png: io.BytesIO) -> bytes:

@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import sys
 
 import pytest
@@ -7,9 +8,54 @@ import pytest
 from entrace.analysis.cli import run
 from entrace.trainer.cli import app
 
+# Modules that take longest, the longest first: a long module that starts last leaves the other processes idle.
+LONG = (
+    "docs",
+    "kill",
+    "trace_nulls",
+    "faults",
+    "distributed",
+    "launch_ray",
+    "calibration",
+    "hostile",
+    "report",
+    "sandbox",
+    "train",
+    "trace_versions",
+    "prune",
+    "cli",
+    "trl",
+    "pretrain",
+    "methods",
+    "dry_run",
+    "fuzz",
+    "compare",
+    "own_methods",
+    "runs",
+    "figures",
+    "sampling",
+    "claims",
+    "import",
+    "update",
+    "layering",
+)
+
 # Triton asks once, when it is imported: without a GPU, its kernels are interpreted.
 if not shutil.which("nvidia-smi"):
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONG)))
+
+
+@pytest.fixture
+def heard_ctrl_c():
+    """Hear Ctrl-C, which a process that was started in the background may have been told to ignore."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
 
 
 @pytest.fixture

@@ -221,7 +221,10 @@ def test_outcomes_of_other_code_are_not_reused(tmp_path: Path):
     ("name", "overrides"),
     [
         ("real-frozen", ["steps=24", "eval.every=24"]),
-        ("real-random-update", ["steps=60", "eval.every=60", "record.after_update_every=2"]),
+        (
+            "real-random-update",
+            ["steps=40", "eval.every=40", "record.after_update_every=2", "rollout.prompts_per_step=6"],
+        ),
     ],
 )
 def test_a_real_run_without_the_claimed_effects_earns_no_verdict(name: str, overrides: list[str], tmp_path: Path):

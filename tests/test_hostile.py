@@ -300,14 +300,6 @@ def test_grid_of_hostile_arms(command, tmp_path: Path):
     assert re.search(r"^[\w.+=-]*_script_[\w.+=-]*  <script>", out, re.MULTILINE | re.ASCII)
 
 
-@pytest.fixture
-def heard_ctrl_c():
-    """A process that was started in the background may have been told to ignore it."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, former)
-
-
 @pytest.mark.usefixtures("heard_ctrl_c")
 def test_ctrl_c_ends_a_long_query_and_leaves_nothing(command, tiny_path: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -59,8 +59,8 @@ def evaluate(
         rng = generator(config.seed, Stream.EVAL, start)
         with memory_advice(config, "evaluating", SAMPLING_MEMORY):
             encoded = [policy.encode_prompt(prompt.question) for prompt in prompts]
-            samples = sample(policy, encoded, samples_per_prompt, params, rng, own)
-        completions = policy.decode([response.tolist() for response in samples.responses()])
+            rollouts = sample(policy, encoded, samples_per_prompt, params, rng, own)
+        completions = policy.decode([response.tolist() for response in rollouts.responses()])
         answered = [prompt for prompt in prompts[own] for _ in range(samples_per_prompt)]
         scores = [task.score(text, prompt) for text, prompt in zip(completions, answered, strict=True)]
         groups = [scores[i : i + samples_per_prompt] for i in range(0, len(scores), samples_per_prompt)]
@@ -75,8 +75,8 @@ def evaluate(
                 for answer_class in answer_classes(prompt, group)
             ],
             "is_correct": [score.is_correct for score in scores],
-            "response_length": samples.lengths.tolist(),
-            "entropy_mean": samples.entropy_mean.tolist(),
+            "response_length": rollouts.lengths.tolist(),
+            "entropy_mean": rollouts.entropy_mean.tolist(),
         }
         for name, values in (
             (name, values) for found in ranks.all_gather_object(part) for name, values in found.items()

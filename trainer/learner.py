@@ -123,28 +123,28 @@ class Learner:
     @torch.no_grad()
     def capture(self, batch: Batch, metrics: UpdateMetrics, rows: Tensor) -> AfterUpdate:
         """Evaluate this process's share of the responses ``rows``, (n,), under the updated weights."""
-        samples = batch.rollouts
-        logprob, entropy = torch.zeros(samples.response_ids.shape), torch.zeros(samples.response_ids.shape)
+        rollouts = batch.rollouts
+        logprob, entropy = torch.zeros(rollouts.response_ids.shape), torch.zeros(rollouts.response_ids.shape)
         is_scored = torch.zeros_like(batch.is_own)
         is_scored[rows] = True
         is_scored &= batch.is_own
         scored = torch.nonzero(is_scored).squeeze(1)
         with memory_advice(self.config, "capturing after-update values", UPDATE_MEMORY), self.policy.unsharded():
-            for micro in self._micro_batches(samples, scored):
+            for micro in self._micro_batches(rollouts, scored):
                 rows = scored[micro]
-                stats = self._token_stats(self.policy, samples, rows)
-                logprob[rows] = samples.place(stats.logprob, rows)
-                entropy[rows] = samples.place(stats.entropy, rows)
+                stats = self._token_stats(self.policy, rollouts, rows)
+                logprob[rows] = rollouts.place(stats.logprob, rows)
+                entropy[rows] = rollouts.place(stats.entropy, rows)
         return AfterUpdate(is_scored, logprob, entropy, metrics.is_clipped)
 
     def _step_optimizer(
-        self, samples: Rollouts, objective: Objective, rows: Tensor, step: int, is_clipped: Tensor
+        self, rollouts: Rollouts, objective: Objective, rows: Tensor, step: int, is_clipped: Tensor
     ) -> list[float]:
         """Take one optimizer step; return loss, gradient norm, KL, and clipped shares, and mark ``is_clipped``."""
         loss = kl = grad_norm = math.nan
         counts: list[float] = []
         for scale in LOSS_SCALES.get(self.policy.dtype, (1.0,)):
-            loss, kl, *counts = self._backward(samples, objective, rows, is_clipped, scale)
+            loss, kl, *counts = self._backward(rollouts, objective, rows, is_clipped, scale)
             norm = clip_grad_norm_(self.policy.model.parameters(), self.config.optim.grad_clip)
             grad_norm = float(full_tensor(norm))
             if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -156,22 +156,22 @@ class Learner:
         return [loss, grad_norm, kl, *(count / num_tokens for count in counts)]
 
     def _backward(
-        self, samples: Rollouts, objective: Objective, rows: Tensor, is_clipped: Tensor, scale: float
+        self, rollouts: Rollouts, objective: Objective, rows: Tensor, is_clipped: Tensor, scale: float
     ) -> list[float]:
         """Accumulate gradients; return loss, KL, and numbers of clipped tokens, and mark ``is_clipped``."""
         sums = torch.zeros(5, dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
         places, ranks = self._places_with_gradient(objective), self.ranks
-        own = [places[part] for part in self._micro_batches(samples, rows[places], ranks.rank, ranks.size)]
+        own = [places[part] for part in self._micro_batches(rollouts, rows[places], ranks.rank, ranks.size)]
         # All processes gather sharded weights together: one that has finished repeats a response without effect.
         idle = max(ranks.all_gather_object(len(own))) - len(own) if self.policy.is_sharded else 0
         for micro in own:
-            loss, kl, *clips = self._loss_sums(samples, objective, rows, micro)
+            loss, kl, *clips = self._loss_sums(rollouts, objective, rows, micro)
             (loss * scale).backward()
             sums += torch.stack([loss.detach(), kl, *(clip.sum() for clip in clips)]).cpu().double()
-            is_clipped[rows[micro]] |= samples.place(torch.stack(clips).any(0), rows[micro])
+            is_clipped[rows[micro]] |= rollouts.place(torch.stack(clips).any(0), rows[micro])
         for _ in range(idle):
-            (self._loss_sums(samples, objective, rows, places[:1])[0] * 0).backward()
+            (self._loss_sums(rollouts, objective, rows, places[:1])[0] * 0).backward()
         parameters = self.policy.model.parameters()
         sums = sum_gradients(parameters, sums, ranks, is_sharded=self.policy.is_sharded)
         for parameter in self.policy.model.parameters():
@@ -179,9 +179,9 @@ class Learner:
                 parameter.grad /= scale
         return sums.tolist()
 
-    def _micro_batches(self, samples: Rollouts, rows: Tensor, rank: int = 0, size: int = 1) -> list[Tensor]:
+    def _micro_batches(self, rollouts: Rollouts, rows: Tensor, rank: int = 0, size: int = 1) -> list[Tensor]:
         """Split ``rows`` into micro-batches; return positions in ``rows``."""
-        lengths = samples.lengths[rows] + torch.tensor([len(samples.prompt_ids[row]) for row in rows])
+        lengths = rollouts.lengths[rows] + torch.tensor([len(rollouts.prompt_ids[row]) for row in rows])
         budget = self.config.optim.micro_batch_tokens
         return cut_by_tokens(lengths, budget, is_padded=not self.policy.uses_packing, rank=rank, size=size)
 
@@ -194,26 +194,28 @@ class Learner:
         # If there is none, one response gives a gradient of 0, with which weight decay and moments continue.
         return places if len(places) else torch.nonzero(objective.mask.any(1)).squeeze(1)[:1]
 
-    def _loss_sums(self, samples: Rollouts, objective: Objective, rows: Tensor, micro: Tensor) -> list[Tensor]:
+    def _loss_sums(self, rollouts: Rollouts, objective: Objective, rows: Tensor, micro: Tensor) -> list[Tensor]:
         """Return sums of loss and KL over positions ``micro`` of ``rows``, and the tokens each bound clips, (N,)."""
         config, chosen = self.config.loss, rows[micro]
-        stats = self._token_stats(self.policy, samples, chosen)
-        log_ratio = stats.logprob - objective.take(samples.old_logprobs[rows], micro).to(self.policy.device)
+        stats = self._token_stats(self.policy, rollouts, chosen)
+        log_ratio = stats.logprob - objective.take(rollouts.old_logprobs[rows], micro).to(self.policy.device)
         result = objective.evaluate(log_ratio, micro)
         token_scale = objective.take(objective.token_scale, micro).to(self.policy.device)
         loss = (result.loss - config.entropy_coef * token_scale * stats.entropy).sum()
         kl = torch.zeros_like(loss.detach())
         if self.reference:
             with torch.no_grad():
-                reference = self._token_stats(self.reference, samples, chosen).logprob
+                reference = self._token_stats(self.reference, rollouts, chosen).logprob
             penalty = (token_scale * kl_penalty(stats.logprob, reference, config.kl_estimator, config.kl_clamp)).sum()
             loss, kl = loss + config.kl_coef * penalty, penalty.detach()
         return [loss, kl, result.is_clipped_low, result.is_clipped_high, result.is_clipped_dual]
 
-    def _token_stats(self, policy: Policy, samples: Rollouts, rows: Tensor) -> TokenStats:
+    def _token_stats(self, policy: Policy, rollouts: Rollouts, rows: Tensor) -> TokenStats:
         """Return token statistics of responses under a policy's current weights, concatenated, (N,)."""
-        prompts = [samples.prompt_ids[row] for row in rows]
-        return policy.token_stats(prompts, samples.responses(rows), self.sampling.temperature, self.sampling.truncation)
+        prompts = [rollouts.prompt_ids[row] for row in rows]
+        return policy.token_stats(
+            prompts, rollouts.responses(rows), self.sampling.temperature, self.sampling.truncation
+        )
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:

@@ -70,12 +70,12 @@ class Batch:
 
 def view_rollouts(batch: Batch, seed: int, stream: Stream, step: int) -> RolloutView:
     """Return the view of a batch that methods see, with the random numbers of a seed, purpose, and step."""
-    samples = batch.rollouts
+    rollouts = batch.rollouts
     return RolloutView(
-        samples.old_logprobs,
-        samples.entropies,
+        rollouts.old_logprobs,
+        rollouts.entropies,
         torch.tensor([bool(score.is_correct) for score in batch.scores]),
-        samples.response_mask,
+        rollouts.response_mask,
         batch.group_ids,
         generator(seed, stream, step),
     )
@@ -137,7 +137,7 @@ def collect_batch(config: Config, policy: Policy, source: PromptSource, step: in
             )
     parts = [part for parts in rounds for part in parts]
     scores = [score for part in parts for score in part.scores]
-    samples = Rollouts.concatenate([part.samples for part in parts])
+    rollouts = Rollouts.concatenate([part.rollouts for part in parts])
     rewards, penalties = (torch.cat([getattr(part, name) for part in parts]) for name in ("rewards", "penalties"))
     group_ids = _group_ids(len(rewards), rollout.group_size)
     has_verdict = _has_verdict(scores)
@@ -145,7 +145,7 @@ def collect_batch(config: Config, policy: Policy, source: PromptSource, step: in
         raise TrainingError(f"step {step}: the verifier gave no verdict on any of {len(scores)} responses")
     is_mixed = torch.cat(mixed)[group_ids]
     return Batch(
-        rollouts=samples,
+        rollouts=rollouts,
         prompts=prompts,
         new_prompts=source.first_drawn(prompts),
         completions=[text for part in parts for text in part.completions],
@@ -154,7 +154,7 @@ def collect_batch(config: Config, policy: Policy, source: PromptSource, step: in
         length_penalties=penalties,
         group_ids=group_ids,
         has_verdict=has_verdict,
-        drop_reasons=_drop_reasons(config, has_verdict, is_mixed, samples.is_truncated),
+        drop_reasons=_drop_reasons(config, has_verdict, is_mixed, rollouts.is_truncated),
         is_own=torch.tensor([part.rank == ranks.rank for part in parts for _ in part.rewards]),
         advantages=group_relative_advantage(rewards + penalties, group_ids, config.loss.normalize_std, has_verdict),
         rollout_s=sum(max(part.rollout_s for part in parts) for parts in rounds),
@@ -167,7 +167,7 @@ class _Part:
     """Responses of one process in one sampling round; fields as in ``Batch``."""
 
     rank: int
-    samples: Rollouts
+    rollouts: Rollouts
     completions: list[str]
     scores: list[Score]
     rewards: Tensor
@@ -184,7 +184,7 @@ def _sample_part(
     own = ranks.shard(len(prompts))
     started = time.perf_counter()
     with memory_advice(config, f"sampling at step {place[0]}", SAMPLING_MEMORY):
-        samples = sample(
+        rollouts = sample(
             policy,
             [policy.encode_prompt(prompt.question) for prompt in prompts],
             rollout.group_size,
@@ -193,16 +193,16 @@ def _sample_part(
             own,
         )
     sampled = time.perf_counter()
-    completions = policy.decode([response.tolist() for response in samples.responses()])
+    completions = policy.decode([response.tolist() for response in rollouts.responses()])
     prompts = [prompt for prompt in prompts[own] for _ in range(rollout.group_size)]
     scores = [task.score(text, prompt) for text, prompt in zip(completions, prompts, strict=True)]
     penalties = overlong_penalty(
-        samples.lengths, rollout.max_response_tokens, rollout.overlong_buffer_tokens, config.overlong_penalty
+        rollouts.lengths, rollout.max_response_tokens, rollout.overlong_buffer_tokens, config.overlong_penalty
     )
     wrong, right = config.task.reward_values
     rewards = torch.tensor([0.0 if s.score is None else wrong + (right - wrong) * s.score for s in scores])
     scored = time.perf_counter()
-    return _Part(ranks.rank, samples, completions, scores, rewards, penalties, sampled - started, scored - sampled)
+    return _Part(ranks.rank, rollouts, completions, scores, rewards, penalties, sampled - started, scored - sampled)
 
 
 def _mixed(config: Config, parts: list[_Part]) -> Tensor:

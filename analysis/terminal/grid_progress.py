@@ -7,10 +7,9 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from entrace.analysis.terminal.progress import NAME_LENGTH, Progress
+from entrace.analysis.terminal.progress import NAME_LENGTH, Display, Progress
 from entrace.analysis.trace.plain import plain
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ class RunState:
     last: tuple[float, int] | None = None
 
 
-class GridProgress:
+class GridProgress(Display):
     """Show the progress of the runs of a grid; use it as a context manager.
 
     Usage::
@@ -51,12 +50,8 @@ class GridProgress:
         self._most_running = 1
         self._plain = None if sys.stderr.isatty() else Progress(title, sum(run.steps for run in self.runs.values()))
 
-    def __enter__(self) -> GridProgress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
+        """Leave the table as it is, and continue below it."""
         if self._live:
             self._live.stop()
 

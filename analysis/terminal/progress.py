@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Self
 
 from entrace.analysis.trace.plain import plain
 
@@ -15,7 +16,27 @@ PLAIN_LINE_EVERY_S = 15.0
 NAME_LENGTH = 80
 
 
-class Progress:
+class Display:
+    """Show something on stderr while the block of a ``with`` statement runs."""
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start to show something; by default, the first update does."""
+
+    def stop(self) -> None:
+        """Leave the terminal as it was."""
+        raise NotImplementedError
+
+
+class Progress(Display):
     """Show finished steps, time left, and a few metrics; use it as a context manager.
 
     Usage::
@@ -33,14 +54,13 @@ class Progress:
         self._last_line = time.monotonic()
         self._bar = _make_bar(self.title, total) if sys.stderr.isatty() else None
 
-    def __enter__(self) -> Progress:
+    def start(self) -> None:
+        """Show the bar."""
         if self._bar:
             self._bar.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
+        """Leave the bar as it is, and continue below it."""
         if self._bar:
             self._bar.stop()
 

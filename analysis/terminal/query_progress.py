@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from entrace.analysis.terminal.progress import Progress
+from entrace.analysis.terminal.progress import Display, Progress
 
 if TYPE_CHECKING:
     import polars as pl
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 SILENT_S = 2.0
 
 
-class QueryProgress:
+class QueryProgress(Display):
     """Show the percentage done and the number of rows; use it as a context manager."""
 
     def __init__(self) -> None:
@@ -25,14 +24,10 @@ class QueryProgress:
         self._started = time.monotonic()
         self._bar: Progress | None = None
 
-    def __enter__(self) -> QueryProgress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
+        """Leave the bar as it is, if there is one."""
         if self._bar:
-            self._bar.__exit__(kind, error, trace)
+            self._bar.stop()
 
     def update(self, percent: float) -> None:
         """Note the percentage that DuckDB estimates."""
@@ -50,6 +45,7 @@ class QueryProgress:
         if time.monotonic() - self._started < SILENT_S:
             return
         if self._bar is None:
-            self._bar = Progress("sql", 100).__enter__()
+            self._bar = Progress("sql", 100)
+            self._bar.start()
         # The last line belongs to the end of the query, which a percentage of 100 is not.
         self._bar.update(min(int(self._percent), 99), rows=self.num_rows)

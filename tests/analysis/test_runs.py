@@ -250,17 +250,16 @@ def test_study_may_name_its_baseline(study_path: Path, tmp_path: Path):
         "",
     ],
 )
-def test_query_can_neither_write_nor_look_elsewhere(tiny_path: Path, tmp_path: Path, statement: str):
+def test_query_can_neither_write_nor_look_elsewhere(tiny: Runs, tiny_path: Path, tmp_path: Path, statement: str):
     local_frame = pl.DataFrame({"x": [1]})
     local_frame.write_parquet(tmp_path / "other.parquet")
     before = {path: path.stat().st_mtime_ns for path in tiny_path.rglob("*")}
-    runs = open_runs(tiny_path)
     with pytest.raises(InputError) as caught:
-        runs.sql(statement.format(run=tiny_path, tmp=tmp_path))
+        tiny.sql(statement.format(run=tiny_path, tmp=tmp_path))
     assert "\n" not in str(caught.value)
     assert {path: path.stat().st_mtime_ns for path in tiny_path.rglob("*")} == before
     assert [path.name for path in tmp_path.iterdir()] == ["other.parquet"]
-    assert runs.sql("select count(*) from runs").item() == 1
+    assert tiny.sql("select count(*) from runs").item() == 1
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,7 @@ def test_ctrl_c_ends_any_query(runs: Runs, text: str):
     assert (process.returncode, out, err) == (130, b"", b"entrace: stopped; run the same command again\n")
 
 
+@pytest.mark.usefixtures("heard_ctrl_c")
 def test_ctrl_c_ends_a_query_from_python(runs: Runs):
     threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
     started = time.monotonic()

@@ -77,13 +77,11 @@ def test_every_question_has_the_same_answer_for_version_1(tiny: Runs, tiny_path:
 
 
 def test_versions_open_together(tiny_path: Path):
-    runs = open_runs([FROZEN, tiny_path])
+    runs, separate = open_runs([FROZEN, tiny_path]), [open_runs(FROZEN), open_runs(tiny_path)]
     for table in TABLES:
         both = runs.sql(f"select run_id, count(*) from {table} group by all order by 1").rows()
         alone = [
-            row
-            for path in (FROZEN, tiny_path)
-            for row in open_runs(path).sql(f"select run_id, count(*) from {table} group by all").rows()
+            row for one in separate for row in one.sql(f"select run_id, count(*) from {table} group by all").rows()
         ]
         assert both == alone
 

@@ -71,9 +71,9 @@ class Ours:
         config = self.config
         with nullcontext() if self.records else without_entropy():
             batch = collect_batch(config, self.learner.policy, self.source, self.step)
-            samples = batch.rollouts
+            rollouts = batch.rollouts
             context = view_rollouts(batch, config.seed, Stream.SHAPING, self.step)
-            advantages = batch.advantages[:, None].expand(samples.response_ids.shape)
+            advantages = batch.advantages[:, None].expand(rollouts.response_ids.shape)
             shaped, _ = shape(advantages, context, config.shaping, self.step, None)
             before = time.perf_counter()
             metrics = self.learner.update(batch, make_objectives(config, batch, shaped, self.step), self.step)
@@ -91,7 +91,7 @@ class Ours:
         seconds = (batch.rollout_s, batch.reward_s, updated - before, ended - updated)
         for values, value in zip(self.phases.values(), seconds, strict=True):
             values.append(value)
-        self.num_tokens.append(int(samples.lengths.sum()))
+        self.num_tokens.append(int(rollouts.lengths.sum()))
         return ended - started
 
 

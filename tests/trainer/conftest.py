@@ -42,8 +42,9 @@ SMALL_RECIPE = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    # Before any fixture, since an earlier test may have trained on more threads, which wait for each other actively.
     torch.set_num_threads(1)
 
 

@@ -94,13 +94,13 @@ def test_recorded_values_equal_a_teacher_forced_pass(dtype, attention):
     policy = Policy.load(PolicyConfig(device="cuda", dtype=dtype, attention=attention))
     assert policy.uses_packing == (attention == "packed")
     prompts = [policy.encode_prompt(text) for text in ("1 + 2 =", "12 + 3 - 4 =", "7 =")]
-    samples = sample(policy, prompts, 20, SamplingParams(60), np.random.default_rng(0))
+    rollouts = sample(policy, prompts, 20, SamplingParams(60), np.random.default_rng(0))
     with torch.no_grad():
-        scored = policy.token_stats(samples.prompt_ids, samples.responses(), 1.0)
-    mask = samples.response_mask
+        scored = policy.token_stats(rollouts.prompt_ids, rollouts.responses(), 1.0)
+    mask = rollouts.response_mask
     tolerance = 1e-3 if dtype == "float32" else 0.3
     for name in ("logprob", "entropy"):
-        difference = (getattr(samples.stats, name)[mask] - getattr(scored, name).cpu()).abs()
+        difference = (getattr(rollouts.stats, name)[mask] - getattr(scored, name).cpu()).abs()
         assert difference.max() < tolerance
         assert difference.mean() < tolerance / 10
 

@@ -14,6 +14,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
+import traceback
 import weakref
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -194,10 +196,10 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, whole, monkeypatc
     assert runs.query("cost_accuracy")["seconds"].item() == pytest.approx(seconds.to_numpy().sum(), rel=1e-5)
 
 
-def run_child(function, *arguments, prefix=(), **environment):
-    """Runs a function of this file in a process of its own; what it prints as JSON, and its stderr."""
+def run_child(function, *arguments, **environment):
+    """Return what a function of this file prints as JSON in a process of its own."""
     code = f"from {__name__} import {function.__name__} as run; import sys; run(*sys.argv[1:])"
-    command = [*prefix, sys.executable, "-c", code, *map(str, arguments)]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     root = Path(__file__).parents[2]
     done = subprocess.run(
         command, cwd=root, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
@@ -293,6 +295,54 @@ def test_other_errors_pass_the_advice_on_memory(small_config):
 # Disks
 
 
+def serve_mounts():
+    """Call functions of this file, each in a fork, and print the exit code of each; modules are imported once."""
+    for line in sys.stdin:
+        name, *arguments, output = json.loads(line)
+        if os.fork() == 0:
+            # Errors go to the file, too.
+            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+            for number in (1, 2):
+                os.dup2(descriptor, number)
+            try:
+                globals()[name](*arguments)
+                sys.stdout.flush()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        print(os.wait()[1], flush=True)
+
+
+@pytest.fixture(scope="module")
+def mounts():
+    """Start a process that may mount file systems of its own; see ``serve_mounts``."""
+    code = f"from {__name__} import serve_mounts; serve_mounts()"
+    process = subprocess.Popen(
+        [*own_mounts(), sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def run_mounted(mounts, tmp_path):
+    """Return what a function of this file prints as JSON, called where it may mount file systems."""
+
+    def run(function, *arguments):
+        output = tmp_path / "output.txt"
+        print(json.dumps([function.__name__, *map(str, arguments), str(output)]), file=mounts.stdin, flush=True)
+        assert mounts.stdout.readline() == "0\n", output.read_text()
+        return json.loads(output.read_text().splitlines()[-1])
+
+    return run
+
+
 @functools.cache
 def own_mounts():
     """Command prefix under which a process may mount file systems of its own; None where the system lets nobody."""
@@ -348,7 +398,7 @@ def room_for(run_dir, step, checkpoints):
 
 
 @needs_mounts
-def test_a_full_disk(tmp_path, whole):
+def test_a_full_disk(tmp_path, whole, run_mounted):
     model = (whole / "checkpoints" / "step-000006" / "policy" / "model.safetensors").stat().st_size
     rooms = [
         # In the trace of step 3; in weights and tokenizer of the second checkpoint, which other libraries write.
@@ -357,7 +407,7 @@ def test_a_full_disk(tmp_path, whole):
         room_for(whole, 4, 1) + model + 6 * BLOCK,
     ]
     (tmp_path / "disk").mkdir()
-    told = run_child(full_disk, tmp_path / "disk", tmp_path, *rooms, prefix=own_mounts())
+    told = run_mounted(full_disk, tmp_path / "disk", tmp_path, *rooms)
     for room, recorded, ((code, line), state, steps, hidden, resumed) in zip(rooms, (2, 4, 4), told, strict=True):
         advice = f"recorded up to step {recorded}: free some space and resume with --resume"
         assert (code, line) == (
@@ -397,9 +447,9 @@ def locked_disk(folder, out):
 
 
 @needs_mounts
-def test_a_disk_that_becomes_read_only(tmp_path, whole):
+def test_a_disk_that_becomes_read_only(tmp_path, whole, run_mounted):
     (tmp_path / "disk").mkdir()
-    told = run_child(locked_disk, tmp_path / "disk", tmp_path, prefix=own_mounts())
+    told = run_mounted(locked_disk, tmp_path / "disk", tmp_path)
     text, (code, again), (new_code, new), last, resumed = told
     recorded = "recorded up to step {}: make it writable and resume with --resume"
     run_dir = tmp_path / "disk/run"
@@ -445,10 +495,12 @@ def unwritable_disk(folder, run_dir, recipe, condition):
         ("read-only", "read-only file system", "make it writable"),
     ],
 )
-def test_every_command_names_an_unwritable_disk_and_a_remedy(tmp_path, whole, small_recipe, condition, reason, remedy):
+def test_every_command_names_an_unwritable_disk_and_a_remedy(
+    tmp_path, whole, small_recipe, run_mounted, condition, reason, remedy
+):
     disk = tmp_path / "disk"
     disk.mkdir()
-    told = run_child(unwritable_disk, disk, whole, small_recipe, condition, prefix=own_mounts())
+    told = run_mounted(unwritable_disk, disk, whole, small_recipe, condition)
     of_run = told.pop("ablate")
     assert of_run[0] == 1
     assert re.match(rf"entrace: \S+ failed: .*{disk}/study\S*: {reason}; .*{remedy}", of_run[1])
@@ -467,6 +519,7 @@ def test_every_command_names_an_unwritable_disk_and_a_remedy(tmp_path, whole, sm
 def full_temporary_folder(folder, run_dir):
     """Lets a query spill more than its temporary folder can hold."""
     _mount(folder, "size=2m")
+    tempfile.tempdir = folder
     text = (
         "select sum(length(x) + r) from (select repeat(md5(i::varchar), 20) as x, row_number() over (order by x) as r"
     )
@@ -474,10 +527,11 @@ def full_temporary_folder(folder, run_dir):
 
 
 @needs_mounts
-def test_a_query_that_fills_the_temporary_folder_has_a_remedy(tmp_path, whole):
-    code, line = run_child(full_temporary_folder, tmp_path, whole, prefix=own_mounts(), TMPDIR=str(tmp_path))
+def test_a_query_that_fills_the_temporary_folder_has_a_remedy(tmp_path, whole, run_mounted):
+    (tmp_path / "disk").mkdir()
+    code, line = run_mounted(full_temporary_folder, tmp_path / "disk", whole)
     assert code == 1
-    assert line.startswith(f"entrace: {tmp_path}/entrace-")
+    assert line.startswith(f"entrace: {tmp_path / 'disk'}/entrace-")
     remedy = "free some space, or set TMPDIR to a writable folder with free space"
     assert line.endswith(f": no space left on device; {remedy}")
 

@@ -111,14 +111,16 @@ def record_batch(
             **_response_columns(batch, own),
         },
     )
-    samples = batch.rollouts
+    rollouts = batch.rollouts
     is_stored = batch.is_own if is_stored is None else batch.is_own & is_stored
-    mask = (samples.response_mask & is_stored[:, None]).numpy()
+    mask = (rollouts.response_mask & is_stored[:, None]).numpy()
     if not mask.any():
         return
-    lengths = samples.lengths.numpy()
+    lengths = rollouts.lengths.numpy()
     rows, positions = np.nonzero(mask)
-    grad_norm = lm_head_grad_norm(shaped, samples.stats.logprob, samples.stats.sum_p2, samples.hidden_norm, temperature)
+    grad_norm = lm_head_grad_norm(
+        shaped, rollouts.stats.logprob, rollouts.stats.sum_p2, rollouts.hidden_norm, temperature
+    )
     writer.append(
         "tokens",
         {
@@ -127,9 +129,9 @@ def record_batch(
             "rollout_id": rollout_ids[rows],
             "position": positions,
             "response_length": lengths[rows],
-            "token_id": samples.response_ids.numpy()[mask],
-            "logprob": samples.stats.logprob.numpy()[mask],
-            "entropy": samples.stats.entropy.numpy()[mask],
+            "token_id": rollouts.response_ids.numpy()[mask],
+            "logprob": rollouts.stats.logprob.numpy()[mask],
+            "entropy": rollouts.stats.entropy.numpy()[mask],
             "advantage": batch.advantages.numpy()[rows],
             "shaped_advantage": shaped.numpy()[mask],
             "grad_norm": grad_norm.numpy()[mask],
@@ -151,11 +153,11 @@ def _after_columns(batch: Batch, after: AfterUpdate, mask: np.ndarray, rows: np.
 
 
 def _response_columns(batch: Batch, own: np.ndarray) -> dict[str, Any]:
-    samples = batch.rollouts
-    surprisal = mean_surprisal(samples.stats.logprob, samples.response_mask)
-    z = ppl_z(samples.stats.logprob, samples.response_mask, batch.group_ids)
+    rollouts = batch.rollouts
+    surprisal = mean_surprisal(rollouts.stats.logprob, rollouts.response_mask)
+    z = ppl_z(rollouts.stats.logprob, rollouts.response_mask, batch.group_ids)
     completions, scores = [batch.completions[row] for row in own], [batch.scores[row] for row in own]
-    prompts, is_truncated = [batch.prompts[row] for row in own], samples.is_truncated.numpy()[own]
+    prompts, is_truncated = [batch.prompts[row] for row in own], rollouts.is_truncated.numpy()[own]
     defects = [
         find_defects(prompt.text, text, has_answer=score.answer is not None, is_truncated=bool(is_cut))
         for prompt, text, score, is_cut in zip(prompts, completions, scores, is_truncated, strict=True)
@@ -168,11 +170,11 @@ def _response_columns(batch: Batch, own: np.ndarray) -> dict[str, Any]:
         "length_penalty": batch.length_penalties.numpy()[own],
         "has_answer": [score.answer is not None for score in scores],
         "defects": defects,
-        "response_length": samples.lengths.numpy()[own],
+        "response_length": rollouts.lengths.numpy()[own],
         "is_truncated": is_truncated,
         "is_kept": batch.is_kept.numpy()[own],
         "drop_reason": [batch.drop_reasons[row] for row in own],
-        "entropy_mean": samples.entropy_mean.numpy()[own],
+        "entropy_mean": rollouts.entropy_mean.numpy()[own],
         "surprisal_mean": surprisal.numpy()[own],
         "ppl": surprisal.exp().numpy()[own],
         "ppl_z": z.numpy()[own],
