@@ -1,0 +1,77 @@
+"""Hold the runs that the pages show, and open them again when a run in training has recorded more."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from entrace.analysis.runs import Runs, open_runs
+from entrace.analysis.trace.errors import InputError
+from entrace.analysis.trace.manifest import MANIFEST
+from entrace.analysis.trace.places import to_place
+
+
+class Session:
+    """Hold the opened runs and what was computed from them.
+
+    Attributes:
+        generation: Number of times that the runs were opened; a page that has seen a smaller one is out of date.
+        problem: Why the runs could not be opened again; None if they could.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], questions: str | Path | None = None) -> None:
+        """Open the runs.
+
+        Raises:
+            InputError: as for ``open_runs``.
+        """
+        self._paths = list(paths)
+        self._questions = questions
+        self.generation = 0
+        self.problem: str | None = None
+        self._opening = threading.Lock()
+        # matplotlib and the connection of a Runs object serve one thread at a time.
+        self.drawing = threading.Lock()
+        self._open()
+
+    def _open(self) -> None:
+        stamps = self._find_stamps() if self.generation else None
+        self.runs: Runs = open_runs(self._paths, questions=self._questions)
+        self._cache: dict[Any, Any] = {}
+        self._stamps = stamps or self._find_stamps()
+        self.generation += 1
+
+    def _find_stamps(self) -> dict[str, int | None]:
+        """Return when each run.json was last written; None if it is gone."""
+        found: dict[str, int | None] = {}
+        for manifest in self.runs.manifests.values():
+            path = to_place(manifest["path"]) / MANIFEST
+            try:
+                found[str(path)] = path.stat().st_mtime_ns
+            except (OSError, AttributeError):
+                found[str(path)] = None
+        return found
+
+    def refresh(self) -> None:
+        """Open the runs again if one of them has changed."""
+        with self._opening:
+            stamps = self._find_stamps()
+            if stamps == self._stamps:
+                return
+            try:
+                self._open()
+                self.problem = None
+            except InputError as error:
+                self._stamps = stamps
+                self.problem = str(error)
+                self.generation += 1
+
+    def once(self, key: Any, compute: Callable[[Runs], Any]) -> Any:
+        """Return what ``compute`` returned for these runs and this key the first time."""
+        with self.drawing:
+            runs, cache = self.runs, self._cache
+            if key not in cache:
+                cache[key] = compute(runs)
+            return cache[key]
