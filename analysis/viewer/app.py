@@ -34,7 +34,8 @@ from entrace.analysis.viewer.session import Session
 FOLDER = Path(__file__).parent
 # Pages, all of which are the same document with another script in charge.
 PAGES = ("/", "/responses", "/response", "/compare", "/sql")
-REFRESH_S = 2.0
+# Seconds between looks at the runs, and between looks whether the server is to stop.
+REFRESH_S, CLOSING_S = 2.0, 0.2
 # Most bytes of a query, and of a view that is saved.
 MOST_SQL, MOST_SAVED = 1 << 20, 1 << 26
 TYPES = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet", "json": "application/json"}
@@ -240,7 +241,9 @@ class _Viewer:
                 if self._session.generation != seen:
                     seen = self._session.generation
                     yield f"data: {seen}\n\n"
-                await asyncio.sleep(REFRESH_S)
+                for _ in range(round(REFRESH_S / CLOSING_S)):
+                    if not self.is_closing():
+                        await asyncio.sleep(CLOSING_S)
 
         return StreamingResponse(stream(), media_type="text/event-stream")
 

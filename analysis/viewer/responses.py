@@ -36,21 +36,11 @@ CONDITIONS = {
     "turns": "(run_id, rollout_id) in (select (run_id, rollout_id) from response_tokens where turn >= $turns::integer)",
 }
 FILTERS = (*EQUAL, *CONDITIONS, "where")
-# Quantities that color tokens, as expressions over staged_tokens: they have a mean and a band per stage.
-QUANTITIES = {
-    "entropy": "entropy",
-    "logprob": "logprob",
-    "surprisal": "-logprob",
-    "advantage": "advantage",
-    "shaped_advantage": "shaped_advantage",
-    "advantage_change": "shaped_advantage - advantage",
-    "grad_norm": "grad_norm",
-    "dp": "exp(logprob_after::double) - exp(logprob::double)",
-    "dlogprob": "logprob_after - logprob",
-    "dentropy": "entropy_after - entropy",
-    "mismatch": "logprob - sampling_logprob",
-    "reference_gap": "logprob - reference_logprob",
-}
+# Measured columns of response_tokens.sql that have a mean and a band per stage.
+QUANTITIES = (
+    *("entropy", "logprob", "surprisal", "advantage", "shaped_advantage", "advantage_change", "grad_norm"),
+    *("dp", "dlogprob", "dentropy", "mismatch", "reference_gap"),
+)
 # Longest responses, in tokens, that are aligned token by token.
 ALIGNED_TOKENS = 6000
 # Fewer equal tokens in a row are no anchor of an alignment.
@@ -211,8 +201,7 @@ def read_band(runs: Runs, run_id: str, stage: str, quantity: str) -> dict[str, l
     """
     if quantity not in QUANTITIES:
         raise InputError(f'no quantity "{quantity}"{nearest(quantity, QUANTITIES)}')
-    text = _read_sql("band").format(quantity=QUANTITIES[quantity])
-    return columns_of(runs.read(text, {"run": run_id, "stage": stage}))
+    return columns_of(runs.read(_read_sql("band"), {"run": run_id, "stage": stage, "quantity": quantity}))
 
 
 def read_prompts(runs: Runs, prompt_id: str) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 COOKIE = "entrace_token"
-# Scripts and styles come from files of this server, figures are images in the page, and notebooks on this machine may
-# frame the pages.
+# Scripts and style sheets are files of this server, figures are images in the page, the editor sets style attributes,
+# and notebooks on this machine may frame the pages.
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'nonce-{nonce}'; img-src 'self' data: blob:; "
-    "connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self' 'nonce-{nonce}'; style-src-attr 'unsafe-inline'; "
+    "img-src 'self' data: blob:; connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'self' http://localhost:* http://127.0.0.1:*"
 )
 HEADERS = {

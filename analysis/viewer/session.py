@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from entrace.analysis.runs import Runs, open_runs
+from entrace.analysis.runs import Runs, find_run_folders, open_runs
 from entrace.analysis.trace.errors import InputError
 from entrace.analysis.trace.manifest import MANIFEST
 from entrace.analysis.trace.places import to_place
@@ -34,13 +34,13 @@ class Session:
         self._opening = threading.Lock()
         # matplotlib and the connection of a Runs object serve one thread at a time.
         self.drawing = threading.Lock()
-        self._open()
+        self._open(self._paths)
 
-    def _open(self) -> None:
-        stamps = self._find_stamps() if self.generation else None
-        self.runs: Runs = open_runs(self._paths, questions=self._questions)
+    def _open(self, paths: Sequence[str | Path]) -> None:
+        runs = open_runs(paths, questions=self._questions)
+        self.runs: Runs = runs
         self._cache: dict[Any, Any] = {}
-        self._stamps = stamps or self._find_stamps()
+        self._stamps = self._find_stamps()
         self.generation += 1
 
     def _find_stamps(self) -> dict[str, int | None]:
@@ -55,14 +55,15 @@ class Session:
         return found
 
     def refresh(self) -> None:
-        """Open the runs again if one of them has changed."""
+        """Open the runs again if one of them has changed; those that are gone are named and left out."""
         with self._opening:
             stamps = self._find_stamps()
             if stamps == self._stamps:
                 return
+            lost = [path for path in self._paths if not _is_there(path)]
             try:
-                self._open()
-                self.problem = None
+                self._open([path for path in self._paths if path not in lost])
+                self.problem = f"no longer there: {', '.join(map(str, lost))}" if lost else None
             except InputError as error:
                 self._stamps = stamps
                 self.problem = str(error)
@@ -75,3 +76,10 @@ class Session:
             if key not in cache:
                 cache[key] = compute(runs)
             return cache[key]
+
+
+def _is_there(path: str | Path) -> bool:
+    try:
+        return bool(find_run_folders([path]))
+    except InputError:
+        return False

@@ -36,7 +36,7 @@ PAGES["/response"] = {
       return [head, nav, prompt, el("div", { class: "card" }, el("p", { class: "soft" }, "The tokens of this response are not stored."), el("pre", { tabindex: 0 }, lines(response.completion ?? "")), about(response))];
     }
     const panel = el("div", { class: "card side", "aria-live": "polite" });
-    const showToken = (i) => panel.replaceChildren(el("h3", {}, `Token ${tokens.position[i]} of ${length}`), tokenFacts(tokens, i));
+    const showToken = (i) => panel.replaceChildren(el("h2", { class: "minor" }, `Token ${tokens.position[i]} of ${length}`), tokenFacts(tokens, i));
     const relative = Number(given.get("at"));
     const view = tokenView(tokens, {
       label: "Tokens of the response. Left and right arrow keys move between tokens.",
@@ -67,7 +67,7 @@ PAGES["/response"] = {
         series.push({ label: `mean of the ${response.stage} stage`, values: spread(band.mean), color: ink("--soft"), dash: [5, 4], band: [spread(band.low), spread(band.high)] });
       }
       series.push({ label: QUANTITIES[name][0], values: tokens[name], color: ink("--accent"), points: name === "impact" });
-      plotPlace.append(el("h3", {}, `${QUANTITIES[name][0]} along the response`));
+      plotPlace.append(el("h2", { class: "minor" }, `${QUANTITIES[name][0]} along the response`));
       plot(plotPlace, tokens.position, series, { xLabel: "position (tokens)", yLabel: QUANTITIES[name][1], onPick: (i) => view.select(i) });
       if (band?.bin.length) plotPlace.append(el("p", { class: "small soft" }, "Gray: mean of the stage at equal relative positions; band: first to last decile."));
     };

@@ -14,8 +14,25 @@ const highlight = HighlightStyle.define([
   { tag: tags.comment, color: "var(--soft)" },
 ]);
 
+// Complete columns of the tables that the query names, or of all tables if it names none.
+function completeColumns(schema) {
+  return (context) => {
+    const word = context.matchBefore(/[A-Za-z_]\w*/);
+    if (!word || context.state.sliceDoc(word.from - 1, word.from) === ".") return null;
+    const words = new Set(context.state.doc.toString().match(/\w+/g));
+    const named = Object.keys(schema).filter((table) => words.has(table));
+    const homes = new Map();
+    for (const table of named.length ? named : Object.keys(schema)) {
+      for (const column of schema[table]) homes.set(column, [...(homes.get(column) ?? []), table]);
+    }
+    const options = [...homes].map(([label, tables]) => ({ label, type: "property", detail: tables.slice(0, 3).join(", "), boost: 1 }));
+    return { from: word.from, options, validFor: /^\w*$/ };
+  };
+}
+
 // Options: parent, doc, schema (table -> columns), nonce, label, onRun(), onChange(text).
 export function create({ parent, doc, schema, nonce, label, onRun, onChange }) {
+  const language = sql({ dialect: PostgreSQL, schema, upperCaseKeywords: false });
   const run = { key: "Mod-Enter", run: () => (onRun(), true) };
   const view = new EditorView({
     parent,
@@ -31,7 +48,8 @@ export function create({ parent, doc, schema, nonce, label, onRun, onChange }) {
         closeBrackets(),
         autocompletion(),
         syntaxHighlighting(highlight),
-        sql({ dialect: PostgreSQL, schema, upperCaseKeywords: false }),
+        language,
+        language.language.data.of({ autocomplete: completeColumns(schema) }),
         // Tab keeps its meaning of moving on, so that the keyboard can leave the editor.
         keymap.of([...completionKeymap, ...historyKeymap, ...defaultKeymap]),
         EditorView.contentAttributes.of({ "aria-label": label }),
