@@ -188,7 +188,7 @@ class _Viewer:
         """Return what is usual for a quantity along the responses of a stage."""
         asked = request.query_params
         key = (asked.get("run", ""), asked.get("stage", ""), asked.get("quantity", ""))
-        return self._session.once(("band", *key), lambda runs: responses.read_band(runs, *key))
+        return self._session.cached(("band", *key), lambda runs: responses.read_band(runs, *key))
 
     def prompt(self, request: Request) -> Any:
         """Return all responses to a prompt."""

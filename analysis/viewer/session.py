@@ -32,8 +32,7 @@ class Session:
         self.generation = 0
         self.problem: str | None = None
         self._opening = threading.Lock()
-        # matplotlib and the connection of a Runs object serve one thread at a time.
-        self.drawing = threading.Lock()
+        self._computing = threading.Lock()
         self._open(self._paths)
 
     def _open(self, paths: Sequence[str | Path]) -> None:
@@ -70,12 +69,19 @@ class Session:
                 self.generation += 1
 
     def once(self, key: Any, compute: Callable[[Runs], Any]) -> Any:
-        """Return what ``compute`` returned for these runs and this key the first time."""
-        with self.drawing:
-            runs, cache = self.runs, self._cache
-            if key not in cache:
-                cache[key] = compute(runs)
-            return cache[key]
+        """Return what ``compute`` returned for these runs and this key the first time.
+
+        Only one thread computes at a time: matplotlib and the connection of a ``Runs`` object allow no more.
+        """
+        with self._computing:
+            return self.cached(key, compute)
+
+    def cached(self, key: Any, compute: Callable[[Runs], Any]) -> Any:
+        """Return the same as ``once``, for what several threads may compute, such as queries in other processes."""
+        runs, cache = self.runs, self._cache
+        if key not in cache:
+            cache[key] = compute(runs)
+        return cache[key]
 
 
 def _is_there(path: str | Path) -> bool:

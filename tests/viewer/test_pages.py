@@ -146,6 +146,7 @@ def test_a_malformed_deep_link_says_why_and_the_rest_keeps_working(tab: Tab, fro
 def test_tokens_show_color_text_and_every_column(tab: Tab, frozen: Client):
     page = tab.open(frozen.url + "/response?run=none-seed0&id=5")
     tokens = frozen.get("/api/response?run=none-seed0&id=5")["tokens"]
+    last = len(tokens["token_id"]) - 1
     assert page.locator(".tokens i").count() == len(tokens["token_id"])
     strongest = int(np.argmax(tokens["entropy"]))
     assert "p5" in page.locator(f".tokens i[data-i='{strongest}']").get_attribute("class")
@@ -157,7 +158,9 @@ def test_tokens_show_color_text_and_every_column(tab: Tab, frozen: Client):
     for name in ("entropy", "log-probability", "advantage", "gradient norm", "category"):
         assert name in panel
     assert f"Token {strongest}" in panel
-    assert f"token={strongest}" in page.url
+    assert f"position={strongest}" in page.url
+    page.keyboard.press("End")
+    assert f"position={last}" in page.url
     page.get_by_label("Color tokens by").select_option("category")
     assert "color=category" in page.url
     category = tokens["category"][0]
@@ -165,7 +168,7 @@ def test_tokens_show_color_text_and_every_column(tab: Tab, frozen: Client):
     page.reload()
     tab.settle()
     assert page.get_by_label("Color tokens by").input_value() == "category"
-    assert "here" in page.locator(f".tokens i[data-i='{strongest}']").get_attribute("class")
+    assert "here" in page.locator(f".tokens i[data-i='{last}']").get_attribute("class")
     page.keyboard.press("n")
     page.wait_for_url("**id=6**")
 

@@ -40,7 +40,7 @@ PAGES["/response"] = {
     const relative = Number(given.get("at"));
     const view = tokenView(tokens, {
       label: "Tokens of the response. Left and right arrow keys move between tokens.",
-      onSelect: (i) => { showToken(i); replaceParams({ token: tokens.position[i] }); },
+      onSelect: (i) => { showToken(i); replaceParams({ position: tokens.position[i] }); },
       onHover: (i, event) => (i < 0 ? hideTip() : showTip(tokenFacts(tokens, i), event.clientX, event.clientY)),
     });
     const legendPlace = el("div");
@@ -53,23 +53,28 @@ PAGES["/response"] = {
       legendPlace.replaceChildren(legend(name, limit));
       plotPlace.replaceChildren();
       if (["category", "flag", "turn"].includes(QUANTITIES[name][2])) return;
-      const series = [];
-      let band = null;
-      if (response.stage && name !== "impact") {
-        band = await get(address("/api/band", { run: response.run_id, stage: response.stage, quantity: name })).catch(() => null);
+      const own = { label: QUANTITIES[name][0], values: tokens[name], color: ink("--accent"), points: name === "impact" };
+      const draw = (series, note) => {
+        plotPlace.replaceChildren(el("h2", { class: "minor" }, `${QUANTITIES[name][0]} along the response`));
+        plot(plotPlace, tokens.position, series, { xLabel: "position (tokens)", yLabel: QUANTITIES[name][1], onPick: (i) => view.select(i) });
+        plotPlace.append(el("p", { class: "small soft" }, note));
+      };
+      if (!response.stage || name === "impact") {
+        draw([own], "");
+        return;
       }
+      draw([own], "Computing the mean of the stage…");
+      const band = await get(address("/api/band", { run: response.run_id, stage: response.stage, quantity: name })).catch((error) => ({ bin: [], problem: error.message }));
       if (picker.value !== name) return;
-      if (band?.bin.length) {
-        const spread = (values) => tokens.position.map((position) => {
-          const at = band.bin.indexOf(Math.min(19, Math.floor((20 * position) / length)));
-          return at < 0 ? null : values[at];
-        });
-        series.push({ label: `mean of the ${response.stage} stage`, values: spread(band.mean), color: ink("--soft"), dash: [5, 4], band: [spread(band.low), spread(band.high)] });
+      const spread = (values) => tokens.position.map((position) => {
+        const at = band.bin.indexOf(Math.min(19, Math.floor((20 * position) / length)));
+        return at < 0 ? null : values[at];
+      });
+      if (!band.bin.length) draw([own], band.problem ?? "");
+      else {
+        draw([{ label: `mean of the ${response.stage} stage`, values: spread(band.mean), color: ink("--soft"), dash: [5, 4], band: [spread(band.low), spread(band.high)] }, own],
+          "Gray: mean of the stage at equal relative positions; band: first to last decile.");
       }
-      series.push({ label: QUANTITIES[name][0], values: tokens[name], color: ink("--accent"), points: name === "impact" });
-      plotPlace.append(el("h2", { class: "minor" }, `${QUANTITIES[name][0]} along the response`));
-      plot(plotPlace, tokens.position, series, { xLabel: "position (tokens)", yLabel: QUANTITIES[name][1], onPick: (i) => view.select(i) });
-      if (band?.bin.length) plotPlace.append(el("p", { class: "small soft" }, "Gray: mean of the stage at equal relative positions; band: first to last decile."));
     };
     picker.addEventListener("change", () => { color(picker.value); replaceParams({ color: picker.value }); });
     const first = available.includes(given.get("color")) ? given.get("color") : (available[0] ?? "category");
@@ -85,7 +90,7 @@ PAGES["/response"] = {
     const absent = Object.keys(QUANTITIES).filter((name) => !available.includes(name));
     this.ready = () => {
       color(first);
-      const asked = given.has("token") ? tokens.position.indexOf(Number(given.get("token"))) : Number.isFinite(relative) && given.has("at") ? Math.floor(relative * length) : 0;
+      const asked = given.has("position") ? tokens.position.indexOf(Number(given.get("position"))) : Number.isFinite(relative) && given.has("at") ? Math.floor(relative * length) : 0;
       view.select(Math.max(0, Math.min(asked, length - 1)), { isQuiet: !given.has("at") });
       showToken(view.selected);
     };
