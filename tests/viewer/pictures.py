@@ -45,7 +45,10 @@ def main() -> None:
     pages = {
         "overview": ("/", "light"),
         "response": (f"/response?{urlencode({'run': run, 'id': rollout, 'color': 'dp', 'position': 25})}", "light"),
-        "response_dark": (f"/response?{urlencode({'run': run, 'id': rollout, 'color': 'entropy', 'position': 25})}", "dark"),
+        "response_dark": (
+            f"/response?{urlencode({'run': run, 'id': rollout, 'color': 'entropy', 'position': 25})}",
+            "dark",
+        ),
         "comparison": (f"/compare?{urlencode([('r', f'{run}:{rollout}'), ('r', f'{other[0]}:{other[1]}')])}", "light"),
         "sql": (f"/sql?{urlencode({'q': QUERY})}", "dark"),
     }
