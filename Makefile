@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup study test test-slow test-trl check vendor pictures docs bench bench-gpu bench-queries bench-output bench-integrity bench-trl calibrate chaos clean
+.PHONY: help setup study test test-slow test-trl test-verl check vendor pictures docs bench bench-gpu bench-queries bench-output bench-integrity bench-trl calibrate chaos clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -36,6 +36,15 @@ test-trl: $(READY)  ## live capture with the minor versions of TRL before the ne
 		$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/trl-$$version "trl==$$version.*" && \
 		PYTHONPATH=$(VENV)/trl-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trainer/test_trl.py || exit 1; \
 	done
+
+.venv-verl/.ready: pyproject.toml tests/requirements-verl.txt
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -m pip install --quiet --no-deps --requirement tests/requirements-verl.txt
+	.venv-verl/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test-verl: .venv-verl/.ready  ## live capture with verl, Ray, and TransferQueue on a CPU, in .venv-verl; minutes
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/trainer/test_verl.py
 
 check: $(READY)  ## lint, format, types, style, and SQL
 	$(BIN)/ruff check .
@@ -89,4 +98,4 @@ chaos: $(READY)  ## faults of every kind, 1,800 times, each compared with a run 
 	$(BIN)/python -m tests.chaos.chaos --out reports/chaos.json
 
 clean:           ## remove the virtual environment and caches; runs and reports stay
-	rm -rf $(VENV) .venv-bench .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-bench .venv-verl .pytest_cache .ruff_cache .hypothesis

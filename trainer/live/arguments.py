@@ -1,4 +1,4 @@
-"""Check the arguments that a traced trainer adds to those of TRL, and the version of TRL."""
+"""Check the arguments that a traced trainer adds to its own, and the version of the library that it belongs to."""
 
 from __future__ import annotations
 
@@ -44,12 +44,16 @@ class Arguments:
 
 def check_version() -> None:
     """Warn once if the installed TRL is outside the range that the tests have run against."""
-    found = trl_version()
+    warn_if_untested("TRL", trl_version(), TESTED)
+
+
+def warn_if_untested(name: str, found: str, tested: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    """Warn once if version ``found`` lies outside ``tested``: lower bound included, upper bound excluded."""
     numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
-    if not TESTED[0] <= numbers < TESTED[1]:
-        low, high = (".".join(map(str, version)) for version in TESTED)
+    if not tested[0] <= numbers < tested[1]:
+        low, high = (".".join(map(str, version)) for version in tested)
         _warn_once(
-            f"TRL {found} has not been tested with entrace, which was tested with {low} up to, not including, {high}"
+            f"{name} {found} has not been tested with entrace, which was tested with {low} up to, not including, {high}"
         )
 
 

@@ -242,8 +242,8 @@ def shape_all(
     Methods see generated tokens only; context between them is removed.
 
     Args:
-        parts: Of each process ``logprob``, ``entropy``, and ``loss_mask``, (B, T), and ``advantage``, ``group``, and
-            ``correct``, (B,).
+        parts: Of each process ``logprob``, ``entropy``, and ``loss_mask``, (B, T), ``group`` and ``correct``, (B,), and
+            ``advantage``, (B,) or (B, T).
         config: Methods, parameters, and windows.
         seed: Seed of the run.
         step: Step of the trace.
@@ -257,7 +257,12 @@ def shape_all(
         torch.cat([torch.nn.functional.pad(part[name], (0, width - part[name].shape[1])) for part in parts])
         for name in ("logprob", "entropy", "loss_mask")
     )
-    advantage = torch.cat([part["advantage"] for part in parts])[:, None].expand(mask.shape)
+    if parts[0]["advantage"].dim() == 1:
+        advantage = torch.cat([part["advantage"] for part in parts])[:, None].expand(mask.shape)
+    else:
+        advantage = torch.cat(
+            [torch.nn.functional.pad(p["advantage"], (0, width - p["advantage"].shape[1])) for p in parts]
+        )
     order = (~mask).int().argsort(dim=1, stable=True)
     is_token = torch.arange(width) < mask.sum(1, keepdim=True)
     view = RolloutView(
@@ -268,6 +273,6 @@ def shape_all(
         torch.from_numpy(np.concatenate([part["group"] for part in parts])),
         generator(seed, Stream.SHAPING, step),
     )
-    shaped, is_on = shape(advantage, view, config, step, plateau_step)
+    shaped, is_on = shape(advantage.gather(1, order), view, config, step, plateau_step)
     placed = torch.empty_like(shaped).scatter_(1, order, shaped)
     return torch.where(mask, placed, advantage), is_on
