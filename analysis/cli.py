@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from enum import StrEnum
 from io import TextIOWrapper
@@ -310,7 +310,9 @@ def view(
     say(f"view: {served.url}")
     if browser and not server.open_browser(served.url):
         say("entrace: no browser was found; open the address above", err=True)
-    served.run()
+    # A server ends with Ctrl-C; nothing is left unfinished.
+    with suppress(KeyboardInterrupt):
+        served.run()
 
 
 @app.command()

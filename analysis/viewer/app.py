@@ -19,7 +19,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response, Stream
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from entrace.analysis import claims
+from entrace.analysis import claims, figures
 from entrace.analysis.sandbox.connection import BESIDE_TRACE
 from entrace.analysis.terminal.export import write
 from entrace.analysis.trace.errors import InputError
@@ -108,6 +108,16 @@ class _Viewer:
         self._nonce = nonce
         # The server replaces it: streams of events and queries end when it stops.
         self.is_closing: Callable[[], bool] = lambda: False
+
+    def warm_up(self) -> None:
+        """Start the process of queries, and draw the first figure, before a page asks for them."""
+        try:
+            self._session.runs.read("select 1")
+            first = figures.stems(self._session.runs)[0]
+            self._session.once(("figure", first), lambda runs: pictures.draw(runs, first))
+        except (InputError, OSError):
+            # The page that needs it will say what is wrong; or the server is stopping.
+            return
 
     async def page(self, request: Request) -> Response:
         """Return the document of all pages; its script reads the address."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from entrace.analysis.queries import SQL_ROOT
 from entrace.analysis.runs import Runs
@@ -13,7 +13,12 @@ from entrace.analysis.sandbox.statements import SQL_POSITION
 from entrace.analysis.trace.errors import InputError, nearest
 from entrace.analysis.viewer.cells import columns_of
 
+if TYPE_CHECKING:
+    import polars as pl
+
 PAGE_ROWS = 50
+# Most responses to one prompt that are listed.
+MOST_OF_PROMPT = 2000
 # Characters of a response in the list.
 EXCERPT = 280
 # Columns of the list, and those by which it can be sorted.
@@ -74,14 +79,32 @@ def find_responses(runs: Runs, given: Mapping[str, str]) -> dict[str, Any]:
     page = to_integer("page", given.get("page") or "1")
     if page < 1:
         raise InputError(f"page: {page} is not a page, expected 1 or more")
-    listed = ", ".join(LISTED)
-    rows = runs.read(
-        f"select {listed}, left(completion, {EXCERPT}) as completion from {source} "
-        f"order by {column} {order} nulls last, run_id, rollout_id limit {PAGE_ROWS} offset {PAGE_ROWS * (page - 1)}",
+    # Texts are long: they are read for the rows of the page only.
+    keys = runs.read(
+        f"""with matched as materialized (select run_id, rollout_id, step, {column} as sort_key from {source})
+        select run_id, rollout_id, step, (select count(*) from matched) as num_rows from matched
+        order by sort_key {order} nulls last, run_id, rollout_id limit {PAGE_ROWS} offset {PAGE_ROWS * (page - 1)}""",
         params,
     )
-    num_rows = int(runs.read(f"select count(*) as num_rows from {source}", params).item())
-    return {"columns": columns_of(rows), "num_rows": num_rows, "page": page, "page_rows": PAGE_ROWS}
+    if keys.is_empty():
+        num_rows = int(runs.read(f"select count(*) from {source}", params).item())
+    else:
+        num_rows = int(keys["num_rows"][0])
+    return {"columns": columns_of(_listed(runs, keys)), "num_rows": num_rows, "page": page, "page_rows": PAGE_ROWS}
+
+
+def _listed(runs: Runs, keys: pl.DataFrame) -> pl.DataFrame:
+    """Return the columns of the list for responses, given their ``run_id``, ``rollout_id``, and ``step``, in order."""
+    import polars as pl
+
+    # Literal numbers let DuckDB skip parts of the files.
+    rollouts, steps = (", ".join(map(str, keys[name].unique())) or "null" for name in ("rollout_id", "step"))
+    rows = runs.read(
+        f"select {', '.join(LISTED)}, left(completion, {EXCERPT}) as completion from ({_read_sql('responses')}) "
+        f"where rollout_id in ({rollouts}) and step in ({steps})"
+    )
+    order = keys.select("run_id", "rollout_id").with_columns(pl.col("rollout_id").cast(rows.schema["rollout_id"]))
+    return order.join(rows, on=["run_id", "rollout_id"], how="left", maintain_order="left").select(rows.columns)
 
 
 def check_where(runs: Runs, where: str) -> None:
@@ -211,11 +234,11 @@ def read_prompts(runs: Runs, prompt_id: str) -> dict[str, Any]:
         InputError: no such prompt.
     """
     source, params = _filtered({"prompt_id": prompt_id})
-    rows = runs.read(
-        f"select {', '.join(LISTED)}, left(completion, {EXCERPT}) as completion from {source} "
-        "order by step, arm, seed, rollout_id limit 2000",
+    keys = runs.read(
+        f"select run_id, rollout_id, step from {source} order by step, arm, seed, rollout_id limit {MOST_OF_PROMPT}",
         params,
     )
+    rows = _listed(runs, keys)
     if rows.is_empty():
         raise InputError(f'no response to a prompt "{prompt_id}"')
     prompt = runs.read(

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import webbrowser
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,9 +44,11 @@ class Served:
     port: int
     server: uvicorn.Server
     listening: socket.socket
+    warm_up: Callable[[], None]
 
     def run(self) -> None:
         """Serve until Ctrl-C."""
+        threading.Thread(target=self.warm_up, daemon=True).start()
         self.server.run(sockets=[self.listening])
 
 
@@ -73,7 +76,13 @@ def prepare(session: Session, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT
     shown = f"[{host}]" if ":" in host else host
     if host in ("0.0.0.0", "::"):
         shown = socket.gethostname()
-    return Served(f"http://{shown}:{found}/{f'?token={token}' if token else ''}", found, server, listening)
+    return Served(
+        f"http://{shown}:{found}/{f'?token={token}' if token else ''}",
+        found,
+        server,
+        listening,
+        app.state.viewer.warm_up,
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

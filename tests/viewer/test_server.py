@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 import signal
 import socket
@@ -358,8 +357,8 @@ def test_the_command_prints_its_address_and_ends_with_ctrl_c():
             assert _next_event(events)
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=30)
-        assert not re.search("Traceback|Error|leaked", err), err
-        assert process.returncode in (0, 130)
+        assert not err
+        assert process.returncode == 0
 
 
 def test_a_missing_extra_is_named(command: Callable[..., tuple[int, bytes, str]], monkeypatch: pytest.MonkeyPatch):
