@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup study test test-slow test-trl test-verl check docs bench bench-gpu bench-queries bench-output bench-integrity bench-trl calibrate chaos clean
+.PHONY: help setup study test test-slow test-trl test-verl check vendor pictures docs bench bench-gpu bench-queries bench-output bench-integrity bench-trl calibrate chaos clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -53,6 +53,14 @@ check: $(READY)  ## lint, format, types, style, and SQL
 	$(BIN)/pyright
 	$(BIN)/python -m tests.style
 	$(BIN)/sqlfluff lint --nocolor --disable-progress-bar analysis/sql
+
+vendor:          ## bundle the JavaScript libraries of the viewer again, after a change in analysis/viewer/vendor
+	cd analysis/viewer/vendor && npm install --silent --no-audit --no-fund --no-package-lock && \
+		npx esbuild editor.js --bundle --minify --format=iife --global-name=SqlEditor --legal-comments=none --outfile=codemirror.js && \
+		cp node_modules/uplot/dist/uPlot.iife.min.js node_modules/uplot/dist/uPlot.min.css . && rm -rf node_modules
+
+pictures: $(READY)  ## the pictures of the viewer, from the runs of `make study`, in Debian's chromium
+	$(BIN)/python -m tests.viewer.pictures data/runs/study --out reports/viewer
 
 docs: $(READY)   ## the documentation site in site/, links checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

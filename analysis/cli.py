@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from enum import StrEnum
 from io import TextIOWrapper
@@ -277,6 +277,42 @@ def report(
         print_json({"report": str(page)})
     else:
         say(f"report: {page}")
+
+
+@app.command()
+def view(
+    runs: RunsArgument,
+    host: Annotated[
+        str,
+        typer.Option(help="Address to serve on; beyond this machine, the printed URL holds a secret token."),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; the next free one if it is in use.")] = 8765,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+    questions: QuestionsOption = None,
+) -> None:
+    """Serve a local page: figures, responses down to the token, comparisons, and an SQL console. Ctrl-C stops it.
+
+    Example: entrace view data/runs/study
+    """
+    from entrace.analysis.trace.errors import InputError
+
+    try:
+        from entrace.analysis.viewer import server
+    except ModuleNotFoundError as error:
+        raise InputError(f"view: {error.name} is missing; install it with pip install 'entrace[view]'") from None
+    from entrace.analysis.viewer.session import Session
+
+    session = Session(runs, questions)
+    served = server.prepare(session, host, port)
+    _remark(session.runs)
+    if port and served.port != port:
+        say(f"entrace: port {port} is in use", err=True)
+    say(f"view: {served.url}")
+    if browser and not server.open_browser(served.url):
+        say("entrace: no browser was found; open the address above", err=True)
+    # A server ends with Ctrl-C; nothing is left unfinished.
+    with suppress(KeyboardInterrupt):
+        served.run()
 
 
 @app.command()

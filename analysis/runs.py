@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -226,6 +227,25 @@ class Runs:
             fill(self._con, name, self._compute(name))
         return self._run(text, given)
 
+    def read(self, text: str, params: Mapping[str, Any] | None = None, *, timeout: float | None = None) -> pl.DataFrame:
+        """Run a query like ``sql``, without the scan for NaN in the tables that it reads, for pages with single rows.
+
+        Raises:
+            InputError: as for ``sql``.
+        """
+        given = dict.fromkeys(_parameters_of(text)) | dict(params or {})
+        query = Query(text, given, {name: self._compute(name) for name in queries.computed_tables_in(text)})
+        return self._collect(query, Limits.parse(None, timeout))
+
+    def view(self, height: int = 800) -> Any:
+        """Return the viewer (``entrace view``) as a frame that a notebook displays, ``height`` pixels high.
+
+        Raises:
+            InputError: the extra ``view`` is missing.
+        """
+        # The viewer imports this module.
+        return import_module("entrace.analysis.viewer.notebook").show(self, height)
+
     def why_no_rows(self, stem: str, params: Mapping[str, Any]) -> str:
         """Return one line that says which conditions removed all rows of a question, or what the traces lack.
 
@@ -421,12 +441,7 @@ class Runs:
         Raises:
             InputError: as for ``sql``.
         """
-        import duckdb
-
-        try:
-            names = parameter_names(text)
-        except duckdb.Error as error:
-            raise InputError(one_line(error)) from None
+        names = _parameters_of(text)
         for name in given:
             if name not in names:
                 hint = nearest(name, names) if names else "; this query has none"
@@ -527,6 +542,20 @@ class Runs:
         recorded = {folder: digests.read(folder) for folder in {path.parents[1] for path in paths}}
         for path in paths:
             check_whole(path, table, known=recorded[path.parents[1]].of(f"{table.name}/{listed_name(path)}"))
+
+
+def _parameters_of(text: str) -> set[str]:
+    """Return the names of the parameters of one query.
+
+    Raises:
+        InputError: the text is not a single query, or cannot be parsed.
+    """
+    import duckdb
+
+    try:
+        return parameter_names(text)
+    except duckdb.Error as error:
+        raise InputError(one_line(error)) from None
 
 
 def _unsupported(error: Exception) -> InputError:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 
-from entrace.analysis.figures import arms, style
+from entrace.analysis.figures import arms, marks, style
 
 if TYPE_CHECKING:
     import polars as pl
@@ -76,6 +76,8 @@ def _draw_rows(ax: Axes, part: pl.DataFrame, rows: dict[str, float], color: str)
         elinewidth=1.1,
         label=style.shorten(part["benchmark"][0]) if part.height else None,
     )
+    marks.remember(ax, means, "mean", "arm", at_y=[rows[arm] for arm in means["arm"]])
     style.seed_dots(ax, part["value"], [rows[arm] for arm in part["arm"]], color)
+    marks.remember(ax, part, "value", "arm", at_y=[rows[arm] for arm in part["arm"]])
     for baseline in means.filter(means["arm"] == means["baseline"])["mean"]:
         ax.axvline(baseline, color=style.GREY, linewidth=0.8, zorder=0.6)

@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
-from entrace.analysis.figures import arms, style
+from entrace.analysis.figures import arms, marks, style
 
 if TYPE_CHECKING:
     import polars as pl
@@ -95,6 +95,7 @@ def _draw_points(ax: Axes, part: pl.DataFrame, cost: str, looks: dict[str, dict[
         look, costs = looks[str(arm)], runs[cost].to_numpy()
         mean, low, high = runs.select("mean", "mean_low", "mean_high").row(0)
         ax.plot(costs, runs["avg_at_k"], **look, markersize=3, alpha=0.45, markeredgewidth=0)
+        marks.remember(ax, runs, cost, "avg_at_k")
         ax.vlines(costs.mean(), low, high, color=look["color"], linewidth=1, alpha=0.6)
         ax.plot(costs.mean(), mean, **look, markersize=5.5)
 

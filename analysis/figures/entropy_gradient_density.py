@@ -8,7 +8,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.colors import LogNorm
 
-from entrace.analysis.figures import style
+from entrace.analysis.figures import marks, style
 
 if TYPE_CHECKING:
     import polars as pl
@@ -45,6 +45,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         rasterized=True,
         ax=ax,
     )
+    marks.remember(ax, shown, "entropy_low", "grad_norm_low", at_x=10**x, at_y=10**y)
     ax.set_xlim(*_occupied(x, ENTROPY_EDGES))
     ax.set_ylim(*_occupied(y, GRAD_NORM_EDGES))
     bar = ax.figure.colorbar(ax.collections[0], ax=ax, pad=0.02)

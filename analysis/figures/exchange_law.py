@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import seaborn as sns
 
-from entrace.analysis.figures import style
+from entrace.analysis.figures import marks, style
 from entrace.analysis.statistics.contrasts import contrast
 from entrace.analysis.statistics.stages import MIN_STEPS
 
@@ -32,6 +32,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         if not part.is_empty():
             look = {"color": color, "marker": style.STAGE_MARKERS[stage], "alpha": 0.55, "linewidth": 0}
             sns.scatterplot(part.to_pandas(), x="entropy", y="accuracy", s=13, label=stage, ax=ax, legend=False, **look)
+            marks.remember(ax, part, "entropy", "accuracy")
     fitted = frame.filter(frame["a"].is_finite(), frame["b"].is_finite())
     for i, (_, run) in enumerate(style.by_run(fitted)):
         values = run["entropy"].to_numpy()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from entrace.analysis.figures import style
+from entrace.analysis.figures import marks, style
 
 if TYPE_CHECKING:
     import polars as pl
@@ -36,6 +36,8 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         edges = [LEFT, *pooled["bin_high"]]
         name = f"{sign} ({part['num_tokens'].sum():,} tokens)"
         ax.stairs(pooled["share"], edges, color=color, linewidth=1.5, label=name, baseline=None)
+        middles = np.sqrt(np.array(edges[1:]) * edges[:-1])
+        marks.remember(ax, pooled.with_columns(sample_sign=pl.lit(sign)), "bin_high", "share", at_x=middles)
         low, high = (pooled[end].cast(float).fill_null(float("nan")).to_numpy() for end in ("low", "high"))
         for i in np.flatnonzero(np.isfinite(low)):
             ax.fill_between(edges[i : i + 2], low[i], high[i], color=color, alpha=style.BAND, linewidth=0)

@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 
 from entrace.analysis.compare import compare_once
 from entrace.analysis.compare.verdict import METRICS, PRIMARY
-from entrace.analysis.figures import arms, style
+from entrace.analysis.figures import arms, marks, style
 
 if TYPE_CHECKING:
     import polars as pl
@@ -108,7 +108,9 @@ def _draw_row(ax: Axes, place: int, row: pl.DataFrame) -> None:
     if low is not None and high is not None:
         ax.hlines(place, low, high, color=color, linewidth=1.3)
     ax.plot(mean, place, marker=marker, color=color, markersize=4.5, linestyle="none")
+    marks.remember(ax, row.head(1).drop("difference", "seed"), "mean", "arm", at_y=[place])
     style.seed_dots(ax, row["difference"], [place] * row.height, color)
+    marks.remember(ax, row, "difference", "arm", at_y=[place] * row.height)
     if detectable is not None:
         ax.plot([-detectable, detectable], [place] * 2, "|", color=style.INK, markersize=5, markeredgewidth=0.6)
 

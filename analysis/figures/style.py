@@ -16,6 +16,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.ticker import MaxNLocator
 
+from entrace.analysis.figures import marks
 from entrace.analysis.trace.plain import plain
 
 if TYPE_CHECKING:
@@ -162,13 +163,20 @@ def legend(ax: Axes, *, tick_lines: int = 1, **options: Any) -> None:
 def pool(frame: pl.DataFrame, keys: Sequence[str], *values: str, ends: Sequence[str] = ("low", "high")) -> pl.DataFrame:
     """Return one row per ``keys``: the mean over runs of ``values`` and of the ``ends`` of their intervals.
 
-    An interval is null where a run has none.
+    An interval is null where a run has none. Counts (``num_*``) are sums over runs, and other columns, such as
+    the stage, are kept where all runs agree.
     """
     import polars as pl
 
     means = [pl.col(value).mean() for value in values]
     limits = [pl.when(pl.col(end).null_count() == 0).then(pl.col(end).mean()).alias(end) for end in ends]
-    return frame.drop_nulls(values[0]).group_by(keys, maintain_order=True).agg(*means, *limits).sort(keys)
+    others = [pl.col(name) for name in frame.columns if name not in {*keys, *values, *ends}]
+    kept = [
+        column.sum() if name.startswith("num_") else pl.when(column.n_unique() == 1).then(column.first()).alias(name)
+        for column in others
+        for name in [column.meta.output_name()]
+    ]
+    return frame.drop_nulls(values[0]).group_by(keys, maintain_order=True).agg(*means, *limits, *kept).sort(keys)
 
 
 def line(ax: Axes, frame: pl.DataFrame, x: str, y: str, **options: Any) -> None:
@@ -177,6 +185,7 @@ def line(ax: Axes, frame: pl.DataFrame, x: str, y: str, **options: Any) -> None:
     data = frame.select({x, y, *(name for name in [options.get("units")] if name)}).to_pandas()
     sns.lineplot(data, x=x, y=y, errorbar=None, ax=ax, **options)
     ax.set(**labels)
+    marks.remember(ax, frame, x, y)
 
 
 def band(ax: Axes, frame: pl.DataFrame, x: str, y: str, **options: Any) -> None:
@@ -253,9 +262,20 @@ def points(
     bars: dict[str, Any] = {"xerr" if is_horizontal else "yerr": errors(pooled, y)}
     looks = {"markersize": 4, "elinewidth": 1.1, "capsize": 2} | options
     ax.errorbar(*((values, at) if is_horizontal else (at, values)), **bars, **looks)
+    _remember_places(ax, pooled, place, y, shift, is_horizontal=is_horizontal)
     if frame["run_id"].n_unique() > 1:
         x, height = frame[place] + shift, frame[y]
         seed_dots(ax, *((height, x) if is_horizontal else (x, height)), options["color"])
+        _remember_places(ax, frame, place, y, shift, is_horizontal=is_horizontal)
+
+
+def _remember_places(
+    ax: Axes, frame: pl.DataFrame, place: str, y: str, shift: float, *, is_horizontal: bool = False
+) -> None:
+    if is_horizontal:
+        marks.remember(ax, frame, y, place, at_y=frame[place] + shift)
+    else:
+        marks.remember(ax, frame, place, y, at_x=frame[place] + shift)
 
 
 def points_by_stage(ax: Axes, frame: pl.DataFrame, x: str, y: str, names: dict[str, str]) -> None:
@@ -294,8 +314,10 @@ def bars(
         error_kw={"elinewidth": 1.1, "capsize": 2, "ecolor": INK},
         label=label,
     )
+    _remember_places(ax, pooled, place, y, shift)
     if frame["run_id"].n_unique() > 1:
         seed_dots(ax, frame[place] + shift, frame[y], INK)
+        _remember_places(ax, frame, place, y, shift)
 
 
 def seed_dots(
@@ -329,6 +351,7 @@ def word_bars(ax: Axes, frame: pl.DataFrame, place: str, words: str, share: str)
     )
     ax.errorbar(percent[share], percent[place], xerr=errors(percent, share), fmt="none", ecolor=INK, elinewidth=0.9)
     ax.set_yticks(frame[place], [_short(word) for word in frame[words]], fontsize=7.5)
+    marks.remember(ax, percent, share, place)
     places = frame[place].to_numpy()
     ax.set_ylim(float(places.max()) + 0.6, float(places.min()) - 0.6)
     ax.grid(visible=False, axis="y")

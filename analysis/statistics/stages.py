@@ -312,18 +312,18 @@ def trend_weights(fit: StageFit, step: np.ndarray, noise: np.ndarray | None = No
 
 
 def decompose_fall(tokens: np.ndarray, entropy_sum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Decompose the fall of mean token entropy between two windows by sample sign (claim S2).
+    """Decompose the fall of mean token entropy between two phases by sample sign (claim S2).
 
     Let w be the share of a sign in the tokens, and m its mean entropy. The fall is exactly the sum over signs of
     mean(w) (m_start - m_end), the change within the sign, and (w_start - w_end) mean(m), the change of its share
     (symmetric decomposition of Marshall and Edgeworth).
 
     Args:
-        tokens: Number of tokens, shape ``(..., 2 windows, signs)``, start first.
+        tokens: Number of tokens, shape ``(..., 2 phases, signs)``, start first.
         entropy_sum: Sum of token entropy, nats, same shape.
 
     Returns:
-        ``within`` and ``between``, nats, shape ``(..., signs)``. For a sign without tokens in one window, ``within`` is
+        ``within`` and ``between``, nats, shape ``(..., signs)``. For a sign without tokens in one phase, ``within`` is
         0.
     """
     share = tokens / tokens.sum(-1, keepdims=True)

@@ -1,0 +1,1 @@
+"""Show traces on a local web page: figures, responses, tokens, and SQL."""

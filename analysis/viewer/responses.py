@@ -1,0 +1,285 @@
+"""Find responses and read one of them down to its tokens."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from entrace.analysis.queries import SQL_ROOT
+from entrace.analysis.runs import Runs
+from entrace.analysis.sandbox.statements import SQL_POSITION
+from entrace.analysis.trace.errors import InputError, nearest
+from entrace.analysis.viewer.cells import columns_of
+
+if TYPE_CHECKING:
+    import polars as pl
+
+PAGE_ROWS = 50
+# Most responses to one prompt that are listed.
+MOST_OF_PROMPT = 2000
+# Characters of a response in the list.
+EXCERPT = 280
+# Columns of the list, and those by which it can be sorted.
+LISTED = (
+    *("run_id", "arm", "seed", "step", "stage", "sample_sign", "prompt_id", "group_id", "rollout_id", "is_correct"),
+    *("reward", "advantage", "ppl", "ppl_z", "entropy_mean", "response_length", "defects", "is_truncated", "is_kept"),
+    *("drop_reason", "answer"),
+)
+# Filters that compare a column with one value.
+EQUAL = ("run_id", "arm", "seed", "stage", "phase", "sample_sign", "prompt_id", "group_id", "is_correct", "is_kept")
+INTEGERS = {"seed", "group_id", "step_from", "step_to", "step", "rollout_id"}
+BOOLEANS = {"true": True, "false": False}
+# Further filters: name in the address -> condition.
+CONDITIONS = {
+    "step": "step = $step",
+    "step_from": "step >= $step_from",
+    "step_to": "step <= $step_to",
+    "defect": "if($defect = 'any', len(defects) > 0, list_contains(defects, $defect))",
+    "text": "contains(lower(completion), lower($text))",
+    "turns": "(run_id, rollout_id) in (select (run_id, rollout_id) from response_tokens where turn >= $turns::integer)",
+}
+FILTERS = (*EQUAL, *CONDITIONS, "where")
+# Measured columns of response_tokens.sql that have a mean and a band per stage.
+QUANTITIES = (
+    *("entropy", "logprob", "surprisal", "advantage", "shaped_advantage", "advantage_change", "grad_norm"),
+    *("dp", "dlogprob", "dentropy", "mismatch", "reference_gap"),
+)
+# Longest responses, in tokens, that are aligned token by token.
+ALIGNED_TOKENS = 6000
+# Fewer equal tokens in a row are no anchor of an alignment.
+ANCHOR = 4
+
+
+@cache
+def _read_sql(name: str) -> str:
+    return (SQL_ROOT / "viewer" / f"{name}.sql").read_text(encoding="utf-8")
+
+
+def find_responses(runs: Runs, given: Mapping[str, str]) -> dict[str, Any]:
+    """Return a page of responses.
+
+    Args:
+        runs: Where to look.
+        given: Filters by name (``FILTERS``), ``sort`` (a column, with ``-`` in front for descending), and ``page``,
+            from 1.
+
+    Returns:
+        ``columns``, ``num_rows`` that match in all, ``page``, and ``page_rows``.
+
+    Raises:
+        InputError: a filter has an impossible value, or DuckDB rejects ``where``.
+    """
+    source, params = _filtered(given)
+    sort = given.get("sort") or "step"
+    column, order = sort.removeprefix("-"), "desc" if sort.startswith("-") else "asc"
+    if column not in LISTED:
+        raise InputError(f'sort: unknown column "{column}"{nearest(column, LISTED)}')
+    page = to_integer("page", given.get("page") or "1")
+    if page < 1:
+        raise InputError(f"page: {page} is not a page, expected 1 or more")
+    # Texts are long: they are read for the rows of the page only.
+    keys = runs.read(
+        f"""with matched as materialized (select run_id, rollout_id, step, {column} as sort_key from {source})
+        select run_id, rollout_id, step, (select count(*) from matched) as num_rows from matched
+        order by sort_key {order} nulls last, run_id, rollout_id limit {PAGE_ROWS} offset {PAGE_ROWS * (page - 1)}""",
+        params,
+    )
+    if keys.is_empty():
+        num_rows = int(runs.read(f"select count(*) from {source}", params).item())
+    else:
+        num_rows = int(keys["num_rows"][0])
+    return {"columns": columns_of(_listed(runs, keys)), "num_rows": num_rows, "page": page, "page_rows": PAGE_ROWS}
+
+
+def _listed(runs: Runs, keys: pl.DataFrame) -> pl.DataFrame:
+    """Return the columns of the list for responses, given their ``run_id``, ``rollout_id``, and ``step``, in order."""
+    import polars as pl
+
+    # Literal numbers let DuckDB skip parts of the files.
+    rollouts, steps = (", ".join(map(str, keys[name].unique())) or "null" for name in ("rollout_id", "step"))
+    rows = runs.read(
+        f"select {', '.join(LISTED)}, left(completion, {EXCERPT}) as completion from ({_read_sql('responses')}) "
+        f"where rollout_id in ({rollouts}) and step in ({steps})"
+    )
+    order = keys.select("run_id", "rollout_id").with_columns(pl.col("rollout_id").cast(rows.schema["rollout_id"]))
+    return order.join(rows, on=["run_id", "rollout_id"], how="left", maintain_order="left").select(rows.columns)
+
+
+def check_where(runs: Runs, where: str) -> None:
+    """Check a condition on responses without evaluating it.
+
+    Raises:
+        InputError: DuckDB rejects it.
+    """
+    source, params = _filtered({"where": where})
+    runs.read(f"explain select 1 from {source}", params)
+
+
+def _filtered(given: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """Return a parenthesized query for the responses that match filters, and its parameters."""
+    conditions, params = [], {}
+    for name in EQUAL:
+        if value := given.get(name):
+            if value == "null":
+                conditions.append(f"{name} is null")
+            else:
+                conditions.append(f"{name} = ${name}")
+                params[name] = _value(name, value)
+    for name, condition in CONDITIONS.items():
+        if value := given.get(name):
+            conditions.append(condition)
+            params[name] = _value(name, value)
+    if where := (given.get("where") or "").strip():
+        _check_condition(where)
+        conditions.append(f"({where}\n)")
+    condition = f" where {' and '.join(conditions)}" if conditions else ""
+    return f"(select * from ({_read_sql('responses')}){condition})", params
+
+
+def _check_condition(where: str) -> None:
+    """Refuse what is not one expression, such as ``1) or (1``, which would leave its parentheses.
+
+    Brackets accept what parentheses accept, and close only with brackets. A line break ends a comment.
+    """
+    import duckdb
+
+    try:
+        for opened, closed in ("()", "[]"):
+            duckdb.extract_statements(f"select {opened}{where}\n{closed}")
+    except duckdb.Error as error:
+        raise InputError(f"where: {SQL_POSITION.sub('', str(error))}") from None
+
+
+def _value(name: str, value: str) -> Any:
+    if name in INTEGERS:
+        return to_integer(name, value)
+    if name.startswith("is_"):
+        if value not in BOOLEANS:
+            raise InputError(f'{name}: "{value}" is neither true, false, nor null')
+        return BOOLEANS[value]
+    return value
+
+
+def to_integer(name: str, value: str) -> int:
+    """Return the integer that a text holds.
+
+    Raises:
+        InputError: it holds none.
+    """
+    try:
+        return int(value)
+    except ValueError:
+        raise InputError(f'{name}: "{value}" is not an integer') from None
+
+
+def read_response(runs: Runs, run_id: str, rollout_id: str) -> dict[str, Any]:
+    """Return one response with its prompt, its tokens, and its neighbors.
+
+    Raises:
+        InputError: no such run or response.
+    """
+    if run_id not in runs.manifests:
+        raise InputError(f'no run "{run_id}"{nearest(run_id, runs.manifests)}')
+    key = {"run": run_id, "rollout": to_integer("rollout_id", rollout_id)}
+    rows = runs.read(
+        f"""select responses.*, prompts.prompt, prompts.task, prompts.ground_truth
+        from ({_read_sql("responses")}) as responses
+        left join prompts on prompts.run_id = responses.run_id and prompts.prompt_id = responses.prompt_id
+        where responses.run_id = $run and responses.rollout_id = $rollout""",
+        key,
+    )
+    if rows.is_empty():
+        raise InputError(f"run {run_id} has no response {rollout_id}")
+    response = {name: values[0] for name, values in columns_of(rows, whole=True).items()}
+    tokens = runs.read(_read_sql("response_tokens"), {**key, "step": response["step"]})
+    return {
+        "response": response,
+        "tokens": columns_of(tokens),
+        "neighbors": _neighbors(runs, key, response["prompt_id"], response["step"]),
+        "missing": dict(runs.manifests[run_id].get("unknown") or {}),
+    }
+
+
+def _neighbors(runs: Runs, key: Mapping[str, Any], prompt_id: str, step: int) -> dict[str, int | None]:
+    """Return the responses before and after one in its run, and those to its prompt in other steps."""
+    row = runs.read(
+        """select
+          max(rollout_id) filter (where rollout_id < $rollout) as previous,
+          min(rollout_id) filter (where rollout_id > $rollout) as next,
+          arg_max(rollout_id, (step, -rollout_id)) filter (where prompt_id = $prompt and step < $step) as earlier,
+          arg_min(rollout_id, (step, rollout_id)) filter (where prompt_id = $prompt and step > $step) as later
+        from rollouts where run_id = $run""",
+        {**key, "prompt": prompt_id, "step": step},
+    )
+    return row.row(0, named=True)
+
+
+def read_band(runs: Runs, run_id: str, stage: str, quantity: str) -> dict[str, list[Any]]:
+    """Return mean, first decile, and last decile of a quantity per twentieth of the responses of a stage.
+
+    Raises:
+        InputError: no such quantity.
+    """
+    if quantity not in QUANTITIES:
+        raise InputError(f'no quantity "{quantity}"{nearest(quantity, QUANTITIES)}')
+    return columns_of(runs.read(_read_sql("band"), {"run": run_id, "stage": stage, "quantity": quantity}))
+
+
+def read_prompts(runs: Runs, prompt_id: str) -> dict[str, Any]:
+    """Return all responses to one prompt, over steps and runs.
+
+    Raises:
+        InputError: no such prompt.
+    """
+    source, params = _filtered({"prompt_id": prompt_id})
+    keys = runs.read(
+        f"select run_id, rollout_id, step from {source} order by step, arm, seed, rollout_id limit {MOST_OF_PROMPT}",
+        params,
+    )
+    rows = _listed(runs, keys)
+    if rows.is_empty():
+        raise InputError(f'no response to a prompt "{prompt_id}"')
+    prompt = runs.read(
+        "select prompt, task, ground_truth from prompts where prompt_id = $prompt limit 1", {"prompt": prompt_id}
+    )
+    return {
+        "prompt": {name: values[0] for name, values in columns_of(prompt, whole=True).items()} if len(prompt) else {},
+        "columns": columns_of(rows),
+    }
+
+
+def align(first: list[int], second: list[int]) -> list[tuple[int, int, int, int, bool]]:
+    """Return spans of two responses, in order: ``(start, end, start, end, is_equal)``.
+
+    Runs of fewer than ``ANCHOR`` equal tokens count as different, so that chance matches do not chop the text. Beyond
+    ``ALIGNED_TOKENS`` only the common beginning is aligned.
+    """
+    if max(len(first), len(second)) > ALIGNED_TOKENS:
+        same = next(
+            (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+        )
+        blocks = [(0, 0, same)]
+    else:
+        matcher = difflib.SequenceMatcher(None, first, second, autojunk=False)
+        blocks = [block for block in matcher.get_matching_blocks() if block.size >= ANCHOR or block.a == block.b == 0]
+    spans, i, j = [], 0, 0
+    for a, b, size in [*blocks, (len(first), len(second), 0)]:
+        if a > i or b > j:
+            spans.append((i, a, j, b, False))
+        if size:
+            spans.append((a, a + size, b, b + size, True))
+        i, j = a + size, b + size
+    return spans
+
+
+def compare(runs: Runs, keys: list[tuple[str, str]]) -> dict[str, Any]:
+    """Return several responses, each aligned with the first.
+
+    Raises:
+        InputError: no such response.
+    """
+    found = [read_response(runs, *key) for key in keys]
+    ids = [part["tokens"]["token_id"] for part in found]
+    return {"responses": found, "spans": [align(ids[0], other) for other in ids[1:]]}

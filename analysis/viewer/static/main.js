@@ -1,0 +1,111 @@
+"use strict";
+// Show the page that the address names, follow links within the viewer, and take up what a run in training adds.
+
+const LINKS = [["/", "Overview"], ["/responses", "Responses"], ["/compare", "Compare"], ["/sql", "SQL"]];
+let rendering = 0;
+
+function navigate(href) {
+  if (SAVED) return;
+  history.pushState(null, "", href);
+  render();
+}
+
+// Change parameters of the address without a new entry in the history.
+function replaceParams(changes) {
+  if (SAVED) return;
+  const query = params();
+  for (const [name, value] of Object.entries(changes)) {
+    if (value === null || value === undefined || value === "") query.delete(name);
+    else query.set(name, value);
+  }
+  history.replaceState(null, "", `${location.pathname}?${query}`);
+}
+
+function showTop(path) {
+  const current = path === "/response" ? "/responses" : path;
+  const theme = el("button", { type: "button", onclick: switchTheme, title: "Light or dark" }, "Theme");
+  document.getElementById("top").replaceChildren(
+    el("b", {}, "entrace"),
+    SAVED ? el("span", { class: "soft" }, "saved view") : el("nav", { "aria-label": "Pages" }, LINKS.map(([href, label]) => el("a", { href, "aria-current": href === current ? "page" : null }, label))),
+    el("div", { class: "right" }, el("span", { id: "live", role: "status" }), theme));
+}
+
+async function render({ keepsScroll = false } = {}) {
+  const turn = ++rendering;
+  const { path } = place();
+  const page = PAGES[path];
+  hideTip();
+  const content = document.getElementById("content");
+  if (!page) {
+    content.replaceChildren(el("h1", {}, "No such page"), el("p", {}, link("/", {}, "To the overview")));
+    return;
+  }
+  showTop(path);
+  document.title = `${page.title()} · entrace`;
+  page.keys = {};
+  page.ready = null;
+  FETCHED.clear();
+  content.setAttribute("aria-busy", "true");
+  let nodes;
+  try {
+    nodes = await page.render();
+  } catch (error) {
+    nodes = [el("h1", {}, page.title()), failure(error), SAVED ? "" : el("p", {}, link("/", {}, "To the overview"))];
+  }
+  if (turn !== rendering) return;
+  const top = scrollY;
+  content.replaceChildren(...[nodes].flat(9).filter((node) => node !== null && node !== undefined));
+  content.removeAttribute("aria-busy");
+  scrollTo({ top: keepsScroll ? top : 0, behavior: "instant" });
+  if (location.hash) document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();
+  page.ready?.();
+}
+
+document.addEventListener("click", (event) => {
+  const anchor = event.target instanceof Element ? event.target.closest("a[href]") : null;
+  if (!anchor || SAVED || event.button || event.ctrlKey || event.metaKey || event.shiftKey || anchor.hasAttribute("download")) return;
+  const to = new URL(anchor.href);
+  if (to.origin !== location.origin || !(to.pathname in PAGES) || anchor.getAttribute("href").startsWith("#")) return;
+  event.preventDefault();
+  navigate(anchor.href);
+});
+
+document.addEventListener("keydown", (event) => {
+  const isTyping = event.target instanceof Element && event.target.closest("input, select, textarea, .cm-editor, .hit");
+  if (isTyping || event.ctrlKey || event.metaKey || event.altKey) return;
+  const action = PAGES[place().path]?.keys?.[event.key];
+  if (action) {
+    event.preventDefault();
+    action();
+  }
+  if (event.key === "Escape") hideTip();
+});
+
+addEventListener("popstate", () => render());
+addEventListener("theme", () => render({ keepsScroll: true }));
+
+// A console or a form in use is left alone.
+function listen() {
+  let seen = null;
+  const events = new EventSource("/api/events");
+  const note = (text) => { const line = document.getElementById("live"); if (line) line.textContent = text; };
+  events.onmessage = async ({ data }) => {
+    if (seen === null || data === seen) {
+      seen = data;
+      note("");
+      return;
+    }
+    seen = data;
+    const found = await answered(fetch("/api/runs")).catch(() => null);
+    showProblem(found?.problem ?? "");
+    if (PAGES[place().path]?.keepsState || document.activeElement?.closest("form")) note("The runs have changed; reload to see more");
+    else {
+      await render({ keepsScroll: true });
+      note("Updated just now");
+    }
+  };
+  events.onerror = () => note("The server does not answer");
+}
+
+render();
+if (!SAVED) listen();

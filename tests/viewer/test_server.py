@@ -1,0 +1,370 @@
+"""Test the data that the viewer serves, its limits, and whom it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from entrace.analysis import figures
+from entrace.analysis.runs import open_runs
+from entrace.analysis.trace import InputError, TraceWriter
+from entrace.analysis.viewer import server
+from entrace.analysis.viewer.responses import align
+from entrace.analysis.viewer.session import Session
+from tests.analysis.conftest import step_row, write_tiny
+from tests.viewer.conftest import FROZEN, Client
+
+
+def test_runs_and_figures_are_those_of_the_report(tiny: Client):
+    found = tiny.get("/api/runs")
+    assert [(run["run_id"], run["arm"], run["steps"]) for run in found["runs"]] == [("tiny", "none", 24)]
+    assert found["runs"][0]["stages"][0]["stage"] == "rising"
+    assert [figure["stem"] for figure in tiny.get("/api/figures")] == figures.STEMS
+    verdicts = tiny.get("/api/scorecard")
+    assert {verdict["claim"] for verdict in verdicts["verdicts"]} == set(verdicts["overall"])
+
+
+@pytest.mark.parametrize("stem", figures.STEMS)
+def test_every_figure_tells_what_is_under_the_pointer(frozen: Client, stem: str):
+    found = frozen.get(f"/api/figure/{stem}")
+    runs = open_runs(FROZEN)
+    if figures.is_drawable(figures.query(runs, stem)):
+        assert found["svg"].lstrip().startswith("<?xml")
+        assert found["marks"]
+        for group in found["marks"]:
+            assert all(0 <= share <= 1 for share in group["left"] + group["top"])
+            assert {len(values) for values in group["columns"].values()} == {len(group["left"])}
+            assert {group["x"], group["y"]} <= group["columns"].keys()
+    else:
+        assert found["lacks"]
+
+
+def test_marks_are_where_their_values_are(tiny: Client):
+    found = tiny.get("/api/figure/stage_dynamics")
+    group = next(group for group in found["marks"] if group["y"] == "entropy_token_mean")
+    steps, entropy = group["columns"]["step"], group["columns"]["entropy_token_mean"]
+    assert steps == list(range(1, 25))
+    # Both axes are linear: places are proportional to differences of the values, and upward is a smaller share.
+    assert [
+        (left - group["left"][0]) / (group["left"][-1] - group["left"][0]) for left in group["left"]
+    ] == pytest.approx([(step - 1) / 23 for step in steps], abs=1e-3)
+    fall = [(top - group["top"][0]) / (group["top"][-1] - group["top"][0]) for top in group["top"]]
+    assert fall == pytest.approx([(value - entropy[0]) / (entropy[-1] - entropy[0]) for value in entropy], abs=1e-3)
+
+
+def test_every_bin_that_names_a_condition_selects_responses(frozen: Client):
+    conditions = 0
+    for entry in frozen.get("/api/figures"):
+        found = frozen.get(f"/api/figure/{entry['stem']}")
+        for where in {where for group in found.get("marks", []) for where in group["where"][:3] if where}:
+            quoted = urllib.request.quote(where)
+            assert frozen.get(f"/api/check?where={quoted}")["problem"] is None, (entry["stem"], where)
+            conditions += 1
+    assert conditions > 5
+
+
+def test_responses_are_filtered_and_sorted_as_sql_does(frozen: Client):
+    runs = open_runs(FROZEN)
+    expected = runs.sql(
+        "select rollout_id from staged_responses where ppl > 1.1 and stage = 'rising' "
+        "order by entropy_mean desc, rollout_id limit 50"
+    )
+    found = frozen.get("/api/responses?where=ppl%20%3E%201.1&stage=rising&sort=-entropy_mean")
+    assert found["columns"]["rollout_id"] == expected["rollout_id"].to_list()
+    total = runs.sql("select count(*) from staged_responses where ppl > 1.1 and stage = 'rising'").item()
+    assert found["num_rows"] == total
+
+
+@pytest.mark.parametrize(
+    "where", ["1) or (1", "true); drop table runs; --", "nothing = 1", "select", "ppl >", "'", "ppl > 1 /*"]
+)
+def test_a_condition_that_is_none_is_refused_in_one_line(frozen: Client, where: str):
+    quoted = urllib.request.quote(where)
+    assert frozen.get(f"/api/check?where={quoted}")["problem"]
+    assert frozen.error(f"/api/responses?where={quoted}")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "/api/responses?sort=nothing",
+        "/api/responses?page=0",
+        "/api/responses?seed=x",
+        "/api/responses?is_correct=perhaps",
+        "/api/response?run=none&id=1",
+        "/api/response?run=none-seed0&id=999999999",
+        "/api/response?run=none-seed0&id=x",
+        "/api/band?run=none-seed0&stage=rising&quantity=position",
+        "/api/compare?r=none-seed0:1",
+        "/api/compare?r=a&r=b",
+        "/api/prompt?prompt_id=nothing",
+        "/api/figure/nothing",
+    ],
+)
+def test_a_malformed_address_is_one_line(frozen: Client, address: str):
+    assert frozen.error(address)
+
+
+def test_tokens_are_those_of_the_trace(tiny: Client, tmp_path: Path):
+    found = tiny.get("/api/response?run=tiny&id=8")
+    runs = open_runs(write_tiny(tmp_path / "tiny"))
+    rows = runs.sql("select * from tokens where rollout_id = 8 order by position")
+    tokens = found["tokens"]
+    for name in ("position", "token_id", "category"):
+        assert tokens[name] == rows[name].to_list()
+    for name in ("entropy", "logprob", "advantage", "shaped_advantage", "grad_norm"):
+        assert tokens[name] == pytest.approx(rows[name].to_list(), abs=1e-6)
+    # From the definition of the trace: every token had probability 1/2 before the update.
+    assert tokens["dp"] == pytest.approx([-0.2, 0, 0, 0, -0.1], abs=1e-6)
+    assert tokens["mismatch"] == pytest.approx([0] * 5, abs=1e-6)
+    assert tokens["surprisal"] == pytest.approx([math.log(2)] * 5, abs=1e-6)
+    assert tokens["impact"] == [-0.25, None, None, None, None]
+    assert found["response"]["is_correct"] is False
+    assert found["neighbors"] == {"previous": 7, "next": 9, "earlier": 5, "later": None}
+
+
+def test_the_band_is_the_quantile_of_the_stage(frozen: Client):
+    rows = open_runs(FROZEN).sql("select * from staged_tokens where stage = 'rising'")
+    rows = rows.with_columns(bin=(20 * rows["relative_position"]).floor().cast(pl.Int32))
+    expected = (
+        rows.drop_nulls("entropy")
+        .group_by("bin")
+        .agg(pl.col("entropy").cast(pl.Float64).mean().alias("mean"), pl.len().alias("n"))
+        .sort("bin")
+    )
+    found = frozen.get("/api/band?run=none-seed0&stage=rising&quantity=entropy")
+    assert found["bin"] == expected["bin"].to_list()
+    assert found["num_tokens"] == expected["n"].to_list()
+    assert found["mean"] == pytest.approx(expected["mean"].to_list(), rel=1e-5)
+
+
+def test_alignment_covers_both_responses_and_finds_the_divergence():
+    first, second = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [1, 2, 3, 99, 98, 5, 6, 7, 8, 10, 11]
+    spans = align(first, second)
+    assert spans == [(0, 3, 0, 3, True), (3, 4, 3, 5, False), (4, 8, 5, 9, True), (8, 10, 9, 11, False)]
+    assert align(first, first) == [(0, 10, 0, 10, True)]
+    assert align([], [1]) == [(0, 0, 0, 1, False)]
+    long = list(range(7000))
+    assert align(long, [*long[:10], -1]) == [(0, 10, 0, 10, True), (10, 7000, 10, 11, False)]
+
+
+def test_sql_is_limited_and_exported_in_full(frozen: Client, tmp_path: Path):
+    query = "select step, entropy from tokens order by step, rollout_id, position"
+    status, content, _ = frozen.ask("/api/sql", {"sql": query, "limit": 7})
+    found = json.loads(content)
+    assert status == 200
+    assert found["num_rows"] == 7 == len(found["columns"]["step"])
+    assert found["has_more"]
+    assert found["types"] == {"step": "Int32", "entropy": "Float32"}
+    expected = open_runs(FROZEN).sql(query)
+    status, content, headers = frozen.ask("/api/export", {"sql": query, "format": "parquet"})
+    (tmp_path / "rows.parquet").write_bytes(content)
+    assert pl.read_parquet(tmp_path / "rows.parquet").equals(expected)
+    assert "rows.parquet" in headers["content-disposition"]
+    status, content, _ = frozen.ask("/api/export", {"sql": query, "format": "csv"})
+    assert pl.read_csv(content).height == expected.height
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "drop table runs",
+        "select * from read_parquet('/etc/passwd')",
+        "copy runs to '/tmp/x.csv'",
+        "select",
+        "",
+        "select 1; select 2",
+        "attach 'x.db'",
+        "select repeat('x', 1000000000) || i from range(1000) t(i) order by 1",
+    ],
+)
+def test_sql_keeps_within_its_sandbox(frozen: Client, sql: str):
+    assert frozen.error("/api/sql", {"sql": sql})
+
+
+def test_a_query_that_never_ends_is_stopped_and_the_rest_keeps_working(frozen: Client):
+    endless = "select count(*) from range(100000000000) a(i), range(100000) b(j) where hash(i + j) = 3"
+    answers: list[str] = []
+    asking = threading.Thread(target=lambda: answers.append(frozen.error("/api/sql", {"sql": endless, "name": "one"})))
+    asking.start()
+    deadline = time.monotonic() + 30
+    while not json.loads(frozen.ask("/api/stop", {"name": "one"})[1])["was_running"]:
+        assert time.monotonic() < deadline
+        assert frozen.get("/api/responses")["num_rows"]
+        time.sleep(0.1)
+    asking.join(timeout=30)
+    assert answers == ["sql: stopped"]
+
+
+@pytest.mark.parametrize("body", [[], {"sql": "select 1", "limit": "x"}, {"sql": "select 1", "limit": 10**9}])
+def test_a_malformed_request_is_one_line(frozen: Client, body: object):
+    assert frozen.error("/api/sql", body)
+
+
+@pytest.mark.parametrize(
+    ("headers", "path"),
+    [
+        ({"Host": "evil.example"}, "/"),
+        ({"Host": "evil.example:80"}, "/api/runs"),
+        ({"Origin": "http://evil.example"}, "/api/runs"),
+        ({"Origin": "null"}, "/api/runs"),
+        ({"Sec-Fetch-Site": "cross-site"}, "/api/runs"),
+    ],
+)
+def test_other_sites_are_refused(frozen: Client, headers: dict[str, str], path: str):
+    assert frozen.ask(path, headers=headers)[0] == 403
+    assert frozen.ask("/api/sql", {"sql": "select 1"}, headers)[0] == 403
+
+
+def test_pages_allow_only_their_own_scripts(frozen: Client):
+    for path in ("/", "/responses", "/response", "/compare", "/sql", "/static/common.js"):
+        status, content, headers = frozen.ask(path)
+        assert status == 200
+        policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
+        assert policy["script-src"] == "'self'"
+        assert policy["default-src"] == "'none'"
+        assert headers["x-content-type-options"] == "nosniff"
+        if not path.endswith(".js"):
+            # Scripts are files, and nothing in the document is an event handler.
+            assert content.count(b"<script") == content.count(b"<script src=")
+            assert b"onclick" not in content
+    assert frozen.ask("/nothing")[0] == 404
+    assert frozen.ask("/static/../app.py")[0] == 404
+
+
+def test_beyond_this_machine_the_address_holds_a_token(tmp_path: Path):
+    served = server.prepare(Session([FROZEN]), host="0.0.0.0", port=0)
+    thread = threading.Thread(target=served.run, daemon=True)
+    thread.start()
+    while not served.server.started:
+        time.sleep(0.01)
+    token = served.url.partition("?token=")[2]
+    assert len(token) > 20
+    client = Client(f"http://127.0.0.1:{served.port}")
+    assert client.ask("/api/runs")[0] == 403
+    assert client.ask("/api/runs?token=wrong")[0] == 403
+    status, _, headers = client.ask(f"/api/runs?token={token}")
+    assert status == 200
+    assert "HttpOnly" in headers["set-cookie"]
+    assert client.ask("/api/runs", headers={"Cookie": f"entrace_token={token}"})[0] == 200
+    served.server.should_exit = True
+    thread.join(timeout=10)
+
+
+def test_a_port_in_use_is_left_alone():
+    session = Session([FROZEN])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        served = server.prepare(session, port=port)
+        assert port < served.port < port + server.TRIED_PORTS
+        served.listening.close()
+
+
+@pytest.mark.parametrize(("host", "port"), [("no.such.host.invalid", 0), ("203.0.113.1", 0)])
+def test_an_impossible_address_is_one_line(host: str, port: int):
+    with pytest.raises(InputError):
+        server.prepare(Session([FROZEN]), host=host, port=port)
+
+
+def test_a_run_in_training_shows_durable_steps_only(tmp_path: Path, served: Callable[..., Client]):
+    folder = tmp_path / "live"
+    writer = TraceWriter.create(folder, {"run_id": "live", "arm": "none", "seed": 0, "total_steps": 30}, ["a"])
+
+    def record(steps: range) -> None:
+        for step in steps:
+            writer.append("steps", step_row(step, entropy=1 / step, accuracy=0.5))
+            writer.end_step(step)
+
+    record(range(1, 6))
+    writer.flush()
+    client = served(folder)
+    assert client.get("/api/runs")["runs"][0]["steps"] == 5
+    with urllib.request.urlopen(f"{client.url}/api/events", timeout=30) as events:
+        first = _next_event(events)
+        record(range(6, 12))
+        writer.flush()
+        assert _next_event(events) != first
+    assert client.get("/api/runs")["runs"][0]["steps"] == 11
+    record(range(12, 14))
+    assert client.get("/api/runs")["runs"][0]["steps"] == 11
+    writer.flush()
+    writer.finish()
+
+
+def _next_event(events: object) -> bytes:
+    for line in events:  # type: ignore[attr-defined]
+        if line.startswith(b"data: "):
+            return line
+    raise AssertionError("the stream of events ended")
+
+
+def test_a_run_that_disappears_is_reported_and_the_rest_keeps_working(tmp_path: Path, served: Callable[..., Client]):
+    kept, gone = write_tiny(tmp_path / "kept"), write_tiny(tmp_path / "gone")
+    client = served(kept, gone)
+    assert len(client.get("/api/runs")["runs"]) == 2
+    with urllib.request.urlopen(f"{client.url}/api/events", timeout=30) as events:
+        first = _next_event(events)
+        shutil.rmtree(gone)
+        assert _next_event(events) != first
+    found = client.get("/api/runs")
+    assert "gone" in found["problem"]
+    assert client.get("/api/response?run=kept&id=7")["response"]["step"] == 20
+
+
+def test_two_servers_show_one_run(served: Callable[..., Client]):
+    first, second = served(FROZEN), served(FROZEN)
+    assert first.url != second.url
+    assert first.get("/api/responses")["num_rows"] == second.get("/api/responses")["num_rows"]
+
+
+def test_a_notebook_shows_the_page_in_a_frame():
+    frame = open_runs(FROZEN).view(height=500)
+    assert f'<iframe src="{frame.url}" width="100%" height="500"' in frame._repr_html_()
+    assert Client(frame.url).get("/api/runs")["runs"][0]["run_id"] == "none-seed0"
+
+
+def test_the_command_prints_its_address_and_ends_with_ctrl_c():
+    command = [sys.executable, "-m", "entrace", "view", str(FROZEN), "--no-browser", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().removeprefix("view: ").strip()
+        client = Client(url)
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                assert client.get("/api/runs")["runs"]
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        # A page that is open keeps a stream of events.
+        with urllib.request.urlopen(f"{client.url}/api/events", timeout=30) as events:
+            assert _next_event(events)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+        assert not err
+        assert process.returncode == 0
+
+
+def test_a_missing_extra_is_named(command: Callable[..., tuple[int, bytes, str]], monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in sys.modules if name.startswith("entrace.analysis.viewer")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
+    code, _, err = command("view", str(FROZEN))
+    assert code == 2
+    assert "entrace[view]" in err
