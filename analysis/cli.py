@@ -304,7 +304,7 @@ def view(
 
     session = Session(runs, questions)
     served = server.prepare(session, host, port)
-    remark(session.runs)
+    note_incomplete(session.runs)
     if port and served.port != port:
         say(f"entrace: port {port} is in use", err=True)
     say(f"view: {served.url}")
