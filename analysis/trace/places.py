@@ -50,14 +50,14 @@ def is_remote(path: str | Path) -> bool:
 
 
 def check_local(run_dir: Path) -> None:
-    """Refuse a URL as the folder in which a run is recorded; ``Path`` has turned its ``//`` into ``/``.
+    """Refuse a URL as the folder of a run that is recorded or changed; ``Path`` may have turned its ``//`` into ``/``.
 
     Raises:
         InputError: the folder is a URL.
     """
-    if found := re.match(r"([a-z][a-z0-9+.-]+):/", str(run_dir)):
+    if found := re.match(r"([a-z][a-z0-9+.-]+):/+", str(run_dir)):
         url = str(run_dir).replace(found[0], f"{found[1]}{SCHEME}", 1)
-        raise InputError(f"{url}: a run is recorded on a local disk; copy it there afterwards")
+        raise InputError(f"{url}: a run is recorded and changed on a local disk only; copy it there or from there")
 
 
 def source_of(path: Path) -> Any:

@@ -36,6 +36,7 @@ from entrace.analysis.trace.parts import (
     read_part,
     remove_leftovers,
 )
+from entrace.analysis.trace.places import check_local
 from entrace.analysis.trace.sampling import TokenSampling, response_draws
 from entrace.analysis.trace.schema import TABLES
 from entrace.analysis.trace.writer import parquet_options
@@ -89,9 +90,10 @@ def prune(
         dry_run: Count only.
 
     Raises:
-        InputError: the folder is not a trace, a process is writing it, or its tokens are in files that the writer of
-            traces did not write.
+        InputError: the folder is a URL or not a trace, a process is writing it, or its tokens are in files that the
+            writer of traces did not write.
     """
+    check_local(run_dir)
     is_locked_by_writers = lock_path(run_dir).exists()
     with nullcontext(False) if dry_run else locked(run_dir, waits=False) as is_locked:
         manifest = read_manifest(run_dir)

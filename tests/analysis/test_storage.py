@@ -274,5 +274,17 @@ def test_a_server_that_stops_while_a_run_is_open_is_one_line():
 
 
 def test_recording_refuses_a_remote_folder():
-    with pytest.raises(InputError, match=r"^memory://run: a run is recorded on a local disk; copy it there"):
+    with pytest.raises(InputError, match=r"^memory://run: a run is recorded and changed on a local disk only"):
         acquire_lock(Path("memory://run"), waits=False)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("prune", "URL", "--token-steps", "2"), ("prune", "URL", "--token-steps", "2", "--dry-run")]
+)
+def test_a_remote_run_is_not_changed(arguments: tuple[str, ...], command: Callable, tiny_path: Path):
+    url = upload(tiny_path, f"memory://unchanged-{arguments[0]}{len(arguments)}/tiny")
+    code, _, err = command(*(url if word == "URL" else word for word in arguments))
+    assert (code, err) == (
+        2,
+        f"entrace: {url}: a run is recorded and changed on a local disk only; copy it there or from there\n",
+    )

@@ -422,3 +422,11 @@ def test_the_command_goes_on_and_says_when_it_is_done(trained, tmp_path, call):
         "nothing to do: checkpoint 4 with seed 0 is finished; continue with a larger --budget",
     )
     assert read(run_dir).equals(rows)
+
+
+def test_a_run_at_a_url_is_not_changed(call):
+    code, out, err = call("intervene", "s3://bucket/run")
+    assert (code, out) == (2, "")
+    assert err == (
+        "entrace: s3://bucket/run: a run is recorded and changed on a local disk only; copy it there or from there\n"
+    )

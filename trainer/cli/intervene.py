@@ -11,6 +11,7 @@ import typer
 
 from entrace.analysis.cli import print_json, stoppable
 from entrace.analysis.trace import InputError
+from entrace.analysis.trace.places import check_local
 from entrace.trainer.cli.options import Json, require_train_extra
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def intervene(
     require_train_extra()
     from entrace.trainer.interventions.intervene import Settings, resolve_checkpoint
 
+    check_local(run)
     filters = {
         "entropy": _parse_range("--entropy", entropy),
         "position": _parse_range("--position", position),
