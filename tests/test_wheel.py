@@ -48,6 +48,10 @@ def test_both_wheels_hold_one_package_and_the_same_files(wheel, tmp_path):
         "py.typed",
         "analysis/claims.toml",
         "analysis/sql/stage/stage_dynamics.sql",
+        "analysis/sql/viewer/responses.sql",
+        "analysis/viewer/static/index.html",
+        "analysis/viewer/vendor/codemirror.js",
+        "analysis/viewer/vendor/LICENSES.txt",
         "trainer/configs/tiny.toml",
     ):
         assert f"entrace/{name}" in names
