@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import secrets
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from entrace.analysis import claims, figures
+from entrace.analysis.runs import Runs
 from entrace.analysis.sandbox.connection import BESIDE_TRACE
 from entrace.analysis.terminal.export import write
-from entrace.analysis.trace.errors import InputError
+from entrace.analysis.trace.errors import TEMPORARY, InputError
 from entrace.analysis.trace.plain import plain
 from entrace.analysis.trace.schema import RESPONSE_TOKENS, TABLES
 from entrace.analysis.viewer import pictures, responses, saved
@@ -132,7 +134,7 @@ class _Viewer:
         session = self._session
         runs = session.runs
 
-        def fits(opened: Any) -> dict[str, list[dict[str, Any]]]:
+        def fits(opened: Runs) -> dict[str, list[dict[str, Any]]]:
             return {run: fit.segments() for run, fit in opened.stage_fits.items()}
 
         stages = session.once("stages", fits)
@@ -171,7 +173,7 @@ class _Viewer:
     def scorecard(self, request: Request) -> Any:
         """Return the verdicts of the scorecard, as ``entrace claims --json``."""
 
-        def judge(runs: Any) -> dict[str, Any]:
+        def judge(runs: Runs) -> dict[str, Any]:
             verdicts = claims.judge(runs)
             return {"overall": claims.overall(verdicts), "verdicts": [verdict.to_dict() for verdict in verdicts]}
 
@@ -288,11 +290,11 @@ class _Viewer:
             form = str(asked.get("format"))
             if form not in TYPES:
                 raise InputError(f'format: unknown value "{form}", expected one of {", ".join(TYPES)}')
-            content = await run_in_threadpool(_exported, self._session.runs, str(asked.get("sql") or ""), form)
+            path = await run_in_threadpool(_export, self._session.runs, str(asked.get("sql") or ""), form)
         except InputError as error:
             return _refuse(error)
-        headers = {"content-disposition": f'attachment; filename="rows.{form}"'}
-        return Response(content, media_type=TYPES[form], headers=headers)
+        remove = BackgroundTask(path.unlink, missing_ok=True)
+        return FileResponse(path, media_type=TYPES[form], filename=f"rows.{form}", background=remove)
 
     async def save(self, request: Request) -> Response:
         """Return a view as one file that opens without this server."""
@@ -320,10 +322,16 @@ async def _read_body(request: Request, most: int = MOST_SQL) -> dict[str, Any]:
     return found
 
 
-def _exported(runs: Any, text: str, form: str) -> bytes:
-    out = io.BytesIO()
-    write(runs.stream(text), form, out, is_safe=True)
-    return out.getvalue()
+def _export(runs: Runs, text: str, form: str) -> Path:
+    """Write all rows of a query to a temporary file, which may be larger than memory."""
+    descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=f".{form}")
+    try:
+        with open(descriptor, "wb") as out:
+            write(runs.stream(text), form, out, is_safe=True)
+    except BaseException:
+        Path(name).unlink()
+        raise
+    return Path(name)
 
 
 def _split_key(key: str) -> tuple[str, str]:
@@ -332,7 +340,7 @@ def _split_key(key: str) -> tuple[str, str]:
     return run, rollout
 
 
-def _describe_views(runs: Any) -> dict[str, Any]:
+def _describe_views(runs: Runs) -> dict[str, Any]:
     """Return the columns of the staging views."""
     found = runs.run_shipped(
         "select table_name, column_name, data_type from duckdb_columns() where not internal order by all"
