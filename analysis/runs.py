@@ -132,7 +132,8 @@ class Runs:
         self._spill = spill_folder()
         self._con = connect(manifests, files, BUFFERS, self._spill)
         weakref.finalize(self._con, shutil.rmtree, self._spill, ignore_errors=True)
-        self._idle: QueryProcess | None = None
+        # At most one process that has answered a query and waits for the next.
+        self._idle: list[QueryProcess] = []
 
     def __repr__(self) -> str:
         return f"Runs({', '.join(self.manifests)})"
@@ -481,8 +482,11 @@ class Runs:
         """Let the process of the user's queries answer one, and yield its rows as they arrive."""
         import polars as pl
 
-        # Several answers may be read at once; each needs a process.
-        process, self._idle = self._idle, None
+        # Several answers may be read at once, also by several threads; each needs a process.
+        try:
+            process = self._idle.pop()
+        except IndexError:
+            process = None
         if process is None or process.memory != limits.memory or not process.is_alive:
             process = QueryProcess(self.manifests, self._files, limits)
         try:
@@ -494,8 +498,8 @@ class Runs:
         except pl.exceptions.PolarsError as error:
             raise _unsupported(error) from None
         finally:
-            if process.is_alive:
-                self._idle = process
+            if process.is_alive and not self._idle:
+                self._idle.append(process)
 
     def _run(self, text: str, params: dict[str, Any]) -> pl.DataFrame:
         """Run a query of our own in this process."""

@@ -162,10 +162,9 @@ def _create_view(con: duckdb.DuckDBPyConnection, table: Table, files: Mapping[st
     import duckdb
 
     if not files:
-        con.register("empty", table.arrow_schema.empty_table())
+        columns = ", ".join(f"{column.name} {_sql_type(column.type)}" for column in table.columns)
         for name in (table.name, RESPONSE_TOKENS) if table is TOKENS else (table.name,):
-            con.execute(f"create table {name} as select * from empty")
-        con.unregister("empty")
+            con.execute(f"create table {name} ({columns})")
         return
     layouts = sorted(set(files.values()))
     views = {
@@ -204,6 +203,8 @@ def _select(table: Table, layout: Layout, files: list[str]) -> str:
 def _sql_type(kind: pa.DataType) -> str:
     import pyarrow as pa
 
+    if isinstance(kind, pa.ListType):
+        return f"{kind.value_type}[]"
     return f"map({kind.key_type}, {kind.item_type})" if isinstance(kind, pa.MapType) else str(kind)
 
 

@@ -126,7 +126,7 @@ def _answer(line: _Line, con: duckdb.DuckDBPyConnection, query: Query) -> None:
                 for field in reader.schema:
                     _check_type(field.name, field.type)
                 names = _distinct(reader.schema.names)
-                line.send(ROWS, _serialize(reader.schema.empty_table(), names))
+                line.send(ROWS, _serialize(pa.Table.from_batches([], reader.schema), names))
                 for table in _joined(reader):
                     line.send(ROWS, _serialize(table, names))
         finally:

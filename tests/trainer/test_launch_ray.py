@@ -53,6 +53,7 @@ class Killer:
         self.ended.append(run_id)
 
 
+@pytest.mark.slow
 def test_a_grid_survives_the_loss_of_a_node(cluster, tmp_path):
     specs = load_grid("tiny-study", [*SMALL, f"steps={STEPS}", "record.after_update_every=0"], seeds=[0])
     killer = Killer(cluster)
