@@ -313,6 +313,7 @@ def view(
     # A server ends with Ctrl-C; nothing is left unfinished.
     with suppress(KeyboardInterrupt):
         served.run()
+    session.close()
 
 
 @app.command()

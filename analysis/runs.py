@@ -134,6 +134,7 @@ class Runs:
         weakref.finalize(self._con, shutil.rmtree, self._spill, ignore_errors=True)
         # At most one process that has answered a query and waits for the next.
         self._idle: list[QueryProcess] = []
+        self._processes: weakref.WeakSet[QueryProcess] = weakref.WeakSet()
 
     def __repr__(self) -> str:
         return f"Runs({', '.join(self.manifests)})"
@@ -237,6 +238,12 @@ class Runs:
         given = dict.fromkeys(_parameters_of(text)) | dict(params or {})
         query = Query(text, given, {name: self._compute(name) for name in queries.computed_tables_in(text)})
         return self._collect(query, Limits.parse(None, timeout))
+
+    def stop(self) -> None:
+        """End all queries that other threads wait for."""
+        for process in list(self._processes):
+            process.close()
+        self._con.interrupt()
 
     def view(self, height: int = 800) -> Any:
         """Return the viewer (``entrace view``) as a frame that a notebook displays, ``height`` pixels high.
@@ -489,6 +496,7 @@ class Runs:
             process = None
         if process is None or process.memory != limits.memory or not process.is_alive:
             process = QueryProcess(self.manifests, self._files, limits)
+            self._processes.add(process)
         try:
             for part in process.ask(query, limits, on_progress, reader):
                 yield pl.DataFrame(part)

@@ -204,7 +204,8 @@ class _Viewer:
 
     def prompt(self, request: Request) -> Any:
         """Return all responses to a prompt."""
-        return responses.read_prompts(self._session.runs, request.query_params.get("prompt_id", ""))
+        asked = request.query_params
+        return responses.read_prompts(self._session.runs, asked.get("prompt_id", ""), asked.get("run") or None)
 
     def compare(self, request: Request) -> Any:
         """Return several responses, aligned with the first."""

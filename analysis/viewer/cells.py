@@ -38,7 +38,7 @@ def _cell(value: Any, whole: bool) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Decimal):
-        return float(value)
+        return format(value, "f")
     if isinstance(value, str):
         return value if whole or len(value) <= CELL_LENGTH else f"{value[:CELL_LENGTH]}…"
     if isinstance(value, list):

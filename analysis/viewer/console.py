@@ -31,7 +31,7 @@ class Console:
         """Run a query, and return its first rows.
 
         Returns:
-            ``columns``, ``types``, ``num_rows`` shown, ``has_more``, and ``seconds``.
+            ``sql``, ``names``, ``columns``, ``types``, ``num_rows`` shown, ``has_more``, and ``seconds``.
 
         Raises:
             InputError: DuckDB rejects the query, a limit is reached, or the query was stopped.
@@ -49,6 +49,9 @@ class Console:
                 break
         found = pl.concat(frames)
         return {
+            "sql": text,
+            # An object of JavaScript would put names that are numbers first.
+            "names": found.columns,
             "columns": columns_of(found),
             "types": {name: str(kind) for name, kind in found.schema.items()},
             "num_rows": found.height,

@@ -13,8 +13,6 @@ from entrace.analysis.queries import headers
 from entrace.analysis.runs import Runs
 from entrace.analysis.viewer.cells import columns_of
 
-# Columns of a figure's rows that select responses as they are.
-SELECTING = ("run_id", "arm", "seed", "step", "stage", "phase", "sample_sign", "prompt_id", "defect")
 MOST_MARKS = 20_000
 
 
@@ -38,8 +36,9 @@ def draw(runs: Runs, stem: str) -> dict[str, Any]:
     Returns:
         ``svg``, its ``width`` and ``height`` in points, ``caption``, ``sql``, and ``marks``. These hold, per call that
         drew some, ``left`` and ``top`` (shares of the size), ``x`` and ``y`` (names of columns), the ``columns`` of
-        their rows, and what selects the responses behind each: columns (``by``) and conditions (``where``). Without
-        anything to draw, ``lacks`` says why.
+        their rows, and the condition that selects the responses behind each, beyond its columns (``where``).
+        ``opens`` is false for figures of evaluations, whose responses have no tokens. Without anything to draw,
+        ``lacks`` says why.
 
     Raises:
         InputError: no such figure.
@@ -59,7 +58,9 @@ def draw(runs: Runs, stem: str) -> dict[str, Any]:
     figure = ax.get_figure(root=True)
     try:
         with mpl.rc_context(figures.style.RC):
-            groups = [_group(found, places) for found, places in marks.located(figure)]
+            tables = {need.table for need in runs.questions.needs(stem)}
+            shown = frame["run_id"].unique().sort().to_list() if "run_id" in frame.columns else []
+            groups = [_group(found, places, shown, tables) for found, places in marks.located(figure)]
             out = io.StringIO()
             figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     finally:
@@ -72,10 +73,11 @@ def draw(runs: Runs, stem: str) -> dict[str, Any]:
         "width": float(width),
         "height": float(height),
         "marks": [group for group in groups if group["left"]],
+        "opens": not any(need.table == "evals" for need in runs.questions.needs(stem)),
     }
 
 
-def _group(found: marks.Marks, places: np.ndarray) -> dict[str, Any]:
+def _group(found: marks.Marks, places: np.ndarray, shown: list[str], tables: set[str]) -> dict[str, Any]:
     rows = np.flatnonzero(np.isfinite(places).all(1))[:MOST_MARKS]
     frame = found.frame[rows]
     return {
@@ -84,17 +86,27 @@ def _group(found: marks.Marks, places: np.ndarray) -> dict[str, Any]:
         "left": places[rows, 0].round(5).tolist(),
         "top": places[rows, 1].round(5).tolist(),
         "columns": columns_of(frame),
-        "where": [_where(row) for row in frame.iter_rows(named=True)],
-        "by": [name for name in SELECTING if name in frame.columns],
+        "where": [_where(row, shown, tables) for row in frame.iter_rows(named=True)],
     }
 
 
-def _where(row: dict[str, Any]) -> str:
-    """Return the condition on responses that the columns of a row imply beyond ``SELECTING``; often none."""
+def _where(row: dict[str, Any], shown: list[str], tables: set[str]) -> str:
+    """Return the condition on responses that a mark implies beyond columns such as ``step`` and ``stage``.
+
+    Args:
+        row: Row of the mark. Without ``run_id`` and ``arm`` it is a mean over runs.
+        shown: Runs of the figure.
+        tables: Tables that the question reads.
+    """
     conditions = []
     tokens = []
+    if row.get("run_id") is None and row.get("arm") is None:
+        conditions.append(f"run_id in ({', '.join(map(_quote, shown))})")
     if (category := row.get("category")) and "word" not in row and "text" not in row:
-        tokens.append(f"category = {_quote(category)}")
+        tokens.append("is_reasoning(category)" if category == "reasoning" else f"category = {_quote(category)}")
+    if "word" in row and "stage" not in row:
+        # The question compares both ends of the rising stage.
+        conditions.append("phase is not null")
     if word := row.get("word") or row.get("text"):
         tokens.append(
             f"token_id in (select token_id from vocab_words where trim(word) = {_quote(str(word).strip())})"
@@ -108,11 +120,12 @@ def _where(row: dict[str, Any]) -> str:
     ]
     if isinstance(row.get("ppl_low"), float) and isinstance(row.get("ppl_high"), float):
         conditions.append(f"ppl between {row['ppl_low']:.9g} and {row['ppl_high']:.9g}")
-    if row.get("ppl_tercile") is not None:
-        chosen = f"ppl_tercile = {int(row['ppl_tercile'])}"
-        if row.get("is_correct") is not None:
-            chosen += f" and is_correct = {str(bool(row['is_correct'])).lower()}"
-        conditions.append(f"(run_id, rollout_id) in (select (run_id, rollout_id) from interventions where {chosen})")
+    if "interventions" in tables:
+        chosen = [
+            f"{name} = {str(row[name]).lower()}" for name in ("ppl_tercile", "is_correct") if row.get(name) is not None
+        ]
+        condition = f" where {' and '.join(chosen)}" if chosen else ""
+        conditions.append(f"(run_id, rollout_id) in (select (run_id, rollout_id) from interventions{condition})")
     if tokens:
         conditions.append(
             f"(run_id, rollout_id) in (select (run_id, rollout_id) from tokens where {' and '.join(tokens)})"

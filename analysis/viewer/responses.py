@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 PAGE_ROWS = 50
+# Longest search for the rows of a page.
+TIMEOUT_S = 60.0
 # Most responses to one prompt that are listed.
 MOST_OF_PROMPT = 2000
 # Characters of a response in the list.
@@ -52,6 +54,10 @@ ALIGNED_TOKENS = 6000
 ANCHOR = 4
 
 
+def _read(runs: Runs, text: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
+    return runs.read(text, params, timeout=TIMEOUT_S)
+
+
 @cache
 def _read_sql(name: str) -> str:
     return (SQL_ROOT / "viewer" / f"{name}.sql").read_text(encoding="utf-8")
@@ -80,14 +86,15 @@ def find_responses(runs: Runs, given: Mapping[str, str]) -> dict[str, Any]:
     if page < 1:
         raise InputError(f"page: {page} is not a page, expected 1 or more")
     # Texts are long: they are read for the rows of the page only.
-    keys = runs.read(
+    keys = _read(
+        runs,
         f"""with matched as materialized (select run_id, rollout_id, step, {column} as sort_key from {source})
         select run_id, rollout_id, step, (select count(*) from matched) as num_rows from matched
         order by sort_key {order} nulls last, run_id, rollout_id limit {PAGE_ROWS} offset {PAGE_ROWS * (page - 1)}""",
         params,
     )
     if keys.is_empty():
-        num_rows = int(runs.read(f"select count(*) from {source}", params).item())
+        num_rows = int(_read(runs, f"select count(*) from {source}", params).item())
     else:
         num_rows = int(keys["num_rows"][0])
     return {"columns": columns_of(_listed(runs, keys)), "num_rows": num_rows, "page": page, "page_rows": PAGE_ROWS}
@@ -99,9 +106,10 @@ def _listed(runs: Runs, keys: pl.DataFrame) -> pl.DataFrame:
 
     # Literal numbers let DuckDB skip parts of the files.
     rollouts, steps = (", ".join(map(str, keys[name].unique())) or "null" for name in ("rollout_id", "step"))
-    rows = runs.read(
+    rows = _read(
+        runs,
         f"select {', '.join(LISTED)}, left(completion, {EXCERPT}) as completion from ({_read_sql('responses')}) "
-        f"where rollout_id in ({rollouts}) and step in ({steps})"
+        f"where rollout_id in ({rollouts}) and step in ({steps})",
     )
     order = keys.select("run_id", "rollout_id").with_columns(pl.col("rollout_id").cast(rows.schema["rollout_id"]))
     return order.join(rows, on=["run_id", "rollout_id"], how="left", maintain_order="left").select(rows.columns)
@@ -114,7 +122,7 @@ def check_where(runs: Runs, where: str) -> None:
         InputError: DuckDB rejects it.
     """
     source, params = _filtered({"where": where})
-    runs.read(f"explain select 1 from {source}", params)
+    _read(runs, f"explain select 1 from {source}", params)
 
 
 def _filtered(given: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
@@ -183,7 +191,8 @@ def read_response(runs: Runs, run_id: str, rollout_id: str) -> dict[str, Any]:
     if run_id not in runs.manifests:
         raise InputError(f'no run "{run_id}"{nearest(run_id, runs.manifests)}')
     key = {"run": run_id, "rollout": to_integer("rollout_id", rollout_id)}
-    rows = runs.read(
+    rows = _read(
+        runs,
         f"""select responses.*, prompts.prompt, prompts.task, prompts.ground_truth
         from ({_read_sql("responses")}) as responses
         left join prompts on prompts.run_id = responses.run_id and prompts.prompt_id = responses.prompt_id
@@ -193,7 +202,7 @@ def read_response(runs: Runs, run_id: str, rollout_id: str) -> dict[str, Any]:
     if rows.is_empty():
         raise InputError(f"run {run_id} has no response {rollout_id}")
     response = {name: values[0] for name, values in columns_of(rows, whole=True).items()}
-    tokens = runs.read(_read_sql("response_tokens"), {**key, "step": response["step"]})
+    tokens = _read(runs, _read_sql("response_tokens"), {**key, "step": response["step"]})
     return {
         "response": response,
         "tokens": columns_of(tokens),
@@ -204,7 +213,8 @@ def read_response(runs: Runs, run_id: str, rollout_id: str) -> dict[str, Any]:
 
 def _neighbors(runs: Runs, key: Mapping[str, Any], prompt_id: str, step: int) -> dict[str, int | None]:
     """Return the responses before and after one in its run, and those to its prompt in other steps."""
-    row = runs.read(
+    row = _read(
+        runs,
         """select
           max(rollout_id) filter (where rollout_id < $rollout) as previous,
           min(rollout_id) filter (where rollout_id > $rollout) as next,
@@ -224,30 +234,42 @@ def read_band(runs: Runs, run_id: str, stage: str, quantity: str) -> dict[str, l
     """
     if quantity not in QUANTITIES:
         raise InputError(f'no quantity "{quantity}"{nearest(quantity, QUANTITIES)}')
-    return columns_of(runs.read(_read_sql("band"), {"run": run_id, "stage": stage, "quantity": quantity}))
+    return columns_of(_read(runs, _read_sql("band"), {"run": run_id, "stage": stage, "quantity": quantity}))
 
 
-def read_prompts(runs: Runs, prompt_id: str) -> dict[str, Any]:
-    """Return all responses to one prompt, over steps and runs.
+def read_prompts(runs: Runs, prompt_id: str, run_id: str | None = None) -> dict[str, Any]:
+    """Return all responses to one prompt, over steps and runs: those with the same text under the same id.
+
+    Args:
+        runs: Where to look.
+        prompt_id: The id, which may stand for other texts in runs of other seeds.
+        run_id: Run that determines the text (default: the first with the id).
 
     Raises:
         InputError: no such prompt.
     """
+    prompts = _read(
+        runs,
+        "select run_id, prompt, task, ground_truth from prompts where prompt_id = $prompt order by run_id",
+        {"prompt": prompt_id},
+    )
+    chosen = next((row for row in prompts.iter_rows(named=True) if run_id in (None, row["run_id"])), None)
+    alike = [row["run_id"] for row in prompts.iter_rows(named=True) if chosen and row["prompt"] == chosen["prompt"]]
     source, params = _filtered({"prompt_id": prompt_id})
-    keys = runs.read(
+    if alike:
+        source = f"(select * from {source} where list_contains($alike, run_id))"
+        params["alike"] = alike
+    keys = _read(
+        runs,
         f"select run_id, rollout_id, step from {source} order by step, arm, seed, rollout_id limit {MOST_OF_PROMPT}",
         params,
     )
     rows = _listed(runs, keys)
     if rows.is_empty():
         raise InputError(f'no response to a prompt "{prompt_id}"')
-    prompt = runs.read(
-        "select prompt, task, ground_truth from prompts where prompt_id = $prompt limit 1", {"prompt": prompt_id}
-    )
-    return {
-        "prompt": {name: values[0] for name, values in columns_of(prompt, whole=True).items()} if len(prompt) else {},
-        "columns": columns_of(rows),
-    }
+    shown = {name: chosen[name] for name in ("prompt", "task", "ground_truth")} if chosen else {}
+    others = len(prompts) - len(alike)
+    return {"prompt": shown, "num_other_runs": others, "columns": columns_of(rows)}
 
 
 def align(first: list[int], second: list[int]) -> list[tuple[int, int, int, int, bool]]:

@@ -10,7 +10,7 @@ from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-COOKIE = "entrace_token"
+COOKIE = "entrace_token_{port}"
 # Scripts and style sheets are files of this server, figures are images in the page, the editor sets style attributes,
 # and notebooks on this machine may frame the pages.
 POLICY = (
@@ -56,7 +56,10 @@ class Guard:
             return
         headers = Headers(scope=scope)
         given = QueryParams(scope["query_string"]).get("token")
-        refusal = self._refuse(headers, given)
+        # Cookies do not tell ports apart.
+        cookie = COOKIE.format(port=(scope.get("server") or ("", 0))[1])
+        is_link = scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate"
+        refusal = self._refuse(headers, given, cookie, is_link=is_link)
 
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -65,22 +68,22 @@ class Guard:
                     added.setdefault(name, value)
                 added.setdefault("content-security-policy", self._policy)
                 if self._token and given and not refusal:
-                    added.append("set-cookie", f"{COOKIE}={self._token}; HttpOnly; SameSite=Strict; Path=/")
+                    added.append("set-cookie", f"{cookie}={self._token}; HttpOnly; SameSite=Strict; Path=/")
             await send(message)
 
         app = PlainTextResponse(f"entrace view: {refusal}\n", status_code=403) if refusal else self._app
         await app(scope, receive, send_guarded)
 
-    def _refuse(self, headers: Headers, given: str | None) -> str | None:
-        """Return why a request is refused, or None."""
+    def _refuse(self, headers: Headers, given: str | None, cookie: str, *, is_link: bool) -> str | None:
+        """Return why a request is refused, or None; a link or frame elsewhere may lead to a page."""
         host = headers.get("host", "")
         if self._hosts is not None and urlsplit(f"//{host}").hostname not in {name.strip("[]") for name in self._hosts}:
             return "this host name is not served; open the address that the command printed"
         origin = headers.get("origin")
-        if origin not in (None, f"http://{host}") or headers.get("sec-fetch-site") == "cross-site":
+        if origin not in (None, f"http://{host}") or (headers.get("sec-fetch-site") == "cross-site" and not is_link):
             return "a request from another site"
         if self._token:
-            held = given or cookie_parser(headers.get("cookie", "")).get(COOKIE) or ""
+            held = given or cookie_parser(headers.get("cookie", "")).get(cookie) or ""
             if not hmac.compare_digest(held.encode(), self._token.encode()):
                 return "the address needs ?token=..., as the command printed it"
         return None

@@ -70,7 +70,7 @@ def prepare(session: Session, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT
     is_loopback = host in ("127.0.0.1", "localhost", "::1")
     token = None if is_loopback else secrets.token_urlsafe(24)
     app = create_app(session, hosts=LOOPBACK if is_loopback else None, token=token)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, access_log=False, lifespan="off")
+    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, access_log=False, lifespan="off")
     server = uvicorn.Server(config)
     app.state.viewer.is_closing = lambda: server.should_exit
     shown = f"[{host}]" if ":" in host else host

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from entrace.analysis.runs import Runs, find_run_folders, open_runs
 from entrace.analysis.trace.errors import InputError
 from entrace.analysis.trace.manifest import MANIFEST
-from entrace.analysis.trace.places import to_place
+
+# Longest wait for a figure that is being drawn.
+CLOSING_S = 10.0
 
 
 class Session:
@@ -33,6 +36,7 @@ class Session:
         self.problem: str | None = None
         self._opening = threading.Lock()
         self._computing = threading.Lock()
+        self._is_closed = False
         self._open(self._paths)
 
     def _open(self, paths: Sequence[str | Path]) -> None:
@@ -42,30 +46,28 @@ class Session:
         self._stamps = self._find_stamps()
         self.generation += 1
 
-    def _find_stamps(self) -> dict[str, int | None]:
-        """Return when each run.json was last written; None if it is gone."""
-        found: dict[str, int | None] = {}
-        for manifest in self.runs.manifests.values():
-            path = to_place(manifest["path"]) / MANIFEST
-            try:
-                found[str(path)] = path.stat().st_mtime_ns
-            except (OSError, AttributeError):
-                found[str(path)] = None
+    def _find_stamps(self) -> dict[str, int]:
+        """Return when run.json of each run was last written, by folder; runs that are gone are left out."""
+        found: dict[str, int] = {}
+        for path in self._paths:
+            with suppress(InputError, OSError, AttributeError):
+                for folder in find_run_folders([path]):
+                    found[str(folder)] = (folder / MANIFEST).stat().st_mtime_ns
         return found
 
     def refresh(self) -> None:
-        """Open the runs again if one of them has changed; those that are gone are named and left out."""
+        """Open the runs again if one of them has changed, is new, or is gone; those that are gone are named."""
         with self._opening:
             stamps = self._find_stamps()
             if stamps == self._stamps:
                 return
-            lost = [path for path in self._paths if not _is_there(path)]
+            gone = [run for run, manifest in self.runs.manifests.items() if manifest["path"] not in stamps]
             try:
-                self._open([path for path in self._paths if path not in lost])
-                self.problem = f"no longer there: {', '.join(map(str, lost))}" if lost else None
+                self._open(list(stamps))
+                self.problem = f"no longer there: {', '.join(gone)}" if gone else None
             except InputError as error:
                 self._stamps = stamps
-                self.problem = str(error)
+                self.problem = str(error) if stamps else "none of the runs is there any more"
                 self.generation += 1
 
     def once(self, key: Any, compute: Callable[[Runs], Any]) -> Any:
@@ -74,7 +76,16 @@ class Session:
         Only one thread computes at a time: matplotlib and the connection of a ``Runs`` object allow no more.
         """
         with self._computing:
+            if self._is_closed:
+                raise InputError("the server is stopping")
             return self.cached(key, compute)
+
+    def close(self) -> None:
+        """Stop what is being computed, and wait until it has ended."""
+        self._is_closed = True
+        self.runs.stop()
+        if self._computing.acquire(timeout=CLOSING_S):
+            self._computing.release()
 
     def cached(self, key: Any, compute: Callable[[Runs], Any]) -> Any:
         """Return the same as ``once``, for what several threads may compute, such as queries in other processes."""
@@ -82,10 +93,3 @@ class Session:
         if key not in cache:
             cache[key] = compute(runs)
         return cache[key]
-
-
-def _is_there(path: str | Path) -> bool:
-    try:
-        return bool(find_run_folders([path]))
-    except InputError:
-        return False

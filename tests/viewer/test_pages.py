@@ -157,7 +157,7 @@ def test_tokens_show_color_text_and_every_column(tab: Tab, frozen: Client):
     panel = page.locator(".side").inner_text()
     for name in ("entropy", "log-probability", "advantage", "gradient norm", "category"):
         assert name in panel
-    assert f"Token {strongest}" in panel
+    assert f"Token at position {strongest}," in panel
     assert f"position={strongest}" in page.url
     page.keyboard.press("End")
     assert f"position={last}" in page.url

@@ -25,6 +25,8 @@ from entrace.analysis.viewer import server
 from entrace.analysis.viewer.responses import align
 from entrace.analysis.viewer.session import Session
 from tests.analysis.conftest import step_row, write_tiny
+from tests.analysis.synthetic import write_run
+from tests.test_hostile import rewrite
 from tests.viewer.conftest import FROZEN, Client
 
 
@@ -221,7 +223,7 @@ def test_a_malformed_request_is_one_line(frozen: Client, body: object):
         ({"Host": "evil.example:80"}, "/api/runs"),
         ({"Origin": "http://evil.example"}, "/api/runs"),
         ({"Origin": "null"}, "/api/runs"),
-        ({"Sec-Fetch-Site": "cross-site"}, "/api/runs"),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "cors"}, "/api/runs"),
     ],
 )
 def test_other_sites_are_refused(frozen: Client, headers: dict[str, str], path: str):
@@ -259,7 +261,7 @@ def test_beyond_this_machine_the_address_holds_a_token(tmp_path: Path):
     status, _, headers = client.ask(f"/api/runs?token={token}")
     assert status == 200
     assert "HttpOnly" in headers["set-cookie"]
-    assert client.ask("/api/runs", headers={"Cookie": f"entrace_token={token}"})[0] == 200
+    assert client.ask("/api/runs", headers={"Cookie": f"entrace_token_{served.port}={token}"})[0] == 200
     served.server.should_exit = True
     thread.join(timeout=10)
 
@@ -311,6 +313,73 @@ def _next_event(events: object) -> bytes:
         if line.startswith(b"data: "):
             return line
     raise AssertionError("the stream of events ended")
+
+
+def test_a_link_or_frame_elsewhere_leads_to_a_page(frozen: Client):
+    headers = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert frozen.ask("/responses", headers=headers)[0] == 200
+    assert frozen.ask("/api/sql", {"sql": "select 1"}, headers)[0] == 403
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Writes two arms of two seeds, whose prompts have equal ids and, between seeds, different texts."""
+    root = tmp_path_factory.mktemp("view") / "study"
+    for seed in range(2):
+        for arm in ("none", "ppl"):
+            folder = write_run(root / f"{arm}-seed{seed}", arm=arm, seed=seed, steps=24, groups=3)
+            rewrite(folder, lambda column, text: f"{text} [{seed}]" if column == "prompt" else text)  # noqa: B023
+    return root
+
+
+def test_a_mean_mark_opens_the_responses_that_it_counts(study: Path, served: Callable[..., Client]):
+    client = served(study)
+    for stem, sign in (("entropy_by_sample_sign", True), ("defects_over_steps", False)):
+        found = client.get(f"/api/figure/{stem}")
+        group = max(found["marks"], key=lambda group: max(group["columns"]["num_responses"]))
+        i = 5
+        row = {name: values[i] for name, values in group["columns"].items()}
+        assert row.get("run_id") is None
+        where = urllib.request.quote(group["where"][i])
+        address = f"/api/responses?step={row['step']}&where={where}"
+        address += f"&sample_sign={row['sample_sign']}" if sign else ""
+        assert client.get(address)["num_rows"] == row["num_responses"]
+        assert found["opens"]
+    assert not client.get("/api/figure/ablation_curves")["opens"]
+
+
+def test_a_prompt_is_its_text_and_not_its_id(study: Path, served: Callable[..., Client]):
+    client = served(study)
+    prompt = client.get("/api/responses?run_id=ppl-seed1")["columns"]["prompt_id"][0]
+    found = client.get(f"/api/prompt?prompt_id={prompt}&run=ppl-seed1")
+    assert found["prompt"]["prompt"].endswith("[1]")
+    assert set(found["columns"]["run_id"]) <= {"none-seed1", "ppl-seed1"}
+    assert found["num_other_runs"] == 2
+
+
+def test_a_new_run_of_a_study_appears_and_a_lost_one_is_named(study: Path, tmp_path: Path):
+    shutil.copytree(study, tmp_path / "study")
+    shutil.move(tmp_path / "study" / "ppl-seed1", tmp_path / "later")
+    session = Session([tmp_path / "study"])
+    assert len(session.runs.manifests) == 3
+    shutil.move(tmp_path / "later", tmp_path / "study" / "ppl-seed1")
+    session.refresh()
+    assert len(session.runs.manifests) == 4
+    shutil.rmtree(tmp_path / "study" / "none-seed0")
+    session.refresh()
+    assert session.problem == "no longer there: none-seed0"
+    assert len(session.runs.manifests) == 3
+    shutil.rmtree(tmp_path / "study")
+    session.refresh()
+    assert session.problem == "none of the runs is there any more"
+
+
+def test_names_and_numbers_of_a_result_are_exact(frozen: Client):
+    query = 'select \'x\' as name, 1 as "20", 2 as "3", 1000000000000000000000000000001::hugeint as big'
+    found = json.loads(frozen.ask("/api/sql", {"sql": query})[1])
+    assert found["names"] == ["name", "20", "3", "big"]
+    assert found["columns"]["big"] == ["1000000000000000000000000000001"]
+    assert found["sql"] == query
 
 
 def test_a_run_that_disappears_is_reported_and_the_rest_keeps_working(tmp_path: Path, served: Callable[..., Client]):

@@ -38,8 +38,9 @@ function number(value) {
   if (value === null || value === undefined) return "–";
   if (typeof value === "boolean") return value ? "yes" : "no";
   if (typeof value !== "number") return visible(typeof value === "object" ? JSON.stringify(value) : String(value));
-  if (Number.isInteger(value)) return Math.abs(value) >= 10000 ? value.toLocaleString("en-US") : String(value);
   const size = Math.abs(value);
+  if (size >= 1e15) return String(value);
+  if (Number.isInteger(value)) return size >= 10000 ? value.toLocaleString("en-US") : String(value);
   if (size >= 1000) return value.toLocaleString("en-US", { maximumFractionDigits: 0 });
   return size >= 0.001 || size === 0 ? String(Number(value.toPrecision(4))) : value.toExponential(2);
 }

@@ -15,7 +15,7 @@ function alignedRows(parts, spans) {
   while (same < Math.min(...lengths) && ids.every((own) => own[same] === ids[0][same])) same++;
   const rows = [];
   if (same) rows.push({ spans: parts.map(() => [0, same]), isEqual: true });
-  rows.push({ spans: lengths.map((length) => [same, length]), isEqual: false });
+  if (lengths.some((length) => length > same)) rows.push({ spans: lengths.map((length) => [same, length]), isEqual: false });
   return rows;
 }
 
@@ -49,7 +49,7 @@ async function renderAligned(page) {
   const grid = el("div", { class: "columns" }, parts.map((part) => el("div", {}, heading(part))), cells);
   grid.style.gridTemplateColumns = `repeat(${parts.length}, minmax(0, 1fr))`;
   const diverges = at < 0 ? "These responses are equal." : `They share ${rows[0].isEqual ? rows[0].spans[0][1] : 0} tokens before they diverge; equal parts are pale.`;
-  const prompts = [...new Set(parts.map((part) => part.response.prompt_id))];
+  const prompts = [...new Set(parts.map((part) => part.response.prompt ?? part.response.prompt_id))];
   return [el("h1", {}, `${parts.length} responses side by side`),
     prompts.length > 1 ? el("p", { class: "soft" }, "They answer different prompts.") : el("details", { class: "card" }, el("summary", {}, "Prompt"), el("pre", { tabindex: 0 }, lines(parts[0].response.prompt ?? "unknown"))),
     el("div", { class: "bar" }, el("label", { class: "inline" }, "Color by", picker), el("span", {}, diverges), saveButton("comparison")), legendPlace, grid];
@@ -61,11 +61,11 @@ PAGES["/compare"] = {
     if (params().getAll("r").length) return renderAligned(this);
     const prompt = params().get("prompt_id");
     if (!prompt) return [el("h1", {}, "Compare responses"), el("p", {}, "Choose two to four responses on the page ", link("/responses", {}, "Responses"), ", or a prompt there.")];
-    const found = await get(address("/api/prompt", { prompt_id: prompt }));
+    const found = await get(address("/api/prompt", { prompt_id: prompt, run: params().get("run") }));
     const chosen = selection();
     return [el("h1", {}, `Responses to ${visible(prompt)}`),
       el("details", { class: "card", open: true }, el("summary", {}, "Prompt"), el("pre", { tabindex: 0 }, lines(found.prompt.prompt ?? "unknown"))),
-      el("div", { class: "bar" }, el("span", {}, `${found.columns.run_id.length} responses over steps and arms`), chosen.button),
+      el("div", { class: "bar" }, el("span", {}, `${found.columns.run_id.length} responses over steps and arms${found.num_other_runs ? `; in ${found.num_other_runs} runs this id is another prompt` : ""}`), chosen.button),
       listTable(found.columns, { sort: "step", onSort: null, chosen })];
   },
 };

@@ -3,6 +3,8 @@
 
 const LINKS = [["/", "Overview"], ["/responses", "Responses"], ["/compare", "Compare"], ["/sql", "SQL"]];
 let rendering = 0;
+// What is shown, without the part of the address behind #.
+let shown = "";
 
 function navigate(href) {
   if (SAVED) return;
@@ -15,8 +17,10 @@ function replaceParams(changes) {
   if (SAVED) return;
   const query = params();
   for (const [name, value] of Object.entries(changes)) {
-    if (value === null || value === undefined || value === "") query.delete(name);
-    else query.set(name, value);
+    query.delete(name);
+    for (const one of Array.isArray(value) ? value : [value]) {
+      if (one !== null && one !== undefined && one !== "") query.append(name, one);
+    }
   }
   history.replaceState(null, "", `${location.pathname}?${query}`);
 }
@@ -34,6 +38,8 @@ async function render({ keepsScroll = false } = {}) {
   const turn = ++rendering;
   const { path } = place();
   const page = PAGES[path];
+  PAGES[shown.split("?")[0]]?.leave?.();
+  shown = place().path + place().search;
   hideTip();
   const content = document.getElementById("content");
   if (!page) {
@@ -57,7 +63,8 @@ async function render({ keepsScroll = false } = {}) {
   content.replaceChildren(...[nodes].flat(9).filter((node) => node !== null && node !== undefined));
   content.removeAttribute("aria-busy");
   scrollTo({ top: keepsScroll ? top : 0, behavior: "instant" });
-  if (location.hash) document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();
+  if (location.hash) document.getElementById(location.hash.slice(1))?.scrollIntoView();
+  showProblem(FETCHED.get("/api/runs")?.problem ?? "");
   page.ready?.();
 }
 
@@ -81,15 +88,17 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") hideTip();
 });
 
-addEventListener("popstate", () => render());
-addEventListener("theme", () => render({ keepsScroll: true }));
+addEventListener("popstate", () => { if (place().path + place().search !== shown) render(); });
+// Plots have the colors of the theme that they were drawn in; a text that is being written is worth more.
+addEventListener("theme", () => { if (!PAGES[place().path]?.keepsState) render({ keepsScroll: true }); });
 
 // A console or a form in use is left alone.
+// A hidden tab gives up its connection, of which a browser allows few.
 function listen() {
   let seen = null;
-  const events = new EventSource("/api/events");
+  let events = null;
   const note = (text) => { const line = document.getElementById("live"); if (line) line.textContent = text; };
-  events.onmessage = async ({ data }) => {
+  const onMessage = async ({ data }) => {
     if (seen === null || data === seen) {
       seen = data;
       note("");
@@ -98,13 +107,24 @@ function listen() {
     seen = data;
     const found = await answered(fetch("/api/runs")).catch(() => null);
     showProblem(found?.problem ?? "");
-    if (PAGES[place().path]?.keepsState || document.activeElement?.closest("form")) note("The runs have changed; reload to see more");
-    else {
-      await render({ keepsScroll: true });
-      note("Updated just now");
-    }
+    const page = PAGES[place().path];
+    if (page?.update) await page.update();
+    else if (page?.keepsState || document.activeElement?.closest("form")) note("The runs have changed; reload to see more");
+    else await render({ keepsScroll: true });
+    if (!page?.keepsState) note("Updated just now");
   };
-  events.onerror = () => note("The server does not answer");
+  const connect = () => {
+    if (document.hidden || events) {
+      if (document.hidden) events?.close();
+      if (document.hidden) events = null;
+      return;
+    }
+    events = new EventSource("/api/events");
+    events.onmessage = onMessage;
+    events.onerror = () => note("The server does not answer");
+  };
+  document.addEventListener("visibilitychange", connect);
+  connect();
 }
 
 render();

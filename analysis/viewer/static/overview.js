@@ -9,7 +9,6 @@ const rowOf = (group, i) => Object.fromEntries(Object.entries(group.columns).map
 function behind(group, i) {
   const row = rowOf(group, i);
   const filters = Object.fromEntries(SELECTING.filter((name) => row[name] !== null && row[name] !== undefined).map((name) => [name, row[name]]));
-  if (filters.defect === "any") filters.defect = "any";
   return address("/responses", { ...filters, where: group.where[i], at: row.position_mid });
 }
 
@@ -47,7 +46,8 @@ function interactive(found) {
     dot.style.left = `${100 * mark.left}%`;
     dot.style.top = `${100 * mark.top}%`;
     const frame = hit.getBoundingClientRect();
-    showTip(markFacts(mark.group, mark.i), frame.left + mark.left * frame.width, frame.top + mark.top * frame.height);
+    const note = found.opens ? null : el("p", { class: "soft small" }, "Evaluations: no responses to open");
+    showTip(el("div", {}, markFacts(mark.group, mark.i), note), frame.left + mark.left * frame.width, frame.top + mark.top * frame.height);
   };
   hit.addEventListener("mousemove", (event) => {
     const frame = hit.getBoundingClientRect();
@@ -61,7 +61,7 @@ function interactive(found) {
   });
   hit.addEventListener("mouseleave", () => show(-1));
   hit.addEventListener("blur", () => show(-1));
-  const openMark = () => { if (current >= 0 && !SAVED) navigate(behind(all[current].group, all[current].i)); };
+  const openMark = () => { if (current >= 0 && !SAVED && found.opens) navigate(behind(all[current].group, all[current].i)); };
   hit.addEventListener("click", openMark);
   hit.addEventListener("keydown", (event) => {
     const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10 };
@@ -74,20 +74,21 @@ function interactive(found) {
 }
 
 function figureCard(entry) {
-  const body = el("div", { class: "soft small" }, "Drawing…");
+  let body = el("div", { class: "soft small" }, "Drawing…");
   const card = el("section", { class: "card", id: entry.stem, "aria-busy": true }, el("h3", {}, visible(entry.question)), body);
   let isAsked = false;
-  const load = async () => {
-    if (isAsked) return;
+  const put = (next) => { body.replaceWith(next); body = next; };
+  const load = async ({ again = false } = {}) => {
+    if (isAsked !== again) return;
     isAsked = true;
     try {
       const found = await get(`/api/figure/${entry.stem}`);
-      body.replaceWith(found.lacks ? el("p", { class: "soft" }, `Not drawn: ${visible(found.lacks)}.`) : el("figure", {},
+      put(found.lacks ? el("p", { class: "soft" }, `Not drawn: ${visible(found.lacks)}.`) : el("figure", {},
         interactive(found),
         el("figcaption", { class: "small soft" }, el("details", {}, el("summary", {}, "Caption and SQL"), el("p", {}, visible(found.caption)),
           el("pre", { tabindex: 0 }, lines(found.sql)), link(address("/sql", { q: found.sql }), {}, "Open in the SQL console")))));
     } catch (error) {
-      body.replaceWith(failure(error));
+      put(failure(error));
     }
     card.removeAttribute("aria-busy");
   };
@@ -149,11 +150,19 @@ PAGES["/"] = {
       for (const { target, isIntersecting } of seen) if (isIntersecting) cards.find(({ card }) => card === target).load();
     }, { rootMargin: "300px 0px" });
     cards.forEach(({ card }) => watcher.observe(card));
+    let table = runsTable(found);
+    // Figures that are drawn are drawn again; what is open stays open.
+    this.update = async () => {
+      const next = runsTable(await get("/api/runs"));
+      table.replaceWith(next);
+      table = next;
+      await Promise.all(cards.map(({ load }) => load({ again: true })));
+    };
     return [
       el("h1", {}, `${found.runs.length} run${found.runs.length === 1 ? "" : "s"}`),
-      runsTable(found), scorecard,
+      table, scorecard,
       el("h2", {}, "Figures"),
-      el("p", { class: "soft small" }, "Point at a mark for its value, interval, and n; click it for the responses behind it."),
+      el("p", { class: "soft small" }, "Figures of training show the baseline arm, those of ablations all arms. Point at a mark for its value, interval, and n; click it for the responses behind it."),
       el("div", { class: "grid" }, cards.map(({ card }) => card)),
     ];
   },

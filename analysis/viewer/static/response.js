@@ -28,15 +28,18 @@ PAGES["/response"] = {
     const head = [
       el("h1", {}, `Response ${response.rollout_id} `, el("span", { class: "soft small" }, `step ${response.step}, ${visible(response.run_id)}`)),
     ];
-    const move = (id, label, key) => (SAVED ? null : el("button", { type: "button", disabled: id === null, title: `Key ${key}`, onclick: () => id !== null && navigate(responseAddress(response.run_id, id, { color: given.get("color") })) }, label));
+    const move = (id, label, key) => (SAVED ? null : el("button", { type: "button", disabled: id === null, title: `Key ${key}`, onclick: () => visit(id) }, label));
     const prompt = el("details", { class: "card" }, el("summary", {}, "Prompt"), el("pre", { tabindex: 0 }, response.prompt === null ? "unknown" : lines(response.prompt)));
     const nav = el("div", { class: "bar" }, move(neighbors.previous, "← Previous response", "p"), move(neighbors.next, "Next response →", "n"),
       move(neighbors.earlier, "↑ Same prompt, earlier step", "e"), move(neighbors.later, "Same prompt, later step ↓", "l"), saveButton(`response-${response.rollout_id}`));
+    let colored = given.get("color");
+    const visit = (id) => id !== null && navigate(responseAddress(response.run_id, id, { color: colored }));
+    this.keys = { n: () => visit(neighbors.next), p: () => visit(neighbors.previous), l: () => visit(neighbors.later), e: () => visit(neighbors.earlier) };
     if (!length) {
       return [head, nav, prompt, el("div", { class: "card" }, el("p", { class: "soft" }, "The tokens of this response are not stored."), el("pre", { tabindex: 0 }, lines(response.completion ?? "")), about(response))];
     }
     const panel = el("div", { class: "card side", "aria-live": "polite" });
-    const showToken = (i) => panel.replaceChildren(el("h2", { class: "minor" }, `Token ${tokens.position[i]} of ${length}`), tokenFacts(tokens, i));
+    const showToken = (i) => panel.replaceChildren(el("h2", { class: "minor" }, `Token at position ${tokens.position[i]}, ${length} in all`), tokenFacts(tokens, i));
     const relative = Number(given.get("at"));
     const view = tokenView(tokens, {
       label: "Tokens of the response. Left and right arrow keys move between tokens.",
@@ -48,6 +51,7 @@ PAGES["/response"] = {
     const picker = el("select", { "aria-label": "Color tokens by" }, available.map((name) => el("option", { value: name }, QUANTITIES[name][0])));
     const color = async (name) => {
       picker.value = name;
+      colored = name;
       const limit = limitOf(tokens[name]);
       view.color(name, limit);
       legendPlace.replaceChildren(legend(name, limit));
@@ -79,13 +83,10 @@ PAGES["/response"] = {
     picker.addEventListener("change", () => { color(picker.value); replaceParams({ color: picker.value }); });
     const first = available.includes(given.get("color")) ? given.get("color") : (available[0] ?? "category");
     this.keys = {
+      ...this.keys,
       ArrowRight: () => view.select(Math.min(view.selected + 1, length - 1)), ArrowLeft: () => view.select(Math.max(view.selected - 1, 0)),
       Home: () => view.select(0), End: () => view.select(length - 1),
       c: () => { const next = available[(available.indexOf(picker.value) + 1) % available.length]; color(next); replaceParams({ color: next }); },
-      n: () => neighbors.next !== null && navigate(responseAddress(response.run_id, neighbors.next, { color: picker.value })),
-      p: () => neighbors.previous !== null && navigate(responseAddress(response.run_id, neighbors.previous, { color: picker.value })),
-      l: () => neighbors.later !== null && navigate(responseAddress(response.run_id, neighbors.later, { color: picker.value })),
-      e: () => neighbors.earlier !== null && navigate(responseAddress(response.run_id, neighbors.earlier, { color: picker.value })),
     };
     const absent = Object.keys(QUANTITIES).filter((name) => !available.includes(name));
     this.ready = () => {

@@ -29,18 +29,18 @@ function listTable(columns, { sort, onSort, at, chosen }) {
       const value = columns[name][i];
       if (name === "is_correct") return el("td", {}, verdictOf(value));
       if (name === "defects") return el("td", { class: "small" }, (value ?? []).map(visible).join(", "));
-      if (name === "prompt_id") return el("td", {}, link(address("/compare", { prompt_id: value }), { title: "All responses to this prompt" }, visible(value)));
+      if (name === "prompt_id") return el("td", {}, link(address("/compare", { prompt_id: value, run }), { title: "All responses to this prompt" }, visible(value)));
       return el("td", { class: NUMBERS.has(name) ? "num" : null }, number(value));
     });
     const text = columns.completion[i] ?? "";
-    return el("tr", {}, el("td", {}, box), cells,
+    return el("tr", {}, el("td", {}, SAVED ? null : box), cells,
       el("td", { class: "text mono" }, link(responseAddress(run, id, { at }), {}, lines(text.slice(0, 160)) || "(empty)"), text.length > 160 ? "…" : ""));
   });
   const head = SHOWN.map(([name, label]) => {
     const state = sort === name ? "ascending" : sort === `-${name}` ? "descending" : null;
     const can = SORTS.includes(name) && onSort;
     return el("th", { scope: "col", class: NUMBERS.has(name) ? "num" : null, "aria-sort": state },
-      can ? el("button", { type: "button", onclick: () => onSort(state === "ascending" ? `-${name}` : name) }, `${label}${state === "ascending" ? " ↑" : state ? " ↓" : ""}`) : label);
+      can && !SAVED ? el("button", { type: "button", onclick: () => onSort(state === "ascending" ? `-${name}` : name) }, `${label}${state === "ascending" ? " ↑" : state ? " ↓" : ""}`) : label);
   });
   return el("div", { class: "card scroll", tabindex: 0, role: "region", "aria-label": "Responses" }, el("table", {},
     el("thead", {}, el("tr", {}, el("th", { scope: "col" }, el("span", { class: "soft" }, "Compare")), head, el("th", { scope: "col" }, "Text"))), el("tbody", {}, rows)));
@@ -58,12 +58,18 @@ function selection() {
   return {
     button, keys,
     has: (key) => keys.has(key),
-    toggle(key, isOn) { if (isOn) keys.add(key); else keys.delete(key); show(); },
+    toggle(key, isOn) {
+      if (isOn) keys.add(key);
+      else keys.delete(key);
+      replaceParams({ r: [...keys] });
+      show();
+    },
   };
 }
 
 PAGES["/responses"] = {
   title: () => "Responses",
+  keepsState: true,
   async render() {
     const given = params();
     const value = (name) => given.get(name) ?? "";
@@ -99,7 +105,7 @@ PAGES["/responses"] = {
     const currentSort = value("sort") || "step";
     const keep = (changes) => {
       const values = Object.fromEntries([...FILTERS, "sort", "at"].map((name) => [name, value(name)]));
-      return address("/responses", { ...values, ...changes });
+      return address("/responses", { ...values, r: [...chosen.keys], ...changes });
     };
     form.addEventListener("submit", (event) => {
       event.preventDefault();
@@ -110,12 +116,12 @@ PAGES["/responses"] = {
     const chosen = selection();
     let content;
     try {
-      const found = await get(address("/api/responses", Object.fromEntries(given)));
+      const found = await get(address("/api/responses", Object.fromEntries([...new Set(given.keys())].filter((name) => name !== "r").map((name) => [name, given.get(name)]))));
       const pages = Math.max(1, Math.ceil(found.num_rows / found.page_rows));
-      const turn = (page, label) => el("button", { type: "button", disabled: page < 1 || page > pages, onclick: () => navigate(keep({ page })) }, label);
+      const turn = (page, label) => el("button", { type: "button", disabled: SAVED || page < 1 || page > pages, onclick: () => navigate(keep({ page })) }, label);
       content = [
         el("div", { class: "bar" }, el("span", { role: "status" }, `${number(found.num_rows)} response${found.num_rows === 1 ? "" : "s"}`), turn(found.page - 1, "← Previous"),
-          el("span", { class: "soft" }, `page ${found.page} of ${number(pages)}`), turn(found.page + 1, "Next →"), chosen.button, saveButton("responses")),
+          el("span", { class: "soft" }, found.page > pages ? `no page ${found.page}` : `page ${found.page} of ${number(pages)}`), turn(found.page + 1, "Next →"), chosen.button, saveButton("responses")),
         found.num_rows ? listTable(found.columns, { sort: currentSort, onSort: (sort) => navigate(keep({ sort, page: "" })), at: given.get("at"), chosen })
           : el("p", {}, "No response matches. Remove a filter, or look at the condition."),
       ];

@@ -2,7 +2,9 @@
 // A console: SQL with completion, limits, a stop button, history, and results as table, plot, and file.
 
 const HISTORY = "entrace-sql-history";
-const LINE_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];
+// Okabe and Ito's colors, then the same dashed.
+const COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];
+const LINE_COLORS = [...COLORS, ...COLORS];
 
 function readHistory() {
   try { return JSON.parse(localStorage.getItem(HISTORY)) ?? []; } catch { return []; }
@@ -14,7 +16,7 @@ function remember(text) {
 
 // A plot of two columns, one line per value of a third; null if nothing can be drawn.
 function resultPlot(found) {
-  const names = Object.keys(found.columns);
+  const { names } = found;
   const numeric = names.filter((name) => /^(U?Int|Float|Decimal)/.test(found.types[name]));
   if (!numeric.length || !found.num_rows) return el("p", { class: "soft" }, "A plot needs rows with a column of numbers.");
   const pick = (label, options, value) => {
@@ -22,25 +24,30 @@ function resultPlot(found) {
     select.value = value;
     return [select, el("label", {}, label, select)];
   };
-  const texts = names.filter((name) => !numeric.includes(name) && new Set(found.columns[name]).size <= 12);
+  const kinds = names.filter((name) => new Set(found.columns[name]).size <= LINE_COLORS.length);
   const [x, xLabel] = pick("Horizontal", numeric, numeric.includes("step") ? "step" : numeric[0]);
   const [y, yLabel] = pick("Vertical", numeric, numeric.find((name) => name !== x.value && !["seed", "rollout_id"].includes(name)) ?? numeric[0]);
-  const [by, byLabel] = pick("One line per", ["", ...texts], texts[0] ?? "");
+  const [by, byLabel] = pick("One line per", ["", ...kinds], kinds.find((name) => !numeric.includes(name)) ?? "");
   const [kind, kindLabel] = pick("Marks", ["lines", "points"], "lines");
   const place = el("div");
   const draw = () => {
     place.replaceChildren();
     const places = [...new Set(found.columns[x.value].filter((value) => value !== null))].sort((a, b) => a - b);
     const index = new Map(places.map((value, i) => [value, i]));
+    let hidden = 0;
     const groups = by.value ? [...new Set(found.columns[by.value])] : [null];
     const series = groups.map((group, g) => {
       const values = Array(places.length).fill(null);
       found.columns[x.value].forEach((value, i) => {
-        if (value !== null && (!by.value || found.columns[by.value][i] === group)) values[index.get(value)] = found.columns[y.value][i];
+        if (value === null || (by.value && found.columns[by.value][i] !== group)) return;
+        const at = index.get(value);
+        if (values[at] !== null) hidden++;
+        else if (typeof found.columns[y.value][i] === "number") values[at] = found.columns[y.value][i];
       });
-      return { label: visible(String(group ?? y.value)), values, color: LINE_COLORS[g % LINE_COLORS.length], points: kind.value === "points", spanGaps: true };
+      return { label: visible(String(group ?? y.value)), values, color: LINE_COLORS[g % LINE_COLORS.length], dash: g >= COLORS.length ? [5, 4] : undefined, points: kind.value === "points", spanGaps: true };
     });
     plot(place, places, series, { xLabel: visible(x.value), yLabel: visible(y.value), height: 320 });
+    if (hidden) place.append(el("p", { class: "small" }, `${number(hidden)} rows are not shown, because an earlier row has the same place and line.`));
   };
   const box = el("div", {}, el("div", { class: "bar" }, xLabel, yLabel, byLabel, kindLabel), place);
   requestAnimationFrame(draw);
@@ -56,7 +63,7 @@ function dictionary(found) {
 
 function resultView(found) {
   const place = el("div");
-  const table = () => place.replaceChildren(virtualTable(found.columns, found.types));
+  const table = () => place.replaceChildren(virtualTable(found.columns, found.types, found.names));
   const tabs = [["Table", table], ["Plot", () => place.replaceChildren(resultPlot(found))]].map(([label, show]) => el("button", {
     type: "button", onclick: (event) => { tabs.forEach((tab) => tab.setAttribute("aria-pressed", String(tab === event.target))); show(); },
   }, label));
@@ -64,7 +71,7 @@ function resultView(found) {
   tabs[1].setAttribute("aria-pressed", "false");
   table();
   return el("div", {}, el("div", { class: "bar" }, tabs,
-    el("span", { role: "status" }, `${number(found.num_rows)} row${found.num_rows === 1 ? "" : "s"}${found.has_more ? ", and more beyond the limit" : ""}, ${number(found.seconds)} s`)), place);
+    el("span", { role: "status" }, `${number(found.num_rows)} row${found.num_rows === 1 ? "" : "s"}${found.has_more ? ", and more beyond the limit" : ""}${found.names.length > MOST_COLUMNS ? `, ${MOST_COLUMNS} of ${number(found.names.length)} columns` : ""}, ${number(found.seconds)} s`)), place);
 }
 
 PAGES["/sql"] = {
@@ -73,7 +80,8 @@ PAGES["/sql"] = {
   async render() {
     const text = params().get("q") ?? "";
     if (SAVED) {
-      return [el("h1", {}, "SQL"), el("pre", { tabindex: 0 }, lines(text)), resultView(SAVED.data["/api/sql"])];
+      const found = SAVED.data["/api/sql"];
+      return [el("h1", {}, "SQL"), el("pre", { tabindex: 0 }, lines(found.sql)), resultView(found)];
     }
     const [tables, questions] = await Promise.all([get("/api/dictionary"), get("/api/questions")]);
     const holder = el("div", { class: "editor" });
@@ -90,12 +98,15 @@ PAGES["/sql"] = {
       const clock = el("p", { class: "soft", role: "status" }, "Running…");
       const ticking = setInterval(() => { clock.textContent = `Running… ${Math.round((Date.now() - since) / 1000)} s`; }, 1000);
       result.replaceChildren(clock);
+      FETCHED.delete("/api/sql");
+      saving.disabled = true;
       replaceParams({ q: editor.text, limit: limit.value });
       remember(editor.text);
       fillHistory();
       try {
         const found = await post("/api/sql", { sql: editor.text, limit: limit.value, name });
         FETCHED.set("/api/sql", found);
+        saving.disabled = false;
         result.replaceChildren(resultView(found));
       } catch (error) {
         result.replaceChildren(failure(error));
@@ -106,7 +117,11 @@ PAGES["/sql"] = {
       start.disabled = false;
     };
     const start = el("button", { type: "button", class: "primary", title: "Ctrl+Enter", onclick: run }, "Run");
-    const stop = el("button", { type: "button", disabled: true, onclick: () => running && post("/api/stop", { name: running }) }, "Stop");
+    const end = () => running && post("/api/stop", { name: running });
+    const stop = el("button", { type: "button", disabled: true, onclick: end }, "Stop");
+    const saving = saveButton("query");
+    saving.disabled = true;
+    this.leave = end;
     const save = (form) => el("button", {
       type: "button", onclick: async (event) => {
         try {
@@ -128,7 +143,7 @@ PAGES["/sql"] = {
     const editor = SqlEditor.create({ parent: holder, doc: text, schema, nonce: NONCE, label: "SQL query", onRun: run, onChange: () => {} });
     this.ready = () => { if (text) run(); };
     return [el("h1", {}, "SQL"), el("div", { class: "card" }, el("div", { class: "bar" }, examples, past), holder,
-      el("div", { class: "bar" }, start, stop, el("label", { class: "inline" }, "Row limit", limit), el("span", { class: "soft small" }, "Export all rows:"), save("csv"), save("parquet"), saveButton("query"),
+      el("div", { class: "bar" }, start, stop, el("label", { class: "inline" }, "Row limit", limit), el("span", { class: "soft small" }, "Export all rows:"), save("csv"), save("parquet"), saving,
         el("span", { class: "soft small" }, "Read-only; at most 1 GiB and 300 s. Ctrl+Enter runs."))), result, dictionary(tables)];
   },
 };

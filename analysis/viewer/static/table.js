@@ -3,17 +3,21 @@
 
 const ROW_HEIGHT = 26;
 
-function virtualTable(columns, types) {
-  const names = Object.keys(columns);
+// Columns beyond these would freeze the page.
+const MOST_COLUMNS = 200;
+
+function virtualTable(columns, types, allNames) {
+  const names = allNames.slice(0, MOST_COLUMNS);
   const length = names.length ? columns[names[0]].length : 0;
-  const isNumber = (name) => /^(U?Int|Float|Decimal)/.test(types?.[name] ?? "");
+  const isNumber = (name) => /^(U?Int|Float|Decimal)/.test(types[name]);
   const body = el("tbody");
   const cell = (name, i) => {
     const value = columns[name][i];
-    const text = isNumber(name) ? number(value) : value === null ? "–" : lines(typeof value === "object" ? JSON.stringify(value) : value);
-    return el("td", { class: isNumber(name) ? "num" : null, title: text.length > 60 ? text.slice(0, 1000) : null }, text.slice(0, 400).replaceAll("\n", "↵"));
+    const whole = value === null ? "–" : lines(typeof value === "object" ? JSON.stringify(value) : value);
+    const text = typeof value === "number" && !Number.isInteger(value) ? number(value) : whole;
+    return el("td", { class: isNumber(name) ? "num" : null, title: whole.slice(0, 1000) }, text.slice(0, 400).replaceAll("\n", "↵"));
   };
-  const head = names.map((name) => el("th", { class: isNumber(name) ? "num" : null, scope: "col", title: types?.[name] }, visible(name)));
+  const head = names.map((name) => el("th", { class: isNumber(name) ? "num" : null, scope: "col", title: types[name] }, visible(name)));
   const table = el("table", { "aria-rowcount": length + 1 }, el("thead", {}, el("tr", {}, head)), body);
   const view = el("div", { class: "rows", tabindex: 0, role: "region", "aria-label": "Rows" }, table);
   let shown = "";
