@@ -33,6 +33,7 @@ def test_a_target_applies_to_the_median():
     assert "| slow | 3 | 3 to 3 | ratio | at most 2 | **missed** |" in to_markdown([found, missed])
 
 
+@pytest.mark.slow
 def test_the_benchmarks_write_their_report(tmp_path, monkeypatch):
     run(bench, monkeypatch, "--quick", "--out", tmp_path / "report")
     measurements = json.loads((tmp_path / "report.json").read_text())["measurements"]

@@ -83,6 +83,7 @@ def test_a_run_that_asks_for_more_than_any_node_has_is_refused(cluster, tmp_path
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.slow
 def test_a_method_of_the_working_directory_is_found_by_the_tasks(cluster, tmp_path, monkeypatch):
     """Ray starts its workers in a folder of its own."""
     work = tmp_path / "work"
@@ -110,6 +111,7 @@ def print_and_exit(config, run_dir, labels, **_):
     os._exit(3)
 
 
+@pytest.mark.slow
 def test_a_task_that_dies_says_how_and_what_it_printed_last(cluster, tmp_path, capsys):
     spec = load_grid("tiny-study", SMALL, seeds=[0])[0]
     failed = run_grid([spec], tmp_path / "study", RayLauncher(cluster.address), print_and_exit)
