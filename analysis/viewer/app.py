@@ -29,7 +29,7 @@ from entrace.analysis.trace.plain import plain
 from entrace.analysis.trace.schema import RESPONSE_TOKENS, TABLES
 from entrace.analysis.viewer import pictures, responses, saved
 from entrace.analysis.viewer.cells import to_json
-from entrace.analysis.viewer.console import DEFAULT_ROWS, Console
+from entrace.analysis.viewer.console import DEFAULT_ROWS, MEMORY, TIMEOUT_S, Console
 from entrace.analysis.viewer.security import LOOPBACK, Guard
 from entrace.analysis.viewer.session import Session
 
@@ -78,6 +78,7 @@ def create_app(session: Session, *, hosts: tuple[str, ...] | None = LOOPBACK, to
         Mount("/static", StaticFiles(directory=FOLDER / "static")),
         Mount("/vendor", StaticFiles(directory=FOLDER / "vendor")),
         Route("/favicon.ico", lambda request: RedirectResponse("/static/icon.svg")),
+        Route("/{path}", viewer.page),
     ]
     guard = Middleware(Guard, hosts=hosts, token=token, nonce=nonce)
     app = Starlette(routes=routes, middleware=[guard])
@@ -127,7 +128,7 @@ class _Viewer:
             # The cookie holds the token from now on, and an address that is shared must not.
             return RedirectResponse(request.url.remove_query_params("token"))
         text = (FOLDER / "static" / "index.html").read_text(encoding="utf-8")
-        return HTMLResponse(text.replace("{nonce}", self._nonce))
+        return HTMLResponse(text.replace("{nonce}", self._nonce), 200 if request.url.path in PAGES else 404)
 
     def runs(self, request: Request) -> Any:
         """Return the runs, what is missing from them, and their stages."""
@@ -328,7 +329,7 @@ def _export(runs: Runs, text: str, form: str) -> Path:
     descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=f".{form}")
     try:
         with open(descriptor, "wb") as out:
-            write(runs.stream(text), form, out, is_safe=True)
+            write(runs.stream(text, memory=MEMORY, timeout=TIMEOUT_S), form, out, is_safe=True)
     except BaseException:
         Path(name).unlink()
         raise

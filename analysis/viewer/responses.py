@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from entrace.analysis.queries import SQL_ROOT
 from entrace.analysis.runs import Runs
-from entrace.analysis.sandbox.statements import SQL_POSITION
+from entrace.analysis.sandbox.statements import SQL_POSITION, parameter_names
 from entrace.analysis.trace.errors import InputError, nearest
 from entrace.analysis.viewer.cells import columns_of
 
@@ -154,10 +154,13 @@ def _check_condition(where: str) -> None:
     import duckdb
 
     try:
-        for opened, closed in ("()", "[]"):
-            duckdb.extract_statements(f"select {opened}{where}\n{closed}")
+        names = [
+            name for opened, closed in ("()", "[]") for name in parameter_names(f"select {opened}{where}\n{closed}")
+        ]
     except duckdb.Error as error:
         raise InputError(f"where: {SQL_POSITION.sub('', str(error))}") from None
+    if names:
+        raise InputError(f"where: ${names[0]} has no value")
 
 
 def _value(name: str, value: str) -> Any:

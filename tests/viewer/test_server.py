@@ -91,7 +91,7 @@ def test_responses_are_filtered_and_sorted_as_sql_does(frozen: Client):
 
 
 @pytest.mark.parametrize(
-    "where", ["1) or (1", "true); drop table runs; --", "nothing = 1", "select", "ppl >", "'", "ppl > 1 /*"]
+    "where", ["1) or (1", "true); drop table runs; --", "nothing = 1", "ppl > $x", "select", "ppl >", "'", "ppl > 1 /*"]
 )
 def test_a_condition_that_is_none_is_refused_in_one_line(frozen: Client, where: str):
     quoted = urllib.request.quote(where)

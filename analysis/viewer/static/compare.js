@@ -36,7 +36,7 @@ async function renderAligned(page) {
       onHover: (i, event) => (i < 0 ? hideTip() : showTip(tokenFacts(parts[column].tokens, i), event.clientX, event.clientY)),
     });
     views.push({ view, tokens: parts[column].tokens });
-    return el("div", {}, from === to ? el("span", { class: "soft small" }, "(nothing)") : view.root);
+    return el("div", { "data-label": `response ${parts[column].response.rollout_id}` }, from === to ? el("span", { class: "soft small" }, "(nothing)") : view.root);
   }));
   const color = (name) => {
     picker.value = name;

@@ -8,6 +8,7 @@ let shown = "";
 
 function navigate(href) {
   if (SAVED) return;
+  history.replaceState({ top: scrollY }, "");
   history.pushState(null, "", href);
   render();
 }
@@ -22,7 +23,8 @@ function replaceParams(changes) {
       if (one !== null && one !== undefined && one !== "") query.append(name, one);
     }
   }
-  history.replaceState(null, "", `${location.pathname}?${query}`);
+  history.replaceState(history.state, "", `${location.pathname}?${query}`);
+  shown = place().path + place().search;
 }
 
 function showTop(path) {
@@ -34,7 +36,7 @@ function showTop(path) {
     el("div", { class: "right" }, el("span", { id: "live", role: "status" }), theme));
 }
 
-async function render({ keepsScroll = false } = {}) {
+async function render({ keepsScroll = false, scrollTop = 0 } = {}) {
   const turn = ++rendering;
   const { path } = place();
   const page = PAGES[path];
@@ -62,7 +64,7 @@ async function render({ keepsScroll = false } = {}) {
   const top = scrollY;
   content.replaceChildren(...[nodes].flat(9).filter((node) => node !== null && node !== undefined));
   content.removeAttribute("aria-busy");
-  scrollTo({ top: keepsScroll ? top : 0, behavior: "instant" });
+  scrollTo({ top: keepsScroll ? top : scrollTop, behavior: "instant" });
   if (location.hash) document.getElementById(location.hash.slice(1))?.scrollIntoView();
   showProblem(FETCHED.get("/api/runs")?.problem ?? "");
   page.ready?.();
@@ -88,7 +90,10 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") hideTip();
 });
 
-addEventListener("popstate", () => { if (place().path + place().search !== shown) render(); });
+addEventListener("popstate", (event) => {
+  if (place().path + place().search !== shown) render({ scrollTop: event.state?.top ?? 0 });
+});
+history.scrollRestoration = "manual";
 // Plots have the colors of the theme that they were drawn in; a text that is being written is worth more.
 addEventListener("theme", () => { if (!PAGES[place().path]?.keepsState) render({ keepsScroll: true }); });
 

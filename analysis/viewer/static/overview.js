@@ -62,7 +62,12 @@ function interactive(found) {
   hit.addEventListener("mouseleave", () => show(-1));
   hit.addEventListener("blur", () => show(-1));
   const openMark = () => { if (current >= 0 && !SAVED && found.opens) navigate(behind(all[current].group, all[current].i)); };
-  hit.addEventListener("click", openMark);
+  // A finger has no pointer to hover with: its first tap shows a mark, its second opens it.
+  let tapped = -1;
+  hit.addEventListener("click", (event) => {
+    if (event.pointerType === "touch" && tapped !== current) tapped = current;
+    else openMark();
+  });
   hit.addEventListener("keydown", (event) => {
     const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10 };
     if (event.key in steps && all.length) {

@@ -80,7 +80,12 @@ PAGES["/response"] = {
           "Gray: mean of the stage at equal relative positions; band: first to last decile.");
       }
     };
-    picker.addEventListener("change", () => { color(picker.value); replaceParams({ color: picker.value }); });
+    picker.addEventListener("change", () => {
+      color(picker.value);
+      replaceParams({ color: picker.value });
+      // The arrow keys belong to the tokens again.
+      view.root.focus();
+    });
     const first = available.includes(given.get("color")) ? given.get("color") : (available[0] ?? "category");
     this.keys = {
       ...this.keys,

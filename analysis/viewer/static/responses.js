@@ -2,6 +2,8 @@
 // Find responses: filters, a condition in SQL that is checked while it is typed, sorting, and a selection to compare.
 
 const FILTERS = ["run_id", "arm", "seed", "step", "step_from", "step_to", "prompt_id", "group_id", "is_correct", "is_kept", "stage", "phase", "sample_sign", "defect", "turns", "text", "where"];
+// Filters of links that have no field of their own.
+const HIDDEN = ["phase", "group_id", "is_kept"];
 const SORTS = ["step", "reward", "advantage", "ppl", "ppl_z", "entropy_mean", "response_length", "is_correct", "arm", "prompt_id"];
 const SHOWN = [
   ["step", "Step"], ["run_id", "Run"], ["prompt_id", "Prompt"], ["is_correct", "Verdict"], ["reward", "Reward"], ["advantage", "Advantage"],
@@ -102,6 +104,7 @@ PAGES["/responses"] = {
       el("div", { class: "bar" }, el("label", { class: "grow" }, "Condition in SQL over rollouts, with arm, seed, stage, phase, and sample_sign; subqueries may read any table", where),
         el("button", { class: "primary" }, "Show"), link("/responses", {}, "Clear")),
       problem);
+    const hidden = HIDDEN.filter((name) => value(name));
     const currentSort = value("sort") || "step";
     const keep = (changes) => {
       const values = Object.fromEntries([...FILTERS, "sort", "at"].map((name) => [name, value(name)]));
@@ -110,7 +113,7 @@ PAGES["/responses"] = {
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       const entered = Object.fromEntries(new FormData(form));
-      if (entered.turns) entered.turns = String(Number(entered.turns) - 1);
+      if (Number.isInteger(Number(entered.turns || "x"))) entered.turns = String(Number(entered.turns) - 1);
       navigate(address("/responses", { ...Object.fromEntries(["phase", "group_id", "is_kept", "at"].map((name) => [name, value(name)])), ...entered, sort: value("sort") }));
     });
     const chosen = selection();
@@ -122,6 +125,7 @@ PAGES["/responses"] = {
       content = [
         el("div", { class: "bar" }, el("span", { role: "status" }, `${number(found.num_rows)} response${found.num_rows === 1 ? "" : "s"}`), turn(found.page - 1, "← Previous"),
           el("span", { class: "soft" }, found.page > pages ? `no page ${found.page}` : `page ${found.page} of ${number(pages)}`), turn(found.page + 1, "Next →"), chosen.button, saveButton("responses")),
+        hidden.length ? el("div", { class: "bar" }, "Also filtered by:", hidden.map((name) => el("button", { type: "button", title: "Remove", onclick: () => navigate(keep({ [name]: "", page: "" })) }, `${name} = ${visible(value(name))} ×`))) : null,
         found.num_rows ? listTable(found.columns, { sort: currentSort, onSort: (sort) => navigate(keep({ sort, page: "" })), at: given.get("at"), chosen })
           : el("p", {}, "No response matches. Remove a filter, or look at the condition."),
       ];
