@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from entrace.analysis import claims, figures, queries
 from entrace.analysis.compare import compare_once
 from entrace.analysis.runs import Runs
-from entrace.analysis.terminal.export import to_json, to_report_csv
+from entrace.analysis.terminal.export import to_csv_digits, to_json, to_report_csv
 from entrace.analysis.trace.errors import InputError
 from entrace.analysis.trace.manifest import flatten
 from entrace.analysis.trace.places import reaching, to_place
@@ -131,7 +131,8 @@ def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) 
     (out / f"{stem}.csv").write_text(to_report_csv(frame), encoding="utf-8")
     image = None
     if figures.is_drawable(frame):
-        for form, data in _draw(runs, stem, frame).items():
+        # Sums over threads differ in their last digits, and equal data must give equal bytes.
+        for form, data in _draw(runs, stem, to_csv_digits(frame)).items():
             (out / f"{stem}.{form}").write_bytes(data)
             image = base64.b64encode(data).decode() if form == "png" else image
     text = runs.questions.read(stem)

@@ -64,9 +64,14 @@ def to_json(value: Any, default: Callable[[Any], str] | None = None) -> str:
 
 def to_report_csv(frame: pl.DataFrame) -> str:
     """Return CSV that is safe in a spreadsheet: six significant digits, and no text that runs as a formula."""
+    return _csv(readable(to_csv_digits(_without_formulas(_flat(frame)))))
+
+
+def to_csv_digits(frame: pl.DataFrame) -> pl.DataFrame:
+    """Return ``frame`` with numbers rounded to the significant digits of the CSV files of a report."""
     import polars.selectors as cs
 
-    return _csv(readable(_without_formulas(_flat(frame)).with_columns(cs.float().round_sig_figs(CSV_DIGITS))))
+    return frame.with_columns(cs.float().round_sig_figs(CSV_DIGITS))
 
 
 def readable(frame: pl.DataFrame) -> pl.DataFrame:
