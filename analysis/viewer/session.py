@@ -75,6 +75,9 @@ class Session:
 
         Only one thread computes at a time: matplotlib and the connection of a ``Runs`` object allow no more.
         """
+        cache = self._cache
+        if key in cache:
+            return cache[key]
         with self._computing:
             if self._is_closed:
                 raise InputError("the server is stopping")
