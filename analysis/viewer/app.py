@@ -113,11 +113,11 @@ class _Viewer:
         self.is_closing: Callable[[], bool] = lambda: False
 
     def warm_up(self) -> None:
-        """Start the process of queries, and draw the first figure, before a page asks for them."""
+        """Draw the first figure, and start the process of queries, before a page asks for them."""
         try:
-            self._session.runs.read("select 1")
             first = figures.stems(self._session.runs)[0]
             self._session.once(("figure", first), lambda runs: pictures.draw(runs, first))
+            self._session.runs.read("select 1")
         except (InputError, OSError):
             # The page that needs it will say what is wrong; or the server is stopping.
             return
