@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import shutil
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -130,6 +131,8 @@ class Runs:
         self._files = files
         self._columns: dict[str, dict[str, set[str]]] = {}
         self._spill = spill_folder()
+        # The connection has one transaction at a time.
+        self._connected = threading.RLock()
         self._con = connect(manifests, files, BUFFERS, self._spill)
         weakref.finalize(self._con, shutil.rmtree, self._spill, ignore_errors=True)
         # At most one process that has answered a query and waits for the next.
@@ -224,10 +227,11 @@ class Runs:
             InputError: a parameter is unknown, or a file cannot be read.
         """
         given = self._prepare(text, params or {})
-        for name in queries.computed_tables_in(text) - self._filled:
-            self._filled.add(name)
-            fill(self._con, name, self._compute(name))
-        return self._run(text, given)
+        with self._connected:
+            for name in queries.computed_tables_in(text) - self._filled:
+                self._filled.add(name)
+                fill(self._con, name, self._compute(name))
+            return self._run(text, given)
 
     def read(self, text: str, params: Mapping[str, Any] | None = None, *, timeout: float | None = None) -> pl.DataFrame:
         """Run a query like ``sql``, without the scan for NaN in the tables that it reads, for pages with single rows.
@@ -235,9 +239,7 @@ class Runs:
         Raises:
             InputError: as for ``sql``.
         """
-        given = dict.fromkeys(_parameters_of(text)) | dict(params or {})
-        query = Query(text, given, {name: self._compute(name) for name in queries.computed_tables_in(text)})
-        return self._collect(query, Limits.parse(None, timeout))
+        return self._collect(self._with_computed(text, _complete(text, params or {})), Limits.parse(None, timeout))
 
     def stop(self) -> None:
         """End all queries that other threads wait for."""
@@ -318,12 +320,13 @@ class Runs:
         """Return the columns of a table that have values, by run; ``unknown`` says which values mean nothing."""
         if table not in self._columns:
             folders = {manifest["path"]: run for run, manifest in self.manifests.items()}
-            found = self._columns[table] = {}
+            found: dict[str, set[str]] = {}
             for path in map(to_place, self._files[table]):
                 found.setdefault(folders[str(path.parents[1])], set()).update(columns_with_values(path))
             for run, columns in found.items():
                 unknown = self.manifests[run].get("unknown") or {}
                 columns -= {c.name for c in TABLES[table].columns if not c.nullable and f"{table}.{c.name}" in unknown}
+            self._columns[table] = found
         return self._columns[table]
 
     @cached_property
@@ -361,12 +364,13 @@ class Runs:
 
             series = ("entropy_token_mean", "accuracy")
             steps = self._select(f"select run_id, step, {', '.join(series)} from steps order by run_id, step", {})
-            self._fits = {}
+            fits: dict[str, StageFit] = {}
             for (run_id,), part in steps.group_by("run_id", maintain_order=True):
                 known = part.drop_nulls([name for name in series if part[name].count()])
                 if len(known) and any(part[name].count() for name in series):
                     entropy, accuracy = (known[name].cast(pl.Float64).to_numpy() for name in series)
-                    self._fits[str(run_id)] = fit_stages(known["step"].to_numpy(), entropy, accuracy)
+                    fits[str(run_id)] = fit_stages(known["step"].to_numpy(), entropy, accuracy)
+            self._fits = fits
         return self._fits
 
     @property
@@ -439,8 +443,10 @@ class Runs:
         self._finite.add(table.name)
 
     def _to_query(self, text: str, given: Mapping[str, Any]) -> Query:
+        return self._with_computed(text, self._prepare(text, given))
+
+    def _with_computed(self, text: str, params: dict[str, Any]) -> Query:
         """Return a query for another process, which has none of the computed tables."""
-        params = self._prepare(text, given)
         return Query(text, params, {name: self._compute(name) for name in queries.computed_tables_in(text)})
 
     def _prepare(self, text: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -449,13 +455,9 @@ class Runs:
         Raises:
             InputError: as for ``sql``.
         """
-        names = _parameters_of(text)
-        for name in given:
-            if name not in names:
-                hint = nearest(name, names) if names else "; this query has none"
-                raise InputError(f'unknown parameter "{name}"{hint}')
+        params = _complete(text, given)
         self._check_tables(text)
-        return dict.fromkeys(names) | dict(given)
+        return params
 
     def _check(self, text: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return parameters whose values are of the kinds that the headers of a query name."""
@@ -514,18 +516,19 @@ class Runs:
         import duckdb
         import polars as pl
 
-        self._con.execute("begin transaction read only")
-        try:
-            return interruptible(self._con, lambda: self._con.sql(text, params=params).pl())
-        except duckdb.Error as error:
-            # The parser and the binder reject a query before it reads a file.
-            if not isinstance(error, duckdb.ParserException | duckdb.BinderException | duckdb.CatalogException):
-                self._explain(error, text)
-            raise InputError(one_line(error)) from None
-        except pl.exceptions.PolarsError as error:
-            raise _unsupported(error) from None
-        finally:
-            self._con.execute("rollback")
+        with self._connected:
+            self._con.execute("begin transaction read only")
+            try:
+                return interruptible(self._con, lambda: self._con.sql(text, params=params).pl())
+            except duckdb.Error as error:
+                # The parser and the binder reject a query before it reads a file.
+                if not isinstance(error, duckdb.ParserException | duckdb.BinderException | duckdb.CatalogException):
+                    self._explain(error, text)
+                raise InputError(one_line(error)) from None
+            except pl.exceptions.PolarsError as error:
+                raise _unsupported(error) from None
+            finally:
+                self._con.execute("rollback")
 
     def _explain(self, error: Exception, text: str) -> None:
         """Raise what is behind the error of a failed query, if its files or the disk are: DuckDB names neither.
@@ -556,18 +559,23 @@ class Runs:
             check_whole(path, table, known=recorded[path.parents[1]].of(f"{table.name}/{listed_name(path)}"))
 
 
-def _parameters_of(text: str) -> set[str]:
-    """Return the names of the parameters of one query.
+def _complete(text: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all parameters of one query, null unless given.
 
     Raises:
-        InputError: the text is not a single query, or cannot be parsed.
+        InputError: the text is not a single query, cannot be parsed, or lacks a parameter that is given.
     """
     import duckdb
 
     try:
-        return parameter_names(text)
+        names = parameter_names(text)
     except duckdb.Error as error:
         raise InputError(one_line(error)) from None
+    for name in given:
+        if name not in names:
+            hint = nearest(name, names) if names else "; this query has none"
+            raise InputError(f'unknown parameter "{name}"{hint}')
+    return dict.fromkeys(names) | dict(given)
 
 
 def _unsupported(error: Exception) -> InputError:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import duckdb
@@ -14,6 +15,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from polars.testing import assert_frame_equal
 
 from entrace.analysis.runs import Runs, open_runs
 from entrace.analysis.trace import InputError, TraceWriter, write_manifest
@@ -156,6 +158,24 @@ def test_stages_are_there_even_if_fits_were_asked_for_first(tiny_path: Path):
 @pytest.mark.parametrize("name", ["staged_steps", "responses_at_length", "steps_with_threshold(0.2)"])
 def test_views_that_build_on_stages_have_rows_in_the_first_query(tiny_path: Path, name: str):
     assert open_runs(tiny_path).sql(f"select count(*) from {name}").item() > 0
+
+
+def test_several_threads_ask_one_runs_object(study_path: Path):
+    """Questions in this process, and queries in others whose computed tables this process fills."""
+    runs = open_runs(study_path)
+    asked: list[Callable[[], pl.DataFrame]] = [
+        lambda: runs.query("stage_dynamics"),
+        lambda: runs.query("entropy_by_sample_sign"),
+        lambda: runs.read("select count(*) from staged_responses"),
+        lambda: runs.sql("select count(*) from staged_tokens"),
+    ]
+    alone = [ask() for ask in asked]
+    for _ in range(3):
+        runs = open_runs(study_path)
+        with ThreadPoolExecutor(len(asked)) as pool:
+            together = [future.result() for future in [pool.submit(ask) for ask in asked]]
+        for one, other in zip(alone, together, strict=True):
+            assert_frame_equal(one, other)
 
 
 def test_subjects_are_the_baseline_or_each_run(study: Runs, study_path: Path):
