@@ -113,6 +113,11 @@ def overall(verdicts: Sequence[Verdict]) -> dict[str, str]:
     return {claim: _combine(found) for claim, found in words.items()}
 
 
+def scorecard(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Return the verdicts, and one per claim, as ``claims.json`` holds them."""
+    return {"overall": overall(verdicts), "verdicts": [verdict.to_dict() for verdict in verdicts]}
+
+
 def _about_training(claim: str, entry: Mapping[str, Any], runs: Runs) -> Iterator[_Finding]:
     for subject, run_ids in (runs.subjects() or {"-": []}).items():
         for part in entry["parts"]:

@@ -167,18 +167,7 @@ def tables(
         raise InputError(f'unknown table "{table}"{nearest(table, TABLES)}')
     chosen = [TABLES[table]] if table else list(TABLES.values())
     if json:
-        print_json(
-            {
-                t.name: {
-                    "grain": t.grain,
-                    "key": t.sort_by,
-                    "columns": [
-                        {"name": c.name, "type": str(c.type), "unit": c.unit, "meaning": c.meaning} for c in t.columns
-                    ],
-                }
-                for t in chosen
-            }
-        )
+        print_json({t.name: {"grain": t.grain, "key": t.sort_by, "columns": t.describe()} for t in chosen})
         return
     for entry in chosen:
         typer.echo(f"{entry.name}: {entry.grain}; key run_id, {', '.join(entry.sort_by)}")
@@ -199,14 +188,14 @@ def claims(
 
     Example: entrace claims data/runs/study --json
     """
-    from entrace.analysis.claims import judge, load_ledger, overall
+    from entrace.analysis.claims import judge, load_ledger, scorecard
     from entrace.analysis.runs import open_runs
 
     opened = open_runs(runs, questions=questions)
     verdicts = judge(opened, load_ledger(ledger, opened.questions) if ledger else None)
     note_incomplete(opened)
     if json:
-        print_json({"overall": overall(verdicts), "verdicts": [verdict.to_dict() for verdict in verdicts]})
+        print_json(scorecard(verdicts))
         return
     for v in verdicts:
         interval = "[no interval]" if v.low is None or v.high is None else f"[{v.low:.3g}, {v.high:.3g}]"

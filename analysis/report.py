@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,7 +80,7 @@ def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None
 
 def _write_parts(runs: Runs, stems: list[str], out: Path, on_step: Callable[[int, str], None]) -> None:
     verdicts = claims.judge(runs)
-    scorecard = {"overall": claims.overall(verdicts), "verdicts": [verdict.to_dict() for verdict in verdicts]}
+    scorecard = claims.scorecard(verdicts)
     (out / CLAIMS).write_text(to_json(scorecard) + "\n", encoding="utf-8")
     on_step(1, CLAIMS)
     comparison = _write_comparison(runs, out)
@@ -151,14 +150,9 @@ def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) 
 def _draw(runs: Runs, stem: str, frame: pl.DataFrame) -> dict[str, bytes]:
     """Return the bytes of one figure in each format."""
     import matplotlib as mpl
-    from matplotlib.figure import Figure
 
     files = {}
-    with mpl.rc_context(figures.style.RC), warnings.catch_warnings(), _without_layout_tables():
-        # Words and names may hold characters that the font lacks; each becomes a box.
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
-        figure = Figure(figsize=figures.size(runs, stem, frame), dpi=mpl.rcParams["savefig.dpi"])
-        figures.figure_module(stem, runs.questions).draw(frame, figure.subplots())
+    with figures.drawn(runs, stem, frame) as figure, _without_layout_tables():
         # All formats have the layout of the picture: a layout takes as long as a drawing.
         figure.draw_without_rendering()
         mpl.rcParams["figure.constrained_layout.use"] = False

@@ -10,7 +10,9 @@ To add a figure, add its module and its function below. The report has the figur
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -25,6 +27,7 @@ from entrace.analysis.trace.errors import InputError, in_one_line
 if TYPE_CHECKING:
     import polars as pl
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from entrace.analysis.runs import Runs
 
@@ -117,6 +120,20 @@ def draw(stem: str, runs: Runs, ax: Axes | None = None) -> Axes:
     if not is_drawable(frame):
         raise InputError(f"{stem}: {runs.why_empty(stem)}")
     return figure_module(stem, runs.questions).draw(frame, ax or style.new_axes(size(runs, stem, frame)))
+
+
+@contextmanager
+def drawn(runs: Runs, stem: str, frame: pl.DataFrame) -> Iterator[Figure]:
+    """Draw the figure ``stem`` without pyplot, and yield it under the settings with which it must be saved."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(style.RC), warnings.catch_warnings():
+        # Words and names may hold characters that the font lacks; each becomes a box.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
+        figure = Figure(figsize=size(runs, stem, frame), dpi=mpl.rcParams["savefig.dpi"])
+        figure_module(stem, runs.questions).draw(frame, figure.subplots())
+        yield figure
 
 
 def _listed(function: Draws) -> Draws:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -34,7 +33,8 @@ class Marks:
     points: np.ndarray
 
 
-_DRAWN: WeakKeyDictionary[Figure, list[Marks]] = WeakKeyDictionary()
+# Attribute of a figure with its marks, which live as long as it does: they refer to its axes.
+KEPT = "_entrace_marks"
 
 
 def remember(
@@ -60,7 +60,7 @@ def remember(
     assert figure is not None
     places = [frame[name] if at is None else at for name, at in ((x, at_x), (y, at_y))]
     points = np.column_stack([np.asarray(place, dtype=float) for place in places]) if frame.height else np.empty((0, 2))
-    _DRAWN.setdefault(figure, []).append(Marks(ax, frame, x, y, points))
+    vars(figure).setdefault(KEPT, []).append(Marks(ax, frame, x, y, points))
 
 
 def located(figure: Figure) -> Iterator[tuple[Marks, np.ndarray]]:
@@ -69,7 +69,7 @@ def located(figure: Figure) -> Iterator[tuple[Marks, np.ndarray]]:
     A mark outside its axes, or whose value is unknown, is at NaN.
     """
     figure.draw_without_rendering()
-    for marks in _DRAWN.get(figure, []):
+    for marks in vars(figure).get(KEPT, []):
         pixels = marks.axes.transData.transform(marks.points) if len(marks.points) else marks.points
         inside = [bool(np.isfinite(pixel).all()) and marks.axes.bbox.padded(1).contains(*pixel) for pixel in pixels]
         is_inside = np.array(inside, dtype=bool)

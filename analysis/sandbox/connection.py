@@ -142,7 +142,7 @@ def connect(
     paths = dict.fromkeys(
         form for found in files.values() for path in found for name in forms_of(path) for form in (name, _pattern(name))
     )
-    con.execute(f"set allowed_paths = [{', '.join(map(_quote, paths))}]")
+    con.execute(f"set allowed_paths = [{', '.join(map(quote, paths))}]")
     # Progress is read by ``query_progress``, never printed.
     con.execute("set enable_progress_bar = true")
     con.execute("set enable_progress_bar_print = false")
@@ -185,7 +185,7 @@ def _create_view(con: duckdb.DuckDBPyConnection, table: Table, files: Mapping[st
 
 def _select(table: Table, layout: Layout, files: list[str]) -> str:
     """Return a SELECT of all columns of ``table`` from files of one layout."""
-    paths = ", ".join(_quote(_pattern(path)) for path in files)
+    paths = ", ".join(quote(_pattern(path)) for path in files)
     stored = [column.name for column in table.columns if column.name not in layout.absent]
     source = f"(select {', '.join(stored)} from read_parquet([{paths}], hive_partitioning = false))"
     if layout.version < SCHEMA_VERSION and table.name in DERIVED:
@@ -213,7 +213,8 @@ def _pattern(path: str) -> str:
     return GLOB_CHARACTERS.sub(r"[\g<0>]", path)
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
+    """Return a literal of SQL."""
     return "'" + text.replace("'", "''") + "'"
 
 

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from entrace.analysis.trace.connection import guard, reason_of_storage
+from entrace.analysis.trace.connection import SCHEME, guard, reason_of_storage
 from entrace.analysis.trace.errors import InputError, in_one_line, quoted_input_error
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-SCHEME = "://"
 MEMORY = "memory://"
 
 

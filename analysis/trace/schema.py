@@ -87,6 +87,10 @@ class Table:
         ]
         return pa.schema(fields, metadata={VERSION_KEY: str(SCHEMA_VERSION).encode(), b"grain": self.grain.encode()})
 
+    def describe(self) -> list[dict[str, str]]:
+        """Return name, type, unit, and meaning of each column, as JSON holds them."""
+        return [{"name": c.name, "type": str(c.type), "unit": c.unit, "meaning": c.meaning} for c in self.columns]
+
 
 def check_version(place: str, found: object) -> int:
     """Return the schema version if this version of entrace can read it; ``place`` names its location in the error.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -24,7 +25,7 @@ from entrace.analysis import claims, figures
 from entrace.analysis.runs import Runs
 from entrace.analysis.sandbox.connection import BESIDE_TRACE
 from entrace.analysis.terminal.export import write
-from entrace.analysis.trace.errors import TEMPORARY, InputError
+from entrace.analysis.trace.errors import TEMPORARY, InputError, with_kind
 from entrace.analysis.trace.plain import plain
 from entrace.analysis.trace.schema import RESPONSE_TOKENS, TABLES
 from entrace.analysis.viewer import pictures, responses, saved
@@ -32,6 +33,8 @@ from entrace.analysis.viewer.cells import to_json
 from entrace.analysis.viewer.console import DEFAULT_ROWS, MEMORY, TIMEOUT_S, Console
 from entrace.analysis.viewer.security import LOOPBACK, Guard
 from entrace.analysis.viewer.session import Session
+
+log = logging.getLogger("entrace")
 
 FOLDER = Path(__file__).parent
 # Pages, all of which are the same document with another script in charge.
@@ -81,7 +84,7 @@ def create_app(session: Session, *, hosts: tuple[str, ...] | None = LOOPBACK, to
         Route("/{path}", viewer.page),
     ]
     guard = Middleware(Guard, hosts=hosts, token=token, nonce=nonce)
-    app = Starlette(routes=routes, middleware=[guard])
+    app = Starlette(routes=routes, middleware=[guard], exception_handlers={Exception: _fail})
     app.state.viewer = viewer
     return app
 
@@ -92,6 +95,12 @@ async def _answer(get: Callable[[Request], Any], request: Request) -> Response:
         return _json(await run_in_threadpool(get, request))
     except InputError as error:
         return _refuse(error)
+
+
+async def _fail(request: Request, error: Exception) -> Response:
+    """Log a failure of the server with its traceback, and say on the page that there was one."""
+    log.error("view: %s failed", request.url.path, exc_info=error)
+    return _json({"error": f"the server failed: {with_kind(error)}"}, 500)
 
 
 def _json(value: Any, status: int = 200) -> Response:
@@ -167,18 +176,13 @@ class _Viewer:
     def figure(self, request: Request) -> Any:
         """Return one figure with its marks."""
         stem = request.path_params["stem"]
-        if stem not in {found["stem"] for found in pictures.list_figures(self._session.runs)}:
+        if stem not in figures.stems(self._session.runs):
             raise InputError(f'no figure "{stem}"')
         return self._session.once(("figure", stem), lambda runs: pictures.draw(runs, stem))
 
     def scorecard(self, request: Request) -> Any:
         """Return the verdicts of the scorecard, as ``entrace claims --json``."""
-
-        def judge(runs: Runs) -> dict[str, Any]:
-            verdicts = claims.judge(runs)
-            return {"overall": claims.overall(verdicts), "verdicts": [verdict.to_dict() for verdict in verdicts]}
-
-        return self._session.once("scorecard", judge)
+        return self._session.once("scorecard", lambda runs: claims.scorecard(claims.judge(runs)))
 
     def responses(self, request: Request) -> Any:
         """Return a page of responses."""
@@ -217,19 +221,11 @@ class _Viewer:
 
     def dictionary(self, request: Request) -> Any:
         """Return the tables and views that SQL can read, with their columns."""
-        tables = {
-            table.name: {
-                "grain": table.grain,
-                "columns": [
-                    {"name": c.name, "type": str(c.type), "unit": c.unit, "meaning": c.meaning} for c in table.columns
-                ],
-            }
-            for table in TABLES.values()
-        }
+        tables = {table.name: {"grain": table.grain, "columns": table.describe()} for table in TABLES.values()}
         described = {
             name: {
                 "grain": "facts about each run" if name == "runs" else "",
-                "columns": [{"name": c, "type": kind, "unit": "", "meaning": ""} for c, kind in columns.items()],
+                "columns": [_describe_column(*column) for column in columns.items()],
             }
             for name, columns in BESIDE_TRACE.items()
         }
@@ -351,5 +347,9 @@ def _describe_views(runs: Runs) -> dict[str, Any]:
     for view, column, kind in found.iter_rows():
         if view not in TABLES and view not in BESIDE_TRACE and view != RESPONSE_TOKENS:
             entry = described.setdefault(view, {"grain": "view of analysis/sql/staging", "columns": []})
-            entry["columns"].append({"name": column, "type": kind, "unit": "", "meaning": ""})
+            entry["columns"].append(_describe_column(column, kind))
     return described
+
+
+def _describe_column(name: str, kind: str) -> dict[str, str]:
+    return {"name": name, "type": kind, "unit": "", "meaning": ""}

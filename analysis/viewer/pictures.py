@@ -11,23 +11,15 @@ from entrace.analysis import figures
 from entrace.analysis.figures import marks
 from entrace.analysis.queries import headers
 from entrace.analysis.runs import Runs
+from entrace.analysis.sandbox.connection import quote
 from entrace.analysis.viewer.cells import columns_of
 
 MOST_MARKS = 20_000
 
 
 def list_figures(runs: Runs) -> list[dict[str, Any]]:
-    """Return name, question, level, and caption of every figure, in the order of the report."""
-    return [
-        {
-            "stem": stem,
-            "question": headers(runs.questions.read(stem))["question"],
-            "level": runs.questions[stem].level,
-            "claim": runs.questions[stem].claim,
-            "file": runs.questions.location(stem),
-        }
-        for stem in figures.stems(runs)
-    ]
+    """Return name and question of every figure, in the order of the report."""
+    return [{"stem": stem, "question": headers(runs.questions.read(stem))["question"]} for stem in figures.stems(runs)]
 
 
 def draw(runs: Runs, stem: str) -> dict[str, Any]:
@@ -48,23 +40,12 @@ def draw(runs: Runs, stem: str) -> dict[str, Any]:
     frame = figures.query(runs, stem)
     if not figures.is_drawable(frame):
         return {**about, "lacks": runs.why_empty(stem)}
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-
-    module = figures.figure_module(stem, runs.questions)
-    ax = module.draw(frame, figures.style.new_axes(figures.size(runs, stem, frame)))
-    figure = ax.get_figure(root=True)
-    try:
-        with mpl.rc_context(figures.style.RC):
-            tables = {need.table for need in runs.questions.needs(stem)}
-            shown = frame["run_id"].unique().sort().to_list() if "run_id" in frame.columns else []
-            groups = [_group(found, places, shown, tables) for found, places in marks.located(figure)]
-            out = io.StringIO()
-            figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    finally:
-        plt.close(figure)
+    tables = {need.table for need in runs.questions.needs(stem)}
+    shown = frame["run_id"].unique().sort().to_list() if "run_id" in frame.columns else []
+    out = io.StringIO()
+    with figures.drawn(runs, stem, frame) as figure:
+        groups = [_group(found, places, shown, tables) for found, places in marks.located(figure)]
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     width, height = figure.get_size_inches() * 72
     return {
         **about,
@@ -73,7 +54,7 @@ def draw(runs: Runs, stem: str) -> dict[str, Any]:
         "width": float(width),
         "height": float(height),
         "marks": [group for group in groups if group["left"]],
-        "opens": not any(need.table == "evals" for need in runs.questions.needs(stem)),
+        "opens": "evals" not in tables,
     }
 
 
@@ -101,17 +82,17 @@ def _where(row: dict[str, Any], shown: list[str], tables: set[str]) -> str:
     conditions = []
     tokens = []
     if row.get("run_id") is None and row.get("arm") is None:
-        conditions.append(f"run_id in ({', '.join(map(_quote, shown))})")
+        conditions.append(f"run_id in ({', '.join(map(quote, shown))})")
     if (category := row.get("category")) and "word" not in row and "text" not in row:
-        tokens.append("is_reasoning(category)" if category == "reasoning" else f"category = {_quote(category)}")
+        tokens.append("is_reasoning(category)" if category == "reasoning" else f"category = {quote(category)}")
     if "word" in row and "stage" not in row:
         # The question compares both ends of the rising stage.
         conditions.append("phase is not null")
     if word := row.get("word") or row.get("text"):
         tokens.append(
-            f"token_id in (select token_id from vocab_words where trim(word) = {_quote(str(word).strip())})"
+            f"token_id in (select token_id from vocab_words where trim(word) = {quote(str(word).strip())})"
             if "word" in row
-            else f"token_id in (select token_id from vocab where text = {_quote(word)})"
+            else f"token_id in (select token_id from vocab where text = {quote(word)})"
         )
     tokens += [
         f"{name} between {row[f'{name}_low']:.6g} and {row[f'{name}_high']:.6g}"
@@ -131,7 +112,3 @@ def _where(row: dict[str, Any], shown: list[str], tables: set[str]) -> str:
             f"(run_id, rollout_id) in (select (run_id, rollout_id) from tokens where {' and '.join(tokens)})"
         )
     return " and ".join(conditions)
-
-
-def _quote(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

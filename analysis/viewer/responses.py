@@ -42,8 +42,7 @@ CONDITIONS = {
     "text": "contains(lower(completion), lower($text))",
     "turns": "(run_id, rollout_id) in (select (run_id, rollout_id) from response_tokens where turn >= $turns::integer)",
 }
-FILTERS = (*EQUAL, *CONDITIONS, "where")
-# Measured columns of response_tokens.sql that have a mean and a band per stage.
+# Columns of measured_tokens.sql that have a mean and a band per stage.
 QUANTITIES = (
     *("entropy", "logprob", "surprisal", "advantage", "shaped_advantage", "advantage_change", "grad_norm"),
     *("dp", "dlogprob", "dentropy", "mismatch", "reference_gap"),
@@ -68,8 +67,8 @@ def find_responses(runs: Runs, given: Mapping[str, str]) -> dict[str, Any]:
 
     Args:
         runs: Where to look.
-        given: Filters by name (``FILTERS``), ``sort`` (a column, with ``-`` in front for descending), and ``page``,
-            from 1.
+        given: Filters by name (``EQUAL``, ``CONDITIONS``, and ``where``), ``sort`` (a column, with ``-`` in front for
+            descending), and ``page``, from 1.
 
     Returns:
         ``columns``, ``num_rows`` that match in all, ``page``, and ``page_rows``.
@@ -205,12 +204,13 @@ def read_response(runs: Runs, run_id: str, rollout_id: str) -> dict[str, Any]:
     if rows.is_empty():
         raise InputError(f"run {run_id} has no response {rollout_id}")
     response = {name: values[0] for name, values in columns_of(rows, whole=True).items()}
-    tokens = _read(runs, _read_sql("response_tokens"), {**key, "step": response["step"]})
+    measured, wanted = _read_sql("measured_tokens"), _read_sql("response_tokens")
+    text = f"with measured as ({measured}) select * from ({wanted}) order by position"
+    tokens = _read(runs, text, {**key, "step": response["step"]})
     return {
         "response": response,
         "tokens": columns_of(tokens),
         "neighbors": _neighbors(runs, key, response["prompt_id"], response["step"]),
-        "missing": dict(runs.manifests[run_id].get("unknown") or {}),
     }
 
 
@@ -237,7 +237,11 @@ def read_band(runs: Runs, run_id: str, stage: str, quantity: str) -> dict[str, l
     """
     if quantity not in QUANTITIES:
         raise InputError(f'no quantity "{quantity}"{nearest(quantity, QUANTITIES)}')
-    return columns_of(_read(runs, _read_sql("band"), {"run": run_id, "stage": stage, "quantity": quantity}))
+    source = f"""select position / response_length as relative_position, {quantity} as quantity
+        from ({_read_sql("measured_tokens")}) join staged_steps using (run_id, step)
+        where run_id = $run and stage = $stage and loss_mask is not false"""
+    text = f"with measured as ({source}) {_read_sql('band')}"
+    return columns_of(_read(runs, text, {"run": run_id, "stage": stage}))
 
 
 def read_prompts(runs: Runs, prompt_id: str, run_id: str | None = None) -> dict[str, Any]:

@@ -26,9 +26,8 @@ DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8765
 # Ports that are tried after the first.
 TRIED_PORTS = 20
 START_S = 10.0
-
-
-_IN_USE = (errno.EADDRINUSE, errno.EACCES)
+# Errors after which the next port is tried.
+TRY_NEXT = (errno.EADDRINUSE, errno.EACCES)
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ def prepare(session: Session, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT
     is_loopback = host in ("127.0.0.1", "localhost", "::1")
     token = None if is_loopback else secrets.token_urlsafe(24)
     app = create_app(session, hosts=LOOPBACK if is_loopback else None, token=token)
+    # The application reports its failures itself; uvicorn would add those of connections that Ctrl-C cuts off.
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, access_log=False, lifespan="off")
     server = uvicorn.Server(config)
     app.state.viewer.is_closing = lambda: server.should_exit
@@ -101,7 +101,7 @@ def _listen(host: str, port: int) -> socket.socket:
         except OSError as found:
             listening.close()
             error = found
-            if isinstance(found, socket.gaierror) or found.errno not in _IN_USE:
+            if isinstance(found, socket.gaierror) or found.errno not in TRY_NEXT:
                 break
     assert error is not None
     raise InputError(f"{host}, port {port}: {reason_of(error)}") from None

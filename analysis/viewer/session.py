@@ -37,13 +37,14 @@ class Session:
         self._opening = threading.Lock()
         self._computing = threading.Lock()
         self._is_closed = False
-        self._open(self._paths)
+        self._open(self._paths, self._find_stamps())
 
-    def _open(self, paths: Sequence[str | Path]) -> None:
+    def _open(self, paths: Sequence[str | Path], stamps: dict[str, int]) -> None:
+        """Open runs; ``stamps`` are those of before, so that what is written meanwhile is noticed."""
         runs = open_runs(paths, questions=self._questions)
         self.runs: Runs = runs
         self._cache: dict[Any, Any] = {}
-        self._stamps = self._find_stamps()
+        self._stamps = stamps
         self.generation += 1
 
     def _find_stamps(self) -> dict[str, int]:
@@ -63,7 +64,7 @@ class Session:
                 return
             gone = [run for run, manifest in self.runs.manifests.items() if manifest["path"] not in stamps]
             try:
-                self._open(list(stamps))
+                self._open(list(stamps), stamps)
                 self.problem = f"no longer there: {', '.join(gone)}" if gone else None
             except InputError as error:
                 self._stamps = stamps
@@ -73,7 +74,7 @@ class Session:
     def once(self, key: Any, compute: Callable[[Runs], Any]) -> Any:
         """Return what ``compute`` returned for these runs and this key the first time.
 
-        Only one thread computes at a time: matplotlib and the connection of a ``Runs`` object allow no more.
+        Only one thread computes at a time: matplotlib allows no more.
         """
         cache = self._cache
         if key in cache:

@@ -86,9 +86,8 @@ class Server:
         self._process.wait()
 
 
-def tab_memory_mib(browser: Any) -> float:
+def tab_memory_mib() -> float:
     """Return the memory of the largest process that draws a page."""
-    del browser
     found = [
         process for process in psutil.process_iter(["cmdline"]) if "--type=renderer" in (process.info["cmdline"] or [])
     ]
@@ -131,7 +130,7 @@ def measure(large: Path, long: Path) -> dict[str, Any]:
             card.scroll_into_view_if_needed()
             card.locator(":scope:not([aria-busy])").wait_for(timeout=600_000)
             peaks.append(server.memory_mib)
-        tab = tab_memory_mib(browser)
+        tab = tab_memory_mib()
         page.close()
         server.stop()
         server = Server(long)

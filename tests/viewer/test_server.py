@@ -231,6 +231,19 @@ def test_other_sites_are_refused(frozen: Client, headers: dict[str, str], path: 
     assert frozen.ask("/api/sql", {"sql": "select 1"}, headers)[0] == 403
 
 
+def test_a_failure_of_the_server_is_logged_and_named(
+    frozen: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr("entrace.analysis.viewer.responses.find_responses", fail)
+    status, content, _ = frozen.ask("/api/responses")
+    assert status == 500
+    assert json.loads(content) == {"error": "the server failed: ZeroDivisionError: oh"}
+    assert "ZeroDivisionError: oh" in caplog.text
+
+
 def test_pages_allow_only_their_own_scripts(frozen: Client):
     for path in ("/", "/responses", "/response", "/compare", "/sql", "/static/common.js"):
         status, content, headers = frozen.ask(path)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from entrace.analysis.trace.errors import InputError, nearest
+from entrace.trainer.algorithm.plateau import PlateauDetector
 from entrace.trainer.algorithm.shaping import ShapingConfig
 from entrace.trainer.settings import validate_section
 
@@ -18,6 +19,10 @@ log = logging.getLogger("entrace")
 
 # Tested versions of TRL: lower bound included, upper bound excluded.
 TESTED = ((1, 14), (1, 17))
+# Name of held-out prompts that have none.
+HELDOUT = "heldout"
+# Most responses that are evaluated again after an update, unless a number is given.
+MAX_AFTER = 24
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,16 @@ class Arguments:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise InputError(f"{name}: {value!r} is not an integer of at least {lowest}")
+
+    def num_after(self, batch_size: int) -> int:
+        """Return how many responses of a batch are captured after an update, unless it has fewer."""
+        return self.after_update_responses or min(MAX_AFTER, max(1, batch_size // 8))
+
+    def detector(self, history: Iterable[tuple[float | None, float | None]]) -> PlateauDetector:
+        """Return the plateau detector after steps of known entropy and accuracy; unknown values count as 0."""
+        return PlateauDetector(
+            self.shaping.plateau, [(entropy or 0.0, accuracy or 0.0) for entropy, accuracy in history]
+        )
 
 
 def check_version() -> None:

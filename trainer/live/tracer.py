@@ -27,7 +27,7 @@ from entrace.analysis.trace.recorder import Recorder, mean_of_known
 from entrace.analysis.trace.schema import TRUNCATED
 from entrace.trainer.algorithm.plateau import PlateauDetector
 from entrace.trainer.algorithm.shaping import NONE, waits_for_plateau
-from entrace.trainer.live.arguments import Arguments, choose_correct, trl_version
+from entrace.trainer.live.arguments import HELDOUT, Arguments, choose_correct, trl_version
 from entrace.trainer.live.generation import Generation, Pass, join, shape_all, split_by_response
 from entrace.trainer.live.head_probe import HeadProbe
 from entrace.trainer.live.messages import first_of, identify, number_repeats, text_of
@@ -39,11 +39,8 @@ log = logging.getLogger("entrace")
 ROW = "entrace_row"
 # Key of run.json: last step of the trace by optimizer step of a checkpoint.
 CHECKPOINTS = "checkpoints"
-HELDOUT = "heldout"
 GROUND_TRUTH = ("ground_truth", "solution", "answer")
 TASK = ("task", "data_source")
-# Most responses that are evaluated again after an update, unless a number is given.
-MAX_AFTER = 24
 CLIPPING_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
 METRICS = {"kl": "kl", "clip_ratio/low_mean": "clip_frac_low", "clip_ratio/high_mean": "clip_frac_high"}
 # Relative rounding error of the mean of equal rewards, divided by the 1e-4 that TRL adds to a standard deviation of 0.
@@ -119,7 +116,7 @@ class Tracer:
             else:
                 history = []
         self._last, history = self._broadcast((self._last, history))
-        self.plateau = PlateauDetector(self.config.plateau, [(e or 0.0, a or 0.0) for e, a in history])
+        self.plateau = self.arguments.detector(history)
         self._open.clear()
 
     def _make_recorder(self) -> Recorder:
@@ -594,9 +591,7 @@ class Tracer:
 
     def _capture_after(self, batch: Generation) -> None:
         """Evaluate responses again under the updated weights; every process takes an equal number of its own."""
-        wanted = self.arguments.after_update_responses
-        if wanted is None:
-            wanted = min(MAX_AFTER, max(1, len(batch.ids) * self.accelerator.num_processes // 8))
+        wanted = self.arguments.num_after(len(batch.ids) * self.accelerator.num_processes)
         number = -(-wanted // self.accelerator.num_processes)
         drawn = generator(self.trainer.args.seed, Stream.CAPTURE, batch.step, self.accelerator.process_index)
         candidates = np.flatnonzero(batch.in_loss & ~batch.is_masked)

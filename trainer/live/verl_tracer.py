@@ -26,12 +26,10 @@ from torch import Tensor
 from entrace.analysis.trace.errors import InputError, nearest
 from entrace.analysis.trace.manifest import MANIFEST
 from entrace.analysis.trace.recorder import Recorder
-from entrace.trainer.algorithm.plateau import PlateauDetector
 from entrace.trainer.algorithm.shaping import NONE, waits_for_plateau
-from entrace.trainer.live.arguments import Arguments, warn_if_untested
+from entrace.trainer.live.arguments import HELDOUT, Arguments, warn_if_untested
 from entrace.trainer.live.generation import shape_all, split_by_response
 from entrace.trainer.live.messages import first_of, identify, text_of
-from entrace.trainer.live.tracer import HELDOUT, MAX_AFTER
 from entrace.trainer.seeding import Stream, generator
 
 log = logging.getLogger("entrace")
@@ -103,7 +101,7 @@ class Tracer:
         correction = trainer.config.algorithm.get("rollout_correction", None)
         self.is_bypassed = bool(correction and correction.get("bypass_mode", False))
         self.seed = int(trainer.config.data.get("seed", None) or 0)
-        self.plateau = PlateauDetector(self.config.plateau)
+        self.plateau = self.arguments.detector([])
         self._recorder: Recorder | None = None
         self._step = _Step()
         self._ends: frozenset[int] = frozenset()
@@ -118,8 +116,7 @@ class Tracer:
         self._warn_of_truncated_sampling()
         with self._make_recorder() as recorder:
             self._recorder = recorder
-            history = [(e or 0.0, a or 0.0) for e, a in recorder.past_metrics()]
-            self.plateau = PlateauDetector(self.config.plateau, history)
+            self.plateau = self.arguments.detector(recorder.past_metrics())
             try:
                 yield
             finally:
@@ -419,7 +416,7 @@ class Tracer:
         from verl.workers.utils.padding import response_from_nested
 
         trainer = self.trainer
-        wanted = self.arguments.after_update_responses or min(MAX_AFTER, max(1, len(keys) // 8))
+        wanted = self.arguments.num_after(len(keys))
         drawn = generator(self.seed, Stream.CAPTURE, trainer.global_steps, 0).permutation(len(keys))
         rows = drawn[: self._divisible(wanted, len(keys))]
         # Fewer responses than workers: the batch with its padding is divisible.

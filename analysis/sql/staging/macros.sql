@@ -15,6 +15,12 @@ create macro pass_at_k(n, c, k) as (
 -- True if a token category counts as reasoning (claims S3, I1).
 create macro is_reasoning(category) as category in ('formal_reasoning', 'logical_structuring', 'metacognitive');
 
+-- Sign of the group-relative advantage of a response: 'positive' or 'negative'; null for a zero advantage or a response
+-- outside the update.
+create macro sign_of(is_kept, advantage) as (
+  case when is_kept and advantage > 0 then 'positive' when is_kept and advantage < 0 then 'negative' end
+);
+
 -- True if a number fits into the 8-bit mantissa of bfloat16, which resolves 2^-8 of its magnitude.
 create macro has_short_mantissa(x) as (
   x = 0 or mod(128 * abs(x::double) / pow(2, floor(log2(abs(x::double)))), 1) = 0

@@ -7,9 +7,6 @@ select
   rollouts.*,
   staged_steps.stage,
   staged_steps.phase,
-  case
-    when rollouts.is_kept and rollouts.advantage > 0 then 'positive'
-    when rollouts.is_kept and rollouts.advantage < 0 then 'negative'
-  end as sample_sign
+  sign_of(rollouts.is_kept, rollouts.advantage) as sample_sign
 from rollouts
 join staged_steps on staged_steps.run_id = rollouts.run_id and staged_steps.step = rollouts.step;

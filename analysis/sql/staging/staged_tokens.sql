@@ -7,9 +7,6 @@ select
   tokens.*,
   tokens.position / tokens.response_length as relative_position,
   staged_steps.stage,
-  case
-    when tokens.is_kept and tokens.advantage > 0 then 'positive'
-    when tokens.is_kept and tokens.advantage < 0 then 'negative'
-  end as sample_sign
+  sign_of(tokens.is_kept, tokens.advantage) as sample_sign
 from tokens
 join staged_steps on staged_steps.run_id = tokens.run_id and staged_steps.step = tokens.step;
