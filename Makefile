@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup study test test-slow test-trl test-verl check vendor pictures docs bench bench-gpu bench-queries bench-output bench-integrity bench-trl calibrate chaos clean
+.PHONY: help setup study test test-slow test-trl test-verl check vendor pictures docs bench bench-gpu bench-queries bench-output bench-integrity bench-trl bench-view calibrate chaos clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -90,6 +90,9 @@ bench-integrity: $(READY)  ## cost of digests and checksums: writing, opening, a
 
 bench-trl: $(READY)  ## seconds per step of TRL with and without recording, paired
 	$(BIN)/python -m tests.benchmarks.bench_trl_recording --out reports/trl_recording.json
+
+bench-view: $(READY)  ## the viewer on 50 million tokens: first figure, responses, tokens, memory; in Debian's chromium
+	$(BIN)/python -m tests.benchmarks.bench_view --out reports/view_benchmarks.json
 
 calibrate: $(READY)  ## how often verdicts are wrong, on simulated runs with known truth; WORLDS=a,b SIMULATIONS=400
 	$(BIN)/python -m tests.calibration.calibrate --out reports/calibration \

@@ -491,7 +491,7 @@ class Runs:
         """Let the process of the user's queries answer one, and yield its rows as they arrive."""
         import polars as pl
 
-        # Several answers may be read at once, also by several threads; each needs a process.
+        # Several answers may be read at once, possibly by several threads; each needs its own process.
         try:
             process = self._idle.pop()
         except IndexError:

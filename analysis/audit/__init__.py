@@ -23,7 +23,7 @@ def audit(runs: Runs, refer: Callable[[Sample, str], Reference] | None = None) -
 
     Args:
         runs: Opened runs.
-        refer: Return the values of a model for the sample of a run; None without a model.
+        refer: Function that returns a model's values for the sample of a run (default: no model is compared).
     """
     findings: list[Finding] = []
     for run_id in runs.manifests:

@@ -17,7 +17,7 @@ from entrace.analysis.trace.errors import InputError, StorageError, in_one_line
 METHODS = ("info", "ls", "find", "glob", "cat_file", "pipe_file", "put_file", "get_file", "rm", "rm_file", "mv")
 METHODS += ("cp_file", "makedirs", "mkdir")
 FILE_METHODS = ("read", "readinto", "write", "flush", "close", "_fetch_range", "_initiate_upload", "_upload_chunk")
-# Errors that say something about a file, and those that are no fault of the connection.
+# Errors about a file rather than about the connection.
 ABOUT_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 # Packages of storages, whose errors need not be those of the operating system.
 PACKAGES = {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "httpx", "huggingface_hub", "requests"}

@@ -65,7 +65,7 @@ def source_of(path: Path) -> Any:
 
 
 def forms_of(path: str) -> Iterator[str]:
-    """Yield the names that DuckDB may use for a file: as given, and as its storage writes it."""
+    """Yield the names that DuckDB may use for a file: the given one, and its storage's own form."""
     yield path
     if SCHEME in path:
         place = cast("Any", to_place(path))

@@ -49,7 +49,7 @@ QUANTITIES = (
 )
 # Longest responses, in tokens, that are aligned token by token.
 ALIGNED_TOKENS = 6000
-# Fewer equal tokens in a row are no anchor of an alignment.
+# Shorter runs of equal tokens do not anchor an alignment.
 ANCHOR = 4
 
 

@@ -46,7 +46,7 @@ class Ended(NamedTuple):
 
 
 def begin(process: BaseProcess, has_begun: Callable[[], object]) -> float:
-    """Start a process, wait until it has begun or ended, and return the time."""
+    """Start a process, wait until its work has begun or it has ended, and return the current time."""
     process.start()
     while not has_begun() and process.is_alive():
         time.sleep(POLL_S)

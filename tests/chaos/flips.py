@@ -95,7 +95,7 @@ class Damage(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Hold everything that readers can learn from a run: its manifest, and rows and summaries of its tables."""
+    """Hold what readers see of a run: its manifest, and rows and summaries of its tables."""
 
     manifest: dict[str, Any]
     frames: list[pl.DataFrame]

@@ -1,4 +1,4 @@
-"""Train a run that can be killed at any moment, by itself or from outside, and that says where it was.
+"""Train a run that may be killed at any moment, by itself or from outside, and report how far it got.
 
 File-system events are counted as Python sees them: opens, renames, removals, folders, syncs, and each write of a buffer
 to a file. Libraries that write past it count as one write per file.

@@ -291,7 +291,7 @@ def test_the_streams_of_two_runs_in_one_folder_are_refused(load, tmp_path, named
 
 
 def test_a_chunk_that_is_there_twice_is_read_once(load, tmp_path):
-    """A chunk is compressed before the plain one is removed; what else is beside it is no chunk."""
+    """A chunk is compressed before the plain file is removed; other files beside it are not chunks."""
     from entrace.analysis.importers.row_files import open_lines
 
     run = tmp_path / "prime"

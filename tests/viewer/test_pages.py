@@ -137,7 +137,7 @@ def test_a_malformed_deep_link_says_why_and_the_rest_keeps_working(tab: Tab, fro
     ):
         page = tab.open(frozen.url + path)
         assert expected in page.locator("#content .error[role=alert]").inner_text()
-        # The browser reports the status of the answer, which is no error of the page.
+        # The browser logs the refusal, which is expected here.
         tab.problems[:] = [text for text in tab.problems if "status of 400" not in text]
         page.get_by_role("link", name="Overview", exact=True).click()
         page.wait_for_selector("h2")

@@ -21,7 +21,7 @@ class Records:
         self._places: dict[str, list[tuple[Path, int]]] = defaultdict(list)
 
     def add(self, path: Path, keys_of: Callable[[Mapping[str, Any]], Iterable[str]]) -> None:
-        """Remember the records of a file, and skip a last line that was cut short."""
+        """Remember the records of a file, except an incomplete last line."""
         plain = path
         if path.suffix == ".zst":
             plain = self._folder / f"{sha256(str(path).encode()).hexdigest()[:16]}.jsonl"

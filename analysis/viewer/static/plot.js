@@ -9,7 +9,7 @@ function axes(xLabel, yLabel) {
 }
 
 // Draw series over x. Each series: {label, values, color, points, band: [low, high]}; a click calls onPick(index).
-function plot(holder, x, series, { xLabel, yLabel, height = 220, isTime = false, onPick = null }) {
+function plot(holder, x, series, { xLabel, yLabel, height = 220, onPick = null }) {
   const parent = el("div");
   holder.append(parent);
   const data = [x];
@@ -33,7 +33,7 @@ function plot(holder, x, series, { xLabel, yLabel, height = 220, isTime = false,
   }
   const options = {
     width: Math.max(280, parent.clientWidth || 600), height, series: drawn, bands, axes: axes(xLabel, yLabel),
-    scales: { x: { time: isTime } }, legend: { live: true }, cursor: { drag: { x: true, y: false } },
+    scales: { x: { time: false } }, legend: { live: true }, cursor: { drag: { x: true, y: false } },
   };
   const drawing = new uPlot(options, data, parent);
   if (onPick) drawing.over.addEventListener("click", () => drawing.cursor.idx !== null && onPick(drawing.cursor.idx));
