@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import select
@@ -32,6 +33,8 @@ UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 UNITS |= {f"{prefix}i": 1024**power for power, prefix in enumerate("KMGT", start=1)}
 SIZE = re.compile(rf"(\d+(?:\.\d+)?)\s*({'|'.join(sorted(UNITS, key=len, reverse=True))})B?", re.IGNORECASE)
 SMALLEST = 64 << 20
+HEARD_S = 0.25
+"""Seconds after which a process that waits for rows notices Ctrl-C, however it was delivered."""
 # The child finds modules where this process does, whatever its working directory holds.
 BOOT = (
     "import sys; from multiprocessing.connection import Connection; pipe = Connection(int(sys.argv[1])); "
@@ -167,7 +170,11 @@ class QueryProcess:
         if reader is not None and stat.S_ISFIFO(os.fstat(reader).st_mode):
             # Without a mask, poll reports only that the other end was closed.
             poll.register(reader, 0)
-        ready = dict(poll.poll(None if timeout is None else timeout * 1000))
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        # A signal that another thread received does not interrupt poll; between two polls, Python raises it here.
+        while not (ready := dict(poll.poll(max(min(HEARD_S, deadline - time.monotonic()), 0.0) * 1000))):
+            if time.monotonic() >= deadline:
+                break
         if reader in ready:
             raise BrokenPipeError
         if not ready:

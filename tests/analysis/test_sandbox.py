@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import datetime
 import gc
 import io
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -200,9 +202,15 @@ def test_ctrl_c_ends_any_query(runs: Runs, text: str):
     assert (process.returncode, out, err) == (130, b"", b"entrace: stopped; run the same command again\n")
 
 
+# A terminal signals the process, an IDE may signal one thread or set Python's flag; only the first interrupts a wait.
+@pytest.mark.parametrize(
+    "interrupt",
+    [lambda: os.kill(os.getpid(), signal.SIGINT), lambda: signal.raise_signal(signal.SIGINT), _thread.interrupt_main],
+    ids=["process", "thread", "flag"],
+)
 @pytest.mark.usefixtures("heard_ctrl_c")
-def test_ctrl_c_ends_a_query_from_python(runs: Runs):
-    threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+def test_ctrl_c_ends_a_query_from_python(runs: Runs, interrupt: Callable[[], None]):
+    threading.Timer(0.5, interrupt).start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         runs.sql(ENDLESS["recursion"])
