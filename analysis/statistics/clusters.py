@@ -7,7 +7,7 @@ treats prompts as independent. ``level`` also accounts for the steps, which shar
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,12 +50,13 @@ def level(
         return Estimate(value, np.nan, np.nan, 1.0, len(sums), of or "prompts", np.nan, 0.0, 0.0)
     influence = sums @ _gradient(effect, totals)
     found, where = np.unique(steps, return_inverse=True)
-    clusters = np.unique(prompts)
+    clusters, cluster = np.unique(prompts, return_inverse=True)
     of = of or f"prompts in {len(found)} steps"
     num_steps = len(found)
     if num_steps == 1:
         return replace(over_clusters(sums, prompts, effect, of), blocks=1.0)
-    series, noise, noise_df = _series(where, prompts, influence, num_steps)
+    cells = _Cells.of(where, cluster)
+    series, noise, noise_df = _series(cells, influence, num_steps)
     over_time = contrast(
         series * num_steps + value,
         np.ones((num_steps, 1)),
@@ -69,7 +70,7 @@ def level(
     )
     # Influences of ratios add up to 0, so the series averages to the value up to rounding; the value is exact.
     over_time = over_time.moved_to(value)
-    if len(clusters) == len(np.unique(np.column_stack((where, prompts)), axis=0)):
+    if len(clusters) == len(cells.step):
         return over_time
     over_prompts = over_clusters(sums, prompts, effect, of)
     return over_time if over_prompts.width <= over_time.width else replace(over_prompts, blocks=over_time.blocks)
@@ -93,7 +94,8 @@ def step_values(
         gradients = np.array([_gradient(effect, row) for row in totals]).reshape(totals.shape)
     gradients = np.where(np.isfinite(gradients), gradients, 0.0)
     influence = (sums * gradients[where]).sum(1)
-    _, noise, noise_df = _series(where, prompts, influence, len(found))
+    cells = _Cells.of(where, np.unique(prompts, return_inverse=True)[1])
+    _, noise, noise_df = _series(cells, influence, len(found))
     defined = np.isfinite(values)
     return found[defined], values[defined], None if noise is None else noise[defined], noise_df
 
@@ -138,12 +140,24 @@ def ratio(totals: np.ndarray) -> np.ndarray:
     return totals[..., 0] / totals[..., 1]
 
 
-def _series(
-    where: np.ndarray, prompts: np.ndarray, influence: np.ndarray, num_steps: int
-) -> tuple[np.ndarray, np.ndarray | None, float]:
+@dataclass(frozen=True)
+class _Cells:
+    """The prompts of each step: the cell of each row, and the step of each cell."""
+
+    where: np.ndarray
+    step: np.ndarray
+
+    @classmethod
+    def of(cls, steps: np.ndarray, prompts: np.ndarray) -> _Cells:
+        """Number the distinct pairs of step and prompt, both given by their index from 0."""
+        size = int(prompts.max(initial=0)) + 1
+        keys, where = np.unique(steps * size + prompts, return_inverse=True)
+        return cls(where, keys // size)
+
+
+def _series(cells: _Cells, influence: np.ndarray, num_steps: int) -> tuple[np.ndarray, np.ndarray | None, float]:
     """Return influences summed by step, their variance from the spread of prompts, and its degrees of freedom."""
-    by_prompt, keys = _sum_by(np.column_stack((where, prompts)), influence)
-    step = keys[:, 0]
+    by_prompt, step = np.bincount(cells.where, influence, minlength=len(cells.step)), cells.step
     counts = np.bincount(step, minlength=num_steps)
     series = np.bincount(step, by_prompt, minlength=num_steps)
     squares = np.bincount(step, (by_prompt - (series / counts)[step]) ** 2, minlength=num_steps)
@@ -161,9 +175,3 @@ def _gradient(effect: Effect, totals: np.ndarray) -> np.ndarray:
     shifted = totals + np.diag(step), totals - np.diag(step)
     with np.errstate(divide="ignore", invalid="ignore"):
         return (effect(shifted[0]) - effect(shifted[1])) / (2 * step)
-
-
-def _sum_by(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return sums of ``values`` by distinct row of the integer ``keys``, and the distinct rows."""
-    found, where = np.unique(keys, axis=0, return_inverse=True)
-    return np.bincount(where.ravel(), values, minlength=len(found)), found

@@ -49,12 +49,12 @@ class Estimate:
 
         An error of 0 gives an interval of width 0, and p = 0 unless the value is also 0.
         """
-        from scipy import stats
+        from scipy import special
 
         if df <= 0:
             return cls(float(value), -np.inf, np.inf, 1.0, n, of, np.nan, 0.0, blocks)
-        half = stats.t.ppf((1 + CONFIDENCE) / 2, df) * error
-        p_value = 2 * stats.t.sf(abs(value) / error, df) if error > 0 else value == 0
+        half = special.stdtrit(df, (1 + CONFIDENCE) / 2) * error
+        p_value = 2 * special.stdtr(df, -abs(value) / error) if error > 0 else value == 0
         ends = float(value - half), float(value + half)
         return cls(float(value), *ends, float(p_value), n, of, float(error), float(df), blocks)
 

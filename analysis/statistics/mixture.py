@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -11,6 +10,9 @@ from entrace.analysis.statistics.estimates import CONFIDENCE, Estimate
 
 # Mixture components of less weight do not affect an interval.
 NEGLIGIBLE = 1e-6
+# Relative step at which Newton's method has converged, and the number of steps after which it ends regardless.
+PRECISION, MAX_ITERATIONS = 1e-14, 100
+MAX_DF = 1e6
 
 
 def summarize_mixture(
@@ -23,25 +25,35 @@ def summarize_mixture(
     weights, scale = weights[kept] / weights[kept].sum(), scale[kept]
     df = np.broadcast_to(df, kept.shape)[kept]
 
+    # Density of Student's t; beyond MAX_DF, the normal distribution is as close as a slope need be.
+    slope_df = np.minimum(df, MAX_DF)
+    constant = np.exp(special.gammaln((slope_df + 1) / 2) - special.gammaln(slope_df / 2)) / np.sqrt(np.pi * slope_df)
+
     def below(x: float) -> float:
         return float(weights @ special.stdtr(df, x / scale))
 
-    half = _solve(below, (1 + CONFIDENCE) / 2, float(scale.max()) * 40)
-    one_sd = _solve(below, 0.841345, half)
+    def density(x: float) -> float:
+        logs = -(slope_df + 1) / 2 * np.log1p((x / scale) ** 2 / slope_df)
+        return float(weights @ (constant / scale * np.exp(logs)))
+
+    def quantile(level: float) -> float:
+        """Solve ``below(x) = level`` for a level above 1/2."""
+        quantiles = special.stdtrit(df, level) * scale
+        smallest, x = float(quantiles.min()), float(weights @ quantiles)
+        # A symmetric mixture is concave above its center, so Newton's method from below never passes the solution.
+        for _ in range(MAX_ITERATIONS):
+            former, x = x, max(x + (level - below(x)) / density(x), smallest)
+            if abs(x - former) <= PRECISION * x:
+                break
+        return x
+
+    half = quantile((1 + CONFIDENCE) / 2)
+    one_sd = quantile(0.841345)
     matched = _match_df(half / max(one_sd, 1e-300))
     error = half / float(special.stdtrit(matched, (1 + CONFIDENCE) / 2))
     p_value = 2 * (1 - below(abs(value)))
     p_value = float(min(max(p_value, 0.0), 1.0))
     return Estimate(value, value - half, value + half, p_value, n, of, error, matched, blocks)
-
-
-def _solve(below: Callable[[float], float], level: float, high: float) -> float:
-    """Return where a distribution function reaches ``level``, between 0 and ``high``."""
-    low = 0.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if below(middle) < level else (low, middle)
-    return (low + high) / 2
 
 
 def _match_df(tail: float) -> float:

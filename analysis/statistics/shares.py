@@ -27,14 +27,14 @@ def bounded(
         of: Name of the clusters.
         bounds: Lowest and highest possible value.
     """
-    from scipy import special, stats
+    from scipy import special
 
     low, high = bounds
     span = high - low
     share = min(max((value - low) / span, 0.0), 1.0)
     if df <= 0 or not np.isfinite(error):
         return Estimate(value, low, high, 1.0, n, of, np.nan, 0.0)
-    t = float(stats.t.ppf((1 + CONFIDENCE) / 2, df))
+    t = float(special.stdtrit(df, (1 + CONFIDENCE) / 2))
     relative = error / span
     zero = -low / span
     if relative <= NO_ERROR or share in (0.0, 1.0):
@@ -43,11 +43,11 @@ def bounded(
         ends = center - half, center + half
         # The p-value is that of the score test of 0, consistent with the interval.
         spread = np.sqrt(max(zero * (1 - zero), 0.0) / n)
-        p_value = 2 * stats.t.sf(abs(share - zero) / spread, df) if spread > 0 else float(share == zero)
+        p_value = 2 * special.stdtr(df, -abs(share - zero) / spread) if spread > 0 else float(share == zero)
         error = max(error, span * half / t)
     else:
         half = t * relative / (share * (1 - share))
         ends = special.expit(special.logit(share) - half), special.expit(special.logit(share) + half)
-        p_value = 2 * stats.t.sf(abs(value) / error, df)
+        p_value = 2 * special.stdtr(df, -abs(value) / error)
     lower, upper = (float(low + span * min(max(end, 0.0), 1.0)) for end in ends)
     return Estimate(value, min(lower, value), max(upper, value), float(p_value), n, of, float(error), df)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from entrace.analysis.statistics.autocorrelation import VARIANCE_RATIOS
 from entrace.analysis.statistics.clusters import level, over_clusters, ratio
 from entrace.analysis.statistics.combination import combine, mean_of_parts
 from entrace.analysis.statistics.contrasts import contrast, draw_contrasts, draw_errors
 from entrace.analysis.statistics.estimates import Estimate
+from entrace.analysis.statistics.mixture import summarize_mixture
 from entrace.analysis.statistics.shares import bounded
 
 
@@ -268,3 +269,17 @@ def test_long_series_are_shortened_and_keep_their_value():
     assert estimate.value == pytest.approx(values.mean())
     # The variance of the mean is that of the noise times (1 + r) / (1 - r) / n.
     assert estimate.error == pytest.approx(np.sqrt(19 / 5000), rel=0.4)
+
+
+@pytest.mark.parametrize("df", [0.3, 4.0, 60.0, 1e9, np.inf])
+@pytest.mark.parametrize("widest", [1.0, 3.0, 1e4])
+def test_the_interval_of_a_mixture_is_where_its_tails_hold_the_rest(df: float, widest: float):
+    rng = np.random.default_rng(0)
+    weights, scale = rng.dirichlet(np.ones(100)), np.geomspace(1e-3, 1e-3 * widest, 100)
+    found = summarize_mixture(2.0, weights, scale, df, 9, "steps", 5.0)
+
+    def miss(x: float) -> float:
+        return float(weights @ stats.t.cdf(x / scale, df) - 0.975)
+
+    half = optimize.bisect(miss, 0, 1e9, xtol=1e-300, maxiter=1200)
+    assert (found.high - 2.0, 2.0 - found.low) == pytest.approx((half, half), rel=1e-11)
