@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from entrace import figures
 from entrace.analysis.cli import run
 from entrace.trainer.cli import app
 
@@ -56,6 +57,12 @@ def heard_ctrl_c():
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, former)
+
+
+@pytest.fixture
+def few_figures(monkeypatch: pytest.MonkeyPatch):
+    """Let a report hold three figures, for tests of something else than figures."""
+    monkeypatch.setattr(figures, "STEMS", ["stage_dynamics", "entropy_by_position", "paired_differences"])
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Every code block of README, CONTRIBUTING, and the documentation runs, or is checked where it cannot run here.
 
 Blocks of a page run in order, in a folder with a small study in ``data/runs/study``. Commands run in this process; runs
-that they train are small (``TINY``), and reports draw the figures in ``DRAWN``. A block with ``title="FILE"`` is also
+that they train are small (``TINY``), and reports draw ``few_figures``. A block with ``title="FILE"`` is also
 saved as that file. Every other block can be pasted as it stands into a shell or into Python.
 """
 
@@ -28,7 +28,7 @@ import torch
 import typer
 from markdown.extensions.toc import slugify
 
-from entrace.analysis import figures, queries
+from entrace.analysis import queries
 from entrace.trainer import cli
 from entrace.trainer.ablation.grid import load_grid
 from entrace.trainer.config import load_config
@@ -57,7 +57,6 @@ TINY = [*SMALL, "rollout.max_response_tokens=24"]
 
 
 # test_report.py draws all of them.
-DRAWN = ["stage_dynamics", "entropy_by_position", "paired_differences"]
 
 
 @dataclass(frozen=True)
@@ -241,13 +240,12 @@ def background(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Background]
 
 
 @pytest.fixture
-def folder(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_figures: None) -> Path:
     """A working directory that looks like the repository with the study in it."""
     for name in ("trainer", "analysis", "data/base-policy"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(study, tmp_path / "data/runs/study")
-    monkeypatch.setattr(figures, "STEMS", DRAWN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path

@@ -436,6 +436,7 @@ def test_scorecard_rows_are_rows_of_the_comparison(tmp_path: Path):
     assert comparison.aggregates["arm"].to_list() == ["none", "ppl", "ppl_high"]
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_report_scorecard_and_figure_give_the_numbers_of_one_comparison(tmp_path: Path):
     """Use twelve samples per prompt, more than the eight that the SQL of the figure reads by default."""
     for seed in range(3):

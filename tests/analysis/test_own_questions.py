@@ -64,6 +64,7 @@ def folder(tmp_path):
     return folder
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_sql_figure_and_claim_are_added(folder, tmp_path):
     runs = entrace.open_runs(FROZEN, questions=folder)
     rows = runs.query("first_tokens")

@@ -99,6 +99,7 @@ def test_damage_is_found_in_a_remote_file(url: str, root: str, tiny_path: Path):
         entrace.open_runs(f"{root}/tiny")
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_a_report_is_written_to_a_storage_and_replaced(root: str, command: Callable, tmp_path: Path):
     from tests.analysis.conftest import write_steps
 
@@ -227,6 +228,7 @@ def test_a_connection_that_breaks_midway_is_one_line(breaking, name, error, comm
 
 
 @pytest.mark.filterwarnings("ignore:UPath")
+@pytest.mark.usefixtures("few_figures")
 def test_a_connection_that_breaks_while_writing_keeps_the_earlier_report(breaking, command, tmp_path, monkeypatch):
     from tests.analysis.conftest import write_steps
 

@@ -90,7 +90,7 @@ def draw(runs: Runs, stem: str, whole: pl.DataFrame) -> None:
     elif not frame.equals(whole):
         canvas = Figure(figsize=figures.size(runs, stem, frame))
         figures.figure_module(stem).draw(frame, canvas.subplots())
-        canvas.canvas.draw()
+        canvas.draw_without_rendering()
 
 
 @pytest.mark.parametrize("share", SHARES)
