@@ -50,12 +50,13 @@ def level(
         return Estimate(value, np.nan, np.nan, 1.0, len(sums), of or "prompts", np.nan, 0.0, 0.0)
     influence = sums @ _gradient(effect, totals)
     found, where = np.unique(steps, return_inverse=True)
-    clusters = np.unique(prompts)
+    num_clusters = len(np.unique(prompts))
     of = of or f"prompts in {len(found)} steps"
     num_steps = len(found)
     if num_steps == 1:
         return replace(over_clusters(sums, prompts, effect, of), blocks=1.0)
-    series, noise, noise_df = _series(where, prompts, influence, num_steps)
+    pairs = _pair(where, prompts)
+    series, noise, noise_df = _series(*pairs, influence, num_steps)
     over_time = contrast(
         series * num_steps + value,
         np.ones((num_steps, 1)),
@@ -64,12 +65,12 @@ def level(
         noise=None if noise is None else noise * num_steps**2,
         noise_df=noise_df,
         persistence=persistence,
-        n=len(clusters),
+        n=num_clusters,
         of=of,
     )
     # Influences of ratios add up to 0, so the series averages to the value up to rounding; the value is exact.
     over_time = over_time.moved_to(value)
-    if len(clusters) == len(np.unique(np.column_stack((where, prompts)), axis=0)):
+    if num_clusters == len(pairs[0]):
         return over_time
     over_prompts = over_clusters(sums, prompts, effect, of)
     return over_time if over_prompts.width <= over_time.width else replace(over_prompts, blocks=over_time.blocks)
@@ -93,7 +94,7 @@ def step_values(
         gradients = np.array([_gradient(effect, row) for row in totals]).reshape(totals.shape)
     gradients = np.where(np.isfinite(gradients), gradients, 0.0)
     influence = (sums * gradients[where]).sum(1)
-    _, noise, noise_df = _series(where, prompts, influence, len(found))
+    _, noise, noise_df = _series(*_pair(where, prompts), influence, len(found))
     defined = np.isfinite(values)
     return found[defined], values[defined], None if noise is None else noise[defined], noise_df
 
@@ -138,12 +139,22 @@ def ratio(totals: np.ndarray) -> np.ndarray:
     return totals[..., 0] / totals[..., 1]
 
 
+def _pair(where: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the step of each distinct pair of a step and a prompt, and the pair of each row."""
+    codes = np.unique(prompts, return_inverse=True)[1]
+    width = int(codes.max()) + 1 if len(codes) else 1
+    pairs, at = np.unique(where * width + codes, return_inverse=True)
+    return pairs // width, at
+
+
 def _series(
-    where: np.ndarray, prompts: np.ndarray, influence: np.ndarray, num_steps: int
+    step: np.ndarray, pair: np.ndarray, influence: np.ndarray, num_steps: int
 ) -> tuple[np.ndarray, np.ndarray | None, float]:
-    """Return influences summed by step, their variance from the spread of prompts, and its degrees of freedom."""
-    by_prompt, keys = _sum_by(np.column_stack((where, prompts)), influence)
-    step = keys[:, 0]
+    """Return influences summed by step, their variance from the spread of prompts, and its degrees of freedom.
+
+    ``step`` and ``pair`` as ``_pair`` returns them.
+    """
+    by_prompt = np.bincount(pair, influence, minlength=len(step))
     counts = np.bincount(step, minlength=num_steps)
     series = np.bincount(step, by_prompt, minlength=num_steps)
     squares = np.bincount(step, (by_prompt - (series / counts)[step]) ** 2, minlength=num_steps)
@@ -161,9 +172,3 @@ def _gradient(effect: Effect, totals: np.ndarray) -> np.ndarray:
     shifted = totals + np.diag(step), totals - np.diag(step)
     with np.errstate(divide="ignore", invalid="ignore"):
         return (effect(shifted[0]) - effect(shifted[1])) / (2 * step)
-
-
-def _sum_by(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return sums of ``values`` by distinct row of the integer ``keys``, and the distinct rows."""
-    found, where = np.unique(keys, axis=0, return_inverse=True)
-    return np.bincount(where.ravel(), values, minlength=len(found)), found

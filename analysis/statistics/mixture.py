@@ -37,11 +37,12 @@ def summarize_mixture(
 
 def _solve(below: Callable[[float], float], level: float, high: float) -> float:
     """Return where a distribution function reaches ``level``, between 0 and ``high``."""
-    low = 0.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if below(middle) < level else (low, middle)
-    return (low + high) / 2
+    from scipy import optimize
+
+    if not below(high) > level:
+        return high
+    # Far fewer evaluations than bisection.
+    return float(optimize.brentq(lambda x: below(x) - level, 0.0, high, xtol=1e-300, rtol=1e-15))
 
 
 def _match_df(tail: float) -> float:
