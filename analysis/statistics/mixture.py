@@ -42,7 +42,8 @@ def _solve(below: Callable[[float], float], level: float, high: float) -> float:
     if not below(high) > level:
         return high
     # Far fewer evaluations than bisection.
-    return float(optimize.brentq(lambda x: below(x) - level, 0.0, high, xtol=1e-300, rtol=1e-15))
+    found = optimize.root_scalar(lambda x: below(x) - level, bracket=(0.0, high), method="brentq", xtol=1e-300)
+    return float(found.root)
 
 
 def _match_df(tail: float) -> float:

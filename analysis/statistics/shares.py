@@ -31,7 +31,8 @@ def bounded(
     span = high - low
     if df <= 0 or not np.isfinite(error):
         return Estimate(value, low, high, 1.0, n, of, np.nan, 0.0)
-    lower, upper = (float(end) for end in ends_within(*map(np.asarray, (value, error, df, n)), bounds))
+    given = np.array(value), np.array(error), np.array(df), np.array(n)
+    lower, upper = (float(end) for end in ends_within(*given, bounds))
     share = min(max((value - low) / span, 0.0), 1.0)
     p_value = t_p_value(value / error, df) if error > 0 else 1.0
     if error / span <= NO_ERROR or share in (0.0, 1.0):
