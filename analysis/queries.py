@@ -8,7 +8,7 @@ Built-in questions are in ``sql/``, one folder per level. A user's folder holds 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -40,6 +40,8 @@ STAGING = (
 )
 # Tables that ``Runs`` fills when a query first reads them.
 COMPUTED = {"stages", "token_coverage"}
+# View whose rows ``Runs`` keeps, run by run.
+KEPT = "entropy_bins"
 HEADERS = ("question", "grain", "params", "units", "needs")
 CONTINUATION = "--   "
 LEDGER = "claims.toml"
@@ -294,9 +296,17 @@ def computed_tables_in(text: str) -> set[str]:
     return _sources_in(text) & COMPUTED
 
 
+def needs_kept(text: str) -> bool:
+    """Return whether a query may read ``KEPT``, directly or through a macro."""
+    return KEPT in _sources_in(text)
+
+
 def _sources_in(text: str) -> set[str]:
-    behind = _sources_behind()
-    return set().union(*(behind.get(word, ()) for word in WORD.findall(COMMENT_LINE.sub("", text).lower())))
+    return _union(_sources_behind(), COMMENT_LINE.sub("", text).lower())
+
+
+def _union(behind: Mapping[str, set[str]], text: str) -> set[str]:
+    return set().union(*(behind.get(word, ()) for word in WORD.findall(text)))
 
 
 @cache
@@ -304,5 +314,6 @@ def _sources_behind() -> dict[str, set[str]]:
     """Return the tables that each table, shared view, and macro reads, by name."""
     behind = {name: {name} for name in (*TABLES, *COMPUTED)} | {RESPONSE_TOKENS: {"tokens"}}
     for text in (COMMENT_LINE.sub("", text) for text in staging()):
-        behind |= dict.fromkeys(CREATED.findall(text), set().union(*(behind.get(w, ()) for w in WORD.findall(text))))
+        created = CREATED.findall(text)
+        behind |= dict.fromkeys(created, set(created) & {KEPT} | _union(behind, text))
     return behind

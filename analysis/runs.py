@@ -16,8 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from entrace.analysis import queries
 from entrace.analysis.parameters import parameters, shown, to_plain
-from entrace.analysis.queries import BUILT_IN, Need, Questions
-from entrace.analysis.sandbox.connection import COVERAGE, RUNS_COLUMNS, STAGES_COLUMNS, connect, fill, spill_folder
+from entrace.analysis.queries import BUILT_IN, KEPT, Need, Questions
+from entrace.analysis.sandbox.connection import (
+    COVERAGE,
+    RUNS_COLUMNS,
+    STAGES_COLUMNS,
+    append,
+    connect,
+    fill,
+    spill_folder,
+)
 from entrace.analysis.sandbox.process import Limits, QueryProcess, ReadError
 from entrace.analysis.sandbox.statements import one_line, parameter_names
 from entrace.analysis.sandbox.worker import Query
@@ -126,6 +134,7 @@ class Runs:
         self.notes = {run_id: note for run_id, note in notes.items() if note}
         self._fits: dict[str, StageFit] | None = None
         self._filled: set[str] = set()
+        self._binned: set[str] = set()
         self._kept: dict[tuple[str, ...], pl.DataFrame] = {}
         self._finite: set[str] = set()
         self._files = files
@@ -134,6 +143,8 @@ class Runs:
         # The connection has one transaction at a time.
         self._connected = threading.RLock()
         self._con = connect(manifests, files, BUFFERS, self._spill)
+        self._con.execute(f"alter view {KEPT} rename to new_{KEPT}")
+        self._con.execute(f"create table {KEPT} as from new_{KEPT} limit 0")
         weakref.finalize(self._con, shutil.rmtree, self._spill, ignore_errors=True)
         # At most one process that has answered a query and waits for the next.
         self._idle: list[QueryProcess] = []
@@ -231,6 +242,8 @@ class Runs:
             for name in queries.computed_tables_in(text) - self._filled:
                 self._filled.add(name)
                 fill(self._con, name, self._compute(name))
+            if queries.needs_kept(text):
+                self._keep(self.manifests if given.get("runs") is None else given["runs"])
             return self._run(text, given)
 
     def read(self, text: str, params: Mapping[str, Any] | None = None, *, timeout: float | None = None) -> pl.DataFrame:
@@ -407,6 +420,13 @@ class Runs:
             for run_id, fit in self.stage_fits.items()
             for segment in fit.segments()
         ]
+
+    def _keep(self, run_ids: Iterable[str]) -> None:
+        """Keep the rows of ``queries.KEPT`` of runs; they cannot change, as only files listed at opening are read."""
+        if missing := [run for run in run_ids if run not in self._binned]:
+            found = self._run(f"from new_{KEPT} where list_contains($runs, run_id)", {"runs": missing})
+            append(self._con, KEPT, found.to_dict(as_series=False))
+            self._binned.update(missing)
 
     def _select(self, text: str, params: dict[str, Any]) -> pl.DataFrame:
         self._check_tables(text)

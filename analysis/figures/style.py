@@ -183,6 +183,8 @@ def line(ax: Axes, frame: pl.DataFrame, x: str, y: str, **options: Any) -> None:
     """Draw ``y`` over ``x`` as a line; the axis labels stay as they are."""
     labels = {"xlabel": ax.get_xlabel(), "ylabel": ax.get_ylabel()}
     data = frame.select({x, y, *(name for name in [options.get("units")] if name)}).to_pandas()
+    # Without labels, seaborn computes all ticks to find out whether they are visible.
+    ax.set(xlabel=x, ylabel=y)
     sns.lineplot(data, x=x, y=y, errorbar=None, ax=ax, **options)
     ax.set(**labels)
     marks.remember(ax, frame, x, y)

@@ -155,7 +155,16 @@ def fill(con: duckdb.DuckDBPyConnection, name: str, rows: Sequence[tuple[Any, ..
     """Replace the rows of a table of ``BESIDE_TRACE``."""
     con.execute(f"delete from {name}")
     if rows:
-        con.executemany(f"insert into {name} values ({', '.join('?' * len(BESIDE_TRACE[name]))})", rows)
+        append(con, name, dict(zip(BESIDE_TRACE[name], map(list, zip(*rows, strict=True)), strict=True)))
+
+
+def append(con: duckdb.DuckDBPyConnection, name: str, columns: Mapping[str, Any]) -> None:
+    """Append rows to a table of the connection; inserting them one by one would take a thousand times longer."""
+    import pyarrow as pa
+
+    con.register("appended", pa.table(dict(columns)))
+    con.execute(f"insert into {name} from appended")
+    con.unregister("appended")
 
 
 def _create_view(con: duckdb.DuckDBPyConnection, table: Table, files: Mapping[str, Layout]) -> None:

@@ -158,7 +158,7 @@ def _grid(
     return state, ratio, prior
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=128)
 def _states(size: int, spacing: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the spectrum of the state and its ratio to the noise: no state first, then by autocorrelation."""
     products = _lag_products(size)

@@ -7,7 +7,7 @@ treats prompts as independent. ``level`` also accounts for the steps, which shar
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -50,13 +50,13 @@ def level(
         return Estimate(value, np.nan, np.nan, 1.0, len(sums), of or "prompts", np.nan, 0.0, 0.0)
     influence = sums @ _gradient(effect, totals)
     found, where = np.unique(steps, return_inverse=True)
-    clusters, cluster = np.unique(prompts, return_inverse=True)
+    num_clusters = len(np.unique(prompts))
     of = of or f"prompts in {len(found)} steps"
     num_steps = len(found)
     if num_steps == 1:
         return replace(over_clusters(sums, prompts, effect, of), blocks=1.0)
-    cells = _Cells.of(where, cluster)
-    series, noise, noise_df = _series(cells, influence, num_steps)
+    pairs = _pair(where, prompts)
+    series, noise, noise_df = _series(*pairs, influence, num_steps)
     over_time = contrast(
         series * num_steps + value,
         np.ones((num_steps, 1)),
@@ -65,12 +65,12 @@ def level(
         noise=None if noise is None else noise * num_steps**2,
         noise_df=noise_df,
         persistence=persistence,
-        n=len(clusters),
+        n=num_clusters,
         of=of,
     )
     # Influences of ratios add up to 0, so the series averages to the value up to rounding; the value is exact.
     over_time = over_time.moved_to(value)
-    if len(clusters) == len(cells.step):
+    if num_clusters == len(pairs[0]):
         return over_time
     over_prompts = over_clusters(sums, prompts, effect, of)
     return over_time if over_prompts.width <= over_time.width else replace(over_prompts, blocks=over_time.blocks)
@@ -94,8 +94,7 @@ def step_values(
         gradients = np.array([_gradient(effect, row) for row in totals]).reshape(totals.shape)
     gradients = np.where(np.isfinite(gradients), gradients, 0.0)
     influence = (sums * gradients[where]).sum(1)
-    cells = _Cells.of(where, np.unique(prompts, return_inverse=True)[1])
-    _, noise, noise_df = _series(cells, influence, len(found))
+    _, noise, noise_df = _series(*_pair(where, prompts), influence, len(found))
     defined = np.isfinite(values)
     return found[defined], values[defined], None if noise is None else noise[defined], noise_df
 
@@ -140,24 +139,22 @@ def ratio(totals: np.ndarray) -> np.ndarray:
     return totals[..., 0] / totals[..., 1]
 
 
-@dataclass(frozen=True)
-class _Cells:
-    """The prompts of each step: the cell of each row, and the step of each cell."""
-
-    where: np.ndarray
-    step: np.ndarray
-
-    @classmethod
-    def of(cls, steps: np.ndarray, prompts: np.ndarray) -> _Cells:
-        """Number the distinct pairs of step and prompt, both given by their index from 0."""
-        size = int(prompts.max(initial=0)) + 1
-        keys, where = np.unique(steps * size + prompts, return_inverse=True)
-        return cls(where, keys // size)
+def _pair(where: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the step of each distinct pair of a step and a prompt, and the pair of each row."""
+    codes = np.unique(prompts, return_inverse=True)[1]
+    width = int(codes.max()) + 1 if len(codes) else 1
+    pairs, at = np.unique(where * width + codes, return_inverse=True)
+    return pairs // width, at
 
 
-def _series(cells: _Cells, influence: np.ndarray, num_steps: int) -> tuple[np.ndarray, np.ndarray | None, float]:
-    """Return influences summed by step, their variance from the spread of prompts, and its degrees of freedom."""
-    by_prompt, step = np.bincount(cells.where, influence, minlength=len(cells.step)), cells.step
+def _series(
+    step: np.ndarray, pair: np.ndarray, influence: np.ndarray, num_steps: int
+) -> tuple[np.ndarray, np.ndarray | None, float]:
+    """Return influences summed by step, their variance from the spread of prompts, and its degrees of freedom.
+
+    ``step`` and ``pair`` as ``_pair`` returns them.
+    """
+    by_prompt = np.bincount(pair, influence, minlength=len(step))
     counts = np.bincount(step, minlength=num_steps)
     series = np.bincount(step, by_prompt, minlength=num_steps)
     squares = np.bincount(step, (by_prompt - (series / counts)[step]) ** 2, minlength=num_steps)

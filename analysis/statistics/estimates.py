@@ -49,12 +49,10 @@ class Estimate:
 
         An error of 0 gives an interval of width 0, and p = 0 unless the value is also 0.
         """
-        from scipy import special
-
         if df <= 0:
             return cls(float(value), -np.inf, np.inf, 1.0, n, of, np.nan, 0.0, blocks)
-        half = special.stdtrit(df, (1 + CONFIDENCE) / 2) * error
-        p_value = 2 * special.stdtr(df, -abs(value) / error) if error > 0 else value == 0
+        half = t_quantile(df) * error
+        p_value = t_p_value(value / error, df) if error > 0 else value == 0
         ends = float(value - half), float(value + half)
         return cls(float(value), *ends, float(p_value), n, of, float(error), float(df), blocks)
 
@@ -72,6 +70,20 @@ class Estimate:
     def width(self) -> float:
         """Return the width of the interval; infinite if it is undefined."""
         return np.inf if np.isnan(self.low) else self.high - self.low
+
+
+def t_quantile(df: float | np.ndarray) -> np.ndarray:
+    """Return how many standard errors a 95 % interval extends to either side."""
+    from scipy import special
+
+    return special.stdtrit(df, (1 + CONFIDENCE) / 2)
+
+
+def t_p_value(t: float, df: float) -> float:
+    """Return the two-sided p-value of Student's t statistic."""
+    from scipy import special
+
+    return float(2 * special.stdtr(df, -abs(t)))
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:

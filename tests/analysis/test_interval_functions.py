@@ -174,3 +174,29 @@ def test_nothing_is_printed_when_a_connection_outlives_the_interpreter():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize("function", interval_functions.BOUNDS)
+def test_lists_of_one_step_give_together_what_each_gives_alone(con: duckdb.DuckDBPyConnection, function: str):
+    rng = np.random.default_rng(5)
+    row = rng.integers(0, 60, 600)
+    # Prompts recur within a list; lists of one prompt, of zero totals, and of equal means are among the others.
+    prompt = np.where(row < 5, 7, rng.integers(0, 12, 600))
+    count = rng.integers(0, 4, 600) * (row != 6).astype(float)
+    share = np.select([row % 10 == 1, row % 10 == 2, row % 10 == 3], [0.0, 1.0, 0.25], rng.uniform(size=600))
+    columns = {"row": row, "prompt": prompt, "total": share * count, "count": count}
+    con.register("measured", pl.DataFrame(columns).to_arrow())
+    text = f"select row, {function}(list(step_prompt(3, prompt, total, count))) as mean from measured group by row"
+    for found in con.sql(text).pl().unnest("mean").iter_rows(named=True):
+        own = row == found["row"]
+        used = own & (count > 0)
+        expected = interval_functions.mean_with_interval(
+            np.full(used.sum(), 3),
+            prompt[used],
+            columns["total"][used],
+            count[used],
+            interval_functions.BOUNDS[function],
+        )
+        assert [found[name] for name in ("value", "low", "high")] == [
+            value if value is None else pytest.approx(value, rel=1e-9, abs=1e-12) for value in expected
+        ]

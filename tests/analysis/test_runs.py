@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from polars.testing import assert_frame_equal
 
+from entrace.analysis import queries
 from entrace.analysis.runs import Runs, open_runs
 from entrace.analysis.trace import InputError, TraceWriter, write_manifest
 from tests.analysis.conftest import VOCAB, step_row, write_failed
@@ -158,6 +159,27 @@ def test_stages_are_there_even_if_fits_were_asked_for_first(tiny_path: Path):
 @pytest.mark.parametrize("name", ["staged_steps", "responses_at_length", "steps_with_threshold(0.2)"])
 def test_views_that_build_on_stages_have_rows_in_the_first_query(tiny_path: Path, name: str):
     assert open_runs(tiny_path).sql(f"select count(*) from {name}").item() > 0
+
+
+@pytest.mark.parametrize("stem", ["high_entropy_by_position", "high_entropy_words", "end_by_entropy"])
+def test_kept_histograms_of_entropies_answer_as_the_tokens_do(study_path: Path, stem: str):
+    runs = open_runs(study_path)
+    asked = [["none-seed1"], ["none-seed0", "none-seed1"], None]
+    # The first answer keeps one run, the second adds another; queries of ``sql`` run in a process that keeps nothing.
+    for names in asked:
+        anew = runs.sql(queries.BUILT_IN.read(stem), {"runs": names})
+        assert_frame_equal(runs.query(stem, runs=names), anew, abs_tol=1e-12)
+    assert runs.query(stem)["run_id"].n_unique() == len(runs.stage_fits)
+
+
+def test_kept_histograms_do_not_outlive_the_tokens(tiny_path: Path, tmp_path: Path):
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny_path, folder)
+    runs = open_runs(folder)
+    assert runs.query("high_entropy_words").height
+    part(folder, "tokens").unlink()
+    with pytest.raises(InputError, match="deleted since the run was opened"):
+        runs.query("high_entropy_words")
 
 
 def test_several_threads_ask_one_runs_object(study_path: Path):

@@ -26,9 +26,7 @@ PACKAGES = ("torch", "transformers", "trl", "numpy", "pyarrow")
 INTRODUCTION = """# Speed
 
 Written by `{command}`. Values are medians over rounds. In each round, all compared programs run once, in
-alternating order; quartiles show the spread between rounds. Ratios are computed within a round, except the
-ratios of time added to the product. These are computed between medians, and their quartiles are those of a
-bootstrap over rounds.
+alternating order; quartiles show the spread between rounds. Ratios are computed within a round.
 """
 
 

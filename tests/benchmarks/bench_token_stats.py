@@ -7,10 +7,9 @@ Three programs for the same tokens:
 - trl: ``selective_log_softmax`` and ``entropy_from_logits``, which give log-probability and entropy.
 
 Each is timed from hidden states, including the product with the LM head, and from existing logits, which times the
-statistics only. "product" is the product alone. TRL's functions take logits; from hidden states, the target therefore
-applies to the time that each adds to the product. Bfloat16 products are excluded: CPUs without instructions for them
-need up to 100 times longer for the product than for the statistics. Extra memory is the allocator's peak above its
-initial state, without the gradients of hidden states and head, which belong to the model.
+statistics only. "product" is the product alone, without statistics. Bfloat16 products are excluded: CPUs without
+instructions for them need up to 100 times longer for the product than for the statistics. Extra memory is the
+allocator's peak above its initial state, without the gradients of hidden states and head, which belong to the model.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,7 +116,7 @@ def settle(work: Callable[[], Any]) -> None:
 
 
 def compare(
-    name: str, works: dict[str, Callable[[], Any]], rounds: int, targets: dict[str, float], added: float | None = None
+    name: str, works: dict[str, Callable[[], Any]], rounds: int, targets: dict[str, float]
 ) -> list[Measurement]:
     """Measure paired ratios of seconds, entrace to each peer, and the seconds of entrace.
 
@@ -127,7 +125,6 @@ def compare(
         works: Programs by name.
         rounds: Number of rounds.
         targets: Target of the ratio, by peer.
-        added: Target of the ratio to TRL of the time added to the product.
     """
     seconds = time_in_rounds(works, rounds, prepare=settle)
     ratios = [
@@ -142,22 +139,7 @@ def compare(
         for peer, values in seconds.items()
         if peer != "entrace"
     ]
-    if {"product", "trl"} <= seconds.keys():
-        values = quotients_of_added(seconds)
-        ratios.append(
-            Measurement.of(PART, f"{name}: added to the product, entrace / trl", "ratio", values, AT_MOST, added)
-        )
     return [*ratios, Measurement.of(PART, f"{name}: entrace", "s", seconds["entrace"])]
-
-
-def quotients_of_added(seconds: dict[str, list[float]]) -> list[float]:
-    """Return bootstrap ratios of the time added to the product, entrace to TRL: ratios of medians over rounds.
-
-    Within a round, the seconds of the product vary by more than either adds.
-    """
-    entrace, peer, product = (np.array(seconds[key]) for key in ("entrace", "trl", "product"))
-    drawn = np.random.default_rng(0).integers(0, len(product), (1000, len(product)))
-    return np.divide(*(np.median((values - product)[drawn], axis=1) for values in (entrace, peer))).tolist()
 
 
 def measure_time(name: str, shape: tuple[int, int], num_tokens: int, rounds: int) -> list[Measurement]:
@@ -172,7 +154,7 @@ def measure_time(name: str, shape: tuple[int, int], num_tokens: int, rounds: int
     hidden = from_hidden(case)
     works = {key: torch.no_grad()(work) for key, work in hidden.items()}
     targets = {"plain": TARGETS["plain"]}
-    measurements += compare(f"{name}, float32, from hidden states", works, 3 * rounds, targets, TARGETS["trl"])
+    measurements += compare(f"{name}, float32, from hidden states", works, 3 * rounds, targets)
 
     def both(work: Callable[[], tuple[Tensor, ...]]) -> None:
         backward(work)

@@ -21,33 +21,54 @@ pairs as (
   join complete as plain on plain.arm = shaped.baseline and plain.seed = shaped.seed
   where shaped.arm <> shaped.baseline
 ),
-measured as (
-  unpivot (
-    select run_id, benchmark, step, prompt_id, avg_at_k, maj_at_k, pass_at_k, response_length, entropy
-    from eval_prompts(coalesce($k, 8)::integer)
-  )
-  on avg_at_k, maj_at_k, pass_at_k, response_length, entropy
-  into name metric value measure
+prompts_evaluated as materialized (
+  select *
+  from eval_prompts(coalesce($k, 8)::integer)
+  where $runs is null or list_contains($runs, run_id)
 ),
-paired as (
-  select
-    pairs.arm,
-    pairs.baseline,
-    pairs.seed,
-    shaped.benchmark,
-    shaped.step,
-    shaped.metric,
-    shaped.measure,
-    plain.measure as baseline_measure
+at_last_common_step as (
+  select pairs.arm, pairs.baseline, pairs.seed, shaped, plain
   from pairs
-  join measured as shaped on shaped.run_id = pairs.run_id
-  join measured as plain
+  join prompts_evaluated as shaped on shaped.run_id = pairs.run_id
+  join prompts_evaluated as plain
     on plain.run_id = pairs.baseline_run_id
     and plain.benchmark = shaped.benchmark
     and plain.step = shaped.step
-    and plain.metric = shaped.metric
     and plain.prompt_id = shaped.prompt_id
   qualify shaped.step = max(shaped.step) over (partition by pairs.arm, pairs.seed, shaped.benchmark)
+),
+per_metric as (
+  select
+    arm,
+    baseline,
+    seed,
+    shaped.benchmark,
+    shaped.step,
+    unnest([
+      {'metric': 'avg_at_k', 'measure': shaped.avg_at_k, 'baseline_measure': plain.avg_at_k},
+      {'metric': 'maj_at_k', 'measure': shaped.maj_at_k, 'baseline_measure': plain.maj_at_k},
+      {'metric': 'pass_at_k', 'measure': shaped.pass_at_k, 'baseline_measure': plain.pass_at_k},
+      {
+        'metric': 'response_length',
+        'measure': shaped.response_length,
+        'baseline_measure': plain.response_length
+      },
+      {'metric': 'entropy', 'measure': shaped.entropy, 'baseline_measure': plain.entropy}
+    ]) as measured
+  from at_last_common_step
+),
+paired as (
+  select
+    arm,
+    baseline,
+    seed,
+    benchmark,
+    step,
+    measured.metric,
+    measured.measure,
+    measured.baseline_measure
+  from per_metric
+  where measured.measure is not null and measured.baseline_measure is not null
 ),
 final as (
   select

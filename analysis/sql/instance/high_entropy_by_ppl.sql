@@ -20,7 +20,7 @@ high_entropy as (
     on thresholds.run_id = tokens.run_id
     and thresholds.step = tokens.step
     and tokens.entropy >= thresholds.entropy_threshold
-  where tokens.is_kept
+  where tokens.is_kept and ($runs is null or list_contains($runs, tokens.run_id))
   group by all
 ),
 terciles as (

@@ -1,27 +1,30 @@
+-- How are the entropies of the tokens in the update distributed?
+-- One row per run, stage, and histogram bin of 0.5 % width: num_tokens, in which tokens count by token_weight. Counts
+-- are joined with stages, because joining every token would take most of the time. Several questions need a threshold,
+-- so these rows are kept while the runs are open.
+create view entropy_bins as
+with bins as (
+  select run_id, step, floor(200 * ln(greatest(entropy, 1e-9)))::smallint as bin, count(*) as num_tokens
+  from tokens
+  where is_kept and entropy is not null
+  group by all
+)
+select bins.run_id, token_steps.stage, bins.bin, sum(bins.num_tokens * token_steps.token_weight) as num_tokens
+from bins
+join token_steps on token_steps.run_id = bins.run_id and token_steps.step = bins.step
+group by all;
+
 -- At which entropy does the top share of tokens begin (top = 0.2 for 20 %)?
 -- One row per run and stage, over tokens in the update: entropy_threshold in nats. A token is high-entropy if its
--- entropy is at least the threshold. Tokens count by token_weight. The threshold is the lower edge of a histogram bin
--- that is 0.5 % wide, which takes one pass and no sort, and is at most 0.5 % below the exact quantile. Counts are
--- joined with stages, because joining every token would take most of the time.
+-- entropy is at least the threshold. The threshold is the lower edge of a bin of entropy_bins, which takes one pass and
+-- no sort, and is at most 0.5 % below the exact quantile.
 create macro entropy_thresholds(top) as table
-  with bins as (
-    select run_id, step, floor(200 * ln(greatest(entropy, 1e-9)))::smallint as bin, count(*) as num_tokens
-    from tokens
-    where is_kept and entropy is not null
-    group by all
-  ),
-  per_stage as (
-    select bins.run_id, token_steps.stage, bins.bin, sum(bins.num_tokens * token_steps.token_weight) as num_tokens
-    from bins
-    join token_steps on token_steps.run_id = bins.run_id and token_steps.step = bins.step
-    group by all
-  ),
-  ranked as (
+  with ranked as (
     select
       *,
       sum(num_tokens) over (partition by run_id, stage order by bin desc) as tokens_from,
       sum(num_tokens) over (partition by run_id, stage) as tokens_all
-    from per_stage
+    from entropy_bins
   )
   select run_id, stage, exp(min(bin) / 200) as entropy_threshold
   from ranked

@@ -8,37 +8,30 @@
 with
 -- High-entropy tokens are the $top share of the stage's tokens in the update. The threshold is at most 0.5 % too low.
 thresholds as (
-  select *
+  select *, row_number() over (order by run_id, step) as step_id
   from steps_with_threshold(coalesce($top, 0.2))
   where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
 ),
-tokens_in_update as (
+-- Grouping by an integer takes half as long as by run, stage, and step.
+counted as (
   select
-    tokens.run_id,
-    thresholds.stage,
-    tokens.position * coalesce($bins, 10)::integer // tokens.response_length as position_bin,
-    tokens.step,
+    thresholds.step_id,
     tokens.prompt_id,
-    tokens.entropy >= thresholds.entropy_threshold as is_high_entropy,
-    thresholds.entropy_threshold,
-    thresholds.token_weight
+    tokens.position * coalesce($bins, 10)::integer // tokens.response_length as position_bin,
+    count(*) as tokens,
+    count(*) filter (where tokens.entropy >= thresholds.entropy_threshold) as high_tokens
   from tokens
   join thresholds on thresholds.run_id = tokens.run_id and thresholds.step = tokens.step
-  where tokens.is_kept and tokens.entropy is not null
+  where
+    tokens.is_kept
+    and tokens.entropy is not null
+    and ($runs is null or list_contains($runs, tokens.run_id))
+  group by all
 ),
 per_prompt as (
-  select
-    run_id,
-    stage,
-    position_bin,
-    step,
-    prompt_id,
-    any_value(entropy_threshold) as entropy_threshold,
-    any_value(token_weight) as token_weight,
-    count(*) as tokens,
-    count(*) filter (where is_high_entropy) as high_tokens
-  from tokens_in_update
-  group by all
+  select counted.*, thresholds.* exclude (step_id)
+  from counted
+  join thresholds using (step_id)
 ),
 per_bin as (
   select

@@ -24,7 +24,10 @@ counted as (
     sum(tokens.entropy) as entropy_sum
   from tokens
   join thresholds on thresholds.run_id = tokens.run_id and thresholds.step = tokens.step
-  where tokens.is_kept and tokens.entropy is not null
+  where
+    tokens.is_kept
+    and tokens.entropy is not null
+    and ($runs is null or list_contains($runs, tokens.run_id))
   group by tokens.run_id, tokens.step, tokens.token_id
 ),
 per_step as (
