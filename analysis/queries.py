@@ -32,6 +32,7 @@ STAGING = (
     "staged_responses",
     "staged_tokens",
     "staged_movements",
+    "entropy_predictions",
     "responses_at_length",
     "response_fifths",
     "entropy_thresholds",

@@ -284,6 +284,12 @@ def engine_mismatch(runs: Runs, ax: Axes | None = None) -> Axes:
 
 
 @_listed
+def entropy_laws(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw how well published formulas predict the change of entropy (claims E2 to E4)."""
+    return draw("entropy_laws", runs, ax)
+
+
+@_listed
 def ablation_curves(runs: Runs, ax: Axes | None = None) -> Axes:
     """Draw held-out accuracy of each arm over training (claims M1, M2)."""
     return draw("ablation_curves", runs, ax)

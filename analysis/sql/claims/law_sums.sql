@@ -1,0 +1,56 @@
+-- question: E2, E3, E4. How do predicted and measured changes of entropy or log-probability vary together?
+-- grain: one row per run, step, prompt, and predictor, over tokens with after-update values
+-- params: $runs: list of run_id (default all)
+-- units: tokens in tokens; xx, yy, xy: sums of squares and products of deviations from the step's mean, x in units of
+--   the prediction and y in nats; shuffled_xy, random_xy: parts of xy beyond a shuffle and beyond a random update;
+--   own_gradient predicts log-probability, all others entropy; uncertain_*, coarse_tokens as in movement_sums
+-- needs: after-update values, log-probabilities, entropies, token advantages
+with centered as (
+  select *
+  from centered_predictions('entropy', 'value')
+  where
+    predictor in ('covariance', 'discriminator', 'omega', 'quadrants', 'entropy')
+    and ($runs is null or list_contains($runs, run_id))
+  union all
+  select *
+  from centered_predictions('logprob', 'value')
+  where predictor = 'own_gradient' and ($runs is null or list_contains($runs, run_id))
+),
+sums as (
+  select
+    run_id,
+    step,
+    prompt_id,
+    predictor,
+    count(*) as tokens,
+    sum(x * x) as xx,
+    sum(y * y) as yy,
+    sum(x * y) as xy,
+    sum(shuffled_x * shuffled_y) as shuffled_xy,
+    sum(random_x * random_y) as random_xy
+  from centered
+  group by all
+),
+changed as (
+  select *, exp(logprob::double) * (1 - exp(logprob::double)) as potential
+  from staged_entropy_changes
+  where $runs is null or list_contains($runs, run_id)
+),
+moved as (
+  select
+    run_id,
+    step,
+    prompt_id,
+    count(*) filter (where potential >= 0.05) as uncertain_tokens,
+    coalesce(sum(abs(dlogprob)) filter (where potential >= 0.05), 0) as uncertain_shift,
+    count(*) filter (where has_short_mantissa(logprob) and has_short_mantissa(logprob_after)) as coarse_tokens
+  from changed
+  group by all
+),
+final as (
+  select sums.*, moved.uncertain_tokens, moved.uncertain_shift, moved.coarse_tokens
+  from sums
+  join moved using (run_id, step, prompt_id)
+  order by all
+)
+select * from final

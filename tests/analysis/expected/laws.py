@@ -1,0 +1,162 @@
+"""Rows of the trial of entropy laws on the trace of conftest, by loops over its tokens."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from math import exp, log, sqrt
+from statistics import mean
+from typing import Any
+
+from tests.analysis.conftest import ENTROPY_CHANGES, GRAD_NORMS, MOVED, RESPONSES
+from tests.analysis.expected import over_prompts
+
+Token = dict[str, Any]
+LOGPROB, P = log(0.5), 0.5
+
+
+def tokens_of_trace() -> list[Token]:
+    """Return the tokens with after-update values; those of step 1 have none."""
+    found = []
+    for rollout_id, step, prompt, is_correct, _, entropies, _, _ in RESPONSES:
+        for i, entropy in enumerate(entropies if rollout_id in MOVED else []):
+            found.append(
+                {
+                    "step": step,
+                    "prompt": prompt,
+                    "a": 1.0 if is_correct else -1.0,
+                    "h": entropy,
+                    "dh": ENTROPY_CHANGES[rollout_id][i],
+                    "dlogp": log(0.5 + MOVED[rollout_id][i]) - LOGPROB,
+                    "grad": GRAD_NORMS.get(rollout_id, [1] * len(entropies))[i],
+                    "position": i / len(entropies),
+                }
+            )
+    return found
+
+
+TOKENS = tokens_of_trace()
+
+
+def step_mean(token: Token, value: Callable[[Token], float]) -> float:
+    return mean(value(other) for other in TOKENS if other["step"] == token["step"])
+
+
+# All logprobs are equal, hence so is their mean, and the covariance is 0. p = 1/2 is not above 1/2. All tokens of the
+# update have after-update values at these steps. Categories of step 20 have one mean at other steps, or none.
+PREDICTIONS: dict[str, Callable[[Token], float]] = {
+    "covariance": lambda t: 0.0,
+    "discriminator": lambda t: -t["a"] * P * (t["h"] + LOGPROB),
+    "centered_discriminator": lambda t: (
+        -t["a"] * (P * (t["h"] + LOGPROB) - step_mean(t, lambda o: P * (o["h"] + LOGPROB)))
+    ),
+    "omega": lambda t: -t["a"] * (1 - P) ** 2 * (t["h"] + LOGPROB),
+    "omega_first_release": lambda t: -t["a"] * (1 - P) * (t["h"] + LOGPROB),
+    "quadrants": lambda t: t["a"],
+    "own_gradient": lambda t: t["grad"] ** 2 / t["a"],
+    "entropy_ratio": lambda t: log((t["h"] + t["dh"] + 1e-8) / (t["h"] + 1e-8)),
+    "entropy": lambda t: t["h"],
+    "position": lambda t: t["position"],
+    "relative_surprisal": lambda t: -LOGPROB / (t["h"] + 1e-6),
+}
+KINDS = {
+    "formula": ("centered_discriminator", "discriminator", "omega", "omega_first_release", "quadrants"),
+    "gradient": ("own_gradient",),
+    "outcome": ("entropy_ratio",),
+    "property": ("entropy", "position", "relative_surprisal"),
+}
+
+
+def deviations(tokens: list[Token], values: list[float], cell: Callable[[Token], object]) -> list[float]:
+    """Return the deviation of each value from the mean of its cell."""
+    cells = defaultdict(list)
+    for token, value in zip(tokens, values, strict=True):
+        cells[cell(token)].append(value)
+    return [value - mean(cells[cell(token)]) for token, value in zip(tokens, values, strict=True)]
+
+
+# All probabilities are equal, so cells differ by sign, or by entropy; equal entropies and no others share a bin.
+CELLS = {
+    "": lambda t: t["step"],
+    "shuffled": lambda t: (t["step"], t["a"]),
+    "random": lambda t: (t["step"], t["h"]),
+}
+
+
+def pairs(tokens: list[Token], predictor: str, target: str) -> dict[str, list[tuple[float, float]]]:
+    """Return deviations of prediction and change, by kind of cell."""
+    x, y = [PREDICTIONS[predictor](token) for token in tokens], [token[target] for token in tokens]
+    return {
+        name: list(zip(deviations(tokens, x, cell), deviations(tokens, y, cell), strict=True))
+        for name, cell in CELLS.items()
+    }
+
+
+def dot(values: Iterable[tuple[float, float]]) -> float:
+    return sum(x * y for x, y in values)
+
+
+def of_prompt(tokens: list[Token], prompt: str, values: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [pair for token, pair in zip(tokens, values, strict=True) if token["prompt"] == prompt]
+
+
+def correlations(predictor: str, target: str = "dh") -> tuple:
+    """Return correlation, part beyond a shuffle, and part beyond a random update, each with its interval (plateau)."""
+    tokens = [token for token in TOKENS if token["step"] == 20]
+    found = pairs(tokens, predictor, target)
+    n = len(tokens)
+    xx, yy = (sum(pair[i] ** 2 for pair in found[""]) / n for i in (0, 1))
+    rows: list[float | None] = []
+    for name, products in found.items():
+        if name == "shuffled" and not any(abs(x) > 1e-9 for x, _ in products):
+            rows += [None, None, None]
+            continue
+        r = dot(products) / n / sqrt(xx * yy)
+        totals = []
+        for prompt in ("a", "b"):
+            own, part = of_prompt(tokens, prompt, found[""]), of_prompt(tokens, prompt, products)
+            total = sum(
+                u * v / sqrt(xx * yy) - r * (x * x / xx + y * y / yy) / 2 + r
+                for (x, y), (u, v) in zip(own, part, strict=True)
+            )
+            totals.append((total, len(own)))
+        rows += over_prompts(*totals, low=-1, high=1)
+    return (*rows, n, 2, 1)
+
+
+def sums(predictor: str, target: str) -> list[tuple]:
+    """Return the sums of ``law_sums`` by step and prompt."""
+    found = pairs(TOKENS, predictor, target)
+    rows = []
+    for step, prompt in ((10, "a"), (20, "a"), (20, "b")):
+        at = [i for i, t in enumerate(TOKENS) if (t["step"], t["prompt"]) == (step, prompt)]
+        own, shuffled, random = ([found[name][i] for i in at] for name in CELLS)
+        products = (sum(x * x for x, _ in own), sum(y * y for _, y in own), dot(own), dot(shuffled), dot(random))
+        shift = sum(abs(TOKENS[i]["dlogp"]) for i in at)
+        rows.append((step, prompt, predictor, len(at), *products, len(at), shift, 0))
+    return rows
+
+
+JUDGED = {
+    **dict.fromkeys(("covariance", "discriminator", "entropy", "omega", "quadrants"), "dh"),
+    "own_gradient": "dlogp",
+}
+EXPECTED = {
+    "entropy_laws": (
+        {"stage": "plateau"},
+        [
+            *("kind", "predictor", "correlation", "low", "high", "shuffled", "shuffled_low", "shuffled_high"),
+            *("random", "random_low", "random_high", "num_tokens", "num_prompts", "num_steps"),
+        ],
+        [(kind, name, *correlations(name)) for kind, names in KINDS.items() for name in names],
+    ),
+    "law_sums": (
+        {},
+        [
+            *("step", "prompt_id", "predictor", "tokens", "xx", "yy", "xy", "shuffled_xy", "random_xy"),
+            *("uncertain_tokens", "uncertain_shift", "coarse_tokens"),
+        ],
+        sorted(row for predictor, target in JUDGED.items() for row in sums(predictor, target)),
+    ),
+}
+assert exp(LOGPROB) == P
