@@ -81,6 +81,11 @@ NEEDS = {
         "logprob_after",
         "no after-update values were recorded; train with record.after_update_every=5",
     ),
+    "after-update entropies": Need(
+        "tokens",
+        "entropy_after",
+        "no after-update entropies were recorded; train with record.after_update_every=5",
+    ),
     "token categories": Need("tokens", "category", "the texts of tokens are unknown"),
     "entropies": Need("tokens", "entropy", "no entropies of tokens were recorded"),
     "log-probabilities": Need("tokens", "logprob", "no log-probabilities of tokens were recorded"),

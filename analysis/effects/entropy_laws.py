@@ -1,13 +1,15 @@
 """Compare published formulas for the change of entropy at a token with the changes that updates made (E2, E3, E4).
 
-The formulas, with their sources, are the macros of ``sql/staging/entropy_predictions.sql``. All correlations are within
-steps, over tokens with after-update values. Two nulls apply:
+The formulas, with their sources, are the macros of ``sql/staging/entropy_predictions.sql``. All correlations are
+within steps, over tokens with after-update values. Two nulls apply, and leave no correlation between comparable tokens:
 
-- *Shuffle*: tokens of equal step, sign of the advantage, and probability exchange their changes. The expected
-  correlation has a closed form, the covariance of the means of these cells, so nothing is drawn.
-- *Random update*: the change depends on probability and entropy of the token and not on its advantage. Any such update
-  moves entropies in a way that a property of the token predicts; the part that it would explain is the covariance of
-  the means of cells of equal step, probability, and entropy.
+- *Shuffle*: tokens of equal step, sign of the advantage, and probability exchange their changes. Whatever a formula
+  owes to sign and probability alone does not count.
+- *Random update*: the change depends on probability and entropy of the token and not on its advantage, so that tokens
+  of equal step, probability, and entropy exchange their changes.
+
+A correlation between comparable tokens, unlike the excess of a correlation over that after a shuffle, can reach 1 if a
+formula is right: the excess would be limited by the share of the variance within cells.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy as np
 
 from entrace.analysis.effects.estimate import NoEffectError, count, fetch, plateau_level
 from entrace.analysis.effects.potential import require_movement
+from entrace.analysis.queries import NEEDS
 from entrace.analysis.runs import Runs
 from entrace.analysis.statistics.combination import MIN_BLOCKS
 from entrace.analysis.statistics.estimates import Estimate
@@ -37,34 +40,34 @@ MIN_VARIANCE = 1e-18
 
 
 def beyond(null: str, predictor: str) -> Judged:
-    """Return a judge of the correlation of a prediction with the measured change, minus that under a null.
+    """Return a judge of the correlation of prediction and change between tokens that a null makes exchangeable.
 
     Args:
-        null: ``shuffled`` or ``random``.
+        null: ``shuffle`` or ``random``.
         predictor: Name in ``law_sums``.
     """
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
-        sums = of_predictor(runs, run_ids, predictor)
-        return plateau_level(runs, sums, run_ids, [f"{null}_xy", "xx", "yy"], correlation)
+        sums = of_predictor(runs, run_ids, predictor, null)
+        return plateau_level(runs, sums, run_ids, ["xy", "xx", "yy"], correlation)
 
     return judge
 
 
 def more_than_entropy(predictor: str) -> Judged:
-    """Return a judge of the squared correlation of a prediction minus that of the entropy before the update (E3)."""
+    """Return a judge of the signed square of a correlation minus the square for the entropy before the update (E3)."""
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
-        sums = of_predictor(runs, run_ids, predictor)
-        entropy = of_predictor(runs, run_ids, "entropy").select(*KEYS, entropy_xy="xy", entropy_xx="xx")
+        sums = of_predictor(runs, run_ids, predictor, "overall")
+        entropy = of_predictor(runs, run_ids, "entropy", "overall").select(*KEYS, entropy_xy="xy", entropy_xx="xx")
         joined = sums.join(entropy, on=KEYS)
         return plateau_level(runs, joined, run_ids, ["xy", "xx", "yy", "entropy_xy", "entropy_xx"], gain)
 
     return judge
 
 
-def of_predictor(runs: Runs, run_ids: Sequence[str], predictor: str) -> pl.DataFrame:
-    """Return the sums of one predictor on enough steps.
+def of_predictor(runs: Runs, run_ids: Sequence[str], predictor: str, comparison: str) -> pl.DataFrame:
+    """Return the sums of one predictor and comparison on enough steps.
 
     Raises:
         NoEffectError: the run lacks what the predictor needs, has too few steps with after-update values, or its
@@ -72,10 +75,11 @@ def of_predictor(runs: Runs, run_ids: Sequence[str], predictor: str) -> pl.DataF
     """
     import polars as pl
 
-    frame = fetch(runs, "law_sums", run_ids).filter(predictor=predictor)
-    require_movement(frame)
+    frame = fetch(runs, "law_sums", run_ids).filter(predictor=predictor, comparison=comparison)
     for run in run_ids:
         part = frame.filter(run_id=run)
+        if part.is_empty():
+            raise NoEffectError(NEEDS["gradient norms"].remedy)
         steps = part["step"].unique().to_list()
         if len(steps) < MIN_BLOCKS:
             raise NoEffectError(
@@ -87,6 +91,7 @@ def of_predictor(runs: Runs, run_ids: Sequence[str], predictor: str) -> pl.DataF
             raise NoEffectError(
                 f"run {run}: predicted or measured changes do not vary between tokens", is_recorded=True
             )
+    require_movement(frame)
     return frame
 
 
@@ -96,5 +101,9 @@ def correlation(totals: np.ndarray) -> np.ndarray:
 
 
 def gain(totals: np.ndarray) -> np.ndarray:
-    """Return a squared correlation minus another; the totals are x y, x^2, y^2, z y, and z^2."""
-    return correlation(totals[..., :3]) ** 2 - correlation(totals[..., [3, 4, 2]]) ** 2
+    """Return the signed square of a correlation minus the square of another; totals are x y, x^2, y^2, z y, and z^2.
+
+    A prediction of the wrong sign explains less than nothing; the entropy before the update predicts no sign.
+    """
+    predicted = correlation(totals[..., :3])
+    return predicted * np.abs(predicted) - correlation(totals[..., [3, 4, 2]]) ** 2

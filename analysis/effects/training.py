@@ -262,7 +262,7 @@ def beyond_nulls(first: Judged, second: Judged) -> Judged:
 def beyond_shuffle_and_random(predictor: str) -> Judged:
     """Return a judge of a prediction beyond both nulls of ``entropy_laws`` (E2, E4)."""
     return of_policy(
-        beyond_nulls(*(entropy_laws.beyond(null, predictor) for null in ("shuffled", "random"))),
+        beyond_nulls(*(entropy_laws.beyond(null, predictor) for null in ("shuffle", "random"))),
     )
 
 

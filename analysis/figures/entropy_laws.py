@@ -11,17 +11,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Correlation within steps between the change of entropy that a formula predicts for a token and the change that "
-    "the update made. Squares: what is left of it beyond a shuffle of tokens of equal sign and probability. Diamonds: "
-    "beyond a random update, which depends on the probability and entropy of a token and not on its advantage. Below "
-    "the line: properties of the token before the update, which any formula should outdo. The CSV file adds the "
-    "entropy ratio, which is known only after the update."
+    "Correlation between the change of entropy that a formula predicts for a token and the change that the update "
+    "made. Dots: between tokens of a step. Squares: between tokens of equal sign and probability as well, which a "
+    "shuffle reduces to 0. Diamonds: between tokens of equal probability and entropy as well, which a random update"
+    " reduces to 0. Below the line: properties of the token before the update, which any formula should outdo. The "
+    "CSV file adds the entropy ratio, which is known only after the update."
 )
-# Columns of the value and its ends: legend entry, color, marker, vertical offset from the middle of the row.
+# Legend entry, color, marker, and vertical offset from the middle of the row.
 SERIES = {
-    "correlation": (("low", "high"), "correlation", style.INK, "o", -0.22),
-    "shuffled": (("shuffled_low", "shuffled_high"), "beyond a shuffle", style.BLUE, "s", 0.0),
-    "random": (("random_low", "random_high"), "beyond a random update", style.VERMILLION, "D", 0.22),
+    "overall": ("tokens of a step", style.INK, "o", -0.22),
+    "shuffle": ("at equal sign and probability", style.BLUE, "s", 0.0),
+    "random": ("at equal probability and entropy", style.VERMILLION, "D", 0.22),
 }
 KINDS = ("formula", "gradient", "property")
 SIZE = (4.4, 5.0)
@@ -39,12 +39,11 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     rows = [name for kind in KINDS for name in shown.filter(kind=kind)["predictor"].unique(maintain_order=True)]
     shown = shown.with_columns(row=shown["predictor"].replace_strict(rows, range(len(rows))))
     ax.axvline(0, color=style.INK, linewidth=0.8)
-    for value, (ends, label, color, marker, shift) in SERIES.items():
-        part = shown.drop("low", "high", strict=False) if value != "correlation" else shown
-        part = part.rename(dict(zip(ends, ("low", "high"), strict=True))).drop_nulls(value)
+    for comparison, (label, color, marker, shift) in SERIES.items():
+        part = shown.filter(comparison=comparison)
         look = {"color": color, "marker": marker, "linestyle": "none", "label": label}
         if not part.is_empty():
-            style.points(ax, part, "row", value, shift=shift, is_horizontal=True, **look)
+            style.points(ax, part, "row", "correlation", shift=shift, is_horizontal=True, **look)
     first_property = sum(kind != "property" for kind in shown.unique("predictor")["kind"])
     ax.axhline(first_property - 0.5, color=style.GREY, linewidth=0.8)
     ax.set_yticks(range(len(rows)), [name.replace("_", " ") for name in rows])

@@ -1,10 +1,10 @@
 -- question: E2, E3, E4. How do predicted and measured changes of entropy or log-probability vary together?
--- grain: one row per run, step, prompt, and predictor, over tokens with after-update values
+-- grain: one row per run, step, prompt, predictor, and comparison, over tokens with after-update values
 -- params: $runs: list of run_id (default all)
--- units: tokens in tokens; xx, yy, xy: sums of squares and products of deviations from the step's mean, x in units of
---   the prediction and y in nats; shuffled_xy, random_xy: parts of xy beyond a shuffle and beyond a random update;
---   own_gradient predicts log-probability, all others entropy; uncertain_*, coarse_tokens as in movement_sums
--- needs: after-update values, log-probabilities, entropies, token advantages
+-- units: tokens in tokens; xx, yy, xy: sums of squares and products of deviations from comparable tokens, as in
+--   entropy_laws, x in units of the prediction and y in nats; own_gradient predicts log-probability, all others
+--   entropy; uncertain_*, coarse_tokens as in movement_sums
+-- needs: after-update values, after-update entropies, log-probabilities, entropies, token advantages
 with centered as (
   select *
   from centered_predictions('entropy', 'value')
@@ -22,12 +22,11 @@ sums as (
     step,
     prompt_id,
     predictor,
+    comparison,
     count(*) as tokens,
     sum(x * x) as xx,
     sum(y * y) as yy,
-    sum(x * y) as xy,
-    sum(shuffled_x * shuffled_y) as shuffled_xy,
-    sum(random_x * random_y) as random_xy
+    sum(x * y) as xy
   from centered
   group by all
 ),

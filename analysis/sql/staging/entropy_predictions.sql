@@ -139,12 +139,12 @@ unpivot (
   )
 );
 
--- How far do the predicted and the measured change of each token deviate from their means?
--- One row per token and predictor, for target 'entropy' or 'logprob', and scale 'value' or 'rank' (within the
--- step): prediction, and the deviations x and y of prediction and change from their means over the step. A shuffle
--- of the changes within step, sign of the advantage, and probability leaves all of the sum of x y except the sum of
--- shuffled_x shuffled_y, on average. A random update, which depends on the probability and entropy of a token and
--- not on its advantage, leaves all of it except the sum of random_x random_y.
+-- How far do the predicted and the measured change of a token deviate from those of comparable tokens?
+-- One row per token, predictor, and comparison, for target 'entropy' or 'logprob', and scale 'value' or 'rank' (within
+-- the step): x and y, deviations of prediction and change from their means over comparable tokens, and the prediction.
+-- Comparison 'overall': tokens of the step. 'shuffle': of equal step, sign of the advantage, and probability; a shuffle
+-- of the changes of these tokens leaves no correlation of x and y on average. 'random': of equal step, probability, and
+-- entropy; a random update, which depends on these and not on the advantage, leaves no correlation.
 create macro centered_predictions(target, scale) as table
   with chosen as (
     select
@@ -163,6 +163,21 @@ create macro centered_predictions(target, scale) as table
       equal_prediction as (partition by run_id, step, predictor, prediction),
       by_change as (partition by run_id, step, predictor order by change),
       equal_change as (partition by run_id, step, predictor, change)
+  ),
+  centered as (
+    select
+      *,
+      avg(prediction) over of_step as step_prediction,
+      avg(change) over of_step as step_change,
+      avg(prediction) over of_cell as cell_prediction,
+      avg(change) over of_cell as cell_change,
+      avg(prediction) over of_state as state_prediction,
+      avg(change) over of_state as state_change
+    from scaled
+    window
+      of_step as (partition by run_id, step, predictor),
+      of_cell as (partition by run_id, step, predictor, sign, odds_bin),
+      of_state as (partition by run_id, step, predictor, odds_bin, entropy_bin)
   )
   select
     run_id,
@@ -170,15 +185,17 @@ create macro centered_predictions(target, scale) as table
     step,
     prompt_id,
     predictor,
+    compared.comparison,
     prediction,
-    prediction - avg(prediction) over of_step as x,
-    change - avg(change) over of_step as y,
-    prediction - avg(prediction) over of_cell as shuffled_x,
-    change - avg(change) over of_cell as shuffled_y,
-    prediction - avg(prediction) over of_state as random_x,
-    change - avg(change) over of_state as random_y
-  from scaled
-  window
-    of_step as (partition by run_id, step, predictor),
-    of_cell as (partition by run_id, step, predictor, sign, odds_bin),
-    of_state as (partition by run_id, step, predictor, odds_bin, entropy_bin);
+    prediction - case compared.comparison
+      when 'overall' then step_prediction
+      when 'shuffle' then cell_prediction
+      else state_prediction
+    end as x,
+    change - case compared.comparison
+      when 'overall' then step_change
+      when 'shuffle' then cell_change
+      else state_change
+    end as y
+  from centered
+  cross join (values ('overall'), ('shuffle'), ('random')) as compared (comparison);

@@ -77,8 +77,8 @@ def deviations(tokens: list[Token], values: list[float], cell: Callable[[Token],
 
 # All probabilities are equal, so cells differ by sign, or by entropy; equal entropies and no others share a bin.
 CELLS = {
-    "": lambda t: t["step"],
-    "shuffled": lambda t: (t["step"], t["a"]),
+    "overall": lambda t: t["step"],
+    "shuffle": lambda t: (t["step"], t["a"]),
     "random": lambda t: (t["step"], t["h"]),
 }
 
@@ -100,28 +100,23 @@ def of_prompt(tokens: list[Token], prompt: str, values: list[tuple[float, float]
     return [pair for token, pair in zip(tokens, values, strict=True) if token["prompt"] == prompt]
 
 
-def correlations(predictor: str, target: str = "dh") -> tuple:
-    """Return correlation, part beyond a shuffle, and part beyond a random update, each with its interval (plateau)."""
+def correlations(kind: str, predictor: str) -> list[tuple]:
+    """Return the rows of a predictor in the plateau, by comparison."""
     tokens = [token for token in TOKENS if token["step"] == 20]
-    found = pairs(tokens, predictor, target)
-    n = len(tokens)
-    xx, yy = (sum(pair[i] ** 2 for pair in found[""]) / n for i in (0, 1))
-    rows: list[float | None] = []
-    for name, products in found.items():
-        if name == "shuffled" and not any(abs(x) > 1e-9 for x, _ in products):
-            rows += [None, None, None]
+    rows = []
+    for comparison, products in sorted(pairs(tokens, predictor, "dh").items()):
+        if not any(abs(x) > 1e-9 for x, _ in products):
             continue
+        n = len(tokens)
+        xx, yy = (sum(pair[i] ** 2 for pair in products) / n for i in (0, 1))
         r = dot(products) / n / sqrt(xx * yy)
         totals = []
         for prompt in ("a", "b"):
-            own, part = of_prompt(tokens, prompt, found[""]), of_prompt(tokens, prompt, products)
-            total = sum(
-                u * v / sqrt(xx * yy) - r * (x * x / xx + y * y / yy) / 2 + r
-                for (x, y), (u, v) in zip(own, part, strict=True)
-            )
+            own = of_prompt(tokens, prompt, products)
+            total = sum(x * y / sqrt(xx * yy) - r * (x * x / xx + y * y / yy) / 2 + r for x, y in own)
             totals.append((total, len(own)))
-        rows += over_prompts(*totals, low=-1, high=1)
-    return (*rows, n, 2, 1)
+        rows.append((kind, predictor, comparison, *over_prompts(*totals, low=-1, high=1), n, 2, 1))
+    return rows
 
 
 def sums(predictor: str, target: str) -> list[tuple]:
@@ -130,10 +125,11 @@ def sums(predictor: str, target: str) -> list[tuple]:
     rows = []
     for step, prompt in ((10, "a"), (20, "a"), (20, "b")):
         at = [i for i, t in enumerate(TOKENS) if (t["step"], t["prompt"]) == (step, prompt)]
-        own, shuffled, random = ([found[name][i] for i in at] for name in CELLS)
-        products = (sum(x * x for x, _ in own), sum(y * y for _, y in own), dot(own), dot(shuffled), dot(random))
         shift = sum(abs(TOKENS[i]["dlogp"]) for i in at)
-        rows.append((step, prompt, predictor, len(at), *products, len(at), shift, 0))
+        for comparison, deviating in found.items():
+            own = [deviating[i] for i in at]
+            squares = (sum(x * x for x, _ in own), sum(y * y for _, y in own), dot(own))
+            rows.append((step, prompt, predictor, comparison, len(at), *squares, len(at), shift, 0))
     return rows
 
 
@@ -144,16 +140,13 @@ JUDGED = {
 EXPECTED = {
     "entropy_laws": (
         {"stage": "plateau"},
-        [
-            *("kind", "predictor", "correlation", "low", "high", "shuffled", "shuffled_low", "shuffled_high"),
-            *("random", "random_low", "random_high", "num_tokens", "num_prompts", "num_steps"),
-        ],
-        [(kind, name, *correlations(name)) for kind, names in KINDS.items() for name in names],
+        ["kind", "predictor", "comparison", "correlation", "low", "high", "num_tokens", "num_prompts", "num_steps"],
+        [row for kind, names in KINDS.items() for name in names for row in correlations(kind, name)],
     ),
     "law_sums": (
         {},
         [
-            *("step", "prompt_id", "predictor", "tokens", "xx", "yy", "xy", "shuffled_xy", "random_xy"),
+            *("step", "prompt_id", "predictor", "comparison", "tokens", "xx", "yy", "xy"),
             *("uncertain_tokens", "uncertain_shift", "coarse_tokens"),
         ],
         sorted(row for predictor, target in JUDGED.items() for row in sums(predictor, target)),
