@@ -8,10 +8,11 @@ from math import exp, log, sqrt
 from statistics import mean
 from typing import Any
 
-from tests.analysis.conftest import ENTROPY_CHANGES, GRAD_NORMS, MOVED, RESPONSES
-from tests.analysis.expected import over_prompts
+from tests.analysis.conftest import CLIPPED, ENTROPY_CHANGES, GRAD_NORMS, MOVED, RESPONSES, TOKEN_IDS
+from tests.analysis.expected import alone, over_prompts
 
 Token = dict[str, Any]
+CATEGORIES = ("special", "formal_reasoning", "logical_structuring", "semantic_support")
 LOGPROB, P = log(0.5), 0.5
 
 
@@ -30,6 +31,8 @@ def tokens_of_trace() -> list[Token]:
                     "dlogp": log(0.5 + MOVED[rollout_id][i]) - LOGPROB,
                     "grad": GRAD_NORMS.get(rollout_id, [1] * len(entropies))[i],
                     "position": i / len(entropies),
+                    "is_clipped": i in CLIPPED.get(rollout_id, []),
+                    "category": CATEGORIES[TOKEN_IDS.get(rollout_id, [1] + [3] * (len(entropies) - 1))[i]],
                 }
             )
     return found
@@ -133,6 +136,70 @@ def sums(predictor: str, target: str) -> list[tuple]:
     return rows
 
 
+PLATEAU = [token for token in TOKENS if token["step"] == 20]
+SIGNS = {"negative": -1.0, "positive": 1.0}
+
+
+def interval(tokens: list[Token], value: Callable[[Token], float], of: list[Token] | None = None) -> tuple:
+    """Return the mean of a value with its interval over prompts a and b; divided by the number of tokens ``of``."""
+    totals = []
+    for prompt in ("a", "b"):
+        own, all_own = ([t for t in chosen if t["prompt"] == prompt] for chosen in (tokens, of or tokens))
+        if all_own:
+            totals.append((sum(map(value, own)), len(all_own)))
+    return over_prompts(*totals) if len(totals) > 1 else alone(totals[0][0] / totals[0][1])
+
+
+def losses() -> list[tuple]:
+    """Return the rows of ``entropy_losses``; every probability is 1/2, up to the rounding of float32."""
+    bins = {
+        "category": lambda t: t["category"],
+        "position": lambda t: f"fifth {1 + int(5 * t['position'] + 1e-9)}",
+        "probability": lambda t: "p .1 to .5",
+    }
+    rows = []
+    for sign, a in SIGNS.items():
+        of_sign = [t for t in PLATEAU if t["a"] == a]
+        for breakdown, bin_of in bins.items():
+            for name in sorted({bin_of(t) for t in of_sign}):
+                own = [t for t in of_sign if bin_of(t) == name]
+                mean_change = interval(own, lambda t: t["dh"], PLATEAU)
+                rows.append((sign, breakdown, name, *mean_change, len(own) / len(PLATEAU), len(own), 2))
+    return rows
+
+
+def of_clipped() -> list[tuple]:
+    """Return the rows of ``entropy_of_clipped``: all tokens of a sign and step have an equal probability."""
+    rows = []
+    for sign, a in SIGNS.items():
+        of_sign = [t for t in PLATEAU if t["a"] == a]
+        for kind, is_clipped in (("clipped", True), ("comparable", False)):
+            own = [t for t in of_sign if t["is_clipped"] == is_clipped]
+            shift = mean(t["dlogp"] for t in own)
+            prompts = len({t["prompt"] for t in own})
+            change = interval(own, lambda t: t["dh"])
+            rows.append((sign, kind, *change, shift, len(own) / len(of_sign), len(own), prompts))
+    return rows
+
+
+def deciles() -> list[tuple]:
+    """Return the rows of ``entropy_law_calibration``; tokens with equal predictions share a decile."""
+    rows = []
+    for predictor in ("discriminator", "entropy", "omega", "quadrants"):
+        found = pairs(PLATEAU, predictor, "dh")["overall"]
+        slope = dot(found) / sum(x * x for x, _ in found)
+        predicted = [round(slope * x, 12) for x, _ in found]
+        binned = defaultdict(list)
+        for token, value, (_, y) in zip(PLATEAU, predicted, found, strict=True):
+            rank = sum(other < value for other in predicted)
+            binned[1 + 10 * rank // len(predicted)].append({**token, "predicted": value, "y": y})
+        for decile, own in sorted(binned.items()):
+            measured = interval(own, lambda t: t["y"])
+            prompts = len({t["prompt"] for t in own})
+            rows.append((predictor, decile, mean(t["predicted"] for t in own), *measured, len(own), prompts))
+    return rows
+
+
 JUDGED = {
     **dict.fromkeys(("covariance", "discriminator", "entropy", "omega", "quadrants"), "dh"),
     "own_gradient": "dlogp",
@@ -142,6 +209,21 @@ EXPECTED = {
         {"stage": "plateau"},
         ["kind", "predictor", "comparison", "correlation", "low", "high", "num_tokens", "num_prompts", "num_steps"],
         [row for kind, names in KINDS.items() for name in names for row in correlations(kind, name)],
+    ),
+    "entropy_losses": (
+        {"stage": "plateau"},
+        ["sample_sign", "breakdown", "bin", "contribution", "low", "high", "share", "num_tokens", "num_prompts"],
+        losses(),
+    ),
+    "entropy_of_clipped": (
+        {"stage": "plateau"},
+        ["sample_sign", "kind", "change", "low", "high", "shift", "share", "num_tokens", "num_prompts"],
+        of_clipped(),
+    ),
+    "entropy_law_calibration": (
+        {"stage": "plateau"},
+        ["predictor", "decile", "predicted", "measured", "low", "high", "num_tokens", "num_prompts"],
+        deciles(),
     ),
     "law_sums": (
         {},
