@@ -52,7 +52,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     total = shown.filter(breakdown="position")
     style.label(
         ax,
-        "contribution to the change of entropy (0.001 nats per token)",
+        "contribution to Δ entropy (0.001 nats per token)",
         "",
         f"{stage}; {total['num_tokens'].sum():,} tokens, {style.span(total['num_prompts'], 'prompt')} per run\n"
         f"bars: 95 % interval over steps and prompts{style.runs_note(shown, 'open dots')}",

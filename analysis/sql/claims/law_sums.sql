@@ -24,9 +24,9 @@ sums as (
     predictor,
     comparison,
     count(*) as tokens,
-    sum(x * x) as xx,
-    sum(y * y) as yy,
-    sum(x * y) as xy
+    sum(x * x order by abs(x)) as xx,
+    sum(y * y order by abs(y)) as yy,
+    sum(x * y order by x, y) as xy
   from centered
   group by all
 ),
@@ -41,7 +41,7 @@ moved as (
     step,
     prompt_id,
     count(*) filter (where potential >= 0.05) as uncertain_tokens,
-    coalesce(sum(abs(dlogprob)) filter (where potential >= 0.05), 0) as uncertain_shift,
+    coalesce(sum(abs(dlogprob) order by abs(dlogprob)) filter (where potential >= 0.05), 0) as uncertain_shift,
     count(*) filter (where has_short_mantissa(logprob) and has_short_mantissa(logprob_after)) as coarse_tokens
   from changed
   group by all

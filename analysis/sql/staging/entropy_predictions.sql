@@ -2,15 +2,17 @@
 -- common factor, the step size: positive if entropy is predicted to rise. With p the probability of the sampled token,
 -- H the entropy, and A the advantage in the loss, a gradient step on the logits of one token alone,
 -- dz_v = A ([v = token] - p_v), changes the entropy to first order by -A (p (H + ln p) - sum_v p_v^2 (H + ln p_v)).
+-- No trace holds the sum over the vocabulary. Entropy polarity (arXiv 2605.11775), which its abstract describes as this
+-- sum with a sampled and a distributional part, is therefore missing here; its equation could not be verified.
 
--- -(ln p - mean ln p) (A - mean A), means over the tokens of the step's update (arXiv 2505.22617, released code of
--- Clip-Cov and KL-Cov). In the paper's theorem, the covariance is over the vocabulary of one state, as in polarity_law.
+-- -(ln p - mean ln p) (A - mean A), means over the tokens of the step's update (arXiv 2505.22617, code of Clip-Cov and
+-- KL-Cov). In the paper's theorem, the covariance is over the vocabulary of one state.
 create macro covariance_law(logprob, advantage, logprob_mean, advantage_mean) as (
   -(logprob - logprob_mean) * (advantage - advantage_mean)
 );
 
--- -A p (H + ln p) (arXiv 2602.03392, S*). The released code of Clip_B subtracts the mean of S* over the batch. In the
--- paper's theorem, the mean is over the vocabulary, as in polarity_law.
+-- -A p (H + ln p) (arXiv 2602.03392, S*). The released code of Clip_B subtracts the mean of S* over the batch; the
+-- paper's theorem subtracts its mean over the vocabulary.
 create macro discriminator(logprob, entropy) as exp(logprob) * (entropy + logprob);
 create macro discriminator_law(logprob, entropy, advantage) as -advantage * discriminator(logprob, entropy);
 create macro centered_discriminator_law(logprob, entropy, advantage, discriminator_mean) as (
@@ -53,9 +55,9 @@ with batches as (
   select
     run_id,
     step,
-    avg(logprob::double) as logprob_mean,
-    avg(coalesce(shaped_advantage, advantage)::double) as advantage_mean,
-    avg(discriminator(logprob::double, entropy::double)) as discriminator_mean
+    avg(logprob::double order by logprob) as logprob_mean,
+    avg(coalesce(shaped_advantage, advantage)::double order by coalesce(shaped_advantage, advantage)) as advantage_mean,
+    avg(discriminator(logprob::double, entropy::double) order by logprob, entropy) as discriminator_mean
   from tokens
   where is_kept and logprob is not null and entropy is not null
   group by all
@@ -103,7 +105,7 @@ with predicted as (
     entropy::double as entropy,
     exp(logprob::double) as probability,
     relative_position as position,
-    (sum(dentropy) over categories - sum(dentropy) over own_step)
+    (sum(dentropy order by dentropy) over categories - sum(dentropy order by dentropy) over own_step)
     / nullif(count(*) over categories - count(*) over own_step, 0) as category
   from staged_entropy_changes
   window categories as (partition by run_id, category), own_step as (partition by run_id, category, step)
@@ -167,12 +169,12 @@ create macro centered_predictions(target, scale) as table
   centered as (
     select
       *,
-      avg(prediction) over of_step as step_prediction,
-      avg(change) over of_step as step_change,
-      avg(prediction) over of_cell as cell_prediction,
-      avg(change) over of_cell as cell_change,
-      avg(prediction) over of_state as state_prediction,
-      avg(change) over of_state as state_change
+      avg(prediction order by prediction) over of_step as step_prediction,
+      avg(change order by change) over of_step as step_change,
+      avg(prediction order by prediction) over of_cell as cell_prediction,
+      avg(change order by change) over of_cell as cell_change,
+      avg(prediction order by prediction) over of_state as state_prediction,
+      avg(change order by change) over of_state as state_change
     from scaled
     window
       of_step as (partition by run_id, step, predictor),

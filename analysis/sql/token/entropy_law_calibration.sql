@@ -15,7 +15,7 @@ with chosen as (
     and ($stage is null or stage = $stage)
 ),
 slopes as (
-  select run_id, stage, predictor, sum(x * y) / sum(x * x) as slope
+  select run_id, stage, predictor, sum(x * y order by x, y) / sum(x * x order by abs(x)) as slope
   from chosen
   group by all
   having sum(x * x) > 1e-12 * (sum(prediction * prediction) + 1e-6 * count(*))
@@ -42,8 +42,8 @@ per_prompt as (
     decile,
     step,
     prompt_id,
-    sum(predicted) as predicted_sum,
-    sum(y) as measured_sum,
+    sum(predicted order by predicted) as predicted_sum,
+    sum(y order by y) as measured_sum,
     count(*) as tokens
   from ranked
   group by all
@@ -54,7 +54,7 @@ per_decile as (
     stage,
     predictor,
     decile,
-    sum(predicted_sum) / sum(tokens) as predicted,
+    sum(predicted_sum order by predicted_sum) / sum(tokens) as predicted,
     estimate(list(step_prompt(step, prompt_id, measured_sum, tokens))) as measured,
     sum(tokens)::bigint as num_tokens,
     count(distinct prompt_id) as num_prompts

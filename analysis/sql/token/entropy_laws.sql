@@ -16,10 +16,10 @@ with per_prompt as (
     step,
     prompt_id,
     count(*) as tokens,
-    sum(prediction * prediction) as squares,
-    sum(x * x) as xx,
-    sum(y * y) as yy,
-    sum(x * y) as xy
+    sum(prediction * prediction order by abs(prediction)) as squares,
+    sum(x * x order by abs(x)) as xx,
+    sum(y * y order by abs(y)) as yy,
+    sum(x * y order by x, y) as xy
   from centered_predictions(coalesce($target, 'entropy'), coalesce($scale, 'value'))
   where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
   group by all
@@ -30,9 +30,9 @@ totals as (
     stage,
     predictor,
     comparison,
-    sum(xx) / sum(tokens) as x_variance,
-    sum(yy) / sum(tokens) as y_variance,
-    sum(xy) / sqrt(sum(xx) * sum(yy)) as r
+    sum(xx order by xx) / sum(tokens) as x_variance,
+    sum(yy order by yy) / sum(tokens) as y_variance,
+    sum(xy order by xy) / sum(tokens) / sqrt(x_variance * y_variance) as r
   from per_prompt
   group by all
   -- Smaller deviations are rounding errors of equal predictions. A shuffle cannot test a function of sign and

@@ -43,7 +43,7 @@ binned as (
     bin,
     step,
     prompt_id,
-    sum(dentropy) as change,
+    sum(dentropy order by dentropy) as change,
     count(*) as in_bin
   from listed
   group by all
