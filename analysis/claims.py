@@ -80,9 +80,9 @@ class _Finding:
 def judge(runs: Runs, ledger: Ledger | None = None) -> list[Verdict]:
     """Judge every part of every claim.
 
-    Claims about training are judged on each of ``runs.subjects``. Their p-values are adjusted for all findings about
-    training that can earn a verdict. Claims about methods are judged on each arm by ``compare``, which also adjusts
-    their p-values.
+    Claims about training are judged on each of ``runs.subjects``. Their p-values are adjusted for all findings of their
+    family that can earn a verdict. Claims about methods are judged on each arm by ``compare``, which also adjusts their
+    p-values.
     """
     ledger = load_ledger(questions=runs.questions) if ledger is None else ledger
     by_claim: dict[str, list[_Finding | MethodFinding]] = {claim: [] for claim in ledger}
@@ -90,16 +90,22 @@ def judge(runs: Runs, ledger: Ledger | None = None) -> list[Verdict]:
     for claim, entry in ledger.items():
         if "arms" not in entry:
             about_training += _about_training(claim, entry, runs)
-    judged = [finding for finding in about_training if finding.is_judged]
-    adjusted = dict(
-        zip(map(id, judged), map(float, holm([f.estimate.p_value for f in judged if f.estimate])), strict=True)
-    )
+    families: dict[str, list[_Finding]] = {}
+    for finding in about_training:
+        if finding.is_judged:
+            families.setdefault(_family(ledger, finding), []).append(finding)
+    adjusted: dict[int, float] = {}
+    for judged in families.values():
+        p_values = holm([finding.estimate.p_value for finding in judged if finding.estimate])
+        adjusted |= zip(map(id, judged), map(float, p_values), strict=True)
     for finding in (*about_training, *judge_methods(runs, ledger)):
         by_claim[finding.claim].append(finding)
     return [
         _of_method(runs, ledger, finding)
         if isinstance(finding, MethodFinding)
-        else _of_training(runs, ledger, finding, adjusted.get(id(finding)), len(judged))
+        else _of_training(
+            runs, ledger, finding, adjusted.get(id(finding)), len(families.get(_family(ledger, finding), ()))
+        )
         for findings in by_claim.values()
         for finding in findings
     ]
@@ -116,6 +122,11 @@ def overall(verdicts: Sequence[Verdict]) -> dict[str, str]:
 def scorecard(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """Return the verdicts, and one per claim, as ``claims.json`` holds them."""
     return {"overall": overall(verdicts), "verdicts": [verdict.to_dict() for verdict in verdicts]}
+
+
+def _family(ledger: Ledger, finding: _Finding) -> str:
+    """Return the claims that Holm's correction takes together with the claim of a finding; empty by default."""
+    return str(ledger[finding.claim].get("family", ""))
 
 
 def _about_training(claim: str, entry: Mapping[str, Any], runs: Runs) -> Iterator[_Finding]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from entrace.analysis.trace.errors import InputError, nearest, reason_of
+from entrace.analysis.trace.parts import true_in
 from entrace.analysis.trace.schema import RESPONSE_TOKENS, TABLES
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ STAGING = (
     "staged_responses",
     "staged_tokens",
     "staged_movements",
+    "entropy_predictions",
     "responses_at_length",
     "response_fifths",
     "entropy_thresholds",
@@ -58,11 +60,18 @@ class Need(NamedTuple):
         table: Table that must have rows.
         column: Column that must have a value; empty if rows suffice.
         remedy: What to do, or what is the case, if there are none.
+        is_true: The value must be true.
     """
 
     table: str
     column: str
     remedy: str
+    is_true: bool = False
+
+    @property
+    def value(self) -> str:
+        """Return what ``columns_with_values`` must name; empty if rows suffice."""
+        return true_in(self.column) if self.is_true else self.column
 
     @property
     def place(self) -> str:
@@ -81,6 +90,17 @@ NEEDS = {
         "tokens",
         "logprob_after",
         "no after-update values were recorded; train with record.after_update_every=5",
+    ),
+    "after-update entropies": Need(
+        "tokens",
+        "entropy_after",
+        "no after-update entropies were recorded; train with record.after_update_every=5",
+    ),
+    "clipped tokens": Need(
+        "tokens",
+        "is_clipped",
+        "no token was clipped: with one mini-batch per step, every ratio is 1; train with optim.mini_batches=4",
+        is_true=True,
     ),
     "token categories": Need("tokens", "category", "the texts of tokens are unknown"),
     "entropies": Need("tokens", "entropy", "no entropies of tokens were recorded"),

@@ -319,7 +319,7 @@ class Runs:
             run: self._why_lacking(run, need)
             for need in reversed(self.questions.needs(stem))
             for run, columns in self._recorded(need.table).items()
-            if need.column and need.column not in columns
+            if need.value and need.value not in columns
         }
 
     def _why_lacking(self, run: str, need: Need) -> str:
@@ -327,7 +327,7 @@ class Runs:
 
     def _holders(self, need: Need) -> set[str]:
         """Return the runs that hold what a question needs."""
-        return {run for run, columns in self._recorded(need.table).items() if (need.column or "run_id") in columns}
+        return {run for run, columns in self._recorded(need.table).items() if (need.value or "run_id") in columns}
 
     def _recorded(self, table: str) -> dict[str, set[str]]:
         """Return the columns of a table that have values, by run; ``unknown`` says which values mean nothing."""

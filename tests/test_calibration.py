@@ -30,6 +30,7 @@ SUBSET = (
     "accuracy-90",
     "rounding-bf16",
     "random-update",
+    "lawful",
     "wrong-longer",
     "end",
     "planted",
@@ -55,7 +56,7 @@ def test_no_verdict_is_false(outcomes: dict[str, Outcome], name: str):
     assert false == {}
 
 
-@pytest.mark.parametrize("name", [name for name in SUBSET if name in ("planted", "reversed", "better-arms")])
+@pytest.mark.parametrize("name", [name for name in SUBSET if name in ("planted", "reversed", "lawful", "better-arms")])
 def test_planted_effects_are_found(outcomes: dict[str, Outcome], name: str):
     expected = {row[0]: WORLDS[name].expectation(row[0]) for row in outcomes[name]}
     missed = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from entrace.analysis.effects import exchange, potential
+from entrace.analysis.effects import entropy_laws, exchange, potential
 from entrace.analysis.effects.estimate import (
     NoEffectError,
     change_of,
@@ -230,8 +230,7 @@ def relative_movement(kind: str) -> Judged:
     """Return a judge of the log movement of a kind of tokens relative to the rest, beyond random updates (S6).
 
     A random update changes logits by equal amounts or, since larger logits come from larger weights and activations, in
-    proportion to their margin. A run between these two nulls is compatible with some random update: its effect is 0,
-    and its interval extends from the lower end of one comparison to the upper end of the other.
+    proportion to their margin; see ``beyond_nulls``.
     """
     sides = [(f"{side}_{kind}_movement", f"{side}_{kind}") for side in ("high", "low")]
     by_null = [
@@ -239,15 +238,32 @@ def relative_movement(kind: str) -> Judged:
         for null in ("potential", "margin")
     ]
 
+    return beyond_nulls(*by_null)
+
+
+def beyond_nulls(first: Judged, second: Judged) -> Judged:
+    """Return a judge of the effect that remains under either of two nulls, from a judge against each.
+
+    A run between two nulls is compatible with a null in between: its effect is 0. The interval extends from the lower
+    end of one comparison to the upper end of the other.
+    """
+
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
-        equal, proportional = sorted((against(runs, run_ids) for against in by_null), key=lambda found: found.value)
-        ends = min(equal.low, proportional.low), max(equal.high, proportional.high)
-        if equal.value <= 0 <= proportional.value:
-            return replace(equal, value=0.0, low=ends[0], high=ends[1], p_value=1.0)
-        nearer = equal if equal.value > 0 else proportional
+        low, high = sorted((against(runs, run_ids) for against in (first, second)), key=lambda found: found.value)
+        ends = min(low.low, high.low), max(low.high, high.high)
+        if low.value <= 0 <= high.value:
+            return replace(low, value=0.0, low=ends[0], high=ends[1], p_value=1.0)
+        nearer = low if low.value > 0 else high
         return replace(nearer, low=ends[0], high=ends[1])
 
     return judge
+
+
+def beyond_shuffle_and_random(predictor: str) -> Judged:
+    """Return a judge of a prediction beyond both nulls of ``entropy_laws`` (E2, E4)."""
+    return of_policy(
+        beyond_nulls(*(entropy_laws.beyond(null, predictor) for null in ("shuffle", "random"))),
+    )
 
 
 def against_random(effect: Effect) -> Judged:
@@ -393,6 +409,12 @@ PARTS: dict[str, dict[str, Callable[..., Estimate]]] = {
         "two stages": of_policy(two_stages),
     },
     "E1": {"association": of_policy(exchange.association), "fit": of_policy(exchange.captured)},
+    "E2": {
+        **{name: beyond_shuffle_and_random(name) for name in entropy_laws.SHUFFLED},
+        "quadrants": of_policy(entropy_laws.beyond("random", "quadrants")),
+    },
+    "E3": {name: of_policy(entropy_laws.more_than_entropy(name)) for name in entropy_laws.FORMULAS},
+    "E4": {"own gradient": beyond_shuffle_and_random("own_gradient")},
     "S2": {
         "mainly negative": of_policy(fall(rising("sign_entropy", ["negative_sum", "positive_sum"], log_ratio))),
         "same prompt": of_policy(fall(rising("sign_entropy", ["negative_mean", "positive_mean"], log_ratio))),

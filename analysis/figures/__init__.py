@@ -284,6 +284,30 @@ def engine_mismatch(runs: Runs, ax: Axes | None = None) -> Axes:
 
 
 @_listed
+def entropy_laws(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw how well published formulas predict the change of entropy (claims E2 to E4)."""
+    return draw("entropy_laws", runs, ax)
+
+
+@_listed
+def entropy_law_calibration(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the measured over the predicted change of entropy (claims E2, E3)."""
+    return draw("entropy_law_calibration", runs, ax)
+
+
+@_listed
+def entropy_losses(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw which tokens contribute to the change of entropy (claim E2)."""
+    return draw("entropy_losses", runs, ax)
+
+
+@_listed
+def entropy_of_clipped(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the change of entropy of clipped tokens and of comparable ones."""
+    return draw("entropy_of_clipped", runs, ax)
+
+
+@_listed
 def ablation_curves(runs: Runs, ax: Axes | None = None) -> Axes:
     """Draw held-out accuracy of each arm over training (claims M1, M2)."""
     return draw("ablation_curves", runs, ax)

@@ -247,15 +247,27 @@ def check_part(path: Path, table: Table, rows: int | None = None, known: Sequenc
 
 
 def columns_with_values(path: Path) -> set[str]:
-    """Return the columns of a file that have a value in some row, as far as its footer tells."""
+    """Return the columns of a file that have a value in some row, as far as its footer tells; see ``true_in``."""
     import pyarrow.parquet as pq
 
     with _translate_errors(path):
         footer = pq.read_metadata(source_of(path))
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
     chunks = [group.column(i) for group in groups for i in range(group.num_columns) if group.num_rows]
+    known = [chunk for chunk in chunks if not _is_null(chunk.statistics)]
+    is_true = [chunk for chunk in known if chunk.physical_type == "BOOLEAN" and _may_be_true(chunk.statistics)]
     # A list or map is named by the path to its values.
-    return {chunk.path_in_schema.split(".")[0] for chunk in chunks if not _is_null(chunk.statistics)}
+    found = {chunk.path_in_schema.split(".")[0] for chunk in known}
+    return found | {true_in(chunk.path_in_schema) for chunk in is_true}
+
+
+def true_in(column: str) -> str:
+    """Return the name by which ``columns_with_values`` lists a boolean column that is true in some row."""
+    return f"{column} is true"
+
+
+def _may_be_true(statistics: Any) -> bool:
+    return statistics is None or not statistics.has_min_max or bool(statistics.max)
 
 
 def check_whole(path: Path, table: Table, rows: int | None = None, known: Sequence[Digest] = ()) -> None:

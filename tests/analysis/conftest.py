@@ -44,6 +44,17 @@ MOVED = {
     9: [-0.1, 0, 0, 0, 0],
     10: [0.1, 0, 0, 0, 0],
 }
+# rollout_id -> change of each token's entropy by the update.
+ENTROPY_CHANGES = {
+    5: [-0.2, 0.1],
+    6: [0.1, 0],
+    7: [-0.3, 0.1, 0, 0.2, -0.1],
+    8: [0.2, -0.1, 0, 0.1, 0],
+    9: [0, 0.1, -0.2, 0, 0],
+    10: [0.1, 0, 0, -0.1, 0.1],
+}
+# rollout_id -> positions of clipped tokens.
+CLIPPED = {7: [4], 9: [1, 2]}
 # rollout_id -> probabilities according to the inference engine.
 ENGINE = {7: [0.4, 0.5, 0.5, 0.5, 0.5], 8: [0.5] * 5, 9: [0.5, 0.5, 0.5, 0.5, 0.2]}
 # rollout_id -> gradient norms other than 1 (0 where the advantage is).
@@ -132,7 +143,8 @@ def _append_response(
     tokens["grad_norm"] = GRAD_NORMS.get(rollout_id, 1.0)
     if rollout_id in MOVED:
         tokens["logprob_after"] = np.log(0.5 + np.array(MOVED[rollout_id]))
-        tokens |= {"entropy_after": entropies, "is_clipped": False}
+        tokens |= {"entropy_after": np.add(entropies, ENTROPY_CHANGES[rollout_id])}
+        tokens["is_clipped"] = np.isin(np.arange(length), CLIPPED.get(rollout_id, []))
     if rollout_id in ENGINE:
         tokens["sampling_logprob"] = np.log(ENGINE[rollout_id])
     writer.append("tokens", {**common, **tokens, "shaped_advantage": advantage})

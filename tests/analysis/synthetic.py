@@ -156,7 +156,8 @@ def _append_step(
 def _after_update(surprisal: np.ndarray, rng: np.random.Generator) -> dict[str, object]:
     moved = rng.normal(0, 0.05, surprisal.size) ** 3 * 100
     after = np.log(np.clip(np.exp(-surprisal) + moved, 1e-4, 1))
-    return {"logprob_after": after, "entropy_after": rng.gamma(4, 0.1, surprisal.size), "is_clipped": False}
+    is_clipped = np.arange(surprisal.size) % 20 == 0
+    return {"logprob_after": after, "entropy_after": rng.gamma(4, 0.1, surprisal.size), "is_clipped": is_clipped}
 
 
 def _append_interventions(writer: TraceWriter, steps: int, groups: int, rng: np.random.Generator) -> None:

@@ -13,9 +13,11 @@ from entrace.analysis.figures import STEMS
 from entrace.analysis.runs import Runs, open_runs
 from entrace.analysis.trace import TraceWriter, Vocabulary
 from tests.analysis.conftest import step_row
-from tests.analysis.expected import ablation, cluster, instance, stage, token
+from tests.analysis.expected import ablation, cluster, instance, laws, stage, token
 
-EXPECTED = stage.EXPECTED | instance.EXPECTED | token.EXPECTED | ablation.EXPECTED | cluster.EXPECTED
+EXPECTED = {}
+for module in (stage, instance, token, laws, ablation, cluster):
+    EXPECTED |= module.EXPECTED
 
 
 @pytest.mark.parametrize("stem", queries.BUILT_IN.paths)

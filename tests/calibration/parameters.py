@@ -48,6 +48,8 @@ class World:
         update: none, float32, bf16 (rounding only), random, learned, or even.
         update_size: Standard deviation of random logit changes.
         push: Logit change along the sign of the advantage, relative to the size of the update.
+        law: Logit change of random updates per unit of the advantage, relative to the size of the update; then the
+            discriminator formula is true to first order.
         end_movement: Factor of the movement of tokens in the last fifth.
         end_gradient: Factor of the gradient norm of tokens in the last fifth.
         impact_by_ppl: Accuracy lost by a replacement, high- minus low-perplexity third.
@@ -86,6 +88,7 @@ class World:
     update: str = "random"
     update_size: float = 0.3
     push: float = 0.0
+    law: float = 0.0
     end_movement: float = 1.0
     end_gradient: float = 1.0
     impact_by_ppl: float = 0.0

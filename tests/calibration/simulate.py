@@ -63,6 +63,7 @@ class Tokens:
         logprob: Log-probability of the sampled token.
         grad_norm: Gradient norm.
         logprob_after: Log-probability after the update; nan if not captured.
+        entropy_after: Entropy after the update; nan if not captured.
     """
 
     row: np.ndarray
@@ -72,6 +73,7 @@ class Tokens:
     logprob: np.ndarray
     grad_norm: np.ndarray
     logprob_after: np.ndarray
+    entropy_after: np.ndarray
 
     @property
     def is_reasoning(self) -> np.ndarray:
@@ -262,14 +264,16 @@ def _finish_tokens(
         KIND_SCALES[word[captured]],
         row[captured],
         step[row[captured]],
-        np.sign(response["advantage"])[row[captured]],
+        response["advantage"][row[captured]],
         is_end[captured],
         state,
         rng,
     )
+    entropy_after = np.full(len(row), np.nan)
+    entropy_after[captured] = _entropy_after(draft["entropy"][captured], before, after[captured])
     logprob = logprob.copy()
     logprob[captured] = before
-    return Tokens(row, position, word, draft["entropy"], logprob, grad_norm, after)
+    return Tokens(row, position, word, draft["entropy"], logprob, grad_norm, after, entropy_after)
 
 
 def _update(
@@ -279,7 +283,7 @@ def _update(
     kind: np.ndarray,
     row: np.ndarray,
     step: np.ndarray,
-    sign: np.ndarray,
+    advantage: np.ndarray,
     is_end: np.ndarray,
     state: dict[str, np.ndarray],
     rng: np.random.Generator,
@@ -301,8 +305,10 @@ def _update(
     noise = np.sqrt(0.8) * noise + np.sqrt(0.1) * shared[0][row] + np.sqrt(0.1) * shared[1][step]
     is_high = entropy >= np.quantile(entropy, 0.8) if len(row) else np.zeros(0, dtype=bool)
     scale = np.exp(state["movement"][step] + state["focus"][step] * is_high + state["end_movement"][step] * is_end)
+    sign = np.sign(advantage)
     push = (world.push + state["direction"][step]) * sign
     if world.update == "random":
+        push = push + world.law * advantage
         return logprob, _log_expit(odds + world.update_size * scale * (kind * noise + push))
     scale = scale * np.where(is_end, world.end_movement, 1.0)
     if world.update == "learned":
@@ -315,6 +321,22 @@ def _update(
     p = np.exp(logprob)
     way = np.where(p > 0.97, -1.0, np.where(p < 0.03, 1.0, way))
     return logprob, np.log(np.clip(p + way * size, 1e-6, 1 - 1e-6))
+
+
+def _entropy_after(entropy: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Return the entropy after a change of the sampled token's logit, which keeps the proportions of all others.
+
+    H = h(p) + (1 - p) H_others, with h the entropy of being sampled or not, and H_others unchanged.
+    """
+    others = np.clip((entropy - _binary_entropy(before)) / np.maximum(-np.expm1(before), 1e-12), 0, np.log(TAIL))
+    moved = _binary_entropy(after) - np.expm1(after) * others
+    return np.where(after == before, entropy, moved)
+
+
+def _binary_entropy(logprob: np.ndarray) -> np.ndarray:
+    """Return -p ln p - (1 - p) ln (1 - p)."""
+    rest = -np.expm1(logprob)
+    return -np.exp(logprob) * logprob - rest * np.log(np.maximum(rest, 1e-300))
 
 
 def _log_expit(x: np.ndarray) -> np.ndarray:
@@ -406,7 +428,7 @@ def _append_tokens(writer: TraceWriter, run: Run) -> None:
             "is_correct": run.is_correct[row],
             "is_kept": run.is_kept[row],
             "logprob_after": pa.array(tokens.logprob_after, mask=is_missing),
-            "entropy_after": pa.array(tokens.entropy, mask=is_missing),
+            "entropy_after": pa.array(tokens.entropy_after, mask=is_missing),
             "is_clipped": pa.array(np.zeros(len(row), dtype=bool), mask=is_missing),
         },
     )

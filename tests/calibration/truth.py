@@ -154,6 +154,7 @@ def _levels(run: Run, rng: np.random.Generator) -> Truth:
         "I1/reasoning tokens": _reasoning_difference(run, run.tokens, in_plateau),
         **_ends(run, run.tokens, chosen),
         **_movement(run, run.tokens, rng),
+        **_entropy_laws(run, run.tokens),
     }
 
 
@@ -233,6 +234,62 @@ def _movement(run: Run, tokens: Tokens, rng: np.random.Generator) -> Truth:
     for part, values in (("T3/movement", size), ("T3/gradient", grad_norm)):
         truth[part] = _at_equal(values, bins, end, middle)
     return truth
+
+
+def _entropy_laws(run: Run, tokens: Tokens) -> Truth:
+    """Return the truths of E2, E3, and E4 over all captured tokens."""
+    if run.world.update in ("none", "float32", "bf16"):
+        return {}
+    in_update = run.is_kept[tokens.row]
+    at = np.flatnonzero(np.isfinite(tokens.logprob_after) & in_update)
+    row, logprob, entropy = tokens.row[at], tokens.logprob[at], tokens.entropy[at]
+    step, advantage, p = run.step[row], run.advantage[row], np.exp(logprob)
+    # Means of the batch, which includes responses whose tokens are not captured.
+    size = np.bincount(run.step[tokens.row][in_update], minlength=run.world.steps + 1)
+    mean_logprob, mean_advantage = (
+        (np.bincount(run.step[tokens.row][in_update], values[in_update], run.world.steps + 1) / np.maximum(size, 1))[
+            step
+        ]
+        for values in (tokens.logprob, run.advantage[tokens.row])
+    )
+    change, shift = tokens.entropy_after[at] - entropy, tokens.logprob_after[at] - logprob
+    surprise = entropy + logprob
+    predictions = {
+        "covariance": -(logprob - mean_logprob) * (advantage - mean_advantage),
+        "discriminator": -advantage * p * surprise,
+        "omega": -advantage * (1 - p) ** 2 * surprise,
+        "quadrants": -np.sign(advantage) * np.where(p > 0.5, 1, -1),
+    }
+    odds = np.floor(2 * np.clip(logprob - np.log(np.maximum(1 - p, 1e-12)), -40, 40))
+    level = np.floor(2 * np.log(np.maximum(entropy, 1e-6)))
+    cells = {"": (step,), "shuffle": (step, np.sign(advantage), odds), "random": (step, odds, level)}
+
+    def correlations(prediction: np.ndarray, measured: np.ndarray) -> dict[str, float]:
+        found = {}
+        for name, cell in cells.items():
+            x, y = (_from_mean(values, cell) for values in (prediction, measured))
+            found[name] = float(x @ y / np.sqrt((x @ x) * (y @ y)))
+        return found
+
+    def nearer(first: float, second: float) -> float:
+        low, high = sorted((first, second))
+        return 0.0 if low <= 0 <= high else low if low > 0 else high
+
+    explained = correlations(entropy, change)[""] ** 2
+    with np.errstate(invalid="ignore"):
+        found = {name: correlations(prediction, change) for name, prediction in predictions.items()}
+    truth = {f"E3/{name}": values[""] * abs(values[""]) - explained for name, values in found.items()}
+    truth |= {f"E2/{name}": nearer(values["shuffle"], values["random"]) for name, values in found.items()}
+    truth["E2/quadrants"] = found["quadrants"]["random"]
+    gradient = np.sign(advantage) * tokens.grad_norm[at] ** 2 / np.abs(advantage)
+    own = correlations(gradient, shift)
+    return truth | {"E4/own gradient": nearer(own["shuffle"], own["random"])}
+
+
+def _from_mean(values: np.ndarray, cells: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Return values minus the mean of their cell."""
+    _, cell = np.unique(np.column_stack(cells), axis=0, return_inverse=True)
+    return values - (np.bincount(cell.ravel(), values) / np.bincount(cell.ravel()))[cell.ravel()]
 
 
 def _against_random(p: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:

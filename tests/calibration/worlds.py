@@ -86,12 +86,26 @@ REVERSED = replace(
 )
 
 # These claims hold in a run of two lines; their parts are compared with the truth.
-STAGES = {"S1": None, "E1": None}
+# A random update changes high entropies most, so entropy may predict its own change; no formula does.
+STAGES = {"S1": None, "E1": None, "E3": NOT_SUPPORTED}
 # A smooth course does not have two stages. The difference between its halves depends on the course.
 SMOOTH = {"S1": None, "E1": None, "S1/two stages": NOT_SUPPORTED}
 STEADY = {**SMOOTH, "S1/entropy slows": NULL, "S1/accuracy slows": NULL}
 FASTER = {**SMOOTH, "S1/entropy slows": CONTRADICTED, "S1/accuracy slows": CONTRADICTED}
-NO_UPDATE = {**STAGES, "S5": NULL, "S6": NULL, "T3": NULL}
+NO_UPDATE = {**STAGES, **dict.fromkeys(("E2", "E3", "E4", "S5", "S6", "T3"), NULL)}
+# Movement by sign alone: what formulas make of it depends on the cells of the nulls.
+BY_SIGN: dict[str, str | None] = dict.fromkeys(("E2", "E3", "E4"))
+LAWFUL = {
+    **STAGES,
+    **BY_SIGN,
+    "E2/discriminator": SUPPORTED,
+    "E2/quadrants": SUPPORTED,
+    "E3/discriminator": SUPPORTED,
+    "E4": SUPPORTED,
+    "S6": None,
+    "S5": None,
+    "T3": None,
+}
 
 
 def _of(course: str, about: str, expected: Mapping[str, str | None]) -> Entry:
@@ -197,6 +211,19 @@ WORLDS: dict[str, Entry] = {
         replace(TOKENS, update_size=1.0),
         expected=STAGES,
     ),
+    "lawful": Entry(
+        "Two stages; the logit of each token moves in proportion to its advantage, so that S* predicts entropy.",
+        replace(TOKENS, law=1.5),
+        expected=LAWFUL,
+    ),
+    "lawless": Entry(
+        "Two stages; the logit of each token moves against its advantage, so that S* has the wrong sign.",
+        replace(TOKENS, law=-1.5),
+        expected={
+            **LAWFUL,
+            **dict.fromkeys(("E2/discriminator", "E2/quadrants", "E3/discriminator", "E4"), CONTRADICTED),
+        },
+    ),
     "longer": Entry(
         "Lengths double over training; entropy and reasoning tokens depend on position only.",
         replace(TOKENS, groups=16, growth=1.0, position_entropy=0.3, position_reasoning=0.1),
@@ -257,6 +284,7 @@ WORLDS: dict[str, Entry] = {
         "All claimed effects, in three seeds, the size of the default study.",
         replace(PLANTED, runs=3),
         default=SUPPORTED,
+        expected=BY_SIGN,
     ),
     "planted-1": Entry("All claimed effects, in one run.", PLANTED, default=None),
     "planted-0.9": Entry(
@@ -266,7 +294,7 @@ WORLDS: dict[str, Entry] = {
         "Two stages, and the opposite of all other claimed effects, in three seeds.",
         replace(REVERSED, runs=3),
         default=CONTRADICTED,
-        expected=STAGES,
+        expected={**STAGES, **BY_SIGN},
     ),
     "frozen-unequal-3": Entry(
         "A frozen policy in three seeds; hard prompts have higher entropy and lower accuracy.",

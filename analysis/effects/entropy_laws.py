@@ -1,0 +1,109 @@
+"""Compare published formulas for the change of entropy at a token with the changes that updates made (E2, E3, E4).
+
+The formulas, with their sources, are the macros of ``sql/staging/entropy_predictions.sql``. All correlations are
+within steps, over tokens with after-update values. Two nulls apply, and leave no correlation between comparable tokens:
+
+- *Shuffle*: tokens of equal step, sign of the advantage, and probability exchange their changes. Whatever a formula
+  owes to sign and probability alone does not count.
+- *Random update*: the change depends on probability and entropy of the token and not on its advantage, so that tokens
+  of equal step, probability, and entropy exchange their changes.
+
+A correlation between comparable tokens, unlike the excess of a correlation over that after a shuffle, can reach 1 if a
+formula is right: the excess would be limited by the share of the variance within cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from entrace.analysis.effects.estimate import NoEffectError, count, fetch, plateau_level
+from entrace.analysis.effects.potential import require_movement
+from entrace.analysis.queries import NEEDS
+from entrace.analysis.runs import Runs
+from entrace.analysis.statistics.combination import MIN_BLOCKS
+from entrace.analysis.statistics.estimates import Estimate
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Judged = Callable[[Runs, Sequence[str]], Estimate]
+
+KEYS = ["run_id", "step", "prompt_id"]
+# Predictions of the claims, by part. A shuffle cannot test a function of sign and probability.
+SHUFFLED = ("covariance", "discriminator", "omega")
+FORMULAS = (*SHUFFLED, "quadrants")
+# A smaller mean square of predictions or changes is rounding.
+MIN_VARIANCE = 1e-18
+
+
+def beyond(null: str, predictor: str) -> Judged:
+    """Return a judge of the correlation of prediction and change between tokens that a null makes exchangeable.
+
+    Args:
+        null: ``shuffle`` or ``random``.
+        predictor: Name in ``law_sums``.
+    """
+
+    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+        sums = of_predictor(runs, run_ids, predictor, null)
+        return plateau_level(runs, sums, run_ids, ["xy", "xx", "yy"], correlation)
+
+    return judge
+
+
+def more_than_entropy(predictor: str) -> Judged:
+    """Return a judge of the signed square of a correlation minus the square for the entropy before the update (E3)."""
+
+    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+        sums = of_predictor(runs, run_ids, predictor, "overall")
+        entropy = of_predictor(runs, run_ids, "entropy", "overall").select(*KEYS, entropy_xy="xy", entropy_xx="xx")
+        joined = sums.join(entropy, on=KEYS)
+        return plateau_level(runs, joined, run_ids, ["xy", "xx", "yy", "entropy_xy", "entropy_xx"], gain)
+
+    return judge
+
+
+def of_predictor(runs: Runs, run_ids: Sequence[str], predictor: str, comparison: str) -> pl.DataFrame:
+    """Return the sums of one predictor and comparison on enough steps.
+
+    Raises:
+        NoEffectError: the run lacks what the predictor needs, has too few steps with after-update values, or its
+            updates moved nothing by more than rounding.
+    """
+    import polars as pl
+
+    frame = fetch(runs, "law_sums", run_ids).filter(predictor=predictor, comparison=comparison)
+    for run in run_ids:
+        part = frame.filter(run_id=run)
+        if part.is_empty():
+            raise NoEffectError(NEEDS["gradient norms"].remedy)
+        steps = part["step"].unique().to_list()
+        if len(steps) < MIN_BLOCKS:
+            raise NoEffectError(
+                f"run {run} has after-update values at {count(steps, 'step')}; a verdict needs {MIN_BLOCKS:g}: lower "
+                "record.after_update_every, or train longer",
+                is_recorded=True,
+            )
+        if not part.select(pl.min_horizontal(pl.sum("xx"), pl.sum("yy")) > MIN_VARIANCE * pl.sum("tokens")).item():
+            raise NoEffectError(
+                f"run {run}: predicted or measured changes do not vary between tokens", is_recorded=True
+            )
+    require_movement(frame)
+    return frame
+
+
+def correlation(totals: np.ndarray) -> np.ndarray:
+    """Return a correlation; the totals are sums of x y, x^2, and y^2."""
+    return totals[..., 0] / np.sqrt(totals[..., 1] * totals[..., 2])
+
+
+def gain(totals: np.ndarray) -> np.ndarray:
+    """Return the signed square of a correlation minus the square of another; totals are x y, x^2, y^2, z y, and z^2.
+
+    A prediction of the wrong sign explains less than nothing; the entropy before the update predicts no sign.
+    """
+    predicted = correlation(totals[..., :3])
+    return predicted * np.abs(predicted) - correlation(totals[..., [3, 4, 2]]) ** 2

@@ -1,0 +1,171 @@
+"""The trial of entropy laws: formulas, correlations, and what it says about a trace that lacks something."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scipy.stats import rankdata
+
+from entrace.analysis.claims import INCONCLUSIVE, NOT_RECORDED, SUPPORTED, judge
+from entrace.analysis.effects.entropy_laws import correlation, gain
+from entrace.analysis.runs import Runs, open_runs
+from tests.analysis.synthetic import write_run
+from tests.analysis.test_digests import accept_edits
+
+LAWS = ("E2", "E3", "E4")
+
+
+def entropy_of(z: np.ndarray) -> float:
+    p = np.exp(z - z.max())
+    p /= p.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+@pytest.mark.parametrize("advantage", [1.5, -0.5])
+def test_formulas_are_what_gradient_steps_do_to_a_softmax(tiny: Runs, advantage: float):
+    z = np.random.default_rng(0).normal(0, 1.5, 7)
+    p = np.exp(z) / np.exp(z).sum()
+    h, token, step = entropy_of(z), 2, 1e-6
+    logp = float(np.log(p[token]))
+    names = ("discriminator_law", "omega_law", "omega_first_release_law", "quadrant_law")
+    arguments = {name: "$logp, $a" if name == "quadrant_law" else "$logp, $h, $a" for name in names}
+    given = {"logp": logp, "h": h, "a": advantage}
+    found = {
+        name: tiny.sql(
+            f"select {name}({arguments[name]}) as x, $h::double as h, $logp::double as logp, $a::double as a", given
+        )["x"].item()
+        for name in names
+    }
+    # S*: the logit of the token alone moves by A.
+    alone = z + step * advantage * (np.arange(7) == token)
+    assert found["discriminator_law"] == pytest.approx((entropy_of(alone) - h) / step, rel=1e-4)
+    # Omega: the same move by A (1 - p), with the other probabilities in proportion: times (1 - p) and over p.
+    assert found["omega_law"] == pytest.approx(found["discriminator_law"] * (1 - p[token]) ** 2 / p[token], rel=1e-9)
+    assert found["omega_first_release_law"] == pytest.approx(found["omega_law"] / (1 - p[token]), rel=1e-9)
+    assert found["quadrant_law"] == (np.sign(advantage) if p[token] < 0.5 else -np.sign(advantage))
+
+
+def test_own_gradient_is_the_change_of_the_logprob(tiny: Runs):
+    rng = np.random.default_rng(1)
+    hidden, weight, token, advantage, step = rng.normal(size=4), rng.normal(size=(6, 4)), 3, -0.7, 1e-7
+    p = np.exp(weight @ hidden) / np.exp(weight @ hidden).sum()
+    gradient = advantage * np.outer((np.arange(6) == token) - p, hidden)
+    logits = (weight + step * gradient) @ hidden
+    moved = logits[token] - np.log(np.exp(logits).sum()) - np.log(p[token])
+    given = {"g": float(np.linalg.norm(gradient)), "a": advantage}
+    assert tiny.sql("select own_gradient($g::double, $a::double)", given).item() == pytest.approx(
+        moved / step, rel=1e-4
+    )
+
+
+def naive(frame: pl.DataFrame, predictor: str, target: str, *, by_rank: bool) -> float:
+    """Return a correlation within steps, by a loop over steps."""
+    x, y = [], []
+    for step in frame["step"].unique():
+        part = frame.filter(step=step)
+        values = [part[name].to_numpy() for name in (predictor, target)]
+        values = [rankdata(column) if by_rank else column for column in values]
+        for deviations, column in zip((x, y), values, strict=True):
+            deviations += (column - column.mean()).tolist()
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+@pytest.fixture(scope="module")
+def one(study_path: Path) -> Runs:
+    return open_runs(study_path / "none-seed0")
+
+
+@pytest.fixture(scope="module")
+def tokens(one: Runs) -> pl.DataFrame:
+    frame = one.sql(
+        "select step, category, entropy::double as entropy, exp(logprob::double) as probability,"
+        " shaped_advantage::double as advantage, logprob::double as logprob,"
+        " entropy_after::double - entropy as dentropy, logprob_after::double - logprob as dlogprob"
+        " from tokens where is_kept and logprob_after is not null"
+    )
+    others = [
+        frame.filter((pl.col("category") == category) & (pl.col("step") != step))["dentropy"].mean()
+        for step, category in frame.select("step", "category").rows()
+    ]
+    return frame.with_columns(
+        category=pl.Series(others),
+        discriminator=-pl.col("advantage") * pl.col("probability") * (pl.col("entropy") + pl.col("logprob")),
+    )
+
+
+@pytest.mark.parametrize("scale", ["value", "rank"])
+@pytest.mark.parametrize("target", ["entropy", "logprob"])
+def test_correlations_within_steps_are_those_of_a_loop(one: Runs, tokens: pl.DataFrame, target: str, scale: str):
+    parts = [one.query("entropy_laws", target=target, scale=scale, stage=stage) for stage in ("rising", "plateau")]
+    boundary = one.stage_fits["none-seed0"].boundary
+    for part, chosen in zip(parts, (pl.col("step") <= boundary, pl.col("step") > boundary), strict=True):
+        found = dict(part.filter(comparison="overall").select("predictor", "correlation").rows())
+        for predictor in ("entropy", "probability", "discriminator", "category"):
+            expected = naive(tokens.filter(chosen), predictor, f"d{target}", by_rank=scale == "rank")
+            assert found[predictor] == pytest.approx(expected, abs=1e-6), predictor
+
+
+def test_effects_of_given_sums():
+    # x = (1, -1), y = (2, -2), z = (1, 1): r of x and y is 1, of z and y it is 0.
+    assert correlation(np.array([4.0, 2.0, 8.0])) == 1
+    assert gain(np.array([4.0, 2.0, 8.0, 0.0, 2.0])) == 1
+    # The wrong sign counts as less than nothing, and a better entropy as a shortfall.
+    assert gain(np.array([-4.0, 2.0, 8.0, 0.0, 2.0])) == -1
+    assert gain(np.array([0.0, 2.0, 8.0, -4.0, 2.0])) == -1
+
+
+def rewritten(source: Path, folder: Path, column: str, values) -> Path:
+    """Return a copy of a run whose column of the tokens is replaced by ``values(table)``."""
+    shutil.copytree(source, folder)
+    for part in (folder / "tokens").glob("*.parquet"):
+        table = pq.read_table(part)
+        at = table.schema.get_field_index(column)
+        pq.write_table(table.set_column(at, table.schema.field(at), values(table)), part)
+    accept_edits(folder)
+    return folder
+
+
+def no_values(table: pa.Table) -> pa.Array:
+    return pa.nulls(len(table), pa.float32())
+
+
+def verdicts(folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
+    return {(v.claim, v.part): (v.verdict, v.why) for v in judge(open_runs(folder)) if v.claim in LAWS}
+
+
+def test_a_trace_without_after_update_entropies_names_the_setting(study_path: Path, tmp_path: Path):
+    folder = rewritten(study_path / "none-seed0", tmp_path / "run", "entropy_after", no_values)
+    for word, why in verdicts(folder).values():
+        assert word == NOT_RECORDED
+        assert "train with record.after_update_every" in why
+
+
+def test_too_few_captured_steps_name_the_setting(study_path: Path, tmp_path: Path):
+    def early(table: pa.Table) -> pa.Array:
+        after, step = table["entropy_after"].to_numpy(), table["step"].to_numpy()
+        return pa.array(after, pa.float32(), mask=np.isnan(after) | (step > 10))
+
+    folder = rewritten(study_path / "none-seed0", tmp_path / "run", "entropy_after", early)
+    for word, why in verdicts(folder).values():
+        assert word == INCONCLUSIVE
+        assert "has after-update values at 2 steps; a verdict needs 3: lower record.after_update_every" in why
+
+
+def test_a_trace_without_gradient_norms_lacks_one_claim(study_path: Path, tmp_path: Path):
+    found = verdicts(rewritten(study_path / "none-seed0", tmp_path / "run", "grad_norm", no_values))
+    assert found.pop(("E4", "own gradient")) == (NOT_RECORDED, "no gradient norms of tokens were recorded")
+    assert NOT_RECORDED not in {word for word, _ in found.values()}
+
+
+def test_noise_supports_no_law(tmp_path: Path):
+    found = verdicts(write_run(tmp_path / "run", steps=60, groups=8))
+    assert len(found) == 9
+    assert SUPPORTED not in {word for word, _ in found.values()}
+    # The entropy after the update is drawn anew, so it returns to its mean: the entropy before predicts the change.
+    assert {word for key, (word, _) in found.items() if key[0] != "E3"} == {INCONCLUSIVE}
