@@ -179,12 +179,13 @@ def pool(frame: pl.DataFrame, keys: Sequence[str], *values: str, ends: Sequence[
     return frame.drop_nulls(values[0]).group_by(keys, maintain_order=True).agg(*means, *limits, *kept).sort(keys)
 
 
-def line(ax: Axes, frame: pl.DataFrame, x: str, y: str, **options: Any) -> None:
-    """Draw ``y`` over ``x`` as a line; the axis labels stay as they are."""
-    labels = {"xlabel": ax.get_xlabel(), "ylabel": ax.get_ylabel()}
-    data = frame.select({x, y, *(name for name in [options.get("units")] if name)}).to_pandas()
-    sns.lineplot(data, x=x, y=y, errorbar=None, ax=ax, **options)
-    ax.set(**labels)
+def line(ax: Axes, frame: pl.DataFrame, x: str, y: str, *, units: str | None = None, **options: Any) -> None:
+    """Draw ``y`` over ``x`` as a line, or as one per value of the column ``units``."""
+    look = {"markeredgewidth": 0.75, "markeredgecolor": "white"} | options
+    known = frame.drop_nulls([x, y])
+    for part in known.partition_by(units, maintain_order=True) if units else [known]:
+        rows = part.sort(x, maintain_order=True)
+        ax.plot(rows[x], rows[y], **look)
     marks.remember(ax, frame, x, y)
 
 
@@ -215,7 +216,7 @@ def runs(ax: Axes, frame: pl.DataFrame, x: str, y: str, color: str) -> None:
     """Draw ``y`` over ``x`` as a thin line per run, if there are several."""
     if frame["run_id"].n_unique() > 1:
         shown = frame.drop_nulls(y)
-        line(ax, shown, x, y, units="run_id", estimator=None, color=color, linewidth=0.5, alpha=0.45, zorder=1.5)
+        line(ax, shown, x, y, units="run_id", color=color, linewidth=0.5, alpha=0.45, zorder=1.5)
 
 
 def by_run(frame: pl.DataFrame) -> list[tuple[str, pl.DataFrame]]:
