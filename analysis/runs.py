@@ -18,7 +18,7 @@ from entrace.analysis import queries
 from entrace.analysis.parameters import parameters, shown, to_plain
 from entrace.analysis.queries import BUILT_IN, Need, Questions
 from entrace.analysis.sandbox.connection import COVERAGE, RUNS_COLUMNS, STAGES_COLUMNS, connect, fill, spill_folder
-from entrace.analysis.sandbox.process import Limits, QueryProcess, ReadError
+from entrace.analysis.sandbox.process import LimitError, Limits, QueryProcess, ReadError
 from entrace.analysis.sandbox.statements import one_line, parameter_names
 from entrace.analysis.sandbox.worker import Query
 from entrace.analysis.terminal.interrupt import interruptible
@@ -49,7 +49,7 @@ DEFAULT_BASELINE = "none"
 # Columns of the runs and of the trace that hold text.
 TEXT_COLUMNS = {name for name, kind in RUNS_COLUMNS.items() if kind == "varchar"}
 TEXT_COLUMNS |= {column.name for table in TABLES.values() for column in table.columns if str(column.type) == "string"}
-# Bytes for DuckDB in this process, which answers the shipped questions; the excess is spilled to disk.
+# Default of the bytes for DuckDB in this process.
 BUFFERS = 1500 << 20
 # Missing ranges of steps that the note on a run lists.
 GAPS_SHOWN = 3
@@ -58,7 +58,11 @@ VALUES_SHOWN = 5
 
 
 def open_runs(
-    paths: str | Path | Iterable[str | Path], *, questions: str | Path | None = None, verify: bool = False
+    paths: str | Path | Iterable[str | Path],
+    *,
+    questions: str | Path | None = None,
+    verify: bool = False,
+    buffers: int = BUFFERS,
 ) -> Runs:
     """Open one or more traces for reading, up to their last durable step.
 
@@ -67,6 +71,7 @@ def open_runs(
         questions: Folder with the user's own SQL, figures, and claims; see ``queries``.
         verify: Check every byte of every file first, as ``entrace verify`` does. Without it, damage inside large files
             is not seen.
+        buffers: Bytes for DuckDB in this process, which answers the shipped questions; the excess is spilled to disk.
 
     Returns:
         The runs, including failed runs and runs without data.
@@ -101,7 +106,7 @@ def open_runs(
             damage = f"{digests.DIGESTS} is damaged; see entrace verify {folder}" if recorded.damage else None
             notes[run_id] = "; ".join(filter(None, [progress, damage]))
     asked = BUILT_IN if questions is None else Questions(Path(questions).resolve())
-    return Runs(manifests, files, notes, asked)
+    return Runs(manifests, files, notes, asked, buffers)
 
 
 class Runs:
@@ -119,6 +124,7 @@ class Runs:
         files: dict[str, dict[str, Layout]],
         notes: dict[str, str | None],
         questions: Questions = BUILT_IN,
+        buffers: int = BUFFERS,
     ) -> None:
         """Connect DuckDB to ``files``: the layout of each Parquet file of all runs, by table and path."""
         self.manifests = manifests
@@ -133,7 +139,7 @@ class Runs:
         self._spill = spill_folder()
         # The connection has one transaction at a time.
         self._connected = threading.RLock()
-        self._con = connect(manifests, files, BUFFERS, self._spill)
+        self._con = connect(manifests, files, buffers, self._spill)
         weakref.finalize(self._con, shutil.rmtree, self._spill, ignore_errors=True)
         # At most one process that has answered a query and waits for the next.
         self._idle: list[QueryProcess] = []
@@ -233,13 +239,20 @@ class Runs:
                 fill(self._con, name, self._compute(name))
             return self._run(text, given)
 
-    def read(self, text: str, params: Mapping[str, Any] | None = None, *, timeout: float | None = None) -> pl.DataFrame:
+    def read(
+        self,
+        text: str,
+        params: Mapping[str, Any] | None = None,
+        *,
+        memory: str | int | None = None,
+        timeout: float | None = None,
+    ) -> pl.DataFrame:
         """Run a query like ``sql``, without the scan for NaN in the tables that it reads, for pages with single rows.
 
         Raises:
             InputError: as for ``sql``.
         """
-        return self._collect(self._with_computed(text, _complete(text, params or {})), Limits.parse(None, timeout))
+        return self._collect(self._with_computed(text, _complete(text, params or {})), Limits.parse(memory, timeout))
 
     def stop(self) -> None:
         """End all queries that other threads wait for."""
@@ -475,9 +488,9 @@ class Runs:
             frames.append(frame)
             size += frame.estimated_size()
             if size > limits.memory:
-                raise InputError(
-                    f"sql: the result needs more than {limits.memory_text} of memory; aggregate, add a LIMIT, raise "
-                    "memory=, or read it in parts with runs.stream"
+                raise LimitError(
+                    f"the result needs more than {limits.memory_text} of memory",
+                    "aggregate, add a LIMIT, raise memory=, or read it in parts with runs.stream",
                 )
         return pl.concat(frames)
 

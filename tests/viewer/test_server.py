@@ -135,7 +135,7 @@ def test_tokens_are_those_of_the_trace(tiny: Client, tmp_path: Path):
     assert tokens["surprisal"] == pytest.approx([math.log(2)] * 5, abs=1e-6)
     assert tokens["impact"] == [-0.25, None, None, None, None]
     assert found["response"]["is_correct"] is False
-    assert found["neighbors"] == {"previous": 7, "next": 9, "earlier": 5, "later": None}
+    assert found["neighbors"] == {"previous": 7, "next": 9, "earlier": 5, "later": None, "opposite": 7}
 
 
 def test_the_band_is_the_quantile_of_the_stage(frozen: Client):
