@@ -190,9 +190,11 @@ class _Viewer:
         return HTMLResponse(text, 200 if path in PAGES else 404)
 
     def _find_mistake(self, path: str, request: Request) -> str:
-        """Return what is wrong with the names of the parameters of an address, if anything."""
+        """Return what is wrong with the names of the parameters of an address, if anything; the list says so itself."""
+        if path not in PAGES or path == "/responses":
+            return ""
         try:
-            responses.check_names(request.query_params, PAGES.get(path, tuple(request.query_params)))
+            responses.check_names(request.query_params, PAGES[path])
         except InputError as error:
             return escape(plain(str(error)))
         return ""

@@ -109,7 +109,8 @@ def find_responses(runs: Runs, given: Mapping[str, str]) -> Iterator[dict[str, A
         known = _listed(runs, matched.clear())
         for found, searched in _search(runs, matched, text, is_reversed=sort == "-step"):
             keys = found[offset : offset + PAGE_ROWS]
-            known = pl.concat([known, _listed(runs, keys.join(known, on=["run_id", "rollout_id"], how="anti"))])
+            if len(new := keys.join(known, on=["run_id", "rollout_id"], how="anti")):
+                known = pl.concat([known, _listed(runs, new)])
             columns = columns_of(_in_order(keys, known))
             yield {**about, "columns": columns, "num_rows": found.height, "searched": searched}
         return

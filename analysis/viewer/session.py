@@ -16,7 +16,7 @@ from entrace.analysis.trace.manifest import MANIFEST
 # Longest wait for a figure that is being drawn.
 CLOSING_S = 10.0
 # Bytes for DuckDB in this process; questions that need more spill to disk.
-BUFFERS = 500 << 20
+BUFFERS = 450 << 20
 
 
 class Session:

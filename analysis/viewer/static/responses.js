@@ -27,7 +27,7 @@ const field = (name, label, value, more = {}) => el("label", {}, label, el("inpu
 
 // Side by side with the nearest response to the same prompt that has the other verdict.
 const oppositeLink = (key, isCorrect) => (SAVED || isCorrect === null ? null
-  : [el("br"), link(address("/compare", { opposite: key }), { class: "small", title: `Compare with a ${isCorrect ? "wrong" : "correct"} response to the same prompt` }, `vs ${isCorrect ? "wrong" : "correct"}`)]);
+  : [el("br"), link(address("/compare", { opposite: key }), { class: "small nowrap", title: `Compare with a ${isCorrect ? "wrong" : "correct"} response to the same prompt` }, `vs ${isCorrect ? "wrong" : "correct"}`)]);
 
 function listTable(columns, { sort, onSort, at, chosen }) {
   const rows = columns.run_id.map((run, i) => {
