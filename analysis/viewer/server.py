@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import secrets
@@ -125,7 +126,20 @@ def start(session: Session) -> Served:
         InputError: the server does not start.
     """
     served = prepare(session, port=0)
-    threading.Thread(target=served.run, daemon=True).start()
+
+    def run() -> None:
+        served.run()
+        session.close()
+        atexit.unregister(end)
+
+    def end() -> None:
+        # A thread that still runs while Python ends would make DuckDB print what it holds.
+        served.server.should_exit = True
+        running.join(timeout=START_S)
+
+    running = threading.Thread(target=run, daemon=True)
+    atexit.register(end)
+    running.start()
     started = time.monotonic()
     while not served.server.started:
         if time.monotonic() - started > START_S:

@@ -573,6 +573,12 @@ def test_a_notebook_shows_the_page_in_a_frame():
     assert Client(frame.url).get("/api/runs")["runs"][0]["run_id"] == "none-seed0"
 
 
+def test_a_script_that_showed_the_page_ends_in_silence():
+    script = f"import entrace; entrace.open_runs({str(FROZEN)!r}).view()"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert not ended.stdout + ended.stderr
+
+
 def test_the_command_prints_its_address_and_ends_with_ctrl_c():
     command = [sys.executable, "-m", "entrace", "view", str(FROZEN), "--no-browser", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

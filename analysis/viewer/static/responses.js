@@ -98,7 +98,9 @@ PAGES["/responses"] = {
       isWhole = true;
       note(latest);
     });
-    const [{ runs }] = await Promise.all([get("/api/runs"), beginning]);
+    // A condition may take long; then the filters come first.
+    const patience = new Promise((done) => { setTimeout(done, 500); });
+    const [{ runs }] = await Promise.all([get("/api/runs"), Promise.race([beginning, patience])]);
     const distinct = (name) => [...new Set(runs.map((run) => run[name]).filter((one) => one !== null && one !== undefined))].sort().map((one) => [String(one), visible(String(one))]);
     const where = el("input", { name: "where", value: value("where"), placeholder: "ppl > 1.5 and list_contains(defects, 'repetition')", spellcheck: "false", autocomplete: "off", class: "mono", "aria-describedby": "where-problem" });
     const whereProblem = el("p", { id: "where-problem", class: "error small", role: "status" });
@@ -150,7 +152,7 @@ PAGES["/responses"] = {
       holder.toggleAttribute("aria-busy", !isWhole);
       const isStopped = problem?.name === "AbortError";
       if (problem && !isStopped) return holder.replaceChildren(failure(problem));
-      if (!latest) return bar.replaceChildren(el("p", {}, "Stopped."));
+      if (!latest) return bar.replaceChildren(el("p", { class: "soft", role: "status" }, isStopped ? "Stopped." : "Searching…"));
       const found = latest;
       const pages = Math.max(1, Math.ceil(found.num_rows / found.page_rows));
       const share = `${Math.floor(100 * found.searched)} %`;
