@@ -26,7 +26,7 @@ from entrace.analysis.sandbox.connection import (
     fill,
     spill_folder,
 )
-from entrace.analysis.sandbox.process import Limits, QueryProcess, ReadError
+from entrace.analysis.sandbox.process import LimitError, Limits, QueryProcess, ReadError
 from entrace.analysis.sandbox.statements import one_line, parameter_names
 from entrace.analysis.sandbox.worker import Query
 from entrace.analysis.terminal.interrupt import interruptible
@@ -57,7 +57,7 @@ DEFAULT_BASELINE = "none"
 # Columns of the runs and of the trace that hold text.
 TEXT_COLUMNS = {name for name, kind in RUNS_COLUMNS.items() if kind == "varchar"}
 TEXT_COLUMNS |= {column.name for table in TABLES.values() for column in table.columns if str(column.type) == "string"}
-# Bytes for DuckDB in this process, which answers the shipped questions; the excess is spilled to disk.
+# Default of the bytes for DuckDB in this process.
 BUFFERS = 1500 << 20
 # Missing ranges of steps that the note on a run lists.
 GAPS_SHOWN = 3
@@ -66,7 +66,11 @@ VALUES_SHOWN = 5
 
 
 def open_runs(
-    paths: str | Path | Iterable[str | Path], *, questions: str | Path | None = None, verify: bool = False
+    paths: str | Path | Iterable[str | Path],
+    *,
+    questions: str | Path | None = None,
+    verify: bool = False,
+    buffers: int = BUFFERS,
 ) -> Runs:
     """Open one or more traces for reading, up to their last durable step.
 
@@ -75,6 +79,7 @@ def open_runs(
         questions: Folder with the user's own SQL, figures, and claims; see ``queries``.
         verify: Check every byte of every file first, as ``entrace verify`` does. Without it, damage inside large files
             is not seen.
+        buffers: Bytes for DuckDB in this process, which answers the shipped questions; the excess is spilled to disk.
 
     Returns:
         The runs, including failed runs and runs without data.
@@ -109,7 +114,7 @@ def open_runs(
             damage = f"{digests.DIGESTS} is damaged; see entrace verify {folder}" if recorded.damage else None
             notes[run_id] = "; ".join(filter(None, [progress, damage]))
     asked = BUILT_IN if questions is None else Questions(Path(questions).resolve())
-    return Runs(manifests, files, notes, asked)
+    return Runs(manifests, files, notes, asked, buffers)
 
 
 class Runs:
@@ -127,6 +132,7 @@ class Runs:
         files: dict[str, dict[str, Layout]],
         notes: dict[str, str | None],
         questions: Questions = BUILT_IN,
+        buffers: int = BUFFERS,
     ) -> None:
         """Connect DuckDB to ``files``: the layout of each Parquet file of all runs, by table and path."""
         self.manifests = manifests
@@ -142,7 +148,7 @@ class Runs:
         self._spill = spill_folder()
         # The connection has one transaction at a time.
         self._connected = threading.RLock()
-        self._con = connect(manifests, files, BUFFERS, self._spill)
+        self._con = connect(manifests, files, buffers, self._spill)
         self._con.execute(f"alter view {KEPT} rename to new_{KEPT}")
         self._con.execute(f"create table {KEPT} as from new_{KEPT} limit 0")
         weakref.finalize(self._con, shutil.rmtree, self._spill, ignore_errors=True)
@@ -246,13 +252,20 @@ class Runs:
                 self._keep(self.manifests if given.get("runs") is None else given["runs"])
             return self._run(text, given)
 
-    def read(self, text: str, params: Mapping[str, Any] | None = None, *, timeout: float | None = None) -> pl.DataFrame:
+    def read(
+        self,
+        text: str,
+        params: Mapping[str, Any] | None = None,
+        *,
+        memory: str | int | None = None,
+        timeout: float | None = None,
+    ) -> pl.DataFrame:
         """Run a query like ``sql``, without the scan for NaN in the tables that it reads, for pages with single rows.
 
         Raises:
             InputError: as for ``sql``.
         """
-        return self._collect(self._with_computed(text, _complete(text, params or {})), Limits.parse(None, timeout))
+        return self._collect(self._with_computed(text, _complete(text, params or {})), Limits.parse(memory, timeout))
 
     def stop(self) -> None:
         """End all queries that other threads wait for."""
@@ -495,9 +508,9 @@ class Runs:
             frames.append(frame)
             size += frame.estimated_size()
             if size > limits.memory:
-                raise InputError(
-                    f"sql: the result needs more than {limits.memory_text} of memory; aggregate, add a LIMIT, raise "
-                    "memory=, or read it in parts with runs.stream"
+                raise LimitError(
+                    f"the result needs more than {limits.memory_text} of memory",
+                    "aggregate, add a LIMIT, raise memory=, or read it in parts with runs.stream",
                 )
         return pl.concat(frames)
 

@@ -71,7 +71,7 @@ def located(figure: Figure) -> Iterator[tuple[Marks, np.ndarray]]:
     figure.draw_without_rendering()
     for marks in vars(figure).get(KEPT, []):
         pixels = marks.axes.transData.transform(marks.points) if len(marks.points) else marks.points
-        inside = [bool(np.isfinite(pixel).all()) and marks.axes.bbox.padded(1).contains(*pixel) for pixel in pixels]
-        is_inside = np.array(inside, dtype=bool)
+        box = marks.axes.bbox.padded(1)
+        is_inside = ((pixels >= box.min) & (pixels <= box.max)).all(axis=1)
         shares = pixels / [figure.bbox.width, figure.bbox.height]
         yield marks, np.where(is_inside[:, None], shares * [1, -1] + [0, 1], np.nan)

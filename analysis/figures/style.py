@@ -217,7 +217,7 @@ def runs(ax: Axes, frame: pl.DataFrame, x: str, y: str, color: str) -> None:
     """Draw ``y`` over ``x`` as a thin line per run, if there are several."""
     if frame["run_id"].n_unique() > 1:
         shown = frame.drop_nulls(y)
-        line(ax, shown, x, y, units="run_id", estimator=None, color=color, linewidth=0.5, alpha=0.45, zorder=1.5)
+        line(ax, shown, x, y, units="run_id", color=color, linewidth=0.5, alpha=0.45, zorder=1.5)
 
 
 def by_run(frame: pl.DataFrame) -> list[tuple[str, pl.DataFrame]]:

@@ -46,6 +46,19 @@ class ReadError(InputError):
     """Report that a query failed while it read files or computed, rather than for its text."""
 
 
+class LimitError(InputError):
+    """Report that a query reached a limit.
+
+    Attributes:
+        fact: Which limit; the message adds how to raise it on the command line and in Python.
+    """
+
+    def __init__(self, fact: str, remedy: str) -> None:
+        """Store what happened, and what to do about it outside the viewer."""
+        super().__init__(f"sql: {fact}; {remedy}")
+        self.fact = fact
+
+
 @dataclass(frozen=True)
 class Limits:
     """Bounds of one query.
@@ -178,8 +191,8 @@ class QueryProcess:
         if reader in ready:
             raise BrokenPipeError
         if not ready:
-            raise InputError(
-                f"sql: stopped after {limits.timeout:g} s; narrow the query, or raise --timeout (timeout= in Python)"
+            raise LimitError(
+                f"stopped after {limits.timeout:g} s", "narrow the query, or raise --timeout (timeout= in Python)"
             )
 
     def _exchange(self, action: Callable[[Connection], Any], limits: Limits) -> Any:
@@ -197,10 +210,10 @@ class QueryProcess:
         return InputError(f"sql: the process of the query was ended by {signal.Signals(-status).name}")
 
 
-def _out_of_memory(limits: Limits) -> InputError:
-    return InputError(
-        f"sql: the query needs more than {limits.memory_text} of memory; aggregate or filter earlier, or raise "
-        "--memory (memory= in Python)"
+def _out_of_memory(limits: Limits) -> LimitError:
+    return LimitError(
+        f"the query needs more than {limits.memory_text} of memory",
+        "aggregate or filter earlier, or raise --memory (memory= in Python)",
     )
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Callable
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import cache, partial
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -20,25 +22,34 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from entrace.analysis import claims, figures
 from entrace.analysis.runs import Runs
 from entrace.analysis.sandbox.connection import BESIDE_TRACE
-from entrace.analysis.terminal.export import write
 from entrace.analysis.trace.errors import TEMPORARY, InputError, with_kind
 from entrace.analysis.trace.plain import plain
 from entrace.analysis.trace.schema import RESPONSE_TOKENS, TABLES
 from entrace.analysis.viewer import pictures, responses, saved
 from entrace.analysis.viewer.cells import to_json
-from entrace.analysis.viewer.console import DEFAULT_ROWS, MEMORY, TIMEOUT_S, Console
+from entrace.analysis.viewer.console import DEFAULT_ROWS, Console
 from entrace.analysis.viewer.security import LOOPBACK, Guard
 from entrace.analysis.viewer.session import Session
 
 log = logging.getLogger("entrace")
+Found = TypeVar("Found")
 
 FOLDER = Path(__file__).parent
-# Pages, all of which are the same document with another script in charge.
-PAGES = ("/", "/responses", "/response", "/compare", "/sql")
+# Pages, all of which are the same document with another script in charge, and the parameters of their addresses.
+PAGES = {
+    "/": (),
+    "/responses": responses.NAMES,
+    "/response": ("run", "id", "color", "position", "at"),
+    "/compare": ("r", "opposite", "prompt_id", "run", "color"),
+    "/sql": ("q", "limit"),
+}
+# Folders of scripts and styles.
+ASSETS = ("static", "vendor")
 # Seconds between looks at the runs, and between looks whether the server is to stop.
 REFRESH_S, CLOSING_S = 2.0, 0.2
 # Most bytes of a query, and of a view that is saved.
@@ -61,7 +72,6 @@ def create_app(session: Session, *, hosts: tuple[str, ...] | None = LOOPBACK, to
         "/api/figures": viewer.figures,
         "/api/figure/{stem}": viewer.figure,
         "/api/scorecard": viewer.scorecard,
-        "/api/responses": viewer.responses,
         "/api/check": viewer.check,
         "/api/response": viewer.response,
         "/api/band": viewer.band,
@@ -69,17 +79,18 @@ def create_app(session: Session, *, hosts: tuple[str, ...] | None = LOOPBACK, to
         "/api/compare": viewer.compare,
         "/api/dictionary": viewer.dictionary,
         "/api/questions": viewer.questions,
+        "/api/progress": viewer.progress,
     }
     routes = [
         *(Route(path, viewer.page) for path in PAGES),
         *(Route(path, partial(_answer, get)) for path, get in data.items()),
+        Route("/api/responses", viewer.responses),
         Route("/api/events", viewer.events),
         Route("/api/sql", viewer.run_sql, methods=["POST"]),
         Route("/api/stop", viewer.stop_sql, methods=["POST"]),
         Route("/api/export", viewer.export, methods=["POST"]),
         Route("/api/save", viewer.save, methods=["POST"]),
-        Mount("/static", StaticFiles(directory=FOLDER / "static")),
-        Mount("/vendor", StaticFiles(directory=FOLDER / "vendor")),
+        *(Mount(f"/{name}", _Assets(directory=FOLDER / name)) for name in ASSETS),
         Route("/favicon.ico", lambda request: RedirectResponse("/static/icon.svg")),
         Route("/{path}", viewer.page),
     ]
@@ -87,6 +98,23 @@ def create_app(session: Session, *, hosts: tuple[str, ...] | None = LOOPBACK, to
     app = Starlette(routes=routes, middleware=[guard], exception_handlers={Exception: _fail})
     app.state.viewer = viewer
     return app
+
+
+class _Assets(StaticFiles):
+    """Scripts and styles, which a browser keeps: their addresses change with their content."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """Return a file."""
+        response = await super().get_response(path, scope)
+        response.headers["cache-control"] = "private, max-age=31536000, immutable"
+        return response
+
+
+@cache
+def _version() -> str:
+    """Return a name of the content of all assets."""
+    texts = (path.read_bytes() for name in ASSETS for path in sorted((FOLDER / name).iterdir()))
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:12]
 
 
 async def _answer(get: Callable[[Request], Any], request: Request) -> Response:
@@ -101,6 +129,16 @@ async def _fail(request: Request, error: Exception) -> Response:
     """Log a failure of the server with its traceback, and say on the page that there was one."""
     log.error("view: %s failed", request.url.path, exc_info=error)
     return _json({"error": f"the server failed: {with_kind(error)}"}, 500)
+
+
+def _lines(first: Any, parts: Iterator[Any]) -> Iterator[bytes]:
+    """Yield one line of JSON per part; what goes wrong after the first is the last line."""
+    yield to_json(first) + b"\n"
+    try:
+        for part in parts:
+            yield to_json(part) + b"\n"
+    except InputError as error:
+        yield to_json({"error": plain(str(error))}) + b"\n"
 
 
 def _json(value: Any, status: int = 200) -> Response:
@@ -122,11 +160,11 @@ class _Viewer:
         self.is_closing: Callable[[], bool] = lambda: False
 
     def warm_up(self) -> None:
-        """Draw the first figure, and start the process of queries, before a page asks for them."""
+        """Fit the stages, draw the first figure, and start the process of queries, before a page asks for them."""
         try:
-            first = figures.stems(self._session.runs)[0]
-            self._session.once(("figure", first), lambda runs: pictures.draw(runs, first))
-            self._session.runs.read("select 1")
+            self._session.once("stages", _segments)
+            self._draw(figures.stems(self._session.runs)[0])
+            self._session.once("process", lambda runs: responses.check_where(runs, "true"))
         except (InputError, OSError):
             # The page that needs it will say what is wrong; or the server is stopping.
             return
@@ -136,18 +174,45 @@ class _Viewer:
         if "token" in request.query_params:
             # The cookie holds the token from now on, and an address that is shared must not.
             return RedirectResponse(request.url.remove_query_params("token"))
+        path = request.url.path
         text = (FOLDER / "static" / "index.html").read_text(encoding="utf-8")
-        return HTMLResponse(text.replace("{nonce}", self._nonce), 200 if request.url.path in PAGES else 404)
+        values = {
+            "nonce": self._nonce,
+            "version": _version(),
+            "mistake": self._find_mistake(path, request),
+            "preloads": "\n".join(
+                f'<link rel="preload" as="fetch" crossorigin href="{escape(address)}">'
+                for address in self._first_requests(path, request.url.query)
+            ),
+        }
+        for name, value in values.items():
+            text = text.replace(f"{{{name}}}", value)
+        return HTMLResponse(text, 200 if path in PAGES else 404)
+
+    def _find_mistake(self, path: str, request: Request) -> str:
+        """Return what is wrong with the names of the parameters of an address, if anything; the list says so itself."""
+        if path not in PAGES or path == "/responses":
+            return ""
+        try:
+            responses.check_names(request.query_params, PAGES[path])
+        except InputError as error:
+            return escape(plain(str(error)))
+        return ""
+
+    def _first_requests(self, path: str, query: str) -> list[str]:
+        """Return what the script of a page asks for first, so that the browser need not wait for the script."""
+        if path == "/":
+            return ["/api/runs", "/api/figures", f"/api/figure/{figures.stems(self._session.runs)[0]}"]
+        if path == "/responses":
+            filters = "&".join(part for part in query.split("&") if part and not part.startswith("r="))
+            return ["/api/runs", f"/api/responses?{filters}"]
+        return []
 
     def runs(self, request: Request) -> Any:
         """Return the runs, what is missing from them, and their stages."""
         session = self._session
         runs = session.runs
-
-        def fits(opened: Runs) -> dict[str, list[dict[str, Any]]]:
-            return {run: fit.segments() for run, fit in opened.stage_fits.items()}
-
-        stages = session.once("stages", fits)
+        stages = session.once("stages", _segments)
         return {
             "generation": session.generation,
             "problem": session.problem,
@@ -178,15 +243,25 @@ class _Viewer:
         stem = request.path_params["stem"]
         if stem not in figures.stems(self._session.runs):
             raise InputError(f'no figure "{stem}"')
+        return self._draw(stem)
+
+    def _draw(self, stem: str) -> Any:
+        # The fit is computed once, and before threads that draw could compute it at the same time.
+        self._session.once("stages", _segments)
         return self._session.once(("figure", stem), lambda runs: pictures.draw(runs, stem))
 
     def scorecard(self, request: Request) -> Any:
         """Return the verdicts of the scorecard, as ``entrace claims --json``."""
         return self._session.once("scorecard", lambda runs: claims.scorecard(claims.judge(runs)))
 
-    def responses(self, request: Request) -> Any:
-        """Return a page of responses."""
-        return responses.find_responses(self._session.runs, request.query_params)
+    async def responses(self, request: Request) -> Response:
+        """Return a page of responses, one line for each state of the search; it ends when its page is gone."""
+        parts = responses.find_responses(self._session.runs, request.query_params)
+        try:
+            first = await run_in_threadpool(next, parts)
+        except InputError as error:
+            return _refuse(error)
+        return StreamingResponse(_lines(first, parts), media_type="application/x-ndjson")
 
     def check(self, request: Request) -> Any:
         """Say what is wrong with a condition, if anything."""
@@ -205,7 +280,7 @@ class _Viewer:
         """Return what is usual for a quantity along the responses of a stage."""
         asked = request.query_params
         key = (asked.get("run", ""), asked.get("stage", ""), asked.get("quantity", ""))
-        return self._session.cached(("band", *key), lambda runs: responses.read_band(runs, *key))
+        return self._session.once(("band", *key), lambda runs: responses.read_band(runs, *key))
 
     def prompt(self, request: Request) -> Any:
         """Return all responses to a prompt."""
@@ -215,6 +290,8 @@ class _Viewer:
     def compare(self, request: Request) -> Any:
         """Return several responses, aligned with the first."""
         keys = [_split_key(key) for key in request.query_params.getlist("r")]
+        if first := request.query_params.get("opposite"):
+            keys = [_split_key(first), responses.find_opposite(self._session.runs, *_split_key(first))]
         if not 2 <= len(keys) <= 4:
             raise InputError(f"compare: expected 2 to 4 responses, found {len(keys)}")
         return responses.compare(self._session.runs, keys)
@@ -258,20 +335,54 @@ class _Viewer:
         return StreamingResponse(stream(), media_type="text/event-stream")
 
     async def run_sql(self, request: Request) -> Response:
-        """Run the query of the console; it ends when its page is gone."""
-        try:
-            asked = await _read_body(request)
-            name = str(asked.get("name") or secrets.token_hex(8))
+        """Run the query of the console."""
+
+        def run(asked: dict[str, Any], name: str) -> dict[str, Any]:
             limit = responses.to_integer("row limit", str(asked.get("limit") or DEFAULT_ROWS))
-            text = str(asked.get("sql") or "")
-            task = asyncio.ensure_future(run_in_threadpool(self._console.run, self._session.runs, name, text, limit))
-            while not task.done():
-                await asyncio.wait([task], timeout=0.5)
-                if not task.done() and (self.is_closing() or await request.is_disconnected()):
-                    self._console.stop(name)
-            return _json(task.result())
+            return self._console.run(self._session.runs, name, str(asked.get("sql") or ""), limit)
+
+        try:
+            return _json(await self._query(request, run))
         except InputError as error:
             return _refuse(error)
+
+    async def export(self, request: Request) -> Response:
+        """Return all rows of a query as a file."""
+
+        def run(asked: dict[str, Any], name: str) -> tuple[str, Path]:
+            form = str(asked.get("format"))
+            if form not in TYPES:
+                raise InputError(f'format: unknown value "{form}", expected one of {", ".join(TYPES)}')
+            descriptor, path = tempfile.mkstemp(prefix=TEMPORARY, suffix=f".{form}")
+            try:
+                with open(descriptor, "wb") as out:
+                    self._console.export(self._session.runs, name, str(asked.get("sql") or ""), form, out)
+            except BaseException:
+                Path(path).unlink()
+                raise
+            return form, Path(path)
+
+        try:
+            form, path = await self._query(request, run)
+        except InputError as error:
+            return _refuse(error)
+        remove = BackgroundTask(path.unlink, missing_ok=True)
+        return FileResponse(path, media_type=TYPES[form], filename=f"rows.{form}", background=remove)
+
+    async def _query(self, request: Request, run: Callable[[dict[str, Any], str], Found]) -> Found:
+        """Run a query in a thread, under the name that its page gave it; it ends when the page is gone."""
+        asked = await _read_body(request)
+        name = str(asked.get("name") or secrets.token_hex(8))
+        task = asyncio.ensure_future(run_in_threadpool(run, asked, name))
+        while not task.done():
+            await asyncio.wait([task], timeout=0.5)
+            if not task.done() and (self.is_closing() or await request.is_disconnected()):
+                self._console.stop(name)
+        return task.result()
+
+    def progress(self, request: Request) -> Any:
+        """Return how far a query of the console is."""
+        return self._console.progress(request.query_params.get("name", ""))
 
     async def stop_sql(self, request: Request) -> Response:
         """Stop a query of the console."""
@@ -280,19 +391,6 @@ class _Viewer:
         except InputError as error:
             return _refuse(error)
         return _json({"was_running": self._console.stop(str(asked.get("name")))})
-
-    async def export(self, request: Request) -> Response:
-        """Return all rows of a query as a file."""
-        try:
-            asked = await _read_body(request)
-            form = str(asked.get("format"))
-            if form not in TYPES:
-                raise InputError(f'format: unknown value "{form}", expected one of {", ".join(TYPES)}')
-            path = await run_in_threadpool(_export, self._session.runs, str(asked.get("sql") or ""), form)
-        except InputError as error:
-            return _refuse(error)
-        remove = BackgroundTask(path.unlink, missing_ok=True)
-        return FileResponse(path, media_type=TYPES[form], filename=f"rows.{form}", background=remove)
 
     async def save(self, request: Request) -> Response:
         """Return a view as one file that opens without this server."""
@@ -320,16 +418,9 @@ async def _read_body(request: Request, most: int = MOST_SQL) -> dict[str, Any]:
     return found
 
 
-def _export(runs: Runs, text: str, form: str) -> Path:
-    """Write all rows of a query to a temporary file, which may be larger than memory."""
-    descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=f".{form}")
-    try:
-        with open(descriptor, "wb") as out:
-            write(runs.stream(text, memory=MEMORY, timeout=TIMEOUT_S), form, out, is_safe=True)
-    except BaseException:
-        Path(name).unlink()
-        raise
-    return Path(name)
+def _segments(runs: Runs) -> dict[str, list[dict[str, Any]]]:
+    """Return the stages of each run."""
+    return {run: fit.segments() for run, fit in runs.stage_fits.items()}
 
 
 def _split_key(key: str) -> tuple[str, str]:

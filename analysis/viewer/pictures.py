@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+import threading
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +15,12 @@ from entrace.analysis.runs import Runs
 from entrace.analysis.sandbox.connection import quote
 from entrace.analysis.viewer.cells import columns_of
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MOST_MARKS = 20_000
+# matplotlib draws in one thread at a time.
+DRAWING = threading.Lock()
 
 
 def list_figures(runs: Runs) -> list[dict[str, Any]]:
@@ -41,16 +47,15 @@ def draw(runs: Runs, stem: str) -> dict[str, Any]:
     if not figures.is_drawable(frame):
         return {**about, "lacks": runs.why_empty(stem)}
     tables = {need.table for need in runs.questions.needs(stem)}
-    shown = frame["run_id"].unique().sort().to_list() if "run_id" in frame.columns else []
-    out = io.StringIO()
-    with figures.drawn(runs, stem, frame) as figure:
+    shown = _among(runs, frame["run_id"].unique().to_list() if "run_id" in frame.columns else [])
+    with DRAWING, figures.drawn(runs, stem, frame) as figure:
         groups = [_group(found, places, shown, tables) for found, places in marks.located(figure)]
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+        svg = _to_svg(figure)
     width, height = figure.get_size_inches() * 72
     return {
         **about,
         "caption": figures.caption(runs, stem),
-        "svg": out.getvalue(),
+        "svg": svg,
         "width": float(width),
         "height": float(height),
         "marks": [group for group in groups if group["left"]],
@@ -58,7 +63,36 @@ def draw(runs: Runs, stem: str) -> dict[str, Any]:
     }
 
 
-def _group(found: marks.Marks, places: np.ndarray, shown: list[str], tables: set[str]) -> dict[str, Any]:
+def _to_svg(figure: Figure) -> str:
+    """Return a figure without its background, so that it stands on that of the page in light and in dark colors.
+
+    The figure was laid out before, and ``savefig`` would do so again.
+    """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    figure.set_layout_engine("none")
+    for part in (figure, *figure.axes):
+        part.patch.set_visible(False)
+    out = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
+    return out.getvalue()
+
+
+def _among(runs: Runs, shown: list[str]) -> str:
+    """Return the condition on responses that selects these runs, by arm where all runs of an arm are among them."""
+    if len(shown) == len(runs.manifests):
+        return ""
+    arms: dict[Any, set[str]] = {}
+    for run, manifest in runs.manifests.items():
+        arms.setdefault(manifest.get("arm"), set()).add(run)
+    whole = sorted(arm for arm, members in arms.items() if arm is not None and members <= set(shown))
+    single = sorted(run for run in shown if runs.manifests[run].get("arm") not in whole)
+    parts = [("arm", whole), ("run_id", single)]
+    conditions = [f"{name} in ({', '.join(map(quote, values))})" for name, values in parts if values]
+    return f"({' or '.join(conditions)})" if len(conditions) > 1 else "".join(conditions)
+
+
+def _group(found: marks.Marks, places: np.ndarray, shown: str, tables: set[str]) -> dict[str, Any]:
     rows = np.flatnonzero(np.isfinite(places).all(1))[:MOST_MARKS]
     frame = found.frame[rows]
     return {
@@ -71,18 +105,18 @@ def _group(found: marks.Marks, places: np.ndarray, shown: list[str], tables: set
     }
 
 
-def _where(row: dict[str, Any], shown: list[str], tables: set[str]) -> str:
+def _where(row: dict[str, Any], shown: str, tables: set[str]) -> str:
     """Return the condition on responses that a mark implies beyond columns such as ``step`` and ``stage``.
 
     Args:
         row: Row of the mark. Without ``run_id`` and ``arm`` it is a mean over runs.
-        shown: Runs of the figure.
+        shown: Condition that selects the runs of the figure; empty if all are shown.
         tables: Tables that the question reads.
     """
     conditions = []
     tokens = []
-    if row.get("run_id") is None and row.get("arm") is None:
-        conditions.append(f"run_id in ({', '.join(map(quote, shown))})")
+    if shown and row.get("run_id") is None and row.get("arm") is None:
+        conditions.append(shown)
     if (category := row.get("category")) and "word" not in row and "text" not in row:
         tokens.append("is_reasoning(category)" if category == "reasoning" else f"category = {quote(category)}")
     if "word" in row and "stage" not in row:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from entrace.analysis.queries import SQL_ROOT
 from entrace.analysis.runs import Runs
+from entrace.analysis.sandbox.connection import quote
+from entrace.analysis.sandbox.process import LimitError
 from entrace.analysis.sandbox.statements import SQL_POSITION, parameter_names
 from entrace.analysis.trace.errors import InputError, nearest
 from entrace.analysis.viewer.cells import columns_of
@@ -17,8 +19,10 @@ if TYPE_CHECKING:
     import polars as pl
 
 PAGE_ROWS = 50
-# Longest search for the rows of a page.
-TIMEOUT_S = 60.0
+# Limits of one query.
+TIMEOUT_S, MEMORY = 60.0, "1GiB"
+# Responses whose text is searched at a time.
+SEARCHED_ROWS = 10_000
 # Most responses to one prompt that are listed.
 MOST_OF_PROMPT = 2000
 # Characters of a response in the list.
@@ -39,9 +43,10 @@ CONDITIONS = {
     "step_from": "step >= $step_from",
     "step_to": "step <= $step_to",
     "defect": "if($defect = 'any', len(defects) > 0, list_contains(defects, $defect))",
-    "text": "contains(lower(completion), lower($text))",
     "turns": "(run_id, rollout_id) in (select (run_id, rollout_id) from response_tokens where turn >= $turns::integer)",
 }
+# All parameters of the list; the page itself reads the last two.
+NAMES = (*EQUAL, *CONDITIONS, "text", "where", "sort", "page", "at", "r")
 # Columns of measured_tokens.sql that have a mean and a band per stage.
 QUANTITIES = (
     *("entropy", "logprob", "surprisal", "advantage", "shaped_advantage", "advantage_change", "grad_norm"),
@@ -54,7 +59,10 @@ ANCHOR = 4
 
 
 def _read(runs: Runs, text: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
-    return runs.read(text, params, timeout=TIMEOUT_S)
+    try:
+        return runs.read(text, params, memory=MEMORY, timeout=TIMEOUT_S)
+    except LimitError as error:
+        raise InputError(f"{error.fact}; narrow the filters or the condition") from None
 
 
 @cache
@@ -62,66 +70,141 @@ def _read_sql(name: str) -> str:
     return (SQL_ROOT / "viewer" / f"{name}.sql").read_text(encoding="utf-8")
 
 
-def find_responses(runs: Runs, given: Mapping[str, str]) -> dict[str, Any]:
-    """Return a page of responses.
+def find_responses(runs: Runs, given: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield a page of responses as far as it is known; the last one is whole.
+
+    Texts may lie in every file of a trace, so the rows come first without them. A search for text yields what it has
+    found after each part of the trace.
 
     Args:
         runs: Where to look.
-        given: Filters by name (``EQUAL``, ``CONDITIONS``, and ``where``), ``sort`` (a column, with ``-`` in front for
-            descending), and ``page``, from 1.
+        given: Filters by name (``EQUAL``, ``CONDITIONS``, ``text``, and ``where``), ``sort`` (a column, with ``-`` in
+            front for descending), and ``page``, from 1.
 
-    Returns:
-        ``columns``, ``num_rows`` that match in all, ``page``, and ``page_rows``.
+    Yields:
+        ``columns``, ``num_rows`` that match in all, ``page``, ``page_rows``, and ``searched``, the share of the
+        responses whose text was searched.
 
     Raises:
-        InputError: a filter has an impossible value, or DuckDB rejects ``where``.
+        InputError: a name is unknown, a filter has an impossible value, or DuckDB rejects ``where``.
     """
-    source, params = _filtered(given)
+    import polars as pl
+
+    check_names(given, NAMES)
     sort = given.get("sort") or "step"
-    column, order = sort.removeprefix("-"), "desc" if sort.startswith("-") else "asc"
+    column, is_descending = sort.removeprefix("-"), sort.startswith("-")
     if column not in LISTED:
         raise InputError(f'sort: unknown column "{column}"{nearest(column, LISTED)}')
     page = to_integer("page", given.get("page") or "1")
     if page < 1:
         raise InputError(f"page: {page} is not a page, expected 1 or more")
-    # Texts are long: they are read for the rows of the page only.
+    check_where(runs, given.get("where") or "")
+    source, params = _filtered(given)
+    selected = f"select run_id, rollout_id, step, {column} as sort_key from {source}"
+    order = f"order by sort_key {'desc' if is_descending else 'asc'} nulls last, run_id, rollout_id"
+    offset = PAGE_ROWS * (page - 1)
+    about = {"page": page, "page_rows": PAGE_ROWS}
+    if text := given.get("text"):
+        matched = _read(runs, f"select run_id, rollout_id, step from ({selected}) {order}", params)
+        known = _listed(runs, matched.clear())
+        for found, searched in _search(runs, matched, text, is_reversed=sort == "-step"):
+            keys = found[offset : offset + PAGE_ROWS]
+            if len(new := keys.join(known, on=["run_id", "rollout_id"], how="anti")):
+                known = pl.concat([known, _listed(runs, new)])
+            columns = columns_of(_in_order(keys, known))
+            yield {**about, "columns": columns, "num_rows": found.height, "searched": searched}
+        return
     keys = _read(
         runs,
-        f"""with matched as materialized (select run_id, rollout_id, step, {column} as sort_key from {source})
+        f"""with matched as materialized ({selected})
         select run_id, rollout_id, step, (select count(*) from matched) as num_rows from matched
-        order by sort_key {order} nulls last, run_id, rollout_id limit {PAGE_ROWS} offset {PAGE_ROWS * (page - 1)}""",
+        {order} limit {PAGE_ROWS} offset {offset}""",
         params,
     )
-    if keys.is_empty():
-        num_rows = int(_read(runs, f"select count(*) from {source}", params).item())
-    else:
-        num_rows = int(keys["num_rows"][0])
-    return {"columns": columns_of(_listed(runs, keys)), "num_rows": num_rows, "page": page, "page_rows": PAGE_ROWS}
+    num_rows = int(keys["num_rows"][0] if len(keys) else _read(runs, f"select count(*) from {source}", params).item())
+    about |= {"num_rows": num_rows, "searched": 1.0}
+    rows = _listed(runs, keys, has_text=False)
+    yield {**about, "columns": columns_of(rows)}
+    yield {**about, "columns": columns_of(rows.with_columns(_texts(runs, keys)["completion"]))}
 
 
-def _listed(runs: Runs, keys: pl.DataFrame) -> pl.DataFrame:
-    """Return the columns of the list for responses, given their ``run_id``, ``rollout_id``, and ``step``, in order."""
+def _search(runs: Runs, matched: pl.DataFrame, text: str, *, is_reversed: bool) -> Iterator[tuple[pl.DataFrame, float]]:
+    """Yield the rows found so far of ``matched``, in its order, and the share of its rows that was searched.
+
+    Parts of neighboring steps are searched one after another, from the first step on, or from the last.
+    """
     import polars as pl
 
-    # Literal numbers let DuckDB skip parts of the files.
+    matched = matched.with_row_index("rank")
+    chosen = matched["run_id"].unique().to_list()
+    among = "" if len(chosen) == len(runs.manifests) else f"run_id in ({', '.join(map(quote, chosen)) or 'null'}) and"
+    found, searched = matched.clear(), 0
+    counts = matched.group_by("step").len().sort("step", descending=is_reversed)
+    counts = counts.with_columns(part=(pl.col("len").cum_sum() - 1) // SEARCHED_ROWS)
+    for part in counts.partition_by("part", maintain_order=True):
+        hits = _read(
+            runs,
+            f"""select run_id, rollout_id from rollouts
+            where {among} step between {part["step"].min()} and {part["step"].max()}
+            and regexp_matches(completion, regexp_escape($text), 'i')""",
+            {"text": text},
+        )
+        found = pl.concat([found, matched.join(hits, on=["run_id", "rollout_id"], how="semi")]).sort("rank")
+        searched += int(part["len"].sum())
+        yield found, searched / matched.height
+    if not searched:
+        yield found, 1.0
+
+
+def _listed(runs: Runs, keys: pl.DataFrame, *, has_text: bool = True) -> pl.DataFrame:
+    """Return the columns of the list for responses, given their ``run_id``, ``rollout_id``, and ``step``, in order."""
+    names = f"{', '.join(LISTED)}{f', left(completion, {EXCERPT}) as completion' if has_text else ''}"
+    return _in_order(keys, _read(runs, f"select {names} from ({_read_sql('responses')}) {_where_keys(keys)}"))
+
+
+def _texts(runs: Runs, keys: pl.DataFrame) -> pl.DataFrame:
+    """Return the beginnings of the texts of responses, in order."""
+    wanted = f"select run_id, rollout_id, left(completion, {EXCERPT}) as completion from rollouts {_where_keys(keys)}"
+    return _in_order(keys, _read(runs, wanted))
+
+
+def _where_keys(keys: pl.DataFrame) -> str:
+    """Return a condition that holds for responses, and lets DuckDB skip parts of the files by its literal numbers."""
     rollouts, steps = (", ".join(map(str, keys[name].unique())) or "null" for name in ("rollout_id", "step"))
-    rows = _read(
-        runs,
-        f"select {', '.join(LISTED)}, left(completion, {EXCERPT}) as completion from ({_read_sql('responses')}) "
-        f"where rollout_id in ({rollouts}) and step in ({steps})",
-    )
+    return f"where rollout_id in ({rollouts}) and step in ({steps})"
+
+
+def _in_order(keys: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
+    import polars as pl
+
     order = keys.select("run_id", "rollout_id").with_columns(pl.col("rollout_id").cast(rows.schema["rollout_id"]))
     return order.join(rows, on=["run_id", "rollout_id"], how="left", maintain_order="left").select(rows.columns)
+
+
+def check_names(given: Iterable[str], names: Sequence[str]) -> None:
+    """Check the names of the parameters of an address.
+
+    Raises:
+        InputError: one is unknown.
+    """
+    if unknown := next((name for name in given if name not in names), None):
+        raise InputError(f'unknown parameter "{unknown}" in the address{nearest(unknown, names)}')
 
 
 def check_where(runs: Runs, where: str) -> None:
     """Check a condition on responses without evaluating it.
 
     Raises:
-        InputError: DuckDB rejects it.
+        InputError: DuckDB rejects it, or it is not true or false.
     """
+    if not where.strip():
+        return
+    _check_condition(where)
     source, params = _filtered({"where": where})
-    _read(runs, f"explain select 1 from {source}", params)
+    found = _read(runs, f"describe select ({where}\n) as condition from {source}", params)
+    kind = found["column_type"][0]
+    if kind not in ("BOOLEAN", '"NULL"'):
+        raise InputError(f"where: expected a condition that is true or false, such as ppl > 1.5; found {kind}")
 
 
 def _filtered(given: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
@@ -139,7 +222,6 @@ def _filtered(given: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
             conditions.append(condition)
             params[name] = _value(name, value)
     if where := (given.get("where") or "").strip():
-        _check_condition(where)
         conditions.append(f"({where}\n)")
     condition = f" where {' and '.join(conditions)}" if conditions else ""
     return f"(select * from ({_read_sql('responses')}){condition})", params
@@ -210,21 +292,26 @@ def read_response(runs: Runs, run_id: str, rollout_id: str) -> dict[str, Any]:
     return {
         "response": response,
         "tokens": columns_of(tokens),
-        "neighbors": _neighbors(runs, key, response["prompt_id"], response["step"]),
+        "neighbors": _neighbors(runs, key, response),
     }
 
 
-def _neighbors(runs: Runs, key: Mapping[str, Any], prompt_id: str, step: int) -> dict[str, int | None]:
-    """Return the responses before and after one in its run, and those to its prompt in other steps."""
+def _neighbors(runs: Runs, key: Mapping[str, Any], response: Mapping[str, Any]) -> dict[str, int | None]:
+    """Return the responses before and after one in its run, and those to its prompt in other steps.
+
+    ``opposite`` is a correct one for a wrong one, and the reverse: of the nearest step, its own group first.
+    """
     row = _read(
         runs,
         """select
           max(rollout_id) filter (where rollout_id < $rollout) as previous,
           min(rollout_id) filter (where rollout_id > $rollout) as next,
           arg_max(rollout_id, (step, -rollout_id)) filter (where prompt_id = $prompt and step < $step) as earlier,
-          arg_min(rollout_id, (step, rollout_id)) filter (where prompt_id = $prompt and step > $step) as later
+          arg_min(rollout_id, (step, rollout_id)) filter (where prompt_id = $prompt and step > $step) as later,
+          arg_min(rollout_id, (abs(step - $step), abs(rollout_id - $rollout), rollout_id))
+            filter (where prompt_id = $prompt and is_correct = not $is_correct) as opposite
         from rollouts where run_id = $run""",
-        {**key, "prompt": prompt_id, "step": step},
+        {**key, "prompt": response["prompt_id"], "step": response["step"], "is_correct": response["is_correct"]},
     )
     return row.row(0, named=True)
 
@@ -312,3 +399,17 @@ def compare(runs: Runs, keys: list[tuple[str, str]]) -> dict[str, Any]:
     found = [read_response(runs, *key) for key in keys]
     ids = [part["tokens"]["token_id"] for part in found]
     return {"responses": found, "spans": [align(ids[0], other) for other in ids[1:]]}
+
+
+def find_opposite(runs: Runs, run_id: str, rollout_id: str) -> tuple[str, str]:
+    """Return run and response of the ``opposite`` of a response; see ``_neighbors``.
+
+    Raises:
+        InputError: no such response, or none to its prompt has the other verdict.
+    """
+    found = read_response(runs, run_id, rollout_id)
+    if (opposite := found["neighbors"]["opposite"]) is None:
+        is_correct = found["response"]["is_correct"]
+        wanted = "judged" if is_correct is None else "wrong" if is_correct else "correct"
+        raise InputError(f"run {run_id} has no {wanted} response to the prompt of response {rollout_id}")
+    return run_id, str(opposite)

@@ -31,7 +31,7 @@ style-src 'unsafe-inline'; img-src data: blob:">
 </head>
 <body>
 <header id="top"></header>
-<p id="problem" role="status" hidden></p>
+<p id="problem" class="notice" role="status" hidden></p>
 <main id="content" tabindex="-1"></main>
 <div id="tip" role="tooltip" hidden></div>
 <script type="application/json" id="saved">{data}</script>

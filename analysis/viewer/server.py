@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import secrets
@@ -26,6 +27,8 @@ DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8765
 # Ports that are tried after the first.
 TRIED_PORTS = 20
 START_S = 10.0
+# Bytes of an address and the other headers of a request; conditions on responses may be long.
+LONGEST_ADDRESS = 1 << 20
 # Errors after which the next port is tried.
 TRY_NEXT = (errno.EADDRINUSE, errno.EACCES)
 
@@ -62,6 +65,8 @@ def prepare(session: Session, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT
     Raises:
         InputError: the address cannot be bound to.
     """
+    # Loading polars takes a third of a second, for which the first page would wait.
+    import polars  # noqa: F401
     import uvicorn
 
     listening = _listen(host, port)
@@ -70,7 +75,14 @@ def prepare(session: Session, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT
     token = None if is_loopback else secrets.token_urlsafe(24)
     app = create_app(session, hosts=LOOPBACK if is_loopback else None, token=token)
     # The application reports its failures itself; uvicorn would add those of connections that Ctrl-C cuts off.
-    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, access_log=False, lifespan="off")
+    config = uvicorn.Config(
+        app,
+        log_level="critical",
+        timeout_graceful_shutdown=1,
+        access_log=False,
+        lifespan="off",
+        h11_max_incomplete_event_size=LONGEST_ADDRESS,
+    )
     server = uvicorn.Server(config)
     app.state.viewer.is_closing = lambda: server.should_exit
     shown = f"[{host}]" if ":" in host else host
@@ -114,7 +126,20 @@ def start(session: Session) -> Served:
         InputError: the server does not start.
     """
     served = prepare(session, port=0)
-    threading.Thread(target=served.run, daemon=True).start()
+
+    def run() -> None:
+        served.run()
+        session.close()
+        atexit.unregister(end)
+
+    def end() -> None:
+        # A thread that still runs while Python ends would make DuckDB print what it holds.
+        served.server.should_exit = True
+        running.join(timeout=START_S)
+
+    running = threading.Thread(target=run, daemon=True)
+    atexit.register(end)
+    running.start()
     started = time.monotonic()
     while not served.server.started:
         if time.monotonic() - started > START_S:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,8 @@ from entrace.analysis.trace.manifest import MANIFEST
 
 # Longest wait for a figure that is being drawn.
 CLOSING_S = 10.0
+# Bytes for DuckDB in this process; questions that need more spill to disk.
+BUFFERS = 450 << 20
 
 
 class Session:
@@ -35,17 +38,21 @@ class Session:
         self.generation = 0
         self.problem: str | None = None
         self._opening = threading.Lock()
-        self._computing = threading.Lock()
         self._is_closed = False
         self._open(self._paths, self._find_stamps())
 
     def _open(self, paths: Sequence[str | Path], stamps: dict[str, int]) -> None:
         """Open runs; ``stamps`` are those of before, so that what is written meanwhile is noticed."""
-        runs = open_runs(paths, questions=self._questions)
-        self.runs: Runs = runs
-        self._cache: dict[Any, Any] = {}
+        opened: tuple[Runs, dict[Any, _Kept]] = (open_runs(paths, questions=self._questions, buffers=BUFFERS), {})
+        # One assignment: what is computed from these runs is never kept for others.
+        self._opened = opened
         self._stamps = stamps
         self.generation += 1
+
+    @property
+    def runs(self) -> Runs:
+        """Return the runs that are open now."""
+        return self._opened[0]
 
     def _find_stamps(self) -> dict[str, int]:
         """Return when run.json of each run was last written, by folder; runs that are gone are left out."""
@@ -74,26 +81,35 @@ class Session:
     def once(self, key: Any, compute: Callable[[Runs], Any]) -> Any:
         """Return what ``compute`` returned for these runs and this key the first time.
 
-        Only one thread computes at a time: matplotlib allows no more.
+        Threads that ask for one key compute it once; other keys do not wait for it.
+
+        Raises:
+            InputError: as for ``compute``, or the session is closed.
         """
-        cache = self._cache
-        if key in cache:
-            return cache[key]
-        with self._computing:
-            if self._is_closed:
-                raise InputError("the server is stopping")
-            return self.cached(key, compute)
+        runs, cache = self._opened
+        kept = cache.setdefault(key, _Kept())
+        with kept.lock:
+            if not kept.is_known:
+                if self._is_closed:
+                    raise InputError("the server is stopping")
+                kept.value = compute(runs)
+                kept.is_known = True
+        return kept.value
 
     def close(self) -> None:
         """Stop what is being computed, and wait until it has ended."""
         self._is_closed = True
         self.runs.stop()
-        if self._computing.acquire(timeout=CLOSING_S):
-            self._computing.release()
+        deadline = time.monotonic() + CLOSING_S
+        for kept in list(self._opened[1].values()):
+            if kept.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                kept.lock.release()
 
-    def cached(self, key: Any, compute: Callable[[Runs], Any]) -> Any:
-        """Return the same as ``once``, for what several threads may compute, such as queries in other processes."""
-        runs, cache = self.runs, self._cache
-        if key not in cache:
-            cache[key] = compute(runs)
-        return cache[key]
+
+class _Kept:
+    """A computed value, and the lock of the thread that computes it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.is_known = False
+        self.value: Any = None

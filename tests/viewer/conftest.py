@@ -49,9 +49,13 @@ class Client:
             return error.code, error.read(), error.headers
 
     def get(self, path: str) -> Any:
+        """Returns the data; of a search, its last and whole state."""
+        return self.states(path)[-1]
+
+    def states(self, path: str) -> list[Any]:
         status, content, _ = self.ask(path)
         assert status == 200, content
-        return json.loads(content)
+        return [json.loads(line) for line in content.splitlines()]
 
     def error(self, path: str, body: Any = None) -> str:
         """Returns the one line with which bad input is refused."""
@@ -121,7 +125,7 @@ class Tab:
 
     def settle(self) -> None:
         """Wait until the page shows its content."""
-        self.page.locator("#content:not([aria-busy]) h1").wait_for()
+        self.page.locator("#content:not([aria-busy]):not(:has(.list[aria-busy])) h1").wait_for()
 
     def until(self, condition: Callable[[], Any]) -> None:
         """Wait until something holds; the pages forbid Playwright's own wait_for_function, which evaluates text."""

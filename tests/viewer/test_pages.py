@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import time
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from PIL import Image
 
 from entrace.analysis.trace import Recorder, TraceWriter, Vocabulary
+from entrace.analysis.viewer import responses
 from tests.analysis.conftest import step_row
 from tests.viewer.conftest import FROZEN, Client, Tab
 
@@ -105,6 +108,8 @@ def test_the_scorecard_is_that_of_the_command(tab: Tab, frozen: Client):
     page.get_by_text("Scorecard: what these runs say").click()
     page.wait_for_selector("details table")
     verdicts = frozen.get("/api/scorecard")["verdicts"]
+    # A link is the short name of a verdict; its statistic may be a formula.
+    assert page.locator("details tbody a").all_inner_texts() == [verdict["part"] for verdict in verdicts]
     assert page.locator("details tbody tr:not(.group)").count() == len(verdicts)
 
 
@@ -114,6 +119,8 @@ def test_a_condition_is_checked_while_it_is_typed(tab: Tab, frozen: Client):
     condition.fill("nothing > 1")
     problem = page.locator("#where-problem")
     tab.until(lambda: "nothing" in problem.inner_text())
+    condition.fill("'abc'")
+    tab.until(lambda: "true or false" in problem.inner_text())
     condition.fill("ppl > 1.1")
     tab.until(lambda: not problem.inner_text())
     page.keyboard.press("Enter")
@@ -126,6 +133,104 @@ def test_a_condition_is_checked_while_it_is_typed(tab: Tab, frozen: Client):
     tab.settle()
     shown = [float(text.replace("–", "inf")) for text in page.locator("tbody tr td:nth-child(9)").all_inner_texts()]
     assert shown == sorted(shown)
+
+
+def test_a_search_for_text_is_shown_as_it_goes_and_stopped(tab: Tab, frozen: Client, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(responses, "SEARCHED_ROWS", 1)
+    page = tab.page
+    page.goto(f"{frozen.url}/responses?text=a&sort=-step")
+    page.get_by_role("button", name="Stop").click()
+    status = page.locator(".list [role=status]")
+    tab.until(lambda: "searched before the stop" in status.inner_text())
+    rows = page.locator("tbody tr").count()
+    assert rows > 0
+    assert page.get_by_role("progressbar").count() == 0
+    monkeypatch.undo()
+    page.reload()
+    tab.settle()
+    total = frozen.get("/api/responses?text=a")["num_rows"]
+    assert status.inner_text().replace(",", "") == f"{total} responses"
+
+
+def test_the_way_back_to_the_list_restores_its_place(tab: Tab, frozen: Client):
+    page = tab.open(frozen.url + "/responses?sort=-ppl&page=2")
+    row = page.locator("tbody tr").nth(40)
+    for way in ("link", "nav", "button"):
+        row.scroll_into_view_if_needed()
+        page.evaluate("scrollBy({ top: 37, behavior: 'instant' })")
+        top = page.evaluate("scrollY")
+        assert top > 300
+        row.locator("td.text a").click()
+        page.wait_for_url("**/response?**")
+        tab.settle()
+        page.locator(".tokens").focus()
+        page.keyboard.press("n")
+        tab.settle()
+        if way == "link":
+            page.get_by_role("link", name="Back to the list").click()
+        elif way == "nav":
+            page.get_by_role("link", name="Responses", exact=True).click()
+        else:
+            page.go_back()
+            page.go_back()
+        page.wait_for_url("**/responses?sort=-ppl&page=2")
+        tab.settle()
+        tab.until(lambda top=top: page.evaluate("scrollY") == top)
+
+
+def test_a_wrong_response_is_compared_with_a_correct_one_in_one_click(tab: Tab, frozen: Client):
+    columns = frozen.get("/api/responses?is_correct=false&sort=-step")["columns"]
+    ids = [
+        rollout
+        for rollout in columns["rollout_id"][:20]
+        if frozen.get(f"/api/response?run=none-seed0&id={rollout}")["neighbors"]["opposite"] is not None
+    ]
+    page = tab.open(f"{frozen.url}/response?run=none-seed0&id={ids[0]}")
+    page.get_by_role("button", name="Compare with a correct response").click()
+    page.wait_for_url("**/compare?**")
+    tab.settle()
+    assert page.locator(".columns .chip").all_inner_texts() == ["wrong", "correct"]
+    first = page.url.split("&color")[0]
+    page = tab.open(f"{frozen.url}/responses?is_correct=false&sort=-step")
+    i = columns["rollout_id"].index(ids[0])
+    page.locator("tbody tr").nth(i).get_by_role("link", name="vs correct").click()
+    page.wait_for_url("**/compare?r=**")
+    tab.settle()
+    assert page.url == first
+    page.reload()
+    tab.settle()
+    assert page.locator(".columns .chip").all_inner_texts() == ["wrong", "correct"]
+
+
+def test_a_misspelled_parameter_is_named_on_the_page(tab: Tab, frozen: Client):
+    page = tab.open(frozen.url + "/response?run=none-seed0&id=5&collor=category")
+    notice = page.locator("#mistake")
+    assert notice.inner_text() == 'unknown parameter "collor" in the address; did you mean "color"?'
+    page.get_by_role("link", name="Overview").click()
+    tab.settle()
+    assert not notice.is_visible()
+
+
+def test_positions_and_steps_have_no_halves(tab: Tab, frozen: Client):
+    page = tab.open(frozen.url + "/response?run=none-seed0&id=5")
+    whole, free = (
+        page.evaluate(f"axes({x}, 'x', 'y')[0].incrs?.every(Number.isInteger)") for x in ("[0, 1, 2]", "[0, 0.5]")
+    )
+    assert whole
+    assert free is None
+
+
+def test_a_dark_figure_stands_on_the_color_of_its_card(tab: Tab, frozen: Client):
+    tab.page.emulate_media(color_scheme="dark")
+    page = tab.open(frozen.url + "/")
+    image = page.locator("#stage_dynamics .plot")
+    image.locator("img").wait_for()
+    page.wait_for_timeout(200)
+    pixels = np.asarray(Image.open(io.BytesIO(image.screenshot())).convert("RGB"))
+    card = page.locator("#stage_dynamics").evaluate("node => getComputedStyle(node).backgroundColor")
+    expected = tuple(map(int, re.findall(r"\d+", card)))
+    for corner in (pixels[2, 2], pixels[2, -3], pixels[-3, 2], pixels[-3, -3]):
+        assert tuple(corner) == expected
 
 
 def test_a_malformed_deep_link_says_why_and_the_rest_keeps_working(tab: Tab, frozen: Client):
@@ -332,6 +437,15 @@ def test_the_console_completes_runs_plots_remembers_and_stops(tab: Tab, frozen: 
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Run").click()
     page.get_by_text("Running…").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_text("sql: stopped").wait_for()
+    page.get_by_role("textbox", name="SQL query").click()
+    page.keyboard.press("Control+a")
+    page.keyboard.type("select i from range(100000000000) a(i)")
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="CSV").click()
+    tab.until(lambda: re.search(r"Exporting CSV… \d+ s.*, [\d,]+ rows", page.locator("#content").inner_text()))
+    assert page.get_by_role("button", name="Run").is_disabled()
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("sql: stopped").wait_for()
     tab.problems[:] = [text for text in tab.problems if "status of 400" not in text]

@@ -13,7 +13,9 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from urllib.parse import quote
 
 import polars as pl
 import pytest
@@ -21,13 +23,15 @@ import pytest
 from entrace.analysis import figures
 from entrace.analysis.runs import open_runs
 from entrace.analysis.trace import InputError, TraceWriter
-from entrace.analysis.viewer import server
+from entrace.analysis.viewer import console, responses, server
 from entrace.analysis.viewer.responses import align
 from entrace.analysis.viewer.session import Session
 from tests.analysis.conftest import step_row, write_tiny
 from tests.analysis.synthetic import write_run
 from tests.test_hostile import rewrite
 from tests.viewer.conftest import FROZEN, Client
+
+ENDLESS = "select count(*) from range(100000000000) a(i), range(100000) b(j) where hash(i + j) = 3"
 
 
 def test_runs_and_figures_are_those_of_the_report(tiny: Client):
@@ -72,7 +76,7 @@ def test_every_bin_that_names_a_condition_selects_responses(frozen: Client):
     for entry in frozen.get("/api/figures"):
         found = frozen.get(f"/api/figure/{entry['stem']}")
         for where in {where for group in found.get("marks", []) for where in group["where"][:3] if where}:
-            quoted = urllib.request.quote(where)
+            quoted = quote(where)
             assert frozen.get(f"/api/check?where={quoted}")["problem"] is None, (entry["stem"], where)
             conditions += 1
     assert conditions > 5
@@ -91,12 +95,101 @@ def test_responses_are_filtered_and_sorted_as_sql_does(frozen: Client):
 
 
 @pytest.mark.parametrize(
-    "where", ["1) or (1", "true); drop table runs; --", "nothing = 1", "ppl > $x", "select", "ppl >", "'", "ppl > 1 /*"]
+    "where",
+    [
+        *("1) or (1", "true); drop table runs; --", "nothing = 1", "ppl > $x", "select", "ppl >", "'", "ppl > 1 /*"),
+        *("'abc'", "1 + 1", "count(*) > 1"),
+    ],
 )
 def test_a_condition_that_is_none_is_refused_in_one_line(frozen: Client, where: str):
-    quoted = urllib.request.quote(where)
+    quoted = quote(where)
     assert frozen.get(f"/api/check?where={quoted}")["problem"]
     assert frozen.error(f"/api/responses?where={quoted}")
+
+
+def test_a_condition_must_be_true_or_false(frozen: Client):
+    found = frozen.get("/api/check?where=%27abc%27")["problem"]
+    assert found == "where: expected a condition that is true or false, such as ppl > 1.5; found VARCHAR"
+    assert frozen.error("/api/responses?where=%27abc%27") == found
+    assert frozen.get("/api/check?where=ppl%20%3E%201%20--%20why")["problem"] is None
+
+
+def test_rows_come_before_their_texts(frozen: Client):
+    first, last = frozen.states("/api/responses?sort=-ppl")
+    assert "completion" not in first["columns"]
+    texts = last["columns"].pop("completion")
+    assert first == last
+    runs = open_runs(FROZEN)
+    whole = dict(runs.sql("select rollout_id, completion from rollouts").iter_rows())
+    assert texts == [whole[rollout][:280] for rollout in last["columns"]["rollout_id"]]
+
+
+@pytest.mark.parametrize("sort", ["step", "-step", "-reward", "defects"])
+def test_a_search_for_text_tells_what_it_found_so_far(frozen: Client, sort: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(responses, "SEARCHED_ROWS", 100)
+    rows = open_runs(FROZEN).sql("select rollout_id, step, completion from staged_responses where stage = 'rising'")
+    word = rows["completion"][0].split()[0].upper() + " "
+    expected = {row["rollout_id"] for row in rows.iter_rows(named=True) if word.lower() in row["completion"].lower()}
+    assert 0 < len(expected) < rows.height
+    states = frozen.states(f"/api/responses?stage=rising&sort={sort}&text={quote(word)}")
+    assert len(states) > 3
+    for before, after in pairwise(states):
+        assert before["searched"] < after["searched"]
+        assert before["num_rows"] <= after["num_rows"]
+    assert states[-1]["searched"] == 1
+    assert states[-1]["num_rows"] == len(expected)
+    # The page is that of the same rows without a search, in the same order.
+    column, order = sort.removeprefix("-"), "desc" if sort.startswith("-") else "asc"
+    listed = ", ".join(map(str, expected))
+    first = open_runs(FROZEN).sql(
+        f"select rollout_id, left(completion, 280) from staged_responses where rollout_id in ({listed}) "
+        f"order by {column} {order} nulls last, rollout_id limit 50"
+    )
+    columns = states[-1]["columns"]
+    assert list(zip(columns["rollout_id"], columns["completion"], strict=True)) == first.rows()
+    if sort == "-step":
+        # The newest steps are searched first, so the page is final from the first rows on.
+        early = states[0]["columns"]["rollout_id"]
+        assert early == columns["rollout_id"][: len(early)]
+
+
+def test_a_search_that_finds_nothing_ends(frozen: Client):
+    for address in ("/api/responses?text=%24%5E.nothing", "/api/responses?text=a&step=99999"):
+        last = frozen.get(address)
+        assert (last["num_rows"], last["searched"], last["columns"]["run_id"]) == (0, 1, [])
+
+
+def test_an_unknown_parameter_of_an_address_is_named(frozen: Client):
+    assert frozen.error("/api/responses?stpe=3") == 'unknown parameter "stpe" in the address; did you mean "step"?'
+    page = frozen.ask("/response?run=none-seed0&id=5&positon=3")[1].decode()
+    assert "unknown parameter &quot;positon&quot; in the address; did you mean &quot;position&quot;?" in page
+    assert "unknown parameter" not in frozen.ask("/response?run=none-seed0&id=5&position=3")[1].decode()
+
+
+def test_the_opposite_is_the_nearest_response_with_the_other_verdict(frozen: Client):
+    rows = open_runs(FROZEN).sql("select rollout_id, step, prompt_id, is_correct from rollouts order by rollout_id")
+    records = rows.to_dicts()
+    seen = set()
+    for own in records[:40]:
+        others = [
+            (abs(row["step"] - own["step"]), abs(row["rollout_id"] - own["rollout_id"]), row["rollout_id"])
+            for row in records
+            if row["prompt_id"] == own["prompt_id"] and row["is_correct"] != own["is_correct"]
+        ]
+        expected = min(others)[2] if others else None
+        rollout = own["rollout_id"]
+        if expected in seen or (expected is None and None in seen):
+            continue
+        seen.add(expected)
+        found = frozen.get(f"/api/response?run=none-seed0&id={rollout}")["neighbors"]["opposite"]
+        assert found == expected
+        address = f"/api/compare?opposite=none-seed0:{rollout}"
+        if expected is None:
+            assert "to the prompt of response" in frozen.error(address)
+        else:
+            parts = frozen.get(address)["responses"]
+            assert [part["response"]["rollout_id"] for part in parts] == [rollout, expected]
+    assert len(seen) > 2
 
 
 @pytest.mark.parametrize(
@@ -135,7 +228,7 @@ def test_tokens_are_those_of_the_trace(tiny: Client, tmp_path: Path):
     assert tokens["surprisal"] == pytest.approx([math.log(2)] * 5, abs=1e-6)
     assert tokens["impact"] == [-0.25, None, None, None, None]
     assert found["response"]["is_correct"] is False
-    assert found["neighbors"] == {"previous": 7, "next": 9, "earlier": 5, "later": None}
+    assert found["neighbors"] == {"previous": 7, "next": 9, "earlier": 5, "later": None, "opposite": 7}
 
 
 def test_the_band_is_the_quantile_of_the_stage(frozen: Client):
@@ -198,9 +291,8 @@ def test_sql_keeps_within_its_sandbox(frozen: Client, sql: str):
 
 
 def test_a_query_that_never_ends_is_stopped_and_the_rest_keeps_working(frozen: Client):
-    endless = "select count(*) from range(100000000000) a(i), range(100000) b(j) where hash(i + j) = 3"
     answers: list[str] = []
-    asking = threading.Thread(target=lambda: answers.append(frozen.error("/api/sql", {"sql": endless, "name": "one"})))
+    asking = threading.Thread(target=lambda: answers.append(frozen.error("/api/sql", {"sql": ENDLESS, "name": "one"})))
     asking.start()
     deadline = time.monotonic() + 30
     while not json.loads(frozen.ask("/api/stop", {"name": "one"})[1])["was_running"]:
@@ -209,6 +301,65 @@ def test_a_query_that_never_ends_is_stopped_and_the_rest_keeps_working(frozen: C
         time.sleep(0.1)
     asking.join(timeout=30)
     assert answers == ["sql: stopped"]
+
+
+def test_an_export_shows_its_progress_and_is_stopped(frozen: Client):
+    query = "select i from range(100000000000) a(i)"
+    answers: list[str] = []
+    body = {"sql": query, "name": "two", "format": "csv"}
+    asking = threading.Thread(target=lambda: answers.append(frozen.error("/api/export", body)))
+    asking.start()
+    deadline = time.monotonic() + 30
+    while not (frozen.get("/api/progress?name=two") or {}).get("num_rows"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert json.loads(frozen.ask("/api/stop", {"name": "two"})[1])["was_running"]
+    asking.join(timeout=30)
+    assert answers == ["sql: stopped"]
+    assert frozen.get("/api/progress?name=two") is None
+
+
+def test_limits_name_no_options_of_the_command_line(frozen: Client, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(console, "TIMEOUT_S", 0.2)
+    expected = "sql: stopped after 0.2 s; filter or aggregate earlier, or add a LIMIT to the query"
+    assert frozen.error("/api/sql", {"sql": ENDLESS}) == expected
+    monkeypatch.setattr(responses, "TIMEOUT_S", 0.2)
+    where = quote(f"ppl > ({ENDLESS})")
+    assert frozen.error(f"/api/responses?where={where}") == "stopped after 0.2 s; narrow the filters or the condition"
+
+
+def test_a_long_query_fits_into_an_address(frozen: Client):
+    assert frozen.ask(f"/sql?q={'x' * 200_000}")[0] == 200
+
+
+def test_values_are_computed_once_and_without_waiting_for_others():
+    session = Session([FROZEN])
+    entered, leave, calls = threading.Event(), threading.Event(), []
+
+    def compute(_: object) -> int:
+        calls.append(1)
+        entered.set()
+        assert leave.wait(30)
+        return 7
+
+    values: list[int] = []
+    threads = [threading.Thread(target=lambda: values.append(session.once("slow", compute))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert entered.wait(30)
+    assert session.once("fast", lambda runs: len(runs.manifests)) == 1
+    leave.set()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert (values, calls) == ([7, 7], [1])
+    session.close()
+    with pytest.raises(InputError, match="stopping"):
+        session.once("late", compute)
+
+
+def test_the_viewer_leaves_memory_to_others(frozen: Client):
+    limit = Session([FROZEN]).runs.run_shipped("select current_setting('memory_limit') as bytes").item()
+    assert limit == "450.0 MiB"
 
 
 @pytest.mark.parametrize("body", [[], {"sql": "select 1", "limit": "x"}, {"sql": "select 1", "limit": 10**9}])
@@ -353,7 +504,9 @@ def test_a_mean_mark_opens_the_responses_that_it_counts(study: Path, served: Cal
         i = 5
         row = {name: values[i] for name, values in group["columns"].items()}
         assert row.get("run_id") is None
-        where = urllib.request.quote(group["where"][i])
+        # The whole arm is shown, however many runs it has.
+        assert group["where"][i].startswith("arm in ('none')")
+        where = quote(group["where"][i])
         address = f"/api/responses?step={row['step']}&where={where}"
         address += f"&sample_sign={row['sample_sign']}" if sign else ""
         assert client.get(address)["num_rows"] == row["num_responses"]
@@ -418,6 +571,12 @@ def test_a_notebook_shows_the_page_in_a_frame():
     frame = open_runs(FROZEN).view(height=500)
     assert f'<iframe src="{frame.url}" width="100%" height="500"' in frame._repr_html_()
     assert Client(frame.url).get("/api/runs")["runs"][0]["run_id"] == "none-seed0"
+
+
+def test_a_script_that_showed_the_page_ends_in_silence():
+    script = f"import entrace; entrace.open_runs({str(FROZEN)!r}).view()"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert not ended.stdout + ended.stderr
 
 
 def test_the_command_prints_its_address_and_ends_with_ctrl_c():

@@ -7,7 +7,7 @@ const SAVED = (() => {
   return holder ? JSON.parse(holder.textContent) : null;
 })();
 const FETCHED = new Map();
-const NONCE = document.querySelector("meta[name=nonce]")?.content ?? "";
+const META = (name) => document.querySelector(`meta[name=${name}]`)?.content ?? "";
 
 // Text is never markup: children are nodes or text.
 function el(tag, attributes = {}, ...children) {
@@ -82,6 +82,31 @@ async function get(path) {
   return found;
 }
 
+// An answer of several lines, each of which says more than the one before; onLine gets all except the last.
+async function getLines(path, onLine, signal) {
+  if (SAVED) return get(path);
+  const answer = await answered(fetch(path, { signal }));
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  let last = null;
+  for (;;) {
+    const { value, done } = await reader.read();
+    const parts = (rest + (value ?? "")).split("\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      if (last) onLine(last);
+      last = JSON.parse(part);
+      if (last.error) throw new Problem(last.error);
+    }
+    if (done) break;
+    if (last) {
+      onLine(last);
+      FETCHED.set(path, last);
+    }
+  }
+  return last;
+}
+
 async function answered(request) {
   let answer;
   try {
@@ -110,8 +135,8 @@ const failure = (error) => {
   return el("p", { class: "error", role: "alert" }, visible(error.message));
 };
 
-async function download(path, body, name) {
-  const answer = await post(path, body);
+async function download(path, body, name, signal) {
+  const answer = await post(path, body, signal);
   const at = URL.createObjectURL(await answer.blob());
   el("a", { href: at, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(at), 10000);
@@ -146,7 +171,7 @@ const facts = (entries, name = "facts") => el("dl", { class: name },
   entries.map(([key, value]) => [el("dt", {}, key), el("dd", {}, value instanceof Node ? value : lines(value))]));
 
 const verdictOf = (isCorrect) => isCorrect === null || isCorrect === undefined ? el("span", { class: "chip" }, "not judged")
-  : el("span", { class: `chip ${isCorrect ? "right" : "wrong"}` }, isCorrect ? "correct" : "incorrect");
+  : el("span", { class: `chip ${isCorrect ? "right" : "wrong"}` }, isCorrect ? "correct" : "wrong");
 
 // Theme: the system's unless the reader chose one.
 
@@ -168,3 +193,12 @@ applyTheme();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", applyTheme);
 
 const PAGES = {};
+
+// The list that the reader came from: its address, and how far it was scrolled.
+function lastList() {
+  try { return JSON.parse(sessionStorage.getItem("entrace-list")); } catch { return null; }
+}
+
+function rememberList(href, top) {
+  try { sessionStorage.setItem("entrace-list", JSON.stringify({ href, top })); } catch { /* a saved file may have no storage */ }
+}

@@ -21,8 +21,15 @@ function alignedRows(parts, spans) {
 
 async function renderAligned(page) {
   const given = params();
-  const found = await get(address("/api/compare", { r: given.getAll("r") }));
+  // The server finds the other response; the address that is kept names both.
+  const opposite = given.get("opposite");
+  const found = await get(address("/api/compare", opposite ? { opposite } : { r: given.getAll("r") }));
   const parts = found.responses;
+  if (opposite) {
+    const keys = parts.map(({ response }) => `${response.run_id}:${response.rollout_id}`);
+    replaceParams({ opposite: "", r: keys });
+    FETCHED.set(address("/api/compare", { r: keys }), found);
+  }
   if (parts.some((part) => !part.tokens.token_id.length)) throw new Problem("the tokens of one of these responses are not stored");
   const available = quantitiesOf(parts[0].tokens).filter((name) => parts.every((part) => quantitiesOf(part.tokens).includes(name)));
   const picker = el("select", { "aria-label": "Color tokens by" }, available.map((name) => el("option", { value: name }, QUANTITIES[name][0])));
@@ -58,7 +65,7 @@ async function renderAligned(page) {
 PAGES["/compare"] = {
   title: () => "Compare",
   async render() {
-    if (params().getAll("r").length) return renderAligned(this);
+    if (params().has("r") || params().has("opposite")) return renderAligned(this);
     const prompt = params().get("prompt_id");
     if (!prompt) return [el("h1", {}, "Compare responses"), el("p", {}, "Choose two to four responses on the page ", link("/responses", {}, "Responses"), ", or a prompt there.")];
     const found = await get(address("/api/prompt", { prompt_id: prompt, run: params().get("run") }));

@@ -6,11 +6,15 @@ let rendering = 0;
 // What is shown, without the part of the address behind #.
 let shown = "";
 
+// How far a list is scrolled is restored by a link back to it as by the button of the browser.
 function navigate(href) {
   if (SAVED) return;
   history.replaceState({ top: scrollY }, "");
+  if (location.pathname === "/responses") rememberList(shown, scrollY);
+  const list = lastList();
   history.pushState(null, "", href);
-  render();
+  document.getElementById("mistake").textContent = "";
+  render({ scrollTop: list?.href === place().path + place().search && shown !== list.href ? list.top : 0 });
 }
 
 // Change parameters of the address without a new entry in the history.
@@ -29,10 +33,11 @@ function replaceParams(changes) {
 
 function showTop(path) {
   const current = path === "/response" ? "/responses" : path;
+  const list = path === "/response" || path === "/compare" ? lastList() : null;
   const theme = el("button", { type: "button", onclick: switchTheme, title: "Light or dark" }, "Theme");
   document.getElementById("top").replaceChildren(
     el("b", {}, "entrace"),
-    SAVED ? el("span", { class: "soft" }, "saved view") : el("nav", { "aria-label": "Pages" }, LINKS.map(([href, label]) => el("a", { href, "aria-current": href === current ? "page" : null }, label))),
+    SAVED ? el("span", { class: "soft" }, "saved view") : el("nav", { "aria-label": "Pages" }, LINKS.map(([href, label]) => el("a", { href: href === "/responses" ? list?.href ?? href : href, "aria-current": href === current ? "page" : null }, label))),
     el("div", { class: "right" }, el("span", { id: "live", role: "status" }), theme));
 }
 
@@ -52,6 +57,7 @@ async function render({ keepsScroll = false, scrollTop = 0 } = {}) {
   document.title = `${page.title()} · entrace`;
   page.keys = {};
   page.ready = null;
+  page.whole = null;
   FETCHED.clear();
   content.setAttribute("aria-busy", "true");
   let nodes;
@@ -61,10 +67,13 @@ async function render({ keepsScroll = false, scrollTop = 0 } = {}) {
     nodes = [el("h1", {}, page.title()), failure(error), SAVED ? "" : el("p", {}, link("/", {}, "To the overview"))];
   }
   if (turn !== rendering) return;
-  const top = scrollY;
+  const top = keepsScroll ? scrollY : scrollTop;
   content.replaceChildren(...[nodes].flat(9).filter((node) => node !== null && node !== undefined));
   content.removeAttribute("aria-busy");
-  scrollTo({ top: keepsScroll ? top : scrollTop, behavior: "instant" });
+  scrollTo({ top, behavior: "instant" });
+  const reached = scrollY;
+  // What arrives later may be what makes the page as long as it was.
+  page.whole?.then(() => { if (turn === rendering && scrollY === reached) scrollTo({ top, behavior: "instant" }); });
   if (location.hash) document.getElementById(location.hash.slice(1))?.scrollIntoView();
   showProblem(FETCHED.get("/api/runs")?.problem ?? "");
   page.ready?.();
@@ -94,6 +103,11 @@ addEventListener("popstate", (event) => {
   if (place().path + place().search !== shown) render({ scrollTop: event.state?.top ?? 0 });
 });
 history.scrollRestoration = "manual";
+let scrolled = 0;
+addEventListener("scroll", () => {
+  clearTimeout(scrolled);
+  scrolled = setTimeout(() => { if (!SAVED) history.replaceState({ top: scrollY }, ""); }, 150);
+}, { passive: true });
 // Plots have the colors of the theme that they were drawn in; a text that is being written is worth more.
 addEventListener("theme", () => { if (!PAGES[place().path]?.keepsState) render({ keepsScroll: true }); });
 
@@ -132,5 +146,5 @@ function listen() {
   connect();
 }
 
-render();
+render({ scrollTop: SAVED ? 0 : history.state?.top ?? 0 });
 if (!SAVED) listen();

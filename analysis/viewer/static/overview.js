@@ -122,7 +122,7 @@ function scorecardTable(found) {
     return [
       el("tr", { class: "group" }, el("td", { colspan: 6 }, el("b", {}, visible(claim)), " ", el("span", { class: `chip ${word.replaceAll(" ", "-")}` }, word), ` ${visible(own[0]?.question ?? "")}`)),
       own.map((v) => el("tr", {},
-        el("td", {}, el("a", { href: `#${v.figure}` }, visible(v.statistic ?? v.part))),
+        el("td", {}, el("a", { href: `#${v.figure}` }, visible(v.part)), el("div", { class: "small soft" }, visible(v.statistic ?? ""))),
         el("td", {}, visible(v.subject)),
         el("td", {}, el("span", { class: `chip ${v.verdict.replaceAll(" ", "-")}` }, v.verdict)),
         el("td", { class: "num" }, number(v.effect), interval(v.low, v.high)),

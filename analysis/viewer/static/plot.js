@@ -3,9 +3,12 @@
 
 const ink = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-function axes(xLabel, yLabel) {
+// Steps between ticks of positions and steps of training, which have no halves.
+const WHOLE = [1, 2, 5].flatMap((first) => [...Array(12).keys()].map((power) => first * 10 ** power)).sort((a, b) => a - b);
+
+function axes(x, xLabel, yLabel) {
   const look = { stroke: ink("--soft"), grid: { stroke: ink("--line"), width: 1 }, ticks: { stroke: ink("--line"), width: 1 } };
-  return [{ ...look, label: xLabel, size: 44 }, { ...look, label: yLabel, size: 62 }];
+  return [{ ...look, label: xLabel, size: 44, incrs: x.every(Number.isInteger) ? WHOLE : undefined }, { ...look, label: yLabel, size: 62 }];
 }
 
 // Draw series over x. Each series: {label, values, color, points, band: [low, high]}; a click calls onPick(index).
@@ -32,7 +35,7 @@ function plot(holder, x, series, { xLabel, yLabel, height = 220, onPick = null }
     data.push(one.values);
   }
   const options = {
-    width: Math.max(280, parent.clientWidth || 600), height, series: drawn, bands, axes: axes(xLabel, yLabel),
+    width: Math.max(280, parent.clientWidth || 600), height, series: drawn, bands, axes: axes(x, xLabel, yLabel),
     scales: { x: { time: false } }, legend: { live: true }, cursor: { drag: { x: true, y: false } },
   };
   const drawing = new uPlot(options, data, parent);

@@ -25,16 +25,22 @@ PAGES["/response"] = {
     const { response, tokens, neighbors } = found;
     const length = tokens.token_id.length;
     const available = quantitiesOf(tokens);
+    const list = SAVED ? null : lastList();
     const head = [
+      list ? el("p", { class: "small" }, link(list.href, {}, "← Back to the list")) : null,
       el("h1", {}, `Response ${response.rollout_id} `, el("span", { class: "soft small" }, `step ${response.step}, ${visible(response.run_id)}`)),
     ];
     const move = (id, label, key) => (SAVED ? null : el("button", { type: "button", disabled: id === null, title: `Key ${key}`, onclick: () => visit(id) }, label));
     const prompt = el("details", { class: "card" }, el("summary", {}, "Prompt"), el("pre", { tabindex: 0 }, response.prompt === null ? "unknown" : lines(response.prompt)));
     const nav = el("div", { class: "bar" }, move(neighbors.previous, "← Previous response", "p"), move(neighbors.next, "Next response →", "n"),
-      move(neighbors.earlier, "↑ Same prompt, earlier step", "e"), move(neighbors.later, "Same prompt, later step ↓", "l"), saveButton(`response-${response.rollout_id}`));
+      move(neighbors.earlier, "↑ Same prompt, earlier step", "e"), move(neighbors.later, "Same prompt, later step ↓", "l"),
+      SAVED || response.is_correct === null ? null : el("button", {
+        type: "button", title: "Key x", disabled: neighbors.opposite === null, onclick: () => contrast(),
+      }, `Compare with a ${response.is_correct ? "wrong" : "correct"} response`), saveButton(`response-${response.rollout_id}`));
     let colored = given.get("color");
+    const contrast = () => neighbors.opposite !== null && navigate(address("/compare", { r: [response.rollout_id, neighbors.opposite].map((id) => `${response.run_id}:${id}`), color: colored }));
     const visit = (id) => id !== null && navigate(responseAddress(response.run_id, id, { color: colored }));
-    this.keys = { n: () => visit(neighbors.next), p: () => visit(neighbors.previous), l: () => visit(neighbors.later), e: () => visit(neighbors.earlier) };
+    this.keys = { n: () => visit(neighbors.next), p: () => visit(neighbors.previous), l: () => visit(neighbors.later), e: () => visit(neighbors.earlier), x: contrast };
     if (!length) {
       return [head, nav, prompt, el("div", { class: "card" }, el("p", { class: "soft" }, "The tokens of this response are not stored."), el("pre", { tabindex: 0 }, lines(response.completion ?? "")), about(response))];
     }
@@ -102,7 +108,7 @@ PAGES["/response"] = {
     };
     return [head, nav, prompt, el("div", { class: "reader" },
       el("div", {}, el("div", { class: "card" },
-        el("div", { class: "bar" }, el("label", { class: "inline" }, "Color by", picker), el("span", { class: "soft small" }, "Keys: ← → token, c color, n p response, e l step")),
+        el("div", { class: "bar" }, el("label", { class: "inline" }, "Color by", picker), el("span", { class: "soft small" }, "Keys: ← → token, c color, n p response, e l step, x compare")),
         legendPlace, view.root,
         absent.length ? el("details", {}, el("summary", { class: "small" }, `Not recorded: ${absent.length} quantities`), el("p", { class: "small soft" }, absent.map((name) => QUANTITIES[name][0]).join(", "))) : null),
       plotPlace, el("div", { class: "card" }, about(response))),

@@ -1,6 +1,9 @@
 "use strict";
 // Find responses: filters, a condition in SQL that is checked while it is typed, sorting, and a selection to compare.
 
+// What the server needs of the address; the responses chosen to compare may change without another request.
+const listPath = () => `/api/responses?${place().search.slice(1).split("&").filter((part) => part && !part.startsWith("r=")).join("&")}`;
+
 const FILTERS = ["run_id", "arm", "seed", "step", "step_from", "step_to", "prompt_id", "group_id", "is_correct", "is_kept", "stage", "phase", "sample_sign", "defect", "turns", "text", "where"];
 // Filters of links that have no field of their own.
 const HIDDEN = ["phase", "group_id", "is_kept"];
@@ -22,6 +25,10 @@ function choice(name, label, options, value) {
 
 const field = (name, label, value, more = {}) => el("label", {}, label, el("input", { name, value: value ?? "", size: 8, ...more }));
 
+// Side by side with the nearest response to the same prompt that has the other verdict.
+const oppositeLink = (key, isCorrect) => (SAVED || isCorrect === null ? null
+  : [el("br"), link(address("/compare", { opposite: key }), { class: "small nowrap", title: `Compare with a ${isCorrect ? "wrong" : "correct"} response to the same prompt` }, `vs ${isCorrect ? "wrong" : "correct"}`)]);
+
 function listTable(columns, { sort, onSort, at, chosen }) {
   const rows = columns.run_id.map((run, i) => {
     const id = columns.rollout_id[i];
@@ -29,12 +36,13 @@ function listTable(columns, { sort, onSort, at, chosen }) {
     const box = el("input", { type: "checkbox", "aria-label": `Compare response ${id} of ${visible(run)}`, checked: chosen.has(key), onchange: (event) => chosen.toggle(key, event.target.checked) });
     const cells = SHOWN.map(([name]) => {
       const value = columns[name][i];
-      if (name === "is_correct") return el("td", {}, verdictOf(value));
+      if (name === "is_correct") return el("td", {}, verdictOf(value), oppositeLink(key, value));
       if (name === "defects") return el("td", { class: "small" }, (value ?? []).map(visible).join(", "));
       if (name === "prompt_id") return el("td", {}, link(address("/compare", { prompt_id: value, run }), { title: "All responses to this prompt" }, visible(value)));
       return el("td", { class: NUMBERS.has(name) ? "num" : null }, number(value));
     });
-    const text = columns.completion[i] ?? "";
+    // Texts may come after the rows.
+    const text = columns.completion ? columns.completion[i] ?? "" : "…";
     return el("tr", {}, el("td", {}, SAVED ? null : box), cells,
       el("td", { class: "text mono" }, link(responseAddress(run, id, { at }), {}, lines(text.slice(0, 160)) || "(empty)"), text.length > 160 ? "…" : ""));
   });
@@ -75,10 +83,27 @@ PAGES["/responses"] = {
   async render() {
     const given = params();
     const value = (name) => given.get(name) ?? "";
-    const { runs } = await get("/api/runs");
+    // The list is asked for at once, and shown as far as it is known.
+    const stopping = new AbortController();
+    this.leave = () => stopping.abort();
+    let latest = null;
+    let problem = null;
+    let isWhole = false;
+    let draw = () => {};
+    let begin = null;
+    const beginning = new Promise((done) => { begin = done; });
+    const note = (found) => { latest = found; begin(); draw(); };
+    this.whole = getLines(listPath(), note, stopping.signal).then((found) => { isWhole = true; note(found); }, (error) => {
+      problem = error;
+      isWhole = true;
+      note(latest);
+    });
+    // A condition may take long; then the filters come first.
+    const patience = new Promise((done) => { setTimeout(done, 500); });
+    const [{ runs }] = await Promise.all([get("/api/runs"), Promise.race([beginning, patience])]);
     const distinct = (name) => [...new Set(runs.map((run) => run[name]).filter((one) => one !== null && one !== undefined))].sort().map((one) => [String(one), visible(String(one))]);
     const where = el("input", { name: "where", value: value("where"), placeholder: "ppl > 1.5 and list_contains(defects, 'repetition')", spellcheck: "false", autocomplete: "off", class: "mono", "aria-describedby": "where-problem" });
-    const problem = el("p", { id: "where-problem", class: "error small", role: "status" });
+    const whereProblem = el("p", { id: "where-problem", class: "error small", role: "status" });
     let waiting = 0;
     where.addEventListener("input", () => {
       clearTimeout(waiting);
@@ -86,7 +111,7 @@ PAGES["/responses"] = {
         const text = where.value.trim();
         const found = text ? await answered(fetch(address("/api/check", { where: text }))).catch((error) => ({ problem: error.message })) : { problem: null };
         if (where.value.trim() !== text) return;
-        problem.textContent = found.problem ?? "";
+        whereProblem.textContent = found.problem ?? "";
         where.setAttribute("aria-invalid", String(Boolean(found.problem)));
       }, 250);
     });
@@ -95,7 +120,7 @@ PAGES["/responses"] = {
         choice("run_id", "Run", distinct("run_id"), value("run_id")), choice("arm", "Arm", distinct("arm"), value("arm")), choice("seed", "Seed", distinct("seed"), value("seed")),
         field("step_from", "Step from", value("step") || value("step_from"), { inputmode: "numeric", size: 5 }), field("step_to", "to", value("step") || value("step_to"), { inputmode: "numeric", size: 5 }),
         field("prompt_id", "Prompt", value("prompt_id"), { size: 14 }),
-        choice("is_correct", "Correct", [["true", "yes"], ["false", "no"], ["null", "not judged"]], value("is_correct")),
+        choice("is_correct", "Verdict", [["true", "correct"], ["false", "wrong"], ["null", "not judged"]], value("is_correct")),
         choice("stage", "Stage", [["rising", "rising"], ["plateau", "plateau"]], value("stage")),
         choice("sample_sign", "Advantage", [["positive", "positive"], ["negative", "negative"], ["null", "zero or none"]], value("sample_sign")),
         choice("defect", "Defect", ["any", "format_violation", "truncated", "repetition", "irrelevant"].map((one) => [one, one.replaceAll("_", " ")]), value("defect")),
@@ -103,7 +128,7 @@ PAGES["/responses"] = {
         field("text", "Text contains", value("text"), { size: 14 })),
       el("div", { class: "bar" }, el("label", { class: "grow" }, "Condition in SQL over rollouts, with arm, seed, stage, phase, and sample_sign; subqueries may read any table", where),
         el("button", { class: "primary" }, "Show"), link("/responses", {}, "Clear")),
-      problem);
+      whereProblem);
     const hidden = HIDDEN.filter((name) => value(name));
     const currentSort = value("sort") || "step";
     const keep = (changes) => {
@@ -117,21 +142,36 @@ PAGES["/responses"] = {
       navigate(address("/responses", { ...Object.fromEntries(["phase", "group_id", "is_kept", "at"].map((name) => [name, value(name)])), ...entered, sort: value("sort") }));
     });
     const chosen = selection();
-    let content;
-    try {
-      const found = await get(address("/api/responses", Object.fromEntries([...new Set(given.keys())].filter((name) => name !== "r").map((name) => [name, given.get(name)]))));
+    const bar = el("div");
+    const body = el("div");
+    const holder = el("div", { class: "list" }, bar, body);
+    const stop = el("button", { type: "button", onclick: () => stopping.abort() }, "Stop");
+    const turn = (page, pages, label) => el("button", { type: "button", disabled: SAVED || page < 1 || page > pages, onclick: () => navigate(keep({ page })) }, label);
+    let drawn = "";
+    draw = () => {
+      holder.toggleAttribute("aria-busy", !isWhole);
+      const isStopped = problem?.name === "AbortError";
+      if (problem && !isStopped) return holder.replaceChildren(failure(problem));
+      if (!latest) return bar.replaceChildren(el("p", { class: "soft", role: "status" }, isStopped ? "Stopped." : "Searching…"));
+      const found = latest;
       const pages = Math.max(1, Math.ceil(found.num_rows / found.page_rows));
-      const turn = (page, label) => el("button", { type: "button", disabled: SAVED || page < 1 || page > pages, onclick: () => navigate(keep({ page })) }, label);
-      content = [
-        el("div", { class: "bar" }, el("span", { role: "status" }, `${number(found.num_rows)} response${found.num_rows === 1 ? "" : "s"}`), turn(found.page - 1, "← Previous"),
-          el("span", { class: "soft" }, found.page > pages ? `no page ${found.page}` : `page ${found.page} of ${number(pages)}`), turn(found.page + 1, "Next →"), chosen.button, saveButton("responses")),
-        hidden.length ? el("div", { class: "bar" }, "Also filtered by:", hidden.map((name) => el("button", { type: "button", title: "Remove", onclick: () => navigate(keep({ [name]: "", page: "" })) }, `${name} = ${visible(value(name))} ×`))) : null,
-        found.num_rows ? listTable(found.columns, { sort: currentSort, onSort: (sort) => navigate(keep({ sort, page: "" })), at: given.get("at"), chosen })
-          : el("p", {}, "No response matches. Remove a filter, or look at the condition."),
-      ];
-    } catch (error) {
-      content = failure(error);
-    }
-    return [el("h1", {}, "Responses"), SAVED ? null : form, content];
+      const share = `${Math.floor(100 * found.searched)} %`;
+      const searched = found.searched === 1 ? "" : isStopped ? ` in the ${share} searched before the stop` : ` in the ${share} searched so far`;
+      bar.replaceChildren(el("div", { class: "bar" },
+        el("span", { role: "status" }, `${number(found.num_rows)} response${found.num_rows === 1 ? "" : "s"}${searched}`),
+        found.searched < 1 && !isWhole ? [el("progress", { max: 1, value: found.searched, "aria-label": "Texts searched" }), stop] : null,
+        turn(found.page - 1, pages, "← Previous"),
+        el("span", { class: "soft" }, found.page > pages ? `no page ${found.page}` : `page ${found.page} of ${number(pages)}`), turn(found.page + 1, pages, "Next →"), chosen.button, saving));
+      const rows = JSON.stringify([found.columns.run_id, found.columns.rollout_id, "completion" in found.columns, isWhole && !found.num_rows]);
+      if (rows === drawn) return;
+      drawn = rows;
+      body.replaceChildren(found.columns.run_id.length ? listTable(found.columns, { sort: currentSort, onSort: (sort) => navigate(keep({ sort, page: "" })), at: given.get("at"), chosen })
+        : el("p", {}, isWhole ? "No response matches. Remove a filter, or look at the condition." : "None found yet."));
+    };
+    const saving = saveButton("responses") ?? "";
+    draw();
+    return [el("h1", {}, "Responses"), SAVED ? null : form,
+      hidden.length ? el("div", { class: "bar" }, "Also filtered by:", hidden.map((name) => el("button", { type: "button", title: "Remove", onclick: () => navigate(keep({ [name]: "", page: "" })) }, `${name} = ${visible(value(name))} ×`))) : null,
+      holder];
   },
 };

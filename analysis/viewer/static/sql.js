@@ -6,6 +6,13 @@ const HISTORY = "entrace-sql-history";
 const COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];
 const LINE_COLORS = [...COLORS, ...COLORS];
 
+let editorScript = null;
+
+// The editor is as large as all other scripts together, so only this page loads it.
+const loadEditor = () => (editorScript ??= new Promise((done, fail) => {
+  document.head.append(el("script", { src: META("editor"), onload: done, onerror: () => fail(new Problem("the editor was not loaded; reload the page")) }));
+}));
+
 function readHistory() {
   try { return JSON.parse(localStorage.getItem(HISTORY)) ?? []; } catch { return []; }
 }
@@ -83,38 +90,49 @@ PAGES["/sql"] = {
       const found = SAVED.data["/api/sql"];
       return [el("h1", {}, "SQL"), el("pre", { tabindex: 0 }, lines(found.sql)), resultView(found)];
     }
-    const [tables, questions] = await Promise.all([get("/api/dictionary"), get("/api/questions")]);
+    const [tables, questions] = await Promise.all([get("/api/dictionary"), get("/api/questions"), loadEditor()]);
     const holder = el("div", { class: "editor" });
     const result = el("div");
     const limit = el("input", { value: params().get("limit") ?? "1000", size: 7, inputmode: "numeric" });
     let running = null;
-    const run = async () => {
+    // One query at a time: its name, with which Stop ends it, and how far it is.
+    const busy = async (verb, ask, place) => {
       if (running || !editor.text.trim()) return;
-      const name = crypto.getRandomValues(new Uint32Array(2)).join("-");
-      running = name;
-      stop.disabled = false;
-      start.disabled = true;
+      running = crypto.getRandomValues(new Uint32Array(2)).join("-");
+      const name = running;
+      setBusy(true);
       const since = Date.now();
-      const clock = el("p", { class: "soft", role: "status" }, "Running…");
-      const ticking = setInterval(() => { clock.textContent = `Running… ${Math.round((Date.now() - since) / 1000)} s`; }, 1000);
-      result.replaceChildren(clock);
-      FETCHED.delete("/api/sql");
-      saving.disabled = true;
-      replaceParams({ q: editor.text, limit: limit.value });
-      remember(editor.text);
-      fillHistory();
+      const clock = el("p", { class: "soft", role: "status" }, `${verb}…`);
+      const ticking = setInterval(async () => {
+        const found = await answered(fetch(address("/api/progress", { name }))).catch(() => null);
+        const rows = found?.num_rows ? `, ${number(found.num_rows)} rows` : "";
+        clock.textContent = `${verb}… ${Math.round((Date.now() - since) / 1000)} s${found?.percent ? `, about ${Math.floor(found.percent)} %` : ""}${rows}`;
+      }, 1000);
+      place(clock);
       try {
-        const found = await post("/api/sql", { sql: editor.text, limit: limit.value, name });
-        FETCHED.set("/api/sql", found);
-        saving.disabled = false;
-        result.replaceChildren(resultView(found));
+        const shown = await ask(name);
+        if (shown) clock.replaceWith(shown);
+        else clock.remove();
       } catch (error) {
-        result.replaceChildren(failure(error));
+        clock.replaceWith(failure(error));
       }
       clearInterval(ticking);
       running = null;
-      stop.disabled = true;
-      start.disabled = false;
+      setBusy(false);
+    };
+    const run = () => {
+      if (running) return;
+      FETCHED.delete("/api/sql");
+      replaceParams({ q: editor.text, limit: limit.value });
+      return busy("Running", async (name) => {
+        saving.disabled = true;
+        remember(editor.text);
+        fillHistory();
+        const found = await post("/api/sql", { sql: editor.text, limit: limit.value, name });
+        FETCHED.set("/api/sql", found);
+        saving.disabled = false;
+        return resultView(found);
+      }, (clock) => result.replaceChildren(clock));
     };
     const start = el("button", { type: "button", class: "primary", title: "Ctrl+Enter", onclick: run }, "Run");
     const end = () => running && post("/api/stop", { name: running });
@@ -122,15 +140,14 @@ PAGES["/sql"] = {
     const saving = saveButton("query");
     saving.disabled = true;
     this.leave = end;
-    const save = (form) => el("button", {
-      type: "button", onclick: async (event) => {
-        try {
-          await download("/api/export", { sql: editor.text, format: form }, `rows.${form}`);
-        } catch (error) {
-          result.prepend(failure(error));
-        }
-      },
-    }, form === "csv" ? "CSV" : "Parquet");
+    const [csv, parquet] = [["csv", "CSV"], ["parquet", "Parquet"]].map(([format, label]) => el("button", {
+      type: "button",
+      onclick: () => busy(`Exporting ${label}`, (name) => download("/api/export", { sql: editor.text, format, name }, `rows.${format}`), (clock) => result.prepend(clock)),
+    }, label));
+    const setBusy = (isBusy) => {
+      stop.disabled = !isBusy;
+      for (const button of [start, csv, parquet]) button.disabled = isBusy;
+    };
     const list = (label, entries, onPick) => {
       const select = el("select", { "aria-label": label, onchange: () => { if (select.value) onPick(entries()[Number(select.value)]); select.value = ""; } });
       const fill = () => select.replaceChildren(el("option", { value: "" }, label), ...entries().map((entry, i) => el("option", { value: i }, visible(entry.label).slice(0, 90))));
@@ -140,10 +157,10 @@ PAGES["/sql"] = {
     const [examples] = list("Examples: the questions", () => questions.map((one) => ({ label: `${one.stem}: ${one.question}`, sql: one.sql })), ({ sql }) => { editor.text = sql; });
     const [past, fillHistory] = list("History", () => readHistory().map((sql) => ({ label: sql.replace(/\s+/g, " "), sql })), ({ sql }) => { editor.text = sql; });
     const schema = Object.fromEntries(Object.entries(tables).map(([name, table]) => [name, table.columns.map((column) => column.name)]));
-    const editor = SqlEditor.create({ parent: holder, doc: text, schema, nonce: NONCE, label: "SQL query", onRun: run, onChange: () => {} });
+    const editor = SqlEditor.create({ parent: holder, doc: text, schema, nonce: META("nonce"), label: "SQL query", onRun: run, onChange: () => {} });
     this.ready = () => { if (text) run(); };
     return [el("h1", {}, "SQL"), el("div", { class: "card" }, el("div", { class: "bar" }, examples, past), holder,
-      el("div", { class: "bar" }, start, stop, el("label", { class: "inline" }, "Row limit", limit), el("span", { class: "soft small" }, "Export all rows:"), save("csv"), save("parquet"), saving,
+      el("div", { class: "bar" }, start, stop, el("label", { class: "inline" }, "Row limit", limit), el("span", { class: "soft small" }, "Export all rows:"), csv, parquet, saving,
         el("span", { class: "soft small" }, "Read-only; at most 1 GiB and 300 s. Ctrl+Enter runs."))), result, dictionary(tables)];
   },
 };
