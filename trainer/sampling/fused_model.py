@@ -1,0 +1,198 @@
+"""A decoding step of Llama-like models with few GPU operations, from a copy of the weights in the dtype of products.
+
+Eight operations per layer: a norm, the product for queries, keys, and values, attention (``kernels.decoding``), the
+output product, a norm, the product for gate and up, their activation, and the down product. Residuals and norms stay
+in float32, as under autocast. ``sampling.backend`` compares the step with the model before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from entrace.trainer.kernels.decoding import LayerCache, Rows, attend
+from entrace.trainer.kernels.token_stats import LMHead
+from entrace.trainer.model.lora import merged_weight
+from entrace.trainer.model.policy import Policy
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+ROTARY_TYPES = {"default", "linear", "llama3", "yarn"}
+
+
+@dataclass
+class _Product:
+    """Hold linear maps of one input, stacked, as a copy of their weights."""
+
+    sources: list[Any]
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, sources: list[Any], dtype: torch.dtype) -> _Product:
+        rows, width = sum(source.out_features for source in sources), sources[0].in_features
+        weight = sources[0].weight.new_empty(rows, width, dtype=dtype, requires_grad=False)
+        biased = [source.bias is not None for source in sources]
+        bias = weight.new_zeros(rows) if any(biased) else None
+        return cls(sources, weight, bias)
+
+    def copy(self) -> None:
+        ends = torch.tensor([0, *(source.out_features for source in self.sources)]).cumsum(0).tolist()
+        for source, (start, end) in zip(self.sources, pairwise(ends), strict=True):
+            self.weight[start:end] = merged_weight(source)
+            if self.bias is not None and source.bias is not None:
+                self.bias[start:end] = source.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+@dataclass
+class _Layer:
+    first_norm: Any
+    queries_keys_values: _Product
+    output: _Product
+    second_norm: Any
+    gate_up: _Product
+    down: _Product
+    scale: float
+
+
+class FusedModel:
+    """Compute decoding steps of a policy; the weights are copied by ``refresh``.
+
+    Attributes:
+        layers: Number of layers.
+        key_heads: Heads of keys and values.
+        width: Size of a head.
+        group: Query heads per key head.
+    """
+
+    def __init__(self, policy: Policy, *, compiles: bool = False) -> None:
+        """Find the parts of the model.
+
+        Args:
+            policy: The model.
+            compiles: Fuse norms and activations with ``torch.compile``.
+
+        Raises:
+            ValueError: the model has other parts than a Llama-like one.
+        """
+        body: Any = policy.model.base_model
+        config = policy.model.config
+        cache = DynamicCache(config=config)
+        rotary = getattr(body, "rotary_emb", None)
+        if rotary is None or getattr(rotary, "rope_type", None) not in ROTARY_TYPES:
+            raise ValueError("needs rotary positions that do not depend on length")
+        if any(cache.is_sliding) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            raise ValueError("needs a plain KV cache without a sliding window")
+        self._policy, self._rotary, self._embedding, self._norm = policy, rotary, body.embed_tokens, body.norm
+        self._activation = body.layers[0].mlp.act_fn
+        self._layers = [_parts_of(layer, policy.dtype) for layer in body.layers]
+        attention = body.layers[0].self_attn
+        self.layers, self.width = len(self._layers), attention.head_dim
+        self.key_heads = attention.k_proj.out_features // self.width
+        self.group = attention.q_proj.out_features // self.width // self.key_heads
+        dtype = policy.dtype
+        self._head = policy.head.for_hidden(dtype)
+        self._angles = torch.empty(2, 0, self.width, device=policy.device)
+        self._versions: list[int] | None = None
+        wrap: Callable[..., Any] = torch.compile(dynamic=True) if compiles else lambda function: function
+        self._add_norm, self._gate, self._final_norm = wrap(_add_norm), wrap(_gate), wrap(_final_norm)
+        self._embed = wrap(_embed)
+
+    @property
+    def head(self) -> LMHead:
+        """Return the copy of the LM head."""
+        return self._head
+
+    @torch.no_grad()
+    def refresh(self, num_positions: int) -> bool:
+        """Copy the weights if they changed, and extend the rotary angles; return whether memory addresses changed."""
+        versions = [parameter._version for parameter in self._policy.model.parameters()]
+        if versions != self._versions:
+            for layer in self._layers:
+                for product in (layer.queries_keys_values, layer.output, layer.gate_up, layer.down):
+                    product.copy()
+            current = self._policy.head
+            if self._head.weight is not current.weight:
+                self._head.weight.copy_(current.weight)
+                if self._head.bias is not None and current.bias is not None:
+                    self._head.bias.copy_(current.bias)
+            self._versions = versions
+        if self._angles.shape[1] >= num_positions:
+            return False
+        positions = torch.arange(num_positions, device=self._angles.device)[None]
+        self._angles = torch.cat(self._rotary(self._angles, positions))
+        return True
+
+    def step(self, tokens: Tensor, rows: Rows, caches: list[LayerCache], places: int) -> tuple[Tensor, Tensor]:
+        """Extend rows by their last token.
+
+        Args:
+            tokens: Last token of each slot, (slots,).
+            rows: The responses.
+            caches: Keys and values of each layer, extended in place.
+            places: As in ``kernels.decoding.attend``.
+
+        Returns:
+            The LM head's input, (R, H), and its norm, (R,) float32.
+        """
+        x = self._embed(tokens, rows.slots, self._embedding.weight)
+        dtype, added = self._policy.dtype, None
+        for layer, cache in zip(self._layers, caches, strict=True):
+            x, normed = self._add_norm(x, added, layer.first_norm.weight, layer.first_norm.variance_epsilon, dtype)
+            attended = attend(layer.queries_keys_values(normed), *self._angles, rows, cache, layer.scale, places)
+            x, normed = self._add_norm(
+                x, layer.output(attended), layer.second_norm.weight, layer.second_norm.variance_epsilon, dtype
+            )
+            added = layer.down(self._gate(layer.gate_up(normed), self._activation))
+        return self._final_norm(x, added, self._norm.weight, self._norm.variance_epsilon, dtype)
+
+
+def _parts_of(layer: Any, dtype: torch.dtype) -> _Layer:
+    """Return the parts of a layer; the names are those of transformers' Llama."""
+    attention, mlp = layer.self_attn, layer.mlp
+    children = {name for name, _ in attention.named_children()}
+    if children - {"rotary_fn"} != ATTENTION or not hasattr(mlp, "gate_proj"):
+        raise ValueError("needs attention and MLP of a Llama-like model")
+    if any(not hasattr(norm, "variance_epsilon") for norm in (layer.input_layernorm, layer.post_attention_layernorm)):
+        raise ValueError("needs RMSNorm layers with variance_epsilon")
+    return _Layer(
+        layer.input_layernorm,
+        _Product.of([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
+        _Product.of([attention.o_proj], dtype),
+        layer.post_attention_layernorm,
+        _Product.of([mlp.gate_proj, mlp.up_proj], dtype),
+        _Product.of([mlp.down_proj], dtype),
+        attention.scaling,
+    )
+
+
+def _embed(tokens: Tensor, slots: Tensor, weight: Tensor) -> Tensor:
+    return weight[tokens[slots]].float()
+
+
+def _add_norm(
+    x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if added is not None:
+        x = x + added
+    return x, (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
+
+
+def _final_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    _, normed = _add_norm(x, added, weight, eps, dtype)
+    return normed, normed.float().norm(dim=-1)
+
+
+def _gate(gate_up: Tensor, activation: nn.Module) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return activation(gate) * up
