@@ -10,6 +10,7 @@ The algorithm is the same on any device; without CUDA, the step runs without a g
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,7 +22,7 @@ from transformers import DynamicCache
 
 from entrace.analysis.trace import in_one_line
 from entrace.trainer.kernels.decoding import LayerCache, Rows, tile_size
-from entrace.trainer.kernels.token_stats import WHOLE
+from entrace.trainer.kernels.token_stats import WHOLE, Truncation, uses_triton
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.sampling.cuda_graph import CudaGraph
 from entrace.trainer.sampling.draws import Draws
@@ -50,7 +51,7 @@ class _Memory:
         prompts: As in ``Rows``.
         prompt_lengths: As in ``Rows``.
         rows: The rows of each number of rows.
-        graphs: The graph of each number of rows, number of places, and ``SamplingParams``.
+        graphs: The graph of each number of rows, number of places, temperature, and truncation.
     """
 
     caches: list[LayerCache]
@@ -58,7 +59,7 @@ class _Memory:
     prompts: Tensor
     prompt_lengths: Tensor
     rows: dict[int, Rows] = field(default_factory=dict)
-    graphs: dict[tuple[int, int, SamplingParams], CudaGraph] = field(default_factory=dict)
+    graphs: dict[tuple[int, int, float, Truncation], CudaGraph] = field(default_factory=dict)
 
     @classmethod
     def allocate(
@@ -102,7 +103,8 @@ class BatchedSampler:
         Raises:
             ValueError: the model has other parts than a Llama-like one.
         """
-        self._policy, self._model = policy, FusedModel(policy, compiles=compiles)
+        # Backends are kept by policy, and must not keep it.
+        self._policy, self._model = weakref.proxy(policy), FusedModel(policy, compiles=compiles)
         self.captures, self._note = captures, note
         self._memory: _Memory | None = None
 
@@ -239,7 +241,8 @@ class BatchedSampler:
             return hidden
 
         if self.captures:
-            key = (len(rows.slots), places, params)
+            # The kernel for attention reads used places only, so that one graph serves all lengths.
+            key = (len(rows.slots), places * (not uses_triton(self._policy.device)), params.temperature, params.truncation)
             graph = memory.graphs.setdefault(key, CudaGraph())
             try:
                 graph(work)

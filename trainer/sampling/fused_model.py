@@ -7,6 +7,7 @@ in float32, as under autocast. ``sampling.backend`` compares the step with the m
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,7 +24,10 @@ from entrace.trainer.kernels.token_stats import LMHead
 from entrace.trainer.model.lora import merged_weight
 from entrace.trainer.model.policy import Policy
 
+# Names of transformers' Llama.
+BODY = ("embed_tokens", "layers", "norm", "rotary_emb")
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+NOT_LIKE_LLAMA = "needs the layers of a Llama-like model"
 ROTARY_TYPES = {"default", "linear", "llama3", "yarn"}
 
 
@@ -86,16 +90,18 @@ class FusedModel:
             ValueError: the model has other parts than a Llama-like one.
         """
         body: Any = policy.model.base_model
-        config = policy.model.config
-        cache = DynamicCache(config=config)
-        rotary = getattr(body, "rotary_emb", None)
-        if rotary is None or getattr(rotary, "rope_type", None) not in ROTARY_TYPES:
-            raise ValueError("needs rotary positions that do not depend on length")
+        cache = DynamicCache(config=policy.model.config)
         if any(cache.is_sliding) or any(type(layer) is not DynamicLayer for layer in cache.layers):
             raise ValueError("needs a plain KV cache without a sliding window")
-        self._policy, self._rotary, self._embedding, self._norm = policy, rotary, body.embed_tokens, body.norm
-        self._activation = body.layers[0].mlp.act_fn
+        if any(not hasattr(body, name) for name in BODY):
+            raise ValueError(NOT_LIKE_LLAMA)
+        rotary = body.rotary_emb
+        if getattr(rotary, "rope_type", None) not in ROTARY_TYPES:
+            raise ValueError("needs rotary positions that do not depend on length")
+        self._policy, self._rotary = weakref.proxy(policy), rotary
+        self._embedding, self._norm = body.embed_tokens, body.norm
         self._layers = [_parts_of(layer, policy.dtype) for layer in body.layers]
+        self._activation = body.layers[0].mlp.act_fn
         attention = body.layers[0].self_attn
         self.layers, self.width = len(self._layers), attention.head_dim
         self.key_heads = attention.k_proj.out_features // self.width
@@ -103,7 +109,6 @@ class FusedModel:
         dtype = policy.dtype
         self._head = policy.head.for_hidden(dtype)
         self._angles = torch.empty(2, 0, self.width, device=policy.device)
-        self._versions: list[int] | None = None
         wrap: Callable[..., Any] = torch.compile(dynamic=True) if compiles else lambda function: function
         self._add_norm, self._gate, self._final_norm = wrap(_add_norm), wrap(_gate), wrap(_final_norm)
         self._embed = wrap(_embed)
@@ -115,18 +120,15 @@ class FusedModel:
 
     @torch.no_grad()
     def refresh(self, num_positions: int) -> bool:
-        """Copy the weights if they changed, and extend the rotary angles; return whether memory addresses changed."""
-        versions = [parameter._version for parameter in self._policy.model.parameters()]
-        if versions != self._versions:
-            for layer in self._layers:
-                for product in (layer.queries_keys_values, layer.output, layer.gate_up, layer.down):
-                    product.copy()
-            current = self._policy.head
-            if self._head.weight is not current.weight:
-                self._head.weight.copy_(current.weight)
-                if self._head.bias is not None and current.bias is not None:
-                    self._head.bias.copy_(current.bias)
-            self._versions = versions
+        """Copy the current weights, and extend the rotary angles; return whether memory addresses changed."""
+        for layer in self._layers:
+            for product in (layer.queries_keys_values, layer.output, layer.gate_up, layer.down):
+                product.copy()
+        current = self._policy.head
+        if self._head.weight is not current.weight:
+            self._head.weight.copy_(current.weight)
+            if self._head.bias is not None and current.bias is not None:
+                self._head.bias.copy_(current.bias)
         if self._angles.shape[1] >= num_positions:
             return False
         positions = torch.arange(num_positions, device=self._angles.device)[None]
@@ -158,11 +160,11 @@ class FusedModel:
 
 
 def _parts_of(layer: Any, dtype: torch.dtype) -> _Layer:
-    """Return the parts of a layer; the names are those of transformers' Llama."""
+    """Return the parts of a layer."""
     attention, mlp = layer.self_attn, layer.mlp
     children = {name for name, _ in attention.named_children()}
     if children - {"rotary_fn"} != ATTENTION or not hasattr(mlp, "gate_proj"):
-        raise ValueError("needs attention and MLP of a Llama-like model")
+        raise ValueError(NOT_LIKE_LLAMA)
     if any(not hasattr(norm, "variance_epsilon") for norm in (layer.input_layernorm, layer.post_attention_layernorm)):
         raise ValueError("needs RMSNorm layers with variance_epsilon")
     return _Layer(
