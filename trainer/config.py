@@ -83,8 +83,8 @@ class RolloutConfig(BaseConfig):
 
     ``top_p`` and ``top_k`` truncate the distribution, both in sampling and in the update. ``stop`` lists texts that end
     a response, in evaluations too. ``cache_tokens`` bounds the tokens in the KV cache: prompts are sampled in parts
-    that fit, at least one prompt at a time. ``engine = "vllm"`` samples with vLLM, which takes the share ``vllm_memory``
-    of the GPU's memory; recorded statistics are still the policy's.
+    that fit. ``engine = "vllm"`` samples with vLLM, which takes the share ``vllm_memory`` of the GPU's memory; recorded
+    statistics are still the policy's.
     """
 
     prompts_per_step: Positive = 32

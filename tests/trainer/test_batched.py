@@ -167,9 +167,7 @@ def test_an_adapter_is_merged(tmp_path, uniforms):
             torch.nn.init.normal_(parameter, std=0.3)
     arguments = ([[5, 6], [7, 8, 9]], uniforms[:8, :6], [6] * 2, SamplingParams(6))
     assert_equal(batched_sampler(policy).sample_at(*arguments), sample_at(policy, *arguments))
-    assert not torch.equal(
-        sample_at(policy, *arguments).response_ids, sample_at(load(folder), *arguments).response_ids
-    )
+    assert not torch.equal(sample_at(policy, *arguments).response_ids, sample_at(load(folder), *arguments).response_ids)
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
@@ -364,9 +362,8 @@ def test_draw_kernel(kernels, truncation, dtype):
         assert torch.equal(getattr(found, name)[:-1], getattr(expected, name)[:-1]), name
     mask = torch.arange(5) < expected.lengths[:-1, None]
     for one, other in zip(*(state.token_stats(mask, 0.9) for state in (found, expected)), strict=True):
-        pairs = [(one, other)] if isinstance(one, torch.Tensor) else zip(vars(one).values(), vars(other).values())
-        for a, b in pairs:
-            torch.testing.assert_close(a, b, rtol=3e-5, atol=1e-30)
+        parts = [x if isinstance(x, torch.Tensor) else torch.stack(list(vars(x).values())) for x in (one, other)]
+        torch.testing.assert_close(*parts, rtol=3e-5, atol=1e-30)
 
 
 @with_interpreter

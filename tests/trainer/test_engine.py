@@ -99,7 +99,7 @@ def test_adapters_are_handed_over_merged(standin, tmp_path):
 
 
 def test_a_run_with_vllm_records_both_logprobs(standin, tmp_path):
-    few = ["steps=2", "task.num_heldout=2", "rollout.prompts_per_step=2", "rollout.max_response_tokens=12"]
+    few = ["steps=2", "task.num_heldout=2", "rollout.prompts_per_step=2", "rollout.max_response_tokens=16"]
     train(load_config("tiny", [*SMALL, *few, "rollout.engine=vllm"]), tmp_path / "run", {})
     tokens = table(tmp_path / "run", "tokens")
     assert tokens["sampling_logprob"].null_count() == 0

@@ -31,9 +31,7 @@ LOWEST = tl.constexpr(-3e38)
 
 
 @triton.jit
-def _add_keys(
-    peak, total, state, q, keys, values, offsets, is_here, is_seen, scale, PRECISION: tl.constexpr
-):
+def _add_keys(peak, total, state, q, keys, values, offsets, is_here, is_seen, scale, PRECISION: tl.constexpr):
     """Add a block of keys and values, of which each query sees ``is_seen``, to the online softmax."""
     block = tl.load(keys + offsets, mask=is_here, other=0.0)
     scores = tl.dot(q, tl.trans(block), input_precision=PRECISION) * scale

@@ -114,8 +114,10 @@ def merged_weight(linear: Any) -> Tensor:
     """Return the weight of a linear layer, with the adapter's part added if it has one."""
     if not hasattr(linear, "base_layer"):
         return linear.weight
-    parts = (linear.get_delta_weight(name) for name in linear.active_adapters)
-    return sum(parts, start=linear.base_layer.weight)
+    weight = linear.base_layer.weight
+    for name in linear.active_adapters:
+        weight = weight + linear.get_delta_weight(name)
+    return weight
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from entrace.trainer.model.policy import Policy
 from entrace.trainer.sampling.cuda_graph import CudaGraph
 from entrace.trainer.sampling.draws import Draws
 from entrace.trainer.sampling.fused_model import FusedModel
+from entrace.trainer.sampling.jit_step import states_of
 from entrace.trainer.sampling.samples import Rollouts, SamplingParams
 from entrace.trainer.sampling.token_sampler import ends_response
 
@@ -63,7 +64,12 @@ class _Memory:
 
     @classmethod
     def allocate(
-        cls, model: FusedModel, shape: tuple[int, int, int, int], num_stop: int, dtype: torch.dtype, device: torch.device
+        cls,
+        model: FusedModel,
+        shape: tuple[int, int, int, int],
+        num_stop: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> _Memory:
         """Allocate memory for ``shape``: prompts, places of each, slots, places of each."""
         num_prompts, prompt_places, num_slots, places = shape
@@ -212,9 +218,10 @@ class BatchedSampler:
             cache = DynamicCache(config=policy.model.config)
             hidden = policy.hidden_states(ids.to(policy.device), past_key_values=cache, use_cache=True)
             found.append(hidden[torch.arange(len(ids)), lengths[some] - 1])
-            for target, source in zip(memory.caches, cache.layers, strict=True):
-                target.prompt_keys[start : start + len(ids), :, : ids.shape[1]] = source.keys
-                target.prompt_values[start : start + len(ids), :, : ids.shape[1]] = source.values
+            states = states_of(cache)
+            for target, keys, values in zip(memory.caches, states[::2], states[1::2], strict=True):
+                target.prompt_keys[start : start + len(ids), :, : ids.shape[1]] = keys
+                target.prompt_values[start : start + len(ids), :, : ids.shape[1]] = values
         return torch.cat(found)
 
     def _arrange(self, slots: np.ndarray, of_rows: np.ndarray, memory: _Memory) -> tuple[int, Rows]:
@@ -242,7 +249,12 @@ class BatchedSampler:
 
         if self.captures:
             # The kernel for attention reads used places only, so that one graph serves all lengths.
-            key = (len(rows.slots), places * (not uses_triton(self._policy.device)), params.temperature, params.truncation)
+            key = (
+                len(rows.slots),
+                places * (not uses_triton(self._policy.device)),
+                params.temperature,
+                params.truncation,
+            )
             graph = memory.graphs.setdefault(key, CudaGraph())
             try:
                 graph(work)

@@ -149,9 +149,10 @@ class FusedModel:
         """
         x = self._embed(tokens, rows.slots, self._embedding.weight)
         dtype, added = self._policy.dtype, None
+        cos, sin = self._angles.unbind(0)
         for layer, cache in zip(self._layers, caches, strict=True):
             x, normed = self._add_norm(x, added, layer.first_norm.weight, layer.first_norm.variance_epsilon, dtype)
-            attended = attend(layer.queries_keys_values(normed), *self._angles, rows, cache, layer.scale, places)
+            attended = attend(layer.queries_keys_values(normed), cos, sin, rows, cache, layer.scale, places)
             x, normed = self._add_norm(
                 x, layer.output(attended), layer.second_norm.weight, layer.second_norm.variance_epsilon, dtype
             )
@@ -182,9 +183,7 @@ def _embed(tokens: Tensor, slots: Tensor, weight: Tensor) -> Tensor:
     return weight[tokens[slots]].float()
 
 
-def _add_norm(
-    x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _add_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if added is not None:
         x = x + added
     return x, (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)

@@ -59,8 +59,9 @@ def sample_at(
     """Sample responses with given random numbers.
 
     On a CPU, a shared prefix of responses is computed once: sequences branch where responses differ, and leave the
-    batch where they end. On a GPU, only prompts are shared; see ``sampling.batched``. Each token is drawn by inverting the cumulative distribution at the random number of its response and
-    position. A response therefore depends neither on its batch nor on the length of others.
+    batch where they end. On a GPU, only prompts are shared; see ``sampling.batched``. Each token is drawn by inverting
+    the cumulative distribution at the random number of its response and position. A response therefore depends neither
+    on its batch nor on the length of others.
 
     Args:
         policy: The model.

@@ -10,6 +10,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -43,14 +44,16 @@ class VllmSampler:
         # The engine shares this process, so that weights are handed over in place.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
-            import vllm
+            vllm: Any = import_module("vllm")
         except ImportError:
             raise InputError(
                 'rollout.engine = "vllm" needs vLLM: pip install vllm, or set rollout.engine = "native"'
             ) from None
         if policy.is_sharded:
-            raise InputError('rollout.engine = "vllm": weights are sharded (FSDP); set "native" or launch with ddp.yaml')
-        self._vllm: Any = vllm
+            raise InputError(
+                'rollout.engine = "vllm": weights are sharded (FSDP); set "native" or launch with ddp.yaml'
+            )
+        self._vllm = vllm
         # Engines are kept by policy, and must not keep it.
         self._policy = weakref.proxy(policy)
         with tempfile.TemporaryDirectory() as folder:
