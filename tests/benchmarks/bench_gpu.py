@@ -210,6 +210,8 @@ def bytes_per_token(policy: Policy, num_sequences: int, context: float) -> float
 
 def measure_decoding(name: str, path: str, device: str, quick: bool, profile: Path | None) -> list[Measurement]:
     """Measure sampling as a share of the limit; append a profile by kernel to a file if one is named."""
+    # Compiled anew, since sizes that another model had would count as dynamic.
+    torch.compiler.reset()
     policy = Policy.load(make_config(path, device, quick).policy)
     policy.stop_ids = torch.tensor([], dtype=torch.int64)
     prompt_tokens, new_tokens = (12, 6) if quick else (PROMPT_TOKENS, NEW_TOKENS)
@@ -234,9 +236,9 @@ def measure_decoding(name: str, path: str, device: str, quick: bool, profile: Pa
         ]
         if profile:
             # The first call captures graphs.
-            draw(PROFILED_TOKENS)
+            draw(min(PROFILED_TOKENS, new_tokens))
             with torch.profiler.profile() as profiler:
-                draw(PROFILED_TOKENS)
+                draw(min(PROFILED_TOKENS, new_tokens))
                 synchronizer(device)()
             key = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
             table = profiler.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=80)

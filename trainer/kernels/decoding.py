@@ -71,10 +71,10 @@ def attend(qkv: Tensor, cos: Tensor, sin: Tensor, rows: Rows, cache: LayerCache,
     _, key_heads, _, width = cache.own_keys.shape
     slots = rows.slots
     prompts, ends = rows.prompts[slots], rows.lengths[slots]
-    positions = (rows.prompt_lengths[prompts] + ends - 1)[:, None, None]
+    positions = (rows.prompt_lengths[prompts] + ends - 1)[:, None]
     heads = qkv.view(len(qkv), -1, width)
     rotated, values = heads[:, :-key_heads], heads[:, -key_heads:]
-    rotated = _rotate(rotated.float(), cos[positions.squeeze(2)], sin[positions.squeeze(2)]).to(qkv.dtype)
+    rotated = rotate(rotated, cos[positions], sin[positions])
     queries = rotated[:, :-key_heads].unflatten(1, (key_heads, -1))
     cache.own_keys[slots, :, ends - 1] = rotated[:, -key_heads:].to(cache.own_keys.dtype)
     cache.own_values[slots, :, ends - 1] = values.to(cache.own_values.dtype)
@@ -93,6 +93,7 @@ def attend(qkv: Tensor, cos: Tensor, sin: Tensor, rows: Rows, cache: LayerCache,
     return output.flatten(1)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the rotary embedding to heads (..., D) with given angles, in float32; the dtype is that of ``x``."""
+    first, second = x.float().chunk(2, -1)
+    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
 
 from entrace.analysis.trace import in_one_line
 from entrace.trainer.kernels.decoding import LayerCache, Rows, tile_size
@@ -27,7 +26,6 @@ from entrace.trainer.model.policy import Policy
 from entrace.trainer.sampling.cuda_graph import CudaGraph
 from entrace.trainer.sampling.draws import Draws
 from entrace.trainer.sampling.fused_model import FusedModel
-from entrace.trainer.sampling.jit_step import states_of
 from entrace.trainer.sampling.samples import Rollouts, SamplingParams
 from entrace.trainer.sampling.token_sampler import ends_response
 
@@ -39,7 +37,7 @@ PLACES, ROWS = 64, 8
 # Most prompt tokens per pass, with padding.
 PREFILL_TOKENS = 1 << 14
 # Share of free GPU memory that a batch may take; a batch of less than ``KEPT`` of all memory stays allocated.
-USABLE, KEPT = 0.85, 0.1
+USABLE, KEPT = 0.85, 0.02
 
 
 @dataclass
@@ -206,22 +204,16 @@ class BatchedSampler:
         return self._memory
 
     def _prefill(self, prompts: list[list[int]], memory: _Memory) -> Tensor:
-        """Read each prompt once, right-padded, which causal attention ignores; return the LM head's inputs, (P, H)."""
-        policy = self._policy
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        memory.prompt_lengths[: len(prompts)] = lengths.to(policy.device)
-        size = max(1, PREFILL_TOKENS // int(lengths.max()))
+        """Read each prompt once; return the LM head's inputs, (P, H)."""
+        device = self._policy.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts]).to(device)
+        memory.prompt_lengths[: len(prompts)] = lengths
+        size = max(1, PREFILL_TOKENS // max(map(len, prompts)))
         found = []
         for start in range(0, len(prompts), size):
             some = slice(start, start + size)
             ids = pad_sequence([torch.tensor(prompt) for prompt in prompts[some]], batch_first=True)
-            cache = DynamicCache(config=policy.model.config)
-            hidden = policy.hidden_states(ids.to(policy.device), past_key_values=cache, use_cache=True)
-            found.append(hidden[torch.arange(len(ids)), lengths[some] - 1])
-            states = states_of(cache)
-            for target, keys, values in zip(memory.caches, states[::2], states[1::2], strict=True):
-                target.prompt_keys[start : start + len(ids), :, : ids.shape[1]] = keys
-                target.prompt_values[start : start + len(ids), :, : ids.shape[1]] = values
+            found.append(self._model.read(ids.to(device), lengths[some], memory.caches, start))
         return torch.cat(found)
 
     def _arrange(self, slots: np.ndarray, of_rows: np.ndarray, memory: _Memory) -> tuple[int, Rows]:

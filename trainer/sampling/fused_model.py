@@ -8,18 +8,17 @@ in float32, as under autocast. ``sampling.backend`` compares the step with the m
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from entrace.trainer.kernels.decoding import LayerCache, Rows, attend
+from entrace.trainer.kernels.decoding import LayerCache, Rows, attend, rotate
 from entrace.trainer.kernels.token_stats import LMHead
 from entrace.trainer.model.lora import merged_weight
 from entrace.trainer.model.policy import Policy
@@ -43,16 +42,18 @@ class _Product:
     def of(cls, sources: list[Any], dtype: torch.dtype) -> _Product:
         rows, width = sum(source.out_features for source in sources), sources[0].in_features
         weight = sources[0].weight.new_empty(rows, width, dtype=dtype, requires_grad=False)
-        biased = [source.bias is not None for source in sources]
-        bias = weight.new_zeros(rows) if any(biased) else None
-        return cls(sources, weight, bias)
+        is_biased = any(source.bias is not None for source in sources)
+        return cls(sources, weight, weight.new_zeros(rows) if is_biased else None)
 
-    def copy(self) -> None:
-        ends = torch.tensor([0, *(source.out_features for source in self.sources)]).cumsum(0).tolist()
-        for source, (start, end) in zip(self.sources, pairwise(ends), strict=True):
-            self.weight[start:end] = merged_weight(source)
-            if self.bias is not None and source.bias is not None:
-                self.bias[start:end] = source.bias
+    def copies(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the parts of the copy, each with the current weights that belong there."""
+        sizes = [source.out_features for source in self.sources]
+        for source, weight in zip(self.sources, self.weight.split(sizes), strict=True):
+            yield weight, merged_weight(source)
+        if self.bias is not None:
+            for source, bias in zip(self.sources, self.bias.split(sizes), strict=True):
+                if source.bias is not None:
+                    yield bias, source.bias
 
     def __call__(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -67,6 +68,9 @@ class _Layer:
     gate_up: _Product
     down: _Product
     scale: float
+
+    def products(self) -> tuple[_Product, ...]:
+        return self.queries_keys_values, self.output, self.gate_up, self.down
 
 
 class FusedModel:
@@ -109,9 +113,8 @@ class FusedModel:
         dtype = policy.dtype
         self._head = policy.head.for_hidden(dtype)
         self._angles = torch.empty(2, 0, self.width, device=policy.device)
-        wrap: Callable[..., Any] = torch.compile(dynamic=True) if compiles else lambda function: function
-        self._add_norm, self._gate, self._final_norm = wrap(_add_norm), wrap(_gate), wrap(_final_norm)
-        self._embed = wrap(_embed)
+        wrap: Callable[[Any], Any] = torch.compile if compiles else lambda function: function
+        self._add_norm, self._gate = wrap(_add_norm), wrap(_gate)
 
     @property
     def head(self) -> LMHead:
@@ -121,14 +124,17 @@ class FusedModel:
     @torch.no_grad()
     def refresh(self, num_positions: int) -> bool:
         """Copy the current weights, and extend the rotary angles; return whether memory addresses changed."""
-        for layer in self._layers:
-            for product in (layer.queries_keys_values, layer.output, layer.gate_up, layer.down):
-                product.copy()
+        copies = [pair for layer in self._layers for product in layer.products() for pair in product.copies()]
         current = self._policy.head
+        # In float32, the head is not a copy.
         if self._head.weight is not current.weight:
-            self._head.weight.copy_(current.weight)
+            copies.append((self._head.weight, current.weight))
             if self._head.bias is not None and current.bias is not None:
-                self._head.bias.copy_(current.bias)
+                copies.append((self._head.bias, current.bias))
+        targets, sources = map(list, zip(*copies, strict=True))
+        # One launch for many tensors; the function is missing from torch's type stubs.
+        functions: Any = torch
+        functions._foreach_copy_(targets, sources)
         if self._angles.shape[1] >= num_positions:
             return False
         positions = torch.arange(num_positions, device=self._angles.device)[None]
@@ -147,17 +153,57 @@ class FusedModel:
         Returns:
             The LM head's input, (R, H), and its norm, (R,) float32.
         """
-        x = self._embed(tokens, rows.slots, self._embedding.weight)
-        dtype, added = self._policy.dtype, None
         cos, sin = self._angles.unbind(0)
+
+        def attention(qkv: Tensor, layer: _Layer, cache: LayerCache) -> Tensor:
+            return attend(qkv, cos, sin, rows, cache, layer.scale, places)
+
+        return self._run(tokens, rows.slots, caches, attention)
+
+    def read(self, ids: Tensor, lengths: Tensor, caches: list[LayerCache], first: int) -> Tensor:
+        """Read right-padded prompts (P, L) of given lengths (P,); causal attention never reaches the padding.
+
+        Args:
+            ids: Token ids.
+            lengths: Tokens of each prompt.
+            caches: Keys and values of each layer, filled in from prompt ``first``.
+            first: Index of the first prompt in the caches.
+
+        Returns:
+            The LM head's input at the last token of each prompt, (P, H).
+        """
+        count, longest = ids.shape
+        cos, sin = (angle[:longest] for angle in self._angles.unbind(0))
+        positions = torch.arange(ids.numel(), device=ids.device)
+
+        def attention(qkv: Tensor, layer: _Layer, cache: LayerCache) -> Tensor:
+            heads = qkv.view(count, longest, -1, self.width).transpose(1, 2)
+            rotated, values = heads.split((heads.shape[1] - self.key_heads, self.key_heads), 1)
+            rotated = rotate(rotated, cos, sin)
+            queries, keys = rotated.split((rotated.shape[1] - self.key_heads, self.key_heads), 1)
+            cache.prompt_keys[first : first + count, :, :longest] = keys
+            cache.prompt_values[first : first + count, :, :longest] = values
+            attended = scaled_dot_product_attention(
+                queries, keys, values, is_causal=True, scale=layer.scale, enable_gqa=self.group > 1
+            )
+            return attended.transpose(1, 2).reshape(ids.numel(), -1)
+
+        hidden, _ = self._run(ids.flatten(), positions, caches, attention)
+        return hidden.view(count, longest, -1)[positions[:count], lengths - 1]
+
+    def _run(
+        self, tokens: Tensor, index: Tensor, caches: list[LayerCache], attention: Callable[..., Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the LM head's inputs of ``tokens[index]`` and their norms, with a given attention."""
+        x = self._embedding.weight[tokens[index]].float()
+        dtype, added = self._policy.dtype, None
         for layer, cache in zip(self._layers, caches, strict=True):
             x, normed = self._add_norm(x, added, layer.first_norm.weight, layer.first_norm.variance_epsilon, dtype)
-            attended = attend(layer.queries_keys_values(normed), cos, sin, rows, cache, layer.scale, places)
-            x, normed = self._add_norm(
-                x, layer.output(attended), layer.second_norm.weight, layer.second_norm.variance_epsilon, dtype
-            )
+            added = layer.output(attention(layer.queries_keys_values(normed), layer, cache))
+            x, normed = self._add_norm(x, added, layer.second_norm.weight, layer.second_norm.variance_epsilon, dtype)
             added = layer.down(self._gate(layer.gate_up(normed), self._activation))
-        return self._final_norm(x, added, self._norm.weight, self._norm.variance_epsilon, dtype)
+        _, normed = self._add_norm(x, added, self._norm.weight, self._norm.variance_epsilon, dtype)
+        return normed, normed.float().norm(dim=-1)
 
 
 def _parts_of(layer: Any, dtype: torch.dtype) -> _Layer:
@@ -179,19 +225,10 @@ def _parts_of(layer: Any, dtype: torch.dtype) -> _Layer:
     )
 
 
-def _embed(tokens: Tensor, slots: Tensor, weight: Tensor) -> Tensor:
-    return weight[tokens[slots]].float()
-
-
 def _add_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if added is not None:
         x = x + added
     return x, (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
-
-
-def _final_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    _, normed = _add_norm(x, added, weight, eps, dtype)
-    return normed, normed.float().norm(dim=-1)
 
 
 def _gate(gate_up: Tensor, activation: nn.Module) -> Tensor:
