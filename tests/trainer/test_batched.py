@@ -139,7 +139,7 @@ def test_a_batch_that_does_not_fit_is_halved(shared, prompts, uniforms, monkeypa
         sampler.sample_at(*arguments)
 
 
-def test_memory_and_weights_are_reused_until_they_change(prompts, uniforms):
+def test_memory_and_weights_are_reused_until_they_change(prompts, uniforms, monkeypatch):
     policy = Policy.load(PolicyConfig(device="cpu"))
     sampler = batched_sampler(policy)
     arguments = (prompts, uniforms[:, :9], [9] * 4, SamplingParams(9))
@@ -153,9 +153,15 @@ def test_memory_and_weights_are_reused_until_they_change(prompts, uniforms):
     fewer = (prompts[2:], uniforms[24:, :5], [5] * 2, SamplingParams(5))
     assert_equal(sampler.sample_at(*fewer), sample_at(policy, *fewer))
     assert sampler._memory is memory
+    # A large batch is freed at the end, and its weights.
+    monkeypatch.setattr(batched, "_total_bytes", lambda device: 1e6)
+    assert_equal(sampler.sample_at(*fewer), sample_at(policy, *fewer))
+    assert sampler._memory is None
+    assert sampler._model.nbytes() == policy.head.weight.nbytes
+    monkeypatch.undo()
     more = (prompts, np.tile(uniforms, (2, 1)), [40] * 4, SamplingParams(40))
     assert_equal(sampler.sample_at(*more), sample_at(policy, *more))
-    assert sampler._memory is not memory
+    assert sampler._memory is not None
 
 
 def test_an_adapter_is_merged(tmp_path, uniforms):

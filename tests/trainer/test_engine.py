@@ -119,7 +119,7 @@ def test_the_native_engine_is_the_default(small):
 
 def test_missing_vllm_is_one_line(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(InputError, match=r'rollout\.engine = "vllm" needs vLLM: pip install vllm') as refused:
+    with pytest.raises(InputError, match=r'rollout\.engine = "vllm" needs vLLM: pip install .vllm') as refused:
         sampler_of(small, VLLM)
     assert "\n" not in str(refused.value)
 

@@ -36,7 +36,7 @@ CHECK_EVERY = 16
 PLACES, ROWS = 64, 8
 # Most prompt tokens per pass, with padding.
 PREFILL_TOKENS = 1 << 14
-# Share of free GPU memory that a batch may take; a batch of less than ``KEPT`` of all memory stays allocated.
+# Share of free GPU memory that a batch may take; a batch and weights of less than ``KEPT`` of all memory are kept.
 USABLE, KEPT = 0.85, 0.02
 
 
@@ -108,7 +108,8 @@ class BatchedSampler:
             ValueError: the model has other parts than a Llama-like one.
         """
         # Backends are kept by policy, and must not keep it.
-        self._policy, self._model = weakref.proxy(policy), FusedModel(policy, compiles=compiles)
+        self._policy, self._compiles = weakref.proxy(policy), compiles
+        self._model = FusedModel(self._policy, compiles=compiles)
         self.captures, self._note = captures, note
         self._memory: _Memory | None = None
 
@@ -143,8 +144,10 @@ class BatchedSampler:
             log.warning("out of memory while sampling; continuing with %d responses at once", size)
             if self._policy.device.type == "cuda":
                 torch.cuda.empty_cache()
-        if self._memory is not None and self._memory.nbytes() > KEPT * _total_bytes(self._policy.device):
+        if self._memory and self._memory.nbytes() + self._model.nbytes() > KEPT * _total_bytes(self._policy.device):
+            # An update needs the memory.
             self._memory = None
+            self._model = FusedModel(self._policy, compiles=self._compiles)
         return Rollouts.concatenate(parts)
 
     def _batch_size(self, count: int, num_samples: int, widest: int, params: SamplingParams) -> int:

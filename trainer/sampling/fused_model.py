@@ -7,7 +7,6 @@ in float32, as under autocast. ``sampling.backend`` compares the step with the m
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,10 +39,16 @@ class _Product:
 
     @classmethod
     def of(cls, sources: list[Any], dtype: torch.dtype) -> _Product:
-        rows, width = sum(source.out_features for source in sources), sources[0].in_features
-        weight = sources[0].weight.new_empty(rows, width, dtype=dtype, requires_grad=False)
+        empty = sources[0].weight.new_empty(0, dtype=dtype, requires_grad=False)
         is_biased = any(source.bias is not None for source in sources)
-        return cls(sources, weight, weight.new_zeros(rows) if is_biased else None)
+        return cls(sources, empty, empty if is_biased else None)
+
+    def allocate(self) -> None:
+        """Allocate the copy, at addresses that stay."""
+        rows, width = sum(source.out_features for source in self.sources), self.sources[0].in_features
+        self.weight = self.weight.new_empty(rows, width)
+        if self.bias is not None:
+            self.bias = self.weight.new_zeros(rows)
 
     def copies(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the parts of the copy, each with the current weights that belong there."""
@@ -102,7 +107,7 @@ class FusedModel:
         rotary = body.rotary_emb
         if getattr(rotary, "rope_type", None) not in ROTARY_TYPES:
             raise ValueError("needs rotary positions that do not depend on length")
-        self._policy, self._rotary = weakref.proxy(policy), rotary
+        self._policy, self._rotary = policy, rotary
         self._embedding, self._norm = body.embed_tokens, body.norm
         self._layers = [_parts_of(layer, policy.dtype) for layer in body.layers]
         self._activation = body.layers[0].mlp.act_fn
@@ -110,8 +115,7 @@ class FusedModel:
         self.layers, self.width = len(self._layers), attention.head_dim
         self.key_heads = attention.k_proj.out_features // self.width
         self.group = attention.q_proj.out_features // self.width // self.key_heads
-        dtype = policy.dtype
-        self._head = policy.head.for_hidden(dtype)
+        self._head, self._is_allocated = policy.head, False
         self._angles = torch.empty(2, 0, self.width, device=policy.device)
         wrap: Callable[[Any], Any] = torch.compile if compiles else lambda function: function
         self._add_norm, self._gate = wrap(_add_norm), wrap(_gate)
@@ -124,8 +128,13 @@ class FusedModel:
     @torch.no_grad()
     def refresh(self, num_positions: int) -> bool:
         """Copy the current weights, and extend the rotary angles; return whether memory addresses changed."""
-        copies = [pair for layer in self._layers for product in layer.products() for pair in product.copies()]
+        products = [product for layer in self._layers for product in layer.products()]
         current = self._policy.head
+        if not self._is_allocated:
+            self._head, self._is_allocated = current.for_hidden(self._policy.dtype), True
+            for product in products:
+                product.allocate()
+        copies = [pair for product in products for pair in product.copies()]
         # In float32, the head is not a copy.
         if self._head.weight is not current.weight:
             copies.append((self._head.weight, current.weight))
@@ -140,6 +149,11 @@ class FusedModel:
         positions = torch.arange(num_positions, device=self._angles.device)[None]
         self._angles = torch.cat(self._rotary(self._angles, positions))
         return True
+
+    def nbytes(self) -> int:
+        """Return the size of the copied weights."""
+        products = (product for layer in self._layers for product in layer.products())
+        return self._head.weight.nbytes + sum(product.weight.nbytes for product in products)
 
     def step(self, tokens: Tensor, rows: Rows, caches: list[LayerCache], places: int) -> tuple[Tensor, Tensor]:
         """Extend rows by their last token.

@@ -47,7 +47,7 @@ class VllmSampler:
             vllm: Any = import_module("vllm")
         except ImportError:
             raise InputError(
-                'rollout.engine = "vllm" needs vLLM: pip install vllm, or set rollout.engine = "native"'
+                'rollout.engine = "vllm" needs vLLM: pip install \'vllm>=0.11\', or set "native"'
             ) from None
         if policy.is_sharded:
             raise InputError(
