@@ -76,8 +76,8 @@ docs: $(READY)   ## the documentation site in site/, links checked
 bench: .venv-bench/.ready  ## GRPO steps, statistics of tokens and a real model against TRL, torch and transformers
 	.venv-bench/bin/python -m tests.benchmarks.bench --out reports/benchmarks
 
-bench-gpu: .venv-bench/.ready  ## two models' GRPO steps against TRL on a GPU, and the statistics against its bandwidth
-	.venv-bench/bin/python -m tests.benchmarks.bench_gpu --out reports/benchmarks_gpu
+bench-gpu: .venv-bench/.ready  ## a GPU against its limits and TRL; PART=decoding measures one part, PROFILE=1 kernels too
+	.venv-bench/bin/python -m tests.benchmarks.bench_gpu --out reports/benchmarks_gpu $(if $(PART),--part $(PART)) $(if $(PROFILE),--profile)
 
 bench-queries: $(READY)  ## each question on 50 million tokens against a plain scan, pandas and polars
 	$(BIN)/python tests/benchmarks/bench_queries.py --out reports/query_benchmarks.json

@@ -24,15 +24,19 @@ from entrace.trainer.tasks.config import TaskConfig
 
 FilterMetric = Literal["acc", "reward"]
 WhenShort = Literal["fewer", "more", "error"]
+Engine = Literal["native", "vllm"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 # Keys of earlier versions, each with the value that describes the present behavior.
-REMOVED_KEYS = {("rollout", "engine"): "cache", ("record", "mantissa_bits"): 23}
+REMOVED_KEYS = {("record", "mantissa_bits"): 23}
+# Values of earlier versions, each with the present name.
+RENAMED_VALUES = {("rollout", "engine", "cache"): "native"}
 
 # The keys that bound the memory of updating and of sampling.
 UPDATE_MEMORY, SAMPLING_MEMORY = "optim.micro_batch_tokens", "rollout.cache_tokens"
+VLLM_MEMORY = "rollout.vllm_memory"
 # The keys that may change when a run is resumed, besides its number of steps.
-CHANGEABLE_KEYS = (UPDATE_MEMORY, SAMPLING_MEMORY, "record.log")
+CHANGEABLE_KEYS = (UPDATE_MEMORY, SAMPLING_MEMORY, VLLM_MEMORY, "record.log")
 
 
 class LoraConfig(BaseConfig):
@@ -79,7 +83,8 @@ class RolloutConfig(BaseConfig):
 
     ``top_p`` and ``top_k`` truncate the distribution, both in sampling and in the update. ``stop`` lists texts that end
     a response, in evaluations too. ``cache_tokens`` bounds the tokens in the KV cache: prompts are sampled in parts
-    that fit, at least one prompt at a time.
+    that fit. ``engine = "vllm"`` samples with vLLM, which takes the share ``vllm_memory`` of the GPU's memory; recorded
+    statistics are still the policy's.
     """
 
     prompts_per_step: Positive = 32
@@ -90,6 +95,8 @@ class RolloutConfig(BaseConfig):
     top_k: Positive | None = None
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     cache_tokens: Positive = 1 << 20
+    engine: Engine = "native"
+    vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
     dynamic_sampling: bool = True
     filter_metric: FilterMetric = "acc"
     max_refills: Natural = 2
@@ -102,6 +109,11 @@ class RolloutConfig(BaseConfig):
         if self.overlong_buffer_tokens > self.max_response_tokens:
             raise ValueError("overlong_buffer_tokens must not exceed max_response_tokens")
         return self
+
+
+def sampling_memory(rollout: RolloutConfig) -> str:
+    """Return the key that bounds the memory of sampling."""
+    return SAMPLING_MEMORY if rollout.engine == "native" else VLLM_MEMORY
 
 
 class OptimConfig(BaseConfig):
@@ -195,9 +207,13 @@ class Config(BaseConfig):
     @model_validator(mode="before")
     @classmethod
     def _drop_removed_keys(cls, values: Any) -> Any:
-        """Accept a key that no longer exists if it asks for the present behavior."""
+        """Accept a key that no longer exists if it asks for the present behavior, and the old name of a value."""
         if not isinstance(values, Mapping):
             return values
+        for (section, key, old), new in RENAMED_VALUES.items():
+            found = values.get(section)
+            if isinstance(found, Mapping) and found.get(key) == old:
+                values = {**values, section: {**found, key: new}}
         for (section, key), only in REMOVED_KEYS.items():
             found = values.get(section)
             if isinstance(found, Mapping) and key in found:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from entrace.trainer.config import SAMPLING_MEMORY, Config
+from entrace.trainer.config import Config, sampling_memory
 from entrace.trainer.faults import memory_advice
 from entrace.trainer.kernels.token_stats import Truncation
 from entrace.trainer.model.policy import Policy
@@ -18,7 +18,7 @@ from entrace.trainer.parallel.ranks import ALONE, Ranks
 from entrace.trainer.runs.checkpoint import find_checkpoint
 from entrace.trainer.runs.run_folder import has_begun, load_sampling_config
 from entrace.trainer.sampling.backend import backend_of
-from entrace.trainer.sampling.sampler import sample
+from entrace.trainer.sampling.engine import sampler_of
 from entrace.trainer.sampling.samples import SamplingParams
 from entrace.trainer.seeding import Stream, generator
 from entrace.trainer.tasks import Task, answer_classes, load_task
@@ -57,9 +57,9 @@ def evaluate(
         prompts = task.heldout[start : start + size]
         own = ranks.shard(len(prompts))
         rng = generator(config.seed, Stream.EVAL, start)
-        with memory_advice(config, "evaluating", SAMPLING_MEMORY):
+        with memory_advice(config, "evaluating", sampling_memory(config.rollout)):
             encoded = [policy.encode_prompt(prompt.question) for prompt in prompts]
-            rollouts = sample(policy, encoded, samples_per_prompt, params, rng, own)
+            rollouts = sampler_of(policy, config.rollout).sample(encoded, samples_per_prompt, params, rng, own)
         completions = policy.decode([response.tolist() for response in rollouts.responses()])
         answered = [prompt for prompt in prompts[own] for _ in range(samples_per_prompt)]
         scores = [task.score(text, prompt) for text, prompt in zip(completions, answered, strict=True)]

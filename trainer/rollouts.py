@@ -13,11 +13,11 @@ from torch import Tensor
 from entrace.analysis.trace.schema import NO_VERDICT, TRUNCATED, UNIFORM_GROUP
 from entrace.trainer.algorithm.advantages import group_relative_advantage, mixed_groups, overlong_penalty
 from entrace.trainer.algorithm.method import RolloutView
-from entrace.trainer.config import SAMPLING_MEMORY, Config
+from entrace.trainer.config import Config, sampling_memory
 from entrace.trainer.faults import TrainingError, memory_advice
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.parallel.ranks import ALONE, Ranks
-from entrace.trainer.sampling.sampler import sample
+from entrace.trainer.sampling.engine import sampler_of
 from entrace.trainer.sampling.samples import Rollouts, SamplingParams
 from entrace.trainer.seeding import Stream, generator
 from entrace.trainer.tasks import Prompt, Score, Task
@@ -183,9 +183,8 @@ def _sample_part(
     rollout = config.rollout
     own = ranks.shard(len(prompts))
     started = time.perf_counter()
-    with memory_advice(config, f"sampling at step {place[0]}", SAMPLING_MEMORY):
-        rollouts = sample(
-            policy,
+    with memory_advice(config, f"sampling at step {place[0]}", sampling_memory(rollout)):
+        rollouts = sampler_of(policy, rollout).sample(
             [policy.encode_prompt(prompt.question) for prompt in prompts],
             rollout.group_size,
             SamplingParams.of(rollout),

@@ -1,32 +1,43 @@
-"""GRPO steps on a GPU against TRL on the same machine, and token statistics against memory bandwidth.
+"""Time a GPU close to its limits: decoding, updates, token statistics, and whole GRPO steps beside TRL.
 
-Models: SmolLM2-135M, and a randomly initialized model with the shape of Qwen2.5-0.5B. Each runs with padding and with
-sequence packing in the update. Both trainers do the same work: all responses reach the length limit, and rewards are
-random, so that few groups are uniform. TRL generates with transformers. Both compute in bfloat16 with float32 master
-weights, process about as many tokens at once in the update, alternate, and start from the same weights.
+Models: SmolLM2-135M, and a randomly initialized model with the shape of Qwen2.5-0.5B. Both compute in bfloat16 with
+float32 master weights. Each part takes less than two minutes:
 
-Bandwidth is that of a copy, which reads and writes. A share of 1 means reading every logit once at that speed.
+- statistics: bytes of logits per second beside the bandwidth of a copy, which reads and writes. A share of 1 means
+  reading every logit once at that speed.
+- decoding: the limit reads the weights and the keys and values of every sequence once per token, at that bandwidth. The
+  share is the limit's time over that of a whole call, prompts and statistics included.
+- update: 6 operations per parameter and token of prompts and responses, over the rate of a dense product in bfloat16.
+- trl-smollm, trl-qwen: samples per second beside TRL, which generates with transformers. Both trainers do the same
+  work: all responses reach the length limit, and rewards are random, so that few groups are uniform. They process about
+  as many tokens at once in the update, alternate, and start from the same weights.
 
-Usage: python -m tests.benchmarks.bench_gpu --out reports/benchmarks_gpu [--device cpu --quick]
+Usage: python -m tests.benchmarks.bench_gpu --out reports/benchmarks_gpu [--part decoding] [--profile] [--device cpu
+--quick]
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from entrace.trainer.config import Config, load_config
 from entrace.trainer.model.loading import load_pretrained
+from entrace.trainer.model.policy import Policy
 from entrace.trainer.resources import EMBEDDED, SMOLLM
+from entrace.trainer.sampling.sampler import sample
+from entrace.trainer.sampling.samples import SamplingParams
 from entrace.trainer.tasks import load_task
 from tests.benchmarks.bench import write_report
 from tests.benchmarks.bench_grpo_step import STILL, WARM_UP, Ours, Pairing, run_trl
@@ -60,6 +71,11 @@ TRL_MICRO_BATCHES = {False: 8, True: 2}
 PART = "Token statistics and memory bandwidth"
 COPIED_TOKENS = 4096
 LEAST_OF_TRL, LEAST_OF_BANDWIDTH = 2, 0.6
+# Sequences in groups of 8, and the least share of the limit of decoding.
+LEAST_OF_LIMIT = {256: 0.3, 32: 0.15}
+GROUP, PROMPT_TOKENS, NEW_TOKENS, PROFILED_TOKENS = 8, 160, 128, 32
+PARTS = ("statistics", "decoding", "update", "trl-smollm", "trl-qwen")
+SMOLLM_NAME, QWEN_NAME = "SmolLM2-135M", "Qwen2.5-0.5B, random weights"
 
 
 def toss(completion: str, row: dict[str, Any]) -> float:
@@ -163,27 +179,127 @@ def measure_memory(name: str, shape: tuple[int, int], num_tokens: int) -> Measur
     return Measurement.of(PART, key, "GB", [extra / 1e9], AT_MOST, MAX_EXTRA_GB)
 
 
-def measure(device: str, quick: bool) -> Iterator[list[Measurement]]:
+def copy_bandwidth(num_bytes: int, device: str, rounds: int) -> float:
+    """Return the bytes per second, read and written, of a copy."""
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = time_in_rounds({"copy": lambda: target.copy_(source)}, rounds, synchronizer(device))["copy"]
+    return 2 * num_bytes / statistics.median(seconds)
+
+
+def matmul_rate(size: int, device: str, rounds: int) -> float:
+    """Return the operations per second of a dense product of two matrices in bfloat16."""
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = time_in_rounds({"product": lambda: left @ right}, rounds, synchronizer(device))["product"]
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def bytes_per_token(policy: Policy, num_sequences: int, context: float) -> float:
+    """Return the bytes that a decoding step must read: weights, and keys and values of every sequence."""
+    model, size = policy.model, policy.dtype.itemsize
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    # A separate input embedding is read at single rows only.
+    weights -= 0 if head.weight is embedding.weight else embedding.weight.numel()
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * width
+    return size * (weights + num_sequences * context * per_position)
+
+
+def measure_decoding(name: str, path: str, device: str, quick: bool, profile: Path | None) -> list[Measurement]:
+    """Measure sampling as a share of the limit; append a profile by kernel to a file if one is named."""
+    # Compiled anew, since sizes that another model had would count as dynamic.
+    torch.compiler.reset()
+    policy = Policy.load(make_config(path, device, quick).policy)
+    policy.stop_ids = torch.tensor([], dtype=torch.int64)
+    prompt_tokens, new_tokens = (12, 6) if quick else (PROMPT_TOKENS, NEW_TOKENS)
+    bandwidth = copy_bandwidth(1 << 16 if quick else 1 << 30, device, 10)
+    part = f"Decoding, {name}, prompts of {prompt_tokens} tokens, {new_tokens} new tokens"
+    found = []
+    for num_sequences, least in LEAST_OF_LIMIT.items():
+        count = 1 if quick else num_sequences // GROUP
+        prompts = np.random.default_rng(0).integers(policy.vocab_size, size=(count, prompt_tokens)).tolist()
+
+        def draw(tokens: int, prompts: list[list[int]] = prompts) -> None:
+            sample(policy, prompts, GROUP, SamplingParams(tokens), np.random.default_rng(0))
+
+        works = {"sample": lambda draw=draw: draw(new_tokens)}
+        seconds = time_in_rounds(works, 2 if quick else 10, synchronizer(device))["sample"]
+        limit = new_tokens * bytes_per_token(policy, count * GROUP, prompt_tokens + new_tokens / 2) / bandwidth
+        shares = [limit / value for value in seconds]
+        found += [
+            Measurement.of(part, f"{num_sequences} sequences: whole call", "s", seconds),
+            Measurement.of(part, f"{num_sequences} sequences: limit", "s", [limit]),
+            Measurement.of(part, f"{num_sequences} sequences", "share of the limit", shares, AT_LEAST, least),
+        ]
+        if profile:
+            # The first call captures graphs.
+            draw(min(PROFILED_TOKENS, new_tokens))
+            with torch.profiler.profile() as profiler:
+                draw(min(PROFILED_TOKENS, new_tokens))
+                synchronizer(device)()
+            key = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+            table = profiler.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=80)
+            with profile.open("a") as file:
+                file.write(f"{name}, {num_sequences} sequences, {PROFILED_TOKENS} tokens\n{table}\n")
+    return found
+
+
+def measure_update(name: str, path: str, device: str, quick: bool, rounds: int) -> list[Measurement]:
+    """Measure updates as a share of the rate of a dense product."""
+    config = make_config(path, device, quick)
+    rate = matmul_rate(64 if quick else 8192, device, 10)
+    with tempfile.TemporaryDirectory() as folder:
+        arm = Ours(config, load_task(config.task, config.seed), Path(folder, "run"), records=True)
+        policy, task = arm.learner.policy, arm.source.task
+        policy.stop_ids = torch.tensor([], dtype=torch.int64)
+        for _ in range(1 + rounds):
+            arm.take_step()
+    parameters = sum(parameter.numel() for parameter in policy.model.parameters())
+    prompts = [policy.encode_prompt(task.train_prompt(i).question) for i in range(arm.source.position)]
+    prompt_tokens = sum(map(len, prompts)) / arm.step * config.rollout.group_size
+    seconds = arm.phases["update"][1:]
+    operations = [6 * parameters * (prompt_tokens + count) for count in arm.num_tokens[1:]]
+    shares = [count / value / rate for count, value in zip(operations, seconds, strict=True)]
+    part = f"Update, {name}"
+    return [
+        Measurement.of(part, "dense product in bfloat16", "operations per s", [rate]),
+        Measurement.of(part, "update", "s", seconds),
+        Measurement.of(part, "update / dense product", "share of throughput", shares),
+    ]
+
+
+def measure(device: str, quick: bool, parts: Sequence[str], profile: Path | None) -> Iterator[list[Measurement]]:
     """Yield the measurements of each part, at toy size if ``quick``."""
-    for name, shape in (TOY_SHAPES if quick else SHAPES).items():
-        yield measure_bandwidth(name, shape, 64 if quick else COPIED_TOKENS, device, 2 if quick else 20)
-        if device == "cuda":
-            yield [measure_memory(name, shape, 64 if quick else FULL_TOKENS)]
+    if "statistics" in parts:
+        for name, shape in (TOY_SHAPES if quick else SHAPES).items():
+            yield measure_bandwidth(name, shape, 64 if quick else COPIED_TOKENS, device, 2 if quick else 20)
+            if device == "cuda":
+                yield [measure_memory(name, shape, 64 if quick else FULL_TOKENS)]
     with tempfile.TemporaryDirectory() as folder:
         random = make_random_model(Path(folder, "random"), TOY if quick else QWEN)
-        models = {"SmolLM2-135M": EMBEDDED if quick else SMOLLM, "Qwen2.5-0.5B, random weights": random}
-        for name, path in models.items():
-            ways = {"entrace": "auto", "entrace, packed": "packed"}
-            configs = {way: make_config(path, device, quick, f"policy.attention={key}") for way, key in ways.items()}
-            rollout = configs["entrace"].rollout
-            batch = f"{rollout.prompts_per_step * rollout.group_size} responses of {rollout.max_response_tokens} tokens"
-            yield measure_steps(f"{name}, {batch}", configs, 1 if quick else 5, TRL_MICRO_BATCHES[quick])
+        models = {SMOLLM_NAME: EMBEDDED if quick else SMOLLM, QWEN_NAME: random}
+        for (name, path), part in zip(models.items(), ("trl-smollm", "trl-qwen"), strict=True):
+            if "decoding" in parts:
+                yield measure_decoding(name, path, device, quick, profile)
+            if "update" in parts:
+                yield measure_update(name, path, device, quick, 1 if quick else 3)
+            if part in parts:
+                config = make_config(path, device, quick)
+                rollout = config.rollout
+                batch = f"{rollout.prompts_per_step * rollout.group_size} responses"
+                heading = f"{name}, {batch} of {rollout.max_response_tokens} tokens"
+                yield measure_steps(heading, {"entrace": config}, 1 if quick else 5, TRL_MICRO_BATCHES[quick])
 
 
 def main() -> None:
     """Measure and write the report; exit with code 2 if the device is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="report to write, without file extension")
+    parser.add_argument("--part", choices=PARTS, help="measure one part, into a report of its own (default all parts)")
+    parser.add_argument("--profile", action="store_true", help="also write the time of each kernel of decoding")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device (default cuda)")
     parser.add_argument("--quick", action="store_true", help="run at toy size, without targets")
     arguments = parser.parse_args()
@@ -191,13 +307,19 @@ def main() -> None:
         print("--device cuda: torch finds no GPU; try the benchmark with --device cpu --quick", file=sys.stderr)
         raise SystemExit(2)
     more = {"gpu": torch.cuda.get_device_name()} if arguments.device == "cuda" else {}
+    out = arguments.out.with_name(f"{arguments.out.name}_{arguments.part}") if arguments.part else arguments.out
+    profile = out.with_suffix(".profile.txt") if arguments.profile else None
+    if profile:
+        profile.parent.mkdir(parents=True, exist_ok=True)
+        profile.unlink(missing_ok=True)
     measurements: list[Measurement] = []
-    for found in measure(arguments.device, arguments.quick):
+    parts = [arguments.part] if arguments.part else PARTS
+    for found in measure(arguments.device, arguments.quick, parts, profile):
         measurements += (
             [replace(measurement, bound=None, target=None) for measurement in found] if arguments.quick else found
         )
         # After each part, since time on a GPU may end at any moment.
-        write_report(arguments.out, "make bench-gpu", measurements, **more)
+        write_report(out, "make bench-gpu", measurements, **more)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Compare code that only a GPU runs with a CPU, or with the same GPU without it."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -9,14 +10,17 @@ import torch
 from entrace.trainer.config import PolicyConfig
 from entrace.trainer.kernels import blocked_stats
 from entrace.trainer.kernels.blocked_stats import compute_token_stats
+from entrace.trainer.kernels.decoding import LayerCache, Rows, attend
 from entrace.trainer.kernels.token_stats import LMHead, Truncation
 from entrace.trainer.model.policy import Policy
-from entrace.trainer.sampling import backend
-from entrace.trainer.sampling.backend import CUDA_GRAPH, ON, PACKING, TRITON, backend_of
+from entrace.trainer.sampling import backend, batched
+from entrace.trainer.sampling.backend import BATCHED, COMPILED, CUDA_GRAPH, ON, PACKING, TRITON, backend_of
+from entrace.trainer.sampling.batched import BatchedSampler
 from entrace.trainer.sampling.cuda_graph import CudaGraph
 from entrace.trainer.sampling.sampler import sample
 from entrace.trainer.sampling.samples import SamplingParams
 from tests.benchmarks.logit_stats import stats_of_logits
+from tests.trainer.test_batched import random_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -71,28 +75,97 @@ def test_work_is_captured_once_and_replayed_on_current_memory():
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("limit", [20, 200])
-def test_sampling_with_a_cuda_graph_draws_the_same_tokens(policy, limit, monkeypatch):
-    selected = backend_of(policy)
-    assert selected.uses_cuda_graph
-    prompts = [policy.encode_prompt(text) for text in ("1 + 2 =", "12 + 3 - 4 =", "7 =")]
-    drawn = []
-    for uses_cuda_graph in (True, False):
-        monkeypatch.setitem(backend._BACKENDS, policy, replace(selected, uses_cuda_graph=uses_cuda_graph))
-        drawn.append(sample(policy, prompts, 40, SamplingParams(limit, 1.2), np.random.default_rng(0)))
-    found, expected = drawn
+def assert_equal_tokens(found, expected):
     is_same = (found.response_ids == expected.response_ids).all(1)
     # If a random number falls on the border of two tokens, rounding decides.
     assert is_same.float().mean() > 0.95
     mask = expected.response_mask & is_same[:, None]
-    torch.testing.assert_close(found.entropies[mask], expected.entropies[mask], rtol=1e-3, atol=1e-3)
+    for name in ("logprob", "entropy", "sum_p2"):
+        found_values, values = (getattr(one.stats, name)[mask] for one in (found, expected))
+        torch.testing.assert_close(found_values, values, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("limit", [20, 200])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"truncation": Truncation(0.9, 20)}, {"stop": ("</answer>", "so ", "= 1")}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_every_way_to_sample_draws_the_same_tokens(policy, limit, options, monkeypatch):
+    """Compare the batched sampler and the decoder, each with and without a CUDA graph, with a CPU."""
+    selected = backend_of(policy)
+    prompts = [policy.encode_prompt(text) for text in ("1 + 2 =", "12 + 3 - 4 =", "7 =")]
+    params = SamplingParams(limit, 1.2, **options)
+
+    def draw(policy):
+        return sample(policy, prompts, 40, params, np.random.default_rng(0))
+
+    expected = draw(Policy.load(PolicyConfig(device="cpu")))
+    for captures in (True, False):
+        sampler = BatchedSampler(policy, captures=captures, compiles=False, note=pytest.fail)
+        monkeypatch.setitem(backend._BACKENDS, policy, replace(selected, batched=sampler))
+        assert_equal_tokens(draw(policy), expected)
+        if limit == 200:
+            assert len(sampler._memory.rows) > 1, "no response left the batch early"
+        decoder = replace(selected, batched=None, uses_cuda_graph=captures)
+        monkeypatch.setitem(backend._BACKENDS, policy, decoder)
+        assert_equal_tokens(draw(policy), expected)
+
+
+def test_the_host_does_not_wait_for_each_token(policy):
+    """Count synchronizations of a call, which must not grow with its tokens except for the regular looks."""
+    sampler = backend_of(policy).batched
+    prompts = [policy.encode_prompt("1 + 2 =")] * 2
+    uniforms = np.full((8, 129), 0.5, dtype=np.float32)
+    counts = []
+    stop_ids, policy.stop_ids = policy.stop_ids, policy.stop_ids[:0]
+    try:
+        for limit in (65, 129):
+            sampler.sample_at(prompts, uniforms[:, :limit], [limit] * 2, SamplingParams(limit))
+            torch.cuda.set_sync_debug_mode("warn")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                sampler.sample_at(prompts, uniforms[:, :limit], [limit] * 2, SamplingParams(limit))
+            torch.cuda.set_sync_debug_mode("default")
+            counts.append(len(caught))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        policy.stop_ids = stop_ids
+    assert counts[1] - counts[0] <= 64 // batched.CHECK_EVERY
+
+
+def test_a_batch_beyond_memory_is_divided(policy, monkeypatch):
+    prompts = [policy.encode_prompt(text) for text in ("1 + 2 =", "7 =")]
+    sampler = BatchedSampler(policy, captures=True, compiles=False, note=pytest.fail)
+    uniforms = np.random.default_rng(0).random((40, 20), dtype=np.float32)
+    arguments = (prompts, uniforms, [20] * 2, SamplingParams(20))
+    expected = sampler.sample_at(*arguments)
+    monkeypatch.setattr(batched, "_free_bytes", lambda device, kept: 2e6)
+    counts, inner = [], BatchedSampler._sample
+    monkeypatch.setattr(BatchedSampler, "_sample", lambda *a: counts.append(len(a[3])) or inner(*a))
+    assert_equal_tokens(sampler.sample_at(*arguments), expected)
+    assert len(counts) > 1
+
+
+@pytest.mark.parametrize(("group", "width"), [(3, 64), (7, 64), (1, 24), (4, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_of_a_decoding_step(group, width, dtype):
+    arguments = random_step(group, width, dtype)
+    expected = attend(*arguments, 40)
+    qkv, cos, sin, rows, cache, scale = arguments
+    rows = Rows(*(tensor.cuda() for tensor in vars(rows).values()))
+    cache = LayerCache(*(tensor.cuda() for tensor in vars(cache).values()))
+    found = attend(qkv.cuda(), cos.cuda(), sin.cuda(), rows, cache, scale, 40)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(found[:7].cpu(), expected[:7], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("attention", ["auto", "packed"])
 def test_recorded_values_equal_a_teacher_forced_pass(dtype, attention):
     policy = Policy.load(PolicyConfig(device="cuda", dtype=dtype, attention=attention))
-    assert policy.uses_packing == (attention == "packed")
+    if attention == "packed":
+        assert policy.uses_packing
     prompts = [policy.encode_prompt(text) for text in ("1 + 2 =", "12 + 3 - 4 =", "7 =")]
     rollouts = sample(policy, prompts, 20, SamplingParams(60), np.random.default_rng(0))
     with torch.no_grad():
@@ -106,6 +179,8 @@ def test_recorded_values_equal_a_teacher_forced_pass(dtype, attention):
 
 
 def test_fast_paths_of_a_gpu(policy):
-    fast_paths = backend_of(policy).fast_paths
-    assert (fast_paths[CUDA_GRAPH], fast_paths[TRITON]) == (ON, ON)
-    assert fast_paths[PACKING] == "policy.attention is not packed"
+    found = backend_of(policy)
+    assert [found.fast_paths[name] for name in (BATCHED, COMPILED, CUDA_GRAPH, TRITON)] == [ON] * 4
+    assert found.batched.captures
+    packing = found.fast_paths[PACKING]
+    assert packing == ON or packing.startswith("padding is faster")

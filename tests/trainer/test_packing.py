@@ -5,6 +5,7 @@ from entrace.analysis.trace import InputError
 from entrace.trainer.kernels import attention
 from entrace.trainer.kernels.attention import PART_PLACES
 from entrace.trainer.kernels.packing import Packing, Sequences, take_rows
+from entrace.trainer.model import packing_choice
 from tests.trainer.test_policy import ARCHITECTURES, LLAMA_LIKE, load, write_model
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [8, 9], [5, 6, 7], [8, 9], [10], [5, 6, 7], [8, 9], [5, 6, 7]]
@@ -100,3 +101,22 @@ def test_packing_is_verified_before_use(tmp_path, monkeypatch):
     assert load(folder, attention="packed").uses_packing
     assert load(folder).uses_packing
     assert load(folder, attention="sdpa").why_unpacked == "policy.attention is not packed"
+
+
+def test_the_faster_update_is_chosen_by_measurement(tmp_path, monkeypatch, caplog):
+    """On a GPU; here, both passes run as they would there, on a CPU."""
+    caplog.set_level("INFO", logger="entrace")
+    policy = load(write_model(tmp_path, *ARCHITECTURES["llama"]))
+    assert all(seconds > 0 for seconds in packing_choice._time_round(policy))
+    for padded, packed, reason in ((1.0, 0.5, ""), (1.0, 1.2, "padding is faster, 1 s against 1.2 s")):
+        rounds = iter([(padded + 1, packed), (padded, packed + 1), (padded, packed)])
+        monkeypatch.setattr(packing_choice, "_time_round", lambda policy, rounds=rounds: next(rounds))
+        assert packing_choice.why_padded(policy) == reason
+    assert caplog.records[-1].message == "updates: 1 s padded, 1.2 s packed"
+    assert all(parameter.grad is None for parameter in policy.model.parameters())
+
+    def fail(policy):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(packing_choice, "_time_round", fail)
+    assert packing_choice.why_padded(policy) == "memory ran out while packing was compared with padding"

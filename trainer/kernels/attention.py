@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -59,7 +60,13 @@ def short_attention(
         return _attend_packed(module, query, key, value, attention_mask, options), None
     batch, heads, length, width = query.shape
     key_heads, keys = key.shape[1:3]
-    is_plain = query.device.type == "cpu" and not dropout and all(kwargs.get(name) is None for name in UNUSUAL)
+    is_plain = not dropout and all(kwargs.get(name) is None for name in UNUSUAL)
+    if is_plain and query.device.type == "cuda" and length == 1 and attention_mask is not None:
+        # A decoding step; with a mask, transformers would repeat the key and value heads in memory.
+        grouped = {"scale": scaling, "enable_gqa": heads != key_heads}
+        attended = scaled_dot_product_attention(query, key, value, attention_mask, **grouped)
+        return attended.transpose(1, 2).contiguous(), None
+    is_plain = is_plain and query.device.type == "cpu"
     # The traced decoding step runs on short sequences only, and its trace must not depend on sizes.
     is_short = _is_tracing() or (keys <= MAX_KEYS and (attention_mask is None or attention_mask.shape[1] == 1))
     if not (is_plain and is_short):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from entrace.analysis.trace import InputError, in_one_line
@@ -107,6 +108,16 @@ def restore_adapter(adapter: PeftModel, folder: Path) -> None:
     if missing or result.unexpected_keys:
         names = ", ".join([*missing, *result.unexpected_keys][:2])
         raise InputError(f"{folder}: {WEIGHTS} and the adapter have different modules, such as {names}")
+
+
+def merged_weight(linear: Any) -> Tensor:
+    """Return the weight of a linear layer, with the adapter's part added if it has one."""
+    if not hasattr(linear, "base_layer"):
+        return linear.weight
+    weight = linear.base_layer.weight
+    for name in linear.active_adapters:
+        weight = weight + linear.get_delta_weight(name)
+    return weight
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from entrace.trainer.kernels.packing import Packing, Pairs, Sequences, take_rows
 from entrace.trainer.kernels.token_stats import WHOLE, LMHead, TokenStats, Truncation
 from entrace.trainer.model import lora as adapters
 from entrace.trainer.model.loading import load_model, load_pretrained
+from entrace.trainer.model.packing_choice import why_padded
 from entrace.trainer.parallel.sharding import (
     full_state_dict,
     full_tensor,
@@ -84,8 +85,7 @@ class Policy:
         """
         model, tokenizer, adapter = load_pretrained(config)
         device = _pick_device(config.device)
-        wants_ours = config.attention == "packed" or (config.attention == "auto" and device.type == "cpu")
-        if wants_ours and model.config._attn_implementation == "sdpa":
+        if config.attention in ("auto", "packed") and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(attention.NAME)
         if device.type == "cpu":
             keep_freed_memory()
@@ -98,6 +98,8 @@ class Policy:
         policy.why_plain_norms = why_plain_norms
         policy._check_head()
         policy.why_unpacked = policy._find_why_unpacked()
+        if config.attention == "auto" and policy.uses_packing and device.type == "cuda":
+            policy.why_unpacked = why_padded(policy)
         if config.attention == "packed" and not policy.uses_packing:
             kind = type(model).__name__
             raise InputError(

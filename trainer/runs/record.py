@@ -116,7 +116,7 @@ def record_batch(
     mask = (rollouts.response_mask & is_stored[:, None]).numpy()
     if not mask.any():
         return
-    lengths = rollouts.lengths.numpy()
+    lengths, reported = rollouts.lengths.numpy(), rollouts.sampling_logprob
     rows, positions = np.nonzero(mask)
     grad_norm = lm_head_grad_norm(
         shaped, rollouts.stats.logprob, rollouts.stats.sum_p2, rollouts.hidden_norm, temperature
@@ -137,6 +137,7 @@ def record_batch(
             "grad_norm": grad_norm.numpy()[mask],
             "is_correct": is_correct.take(pa.array(rows)),
             "is_kept": batch.is_kept.numpy()[rows],
+            **({} if reported is None else {"sampling_logprob": reported.numpy()[mask]}),
             **(_after_columns(batch, after, mask, rows) if after else {}),
         },
     )

@@ -7,24 +7,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 
 from entrace.analysis.trace import InputError, in_one_line
 from entrace.trainer.kernels.token_stats import uses_triton
 from entrace.trainer.model.policy import Policy, is_close
+from entrace.trainer.sampling.batched import BatchedSampler
 from entrace.trainer.sampling.decoder import Decoder
 from entrace.trainer.sampling.jit_step import StepGraph
+from entrace.trainer.sampling.samples import SamplingParams
 
 log = logging.getLogger("entrace")
 
 ON = "on"
 SHARDED = "off for sharded weights"
-PACKING, NORMS, TRACED_STEP, CUDA_GRAPH, TRITON = FAST_PATHS = (
+PACKING, NORMS, TRACED_STEP, BATCHED, COMPILED, CUDA_GRAPH, TRITON = FAST_PATHS = (
     "sequence packing",
     "RMSNorm kernel",
     "traced decoding step",
+    "batched sampling",
+    "torch.compile",
     "CUDA graph",
-    "Triton statistics",
+    "Triton kernels",
 )
 
 
@@ -34,12 +39,14 @@ class Backend:
 
     Attributes:
         step_graph: Traced decoding step for short sequences on a CPU, or None.
-        uses_cuda_graph: Decoding steps are captured in a CUDA graph.
+        uses_cuda_graph: Decoding steps of ``Decoder`` are captured in a CUDA graph.
+        batched: Sampler without prefix sharing per token, for a GPU, or None; ``Decoder`` is used if None.
         fast_paths: For each of ``FAST_PATHS``, ``on`` or the reason why it is off.
     """
 
     step_graph: StepGraph | None
     uses_cuda_graph: bool
+    batched: BatchedSampler | None
     fast_paths: dict[str, str]
 
     def decode(self, policy: Policy, prompts: list[list[int]], num_slots: int, max_tokens: int) -> Decoder:
@@ -55,8 +62,9 @@ class Backend:
 
     def for_sharded(self) -> Backend:
         """Return this backend without the paths that read weights in place, which sharded weights do not allow."""
-        off = {name: SHARDED for name in (TRACED_STEP, CUDA_GRAPH) if self.fast_paths[name] == ON}
-        return Backend(None, False, {**self.fast_paths, **off})
+        names = (TRACED_STEP, BATCHED, COMPILED, CUDA_GRAPH)
+        off = {name: SHARDED for name in names if self.fast_paths[name] == ON}
+        return Backend(None, False, None, {**self.fast_paths, **off})
 
 
 _BACKENDS: WeakKeyDictionary[Policy, Backend] = WeakKeyDictionary()
@@ -84,17 +92,44 @@ def _select(policy: Policy) -> Backend:
         kind = type(policy.model).__name__
         raise InputError(f"{policy.name}: {kind} cannot be sampled with a KV cache ({reason})")
     graph, why_untraced = _trace_step(policy)
-    why_uncaptured = _try_cuda_graph(policy, exact)
-    reasons = {
-        PACKING: policy.why_unpacked,
-        NORMS: policy.why_plain_norms,
-        TRACED_STEP: why_untraced,
-        CUDA_GRAPH: why_uncaptured,
-        TRITON: "" if uses_triton(policy.device) else "no CUDA device or no Triton",
+    fast_paths = {
+        PACKING: policy.why_unpacked or ON,
+        NORMS: policy.why_plain_norms or ON,
+        TRACED_STEP: why_untraced or ON,
+        **dict.fromkeys((BATCHED, COMPILED, CUDA_GRAPH), "no CUDA device"),
+        TRITON: ON if uses_triton(policy.device) else "no CUDA device or no Triton",
     }
-    fast_paths = {name: reason or ON for name, reason in reasons.items()}
+    batched, uses_cuda_graph = None, False
+    if policy.device.type == "cuda":
+        batched = _try_batched(policy, exact, fast_paths)
+        if batched is None:
+            uses_cuda_graph = not (reason := _why_not(lambda: _can_decode(exact, uses_cuda_graph=True)))
+            fast_paths[CUDA_GRAPH] = reason or ON
     log.info("fast paths: %s", "; ".join(f"{name}: {state}" for name, state in fast_paths.items()))
-    return Backend(graph, not why_uncaptured, fast_paths)
+    return Backend(graph, uses_cuda_graph, batched, fast_paths)
+
+
+def _try_batched(policy: Policy, exact: Policy, fast_paths: dict[str, str]) -> BatchedSampler | None:
+    """Return a sampler with as many of its fast paths as work, or None; set the states of these in ``fast_paths``.
+
+    Each is left out in turn: first ``torch.compile``, then the CUDA graph.
+    """
+    ways = [(True, True), (False, True), (False, False)]
+    reasons = []
+    for compiles, captures in ways:
+        reason = _why_not(lambda c=compiles, g=captures: can_sample(exact, compiles=c, captures=g))
+        if not reason:
+            fast_paths[BATCHED] = ON
+            fast_paths[COMPILED] = ON if compiles else reasons[0]
+            fast_paths[CUDA_GRAPH] = ON if captures else reasons[-1]
+
+            def note(why: str) -> None:
+                fast_paths[CUDA_GRAPH] = why
+
+            return BatchedSampler(policy, captures=captures, compiles=compiles, note=note)
+        reasons.append(reason)
+    fast_paths[BATCHED] = fast_paths[COMPILED] = reasons[-1]
+    return None
 
 
 def _trace_step(policy: Policy) -> tuple[StepGraph | None, str]:
@@ -110,13 +145,6 @@ def _trace_step(policy: Policy) -> tuple[StepGraph | None, str]:
 
     reason = _why_not(trace)
     return (None, reason) if reason else (traced[0], "")
-
-
-def _try_cuda_graph(policy: Policy, exact: Policy) -> str:
-    """Return why decoding steps cannot be captured in a CUDA graph, or an empty string."""
-    if policy.device.type != "cuda":
-        return "no CUDA device"
-    return _why_not(lambda: _can_decode(exact, uses_cuda_graph=True))
 
 
 def _why_not(attempt: Callable[[], bool]) -> str:
@@ -139,3 +167,24 @@ def _can_decode(policy: Policy, graph: StepGraph | None = None, *, uses_cuda_gra
         decoder.append(torch.tensor([text[place] for text in texts]), torch.tensor(parents))
     alone = [policy.hidden_states(torch.tensor([t], device=policy.device), use_cache=False)[0, -1] for t in texts]
     return is_close(decoder.hidden, torch.stack(alone))
+
+
+@torch.no_grad()
+def can_sample(policy: Policy, *, compiles: bool = False, captures: bool = False) -> bool:
+    """Sample from two prompts of different lengths, and compare with a plain pass over the responses.
+
+    Raises:
+        ValueError: the model has other parts than a Llama-like one.
+        RuntimeError: a step cannot be compiled or captured.
+    """
+    reasons: list[str] = []
+    sampler = BatchedSampler(policy, captures=captures, compiles=compiles, note=reasons.append)
+    prompts = [[i % policy.vocab_size for i in range(1, length)] for length in (9, 6)]
+    uniforms = np.random.default_rng(0).random((4, 4), dtype=np.float32)
+    # With a CUDA graph, the first step runs plainly, the second is captured, and the third is replayed.
+    rollouts = sampler.sample_at(prompts, uniforms, [4, 4], SamplingParams(4))
+    if reasons:
+        raise RuntimeError(reasons[0])
+    found = rollouts.stats.logprob[rollouts.response_mask]
+    expected = policy.token_stats(rollouts.prompt_ids, rollouts.responses(), 1.0).logprob.cpu()
+    return is_close(found, expected)

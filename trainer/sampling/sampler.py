@@ -41,6 +41,9 @@ def sample(
     numbers = uniforms.reshape(len(prompts), num_samples, params.max_tokens)[part]
     drawn = [Rollouts.empty([], params.max_tokens)]
     with policy.unsharded():
+        if backend_of(policy).batched:
+            # It divides the responses itself, by the memory that is free.
+            size = max(1, len(chosen))
         for start in range(0, len(chosen), size):
             some = slice(start, start + size)
             limits = [params.max_tokens] * len(chosen[some])
@@ -55,9 +58,10 @@ def sample_at(
 ) -> Rollouts:
     """Sample responses with given random numbers.
 
-    A shared prefix of responses is computed once: sequences branch where responses differ, and leave the batch where
-    they end. Each token is drawn by inverting the cumulative distribution at the random number of its response and
-    position. A response therefore depends neither on its batch nor on the length of others.
+    On a CPU, a shared prefix of responses is computed once: sequences branch where responses differ, and leave the
+    batch where they end. On a GPU, only prompts are shared; see ``sampling.batched``. Each token is drawn by inverting
+    the cumulative distribution at the random number of its response and position. A response therefore depends neither
+    on its batch nor on the length of others.
 
     Args:
         policy: The model.
@@ -69,12 +73,15 @@ def sample_at(
     Returns:
         ``Rollouts`` of B rows; responses to one prompt are adjacent.
     """
+    backend = backend_of(policy)
+    if backend.batched:
+        return backend.batched.sample_at(prompts, uniforms, limits, params)
     sampler = TokenSampler(policy, prompts, uniforms, limits, params)
     rows = torch.arange(len(uniforms))
     sequences = rows // (len(uniforms) // len(prompts))
     # One autocast context, so that weights are cast once for all tokens.
     with policy.autocast():
-        decoder = backend_of(policy).decode(policy, prompts, len(uniforms), params.max_tokens)
+        decoder = backend.decode(policy, prompts, len(uniforms), params.max_tokens)
         while True:
             drawn, continues = sampler.draw(decoder.hidden, sequences, rows)
             if not continues.any():

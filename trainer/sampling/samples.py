@@ -48,6 +48,7 @@ class Rollouts:
         stats: Statistics of the sampling distribution, each (B, T).
         hidden_norm: Norm of the LM head's input, (B, T).
         is_truncated: Stopped by the length limit, (B,) bool.
+        sampling_logprob: Log-probabilities that another engine reported, nats, (B, T); None if there was none.
     """
 
     prompt_ids: list[list[int]]
@@ -56,6 +57,7 @@ class Rollouts:
     stats: TokenStats
     hidden_norm: Tensor
     is_truncated: Tensor
+    sampling_logprob: Tensor | None = None
 
     @classmethod
     def empty(cls, prompts: list[list[int]], max_tokens: int) -> Rollouts:
@@ -74,6 +76,7 @@ class Rollouts:
     @classmethod
     def concatenate(cls, parts: list[Rollouts]) -> Rollouts:
         """Concatenate rows of parts that share T."""
+        reported = [part.sampling_logprob for part in parts if part.sampling_logprob is not None]
         return cls(
             [prompt for part in parts for prompt in part.prompt_ids],
             torch.cat([part.response_ids for part in parts]),
@@ -81,6 +84,7 @@ class Rollouts:
             TokenStats(*(torch.cat([getattr(part.stats, f.name) for part in parts]) for f in fields(TokenStats))),
             torch.cat([part.hidden_norm for part in parts]),
             torch.cat([part.is_truncated for part in parts]),
+            torch.cat(reported) if reported else None,
         )
 
     @property
