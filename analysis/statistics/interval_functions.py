@@ -107,10 +107,19 @@ def _random_top_share(bins: Sequence[Mapping[str, int]], top: float) -> float:
 
 def _on_lists(bounds: Bounds) -> Callable[[pa.ListArray], pa.StructArray]:
     # DuckDB counts the parameters of a function and evaluates its annotations; a lambda has no annotations.
-    return lambda lists: _estimates(lists, bounds)
+    return lambda lists: estimates(lists, bounds)
 
 
-def _estimates(lists: pa.ListArray, bounds: Bounds) -> pa.StructArray:
+def random_top_shares(bins: pa.ListArray, tops: pa.Array) -> pa.Array:
+    """Return ``random_top_share`` of each list, for an engine that calls functions with columns."""
+    import pyarrow as pa
+
+    shares = [_random_top_share(*row) for row in zip(bins.to_pylist(), tops.to_pylist(), strict=True)]
+    return pa.array(shares, pa.float64())
+
+
+def estimates(lists: pa.ListArray, bounds: Bounds) -> pa.StructArray:
+    """Return the estimate of each list of ``step_prompt``, as a struct of value, low, and high."""
     import pyarrow as pa
 
     lists = lists.combine_chunks() if isinstance(lists, pa.ChunkedArray) else lists
