@@ -51,7 +51,7 @@ CONTAINERS = {exp.DType.ARRAY, exp.DType.LIST, exp.DType.MAP}
 JOINS = {"", "INNER", "CROSS", "OUTER", "SEMI", "ANTI"}
 
 
-def check(tree: exp.Expression, tables: Collection[str], functions: Collection[str]) -> None:
+def check(tree: exp.Expr, tables: Collection[str], functions: Collection[str]) -> None:
     """Check that a parsed query uses only what this module lists.
 
     Args:
@@ -83,17 +83,17 @@ def _check_table(node: exp.Table, tables: Collection[str]) -> None:
         raise InputError(f'sql: "{name}" is not a table of the trace, and Spark reads no file{nearest(name, tables)}')
 
 
-def _ctes_around(node: exp.Expression) -> Iterator[str]:
+def _ctes_around(node: exp.Expr) -> Iterator[str]:
     """Yield the names of the common table expressions that a table in a query may refer to, in lower case."""
     while node := node.parent:  # pyright: ignore[reportAssignmentType]
         yield from (cte.alias.lower() for cte in getattr(node.args.get("with_"), "expressions", ()))
 
 
-def _is_source(node: exp.Expression) -> bool:
+def _is_source(node: exp.Expr) -> bool:
     return isinstance(node.parent, exp.Table)
 
 
-def _variant(node: exp.Expression) -> str | None:
+def _variant(node: exp.Expr) -> str | None:
     """Return the name of a variant of accepted syntax that Spark lacks or understands differently."""
     match node:
         case exp.Join() if node.method or node.kind not in JOINS:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 # Settings of a session that entrace starts; PYSPARK_SUBMIT_ARGS and an active session go before them.
-STARTED = {
+STARTED: dict[str, Any] = {
     "spark.app.name": "entrace",
     "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}",
     "spark.ui.enabled": "false",
@@ -194,7 +194,7 @@ class SparkEngine:
 
         estimate = "value double, low double, high double"
         functions: dict[str, tuple[Callable[..., Any], str]] = {
-            name: (partial(interval_functions.estimates, bounds=bounds), estimate)
+            name: (partial(interval_functions.estimates_of_prompts, bounds=bounds), estimate)
             for name, bounds in interval_functions.BOUNDS.items()
         }
         functions["random_top_share"] = interval_functions.random_top_shares, "double"
@@ -224,7 +224,7 @@ def _start() -> SparkSession:
         except (PySparkException, RuntimeError) as error:
             raise InputError(f"spark: Spark did not start ({_reason(error)}); it needs Java 17 or 21") from None
     context = session.sparkContext
-    if context.master.startswith("local") and "PYSPARK_PYTHON" not in os.environ:
+    if str(context.master).startswith("local") and "PYSPARK_PYTHON" not in os.environ:
         context.pythonExec = sys.executable
     session = session.newSession()
     for name, value in MEANING.items():

@@ -13,6 +13,7 @@ compute different values. ``_RULES`` has one function per kind of expression.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +28,8 @@ from entrace.analysis.spark.allowed import CONTAINERS, TYPES, check
 from entrace.analysis.trace.errors import InputError, in_one_line
 from entrace.analysis.trace.schema import TABLES
 
+# What sqlglot cannot parse is an error here, and needs no warning beside it.
+logging.getLogger("sqlglot").setLevel(logging.ERROR)
 LARGEST_INT = 2**31 - 1
 REALS = ("float", "double")
 # Columns that hold lists; a type is known only to the engines.
@@ -52,9 +55,9 @@ class Shared:
         tables: Parameters and query of each table macro, by name.
     """
 
-    views: dict[str, exp.Expression]
-    scalars: dict[str, tuple[list[str], exp.Expression]]
-    tables: dict[str, tuple[list[str], exp.Expression]]
+    views: dict[str, exp.Expr]
+    scalars: dict[str, tuple[list[str], exp.Expr]]
+    tables: dict[str, tuple[list[str], exp.Expr]]
 
 
 @cache
@@ -105,12 +108,12 @@ def translate_view(name: str) -> str:
     return _to_spark(shared().views[name], {})
 
 
-def _parse(text: str) -> list[exp.Expression]:
+def _parse(text: str) -> list[exp.Expr]:
     # A comment after the last semicolon counts as a statement.
     return [found for found in parse(text, read=_DuckDB) if found and not isinstance(found, exp.Semicolon)]
 
 
-def _to_spark(tree: exp.Expression, params: Mapping[str, Any]) -> str:
+def _to_spark(tree: exp.Expr, params: Mapping[str, Any]) -> str:
     # A root can be replaced only inside another expression.
     root = exp.Tuple(expressions=[tree.copy()])
     _inline(root)
@@ -124,7 +127,7 @@ def _to_spark(tree: exp.Expression, params: Mapping[str, Any]) -> str:
     return query.sql(dialect="spark", identify=True, comments=False, unsupported_level=ErrorLevel.RAISE)
 
 
-def _inline(root: exp.Expression) -> None:
+def _inline(root: exp.Expr) -> None:
     """Replace every call of a macro by its body, also inside bodies."""
     macros = shared()
     while calls := [n for n in root.find_all(exp.Anonymous) if n.name.lower() in macros.scalars.keys() | macros.tables]:
@@ -141,7 +144,7 @@ def _inline(root: exp.Expression) -> None:
                 source.replace(exp.Subquery(this=body, alias=alias.copy(), joins=joins))
 
 
-def _body(names: list[str], body: exp.Expression, arguments: list[exp.Expression]) -> exp.Expression:
+def _body(names: list[str], body: exp.Expr, arguments: list[exp.Expr]) -> exp.Expr:
     root = exp.Tuple(expressions=[body.copy()])
     given = dict(zip(names, arguments, strict=True))
     for column in [c for c in root.find_all(exp.Column) if not c.table and c.name in given]:
@@ -149,7 +152,7 @@ def _body(names: list[str], body: exp.Expression, arguments: list[exp.Expression
     return root.expressions[0]
 
 
-def _literal(name: str, value: Any) -> exp.Expression:
+def _literal(name: str, value: Any) -> exp.Expr:
     match value:
         case None:
             return exp.null()
@@ -170,11 +173,11 @@ def _literal(name: str, value: Any) -> exp.Expression:
     raise InputError(f"{name}: expected a number, text, or a list of them on Spark, found {type(value).__name__}")
 
 
-def _cast(value: exp.Expression, kind: str) -> exp.Cast:
+def _cast(value: exp.Expr, kind: str) -> exp.Cast:
     return exp.Cast(this=value, to=exp.DataType.build(kind, dialect="spark"))
 
 
-def _integer(value: int) -> exp.Expression:
+def _integer(value: int) -> exp.Expr:
     return exp.Literal.number(value) if abs(value) <= LARGEST_INT else _cast(exp.Literal.string(str(value)), "BIGINT")
 
 
@@ -182,16 +185,16 @@ def _double(text: str) -> exp.Cast:
     return _cast(exp.Literal.string(text), "DOUBLE")
 
 
-def _type_in(value: exp.Expression, kinds: Collection[str]) -> exp.Expression:
+def _type_in(value: exp.Expr, kinds: Collection[str]) -> exp.Expr:
     """Return a test of a type, which Spark evaluates before it reads a row."""
     return exp.func("TYPEOF", value.copy()).isin(*map(exp.Literal.string, kinds))
 
 
-def _if(condition: exp.Expression, then: exp.Expression, otherwise: exp.Expression) -> exp.If:
+def _if(condition: exp.Expr, then: exp.Expr, otherwise: exp.Expr) -> exp.If:
     return exp.If(this=condition, true=then, false=otherwise)
 
 
-def _bare(value: exp.Expression) -> exp.Expression:
+def _bare(value: exp.Expr) -> exp.Expr:
     while isinstance(value, exp.Paren | exp.Neg):
         value = value.this
     return value
@@ -249,11 +252,13 @@ def _rounding_cast(node: exp.Cast) -> None:
         node.set("to", exp.DataType.build(TYPES[kind], dialect="spark"))
     if kind in exp.DataType.INTEGER_TYPES and not _is_integer(_bare(node.this)):
         rounded = node.copy()
-        rounded.set("this", exp.func("RINT", _cast(node.this.copy(), "DOUBLE")))
+        # Halves of doubles go to the even integer, and those of decimals away from zero.
+        name = "ROUND" if _bare(node.this).meta.get("is_decimal") else "RINT"
+        rounded.set("this", exp.Anonymous(this=name, expressions=[_cast(node.this.copy(), "DOUBLE")]))
         node.replace(_if(_type_in(node.this, REALS), rounded, node.copy()))
 
 
-def _is_integer(value: exp.Expression) -> bool:
+def _is_integer(value: exp.Expr) -> bool:
     if isinstance(value, exp.Coalesce):
         return all(map(_is_integer, [value.this, *value.expressions]))
     return isinstance(value, exp.Literal | exp.Null | exp.Floor | exp.Ceil | exp.Predicate | exp.Count)
@@ -273,7 +278,7 @@ def _series(node: exp.GenerateSeries) -> None:
         node.replace(values)
 
 
-def _exploded(source: exp.Expression, values: exp.Expression, name: str) -> None:
+def _exploded(source: exp.Expr, values: exp.Expr, name: str) -> None:
     """Replace a source of rows by a subquery with one row per item of a list."""
     alias = source.args.get("alias") or exp.TableAlias(this=exp.to_identifier(name))
     column = alias.columns[0] if alias.columns else exp.to_identifier(name)
@@ -310,8 +315,8 @@ def _element(node: exp.Anonymous) -> None:
 
 
 def _hash(node: exp.Anonymous) -> None:
-    # Only equality of hashes matters to the macros.
-    node.set("this", "XXHASH64")
+    # The functions of intervals compute DuckDB's hash.
+    node.replace(node.expressions[0].copy())
 
 
 def _isfinite(node: exp.Anonymous) -> None:
@@ -328,7 +333,7 @@ def _product(node: exp.Anonymous) -> None:
 
 
 def _quantile(node: exp.PercentileCont) -> None:
-    def finish(found: exp.Expression) -> exp.Expression:
+    def finish(found: exp.Expr) -> exp.Expr:
         # DuckDB interpolates floats to a float. The minimum has the type of the values.
         twin = exp.Paren(this=found.copy())
         for percentile in [n for n in twin.find_all(exp.Anonymous) if n.name == name]:
@@ -362,7 +367,7 @@ def _list(node: exp.ArrayAgg) -> None:
     item = exp.Lambda(this=exp.Dot(this=exp.to_identifier("row"), expression=exp.to_identifier("value")))
     item.set("expressions", [exp.to_identifier("row")])
 
-    def finish(found: exp.Expression) -> exp.Expression:
+    def finish(found: exp.Expr) -> exp.Expr:
         found = exp.Anonymous(this="ARRAY_SORT", expressions=[found]) if keys else found
         values = exp.Transform(this=found, expression=item)
         return exp.func("NULLIF", values, exp.Array(expressions=[]))
@@ -370,7 +375,7 @@ def _list(node: exp.ArrayAgg) -> None:
     _outer(node, exp.Anonymous(this="COLLECT_LIST", expressions=[rows]), finish)
 
 
-def _outer(node: exp.Expression, value: exp.Expression, finish: Callable[[exp.Expression], exp.Expression]) -> None:
+def _outer(node: exp.Expr, value: exp.Expr, finish: Callable[[exp.Expr], exp.Expr]) -> None:
     """Replace an aggregate, and apply a function to the whole, with the FILTER and OVER that follow it."""
     outer = node
     while isinstance(outer.parent, exp.Filter | exp.Window) and outer.arg_key == "this":
