@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup study test test-slow test-trl test-verl check vendor pictures docs bench bench-gpu bench-queries bench-output bench-integrity bench-trl bench-view calibrate chaos clean
+.PHONY: help setup study test test-slow test-trl test-verl test-spark check vendor pictures docs bench bench-gpu bench-queries bench-output bench-integrity bench-trl bench-view calibrate chaos clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -46,6 +46,16 @@ test-trl: $(READY)  ## live capture with the minor versions of TRL before the ne
 
 test-verl: .venv-verl/.ready  ## live capture with verl, Ray, and TransferQueue on a CPU, in .venv-verl; minutes
 	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/trainer/test_verl.py
+
+.venv-spark/.ready: pyproject.toml constraints.txt tests/requirements-spark.txt
+	$(PYTHON) -m venv .venv-spark
+	.venv-spark/bin/python -m pip install --quiet --constraint constraints.txt pip setuptools wheel hatchling editables
+	.venv-spark/bin/python -m pip install --quiet --no-build-isolation --constraint constraints.txt \
+		--editable . --requirement tests/requirements-spark.txt
+	@touch $@
+
+test-spark: .venv-spark/.ready  ## SQL on Spark against DuckDB, in .venv-spark, with Java 17 or 21; minutes
+	OMP_NUM_THREADS=1 .venv-spark/bin/python -m pytest tests/analysis/test_spark.py
 
 check: $(READY)  ## lint, format, types, style, and SQL
 	$(BIN)/ruff check .
@@ -102,4 +112,4 @@ chaos: $(READY)  ## faults of every kind, 1,800 times, each compared with a run 
 	$(BIN)/python -m tests.chaos.chaos --out reports/chaos.json
 
 clean:           ## remove the virtual environment and caches; runs and reports stay
-	rm -rf $(VENV) .venv-bench .venv-verl .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-bench .venv-spark .venv-verl .pytest_cache .ruff_cache .hypothesis

@@ -93,6 +93,9 @@ def sql(
         float | None,
         typer.Option(metavar="SECONDS", help="Most seconds of computing; 0 for no limit (default 600)."),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help="Engine that computes: duckdb, or spark for a cluster.")
+    ] = "duckdb",
 ) -> None:
     """Run one read-only SQL query over the tables of the trace, plus the tables runs and stages.
 
@@ -133,7 +136,7 @@ def sql(
             if given
             else 'sql: expected RUN... "QUERY", RUN... --question NAME, or --list'
         )
-    opened = open_runs(paths, questions=questions)
+    opened = open_runs(paths, questions=questions, engine=engine)
     text = _read_text(file) if file else text
     params = _parse_params([*(param or []), *settings], text)
     with QueryProgress() as progress:

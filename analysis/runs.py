@@ -27,8 +27,9 @@ from entrace.analysis.sandbox.connection import (
     spill_folder,
 )
 from entrace.analysis.sandbox.process import LimitError, Limits, QueryProcess, ReadError
-from entrace.analysis.sandbox.statements import one_line, parameter_names
+from entrace.analysis.sandbox.statements import columns_of, one_line, parameter_names
 from entrace.analysis.sandbox.worker import Query
+from entrace.analysis.spark.engine import SparkEngine
 from entrace.analysis.terminal.interrupt import interruptible
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.errors import InputError, fault_of, in_one_line, nearest, reason_of
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
     from entrace.analysis.statistics.stages import StageFit
 
+ENGINES = ("duckdb", "spark")
 DEFAULT_BASELINE = "none"
 # Columns of the runs and of the trace that hold text.
 TEXT_COLUMNS = {name for name, kind in RUNS_COLUMNS.items() if kind == "varchar"}
@@ -63,6 +65,8 @@ BUFFERS = 1500 << 20
 GAPS_SHOWN = 3
 # Most values of a column that the note on an empty result lists.
 VALUES_SHOWN = 5
+# Most rows of a part of an answer of Spark, which arrives as a whole.
+PART_ROWS = 1 << 16
 
 
 def open_runs(
@@ -71,6 +75,7 @@ def open_runs(
     questions: str | Path | None = None,
     verify: bool = False,
     buffers: int = BUFFERS,
+    engine: str = "duckdb",
 ) -> Runs:
     """Open one or more traces for reading, up to their last durable step.
 
@@ -80,14 +85,17 @@ def open_runs(
         verify: Check every byte of every file first, as ``entrace verify`` does. Without it, damage inside large files
             is not seen.
         buffers: Bytes for DuckDB in this process, which answers the shipped questions; the excess is spilled to disk.
+        engine: ``"duckdb"``, or ``"spark"`` to compute every answer on Spark, which the extra ``spark`` installs.
 
     Returns:
         The runs, including failed runs and runs without data.
 
     Raises:
         InputError: a path is not a trace, has an unreadable schema version, lacks a column, or holds a damaged file;
-            or a file in ``questions`` is malformed.
+            a file in ``questions`` is malformed; or the engine is unknown or cannot start.
     """
+    if engine not in ENGINES:
+        raise InputError(f'engine: unknown engine "{engine}"{nearest(str(engine), ENGINES)}')
     folders = find_run_folders([paths] if isinstance(paths, str | Path) else paths)
     manifests: dict[str, dict[str, Any]] = {}
     files: dict[str, dict[str, Layout]] = {name: {} for name in TABLES}
@@ -114,7 +122,7 @@ def open_runs(
             damage = f"{digests.DIGESTS} is damaged; see entrace verify {folder}" if recorded.damage else None
             notes[run_id] = "; ".join(filter(None, [progress, damage]))
     asked = BUILT_IN if questions is None else Questions(Path(questions).resolve())
-    return Runs(manifests, files, notes, asked, buffers)
+    return Runs(manifests, files, notes, asked, buffers, SparkEngine(manifests, files) if engine == "spark" else None)
 
 
 class Runs:
@@ -133,8 +141,12 @@ class Runs:
         notes: dict[str, str | None],
         questions: Questions = BUILT_IN,
         buffers: int = BUFFERS,
+        spark: SparkEngine | None = None,
     ) -> None:
-        """Connect DuckDB to ``files``: the layout of each Parquet file of all runs, by table and path."""
+        """Connect DuckDB to ``files``: the layout of each Parquet file of all runs, by table and path.
+
+        With ``spark``, DuckDB only checks queries and names the types of their columns.
+        """
         self.manifests = manifests
         self.questions = questions
         self.notes = {run_id: note for run_id, note in notes.items() if note}
@@ -145,6 +157,7 @@ class Runs:
         self._finite: set[str] = set()
         self._files = files
         self._columns: dict[str, dict[str, set[str]]] = {}
+        self._spark = spark
         self._spill = spill_folder()
         # The connection has one transaction at a time.
         self._connected = threading.RLock()
@@ -245,10 +258,8 @@ class Runs:
         """
         given = self._prepare(text, params or {})
         with self._connected:
-            for name in queries.computed_tables_in(text) - self._filled:
-                self._filled.add(name)
-                fill(self._con, name, self._compute(name))
-            if queries.needs_kept(text):
+            self._fill_computed(text)
+            if queries.needs_kept(text) and not self._spark:
                 self._keep(self.manifests if given.get("runs") is None else given["runs"])
             return self._run(text, given)
 
@@ -272,6 +283,8 @@ class Runs:
         for process in list(self._processes):
             process.close()
         self._con.interrupt()
+        if self._spark:
+            self._spark.stop()
 
     def view(self, height: int = 800) -> Any:
         """Return the viewer (``entrace view``) as a frame that a notebook displays, ``height`` pixels high.
@@ -441,6 +454,15 @@ class Runs:
             append(self._con, KEPT, found.to_dict(as_series=False))
             self._binned.update(missing)
 
+    def _fill_computed(self, text: str) -> None:
+        """Fill the tables of ``queries.COMPUTED`` that a query reads first."""
+        for name in queries.computed_tables_in(text) - self._filled:
+            self._filled.add(name)
+            rows = self._compute(name)
+            fill(self._con, name, rows)
+            if self._spark:
+                self._spark.fill(name, rows)
+
     def _select(self, text: str, params: dict[str, Any]) -> pl.DataFrame:
         self._check_tables(text)
         return self._run(text, params)
@@ -521,7 +543,28 @@ class Runs:
         on_progress: Callable[[float], None] | None = None,
         reader: int | None = None,
     ) -> Iterator[pl.DataFrame]:
-        """Let the process of the user's queries answer one, and yield its rows as they arrive."""
+        """Let Spark or the process of the user's queries answer one, and yield its rows as they arrive."""
+        if not self._spark:
+            yield from self._send_to_process(query, limits, on_progress, reader)
+            return
+        with self._connected:
+            self._fill_computed(query.text)
+
+        def columns() -> pl.DataFrame:
+            [frame] = self._send_to_process(Query(columns_of(query.text), query.params, {}), limits)
+            return frame
+
+        frame = self._ask_spark(query.text, query.params, columns, limits, on_progress)
+        yield frame.clear()
+        yield from frame.iter_slices(PART_ROWS)
+
+    def _send_to_process(
+        self,
+        query: Query,
+        limits: Limits,
+        on_progress: Callable[[float], None] | None = None,
+        reader: int | None = None,
+    ) -> Iterator[pl.DataFrame]:
         import polars as pl
 
         # Several answers may be read at once, possibly by several threads; each needs its own process.
@@ -545,7 +588,27 @@ class Runs:
                 self._idle.append(process)
 
     def _run(self, text: str, params: dict[str, Any]) -> pl.DataFrame:
-        """Run a query of our own in this process."""
+        """Run a query of our own in this process, or on Spark."""
+        if not self._spark:
+            return self._run_here(text, params)
+        return self._ask_spark(text, params, lambda: self._run_here(columns_of(text), params), Limits(timeout=0))
+
+    def _ask_spark(
+        self,
+        text: str,
+        params: Mapping[str, Any],
+        columns: Callable[[], pl.DataFrame],
+        limits: Limits,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> pl.DataFrame:
+        assert self._spark
+        try:
+            return self._spark.answer(text, params, columns, limits, on_progress)
+        except ReadError as error:
+            self._explain(Exception(str(error)), text)
+            raise
+
+    def _run_here(self, text: str, params: Mapping[str, Any]) -> pl.DataFrame:
         import duckdb
         import polars as pl
 

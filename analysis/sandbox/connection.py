@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from entrace.analysis.statistics import interval_functions
 from entrace.analysis.trace.errors import TEMPORARY, InputError
 from entrace.analysis.trace.parts import Layout
 from entrace.analysis.trace.places import forms_of, storages_of
-from entrace.analysis.trace.schema import RESPONSE_TOKENS, SCHEMA_VERSION, TABLES, TOKENS, Table
+from entrace.analysis.trace.schema import RESPONSE_TOKENS, SCHEMA_VERSION, TABLES, TOKENS, Column, Table
 
 if TYPE_CHECKING:
     import duckdb
@@ -125,16 +125,14 @@ def connect(
     )
     for storage in storages_of(path for found in files.values() for path in found).values():
         con.register_filesystem(storage)
-    # The view of tokens of schema version 1 reads the view of rollouts, which must exist first.
-    for name in reversed(TABLES):
-        _create_view(con, TABLES[name], files[name])
+    try:
+        for name, text in view_queries(files, _read_parquet):
+            con.execute(f"create view {name} as {text}")
+    except duckdb.Error as error:
+        raise InputError(one_line(error)) from None
     for name, columns in BESIDE_TRACE.items():
         con.execute(f"create table {name} ({', '.join(f'{column} {kind}' for column, kind in columns.items())})")
-    rows = [
-        tuple(_scalar({**manifest, "run_id": run_id}.get(name)) for name in RUNS_COLUMNS)
-        for run_id, manifest in manifests.items()
-    ]
-    fill(con, "runs", rows)
+    fill(con, "runs", rows_of_runs(manifests))
     interval_functions.register(con)
     for text in queries.staging():
         con.execute(text)
@@ -149,6 +147,14 @@ def connect(
     con.execute("set enable_external_access = false")
     con.execute("set lock_configuration = true")
     return con
+
+
+def rows_of_runs(manifests: Mapping[str, Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """Return the rows of the table ``runs``."""
+    return [
+        tuple(_scalar({**manifest, "run_id": run_id}.get(name)) for name in RUNS_COLUMNS)
+        for run_id, manifest in manifests.items()
+    ]
 
 
 def fill(con: duckdb.DuckDBPyConnection, name: str, rows: Sequence[tuple[Any, ...]]) -> None:
@@ -167,46 +173,61 @@ def append(con: duckdb.DuckDBPyConnection, name: str, columns: Mapping[str, Any]
     con.unregister("appended")
 
 
-def _create_view(con: duckdb.DuckDBPyConnection, table: Table, files: Mapping[str, Layout]) -> None:
-    import duckdb
+def view_queries(
+    files: Mapping[str, Mapping[str, Layout]], read: Callable[[Table, Layout, list[str]], str]
+) -> Iterator[tuple[str, str]]:
+    """Yield name and query of each view of the trace, in an order in which each reads earlier ones only.
 
-    if not files:
-        columns = ", ".join(f"{column.name} {_sql_type(column.type)}" for column in table.columns)
-        for name in (table.name, RESPONSE_TOKENS) if table is TOKENS else (table.name,):
-            con.execute(f"create table {name} ({columns})")
-        return
-    layouts = sorted(set(files.values()))
-    views = {
-        table.name: [_select(table, layout, [path for path in files if files[path] == layout]) for layout in layouts]
-    }
-    if table is TOKENS:
-        views[RESPONSE_TOKENS] = views[TOKENS.name]
-        views[TOKENS.name] = [
-            f"{source} where loss_mask is not false" if layout.has_context else source
-            for layout, source in zip(layouts, views[RESPONSE_TOKENS], strict=True)
+    Args:
+        files: As for ``connect``.
+        read: Returns the source of rows that FROM names for files of a table with one layout.
+    """
+    # The view of tokens of schema version 1 reads the view of rollouts, which must exist first.
+    for table in reversed(TABLES.values()):
+        found = files[table.name]
+        layouts = sorted(set(found.values()))
+        sources = [
+            _select(table, layout, read(table, layout, [path for path in found if found[path] == layout]))
+            for layout in layouts
         ]
-    try:
-        for name, sources in views.items():
-            con.execute(f"create view {name} as {' union all '.join(sources)}")
-    except duckdb.Error as error:
-        raise InputError(one_line(error)) from None
+        nothing = f"select {', '.join(f'{_null(column)} as {column.name}' for column in table.columns)} where false"
+        if table is TOKENS:
+            yield RESPONSE_TOKENS, " union all ".join(sources) or nothing
+            sources = [
+                f"{source} where loss_mask is not false" if layout.has_context else source
+                for layout, source in zip(layouts, sources, strict=True)
+            ]
+        yield table.name, " union all ".join(sources) or nothing
 
 
-def _select(table: Table, layout: Layout, files: list[str]) -> str:
-    """Return a SELECT of all columns of ``table`` from files of one layout."""
-    paths = ", ".join(quote(_pattern(path)) for path in files)
-    stored = [column.name for column in table.columns if column.name not in layout.absent]
-    source = f"(select {', '.join(stored)} from read_parquet([{paths}], hive_partitioning = false))"
+def _read_parquet(table: Table, layout: Layout, paths: list[str]) -> str:
+    patterns = ", ".join(quote(_pattern(path)) for path in paths)
+    return f"read_parquet([{patterns}], hive_partitioning = false)"
+
+
+def stored_columns(table: Table, layout: Layout) -> list[str]:
+    """Return the columns of a table that files of a layout hold."""
+    return [column.name for column in table.columns if column.name not in layout.absent]
+
+
+def _select(table: Table, layout: Layout, source: str) -> str:
+    """Return a SELECT of all columns of ``table`` from a source of one layout."""
+    stored = stored_columns(table, layout)
+    source = f"(select {', '.join(stored)} from {source})"
     if layout.version < SCHEMA_VERSION and table.name in DERIVED:
         name, derived = DERIVED[table.name]
         source = derived.format(source=source)
         stored.append(name)
     columns = []
     for column in table.columns:
-        value = column.name if column.name in stored else f"null::{_sql_type(column.type)}"
+        value = column.name if column.name in stored else _null(column)
         default = DEFAULTS.get((table.name, column.name))
         columns.append(f"{f'coalesce({value}, {default})' if default else value} as {column.name}")
     return f"select {', '.join(columns)} from {source}"
+
+
+def _null(column: Column) -> str:
+    return f"null::{_sql_type(column.type)}"
 
 
 def _sql_type(kind: pa.DataType) -> str:

@@ -51,6 +51,11 @@ def _is_pivot(text: str) -> bool:
     return True
 
 
+def columns_of(text: str) -> str:
+    """Return a query for the columns of another one, without its rows."""
+    return f"select * from ({FINAL_SEMICOLON.sub('', text)}\n) limit 0"
+
+
 def one_line(error: Exception) -> str:
     """Return an error of DuckDB without the position in the text."""
     if quoted := quoted_input_error(error):

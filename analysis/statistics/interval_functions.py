@@ -107,10 +107,37 @@ def _random_top_share(bins: Sequence[Mapping[str, int]], top: float) -> float:
 
 def _on_lists(bounds: Bounds) -> Callable[[pa.ListArray], pa.StructArray]:
     # DuckDB counts the parameters of a function and evaluates its annotations; a lambda has no annotations.
-    return lambda lists: _estimates(lists, bounds)
+    return lambda lists: estimates(lists, bounds)
 
 
-def _estimates(lists: pa.ListArray, bounds: Bounds) -> pa.StructArray:
+def random_top_shares(bins: pa.ListArray, tops: pa.Array) -> pa.Array:
+    """Return ``random_top_share`` of each list, for an engine that calls functions with columns."""
+    import pyarrow as pa
+
+    shares = [_random_top_share(*row) for row in zip(bins.to_pylist(), tops.to_pylist(), strict=True)]
+    return pa.array(shares, pa.float64())
+
+
+def estimates_of_prompts(lists: pa.ListArray, bounds: Bounds) -> pa.StructArray:
+    """Return ``estimates`` of lists that hold the prompts themselves, for an engine without DuckDB's hash.
+
+    The hash orders the rows, and the order of a sum changes an interval by about 1e-7 of its width.
+    """
+    import duckdb
+    import pyarrow as pa
+
+    step, prompt, total, count = lists.flatten().flatten()
+    with duckdb.connect() as con:
+        hashed = con.from_arrow(pa.table({"prompt": prompt})).project("hash(prompt) as prompt").to_arrow_table()
+    rows = pa.StructArray.from_arrays(
+        [step, hashed["prompt"].combine_chunks(), total, count], ["step", "prompt", "total", "count"]
+    )
+    ends = np.cumsum([0, *lists.value_lengths().fill_null(0).to_pylist()])
+    return estimates(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), rows), bounds)
+
+
+def estimates(lists: pa.ListArray, bounds: Bounds) -> pa.StructArray:
+    """Return the estimate of each list of ``step_prompt``, as a struct of value, low, and high."""
     import pyarrow as pa
 
     lists = lists.combine_chunks() if isinstance(lists, pa.ChunkedArray) else lists

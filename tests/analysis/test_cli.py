@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import polars as pl
@@ -50,6 +51,7 @@ def test_incomplete_runs_are_noted_on_stderr(command, tmp_path: Path):
         (["sql", "RUN", "--file", "nowhere.sql"], "nowhere.sql: no such file"),
         (["sql", "RUN", "select $a", "--param", "a"], "expected NAME=VALUE"),
         (["sql", "RUN", "select $alpha", "--param", "alpa=1"], 'did you mean "alpha"'),
+        (["sql", "RUN", "select 1", "--engine", "sparc"], 'engine: unknown engine "sparc"; did you mean "spark"?'),
         (["tables", "tokenz"], 'unknown table "tokenz"; did you mean "tokens"?'),
         (["report", "RUN", "--out", "FULL"], "holds files other than a report"),
     ],
@@ -65,6 +67,13 @@ def test_bad_input_is_one_line_and_exit_2(command, tiny_path: Path, tmp_path: Pa
     assert err.count("\n") == 1
     assert message in err
     assert [path.name for path in (tmp_path / "FULL").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.skipif(find_spec("pyspark") is not None, reason="pyspark is installed")
+def test_spark_without_its_extra(command, tiny_path: Path):
+    code, out, err = command("sql", str(tiny_path), "select 1", "--engine", "spark")
+    assert (code, out) == (2, b"")
+    assert err == "entrace: spark: pyspark is missing; install it with pip install 'entrace[spark]'\n"
 
 
 def test_other_failures_are_one_line_and_exit_1(command, monkeypatch: pytest.MonkeyPatch, tiny_path: Path):
@@ -278,7 +287,9 @@ def test_whole_package_works_without_training_packages(tiny_path: Path):
     script = f"""
 import pkgutil, sys
 import entrace.analysis, entrace.figures
-modules = [module.name for module in pkgutil.walk_packages(entrace.analysis.__path__, "entrace.analysis.")]
+found = [module.name for module in pkgutil.walk_packages(entrace.analysis.__path__, "entrace.analysis.")]
+# Of the extra spark, only what looks for it is imported without it.
+modules = [name for name in found if not name.endswith((".spark.allowed", ".spark.translation"))]
 assert "entrace.analysis.runs" in modules
 for name in modules:
     __import__(name)

@@ -1,0 +1,1 @@
+"""Answer the same SQL on Spark: translate one DuckDB query at a time, and run it over the same files."""
