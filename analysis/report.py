@@ -8,7 +8,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from entrace.analysis.trace.staging import is_interrupted, staged
 if TYPE_CHECKING:
     import polars as pl
     from markupsafe import Markup
+    from matplotlib.figure import Figure
 
     from entrace.analysis.statistics.stages import StageFit
 
@@ -70,7 +71,7 @@ def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None
     """
     out = to_place(out)
     with reaching(out):
-        check_target(out)
+        check_target(out, PAGE, MARK)
     stems = figures.stems(runs)
     replaces = [f"{stem}.{form}" for stem in stems for form in STAMPS] + list(COMPARED.values())
     with staged(out, last=PAGE, replaces=replaces) as folder:
@@ -89,10 +90,10 @@ def _write_parts(runs: Runs, stems: list[str], out: Path, on_step: Callable[[int
     for done, stem in enumerate(stems, start=3):
         sections.append(_write_section(runs, stem, out, scorecard))
         on_step(done, stem)
-    page = _render(
+    page = render(
+        "report.html.jinja",
         mark=MARK,
-        **_script(),
-        title=_title(runs),
+        title=f"entrace report: {_title(runs)}",
         num_runs=len(runs.manifests),
         comparison=comparison,
         provenance=_provenance(runs),
@@ -109,19 +110,25 @@ def num_parts(runs: Runs) -> int:
     return len(figures.stems(runs)) + 3
 
 
-def check_target(out: Path) -> None:
+def check_target(out: Path, page: str = PAGE, mark: str = MARK) -> None:
     """Refuse a target that holds something other than a report, or an unfinished one.
+
+    Args:
+        out: The folder.
+        page: Name of the page of an earlier report.
+        mark: Text that the page holds.
 
     Raises:
         InputError: ``out`` is a file, or a folder with other files.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; --out must name a folder")
-    page = out / PAGE
+    found = out / page
     if is_interrupted(out):
         return
-    if out.exists() and any(out.iterdir()) and not (page.is_file() and MARK.encode() in page.read_bytes()):
-        raise InputError(f"{out}: holds files other than a report; choose a new or an empty folder")
+    if out.exists() and any(out.iterdir()) and not (found.is_file() and mark.encode() in found.read_bytes()):
+        kind = "a report" if page == PAGE else f"an {Path(page).stem}"
+        raise InputError(f"{out}: holds files other than {kind}; choose a new or an empty folder")
 
 
 def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +138,7 @@ def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) 
     image = None
     if figures.is_drawable(frame):
         # Sums over threads differ in their last digits, and equal data must give equal bytes.
-        for form, data in _draw(runs, stem, to_csv_digits(frame)).items():
+        for form, data in picture_files(figures.drawn(runs, stem, to_csv_digits(frame))).items():
             (out / f"{stem}.{form}").write_bytes(data)
             image = base64.b64encode(data).decode() if form == "png" else image
     text = runs.questions.read(stem)
@@ -147,12 +154,12 @@ def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) 
     }
 
 
-def _draw(runs: Runs, stem: str, frame: pl.DataFrame) -> dict[str, bytes]:
-    """Return the bytes of one figure in each format."""
+def picture_files(drawn: AbstractContextManager[Figure]) -> dict[str, bytes]:
+    """Return the bytes of one figure in each format; ``drawn`` yields it as ``figures.drawn`` does."""
     import matplotlib as mpl
 
     files = {}
-    with figures.drawn(runs, stem, frame) as figure, _without_layout_tables():
+    with drawn as figure, _without_layout_tables():
         # All formats have the layout of the picture: a layout takes as long as a drawing.
         figure.draw_without_rendering()
         mpl.rcParams["figure.constrained_layout.use"] = False
@@ -288,7 +295,8 @@ def _script() -> dict[str, str]:
     return {"script": text, "script_hash": base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}
 
 
-def _render(**content: Any) -> str:
+def render(template: str, **content: Any) -> str:
+    """Return a page with the style and the script of all pages."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -300,7 +308,7 @@ def _render(**content: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": _number, "pairs": _pairs, "source": _source}
-    return environment.get_template("report.html.jinja").render(few=FEW, **content)
+    return environment.get_template(template).render(few=FEW, **_script(), **content)
 
 
 def _cell(value: Any) -> Any:

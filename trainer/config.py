@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from entrace.analysis.trace.sampling import TokenSampling
+from entrace.trainer.algorithm.method import find_method
 from entrace.trainer.algorithm.objectives import LossConfig
-from entrace.trainer.algorithm.shaping import ShapingConfig
+from entrace.trainer.algorithm.shaping import ShapingConfig, find_replacement
 from entrace.trainer.resources import EMBEDDED, resolve_config
 from entrace.trainer.settings import (
     BaseConfig,
@@ -226,6 +227,22 @@ class Config(BaseConfig):
     def _batch_can_be_cut(self) -> Config:
         if self.optim.mini_batches > self.rollout.prompts_per_step:
             raise ValueError("optim.mini_batches must not exceed rollout.prompts_per_step")
+        return self
+
+    @model_validator(mode="after")
+    def _shaping_has_an_effect(self) -> Config:
+        replaced_by = find_replacement(self.shaping)
+        if replaced_by and not self.loss.normalize_std:
+            raise ValueError(
+                f"loss.normalize_std: has no effect with shaping.method {replaced_by}, which replaces the advantage; "
+                "leave it out"
+            )
+        k, group_size = find_method("pass_at_k", "shaping").parameters(self.shaping)["k"], self.rollout.group_size
+        if replaced_by == "pass_at_k" and k >= group_size:
+            raise ValueError(
+                f"shaping.pass_at_k.k: every advantage is 0 unless it is below rollout.group_size; found {k}, "
+                f"and a group size of {group_size}"
+            )
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -188,7 +188,7 @@ class Learner:
     def _places_with_gradient(self, objective: Objective) -> Tensor:
         """Return the positions of responses that can have a gradient; all of them if the loss has other terms."""
         config = self.config.loss
-        if config.kl_coef or config.entropy_coef:
+        if config.kl_coef or config.entropy_coef or objective.weights.entropy_coef:
             return torch.nonzero(objective.mask.any(1)).squeeze(1)
         places = torch.nonzero(objective.has_gradient).squeeze(1)
         # If there is none, one response gives a gradient of 0, with which weight decay and moments continue.
@@ -199,9 +199,10 @@ class Learner:
         config, chosen = self.config.loss, rows[micro]
         stats = self._token_stats(self.policy, rollouts, chosen)
         log_ratio = stats.logprob - objective.take(rollouts.old_logprobs[rows], micro).to(self.policy.device)
-        result = objective.evaluate(log_ratio, micro)
+        result = objective.evaluate(log_ratio, micro, stats.entropy.detach())
         token_scale = objective.take(objective.token_scale, micro).to(self.policy.device)
-        loss = (result.loss - config.entropy_coef * token_scale * stats.entropy).sum()
+        entropy_coef = config.entropy_coef + (objective.weights.entropy_coef or 0.0)
+        loss = (result.loss - entropy_coef * token_scale * stats.entropy).sum()
         kl = torch.zeros_like(loss.detach())
         if self.reference:
             with torch.no_grad():
@@ -233,19 +234,29 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     return optim.lr * {"constant": 1.0, "linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2}[optim.schedule]
 
 
-def make_objectives(config: Config, batch: Batch, advantages: Tensor, step: int) -> Iterator[tuple[Tensor, Objective]]:
-    """Yield the rows of each mini-batch of a step and its objective, sum_t c_t (w_t L_t + v_t |ln rho_t|).
+def make_objectives(
+    config: Config, batch: Batch, advantages: Tensor, step: int, past_entropy: Sequence[float] = ()
+) -> list[tuple[Tensor, Objective]]:
+    """Return the rows of each mini-batch of a step and its objective, sum_t c_t (w_t L_t + v_t |ln rho_t|).
+
+    A method with several objectives per mini-batch takes all mini-batches with the first, then all with the second.
 
     Args:
         config: Its ``loss`` chooses w, v, and c; see ``algorithm.objectives``.
         batch: The step's responses.
         advantages: Shaped advantages, (B, T).
         step: Current step, from 1; decides the order of mini-batches and the random numbers of methods that draw.
+        past_entropy: Mean token entropy of each earlier step, nats.
     """
     view = view_rollouts(batch, config.seed, Stream.LOSS, step)
-    view = replace(view, response_mask=view.response_mask & batch.is_kept[:, None])
-    for rows in mini_batches(config, batch, step):
-        yield rows, Objective.of(config.loss, advantages[rows], view.take(rows), config.rollout.max_response_tokens)
+    mask = view.response_mask & batch.is_kept[:, None]
+    view = replace(view, response_mask=mask, past_entropy=tuple(past_entropy))
+    longest = config.rollout.max_response_tokens
+    built = [
+        [(rows, objective) for objective in Objective.of(config.loss, advantages[rows], view.take(rows), longest)]
+        for rows in mini_batches(config, batch, step)
+    ]
+    return [pair for of_pass in zip(*built, strict=True) for pair in of_pass]
 
 
 def mini_batches(config: Config, batch: Batch, step: int) -> Iterator[Tensor]:

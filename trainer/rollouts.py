@@ -77,6 +77,7 @@ def view_rollouts(batch: Batch, seed: int, stream: Stream, step: int) -> Rollout
         torch.tensor([bool(score.is_correct) for score in batch.scores]),
         rollouts.response_mask,
         batch.group_ids,
+        torch.where(batch.has_verdict, batch.rewards + batch.length_penalties, torch.nan),
         generator(seed, stream, step),
     )
 

@@ -114,7 +114,7 @@ def _run_steps(
         advantages = batch.advantages[:, None].expand_as(batch.rollouts.response_mask)
         rollouts = view_rollouts(batch, config.seed, Stream.SHAPING, step)
         shaped, is_shaped = shape(advantages, rollouts, config.shaping, step, plateau.plateau_step)
-        objectives = make_objectives(config, batch, shaped, step)
+        objectives = make_objectives(config, batch, shaped, step, [entropy for entropy, _ in plateau.history])
         started = time.perf_counter()
         metrics = learner.update(batch, objectives, step)
         update_s = time.perf_counter() - started

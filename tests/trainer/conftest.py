@@ -112,4 +112,5 @@ def token_batch() -> tuple[torch.Tensor, RolloutView]:
     groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     advantages = torch.tensor([1.2, -0.7, 0.3, -0.1, 0, 0, 0, 0], dtype=torch.float64)[:, None].expand(8, 6)
     is_correct = torch.tensor([True, False, True, False, True, True, True, True])
-    return advantages, RolloutView(logprobs, entropy, is_correct, mask, groups, np.random.default_rng(1))
+    rewards = is_correct.double()
+    return advantages, RolloutView(logprobs, entropy, is_correct, mask, groups, rewards, np.random.default_rng(1))

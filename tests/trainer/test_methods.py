@@ -25,6 +25,12 @@ ACTIVE = {
     "no_clip_higher": ["optim.epochs=4"],
     "no_overlong_penalty": ["rollout.max_response_tokens=40"],
     "scale_matched": ["shaping.scale_matched.mirrors=weighted_reinforce"],
+    "pass_at_k": ["shaping.pass_at_k.k=2"],
+    "ce_gppo": ["optim.epochs=4"],
+    "cispo": ["optim.epochs=4"],
+    "dcpo": ["optim.epochs=4"],
+    # The entropy of step 1 decides on the bonus of step 2, which step 3 sees.
+    "adaptive_entropy": ["loss.adaptive_entropy.target=9", "loss.adaptive_entropy.initial=0.01", "steps=3"],
 }
 METHODS = list_methods()
 UNCHANGED = {"none", "released_noop"}
@@ -42,6 +48,8 @@ def test_all_methods_are_there():
         *("none", "ppl", "position", "entropy_advantage", "reweighting", "psr", "nsr", "weighted_reinforce"),
         *("no_clip_higher", "no_token_mean", "no_dynamic_sampling", "no_overlong_penalty", "dr_grpo", "gspo"),
         *("entropy_mask", "clip_cov", "kl_cov", "low_ppl_only", "high_ppl_only"),
+        *("quantile_advantage", "pass_at_k", "unlikeliness", "steer", "ce_gppo", "cispo", "dcpo", "erc", "lopti"),
+        "adaptive_entropy",
         *("ppl_high", "ppl_permuted", "position_reversed", "scale_matched", "released_noop"),
     }
 
@@ -64,10 +72,10 @@ def plain(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [*METHODS, "ppl+position"])
 def test_a_method_changes_the_run_unless_it_changes_nothing(name, plain, tmp_path):
-    """Sampled responses of step 1 are those of plain GRPO; those of step 2 come from other weights."""
-    shared = [override for override in ACTIVE.get(name, ()) if override.startswith(("optim.", "rollout."))]
+    """Sampled responses of step 1 are those of plain GRPO; those of the last step come from other weights."""
+    shared = [override for override in ACTIVE.get(name, ()) if override.startswith(("optim.", "rollout.", "steps"))]
     both = plain(*shared), tokens_of(config_of(name), tmp_path / "run")
-    exact = [frame.filter(step=2).select("token_id", "logprob", "shaped_advantage") for frame in both]
+    exact = [frame.filter(step=frame["step"].max()).select("token_id", "logprob", "shaped_advantage") for frame in both]
     assert exact[0].equals(exact[1]) == (name in UNCHANGED)
     first = [frame.filter(step=1).head(1000)["logprob"].to_list() for frame in both]
     if name != "no_overlong_penalty" and name != "no_dynamic_sampling":

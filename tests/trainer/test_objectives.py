@@ -1,10 +1,13 @@
 """Loss-level methods against a loop in float64 and against numbers worked out by hand from the sources' formulas."""
 
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from entrace.trainer.algorithm import objectives
 from entrace.trainer.algorithm.method import REGISTRY, RolloutView
@@ -17,8 +20,8 @@ METHODS = REGISTRY["loss"]
 AGGREGATION_SUMS = ("token_mean", "sequence_mean")
 
 
-def loop_weights(name, advantages, batch):
-    """(w, v, counted) as dictionaries by (row, place), one token at a time."""
+def loop_passes(name, advantages, batch):
+    """Per optimizer step (w, v, counted) as dictionaries by (row, place), one token at a time."""
     places = [(i, t) for i in range(len(advantages)) for t in range(int(batch.response_mask[i].sum()))]
     a = {p: advantages[p].item() for p in places}
     logp = {p: batch.logprobs[p].item() for p in places}
@@ -46,16 +49,45 @@ def loop_weights(name, advantages, batch):
             for i in sorted(rows, key=key.__getitem__)[: math.ceil(0.5 * len(rows))]:
                 counted |= {p for p in places if p[0] == i}
         w = {p: float(p in counted) for p in places}
-    return w, v, counted
+    elif name == "steer":
+        change = released_steer_metric(a, logp, {p: batch.entropy[p].item() for p in places})
+        low, high = min(change.values()), max(change.values())
+        w = {p: 1.2 - (change[p] - low) * 0.4 / (high - low) for p in places}
+    elif name == "lopti":
+        is_low = {p: float(math.exp(logp[p]) < 0.5) for p in places}
+        return [(is_low, v, counted), ({p: 1 - is_low[p] for p in places}, v, counted)]
+    return [(w, v, counted)]
+
+
+def released_steer_metric(a, logp, entropy):
+    """``compute_token_weights`` of STEER at the first update: |A / p_old * p (1 - p) (ln p + H)|."""
+    return {p: abs(a[p] / math.exp(x) * math.exp(x) * (1 - math.exp(x)) * (x + entropy[p])) for p, x in logp.items()}
+
+
+def loop_loss(name, rho, a, p_old, entropy_ratio):
+    """Return L of one token and its slope in ln rho."""
+    low, high = 0.8, 1.28
+    if name == "dcpo":
+        # ``get_clip_low_high`` of the released code.
+        low = (1 + math.sqrt(max(1 - 4 * 0.16 / p_old, 0))) / 2
+        high = min((1 + math.sqrt(1 + 4 * 0.2 / p_old)) / 2, 10)
+    if name == "cispo":
+        return -min(rho, 1.3) * a, -min(rho, 1.3) * a
+    is_low, is_high = rho < low and a < 0, rho > high and a > 0
+    if name == "ce_gppo" and (is_low or is_high):
+        kept = 0.75 * low if is_low else 1.0 * high
+        return -kept * a, -kept * a
+    if name == "erc" and not 0.95 < entropy_ratio < 1.05:
+        return max(-rho * a, -min(max(rho, low), high) * a), 0.0
+    if name != "kl_cov" and (is_low or is_high):
+        return -(low if is_low else high) * a, 0.0
+    return -rho * a, -rho * a
 
 
 CONFIGS = {
-    "grpo": {},
-    "entropy_mask": {},
     "clip_cov": {"clip_cov": {"frac": 0.1, "low": 0.02, "high": 5.0}},
     "kl_cov": {"kl_cov": {"frac": 0.1, "coef": 0.7}},
-    "low_ppl_only": {},
-    "high_ppl_only": {},
+    "cispo": {"cispo": {"cap": 1.3}},
 }
 
 
@@ -74,33 +106,39 @@ def loop_share(aggregation, counted, num_rows):
 @pytest.mark.parametrize("name", METHODS)
 def test_loss_and_gradient_equal_the_loop(name, aggregation, ratio):
     advantages, batch = token_batch()
-    config = LossConfig(method=name, aggregation=aggregation, ratio=ratio, **CONFIGS[name])
-    mask = batch.response_mask
-    moved = (0.5 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)) * mask
-    fast, slow = moved.clone().requires_grad_(), moved.clone().requires_grad_()
+    values = {"method": name, "aggregation": aggregation, "ratio": ratio, **CONFIGS.get(name, {})}
+    if name == "dcpo" and ratio == "sequence":
+        with pytest.raises(ValidationError, match='method dcpo needs "token", found "sequence"'):
+            LossConfig(**values)
+        return
+    config, mask = LossConfig(**values), batch.response_mask
+    generator = torch.Generator().manual_seed(3)
+    moved = (0.5 * torch.randn(mask.shape, generator=generator, dtype=torch.float64)) * mask
+    entropy = batch.entropy * (1 + 0.1 * torch.randn(mask.shape, generator=generator, dtype=torch.float64))
 
-    objective = Objective.of(config, advantages, batch, MAX_TOKENS)
-    # In parts, as micro-batches come, one of them out of order.
-    parts = [torch.tensor([5, 0]), torch.tensor([1, 2, 3, 4]), torch.tensor([6, 7])]
-    found = sum(objective.evaluate(fast[rows][mask[rows]], rows).loss.sum() for rows in parts)
-    found.backward()
-
-    w, v, counted = loop_weights(name, advantages, token_batch()[1])
-    share = loop_share(aggregation, counted, len(mask))
-    wanted = torch.zeros((), dtype=torch.float64)
-    for i, t in w:
-        log_ratio = slow[i, t]
-        if ratio == "sequence":
-            row = slow[i][mask[i]]
-            log_ratio = log_ratio - log_ratio.detach() + row.detach().mean()
-        rho, a = log_ratio.exp(), advantages[i, t].item()
-        clipped = rho.clamp(0.8, 1.28) if name != "kl_cov" else rho
-        loss = w[i, t] * torch.maximum(-rho * a, -clipped * a) + v[i, t] * slow[i, t].abs()
-        wanted = wanted + (share((i, t)) * loss if (i, t) in counted else 0)
-    wanted.backward()
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(fast.grad, slow.grad, rtol=1e-6, atol=1e-7)
-    assert found.abs() > 1e-4
+    objectives = Objective.of(config, advantages, batch, MAX_TOKENS)
+    passes = loop_passes(name, advantages, token_batch()[1])
+    for objective, (w, v, counted) in zip(objectives, passes, strict=True):
+        log_ratio = moved.clone().requires_grad_()
+        # In parts, as micro-batches come, one of them out of order.
+        parts = [torch.tensor([5, 0]), torch.tensor([1, 2, 3, 4]), torch.tensor([6, 7])]
+        found = sum(
+            objective.evaluate(log_ratio[rows][mask[rows]], rows, entropy[rows][mask[rows]]).loss.sum()
+            for rows in parts
+        )
+        found.backward()
+        share = loop_share(aggregation, counted, len(mask))
+        wanted, slopes = 0.0, torch.zeros_like(moved)
+        for i, t in w:
+            own = moved[i][mask[i]].mean() if ratio == "sequence" else moved[i, t]
+            a, p_old = advantages[i, t].item(), batch.logprobs[i, t].exp().item()
+            value, slope = loop_loss(name, own.exp().item(), a, p_old, (entropy[i, t] / batch.entropy[i, t]).item())
+            scale = share((i, t)) if (i, t) in counted else 0
+            wanted += scale * (w[i, t] * value + v[i, t] * abs(moved[i, t].item()))
+            slopes[i, t] = scale * (w[i, t] * slope + v[i, t] * math.copysign(1, moved[i, t].item()))
+        assert found.item() == pytest.approx(wanted, rel=1e-6, abs=1e-7)
+        torch.testing.assert_close(log_ratio.grad, slopes, rtol=1e-6, atol=1e-7)
+        assert abs(wanted) > 1e-4
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -119,11 +157,13 @@ def hand(name="grpo", **config):
         torch.tensor([True, False]),
         torch.tensor([[True, True], [True, False]]),
         torch.tensor([0, 0]),
+        torch.tensor([1.0, 0.0]),
         np.random.default_rng(0),
     )
     advantages = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
-    objective = Objective.of(LossConfig(method=name, **config), advantages, batch, 4)
-    return objective.evaluate(torch.tensor([1.1, 0.9, 1.3]).log(), torch.tensor([0, 1])).loss.sum().item()
+    objectives = Objective.of(LossConfig(method=name, **config), advantages, batch, 4)
+    log_ratio = torch.tensor([1.1, 0.9, 1.3]).log()
+    return sum(objective.evaluate(log_ratio, torch.tensor([0, 1])).loss.sum().item() for objective in objectives)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +189,18 @@ def hand(name="grpo", **config):
         ("kl_cov", {"kl_cov": {"frac": 0.34}}, (-0.7 + math.log(1.3)) / 3),
         ("low_ppl_only", {}, -1.0),
         ("high_ppl_only", {}, 1.3),
+        # (1 - p) |ln p + H|: .0951626 x .1, .3934693 x .4, .9502129 x 2.5; weights 1.2, 1.1750008, .8.
+        ("steer", {}, (-1.1 * 1.2 - 0.9 * 1.1750008 + 1.3 * 0.8) / 3),
+        # Exponential: .8 to the power of the change divided by the largest.
+        ("steer", {"steer": {"mapping": "exponential"}}, (-1.1 * 0.9991065 - 0.9 * 0.9853247 + 1.3 * 0.8) / 3),
+        # The bound 1.05 is passed by 1.1 with a positive advantage.
+        ("ce_gppo", {"clip_high": 0.05, "ce_gppo": {"keep_high": 0.5}}, (-0.525 - 0.9 + 1.3) / 3),
+        ("cispo", {"cispo": {"cap": 1.05}}, (-1.05 - 0.9 + 1.05) / 3),
+        # Old probabilities .905, .61, .05: the first may reach (1 + sqrt(1 + .04 / .905)) / 2.
+        ("dcpo", {"dcpo": {"high": 0.01}}, (-1.0109322 - 0.9 + 1.3) / 3),
+        ("erc", {}, -0.7 / 3),
+        ("lopti", {}, -0.7 / 3),
+        ("adaptive_entropy", {}, -0.7 / 3),
     ],
 )
 def test_loss_is_the_one_worked_out_by_hand(method, config, loss):
@@ -157,6 +209,39 @@ def test_loss_is_the_one_worked_out_by_hand(method, config, loss):
 
 def test_an_upper_bound_protects_a_positive_advantage():
     assert hand(clip_low=0.2, clip_high=0.05) == pytest.approx((-1.05 - 0.9 + 1.3) / 3)
+
+
+def test_adaptive_entropy_moves_its_coefficient_as_trl_does():
+    """The controller of TRL 1.16: the coefficient of an update is applied if the entropy before it was low."""
+    advantages, batch = token_batch()
+    entropies = [0.5, 0.15, 0.2, 0.1, 0.3, 0.05, 0.05, 0.4, 0.4, 0.4, 0.1]
+    coefficient, last = 0.004, math.inf
+    for step, entropy in enumerate(entropies):
+        view = replace(batch, past_entropy=tuple(entropies[:step]))
+        found = objectives.adaptive_entropy(advantages, view, 0.2, initial=0.004, delta=0.005, highest=0.012)
+        assert found.entropy_coef == pytest.approx(coefficient if last <= 0.2 else 0.0)
+        moved = coefficient + (0.005 if entropy <= 0.2 else -0.005)
+        coefficient, last = min(moved, 0.012) if entropy <= 0.2 else max(moved, 0.0), entropy
+    assert coefficient == pytest.approx(0.005)
+
+
+def test_lopti_takes_the_order_that_is_asked_for():
+    advantages, batch = token_batch()
+    first, second = objectives.lopti(advantages, batch, low_first=False)
+    assert torch.equal(first.token_weights + second.token_weights, batch.response_mask.double())
+    assert (batch.logprobs.exp()[first.token_weights > 0] >= 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "cispo", "dual_clip": 3.0}, "dual_clip: method cispo needs no value, found 3.0"),
+        ({"method": "adaptive_entropy", "entropy_coef": 0.1}, "entropy_coef: method adaptive_entropy needs 0.0"),
+    ],
+)
+def test_settings_that_exclude_a_method_are_rejected(values, message):
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        LossConfig(**values)
 
 
 def test_shares_sum_to_one_over_what_is_counted():

@@ -6,11 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
+from entrace.analysis.trace import InputError
 from entrace.trainer.algorithm import shaping
 from entrace.trainer.algorithm.advantages import ppl_z
 from entrace.trainer.algorithm.method import REGISTRY, RolloutView, Window
 from entrace.trainer.algorithm.shaping import ShapingConfig, is_on, shape, waits_for_plateau
+from entrace.trainer.config import load_config
 
 from .conftest import token_batch
 
@@ -89,7 +92,103 @@ def hand(logprobs, entropy=None, is_correct=None):
     entropy = torch.tensor(entropy or logprobs).double()
     is_correct = torch.tensor(is_correct or [True] * rows)
     groups = torch.zeros(rows, dtype=torch.int64)
-    return RolloutView(torch.tensor(logprobs).double(), entropy, is_correct, mask, groups, np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    return RolloutView(torch.tensor(logprobs).double(), entropy, is_correct, mask, groups, is_correct.double(), rng)
+
+
+def group_of(rewards, logprobs=None):
+    """One group of responses of one token each."""
+    rows = len(rewards)
+    logprob = torch.tensor(logprobs or [-1.0] * rows).double()[:, None]
+    values = torch.tensor(rewards).double()
+    mask, groups = torch.ones(rows, 1, dtype=torch.bool), torch.zeros(rows, dtype=torch.int64)
+    return RolloutView(logprob, -logprob, values == 1, mask, groups, values, np.random.default_rng(0))
+
+
+def shaped(method, batch, **parameters):
+    return getattr(shaping, method)(torch.zeros(len(batch.rewards), 1).double(), batch, **parameters)[:, 0].tolist()
+
+
+NAN = math.nan
+# Of 2 to 7 responses, all numbers of right ones, in mixed order, one group with a missing verdict.
+GROUPS = [[float(i * 3 % n < c) for i in range(n)] for n in (2, 4, 5, 7) for c in range(n + 1)] + [[1.0, NAN, 0.0, 0.0]]
+
+
+def judged(rewards):
+    return [r for r in rewards if not math.isnan(r)]
+
+
+@pytest.mark.parametrize("rewards", GROUPS)
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_pass_at_k_equals_the_released_code(rewards, k):
+    """``calc_adv`` of the released code, one response at a time."""
+    values = judged(rewards)
+    n, c = len(values), int(sum(values))
+    wanted = []
+    for reward in rewards:
+        rho = 1 - math.comb(n - c, k) / math.comb(n, k) if n >= k else 0.0
+        sigma = math.sqrt(rho * (1 - rho)) + 1e-6
+        if math.isnan(reward) or n < k:
+            wanted.append(0.0)
+        elif reward == 1:
+            wanted.append((1 - rho) / sigma)
+        else:
+            wanted.append((1 - rho - math.comb(n - c - 1, k - 1) / math.comb(n - 1, k - 1)) / sigma)
+    found = shaped("pass_at_k", group_of(rewards), k=k)
+    assert found == pytest.approx(wanted, abs=1e-6)
+    if c in (0, n):
+        assert found == [0.0] * len(rewards)
+
+
+@pytest.mark.parametrize("rewards", [*GROUPS, [0.3, 0.9, 0.1, 0.9, 0.2], [0.7] * 8])
+@pytest.mark.parametrize("quantile", [0.2, 0.4, 0.5, 0.75])
+@pytest.mark.parametrize("interpolate", [False, True])
+def test_quantile_advantage_equals_paper_and_released_code(rewards, quantile, interpolate):
+    """The paper's inverse distribution function, and ``torch.quantile`` of the released code."""
+    values = judged(rewards)
+    if interpolate:
+        baseline = torch.tensor(values).double().quantile(quantile).item()
+    else:
+        ordered = sorted(values)
+        baseline = next(r for i, r in enumerate(ordered, 1) if i / len(values) >= quantile - 1e-12)
+        share = sum(values) / len(values)
+        if set(values) <= {0.0, 1.0}:
+            assert baseline == (0.0 if share <= 1 - quantile + 1e-12 else 1.0)
+    found = shaped("quantile_advantage", group_of(rewards), quantile=quantile, interpolate=interpolate)
+    if len(set(values)) == 1:
+        # torch.quantile leaves rounding errors here.
+        assert all(value == 0 for value in found)
+        return
+    std = np.std(values, ddof=1)
+    wanted = [0.0 if math.isnan(r) else (r - baseline) / (std + 1e-6) for r in rewards]
+    assert found == pytest.approx(wanted, abs=1e-7)
+
+
+def test_unlikeliness_equals_the_released_code():
+    """``_compute_advantages`` of the released code: ranks from the least likely, by the mean log probability."""
+    rewards, logprobs = [1.0, 0.0, 1.0, NAN, 1.0], [-0.5, -2.0, -1.0, -0.1, -3.0]
+    # Ranks of the responses with a verdict 3, 1, 2, 0 of 4; scores 1 - .25 rank / 4.
+    scores = [1 - 0.25 * 3 / 4, 0.0, 1 - 0.25 * 2 / 4, 1.0]
+    wanted = [(score - np.mean(scores)) / (np.std(scores, ddof=1) + 1e-6) for score in scores]
+    found = shaped("unlikeliness", group_of(rewards, logprobs), beta=0.25)
+    assert found == pytest.approx([*wanted[:3], 0.0, wanted[3]], abs=1e-6)
+    assert found[4] > found[2] > found[0] > 0 > found[1]
+
+
+def test_a_method_that_replaces_the_advantage_comes_first():
+    for method in ("ppl+pass_at_k", "position+unlikeliness"):
+        with pytest.raises(ValidationError, match="replaces the advantage, so that what precedes it has no effect"):
+            ShapingConfig(method=method)
+    assert ShapingConfig(method="pass_at_k+ppl").method == "pass_at_k+ppl"
+    for values, message in (
+        (
+            ["shaping.method=pass_at_k", "shaping.pass_at_k.k=8"],
+            "below rollout.group_size; found 8, and a group size of 8",
+        ),
+        (["shaping.method=unlikeliness", "loss.normalize_std=false"], "loss.normalize_std: has no effect"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_config("tiny", values)
 
 
 # Log perplexities .1, .2, .3, 1: quartiles .175 and .475, so that 1 lies outside [-.275, .925]; mean .2, population
@@ -201,7 +300,8 @@ def test_composition_is_the_parts_in_order(case):
 
 
 def test_every_method_is_compared_with_a_loop():
-    assert set(LOOPS) | {"ppl_permuted", "scale_matched"} == {
+    by_group = {"quantile_advantage", "pass_at_k", "unlikeliness"}
+    assert set(LOOPS) | {"ppl_permuted", "scale_matched"} | by_group == {
         name for name, spec in METHODS.items() if spec.function.__module__ == shaping.__name__
     }
 

@@ -217,7 +217,8 @@ def expected_shaping(trainer, step, shaping, statistics):
     mask = torch.arange(width) < torch.tensor([len(ids) for ids in batch["ids"]])[:, None]
     groups = torch.arange(len(batch["ids"])) // trainer.num_generations
     rng = generator(trainer.args.seed, Stream.SHAPING, step)
-    view = RolloutView(logprob, entropy, batch["rewards"][:, 0] >= 1, mask, groups, rng)
+    rewards = batch["rewards"][:, 0]
+    view = RolloutView(logprob, entropy, rewards >= 1, mask, groups, rewards, rng)
     advantage = batch["raw"][:, None].expand(mask.shape)
     return shape(advantage, view, arguments.shaping_config(shaping), step, None)[0], mask
 

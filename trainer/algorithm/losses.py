@@ -1,10 +1,10 @@
-"""The clipped policy loss, per token. Weights and denominators are the caller's; see ``algorithm.objectives``."""
+"""The policy loss, per token. Weights and denominators are the caller's; see ``algorithm.objectives``."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -35,7 +35,11 @@ class PolicyLoss:
 
 
 def policy_loss(
-    log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
+    log_ratio: Tensor,
+    advantage: Tensor,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+    dual_clip: float | None = None,
 ) -> PolicyLoss:
     """Return max(-rho A, -clip(rho, 1 - clip_low, 1 + clip_high) A), rho = exp(log_ratio).
 
@@ -46,8 +50,8 @@ def policy_loss(
     Args:
         log_ratio: ln p - ln p_old of each token, or ``sequence_log_ratio`` of it, (N,), with gradient.
         advantage: Shaped advantages, (N,).
-        clip_low: Bound below 1.
-        clip_high: Bound above 1.
+        clip_low: Distance of the lower bound below 1, one for all tokens or one per token, (N,).
+        clip_high: Distance of the upper bound above 1, likewise.
         dual_clip: c > 1, or None for no cap.
 
     Returns:
@@ -60,11 +64,57 @@ def policy_loss(
         # Clamped before the exponential, whose gradient at an infinite ratio would be 0 x infinity.
         log_ratio = torch.where(advantage < 0, log_ratio.clamp(max=cap), log_ratio)
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped = ratio.clamp(*cast("tuple[Any, Any]", (1 - clip_low, 1 + clip_high)))
     with torch.no_grad():
         is_low = (ratio < 1 - clip_low) & (advantage < 0)
         is_high = (ratio > 1 + clip_high) & (advantage > 0)
     return PolicyLoss(torch.maximum(-ratio * advantage, -clipped * advantage), is_low, is_high, is_dual)
+
+
+def gradient_preserving_loss(
+    log_ratio: Tensor,
+    advantage: Tensor,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+    dual_clip: float | None = None,
+    *,
+    keep_low: float,
+    keep_high: float,
+) -> PolicyLoss:
+    """Return ``policy_loss`` with a bounded gradient where the clip cuts it off (CE-GPPO, arXiv 2509.20712).
+
+    Where rho < 1 - clip_low and A < 0 the loss is -keep_low (1 - clip_low) rho / sg(rho) A, and where
+    rho > 1 + clip_high and A > 0 it is -keep_high (1 + clip_high) rho / sg(rho) A; sg stops the gradient. With
+    keep_low = keep_high = 0, gradients are those of ``policy_loss``. A token counts as clipped only if nothing of its
+    gradient is kept.
+    """
+    result = policy_loss(log_ratio, advantage, clip_low, clip_high, dual_clip)
+    is_low, is_high = result.is_clipped_low, result.is_clipped_high
+    weight = torch.where(is_low, keep_low * (1 - clip_low), keep_high * (1 + clip_high))
+    kept = -weight * (log_ratio - log_ratio.detach()).exp() * advantage
+    loss = torch.where(is_low | is_high, kept, result.loss)
+    return replace(
+        result, loss=loss, is_clipped_low=is_low & (keep_low == 0), is_clipped_high=is_high & (keep_high == 0)
+    )
+
+
+def detached_ratio_loss(
+    log_ratio: Tensor,
+    advantage: Tensor,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+    dual_clip: float | None = None,
+    *,
+    cap: float,
+) -> PolicyLoss:
+    """Return -sg(min(rho, cap)) A ln p up to a constant, so that no token loses its gradient (CISPO, 2506.13585).
+
+    The value is -min(rho, cap) A and the gradient that of the equation. The clip bounds have no effect.
+    """
+    del clip_low, clip_high, dual_clip
+    weight = log_ratio.detach().clamp(max=math.log(cap)).exp()
+    nothing = torch.zeros_like(advantage, dtype=torch.bool)
+    return PolicyLoss(-weight * (log_ratio - log_ratio.detach()).exp() * advantage, nothing, nothing, nothing)
 
 
 def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -57,7 +57,9 @@ class RolloutView:
         is_correct: (B,) bool; False without a verdict.
         response_mask: (B, T) bool, True at the first |o_i| positions of each row.
         group_ids: Group (prompt) of each response, (B,), integers from 0.
+        rewards: Reward and length penalty of each response, (B,); NaN without a verdict.
         rng: Random numbers, for methods that draw.
+        past_entropy: Mean token entropy of each earlier step of the run, nats.
     """
 
     logprobs: Tensor
@@ -65,12 +67,14 @@ class RolloutView:
     is_correct: Tensor
     response_mask: Tensor
     group_ids: Tensor
+    rewards: Tensor
     rng: np.random.Generator
+    past_entropy: tuple[float, ...] = ()
 
     def take(self, rows: Tensor) -> RolloutView:
         """Return the responses at ``rows``, with the same random generator."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rng"}
-        return RolloutView(**{name: part[rows] for name, part in parts.items()}, rng=self.rng)
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: part[rows] for name, part in parts.items() if isinstance(part, torch.Tensor)})
 
 
 class Window(BaseConfig):
@@ -96,6 +100,8 @@ class MethodSpec:
         section: Config section of its parameters, below that of its kind; None if it has none.
         settings: Other settings that its source uses, as nested config values.
         start_step: Default of its window, for shaping.
+        replaces: Whether the shaped advantage does not depend on the advantage.
+        needs: Values that keys of section ``loss`` must have.
     """
 
     name: str
@@ -104,6 +110,8 @@ class MethodSpec:
     section: str | None = None
     settings: Settings = field(default_factory=dict)
     start_step: int | Literal["plateau"] = 1
+    replaces: bool = False
+    needs: Settings = field(default_factory=dict)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -135,20 +143,28 @@ REGISTRY: dict[Kind, dict[str, MethodSpec]] = {"preset": {}, "shaping": {}, "los
 def shaping(function: Function, /) -> Function: ...
 @overload
 def shaping(
-    *, section: str | None = None, start_step: int | Literal["plateau"] = 1
+    *, section: str | None = None, start_step: int | Literal["plateau"] = 1, replaces: bool = False
 ) -> Callable[[Function], Function]: ...
-def shaping(function: Any = None, /, *, section: str | None = None, start_step: int | Literal["plateau"] = 1) -> Any:
+def shaping(
+    function: Any = None,
+    /,
+    *,
+    section: str | None = None,
+    start_step: int | Literal["plateau"] = 1,
+    replaces: bool = False,
+) -> Any:
     """Register a shaping method, ``(advantages (B, T), RolloutView, **parameters) -> (B, T)``.
 
     Args:
         function: The method, where the decorator is used without parentheses.
         section: Config section; that of another method to share its parameters (default: the function's name).
         start_step: Default first step of its window.
+        replaces: The result does not depend on the advantages, so that no method can precede it.
     """
 
     def register(function: Function) -> Function:
         name = function.__name__
-        _register(MethodSpec(name, "shaping", function, section or name, start_step=start_step))
+        _register(MethodSpec(name, "shaping", function, section or name, start_step=start_step, replaces=replaces))
         return function
 
     return register(function) if function else register
@@ -158,21 +174,34 @@ def shaping(function: Any = None, /, *, section: str | None = None, start_step: 
 def objective(function: Function, /) -> Function: ...
 @overload
 def objective(
-    *, section: str | None = None, settings: Mapping[str, Any] | None = None
+    *,
+    section: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    needs: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Function]: ...
-def objective(function: Any = None, /, *, section: str | None = None, settings: Mapping[str, Any] | None = None) -> Any:
+def objective(
+    function: Any = None,
+    /,
+    *,
+    section: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    needs: Mapping[str, Any] | None = None,
+) -> Any:
     """Register a loss variant, ``(advantages (B, T), RolloutView, **parameters) -> TokenWeights``.
+
+    A variant that takes several optimizer steps per mini-batch returns a tuple, one ``TokenWeights`` per step.
 
     Args:
         function: The method, where the decorator is used without parentheses.
         section: Config section; that of another method to share its parameters (default: the function's name).
         settings: Other keys of section ``loss`` that its source sets.
+        needs: Values that keys of section ``loss`` must have; others are rejected.
     """
 
     def register(function: Function) -> Function:
         name = function.__name__
         own = (section or name) if keyword_defaults(function) else None
-        _register(MethodSpec(name, "loss", function, own, dict(settings or {})))
+        _register(MethodSpec(name, "loss", function, own, dict(settings or {}), needs=dict(needs or {})))
         return function
 
     return register(function) if function else register
@@ -226,7 +255,7 @@ def own_kind(name: str) -> Kind:
 def _kind_of(function: Callable[..., Any]) -> Kind:
     is_registered = any(spec.function is function for spec in REGISTRY["loss"].values())
     returned = inspect.get_annotations(function).get("return")
-    returns_weights = str(getattr(returned, "__name__", returned)).rpartition(".")[2] == "TokenWeights"
+    returns_weights = re.search(r"\bTokenWeights\b", str(returned)) is not None
     return "loss" if is_registered or returns_weights else "shaping"
 
 

@@ -5,27 +5,38 @@ The loss of a mini-batch is a sum over its tokens, with rho_t = p_t / p_t,old an
 
     loss = sum_t c_t (w_t L_t + v_t |ln rho_t|)
 
-A method chooses w, v, and the loss mask; an aggregation turns the mask into the scale c. All of them depend only on
+A method chooses w, v, L, and the loss mask; an aggregation turns the mask into the scale c. All of them depend only on
 values recorded during sampling, so that a mini-batch may be split into any micro-batches.
 
 Deviations from the sources:
 
-1. Entropy and covariance are those of the policy that sampled, over the whole mini-batch. The released code of Clip-Cov
-   and KL-Cov uses the policy being trained, over a micro-batch. Both agree at the first update of a batch.
+1. Entropy, probability, and covariance are those of the policy that sampled, over the whole mini-batch. The released
+   code of Clip-Cov, KL-Cov, and STEER uses the policy being trained, over a micro-batch. Both agree at the first update
+   of a batch.
 2. For the same reason, Clip-Cov does not skip tokens that the ratio has already clipped.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
 
 from entrace.trainer.algorithm.advantages import mean_surprisal
-from entrace.trainer.algorithm.losses import KLEstimator, PolicyLoss, policy_loss, sequence_log_ratio
+from entrace.trainer.algorithm.losses import (
+    KLEstimator,
+    PolicyLoss,
+    detached_ratio_loss,
+    gradient_preserving_loss,
+    policy_loss,
+    sequence_log_ratio,
+)
 from entrace.trainer.algorithm.method import (
     REGISTRY,
     RolloutView,
@@ -62,12 +73,30 @@ class TokenWeights:
         loss_mask: Tokens counted in the denominator, (B, T) bool.
         penalty: v, (B, T); None for no such term.
         is_clipped: Whether the ratio is clipped.
+        surrogate: L as a function of ln rho, A, the two clip distances, and the dual clip.
+        clip: Distances of the lower and the upper bound from 1, each (B, T); None for those of the config.
+        entropy_range: Entropies of the policy being trained between which a token keeps its gradient, nats, each
+            (B, T); None for no such bound.
+        entropy_coef: Coefficient of an entropy bonus, added to that of the config; None for no bonus.
     """
 
     token_weights: Tensor
     loss_mask: Tensor
     penalty: Tensor | None = None
     is_clipped: bool = True
+    surrogate: Callable[..., PolicyLoss] = policy_loss
+    clip: tuple[Tensor, Tensor] | None = None
+    entropy_range: tuple[Tensor, Tensor] | None = None
+    entropy_coef: float | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Return True if L is the clipped loss of the config, with nothing added to it."""
+        return (
+            self.surrogate is policy_loss
+            and self.is_clipped
+            and self.penalty is self.clip is self.entropy_range is self.entropy_coef is None
+        )
 
 
 @objective
@@ -136,6 +165,129 @@ def high_ppl_only(advantages: Tensor, rollouts: RolloutView, frac: PositiveFract
     return _by_perplexity(advantages, rollouts, frac, -1)
 
 
+@objective
+def steer(
+    advantages: Tensor,
+    rollouts: RolloutView,
+    mapping: Literal["linear", "exponential"] = "linear",
+    low: PositiveFraction = 0.8,
+    high: NonNegative = 1.2,
+) -> TokenWeights:
+    """w_t falls with |A (1 - p_t) (ln p_t + H_t)|: STEER, tokens that move entropy count less (arXiv 2510.10150).
+
+    The argument estimates the change of entropy by the token's update. ``linear`` maps its range over the mini-batch to
+    [low, high], the largest change to ``low``. ``exponential`` is exp(-c |.|) with c such that the largest change, or
+    0.02 if that is larger, is mapped to ``low``; ``high`` has no effect. Both are in the released code, which the text
+    of the paper could not be compared with.
+    """
+    mask = rollouts.response_mask
+    p = rollouts.logprobs.exp().clamp(1e-8, 1 - 1e-8)
+    change = (advantages * (1 - p) * (p.log() + rollouts.entropy)).abs()
+    if not mask.any():
+        return TokenWeights(torch.ones_like(advantages), mask)
+    least, most = change[mask].min(), change[mask].max()
+    if mapping == "exponential":
+        weights = (math.log(low) / most.clamp(min=0.02) * change).exp().clamp(low, 1)
+    elif most > least:
+        weights = (high - (change - least) * (high - low) / (most - least)).clamp(low, high)
+    else:
+        weights = torch.full_like(change, (low + high) / 2)
+    return TokenWeights(weights, mask)
+
+
+@objective
+def ce_gppo(
+    advantages: Tensor, rollouts: RolloutView, keep_low: NonNegative = 0.75, keep_high: NonNegative = 1.0
+) -> TokenWeights:
+    """Grad L_t = -keep (1 -+ clip) A grad ln p_t if clipped: CE-GPPO, clipped tokens still count (arXiv 2509.20712).
+
+    ``keep_low`` and ``keep_high`` are beta_1 and beta_2 of the released code, for tokens below and above the bounds. It
+    has no effect at the first update of a batch: it needs several ``optim.mini_batches`` or ``optim.epochs``.
+    """
+    surrogate = partial(gradient_preserving_loss, keep_low=keep_low, keep_high=keep_high)
+    return TokenWeights(torch.ones_like(advantages), rollouts.response_mask, surrogate=surrogate)
+
+
+@objective(needs={"dual_clip": None})
+def cispo(advantages: Tensor, rollouts: RolloutView, cap: AboveOne = 5.0) -> TokenWeights:
+    """Grad L_t = -min(rho_t, cap) A grad ln p_t: CISPO, every token counts, its ratio capped (arXiv 2506.13585).
+
+    ``cap`` is 1 + epsilon_high of the paper, which gives no value, and ``epsilon_high`` of TRL, for which 5 is
+    recommended. Like the paper's runs and TRL, it has no lower bound. ``clip_low`` and ``clip_high`` have no effect.
+    """
+    surrogate = partial(detached_ratio_loss, cap=cap)
+    return TokenWeights(torch.ones_like(advantages), rollouts.response_mask, surrogate=surrogate)
+
+
+@objective(needs={"ratio": "token"})
+def dcpo(
+    advantages: Tensor, rollouts: RolloutView, low: AboveZero = 0.16, high: AboveZero = 0.2, cap: AboveOne = 10.0
+) -> TokenWeights:
+    """|rho_t - 1| rho_t p_t,old <= low, high: dynamic bounds of DCPO, wider for unlikely tokens (arXiv 2509.02333).
+
+    Solved for the ratio: (1 + sqrt(max(1 - 4 low / p, 0))) / 2 <= rho <= min((1 + sqrt(1 + 4 high / p)) / 2, cap). The
+    other two parts of DCPO, advantages standardized over past epochs and a mean per response, are not included.
+    ``clip_low`` and ``clip_high`` have no effect.
+    """
+    p = rollouts.logprobs.exp()
+    lowest = (1 + (1 - 4 * low / p).clamp(min=0).sqrt()) / 2
+    highest = ((1 + (1 + 4 * high / p).sqrt()) / 2).clamp(max=cap)
+    return TokenWeights(torch.ones_like(advantages), rollouts.response_mask, clip=(1 - lowest, highest - 1))
+
+
+@objective
+def erc(advantages: Tensor, rollouts: RolloutView, low: BelowOne = 0.05, high: AboveZero = 0.05) -> TokenWeights:
+    """Grad L_t = 0 unless 1 - low < H_t / H_t,old < 1 + high: entropy ratio clipping (arXiv 2512.05591).
+
+    H_t is the entropy under the policy being trained. The clip of the ratio stays. Tokens outside the bounds count as
+    clipped. Like all bounds, it has no effect at the first update of a batch.
+    """
+    eps = 1e-8
+    bounds = tuple(factor * (rollouts.entropy + eps) - eps for factor in (1 - low, 1 + high))
+    return TokenWeights(torch.ones_like(advantages), rollouts.response_mask, entropy_range=(bounds[0], bounds[1]))
+
+
+@objective
+def lopti(
+    advantages: Tensor, rollouts: RolloutView, threshold: Fraction = 0.5, low_first: bool = True
+) -> tuple[TokenWeights, TokenWeights]:
+    """w_t = 1 if p_t < threshold else 0, then 1 - w_t: Lopti, unlikely tokens first, then likely (arXiv 2505.12929).
+
+    The step takes its mini-batches twice: once with either part, so that it has twice as many updates. Denominators
+    count all tokens, as in the released code. ``low_first`` is the order of the paper.
+    """
+    is_low = (rollouts.logprobs.exp() < threshold) & rollouts.response_mask
+    parts = is_low, rollouts.response_mask & ~is_low
+    first, second = (TokenWeights(part.to(advantages.dtype), rollouts.response_mask) for part in parts)
+    return (first, second) if low_first else (second, first)
+
+
+@objective(needs={"entropy_coef": 0.0})
+def adaptive_entropy(
+    advantages: Tensor,
+    rollouts: RolloutView,
+    target: NonNegative = 0.2,
+    initial: NonNegative = 0.0,
+    delta: NonNegative = 0.005,
+    lowest: NonNegative = 0.0,
+    highest: NonNegative = 1.0,
+) -> TokenWeights:
+    """L - c_s mean H, c_s+1 = c_s +- delta: an entropy bonus that keeps H at a target (arXiv 2505.22312, TRL).
+
+    c rises after a step with mean token entropy of at most ``target`` and falls after another, within [lowest,
+    highest]. The bonus is applied only if the entropy of the previous step was at most ``target``. TRL updates c at
+    every optimizer step, from the tokens of that step; here it is updated once per training step, from all tokens
+    sampled, which agrees with one optimizer step per training step and makes resumed runs equal.
+    """
+    coefficient = initial
+    for entropy in rollouts.past_entropy:
+        moved = coefficient + (delta if entropy <= target else -delta)
+        coefficient = min(moved, highest) if entropy <= target else max(moved, lowest)
+    is_below = bool(rollouts.past_entropy) and rollouts.past_entropy[-1] <= target
+    weights = torch.ones_like(advantages)
+    return TokenWeights(weights, rollouts.response_mask, entropy_coef=coefficient if is_below else 0.0)
+
+
 def token_mean(loss_mask: Tensor, max_tokens: int) -> Tensor:
     """c_t = 1 / N over the N counted tokens of the mini-batch (DAPO, arXiv 2503.14476)."""
     del max_tokens
@@ -197,6 +349,14 @@ class LossConfig(with_sections("loss", REGISTRY["loss"].values())):
         name = values.get("method") if isinstance(values, Mapping) else None
         return validate_with_own(cls, "loss", [name], values, handler) if isinstance(name, str) else handler(values)
 
+    @model_validator(mode="after")
+    def _fits_its_method(self) -> LossConfig:
+        for key, value in find_method(self.method, "loss").needs.items():
+            if (found := getattr(self, key)) != value:
+                wanted = "no value" if value is None else json.dumps(value)
+                raise ValueError(f"{key}: method {self.method} needs {wanted}, found {json.dumps(found)}")
+        return self
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -206,7 +366,7 @@ class Objective:
         advantages: Shaped, (B, T).
         mask: Response tokens, (B, T) bool.
         token_scale: c, (B, T).
-        weights: w, v, and whether the ratio is clipped.
+        weights: w, v, and L.
         config: Ratio and bounds.
     """
 
@@ -217,8 +377,8 @@ class Objective:
     config: LossConfig
 
     @classmethod
-    def of(cls, config: LossConfig, advantages: Tensor, rollouts: RolloutView, max_tokens: int) -> Objective:
-        """Build the objective: weights by ``config.method``, scale by ``config.aggregation``.
+    def of(cls, config: LossConfig, advantages: Tensor, rollouts: RolloutView, max_tokens: int) -> list[Objective]:
+        """Build one objective per optimizer step: weights by ``config.method``, scale by ``config.aggregation``.
 
         Args:
             config: The loss.
@@ -227,11 +387,16 @@ class Objective:
             max_tokens: Longest response allowed.
         """
         spec = find_method(config.method, "loss")
-        weights = spec.function(advantages, rollouts, **spec.parameters(config))
-        if not isinstance(weights, TokenWeights):
-            raise InputError(f"loss method {spec.name} returned {type(weights).__name__}, expected TokenWeights")
-        token_scale = AGGREGATIONS[config.aggregation](weights.loss_mask, max_tokens)
-        return cls(advantages, rollouts.response_mask, token_scale, weights, config)
+        found = spec.function(advantages, rollouts, **spec.parameters(config))
+        passes = found if isinstance(found, tuple) else (found,)
+        for weights in passes:
+            if not isinstance(weights, TokenWeights):
+                raise InputError(f"loss method {spec.name} returned {type(weights).__name__}, expected TokenWeights")
+        scale = AGGREGATIONS[config.aggregation]
+        return [
+            cls(advantages, rollouts.response_mask, scale(weights.loss_mask, max_tokens), weights, config)
+            for weights in passes
+        ]
 
     @property
     def has_gradient(self) -> Tensor:
@@ -245,12 +410,13 @@ class Objective:
         """Return the values (B, T) of the tokens of ``rows``, concatenated, (N,)."""
         return values[rows][self.mask[rows]]
 
-    def evaluate(self, log_ratio: Tensor, rows: Tensor) -> PolicyLoss:
+    def evaluate(self, log_ratio: Tensor, rows: Tensor, entropy: Tensor | None = None) -> PolicyLoss:
         """Return the losses of the tokens of ``rows``; over all rows they sum to the loss of the mini-batch.
 
         Args:
             log_ratio: ln p - ln p_old of these tokens, concatenated, (N,), with gradient.
             rows: Rows of the mini-batch.
+            entropy: Entropies of these tokens under the policy being trained, nats, (N,); None if they are unchanged.
         """
         advantages, token_scale, token_weights = (
             self.take(values, rows).to(log_ratio.device)
@@ -262,11 +428,26 @@ class Objective:
         low, high, dual = config.clip_low, config.clip_high, config.dual_clip
         if not self.weights.is_clipped:
             low, high, dual = 1.0, float("inf"), None
-        result = policy_loss(ratio, advantages, low, high, dual)
+        elif self.weights.clip is not None:
+            low, high = (self.take(bound, rows).to(log_ratio.device) for bound in self.weights.clip)
+        result = self.weights.surrogate(ratio, advantages, low, high, dual)
+        if self.weights.entropy_range is not None and entropy is not None:
+            result = _within(result, entropy, [self.take(end, rows) for end in self.weights.entropy_range])
         loss = token_scale * token_weights * result.loss
         if self.weights.penalty is not None:
             loss = loss + token_scale * self.take(self.weights.penalty, rows).to(log_ratio.device) * log_ratio.abs()
         return replace(result, loss=loss)
+
+
+def _within(result: PolicyLoss, entropy: Tensor, bounds: list[Tensor]) -> PolicyLoss:
+    """Remove the gradient of tokens whose entropy does not lie between the bounds; they count as clipped."""
+    is_low, is_high = entropy <= bounds[0].to(entropy), entropy >= bounds[1].to(entropy)
+    return replace(
+        result,
+        loss=torch.where(is_low | is_high, result.loss.detach(), result.loss),
+        is_clipped_low=result.is_clipped_low | is_low,
+        is_clipped_high=result.is_clipped_high | is_high,
+    )
 
 
 def _covariance(advantages: Tensor, rollouts: RolloutView) -> Tensor:

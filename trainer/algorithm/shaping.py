@@ -8,6 +8,7 @@ Deviations from the sources:
 1. The released code of arXiv 2508.02260 computes the factor of its low-perplexity branch and never applies it. Here
    ``ppl`` applies it, as the equation in the paper does, and ``released_noop`` is the released behavior.
 2. With dynamic sampling, PSR, NSR, and weighted REINFORCE exclude uniform groups, as all methods here do.
+3. Pass@k training and unlikeliness reward see the verdict only. Length penalties do not enter.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import torch
 
-from entrace.trainer.algorithm.advantages import ppl_z
+from entrace.trainer.algorithm.advantages import EPS, group_relative_advantage, mean_surprisal, place_in_group, ppl_z
 from entrace.trainer.algorithm.method import (
     REGISTRY,
     MethodSpec,
@@ -37,9 +38,11 @@ from entrace.trainer.settings import (
     AfterValidator,
     BaseConfig,
     BeforeValidator,
+    BelowOne,
     Fraction,
     InputError,
     NonNegative,
+    Positive,
     model_validator,
 )
 
@@ -139,6 +142,65 @@ def weighted_reinforce(advantages: Tensor, rollouts: RolloutView, positive_weigh
     return _by_outcome(advantages, rollouts, positive_weight, -1.0)
 
 
+@shaping(replaces=True)
+def quantile_advantage(
+    advantages: Tensor, rollouts: RolloutView, quantile: BelowOne = 0.4, interpolate: bool = False
+) -> Tensor:
+    """A' = (r_i - Q(r)) / (std(r) + eps): QAE, the group's quantile in place of its mean (arXiv 2509.22611).
+
+    Q is the smallest reward with at least ``quantile`` of the group at or below it. Of right and wrong responses, only
+    the right ones count where at most 1 - ``quantile`` are right, and only the wrong ones elsewhere, as in the paper.
+    The released code interpolates linearly between two rewards, as ``interpolate`` does: if the quantile lies between a
+    wrong and a right response, both count. Responses without a verdict get 0.
+    """
+    values, is_counted = _by_group(rollouts, rollouts.rewards)
+    count = is_counted.sum(1, keepdim=True).double()
+    ordered = torch.where(is_counted, values, torch.inf).sort(1).values
+    # Rounding must not move a boundary such as 0.4 x 5.
+    place = quantile * (count - 1) if interpolate else (quantile * count - 1e-9).ceil() - 1
+    place = place.clamp(min=0)
+    low, high = (ordered.gather(1, end.long()) for end in (place.floor(), place.ceil()))
+    baseline = low + torch.where(high > low, (place - place.floor()).to(low) * (high - low), 0)
+    centered = torch.where(is_counted, values - baseline, 0)
+    mean = torch.where(is_counted, values, 0).sum(1, keepdim=True) / count.clamp(min=1)
+    variance = torch.where(is_counted, values - mean, 0).square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
+    return _per_response(advantages, rollouts, centered / (variance.sqrt() + EPS))
+
+
+@shaping(replaces=True)
+def pass_at_k(advantages: Tensor, rollouts: RolloutView, k: Positive = 4) -> Tensor:
+    """A' = (1 - P) / s if right else (1 - P - Q) / s: pass@k training, rewards the best of k (arXiv 2508.10751).
+
+    w of the n responses with a verdict are wrong: P = 1 - C(w, k) / C(n, k) is the pass@k of the group, s = sqrt(P
+    (1 - P)) + eps, and Q = C(w - 1, k - 1) / C(n - 1, k - 1) is the chance that k - 1 others do not pass either. 0
+    in groups with fewer than k verdicts, in uniform groups, where fewer than k are wrong, and without a verdict.
+    """
+    is_correct, is_counted = _by_group(rollouts, rollouts.is_correct.to(advantages.dtype))
+    count = is_counted.sum(1, keepdim=True).to(advantages.dtype)
+    wrong = count - is_correct.sum(1, keepdim=True)
+    all_fail, others_fail = _chance_of_none(wrong, count, k), _chance_of_none(wrong - 1, count - 1, k - 1)
+    # Exactly 0 in uniform groups: both chances are exactly 1.
+    value = torch.where(is_correct > 0, all_fail, all_fail - others_fail) / ((1 - all_fail) * all_fail).sqrt().add(EPS)
+    return _per_response(advantages, rollouts, torch.where(is_counted & (count >= k), value, 0))
+
+
+@shaping(replaces=True)
+def unlikeliness(advantages: Tensor, rollouts: RolloutView, beta: Fraction = 0.25) -> Tensor:
+    """A' = A(right (1 - beta k_i / n)): right but unlikely responses earn more, A group-relative (arXiv 2506.02355).
+
+    k_i counts the responses of the group, of n with a verdict, that are less likely, by the mean log probability of
+    their tokens. The paper ranks from the other end, k_i = n - rank, and by the probability of the whole response; this
+    is the released code. Ties are broken by order. Responses without a verdict get 0.
+    """
+    likelihood, is_counted = _by_group(rollouts, -mean_surprisal(rollouts.logprobs, rollouts.response_mask))
+    likelihood = torch.where(is_counted, likelihood.nan_to_num(-torch.inf), torch.inf)
+    rank = likelihood.argsort(dim=1, stable=True).argsort(dim=1).to(advantages.dtype)
+    reward = 1 - beta * rank / is_counted.sum(1, keepdim=True).clamp(min=1)
+    reward = rollouts.is_correct * reward[rollouts.group_ids, place_in_group(rollouts.group_ids)]
+    value = group_relative_advantage(reward, rollouts.group_ids, is_counted=rollouts.rewards.isfinite())
+    return value[:, None].expand_as(advantages).clone()
+
+
 @shaping
 def released_noop(advantages: Tensor, rollouts: RolloutView) -> Tensor:
     """A' = A: control, what the study's released perplexity branch does (arXiv 2508.02260, released code)."""
@@ -170,9 +232,11 @@ def _check_composition(method: str) -> str:
                 f"{SCALE_MATCHED} stands alone; name the methods to mirror in shaping.{SCALE_MATCHED}.mirrors"
             )
         try:
-            find_method(name, "shaping")
+            spec = find_method(name, "shaping")
         except InputError as error:
             raise ValueError(str(error)) from None
+        if spec.replaces and name != split_methods(method)[0]:
+            raise ValueError(f"{name} replaces the advantage, so that what precedes it has no effect; name it first")
     return method
 
 
@@ -238,6 +302,12 @@ def shape(
     return advantages, bool(active)
 
 
+def find_replacement(config: ShapingConfig) -> str | None:
+    """Return the method that puts an advantage of its own in place of the group-relative one, if there is one."""
+    names = config.scale_matched.mirrors if config.method == SCALE_MATCHED else config.method
+    return next((name for name in split_methods(names) if name != NONE and find_method(name, "shaping").replaces), None)
+
+
 def waits_for_plateau(config: ShapingConfig) -> bool:
     """Return whether any method starts at the plateau that is detected during training."""
     if config.method == SCALE_MATCHED:
@@ -275,6 +345,29 @@ def _relative_position(rollouts: RolloutView) -> Tensor:
 def _add_bonus(advantages: Tensor, rollouts: RolloutView, bonus: Tensor, cap: float) -> Tensor:
     bonus = torch.minimum(bonus, cap * advantages.abs())
     return torch.where(rollouts.response_mask, advantages + advantages.sign() * bonus, advantages)
+
+
+def _by_group(rollouts: RolloutView, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values of responses, (B,), and which have a verdict, by group and place, (G, N); 0 where there is none."""
+    at = rollouts.group_ids, place_in_group(rollouts.group_ids)
+    shape = int(at[0].max()) + 1, int(at[1].max()) + 1
+    is_counted = torch.zeros(shape, dtype=torch.bool)
+    is_counted[at] = rollouts.rewards.isfinite()
+    table = torch.zeros(shape, dtype=values.dtype)
+    table[at] = values
+    return torch.where(is_counted, table, 0), is_counted
+
+
+def _per_response(advantages: Tensor, rollouts: RolloutView, values: Tensor) -> Tensor:
+    """Return the values of groups, (G, N), at each token of their responses, (B, T)."""
+    own = values[rollouts.group_ids, place_in_group(rollouts.group_ids)]
+    return own[:, None].to(advantages.dtype).expand_as(advantages).clone()
+
+
+def _chance_of_none(wrong: Tensor, count: Tensor, k: int) -> Tensor:
+    """Return C(wrong, k) / C(count, k), the chance that k of ``count`` responses are all wrong; exact at 0 and 1."""
+    factors = [(wrong - i).clamp(min=0) / (count - i).clamp(min=1) for i in range(k)]
+    return torch.stack(factors).prod(0) if factors else torch.ones_like(wrong)
 
 
 def _by_outcome(advantages: Tensor, rollouts: RolloutView, right: float, wrong: float) -> Tensor:

@@ -12,6 +12,7 @@ import typer
 
 from entrace.analysis.cli import app, print_json, run, say, stoppable
 from entrace.analysis.trace import InputError
+from entrace.trainer.cli.atlas import atlas
 from entrace.trainer.cli.audit import audit
 from entrace.trainer.cli.evaluate import evaluate
 from entrace.trainer.cli.import_rollouts import import_rollouts, score
@@ -286,6 +287,7 @@ def methods(
         typer.echo(f"    {entry['kind']}: {' '.join(entry['settings']) or 'nothing to set'}")
 
 
+app.command()(atlas)
 app.command()(audit)
 app.command(name="eval")(evaluate)
 app.command(name="import")(import_rollouts)

@@ -242,8 +242,8 @@ def shape_all(
     Methods see generated tokens only; context between them is removed.
 
     Args:
-        parts: Of each process ``logprob``, ``entropy``, and ``loss_mask``, (B, T), ``group`` and ``correct``, (B,), and
-            ``advantage``, (B,) or (B, T).
+        parts: Of each process ``logprob``, ``entropy``, and ``loss_mask``, (B, T), ``group``, ``correct``, and
+            ``reward``, (B,), and ``advantage``, (B,) or (B, T).
         config: Methods, parameters, and windows.
         seed: Seed of the run.
         step: Step of the trace.
@@ -271,6 +271,7 @@ def shape_all(
         torch.tensor([value for part in parts for value in part["correct"]]),
         is_token,
         torch.from_numpy(np.concatenate([part["group"] for part in parts])),
+        torch.from_numpy(np.concatenate([part["reward"] for part in parts])).float(),
         generator(seed, Stream.SHAPING, step),
     )
     shaped, is_on = shape(advantage.gather(1, order), view, config, step, plateau_step)

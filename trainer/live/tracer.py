@@ -448,7 +448,8 @@ class Tracer:
         """Shape the advantages of a batch whose statistics are known; ``rows`` are the responses of ``output``."""
         own = {name: batch.stats[name].nan_to_num(0.0) for name in ("logprob", "entropy")}
         own |= {"loss_mask": batch.loss_mask, "advantage": batch.advantage}
-        parts = self._gather_all({**own, "correct": [bool(c) for c in batch.is_correct], "group": batch.group})
+        own |= {"correct": [bool(c) for c in batch.is_correct], "group": batch.group, "reward": batch.rewards}
+        parts = self._gather_all(own)
         # Both trainers average over the prompts of a step; the methods see groups from 0.
         shaped, is_on = shape_all(parts, self.config, self.trainer.args.seed, batch.step, self.plateau.plateau_step)
         if not is_on:

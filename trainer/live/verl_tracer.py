@@ -352,6 +352,7 @@ class Tracer:
             "advantage": _padded(given),
             "correct": [bool(verdict) for verdict in columns["is_correct"]],
             "group": group,
+            "reward": np.array(columns["reward"], float),
         }
         step, plateau_step = self.trainer.global_steps, self.plateau.plateau_step
         shaped, is_on = shape_all([part], self.config, self.seed, step, plateau_step)
