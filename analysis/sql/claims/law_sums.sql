@@ -7,14 +7,12 @@
 -- needs: after-update values, after-update entropies, log-probabilities, entropies, token advantages
 with centered as (
   select *
-  from centered_predictions('entropy', 'value')
-  where
-    predictor in ('covariance', 'discriminator', 'omega', 'quadrants', 'entropy')
-    and ($runs is null or list_contains($runs, run_id))
+  from centered_predictions('entropy', 'value', ['covariance', 'discriminator', 'omega', 'quadrants', 'entropy'])
+  where $runs is null or list_contains($runs, run_id)
   union all
   select *
-  from centered_predictions('logprob', 'value')
-  where predictor = 'own_gradient' and ($runs is null or list_contains($runs, run_id))
+  from centered_predictions('logprob', 'value', ['own_gradient'])
+  where $runs is null or list_contains($runs, run_id)
 ),
 sums as (
   select

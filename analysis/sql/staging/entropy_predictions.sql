@@ -142,17 +142,19 @@ unpivot (
 );
 
 -- How far do the predicted and the measured change of a token deviate from those of comparable tokens?
--- One row per token, predictor, and comparison, for target 'entropy' or 'logprob', and scale 'value' or 'rank' (within
--- the step): x and y, deviations of prediction and change from their means over comparable tokens, and the prediction.
--- Comparison 'overall': tokens of the step. 'shuffle': of equal step, sign of the advantage, and probability; a shuffle
--- of the changes of these tokens leaves no correlation of x and y on average. 'random': of equal step, probability, and
--- entropy; a random update, which depends on these and not on the advantage, leaves no correlation.
-create macro centered_predictions(target, scale) as table
+-- One row per token, predictor (of a list; null for all), and comparison, for target 'entropy' or 'logprob', and
+-- scale 'value' or 'rank' (within the step): x and y, deviations of prediction and change from their means over
+-- comparable tokens, and the prediction. Comparison 'overall': tokens of the step. 'shuffle': of equal step, sign
+-- of the advantage, and probability; a shuffle of the changes of these tokens leaves no correlation of x and y on
+-- average. 'random': of equal step, probability, and entropy; a random update, which depends on these and not on
+-- the advantage, leaves no correlation.
+create macro centered_predictions(target, scale, predictors) as table
   with chosen as (
     select
       * exclude (dentropy, dlogprob),
       if(target = 'logprob', dlogprob, dentropy) as change
     from entropy_predictions
+    where predictors is null or list_contains(predictors, predictor)
   ),
   scaled as (
     select

@@ -7,10 +7,9 @@
 -- needs: after-update values, after-update entropies, log-probabilities, entropies, token advantages
 with chosen as (
   select *
-  from centered_predictions('entropy', 'value')
+  from centered_predictions('entropy', 'value', ['covariance', 'discriminator', 'omega', 'quadrants', 'entropy'])
   where
     comparison = 'overall'
-    and predictor in ('covariance', 'discriminator', 'omega', 'quadrants', 'entropy')
     and ($runs is null or list_contains($runs, run_id))
     and ($stage is null or stage = $stage)
 ),

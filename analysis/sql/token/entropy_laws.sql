@@ -20,7 +20,7 @@ with per_prompt as (
     sum(x * x order by abs(x)) as xx,
     sum(y * y order by abs(y)) as yy,
     sum(x * y order by x, y) as xy
-  from centered_predictions(coalesce($target, 'entropy'), coalesce($scale, 'value'))
+  from centered_predictions(coalesce($target, 'entropy'), coalesce($scale, 'value'), null::varchar[])
   where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
   group by all
 ),
