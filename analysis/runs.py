@@ -233,10 +233,12 @@ class Runs:
             InputError: a parameter is unknown, or a file cannot be read.
         """
         given = self._prepare(text, params or {})
+        # What is computed asks the connection itself, so a thread that holds it must not wait for another to compute.
+        computed = {name: self._compute(name) for name in queries.computed_tables_in(text) - self._filled}
         with self._connected:
-            for name in queries.computed_tables_in(text) - self._filled:
+            for name in computed.keys() - self._filled:
                 self._filled.add(name)
-                fill(self._con, name, self._compute(name))
+                fill(self._con, name, computed[name])
             return self._run(text, given)
 
     def read(
