@@ -257,8 +257,8 @@ class Runs:
             InputError: a parameter is unknown, or a file cannot be read.
         """
         given = self._prepare(text, params or {})
+        self._fill_computed(text)
         with self._connected:
-            self._fill_computed(text)
             if queries.needs_kept(text) and not self._spark:
                 self._keep(self.manifests if given.get("runs") is None else given["runs"])
             return self._run(text, given)
@@ -456,12 +456,14 @@ class Runs:
 
     def _fill_computed(self, text: str) -> None:
         """Fill the tables of ``queries.COMPUTED`` that a query reads first."""
-        for name in queries.computed_tables_in(text) - self._filled:
-            self._filled.add(name)
-            rows = self._compute(name)
-            fill(self._con, name, rows)
-            if self._spark:
-                self._spark.fill(name, rows)
+        # What is computed asks the connection itself, so a thread that holds it must not wait for another to compute.
+        computed = {name: self._compute(name) for name in queries.computed_tables_in(text) - self._filled}
+        with self._connected:
+            for name in computed.keys() - self._filled:
+                self._filled.add(name)
+                fill(self._con, name, computed[name])
+                if self._spark:
+                    self._spark.fill(name, computed[name])
 
     def _select(self, text: str, params: dict[str, Any]) -> pl.DataFrame:
         self._check_tables(text)
@@ -547,8 +549,7 @@ class Runs:
         if not self._spark:
             yield from self._send_to_process(query, limits, on_progress, reader)
             return
-        with self._connected:
-            self._fill_computed(query.text)
+        self._fill_computed(query.text)
 
         def columns() -> pl.DataFrame:
             [frame] = self._send_to_process(Query(columns_of(query.text), query.params, {}), limits)

@@ -357,6 +357,20 @@ def test_values_are_computed_once_and_without_waiting_for_others():
         session.once("late", compute)
 
 
+def test_threads_that_need_one_computed_table_do_not_wait_for_each_other():
+    runs = open_runs(FROZEN)
+    asked = (lambda: runs.run_shipped("select count(*) from token_coverage"), lambda: runs.token_coverage)
+    threads = [threading.Thread(target=ask, daemon=True) for ask in asked]
+    with runs._connected:
+        # Both wait for the connection, the question first.
+        for thread in threads:
+            thread.start()
+            time.sleep(0.3)
+    for thread in threads:
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+
+
 def test_the_viewer_leaves_memory_to_others(frozen: Client):
     limit = Session([FROZEN]).runs.run_shipped("select current_setting('memory_limit') as bytes").item()
     assert limit == "450.0 MiB"
