@@ -102,6 +102,8 @@ def _variant(node: exp.Expr) -> str | None:
             return "UNPIVOT INCLUDE NULLS" if node.args.get("unpivot") else "PIVOT"
         case exp.SetOperation() if node.args.get("by_name"):
             return "UNION BY NAME"
+        case exp.SetOperation() if _lists_in_another_order(node):
+            return "a set operation on * with JOIN USING (name the columns, or join with ON)"
         case exp.Distinct() if node.args.get("on"):
             return "DISTINCT ON"
         case exp.With() if node.recursive:
@@ -119,6 +121,14 @@ def _variant(node: exp.Expr) -> str | None:
         case exp.Placeholder() if not node.name:
             return "a parameter without a name"
     return None
+
+
+def _lists_in_another_order(node: exp.SetOperation) -> bool:
+    """Return whether a star of a join with USING, in which Spark lists the keys first, may meet columns by position."""
+    selects = list(node.root().find_all(exp.Select))
+    stars = [select for select in selects if any(column.is_star for column in select.expressions)]
+    is_by_position = any(side.unnest() in stars for side in (node.this, node.expression))
+    return is_by_position and any(join.args.get("using") for select in stars for join in select.args.get("joins") or ())
 
 
 def _rejected(found: str) -> InputError:

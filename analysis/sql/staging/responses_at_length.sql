@@ -22,4 +22,4 @@ slopes as (
 )
 select centered.*, surprisal_in_group - slope * length_in_group as surprisal_at_length
 from centered
-join slopes using (run_id, stage);
+join slopes on slopes.run_id = centered.run_id and slopes.stage = centered.stage;

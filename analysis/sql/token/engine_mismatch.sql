@@ -66,14 +66,14 @@ per_bin as (
     'step' as breakdown,
     (counted.step - first_step) * coalesce($bins, 10)::bigint // (last_step - first_step + 1) as bin
   from counted
-  join spans using (run_id)
+  join spans on spans.run_id = counted.run_id
   union all
   select *, 'position' as breakdown, position_bin as bin
   from counted
   union all
   select counted.*, 'entropy' as breakdown, ranks.bin
   from counted
-  join ranks using (run_id, entropy_bin)
+  join ranks on ranks.run_id = counted.run_id and ranks.entropy_bin = counted.entropy_bin
 ),
 per_prompt as (
   select
