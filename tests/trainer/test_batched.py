@@ -23,8 +23,8 @@ from entrace.trainer.sampling.samples import SamplingParams
 from tests.trainer.test_policy import ARCHITECTURES, load, write_model
 
 LIMITS, SAMPLES = [40, 30, 3, 1], 12
-# Architectures with the parts of Llama, and the reason why the others have not.
-LLAMA_LIKE = {"llama", "llama-tied", "qwen2"}
+# Architectures with the parts of Llama; Qwen3 adds norms of queries and keys.
+LLAMA_LIKE = {"llama", "llama-tied", "qwen2", "qwen3"}
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,9 @@ import torch
 
 import entrace
 from entrace.analysis.trace import InputError, manifest, read_manifest
-from entrace.trainer import cli, evaluate
+from entrace.trainer import cli
 from entrace.trainer import rollouts as batch
+from entrace.trainer import train as train_module
 from entrace.trainer.config import PolicyConfig, load_config
 from entrace.trainer.faults import TrainingError, explain_fault, memory_advice
 from entrace.trainer.learner import Learner
@@ -217,9 +218,9 @@ def out_of_memory(out):
     # What the process keeps would be enough.
     policy_module.keep_freed_memory = lambda: None
     for run_id, owner, name, overrides, call in (
-        ("sampling", batch, "sample", ["rollout.group_size=16", "rollout.dynamic_sampling=false"], 2),
+        ("sampling", batch, "_sample_part", ["rollout.group_size=16", "rollout.dynamic_sampling=false"], 2),
         ("updating", Learner, "update", [], 2),
-        ("evaluating", evaluate, "sample", ["eval.samples=16"], 2),
+        ("evaluating", train_module, "evaluate", ["eval.samples=16"], 2),
     ):
         if os.fork() == 0:
             _starve(owner, name, call)

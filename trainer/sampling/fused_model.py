@@ -25,6 +25,8 @@ from entrace.trainer.model.policy import Policy
 # Names of transformers' Llama.
 BODY = ("embed_tokens", "layers", "norm", "rotary_emb")
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+# Norms of queries and keys, as in Qwen3.
+HEAD_NORMS = ("q_norm", "k_norm")
 NOT_LIKE_LLAMA = "needs the layers of a Llama-like model"
 ROTARY_TYPES = {"default", "linear", "llama3", "yarn"}
 
@@ -73,6 +75,7 @@ class _Layer:
     gate_up: _Product
     down: _Product
     scale: float
+    head_norms: list[Any]
 
     def products(self) -> tuple[_Product, ...]:
         return self.queries_keys_values, self.output, self.gate_up, self.down
@@ -118,7 +121,7 @@ class FusedModel:
         self._head, self._is_allocated = policy.head, False
         self._angles = torch.empty(2, 0, self.width, device=policy.device)
         wrap: Callable[[Any], Any] = torch.compile if compiles else lambda function: function
-        self._add_norm, self._gate = wrap(_add_norm), wrap(_gate)
+        self._add_norm, self._gate, self._norm_heads = wrap(_add_norm), wrap(_gate), wrap(_norm_heads)
 
     @property
     def head(self) -> LMHead:
@@ -213,7 +216,12 @@ class FusedModel:
         dtype, added = self._policy.dtype, None
         for layer, cache in zip(self._layers, caches, strict=True):
             x, normed = self._add_norm(x, added, layer.first_norm.weight, layer.first_norm.variance_epsilon, dtype)
-            added = layer.output(attention(layer.queries_keys_values(normed), layer, cache))
+            qkv = layer.queries_keys_values(normed)
+            if layer.head_norms:
+                of_queries, of_keys = layer.head_norms
+                eps = of_keys.variance_epsilon
+                qkv = self._norm_heads(qkv, of_queries.weight, of_keys.weight, eps, self.key_heads)
+            added = layer.output(attention(qkv, layer, cache))
             x, normed = self._add_norm(x, added, layer.second_norm.weight, layer.second_norm.variance_epsilon, dtype)
             added = layer.down(self._gate(layer.gate_up(normed), self._activation))
         _, normed = self._add_norm(x, added, self._norm.weight, self._norm.variance_epsilon, dtype)
@@ -224,9 +232,11 @@ def _parts_of(layer: Any, dtype: torch.dtype) -> _Layer:
     """Return the parts of a layer."""
     attention, mlp = layer.self_attn, layer.mlp
     children = {name for name, _ in attention.named_children()}
-    if children - {"rotary_fn"} != ATTENTION or not hasattr(mlp, "gate_proj"):
+    if children - {"rotary_fn", *HEAD_NORMS} != ATTENTION or not hasattr(mlp, "gate_proj"):
         raise ValueError(NOT_LIKE_LLAMA)
-    if any(not hasattr(norm, "variance_epsilon") for norm in (layer.input_layernorm, layer.post_attention_layernorm)):
+    head_norms = [getattr(attention, name) for name in HEAD_NORMS if name in children]
+    norms = (layer.input_layernorm, layer.post_attention_layernorm, *head_norms)
+    if any(not hasattr(norm, "variance_epsilon") for norm in norms):
         raise ValueError("needs RMSNorm layers with variance_epsilon")
     return _Layer(
         layer.input_layernorm,
@@ -236,6 +246,7 @@ def _parts_of(layer: Any, dtype: torch.dtype) -> _Layer:
         _Product.of([mlp.gate_proj, mlp.up_proj], dtype),
         _Product.of([mlp.down_proj], dtype),
         attention.scaling,
+        head_norms,
     )
 
 
@@ -243,6 +254,16 @@ def _add_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype
     if added is not None:
         x = x + added
     return x, (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
+
+
+def _norm_heads(qkv: Tensor, of_queries: Tensor, of_keys: Tensor, eps: float, key_heads: int) -> Tensor:
+    heads = qkv.view(len(qkv), -1, len(of_keys))
+    sizes = (heads.shape[1] - 2 * key_heads, key_heads, key_heads)
+    *normed, values = heads.split(sizes, 1)
+    parts = [
+        _add_norm(x.float(), None, w, eps, qkv.dtype)[1] for x, w in zip(normed, (of_queries, of_keys), strict=True)
+    ]
+    return torch.cat((*parts, values), 1).view_as(qkv)
 
 
 def _gate(gate_up: Tensor, activation: nn.Module) -> Tensor:
