@@ -200,6 +200,30 @@ def write_trace(folder: Path, tokens: int, seed: int = 0) -> Path:
     return folder
 
 
+def write_study(folder: Path, runs: int) -> Path:
+    """Write ``runs`` small runs of 25 steps with steps, evaluations, prompts, and vocabulary; return their folder."""
+    simulation = Simulation(np.random.default_rng(0), 25)
+    evals = simulation.evals(0)
+    for seed in range(runs):
+        name = f"none-seed{seed}"
+        manifest = {"run_id": name, "study": folder.name, "arm": "none", "seed": seed, "total_steps": 25}
+        writer = TraceWriter.create(folder / name, manifest, simulation.vocab)
+        prompt = {
+            "prompt_id": ["train-0"],
+            "split": "train",
+            "task": "simulated",
+            "prompt": "6 * 7 =",
+            "ground_truth": "42",
+        }
+        writer.append("prompts", prompt)
+        writer.append("evals", evals)
+        for step in range(1, 26):
+            writer.append("steps", _step_row(step, accuracy=0.5, format_rate=1.0, entropy=1 / step, tokens=8, kept=2))
+        writer.flush(25)
+        writer.finish()
+    return folder
+
+
 def _append_step(writer: TraceWriter, simulation: Simulation, step: int) -> None:
     responses = simulation.responses(step)
     tokens = simulation.tokens(responses)
@@ -209,23 +233,35 @@ def _append_step(writer: TraceWriter, simulation: Simulation, step: int) -> None
     writer.append("interventions", simulation.interventions(rollouts, tokens))
     if step % EVAL_EVERY == 0 or step == simulation.steps:
         writer.append("evals", simulation.evals(step))
+    accuracy = float(responses["is_correct"].mean())
+    row = _step_row(
+        step,
+        accuracy=accuracy,
+        format_rate=float(rollouts["has_answer"].mean()),
+        entropy=float(tokens["entropy"].mean(dtype=float)),
+        tokens=len(tokens["position"]),
+        kept=int(responses["is_kept"].sum()) // GROUP,
+    )
+    writer.append("steps", row)
+
+
+def _step_row(
+    step: int, *, accuracy: float, format_rate: float, entropy: float, tokens: int, kept: int
+) -> dict[str, Any]:
     zeros = ("loss", "clip_frac_low", "clip_frac_high", "rollout_s", "reward_s", "update_s", "record_s")
-    accuracy = responses["is_correct"].mean()
-    groups_kept = int(responses["is_kept"].sum()) // GROUP
-    measured = {
+    return dict.fromkeys(zeros, 0.0) | {
         "step": step,
         "reward_mean": accuracy,
         "accuracy": accuracy,
-        "format_rate": rollouts["has_answer"].mean(),
-        "entropy_token_mean": tokens["entropy"].mean(dtype=float),
+        "format_rate": format_rate,
+        "entropy_token_mean": entropy,
         "grad_norm": 1.0,
         "lr": 1e-6,
-        "tokens": len(tokens["position"]),
-        "groups_kept": groups_kept,
-        "groups_dropped": PROMPTS - groups_kept,
+        "tokens": tokens,
+        "groups_kept": kept,
+        "groups_dropped": PROMPTS - kept,
         "is_shaped": False,
     }
-    writer.append("steps", dict.fromkeys(zeros, 0.0) | measured)
 
 
 def _take(values: Any, rows: np.ndarray) -> Any:
