@@ -1,6 +1,9 @@
 """Compare the sampler for a GPU, without a graph, with the sampler for a CPU and with naive references."""
 
 import gc
+import os
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 
@@ -386,3 +389,13 @@ def test_sampling_with_kernels(kernels, tmp_path, uniforms, monkeypatch):
 def test_compiled_norms_and_activations(shared, prompts, uniforms):
     arguments = (prompts, uniforms[:, :6], [6] * 4, SamplingParams(6))
     assert_equal(batched_sampler(shared, compiles=True).sample_at(*arguments), sample_at(shared, *arguments))
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_a_gpu():
+    """In a new process, since the interpreter replaces the compiler in this one."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "tests.trainer.compile_decoding"]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["_attend", "_sums", "_draw"], done.stderr
