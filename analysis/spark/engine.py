@@ -6,10 +6,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,27 +136,32 @@ class SparkEngine:
     def _collect(self, frame: DataFrame, limits: Limits, on_progress: Callable[[float], None] | None) -> pa.Table:
         tag = uuid.uuid4().hex
 
-        def run() -> pa.Table:
-            self._session.addTag(tag)
-            return frame.toArrow()
+        answer: Future[pa.Table] = Future()
+
+        def run() -> None:
+            try:
+                self._session.addTag(tag)
+                answer.set_result(frame.toArrow())
+            except Exception as error:  # Raised where the answer is awaited.
+                answer.set_exception(error)
 
         deadline = time.monotonic() + limits.timeout if limits.timeout else None
         jobs: set[int] = set()
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(run)
-            try:
-                while not wait([answer], WAIT_S).done:
-                    if deadline and time.monotonic() >= deadline:
-                        raise InputError(
-                            f"sql: stopped after {limits.timeout:g} s; narrow the query, or raise --timeout (timeout= "
-                            "in Python)"
-                        )
-                    if on_progress:
-                        on_progress(self._percentage(jobs))
-            finally:
-                if not answer.done():
-                    self._session.interruptTag(tag)
-            return answer.result()
+        # After an interruption, pyspark may wait for rows forever; nothing waits for this thread.
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            while not wait([answer], WAIT_S).done:
+                if deadline and time.monotonic() >= deadline:
+                    raise InputError(
+                        f"sql: stopped after {limits.timeout:g} s; narrow the query, or raise --timeout (timeout= in "
+                        "Python)"
+                    )
+                if on_progress:
+                    on_progress(self._percentage(jobs))
+        finally:
+            if not answer.done():
+                self._session.interruptTag(tag)
+        return answer.result()
 
     def _percentage(self, jobs: set[int]) -> float:
         """Return the percentage of tasks that are done, over the stages of ``jobs`` and of the active jobs."""
