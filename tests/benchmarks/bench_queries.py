@@ -74,7 +74,7 @@ def read_columns(trace: Path, stems: list[str]) -> dict[str, dict[str, list[str]
     interval_functions.register(con)
     for name in TABLES:
         con.execute(f"create table {name} as from read_parquet('{trace}/{name}/*.parquet') limit {SAMPLE_ROWS}")
-    for name in ("runs", "stages"):
+    for name in ("runs", *queries.COMPUTED):
         con.register("rows", runs.sql(f"from {name}").to_arrow())
         con.execute(f"create table {name} as from rows")
     for text in queries.staging():
@@ -122,7 +122,7 @@ def _number(name: str, kind: pa.DataType) -> str:
 
 def ask(runs: entrace.Runs, stem: str) -> None:
     """Run one query as the report does."""
-    runs.query(stem, runs=list(runs.manifests))
+    runs.ask(stem, runs=list(runs.manifests))
 
 
 def timed(work: Callable[..., Any], *arguments: Any) -> np.ndarray:
