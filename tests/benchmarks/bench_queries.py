@@ -225,7 +225,9 @@ def check_values(runs: entrace.Runs, values: np.ndarray, stem: str) -> None:
     expected = frame[COLUMNS[stem]].drop_nulls().to_numpy() + (1 if stem == "u_shape" else 0)
     # Empty cells, and words that do not occur, are rows of one side only.
     expected, values = (np.sort(side[np.isfinite(side) & (side != 0)]) for side in (expected, values))
-    np.testing.assert_allclose(values, expected, rtol=TOLERANCE, err_msg=stem)
+    # A rare category may gain a token from the lower threshold.
+    least = TOLERANCE**2 * np.abs(expected).max()
+    np.testing.assert_allclose(values, expected, rtol=TOLERANCE, atol=least, err_msg=stem)
 
 
 def measure_opening() -> float:
