@@ -89,7 +89,7 @@ bench: .venv-bench/.ready  ## GRPO steps, statistics of tokens and a real model 
 bench-gpu: .venv-bench/.ready  ## a GPU against its limits and TRL; PART=decoding measures one part, PROFILE=1 kernels too
 	.venv-bench/bin/python -m tests.benchmarks.bench_gpu --out reports/benchmarks_gpu $(if $(PART),--part $(PART)) $(if $(PROFILE),--profile)
 
-bench-queries: $(READY)  ## each question on 50 million tokens against a plain scan, pandas and polars
+bench-queries: $(READY)  ## each question on 50 million tokens against a plain scan and polars' lazy engine
 	$(BIN)/python tests/benchmarks/bench_queries.py --out reports/query_benchmarks.json
 
 bench-output: $(READY)  ## peak memory and rows per second of `entrace sql`, each format, 50 million rows

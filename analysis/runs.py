@@ -451,7 +451,7 @@ class Runs:
         """Keep the rows of ``queries.KEPT`` of runs; they cannot change, as only files listed at opening are read."""
         if missing := [run for run in run_ids if run not in self._binned]:
             found = self._run(f"from new_{KEPT} where list_contains($runs, run_id)", {"runs": missing})
-            append(self._con, KEPT, found.to_dict(as_series=False))
+            append(self._con, KEPT, [column.to_list() for column in found])
             self._binned.update(missing)
 
     def _fill_computed(self, text: str) -> None:

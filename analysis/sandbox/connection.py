@@ -160,17 +160,13 @@ def rows_of_runs(manifests: Mapping[str, Mapping[str, Any]]) -> list[tuple[Any, 
 def fill(con: duckdb.DuckDBPyConnection, name: str, rows: Sequence[tuple[Any, ...]]) -> None:
     """Replace the rows of a table of ``BESIDE_TRACE``."""
     con.execute(f"delete from {name}")
-    if rows:
-        append(con, name, dict(zip(BESIDE_TRACE[name], map(list, zip(*rows, strict=True)), strict=True)))
+    append(con, name, list(zip(*rows, strict=True)))
 
 
-def append(con: duckdb.DuckDBPyConnection, name: str, columns: Mapping[str, Any]) -> None:
-    """Append rows to a table of the connection; inserting them one by one would take a thousand times longer."""
-    import pyarrow as pa
-
-    con.register("appended", pa.table(dict(columns)))
-    con.execute(f"insert into {name} from appended")
-    con.unregister("appended")
+def append(con: duckdb.DuckDBPyConnection, name: str, columns: Sequence[Sequence[Any]]) -> None:
+    """Append rows to a table of the connection, all at once; no columns are no rows."""
+    if columns:
+        con.execute(f"insert into {name} select {', '.join('unnest(?)' for _ in columns)}", list(map(list, columns)))
 
 
 def view_queries(

@@ -74,7 +74,7 @@ def read_columns(trace: Path, stems: list[str]) -> dict[str, dict[str, list[str]
     interval_functions.register(con)
     for name in TABLES:
         con.execute(f"create table {name} as from read_parquet('{trace}/{name}/*.parquet') limit {SAMPLE_ROWS}")
-    for name in ("runs", "stages"):
+    for name in ("runs", *queries.COMPUTED):
         con.register("rows", runs.sql(f"from {name}").to_arrow())
         con.execute(f"create table {name} as from rows")
     for text in queries.staging():
@@ -122,7 +122,7 @@ def _number(name: str, kind: pa.DataType) -> str:
 
 def ask(runs: entrace.Runs, stem: str) -> None:
     """Run one query as the report does."""
-    runs.query(stem, runs=list(runs.manifests))
+    runs.ask(stem, runs=list(runs.manifests))
 
 
 def timed(work: Callable[..., Any], *arguments: Any) -> np.ndarray:
@@ -225,7 +225,9 @@ def check_values(runs: entrace.Runs, values: np.ndarray, stem: str) -> None:
     expected = frame[COLUMNS[stem]].drop_nulls().to_numpy() + (1 if stem == "u_shape" else 0)
     # Empty cells, and words that do not occur, are rows of one side only.
     expected, values = (np.sort(side[np.isfinite(side) & (side != 0)]) for side in (expected, values))
-    np.testing.assert_allclose(values, expected, rtol=TOLERANCE, err_msg=stem)
+    # A rare category may gain a token from the lower threshold.
+    least = TOLERANCE**2 * np.abs(expected).max()
+    np.testing.assert_allclose(values, expected, rtol=TOLERANCE, atol=least, err_msg=stem)
 
 
 def measure_opening() -> float:
