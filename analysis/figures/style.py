@@ -179,13 +179,14 @@ def pool(frame: pl.DataFrame, keys: Sequence[str], *values: str, ends: Sequence[
     return frame.drop_nulls(values[0]).group_by(keys, maintain_order=True).agg(*means, *limits, *kept).sort(keys)
 
 
-def line(ax: Axes, frame: pl.DataFrame, x: str, y: str, **options: Any) -> None:
-    """Draw ``y`` over ``x`` as a line; the axis labels stay as they are."""
+def line(ax: Axes, frame: pl.DataFrame, x: str, y: str, *, units: str | None = None, **options: Any) -> None:
+    """Draw ``y`` over ``x`` as a line, or as one per value of the column ``units``; keep the axis labels."""
     labels = {"xlabel": ax.get_xlabel(), "ylabel": ax.get_ylabel()}
-    data = frame.select({x, y, *(name for name in [options.get("units")] if name)}).to_pandas()
+    columns = {x, y, units} - {None}
+    data = frame.select(*columns).to_pandas()
     # Without labels, seaborn computes all ticks to find out whether they are visible.
     ax.set(xlabel=x, ylabel=y)
-    sns.lineplot(data, x=x, y=y, errorbar=None, ax=ax, **options)
+    sns.lineplot(data, x=x, y=y, units=units, estimator=None, errorbar=None, ax=ax, **options)
     ax.set(**labels)
     marks.remember(ax, frame, x, y)
 
