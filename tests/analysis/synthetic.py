@@ -124,7 +124,7 @@ def _append_step(
             "advantage": np.repeat(advantage, LENGTH),
             "shaped_advantage": np.repeat(advantage, LENGTH),
             "grad_norm": rng.lognormal(0, 0.5, size * LENGTH),
-            **(_after_update(surprisal.ravel(), rng) if step % 5 == 0 else {}),
+            **(_after_update(surprisal.ravel(), entropy.ravel(), rng) if step % 5 == 0 else {}),
         },
     )
     writer.append(
@@ -153,11 +153,13 @@ def _append_step(
     writer.append("steps", _step_row(step, is_correct, defective, entropy, std))
 
 
-def _after_update(surprisal: np.ndarray, rng: np.random.Generator) -> dict[str, object]:
+def _after_update(surprisal: np.ndarray, entropy: np.ndarray, rng: np.random.Generator) -> dict[str, object]:
     moved = rng.normal(0, 0.05, surprisal.size) ** 3 * 100
     after = np.log(np.clip(np.exp(-surprisal) + moved, 1e-4, 1))
     is_clipped = np.arange(surprisal.size) % 20 == 0
-    return {"logprob_after": after, "entropy_after": rng.gamma(4, 0.1, surprisal.size), "is_clipped": is_clipped}
+    # No quantity predicts the change of entropy, its own former value included.
+    entropy_after = entropy * rng.uniform(0.8, 1.2, entropy.size)
+    return {"logprob_after": after, "entropy_after": entropy_after, "is_clipped": is_clipped}
 
 
 def _append_interventions(writer: TraceWriter, steps: int, groups: int, rng: np.random.Generator) -> None:

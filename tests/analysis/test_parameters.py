@@ -23,7 +23,8 @@ from entrace.analysis.trace.errors import InputError
 from tests.analysis.conftest import write_failed
 from tests.analysis.synthetic import write_run
 
-KINDS = ("list of run_id", "rising or plateau", "one benchmark", "map of arm to arm", "integer in ", "number in ")
+WORDS = ("rising or plateau", "entropy or logprob", "value or rank")
+KINDS = ("list of run_id", "one benchmark", "map of arm to arm", "integer in ", "number in ", *WORDS)
 OWN = """\
 -- question: X1. Which benchmarks were evaluated?
 -- grain: one row per benchmark
