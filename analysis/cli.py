@@ -449,7 +449,9 @@ def _hear_signals() -> Iterator[None]:
     def repeat_if_ignored(ignored: sys.UnraisableHookArgs) -> None:
         """Send a signal again whose exception Python ignored, because the signal arrived within a finalizer."""
         if isinstance(ignored.exc_value, Stopped):
-            repeats.append(threading.Timer(REPEAT_S, os.kill, (os.getpid(), ignored.exc_value.exit_code - 128)))
+            # A signal that another thread receives does not interrupt what the main thread waits for.
+            target = threading.main_thread().ident, ignored.exc_value.exit_code - 128
+            repeats.append(threading.Timer(REPEAT_S, signal.pthread_kill, target))
             repeats[-1].daemon = True
             repeats[-1].start()
         else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from entrace.analysis.trace.connection import SCHEME, guard, reason_of_storage
-from entrace.analysis.trace.errors import InputError, in_one_line, quoted_input_error
+from entrace.analysis.trace.errors import InputError, StorageError, in_one_line, quoted_input_error
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -104,6 +104,11 @@ def reaching(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
+    except StorageError as error:
+        # Creating a folder asks for those above it, up to the root, which is no name of what was wanted.
+        protocol, _, name = str(path).partition(SCHEME)
+        root, _, reason = str(error).partition(": ")
+        raise StorageError(f"{root}{name.lstrip('/')}: {reason}" if root == protocol + SCHEME else str(error)) from None
     except InputError:
         raise
     except Exception as error:

@@ -134,7 +134,7 @@ def case_of(comparison: Comparison, runs) -> Case:
     return Case(comparison, sample, reference, prompts, tokens, logits_of(reference, prompts, tokens))
 
 
-@pytest.fixture(params=["trl", "verifiers"])
+@pytest.fixture(params=["trl", pytest.param("verifiers", marks=pytest.mark.slow)])
 def case(request) -> Case:
     return request.getfixturevalue(request.param)
 
