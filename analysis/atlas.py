@@ -170,7 +170,7 @@ class Tally:
     """Sums over the tokens of all steps, of some kilobytes whatever the length of the trace."""
 
     def __init__(self, names: Sequence[str], trace: Trace) -> None:
-        """Start without a step."""
+        """Begin with empty sums."""
         self.names, self.trace = list(names), trace
         self.bins = {**BINS, "category": trace.categories}
         if not trace.thresholds:

@@ -18,12 +18,11 @@ from entrace.trainer.ablation.arms import describe_methods, method_settings
 from entrace.trainer.algorithm.advantages import group_relative_advantage
 from entrace.trainer.algorithm.method import RolloutView
 from entrace.trainer.algorithm.objectives import Objective
-from entrace.trainer.algorithm.shaping import shape
+from entrace.trainer.algorithm.shaping import NONE, shape
 from entrace.trainer.config import Config, build_config
 from entrace.trainer.seeding import Stream, generator
 from entrace.trainer.settings import merge
 
-PLAIN = "none"
 # Sections of a config that change how recorded tokens are weighed. Others change which tokens are sampled.
 WEIGHING = {"shaping", "loss"}
 
@@ -103,7 +102,7 @@ def find_methods(own: Iterable[str] = (), overrides: Mapping[str, Any] | None = 
         InputError: a method is unknown, or the overrides do not fit it.
     """
     found = []
-    for name, entry in sorted(describe_methods(own).items(), key=lambda item: item[0] != PLAIN):
+    for name, entry in sorted(describe_methods(own).items(), key=lambda item: item[0] != NONE):
         settings = method_settings(name)
         config = build_config(merge(dict(overrides or {}), settings), source=f"method {name}")
         changed = ", ".join(sorted(settings.keys() - WEIGHING))
@@ -118,7 +117,7 @@ class Weigher:
     def __init__(self, methods: Sequence[Method]) -> None:
         """Start with all methods; one that turns out not to be representable is marked when a step shows it."""
         self.methods = list(methods)
-        self._plain = next(method.config.loss for method in methods if method.name == PLAIN)
+        self._plain = next(method.config.loss for method in methods if method.name == NONE)
 
     def weigh(self, recorded: RecordedStep) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Return the weights of all tokens, (N,), by method.

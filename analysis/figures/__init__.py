@@ -10,7 +10,6 @@ To add a figure, add its module and its function below. The report has the figur
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -125,13 +124,7 @@ def draw(stem: str, runs: Runs, ax: Axes | None = None) -> Axes:
 @contextmanager
 def drawn(runs: Runs, stem: str, frame: pl.DataFrame) -> Iterator[Figure]:
     """Draw the figure ``stem`` without pyplot, and yield it under the settings with which it must be saved."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(style.RC), warnings.catch_warnings():
-        # Words and names may hold characters that the font lacks; each becomes a box.
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
-        figure = Figure(figsize=size(runs, stem, frame), dpi=mpl.rcParams["savefig.dpi"])
+    with style.canvas(size(runs, stem, frame)) as figure:
         figure_module(stem, runs.questions).draw(frame, figure.subplots())
         yield figure
 

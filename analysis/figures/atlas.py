@@ -46,11 +46,8 @@ WIDTH, ROW_HEIGHT, MARGIN = 6.2, 0.2, 1.5
 @contextmanager
 def drawn(stem: str, methods: pl.DataFrame, weights: pl.DataFrame, correlations: pl.DataFrame) -> Iterator[Figure]:
     """Draw one of ``CAPTIONS`` without pyplot, and yield it under the settings with which it must be saved."""
-    from matplotlib.figure import Figure
-
     names = rows(methods)
-    with mpl.rc_context(style.RC):
-        figure = Figure(figsize=(WIDTH, MARGIN + ROW_HEIGHT * len(names)), dpi=mpl.rcParams["savefig.dpi"])
+    with style.canvas((WIDTH, MARGIN + ROW_HEIGHT * len(names))) as figure:
         ax = figure.subplots()
         if stem == "correlations":
             draw_correlations(correlations, names, ax)

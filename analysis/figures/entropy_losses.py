@@ -15,11 +15,7 @@ CAPTION = (
     "stage. The bins of one breakdown, over both signs, add up to the mean change by an update. Left of zero, entropy "
     "is lost."
 )
-BREAKDOWNS = ("probability", "category", "position")
 PROBABILITIES = ("p < .1", "p .1 to .5", "p .5 to .9", "p .9 to .99", "p > .99")
-# Vertical offset of each sign from the middle of its row.
-SHIFTS = {"negative": -0.14, "positive": 0.14}
-MARKERS = {"negative": "s", "positive": "o"}
 SIZE = (4.4, 4.8)
 
 
@@ -42,11 +38,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     thousandths = [1000 * shown[name] for name in ("contribution", "low", "high")]
     shown = shown.with_columns(*thousandths)
     ax.axvline(0, color=style.INK, linewidth=0.8)
-    for sign, color in style.SIGN_COLORS.items():
-        part = shown.filter(sample_sign=sign)
-        look = {"color": color, "marker": MARKERS[sign], "linestyle": "none", "label": f"{sign} samples"}
-        if not part.is_empty():
-            style.points(ax, part, "row", "contribution", shift=SHIFTS[sign], is_horizontal=True, **look)
+    style.points_by_sign(ax, shown, "row", "contribution")
     ax.set_yticks(range(len(bins)), [name.replace("_", " ") for name in bins])
     ax.set_ylim(len(bins) - 0.5, -0.5)
     total = shown.filter(breakdown="position")

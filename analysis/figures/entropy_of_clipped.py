@@ -16,8 +16,6 @@ CAPTION = (
     "clipping caused: a token is clipped because earlier mini-batches had already moved it far."
 )
 KINDS = ("clipped", "comparable")
-SHIFTS = {"negative": -0.12, "positive": 0.12}
-MARKERS = {"negative": "s", "positive": "o"}
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
@@ -25,11 +23,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     shown, stage = style.late_stage(frame)
     shown = shown.with_columns(row=shown["kind"].replace_strict(KINDS, range(len(KINDS))))
     ax.axvline(0, color=style.INK, linewidth=0.8)
-    for sign, color in style.SIGN_COLORS.items():
-        part = shown.filter(sample_sign=sign)
-        look = {"color": color, "marker": MARKERS[sign], "linestyle": "none", "label": f"{sign} samples"}
-        if not part.is_empty():
-            style.points(ax, part, "row", "change", shift=SHIFTS[sign], is_horizontal=True, **look)
+    style.points_by_sign(ax, shown, "row", "change", shift=0.12)
     ax.set_yticks(range(len(KINDS)), KINDS)
     ax.set_ylim(len(KINDS) - 0.5, -0.5)
     style.label(

@@ -14,9 +14,6 @@ CAPTION = (
     "Mean change of the probability of the sampled token by one update, by the function of the token. A category to "
     "the right of zero is reinforced, to the left suppressed. The CSV file adds mean |Δp| and gradient norm."
 )
-# Vertical offset of each sign from the middle of its row.
-SHIFTS = {"negative": -0.14, "positive": 0.14}
-MARKERS = {"negative": "s", "positive": "o"}
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
@@ -26,11 +23,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     percent = [100 * shown[name] for name in ("dp", "low", "high")]
     shown = shown.with_columns(*percent, row=shown["category"].replace_strict(categories, range(len(categories))))
     ax.axvline(0, color=style.INK, linewidth=0.8)
-    for sign, color in style.SIGN_COLORS.items():
-        part = shown.filter(sample_sign=sign)
-        look = {"color": color, "marker": MARKERS[sign], "linestyle": "none", "label": f"{sign} samples"}
-        if not part.is_empty():
-            style.points(ax, part, "row", "dp", shift=SHIFTS[sign], is_horizontal=True, **look)
+    style.points_by_sign(ax, shown, "row", "dp")
     ax.set_yticks(range(len(categories)), [name.replace("_", "\n") for name in categories])
     ax.set_ylim(len(categories) - 0.5, -0.5)
     style.label(

@@ -7,13 +7,16 @@ runs' own 95 % intervals, the interval of a typical run. Single runs are thin li
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
 import seaborn as sns
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from entrace.analysis.figures import marks
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 INK, GREY = "#222222", "#6b6b6b"
 SIGN_COLORS = {"negative": VERMILLION, "positive": BLUE}
+SIGN_MARKERS = {"negative": "s", "positive": "o"}
 CATEGORY_COLORS = {
     "formal_reasoning": BLUE,
     "logical_structuring": ORANGE,
@@ -80,6 +84,15 @@ RC: Any = {
     # Unsalted ids in vector files are random.
     "svg.hashsalt": "entrace",
 }
+
+
+@contextmanager
+def canvas(size: tuple[float, float]) -> Iterator[Figure]:
+    """Yield a new figure without pyplot, under the settings with which it must be saved; ``size`` in inches."""
+    with mpl.rc_context(RC), warnings.catch_warnings():
+        # Words and names may hold characters that the font lacks; each becomes a box.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
+        yield Figure(figsize=size, dpi=mpl.rcParams["savefig.dpi"])
 
 
 def new_axes(size: tuple[float, float] = SIZE) -> Axes:
@@ -291,6 +304,16 @@ def points_by_stage(ax: Axes, frame: pl.DataFrame, x: str, y: str, names: dict[s
         if not part.is_empty():
             shift = STAGE_SHIFTS[stage]
             points(ax, part, x, y, shift=shift, color=color, marker=STAGE_MARKERS[stage], label=names[stage])
+
+
+def points_by_sign(ax: Axes, frame: pl.DataFrame, place: str, x: str, shift: float = 0.14) -> None:
+    """Draw ``points`` of ``x`` in every row ``place``, both signs of samples ``shift`` from the middle of the row."""
+    for sign, color in SIGN_COLORS.items():
+        part = frame.filter(sample_sign=sign)
+        look = {"color": color, "marker": SIGN_MARKERS[sign], "linestyle": "none", "label": f"{sign} samples"}
+        if not part.is_empty():
+            own = shift if sign == "positive" else -shift
+            points(ax, part, place, x, shift=own, is_horizontal=True, **look)
 
 
 def bars(

@@ -164,7 +164,7 @@ def fill(con: duckdb.DuckDBPyConnection, name: str, rows: Sequence[tuple[Any, ..
 
 
 def append(con: duckdb.DuckDBPyConnection, name: str, columns: Sequence[Sequence[Any]]) -> None:
-    """Append rows to a table of the connection, all at once; no columns are no rows."""
+    """Append rows, given by column, to a table of the connection; do nothing without columns."""
     if columns:
         con.execute(f"insert into {name} select {', '.join('unnest(?)' for _ in columns)}", list(map(list, columns)))
 

@@ -33,8 +33,8 @@ UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 UNITS |= {f"{prefix}i": 1024**power for power, prefix in enumerate("KMGT", start=1)}
 SIZE = re.compile(rf"(\d+(?:\.\d+)?)\s*({'|'.join(sorted(UNITS, key=len, reverse=True))})B?", re.IGNORECASE)
 SMALLEST = 64 << 20
+# Seconds after which a process that waits for rows notices Ctrl-C, however it was delivered.
 HEARD_S = 0.25
-"""Seconds after which a process that waits for rows notices Ctrl-C, however it was delivered."""
 # The child finds modules where this process does, whatever its working directory holds.
 BOOT = (
     "import sys; from multiprocessing.connection import Connection; pipe = Connection(int(sys.argv[1])); "
@@ -191,9 +191,7 @@ class QueryProcess:
         if reader in ready:
             raise BrokenPipeError
         if not ready:
-            raise LimitError(
-                f"stopped after {limits.timeout:g} s", "narrow the query, or raise --timeout (timeout= in Python)"
-            )
+            raise out_of_time(limits)
 
     def _exchange(self, action: Callable[[Connection], Any], limits: Limits) -> Any:
         try:
@@ -208,6 +206,13 @@ class QueryProcess:
         if -status in (signal.SIGABRT, signal.SIGKILL, signal.SIGSEGV):
             return _out_of_memory(limits)
         return InputError(f"sql: the process of the query was ended by {signal.Signals(-status).name}")
+
+
+def out_of_time(limits: Limits) -> LimitError:
+    """Return the error of a query that was stopped at its ``timeout``."""
+    return LimitError(
+        f"stopped after {limits.timeout:g} s", "narrow the query, or raise --timeout (timeout= in Python)"
+    )
 
 
 def _out_of_memory(limits: Limits) -> LimitError:

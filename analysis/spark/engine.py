@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entrace.analysis.sandbox.connection import BESIDE_TRACE, rows_of_runs, stored_columns, view_queries
-from entrace.analysis.sandbox.process import Limits, ReadError
+from entrace.analysis.sandbox.process import Limits, ReadError, out_of_time
 from entrace.analysis.statistics import interval_functions
 from entrace.analysis.trace.connection import SCHEME
 from entrace.analysis.trace.errors import InputError, in_one_line
@@ -152,10 +152,7 @@ class SparkEngine:
         try:
             while not wait([answer], WAIT_S).done:
                 if deadline and time.monotonic() >= deadline:
-                    raise InputError(
-                        f"sql: stopped after {limits.timeout:g} s; narrow the query, or raise --timeout (timeout= in "
-                        "Python)"
-                    )
+                    raise out_of_time(limits)
                 if on_progress:
                     on_progress(self._percentage(jobs))
         finally:
@@ -239,7 +236,7 @@ def _start() -> SparkSession:
 
 
 def _spark_schema(names: Sequence[str], path: str) -> str:
-    """Return the schema of some columns of a file; as in DuckDB, the first file of several decides on their types."""
+    """Return the schema of some columns of a file; as in DuckDB, the first of several decides their types."""
     import pyarrow.parquet as pq
 
     schema = pq.read_schema(source_of(to_place(path)))
@@ -264,7 +261,7 @@ def _spark_type(kind: pa.DataType) -> str:
 
 
 def _uri(path: str) -> str:
-    """Return how Hadoop names a file: a local path is not one of a cluster's file system, and S3 has another scheme."""
+    """Return Hadoop's name of a file: without a scheme it would lie on the cluster, and S3 has a scheme of its own."""
     if SCHEME not in path:
         return f"file:{path}"
     return f"s3a{path.removeprefix('s3')}" if path.startswith(f"s3{SCHEME}") else path

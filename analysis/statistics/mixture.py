@@ -12,6 +12,7 @@ from entrace.analysis.statistics.estimates import CONFIDENCE, Estimate
 NEGLIGIBLE = 1e-6
 # Relative step at which Newton's method has converged, and the number of steps after which it ends regardless.
 PRECISION, MAX_ITERATIONS = 1e-14, 100
+# Degrees of freedom beyond which the density of Student's t is that of the normal distribution, for a slope.
 MAX_DF = 1e6
 
 
@@ -25,7 +26,7 @@ def summarize_mixture(
     weights, scale = weights[kept] / weights[kept].sum(), scale[kept]
     df = np.broadcast_to(df, kept.shape)[kept]
 
-    # Density of Student's t; beyond MAX_DF, the normal distribution is as close as a slope need be.
+    # Of the density of Student's t.
     slope_df = np.minimum(df, MAX_DF)
     constant = np.exp(special.gammaln((slope_df + 1) / 2) - special.gammaln(slope_df / 2)) / np.sqrt(np.pi * slope_df)
 

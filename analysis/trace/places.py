@@ -105,7 +105,7 @@ def reaching(path: str | Path) -> Iterator[None]:
     try:
         yield
     except StorageError as error:
-        # Creating a folder asks for those above it, up to the root, which is no name of what was wanted.
+        # Creating a folder asks for those above it up to the root, whose name would not tell what was wanted.
         protocol, _, name = str(path).partition(SCHEME)
         root, _, reason = str(error).partition(": ")
         raise StorageError(f"{root}{name.lstrip('/')}: {reason}" if root == protocol + SCHEME else str(error)) from None

@@ -2,7 +2,7 @@
 
 A breakdown is a mean by keys, over a lazy frame of rows. Without intervals, polars computes it in one pass. With
 intervals, polars sums rows by keys, step, and prompt, and ``mean_with_interval`` estimates each group, as entrace does.
-A question that is no such mean is a lazy frame without intervals.
+Any other question is a lazy frame without intervals.
 """
 
 from __future__ import annotations
