@@ -167,7 +167,8 @@ def _series(
 
 def _gradient(effect: Effect, totals: np.ndarray) -> np.ndarray:
     """Return the gradient of an effect with respect to the totals, by central differences."""
-    size = np.maximum(np.abs(totals), 1e-6 * np.abs(totals).max() + 1e-300)
+    # A total of about 0, as of deviations, needs a step above the rounding error of the effect.
+    size = np.maximum(np.abs(totals), 1e-3 * np.abs(totals).max() + 1e-300)
     step = 1e-5 * size
     shifted = totals + np.diag(step), totals - np.diag(step)
     with np.errstate(divide="ignore", invalid="ignore"):

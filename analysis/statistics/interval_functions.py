@@ -93,7 +93,8 @@ def estimate_mean(
     mean = float(totals.sum() / counts.sum())
     # Deviations add up to exactly 0 if all rows agree: rounding must not count as spread.
     sums = np.column_stack((totals - mean * counts, counts))
-    found = level(steps, prompts, sums, lambda added: mean + ratio(added))
+    found = level(steps, prompts, sums, ratio)
+    found = found.moved_to(mean + found.value)
     if np.isfinite(bounds).all():
         found = bounded(found.value, found.error, found.df, found.n, found.of, bounds)
     return found
@@ -119,10 +120,7 @@ def random_top_shares(bins: pa.ListArray, tops: pa.Array) -> pa.Array:
 
 
 def estimates_of_prompts(lists: pa.ListArray, bounds: Bounds) -> pa.StructArray:
-    """Return ``estimates`` of lists that hold the prompts themselves, for an engine without DuckDB's hash.
-
-    The hash orders the rows, and the order of a sum changes an interval by about 1e-7 of its width.
-    """
+    """Return ``estimates`` of lists that hold the prompts themselves, for an engine without DuckDB's hash."""
     import duckdb
     import pyarrow as pa
 

@@ -200,3 +200,16 @@ def test_lists_of_one_step_give_together_what_each_gives_alone(con: duckdb.DuckD
         assert [found[name] for name in ("value", "low", "high")] == [
             value if value is None else pytest.approx(value, rel=1e-9, abs=1e-12) for value in expected
         ]
+
+
+def test_the_order_of_sums_changes_an_interval_by_rounding_only():
+    # Threads add up totals in any order, and reports of equal traces must be equal.
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        steps, prompts = np.repeat(np.arange(60), 10), rng.integers(0, 40, 600)
+        counts = rng.integers(1, 9, 600).astype(float)
+        totals = counts * (1 + 0.5 * rng.normal(size=600) + 0.3 * np.sin(steps / 9))
+        first = interval_functions.mean_with_interval(steps, prompts, totals, counts, (0, np.inf))
+        rounded = totals * (1 + rng.choice([-2e-16, 0, 2e-16], 600))
+        again = interval_functions.mean_with_interval(steps, prompts, rounded, counts, (0, np.inf))
+        np.testing.assert_allclose(again, first, rtol=1e-13)
