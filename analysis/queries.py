@@ -42,8 +42,8 @@ STAGING = (
 )
 # Tables that ``Runs`` fills when a query first reads them.
 COMPUTED = {"stages", "token_coverage"}
-# View whose rows ``Runs`` keeps, run by run.
-KEPT = "entropy_bins"
+# Small views of one pass over the tokens, whose rows ``Runs`` keeps, run by run.
+KEPT = ("entropy_bins", "update_batches")
 HEADERS = ("question", "grain", "params", "units", "needs")
 CONTINUATION = "--   "
 LEDGER = "claims.toml"
@@ -316,9 +316,9 @@ def computed_tables_in(text: str) -> set[str]:
     return _sources_in(text) & COMPUTED
 
 
-def needs_kept(text: str) -> bool:
-    """Return whether a query may read ``KEPT``, directly or through a macro."""
-    return KEPT in _sources_in(text)
+def kept_views_in(text: str) -> set[str]:
+    """Return the members of ``KEPT`` that a query may read, directly or through the shared views and macros."""
+    return _sources_in(text) & set(KEPT)
 
 
 def _sources_in(text: str) -> set[str]:
@@ -335,5 +335,5 @@ def _sources_behind() -> dict[str, set[str]]:
     behind = {name: {name} for name in (*TABLES, *COMPUTED)} | {RESPONSE_TOKENS: {"tokens"}}
     for text in (COMMENT_LINE.sub("", text) for text in staging()):
         created = CREATED.findall(text)
-        behind |= dict.fromkeys(created, set(created) & {KEPT} | _union(behind, text))
+        behind |= dict.fromkeys(created, set(created) & set(KEPT) | _union(behind, text))
     return behind

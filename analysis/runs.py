@@ -152,7 +152,7 @@ class Runs:
         self.notes = {run_id: note for run_id, note in notes.items() if note}
         self._fits: dict[str, StageFit] | None = None
         self._filled: set[str] = set()
-        self._binned: set[str] = set()
+        self._runs_kept: dict[str, set[str]] = {view: set() for view in KEPT}
         self._kept: dict[tuple[str, ...], pl.DataFrame] = {}
         self._finite: set[str] = set()
         self._files = files
@@ -162,8 +162,9 @@ class Runs:
         # The connection has one transaction at a time.
         self._connected = threading.RLock()
         self._con = connect(manifests, files, buffers, self._spill)
-        self._con.execute(f"alter view {KEPT} rename to new_{KEPT}")
-        self._con.execute(f"create table {KEPT} as from new_{KEPT} limit 0")
+        for view in KEPT:
+            self._con.execute(f"alter view {view} rename to new_{view}")
+            self._con.execute(f"create table {view} as from new_{view} limit 0")
         weakref.finalize(self._con, shutil.rmtree, self._spill, ignore_errors=True)
         # At most one process that has answered a query and waits for the next.
         self._idle: list[QueryProcess] = []
@@ -259,8 +260,8 @@ class Runs:
         given = self._prepare(text, params or {})
         self._fill_computed(text)
         with self._connected:
-            if queries.needs_kept(text) and not self._spark:
-                self._keep(self.manifests if given.get("runs") is None else given["runs"])
+            for view in set() if self._spark else queries.kept_views_in(text):
+                self._keep(view, self.manifests if given.get("runs") is None else given["runs"])
             return self._run(text, given)
 
     def read(
@@ -447,12 +448,12 @@ class Runs:
             for segment in fit.segments()
         ]
 
-    def _keep(self, run_ids: Iterable[str]) -> None:
-        """Keep the rows of ``queries.KEPT`` of runs; they cannot change, as only files listed at opening are read."""
-        if missing := [run for run in run_ids if run not in self._binned]:
-            found = self._run(f"from new_{KEPT} where list_contains($runs, run_id)", {"runs": missing})
-            append(self._con, KEPT, [column.to_list() for column in found])
-            self._binned.update(missing)
+    def _keep(self, view: str, run_ids: Iterable[str]) -> None:
+        """Keep the rows of a view of ``KEPT``; they cannot change, as only files listed at opening are read."""
+        if missing := [run for run in run_ids if run not in self._runs_kept[view]]:
+            found = self._run(f"from new_{view} where list_contains($runs, run_id)", {"runs": missing})
+            append(self._con, view, [column.to_list() for column in found])
+            self._runs_kept[view].update(missing)
 
     def _fill_computed(self, text: str) -> None:
         """Fill the tables of ``queries.COMPUTED`` that a query reads first."""

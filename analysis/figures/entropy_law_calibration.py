@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Mean change of entropy by an update, per decile of the predicted change, both from the mean of the step. Every "
-    "prediction is scaled to fit best, so a formula that knows nothing predicts no differences. Points on the diagonal "
-    "are calibrated. A formula is useful as far as its points reach to both sides, and misleading where they leave the "
-    "diagonal."
+    "Mean change of entropy by an update where a formula predicts a larger or smaller change, both from the mean of "
+    "the step, in bins of half a standard deviation of the prediction. Every prediction is scaled to fit best, so a "
+    "formula that knows nothing predicts no differences. Points on the diagonal are calibrated. A formula is useful as "
+    "far as its points reach to both sides, and misleading where they leave the diagonal."
 )
 COLORS = {
     "entropy": style.INK,
@@ -29,7 +29,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     """Draw one line per predictor, for the stage that ``style.late_stage`` picks."""
     shown, stage = style.late_stage(frame)
     for predictor, color in COLORS.items():
-        part = style.pool(shown.filter(predictor=predictor), ["decile"], "measured", "predicted").sort("predicted")
+        part = style.pool(shown.filter(predictor=predictor), ["bin"], "measured", "predicted").sort("predicted")
         if not part.is_empty():
             style.band(ax, part, "predicted", "measured", color=color, label=predictor, marker="o", markersize=3)
     ends = (float(shown["predicted"].min()), float(shown["predicted"].max()))  # pyright: ignore

@@ -41,7 +41,7 @@ KEYS = {
 # Views and macros that read table tokens.
 READERS = (
     r"(?:from|join)\s+(?:tokens|response_fifths|staged_tokens|staged_movements|entropy_thresholds|steps_with|"
-    r"staged_entropy_changes|entropy_predictions|centered_predictions)"
+    r"staged_entropy_changes|entropy_predictions|law_sums_by_prompt)"
 )
 
 

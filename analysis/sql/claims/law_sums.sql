@@ -5,14 +5,24 @@
 --   entropy_laws, x in units of the prediction and y in nats; own_gradient predicts log-probability, all others
 --   entropy; uncertain_*, coarse_tokens as in movement_sums
 -- needs: after-update values, after-update entropies, log-probabilities, entropies, token advantages
-with centered as (
+with of_entropy as (
   select *
-  from centered_predictions('entropy', 'value', ['covariance', 'discriminator', 'omega', 'quadrants', 'entropy'])
+  from law_sums_by_prompt('entropy', 'value')
   where $runs is null or list_contains($runs, run_id)
-  union all
+),
+of_logprob as (
   select *
-  from centered_predictions('logprob', 'value', ['own_gradient'])
+  from law_sums_by_prompt('logprob', 'value')
   where $runs is null or list_contains($runs, run_id)
+),
+listed as (
+  select run_id, step, prompt_id, predictor, comparison, sums
+  from of_entropy
+  unpivot (sums for predictor in (covariance, discriminator, omega, quadrants, entropy))
+  union all by name
+  select run_id, step, prompt_id, predictor, comparison, sums
+  from of_logprob
+  unpivot (sums for predictor in (own_gradient))
 ),
 sums as (
   select
@@ -21,12 +31,12 @@ sums as (
     prompt_id,
     predictor,
     comparison,
-    count(*) as tokens,
-    sum(x * x order by abs(x)) as xx,
-    sum(y * y order by abs(y)) as yy,
-    sum(x * y order by x, y) as xy
-  from centered
-  group by all
+    sums.tokens as tokens,
+    sums.xx as xx,
+    sums.yy as yy,
+    sums.xy as xy
+  from listed
+  where sums.tokens > 0
 ),
 changed as (
   select *, exp(logprob::double) * (1 - exp(logprob::double)) as potential
@@ -39,7 +49,7 @@ moved as (
     step,
     prompt_id,
     count(*) filter (where potential >= 0.05) as uncertain_tokens,
-    coalesce(sum(abs(dlogprob) order by abs(dlogprob)) filter (where potential >= 0.05), 0) as uncertain_shift,
+    coalesce(sum(abs(dlogprob)) filter (where potential >= 0.05), 0) as uncertain_shift,
     count(*) filter (where has_short_mantissa(logprob) and has_short_mantissa(logprob_after)) as coarse_tokens
   from changed
   group by all

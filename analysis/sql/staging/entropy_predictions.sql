@@ -49,157 +49,232 @@ create macro entropy_bin(entropy) as floor(2 * ln(greatest(entropy, 1e-6)))::int
 
 -- By how much did the update change entropy and log-probability of each token?
 -- One row per token in the update with both after-update values: the columns of staged_movements, loss_advantage (the
--- advantage in the loss), dentropy and dlogprob in nats, and *_mean over all tokens of the step's update.
+-- advantage in the loss), and dentropy and dlogprob in nats.
 create view staged_entropy_changes as
-with batches as (
+select
+  *,
+  coalesce(shaped_advantage, advantage)::double as loss_advantage,
+  entropy_after::double - entropy as dentropy,
+  logprob_after::double - logprob as dlogprob
+from staged_movements
+where entropy is not null and entropy_after is not null and coalesce(shaped_advantage, advantage) is not null;
+
+-- What are the means over the tokens of an update, and how much did the entropy of each category of tokens change?
+-- One row per run, step, and category with tokens in the update: the step's mean log-probability, advantage in the
+-- loss, and discriminator (over all its tokens in the update), and the category's mean dentropy at all other steps of
+-- the run. These rows are kept while the runs are open.
+create view update_batches as
+with changed as (
   select
     run_id,
     step,
-    avg(logprob::double order by logprob) as logprob_mean,
-    avg(coalesce(shaped_advantage, advantage)::double order by coalesce(shaped_advantage, advantage)) as advantage_mean,
-    avg(discriminator(logprob::double, entropy::double) order by logprob, entropy) as discriminator_mean
-  from tokens
-  where is_kept and logprob is not null and entropy is not null
+    category,
+    count(*) as tokens,
+    sum(logprob::double) as logprobs,
+    sum(coalesce(shaped_advantage, advantage)::double) as advantages,
+    count(coalesce(shaped_advantage, advantage)) as num_advantages,
+    sum(discriminator(logprob::double, entropy::double)) as discriminators,
+    sum(entropy_after::double - entropy) filter (where is_changed) as change,
+    count(*) filter (where is_changed) as num_changed
+  from (
+    select
+      *,
+      logprob_after is not null and entropy_after is not null and coalesce(shaped_advantage, advantage) is not null
+        as is_changed
+    from tokens
+    where is_kept and logprob is not null and entropy is not null
+  )
   group by all
 )
 select
-  moved.*,
-  coalesce(moved.shaped_advantage, moved.advantage)::double as loss_advantage,
-  moved.entropy_after::double - moved.entropy as dentropy,
-  moved.logprob_after::double - moved.logprob as dlogprob,
-  batches.logprob_mean,
-  batches.advantage_mean,
-  batches.discriminator_mean
-from staged_movements as moved
-join batches on batches.run_id = moved.run_id and batches.step = moved.step
-where
-  moved.entropy is not null
-  and moved.entropy_after is not null
-  and coalesce(moved.shaped_advantage, moved.advantage) is not null;
+  run_id,
+  step,
+  category,
+  sum(logprobs) over of_step / sum(tokens) over of_step as logprob_mean,
+  sum(advantages) over of_step / sum(num_advantages) over of_step as advantage_mean,
+  sum(discriminators) over of_step / sum(tokens) over of_step as discriminator_mean,
+  (sum(change) over of_category - coalesce(change, 0))
+  / nullif(sum(num_changed) over of_category - num_changed, 0) as change_at_other_steps
+from changed
+window of_step as (partition by run_id, step), of_category as (partition by run_id, category);
 
 -- What does each formula predict for each token, and what do plain properties of the token?
--- One row per token of staged_entropy_changes and predictor: prediction, dentropy, dlogprob, sign of the advantage,
+-- One row per token of staged_entropy_changes: a column per predictor, dentropy, dlogprob, sign of the advantage,
 -- odds_bin, and entropy_bin. category is the mean dentropy of the token's category at all other steps.
 create view entropy_predictions as
-with predicted as (
-  select
-    run_id,
-    stage,
-    step,
-    prompt_id,
-    dentropy,
-    dlogprob,
-    sign(loss_advantage)::integer as sign,
-    odds_bin(logprob::double) as odds_bin,
-    entropy_bin(entropy::double) as entropy_bin,
-    covariance_law(logprob::double, loss_advantage, logprob_mean, advantage_mean) as covariance,
-    discriminator_law(logprob::double, entropy::double, loss_advantage) as discriminator,
-    centered_discriminator_law(logprob::double, entropy::double, loss_advantage, discriminator_mean)
-      as centered_discriminator,
-    omega_law(logprob::double, entropy::double, loss_advantage) as omega,
-    omega_first_release_law(logprob::double, entropy::double, loss_advantage) as omega_first_release,
-    quadrant_law(logprob::double, loss_advantage)::double as quadrants,
-    own_gradient(grad_norm::double, loss_advantage)::double as own_gradient,
-    relative_surprisal(logprob::double, entropy::double) as relative_surprisal,
-    log_entropy_ratio(entropy::double, entropy_after::double) as entropy_ratio,
-    entropy::double as entropy,
-    exp(logprob::double) as probability,
-    relative_position as position,
-    (sum(dentropy order by dentropy) over categories - sum(dentropy order by dentropy) over own_step)
-    / nullif(count(*) over categories - count(*) over own_step, 0) as category
-  from staged_entropy_changes
-  window categories as (partition by run_id, category), own_step as (partition by run_id, category, step)
-)
 select
-  run_id,
-  stage,
-  step,
-  prompt_id,
+  changed.run_id,
+  changed.stage,
+  changed.step,
+  changed.prompt_id,
   dentropy,
   dlogprob,
-  sign,
-  odds_bin,
-  entropy_bin,
-  predictor,
-  prediction
-from predicted
-unpivot (
-  prediction for predictor in (
-    covariance,
-    discriminator,
-    centered_discriminator,
-    omega,
-    omega_first_release,
-    quadrants,
-    own_gradient,
-    relative_surprisal,
-    entropy_ratio,
-    entropy,
-    probability,
-    position,
-    category
+  sign(loss_advantage)::integer as sign,
+  odds_bin(logprob::double) as odds_bin,
+  entropy_bin(entropy::double) as entropy_bin,
+  covariance_law(logprob::double, loss_advantage, logprob_mean, advantage_mean) as covariance,
+  discriminator_law(logprob::double, entropy::double, loss_advantage) as discriminator,
+  centered_discriminator_law(logprob::double, entropy::double, loss_advantage, discriminator_mean)
+    as centered_discriminator,
+  omega_law(logprob::double, entropy::double, loss_advantage) as omega,
+  omega_first_release_law(logprob::double, entropy::double, loss_advantage) as omega_first_release,
+  quadrant_law(logprob::double, loss_advantage)::double as quadrants,
+  own_gradient(grad_norm::double, loss_advantage)::double as own_gradient,
+  relative_surprisal(logprob::double, entropy::double) as relative_surprisal,
+  log_entropy_ratio(entropy::double, entropy_after::double) as entropy_ratio,
+  entropy::double as entropy,
+  exp(logprob::double) as probability,
+  relative_position as position,
+  batches.change_at_other_steps as category
+from staged_entropy_changes as changed
+join update_batches as batches
+  on batches.run_id = changed.run_id and batches.step = changed.step
+  and batches.category is not distinct from changed.category;
+
+-- Sums over the tokens of a prompt for a correlation of a prediction and a change, as deviations from the means of
+-- comparable tokens. A token without a prediction has no change either.
+create macro paired_sums(prediction, change, prediction_mean, change_mean) as {
+  'tokens': count(change),
+  'squares': sum(prediction * prediction),
+  'xx': sum((prediction - prediction_mean) * (prediction - prediction_mean)),
+  'yy': sum((change - change_mean) * (change - change_mean)),
+  'xy': sum((prediction - prediction_mean) * (change - change_mean))
+};
+-- The least-squares fit of a change by a prediction, from paired_sums: slope in nats per standard deviation of the
+-- fitted change, and what a prediction is multiplied by to be in such standard deviations. Null for a prediction that
+-- is equal for all tokens up to rounding.
+create macro linear_fit(sums) as (
+  if(
+    sum(sums.xx) > 1e-12 * (sum(sums.squares) + 1e-6 * sum(sums.tokens)),
+    {
+      'slope': abs(sum(sums.xy)) / sqrt(sum(sums.xx) * sum(sums.tokens)),
+      'per_sd': sign(sum(sums.xy)) * sqrt(sum(sums.tokens) / sum(sums.xx))
+    },
+    null
+  )
+);
+create macro half_sd_bin(x) as round(2 * greatest(-3, least(3, x)))::integer / 2;
+-- The rank within a step; equal values share the mean of their ranks.
+create macro mean_rank(value, run_id, step) as (
+  if(
+    value is null,
+    null,
+    rank() over (partition by run_id, step order by value) + count(*) over (partition by run_id, step, value) / 2
   )
 );
 
--- How far do the predicted and the measured change of a token deviate from those of comparable tokens?
--- One row per token, predictor (of a list; null for all), and comparison, for target 'entropy' or 'logprob', and
--- scale 'value' or 'rank' (within the step): x and y, deviations of prediction and change from their means over
--- comparable tokens, and the prediction. Comparison 'overall': tokens of the step. 'shuffle': of equal step, sign
--- of the advantage, and probability; a shuffle of the changes of these tokens leaves no correlation of x and y on
--- average. 'random': of equal step, probability, and entropy; a random update, which depends on these and not on
+-- How far do the predicted and the measured change of tokens deviate from those of comparable tokens?
+-- One row per run, step, prompt, and comparison, for target 'entropy' or 'logprob', and scale 'value' or 'rank' (within
+-- the step): a column per predictor with its paired_sums. Comparison 'overall': tokens of the step. 'shuffle': of equal
+-- step, sign of the advantage, and probability; a shuffle of the changes of these tokens leaves no correlation of x and
+-- y on average. 'random': of equal step, probability, and entropy; a random update, which depends on these and not on
 -- the advantage, leaves no correlation.
-create macro centered_predictions(target, scale, predictors) as table
-  with chosen as (
-    select
-      * exclude (dentropy, dlogprob),
-      if(target = 'logprob', dlogprob, dentropy) as change
+create macro law_sums_by_prompt(target, scale) as table
+  with predicted as not materialized (
+    select * exclude (dentropy, dlogprob), if(target = 'logprob', dlogprob, dentropy) as change
     from entropy_predictions
-    where predictors is null or list_contains(predictors, predictor)
   ),
-  scaled as (
+  ranked as (
     select
-      * exclude (prediction, change),
-      if(scale = 'rank', rank() over by_prediction + count(*) over equal_prediction / 2, prediction) as prediction,
-      if(scale = 'rank', rank() over by_change + count(*) over equal_change / 2, change) as change
-    from chosen
-    window
-      by_prediction as (partition by run_id, step, predictor order by prediction),
-      equal_prediction as (partition by run_id, step, predictor, prediction),
-      by_change as (partition by run_id, step, predictor order by change),
-      equal_change as (partition by run_id, step, predictor, change)
+      run_id,
+      stage,
+      step,
+      prompt_id,
+      sign,
+      odds_bin,
+      entropy_bin,
+      mean_rank(covariance, run_id, step) as covariance,
+      mean_rank(discriminator, run_id, step) as discriminator,
+      mean_rank(centered_discriminator, run_id, step) as centered_discriminator,
+      mean_rank(omega, run_id, step) as omega,
+      mean_rank(omega_first_release, run_id, step) as omega_first_release,
+      mean_rank(quadrants, run_id, step) as quadrants,
+      mean_rank(own_gradient, run_id, step) as own_gradient,
+      mean_rank(relative_surprisal, run_id, step) as relative_surprisal,
+      mean_rank(entropy_ratio, run_id, step) as entropy_ratio,
+      mean_rank(entropy, run_id, step) as entropy,
+      mean_rank(probability, run_id, step) as probability,
+      mean_rank(position, run_id, step) as position,
+      mean_rank(category, run_id, step) as category,
+      mean_rank(change, run_id, step) as change
+    from predicted
+    where scale = 'rank'
   ),
-  centered as (
+  scaled as not materialized (
+    select *
+    from predicted
+    where scale = 'value'
+    union all by name
+    select *
+    from ranked
+  ),
+  compared as not materialized (
     select
       *,
-      avg(prediction order by prediction) over of_step as step_prediction,
-      avg(change order by change) over of_step as step_change,
-      avg(prediction order by prediction) over of_cell as cell_prediction,
-      avg(change order by change) over of_cell as cell_change,
-      avg(prediction order by prediction) over of_state as state_prediction,
-      avg(change order by change) over of_state as state_change
+      if(own_gradient is null, null, change) as own_gradient_change,
+      if(category is null, null, change) as category_change,
+      case comparisons.comparison
+        when 'overall' then 0
+        when 'shuffle' then 3 * odds_bin + sign
+        else 100 * odds_bin + entropy_bin
+      end as cell
     from scaled
-    window
-      of_step as (partition by run_id, step, predictor),
-      of_cell as (partition by run_id, step, predictor, sign, odds_bin),
-      of_state as (partition by run_id, step, predictor, odds_bin, entropy_bin)
+    cross join (values ('overall'), ('shuffle'), ('random')) as comparisons (comparison)
+  ),
+  means as (
+    select
+      run_id,
+      step,
+      comparison,
+      cell,
+      avg(change) as change,
+      avg(own_gradient_change) as own_gradient_change,
+      avg(category_change) as category_change,
+      avg(covariance) as covariance,
+      avg(discriminator) as discriminator,
+      avg(centered_discriminator) as centered_discriminator,
+      avg(omega) as omega,
+      avg(omega_first_release) as omega_first_release,
+      avg(quadrants) as quadrants,
+      avg(own_gradient) as own_gradient,
+      avg(relative_surprisal) as relative_surprisal,
+      avg(entropy_ratio) as entropy_ratio,
+      avg(entropy) as entropy,
+      avg(probability) as probability,
+      avg(position) as position,
+      avg(category) as category
+    from compared
+    group by all
   )
   select
-    run_id,
-    stage,
-    step,
-    prompt_id,
-    predictor,
+    compared.run_id,
+    compared.stage,
+    compared.step,
+    compared.prompt_id,
     compared.comparison,
-    prediction,
-    prediction - case compared.comparison
-      when 'overall' then step_prediction
-      when 'shuffle' then cell_prediction
-      else state_prediction
-    end as x,
-    change - case compared.comparison
-      when 'overall' then step_change
-      when 'shuffle' then cell_change
-      else state_change
-    end as y
-  from centered
-  cross join (values ('overall'), ('shuffle'), ('random')) as compared (comparison);
+    paired_sums(compared.covariance, compared.change, means.covariance, means.change) as covariance,
+    paired_sums(compared.discriminator, compared.change, means.discriminator, means.change) as discriminator,
+    paired_sums(
+      compared.centered_discriminator, compared.change, means.centered_discriminator, means.change
+    ) as centered_discriminator,
+    paired_sums(compared.omega, compared.change, means.omega, means.change) as omega,
+    paired_sums(
+      compared.omega_first_release, compared.change, means.omega_first_release, means.change
+    ) as omega_first_release,
+    paired_sums(compared.quadrants, compared.change, means.quadrants, means.change) as quadrants,
+    paired_sums(
+      compared.own_gradient, compared.own_gradient_change, means.own_gradient, means.own_gradient_change
+    ) as own_gradient,
+    paired_sums(
+      compared.relative_surprisal, compared.change, means.relative_surprisal, means.change
+    ) as relative_surprisal,
+    paired_sums(compared.entropy_ratio, compared.change, means.entropy_ratio, means.change) as entropy_ratio,
+    paired_sums(compared.entropy, compared.change, means.entropy, means.change) as entropy,
+    paired_sums(compared.probability, compared.change, means.probability, means.change) as probability,
+    paired_sums(compared.position, compared.change, means.position, means.change) as position,
+    paired_sums(compared.category, compared.category_change, means.category, means.category_change) as category
+  from compared
+  join means
+    on means.run_id = compared.run_id and means.step = compared.step
+    and means.comparison = compared.comparison and means.cell = compared.cell
+  group by all;

@@ -1,63 +1,135 @@
 -- question: E2, E3. Where a formula predicts a larger change of entropy, is the measured change larger in proportion?
--- grain: one row per run, stage, predictor, and decile of the prediction (1 = largest fall), over tokens with
---   after-update values; ties can make deciles unequal or empty
+-- grain: one row per run, stage, predictor, and bin of the prediction, over tokens with after-update values
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
--- units: predicted, measured, low, high in nats per token, from the mean of the step (95 % interval over steps and
---   prompts); the prediction is scaled to fit the measured change best; num_* are counts
+-- units: bin: predicted change in standard deviations, rounded to .5, at most 3 either way; predicted, measured, low,
+--   high in nats per token, from the mean of the step (95 % interval over steps and prompts); the prediction is scaled
+--   to fit the measured change best; num_* are counts
 -- needs: after-update values, after-update entropies, log-probabilities, entropies, token advantages
-with chosen as (
+with sums as (
   select *
-  from centered_predictions('entropy', 'value', ['covariance', 'discriminator', 'omega', 'quadrants', 'entropy'])
+  from law_sums_by_prompt('entropy', 'value')
   where
     comparison = 'overall'
     and ($runs is null or list_contains($runs, run_id))
     and ($stage is null or stage = $stage)
 ),
+fits as (
+  select
+    run_id,
+    stage,
+    linear_fit(covariance) as covariance,
+    linear_fit(discriminator) as discriminator,
+    linear_fit(omega) as omega,
+    linear_fit(quadrants) as quadrants,
+    linear_fit(entropy) as entropy
+  from sums
+  group by all
+),
 slopes as (
-  select run_id, stage, predictor, sum(x * y order by x, y) / sum(x * x order by abs(x)) as slope
+  select run_id, stage, predictor, fit.slope
+  from fits
+  unpivot (fit for predictor in (covariance, discriminator, omega, quadrants, entropy))
+),
+chosen as (
+  select run_id, stage, step, prompt_id, dentropy, covariance, discriminator, omega, quadrants, entropy
+  from entropy_predictions
+  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
+),
+means as (
+  select
+    run_id,
+    stage,
+    step,
+    avg(dentropy) as change,
+    avg(covariance) as covariance,
+    avg(discriminator) as discriminator,
+    avg(omega) as omega,
+    avg(quadrants) as quadrants,
+    avg(entropy) as entropy
   from chosen
   group by all
-  having sum(x * x) > 1e-12 * (sum(prediction * prediction) + 1e-6 * count(*))
 ),
-scaled as (
-  select chosen.*, slope * x as predicted
+-- What a prediction is subtracted from and multiplied by, so that it is in standard deviations of the fit.
+scales as (
+  select
+    means.*,
+    fits.covariance.per_sd as covariance_per_sd,
+    fits.discriminator.per_sd as discriminator_per_sd,
+    fits.omega.per_sd as omega_per_sd,
+    fits.quadrants.per_sd as quadrants_per_sd,
+    fits.entropy.per_sd as entropy_per_sd
+  from means
+  join fits using (run_id, stage)
+),
+standardized as (
+  select
+    chosen.run_id,
+    chosen.stage,
+    chosen.step,
+    chosen.prompt_id,
+    dentropy - change as measured,
+    (chosen.covariance - scales.covariance) * covariance_per_sd as covariance,
+    (chosen.discriminator - scales.discriminator) * discriminator_per_sd as discriminator,
+    (chosen.omega - scales.omega) * omega_per_sd as omega,
+    (chosen.quadrants - scales.quadrants) * quadrants_per_sd as quadrants,
+    (chosen.entropy - scales.entropy) * entropy_per_sd as entropy
   from chosen
-  join slopes using (run_id, stage, predictor)
+  join scales on scales.run_id = chosen.run_id and scales.step = chosen.step
 ),
-ranked as (
+binned as (
   select
     *,
-    1 + (10 * (rank() over by_predicted - 1)) // count(*) over of_predictor as decile
-  from scaled
-  window
-    of_predictor as (partition by run_id, stage, predictor),
-    by_predicted as (partition by run_id, stage, predictor order by predicted)
+    half_sd_bin(covariance) as covariance_bin,
+    half_sd_bin(discriminator) as discriminator_bin,
+    half_sd_bin(omega) as omega_bin,
+    half_sd_bin(quadrants) as quadrants_bin,
+    half_sd_bin(entropy) as entropy_bin
+  from standardized
 ),
 per_prompt as (
   select
     run_id,
     stage,
-    predictor,
-    decile,
     step,
     prompt_id,
-    sum(predicted order by predicted) as predicted_sum,
-    sum(y order by y) as measured_sum,
+    case
+      when grouping(covariance_bin) = 0 then 'covariance'
+      when grouping(discriminator_bin) = 0 then 'discriminator'
+      when grouping(omega_bin) = 0 then 'omega'
+      when grouping(quadrants_bin) = 0 then 'quadrants'
+      when grouping(entropy_bin) = 0 then 'entropy'
+    end as predictor,
+    coalesce(covariance_bin, discriminator_bin, omega_bin, quadrants_bin, entropy_bin) as bin,
+    case predictor
+      when 'covariance' then sum(covariance)
+      when 'discriminator' then sum(discriminator)
+      when 'omega' then sum(omega)
+      when 'quadrants' then sum(quadrants)
+      when 'entropy' then sum(entropy)
+    end as predicted_sum,
+    sum(measured) as measured_sum,
     count(*) as tokens
-  from ranked
-  group by all
+  from binned
+  group by
+    run_id,
+    stage,
+    step,
+    prompt_id,
+    grouping sets ((covariance_bin), (discriminator_bin), (omega_bin), (quadrants_bin), (entropy_bin))
 ),
-per_decile as (
+per_bin as (
   select
     run_id,
     stage,
     predictor,
-    decile,
-    sum(predicted_sum order by predicted_sum) / sum(tokens) as predicted,
+    bin,
+    any_value(slope) * sum(predicted_sum) / sum(tokens) as predicted,
     estimate(list(step_prompt(step, prompt_id, measured_sum, tokens))) as measured,
     sum(tokens)::bigint as num_tokens,
     count(distinct prompt_id) as num_prompts
   from per_prompt
+  join slopes using (run_id, stage, predictor)
+  where bin is not null
   group by all
 ),
 final as (
@@ -65,14 +137,14 @@ final as (
     run_id,
     stage,
     predictor,
-    decile,
+    bin,
     predicted,
     measured.value as measured,
     measured.low as low,
     measured.high as high,
     num_tokens,
     num_prompts
-  from per_decile
-  order by run_id, stage desc, predictor, decile
+  from per_bin
+  order by run_id, stage desc, predictor, bin
 )
 select * from final

@@ -7,22 +7,43 @@
 --   the advantage and probability as well), or random (tokens of equal probability and entropy as well); num_* are
 --   counts
 -- needs: after-update values, after-update entropies, log-probabilities, entropies, token advantages
-with per_prompt as (
+with wide as (
+  select *
+  from law_sums_by_prompt(coalesce($target, 'entropy'), coalesce($scale, 'value'))
+  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
+),
+per_prompt as (
   select
     run_id,
     stage,
-    predictor,
-    comparison,
     step,
     prompt_id,
-    count(*) as tokens,
-    sum(prediction * prediction order by abs(prediction)) as squares,
-    sum(x * x order by abs(x)) as xx,
-    sum(y * y order by abs(y)) as yy,
-    sum(x * y order by x, y) as xy
-  from centered_predictions(coalesce($target, 'entropy'), coalesce($scale, 'value'), null::varchar[])
-  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
-  group by all
+    comparison,
+    predictor,
+    sums.tokens as tokens,
+    sums.squares as squares,
+    sums.xx as xx,
+    sums.yy as yy,
+    sums.xy as xy
+  from wide
+  unpivot (
+    sums for predictor in (
+      covariance,
+      discriminator,
+      centered_discriminator,
+      omega,
+      omega_first_release,
+      quadrants,
+      own_gradient,
+      relative_surprisal,
+      entropy_ratio,
+      entropy,
+      probability,
+      position,
+      category
+    )
+  )
+  where sums.tokens > 0
 ),
 totals as (
   select
@@ -30,9 +51,9 @@ totals as (
     stage,
     predictor,
     comparison,
-    sum(xx order by xx) / sum(tokens) as x_variance,
-    sum(yy order by yy) / sum(tokens) as y_variance,
-    sum(xy order by xy) / sum(tokens) / sqrt(x_variance * y_variance) as r
+    sum(xx) / sum(tokens) as x_variance,
+    sum(yy) / sum(tokens) as y_variance,
+    sum(xy) / sum(tokens) / sqrt(x_variance * y_variance) as r
   from per_prompt
   group by all
   -- Smaller deviations are rounding errors of equal predictions. A shuffle cannot test a function of sign and

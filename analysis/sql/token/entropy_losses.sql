@@ -29,24 +29,29 @@ with changed as (
     and ($runs is null or list_contains($runs, run_id))
     and ($stage is null or stage = $stage)
 ),
-listed as (
-  select run_id, stage, step, prompt_id, sample_sign, dentropy, breakdown, bin
-  from changed
-  unpivot (bin for breakdown in (probability, category, position))
-),
 binned as (
   select
     run_id,
     stage,
     sample_sign,
-    breakdown,
-    bin,
+    case
+      when grouping(probability) = 0 then 'probability'
+      when grouping(category) = 0 then 'category'
+      else 'position'
+    end as breakdown,
+    coalesce(probability, category, position) as bin,
     step,
     prompt_id,
-    sum(dentropy order by dentropy) as change,
+    sum(dentropy) as change,
     count(*) as in_bin
-  from listed
-  group by all
+  from changed
+  group by
+    run_id,
+    stage,
+    sample_sign,
+    step,
+    prompt_id,
+    grouping sets ((probability), (category), (position))
 ),
 prompts as (
   select run_id, stage, step, prompt_id, count(*) as tokens

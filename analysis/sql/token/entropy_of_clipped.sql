@@ -58,9 +58,9 @@ per_prompt as (
     kind,
     step,
     prompt_id,
-    sum(weight * dentropy order by weight * dentropy) as change_sum,
-    sum(weight * dlogprob order by weight * dlogprob) as shift_sum,
-    sum(weight order by weight) as weight,
+    sum(weight * dentropy) as change_sum,
+    sum(weight * dlogprob) as shift_sum,
+    sum(weight) as weight,
     count(*) as tokens
   from weighted
   group by all
@@ -72,7 +72,7 @@ per_kind as (
     sample_sign,
     kind,
     estimate(list(step_prompt(step, prompt_id, change_sum, weight))) as change,
-    sum(shift_sum order by shift_sum) / sum(weight order by weight) as shift,
+    sum(shift_sum) / sum(weight) as shift,
     sum(tokens)::bigint as num_tokens,
     count(distinct prompt_id) as num_prompts
   from per_prompt

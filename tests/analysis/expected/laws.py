@@ -182,21 +182,21 @@ def of_clipped() -> list[tuple]:
     return rows
 
 
-def deciles() -> list[tuple]:
-    """Return the rows of ``entropy_law_calibration``; tokens with equal predictions share a decile."""
+def calibration() -> list[tuple]:
+    """Return the rows of ``entropy_law_calibration``: bins of half a standard deviation of the fitted change."""
     rows = []
     for predictor in ("discriminator", "entropy", "omega", "quadrants"):
         found = pairs(PLATEAU, predictor, "dh")["overall"]
         slope = dot(found) / sum(x * x for x, _ in found)
-        predicted = [round(slope * x, 12) for x, _ in found]
+        predicted = [slope * x for x, _ in found]
+        sd = sqrt(mean(value * value for value in predicted))
         binned = defaultdict(list)
         for token, value, (_, y) in zip(PLATEAU, predicted, found, strict=True):
-            rank = sum(other < value for other in predicted)
-            binned[1 + 10 * rank // len(predicted)].append({**token, "predicted": value, "y": y})
-        for decile, own in sorted(binned.items()):
+            binned[max(-3, min(3, round(2 * value / sd) / 2))].append({**token, "predicted": value, "y": y})
+        for name, own in sorted(binned.items()):
             measured = interval(own, lambda t: t["y"])
             prompts = len({t["prompt"] for t in own})
-            rows.append((predictor, decile, mean(t["predicted"] for t in own), *measured, len(own), prompts))
+            rows.append((predictor, name, mean(t["predicted"] for t in own), *measured, len(own), prompts))
     return rows
 
 
@@ -222,8 +222,8 @@ EXPECTED = {
     ),
     "entropy_law_calibration": (
         {"stage": "plateau"},
-        ["predictor", "decile", "predicted", "measured", "low", "high", "num_tokens", "num_prompts"],
-        deciles(),
+        ["predictor", "bin", "predicted", "measured", "low", "high", "num_tokens", "num_prompts"],
+        calibration(),
     ),
     "law_sums": (
         {},
