@@ -240,6 +240,13 @@ def test_a_real_run_without_the_claimed_effects_earns_no_verdict(name: str, over
     assert sum(effect is not None for _, _, effect, _, _ in found) >= 5
 
 
+def test_a_world_that_is_not_simulated_keeps_its_entry():
+    outcomes = [rows("inconclusive", -0.1, 0.1)]
+    former = summarize({"frozen": (outcomes, {}), "planted": (outcomes, {})})
+    again = summarize({"frozen": (outcomes * 2, {})}, former=former)
+    assert [(world["world"], world["simulations"]) for world in again["worlds"]] == [("frozen", 2), ("planted", 1)]
+
+
 def test_committed_page_is_complete_and_lists_what_it_misses():
     page = json.loads(COMMITTED.read_text())
     assert [world["world"] for world in page["worlds"]] == [name for name in WORLDS if name not in UNMEASURED_WORLDS]

@@ -4,7 +4,8 @@ Usage: python -m tests.calibration.calibrate [--worlds frozen,planted] [--simula
        [--out reports/calibration] [--cache data/runs/calibration] [--keep]
 
 Writes OUT.json and OUT.md. Each outcome is saved in the cache, and the command resumes from there. ``--worlds`` adds
-simulations to some worlds; the page includes all saved worlds.
+simulations to some worlds; the page includes all saved worlds. With ``--keep``, outcomes of other code versions count,
+and worlds without any keep their entries in OUT.json.
 """
 
 from __future__ import annotations
@@ -237,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=Path("data/runs/calibration"),
         help="folder of saved outcomes (default data/runs/calibration)",
     )
-    parser.add_argument("--keep", action="store_true", help="reuse outcomes of other code versions")
+    parser.add_argument("--keep", action="store_true", help="reuse outcomes and entries of other code versions")
     options = parser.parse_args(arguments)
     try:
         names = choose(options.worlds)
@@ -250,9 +251,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The page includes all saved worlds of this code version, with all their simulations.
     saved = {name: list(store.outcomes(name).values()) for name in WORLDS}
     real = {name: rows for name in real_cases.REAL_CASES if (rows := store.real(name)) is not None}
-    summary = summarize({name: (found, store.truth(name) or {}) for name, found in saved.items() if found}, real)
+    page = options.out.with_suffix(".json")
+    former = json.loads(page.read_text()) if options.keep and page.exists() else None
+    found = {name: (outcomes, store.truth(name) or {}) for name, outcomes in saved.items() if outcomes}
+    summary = summarize(found, real, former)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    page.write_text(json.dumps(summary, indent=1) + "\n")
     options.out.with_suffix(".md").write_text(render(summary))
     print(render(summary, with_cells=False))
     return 0

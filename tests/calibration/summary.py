@@ -37,10 +37,20 @@ def rate_interval(hits: int, n: int) -> tuple[float, float]:
 
 
 def summarize(
-    results: Mapping[str, tuple[Sequence[Outcome], Truth]], real: Mapping[str, Sequence[Sequence[Any]]] | None = None
+    results: Mapping[str, tuple[Sequence[Outcome], Truth]],
+    real: Mapping[str, Sequence[Sequence[Any]]] | None = None,
+    former: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return all worlds with their cells, the real cases, and the missed targets, ready for JSON."""
-    worlds = [_world(name, *result) for name, result in results.items()]
+    """Return all worlds with their cells, the real cases, and the missed targets, ready for JSON.
+
+    Args:
+        results: Outcomes and truth by world.
+        real: Rows of verdicts by real case.
+        former: An earlier summary, for worlds and real cases that the other arguments lack.
+    """
+    entries = {world["world"]: world for world in (former or {}).get("worlds", [])}
+    entries |= {name: _world(name, *result) for name, result in results.items()}
+    worlds = [entries[name] for name in WORLDS if name in entries]
     misses = [f"{world['world']}: {miss}" for world in worlds for miss in world["misses"]]
     misses += [
         f"{world['world']}, {cell['part']}: {miss}"
@@ -48,10 +58,12 @@ def summarize(
         for cell in world["cells"]
         for miss in cell["misses"]
     ]
-    cases = [
-        {"case": name, "about": REAL_CASES[name].about, "false": false_parts(rows), "rows": list(map(list, rows))}
+    case_of = {case["case"]: case for case in (former or {}).get("real", [])}
+    case_of |= {
+        name: {"case": name, "about": REAL_CASES[name].about, "false": false_parts(rows), "rows": list(map(list, rows))}
         for name, rows in (real or {}).items()
-    ]
+    }
+    cases = [case_of[name] for name in REAL_CASES if name in case_of]
     misses += [f"{case['case']}: a verdict on {', '.join(case['false'])}" for case in cases if case["false"]]
     return {"worlds": worlds, "real": cases, "misses": misses}
 
