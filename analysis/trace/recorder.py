@@ -51,6 +51,8 @@ PER_TOKEN = (
     "reference_logprob",
     "turn",
     "policy_version",
+    "sum_p2_others",
+    "sum_p2_logp_others",
 )
 PER_RESPONSE = (
     "answer",

@@ -53,6 +53,8 @@ ENTROPY_CHANGES = {
     9: [0, 0.1, -0.2, 0, 0],
     10: [0.1, 0, 0, -0.1, 0.1],
 }
+# Sums over the other vocabulary entries, at the first token; twice as much at the second, and so on.
+VOCABULARY_SUMS = {"sum_p2_others": 0.02, "sum_p2_logp_others": -0.05}
 # rollout_id -> positions of clipped tokens.
 CLIPPED = {7: [4], 9: [1, 2]}
 # rollout_id -> probabilities according to the inference engine.
@@ -144,6 +146,7 @@ def _append_response(
     if rollout_id in MOVED:
         tokens["logprob_after"] = np.log(0.5 + np.array(MOVED[rollout_id]))
         tokens |= {"entropy_after": np.add(entropies, ENTROPY_CHANGES[rollout_id])}
+        tokens |= {name: factor * np.arange(1, length + 1) for name, factor in VOCABULARY_SUMS.items()}
         tokens["is_clipped"] = np.isin(np.arange(length), CLIPPED.get(rollout_id, []))
     if rollout_id in ENGINE:
         tokens["sampling_logprob"] = np.log(ENGINE[rollout_id])
