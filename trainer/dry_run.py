@@ -5,7 +5,7 @@ on fake tensors, and the peak of their sizes is counted. Gradient checkpointing,
 architecture are therefore included. The rest, in bytes::
 
     state    4 P + (4 + 8) P_t            float32 weights; of those trained, gradients and AdamW's two moments
-             + 4 P with loss.kl_coef      the frozen reference policy
+             + 4 P with a reference       the frozen policy of loss.kl_coef or record.reference
     sampling 2 c K D b (L + 1)            KV cache of c = rollout.cache_tokens tokens; a growing layer counts twice
              + 2 P in 16 bits             the copy of the weights that autocast keeps
              + 4 * 4 V rows               logits and tensors derived from them
@@ -181,10 +181,10 @@ def make_plan(config: Config, devices: int = 1) -> Plan:
         trace_bytes=trace_bytes(
             tokens * config.steps,
             tokens * token_steps * config.record.token_responses,
-            columns=2 * config.record.vocabulary_sums,
+            columns=2 * config.record.vocabulary_sums + 2 * config.record.reference,
         ),
         sequence_tokens=longest,
-        state=4 * sum(parameters) * (1 + bool(config.loss.kl_coef)) + 12 * sum(trained),
+        state=4 * sum(parameters) * (1 + bool(config.loss.kl_coef or config.record.reference)) + 12 * sum(trained),
         sampling=_sampling_bytes(policy, rows, longest),
         update=_update_bytes(policy, max(1, config.optim.micro_batch_tokens // longest), longest, prompt_tokens),
         gathered=4 * sum(sorted(layers)[-2:]),

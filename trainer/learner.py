@@ -32,8 +32,8 @@ log = logging.getLogger("entrace")
 # scale is tried within the same update, so that no update is skipped and no state is kept.
 LOSS_SCALES = {torch.float16: (2.0**12, 2.0**8, 2.0**4, 1.0)}
 
-# Fields of statistics that are recorded.
-AFTER_UPDATE = ("logprob", "entropy")
+# Fields of statistics that are recorded of passes besides sampling.
+RECORDED = ("logprob", "entropy")
 VOCABULARY_SUMS = tuple(field.name for field in fields(VocabularySums))
 
 
@@ -78,7 +78,7 @@ class AfterUpdate:
 
 
 class Learner:
-    """Policy, optimizer, and the frozen reference policy if the loss has a KL term."""
+    """Policy, optimizer, and the frozen reference policy if the loss has a KL term or its statistics are recorded."""
 
     def __init__(self, config: Config, policy: Policy, ranks: Ranks = ALONE) -> None:
         """Build AdamW; weight decay excludes vectors (norms and biases) unless ``optim.decay_all`` is set."""
@@ -91,6 +91,9 @@ class Learner:
         groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
         self.reference = Policy.load(config.policy) if config.loss.kl_coef else None
+        self._recorded_reference = self.reference
+        if config.record.reference and not self.reference:
+            self._recorded_reference = Policy.load(config.policy)
         if config.record.vocabulary_sums:
             log.info("record.vocabulary_sums: one more forward pass per step, in plain torch on every device")
 
@@ -136,7 +139,7 @@ class Learner:
         is_scored[rows] = True
         is_scored &= batch.is_own
         with memory_advice(self.config, "capturing after-update values", UPDATE_MEMORY):
-            found = self._evaluate(self.policy, batch.rollouts, is_scored, self._token_stats, AFTER_UPDATE)
+            found = self._evaluate(self.policy, batch.rollouts, is_scored, self._token_stats, RECORDED)
         return AfterUpdate(is_scored, found["logprob"], found["entropy"], metrics.is_clipped)
 
     @torch.no_grad()
@@ -150,11 +153,15 @@ class Learner:
         Returns:
             Columns of table ``tokens`` by name, (B, T); 0 in all other responses.
         """
-        rows = is_stored & batch.is_own
-        if not self.config.record.vocabulary_sums:
-            return {}
-        with memory_advice(self.config, "summing over the vocabulary", UPDATE_MEMORY):
-            return self._evaluate(self.policy, batch.rollouts, rows, self._vocabulary_sums, VOCABULARY_SUMS)
+        rollouts, rows, found = batch.rollouts, is_stored & batch.is_own, {}
+        if self.config.record.vocabulary_sums:
+            with memory_advice(self.config, "summing over the vocabulary", UPDATE_MEMORY):
+                found |= self._evaluate(self.policy, rollouts, rows, self._vocabulary_sums, VOCABULARY_SUMS)
+        if self.config.record.reference and self._recorded_reference:
+            with memory_advice(self.config, "evaluating the reference policy", UPDATE_MEMORY):
+                of = self._evaluate(self._recorded_reference, rollouts, rows, self._token_stats, RECORDED)
+            found |= {f"reference_{name}": values for name, values in of.items()}
+        return found
 
     def _evaluate(
         self,

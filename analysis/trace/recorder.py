@@ -53,6 +53,7 @@ PER_TOKEN = (
     "policy_version",
     "sum_p2_others",
     "sum_p2_logp_others",
+    "reference_entropy",
 )
 PER_RESPONSE = (
     "answer",

@@ -228,6 +228,13 @@ TOKENS = Table(
             since=2,
             is_optional=True,
         ),
+        _measured(
+            "reference_entropy",
+            "nats",
+            "Shannon entropy of the reference policy's distribution at the token; null unless record.reference is set.",
+            since=2,
+            is_optional=True,
+        ),
     ),
     ("step", "rollout_id", "position"),
 )
