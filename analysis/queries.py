@@ -108,6 +108,11 @@ NEEDS = {
     "engine log-probabilities": Need(
         "tokens", "sampling_logprob", "no log-probabilities of the inference engine were recorded beside the trainer's"
     ),
+    "reference entropies": Need(
+        "tokens",
+        "reference_entropy",
+        "no entropies of the reference policy were recorded; train with record.reference=true",
+    ),
     "gradient norms": Need("tokens", "grad_norm", "no gradient norms of tokens were recorded"),
     "token advantages": Need("tokens", "advantage", "no advantages of tokens were recorded"),
     "advantages": Need("rollouts", "advantage", "no advantages were recorded"),

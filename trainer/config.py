@@ -162,7 +162,9 @@ class RecordConfig(BaseConfig):
     After-update values are captured for at most ``after_update_responses`` of the responses in an update;
     ``after_update_every = 0`` captures none. Tokens are stored on every ``token_steps``-th step, on the first and the
     last step, and on steps with after-update values, for the share ``token_responses`` of the responses. All other
-    tables are complete. ``log`` names dashboards that show steps and evaluations.
+    tables are complete. ``vocabulary_sums`` adds two sums over the vocabulary per stored token, which the exact law of
+    entropy needs, by one more forward pass per step. ``reference`` adds log-probability and entropy of the base policy
+    at each stored token, by a forward pass of a copy of it. ``log`` names dashboards that show steps and evaluations.
     """
 
     flush_every: Positive = 10
@@ -170,6 +172,8 @@ class RecordConfig(BaseConfig):
     after_update_responses: Positive = 24
     token_steps: Positive = 1
     token_responses: Annotated[float, Field(gt=0, le=1)] = 1.0
+    vocabulary_sums: bool = False
+    reference: bool = False
     checkpoint_every: Positive = 50
     lexicon: str | None = None
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()

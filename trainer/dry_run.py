@@ -5,7 +5,7 @@ on fake tensors, and the peak of their sizes is counted. Gradient checkpointing,
 architecture are therefore included. The rest, in bytes::
 
     state    4 P + (4 + 8) P_t            float32 weights; of those trained, gradients and AdamW's two moments
-             + 4 P with loss.kl_coef      the frozen reference policy
+             + 4 P with a reference       the frozen policy of loss.kl_coef or record.reference
     sampling 2 c K D b (L + 1)            KV cache of c = rollout.cache_tokens tokens; a growing layer counts twice
              + 2 P in 16 bits             the copy of the weights that autocast keeps
              + 4 * 4 V rows               logits and tensors derived from them
@@ -46,6 +46,8 @@ CHARACTERS_PER_TOKEN = 2.5
 # Smallest and largest record of a token, and of its share of all other tables, bytes: measured on 100 steps of the
 # embedded policy (512 entries), and on its first steps with English texts and ids of 49,152 entries by Zipf's law.
 TOKEN_BYTES, OTHER_BYTES = (8.6, 12.7), (1.3, 2.1)
+# Of a column that is recorded on request, per token: measured on the embedded policy, and without any compression.
+COLUMN_BYTES = (3.5, 4.0)
 
 
 @dataclass
@@ -176,18 +178,29 @@ def make_plan(config: Config, devices: int = 1) -> Plan:
         steps=config.steps,
         token_steps=token_steps,
         token_responses=config.record.token_responses,
-        trace_bytes=trace_bytes(tokens * config.steps, tokens * token_steps * config.record.token_responses),
+        trace_bytes=trace_bytes(
+            tokens * config.steps,
+            tokens * token_steps * config.record.token_responses,
+            columns=2 * config.record.vocabulary_sums + 2 * config.record.reference,
+        ),
         sequence_tokens=longest,
-        state=4 * sum(parameters) * (1 + bool(config.loss.kl_coef)) + 12 * sum(trained),
+        state=4 * sum(parameters) * (1 + bool(config.loss.kl_coef or config.record.reference)) + 12 * sum(trained),
         sampling=_sampling_bytes(policy, rows, longest),
         update=_update_bytes(policy, max(1, config.optim.micro_batch_tokens // longest), longest, prompt_tokens),
         gathered=4 * sum(sorted(layers)[-2:]),
     )
 
 
-def trace_bytes(tokens: float, stored: float) -> tuple[int, int]:
-    """Return the smallest and the largest size of a trace of ``tokens`` tokens of which ``stored`` are stored."""
-    low, high = (round(stored * each + tokens * other) for each, other in zip(TOKEN_BYTES, OTHER_BYTES, strict=True))
+def trace_bytes(tokens: float, stored: float, columns: int = 0) -> tuple[int, int]:
+    """Return the smallest and the largest size of a trace of ``tokens`` tokens of which ``stored`` are stored.
+
+    Args:
+        tokens: Sampled tokens.
+        stored: Tokens in table ``tokens``.
+        columns: Columns of stored tokens that are recorded on request.
+    """
+    sizes = zip(TOKEN_BYTES, COLUMN_BYTES, OTHER_BYTES, strict=True)
+    low, high = (round(stored * (each + columns * column) + tokens * other) for each, column, other in sizes)
     return low, high
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from entrace.trainer.algorithm.objectives import Objective
 from entrace.trainer.config import UPDATE_MEMORY, Config, OptimConfig
 from entrace.trainer.faults import TrainingError, memory_advice
 from entrace.trainer.kernels.packing import cut_by_tokens
-from entrace.trainer.kernels.token_stats import TokenStats
+from entrace.trainer.kernels.token_stats import TokenStats, VocabularySums
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.parallel.gradients import sum_gradients
 from entrace.trainer.parallel.ranks import ALONE, Ranks
@@ -25,9 +26,15 @@ from entrace.trainer.rollouts import Batch, view_rollouts
 from entrace.trainer.sampling.samples import Rollouts, SamplingParams
 from entrace.trainer.seeding import Stream, generator
 
+log = logging.getLogger("entrace")
+
 # Loss scales of the backward pass: in float16, small gradients would underflow without. If gradients overflow, the next
 # scale is tried within the same update, so that no update is skipped and no state is kept.
 LOSS_SCALES = {torch.float16: (2.0**12, 2.0**8, 2.0**4, 1.0)}
+
+# Fields of statistics that are recorded of passes besides sampling.
+RECORDED = ("logprob", "entropy")
+VOCABULARY_SUMS = tuple(field.name for field in fields(VocabularySums))
 
 
 @dataclass
@@ -71,7 +78,7 @@ class AfterUpdate:
 
 
 class Learner:
-    """Policy, optimizer, and the frozen reference policy if the loss has a KL term."""
+    """Policy, optimizer, and the frozen reference policy if the loss has a KL term or its statistics are recorded."""
 
     def __init__(self, config: Config, policy: Policy, ranks: Ranks = ALONE) -> None:
         """Build AdamW; weight decay excludes vectors (norms and biases) unless ``optim.decay_all`` is set."""
@@ -84,6 +91,11 @@ class Learner:
         groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
         self.reference = Policy.load(config.policy) if config.loss.kl_coef else None
+        self._recorded_reference = self.reference
+        if config.record.reference and not self.reference:
+            self._recorded_reference = Policy.load(config.policy)
+        if config.record.vocabulary_sums:
+            log.info("record.vocabulary_sums: one more forward pass per step, in plain torch on every device")
 
     @property
     def lr(self) -> float:
@@ -123,19 +135,52 @@ class Learner:
     @torch.no_grad()
     def capture(self, batch: Batch, metrics: UpdateMetrics, rows: Tensor) -> AfterUpdate:
         """Evaluate this process's share of the responses ``rows``, (n,), under the updated weights."""
-        rollouts = batch.rollouts
-        logprob, entropy = torch.zeros(rollouts.response_ids.shape), torch.zeros(rollouts.response_ids.shape)
         is_scored = torch.zeros_like(batch.is_own)
         is_scored[rows] = True
         is_scored &= batch.is_own
+        with memory_advice(self.config, "capturing after-update values", UPDATE_MEMORY):
+            found = self._evaluate(self.policy, batch.rollouts, is_scored, self._token_stats, RECORDED)
+        return AfterUpdate(is_scored, found["logprob"], found["entropy"], metrics.is_clipped)
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, is_stored: Tensor) -> dict[str, Tensor]:
+        """Evaluate what the configuration asks to record beyond sampling; call it before the update.
+
+        Args:
+            batch: The step's responses.
+            is_stored: Responses whose tokens are stored, (B,) bool; each process evaluates its own.
+
+        Returns:
+            Columns of table ``tokens`` by name, (B, T); 0 in all other responses.
+        """
+        rollouts, rows, found = batch.rollouts, is_stored & batch.is_own, {}
+        if self.config.record.vocabulary_sums:
+            with memory_advice(self.config, "summing over the vocabulary", UPDATE_MEMORY):
+                found |= self._evaluate(self.policy, rollouts, rows, self._vocabulary_sums, VOCABULARY_SUMS)
+        if self.config.record.reference and self._recorded_reference:
+            with memory_advice(self.config, "evaluating the reference policy", UPDATE_MEMORY):
+                of = self._evaluate(self._recorded_reference, rollouts, rows, self._token_stats, RECORDED)
+            found |= {f"reference_{name}": values for name, values in of.items()}
+        return found
+
+    def _evaluate(
+        self,
+        policy: Policy,
+        rollouts: Rollouts,
+        is_scored: Tensor,
+        statistics: Callable[[Policy, Rollouts, Tensor], TokenStats | VocabularySums],
+        names: Sequence[str],
+    ) -> dict[str, Tensor]:
+        """Return the fields ``names`` of the statistics of responses ``is_scored``, (B, T); 0 in other responses."""
         scored = torch.nonzero(is_scored).squeeze(1)
-        with memory_advice(self.config, "capturing after-update values", UPDATE_MEMORY), self.policy.unsharded():
+        placed = {name: torch.zeros(rollouts.response_ids.shape) for name in names}
+        with policy.unsharded():
             for micro in self._micro_batches(rollouts, scored):
                 rows = scored[micro]
-                stats = self._token_stats(self.policy, rollouts, rows)
-                logprob[rows] = rollouts.place(stats.logprob, rows)
-                entropy[rows] = rollouts.place(stats.entropy, rows)
-        return AfterUpdate(is_scored, logprob, entropy, metrics.is_clipped)
+                found = statistics(policy, rollouts, rows)
+                for name, values in placed.items():
+                    values[rows] = rollouts.place(getattr(found, name), rows)
+        return placed
 
     def _step_optimizer(
         self, rollouts: Rollouts, objective: Objective, rows: Tensor, step: int, is_clipped: Tensor
@@ -213,10 +258,13 @@ class Learner:
 
     def _token_stats(self, policy: Policy, rollouts: Rollouts, rows: Tensor) -> TokenStats:
         """Return token statistics of responses under a policy's current weights, concatenated, (N,)."""
-        prompts = [rollouts.prompt_ids[row] for row in rows]
-        return policy.token_stats(
-            prompts, rollouts.responses(rows), self.sampling.temperature, self.sampling.truncation
-        )
+        prompts, sampling = [rollouts.prompt_ids[row] for row in rows], self.sampling
+        return policy.token_stats(prompts, rollouts.responses(rows), sampling.temperature, sampling.truncation)
+
+    def _vocabulary_sums(self, policy: Policy, rollouts: Rollouts, rows: Tensor) -> VocabularySums:
+        """Return sums over the vocabulary as ``_token_stats`` returns statistics, without gradient."""
+        prompts, sampling = [rollouts.prompt_ids[row] for row in rows], self.sampling
+        return policy.vocabulary_sums(prompts, rollouts.responses(rows), sampling.temperature, sampling.truncation)
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:

@@ -116,9 +116,11 @@ def _run_steps(
         shaped, is_shaped = shape(advantages, rollouts, config.shaping, step, plateau.plateau_step)
         objectives = make_objectives(config, batch, shaped, step, [entropy for entropy, _ in plateau.history])
         started = time.perf_counter()
-        metrics = learner.update(batch, objectives, step)
-        update_s = time.perf_counter() - started
         tokens = sample_tokens(config, sampling, batch, step, state.next_rollout_id)
+        measured = learner.measure(batch, tokens.is_stored)
+        measure_s = time.perf_counter() - started
+        metrics = learner.update(batch, objectives, step)
+        update_s = time.perf_counter() - started - measure_s
         after = learner.capture(batch, metrics, tokens.captured) if config.record.captures(step) else None
 
         record_batch(
@@ -130,6 +132,7 @@ def _run_steps(
             first_rollout_id=state.next_rollout_id,
             temperature=config.rollout.temperature,
             is_stored=tokens.is_stored,
+            measured=measured,
         )
         record_s = time.perf_counter() - started - update_s
         is_last = step == config.steps

@@ -265,6 +265,12 @@ def high_entropy_by_position(runs: Runs, ax: Axes | None = None) -> Axes:
 
 
 @_listed
+def entropy_persistence(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the overlap of the high-entropy tokens of policy and reference policy."""
+    return draw("entropy_persistence", runs, ax)
+
+
+@_listed
 def high_entropy_words(runs: Runs, ax: Axes | None = None) -> Axes:
     """Draw the most frequent high-entropy words (claims S6, T3)."""
     return draw("high_entropy_words", runs, ax)

@@ -14,6 +14,8 @@ UNKNOWN = {
     "interventions": "an imported trace has no checkpoint to continue from",
     "evals": "the rows hold no held-out evaluation",
     **{f"tokens.{name}": NO_UPDATE for name in ("logprob_after", "entropy_after", "is_clipped")},
+    "tokens.reference_entropy": "the rows do not hold entropies of the reference policy",
+    **dict.fromkeys(("tokens.sum_p2_others", "tokens.sum_p2_logp_others"), "only `entrace train` records the sums"),
     **{f"steps.{name}": NO_UPDATE for name in STEPS_OF_UPDATE},
     "steps.is_shaped": NO_UPDATE,
     **{f"steps.{name}": "not timed" for name in ("rollout_s", "reward_s", "update_s", "record_s")},

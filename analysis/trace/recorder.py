@@ -51,6 +51,9 @@ PER_TOKEN = (
     "reference_logprob",
     "turn",
     "policy_version",
+    "sum_p2_others",
+    "sum_p2_logp_others",
+    "reference_entropy",
 )
 PER_RESPONSE = (
     "answer",

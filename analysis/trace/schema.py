@@ -7,11 +7,13 @@ column is added or its meaning or type changes, and keep ``OLDEST_VERSION`` read
 
 Version 2 added the columns with ``since=2``, and made nullable what other trainers do not record, such as ``reward``,
 ``is_correct``, ``logprob``, and ``entropy``. A file of version 2 may lack nullable columns of version 2. The views that
-``open_runs`` creates have all columns for both versions.
+``open_runs`` creates have all columns for both versions. Columns with ``is_optional`` are in no file unless they were
+recorded, so that they cost nothing otherwise; version 2 gained them later.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,6 +51,7 @@ class Column:
         nullable: Null is allowed, and writers may omit the column.
         is_measured: The column is float32 with a noisy mantissa, which determines its encoding.
         since: First schema version with the column.
+        is_optional: Writers leave the column out of files, instead of writing nulls, unless it is recorded.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Column:
     nullable: bool = False
     is_measured: bool = False
     since: int = 1
+    is_optional: bool = False
 
     def may_be_absent_from(self, version: int) -> bool:
         """Return whether files of a schema version may lack the column; its values are null then."""
@@ -87,6 +91,12 @@ class Table:
         ]
         return pa.schema(fields, metadata={VERSION_KEY: str(SCHEMA_VERSION).encode(), b"grain": self.grain.encode()})
 
+    def schema_of(self, names: Sequence[str]) -> pa.Schema:
+        """Return the Arrow schema of a file with the columns ``names``, in the order of the table."""
+        if len(names) == len(self.columns):
+            return self.arrow_schema
+        return pa.schema([self.arrow_schema.field(name) for name in names], metadata=self.arrow_schema.metadata)
+
     def describe(self) -> list[dict[str, str]]:
         """Return name, type, unit, and meaning of each column, as JSON holds them."""
         return [{"name": c.name, "type": str(c.type), "unit": c.unit, "meaning": c.meaning} for c in self.columns]
@@ -107,8 +117,10 @@ def check_version(place: str, found: object) -> int:
     raise InputError(f"{place} {plain(str(found), 50)}, this version of entrace reads {readable}{remedy}")
 
 
-def _measured(name: str, unit: str, meaning: str, since: int = 1) -> Column:
-    return Column(name, pa.float32(), unit, meaning, nullable=True, is_measured=True, since=since)
+def _measured(name: str, unit: str, meaning: str, since: int = 1, *, is_optional: bool = False) -> Column:
+    return Column(
+        name, pa.float32(), unit, meaning, nullable=True, is_measured=True, since=since, is_optional=is_optional
+    )
 
 
 RUN_ID = Column("run_id", pa.string(), "-", "Identifier of the run, unique within a study.")
@@ -200,6 +212,28 @@ TOKENS = Table(
             "Version of the weights that sampled the token, as the trainer counts them.",
             True,
             since=2,
+        ),
+        _measured(
+            "sum_p2_others",
+            "-",
+            "Sum of p^2 over all vocabulary entries except the token, under the distribution of logprob; "
+            "null unless record.vocabulary_sums is set.",
+            since=2,
+            is_optional=True,
+        ),
+        _measured(
+            "sum_p2_logp_others",
+            "nats",
+            "Sum of p^2 ln p over the entries of sum_p2_others; null unless record.vocabulary_sums is set.",
+            since=2,
+            is_optional=True,
+        ),
+        _measured(
+            "reference_entropy",
+            "nats",
+            "Shannon entropy of the reference policy's distribution at the token; null unless record.reference is set.",
+            since=2,
+            is_optional=True,
         ),
     ),
     ("step", "rollout_id", "position"),

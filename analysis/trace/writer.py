@@ -309,7 +309,8 @@ def _as_arrow(table: Table, columns: Mapping[str, Any]) -> pa.Table:
         raise InputError(f"table {table.name}: columns of different lengths {sorted(lengths)}")
     rows = lengths.pop() if lengths else 1
     arrays = []
-    for column in table.columns:
+    present = [column for column in table.columns if not column.is_optional or columns.get(column.name) is not None]
+    for column in present:
         if column.name not in columns and not column.nullable:
             raise InputError(f'table {table.name}: column "{column.name}" is missing')
         value = columns.get(column.name)
@@ -324,7 +325,7 @@ def _as_arrow(table: Table, columns: Mapping[str, Any]) -> pa.Table:
         if column in table.float_columns:
             _check_finite(array, table, column)
         arrays.append(array)
-    return pa.Table.from_arrays(arrays, schema=table.arrow_schema)
+    return pa.Table.from_arrays(arrays, schema=table.schema_of([column.name for column in present]))
 
 
 def _check_finite(array: pa.Array, table: Table, column: Column) -> None:
@@ -366,10 +367,23 @@ def _is_sorted(rows: pa.Table, names: tuple[str, ...]) -> bool:
     return True
 
 
+def _with_equal_columns(table: Table, parts: list[pa.Table]) -> list[pa.Table]:
+    """Return the parts, each with null for optional columns that only other parts have."""
+    if all(part.schema.equals(parts[0].schema) for part in parts):
+        return parts
+    held = {name for part in parts for name in part.column_names}
+    schema = table.schema_of([column.name for column in table.columns if column.name in held])
+    columns = [
+        [part[name] if name in part.column_names else pa.nulls(len(part), schema.field(name).type) for part in parts]
+        for name in schema.names
+    ]
+    return [pa.Table.from_arrays(list(arrays), schema=schema) for arrays in zip(*columns, strict=True)]
+
+
 def _write_part(path: Path, table: Table, parts: list[pa.Table]) -> Written:
     """Write one sorted file."""
     path.parent.mkdir(exist_ok=True)
-    rows = pa.concat_tables(parts)
+    rows = pa.concat_tables(_with_equal_columns(table, parts))
     if not _is_sorted(rows, table.sort_by):
         rows = rows.sort_by([(name, "ascending") for name in table.sort_by])
     # In memory, where it takes least time to compute the digest.

@@ -53,6 +53,15 @@ ENTROPY_CHANGES = {
     9: [0, 0.1, -0.2, 0, 0],
     10: [0.1, 0, 0, -0.1, 0.1],
 }
+# rollout_id -> entropies under the reference policy.
+REFERENCE_ENTROPIES = {
+    7: [1, 0.25, 0.25, 0.25, 1],
+    8: [0.5, 2, 1, 0.5, 0.5],
+    9: [0.5] * 5,
+    10: [2, 0.5, 0.5, 0.5, 0.5],
+}
+# Sums over the other vocabulary entries, at the first token; twice as much at the second, and so on.
+VOCABULARY_SUMS = {"sum_p2_others": 0.02, "sum_p2_logp_others": -0.05}
 # rollout_id -> positions of clipped tokens.
 CLIPPED = {7: [4], 9: [1, 2]}
 # rollout_id -> probabilities according to the inference engine.
@@ -144,7 +153,10 @@ def _append_response(
     if rollout_id in MOVED:
         tokens["logprob_after"] = np.log(0.5 + np.array(MOVED[rollout_id]))
         tokens |= {"entropy_after": np.add(entropies, ENTROPY_CHANGES[rollout_id])}
+        tokens |= {name: factor * np.arange(1, length + 1) for name, factor in VOCABULARY_SUMS.items()}
         tokens["is_clipped"] = np.isin(np.arange(length), CLIPPED.get(rollout_id, []))
+    if rollout_id in REFERENCE_ENTROPIES:
+        tokens["reference_entropy"] = REFERENCE_ENTROPIES[rollout_id]
     if rollout_id in ENGINE:
         tokens["sampling_logprob"] = np.log(ENGINE[rollout_id])
     writer.append("tokens", {**common, **tokens, "shaped_advantage": advantage})

@@ -121,6 +121,8 @@ def _append_step(
             "logprob": -surprisal.ravel(),
             "sampling_logprob": -1.02 * surprisal.ravel(),
             "entropy": entropy.ravel(),
+            # That of the next token of the response in part, so that ranks agree and differ.
+            "reference_entropy": (entropy + 0.5 * np.roll(entropy, -1, 1)).ravel(),
             "advantage": np.repeat(advantage, LENGTH),
             "shaped_advantage": np.repeat(advantage, LENGTH),
             "grad_norm": rng.lognormal(0, 0.5, size * LENGTH),

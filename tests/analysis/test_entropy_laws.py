@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,38 @@ def test_formulas_are_what_gradient_steps_do_to_a_softmax(tiny: Runs, advantage:
     assert found["omega_law"] == pytest.approx(found["discriminator_law"] * (1 - p[token]) ** 2 / p[token], rel=1e-9)
     assert found["omega_first_release_law"] == pytest.approx(found["omega_law"] / (1 - p[token]), rel=1e-9)
     assert found["quadrant_law"] == (np.sign(advantage) if p[token] < 0.5 else -np.sign(advantage))
+
+
+@pytest.mark.parametrize("advantage", [1.5, -0.5])
+@pytest.mark.parametrize("scale", [0.5, 2.0, 8.0])
+def test_first_order_is_the_derivative_along_the_gradient_of_the_token(tiny: Runs, scale: float, advantage: float):
+    """Take the derivative by autograd, in float64, for every token of a vocabulary; scale 8 has nearly certain ones."""
+    torch = pytest.importorskip("torch")
+    logits = torch.from_numpy(np.random.default_rng(2).normal(0, scale, 7))
+    for token in range(7):
+        step = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        own = logits.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(advantage * torch.log_softmax(own, 0)[token], own)
+        logp = torch.log_softmax(logits + step * gradient, 0)
+        entropy = -(logp.exp() * logp).sum()
+        (expected,) = torch.autograd.grad(entropy, step)
+        others = [(math.exp(value), value) for v, value in enumerate(logp.tolist()) if v != token]
+        given = {
+            "logp": logp[token].item(),
+            "h": entropy.item(),
+            "a": advantage,
+            "p2": sum(p * p for p, _ in others),
+            "p2_logp": sum(p * p * value for p, value in others),
+        }
+        text = "select first_order_law($logp::double, $h::double, $a::double, $p2::double, $p2_logp::double)"
+        assert tiny.sql(text, given).item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-15)
+
+
+def test_first_order_takes_part_only_where_the_sums_are_recorded(study_path: Path, tiny: Runs):
+    without = open_runs(study_path / "none-seed0").query("entropy_laws", stage="rising")
+    assert "omega" in set(without["predictor"])
+    assert "first_order" not in set(without["predictor"])
+    assert "first_order" in set(tiny.query("entropy_laws", stage="plateau")["predictor"])
 
 
 def test_own_gradient_is_the_change_of_the_logprob(tiny: Runs):

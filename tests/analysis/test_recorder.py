@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import entrace
 from entrace.analysis import queries
-from entrace.analysis.trace import InputError, Recorder, Vocabulary
+from entrace.analysis.trace import TABLES, InputError, Recorder, Vocabulary
 from entrace.analysis.trace.groups import group_relative_advantage, ppl_z
 from entrace.trainer.algorithm import advantages as by_torch
 
@@ -192,6 +192,7 @@ def test_a_reason_is_given_for_every_null_and_for_no_value(recorder):
     for name in ("tokens", "rollouts", "steps", "prompts"):
         frame = table(folder, name)
         nulls = {c for c in frame.columns if frame[c].null_count() == frame.height}
+        nulls |= {column.name for column in TABLES[name].columns if column.name not in frame.columns}
         named = {key.partition(".")[2] for key in unknown if key.startswith(f"{name}.")}
         assert named <= nulls, name
         meant = {"loss_mask", "turn", "generated_length", "reward_components", "answer_class", "length_penalty"}

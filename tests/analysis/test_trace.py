@@ -91,6 +91,23 @@ def test_columns_carry_unit_and_meaning(tiny_path: Path):
                 assert metadata[b"meaning"].decode() == column.meaning
 
 
+def test_a_file_has_an_optional_column_if_any_row_has_it(tmp_path: Path):
+    writer = new_writer(tmp_path)
+    known = {"prompt_id": "p", "rollout_id": 0, "response_length": 3, "token_id": 0, "position": [0, 1, 2]}
+    optional = [column.name for column in TABLES["tokens"].columns if column.is_optional]
+    assert optional
+    for step, values in enumerate(([None], [None, optional[0], None], [None, *optional]), 1):
+        for place, name in enumerate(values):
+            columns = {} if name is None else {name: [0.5, None, 0.25]}
+            writer.append("tokens", {**known, "rollout_id": place, "step": step, **columns})
+        writer.flush(step)
+    files = [pq.read_table(path) for path in sorted((tmp_path / "run" / "tokens").iterdir())]
+    held = [[name for name in file.column_names if name in optional] for file in files]
+    assert held == [[], optional[:1], optional]
+    assert files[1][optional[0]].to_pylist() == [None] * 3 + [0.5, None, 0.25] + [None] * 3
+    assert files[2].schema.equals(TABLES["tokens"].arrow_schema, check_metadata=True)
+
+
 def new_writer(folder: Path) -> TraceWriter:
     return TraceWriter.create(folder / "run", {"run_id": "r"}, VOCAB)
 

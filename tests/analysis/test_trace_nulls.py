@@ -78,7 +78,8 @@ def forget(root: Path, copy: Path, table: str, columns: Iterable[str], share: st
     for path in copy.glob(f"*/{table}/*.parquet"):
         rows = pq.read_table(path)
         is_known = pa.array(np.arange(len(rows)) % 2 == 1) if share == "half" else pa.array([False] * len(rows))
-        for column in columns:
+        # A column that was not recorded is in no file, and null already.
+        for column in set(columns) & set(rows.column_names):
             i = rows.schema.get_field_index(column)
             values = [
                 value if known else None for value, known in zip(rows[i].to_pylist(), is_known.to_pylist(), strict=True)

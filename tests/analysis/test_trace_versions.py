@@ -53,6 +53,9 @@ def assert_equal_answers(found: Runs, expected: Runs) -> None:
         answers = [
             runs.query(stem).drop("selection", "temperature", "series", strict=False) for runs in (found, expected)
         ]
+        if "predictor" in answers[0].columns:
+            # This law needs sums over the vocabulary, which version 1 has no columns for.
+            answers = [answer.filter(pl.col("predictor") != "first_order") for answer in answers]
         assert answers[0].equals(answers[1]), stem
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from entrace.trainer.kernels import blocked_stats, token_stats
-from entrace.trainer.kernels.blocked_stats import compute_token_stats
+from entrace.trainer.kernels.blocked_stats import compute_token_stats, compute_vocabulary_sums
 from entrace.trainer.kernels.token_stats import LMHead, Truncation
 from tests.benchmarks import logit_stats
 from tests.benchmarks.logit_stats import stats_of_logits
@@ -45,6 +45,20 @@ def test_statistics_of_logits(with_kernels, gap, dtype):
         torch.testing.assert_close(getattr(found, name), values, rtol=3e-6, atol=5e-7)
         # Statistics of certain tokens have a relative error; those of others pass through 1.
         torch.testing.assert_close(getattr(found, name)[:2], values[:2], rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("block", [(5, 100), (64, 1000)], ids=str)
+def test_vocabulary_sums_beside_the_kernels(with_kernels, monkeypatch, block):
+    """They are computed in plain torch, in memory of their own."""
+    monkeypatch.setitem(blocked_stats.BLOCK, "cpu", block)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(13, 8, generator=generator), torch.randn(333, 8, generator=generator)
+    targets = torch.randint(333, (13,), generator=generator)
+    expected = compute_vocabulary_sums(hidden, LMHead(weight, None), targets, 0.9)
+    with_kernels()
+    found = compute_vocabulary_sums(hidden, LMHead(weight, None), targets, 0.9)
+    for name, values in vars(expected).items():
+        assert torch.equal(getattr(found, name), values)
 
 
 @pytest.mark.parametrize("block", [(5, 100), (64, 1000)], ids=str)

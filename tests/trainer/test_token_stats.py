@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from entrace.trainer.kernels import blocked_stats
-from entrace.trainer.kernels.blocked_stats import compute_token_stats
+from entrace.trainer.kernels.blocked_stats import compute_token_stats, compute_vocabulary_sums
 from entrace.trainer.kernels.token_stats import LEFT_OUT, LMHead, Truncation, lm_head_grad_norm
 from tests.benchmarks.allocator import peak_bytes
 from tests.benchmarks.logit_stats import stats_of_logits
@@ -51,6 +51,52 @@ def test_equals_the_naive_float64_loop(case, temperature, with_bias):
     expected = naive_stats(hidden, weight, bias, targets, temperature)
     for found, wanted in zip((stats.logprob, stats.entropy, stats.sum_p2), expected, strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def naive_vocabulary_sums(logits, targets):
+    """Compute the sums over other entries in float64, one token and one vocabulary entry at a time."""
+    rows = []
+    for row, target in zip(torch.log_softmax(logits.double(), -1).tolist(), targets.tolist(), strict=True):
+        others = [value for v, value in enumerate(row) if v != target]
+        squares = [math.exp(2 * value) for value in others]
+        products = [square * value for square, value in zip(squares, others, strict=True) if square]
+        rows.append((math.fsum(squares), math.fsum(products)))
+    return torch.tensor(rows, dtype=torch.float64).T
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+@pytest.mark.parametrize(
+    "truncation", [Truncation(), Truncation(top_k=4), Truncation(0.9), Truncation(0.8, 5)], ids=str
+)
+@pytest.mark.usefixtures("blocks")
+def test_vocabulary_sums_equal_the_naive_float64_loop(case, temperature, truncation):
+    hidden, weight, bias, targets = case
+    sums = compute_vocabulary_sums(hidden, LMHead(weight, bias), targets, temperature, truncation)
+    logits = truncation.apply(hidden @ weight.T + bias, temperature, targets)
+    expected = naive_vocabulary_sums((logits.double() / temperature).masked_fill(logits <= LEFT_OUT, -1e9), targets)
+    for found, wanted in zip(vars(sums).values(), expected, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("gap", [0, 5, 10, 15, 20, 30])
+def test_vocabulary_sums_beside_a_certain_token_have_a_small_relative_error(gap):
+    """Check sums down to 1e-26, where those over all entries would be 1 and the largest log-probability."""
+    logits = torch.randn(20, 3000, generator=torch.Generator().manual_seed(2))
+    logits[:, 7] = logits.logsumexp(1) + gap
+    targets = torch.full((20,), 7)
+    sums = compute_vocabulary_sums(logits, LMHead(torch.eye(3000), None), targets)
+    for found, wanted in zip(vars(sums).values(), naive_vocabulary_sums(logits, targets), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_vocabulary_sums_need_no_memory_per_token_and_entry():
+    vocab, width = 4000, 16
+    peaks = {}
+    for num_tokens in (1000, 4000):
+        hidden, head = torch.randn(num_tokens, width), LMHead(torch.randn(vocab, width), None)
+        targets = torch.arange(num_tokens) % vocab
+        peaks[num_tokens] = peak_bytes(lambda h=hidden, w=head, t=targets: compute_vocabulary_sums(h, w, t))
+    assert (peaks[4000] - peaks[1000]) / 3000 < 300 < 4 * vocab
 
 
 def test_uniform_logits_have_entropy_ln_v():
@@ -165,6 +211,7 @@ def test_memory_of_both_passes_is_independent_of_the_number_of_tokens():
 def test_no_tokens_give_empty_statistics(case):
     hidden, weight, _, targets = case
     assert compute_token_stats(hidden[:0], LMHead(weight, None), targets[:0]).entropy.shape == (0,)
+    assert compute_vocabulary_sums(hidden[:0], LMHead(weight, None), targets[:0]).sum_p2_others.shape == (0,)
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from entrace.trainer.kernels.token_stats import (
     LMHead,
     LogitGrads,
     Softmax,
+    SquareSums,
     Sums,
     TokenStats,
     Truncation,
+    VocabularySums,
 )
 
 # Tokens and vocabulary entries per block of logits. On a CPU, a block fits into the cache and never reaches memory; it
@@ -50,6 +53,27 @@ def compute_token_stats(
     """
     targets = targets.contiguous()
     return TokenStats(*_BlockedStats.apply(hidden, head.weight, head.bias, targets, temperature, truncation))
+
+
+@torch.no_grad()
+def compute_vocabulary_sums(
+    hidden: Tensor, head: LMHead, targets: Tensor, temperature: float = 1.0, truncation: Truncation = WHOLE
+) -> VocabularySums:
+    """Return sums over the vocabulary under ``softmax(head(hidden) / temperature)``, truncated, without gradient.
+
+    Memory is bounded as in ``compute_token_stats``, whose arguments these are. Devices with Triton compute in plain
+    torch, too.
+
+    Returns:
+        ``VocabularySums`` of shape (N,); empty for N = 0.
+    """
+    blocks = _Blocks(hidden, head, targets.contiguous(), temperature, truncation)
+    parts = []
+    for rows in blocks.rows:
+        found = [blocks.square_sums(rows, entries, logits) for entries, logits in blocks.logits(rows)]
+        parts.append(SquareSums.join(found, temperature).divide(temperature))
+    names = [field.name for field in fields(VocabularySums)]
+    return VocabularySums(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 class _BlockedStats(torch.autograd.Function):
@@ -138,6 +162,11 @@ class _Blocks:
         if self._triton:
             return Sums(*self._triton.sums(logits, targets, entries.start, self._temperature))
         return Softmax.of(logits, self._temperature, self._buffer).sums_of_block(targets, entries.start)
+
+    def square_sums(self, rows: slice, entries: slice, logits: Tensor) -> SquareSums:
+        """Return the sums of squares over one block of logits."""
+        softmax = Softmax.of(logits, self._temperature, self._buffer)
+        return softmax.square_sums_of_block(self._targets[rows], entries.start)
 
     def grad_logits(self, grads: LogitGrads, peak: Tensor, entries: slice, logits: Tensor) -> Tensor:
         """Return the gradient at one block of logits, which it may overwrite; ``peak`` (n,) is that of whole rows."""

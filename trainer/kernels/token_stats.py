@@ -16,6 +16,12 @@ Gradients used by the backward pass::
     d logprob / d z_v = ([v = o] - p_v) / T
     d entropy / d z_v = -p_v (ln p_v + entropy) / T
 
+Two further sums, recorded on request, determine what a gradient step on the token's own logits does to the entropy.
+They leave the target out, because the sums over all entries differ from those of a certain token by rounding only::
+
+    sum_p2_others      = sum_{v != o} p_v^2        = sum_{v != o} e_v^2 / s^2
+    sum_p2_logp_others = sum_{v != o} p_v^2 ln p_v = sum_{v != o} e_v^2 x_v / (T s^2) - ln s sum_p2_others
+
 If sampling excludes tokens (top-k, top-p), their e_v is 0 and p is renormalized over the remaining tokens.
 ``kernels.blocked_stats`` computes the same values from hidden states without holding all logits.
 """
@@ -52,6 +58,23 @@ class TokenStats:
     def take(self, index: Tensor) -> TokenStats:
         """Select entries of statistics (N,) by index; an index may repeat."""
         return TokenStats(*(values.index_select(0, index) for values in vars(self).values()))
+
+
+@dataclass
+class VocabularySums:
+    """Sums over all vocabulary entries except the token, each (N,) float32; see the module.
+
+    Attributes:
+        sum_p2_others: Sum of p^2.
+        sum_p2_logp_others: Sum of p^2 ln p, nats.
+    """
+
+    sum_p2_others: Tensor
+    sum_p2_logp_others: Tensor
+
+    def take(self, index: Tensor) -> VocabularySums:
+        """Select entries by index; an index may repeat."""
+        return VocabularySums(*(values.index_select(0, index) for values in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -172,6 +195,18 @@ class Softmax:
         self.weights.scatter_(1, columns, self.weights.gather(1, columns).masked_fill_(is_here, 0.0))
         return self._add_up(own)
 
+    def square_sums_of_block(self, targets: Tensor, first: int) -> SquareSums:
+        """Return the sums of squares over a block of columns that starts at vocabulary entry ``first``.
+
+        Overwrites ``shifted`` and ``weights``.
+        """
+        is_here, columns = _columns(targets, first, self.shifted.shape[1])
+        highest = self.shifted.argmax(-1, keepdim=True)
+        rest = self.weights.scatter(1, highest, 0.0).sum(-1)
+        self.weights.scatter_(1, columns, self.weights.gather(1, columns).masked_fill_(is_here, 0.0))
+        squares = self.weights.square_()
+        return SquareSums(self.peak.squeeze(1), rest, squares.sum(-1), self.shifted.mul_(squares).sum(-1))
+
     def _add_up(self, own: Tensor) -> Sums:
         others, norm = self.weights.sum(-1), torch.linalg.vector_norm(self.weights, dim=-1)
         moment = self.shifted.mul_(self.weights).sum(-1)
@@ -249,6 +284,42 @@ class Sums:
         mean_shifted = (self.moment + (self.own / temperature).exp() * self.own) / total
         entropy = log_total - mean_shifted / temperature
         return TokenStats(logprob, entropy, (2 * logprob).exp() + (self.norm / total).square())
+
+
+@dataclass
+class SquareSums:
+    """Sums over logits z that determine ``VocabularySums``, each (N,).
+
+    With target o, x = z - peak, and e = exp(x / T).
+
+    Attributes:
+        peak: max(z).
+        rest: Sum of e without one e of 1, that of the peak. The logarithm of the sum of all e receives it unrounded.
+        squares: Sum of e^2 without e_o^2.
+        moment: Sum of e^2 x without e_o^2 x_o.
+    """
+
+    peak: Tensor
+    rest: Tensor
+    squares: Tensor
+    moment: Tensor
+
+    @classmethod
+    def join(cls, blocks: list[SquareSums], temperature: float) -> SquareSums:
+        """Combine the sums over blocks of columns into the sums over all columns."""
+        peaks, rest, squares, moment = (torch.stack([getattr(b, f.name) for b in blocks]) for f in fields(cls))
+        peak, highest = peaks.max(0, keepdim=True)
+        lower = peaks - peak
+        scale = (lower / temperature).exp()
+        others = ((1 + rest) * scale).scatter(0, highest, rest.gather(0, highest))
+        moment = (moment + lower * squares) * scale.square()
+        return cls(peak.squeeze(0), others.sum(0), (squares * scale.square()).sum(0), moment.sum(0))
+
+    def divide(self, temperature: float) -> VocabularySums:
+        """Return the sums over probabilities, (N,), from sums over whole rows."""
+        norm = (1 + self.rest).square()
+        squares = self.squares / norm
+        return VocabularySums(squares, self.moment / (temperature * norm) - self.rest.log1p() * squares)
 
 
 @dataclass

@@ -23,10 +23,10 @@ from entrace.analysis.trace.plain import plain
 from entrace.trainer.config import PolicyConfig
 from entrace.trainer.kernels import attention
 from entrace.trainer.kernels.allocator import keep_freed_memory
-from entrace.trainer.kernels.blocked_stats import compute_token_stats
+from entrace.trainer.kernels.blocked_stats import compute_token_stats, compute_vocabulary_sums
 from entrace.trainer.kernels.norms import replace_norms
 from entrace.trainer.kernels.packing import Packing, Pairs, Sequences, take_rows
-from entrace.trainer.kernels.token_stats import WHOLE, LMHead, TokenStats, Truncation
+from entrace.trainer.kernels.token_stats import WHOLE, LMHead, TokenStats, Truncation, VocabularySums
 from entrace.trainer.model import lora as adapters
 from entrace.trainer.model.loading import load_model, load_pretrained
 from entrace.trainer.model.packing_choice import why_padded
@@ -223,6 +223,17 @@ class Policy:
         """
         hidden, targets, index = self.forward_unique(prompts, responses)
         return compute_token_stats(hidden, self.head, targets, temperature, truncation).take(index)
+
+    def vocabulary_sums(
+        self,
+        prompts: Sequence[list[int]],
+        responses: Sequence[Tensor],
+        temperature: float,
+        truncation: Truncation = WHOLE,
+    ) -> VocabularySums:
+        """Return sums over the vocabulary of given responses, without gradient; arguments as in ``token_stats``."""
+        hidden, targets, index = self.forward_unique(prompts, responses)
+        return compute_vocabulary_sums(hidden, self.head, targets, temperature, truncation).take(index)
 
     def forward_unique(
         self, prompts: Sequence[list[int]], responses: Sequence[Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -75,6 +76,7 @@ def record_batch(
     first_rollout_id: int,
     temperature: float,
     is_stored: Tensor | None = None,
+    measured: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Add the tokens and rollouts that this process sampled in one step, and the step's prompts.
 
@@ -87,6 +89,7 @@ def record_batch(
         first_rollout_id: Id of the batch's first response.
         temperature: Sampling temperature.
         is_stored: Responses whose tokens are stored, (B,) bool (default: all).
+        measured: Further columns of the stored tokens, (B, T) by name (default: none).
     """
     num_samples = len(batch.prompts) // int(batch.group_ids[-1] + 1)
     if writer.rank == 0:
@@ -138,6 +141,7 @@ def record_batch(
             "is_correct": is_correct.take(pa.array(rows)),
             "is_kept": batch.is_kept.numpy()[rows],
             **({} if reported is None else {"sampling_logprob": reported.numpy()[mask]}),
+            **{name: values.numpy()[mask] for name, values in (measured or {}).items()},
             **(_after_columns(batch, after, mask, rows) if after else {}),
         },
     )

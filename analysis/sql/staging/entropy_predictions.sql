@@ -1,9 +1,10 @@
 -- Published formulas for the change of entropy at a token by an update. Each value is the predicted change up to a
 -- common factor, the step size: positive if entropy is predicted to rise. With p the probability of the sampled token,
 -- H the entropy, and A the advantage in the loss, a gradient step on the logits of one token alone,
--- dz_v = A ([v = token] - p_v), changes the entropy to first order by -A (p (H + ln p) - sum_v p_v^2 (H + ln p_v)).
--- No trace holds the sum over the vocabulary. Entropy polarity (arXiv 2605.11775), which its abstract describes as this
--- sum with a sampled and a distributional part, is therefore missing here; its equation could not be verified.
+-- dz_v = A ([v = token] - p_v), changes the entropy to first order by -A (p (H + ln p) - sum_v p_v^2 (H + ln p_v)),
+-- the first_order_law. Traces hold the sum over the vocabulary if record.vocabulary_sums was set. The abstract of
+-- entropy polarity (arXiv 2605.11775) describes such a sum with a sampled and a distributional part; its equation could
+-- not be verified.
 
 -- -(ln p - mean ln p) (A - mean A), means over the tokens of the step's update (arXiv 2505.22617, code of Clip-Cov and
 -- KL-Cov). In the paper's theorem, the covariance is over the vocabulary of one state.
@@ -17,6 +18,11 @@ create macro discriminator(logprob, entropy) as exp(logprob) * (entropy + logpro
 create macro discriminator_law(logprob, entropy, advantage) as -advantage * discriminator(logprob, entropy);
 create macro centered_discriminator_law(logprob, entropy, advantage, discriminator_mean) as (
   -advantage * (discriminator(logprob, entropy) - discriminator_mean)
+);
+
+-- The token's own terms are -A p (1 - p) (H + ln p); the recorded sums are over all other entries of the vocabulary.
+create macro first_order_law(logprob, entropy, advantage, sum_p2_others, sum_p2_logp_others) as (
+  -advantage * (discriminator(logprob, entropy) * (1 - exp(logprob)) - sum_p2_others * entropy - sum_p2_logp_others)
 );
 
 -- -A (1 - p)^2 (H + ln p) (arXiv 2510.10150, Omega of STEER). The released code has A / p_old * p (1 - p)^2 (H + ln p),
@@ -116,6 +122,9 @@ select
   discriminator_law(logprob::double, entropy::double, loss_advantage) as discriminator,
   centered_discriminator_law(logprob::double, entropy::double, loss_advantage, discriminator_mean)
     as centered_discriminator,
+  first_order_law(
+    logprob::double, entropy::double, loss_advantage, sum_p2_others::double, sum_p2_logp_others::double
+  ) as first_order,
   omega_law(logprob::double, entropy::double, loss_advantage) as omega,
   omega_first_release_law(logprob::double, entropy::double, loss_advantage) as omega_first_release,
   quadrant_law(logprob::double, loss_advantage)::double as quadrants,
@@ -186,6 +195,7 @@ create macro law_sums_by_prompt(target, scale) as table
       mean_rank(covariance, run_id, step) as covariance,
       mean_rank(discriminator, run_id, step) as discriminator,
       mean_rank(centered_discriminator, run_id, step) as centered_discriminator,
+      mean_rank(first_order, run_id, step) as first_order,
       mean_rank(omega, run_id, step) as omega,
       mean_rank(omega_first_release, run_id, step) as omega_first_release,
       mean_rank(quadrants, run_id, step) as quadrants,
@@ -211,6 +221,7 @@ create macro law_sums_by_prompt(target, scale) as table
   compared as not materialized (
     select
       *,
+      if(first_order is null, null, change) as first_order_change,
       if(own_gradient is null, null, change) as own_gradient_change,
       if(category is null, null, change) as category_change,
       case comparisons.comparison
@@ -228,11 +239,13 @@ create macro law_sums_by_prompt(target, scale) as table
       comparison,
       cell,
       avg(change) as change,
+      avg(first_order_change) as first_order_change,
       avg(own_gradient_change) as own_gradient_change,
       avg(category_change) as category_change,
       avg(covariance) as covariance,
       avg(discriminator) as discriminator,
       avg(centered_discriminator) as centered_discriminator,
+      avg(first_order) as first_order,
       avg(omega) as omega,
       avg(omega_first_release) as omega_first_release,
       avg(quadrants) as quadrants,
@@ -257,6 +270,9 @@ create macro law_sums_by_prompt(target, scale) as table
     paired_sums(
       compared.centered_discriminator, compared.change, means.centered_discriminator, means.change
     ) as centered_discriminator,
+    paired_sums(
+      compared.first_order, compared.first_order_change, means.first_order, means.first_order_change
+    ) as first_order,
     paired_sums(compared.omega, compared.change, means.omega, means.change) as omega,
     paired_sums(
       compared.omega_first_release, compared.change, means.omega_first_release, means.change

@@ -31,6 +31,7 @@ per_prompt as (
       covariance,
       discriminator,
       centered_discriminator,
+      first_order,
       omega,
       omega_first_release,
       quadrants,

@@ -8,7 +8,7 @@ from math import exp, log, sqrt
 from statistics import mean
 from typing import Any
 
-from tests.analysis.conftest import CLIPPED, ENTROPY_CHANGES, GRAD_NORMS, MOVED, RESPONSES, TOKEN_IDS
+from tests.analysis.conftest import CLIPPED, ENTROPY_CHANGES, GRAD_NORMS, MOVED, RESPONSES, TOKEN_IDS, VOCABULARY_SUMS
 from tests.analysis.expected import alone, over_prompts
 
 Token = dict[str, Any]
@@ -31,6 +31,7 @@ def tokens_of_trace() -> list[Token]:
                     "dlogp": log(0.5 + MOVED[rollout_id][i]) - LOGPROB,
                     "grad": GRAD_NORMS.get(rollout_id, [1] * len(entropies))[i],
                     "position": i / len(entropies),
+                    "sums": [(i + 1) * value for value in VOCABULARY_SUMS.values()],
                     "is_clipped": i in CLIPPED.get(rollout_id, []),
                     "category": CATEGORIES[TOKEN_IDS.get(rollout_id, [1] + [3] * (len(entropies) - 1))[i]],
                 }
@@ -53,6 +54,7 @@ PREDICTIONS: dict[str, Callable[[Token], float]] = {
     "centered_discriminator": lambda t: (
         -t["a"] * (P * (t["h"] + LOGPROB) - step_mean(t, lambda o: P * (o["h"] + LOGPROB)))
     ),
+    "first_order": lambda t: -t["a"] * (P * (1 - P) * (t["h"] + LOGPROB) - t["sums"][0] * t["h"] - t["sums"][1]),
     "omega": lambda t: -t["a"] * (1 - P) ** 2 * (t["h"] + LOGPROB),
     "omega_first_release": lambda t: -t["a"] * (1 - P) * (t["h"] + LOGPROB),
     "quadrants": lambda t: t["a"],
@@ -63,7 +65,7 @@ PREDICTIONS: dict[str, Callable[[Token], float]] = {
     "relative_surprisal": lambda t: -LOGPROB / (t["h"] + 1e-6),
 }
 KINDS = {
-    "formula": ("centered_discriminator", "discriminator", "omega", "omega_first_release", "quadrants"),
+    "formula": ("centered_discriminator", "discriminator", "first_order", "omega", "omega_first_release", "quadrants"),
     "gradient": ("own_gradient",),
     "outcome": ("entropy_ratio",),
     "property": ("entropy", "position", "relative_surprisal"),

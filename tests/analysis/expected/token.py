@@ -116,6 +116,17 @@ EXPECTED = {
             *[("plateau", i, i / 5 + 0.1, *share((1, 2), (1, 2)), 2 / 11, 4, 2, 1) for i in (1, 2, 3, 4)],
         ],
     ),
+    # Of the 20 tokens, 11 have at least 1 nat: 6 of a and 5 of b. Under the reference policy 5 have: a's first and last
+    # (response 7), second and third (8), and b's first (10). By position, of four tokens each, 3, 2, 2, 2, 2 have at
+    # least 1 nat under the policy, and 2, 1, 1, 0, 1 under the reference policy.
+    "entropy_persistence": (
+        {"stage": "plateau", "bins": 5},
+        [
+            *["step", "share", "low", "high", "by_position", "independent"],
+            *["num_high", "num_tokens", "num_prompts"],
+        ],
+        [(20, *share((4, 6), (0, 5)), (3 * 2 + 2 + 2 + 0 + 2) / 4 / 11, 5 / 20, 11, 20, 2)],
+    ),
     # Top half: 2 nats or more. Step 1 has two digits and three dogs of them, step 10 one digit. " so" is never among
     # them.
     "high_entropy_words": (
