@@ -15,6 +15,7 @@ from entrace.analysis.trace import InputError, Lexicon
 from entrace.trainer.config import Config
 from entrace.trainer.model.loading import load_tokenizer
 from entrace.trainer.model.policy import Policy
+from entrace.trainer.sampling.vllm_engine import load_vllm
 from entrace.trainer.tasks import Prompt, Task, load_task
 from entrace.trainer.tasks.characters import describe_lost, find_lost, task_texts
 from entrace.trainer.tasks.files import FileSource
@@ -88,6 +89,8 @@ def check_run(config: Config) -> Checks:
     """
     found = Checks()
     tokenizer = _try(found, lambda: load_tokenizer(config.policy.path))
+    if config.rollout.engine == "vllm":
+        _try(found, load_vllm)
     if config.record.lexicon:
         _try(found, lambda: Lexicon.load(Path(str(config.record.lexicon))))
     policy = _without_model(config, tokenizer) if tokenizer else None

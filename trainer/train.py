@@ -41,6 +41,7 @@ from entrace.trainer.runs.record import StepRecorder, progress_metrics, record_b
 from entrace.trainer.runs.recording import finalize_on_exit, open_trace
 from entrace.trainer.runs.run_folder import is_complete
 from entrace.trainer.sampling.backend import backend_of
+from entrace.trainer.sampling.engine import sampler_of
 from entrace.trainer.seeding import Stream
 from entrace.trainer.tasks import Task, load_task
 from entrace.trainer.tasks.characters import warn_of_lost
@@ -79,6 +80,8 @@ def train(
         warn_of_lost(policy.tokenizer, task, policy.name, policy.template)
         if ranks.is_sharded:
             policy.shard()
+        # Before the run folder is created, so that an engine that cannot start leaves none behind.
+        sampler_of(policy, config.rollout)
         learner = Learner(config, policy, ranks)
     with translate_errors(run_dir):
         with ranks.together(in_step=ranks.is_sharded):

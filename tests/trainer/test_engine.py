@@ -12,6 +12,7 @@ from entrace.analysis.trace import InputError
 from entrace.trainer.config import LoraConfig, PolicyConfig, RolloutConfig, load_config
 from entrace.trainer.kernels.token_stats import WHOLE, Truncation
 from entrace.trainer.model.policy import Policy
+from entrace.trainer.preflight import check_run
 from entrace.trainer.sampling.engine import NativeSampler, sampler_of
 from entrace.trainer.sampling.sampler import sample
 from entrace.trainer.sampling.samples import SamplingParams
@@ -122,6 +123,15 @@ def test_missing_vllm_is_one_line(small, monkeypatch):
     with pytest.raises(InputError, match=r'rollout\.engine = "vllm" needs vLLM: pip install .vllm') as refused:
         sampler_of(small, VLLM)
     assert "\n" not in str(refused.value)
+
+
+def test_missing_vllm_leaves_no_run_folder(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    config = load_config("tiny", [*SMALL, "rollout.engine=vllm"])
+    assert any("needs vLLM" in problem for problem in check_run(config).problems)
+    with pytest.raises(InputError, match="needs vLLM"):
+        train(config, tmp_path / "run", {})
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_engine_does_not_keep_its_policy(standin, small):

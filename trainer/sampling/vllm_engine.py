@@ -28,6 +28,20 @@ from entrace.trainer.sampling.samples import Rollouts, SamplingParams
 SCORED_TOKENS = 1 << 14
 
 
+def load_vllm() -> Any:
+    """Import vLLM.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    # The engine shares this process, so that weights are handed over in place.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    try:
+        return import_module("vllm")
+    except ImportError:
+        raise InputError('rollout.engine = "vllm" needs vLLM: pip install \'vllm>=0.11\', or set "native"') from None
+
+
 class VllmSampler:
     """Sample from the current weights of a policy with vLLM."""
 
@@ -41,14 +55,7 @@ class VllmSampler:
         Raises:
             InputError: vLLM is not installed, or the policy is sharded.
         """
-        # The engine shares this process, so that weights are handed over in place.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        try:
-            vllm: Any = import_module("vllm")
-        except ImportError:
-            raise InputError(
-                'rollout.engine = "vllm" needs vLLM: pip install \'vllm>=0.11\', or set "native"'
-            ) from None
+        vllm = load_vllm()
         if policy.is_sharded:
             raise InputError(
                 'rollout.engine = "vllm": weights are sharded (FSDP); set "native" or launch with ddp.yaml'
