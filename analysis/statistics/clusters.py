@@ -48,7 +48,7 @@ def level(
         value = float(effect(totals))
     if not np.isfinite(value):
         return Estimate(value, np.nan, np.nan, 1.0, len(sums), of or "prompts", np.nan, 0.0, 0.0)
-    influence = sums @ _gradient(effect, totals)
+    influence = sums @ _gradient(effect, totals, np.abs(sums).sum(0))
     found, where = np.unique(steps, return_inverse=True)
     num_clusters = len(np.unique(prompts))
     of = of or f"prompts in {len(found)} steps"
@@ -87,11 +87,12 @@ def step_values(
         Steps, values, sampling variances of the values (None if unknown), and degrees of freedom of these variances.
     """
     found, where = np.unique(steps, return_inverse=True)
-    totals = np.zeros((len(found), sums.shape[1]))
+    totals, scales = np.zeros((2, len(found), sums.shape[1]))
     np.add.at(totals, where, sums)
+    np.add.at(scales, where, np.abs(sums))
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.asarray(effect(totals), dtype=float)
-        gradients = np.array([_gradient(effect, row) for row in totals]).reshape(totals.shape)
+    gradients = np.array([_gradient(effect, *row) for row in zip(totals, scales, strict=True)]).reshape(totals.shape)
     gradients = np.where(np.isfinite(gradients), gradients, 0.0)
     influence = (sums * gradients[where]).sum(1)
     _, noise, noise_df = _series(*_pair(where, prompts), influence, len(found))
@@ -165,10 +166,14 @@ def _series(
     return series, np.where(several, noise, np.nanmean(noise)), float((counts - 1)[several].sum())
 
 
-def _gradient(effect: Effect, totals: np.ndarray) -> np.ndarray:
-    """Return the gradient of an effect with respect to the totals, by central differences."""
-    # A total of about 0, as of deviations, needs a step above the rounding error of the effect.
-    size = np.maximum(np.abs(totals), 1e-3 * np.abs(totals).max() + 1e-300)
+def _gradient(effect: Effect, totals: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Return the gradient of an effect with respect to the totals, by central differences.
+
+    ``scale`` holds the sums of absolute contributions: a total of deviations, which is about 0, needs a step above the
+    rounding error of the effect, and a small total of nonnegative values must not become negative.
+    """
+    size = np.maximum(np.abs(totals), 1e-3 * scale)
+    size = np.where(size > 0, size, 1e-6 * np.abs(totals).max() + 1e-300)
     step = 1e-5 * size
     shifted = totals + np.diag(step), totals - np.diag(step)
     with np.errstate(divide="ignore", invalid="ignore"):

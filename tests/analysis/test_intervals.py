@@ -283,3 +283,21 @@ def test_the_interval_of_a_mixture_is_where_its_tails_hold_the_rest(df: float, w
 
     half = optimize.bisect(miss, 0, 1e9, xtol=1e-300, maxiter=1200)
     assert (found.high - 2.0, 2.0 - found.low) == pytest.approx((half, half), rel=1e-11)
+
+
+def test_totals_of_unlike_size_have_a_gradient():
+    # Predictions can be far smaller than the changes that they are correlated with.
+    rng = np.random.default_rng(0)
+    steps, prompts = np.repeat(np.arange(20), 6), np.tile(np.arange(6), 20)
+    x, y = rng.normal(size=(2, 120))
+
+    def correlation(totals: np.ndarray) -> np.ndarray:
+        return totals[..., 0] / np.sqrt(totals[..., 1] * totals[..., 2])
+
+    found = [
+        level(steps, prompts, np.column_stack((unit * x * y, unit**2 * x * x, y * y)), correlation)
+        for unit in (1, 1e-9)
+    ]
+    assert np.isfinite(found[0].error)
+    assert found[1].low == pytest.approx(found[0].low, rel=1e-6)
+    assert found[1].high == pytest.approx(found[0].high, rel=1e-6)
