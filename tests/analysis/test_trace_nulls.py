@@ -111,7 +111,8 @@ def draw(runs: Runs, stem: str, without_nulls: pl.DataFrame) -> None:
         canvas.draw_without_rendering()
 
 
-@pytest.mark.parametrize("share", SHARES)
+# A column that is null everywhere is tried by the tests below, unless `make test-slow` tries each alone.
+@pytest.mark.parametrize("share", [pytest.param("all", marks=pytest.mark.slow), "half"])
 @pytest.mark.parametrize(
     ("table", "column"), [(table, c) for table, names in NULLABLE.items() for c in names if c in READ]
 )
