@@ -129,7 +129,7 @@ class Tab:
 
     def until(self, condition: Callable[[], Any]) -> None:
         """Wait until something holds; the pages forbid Playwright's own wait_for_function, which evaluates text."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not condition():
             assert time.monotonic() < deadline
             self.page.wait_for_timeout(50)
@@ -139,7 +139,8 @@ class Tab:
 def tab(browser: Any) -> Iterator[Tab]:
     context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
     made = Tab(context.new_page())
-    made.page.set_default_timeout(30_000)
+    # Other work on the machine makes figures wait.
+    made.page.set_default_timeout(120_000)
     yield made
     context.close()
     assert not made.problems
