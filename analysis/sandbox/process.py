@@ -208,10 +208,10 @@ class QueryProcess:
         return InputError(f"sql: the process of the query was ended by {signal.Signals(-status).name}")
 
 
-def out_of_time(limits: Limits) -> LimitError:
-    """Return the error of a query that was stopped at its ``timeout``."""
+def out_of_time(limits: Limits, note: str = "") -> LimitError:
+    """Return the error of a query that was stopped at its ``timeout``, with a note on how it was stopped."""
     return LimitError(
-        f"stopped after {limits.timeout:g} s", "narrow the query, or raise --timeout (timeout= in Python)"
+        f"stopped after {limits.timeout:g} s{note}", "narrow the query, or raise --timeout (timeout= in Python)"
     )
 
 

@@ -125,10 +125,28 @@ def _variant(node: exp.Expr) -> str | None:
 
 def _lists_in_another_order(node: exp.SetOperation) -> bool:
     """Return whether a star of a join with USING, in which Spark lists the keys first, may meet columns by position."""
-    selects = list(node.root().find_all(exp.Select))
-    stars = [select for select in selects if any(column.is_star for column in select.expressions)]
-    is_by_position = any(side.unnest() in stars for side in (node.this, node.expression))
-    return is_by_position and any(join.args.get("using") for select in stars for join in select.args.get("joins") or ())
+    sides = [side.unnest() for side in (node.this, node.expression)]
+    if not any(map(_has_star, sides)):
+        return False
+    return any(
+        _has_star(select) and any(join.args.get("using") for join in select.args.get("joins") or ())
+        for select in _selects_behind(sides, node.root())
+    )
+
+
+def _has_star(query: exp.Expr) -> bool:
+    return isinstance(query, exp.Select) and any(column.is_star for column in query.expressions)
+
+
+def _selects_behind(queries: list[exp.Expr], root: exp.Expr) -> Iterator[exp.Select]:
+    """Yield every SELECT in some queries and in the common table expressions that they may refer to."""
+    ctes = list(root.find_all(exp.CTE))
+    names = {table.name.lower() for query in queries for table in query.find_all(exp.Table)}
+    while found := [cte for cte in ctes if cte.alias.lower() in names and cte.this not in queries]:
+        queries = [*queries, *(cte.this for cte in found)]
+        names = {table.name.lower() for query in queries for table in query.find_all(exp.Table)}
+    for query in queries:
+        yield from query.find_all(exp.Select)
 
 
 def _rejected(found: str) -> InputError:

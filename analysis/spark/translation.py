@@ -17,10 +17,11 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from sqlglot import exp, parse
 from sqlglot.dialects.duckdb import DuckDB
+from sqlglot.dialects.spark import Spark
 from sqlglot.errors import ErrorLevel, SqlglotError
 
 from entrace.analysis import queries
@@ -43,6 +44,13 @@ class _DuckDB(DuckDB):
     """DuckDB's SQL with list indexes as they are written."""
 
     INDEX_OFFSET = 0
+
+
+class _Spark(Spark):
+    """Spark's SQL with WITH in subqueries, which sqlglot would move to the top, where names may be taken."""
+
+    class Generator(Spark.Generator):
+        EXPRESSIONS_WITHOUT_NESTED_CTES: ClassVar[set[type[exp.Expr]]] = set()
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ def _to_spark(tree: exp.Expr, params: Mapping[str, Any]) -> str:
             rule(node)
     [query] = root.expressions
     # Quotes let a name be a keyword of Spark.
-    return query.sql(dialect="spark", identify=True, comments=False, unsupported_level=ErrorLevel.RAISE)
+    return query.sql(dialect=_Spark, identify=True, comments=False, unsupported_level=ErrorLevel.RAISE)
 
 
 def _inline(root: exp.Expr) -> None:
@@ -392,6 +400,11 @@ def _unordered(node: exp.AggFunc) -> None:
         node.set("this", node.this.this)
 
 
+def _inlined(node: exp.CTE) -> None:
+    """Drop MATERIALIZED, which changes no value, and which Spark does not know."""
+    node.set("materialized", None)
+
+
 def _qualified(node: exp.Select) -> None:
     if not (qualify := node.args.get("qualify")):
         return
@@ -439,6 +452,7 @@ _RULES: dict[Any, Callable[[Any], None]] = {
     exp.PercentileDisc: _discrete_quantile,
     exp.ArrayAgg: _list,
     **dict.fromkeys((exp.Sum, exp.Avg, exp.Count, exp.Min, exp.Max), _unordered),
+    exp.CTE: _inlined,
     exp.Select: _qualified,
     exp.Pivot: _unpivot,
 }

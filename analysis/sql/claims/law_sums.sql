@@ -19,7 +19,7 @@ listed as (
   select run_id, step, prompt_id, predictor, comparison, sums
   from of_entropy
   unpivot (sums for predictor in (covariance, discriminator, omega, quadrants, entropy))
-  union all by name
+  union all
   select run_id, step, prompt_id, predictor, comparison, sums
   from of_logprob
   unpivot (sums for predictor in (own_gradient))

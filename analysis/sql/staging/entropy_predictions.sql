@@ -91,18 +91,29 @@ with changed as (
     where is_kept and logprob is not null and entropy is not null
   )
   group by all
+),
+totals as (
+  select
+    *,
+    sum(tokens) over of_step as all_tokens,
+    sum(logprobs) over of_step as all_logprobs,
+    sum(advantages) over of_step as all_advantages,
+    sum(num_advantages) over of_step as all_num_advantages,
+    sum(discriminators) over of_step as all_discriminators,
+    sum(change) over of_category as category_change,
+    sum(num_changed) over of_category as category_num_changed
+  from changed
+  window of_step as (partition by run_id, step), of_category as (partition by run_id, category)
 )
 select
   run_id,
   step,
   category,
-  sum(logprobs) over of_step / sum(tokens) over of_step as logprob_mean,
-  sum(advantages) over of_step / sum(num_advantages) over of_step as advantage_mean,
-  sum(discriminators) over of_step / sum(tokens) over of_step as discriminator_mean,
-  (sum(change) over of_category - coalesce(change, 0))
-  / nullif(sum(num_changed) over of_category - num_changed, 0) as change_at_other_steps
-from changed
-window of_step as (partition by run_id, step), of_category as (partition by run_id, category);
+  all_logprobs / all_tokens as logprob_mean,
+  all_advantages / all_num_advantages as advantage_mean,
+  all_discriminators / all_tokens as discriminator_mean,
+  (category_change - coalesce(change, 0)) / nullif(category_num_changed - num_changed, 0) as change_at_other_steps
+from totals;
 
 -- What does each formula predict for each token, and what do plain properties of the token?
 -- One row per token of staged_entropy_changes: a column per predictor, dentropy, dlogprob, sign of the advantage,
@@ -152,12 +163,12 @@ create macro paired_sums(prediction, change, prediction_mean, change_mean) as {
 -- The least-squares fit of a change by a prediction, from paired_sums: slope in nats per standard deviation of the
 -- fitted change, and what a prediction is multiplied by to be in such standard deviations. Null for a prediction that
 -- is equal for all tokens up to rounding.
-create macro linear_fit(sums) as (
+create macro linear_fit(tokens, squares, xx, xy) as (
   if(
-    sum(sums.xx) > 1e-12 * (sum(sums.squares) + 1e-6 * sum(sums.tokens)),
+    sum(xx) > 1e-12 * (sum(squares) + 1e-6 * sum(tokens)),
     {
-      'slope': abs(sum(sums.xy)) / sqrt(sum(sums.xx) * sum(sums.tokens)),
-      'per_sd': sign(sum(sums.xy)) * sqrt(sum(sums.tokens) / sum(sums.xx))
+      'slope': abs(sum(xy)) / sqrt(sum(xx) * sum(tokens)),
+      'per_sd': sign(sum(xy)) * sqrt(sum(tokens) / sum(xx))
     },
     null
   )
@@ -214,7 +225,7 @@ create macro law_sums_by_prompt(target, scale) as table
     select *
     from predicted
     where scale = 'value'
-    union all by name
+    union all
     select *
     from ranked
   ),

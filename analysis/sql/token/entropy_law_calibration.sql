@@ -5,7 +5,7 @@
 --   high in nats per token, from the mean of the step (95 % interval over steps and prompts); the prediction is scaled
 --   to fit the measured change best; num_* are counts
 -- needs: after-update values, after-update entropies, log-probabilities, entropies, token advantages
-with sums as (
+with by_prompt as (
   select *
   from law_sums_by_prompt('entropy', 'value')
   where
@@ -17,12 +17,12 @@ fits as (
   select
     run_id,
     stage,
-    linear_fit(covariance) as covariance,
-    linear_fit(discriminator) as discriminator,
-    linear_fit(omega) as omega,
-    linear_fit(quadrants) as quadrants,
-    linear_fit(entropy) as entropy
-  from sums
+    linear_fit(covariance.tokens, covariance.squares, covariance.xx, covariance.xy) as covariance,
+    linear_fit(discriminator.tokens, discriminator.squares, discriminator.xx, discriminator.xy) as discriminator,
+    linear_fit(omega.tokens, omega.squares, omega.xx, omega.xy) as omega,
+    linear_fit(quadrants.tokens, quadrants.squares, quadrants.xx, quadrants.xy) as quadrants,
+    linear_fit(entropy.tokens, entropy.squares, entropy.xx, entropy.xy) as entropy
+  from by_prompt
   group by all
 ),
 slopes as (
@@ -93,11 +93,11 @@ per_prompt as (
     step,
     prompt_id,
     case
-      when grouping(covariance_bin) = 0 then 'covariance'
-      when grouping(discriminator_bin) = 0 then 'discriminator'
-      when grouping(omega_bin) = 0 then 'omega'
-      when grouping(quadrants_bin) = 0 then 'quadrants'
-      when grouping(entropy_bin) = 0 then 'entropy'
+      when covariance_bin is not null then 'covariance'
+      when discriminator_bin is not null then 'discriminator'
+      when omega_bin is not null then 'omega'
+      when quadrants_bin is not null then 'quadrants'
+      when entropy_bin is not null then 'entropy'
     end as predictor,
     coalesce(covariance_bin, discriminator_bin, omega_bin, quadrants_bin, entropy_bin) as bin,
     case predictor

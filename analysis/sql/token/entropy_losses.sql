@@ -35,8 +35,8 @@ binned as (
     stage,
     sample_sign,
     case
-      when grouping(probability) = 0 then 'probability'
-      when grouping(category) = 0 then 'category'
+      when probability is not null then 'probability'
+      when category is not null then 'category'
       else 'position'
     end as breakdown,
     coalesce(probability, category, position) as bin,
