@@ -1,5 +1,6 @@
 """Test that Spark and DuckDB give equal answers to the same SQL, and that Spark is given nothing else."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import os
@@ -53,7 +54,7 @@ os.environ["PYSPARK_SUBMIT_ARGS"] = " ".join(SUBMIT)
 def assert_equal(found: pl.DataFrame, expected: pl.DataFrame) -> None:
     """Compare two frames, with the types and the order of their columns."""
     assert found.schema == expected.schema
-    assert_frame_equal(found, expected, **TOLERANCE)
+    assert_frame_equal(found, expected, rel_tol=TOLERANCE["rel_tol"], abs_tol=TOLERANCE["abs_tol"])
 
 
 @dataclass
