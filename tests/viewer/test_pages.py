@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,20 +137,51 @@ def test_a_condition_is_checked_while_it_is_typed(tab: Tab, frozen: Client):
 
 
 def test_a_search_for_text_is_shown_as_it_goes_and_stopped(tab: Tab, frozen: Client, monkeypatch: pytest.MonkeyPatch):
+    search, stopped = responses._search, threading.Event()
+
+    def hold(*args: Any, **options: Any) -> Iterator[Any]:
+        """Wait before the third part until the page has stopped the search."""
+        for part, found in enumerate(search(*args, **options)):
+            if part == 2:
+                stopped.wait(120)
+            yield found
+
     monkeypatch.setattr(responses, "SEARCHED_ROWS", 1)
+    monkeypatch.setattr(responses, "_search", hold)
     page = tab.page
     page.goto(f"{frozen.url}/responses?text=a&sort=-step")
-    page.get_by_role("button", name="Stop").click()
     status = page.locator(".list [role=status]")
+    tab.until(lambda: "searched so far" in status.inner_text())
+    assert page.get_by_role("progressbar").is_visible()
+    page.get_by_role("button", name="Stop").click()
     tab.until(lambda: "searched before the stop" in status.inner_text())
-    rows = page.locator("tbody tr").count()
-    assert rows > 0
-    assert page.get_by_role("progressbar").count() == 0
+    stopped.set()
+    assert page.locator("tbody tr").count() > 0
+    assert not page.get_by_role("progressbar").is_visible()
     monkeypatch.undo()
     page.reload()
     tab.settle()
     total = frozen.get("/api/responses?text=a")["num_rows"]
     assert status.inner_text().replace(",", "") == f"{total} responses"
+
+
+def test_a_slow_condition_is_stopped_before_its_first_rows(tab: Tab, frozen: Client, monkeypatch: pytest.MonkeyPatch):
+    find, stopped = responses.find_responses, threading.Event()
+
+    def hold(*args: Any, **options: Any) -> Iterator[Any]:
+        stopped.wait(120)
+        yield from find(*args, **options)
+
+    monkeypatch.setattr(responses, "find_responses", hold)
+    page = tab.page
+    page.goto(f"{frozen.url}/responses?where=length(completion)>0")
+    status = page.locator(".list [role=status]")
+    tab.until(lambda: status.count() and status.inner_text() == "Searching…")
+    page.get_by_role("button", name="Stop").click()
+    tab.until(lambda: status.inner_text() == "Stopped.")
+    stopped.set()
+    assert not page.get_by_role("button", name="Stop").is_visible()
+    assert not page.get_by_role("button", name="Compare").is_visible()
 
 
 def test_the_way_back_to_the_list_restores_its_place(tab: Tab, frozen: Client):

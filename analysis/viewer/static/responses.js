@@ -142,33 +142,43 @@ PAGES["/responses"] = {
       navigate(address("/responses", { ...Object.fromEntries(["phase", "group_id", "is_kept", "at"].map((name) => [name, value(name)])), ...entered, sort: value("sort") }));
     });
     const chosen = selection();
-    const bar = el("div");
-    const body = el("div");
-    const holder = el("div", { class: "list" }, bar, body);
+    // Whatever can be clicked stays in the page: a click is lost if its button is replaced between press and release.
+    const status = el("span", { role: "status" });
+    const progress = el("progress", { max: 1, "aria-label": "Texts searched" });
     const stop = el("button", { type: "button", onclick: () => stopping.abort() }, "Stop");
-    const turn = (page, pages, label) => el("button", { type: "button", disabled: SAVED || page < 1 || page > pages, onclick: () => navigate(keep({ page })) }, label);
+    const turn = (by, label) => el("button", { type: "button", disabled: true, onclick: () => navigate(keep({ page: latest.page + by })) }, label);
+    const [previous, next] = [turn(-1, "← Previous"), turn(1, "Next →")];
+    const place = el("span", { class: "soft" });
+    const saving = saveButton("responses") ?? "";
+    const searching = el("div", { class: "bar" }, progress, stop);
+    const turning = el("div", { class: "bar" }, previous, place, next, chosen.button, saving);
+    const body = el("div");
+    const holder = el("div", { class: "list" }, el("div", { class: "bar" }, status, searching, turning), body);
     let drawn = "";
     draw = () => {
       holder.toggleAttribute("aria-busy", !isWhole);
+      searching.hidden = isWhole || latest?.searched === 1;
+      turning.hidden = !latest;
       const isStopped = problem?.name === "AbortError";
       if (problem && !isStopped) return holder.replaceChildren(failure(problem));
-      if (!latest) return bar.replaceChildren(el("p", { class: "soft", role: "status" }, isStopped ? "Stopped." : "Searching…"));
+      if (!latest) {
+        status.textContent = isStopped ? "Stopped." : "Searching…";
+        return;
+      }
       const found = latest;
       const pages = Math.max(1, Math.ceil(found.num_rows / found.page_rows));
       const share = `${Math.floor(100 * found.searched)} %`;
       const searched = found.searched === 1 ? "" : isStopped ? ` in the ${share} searched before the stop` : ` in the ${share} searched so far`;
-      bar.replaceChildren(el("div", { class: "bar" },
-        el("span", { role: "status" }, `${number(found.num_rows)} response${found.num_rows === 1 ? "" : "s"}${searched}`),
-        found.searched < 1 && !isWhole ? [el("progress", { max: 1, value: found.searched, "aria-label": "Texts searched" }), stop] : null,
-        turn(found.page - 1, pages, "← Previous"),
-        el("span", { class: "soft" }, found.page > pages ? `no page ${found.page}` : `page ${found.page} of ${number(pages)}`), turn(found.page + 1, pages, "Next →"), chosen.button, saving));
+      status.textContent = `${number(found.num_rows)} response${found.num_rows === 1 ? "" : "s"}${searched}`;
+      progress.value = found.searched;
+      for (const [button, page] of [[previous, found.page - 1], [next, found.page + 1]]) button.disabled = SAVED || page < 1 || page > pages;
+      place.textContent = found.page > pages ? `no page ${found.page}` : `page ${found.page} of ${number(pages)}`;
       const rows = JSON.stringify([found.columns.run_id, found.columns.rollout_id, "completion" in found.columns, isWhole && !found.num_rows]);
       if (rows === drawn) return;
       drawn = rows;
       body.replaceChildren(found.columns.run_id.length ? listTable(found.columns, { sort: currentSort, onSort: (sort) => navigate(keep({ sort, page: "" })), at: given.get("at"), chosen })
         : el("p", {}, isWhole ? "No response matches. Remove a filter, or look at the condition." : "None found yet."));
     };
-    const saving = saveButton("responses") ?? "";
     draw();
     return [el("h1", {}, "Responses"), SAVED ? null : form,
       hidden.length ? el("div", { class: "bar" }, "Also filtered by:", hidden.map((name) => el("button", { type: "button", title: "Remove", onclick: () => navigate(keep({ [name]: "", page: "" })) }, `${name} = ${visible(value(name))} ×`))) : null,
