@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from matplotlib.figure import Figure
@@ -72,19 +73,22 @@ def rows_of_figure(study: Path, stem: str) -> pl.DataFrame:
 
 
 def forget(root: Path, copy: Path, table: str, columns: Iterable[str], share: str) -> None:
-    """Copy a study with columns of one table set to null, in all rows or in every other row."""
+    """Copy a study with columns of one table set to null: in all rows, in every other row, or each in its own fifth."""
     if not copy.exists():
         shutil.copytree(root, copy)
+    rng = np.random.default_rng(0)
     for path in copy.glob(f"*/{table}/*.parquet"):
         rows = pq.read_table(path)
-        is_known = pa.array(np.arange(len(rows)) % 2 == 1) if share == "half" else pa.array([False] * len(rows))
         # A column that was not recorded is in no file, and null already.
-        for column in set(columns) & set(rows.column_names):
+        for column in [name for name in columns if name in rows.column_names]:
+            is_null = {
+                "all": np.ones(len(rows), bool),
+                "half": np.arange(len(rows)) % 2 == 0,
+                "own": rng.random(len(rows)) < 0.2,
+            }[share]
             i = rows.schema.get_field_index(column)
-            values = [
-                value if known else None for value, known in zip(rows[i].to_pylist(), is_known.to_pylist(), strict=True)
-            ]
-            rows = rows.set_column(i, rows.schema.field(i), pa.array(values, rows.schema.field(i).type))
+            values = pc.if_else(pa.array(is_null), pa.scalar(None, rows.schema.field(i).type), rows[i])
+            rows = rows.set_column(i, rows.schema.field(i), values)
         pq.write_table(rows, path)
     for run_dir in copy.iterdir():
         accept_edits(run_dir)
@@ -111,22 +115,34 @@ def draw(runs: Runs, stem: str, without_nulls: pl.DataFrame) -> None:
         canvas.draw_without_rendering()
 
 
-# A column that is null everywhere is tried by the tests below, unless `make test-slow` tries each alone.
-@pytest.mark.parametrize("share", [pytest.param("all", marks=pytest.mark.slow), "half"])
+def ask_all(study: Path, runs: Runs, words: set[str]) -> None:
+    """Ask every question whose SQL has these words, and draw it if it has a figure."""
+    for stem in (stem for stem in queries.BUILT_IN.paths if words <= names_in(stem)):
+        if stem in ALL_FIGURES:
+            draw(runs, stem, rows_of_figure(study, stem))
+        else:
+            runs.ask(stem)
+
+
+@pytest.mark.parametrize("table", [table for table, names in NULLABLE.items() if READ & set(names)])
+def test_nulls_in_a_table(whole: Path, tmp_path: Path, table: str):
+    """Each column of a table is null in its own fifth of the rows, so that every two are known and null in all ways."""
+    forget(whole, tmp_path / "study", table, NULLABLE[table], "own")
+    ask_all(whole, open_runs(tmp_path / "study"), {table})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize(
     ("table", "column"), [(table, c) for table, names in NULLABLE.items() for c in names if c in READ]
 )
-def test_questions_and_figures(whole: Path, pair: Path, tmp_path: Path, table: str, column: str, share: str):
+def test_nulls_in_a_column(whole: Path, pair: Path, tmp_path: Path, table: str, column: str, share: str):
     study = pair if table in ("tokens", "interventions") else whole
     forget(study, tmp_path / "study", table, [column], share)
     runs = open_runs(tmp_path / "study")
     if (table, column) not in DEFAULTS:
         assert runs.run_shipped(f"select count(*) from {table} where {column} is null").item() > 0
-    for stem in (stem for stem in queries.BUILT_IN.paths if {table, column} <= names_in(stem)):
-        if stem in ALL_FIGURES:
-            draw(runs, stem, rows_of_figure(study, stem))
-        else:
-            runs.query(stem)
+    ask_all(study, runs, {table, column})
 
 
 @pytest.mark.parametrize(
@@ -153,11 +169,7 @@ def test_all_columns_at_once(pair: Path, tmp_path: Path, share: str):
     for table, columns in NULLABLE.items():
         forget(pair, tmp_path / "study", table, columns, share)
     runs = open_runs(tmp_path / "study")
-    for stem in queries.BUILT_IN.paths:
-        if stem in ALL_FIGURES:
-            draw(runs, stem, rows_of_figure(pair, stem))
-        else:
-            runs.ask(stem)
+    ask_all(pair, runs, set())
     assert "none-seed0" in write_report(runs, tmp_path / "report").read_text()
 
 
