@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from entrace import figures
+from entrace.analysis import figures
 from entrace.analysis.cli import run
 from entrace.trainer.cli import app
 
