@@ -27,7 +27,23 @@ prompts_evaluated as materialized (
   where $runs is null or list_contains($runs, run_id)
 ),
 at_last_common_step as (
-  select pairs.arm, pairs.baseline, pairs.seed, shaped, plain
+  select
+    pairs.arm,
+    pairs.baseline,
+    pairs.seed,
+    shaped.benchmark,
+    shaped.step,
+    [
+      {'metric': 'avg_at_k', 'measure': shaped.avg_at_k, 'baseline_measure': plain.avg_at_k},
+      {'metric': 'maj_at_k', 'measure': shaped.maj_at_k, 'baseline_measure': plain.maj_at_k},
+      {'metric': 'pass_at_k', 'measure': shaped.pass_at_k, 'baseline_measure': plain.pass_at_k},
+      {
+        'metric': 'response_length',
+        'measure': shaped.response_length,
+        'baseline_measure': plain.response_length
+      },
+      {'metric': 'entropy', 'measure': shaped.entropy, 'baseline_measure': plain.entropy}
+    ] as measures
   from pairs
   join prompts_evaluated as shaped on shaped.run_id = pairs.run_id
   join prompts_evaluated as plain
@@ -38,23 +54,7 @@ at_last_common_step as (
   qualify shaped.step = max(shaped.step) over (partition by pairs.arm, pairs.seed, shaped.benchmark)
 ),
 per_metric as (
-  select
-    arm,
-    baseline,
-    seed,
-    shaped.benchmark,
-    shaped.step,
-    unnest([
-      {'metric': 'avg_at_k', 'measure': shaped.avg_at_k, 'baseline_measure': plain.avg_at_k},
-      {'metric': 'maj_at_k', 'measure': shaped.maj_at_k, 'baseline_measure': plain.maj_at_k},
-      {'metric': 'pass_at_k', 'measure': shaped.pass_at_k, 'baseline_measure': plain.pass_at_k},
-      {
-        'metric': 'response_length',
-        'measure': shaped.response_length,
-        'baseline_measure': plain.response_length
-      },
-      {'metric': 'entropy', 'measure': shaped.entropy, 'baseline_measure': plain.entropy}
-    ]) as measured
+  select arm, baseline, seed, benchmark, step, unnest(measures) as measured
   from at_last_common_step
 ),
 paired as (
