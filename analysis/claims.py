@@ -30,7 +30,7 @@ class Verdict:
     """Hold one row of the scorecard: a part of a claim, judged on a run, on the baseline runs, or on an arm.
 
     ``effect`` is None if it is undefined; ``low`` and ``high`` are None without an interval. ``detectable`` is the
-    effect that the runs detect with 80 % power; None if unknown.
+    effect that the runs detect with 80% power; None if unknown.
     """
 
     claim: str

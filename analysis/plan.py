@@ -79,7 +79,7 @@ class Plan:
         return min(len(seeds[run.arm] & seeds.get(run.baseline, set())) for run in self.runs)
 
     def detectable(self) -> dict[int, float | None]:
-        """Return the difference in avg@k detectable with 80 % power, by number of seeds; None if it exceeds 1."""
+        """Return the difference in avg@k detectable with 80% power, by number of seeds; None if it exceeds 1."""
         from entrace.analysis.statistics.estimates import detectable_difference
 
         sizes = {

@@ -391,7 +391,7 @@ class Runs:
         stored, recorded = int(frame["num_with_tokens"].sum()), int(frame["num_responses"].sum())
         if stored in (0, recorded):
             return ""
-        share, steps = f"{100 * stored / recorded:.2g} %", int((frame["num_with_tokens"] > 0).sum())
+        share, steps = f"{100 * stored / recorded:.2g}%", int((frame["num_with_tokens"] > 0).sum())
         return f"tokens of {share} of the responses are stored, on {steps:,} of {len(frame):,} steps"
 
     @property

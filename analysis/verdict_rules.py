@@ -54,7 +54,7 @@ class Size:
 
 
 def detectable_effect(estimate: Estimate, num_tests: int) -> float:
-    """Return the effect that the design detects with 80 % power among ``num_tests`` tests.
+    """Return the effect that the design detects with 80% power among ``num_tests`` tests.
 
     Returns nan if the error is unknown, or 0 because all prompts agree: such an error says nothing about the design.
     """

@@ -131,7 +131,7 @@ class Plan:
             f"per step      {self.responses_per_step:,} responses of up to {longest:,} tokens",
             f"tokens        {self.tokens_per_step:,} per step at most, x {self.max_rounds} with all refills",
             f"trace         {low:.3g} to {high:.3g} GB for {self.steps:,} steps of these tokens, which are stored for "
-            f"{100 * self.token_responses:.3g} % of the responses on {self.token_steps:,} steps",
+            f"{100 * self.token_responses:.3g}% of the responses on {self.token_steps:,} steps",
             f"memory        per device, {self.dtype}, sequences of {self.sequence_tokens:,} tokens, GB",
             f"              {'unsharded':>12} {f'FSDP over {self.devices}':>14}",
             *(f"  {name:12}{full / 1e9:>12.2f} {sharded / 1e9:>14.2f}" for name, full, sharded in rows),

@@ -55,7 +55,7 @@ class Comparison:
         differences: One row per arm, benchmark, and metric: arm minus baseline with interval and verdict.
             ``is_primary`` marks avg@k, the prespecified metric. ``error`` is the standard error, with ``df`` degrees of
             freedom. ``p_adjusted`` is null for a row that cannot earn a verdict. ``detectable`` is the smallest true
-            difference that the design detects with 80 % power. ``covers`` names the population of the interval.
+            difference that the design detects with 80% power. ``covers`` names the population of the interval.
         by_seed: One row per arm, benchmark, metric, and paired seed.
         aggregates: One row per arm, including the baseline, on avg@k of the last evaluation over all benchmarks:
             interquartile mean, mean, and the probability that a run scores higher than a baseline run.

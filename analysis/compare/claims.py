@@ -32,7 +32,7 @@ class MethodFinding:
         estimate: The difference; None if it was not measured.
         p_adjusted: Holm-adjusted p-value; None for a row that cannot earn a verdict.
         num_seeds: Number of paired seeds.
-        detectable: Smallest true difference that the design detects with 80 % power; nan if unknown.
+        detectable: Smallest true difference that the design detects with 80% power; nan if unknown.
     """
 
     claim: str

@@ -15,8 +15,8 @@ be 23 times its standard error. The other arms hold the missing information. Per
    ``paired.over_prompts_and_seeds`` that shared prompts add.
 
 ``KEEPS_OWN`` is deliberately large. Shrinkage assumes that variances are draws from one distribution, and without step
-2 the interval of an arm four times as variable as the rest would cover 70 to 88 % instead of 95 %. With step 2 it
-covers 94 to 97 %. The cost is power: of equally variable arms, one in five keeps its own variance by chance.
+2 the interval of an arm four times as variable as the rest would cover 70 to 88% instead of 95%. With step 2 it
+covers 94 to 97%. The cost is power: of equally variable arms, one in five keeps its own variance by chance.
 
 With a single arm and its baseline, this is the paired t-test.
 """

@@ -85,7 +85,7 @@ class Difference:
 
 
 def over_prompts_and_seeds(pairs: Sequence[SeedSums], bounds: Bounds | None = None) -> Difference:
-    """Return the mean difference over seeds, with a 95 % interval clustered by prompt and by seed.
+    """Return the mean difference over seeds, with a 95% interval clustered by prompt and by seed.
 
     For seed s with P_s prompts, theta_s = run - baseline run, and r_sp is the influence of prompt p on it. The estimate
     is the mean of theta_s over S seeds, with variance

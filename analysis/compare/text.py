@@ -58,7 +58,7 @@ def _difference_lines(frame: pl.DataFrame) -> Iterator[str]:
         return
     import polars as pl
 
-    yield "Differences from the baseline, paired by seed and prompt, with 95 % intervals; errors moderated across arms"
+    yield "Differences from the baseline, paired by seed and prompt, with 95% intervals; errors moderated across arms"
     is_twice = pl.col("baseline").n_unique().over("arm") > 1
     named = pl.when(is_twice).then(pl.col("arm") + " vs " + pl.col("baseline")).otherwise("arm")
     frame = frame.with_columns(arm=named)

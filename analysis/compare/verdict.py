@@ -41,7 +41,7 @@ PRIMARY = "avg_at_k"
 STEPS = "steps_to_accuracy"
 LENGTH = "response_length"
 FORMAL = "formal_share"
-# One percentage point of accuracy or of token share, one training step, .01 nats, 5 % of the length.
+# One percentage point of accuracy or of token share, one training step, .01 nats, 5% of the length.
 METRICS = {
     PRIMARY: Metric("accuracy", 0.01, BETTER_HIGH, OF_SHARES),
     "maj_at_k": Metric("accuracy", 0.01, BETTER_HIGH, OF_SHARES),

@@ -30,7 +30,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "decile of perplexity, all prompts together",
         "accuracy",
         f"{frame['num_responses'].sum():,} responses, {style.span(frame['num_prompts'], 'prompt')} per decile and "
-        f"run;\nbars: 95 % interval over steps and prompts{style.runs_note(frame, 'open dots')}",
+        f"run;\nbars: 95% interval over steps and prompts{style.runs_note(frame, 'open dots')}",
     )
     style.legend(ax, tick_lines=2)
     return ax

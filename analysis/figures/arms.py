@@ -46,7 +46,7 @@ def with_means(runs: Runs, frame: pl.DataFrame, value: str, keys: Sequence[str])
             averaged.
 
     Returns:
-        ``frame`` with the columns ``baseline``, ``mean``, ``mean_low``, ``mean_high`` (95 % interval), and
+        ``frame`` with the columns ``baseline``, ``mean``, ``mean_low``, ``mean_high`` (95% interval), and
         ``num_seeds``.
     """
     import polars as pl
@@ -107,8 +107,8 @@ def covers(frame: pl.DataFrame) -> str:
     """Return what the intervals of ``with_means`` cover, in words."""
     seeds = frame["num_seeds"].drop_nulls()
     if seeds.is_empty() or seeds.max() < MIN_RUNS:  # pyright: ignore[reportOperatorIssue]
-        return "95 % interval over prompts"
-    return "95 % interval over seeds" + (f", over prompts below {MIN_RUNS}" if (seeds < MIN_RUNS).any() else "")
+        return "95% interval over prompts"
+    return "95% interval over seeds" + (f", over prompts below {MIN_RUNS}" if (seeds < MIN_RUNS).any() else "")
 
 
 def counts(frame: pl.DataFrame) -> str:

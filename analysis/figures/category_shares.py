@@ -30,7 +30,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         style.STEP,
         "share of tokens",
         f"{frame['num_tokens'].sum():,} tokens, {style.span(frame['num_prompts'], 'prompt')} per step; "
-        "band: 95 % interval over prompts" + style.runs_note(frame),
+        "band: 95% interval over prompts" + style.runs_note(frame),
     )
     style.start_at_zero(ax)
     style.legend(ax, ncols=3)

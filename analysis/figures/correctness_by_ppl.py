@@ -33,7 +33,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         "perplexity within the prompt's group",
         "accuracy",
-        f"{style.span(frame['num_prompts'], 'prompt')} per run; bars: 95 % interval over steps and prompts"
+        f"{style.span(frame['num_prompts'], 'prompt')} per run; bars: 95% interval over steps and prompts"
         + style.runs_note(frame, "open dots"),
     )
     style.legend(ax, tick_lines=2, ncols=2)

@@ -39,7 +39,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         style.STEP,
         "share of responses",
-        f"{style.span(frame['num_responses'], 'response')} per step; band: 95 % interval over prompts"
+        f"{style.span(frame['num_responses'], 'response')} per step; band: 95% interval over prompts"
         + style.runs_note(frame),
     )
     style.start_at_zero(ax)

@@ -33,7 +33,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "KL(engine, trainer) (nats per token)",
         f"{tokens:,} tokens, {style.span(total['num_prompts'], 'prompt')} per bin and run;\n"
         f"ratio of probabilities outside [1/2, 2]: {far:.2%} of the tokens;\n"
-        f"band: 95 % interval over steps and prompts{style.runs_note(frame)}",
+        f"band: 95% interval over steps and prompts{style.runs_note(frame)}",
     )
     ax.set_xlim(0, 1)
     ax.set_ylim(bottom=0)

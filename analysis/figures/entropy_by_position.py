@@ -30,7 +30,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "relative position in the response",
         "mean token entropy (nats)",
         f"{frame['num_tokens'].sum():,} tokens, {style.span(frame['num_prompts'], 'prompt')} per line and run;\n"
-        f"band: 95 % interval over steps and prompts{style.runs_note(frame)}",
+        f"band: 95% interval over steps and prompts{style.runs_note(frame)}",
     )
     ax.set_xlim(0, 1)
     ax.set_ylim(bottom=0)

@@ -32,7 +32,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         style.STEP,
         "mean token entropy (nats)",
-        f"{style.span(frame['num_prompts'], 'prompt')} per step and sign; band: 95 % interval over prompts"
+        f"{style.span(frame['num_prompts'], 'prompt')} per step and sign; band: 95% interval over prompts"
         + style.runs_note(frame),
     )
     style.start_at_zero(ax)

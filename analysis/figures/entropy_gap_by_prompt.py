@@ -27,7 +27,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         style.STEP,
         "entropy gap, negative - positive (nats)",
-        f"{style.span(frame['num_prompts'], 'prompt')} with both signs per step; band: 95 % interval over prompts"
+        f"{style.span(frame['num_prompts'], 'prompt')} with both signs per step; band: 95% interval over prompts"
         + style.runs_note(frame),
     )
     style.leave_room_on_top(ax)

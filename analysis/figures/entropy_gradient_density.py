@@ -54,7 +54,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         "token entropy (nats)",
         "gradient norm at the LM head (nats)",
-        f"{stage}; {shown['num_tokens'].sum():,} tokens; correlation of the logs, 95 % interval over steps:\n"
+        f"{stage}; {shown['num_tokens'].sum():,} tokens; correlation of the logs, 95% interval over steps:\n"
         + "; ".join(describe(shown, sign) for sign in style.SIGN_COLORS),
     )
     return ax

@@ -40,7 +40,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "predicted change of entropy (nats per token)",
         "measured change (nats per token)",
         f"{stage}; {style.span(shown['num_tokens'], 'token')}, {style.span(shown['num_prompts'], 'prompt')} per point "
-        "and run;\nband: 95 % interval over steps and prompts"
+        "and run;\nband: 95% interval over steps and prompts"
         + (f"\nmean of {runs} runs and of their intervals" if runs > 1 else ""),
     )
     style.legend(ax, ncols=3)

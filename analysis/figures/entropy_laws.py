@@ -53,7 +53,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "correlation with the change of entropy",
         "",
         f"{stage}; {style.span(shown['num_tokens'], 'token')},\n{style.span(shown['num_prompts'], 'prompt')} per run\n"
-        f"bars: 95 % interval over steps and prompts{style.runs_note(shown, 'open dots')}",
+        f"bars: 95% interval over steps and prompts{style.runs_note(shown, 'open dots')}",
     )
     style.legend(ax, ncols=2)
     return ax

@@ -47,7 +47,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "contribution to Δ entropy (0.001 nats per token)",
         "",
         f"{stage}; {total['num_tokens'].sum():,} tokens, {style.span(total['num_prompts'], 'prompt')} per run\n"
-        f"bars: 95 % interval over steps and prompts{style.runs_note(shown, 'open dots')}",
+        f"bars: 95% interval over steps and prompts{style.runs_note(shown, 'open dots')}",
     )
     style.legend(ax, ncols=2)
     return ax

@@ -31,7 +31,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "mean change of entropy (nats)",
         "",
         f"{stage}; {style.span(shown['num_tokens'], 'token')}, {style.span(shown['num_prompts'], 'prompt')} per dot "
-        f"and run\nbars: 95 % interval over steps and prompts{style.runs_note(shown, 'open dots')}",
+        f"and run\nbars: 95% interval over steps and prompts{style.runs_note(shown, 'open dots')}",
     )
     style.legend(ax, ncols=2)
     return ax

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Of the 20 % of a step's tokens with the highest entropy, the share that is also among the 20 % with the highest "
+    "Of the 20% of a step's tokens with the highest entropy, the share that is also among the 20% with the highest "
     "entropy under the reference policy, the policy before training. Dotted line: the share if entropies were "
     "exchanged between tokens of equal step and position, so that only positions persist. Dashed line: the share if "
     "the ranks under both policies were independent. The reference policy rates what the trained policy wrote, not "
-    "what it would have written. arXiv 2506.01939 reports more than 86 % at convergence."
+    "what it would have written. arXiv 2506.01939 reports more than 86% at convergence."
 )
 # Column: legend entry, line style.
 NULLS = {"by_position": ("exchanged at equal position", ":"), "independent": ("independent ranks", "--")}
@@ -34,7 +34,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         style.STEP,
         "overlap of high-entropy tokens",
         f"{style.span(frame['num_high'], 'high-entropy token')}, {style.span(frame['num_prompts'], 'prompt')} per step "
-        "and run; band: 95 % interval over prompts" + style.runs_note(frame),
+        "and run; band: 95% interval over prompts" + style.runs_note(frame),
     )
     style.legend(ax, ncols=2)
     return ax

@@ -46,7 +46,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         "mean token entropy (nats)",
         "accuracy of sampled responses",
-        f"n = {style.span(lengths, 'step')} in {style.count(lengths, 'run')}; band: 95 % interval of the fit, steps "
+        f"n = {style.span(lengths, 'step')} in {style.count(lengths, 'run')}; band: 95% interval of the fit, steps "
         f"autocorrelated\n{describe_fit(fitted)}",
     )
     style.legend(ax, ncols=3)
@@ -54,7 +54,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
 
 
 def fit_band(run: pl.DataFrame, entropy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 95 % interval of one run's fitted curve; see ``statistics.intervals.contrast``.
+    """Return the 95% interval of one run's fitted curve; see ``statistics.intervals.contrast``.
 
     Args:
         run: Rows of one run in the order of steps.

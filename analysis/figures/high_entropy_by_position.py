@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "Share of tokens at each position that are among the 20 % with the highest entropy of their stage. Without an "
+    "Share of tokens at each position that are among the 20% with the highest entropy of their stage. Without an "
     "effect of position, both lines would follow the dashed line."
 )
 TOP = 0.2
@@ -31,7 +31,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "relative position in the response",
         "share of tokens with high entropy",
         f"{frame['num_tokens'].sum():,} tokens, {style.span(frame['num_prompts'], 'prompt')} per point and run;\n"
-        f"band: 95 % interval over steps and prompts{style.runs_note(frame)}",
+        f"band: 95% interval over steps and prompts{style.runs_note(frame)}",
     )
     ax.set_xlim(0, 1)
     ax.set_ylim(bottom=0)

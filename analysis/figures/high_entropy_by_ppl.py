@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "The responses to one prompt are cut into thirds by perplexity at equal length. A dot is the share of a category "
-    "among the 20 % of tokens with the highest entropy; the five categories of a third add up to 1. 'All reasoning' is "
+    "among the 20% of tokens with the highest entropy; the five categories of a third add up to 1. 'All reasoning' is "
     "the sum of formal, logical, and metacognitive: the claim expects it to be highest in the lowest third. The "
     "verdict compares tokens at equal position."
 )
@@ -51,7 +51,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "share of high-entropy tokens",
         f"{stage}; {style.span(shown['num_tokens'], 'high-entropy token')} per third, "
         f"{style.span(shown['num_prompts'], 'prompt')};\n"
-        f"bars: 95 % interval over steps and prompts{style.runs_note(shown, 'open dots')}",
+        f"bars: 95% interval over steps and prompts{style.runs_note(shown, 'open dots')}",
     )
     style.legend(ax, tick_lines=2, ncols=3, title="third of the prompt's group by perplexity", title_fontsize=8)
     return ax

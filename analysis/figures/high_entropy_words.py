@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "The words that are most frequent among the 20 % of tokens with the highest entropy, colored by function. The "
+    "The words that are most frequent among the 20% of tokens with the highest entropy, colored by function. The "
     "number beside a bar is the share of the word's own occurrences that have high entropy: a frequent word can be on "
     "the list with a small number."
 )
@@ -43,7 +43,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         f"{stage}{f' of {name}, the first of {runs} runs' if runs > 1 else ''}; "
         f"{run['num_high'].sum():,} high-entropy tokens ({run['share'].sum():.0%} of all)\n"
         "number: share of the word's own occurrences; "
-        f"lines: 95 % interval over {style.count(range(run['num_steps'][0]), 'step')}",
+        f"lines: 95% interval over {style.count(range(run['num_steps'][0]), 'step')}",
     )
     style.legend(ax, ncols=3)
     return ax

@@ -33,7 +33,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "relative position of the replaced token",
         "accuracy lost by replacing the token",
         f"{style.span(frame['num_interventions'], 'replacement')}, {style.span(frame['num_prompts'], 'prompt')} per "
-        f"point and run;\nband: 95 % interval over prompts{style.runs_note(frame)}",
+        f"point and run;\nband: 95% interval over prompts{style.runs_note(frame)}",
     )
     ax.set_xlim(0, 1)
     style.legend(ax, ncols=2 if len(series) == 1 else 1)

@@ -31,7 +31,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "mean change of probability, Δp (percentage points)",
         "",
         f"{stage}; {shown['num_tokens'].sum():,} tokens, {style.span(shown['num_prompts'], 'prompt')} per dot\n"
-        f"bars: 95 % interval over steps and prompts{style.runs_note(shown, 'open dots')}",
+        f"bars: 95% interval over steps and prompts{style.runs_note(shown, 'open dots')}",
     )
     style.legend(ax, ncols=2)
     return ax

@@ -35,7 +35,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         "decile of token entropy",
         "mean Δp (percentage points)",
-        f"{stage}; {style.span(shown['num_prompts'], 'prompt')} per point and run; band: 95 % interval over steps and "
+        f"{stage}; {style.span(shown['num_prompts'], 'prompt')} per point and run; band: 95% interval over steps and "
         f"prompts{style.runs_note(shown)}",
     )
     style.legend(ax, tick_lines=2, ncols=2)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "The tokens of a step are ranked by |Δp|, the change of the probability of the sampled token by the update. A bar "
-    "is the share of all movement in the top 1, 5, and 20 %, averaged over steps. Dashed lines: random logit changes "
+    "is the share of all movement in the top 1, 5, and 20%, averaged over steps. Dashed lines: random logit changes "
     "of equal size at the recorded probabilities, most of which are near 1 and cannot move. Dotted lines: equal "
     "movement of all tokens. Only a bar above its dashed line says that the update selected few tokens."
 )
@@ -39,7 +39,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
             ax.hlines(marks[kind], left, right, color=style.INK, linestyle=dashes, linewidth=1.2)
     for name, dashes in MARKS.values():
         ax.plot([], [], color=style.INK, linestyle=dashes, linewidth=1.2, label=name)
-    ax.set_xticks(range(len(tops)), [f"top {100 * top:g} %" for top in tops])
+    ax.set_xticks(range(len(tops)), [f"top {100 * top:g}%" for top in tops])
     ax.grid(visible=False, axis="x")
     ax.set_ylim(0, 1.04)
     style.label(
@@ -47,7 +47,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "tokens that move most, by |Δp|",
         "share of all movement",
         f"{style.span(frame['num_tokens'], 'token')}, {style.span(frame['num_prompts'], 'prompt')} per stage and run; "
-        "bars: 95 % interval over steps and prompts" + style.runs_note(frame, "open dots"),
+        "bars: 95% interval over steps and prompts" + style.runs_note(frame, "open dots"),
     )
     style.legend(ax, ncols=2)
     return ax

@@ -53,7 +53,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         "probability change by the update, |Δp|",
         "share of tokens",
-        f"{stage}; {style.span(shown['num_prompts'], 'prompt')} per run; band: 95 % interval over steps and prompts"
+        f"{stage}; {style.span(shown['num_prompts'], 'prompt')} per run; band: 95% interval over steps and prompts"
         + f"\nmean of {number} runs and of their intervals" * (number > 1),
     )
     style.legend(ax, ncols=2)

@@ -22,7 +22,7 @@ CAPTION = (
     "Accuracy of each arm minus that of its baseline on the same held-out prompts, per seed. A verdict needs three "
     "seeds, an interval that excludes zero, an adjusted p of at most .05 (Holm, over all arms), and a difference "
     "beyond the shaded band. Ticks mark the detectable difference: the smallest true difference that this design "
-    "finds with 80 % power. A row without ticks would need one beyond the axis. Intervals and verdicts are those of "
+    "finds with 80% power. A row without ticks would need one beyond the axis. Intervals and verdicts are those of "
     "the table 'Comparison'."
 )
 SMALLEST = METRICS[PRIMARY].smallest
@@ -96,7 +96,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     note = (
         f"{style.count(rows, 'difference')}, {arms.seeds(shown)} each, "
         f"{style.span(shown['num_prompts'], 'held-out prompt')} per seed\n"
-        f"bars: 95 % interval, covers {' / '.join(shown['covers'].unique(maintain_order=True))}"
+        f"bars: 95% interval, covers {' / '.join(shown['covers'].unique(maintain_order=True))}"
     )
     style.label(ax, f"held-out accuracy (avg@k): arm minus {than}", "", note)
     return ax

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Absolute change of the probability of the sampled tokens by one update along the response, for all tokens and for "
-    "the 20 % with the highest entropy. The claim expects high-entropy tokens to move most at the end. Movement is "
+    "the 20% with the highest entropy. The claim expects high-entropy tokens to move most at the end. Movement is "
     "also higher where entropy itself is higher; the verdict compares tokens of equal entropy. The CSV file adds the "
     "gradient norm and the direction. The vertical axis is linear near zero and logarithmic above."
 )
@@ -43,7 +43,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "mean |Δp|",
         f"{stage}; {shown['num_tokens'].sum():,} tokens, {style.span(shown['num_prompts'], 'prompt')} per point and "
         "run;\n"
-        f"band: 95 % interval over steps and prompts{style.runs_note(shown)}",
+        f"band: 95% interval over steps and prompts{style.runs_note(shown)}",
     )
     ax.set_xlim(0, 1)
     style.legend(ax, ncols=2)

@@ -43,7 +43,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "accuracy lost by replacing a token",
         f"{style.span(frame['num_interventions'], 'replaced token')}, "
         f"{style.span(frame['num_prompts'], 'prompt')} per bar and run;\n"
-        f"bars: 95 % interval over prompts{style.runs_note(frame, 'open dots')}",
+        f"bars: 95% interval over prompts{style.runs_note(frame, 'open dots')}",
     )
     style.legend(ax, ncols=2 if len(series) == 1 else 1)
     return ax

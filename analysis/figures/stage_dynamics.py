@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Thin lines are training steps. Thick lines are the two-stage fit of each run: two straight segments that meet at "
-    "one boundary. Gray marks show the boundary and its 95 % interval. The boundary splits a run into a fast and a "
+    "one boundary. Gray marks show the boundary and its 95% interval. The boundary splits a run into a fast and a "
     "slow part. Any curve that slows down has one: a separate verdict says if two segments fit better than a smooth "
     "curve."
 )
@@ -39,8 +39,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         ax,
         style.STEP,
         "mean token entropy (nats)",
-        f"n = {style.span(lengths, 'step')} in {style.count(lengths, 'run')}; {interval}: 95 % interval of the "
-        "boundary",
+        f"n = {style.span(lengths, 'step')} in {style.count(lengths, 'run')}; {interval}: 95% interval of the boundary",
     )
     right.set_ylabel("accuracy of sampled responses", color=style.BLUE)
     ax.yaxis.label.set_color(style.VERMILLION)

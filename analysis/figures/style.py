@@ -1,7 +1,7 @@
 """Shared look of all figures: a color-blind-safe palette, sizes for one column of a page, and common marks.
 
 Runs are pooled in one way everywhere: a mark is the mean over runs, and its interval is the mean of the ends of the
-runs' own 95 % intervals, the interval of a typical run. Single runs are thin lines or small open dots.
+runs' own 95% intervals, the interval of a typical run. Single runs are thin lines or small open dots.
 """
 
 from __future__ import annotations
@@ -403,7 +403,7 @@ def late_stage(frame: pl.DataFrame) -> tuple[pl.DataFrame, str]:
 
 
 def mark_boundary(ax: Axes, frame: pl.DataFrame) -> None:
-    """Mark the stage boundary of every run with its 95 % interval.
+    """Mark the stage boundary of every run with its 95% interval.
 
     One run has a line and a shaded interval. Several have a thin line each and their intervals as bars on top, because
     shaded intervals would cover each other.

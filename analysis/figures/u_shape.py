@@ -40,7 +40,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "entropy relative to the middle, minus 1",
         "",
         f"{style.span(frame['num_responses'], 'response')} to {style.span(frame['num_prompts'], 'prompt')} per dot;\n"
-        f"bars: 95 % interval over steps and prompts{style.runs_note(frame, 'open dots')}",
+        f"bars: 95% interval over steps and prompts{style.runs_note(frame, 'open dots')}",
     )
     style.legend(ax, ncols=2)
     return ax

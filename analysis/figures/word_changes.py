@@ -32,7 +32,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         "change in share of tokens (percentage points)",
         "",
         (f"{name}, the first of {runs} runs\n" if runs > 1 else "")
-        + f"{run['num_tokens_start'][0]:,} and {run['num_tokens_end'][0]:,} tokens; lines: 95 % interval over steps",
+        + f"{run['num_tokens_start'][0]:,} and {run['num_tokens_end'][0]:,} tokens; lines: 95% interval over steps",
     )
     style.legend(ax, ncols=3)
     return ax

@@ -25,7 +25,7 @@ def iqm(scores: np.ndarray) -> np.ndarray:
 
 
 def iqm_interval(scores: Scores, rng: np.random.Generator, draws: int = DRAWS) -> tuple[float, float, float]:
-    """Return the interquartile mean over runs x benchmarks with its 95 % interval.
+    """Return the interquartile mean over runs x benchmarks with its 95% interval.
 
     The interval is the percentile interval of a stratified bootstrap, which draws runs with replacement within each
     benchmark. Its ends are nan if every benchmark has a single run.
@@ -37,7 +37,7 @@ def iqm_interval(scores: Scores, rng: np.random.Generator, draws: int = DRAWS) -
 def improvement_interval(
     scores: Scores, others: Scores, rng: np.random.Generator, draws: int = DRAWS
 ) -> tuple[float, float, float]:
-    """Return the probability that a run scores higher than one of the others, with its 95 % interval.
+    """Return the probability that a run scores higher than one of the others, with its 95% interval.
 
     This is P(X > Y) + P(X = Y) / 2 over all pairs of runs of a benchmark, averaged over benchmarks. The bootstrap draws
     the runs of both sides independently within each benchmark. The ends are nan as for ``iqm_interval``.

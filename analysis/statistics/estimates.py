@@ -19,7 +19,7 @@ MAX_PRIOR_DF = 1e6
 
 @dataclass(frozen=True)
 class Estimate:
-    """Hold an estimate with its 95 % interval, its p-value against zero, and its sample size.
+    """Hold an estimate with its 95% interval, its p-value against zero, and its sample size.
 
     Attributes:
         value: The estimate.
@@ -73,7 +73,7 @@ class Estimate:
 
 
 def t_quantile(df: float | np.ndarray) -> np.ndarray:
-    """Return how many standard errors a 95 % interval extends to either side."""
+    """Return how many standard errors a 95% interval extends to either side."""
     from scipy import special
 
     return special.stdtrit(df, (1 + CONFIDENCE) / 2)
@@ -136,8 +136,8 @@ def detectable(error: float, df: float, num_tests: int = 1, level: float = 0.05,
 
     The test has the level ``level`` / ``num_tests``, the first and strictest step of Holm's procedure. The effect is
     ``error`` times the noncentrality at which a noncentral t exceeds the critical value with probability ``power``. The
-    large-sample formula (t_{1 - a/2, df} + t_{power, df}) ``error`` is too small for few seeds: by 5 % for three seeds
-    and one test, by 17 % for three seeds and twenty tests.
+    large-sample formula (t_{1 - a/2, df} + t_{power, df}) ``error`` is too small for few seeds: by 5% for three seeds
+    and one test, by 17% for three seeds and twenty tests.
 
     Args:
         error: Standard error of the estimate.

@@ -1,7 +1,7 @@
 """Define SQL functions that compute intervals of means over prompts and steps, with the code that judges claims.
 
 Each function takes one list per output row, ``list(step_prompt(step, prompt_id, total, count))``, and returns
-``struct(value, low, high)``: the ratio of all totals to all counts with its 95 % interval. If all rows belong to one
+``struct(value, low, high)``: the ratio of all totals to all counts with its 95% interval. If all rows belong to one
 step, the interval is over prompts; otherwise it is ``clusters.level`` over the steps. Rows with a null are dropped, and
 an empty list gives null. Low and high are null if the interval is unbounded, as with a single prompt.
 

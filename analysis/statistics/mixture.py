@@ -58,7 +58,7 @@ def summarize_mixture(
 
 
 def _match_df(tail: float) -> float:
-    """Return the degrees of freedom of the t distribution with this ratio of its 97.5 % and 84.1345 % quantiles."""
+    """Return the degrees of freedom of the t distribution with this ratio of its 97.5% and 84.1345% quantiles."""
     return _match_df_rounded(round(tail, 3))
 
 

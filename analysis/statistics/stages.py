@@ -50,7 +50,7 @@ class StageFit:
         num_steps: Number of recorded steps.
         num_rising: Number of steps of the rising stage.
         boundary: Last step of the rising stage; None if the run has no boundary.
-        low: Lower end of the 95 % interval of the boundary.
+        low: Lower end of the 95% interval of the boundary.
         high: Upper end.
         reason: Reason why there is no boundary; empty if there is one.
         starts: Fitted entropy and accuracy at the first step of each stage, shape ``(stages, 2)``.
@@ -99,7 +99,7 @@ class StageFit:
         ]
 
     def _measure(self, name: str, stage: int, series: int) -> dict[str, float | None]:
-        """Return start and slope of one series in one stage; with a boundary, also the 95 % interval of the slope."""
+        """Return start and slope of one series in one stage; with a boundary, also the 95% interval of the slope."""
         if not self.is_known[series]:
             return dict.fromkeys(f"{name}_{value}" for value in ("start", "slope", "slope_low", "slope_high"))
         ends = np.percentile(self.slope_draws[:, stage, series], LEVEL) if len(self.slope_draws) else (None, None)
@@ -136,7 +136,7 @@ def fit_stages(
     """Find the boundary between rising stage and plateau.
 
     Both series are standardized and fitted jointly by least squares with lines that meet at one boundary, a recorded
-    step with at least 5 steps and 5 % of the run on either side. Its interval is the middle 95 % of the boundaries
+    step with at least 5 steps and 5% of the run on either side. Its interval is the middle 95% of the boundaries
     found in simulations of the fit, with errors from ``contrasts.draw_errors``.
 
     There is no boundary if any of these holds:

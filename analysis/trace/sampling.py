@@ -71,7 +71,7 @@ class TokenSampling:
 
     def __str__(self) -> str:
         steps = f"one step in {self.steps}" if self.steps > 1 else "every step"
-        return f"{100 * self.responses:.3g} % of the responses on {steps}"
+        return f"{100 * self.responses:.3g}% of the responses on {steps}"
 
 
 def response_draws(seed: int, step: int | np.ndarray, rollout_ids: np.ndarray) -> np.ndarray:

@@ -47,7 +47,7 @@ from entrace.analysis.trace.vocabulary import Vocabulary
 # These lossless encodings gave the smallest files. Mantissa bytes of measured floats are noise, which compresses best
 # when split from the exponents; ids and lengths are constant or increase slowly within a response.
 DELTA_COLUMNS = {"rollout_id", "position", "response_length"}
-# Default: 20,000. Longer pages make files 5 % smaller and take 10 % less time to write.
+# Default: 20,000. Longer pages make files 5% smaller and take 10% less time to write.
 ROWS_PER_PAGE = 1 << 18
 
 

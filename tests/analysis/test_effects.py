@@ -120,7 +120,7 @@ def signs(negative: np.ndarray, positive: np.ndarray) -> pl.DataFrame:
 @pytest.mark.parametrize(("kept", "expected"), [(0.6, 0.0), (0.3, np.log(2))])
 def test_equal_relative_loss_is_no_difference_between_signs(kept: float, expected: float):
     shape = np.minimum((STEP - 1) / 39, 1)
-    # Both lose 40 % from different levels, or negative samples lose 70 %.
+    # Both lose 40% from different levels, or negative samples lose 70%.
     frame = signs(0.4 * kept**shape, 0.3 * 0.6**shape)
     judge = training.fall(training.rising("sign_entropy", ["negative_sum", "positive_sum"], training.log_ratio))
     estimate = judge(fake_runs(frame), ["r"])

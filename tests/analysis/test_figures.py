@@ -58,8 +58,8 @@ def test_figure_states_n_and_interval_and_its_labels_cover_nothing(
         figure.canvas.draw()
     assert drawn is ax
     assert ax.get_xlabel()
-    assert "95 % interval" in ax.get_title(loc="left")
-    assert any(character.isdigit() for character in ax.get_title(loc="left").replace("95 %", ""))
+    assert "95% interval" in ax.get_title(loc="left")
+    assert any(character.isdigit() for character in ax.get_title(loc="left").replace("95%", ""))
     panels = [axes for axes in (*figure.axes, *ax.child_axes) if axes.axison]
     ticks = [text for axes in panels for axis in (axes.xaxis, axes.yaxis) for text in axis.get_ticklabels()]
     legend = ax.get_legend()
@@ -201,7 +201,7 @@ def on_logit_scale(share: float, half: float) -> tuple[float, float]:
 
 
 def test_mean_over_three_seeds_has_an_interval_over_seeds(tmp_path: Path):
-    # 40, 50 and 60 % of ten prompts are solved every time: t(2) = 4.3027, sd = .1.
+    # 40, 50 and 60% of ten prompts are solved every time: t(2) = 4.3027, sd = .1.
     for seed in range(3):
         write_arm(tmp_path, "none", seed, [4] * (4 + seed) + [0] * (6 - seed))
     last = entrace.figures.query(open_runs(tmp_path), "ablation_curves").filter(step=2)
@@ -220,7 +220,7 @@ def test_mean_over_two_seeds_has_an_interval_over_prompts_and_says_so(tmp_path: 
     both = [on_logit_scale(0.4, 2.262157 * (0.24 / 9) ** 0.5), on_logit_scale(0.5, 2.262157 * (0.25 / 9) ** 0.5)]
     assert (row["mean"], row["mean_low"], row["mean_high"]) == pytest.approx((0.45, *np.mean(both, axis=0)), abs=1e-6)
     title = entrace.figures.ablation_curves(runs, ax=ax).get_title(loc="left")
-    assert title == "1 arm, 2 seeds each, 10 held-out prompts, 4 samples each\nband: 95 % interval over prompts"
+    assert title == "1 arm, 2 seeds each, 10 held-out prompts, 4 samples each\nband: 95% interval over prompts"
 
 
 def test_run_that_stopped_early_has_no_part_in_where_its_arm_ended(tmp_path: Path):

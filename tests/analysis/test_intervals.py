@@ -43,7 +43,7 @@ def levels(correlation: float, share: float, steps: int, spacing: int = 1, runs:
 )
 def test_level_covers_under_autocorrelation(correlation: float, share: float, steps: int, spacing: int):
     found = levels(correlation, share, steps, spacing)
-    # 120 runs at 95 %: fewer than 106 hits, or 120, have probability .005 each.
+    # 120 runs at 95%: fewer than 106 hits, or 120, have probability .005 each.
     hits = sum(estimate.low <= 10 <= estimate.high for estimate in found)
     assert hits >= 106
 
@@ -246,7 +246,7 @@ def test_the_mean_of_parts_covers_parts_of_unlike_sizes():
         ]
         mean = mean_of_parts(parts, "prompts", (0, 1))
         hits += mean.low <= 0.45 <= mean.high
-    # 200 draws at 95 %: fewer than 181 hits have probability .003.
+    # 200 draws at 95%: fewer than 181 hits have probability .003.
     assert hits >= 181
 
 

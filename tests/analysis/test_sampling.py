@@ -87,7 +87,7 @@ def test_run_json_records_only_what_was_left_out():
     assert TokenSampling.of(sampling.entry()) == sampling
     assert TokenSampling.of({}) == TokenSampling()
     assert sampling.thinned(TokenSampling(2, 0.5)) == TokenSampling(10, 0.25)
-    assert str(sampling) == "25 % of the responses on one step in 5"
+    assert str(sampling) == "25% of the responses on one step in 5"
 
 
 @pytest.mark.parametrize("found", [{"steps": 0}, {"responses": 0}, {"responses": 1.5}, {"steps": "2"}])
@@ -186,7 +186,7 @@ def test_steps_with_fewer_stored_responses_count_alike(tmp_path: Path):
     ]
     plateau = runs.query("entropy_by_position", bins=1, stage="plateau")
     assert plateau["entropy"].to_list() == pytest.approx([3 - 1.75] * 2, abs=1e-6)
-    assert runs.token_share("entropy_by_position") == "tokens of 75 % of the responses are stored, on 24 of 24 steps"
+    assert runs.token_share("entropy_by_position") == "tokens of 75% of the responses are stored, on 24 of 24 steps"
 
 
 @pytest.fixture(scope="module")

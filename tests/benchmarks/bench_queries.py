@@ -50,7 +50,7 @@ SHRINK = 10
 # Minimum and maximum rounds per query, and seconds of wall plus CPU time after which no further round starts.
 REPEATS, SECONDS = (3, 20), 2.0
 SAMPLE_ROWS = 10_000
-# The histogram of entropy_thresholds is up to 0.5 % too low, which includes a few more tokens.
+# The histogram of entropy_thresholds is up to 0.5% too low, which includes a few more tokens.
 TOLERANCE = 0.01
 # "polars_*" is the largest ratio of a query's time to that of the same breakdown in polars.
 LIMITS = {

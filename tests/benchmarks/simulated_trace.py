@@ -2,7 +2,7 @@
 
 A step has 128 prompts x 8 responses of about 250 tokens; lengths are lognormal, at most 1,024. Words follow Zipf's law.
 Most tokens are almost certain; uncertain ones change most in the update. Entropy falls and accuracy rises over the
-first 30 % of the steps, and both are almost constant afterwards. Every fifth step has after-update values.
+first 30% of the steps, and both are almost constant afterwards. Every fifth step has after-update values.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Simulation:
         self._order = self.rng.permutation(TRAIN_PROMPTS)
 
     def progress(self, step: int) -> float:
-        """Return the fraction of the total change at a step; 95 % happens before the knee."""
+        """Return the fraction of the total change at a step; 95% happens before the knee."""
         done = step / self.steps
         return min(done / KNEE, 1) * 0.95 + 0.05 * done
 

@@ -31,7 +31,7 @@ FALSE = {
 
 
 def rate_interval(hits: int, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a rate (Clopper and Pearson, Biometrika 1934)."""
+    """Return the 95% interval of a rate (Clopper and Pearson, Biometrika 1934)."""
     low = 0.0 if hits == 0 else float(beta.ppf(0.025, hits, n - hits + 1))
     return low, 1.0 if hits == n else float(beta.ppf(0.975, hits + 1, n - hits))
 
@@ -154,9 +154,9 @@ def render(summary: dict[str, Any], *, with_cells: bool = True) -> str:
         f"{count} simulated runs per world, judged by `entrace claims`. `make calibrate` writes this page.",
         "[verdicts.md](verdicts.md) explains the verdicts.",
         "",
-        f"Targets: at most {MAX_FALSE:.0%} false verdicts (upper end of the 95 % interval {MAX_FALSE_UPPER:.0%}) per",
+        f"Targets: at most {MAX_FALSE:.0%} false verdicts (upper end of the 95% interval {MAX_FALSE_UPPER:.0%}) per",
         f"part and per scorecard. Coverage of {MIN_COVERAGE:.0%} to {MAX_COVERAGE:.0%} over all parts; for a single",
-        "part, the 95 % interval of the coverage overlaps this range. Planted effects are detected in at least",
+        "part, the 95% interval of the coverage overlaps this range. Planted effects are detected in at least",
         f"{MIN_DETECTED:.0%} of runs.",
         "",
         f"Missed targets: {len(misses)}.",

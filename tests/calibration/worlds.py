@@ -170,7 +170,7 @@ WORLDS: dict[str, Entry] = {
     "logarithm": _of("logarithm", "Logarithmic course.", SMOOTH),
     "sigmoid": _of("sigmoid", "Sigmoid course, fastest in the middle of the run.", STEADY),
     "non-monotone": _of("there and back", "Entropy falls and returns, accuracy rises and returns.", STEADY),
-    "slow-then-fast": _of("slow then fast", "Slow at first, fast after 60 % of the run.", FASTER),
+    "slow-then-fast": _of("slow then fast", "Slow at first, fast after 60% of the run.", FASTER),
     "rising-entropy": Entry(
         "Entropy rises along two lines while accuracy rises.",
         replace(RESPONSES, negative_entropy=(0.25, 0.6), positive_entropy=(0.25, 0.6)),
@@ -230,7 +230,7 @@ WORLDS: dict[str, Entry] = {
         expected={**STAGES, "T1": None},
     ),
     "wrong-longer": Entry(
-        "Incorrect responses are 50 % longer, and entropy rises with length; nothing else differs.",
+        "Incorrect responses are 50% longer, and entropy rises with length; nothing else differs.",
         replace(TOKENS, groups=16, wrong_length=0.5, length_entropy=0.5),
         expected=STAGES,
     ),
@@ -251,7 +251,7 @@ WORLDS: dict[str, Entry] = {
         expected=STAGES,
     ),
     "uniform-groups": Entry(
-        "Half of the groups are uniform and dropped: accuracy near 90 %, very unequal prompts.",
+        "Half of the groups are uniform and dropped: accuracy near 90%, very unequal prompts.",
         replace(TOKENS, accuracy=(0.75, 0.9), difficulty=2.0),
         expected=STAGES,
     ),

@@ -112,7 +112,7 @@ def entropy_mask(
     """w_t = 1 if H_t is among the top_frac highest else 0: high-entropy tokens only (arXiv 2506.01939).
 
     ``denominator``: the loss is a mean over the selected tokens, as in the paper, or over all tokens, as in TRL. With
-    20 % of the tokens selected, the latter is five times smaller.
+    20% of the tokens selected, the latter is five times smaller.
     """
     selected = _highest(rollouts.entropy, rollouts.response_mask, top_frac)
     return TokenWeights(

@@ -64,7 +64,7 @@ def evaluate(
 
 
 def summarize_evals(rows: Mapping[str, Any], k: int) -> Summary:
-    """Estimate avg@k, maj@k, and pass@k by benchmark, with 95 % intervals over prompts.
+    """Estimate avg@k, maj@k, and pass@k by benchmark, with 95% intervals over prompts.
 
     Responses without a verdict do not count; a prompt without any verdict is left out.
 

@@ -12,7 +12,7 @@ from entrace.analysis.trace.parts import check_parts, read_part
 
 # The policies of the last steps before a checkpoint were close to it.
 WINDOW_STEPS = 10
-# The entropy quantile above which a token belongs to the top 20 %.
+# The entropy quantile above which a token belongs to the top 20%.
 HIGH_ENTROPY = 0.8
 STRATA = ("fifth", "ppl_tercile", "is_high_entropy")
 
@@ -69,7 +69,7 @@ def order_candidates(
 ) -> pl.DataFrame:
     """Filter tokens and put them in a random order that visits strata in turn.
 
-    A stratum is a fifth of relative position x a tercile of perplexity x the top 20 % of entropy or the rest.
+    A stratum is a fifth of relative position x a tercile of perplexity x the top 20% of entropy or the rest.
 
     Args:
         tokens: Result of ``load_candidates``.

@@ -1,7 +1,7 @@
 -- question: M1, M2, M3. How does the held-out performance of each arm develop during training?
 -- grain: one row per run, benchmark, and evaluated step
 -- params: $runs: list of run_id (default all); $k: integer in [1, 1000000], samples per prompt (default 8)
--- units: avg_at_k, low, high in [0, 1] (95 % interval over prompts); response_length in tokens; entropy in nats per
+-- units: avg_at_k, low, high in [0, 1] (95% interval over prompts); response_length in tokens; entropy in nats per
 --   token; k in samples per prompt; num_prompts in prompts
 -- needs: evaluations
 with prompts_evaluated as (

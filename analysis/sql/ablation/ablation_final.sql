@@ -1,7 +1,7 @@
 -- question: M1, M2, M3. What are avg@k, maj@k, pass@k, response length, and entropy of each arm at its last evaluation?
 -- grain: one row per run, benchmark, and metric; a run without evaluations has one row with nulls
 -- params: $runs: list of run_id (default all); $k: integer in [1, 1000000], samples per prompt (default 8)
--- units: value, low, high: *_at_k in [0, 1], response_length in tokens, entropy in nats per token (95 % interval over
+-- units: value, low, high: *_at_k in [0, 1], response_length in tokens, entropy in nats per token (95% interval over
 --   prompts); k in samples per prompt; num_prompts in prompts
 -- needs: evaluations
 with measured as (

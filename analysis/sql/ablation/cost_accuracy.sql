@@ -1,7 +1,7 @@
 -- question: M1, M2. What did each run cost in generated tokens and seconds, and which accuracy did it reach?
 -- grain: one row per run and benchmark, at the last evaluation of the run
 -- params: $runs: list of run_id (default all); $k: integer in [1, 1000000], samples per prompt (default 8)
--- units: avg_at_k, low, high in [0, 1] (95 % interval over prompts); tokens, seconds: totals of all training steps up
+-- units: avg_at_k, low, high in [0, 1] (95% interval over prompts); tokens, seconds: totals of all training steps up
 --   to the evaluation; k in samples per prompt; num_prompts in prompts
 -- needs: evaluations
 with accuracies as (

@@ -1,7 +1,7 @@
 -- question: M1, M2. On which share of held-out prompts is each arm correct in more than a share tau of its samples?
 -- grain: one row per run, benchmark, and tau, at the last evaluation of the run
 -- params: $runs: list of run_id (default all); $k: integer in [1, 1000000], samples per prompt (default 8)
--- units: tau in [0, 1]; share, low, high in [0, 1] of prompts with more than tau of k samples correct (95 % interval
+-- units: tau in [0, 1]; share, low, high in [0, 1] of prompts with more than tau of k samples correct (95% interval
 --   over prompts); num_prompts in prompts
 -- needs: evaluations
 with prompts_evaluated as (

@@ -1,7 +1,7 @@
 -- question: I1. In the plateau, are the high-entropy tokens of low-perplexity responses more often reasoning tokens?
 -- grain: one row per run, step, and group; low and high are its first and last tercile by length-adjusted perplexity
 -- params: $runs: list of run_id (default all)
--- units: low_tokens, high_tokens: high-entropy tokens (top 20 % of the tokens in the update), by token_weight;
+-- units: low_tokens, high_tokens: high-entropy tokens (top 20% of the tokens in the update), by token_weight;
 --   low_excess, high_excess: reasoning tokens among them minus the number expected at their positions
 -- needs: tokens, entropies, perplexities, advantages, token categories
 with thresholds as (

@@ -2,7 +2,7 @@
 -- grain: one row per run, stage, and perplexity bin (1 = lowest), over all sampled responses to easy and hard prompts
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: integer in [1, 1000],
 --   bins of perplexity (default 10)
--- units: accuracy, low, high in [0, 1] (95 % interval over steps and prompts); ppl_mean, ppl_low, ppl_high are
+-- units: accuracy, low, high in [0, 1] (95% interval over steps and prompts); ppl_mean, ppl_low, ppl_high are
 --   perplexities (>= 1); num_* are counts
 -- needs: responses, perplexities, correctness
 with responses as (

@@ -3,7 +3,7 @@
 --   incorrect responses
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: integer in [1, 1000],
 --   bins of perplexity per group (default 4)
--- units: accuracy, low, high in [0, 1] (95 % interval over steps and prompts); ppl_mean is a perplexity (>= 1); num_*
+-- units: accuracy, low, high in [0, 1] (95% interval over steps and prompts); ppl_mean is a perplexity (>= 1); num_*
 --   are counts
 -- needs: responses, perplexities, correctness
 with responses as (

@@ -3,11 +3,11 @@
 --   update
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $top: number in (0, 1], share
 --   of tokens that count as high-entropy (default 0.2)
--- units: share, low, high in [0, 1] of the num_tokens high-entropy tokens of the tercile (95 % interval over steps and
+-- units: share, low, high in [0, 1] of the num_tokens high-entropy tokens of the tercile (95% interval over steps and
 --   prompts); num_prompts in prompts
 -- needs: tokens, entropies, perplexities, token categories
 with
--- High-entropy tokens are the $top share of the stage's tokens in the update. The threshold is at most 0.5 % too low.
+-- High-entropy tokens are the $top share of the stage's tokens in the update. The threshold is at most 0.5% too low.
 thresholds as (
   select *
   from steps_with_threshold(coalesce($top, 0.2))

@@ -2,7 +2,7 @@
 -- grain: one row per run, intervention series, correctness of the response, and perplexity tercile in its group (1 =
 --   lowest)
 -- params: $runs: list of run_id (default all)
--- units: impact, low, high in [-1, 1] of accuracy; movement, movement_low, movement_high: mean |impact| in [0, 1] (95 %
+-- units: impact, low, high in [-1, 1] of accuracy; movement, movement_low, movement_high: mean |impact| in [0, 1] (95%
 --   intervals over prompts); accuracy_original, accuracy_alternative in [0, 1]; num_* are counts
 -- needs: interventions
 with

@@ -2,7 +2,7 @@
 -- grain: one row per run, step, and token category, over all sampled tokens; share is 0 for a category that does not
 --   occur
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
--- units: share, low, high in [0, 1] of tokens (95 % interval over prompts); num_tokens in tokens; num_prompts in
+-- units: share, low, high in [0, 1] of tokens (95% interval over prompts); num_tokens in tokens; num_prompts in
 --   prompts; boundary_* in steps
 -- needs: tokens, token categories
 with

@@ -1,7 +1,7 @@
 -- question: S4. Do defective responses become rarer in the rising stage?
 -- grain: one row per run, step, and defect, over all sampled responses; defect 'any' means at least one defect
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
--- units: share, low, high in [0, 1] of responses (95 % interval over prompts); num_responses in responses; num_prompts
+-- units: share, low, high in [0, 1] of responses (95% interval over prompts); num_responses in responses; num_prompts
 --   in prompts; boundary_* in steps
 -- needs: responses
 with responses as (

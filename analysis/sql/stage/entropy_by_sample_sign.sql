@@ -2,7 +2,7 @@
 --   responses?
 -- grain: one row per run, step, and sign of the group-relative advantage, over responses in the update
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
--- units: entropy, low, high in nats per token (95 % interval over prompts); token_share in [0, 1] of the step's tokens;
+-- units: entropy, low, high in nats per token (95% interval over prompts); token_share in [0, 1] of the step's tokens;
 --   num_* are counts; boundary_* in steps
 -- needs: responses, response entropies, advantages
 with responses as (

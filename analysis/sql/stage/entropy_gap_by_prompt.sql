@@ -2,7 +2,7 @@
 --   prompt?
 -- grain: one row per run and step, over groups with both signs; every response has equal weight, whatever its length
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
--- units: gap, low, high in nats per token, gap = negative - positive (95 % interval over prompts); num_prompts in
+-- units: gap, low, high in nats per token, gap = negative - positive (95% interval over prompts); num_prompts in
 --   prompts; boundary_* in steps
 -- needs: responses, response entropies, advantages
 with responses as (

@@ -3,7 +3,7 @@
 --   (width 0.15)
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
 -- units: entropy_low, grad_norm_low in nats, lower edges of the cell; share in [0, 1] of the sign's tokens; num_tokens
---   in tokens; correlation, low, high in [-1, 1], correlation of the logarithms averaged over num_steps steps (95 %
+--   in tokens; correlation, low, high in [-1, 1], correlation of the logarithms averaged over num_steps steps (95%
 --   interval over steps)
 -- needs: tokens, entropies, gradient norms, token advantages
 with steps_of_stage as (

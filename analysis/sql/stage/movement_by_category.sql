@@ -1,7 +1,7 @@
 -- question: S6. Which kinds of tokens does an update move: up in positive responses, down in negative ones?
 -- grain: one row per run, stage, sample sign, and token category, over tokens with after-update values
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
--- units: dp, low, high: mean change of probability; movement, movement_low, movement_high: mean |dp| (95 % intervals
+-- units: dp, low, high: mean change of probability; movement, movement_low, movement_high: mean |dp| (95% intervals
 --   over steps and prompts); grad_norm in nats; num_* are counts
 -- needs: after-update values, log-probabilities, token advantages, token categories
 with per_prompt as (

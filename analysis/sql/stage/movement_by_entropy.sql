@@ -1,7 +1,7 @@
 -- question: S6. Do high-entropy tokens move most: up in positive responses, down in negative ones?
 -- grain: one row per run, stage, sample sign, and decile of entropy (1 = lowest), over tokens with after-update values
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
--- units: dp, low, high: mean change of probability; movement, movement_low, movement_high: mean |dp| (95 % intervals
+-- units: dp, low, high: mean change of probability; movement, movement_low, movement_high: mean |dp| (95% intervals
 --   over steps and prompts); grad_norm in nats; entropy_mean in nats; num_* are counts
 -- needs: after-update values, log-probabilities, entropies, token advantages
 with moved as (
@@ -27,7 +27,7 @@ bins as (
   from moved
   group by all
 ),
--- Deciles per run and stage, over both signs. A bin is 0.1 % wide and belongs to the decile of its lowest token. Ties,
+-- Deciles per run and stage, over both signs. A bin is 0.1% wide and belongs to the decile of its lowest token. Ties,
 -- such as many entropies near 0, can therefore make deciles unequal or empty.
 deciles as (
   select

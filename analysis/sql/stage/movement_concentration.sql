@@ -1,7 +1,7 @@
--- question: S5. How much of a step's movement is due to the 1, 5, and 20 % of its tokens that move most?
+-- question: S5. How much of a step's movement is due to the 1, 5, and 20% of its tokens that move most?
 -- grain: one row per run, stage, and top share (0.01, 0.05, 0.2), averaged over steps with after-update values
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
--- units: share, low, high, even, random in [0, 1] of all |dp| (95 % interval over steps and prompts); even = equal
+-- units: share, low, high, even, random in [0, 1] of all |dp| (95% interval over steps and prompts); even = equal
 --   movement of all tokens, random = random logit changes; num_* are counts
 -- needs: after-update values, log-probabilities
 with moved as (

@@ -2,7 +2,7 @@
 -- grain: one row per run, stage, sample sign, and bin of |dp| (width 0.25 in log10, the first is [0, 1e-6)), including
 --   empty bins
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
--- units: bin_low, bin_high in units of |dp|; share, low, high in [0, 1] of the sign's tokens (95 % interval over steps
+-- units: bin_low, bin_high in units of |dp|; share, low, high in [0, 1] of the sign's tokens (95% interval over steps
 --   and prompts); num_* are counts
 -- needs: after-update values, log-probabilities, token advantages
 with moved as (

@@ -3,7 +3,7 @@
 --   largest falls
 -- params: $runs: list of run_id (default all); $words: integer in [1, 1000000], words per direction (default 10);
 --   $min_count: integer in [1, 1000000], minimum occurrences in both phases together (default 20)
--- units: share_start, share_end in [0, 1] of the tokens of a phase; change = share_end - share_start, low, high (95 %
+-- units: share_start, share_end in [0, 1] of the tokens of a phase; change = share_end - share_start, low, high (95%
 --   interval over steps); num_* in tokens; rank_* from 1
 -- needs: tokens, token categories
 with phase_steps as (

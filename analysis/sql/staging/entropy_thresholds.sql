@@ -1,5 +1,5 @@
 -- How are the entropies of the tokens in the update distributed?
--- One row per run, stage, and histogram bin of 0.5 % width: num_tokens, in which tokens count by token_weight. Counts
+-- One row per run, stage, and histogram bin of 0.5% width: num_tokens, in which tokens count by token_weight. Counts
 -- are joined with stages, because joining every token would take most of the time. Several questions need a threshold,
 -- so these rows are kept while the runs are open.
 create view entropy_bins as
@@ -14,10 +14,10 @@ from bins
 join token_steps on token_steps.run_id = bins.run_id and token_steps.step = bins.step
 group by all;
 
--- At which entropy does the top share of tokens begin (top = 0.2 for 20 %)?
+-- At which entropy does the top share of tokens begin (top = 0.2 for 20%)?
 -- One row per run and stage, over tokens in the update: entropy_threshold in nats. A token is high-entropy if its
 -- entropy is at least the threshold. The threshold is the lower edge of a bin of entropy_bins, which takes one pass and
--- no sort, and is at most 0.5 % below the exact quantile.
+-- no sort, and is at most 0.5% below the exact quantile.
 create macro entropy_thresholds(top) as table
   with ranked as (
     select

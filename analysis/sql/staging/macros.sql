@@ -1,7 +1,7 @@
 -- Scalar functions that the questions share; each returns one value per row.
 
 -- Contribution of one prompt at one step to a mean, as a total over a count. estimate(list(step_prompt(...))) and the
--- other estimate functions return the mean with its 95 % interval; see analysis/statistics/interval_functions.py.
+-- other estimate functions return the mean with its 95% interval; see analysis/statistics/interval_functions.py.
 create macro step_prompt(step, prompt_id, total, count) as (
   {'step': step, 'prompt': hash(prompt_id), 'total': total::double, 'count': count::double}
 );

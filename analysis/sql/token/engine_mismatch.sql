@@ -2,7 +2,7 @@
 -- grain: one row per run, breakdown (step, position, entropy), and bin (0 = lowest), over all sampled tokens
 -- params: $runs: list of run_id (default all); $bins: integer in [1, 1000000], bins of each breakdown (default 10)
 -- units: bin_mid in (0, 1]: middle of the bin in the run, in the response, or among tokens by entropy; kl, low, high in
---   nats per token (95 % interval over steps and prompts); ratio_mean is p trainer / p engine; ratio_share in [0, 1]:
+--   nats per token (95% interval over steps and prompts); ratio_mean is p trainer / p engine; ratio_share in [0, 1]:
 --   tokens with a ratio outside [1/2, 2]; difference_max in nats: largest |ln ratio|; num_* are counts
 -- needs: tokens, log-probabilities, engine log-probabilities
 with measured as (

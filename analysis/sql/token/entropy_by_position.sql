@@ -2,7 +2,7 @@
 -- grain: one row per run, stage, sample sign, and bin of relative position (0 = first), over responses in the update
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: integer in [1, 1000],
 --   bins of position (default 10)
--- units: position_mid in [0, 1]; entropy, low, high in nats per token (95 % interval over steps and prompts); num_* are
+-- units: position_mid in [0, 1]; entropy, low, high in nats per token (95% interval over steps and prompts); num_* are
 --   counts
 -- needs: tokens, entropies, token advantages
 with steps_of_stage as (

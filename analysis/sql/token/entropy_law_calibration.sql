@@ -2,7 +2,7 @@
 -- grain: one row per run, stage, predictor, and bin of the prediction, over tokens with after-update values
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
 -- units: bin: predicted change in standard deviations, rounded to .5, at most 3 either way; predicted, measured, low,
---   high in nats per token, from the mean of the step (95 % interval over steps and prompts); the prediction is scaled
+--   high in nats per token, from the mean of the step (95% interval over steps and prompts); the prediction is scaled
 --   to fit the measured change best; num_* are counts
 -- needs: after-update values, after-update entropies, log-probabilities, entropies, token advantages
 with by_prompt as (

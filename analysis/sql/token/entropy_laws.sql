@@ -3,7 +3,7 @@
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $target: entropy or logprob,
 --   whose change is predicted (default entropy); $scale: value or rank, within the step (default value)
 -- units: kind: formula, gradient, property (known before the update), or outcome; correlation, low, high in [-1, 1]
---   (95 % interval over steps and prompts); comparison: overall (tokens of a step), shuffle (tokens of equal sign of
+--   (95% interval over steps and prompts); comparison: overall (tokens of a step), shuffle (tokens of equal sign of
 --   the advantage and probability as well), or random (tokens of equal probability and entropy as well); num_* are
 --   counts
 -- needs: after-update values, after-update entropies, log-probabilities, entropies, token advantages

@@ -3,7 +3,7 @@
 --   after-update values
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
 -- units: contribution, low, high in nats per token of the stage: sum of changes in the bin over all tokens, so that
---   the bins of a breakdown add up to the mean change (95 % interval over steps and prompts); share in [0, 1] of all
+--   the bins of a breakdown add up to the mean change (95% interval over steps and prompts); share in [0, 1] of all
 --   tokens; num_* are counts
 -- needs: after-update values, after-update entropies, log-probabilities, entropies, token advantages
 with changed as (

@@ -2,7 +2,7 @@
 -- grain: one row per run, stage, sample sign, and kind of token (clipped, or comparable: not clipped, of equal step,
 --   sign of the advantage, and probability), over tokens with after-update values
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
--- units: change, low, high in nats per token (95 % interval over steps and prompts); shift in nats: mean change of
+-- units: change, low, high in nats per token (95% interval over steps and prompts); shift in nats: mean change of
 --   log-probability; share in [0, 1] of the sign's tokens; num_* are counts; comparable tokens have the weight of the
 --   clipped tokens that they stand for
 -- needs: after-update values, after-update entropies, log-probabilities, entropies, token advantages, clipped tokens

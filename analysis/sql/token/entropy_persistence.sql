@@ -2,7 +2,7 @@
 -- grain: one row per run and step, over tokens in the update with both entropies
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: integer in [1, 1000],
 --   bins of position (default 10); $top: number in (0, 1], share of tokens that count as high-entropy (default 0.2)
--- units: share, low, high in [0, 1] of the step's high-entropy tokens (95 % interval over prompts); by_position = same
+-- units: share, low, high in [0, 1] of the step's high-entropy tokens (95% interval over prompts); by_position = same
 --   share if the tokens of equal step and position exchanged their entropies, independent = if those of the step did;
 --   num_high, num_tokens in tokens; num_prompts in prompts; boundary_* in steps
 -- needs: entropies, reference entropies

@@ -2,11 +2,11 @@
 -- grain: one row per run, stage, and bin of relative position (0 = first), over tokens in the update
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: integer in [1, 1000],
 --   bins of position (default 10); $top: number in (0, 1], share of tokens that count as high-entropy (default 0.2)
--- units: position_mid in [0, 1]; share, low, high in [0, 1] of the bin's tokens (95 % interval over steps and prompts);
+-- units: position_mid in [0, 1]; share, low, high in [0, 1] of the bin's tokens (95% interval over steps and prompts);
 --   share_of_high in [0, 1] of the high-entropy tokens; entropy_threshold in nats; num_* are counts
 -- needs: tokens, entropies
 with
--- High-entropy tokens are the $top share of the stage's tokens in the update. The threshold is at most 0.5 % too low.
+-- High-entropy tokens are the $top share of the stage's tokens in the update. The threshold is at most 0.5% too low.
 thresholds as (
   select *, row_number() over (order by run_id, step) as step_id
   from steps_with_threshold(coalesce($top, 0.2))

@@ -2,11 +2,11 @@
 -- grain: one row per run, stage, and word, the $words most frequent among the high-entropy tokens in the update
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $top: number in (0, 1], share
 --   of tokens that count as high-entropy (default 0.2); $words: integer in [1, 1000000], words (default 15)
--- units: share, low, high in [0, 1] of high-entropy tokens (95 % interval over steps); high_rate in [0, 1] of the
+-- units: share, low, high in [0, 1] of high-entropy tokens (95% interval over steps); high_rate in [0, 1] of the
 --   word's tokens; entropy_mean in nats; num_* are counts; rank from 1
 -- needs: tokens, entropies, token categories
 with
--- High-entropy tokens are the $top share of the stage's tokens in the update. The threshold is at most 0.5 % too low.
+-- High-entropy tokens are the $top share of the stage's tokens in the update. The threshold is at most 0.5% too low.
 thresholds as (
   select *
   from steps_with_threshold(coalesce($top, 0.2))

@@ -2,7 +2,7 @@
 -- grain: one row per run, intervention series, correctness of the response, and bin of relative position (0 = first)
 -- params: $runs: list of run_id (default all); $bins: integer in [1, 1000], bins of position (default 5)
 -- units: position_mid in [0, 1]; impact, low, high in [-1, 1] of accuracy; movement, movement_low, movement_high: mean
---   |impact| in [0, 1] (95 % intervals over prompts); accuracy_original in [0, 1]; num_* are counts
+--   |impact| in [0, 1] (95% intervals over prompts); accuracy_original in [0, 1]; num_* are counts
 -- needs: interventions
 with
 -- Series with different checkpoints, selections, seeds, or temperatures are kept separate. movement is the mean

@@ -4,13 +4,13 @@
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both); $bins: integer in [1, 1000],
 --   bins of position (default 10); $top: number in (0, 1], share of tokens that count as high-entropy (default 0.2)
 -- units: position_mid in [0, 1]; movement, low, high: mean |dp| in probability, movement_high_entropy* likewise for
---   high-entropy tokens; dp: mean change of probability; grad_norm, grad_low, grad_high in nats; entropy in nats (95 %
+--   high-entropy tokens; dp: mean change of probability; grad_norm, grad_low, grad_high in nats; entropy in nats (95%
 --   intervals over steps and prompts); num_* are counts
 -- needs: after-update values, log-probabilities, entropies
 with
 -- dp is the change of the sampled token's probability by the update; movement is the mean |dp|. High-entropy tokens are
 -- the $top share of all the stage's tokens in the update, including those without after-update values. The threshold is
--- at most 0.5 % too low.
+-- at most 0.5% too low.
 captured as (
   select
     moved.run_id,

@@ -2,7 +2,7 @@
 -- grain: one row per run, stage, sample sign, and part; responses of five or more tokens in the update, with equal
 --   weight
 -- params: $runs: list of run_id (default all); $stage: rising or plateau (default both)
--- units: excess, low, high: entropy of the part / entropy of the middle - 1 (95 % interval over steps and prompts);
+-- units: excess, low, high: entropy of the part / entropy of the middle - 1 (95% interval over steps and prompts);
 --   num_* are counts
 -- needs: tokens, entropies, token advantages
 with per_response as (

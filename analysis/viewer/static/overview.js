@@ -112,7 +112,7 @@ function runsTable(found) {
       el("td", { class: "num" }, run.stages[0]?.boundary_step ? number(run.stages[0].boundary_step) + interval(run.stages[0].boundary_low, run.stages[0].boundary_high) : "–"),
       el("td", { class: "small soft" }, run.note ? visible(run.note) : ""))));
   return el("div", { class: "card scroll", tabindex: 0, role: "region", "aria-label": "Runs" }, el("table", {},
-    el("thead", {}, el("tr", {}, ["Arm", "Seed", "Run", "Status", "Steps", "Stage boundary [95 %]", "Note"].map((name) => el("th", { scope: "col" }, name)))),
+    el("thead", {}, el("tr", {}, ["Arm", "Seed", "Run", "Status", "Steps", "Stage boundary [95%]", "Note"].map((name) => el("th", { scope: "col" }, name)))),
     el("tbody", {}, rows)));
 }
 
@@ -131,7 +131,7 @@ function scorecardTable(found) {
     ];
   });
   return el("div", { class: "card scroll", tabindex: 0, role: "region", "aria-label": "Scorecard" }, el("table", {},
-    el("thead", {}, el("tr", {}, ["Statistic", "Runs", "Verdict", "Effect [95 %]", "Null", "Reason"].map((name) => el("th", { scope: "col" }, name)))), el("tbody", {}, rows)));
+    el("thead", {}, el("tr", {}, ["Statistic", "Runs", "Verdict", "Effect [95%]", "Null", "Reason"].map((name) => el("th", { scope: "col" }, name)))), el("tbody", {}, rows)));
 }
 
 PAGES["/"] = {

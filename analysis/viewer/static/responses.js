@@ -167,7 +167,7 @@ PAGES["/responses"] = {
       }
       const found = latest;
       const pages = Math.max(1, Math.ceil(found.num_rows / found.page_rows));
-      const share = `${Math.floor(100 * found.searched)} %`;
+      const share = `${Math.floor(100 * found.searched)}%`;
       const searched = found.searched === 1 ? "" : isStopped ? ` in the ${share} searched before the stop` : ` in the ${share} searched so far`;
       status.textContent = `${number(found.num_rows)} response${found.num_rows === 1 ? "" : "s"}${searched}`;
       progress.value = found.searched;

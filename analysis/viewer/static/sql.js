@@ -106,7 +106,7 @@ PAGES["/sql"] = {
       const ticking = setInterval(async () => {
         const found = await answered(fetch(address("/api/progress", { name }))).catch(() => null);
         const rows = found?.num_rows ? `, ${number(found.num_rows)} rows` : "";
-        clock.textContent = `${verb}… ${Math.round((Date.now() - since) / 1000)} s${found?.percent ? `, about ${Math.floor(found.percent)} %` : ""}${rows}`;
+        clock.textContent = `${verb}… ${Math.round((Date.now() - since) / 1000)} s${found?.percent ? `, about ${Math.floor(found.percent)}%` : ""}${rows}`;
       }, 1000);
       place(clock);
       try {

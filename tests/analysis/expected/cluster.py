@@ -38,7 +38,7 @@ EXPECTED = {
     ),
     # The responses of a group are equally long, so that length explains nothing.
     "ppl_halves": ({}, ["step", "prompt_id", "difference", "num_groups"], [(20, "a", 1, 1), (20, "b", -1, 1)]),
-    # Top 20 % of 20 tokens: one of 2 nats, and all of 1 nat, since they tie. A group of two has no third tercile. Every
+    # Top 20% of 20 tokens: one of 2 nats, and all of 1 nat, since they tie. A group of two has no third tercile. Every
     # first token is a digit and no other one is, so that nothing is left at equal position.
     "high_entropy_terciles": (
         {},
@@ -48,7 +48,7 @@ EXPECTED = {
     # The top fifth is 4 of 20 tokens: two of .2 in a, and two of the four of .1, two of which lie in a and two in b. A
     # prompt gives its excess over the threshold .1, and .1 for a fifth of its tokens. p (1 - p) is 1/4 throughout,
     # and the margin less than 1, which counts as 1. All
-    # gradient norms of 1 tie at the threshold of the top 20 %, so that every token is above it.
+    # gradient norms of 1 tie at the threshold of the top 20%, so that every token is above it.
     "movement_sums": (
         {},
         [
