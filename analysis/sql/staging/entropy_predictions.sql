@@ -160,9 +160,15 @@ create macro paired_sums(prediction, change, prediction_mean, change_mean) as {
   'yy': sum((change - change_mean) * (change - change_mean)),
   'xy': sum((prediction - prediction_mean) * (change - change_mean))
 };
--- The least-squares fit of a change by a prediction, from paired_sums: slope in nats per standard deviation of the
--- fitted change, and what a prediction is multiplied by to be in such standard deviations. Null for a prediction that
--- is equal for all tokens up to rounding.
+-- Sums over the tokens of a step for a fit of a change by a prediction.
+create macro step_sums(prediction, change) as {
+  'mean': avg(prediction),
+  'squares': sum(prediction * prediction),
+  'products': sum(prediction * change)
+};
+-- The least-squares fit of a change by a prediction, from sums of squares and of products of deviations: slope in nats
+-- per standard deviation of the fitted change, and what a prediction is multiplied by to be in such standard
+-- deviations. Null for a prediction that is equal for all tokens up to rounding.
 create macro linear_fit(tokens, squares, xx, xy) as (
   if(
     sum(xx) > 1e-12 * (sum(squares) + 1e-6 * sum(tokens)),

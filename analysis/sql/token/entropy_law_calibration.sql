@@ -5,32 +5,7 @@
 --   high in nats per token, from the mean of the step (95% interval over steps and prompts); the prediction is scaled
 --   to fit the measured change best; num_* are counts
 -- needs: after-update values, after-update entropies, log-probabilities, entropies, token advantages
-with by_prompt as (
-  select *
-  from law_sums_by_prompt('entropy', 'value')
-  where
-    comparison = 'overall'
-    and ($runs is null or list_contains($runs, run_id))
-    and ($stage is null or stage = $stage)
-),
-fits as (
-  select
-    run_id,
-    stage,
-    linear_fit(covariance.tokens, covariance.squares, covariance.xx, covariance.xy) as covariance,
-    linear_fit(discriminator.tokens, discriminator.squares, discriminator.xx, discriminator.xy) as discriminator,
-    linear_fit(omega.tokens, omega.squares, omega.xx, omega.xy) as omega,
-    linear_fit(quadrants.tokens, quadrants.squares, quadrants.xx, quadrants.xy) as quadrants,
-    linear_fit(entropy.tokens, entropy.squares, entropy.xx, entropy.xy) as entropy
-  from by_prompt
-  group by all
-),
-slopes as (
-  select run_id, stage, predictor, fit.slope
-  from fits
-  unpivot (fit for predictor in (covariance, discriminator, omega, quadrants, entropy))
-),
-chosen as (
+with chosen as (
   select run_id, stage, step, prompt_id, dentropy, covariance, discriminator, omega, quadrants, entropy
   from entropy_predictions
   where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
@@ -40,19 +15,70 @@ means as (
     run_id,
     stage,
     step,
+    count(*) as tokens,
     avg(dentropy) as change,
-    avg(covariance) as covariance,
-    avg(discriminator) as discriminator,
-    avg(omega) as omega,
-    avg(quadrants) as quadrants,
-    avg(entropy) as entropy
+    step_sums(covariance, dentropy) as covariance,
+    step_sums(discriminator, dentropy) as discriminator,
+    step_sums(omega, dentropy) as omega,
+    step_sums(quadrants, dentropy) as quadrants,
+    step_sums(entropy, dentropy) as entropy
   from chosen
   group by all
+),
+fits as (
+  select
+    run_id,
+    stage,
+    linear_fit(
+      tokens,
+      covariance.squares,
+      covariance.squares - tokens * pow(covariance.mean, 2),
+      covariance.products - tokens * covariance.mean * change
+    ) as covariance,
+    linear_fit(
+      tokens,
+      discriminator.squares,
+      discriminator.squares - tokens * pow(discriminator.mean, 2),
+      discriminator.products - tokens * discriminator.mean * change
+    ) as discriminator,
+    linear_fit(
+      tokens,
+      omega.squares,
+      omega.squares - tokens * pow(omega.mean, 2),
+      omega.products - tokens * omega.mean * change
+    ) as omega,
+    linear_fit(
+      tokens,
+      quadrants.squares,
+      quadrants.squares - tokens * pow(quadrants.mean, 2),
+      quadrants.products - tokens * quadrants.mean * change
+    ) as quadrants,
+    linear_fit(
+      tokens,
+      entropy.squares,
+      entropy.squares - tokens * pow(entropy.mean, 2),
+      entropy.products - tokens * entropy.mean * change
+    ) as entropy
+  from means
+  group by all
+),
+slopes as (
+  select run_id, stage, predictor, fit.slope
+  from fits
+  unpivot (fit for predictor in (covariance, discriminator, omega, quadrants, entropy))
 ),
 -- What a prediction is subtracted from and multiplied by, so that it is in standard deviations of the fit.
 scales as (
   select
-    means.*,
+    means.run_id,
+    means.stage,
+    means.step,
+    means.change,
+    means.covariance.mean as covariance,
+    means.discriminator.mean as discriminator,
+    means.omega.mean as omega,
+    means.quadrants.mean as quadrants,
+    means.entropy.mean as entropy,
     fits.covariance.per_sd as covariance_per_sd,
     fits.discriminator.per_sd as discriminator_per_sd,
     fits.omega.per_sd as omega_per_sd,
