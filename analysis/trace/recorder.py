@@ -19,8 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -28,15 +26,14 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from entrace.analysis.trace.defects import find_defects
+from entrace.analysis.trace.batch import Batch, find_generated, group_indices, nullable
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest, with_kind
-from entrace.analysis.trace.groups import group_relative_advantage, mean_of, perplexity, place_in_group, ppl_z
 from entrace.analysis.trace.lexicon import Lexicon
 from entrace.analysis.trace.lock import acquire_lock
 from entrace.analysis.trace.manifest import check_kinds, describe_machine, read_manifest
 from entrace.analysis.trace.parts import PART, last_whole_step, listed_files, read_part
 from entrace.analysis.trace.ragged import Responses, as_list
-from entrace.analysis.trace.schema import EVALS, NO_VERDICT, PROMPTS, ROLLOUTS, STEPS, TABLES, TOKENS
+from entrace.analysis.trace.schema import EVALS, PROMPTS, ROLLOUTS, STEPS, TABLES, TOKENS
 from entrace.analysis.trace.vocabulary import Vocabulary
 from entrace.analysis.trace.writer import TraceWriter
 
@@ -311,24 +308,26 @@ class Recorder:
         if not len(responses):
             raise InputError(f"step {step}: no responses; record a step with at least one response")
         batch = self._batch(responses, loss_mask, prompt, columns)
-        batch.groups = _group_indices(batch.prompt_ids if group is None else batch.per_response("group", group))
+        batch.groups = group_indices(batch.prompt_ids if group is None else batch.per_response("group", group))
         batch.add_tokens({"logprob": logprob, "entropy": entropy, **{name: columns.get(name) for name in PER_TOKEN}})
         batch.add_responses({name: columns.get(name) for name in PER_RESPONSE})
         batch.rewards = batch.numbers("reward", reward)
         batch.correct = self._judge(batch, is_correct)
-        batch.advantages = _advantages(batch, advantage)
-        batch.kept, batch.drop_reasons = _kept(batch, has_advantage=advantage is not None)
+        batch.advantages = batch.add_advantage(advantage)
+        batch.kept, batch.drop_reasons = batch.take_kept(has_advantage=advantage is not None)
         completions = self._completions(batch, completion)
         # Only now, so that a file holds the evaluations of its last step.
         if self._since_flush >= self._flush_every:
             self.flush()
-        row = {"step": step, **_step_row(batch), **_finite_metrics(metrics or {})}
+        row = {"step": step, **batch.step_row(), **_finite_metrics(metrics or {})}
 
         rollout_ids = self._rollouts + np.arange(len(responses))
         with self._writer.all_or_nothing():
             new = self._append_prompts(batch, "train", columns)
-            self._append("rollouts", {"step": step, **self._rollout_columns(batch, rollout_ids, completions)})
-            self._append("tokens", {"step": step, **_token_columns(batch, rollout_ids)})
+            kinds = {f"{name}_kind": kind if name in batch.token else None for name, kind in self._kinds.items()}
+            rollouts = batch.rollout_columns(rollout_ids, completions)
+            self._append("rollouts", {"step": step, **rollouts, "temperature": self.temperature, **kinds})
+            self._append("tokens", {"step": step, **batch.token_columns(rollout_ids)})
             row.setdefault("record_s", time.perf_counter() - started)
             self._append("steps", row)
         self._prompts |= new
@@ -404,9 +403,9 @@ class Recorder:
             "answer": batch.response.get("answer"),
             "answer_class": batch.response.get("answer_class"),
             "is_correct": self._judge(batch, is_correct),
-            "reward": _nullable(batch.rewards),
+            "reward": nullable(batch.rewards),
             "response_length": responses.lengths if lengths is None else lengths,
-            "entropy_mean": _nullable(means),
+            "entropy_mean": nullable(means),
             "temperature": self.temperature if temperature is None else temperature,
         }
         with self._writer.all_or_nothing():
@@ -466,13 +465,13 @@ class Recorder:
         if step < lowest:
             raise InputError(f"step {step}: expected at least {lowest}; steps never go back")
 
-    def _batch(self, responses: Responses, loss_mask: Any, prompt: Any, columns: Mapping[str, Any]) -> _Batch:
+    def _batch(self, responses: Responses, loss_mask: Any, prompt: Any, columns: Mapping[str, Any]) -> Batch:
         """Return the responses of a call with their prompts."""
         values = [prompt] if isinstance(prompt, str) else list(prompt)
         if len(values) != len(responses):
             raise InputError(f"prompt: {len(values)} prompts, expected {len(responses)}, one per response")
         texts = [value if isinstance(value, str) else self._text("prompt", value) for value in values]
-        batch = _Batch(responses, _generated(responses, loss_mask), texts)
+        batch = Batch(responses, find_generated(responses, loss_mask), texts)
         if columns.get("prompt_id") is None:
             batch.prompt_ids = [prompt_hash(text) for text in texts]
         else:
@@ -488,20 +487,20 @@ class Recorder:
         except (TypeError, ValueError, IndexError, OverflowError) as error:
             raise InputError(f"{name}: expected text or token ids ({in_one_line(error)})") from None
 
-    def _completions(self, batch: _Batch, given: Sequence[str] | None) -> list[str]:
+    def _completions(self, batch: Batch, given: Sequence[str] | None) -> list[str]:
         if given is not None:
             return [str(text) for text in batch.per_response("completion", given)]
         ends = np.cumsum(batch.responses.lengths)[:-1]
         return [self._text("response_ids", ids) for ids in np.split(batch.responses.ids, ends)]
 
-    def _judge(self, batch: _Batch, given: Any) -> list[bool | None]:
+    def _judge(self, batch: Batch, given: Any) -> list[bool | None]:
         if given is not None:
             return [None if value is None else bool(value) for value in batch.per_response("is_correct", given)]
         if self.correct_at is None:
             return [None] * len(batch.responses)
         return [None if np.isnan(value) else bool(value >= self.correct_at) for value in batch.rewards]
 
-    def _append_prompts(self, batch: _Batch, split: str, columns: Mapping[str, Any]) -> set[str]:
+    def _append_prompts(self, batch: Batch, split: str, columns: Mapping[str, Any]) -> set[str]:
         """Add the prompts that the trace does not hold yet, and return their ids."""
         first: dict[str, int] = {}
         for row, prompt_id in enumerate(batch.prompt_ids):
@@ -517,43 +516,6 @@ class Recorder:
             self._append("prompts", {"prompt_id": list(first), "split": split, "prompt": texts, **rows})
         return set(first)
 
-    def _rollout_columns(self, batch: _Batch, rollout_ids: np.ndarray, completions: list[str]) -> dict[str, Any]:
-        surprisal = -batch.means("logprob")
-        given = dict(batch.response)
-        if "has_answer" not in given and "answer" in given:
-            given["has_answer"] = [answer is not None for answer in given["answer"]]
-        unjudged = [None] * len(completions)
-        judged = (given.get("has_answer", unjudged), given.get("is_truncated", unjudged))
-        first_of_group = np.unique(batch.groups, return_index=True)[1]
-        lengths, generated = batch.responses.lengths, batch.generated_lengths
-        return {
-            **given,
-            "prompt_id": batch.prompt_ids,
-            "rollout_id": rollout_ids,
-            # The id of a group is that of its first response.
-            "group_id": rollout_ids[first_of_group][batch.groups],
-            "sample_index": place_in_group(batch.groups),
-            "completion": completions,
-            "reward": _nullable(batch.rewards),
-            "is_correct": batch.correct,
-            "defects": [
-                find_defects(text, completion, has_answer=has_answer, is_truncated=is_truncated)
-                for text, completion, has_answer, is_truncated in zip(batch.texts, completions, *judged, strict=True)
-            ],
-            "response_length": lengths,
-            "generated_length": pa.array(generated, mask=generated == lengths),
-            "is_kept": batch.kept,
-            "drop_reason": batch.drop_reasons,
-            "entropy_mean": _nullable(batch.means("entropy")),
-            "surprisal_mean": _nullable(surprisal),
-            "ppl": _nullable(perplexity(surprisal)),
-            "ppl_z": pa.array(ppl_z(surprisal, batch.groups), mask=np.isnan(surprisal)),
-            "advantage": _nullable(batch.advantages),
-            "temperature": self.temperature,
-            "entropy_kind": self._kinds["entropy"] if "entropy" in batch.token else None,
-            "logprob_kind": self._kinds["logprob"] if "logprob" in batch.token else None,
-        }
-
     def _append(self, table: str, columns: Mapping[str, Any]) -> None:
         """Append rows, and drop the reasons of columns that have a value."""
         self._writer.append(table, columns)
@@ -561,124 +523,6 @@ class Recorder:
         for name, values in columns.items():
             if f"{table}.{name}" in reasons and _has_value(values):
                 del reasons[f"{table}.{name}"]
-
-
-@dataclass
-class _Batch:
-    """Hold the responses of a call and the values that were passed with them.
-
-    Attributes:
-        responses: Tokens.
-        is_generated: True at tokens that the policy generated, (N,).
-        texts: Prompt of each response.
-        prompt_ids: Identifier of the prompt of each response.
-        token: Values per token, null at context, by name.
-        response: Values per response, by name.
-        groups: Group of each response, (B,), numbered from 0.
-        rewards: Reward of each response, (B,); NaN if unknown.
-        advantages: Advantage of each response, (B,); NaN if unknown.
-        correct: Verdict on each response.
-        kept: Responses that entered the update, (B,) bool.
-        drop_reasons: Why the others did not.
-    """
-
-    responses: Responses
-    is_generated: np.ndarray
-    texts: list[str]
-    prompt_ids: list[str] = field(default_factory=list)
-    token: dict[str, pa.Array] = field(default_factory=dict)
-    response: dict[str, list[Any]] = field(default_factory=dict)
-    groups: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    rewards: np.ndarray = field(default_factory=lambda: np.empty(0))
-    advantages: np.ndarray = field(default_factory=lambda: np.empty(0))
-    correct: list[bool | None] = field(default_factory=list)
-    kept: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
-    drop_reasons: list[str | None] = field(default_factory=list)
-
-    @cached_property
-    def generated_lengths(self) -> np.ndarray:
-        """Tokens of each response that the policy generated, (B,)."""
-        return np.bincount(self.responses.rows, self.is_generated, len(self.responses)).astype(np.int64)
-
-    def per_response(self, name: str, values: Any) -> list[Any]:
-        """Return values per response as a list; a scalar applies to all of them.
-
-        Raises:
-            InputError: there is not one value per response.
-        """
-        value = values.item() if getattr(values, "ndim", None) == 0 else values
-        if isinstance(value, bool | int | float | str):
-            return [value] * len(self.responses)
-        if not hasattr(value, "__iter__"):
-            raise InputError(f"{name}: expected one value per response, found {type(value).__name__}")
-        found = as_list(value)
-        if len(found) != len(self.responses):
-            raise InputError(f"{name}: {len(found)} values, expected {len(self.responses)}, one per response")
-        return found
-
-    def numbers(self, name: str, values: Any) -> np.ndarray:
-        """Return numbers per response, (B,) float64, NaN where they are None or not passed."""
-        if values is None:
-            return np.full(len(self.responses), np.nan)
-        found = self.per_response(name, values)
-        for i, value in enumerate(found):
-            if value is not None and not isinstance(value, int | float):
-                raise InputError(f"{name}: response {i} has {type(value).__name__}, expected a number or None")
-            if value is not None and not np.isfinite(value):
-                raise InputError(f"{name}: {value} at response {i}; pass None where it is unknown")
-        return np.array([np.nan if value is None else value for value in found], float)
-
-    def add_responses(self, values: Mapping[str, Any]) -> None:
-        """Add values per response; a scalar applies to all of them."""
-        for name, given in values.items():
-            if given is not None:
-                found = self.per_response(name, given)
-                self.response[name] = [_items(value) for value in found] if name == "reward_components" else found
-
-    def add_tokens(self, values: Mapping[str, Any]) -> None:
-        """Add values per token; one value per response applies to all of its tokens.
-
-        Raises:
-            InputError: a length differs, or a value is NaN or infinite.
-        """
-        for name, given in values.items():
-            if given is None:
-                continue
-            if isinstance(given, bool | int | float):
-                flat, is_unknown = np.full(len(self.responses.ids), given), np.zeros(len(self.responses.ids), bool)
-            elif self.responses.is_per_token(given) or not len(self.responses.ids):
-                flat, is_unknown = self.responses.flatten(name, given)
-            else:
-                found = self.per_response(name, given)
-                is_unknown = np.array([value is None for value in found])[self.responses.rows]
-                flat = np.array([0 if value is None else value for value in found])[self.responses.rows]
-            self.token[name] = self._measure(name, flat, is_unknown)
-
-    def _measure(self, name: str, flat: np.ndarray, is_unknown: np.ndarray) -> pa.Array:
-        kind = TOKENS.arrow_schema.field(name).type
-        is_null = is_unknown | ~self.is_generated if name not in ("turn", "policy_version") else is_unknown
-        if flat.dtype.kind not in "biufO" or (flat.dtype.kind == "O" and not all(map(_is_number, flat))):
-            raise InputError(f"{name}: expected numbers, found {flat.dtype}")
-        flat = np.where(is_null, 0, flat).astype(float if flat.dtype.kind in "fO" else flat.dtype)
-        if flat.dtype.kind == "f":
-            bad = np.flatnonzero(~np.isfinite(flat))
-            if len(bad):
-                place = f"response {self.responses.rows[bad[0]]}, position {self.responses.positions[bad[0]]}"
-                raise InputError(f"{name}: {flat[bad[0]]} at {place}; pass None where it is unknown")
-        if pa.types.is_boolean(kind):
-            flat = flat != 0
-        try:
-            return pa.array(flat, mask=is_null).cast(kind)
-        except pa.ArrowInvalid as error:
-            raise InputError(f"{name}: expected {kind} ({in_one_line(error)})") from None
-
-    def means(self, name: str) -> np.ndarray:
-        """Return the mean over the generated tokens of each response, (B,); NaN if any is unknown or there is none."""
-        values = self.token.get(name)
-        if values is None:
-            return np.full(len(self.responses), np.nan)
-        flat = values.fill_null(np.nan).to_numpy(zero_copy_only=False)
-        return mean_of(flat[self.is_generated], self.responses.rows[self.is_generated], len(self.responses))
 
 
 def _reasons(given: Mapping[str, str]) -> dict[str, str]:
@@ -710,124 +554,12 @@ def prompt_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:HASH_LENGTH]
 
 
-def _generated(responses: Responses, loss_mask: Any) -> np.ndarray:
-    if loss_mask is None:
-        return np.ones(len(responses.ids), bool)
-    flat, is_unknown = responses.flatten("loss_mask", loss_mask)
-    if is_unknown.any():
-        raise InputError("loss_mask: None is not a mask; pass true or false for every token")
-    return flat != 0
-
-
-def _group_indices(labels: Sequence[Any]) -> np.ndarray:
-    """Return the group of each response, (B,), numbered in order of appearance."""
-    numbers: dict[Any, int] = {}
-    return np.array([numbers.setdefault(label, len(numbers)) for label in labels], np.int64)
-
-
-def _advantages(batch: _Batch, given: Any) -> np.ndarray:
-    """Return the advantage of each response, (B,), NaN if unknown, and add it to the tokens.
-
-    An advantage per token is that of its response only if it is equal for all tokens of the response.
-    """
-    count = len(batch.responses)
-    if given is None:
-        if np.isnan(batch.rewards).all():
-            return np.full(count, np.nan)
-        advantages = group_relative_advantage(batch.rewards, batch.groups)
-        batch.add_tokens({"advantage": advantages})
-        return advantages
-    batch.add_tokens({"advantage": given})
-    batch.token.setdefault("shaped_advantage", batch.token["advantage"])
-    if not batch.responses.is_per_token(given):
-        return batch.numbers("advantage", given)
-    advantages = np.full(count, np.nan)
-    values = batch.token["advantage"].to_numpy(zero_copy_only=False)
-    for row, tokens in enumerate(np.split(np.arange(len(values)), np.cumsum(batch.responses.lengths)[:-1])):
-        own = values[tokens][batch.is_generated[tokens]]
-        if len(own) and (own == own[0]).all():
-            advantages[row] = own[0]
-    return advantages
-
-
-def _kept(batch: _Batch, *, has_advantage: bool) -> tuple[np.ndarray, list[str | None]]:
-    """Return which responses entered the update, (B,) bool, and why the others did not.
-
-    Unless ``is_kept`` is passed, every response with a generated token did, except those without a verdict whose
-    advantage was not passed either.
-    """
-    is_unknown = np.isnan(batch.rewards)
-    without_verdict = is_unknown & (not has_advantage and not is_unknown.all())
-    kept = batch.response.pop("is_kept", None)
-    reasons = batch.response.pop("drop_reason", None)
-    if kept is None:
-        reasons = reasons or [NO_VERDICT if missing else None for missing in without_verdict]
-        return (batch.generated_lengths > 0) & ~without_verdict, reasons
-    if None in kept:
-        raise InputError("is_kept: None is not a verdict; pass true or false for every response")
-    return np.array(kept, bool), reasons or [None] * len(kept)
-
-
-def _token_columns(batch: _Batch, rollout_ids: np.ndarray) -> dict[str, Any]:
-    responses, rows = batch.responses, batch.responses.rows
-    places = pa.array(rows)
-    return {
-        **batch.token,
-        "prompt_id": pa.array(batch.prompt_ids, pa.string()).take(places),
-        "rollout_id": rollout_ids[rows],
-        "position": responses.positions,
-        "response_length": responses.lengths[rows],
-        "token_id": responses.ids,
-        "is_correct": pa.array(batch.correct, pa.bool_()).take(places),
-        "is_kept": batch.kept[rows],
-        "loss_mask": None if batch.is_generated.all() else batch.is_generated,
-    }
-
-
-def _step_row(batch: _Batch) -> dict[str, Any]:
-    answered = batch.response.get("has_answer") or [answer is not None for answer in batch.response.get("answer", ())]
-    known = batch.token.get("entropy", pa.array([], pa.float32())).drop_null()
-    groups_kept = len(np.unique(batch.groups[batch.kept]))
-    return {
-        "reward_mean": mean_of_known(None if np.isnan(value) else value for value in batch.rewards),
-        "accuracy": mean_of_known(batch.correct),
-        "format_rate": mean_of_known(answered),
-        "entropy_token_mean": float(known.to_numpy().mean(dtype=float)) if len(known) else None,
-        "tokens": int(batch.is_generated.sum()),
-        "groups_kept": groups_kept,
-        "groups_dropped": int(batch.groups.max()) + 1 - groups_kept,
-    }
-
-
-def mean_of_known(values: Iterable[Any]) -> float | None:
-    """Return the mean of the values that are not None; None if there is none."""
-    known = [float(value) for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
 def _finite_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
     for name, value in found.items():
         if isinstance(value, float) and not np.isfinite(value):
             raise InputError(f"metrics: {name} is {value}; leave it out where it is unknown")
     return found
-
-
-def _items(values: Any) -> list[tuple[str, float]] | None:
-    """Return a mapping as Arrow stores it, without the entries that are None."""
-    if values is None:
-        return None
-    if not isinstance(values, Mapping):
-        raise InputError(f"reward_components: expected a mapping of name to score, found {type(values).__name__}")
-    return [(str(name), float(value)) for name, value in values.items() if value is not None]
-
-
-def _nullable(values: np.ndarray) -> pa.Array:
-    return pa.array(values, mask=np.isnan(values))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number | np.bool_)
 
 
 def _has_value(values: Any) -> bool:

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from entrace.analysis.trace.batch import mean_of_known
 from entrace.analysis.trace.errors import InputError
 from entrace.analysis.trace.groups import rows_by_group
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
-from entrace.analysis.trace.recorder import Recorder, mean_of_known
+from entrace.analysis.trace.recorder import Recorder
 from entrace.analysis.trace.schema import TRUNCATED
 from entrace.trainer.algorithm.plateau import PlateauDetector
 from entrace.trainer.algorithm.shaping import NONE, waits_for_plateau

@@ -1,0 +1,286 @@
+"""Check the values that a training loop passes with its responses, and derive the columns that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from entrace.analysis.trace.defects import find_defects
+from entrace.analysis.trace.errors import InputError, in_one_line
+from entrace.analysis.trace.groups import group_relative_advantage, mean_of, perplexity, place_in_group, ppl_z
+from entrace.analysis.trace.ragged import Responses, as_list
+from entrace.analysis.trace.schema import NO_VERDICT, TOKENS
+
+
+@dataclass
+class Batch:
+    """Hold the responses of a call and the values that were passed with them.
+
+    Attributes:
+        responses: Tokens.
+        is_generated: True at tokens that the policy generated, (N,).
+        texts: Prompt of each response.
+        prompt_ids: Identifier of the prompt of each response.
+        token: Values per token, null at context, by name.
+        response: Values per response, by name.
+        groups: Group of each response, (B,), numbered from 0.
+        rewards: Reward of each response, (B,); NaN if unknown.
+        advantages: Advantage of each response, (B,); NaN if unknown.
+        correct: Verdict on each response.
+        kept: Responses that entered the update, (B,) bool.
+        drop_reasons: Why the others did not.
+    """
+
+    responses: Responses
+    is_generated: np.ndarray
+    texts: list[str]
+    prompt_ids: list[str] = field(default_factory=list)
+    token: dict[str, pa.Array] = field(default_factory=dict)
+    response: dict[str, list[Any]] = field(default_factory=dict)
+    groups: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    rewards: np.ndarray = field(default_factory=lambda: np.empty(0))
+    advantages: np.ndarray = field(default_factory=lambda: np.empty(0))
+    correct: list[bool | None] = field(default_factory=list)
+    kept: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
+    drop_reasons: list[str | None] = field(default_factory=list)
+
+    @cached_property
+    def generated_lengths(self) -> np.ndarray:
+        """Tokens of each response that the policy generated, (B,)."""
+        return np.bincount(self.responses.rows, self.is_generated, len(self.responses)).astype(np.int64)
+
+    def per_response(self, name: str, values: Any) -> list[Any]:
+        """Return values per response as a list; a scalar applies to all of them.
+
+        Raises:
+            InputError: there is not one value per response.
+        """
+        value = values.item() if getattr(values, "ndim", None) == 0 else values
+        if isinstance(value, bool | int | float | str):
+            return [value] * len(self.responses)
+        if not hasattr(value, "__iter__"):
+            raise InputError(f"{name}: expected one value per response, found {type(value).__name__}")
+        found = as_list(value)
+        if len(found) != len(self.responses):
+            raise InputError(f"{name}: {len(found)} values, expected {len(self.responses)}, one per response")
+        return found
+
+    def numbers(self, name: str, values: Any) -> np.ndarray:
+        """Return numbers per response, (B,) float64, NaN where they are None or not passed."""
+        if values is None:
+            return np.full(len(self.responses), np.nan)
+        found = self.per_response(name, values)
+        for i, value in enumerate(found):
+            if value is not None and not isinstance(value, int | float):
+                raise InputError(f"{name}: response {i} has {type(value).__name__}, expected a number or None")
+            if value is not None and not np.isfinite(value):
+                raise InputError(f"{name}: {value} at response {i}; pass None where it is unknown")
+        return np.array([np.nan if value is None else value for value in found], float)
+
+    def add_responses(self, values: Mapping[str, Any]) -> None:
+        """Add values per response; a scalar applies to all of them."""
+        for name, given in values.items():
+            if given is not None:
+                found = self.per_response(name, given)
+                self.response[name] = [_items(value) for value in found] if name == "reward_components" else found
+
+    def add_tokens(self, values: Mapping[str, Any]) -> None:
+        """Add values per token; one value per response applies to all of its tokens.
+
+        Raises:
+            InputError: a length differs, or a value is NaN or infinite.
+        """
+        for name, given in values.items():
+            if given is None:
+                continue
+            if isinstance(given, bool | int | float):
+                flat, is_unknown = np.full(len(self.responses.ids), given), np.zeros(len(self.responses.ids), bool)
+            elif self.responses.is_per_token(given) or not len(self.responses.ids):
+                flat, is_unknown = self.responses.flatten(name, given)
+            else:
+                found = self.per_response(name, given)
+                is_unknown = np.array([value is None for value in found])[self.responses.rows]
+                flat = np.array([0 if value is None else value for value in found])[self.responses.rows]
+            self.token[name] = self._measure(name, flat, is_unknown)
+
+    def _measure(self, name: str, flat: np.ndarray, is_unknown: np.ndarray) -> pa.Array:
+        kind = TOKENS.arrow_schema.field(name).type
+        is_null = is_unknown | ~self.is_generated if name not in ("turn", "policy_version") else is_unknown
+        if flat.dtype.kind not in "biufO" or (flat.dtype.kind == "O" and not all(map(_is_number, flat))):
+            raise InputError(f"{name}: expected numbers, found {flat.dtype}")
+        flat = np.where(is_null, 0, flat).astype(float if flat.dtype.kind in "fO" else flat.dtype)
+        if flat.dtype.kind == "f":
+            bad = np.flatnonzero(~np.isfinite(flat))
+            if len(bad):
+                place = f"response {self.responses.rows[bad[0]]}, position {self.responses.positions[bad[0]]}"
+                raise InputError(f"{name}: {flat[bad[0]]} at {place}; pass None where it is unknown")
+        if pa.types.is_boolean(kind):
+            flat = flat != 0
+        try:
+            return pa.array(flat, mask=is_null).cast(kind)
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{name}: expected {kind} ({in_one_line(error)})") from None
+
+    def means(self, name: str) -> np.ndarray:
+        """Return the mean over the generated tokens of each response, (B,); NaN if any is unknown or there is none."""
+        values = self.token.get(name)
+        if values is None:
+            return np.full(len(self.responses), np.nan)
+        flat = values.fill_null(np.nan).to_numpy(zero_copy_only=False)
+        return mean_of(flat[self.is_generated], self.responses.rows[self.is_generated], len(self.responses))
+
+    def add_advantage(self, given: Any) -> np.ndarray:
+        """Return the advantage of each response, (B,), NaN if unknown, and add it to the tokens.
+
+        An advantage per token is that of its response only if it is equal for all tokens of the response.
+        """
+        count = len(self.responses)
+        if given is None:
+            if np.isnan(self.rewards).all():
+                return np.full(count, np.nan)
+            advantages = group_relative_advantage(self.rewards, self.groups)
+            self.add_tokens({"advantage": advantages})
+            return advantages
+        self.add_tokens({"advantage": given})
+        self.token.setdefault("shaped_advantage", self.token["advantage"])
+        if not self.responses.is_per_token(given):
+            return self.numbers("advantage", given)
+        advantages = np.full(count, np.nan)
+        values = self.token["advantage"].to_numpy(zero_copy_only=False)
+        for row, tokens in enumerate(np.split(np.arange(len(values)), np.cumsum(self.responses.lengths)[:-1])):
+            own = values[tokens][self.is_generated[tokens]]
+            if len(own) and (own == own[0]).all():
+                advantages[row] = own[0]
+        return advantages
+
+    def take_kept(self, *, has_advantage: bool) -> tuple[np.ndarray, list[str | None]]:
+        """Return which responses entered the update, (B,) bool, and why the others did not.
+
+        Unless ``is_kept`` is passed, every response with a generated token did, except those without a verdict whose
+        advantage was not passed either.
+        """
+        is_unknown = np.isnan(self.rewards)
+        without_verdict = is_unknown & (not has_advantage and not is_unknown.all())
+        kept = self.response.pop("is_kept", None)
+        reasons = self.response.pop("drop_reason", None)
+        if kept is None:
+            reasons = reasons or [NO_VERDICT if missing else None for missing in without_verdict]
+            return (self.generated_lengths > 0) & ~without_verdict, reasons
+        if None in kept:
+            raise InputError("is_kept: None is not a verdict; pass true or false for every response")
+        return np.array(kept, bool), reasons or [None] * len(kept)
+
+    def token_columns(self, rollout_ids: np.ndarray) -> dict[str, Any]:
+        """Return the columns of table ``tokens`` that follow from the responses and what was passed."""
+        responses, rows = self.responses, self.responses.rows
+        places = pa.array(rows)
+        return {
+            **self.token,
+            "prompt_id": pa.array(self.prompt_ids, pa.string()).take(places),
+            "rollout_id": rollout_ids[rows],
+            "position": responses.positions,
+            "response_length": responses.lengths[rows],
+            "token_id": responses.ids,
+            "is_correct": pa.array(self.correct, pa.bool_()).take(places),
+            "is_kept": self.kept[rows],
+            "loss_mask": None if self.is_generated.all() else self.is_generated,
+        }
+
+    def rollout_columns(self, rollout_ids: np.ndarray, completions: list[str]) -> dict[str, Any]:
+        """Return the columns of table ``rollouts`` that follow from the responses and what was passed."""
+        surprisal = -self.means("logprob")
+        given = dict(self.response)
+        if "has_answer" not in given and "answer" in given:
+            given["has_answer"] = [answer is not None for answer in given["answer"]]
+        unjudged = [None] * len(completions)
+        judged = (given.get("has_answer", unjudged), given.get("is_truncated", unjudged))
+        first_of_group = np.unique(self.groups, return_index=True)[1]
+        lengths, generated = self.responses.lengths, self.generated_lengths
+        return {
+            **given,
+            "prompt_id": self.prompt_ids,
+            "rollout_id": rollout_ids,
+            # The id of a group is that of its first response.
+            "group_id": rollout_ids[first_of_group][self.groups],
+            "sample_index": place_in_group(self.groups),
+            "completion": completions,
+            "reward": nullable(self.rewards),
+            "is_correct": self.correct,
+            "defects": [
+                find_defects(text, completion, has_answer=has_answer, is_truncated=is_truncated)
+                for text, completion, has_answer, is_truncated in zip(self.texts, completions, *judged, strict=True)
+            ],
+            "response_length": lengths,
+            "generated_length": pa.array(generated, mask=generated == lengths),
+            "is_kept": self.kept,
+            "drop_reason": self.drop_reasons,
+            "entropy_mean": nullable(self.means("entropy")),
+            "surprisal_mean": nullable(surprisal),
+            "ppl": nullable(perplexity(surprisal)),
+            "ppl_z": pa.array(ppl_z(surprisal, self.groups), mask=np.isnan(surprisal)),
+            "advantage": nullable(self.advantages),
+        }
+
+    def step_row(self) -> dict[str, Any]:
+        """Return the columns of table ``steps`` that follow from the responses."""
+        answered = self.response.get("has_answer") or [answer is not None for answer in self.response.get("answer", ())]
+        known = self.token.get("entropy", pa.array([], pa.float32())).drop_null()
+        groups_kept = len(np.unique(self.groups[self.kept]))
+        return {
+            "reward_mean": mean_of_known(None if np.isnan(value) else value for value in self.rewards),
+            "accuracy": mean_of_known(self.correct),
+            "format_rate": mean_of_known(answered),
+            "entropy_token_mean": float(known.to_numpy().mean(dtype=float)) if len(known) else None,
+            "tokens": int(self.is_generated.sum()),
+            "groups_kept": groups_kept,
+            "groups_dropped": int(self.groups.max()) + 1 - groups_kept,
+        }
+
+
+def find_generated(responses: Responses, loss_mask: Any) -> np.ndarray:
+    """Return True at the tokens that the policy generated, (N,).
+
+    Raises:
+        InputError: the mask is None at a token.
+    """
+    if loss_mask is None:
+        return np.ones(len(responses.ids), bool)
+    flat, is_unknown = responses.flatten("loss_mask", loss_mask)
+    if is_unknown.any():
+        raise InputError("loss_mask: None is not a mask; pass true or false for every token")
+    return flat != 0
+
+
+def group_indices(labels: Sequence[Any]) -> np.ndarray:
+    """Return the group of each response, (B,), numbered in order of appearance."""
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(label, len(numbers)) for label in labels], np.int64)
+
+
+def mean_of_known(values: Iterable[Any]) -> float | None:
+    """Return the mean of the values that are not None; None if there is none."""
+    known = [float(value) for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _items(values: Any) -> list[tuple[str, float]] | None:
+    """Return a mapping as Arrow stores it, without the entries that are None."""
+    if values is None:
+        return None
+    if not isinstance(values, Mapping):
+        raise InputError(f"reward_components: expected a mapping of name to score, found {type(values).__name__}")
+    return [(str(name), float(value)) for name, value in values.items() if value is not None]
+
+
+def nullable(values: np.ndarray) -> pa.Array:
+    """Return numbers as Arrow stores them, null where they are NaN."""
+    return pa.array(values, mask=np.isnan(values))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number | np.bool_)
