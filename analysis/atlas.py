@@ -167,7 +167,7 @@ class Described:
 
 
 class Tally:
-    """Sums over the tokens of all steps, of some kilobytes whatever the length of the trace."""
+    """Accumulate sums over the tokens of all steps in a few kilobytes, independent of the length of the trace."""
 
     def __init__(self, names: Sequence[str], trace: Trace) -> None:
         """Begin with empty sums."""

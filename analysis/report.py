@@ -261,7 +261,7 @@ def _provenance(runs: Runs) -> dict[str, Any]:
 
 
 def _describe_online(manifest: dict[str, Any], fit: StageFit | None) -> str:
-    """Return the finding of the trainer's own plateau detector, and if the fitted boundary agrees, in words."""
+    """Describe what the plateau detector of the trainer found, and whether the fitted boundary agrees."""
     if "plateau_step" not in manifest:
         return ""
     found = manifest["plateau_step"]

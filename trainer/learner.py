@@ -262,7 +262,7 @@ class Learner:
         return policy.token_stats(prompts, rollouts.responses(rows), sampling.temperature, sampling.truncation)
 
     def _vocabulary_sums(self, policy: Policy, rollouts: Rollouts, rows: Tensor) -> VocabularySums:
-        """Return sums over the vocabulary as ``_token_stats`` returns statistics, without gradient."""
+        """Return vocabulary sums in the layout of ``_token_stats``, without gradient."""
         prompts, sampling = [rollouts.prompt_ids[row] for row in rows], self.sampling
         return policy.vocabulary_sums(prompts, rollouts.responses(rows), sampling.temperature, sampling.truncation)
 

@@ -99,7 +99,7 @@ def _why_unlikely(reference: Reference, unlikely: np.ndarray) -> str:
 
 
 def _padding(reference: Reference) -> str:
-    """Return whether many responses end with the same token several times; empty if not."""
+    """Describe repeated end tokens of many responses; empty if there are none."""
     responses, ids = reference.responses, reference.tokens["token_id"].to_numpy()
     last = np.flatnonzero(np.concatenate([responses[1:] != responses[:-1], [True]]))
     last = last[last >= 2]

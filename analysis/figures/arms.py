@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 COLUMNS = 4
 # Shares of a panel's width and height that stay free, to its right and above it.
-GAP_X, GAP_Y = 0.06, 0.26
+GAP_X, GAP_Y = 0.06, 0.3
 # Inches: a row of panels, a row of names, and the margin around them.
-PANEL_HEIGHT, ROW_HEIGHT, MARGIN = 1.05, 0.17, 1.5
+PANEL_HEIGHT, ROW_HEIGHT, MARGIN = 1.1, 0.17, 1.5
 # Points between panels that share an axis label and that label: room for their tick labels.
 X_PAD, Y_PAD = 15, 31
 # Points: tick labels of panels, and names of arms beside them.
 SMALL = 7
+# Characters in a line of a panel's title.
+TITLE_LENGTH = 17
 
 
 def with_means(runs: Runs, frame: pl.DataFrame, value: str, keys: Sequence[str]) -> pl.DataFrame:
@@ -168,7 +170,8 @@ def lines(ax: Axes, frame: pl.DataFrame, x: str) -> None:
         _line(panel, means.filter(arm=own["baseline"][0]), x, style.GREY)
         _line(panel, own, x, style.BLUE)
         # The values of a sweep are on a separate line.
-        panel.set_title(style.shorten(arm).replace(" [", "\n["), fontsize=6.5, pad=2)
+        titles = (style.fold(part, TITLE_LENGTH) for part in style.shorten(arm).replace(" [", "\n[").split("\n"))
+        panel.set_title("\n".join(titles), fontsize=6.5, pad=2, linespacing=0.95)
 
 
 def line_note(frame: pl.DataFrame) -> str:

@@ -6,6 +6,7 @@ runs' own 95% intervals, the interval of a typical run. Single runs are thin lin
 
 from __future__ import annotations
 
+import re
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -387,6 +388,16 @@ def shorten(name: str) -> str:
     """Return ``name`` with its middle left out if it is long, and without anything that matplotlib interprets."""
     # A label that begins with an underscore stays out of the legend.
     return f"{' ' * name.startswith('_')}{plain(name, NAME_LENGTH)}".replace("$", r"\$")
+
+
+def fold(name: str, width: int) -> str:
+    """Return ``name`` on lines of at most ``width`` characters, broken after punctuation where possible."""
+    lines = [""]
+    for part in re.findall(r"[^_,+-]*[_,+-]?", name):
+        if len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line[i : i + width] for line in lines if line for i in range(0, len(line), width))
 
 
 def _short(word: str) -> str:

@@ -142,7 +142,7 @@ class QueryProcess:
         Raises:
             InputError: DuckDB rejects the query, or a limit is reached.
             ReadError: the query failed while it read files.
-            BrokenPipeError: nobody reads from ``reader`` any more.
+            BrokenPipeError: the other end of ``reader`` is closed.
         """
         import pyarrow as pa
 

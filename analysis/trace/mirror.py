@@ -160,7 +160,7 @@ class Mirror:
             # Whatever a service raises, training must continue.
             except Exception as error:
                 reason = in_one_line(error)
-                log.warning("entrace: %s receives nothing any more (%s); the trace is complete", name, reason)
+                log.warning("entrace: %s no longer receives data (%s); the trace is complete", name, reason)
                 del self._dashboards[name]
 
 

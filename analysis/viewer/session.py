@@ -75,7 +75,7 @@ class Session:
                 self.problem = f"no longer there: {', '.join(gone)}" if gone else None
             except InputError as error:
                 self._stamps = stamps
-                self.problem = str(error) if stamps else "none of the runs is there any more"
+                self.problem = str(error) if stamps else "none of the runs exists any longer"
                 self.generation += 1
 
     def once(self, key: Any, compute: Callable[[Runs], Any]) -> Any:

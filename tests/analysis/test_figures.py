@@ -17,7 +17,7 @@ from matplotlib.text import Text
 import entrace
 from entrace.analysis import queries
 from entrace.analysis.compare import compare_once
-from entrace.analysis.figures import STEMS, figure_module, style
+from entrace.analysis.figures import STEMS, arms, figure_module, style
 from entrace.analysis.runs import Runs, open_runs
 from entrace.analysis.trace import InputError, TraceWriter
 from tests.analysis.conftest import step_row, write_failed
@@ -321,3 +321,26 @@ def test_what_a_figure_needs_is_named_with_the_way_to_get_it(tmp_path: Path, ax)
 def test_nothing_to_draw_is_said_in_one_line(tmp_path: Path, ax):
     with pytest.raises(InputError, match="entropy_by_position: no token is durable yet"):
         entrace.figures.entropy_by_position(open_runs(write_failed(tmp_path / "broken")), ax=ax)
+
+
+def test_titles_of_panels_do_not_collide():
+    names = ["a_very_long_name_of_an_arm_that_goes_on", "ppl [alpha=0.125, beta=0.25]", "none"]
+    names += [f"scale_matched_position_{i}" for i in range(20)]
+    frame = pl.DataFrame(
+        [
+            {"arm": arm, "seed": None, "run_id": None, "benchmark": "heldout", "tau": tau, "share": None, "mean": 0.5}
+            | {"low": None, "high": None, "mean_low": 0.4, "mean_high": 0.6, "k": 8, "num_prompts": 100}
+            | {"baseline": "none", "num_seeds": 3, "step": 40}
+            for arm in names
+            for tau in (0.0, 0.5)
+        ]
+    )
+    with style.canvas(arms.panels_size(frame)) as figure:
+        ax = figure.subplots()
+        arms.lines(ax, frame, "tau")
+        figure.draw_without_rendering()
+        boxes = [panel.title.get_window_extent() for panel in ax.child_axes]
+        insides = [panel.get_window_extent() for panel in ax.child_axes]
+    assert len(boxes) == len(names) - 1
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    assert not [(a, b) for a in boxes for b in insides if a.overlaps(b)]

@@ -152,7 +152,7 @@ def test_a_failing_dashboard_does_not_stop_recording(tmp_path: Path, caplog: pyt
         record(writer, [1, 2])
     writer.finish()
     told = [record.getMessage() for record in caplog.records]
-    assert told == ["entrace: tensorboard receives nothing any more (no service); the trace is complete"]
+    assert told == ["entrace: tensorboard no longer receives data (no service); the trace is complete"]
     assert writer.manifest["last_durable_step"] == 2
 
 

@@ -551,7 +551,7 @@ def test_a_new_run_of_a_study_appears_and_a_lost_one_is_named(study: Path, tmp_p
     assert len(session.runs.manifests) == 3
     shutil.rmtree(tmp_path / "study")
     session.refresh()
-    assert session.problem == "none of the runs is there any more"
+    assert session.problem == "none of the runs exists any longer"
 
 
 def test_names_and_numbers_of_a_result_are_exact(frozen: Client):

@@ -112,7 +112,7 @@ def position_reversed(
 def entropy_advantage(
     advantages: Tensor, rollouts: RolloutView, alpha: NonNegative = 0.4, kappa: AboveOne = 2.0
 ) -> Tensor:
-    """A' = A + min(alpha H_t, |A| / kappa): uncertain tokens gain, but no sign turns (arXiv 2506.14758)."""
+    """A' = A + min(alpha H_t, |A| / kappa): bonus for uncertain tokens that flips no sign (arXiv 2506.14758)."""
     bonus = torch.minimum(alpha * rollouts.entropy, advantages.abs() / kappa)
     return torch.where(rollouts.response_mask, advantages + bonus, advantages)
 
@@ -138,7 +138,7 @@ def nsr(advantages: Tensor, rollouts: RolloutView) -> Tensor:
 
 @shaping
 def weighted_reinforce(advantages: Tensor, rollouts: RolloutView, positive_weight: NonNegative = 0.1) -> Tensor:
-    """A' = positive_weight if right else -1: both, the right ones weighed down (arXiv 2506.01347)."""
+    """A' = positive_weight if right else -1: both, with right responses down-weighted (arXiv 2506.01347)."""
     return _by_outcome(advantages, rollouts, positive_weight, -1.0)
 
 
@@ -303,7 +303,7 @@ def shape(
 
 
 def find_replacement(config: ShapingConfig) -> str | None:
-    """Return the method that puts an advantage of its own in place of the group-relative one, if there is one."""
+    """Return the method that replaces the group-relative advantage, if there is one."""
     names = config.scale_matched.mirrors if config.method == SCALE_MATCHED else config.method
     return next((name for name in split_methods(names) if name != NONE and find_method(name, "shaping").replaces), None)
 

@@ -17,7 +17,7 @@ Gradients used by the backward pass::
     d entropy / d z_v = -p_v (ln p_v + entropy) / T
 
 Two further sums, recorded on request, determine what a gradient step on the token's own logits does to the entropy.
-They leave the target out, because the sums over all entries differ from those of a certain token by rounding only::
+They leave the target out: for a nearly certain token, sums over all entries would be dominated by rounding::
 
     sum_p2_others      = sum_{v != o} p_v^2        = sum_{v != o} e_v^2 / s^2
     sum_p2_logp_others = sum_{v != o} p_v^2 ln p_v = sum_{v != o} e_v^2 x_v / (T s^2) - ln s sum_p2_others

@@ -1,4 +1,4 @@
-"""Define the interface of a format: which files and rows it has, and what its rows say in the terms of a trace."""
+"""Define the interface of a format: which files and rows it has, and how its rows map to trace columns."""
 
 from __future__ import annotations
 
