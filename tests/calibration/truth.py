@@ -262,7 +262,8 @@ def _entropy_laws(run: Run, tokens: Tokens) -> Truth:
     }
     odds = np.floor(2 * np.clip(logprob - np.log(np.maximum(1 - p, 1e-12)), -40, 40))
     level = np.floor(2 * np.log(np.maximum(entropy, 1e-6)))
-    cells = {"": (step,), "shuffle": (step, np.sign(advantage), odds), "random": (step, odds, level)}
+    keys = {"": (step,), "shuffle": (step, np.sign(advantage), odds), "random": (step, odds, level)}
+    cells = {name: _number(*key) for name, key in keys.items()}
 
     def correlations(prediction: np.ndarray, measured: np.ndarray) -> dict[str, float]:
         found = {}
@@ -286,10 +287,14 @@ def _entropy_laws(run: Run, tokens: Tokens) -> Truth:
     return truth | {"E4/own gradient": nearer(own["shuffle"], own["random"])}
 
 
-def _from_mean(values: np.ndarray, cells: tuple[np.ndarray, ...]) -> np.ndarray:
+def _number(*keys: np.ndarray) -> np.ndarray:
+    """Return the number of the cell of each token; tokens of one cell have equal keys."""
+    return np.unique(np.column_stack(keys), axis=0, return_inverse=True)[1].ravel()
+
+
+def _from_mean(values: np.ndarray, cell: np.ndarray) -> np.ndarray:
     """Return values minus the mean of their cell."""
-    _, cell = np.unique(np.column_stack(cells), axis=0, return_inverse=True)
-    return values - (np.bincount(cell.ravel(), values) / np.bincount(cell.ravel()))[cell.ravel()]
+    return values - (np.bincount(cell, values) / np.bincount(cell))[cell]
 
 
 def _against_random(p: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
