@@ -30,8 +30,8 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 # Keys of earlier versions, each with the value that describes the present behavior.
 REMOVED_KEYS = {("record", "mantissa_bits"): 23}
-# Values of earlier versions, each with the present name.
-RENAMED_VALUES = {("rollout", "engine", "cache"): "native"}
+# Values of earlier versions, each with the present name, or None if it was removed.
+FORMER_VALUES = {("rollout", "engine", "cache"): "native", ("rollout", "engine", "continuous"): None}
 
 # The keys that bound the memory of updating and of sampling.
 UPDATE_MEMORY, SAMPLING_MEMORY = "optim.micro_batch_tokens", "rollout.cache_tokens"
@@ -215,9 +215,11 @@ class Config(BaseConfig):
         """Accept a key that no longer exists if it asks for the present behavior, and the old name of a value."""
         if not isinstance(values, Mapping):
             return values
-        for (section, key, old), new in RENAMED_VALUES.items():
+        for (section, key, old), new in FORMER_VALUES.items():
             found = values.get(section)
             if isinstance(found, Mapping) and found.get(key) == old:
+                if new is None:
+                    raise ValueError(f'{section}.{key} = "{old}" is no longer supported; leave the key out')
                 values = {**values, section: {**found, key: new}}
         for (section, key), only in REMOVED_KEYS.items():
             found = values.get(section)

@@ -86,6 +86,14 @@ class Server:
         self._process.wait()
 
 
+def additions_s() -> float:
+    """Return the CPU seconds of five million additions in Python, by which times on two machines compare."""
+    started, total = time.process_time(), 0
+    for i in range(5_000_000):
+        total += i
+    return time.process_time() - started
+
+
 def tab_memory_mib() -> float:
     """Return the memory of the largest process of our browser that draws a page."""
     found = [process for process in psutil.Process().children(recursive=True) if "--type=renderer" in process.cmdline()]
@@ -154,6 +162,7 @@ def measure(large: Path, long: Path) -> dict[str, Any]:
         "tab_mib": tab,
         "longest_pause_ms": float(np.median([max(found, default=0.0) for found in pauses])),
         "cores": os.cpu_count(),
+        "additions_s": additions_s(),
     }
 
 

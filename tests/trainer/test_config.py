@@ -15,7 +15,7 @@ BAD_OVERRIDES = [
     ("optim.mini_batches=33", ["optim.mini_batches must not exceed rollout.prompts_per_step"]),
     ("record.checkpoint_every=15", ["checkpoint_every must be a multiple of flush_every"]),
     ("record.mantissa_bits=12", ["record.mantissa_bits = 12 is no longer supported", "leave the key out"]),
-    ("rollout.engine=continuous", ["rollout.engine", "valid: native, vllm"]),
+    ("rollout.engine=continuous", ['rollout.engine = "continuous" is no longer supported', "leave the key out"]),
     ("shaping.ppl={start_step=5, end_step=3}", ["shaping.ppl", "end_step comes before start_step"]),
     ("shaping.position.start_step=soon", ["shaping.position.start_step", "'soon'"]),
     ("steps", ['"steps"', "key.path=value"]),
