@@ -21,7 +21,7 @@ per_step as (
     stage,
     step,
     quantile_cont(movement, [0.99, 0.95, 0.8]) as thresholds,
-    sum(movement order by movement) as step_movement
+    sum(movement) as step_movement
   from moved
   group by all
   having sum(movement) > 0
@@ -51,6 +51,23 @@ random_shares as (
   )
   group by all
 ),
+sums as (
+  select
+    run_id,
+    stage,
+    step,
+    prompt_id,
+    count(*) as tokens,
+    sum(movement) as movement,
+    [
+      sum(greatest(movement - thresholds[1], 0)),
+      sum(greatest(movement - thresholds[2], 0)),
+      sum(greatest(movement - thresholds[3], 0))
+    ] as above
+  from moved
+  join per_step using (run_id, stage, step)
+  group by run_id, stage, step, prompt_id
+),
 -- top_share adds up to the share of movement of exactly the top share of tokens; ties at the threshold are split.
 per_prompt as (
   select
@@ -59,14 +76,12 @@ per_prompt as (
     top,
     step,
     prompt_id,
-    sum(greatest(movement - thresholds[place], 0) + top * thresholds[place] order by movement)
-    / any_value(step_movement) as top_share,
-    sum(movement order by movement) / any_value(step_movement) as share_of_step,
-    count(*) as tokens
-  from moved
+    (above[place] + tokens * top * thresholds[place]) / step_movement as top_share,
+    movement / step_movement as share_of_step,
+    tokens
+  from sums
   join per_step using (run_id, stage, step)
   cross join tops
-  group by run_id, stage, top, step, prompt_id
 ),
 per_top as (
   select
