@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -115,23 +112,9 @@ def train(
             settings = load_config(config, overrides or [])
             ranks.barrier()
         labels = {"study": out.resolve().parent.name, "arm": settings.shaping.method}
-        with run_lock(out, waits=False, ranks=ranks), Progress(out.name, settings.steps) as progress, _logged():
+        with run_lock(out, waits=False, ranks=ranks), Progress(out.name, settings.steps) as progress:
             run_training(settings, out, labels, resume=resume, on_step=progress.update, ranks=ranks)
     say(str(out))
-
-
-@contextmanager
-def _logged() -> Iterator[None]:
-    """Show what training logs, such as the fast paths in use, on stderr."""
-    log, handler = logging.getLogger("entrace"), logging.StreamHandler()
-    former = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(former)
 
 
 def _print_plan(settings: Config, devices: int, json: bool) -> int:
