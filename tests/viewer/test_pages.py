@@ -479,6 +479,8 @@ def test_the_console_completes_runs_plots_remembers_and_stops(tab: Tab, frozen: 
     tab.until(lambda: re.search(r"Exporting CSV… \d+ s.*, [\d,]+ rows", page.locator("#content").inner_text()))
     assert page.get_by_role("button", name="Run").is_disabled()
     page.get_by_role("button", name="Stop").click()
+    # The browser reports both stopped requests, the second one perhaps later.
+    tab.until(lambda: sum("status of 400" in text for text in tab.problems) == 2)
     page.get_by_text("sql: stopped").wait_for()
     tab.problems[:] = [text for text in tab.problems if "status of 400" not in text]
 
