@@ -481,7 +481,7 @@ def test_the_console_completes_runs_plots_remembers_and_stops(tab: Tab, frozen: 
     page.get_by_role("button", name="Stop").click()
     # The browser reports both stopped requests, the second one perhaps later.
     tab.until(lambda: sum("status of 400" in text for text in tab.problems) == 2)
-    page.get_by_text("sql: stopped").wait_for()
+    tab.until(lambda: page.get_by_text("sql: stopped").count() == 2)
     tab.problems[:] = [text for text in tab.problems if "status of 400" not in text]
 
 
