@@ -160,11 +160,12 @@ create macro paired_sums(prediction, change, prediction_mean, change_mean) as {
   'yy': sum((change - change_mean) * (change - change_mean)),
   'xy': sum((prediction - prediction_mean) * (change - change_mean))
 };
--- Sums over the tokens of a step for a fit of a change by a prediction.
+-- Sums over the tokens of a step for a fit of a change by a prediction; xx and xy are sums of deviations from the means.
 create macro step_sums(prediction, change) as {
   'mean': avg(prediction),
   'squares': sum(prediction * prediction),
-  'products': sum(prediction * change)
+  'xx': regr_sxx(change, prediction),
+  'xy': regr_sxy(change, prediction)
 };
 -- The least-squares fit of a change by a prediction, from sums of squares and of products of deviations: slope in nats
 -- per standard deviation of the fitted change, and what a prediction is multiplied by to be in such standard

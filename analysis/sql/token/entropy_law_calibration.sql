@@ -29,36 +29,11 @@ fits as (
   select
     run_id,
     stage,
-    linear_fit(
-      tokens,
-      covariance.squares,
-      covariance.squares - tokens * pow(covariance.mean, 2),
-      covariance.products - tokens * covariance.mean * change
-    ) as covariance,
-    linear_fit(
-      tokens,
-      discriminator.squares,
-      discriminator.squares - tokens * pow(discriminator.mean, 2),
-      discriminator.products - tokens * discriminator.mean * change
-    ) as discriminator,
-    linear_fit(
-      tokens,
-      omega.squares,
-      omega.squares - tokens * pow(omega.mean, 2),
-      omega.products - tokens * omega.mean * change
-    ) as omega,
-    linear_fit(
-      tokens,
-      quadrants.squares,
-      quadrants.squares - tokens * pow(quadrants.mean, 2),
-      quadrants.products - tokens * quadrants.mean * change
-    ) as quadrants,
-    linear_fit(
-      tokens,
-      entropy.squares,
-      entropy.squares - tokens * pow(entropy.mean, 2),
-      entropy.products - tokens * entropy.mean * change
-    ) as entropy
+    linear_fit(tokens, covariance.squares, covariance.xx, covariance.xy) as covariance,
+    linear_fit(tokens, discriminator.squares, discriminator.xx, discriminator.xy) as discriminator,
+    linear_fit(tokens, omega.squares, omega.xx, omega.xy) as omega,
+    linear_fit(tokens, quadrants.squares, quadrants.xx, quadrants.xy) as quadrants,
+    linear_fit(tokens, entropy.squares, entropy.xx, entropy.xy) as entropy
   from means
   group by all
 ),
