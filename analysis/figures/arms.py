@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +171,7 @@ def lines(ax: Axes, frame: pl.DataFrame, x: str) -> None:
         _line(panel, means.filter(arm=own["baseline"][0]), x, style.GREY)
         _line(panel, own, x, style.BLUE)
         # The values of a sweep are on a separate line.
-        titles = (style.fold(part, TITLE_LENGTH) for part in style.shorten(arm).replace(" [", "\n[").split("\n"))
+        titles = [style.fold(part, TITLE_LENGTH) for part in re.split(r" (?=\[)", style.shorten(arm))]
         panel.set_title("\n".join(titles), fontsize=6.5, pad=2, linespacing=0.95)
 
 

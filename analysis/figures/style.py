@@ -392,12 +392,9 @@ def shorten(name: str) -> str:
 
 def fold(name: str, width: int) -> str:
     """Return ``name`` on lines of at most ``width`` characters, broken after punctuation where possible."""
-    lines = [""]
-    for part in re.findall(r"[^_,+-]*[_,+-]?", name):
-        if len(lines[-1]) + len(part) > width:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(line[i : i + width] for line in lines if line for i in range(0, len(line), width))
+    # An escaped character stays whole.
+    symbol = r"(?:\\?.)"
+    return "\n".join(re.findall(rf"{symbol}{{1,{width}}}(?:(?<=[_,+-])|$)|{symbol}{{{width}}}", name))
 
 
 def _short(word: str) -> str:
