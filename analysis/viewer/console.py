@@ -27,7 +27,7 @@ class _Running:
     """A query that runs now.
 
     Attributes:
-        reading: End of a pipe to read from: the query ends when its rows are no longer read.
+        reading: End of the pipe from which rows are read; closing it ends the query.
         percent: How much of it is done, as DuckDB estimates.
         num_rows: Rows received so far.
     """

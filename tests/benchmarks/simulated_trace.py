@@ -51,7 +51,7 @@ class Simulation:
         self._order = self.rng.permutation(TRAIN_PROMPTS)
 
     def progress(self, step: int) -> float:
-        """Return the fraction of the total change at a step; 95% happens before the knee."""
+        """Return the fraction of the total change at a step; 95% of the change happens before the knee."""
         done = step / self.steps
         return min(done / KNEE, 1) * 0.95 + 0.05 * done
 
