@@ -160,7 +160,7 @@ create macro paired_sums(prediction, change, prediction_mean, change_mean) as {
   'yy': sum((change - change_mean) * (change - change_mean)),
   'xy': sum((prediction - prediction_mean) * (change - change_mean))
 };
--- Sums over the tokens of a step for a fit of a change by a prediction; xx and xy are sums of deviations from the means.
+-- Sums over the tokens of a step for a fit of a change by a prediction; xx and xy: of deviations from the means.
 create macro step_sums(prediction, change) as {
   'mean': avg(prediction),
   'squares': sum(prediction * prediction),
