@@ -65,13 +65,13 @@ class AfterUpdate:
     """Statistics of a step's tokens under the updated weights.
 
     Attributes:
-        is_scored: Responses that were evaluated again, (B,) bool.
+        is_evaluated: Responses that were evaluated again, (B,) bool.
         logprob_after: Log-probabilities under the updated weights, nats, (B, T); 0 in all other responses.
         entropy_after: Entropies under the updated weights, nats, (B, T); 0 in all other responses.
         is_clipped: As in ``UpdateMetrics``.
     """
 
-    is_scored: Tensor
+    is_evaluated: Tensor
     logprob_after: Tensor
     entropy_after: Tensor
     is_clipped: Tensor
@@ -135,12 +135,12 @@ class Learner:
     @torch.no_grad()
     def capture(self, batch: Batch, metrics: UpdateMetrics, rows: Tensor) -> AfterUpdate:
         """Evaluate this process's share of the responses ``rows``, (n,), under the updated weights."""
-        is_scored = torch.zeros_like(batch.is_own)
-        is_scored[rows] = True
-        is_scored &= batch.is_own
+        is_evaluated = torch.zeros_like(batch.is_own)
+        is_evaluated[rows] = True
+        is_evaluated &= batch.is_own
         with memory_advice(self.config, "capturing after-update values", UPDATE_MEMORY):
-            found = self._evaluate(self.policy, batch.rollouts, is_scored, self._token_stats, RECORDED)
-        return AfterUpdate(is_scored, found["logprob"], found["entropy"], metrics.is_clipped)
+            found = self._evaluate(self.policy, batch.rollouts, is_evaluated, self._token_stats, RECORDED)
+        return AfterUpdate(is_evaluated, found["logprob"], found["entropy"], metrics.is_clipped)
 
     @torch.no_grad()
     def measure(self, batch: Batch, is_stored: Tensor) -> dict[str, Tensor]:
@@ -167,16 +167,16 @@ class Learner:
         self,
         policy: Policy,
         rollouts: Rollouts,
-        is_scored: Tensor,
+        is_evaluated: Tensor,
         statistics: Callable[[Policy, Rollouts, Tensor], TokenStats | VocabularySums],
         names: Sequence[str],
     ) -> dict[str, Tensor]:
-        """Return the fields ``names`` of the statistics of responses ``is_scored``, (B, T); 0 in other responses."""
-        scored = torch.nonzero(is_scored).squeeze(1)
+        """Return the fields ``names`` of the statistics of responses ``is_evaluated``, (B, T); 0 in other responses."""
+        chosen = torch.nonzero(is_evaluated).squeeze(1)
         placed = {name: torch.zeros(rollouts.response_ids.shape) for name in names}
         with policy.unsharded():
-            for micro in self._micro_batches(rollouts, scored):
-                rows = scored[micro]
+            for micro in self._micro_batches(rollouts, chosen):
+                rows = chosen[micro]
                 found = statistics(policy, rollouts, rows)
                 for name, values in placed.items():
                     values[rows] = rollouts.place(getattr(found, name), rows)

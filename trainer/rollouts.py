@@ -1,4 +1,4 @@
-"""Collect the batch of a step: sample responses, score them, and compute group-relative advantages."""
+"""Collect the batch of a step: sample responses and score them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from entrace.analysis.trace.schema import NO_VERDICT, TRUNCATED, UNIFORM_GROUP
-from entrace.trainer.algorithm.advantages import group_relative_advantage, mixed_groups, overlong_penalty
+from entrace.trainer.algorithm.advantages import mixed_groups, overlong_penalty
 from entrace.trainer.algorithm.method import RolloutView
 from entrace.trainer.config import Config, sampling_memory
 from entrace.trainer.faults import TrainingError, memory_advice
@@ -42,7 +42,6 @@ class Batch:
         has_verdict: Responses with a verdict, (B,) bool.
         drop_reasons: Reason to exclude a response from the update, one of ``DROP_REASONS``; None if included.
         is_own: Responses sampled, and recorded, by this process, (B,) bool.
-        advantages: Group-relative advantages of reward plus penalty, (B,); 0 in uniform groups.
         rollout_s: Seconds spent sampling.
         reward_s: Seconds spent scoring.
     """
@@ -58,9 +57,13 @@ class Batch:
     has_verdict: Tensor
     drop_reasons: list[str | None]
     is_own: Tensor
-    advantages: Tensor
     rollout_s: float
     reward_s: float
+
+    @property
+    def total_rewards(self) -> Tensor:
+        """Rewards plus length penalties, (B,)."""
+        return self.rewards + self.length_penalties
 
     @cached_property
     def is_kept(self) -> Tensor:
@@ -77,7 +80,7 @@ def view_rollouts(batch: Batch, seed: int, stream: Stream, step: int) -> Rollout
         torch.tensor([bool(score.is_correct) for score in batch.scores]),
         rollouts.response_mask,
         batch.group_ids,
-        torch.where(batch.has_verdict, batch.rewards + batch.length_penalties, torch.nan),
+        torch.where(batch.has_verdict, batch.total_rewards, torch.nan),
         generator(seed, stream, step),
     )
 
@@ -157,7 +160,6 @@ def collect_batch(config: Config, policy: Policy, source: PromptSource, step: in
         has_verdict=has_verdict,
         drop_reasons=_drop_reasons(config, has_verdict, is_mixed, rollouts.is_truncated),
         is_own=torch.tensor([part.rank == ranks.rank for part in parts for _ in part.rewards]),
-        advantages=group_relative_advantage(rewards + penalties, group_ids, config.loss.normalize_std, has_verdict),
         rollout_s=sum(max(part.rollout_s for part in parts) for parts in rounds),
         reward_s=sum(max(part.reward_s for part in parts) for parts in rounds),
     )

@@ -8,6 +8,8 @@ step samples G responses per prompt, scores them to rewards r, and minimizes, wi
     L_t = max(-rho_t A', -clip(rho_t) A')               algorithm.losses
     loss = sum_t c_t w_t L_t                            algorithm.objectives
 
+``learner`` computes rho, one mini-batch at a time, and takes the optimizer's steps.
+
 Deviations from the released code of the paper:
 
 1. Old log-probabilities are recorded during sampling, from the distribution sampled from; there is no second pass.
@@ -26,6 +28,7 @@ import torch
 
 from entrace.analysis.trace import TraceWriter
 from entrace.analysis.trace.sampling import TokenSampling
+from entrace.trainer.algorithm.advantages import group_relative_advantage
 from entrace.trainer.algorithm.plateau import PlateauDetector
 from entrace.trainer.algorithm.shaping import shape
 from entrace.trainer.config import Config
@@ -114,9 +117,12 @@ def _run_steps(
     sampling = TokenSampling.of(writer.manifest)
     for step in range(state.step + 1, config.steps + 1):
         batch = collect_batch(config, learner.policy, source, step, ranks)
-        advantages = batch.advantages[:, None].expand_as(batch.rollouts.response_mask)
+        advantages = group_relative_advantage(
+            batch.total_rewards, batch.group_ids, config.loss.normalize_std, batch.has_verdict
+        )
         rollouts = view_rollouts(batch, config.seed, Stream.SHAPING, step)
-        shaped, is_shaped = shape(advantages, rollouts, config.shaping, step, plateau.plateau_step)
+        per_token = advantages[:, None].expand_as(rollouts.response_mask)
+        shaped, is_shaped = shape(per_token, rollouts, config.shaping, step, plateau.plateau_step)
         objectives = make_objectives(config, batch, shaped, step, [entropy for entropy, _ in plateau.history])
         started = time.perf_counter()
         tokens = sample_tokens(config, sampling, batch, step, state.next_rollout_id)
@@ -129,6 +135,7 @@ def _run_steps(
         record_batch(
             writer,
             batch,
+            advantages,
             shaped,
             after,
             step=step,

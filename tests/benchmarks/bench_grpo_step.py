@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from entrace.analysis.trace import TraceWriter
+from entrace.trainer.algorithm.advantages import group_relative_advantage
 from entrace.trainer.algorithm.shaping import shape
 from entrace.trainer.config import Config, load_config
 from entrace.trainer.kernels.token_stats import Softmax, Sums
@@ -73,8 +74,11 @@ class Ours:
             batch = collect_batch(config, self.learner.policy, self.source, self.step)
             rollouts = batch.rollouts
             context = view_rollouts(batch, config.seed, Stream.SHAPING, self.step)
-            advantages = batch.advantages[:, None].expand(rollouts.response_ids.shape)
-            shaped, _ = shape(advantages, context, config.shaping, self.step, None)
+            advantages = group_relative_advantage(
+                batch.total_rewards, batch.group_ids, config.loss.normalize_std, batch.has_verdict
+            )
+            per_token = advantages[:, None].expand(rollouts.response_ids.shape)
+            shaped, _ = shape(per_token, context, config.shaping, self.step, None)
             before = time.perf_counter()
             metrics = self.learner.update(batch, make_objectives(config, batch, shaped, self.step), self.step)
         if self.learner.policy.device.type == "cuda":
@@ -84,7 +88,8 @@ class Ours:
             first = (self.step - 1) * len(batch.prompts)
             captured = sample_tokens(config, config.record.token_sampling, batch, self.step, first).captured
             after = self.learner.capture(batch, metrics, captured) if config.record.captures(self.step) else None
-            record_batch(self.writer, batch, shaped, after, step=self.step, first_rollout_id=first, temperature=1.0)
+            place = {"step": self.step, "first_rollout_id": first}
+            record_batch(self.writer, batch, advantages, shaped, after, **place, temperature=1.0)
             if self.step % config.record.flush_every == 0:
                 self.writer.flush(self.step)
         ended = time.perf_counter()

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from entrace.trainer import cli
+from entrace.trainer.algorithm.advantages import group_relative_advantage
 from entrace.trainer.algorithm.method import RolloutView
 from entrace.trainer.config import Config, PolicyConfig, load_config
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.resources import CONFIGS
+from entrace.trainer.rollouts import Batch
 from entrace.trainer.tasks import Task, load_task
 
 # Small enough for seconds, large enough that groups are mixed and responses end at different places.
@@ -88,6 +90,16 @@ def call(capsys, monkeypatch):
         return stopped.value.code, output.out, output.err
 
     return run
+
+
+def advantages_of(config: Config, batch: Batch) -> torch.Tensor:
+    """Return what the loop computes of a batch, (B,)."""
+    return group_relative_advantage(batch.total_rewards, batch.group_ids, config.loss.normalize_std, batch.has_verdict)
+
+
+def token_advantages(config: Config, batch: Batch) -> torch.Tensor:
+    """Return ``advantages_of`` for each token, (B, T)."""
+    return advantages_of(config, batch)[:, None].expand(batch.rollouts.response_ids.shape)
 
 
 def table(run, name):

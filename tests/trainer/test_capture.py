@@ -14,7 +14,7 @@ from entrace.trainer.runs.record import record_batch, sample_tokens
 from entrace.trainer.sampling.backend import backend_of
 from entrace.trainer.train import train
 
-from .conftest import SMALL
+from .conftest import SMALL, token_advantages
 
 SCORED = ["logprob_after", "entropy_after"]
 CAPTURED = [*SCORED, "is_clipped"]
@@ -42,11 +42,11 @@ def test_values_equal_a_float64_pass_with_the_updated_weights(policy, task, tmp_
     config = load_config("tiny", [*SMALL, *LEAP, "rollout.temperature=0.8", "optim.micro_batch_tokens=300"])
     learner = Learner(config, policy)
     batch = collect_batch(config, policy, PromptSource(task), step=1)
-    advantages = batch.advantages[:, None].expand(batch.rollouts.response_ids.shape)
+    advantages = token_advantages(config, batch)
     metrics = learner.update(batch, make_objectives(learner.config, batch, advantages, step=1), step=1)
     writer = TraceWriter.create(tmp_path / "run", {"run_id": "run"}, policy.vocab())
     after = learner.capture(batch, metrics, torch.nonzero(batch.is_kept).squeeze(1))
-    record_batch(writer, batch, advantages, after, step=1, first_rollout_id=0, temperature=0.8)
+    record_batch(writer, batch, advantages[:, 0], advantages, after, step=1, first_rollout_id=0, temperature=0.8)
     writer.flush(1)
     tokens = read(tmp_path / "run", "tokens")
     assert (tokens["logprob"] - tokens["logprob_after"]).abs().max() > 0.1, "the update changed nothing"
@@ -129,7 +129,7 @@ def test_any_epoch_counts(policy, task):
     """The fraction clipped in any epoch is at least the mean over epochs, and at most their sum."""
     config = load_config("tiny", [*SMALL, *LEAP, "optim.epochs=5", "optim.mini_batches=2"])
     batch = collect_batch(config, policy, PromptSource(task), step=1)
-    advantages = batch.advantages[:, None].expand(batch.rollouts.response_ids.shape)
+    advantages = token_advantages(config, batch)
     metrics = Learner(config, policy).update(batch, make_objectives(config, batch, advantages, step=1), step=1)
     share = float(metrics.is_clipped.sum() / batch.rollouts.lengths[batch.is_kept].sum())
     mean = metrics.clip_frac_low + metrics.clip_frac_high
@@ -166,6 +166,6 @@ def test_a_step_without_kept_groups_captures_nothing(policy: Policy, task, small
     sample = sample_tokens(small_config, small_config.record.token_sampling, batch, step=2, first_rollout_id=0)
     after = learner.capture(batch, metrics, sample.captured)
     assert metrics.loss == 0.0
-    assert not after.is_scored.any()
+    assert not after.is_evaluated.any()
     assert not after.is_clipped.any()
     assert not after.logprob_after.any()

@@ -14,6 +14,8 @@ from entrace.trainer.sampling.sampler import sample, sample_at
 from entrace.trainer.sampling.samples import SamplingParams
 from entrace.trainer.sampling.token_sampler import invert_cdf
 
+from .conftest import token_advantages
+
 
 class FixedNumbers:
     """Return given uniform numbers in place of a generator."""
@@ -96,7 +98,7 @@ def test_an_update_uses_the_sampling_distribution(policy, task, small_config):
     rollout = small_config.rollout.model_copy(update={"top_p": 0.8, "top_k": 20})
     config = small_config.model_copy(update={"rollout": rollout})
     batch = collect_batch(config, policy, PromptSource(task), step=1)
-    advantages = batch.advantages[:, None].expand(batch.rollouts.response_ids.shape)
+    advantages = token_advantages(config, batch)
     metrics = Learner(config, policy).update(batch, make_objectives(config, batch, advantages, step=1), step=1)
     is_kept = batch.is_kept[:, None] & batch.rollouts.response_mask
     assert not metrics.is_clipped.any()

@@ -19,7 +19,7 @@ from entrace.trainer.rollouts import PromptSource, collect_batch
 from entrace.trainer.runs.record import record_batch, sample_tokens
 from entrace.trainer.train import train
 
-from .conftest import SMALL
+from .conftest import SMALL, token_advantages
 
 SHAPE = [*SMALL, "steps=8", "record.flush_every=2", "record.checkpoint_every=4", "record.after_update_every=5"]
 FEWER = ["record.after_update_responses=3"]
@@ -112,7 +112,7 @@ def test_processes_store_together_what_one_would_store(policy, task, tmp_path):
     """Each process records the responses that it sampled."""
     config = load_config("tiny", [*SMALL, "record.token_responses=0.4"])
     batch = collect_batch(config, policy, PromptSource(task), step=1)
-    shaped = batch.advantages[:, None].expand(batch.rollouts.response_ids.shape)
+    shaped = token_advantages(config, batch)
     is_own = torch.arange(len(batch.prompts)) % 2 == 0
     stored = {}
     for name, own in {"one": torch.ones_like(is_own), "even": is_own, "odd": ~is_own}.items():
@@ -120,7 +120,15 @@ def test_processes_store_together_what_one_would_store(policy, task, tmp_path):
         sample = sample_tokens(config, config.record.token_sampling, batch, 1, 9)
         writer = TraceWriter.create(tmp_path / name, {"run_id": "r"}, policy.vocab())
         record_batch(
-            writer, batch, shaped, None, step=1, first_rollout_id=9, temperature=1.0, is_stored=sample.is_stored
+            writer,
+            batch,
+            shaped[:, 0],
+            shaped,
+            None,
+            step=1,
+            first_rollout_id=9,
+            temperature=1.0,
+            is_stored=sample.is_stored,
         )
         writer.flush(1)
         stored[name] = set(read(tmp_path / name, "tokens")["rollout_id"])

@@ -15,14 +15,14 @@ from entrace.trainer.learner import Learner, learning_rate, make_objectives, min
 from entrace.trainer.rollouts import PromptSource, collect_batch
 from entrace.trainer.tasks import Score
 
-from .conftest import SMALL
+from .conftest import SMALL, token_advantages
 
 
 def make_case(policy, task, *overrides):
     config = load_config("tiny", [*SMALL, *overrides])
     learner = Learner(config, policy)
     batch = collect_batch(config, policy, PromptSource(task), step=1)
-    return config, learner, batch, batch.advantages[:, None].expand(batch.rollouts.response_ids.shape)
+    return config, learner, batch, token_advantages(config, batch)
 
 
 def gradients(policy):
@@ -146,7 +146,7 @@ def test_first_update_has_ratio_one_and_zero_loss(policy, task):
     _, learner, batch, advantages = make_case(policy, task)
     metrics = learner.update(batch, make_objectives(learner.config, batch, advantages, step=1), step=1)
     rows = batch.is_kept
-    weights = (batch.advantages * batch.rollouts.lengths)[rows].sum() / batch.rollouts.lengths[rows].sum()
+    weights = (advantages[:, 0] * batch.rollouts.lengths)[rows].sum() / batch.rollouts.lengths[rows].sum()
     assert metrics.loss == pytest.approx(-float(weights), abs=1e-4)
     assert (metrics.clip_frac_low, metrics.clip_frac_high, metrics.kl) == (0.0, 0.0, None)
 
@@ -235,7 +235,7 @@ def judged_by(task, monkeypatch, verdict):
 
 
 def test_dynamic_sampling_keeps_mixed_groups_and_bounds_refills(policy, task):
-    _, _, batch, _ = make_case(policy, task, "rollout.max_refills=1")
+    _, _, batch, advantages = make_case(policy, task, "rollout.max_refills=1")
     is_correct = torch.tensor([score.is_correct for score in batch.scores])
     for group in batch.group_ids.unique():
         is_mixed = len(is_correct[batch.group_ids == group].unique()) > 1
@@ -245,7 +245,7 @@ def test_dynamic_sampling_keeps_mixed_groups_and_bounds_refills(policy, task):
     groups = int(batch.group_ids[-1]) + 1
     first_round = batch.is_kept[: 6 * 4].sum() // 4
     assert groups == 12 - first_round
-    assert batch.advantages.isfinite().all()
+    assert advantages.isfinite().all()
 
 
 PENALIZED = ["rollout.overlong_buffer_tokens=60", "rollout.max_refills=0"]
@@ -265,12 +265,12 @@ def test_wrong_answers_of_different_length_are_dropped_by_correctness(policy, ta
 
 def test_penalties_are_on_the_scale_of_rewards(policy, task, monkeypatch):
     judged_by(task, monkeypatch, lambda text, i: float(i % 2))
-    _, _, unit, _ = make_case(policy, task, *PENALIZED)
-    _, _, signed, _ = make_case(policy, task, *PENALIZED, "task.reward_values=[-1, 1]")
+    _, _, unit, unit_advantages = make_case(policy, task, *PENALIZED)
+    _, _, signed, signed_advantages = make_case(policy, task, *PENALIZED, "task.reward_values=[-1, 1]")
     assert unit.rewards.unique().tolist() == [0, 1]
     assert signed.rewards.unique().tolist() == [-1, 1]
     torch.testing.assert_close(signed.length_penalties, 2 * unit.length_penalties)
-    torch.testing.assert_close(signed.advantages, unit.advantages, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(signed_advantages, unit_advantages, rtol=1e-4, atol=1e-5)
     assert unit.length_penalties.min() >= -0.5
 
 
@@ -303,7 +303,7 @@ def test_responses_without_a_verdict_enter_neither_group_mean_nor_loss(policy, t
     assert torch.equal(batch.is_kept, is_judged)
     assert {batch.drop_reasons[row] for row in torch.nonzero(~is_judged)} == {"no_verdict"}
     # 1, 0, 1 in each group: mean 2/3, standard deviation .5774.
-    assert batch.advantages[:4].tolist() == pytest.approx([0, 0.57735, -1.1547, 0.57735], abs=1e-4)
+    assert advantages[:4, 0].tolist() == pytest.approx([0, 0.57735, -1.1547, 0.57735], abs=1e-4)
     rows = torch.cat(list(mini_batches(config, batch, 1)))
     assert is_judged[rows].all()
     assert learner.update(batch, make_objectives(learner.config, batch, advantages, step=1), step=1).grad_norm > 0
@@ -332,11 +332,11 @@ def test_masked_truncated_responses_enter_the_mean_but_not_the_loss(policy, task
     assert torch.equal(batch.is_kept, ~cut)
     assert {batch.drop_reasons[row] for row in torch.nonzero(cut)} == {"truncated"}
     # The group's mean and spread are those of all its responses.
-    _, _, unmasked, _ = make_case(policy, task, *options)
-    assert torch.equal(batch.advantages, unmasked.advantages)
+    _, _, _, unmasked = make_case(policy, task, *options)
+    assert torch.equal(advantages, unmasked)
     found = learner.update(batch, make_objectives(learner.config, batch, advantages, step=1), step=1)
     # At ratio 1 the loss is minus the weighted mean advantage; its denominators differ by aggregation.
-    lengths, values = batch.rollouts.lengths.double(), batch.advantages.double()
+    lengths, values = batch.rollouts.lengths.double(), advantages[:, 0].double()
     total = -(values * lengths)[~cut].sum()
     wanted = {
         "token_mean": total / lengths[~cut].sum(),

@@ -69,6 +69,7 @@ def record_prompts(writer: TraceWriter, prompts: list[Prompt]) -> None:
 def record_batch(
     writer: TraceWriter,
     batch: Batch,
+    advantages: Tensor,
     shaped: Tensor,
     after: AfterUpdate | None,
     *,
@@ -83,6 +84,7 @@ def record_batch(
     Args:
         writer: The trace; rank 0 writes the prompts.
         batch: Responses of the step, dropped groups included.
+        advantages: Group-relative advantages, (B,).
         shaped: Shaped advantages, (B, T).
         after: Effect of the update on the kept responses; None on steps without capture.
         step: Current step; the sampling policy had received ``step - 1`` updates.
@@ -111,6 +113,7 @@ def record_batch(
             "temperature": temperature,
             "entropy_kind": "exact",
             "policy_step": step - 1,
+            "advantage": advantages.numpy()[own],
             **_response_columns(batch, own),
         },
     )
@@ -135,7 +138,7 @@ def record_batch(
             "token_id": rollouts.response_ids.numpy()[mask],
             "logprob": rollouts.stats.logprob.numpy()[mask],
             "entropy": rollouts.stats.entropy.numpy()[mask],
-            "advantage": batch.advantages.numpy()[rows],
+            "advantage": advantages.numpy()[rows],
             "shaped_advantage": shaped.numpy()[mask],
             "grad_norm": grad_norm.numpy()[mask],
             "is_correct": is_correct.take(pa.array(rows)),
@@ -152,8 +155,8 @@ def _after_columns(batch: Batch, after: AfterUpdate, mask: np.ndarray, rows: np.
 
     Clipping is known for all responses in the update, probabilities only for those that were evaluated again.
     """
-    is_kept, is_scored = batch.is_kept.numpy()[rows], after.is_scored.numpy()[rows]
-    is_known = {"logprob_after": is_scored, "entropy_after": is_scored, "is_clipped": is_kept}
+    is_kept, is_evaluated = batch.is_kept.numpy()[rows], after.is_evaluated.numpy()[rows]
+    is_known = {"logprob_after": is_evaluated, "entropy_after": is_evaluated, "is_clipped": is_kept}
     return {name: pa.array(getattr(after, name).numpy()[mask], mask=~known) for name, known in is_known.items()}
 
 
@@ -183,7 +186,6 @@ def _response_columns(batch: Batch, own: np.ndarray) -> dict[str, Any]:
         "surprisal_mean": surprisal.numpy()[own],
         "ppl": surprisal.exp().numpy()[own],
         "ppl_z": z.numpy()[own],
-        "advantage": batch.advantages.numpy()[own],
     }
 
 
