@@ -23,9 +23,10 @@ study: $(READY)  ## the main job: train three arms, record, compare, report
 	$(BIN)/entrace study --resume
 
 # Tests of one module share what they train, and tests/conftest.py puts long modules first. Each process computes on one
-# core, but many tests wait for others, so one more process than cores is faster.
+# core, but many tests wait for others, so one more process than cores is faster. Where a test trains on two threads,
+# they sleep while they wait for each other, and leave the core to other tests.
 test: $(READY)   ## the tests, in one more process than there are cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $$(($$(getconf _NPROCESSORS_ONLN) + 1)) \
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $$(($$(getconf _NPROCESSORS_ONLN) + 1)) \
 		--dist loadscope --no-loadscope-reorder
 
 test-slow: $(READY)  ## the tests that take minutes

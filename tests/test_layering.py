@@ -14,10 +14,12 @@ FOLDERS = ("analysis", "trainer")
 
 def module_of(path):
     parts = path.relative_to(REPOSITORY).with_suffix("").parts
-    return ".".join(("entrace", *parts)).removesuffix(".__init__")
+    return ".".join(("entrace", *parts) if parts[0] != "entrace" else parts).removesuffix(".__init__")
 
 
-PATHS = {module_of(path): path for folder in FOLDERS for path in sorted((REPOSITORY / folder).rglob("*.py"))}
+# The public API, then both folders; links to them in ``entrace`` are not followed.
+PATHS = {module_of(path): path for path in sorted((REPOSITORY / "entrace").glob("*.py"))}
+PATHS |= {module_of(path): path for folder in FOLDERS for path in sorted((REPOSITORY / folder).rglob("*.py"))}
 
 
 def imported(module, *, at_runtime=False):

@@ -131,12 +131,18 @@ def alone(tmp_path_factory):
 
 
 def launch(arguments, log, sharing="ddp"):
+    """Start two processes in the folder of ``log``, beside a stranger's ``trainer.py``."""
+    (log.parent / "trainer.py").write_text("raise SystemExit('the user\\'s own trainer was imported')\n")
     config = resources.CONFIGS / "accelerate" / f"{sharing}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2]
     command += ["-m", "entrace", *arguments]
     with open(log, "w") as file:
         return subprocess.Popen(
-            list(map(str, command)), stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            list(map(str, command)),
+            stdout=file,
+            stderr=file,
+            cwd=log.parent,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
 
