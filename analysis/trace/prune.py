@@ -181,7 +181,8 @@ def _switch_files(run_dir: Path, manifest: dict[str, Any], replaced: Mapping[str
 def _sampled_steps(parts: Mapping[Path, int | None], manifest: Mapping[str, Any], sampling: TokenSampling) -> set[int]:
     """Return the steps that ``sampling`` selects.
 
-    Captured steps have tokens as well. The rule uses the index of a step rather than its number, because imported traces lack some steps.
+    Captured steps have tokens as well. The rule uses the index of a step rather than its number, because imported
+    traces lack some steps.
     """
     steps = sorted({step for path in parts for step in read_part(path, columns=["step"])["step"].to_pylist()})
     last = manifest.get("total_steps") if manifest.get("status") != "complete" else max(steps, default=0)

@@ -2,9 +2,9 @@
 
 All other tables are complete. Tokens are stored on every k-th step, on the first and the last one, and on steps with
 after-update values, which are useless without tokens. On these steps, a share of the responses is stored, each
-completely. The choice is a function of seed, step, and rollout_id alone. The choice therefore leaves training unchanged,
-is equal for resumed runs and any number of processes, and can be made later (``prune``). Smaller shares choose subsets of
-larger ones.
+completely. The choice is a function of seed, step, and rollout_id alone. The choice therefore leaves training
+unchanged, is equal for resumed runs and any number of processes, and can be made later (``prune``). Smaller shares
+choose subsets of larger ones.
 
 Responses are chosen one by one, not by group: values vary more between prompts than within one, and no statistic needs
 the tokens of a whole group. Values that depend on the group, such as advantage and perplexity, are in table
