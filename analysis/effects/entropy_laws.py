@@ -95,7 +95,8 @@ def between_evaluations(predictor: str) -> Judged:
 def _too_few(run: str, part: pl.DataFrame) -> str:
     """Return why a run has too few evaluations, and how many steps it would need."""
     between = part["num_updates"].mean()
-    found = f"run {run} has {count(part['to_step'].to_numpy(), 'change')} of entropy between evaluations; a verdict needs {MIN_CHANGES}"
+    changes = count(range(part.height), "change")
+    found = f"run {run} has {changes} of entropy between evaluations; a verdict needs {MIN_CHANGES}"
     at_least = f", at this distance {math.ceil(between * MIN_CHANGES)} steps" if isinstance(between, float) else ""
     return f"{found}{at_least}: lower eval.every, or train longer"
 
