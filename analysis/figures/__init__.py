@@ -314,6 +314,12 @@ def entropy_law_calibration(runs: Runs, ax: Axes | None = None) -> Axes:
 
 
 @_listed
+def entropy_forecasts(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the correlation of forecast and measured change of entropy between evaluations (claim E5)."""
+    return draw("entropy_forecasts", runs, ax)
+
+
+@_listed
 def entropy_losses(runs: Runs, ax: Axes | None = None) -> Axes:
     """Draw which tokens contribute to the change of entropy (claim E2)."""
     return draw("entropy_losses", runs, ax)
