@@ -41,7 +41,7 @@ from entrace.analysis.trace.parts import (
     columns_with_values,
     listed_files,
     listed_name,
-    read_part,
+    read_steps,
 )
 from entrace.analysis.trace.places import find, is_remote, reaching, to_place
 from entrace.analysis.trace.plain import well_formed
@@ -118,7 +118,8 @@ def open_runs(
                 files[name] |= {str(path): layout for path, layout in layouts.items()}
             listed = listed_files(folder, manifest)
             gone = [name for name, found in parts.items() if not found and listed.get(name)]
-            progress = _describe_progress(manifest, _read_steps(folder, parts["steps"]), gone)
+            steps = _read_steps(folder, parts["steps"], listed.get("steps", {}), recorded)
+            progress = _describe_progress(manifest, steps, gone)
             damage = f"{digests.DIGESTS} is damaged; see entrace verify {folder}" if recorded.damage else None
             notes[run_id] = "; ".join(filter(None, [progress, damage]))
     asked = BUILT_IN if questions is None else Questions(Path(questions).resolve())
@@ -728,13 +729,18 @@ def _runs_inside(folder: Path) -> list[Path]:
     return [path.parent for path in sorted(folder.glob(f"*/{MANIFEST}"))]
 
 
-def _read_steps(folder: Path, parts: Iterable[Path]) -> list[int]:
+def _read_steps(
+    folder: Path, parts: Iterable[Path], rows: Mapping[str, int | None], recorded: digests.Recorded
+) -> list[int]:
     """Return the recorded steps in ascending order.
 
     Raises:
         InputError: a step is recorded twice, or a file is damaged.
     """
-    steps = sorted(step for path in parts for step in read_part(path, ["step"])["step"].drop_null().to_pylist())
+    names = {path: listed_name(path) for path in parts}
+    steps = sorted(
+        step for path, name in names.items() for step in read_steps(path, rows.get(name), recorded.of(f"steps/{name}"))
+    )
     if twice := next((step for step, following in pairwise(steps) if step == following), None):
         raise InputError(
             f"{folder / 'steps'}: step {twice} is recorded twice; remove the file that is not part of the run"
