@@ -160,8 +160,9 @@ def picture_files(drawn: AbstractContextManager[Figure]) -> dict[str, bytes]:
 
     files = {}
     with drawn as figure, _without_layout_tables():
-        # All formats have the layout of the picture: a layout takes as long as a drawing.
-        figure.draw_without_rendering()
+        # All formats have the layout of the picture: a layout takes longer than a drawing.
+        if layout := figure.get_layout_engine():
+            layout.execute(figure)
         mpl.rcParams["figure.constrained_layout.use"] = False
         figure.set_layout_engine(None)
         for form, stamps in STAMPS.items():

@@ -24,6 +24,7 @@ from entrace.analysis.sandbox.connection import (
     append,
     connect,
     fill,
+    narrow,
     spill_folder,
 )
 from entrace.analysis.sandbox.process import LimitError, Limits, QueryProcess, ReadError
@@ -41,7 +42,7 @@ from entrace.analysis.trace.parts import (
     columns_with_values,
     listed_files,
     listed_name,
-    read_part,
+    read_steps,
 )
 from entrace.analysis.trace.places import find, is_remote, reaching, to_place
 from entrace.analysis.trace.plain import well_formed
@@ -50,6 +51,7 @@ from entrace.analysis.trace.schema import TABLES, Table
 from entrace.analysis.trace.verify import check_run
 
 if TYPE_CHECKING:
+    import duckdb
     import polars as pl
 
     from entrace.analysis.statistics.stages import StageFit
@@ -65,6 +67,9 @@ BUFFERS = 1500 << 20
 GAPS_SHOWN = 3
 # Most values of a column that the note on an empty result lists.
 VALUES_SHOWN = 5
+# A question about at most this share of the runs is answered from their files alone; DuckDB would open all others, too.
+# The views of as many groups of runs are kept.
+NARROW_SHARE, NARROWED = 0.25, 2
 # Most rows of a part of an answer of Spark, which arrives as a whole.
 PART_ROWS = 1 << 16
 
@@ -118,7 +123,8 @@ def open_runs(
                 files[name] |= {str(path): layout for path, layout in layouts.items()}
             listed = listed_files(folder, manifest)
             gone = [name for name, found in parts.items() if not found and listed.get(name)]
-            progress = _describe_progress(manifest, _read_steps(folder, parts["steps"]), gone)
+            steps = _read_steps(folder, parts["steps"], listed.get("steps", {}), recorded)
+            progress = _describe_progress(manifest, steps, gone)
             damage = f"{digests.DIGESTS} is damaged; see entrace verify {folder}" if recorded.damage else None
             notes[run_id] = "; ".join(filter(None, [progress, damage]))
     asked = BUILT_IN if questions is None else Questions(Path(questions).resolve())
@@ -154,7 +160,8 @@ class Runs:
         self._filled: set[str] = set()
         self._runs_kept: dict[str, set[str]] = {view: set() for view in KEPT}
         self._kept: dict[tuple[str, ...], pl.DataFrame] = {}
-        self._finite: set[str] = set()
+        # Runs without NaN and infinity, by table.
+        self._finite: dict[str, set[str]] = {name: set() for name in TABLES}
         self._files = files
         self._columns: dict[str, dict[str, set[str]]] = {}
         self._spark = spark
@@ -162,6 +169,7 @@ class Runs:
         # The connection has one transaction at a time.
         self._connected = threading.RLock()
         self._con = connect(manifests, files, buffers, self._spill)
+        self._narrowed: dict[frozenset[str], duckdb.DuckDBPyConnection] = {}
         for view in KEPT:
             self._con.execute(f"alter view {view} rename to new_{view}")
             self._con.execute(f"create table {view} as from new_{view} limit 0")
@@ -257,7 +265,8 @@ class Runs:
         Raises:
             InputError: a parameter is unknown, or a file cannot be read.
         """
-        given = self._prepare(text, params or {})
+        given = _complete(text, params or {})
+        self._check_tables(text, given.get("runs"))
         self._fill_computed(text)
         with self._connected:
             for view in set() if self._spark else queries.kept_views_in(text):
@@ -283,7 +292,8 @@ class Runs:
         """End all queries that other threads wait for."""
         for process in list(self._processes):
             process.close()
-        self._con.interrupt()
+        for con in (self._con, *self._narrowed.values()):
+            con.interrupt()
         if self._spark:
             self._spark.stop()
 
@@ -470,24 +480,27 @@ class Runs:
         self._check_tables(text)
         return self._run(text, params)
 
-    def _check_tables(self, text: str) -> None:
+    def _check_tables(self, text: str, run_ids: Iterable[str] | None = None) -> None:
         for name in queries.tables_in(text):
-            self._check_finite(TABLES[name])
+            self._check_finite(TABLES[name], run_ids)
 
-    def _check_finite(self, table: Table) -> None:
+    def _check_finite(self, table: Table, run_ids: Iterable[str] | None = None) -> None:
         """Reject a table that holds NaN or infinity, which would silently spread through every mean.
 
-        Each table is scanned once, before the first query that reads it. The scan takes 50 ms per million tokens, about
-        as long as one question, so queries over steps alone do not scan the tokens.
+        The rows of each run (default: of all) are scanned once, before the first query that reads them. The scan takes
+        50 ms per million tokens, about as long as one question, so queries over steps alone do not scan the tokens.
 
         Raises:
             InputError: a float column holds NaN or infinity.
         """
-        if table.name in self._finite or not table.float_columns:
+        chosen = self.manifests.keys() if run_ids is None else self.manifests.keys() & set(run_ids)
+        if not table.float_columns or not (unchecked := chosen - self._finite[table.name]):
             return
         counts = ", ".join(f"count(*) filter (not isfinite({c.name})) as {c.name}" for c in table.float_columns)
         found = self._run(
-            f"select run_id, count(*) as num_rows, {counts} from {table.name} group by all order by 1", {}
+            f"select run_id, count(*) as num_rows, {counts} from {table.name} "
+            "where $runs is null or list_contains($runs, run_id) group by all order by 1",
+            {"runs": None if len(unchecked) == len(self.manifests) else sorted(unchecked)},
         )
         for row in found.iter_rows(named=True):
             if column := next((column for column in table.float_columns if row[column.name]), None):
@@ -498,7 +511,7 @@ class Runs:
                     f"run {row['run_id']}: table {table.name}: column {column.name} is NaN or infinite in "
                     f"{row[column.name]} of {row['num_rows']} rows; {remedy}, and write the trace again"
                 )
-        self._finite.add(table.name)
+        self._finite[table.name] |= unchecked
 
     def _to_query(self, text: str, given: Mapping[str, Any]) -> Query:
         return self._with_computed(text, self._prepare(text, given))
@@ -615,9 +628,10 @@ class Runs:
         import polars as pl
 
         with self._connected:
-            self._con.execute("begin transaction read only")
+            con = self._connection_for(params.get("runs"))
+            con.execute("begin transaction read only")
             try:
-                return interruptible(self._con, lambda: self._con.sql(text, params=params).pl())
+                return interruptible(con, lambda: con.sql(text, params=params).pl())
             except duckdb.Error as error:
                 # The parser and the binder reject a query before it reads a file.
                 if not isinstance(error, duckdb.ParserException | duckdb.BinderException | duckdb.CatalogException):
@@ -626,7 +640,25 @@ class Runs:
             except pl.exceptions.PolarsError as error:
                 raise _unsupported(error) from None
             finally:
-                self._con.execute("rollback")
+                con.execute("rollback")
+
+    def _connection_for(self, run_ids: Iterable[str] | None) -> duckdb.DuckDBPyConnection:
+        """Return the connection that reads the fewest files for a query that names its runs in parameter ``runs``."""
+        chosen = frozenset(self.manifests if run_ids is None else self.manifests.keys() & set(run_ids))
+        if not chosen or len(chosen) > NARROW_SHARE * len(self.manifests):
+            return self._con
+        if chosen not in self._narrowed:
+            if len(self._narrowed) == NARROWED:
+                self._narrowed.pop(next(iter(self._narrowed))).close()
+            folders = {self.manifests[run]["path"] for run in chosen}
+            self._narrowed[chosen] = narrow(
+                self._con,
+                {
+                    table: {path: layout for path, layout in found.items() if str(to_place(path).parents[1]) in folders}
+                    for table, found in self._files.items()
+                },
+            )
+        return self._narrowed[chosen]
 
     def _explain(self, error: Exception, text: str) -> None:
         """Raise what is behind the error of a failed query, if its files or the disk are: DuckDB names neither.
@@ -728,13 +760,18 @@ def _runs_inside(folder: Path) -> list[Path]:
     return [path.parent for path in sorted(folder.glob(f"*/{MANIFEST}"))]
 
 
-def _read_steps(folder: Path, parts: Iterable[Path]) -> list[int]:
+def _read_steps(
+    folder: Path, parts: Iterable[Path], rows: Mapping[str, int | None], recorded: digests.Recorded
+) -> list[int]:
     """Return the recorded steps in ascending order.
 
     Raises:
         InputError: a step is recorded twice, or a file is damaged.
     """
-    steps = sorted(step for path in parts for step in read_part(path, ["step"])["step"].drop_null().to_pylist())
+    names = {path: listed_name(path) for path in parts}
+    steps = sorted(
+        step for path, name in names.items() for step in read_steps(path, rows.get(name), recorded.of(f"steps/{name}"))
+    )
     if twice := next((step for step, following in pairwise(steps) if step == following), None):
         raise InputError(
             f"{folder / 'steps'}: step {twice} is recorded twice; remove the file that is not part of the run"

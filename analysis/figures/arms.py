@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -176,13 +176,15 @@ def lines(ax: Axes, frame: pl.DataFrame, x: str) -> None:
         style.legend(ax, ncols=3)
         return
     shown = _compared(means)
-    for arm, panel in zip(shown, panels(ax, len(shown)), strict=True):
+    found = panels(ax, len(shown))
+    for arm, panel in zip(shown, found, strict=True):
         own = means.filter(arm=arm)
         _line(panel, means.filter(arm=own["baseline"][0]), x, style.GREY)
         _line(panel, own, x, style.BLUE)
         # The values of a sweep are on a separate line.
         titles = [style.fold(part, TITLE_LENGTH) for part in re.split(r" (?=\[)", style.shorten(arm))]
         panel.set_title("\n".join(titles), fontsize=6.5, pad=2, linespacing=0.95)
+    share_limits(found)
 
 
 def line_note(frame: pl.DataFrame) -> str:
@@ -195,9 +197,9 @@ def line_note(frame: pl.DataFrame) -> str:
 
 
 def panels(ax: Axes, count: int) -> list[Axes]:
-    """Replace the inside of ``ax`` by ``count`` panels with common axes.
+    """Replace the inside of ``ax`` by ``count`` panels.
 
-    Panels are placed row by row. ``ax`` keeps its labels and its title.
+    Panels are placed row by row; call ``share_limits`` once they are drawn. ``ax`` keeps its labels and its title.
     """
     import matplotlib as mpl
 
@@ -210,14 +212,23 @@ def panels(ax: Axes, count: int) -> list[Axes]:
         for i in range(count):
             row, column = divmod(i, COLUMNS)
             bounds = (column * width, 1 - (row + 1) * height, width * (1 - GAP_X), height * (1 - GAP_Y))
-            shared: dict[str, Any] = {"sharex": found[0], "sharey": found[0]} if found else {}
-            panel = ax.inset_axes(bounds, **shared)
+            panel = ax.inset_axes(bounds)
             panel.tick_params(labelsize=SMALL, labelleft=column == 0, labelbottom=i + COLUMNS >= count, length=2, pad=2)
             panel.locator_params(axis="y", nbins=4)
             # The last label would touch the first of the next panel.
             panel.locator_params(axis="x", nbins=3, prune="upper")
             found.append(panel)
     return found
+
+
+def share_limits(panels: Sequence[Axes]) -> None:
+    """Give panels the limits that hold the data of all; with shared axes, each drawing step would ask all panels."""
+    first = panels[0]
+    for panel in panels[1:]:
+        first.update_datalim(panel.dataLim.get_points())
+    first.autoscale_view()
+    for panel in panels[1:]:
+        panel.set(xlim=first.get_xlim(), ylim=first.get_ylim())
 
 
 def hide(ax: Axes) -> None:

@@ -57,6 +57,8 @@ STEP = "training step"
 # Heights of a legend letter between the axis and a legend below the axis label, and per further line of tick labels.
 LEGEND_PAD, LEGEND_LINE = 4.4, 1.25
 BAND = 0.18
+# White edges separate markers that lie upon each other.
+MARKER_EDGE: dict[str, Any] = {"markeredgecolor": "w", "markeredgewidth": 0.75}
 
 # Any: matplotlib's stubs require literal types for the keys.
 RC: Any = {
@@ -202,13 +204,9 @@ def line(ax: Axes, frame: pl.DataFrame, x: str, y: str, *, units: str | None = N
 
     The axes keep their labels.
     """
-    labels = {"xlabel": ax.get_xlabel(), "ylabel": ax.get_ylabel()}
-    columns = {x, y, units} - {None}
-    data = frame.select(*columns).to_pandas()
-    # Without labels, seaborn computes all ticks to find out whether they are visible.
-    ax.set(xlabel=x, ylabel=y)
-    sns.lineplot(data, x=x, y=y, units=units, estimator=None, errorbar=None, ax=ax, **options)
-    ax.set(**labels)
+    data = frame.fill_nan(None).drop_nulls([x, y]).sort(*([units] if units else []), x, y)
+    for part in data.partition_by(units, maintain_order=True) if units else [data]:
+        ax.plot(part[x], part[y], **MARKER_EDGE, **options)
     marks.remember(ax, frame, x, y)
 
 

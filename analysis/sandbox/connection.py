@@ -89,6 +89,7 @@ DERIVED = {
 }
 # Columns that the views show instead of null, by table and column.
 DEFAULTS = {("rollouts", "generated_length"): "response_length"}
+CREATE = re.compile(r"^create (?=view|macro)", re.MULTILINE)
 # Characters that brackets make literal in a glob pattern.
 GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
@@ -153,6 +154,24 @@ def connect(
     con.execute("set enable_external_access = false")
     con.execute("set lock_configuration = true")
     return con
+
+
+def narrow(con: duckdb.DuckDBPyConnection, files: Mapping[str, Mapping[str, Layout]]) -> duckdb.DuckDBPyConnection:
+    """Return another connection to the same database whose views read only some of the files.
+
+    Args:
+        con: What ``connect`` returned, with the views of ``queries.KEPT`` renamed to ``new_<name>``.
+        files: As for ``connect``, of some of the runs.
+    """
+    narrowed = con.cursor()
+    for name, text in view_queries(files, _read_parquet):
+        narrowed.execute(f"create temp view {name} as {text}")
+    for text in queries.staging():
+        narrowed.execute(CREATE.sub("create temp ", text))
+    # Rows that are kept are in tables of the database.
+    for view in queries.KEPT:
+        narrowed.execute(f"alter view temp.{view} rename to new_{view}")
+    return narrowed
 
 
 def rows_of_runs(manifests: Mapping[str, Mapping[str, Any]]) -> list[tuple[Any, ...]]:

@@ -105,8 +105,10 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
         raise InputError(f"{run_dir}: not a trace (no {MANIFEST})")
     try:
         data = path.read_bytes()
-        values = json.loads(data.decode())
-        manifest = json.loads(well_formed(json.dumps(values, ensure_ascii=False)))
+        manifest = json.loads(data.decode())
+        # Only an escape can stand for a lone surrogate.
+        if b"\\u" in data:
+            manifest = json.loads(well_formed(json.dumps(manifest, ensure_ascii=False)))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({in_one_line(error)})") from None
     except OSError as error:

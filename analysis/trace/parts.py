@@ -12,18 +12,21 @@ it. Hidden names in the folder of the table would not be enough: patterns of Duc
 
 from __future__ import annotations
 
+import base64
+import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.digests import Digest, End, Recorded
 from entrace.analysis.trace.errors import InputError, fault_of, in_one_line, reason_of
-from entrace.analysis.trace.places import source_of
+from entrace.analysis.trace.places import is_remote, source_of
 from entrace.analysis.trace.schema import TABLES, VERSION_KEY, Table, check_version
 
 if TYPE_CHECKING:
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 PART = re.compile(r"part-(\d+)-(\d+)(?:\.rank-\d+)?(?:\.pruned-(\d+))?\.parquet")
+# A footer ends with the schema as Arrow knows it, in base64 after its key and length, and the versions of the format.
+ARROW_KEY = b"ARROW:schema"
+ARROW_SCHEMA = re.compile(ARROW_KEY + rb"\x18[\x80-\xff]*[\x00-\x7f]([A-Za-z0-9+/]+=*)")
 # Key of run.json.
 FILES = "files"
 # Folder in the run for complete files that run.json does not list yet.
@@ -102,7 +108,8 @@ def listed_files(run_dir: Path, manifest: Mapping[str, Any]) -> Files:
     """
     if manifest.get(FILES) is not None:
         return manifest[FILES]
-    return {name: {path.name: None for path in _find(run_dir, name) if PART.fullmatch(path.name)} for name in TABLES}
+    names = {table: _names_in(run_dir / table) or [] for table in TABLES}
+    return {table: {name: None for name in found if PART.fullmatch(name)} for table, found in names.items()}
 
 
 def list_parts(run_dir: Path, manifest: Mapping[str, Any]) -> dict[str, dict[Path, int | None]]:
@@ -116,19 +123,17 @@ def list_parts(run_dir: Path, manifest: Mapping[str, Any]) -> dict[str, dict[Pat
     """
     listed = listed_files(run_dir, manifest)
     waiting = wait_for_moves(run_dir, listed)
-    parts = {}
+    parts: dict[str, dict[Path, int | None]] = {table: {} for table in TABLES}
     for table in TABLES:
-        is_there = (run_dir / table).exists()
-        rows = {
-            part_path(run_dir, table, name) if (table, name) in waiting else run_dir / table / name: rows
-            for name, rows in listed.get(table, {}).items()
-            if is_there
-        }
-        pending = {path for path in rows if path.parent.name == PENDING}
-        found = sorted({*_find(run_dir, table), *pending}, key=listed_name)
-        if lost := sorted(rows.keys() - set(found)):
-            raise InputError(f"{lost[0]}: missing, although {run_dir.name}/run.json lists it; {remedy(lost[0])}")
-        parts[table] = {path: rows.get(path) for path in found if path in rows or not PART.fullmatch(path.name)}
+        if (names := _names_in(run_dir / table)) is None:
+            continue
+        rows = listed.get(table, {})
+        found = {name: run_dir / table / name for name in names if name in rows or not PART.fullmatch(name)}
+        found |= {name: part_path(run_dir, table, name) for of, name in waiting if of == table}
+        if lost := min((name for name in rows if name not in found), default=None):
+            path = run_dir / table / lost
+            raise InputError(f"{path}: missing, although {run_dir.name}/run.json lists it; {remedy(path)}")
+        parts[table] = {found[name]: rows.get(name) for name in sorted(found)}
     return parts
 
 
@@ -163,11 +168,29 @@ def check_parts(run_dir: Path, manifest: Mapping[str, Any], recorded: Recorded) 
     """
     return {
         table: {
-            path: check_part(path, TABLES[table], rows, recorded.of(f"{table}/{listed_name(path)}"))
+            path: _read_layout(path, TABLES[table], rows, recorded.of(f"{table}/{listed_name(path)}"))
             for path, rows in parts.items()
         }
         for table, parts in list_parts(run_dir, manifest).items()
     }
+
+
+def read_steps(path: Path, rows: int | None, known: Sequence[Digest]) -> Sequence[int]:
+    """Return the steps in a file of table steps, in any order.
+
+    Args:
+        path: A file that ``check_parts`` accepted.
+        rows: Its number of rows, if ``run.json`` lists it.
+        known: Its digests. A file that its writer wrote, and nobody edited, has each step once. If it has as many rows
+            as steps in its name, it is not read.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    match = PART.fullmatch(listed_name(path))
+    if match and len(known) == 1 and rows == int(match[2]) - int(match[1]) + 1:
+        return range(int(match[1]), int(match[2]) + 1)
+    return read_part(path, ["step"])["step"].drop_null().to_pylist()
 
 
 def last_whole_step(run_dir: Path, manifest: Mapping[str, Any]) -> tuple[int, str | None]:
@@ -241,16 +264,64 @@ def check_part(path: Path, table: Table, rows: int | None = None, known: Sequenc
         InputError: the file is damaged or a link, has an unreadable schema version, lacks a column, has a column of
             another type, or has another number of rows.
     """
+    return _check_end(path, _read_end(path), table, rows, known)
+
+
+def _read_layout(path: Path, table: Table, rows: int | None, known: Sequence[Digest]) -> Layout:
+    """Return what ``check_part`` returns, without parsing the footer if the file equals the only digest it ever had.
+
+    The writer counted the rows of such a file. To parse footers would take most of the time in which a study opens.
+    """
+    end = _read_end(path)
+    if len(known) == 1 and known[0].agrees_with(end):
+        match = ARROW_SCHEMA.match(end.data, max(0, end.data.rfind(ARROW_KEY)))
+        if match and (layout := _layout_of(table.name, match[1])):
+            return layout
+    return _check_end(path, end, table, rows, known)
+
+
+@lru_cache(maxsize=64)
+def _layout_of(table: str, schema: bytes) -> Layout | None:
+    """Return the layout of the files of a table with a schema, or None if it takes the rest of a footer to tell.
+
+    Args:
+        table: Name of the table.
+        schema: Arrow's schema in base64.
+    """
+    import pyarrow as pa
+
+    try:
+        found = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(schema)))
+        version = _check_schema(Path(), found, TABLES[table])
+    except (pa.ArrowException, ValueError, InputError):
+        return None
+    return None if "loss_mask" in found.names else Layout(version, _absent(found, TABLES[table]), has_context=False)
+
+
+def _read_end(path: Path) -> End:
+    if path.parent.is_symlink() or not _is_regular(path):
+        raise InputError(f"{path}: a link, or not a regular file; a trace holds regular files only")
+    with _translate_errors(path):
+        return End.of(path)
+
+
+def _is_regular(path: Path) -> bool:
+    if is_remote(path):
+        return path.is_file()
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def _check_end(path: Path, end: End, table: Table, rows: int | None, known: Sequence[Digest]) -> Layout:
+    """Return what ``check_part`` returns, from the end of the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
-        raise InputError(f"{path}: a link, or not a regular file; a trace holds regular files only")
-    with _translate_errors(path):
-        end = End.of(path)
-        # Arrow reads the footer from the end of what it is given.
-        with pq.ParquetFile(pa.BufferReader(end.data)) as file:
-            schema, footer = file.schema_arrow, file.metadata
+    # Arrow reads the footer from the end of what it is given.
+    with _translate_errors(path), pq.ParquetFile(pa.BufferReader(end.data)) as file:
+        schema, footer = file.schema_arrow, file.metadata
     try:
         version = _check_schema(path, schema, table)
     except InputError as error:
@@ -259,10 +330,13 @@ def check_part(path: Path, table: Table, rows: int | None = None, known: Sequenc
         raise _damage(path, f"holds {footer.num_rows} rows, run.json says {rows}")
     if known and not any(digest.agrees_with(end) for digest in known):
         raise _damage(path, digests.DIFFERS)
+    return Layout(version, _absent(schema, table), _has_context(footer))
+
+
+def _absent(schema: pa.Schema, table: Table) -> tuple[str, ...]:
     # Each access to schema.names builds a list.
     names = set(schema.names)
-    absent = tuple(column.name for column in table.columns if column.name not in names)
-    return Layout(version, absent, "loss_mask" in names and _has_context(footer))
+    return tuple(column.name for column in table.columns if column.name not in names)
 
 
 def columns_with_values(path: Path) -> set[str]:
@@ -372,8 +446,15 @@ def _is_null(stats: pq.Statistics | None) -> bool:
     return stats is not None and stats.has_null_count and not stats.num_values
 
 
-def _find(run_dir: Path, table: str) -> list[Path]:
-    return sorted((run_dir / table).glob("*.parquet"))
+def _names_in(folder: Path) -> list[str] | None:
+    """Return the names of the Parquet files of a table in order, or None if it has no folder."""
+    try:
+        names = [path.name for path in folder.iterdir()] if is_remote(folder) else os.listdir(folder)
+    except FileNotFoundError:
+        return None
+    except (NotADirectoryError, PermissionError):
+        return []
+    return sorted(name for name in names if name.endswith(".parquet"))
 
 
 @contextmanager

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from entrace import open_runs
-from entrace.analysis.trace import InputError, TraceWriter, read_manifest, write_manifest
-from entrace.analysis.trace.parts import last_whole_step
+from entrace import Recorder, open_runs
+from entrace.analysis.trace import InputError, TraceWriter, digests, read_manifest, write_manifest
+from entrace.analysis.trace.parts import Layout, check_parts, last_whole_step
+from entrace.analysis.trace.verify import accept_edits
 from tests.analysis.conftest import VOCAB, step_row
 
 PARTS = {step: f"part-{step - 1:06d}-{step:06d}.parquet" for step in (2, 4, 6)}
@@ -127,3 +128,36 @@ def test_a_run_resumed_from_an_earlier_step_must_be_opened_again(run_dir: Path):
     with pytest.raises(InputError, match="deleted since the run was opened; open the run again"):
         runs.sql("select max(step) from steps")
     assert open_runs(run_dir).sql("select max(step) from steps").item() == 2
+
+
+@pytest.mark.parametrize("has_context", [False, True])
+def test_a_file_that_equals_its_digest_has_the_layout_of_its_footer(tmp_path: Path, has_context: bool):
+    recorder = Recorder(tmp_path / "run", VOCAB)
+    recorder.record(
+        step=1,
+        prompt=["1 + 1 ="],
+        response_ids=[[1, 2, 3]],
+        entropy=[[0.5, 0.2, 0.1]],
+        loss_mask=[[True, not has_context, True]],
+        reward=[1.0],
+    )
+    recorder.close()
+    found = list_layouts(tmp_path / "run", digests.read(tmp_path / "run"))
+    assert found == list_layouts(tmp_path / "run", digests.Recorded())
+    assert {layout.has_context for path, layout in found.items() if path.parent.name == "tokens"} == {has_context}
+
+
+def list_layouts(run_dir: Path, recorded: digests.Recorded) -> dict[Path, Layout]:
+    """Return the layout of each file; without digests, its footer is parsed."""
+    parts = check_parts(run_dir, read_manifest(run_dir), recorded)
+    return {path: layout for of_table in parts.values() for path, layout in of_table.items()}
+
+
+def test_steps_of_an_edited_file_are_read(run_dir: Path):
+    """A file as its writer wrote it has the steps in its name; an accepted edit may have repeated one."""
+    path = run_dir / "steps" / PARTS[4]
+    table = pq.read_table(path)
+    pq.write_table(table.take([0, 0]), path)
+    assert accept_edits(run_dir) == [f"steps/{PARTS[4]}"]
+    with pytest.raises(InputError, match="step 3 is recorded twice"):
+        open_runs(run_dir)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
@@ -19,7 +20,8 @@ from polars.testing import assert_frame_equal
 
 from entrace.analysis import queries
 from entrace.analysis.runs import Runs, open_runs
-from entrace.analysis.trace import InputError, TraceWriter, write_manifest
+from entrace.analysis.sandbox.statements import parameter_names
+from entrace.analysis.trace import InputError, Recorder, TraceWriter, write_manifest
 from tests.analysis.conftest import VOCAB, step_row, write_failed
 
 
@@ -373,3 +375,44 @@ def test_other_readers_open_the_folders(tiny_path: Path):
         "format_violation",
         "truncated",
     ]
+
+
+def test_a_question_about_a_few_runs_reads_their_files_only(tmp_path: Path):
+    for number in range(8):
+        write_short_run(tmp_path / "study" / f"r{number}", seed=number)
+    runs = open_runs(tmp_path / "study")
+    chosen = ["r2", "r5"]
+    alone = open_runs([tmp_path / "study" / name for name in chosen])
+    stems = [stem for stem in runs.questions if "runs" in parameter_names(runs.questions.read(stem))]
+    answers = {stem: runs.ask(stem, runs=chosen) for stem in stems}
+    assert sum(answer.height > 0 for answer in answers.values()) >= 10
+    for stem, answer in answers.items():
+        assert_frame_equal(answer, alone.ask(stem, runs=chosen), check_row_order=False, rel_tol=1e-12, abs_tol=1e-12)
+    # The rows of other runs are neither read nor checked; a question about all of them does both.
+    shutil.rmtree(tmp_path / "study" / "r0" / "tokens")
+    assert runs.ask("entropy_by_position", runs=chosen).height
+    with pytest.raises(InputError, match="deleted since the run was opened"):
+        runs.ask("entropy_by_position")
+    # The views of a third group replace those of the first.
+    for name in ("r3", "r4", "r2"):
+        assert runs.ask("stage_dynamics", runs=[name])["run_id"].unique().to_list() == [name]
+
+
+def write_short_run(run_dir: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    recorder = Recorder(run_dir, VOCAB, manifest={"seed": seed, "arm": "none"})
+    for step in range(1, 13):
+        ids = rng.integers(0, len(VOCAB), (8, 6))
+        logprob = -rng.gamma(1, 0.5, ids.shape)
+        recorder.record(
+            step=step,
+            prompt=[f"{i // 4 + step}" for i in range(8)],
+            response_ids=ids,
+            response_mask=np.ones(ids.shape, bool),
+            logprob=logprob,
+            entropy=rng.gamma(2, 0.3, ids.shape),
+            logprob_after=np.minimum(logprob + rng.normal(0, 0.1, ids.shape), 0),
+            entropy_after=rng.gamma(2, 0.3, ids.shape),
+            reward=[0.0, 1.0] * 4,
+        )
+    recorder.close()

@@ -15,6 +15,9 @@ Every breakdown of ``polars_breakdowns`` is also computed with polars' lazy engi
 without intervals on both sides (DuckDB then runs the query with functions that only divide), then with intervals where
 polars can compute them. Values are compared. Opening a study of many small runs is timed in a part of its own.
 
+``--report`` measures the report on a simulated study with the 104 runs of the tiny ablation instead: CPU seconds of a
+new process that opens the study and writes the report, including imports.
+
 Usage: python tests/benchmarks/bench_queries.py --tokens 50000000 --out reports/query_benchmarks.json [--trace DIR]
 """
 
@@ -37,7 +40,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 from polars_breakdowns import COLUMNS, Breakdowns, Mean
-from simulated_trace import write_study, write_trace
+from simulated_trace import write_ablation, write_study, write_trace
 
 import entrace
 from entrace.analysis import queries
@@ -65,6 +68,8 @@ LIMITS = {
 }
 # Runs of the study whose opening is timed.
 STUDY_RUNS = 1000
+# Limit of the CPU seconds of a report on the ablation.
+REPORT_CPU_S = 30.0
 
 
 def read_columns(trace: Path, stems: list[str]) -> dict[str, dict[str, list[str]]]:
@@ -239,6 +244,23 @@ def measure_opening() -> float:
         return statistics.median(timed(entrace.open_runs, study)[0] for _ in range(REPEATS[0]))
 
 
+def measure_report(root: Path) -> dict[str, Any]:
+    """Measure the CPU seconds of a new process that writes the report on an ablation."""
+    study = root / "ablation"
+    if not study.exists():
+        write_ablation(study)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--write-report", str(study), str(Path(folder) / "report")]
+        cpu_s = float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return {"runs": len(list(study.iterdir())), "cores": CORES, **describe_machine(), "report_cpu_s": cpu_s}
+
+
+def print_report_time(study: str, out: str) -> None:
+    """Write the report on a study, then print this process's CPU seconds."""
+    entrace.write_report(entrace.open_runs(study), out)
+    print(time.process_time())
+
+
 def run_benchmark(large: Path, small: Path, stems: list[str]) -> dict[str, Any]:
     """Run all measurements and return the content of the JSON file."""
     peak = peak_memory_gib(large)
@@ -323,23 +345,35 @@ def main() -> None:
         metavar="STEM",
         help="measure these queries only, including those of claims/ (default: all of the report)",
     )
+    parser.add_argument("--report", action="store_true", help="measure the report on an ablation instead")
+    parser.add_argument("--write-report", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--answer-all", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     if arguments.answer_all:
         return answer_all(arguments.answer_all)
+    if arguments.write_report:
+        return print_report_time(*arguments.write_report)
     with tempfile.TemporaryDirectory() as folder:
         root = arguments.trace or Path(folder)
+        if arguments.report:
+            result = measure_report(root)
+            print(f"report on {result['runs']} runs: {result['report_cpu_s']:.1f} CPU s, at most {REPORT_CPU_S:g}")
+            return write(result, arguments.out)
         large, small = (root / f"tokens-{size}" for size in (arguments.tokens, arguments.tokens // SHRINK))
         for trace in (large, small):
             if not trace.exists():
                 write_trace(trace, int(trace.name.removeprefix("tokens-")))
         result = run_benchmark(large, small, arguments.only or questions())
     print(to_table(result))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(rounded(result), indent=2) + "\n")
-    return None
+    return write(result, arguments.out)
+
+
+def write(result: dict[str, Any], out: Path | None) -> None:
+    """Write a result as JSON, if a file is given."""
+    if out:
+        out.write_text(json.dumps(rounded(result), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ first 30% of the steps, and both are almost constant afterwards. Every fifth ste
 from __future__ import annotations
 
 import math
+import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,40 @@ import pyarrow.compute as pc
 from entrace.analysis.terminal.progress import Progress
 from entrace.analysis.trace import Lexicon, TraceWriter
 
-PROMPTS, GROUP = 128, 8
-RESPONSES = PROMPTS * GROUP
-MEAN_LENGTH, MAX_LENGTH = 250, 1024
-TRAIN_PROMPTS, HELDOUT_PROMPTS = 5000, 200
-WORDS = 2000
+GROUP = 8
+TRAIN_PROMPTS = 5000
 KNEE = 0.3
-AFTER_EVERY, EVAL_EVERY, FLUSH_EVERY = 5, 20, 10
-INTERVENTIONS_PER_STEP = 30
+AFTER_EVERY = 5
 LISTED = ["<eos>", "</answer>", *"0123456789+-=()", " so", " then", " because", " if", " wait", " check", " maybe"]
 DEFECTS = [[], ["format_violation"], ["format_violation", "truncated"], ["repetition"], ["irrelevant"]]
+GRID = Path(__file__).parents[2] / "trainer" / "configs" / "tiny-ablation.toml"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of a run: per step, per response, of the vocabulary, and in steps."""
+
+    prompts: int = 128
+    mean_length: int = 250
+    max_length: int = 1024
+    heldout: int = 200
+    words: int = 2000
+    eval_every: int = 20
+    flush_every: int = 10
+    interventions: int = 30
+
+    @property
+    def responses(self) -> int:
+        """Return the number of responses per step."""
+        return self.prompts * GROUP
+
+
+LARGE = Shape()
+# A run of the tiny ablation.
+TINY = Shape(
+    prompts=16, mean_length=35, max_length=64, heldout=100, words=40, eval_every=10, flush_every=20, interventions=0
+)
+TINY_STEPS = 60
 
 
 @dataclass
@@ -37,13 +63,15 @@ class Simulation:
 
     rng: np.random.Generator
     steps: int
+    shape: Shape = LARGE
 
     def __post_init__(self) -> None:
-        self.vocab = LISTED + [f" word{i:04d}" for i in range(WORDS - len(LISTED))]
-        frequency = 1 / (1 + self.rng.permutation(WORDS))
+        words = self.shape.words
+        self.vocab = LISTED + [f" word{i:04d}" for i in range(words - len(LISTED))]
+        frequency = 1 / (1 + self.rng.permutation(words))
         self._cumulative = np.cumsum(frequency / frequency.sum())
         # Words differ in the entropy of the distributions that they are drawn from.
-        self._openness = self.rng.gamma(2, 0.5, WORDS).astype(np.float32)
+        self._openness = self.rng.gamma(2, 0.5, words).astype(np.float32)
         self._texts = pa.array(self.vocab)
         self._categories = pa.array(Lexicon.load().categorize(self.vocab), pa.string())
         self._prompt_ids = pa.array([f"train-{i:05d}" for i in range(TRAIN_PROMPTS)])
@@ -57,20 +85,20 @@ class Simulation:
 
     def responses(self, step: int) -> dict[str, Any]:
         """Draw the columns of responses that do not depend on tokens, one row per response."""
-        rng, done = self.rng, self.progress(step)
-        prompts = self._order[np.arange((step - 1) * PROMPTS, step * PROMPTS) % TRAIN_PROMPTS]
+        rng, done, shape = self.rng, self.progress(step), self.shape
+        prompts = self._order[np.arange((step - 1) * shape.prompts, step * shape.prompts) % TRAIN_PROMPTS]
         ease = np.repeat(self._ease[prompts], GROUP) + 3 * done - 1
-        is_correct = rng.random(RESPONSES) < 1 / (1 + np.exp(-ease))
-        grouped = is_correct.reshape(PROMPTS, GROUP)
+        is_correct = rng.random(shape.responses) < 1 / (1 + np.exp(-ease))
+        grouped = is_correct.reshape(shape.prompts, GROUP)
         std = grouped.std(1, keepdims=True)
-        length = np.exp(rng.normal(np.log(MEAN_LENGTH) - 0.17, 0.6, RESPONSES)).astype(np.int32)
+        length = np.exp(rng.normal(np.log(shape.mean_length) - 0.17, 0.6, shape.responses)).astype(np.int32)
         return {
             "step": step,
             "prompt_id": self._prompt_ids.take(pa.array(np.repeat(prompts, GROUP))),
-            "rollout_id": (step - 1) * RESPONSES + np.arange(RESPONSES),
-            "group_id": (step - 1) * PROMPTS + np.repeat(np.arange(PROMPTS), GROUP),
+            "rollout_id": (step - 1) * shape.responses + np.arange(shape.responses),
+            "group_id": (step - 1) * shape.prompts + np.repeat(np.arange(shape.prompts), GROUP),
             "is_correct": is_correct,
-            "response_length": np.clip(length, 2, MAX_LENGTH),
+            "response_length": np.clip(length, 2, shape.max_length),
             "is_kept": np.repeat(std.ravel() > 0, GROUP),
             "advantage": ((grouped - grouped.mean(1, keepdims=True)) / np.where(std > 0, std, 1)).ravel(),
         }
@@ -78,16 +106,18 @@ class Simulation:
     def tokens(self, responses: dict[str, Any]) -> dict[str, Any]:
         """Draw the tokens of ``responses``, one row per token."""
         rng, step, length = self.rng, responses["step"], responses["response_length"]
-        row = np.repeat(np.arange(RESPONSES), length)
+        row = np.repeat(np.arange(self.shape.responses), length)
         position = np.arange(len(row)) - np.repeat(np.cumsum(length) - length, length)
         advantage = responses["advantage"].astype(np.float32)
         shift_of_length = 0.3 * (2 * position / length[row] - 1) ** 2
-        token_id = np.searchsorted(self._cumulative, rng.random(len(row), dtype=np.float32)).clip(max=WORDS - 1)
+        token_id = np.searchsorted(self._cumulative, rng.random(len(row), dtype=np.float32)).clip(
+            max=self.shape.words - 1
+        )
         level = np.where(responses["is_correct"], 0.35 - 0.05 * self.progress(step), 0.6 - 0.25 * self.progress(step))
         entropy = level[row] * (0.9 + shift_of_length) * self._openness[token_id]
         entropy = (entropy * rng.standard_gamma(0.3, len(row), dtype=np.float32) / 0.3).astype(np.float32)
         logprob = -entropy * rng.standard_exponential(len(row), dtype=np.float32)
-        shaped = (advantage * rng.uniform(0.9, 1.1, RESPONSES)).astype(np.float32)
+        shaped = (advantage * rng.uniform(0.9, 1.1, self.shape.responses)).astype(np.float32)
         spread = np.sqrt(np.maximum(1 - 2 * np.exp(logprob) + np.exp(-entropy), 0))
         columns = {name: _take(responses[name], row) for name in ("prompt_id", "rollout_id", "is_correct", "is_kept")}
         columns |= {
@@ -113,14 +143,14 @@ class Simulation:
         rng, step, length = self.rng, responses["step"], responses["response_length"]
         offsets = np.concatenate(([0], np.cumsum(length)))
         surprisal = -np.add.reduceat(tokens["logprob"], offsets[:-1], dtype=float) / length
-        ln_ppl = surprisal.reshape(PROMPTS, GROUP)
+        ln_ppl = surprisal.reshape(self.shape.prompts, GROUP)
         z = (ln_ppl - ln_ppl.mean(1, keepdims=True)) / (ln_ppl.std(1, keepdims=True) + 1e-6)
         words = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), self._texts.take(pa.array(tokens["token_id"])))
-        bad = rng.random(RESPONSES) < 0.4 - 0.3 * self.progress(step)
-        defect = np.where(bad & ~responses["is_correct"], rng.integers(1, len(DEFECTS), RESPONSES), 0)
+        bad = rng.random(self.shape.responses) < 0.4 - 0.3 * self.progress(step)
+        defect = np.where(bad & ~responses["is_correct"], rng.integers(1, len(DEFECTS), self.shape.responses), 0)
         return {
             **responses,
-            "sample_index": np.tile(np.arange(GROUP), PROMPTS),
+            "sample_index": np.tile(np.arange(GROUP), self.shape.prompts),
             "completion": pc.binary_join(words, ""),  # pyright: ignore[reportAttributeAccessIssue]
             "answer": [None if kind in (1, 2) else "42" for kind in defect],
             "reward": responses["is_correct"].astype(np.float32),
@@ -139,9 +169,9 @@ class Simulation:
     def interventions(self, rollouts: dict[str, Any], tokens: dict[str, Any]) -> dict[str, Any]:
         """Draw interventions on a few tokens of the step."""
         rng = self.rng
-        chosen = np.sort(rng.choice(len(tokens["position"]), INTERVENTIONS_PER_STEP, replace=False))
-        row = tokens["rollout_id"][chosen] % RESPONSES
-        rank = rollouts["ppl"].reshape(PROMPTS, GROUP).argsort(1).argsort(1).ravel()
+        chosen = np.sort(rng.choice(len(tokens["position"]), self.shape.interventions, replace=False))
+        row = tokens["rollout_id"][chosen] % self.shape.responses
+        rank = rollouts["ppl"].reshape(self.shape.prompts, GROUP).argsort(1).argsort(1).ravel()
         names = ("prompt_id", "rollout_id", "position", "response_length", "token_id", "logprob", "entropy")
         original, alternative = rng.integers(0, 9, (2, len(chosen))) / 8
         return {
@@ -150,7 +180,7 @@ class Simulation:
             "seed": 0,
             "step": rollouts["step"],
             "category": _take(self._categories, tokens["token_id"][chosen]),
-            "alternative_id": rng.integers(0, WORDS, len(chosen)),
+            "alternative_id": rng.integers(0, self.shape.words, len(chosen)),
             "ppl": rollouts["ppl"][row],
             "ppl_tercile": 1 + rank[row] * 3 // GROUP,
             "is_correct": rollouts["is_correct"][row],
@@ -158,21 +188,21 @@ class Simulation:
             "accuracy_original": original,
             "accuracy_alternative": alternative,
             "impact": original - alternative,
-            "tokens": 16 * MEAN_LENGTH,
+            "tokens": 16 * self.shape.mean_length,
         }
 
     def evals(self, step: int) -> dict[str, Any]:
         """Draw eight samples for every held-out prompt."""
-        size = HELDOUT_PROMPTS * GROUP
+        size = self.shape.heldout * GROUP
         is_correct = self.rng.random(size) < 0.3 + 0.4 * self.progress(step)
         return {
             "step": step,
             "benchmark": "simulated",
-            "prompt_id": np.repeat([f"heldout-{i:03d}" for i in range(HELDOUT_PROMPTS)], GROUP),
-            "sample_index": np.tile(np.arange(GROUP), HELDOUT_PROMPTS),
+            "prompt_id": np.repeat([f"heldout-{i:03d}" for i in range(self.shape.heldout)], GROUP),
+            "sample_index": np.tile(np.arange(GROUP), self.shape.heldout),
             "answer": np.where(is_correct, "42", "41"),
             "is_correct": is_correct,
-            "response_length": self.rng.integers(2, MAX_LENGTH, size),
+            "response_length": self.rng.integers(2, self.shape.max_length, size),
             "entropy_mean": self.rng.gamma(4, 0.1, size),
             "temperature": 1.0,
         }
@@ -180,24 +210,43 @@ class Simulation:
 
 def write_trace(folder: Path, tokens: int, seed: int = 0) -> Path:
     """Write a run of about ``tokens`` generated tokens, at least 20 steps; return its folder."""
-    steps = max(20, math.ceil(tokens / (RESPONSES * MEAN_LENGTH)))
-    simulation = Simulation(np.random.default_rng(seed), steps)
-    manifest = {"run_id": folder.name, "study": "simulated", "arm": "none", "seed": seed, "total_steps": steps}
-    writer = TraceWriter.create(folder, manifest, simulation.vocab)
-    for split, size in (("train", TRAIN_PROMPTS), ("heldout", HELDOUT_PROMPTS)):
+    steps = max(20, math.ceil(tokens / (LARGE.responses * LARGE.mean_length)))
+    manifest = {"run_id": folder.name, "study": "simulated", "arm": "none", "seed": seed}
+    with Progress(f"write {folder.name}", steps) as bar:
+        _write_run(folder, manifest, Simulation(np.random.default_rng(seed), steps), bar.update)
+    return folder
+
+
+def write_ablation(folder: Path) -> Path:
+    """Write runs with the arms, the seeds, and the size of the tiny ablation, without effects; return their folder."""
+    grid = tomllib.loads(GRID.read_text())
+    cells = [(arm, seed) for arm, table in grid["arms"].items() for seed in table.get("seeds", grid["seeds"])]
+    with Progress(f"write {folder.name}", len(cells)) as bar:
+        for done, (arm, seed) in enumerate(cells, start=1):
+            name = f"{arm}-seed{seed}"
+            manifest = {"run_id": name, "study": folder.name, "arm": arm, "seed": seed, "baseline": grid["baseline"]}
+            _write_run(folder / name, manifest, Simulation(np.random.default_rng(done), TINY_STEPS, TINY))
+            bar.update(done)
+    return folder
+
+
+def _write_run(
+    folder: Path, manifest: dict[str, Any], simulation: Simulation, on_step: Callable[[int], None] = lambda step: None
+) -> None:
+    steps, shape = simulation.steps, simulation.shape
+    writer = TraceWriter.create(folder, {**manifest, "total_steps": steps}, simulation.vocab)
+    for split, size in (("train", TRAIN_PROMPTS), ("heldout", shape.heldout)):
         width = len(str(size - 1)) + (split == "train")
         ids = [f"{split}-{i:0{width}d}" for i in range(size)]
         row = {"split": split, "task": "simulated", "prompt": "6 * 7 =", "ground_truth": "42"}
         writer.append("prompts", {"prompt_id": ids, **row})
     writer.append("evals", simulation.evals(0))
-    with Progress(f"write {folder.name}", steps) as bar:
-        for step in range(1, steps + 1):
-            _append_step(writer, simulation, step)
-            if step % FLUSH_EVERY == 0 or step == steps:
-                writer.flush(step)
-            bar.update(step)
+    for step in range(1, steps + 1):
+        _append_step(writer, simulation, step)
+        if step % shape.flush_every == 0 or step == steps:
+            writer.flush(step)
+        on_step(step)
     writer.finish()
-    return folder
 
 
 def write_study(folder: Path, runs: int) -> Path:
@@ -218,7 +267,9 @@ def write_study(folder: Path, runs: int) -> Path:
         writer.append("prompts", prompt)
         writer.append("evals", evals)
         for step in range(1, 26):
-            writer.append("steps", _step_row(step, accuracy=0.5, format_rate=1.0, entropy=1 / step, tokens=8, kept=2))
+            writer.append(
+                "steps", _step_row(step, accuracy=0.5, format_rate=1.0, entropy=1 / step, tokens=8, kept=2, dropped=126)
+            )
         writer.flush(25)
         writer.finish()
     return folder
@@ -230,8 +281,9 @@ def _append_step(writer: TraceWriter, simulation: Simulation, step: int) -> None
     rollouts = simulation.complete(responses, tokens)
     writer.append("tokens", tokens)
     writer.append("rollouts", rollouts)
-    writer.append("interventions", simulation.interventions(rollouts, tokens))
-    if step % EVAL_EVERY == 0 or step == simulation.steps:
+    if simulation.shape.interventions:
+        writer.append("interventions", simulation.interventions(rollouts, tokens))
+    if step % simulation.shape.eval_every == 0 or step == simulation.steps:
         writer.append("evals", simulation.evals(step))
     accuracy = float(responses["is_correct"].mean())
     row = _step_row(
@@ -241,12 +293,13 @@ def _append_step(writer: TraceWriter, simulation: Simulation, step: int) -> None
         entropy=float(tokens["entropy"].mean(dtype=float)),
         tokens=len(tokens["position"]),
         kept=int(responses["is_kept"].sum()) // GROUP,
+        dropped=int((~responses["is_kept"]).sum()) // GROUP,
     )
     writer.append("steps", row)
 
 
 def _step_row(
-    step: int, *, accuracy: float, format_rate: float, entropy: float, tokens: int, kept: int
+    step: int, *, accuracy: float, format_rate: float, entropy: float, tokens: int, kept: int, dropped: int
 ) -> dict[str, Any]:
     zeros = ("loss", "clip_frac_low", "clip_frac_high", "rollout_s", "reward_s", "update_s", "record_s")
     return dict.fromkeys(zeros, 0.0) | {
@@ -259,7 +312,7 @@ def _step_row(
         "lr": 1e-6,
         "tokens": tokens,
         "groups_kept": kept,
-        "groups_dropped": PROMPTS - kept,
+        "groups_dropped": dropped,
         "is_shaped": False,
     }
 
