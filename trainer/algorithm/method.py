@@ -1,7 +1,7 @@
 """Define, register, and load methods, and generate their config sections.
 
 A method is one function. Its docstring begins with ``equation: summary (source).``, which ``entrace methods`` prints.
-Its keyword parameters are the keys of its config section. A method of your own, in ``my_methods.py``, can be this short::
+Its keyword parameters are the keys of its config section. A method of your own, in ``my_methods.py``, can be short::
 
     def confident(advantages, rollouts, beta: float = 0.5):
         return advantages * (beta * rollouts.logprobs).exp()
