@@ -1,4 +1,4 @@
-"""Weigh recorded tokens as each method would, without training: the coefficient of grad ln p in its loss.
+"""Weigh recorded tokens as each method would, without training.
 
 The weight of a token is w = -d loss / d ln p, taken from the registered shaping and loss by automatic differentiation.
 A step is one mini-batch, and each method has its own settings on top of the defaults.
@@ -33,7 +33,7 @@ class NotRecordedError(Exception):
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """Responses of one step and their tokens, concatenated in the order of the responses.
+    """Responses of one step and their tokens, concatenated in response order.
 
     Attributes:
         step: The step, from 1.
@@ -64,7 +64,7 @@ class RecordedStep:
 
 @dataclass(frozen=True)
 class _ViewWithoutEntropy(RolloutView):
-    """A view whose entropies are unknown, so that a method that reads them is found out."""
+    """A view that raises an error if a method reads the unknown entropies."""
 
     def __getattribute__(self, name: str) -> Any:
         if name == "entropy":
@@ -96,7 +96,9 @@ class Method:
 
 
 def find_methods(own: Iterable[str] = (), overrides: Mapping[str, Any] | None = None) -> list[Method]:
-    """Return every registered method, plain GRPO first, and the user's ``own``; ``overrides`` are nested config values.
+    """Return every registered method, plain GRPO first, and the user's ``own``.
+
+    ``overrides`` are nested config values.
 
     Raises:
         InputError: a method is unknown, or the overrides do not fit it.
@@ -112,10 +114,13 @@ def find_methods(own: Iterable[str] = (), overrides: Mapping[str, Any] | None = 
 
 
 class Weigher:
-    """Weigh the tokens of one step after another by each method that can be represented."""
+    """Weigh tokens, one step at a time, by each method that can be represented."""
 
     def __init__(self, methods: Sequence[Method]) -> None:
-        """Start with all methods; one that turns out not to be representable is marked when a step shows it."""
+        """Start with all methods.
+
+        A method is marked as not representable at the first step that shows it.
+        """
         self.methods = list(methods)
         self._plain = next(method.config.loss for method in methods if method.name == NONE)
 
@@ -188,7 +193,10 @@ class _Padded:
             self.entropy_after = torch.where(self.entropy_after.isnan(), entropy, self.entropy_after)
 
     def view(self, stream: Stream, is_kept: bool = False) -> RolloutView:
-        """Return what methods see; ``is_kept`` leaves out the tokens of responses outside the update."""
+        """Return the view that methods receive.
+
+        ``is_kept`` excludes the tokens of responses outside the update.
+        """
         recorded = self.recorded
         own = RolloutView if recorded.entropy is not None else _ViewWithoutEntropy
         entropy = recorded.logprob if recorded.entropy is None else recorded.entropy
@@ -214,7 +222,10 @@ class _Padded:
         return centered[:, None].expand(self._shape)
 
     def differentiate(self, objectives: Sequence[Objective], log_ratio: Tensor, entropy: Tensor | None) -> np.ndarray:
-        """Return -d loss / d ln p of all tokens, (N,), the sum over passes; 0 outside the update."""
+        """Return -d loss / d ln p of all tokens, (N,), summed over passes.
+
+        Tokens outside the update get 0.
+        """
         log_ratio = log_ratio.requires_grad_()
         rows = torch.arange(self._shape[0])
         for objective in objectives:

@@ -41,9 +41,10 @@ CHANGEABLE_KEYS = (UPDATE_MEMORY, SAMPLING_MEMORY, VLLM_MEMORY, "record.log")
 
 
 class LoraConfig(BaseConfig):
-    """Low-rank adapters of linear layers (LoRA, arXiv 2106.09685): rank r, scale alpha / r, and module names.
+    """Low-rank adapters of linear layers (LoRA, arXiv 2106.09685).
 
-    There is no dropout, so that the policy being updated is the policy that was sampled from.
+    The rank is r, the scale is alpha / r, and ``target_modules`` are module names. There is no dropout, so that the
+    policy being updated is the policy that was sampled from.
     """
 
     r: Positive = 16
@@ -148,7 +149,7 @@ class OptimConfig(BaseConfig):
 
 
 class EvalConfig(BaseConfig):
-    """Held-out evaluation before the first step, every ``every`` steps, and after the last step."""
+    """Held-out evaluation at the start, every ``every`` steps, and at the end."""
 
     every: Positive = 20
     samples: Positive = 8
@@ -157,7 +158,7 @@ class EvalConfig(BaseConfig):
 
 
 class RecordConfig(BaseConfig):
-    """Intervals, in steps, at which rows are written, after-update values captured, and checkpoints saved.
+    """Intervals of recording, in steps: rows, after-update values, checkpoints.
 
     After-update values are captured for at most ``after_update_responses`` of the responses in an update;
     ``after_update_every = 0`` captures none. Tokens are stored on every ``token_steps``-th step, on the first and the
@@ -212,7 +213,10 @@ class Config(BaseConfig):
     @model_validator(mode="before")
     @classmethod
     def _drop_removed_keys(cls, values: Any) -> Any:
-        """Accept a key that no longer exists if it asks for the present behavior, and the old name of a value."""
+        """Accept former keys and values that ask for the present behavior.
+
+        A removed key must have the value that is now the only one. The old name of a value becomes the new name.
+        """
         if not isinstance(values, Mapping):
             return values
         for (section, key, old), new in FORMER_VALUES.items():
@@ -252,7 +256,10 @@ class Config(BaseConfig):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by value: sections generated from methods are not classes that another process can import."""
+        """Pickle by value.
+
+        Sections generated from methods are not classes that another process can import.
+        """
         return _rebuild, (self.model_dump(mode="json"),)
 
     @property
@@ -263,7 +270,9 @@ class Config(BaseConfig):
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file, or a shipped config by name, and apply ``key.path=value`` overrides.
+    """Read a config file or a shipped config, and apply ``key.path=value`` overrides.
+
+    A shipped config is named without a folder, such as ``tiny``.
 
     Raises:
         InputError: no such file, not TOML, an unknown key, a wrong type, or values that exclude each other.

@@ -1,8 +1,8 @@
-"""Plan the memory of a run from its configuration and the shape of its model, without weights or prompts.
+"""Plan the memory of a run, without weights or prompts.
 
-The memory of the update is measured, not computed: one micro-batch of the longest sequences runs forward and backward
-on fake tensors, and the peak of their sizes is counted. Gradient checkpointing, adapters, precision, and any
-architecture are therefore included. The rest, in bytes::
+The configuration and the shape of the model determine the plan. The memory of the update is measured, not computed: one
+micro-batch of the longest sequences runs forward and backward on fake tensors, and the peak of their sizes is counted.
+Gradient checkpointing, adapters, precision, and any architecture are therefore included. The rest, in bytes::
 
     state    4 P + (4 + 8) P_t            float32 weights; of those trained, gradients and AdamW's two moments
              + 4 P with a reference       the frozen policy of loss.kl_coef or record.reference
@@ -110,7 +110,10 @@ class Plan:
 
     @property
     def sharded_sampling(self) -> int:
-        """Return the additional memory of sampling if the state is sharded, bytes: all weights are gathered."""
+        """Return the additional memory of sampling if the state is sharded, bytes.
+
+        Sampling gathers all weights.
+        """
         return self.sampling + 4 * self.parameters
 
     def lines(self) -> list[str]:
@@ -139,7 +142,9 @@ class Plan:
 
 
 def make_plan(config: Config, devices: int = 1) -> Plan:
-    """Plan a run on ``devices`` devices; ``policy.dtype = "auto"`` counts as on a GPU.
+    """Plan a run on ``devices`` devices.
+
+    ``policy.dtype = "auto"`` counts as on a GPU.
 
     Raises:
         InputError: the shape of the model is unknown.
@@ -192,7 +197,7 @@ def make_plan(config: Config, devices: int = 1) -> Plan:
 
 
 def trace_bytes(tokens: float, stored: float, columns: int = 0) -> tuple[int, int]:
-    """Return the smallest and the largest size of a trace of ``tokens`` tokens of which ``stored`` are stored.
+    """Return the smallest and the largest size of a trace, bytes.
 
     Args:
         tokens: Sampled tokens.
@@ -205,7 +210,9 @@ def trace_bytes(tokens: float, stored: float, columns: int = 0) -> tuple[int, in
 
 
 def find_shape(name: str) -> tuple[PreTrainedConfig, str]:
-    """Return architecture and sizes of the model that ``policy.path`` names, and their source.
+    """Return the config of the model that ``policy.path`` names, and its source.
+
+    The config holds the architecture and its sizes.
 
     Raises:
         InputError: the model is not a local folder or file, not in shapes.toml, and its config.json is not on the hub.
@@ -256,7 +263,10 @@ def _sampling_bytes(policy: Policy, rows: int, tokens: int) -> int:
 
 
 def _update_bytes(policy: Policy, rows: int, tokens: int, prompt_tokens: int) -> int:
-    """Return the peak of forward and backward beyond weights and gradients, for ``rows`` x ``tokens`` tokens."""
+    """Return the peak memory of forward and backward, bytes.
+
+    The batch has ``rows`` x ``tokens`` tokens. Weights and gradients are not included.
+    """
     # Autocast does not support the device "meta".
     with FakeTensorMode(allow_non_fake_inputs=True):
         model: Any = policy.model.to_empty(device="cpu")
@@ -275,7 +285,10 @@ def _update_bytes(policy: Policy, rows: int, tokens: int, prompt_tokens: int) ->
 
 
 class PeakMemory(TorchDispatchMode):
-    """Count the memory that operations in the block hold; ``peak`` is its maximum, in bytes."""
+    """Count the memory that operations in the block hold.
+
+    ``peak`` is the maximum, in bytes.
+    """
 
     def __init__(self, held_before: list[Tensor]) -> None:
         """Exclude the memory of ``held_before``."""

@@ -1,4 +1,4 @@
-"""Evaluate a policy: k samples per held-out prompt, with the same random numbers every time."""
+"""Evaluate a policy: k samples per held-out prompt, with fixed random numbers."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def evaluate(
     on_step: Callable[..., None] | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Sample ``eval.samples`` responses to every held-out prompt and score them, distributed over the ranks.
+    """Sample ``eval.samples`` responses per held-out prompt and score them.
 
-    Random numbers depend only on seed, prompt, and sample index. Evaluations of one run at different steps, and of
-    different runs with one seed, are therefore paired.
+    The prompts are distributed over the ranks. Random numbers depend only on seed, prompt, and sample index.
+    Evaluations of one run at different steps, and of different runs with one seed, are therefore paired.
 
     Args:
         config: Sampling limits, temperature, top-p, seed.
@@ -89,7 +89,10 @@ def evaluate(
 
 
 def find_policy(folder: Path, given: Config) -> Config:
-    """Return the configuration that evaluates a folder: a run's own at its latest checkpoint, ``given`` for a model.
+    """Return the configuration that evaluates a folder.
+
+    For a run, it is the run's own configuration with the latest checkpoint. For a model, it is ``given`` with that
+    model.
 
     Raises:
         InputError: the run has no checkpoint.
@@ -102,7 +105,7 @@ def find_policy(folder: Path, given: Config) -> Config:
 
 
 def load_policy_and_task(config: Config) -> tuple[Policy, Task]:
-    """Load policy and task of ``config``, and warn of characters that the tokenizer cannot encode."""
+    """Load policy and task, and warn of characters that the tokenizer cannot encode."""
     policy = Policy.load(config.policy)
     backend_of(policy)
     task = load_task(config.task, config.seed, policy.encode_prompt)

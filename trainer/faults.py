@@ -24,9 +24,10 @@ class TrainingError(RuntimeError):
 
 
 def explain_fault(error: Exception, run_dir: Path) -> Exception:
-    """Return a ``TrainingError`` for a fault of the disk that holds the run or a lost process, else ``error`` itself.
+    """Return a ``TrainingError`` for a disk fault or a lost process, else ``error``.
 
-    The message gives the last recorded step, which is read from the folder. Nothing is written.
+    Only faults of the disk that holds the run count. The message gives the last recorded step, which is read from the
+    folder. Nothing is written.
 
     Args:
         error: The error that ended the run.

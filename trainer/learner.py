@@ -1,4 +1,7 @@
-"""Update the policy: epochs, mini-batches with one objective each, and micro-batches."""
+"""Update the policy over epochs, mini-batches, and micro-batches.
+
+Each mini-batch has one objective per optimizer step.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ VOCABULARY_SUMS = tuple(field.name for field in fields(VocabularySums))
 
 @dataclass
 class UpdateMetrics:
-    """Means over the optimizer steps of one training step; zeros if no group was kept.
+    """Means over the optimizer steps of a training step; 0 if no group was kept.
 
     Attributes:
         is_clipped: Tokens whose gradient was cut off by a bound on the ratio in at least one optimizer step, (B, T).
@@ -78,10 +81,16 @@ class AfterUpdate:
 
 
 class Learner:
-    """Policy, optimizer, and the frozen reference policy if the loss has a KL term or its statistics are recorded."""
+    """Policy, optimizer, and the frozen reference policy.
+
+    The reference exists only if the loss has a KL term or reference statistics are recorded.
+    """
 
     def __init__(self, config: Config, policy: Policy, ranks: Ranks = ALONE) -> None:
-        """Build AdamW; weight decay excludes vectors (norms and biases) unless ``optim.decay_all`` is set."""
+        """Build AdamW.
+
+        Weight decay excludes vectors (norms and biases) unless ``optim.decay_all`` is set.
+        """
         self.config, self.policy, self.ranks = config, policy, ranks
         self.sampling = SamplingParams.of(config.rollout)
         parameters = [p for p in policy.model.parameters() if p.requires_grad]
@@ -134,7 +143,10 @@ class Learner:
 
     @torch.no_grad()
     def capture(self, batch: Batch, metrics: UpdateMetrics, rows: Tensor) -> AfterUpdate:
-        """Evaluate this process's share of the responses ``rows``, (n,), under the updated weights."""
+        """Evaluate responses ``rows``, (n,), under the updated weights.
+
+        Each process evaluates its own responses.
+        """
         is_evaluated = torch.zeros_like(batch.is_own)
         is_evaluated[rows] = True
         is_evaluated &= batch.is_own
@@ -144,7 +156,9 @@ class Learner:
 
     @torch.no_grad()
     def measure(self, batch: Batch, is_stored: Tensor) -> dict[str, Tensor]:
-        """Evaluate what the configuration asks to record beyond sampling; call it before the update.
+        """Evaluate the recorded values that sampling does not give.
+
+        Call this before the update.
 
         Args:
             batch: The step's responses.
@@ -171,7 +185,10 @@ class Learner:
         statistics: Callable[[Policy, Rollouts, Tensor], TokenStats | VocabularySums],
         names: Sequence[str],
     ) -> dict[str, Tensor]:
-        """Return the fields ``names`` of the statistics of responses ``is_evaluated``, (B, T); 0 in other responses."""
+        """Return the fields ``names`` of the statistics of responses, by name, (B, T).
+
+        Responses outside ``is_evaluated``, (B,) bool, get 0.
+        """
         chosen = torch.nonzero(is_evaluated).squeeze(1)
         placed = {name: torch.zeros(rollouts.response_ids.shape) for name in names}
         with policy.unsharded():
@@ -185,7 +202,10 @@ class Learner:
     def _step_optimizer(
         self, rollouts: Rollouts, objective: Objective, rows: Tensor, step: int, is_clipped: Tensor
     ) -> list[float]:
-        """Take one optimizer step; return loss, gradient norm, KL, and clipped shares, and mark ``is_clipped``."""
+        """Take one optimizer step, and mark clipped tokens in ``is_clipped``.
+
+        Return loss, gradient norm, KL, and the shares of tokens clipped at the lower, upper, and dual bound.
+        """
         loss = kl = grad_norm = math.nan
         counts: list[float] = []
         for scale in LOSS_SCALES.get(self.policy.dtype, (1.0,)):
@@ -203,7 +223,10 @@ class Learner:
     def _backward(
         self, rollouts: Rollouts, objective: Objective, rows: Tensor, is_clipped: Tensor, scale: float
     ) -> list[float]:
-        """Accumulate gradients; return loss, KL, and numbers of clipped tokens, and mark ``is_clipped``."""
+        """Accumulate gradients, and mark clipped tokens in ``is_clipped``.
+
+        Return loss, KL, and the numbers of tokens clipped at the lower, upper, and dual bound.
+        """
         sums = torch.zeros(5, dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
         places, ranks = self._places_with_gradient(objective), self.ranks
@@ -231,7 +254,10 @@ class Learner:
         return cut_by_tokens(lengths, budget, is_padded=not self.policy.uses_packing, rank=rank, size=size)
 
     def _places_with_gradient(self, objective: Objective) -> Tensor:
-        """Return the positions of responses that can have a gradient; all of them if the loss has other terms."""
+        """Return the positions of responses that can have a gradient.
+
+        If the loss has a KL or entropy term, these are all responses with tokens.
+        """
         config = self.config.loss
         if config.kl_coef or config.entropy_coef or objective.weights.entropy_coef:
             return torch.nonzero(objective.mask.any(1)).squeeze(1)
@@ -240,7 +266,11 @@ class Learner:
         return places if len(places) else torch.nonzero(objective.mask.any(1)).squeeze(1)[:1]
 
     def _loss_sums(self, rollouts: Rollouts, objective: Objective, rows: Tensor, micro: Tensor) -> list[Tensor]:
-        """Return sums of loss and KL over positions ``micro`` of ``rows``, and the tokens each bound clips, (N,)."""
+        """Return sums of loss and KL over some rows, and the clipped tokens, (N,).
+
+        The rows are at positions ``micro`` of ``rows``. There is one mask of clipped tokens per bound: lower, upper,
+        dual.
+        """
         config, chosen = self.config.loss, rows[micro]
         stats = self._token_stats(self.policy, rollouts, chosen)
         log_ratio = stats.logprob - objective.take(rollouts.old_logprobs[rows], micro).to(self.policy.device)
@@ -257,7 +287,7 @@ class Learner:
         return [loss, kl, result.is_clipped_low, result.is_clipped_high, result.is_clipped_dual]
 
     def _token_stats(self, policy: Policy, rollouts: Rollouts, rows: Tensor) -> TokenStats:
-        """Return token statistics of responses under a policy's current weights, concatenated, (N,)."""
+        """Return statistics of response tokens under a policy's current weights, (N,)."""
         prompts, sampling = [rollouts.prompt_ids[row] for row in rows], self.sampling
         return policy.token_stats(prompts, rollouts.responses(rows), sampling.temperature, sampling.truncation)
 
@@ -285,9 +315,10 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
 def make_objectives(
     config: Config, batch: Batch, advantages: Tensor, step: int, past_entropy: Sequence[float] = ()
 ) -> list[tuple[Tensor, Objective]]:
-    """Return the rows of each mini-batch of a step and its objective, sum_t c_t (w_t L_t + v_t |ln rho_t|).
+    """Return the rows of each mini-batch of a step, with the objective.
 
-    A method with several objectives per mini-batch takes all mini-batches with the first, then all with the second.
+    The objective is sum_t c_t (w_t L_t + v_t |ln rho_t|). A method with several objectives per mini-batch takes all
+    mini-batches with the first, then all with the second.
 
     Args:
         config: Its ``loss`` chooses w, v, and c; see ``algorithm.objectives``.
@@ -308,10 +339,11 @@ def make_objectives(
 
 
 def mini_batches(config: Config, batch: Batch, step: int) -> Iterator[Tensor]:
-    """Yield the rows of each mini-batch of each epoch: whole groups, shuffled, in parts of nearly equal size.
+    """Yield the rows of each mini-batch of each epoch.
 
-    Responses without a verdict are excluded. Truncated responses are included: with ``loss.mask_truncated`` they count
-    in constant denominators, but not in the loss.
+    Groups stay whole. They are shuffled and divided into parts of nearly equal size. Responses without a verdict are
+    excluded. Truncated responses are included: with ``loss.mask_truncated`` they count in constant denominators, but
+    not in the loss.
     """
     groups = batch.group_ids[batch.is_kept].unique().numpy()
     for epoch in range(config.optim.epochs):

@@ -1,4 +1,7 @@
-"""Check the needs of a run besides memory before it starts: data files, tokenizer, verifiers, evaluations."""
+"""Check data files, tokenizer, verifiers, and evaluations before a run starts.
+
+``dry_run`` plans the memory.
+"""
 
 from __future__ import annotations
 
@@ -83,9 +86,10 @@ class Checks:
 
 
 def check_run(config: Config) -> Checks:
-    """Open the files, load the tokenizer, and try the verifiers of a run, without reading weights.
+    """Open the files, load the tokenizer, and try the verifiers of a run.
 
-    A failed check adds a line to ``problems`` instead of raising, so that one call reports all problems.
+    Weights are not read. A failed check adds a line to ``problems`` instead of raising, so that one call reports all
+    problems.
     """
     found = Checks()
     tokenizer = _try(found, lambda: load_tokenizer(config.policy.path))
@@ -163,7 +167,10 @@ def _by_data_source(task: Task) -> dict[str, list[Prompt]]:
 
 
 def _try_verifier(found: Checks, task: Task, name: str, prompts: list[Prompt]) -> None:
-    """Judge right answers in each form that verifiers look for, or an empty response if there are none."""
+    """Judge right answers in each form that verifiers look for.
+
+    If there are no answers, an empty response is judged.
+    """
     with_answer = [prompt for prompt in prompts if prompt.ground_truth is not None]
     if not with_answer:
         task.score("", prompts[0])

@@ -1,4 +1,4 @@
-"""Warn about a run while it trains: settings that do not fit task or verifier show in its first steps."""
+"""Warn about settings that do not fit task or verifier, in a run's first steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Remarks:
         self._is_idle = False
 
     def after_step(self, step: int, batch: Batch) -> None:
-        """Warn if no response or every response reaches the threshold, and of a step without an update."""
+        """Warn if all or no responses reach the threshold, or if a step has no update."""
         if step <= EARLY_STEPS:
             self._early += batch.scores
             if step == min(EARLY_STEPS, self._config.steps):

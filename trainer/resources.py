@@ -1,4 +1,7 @@
-"""Find models and shipped files (base policy, configs, recipes), in a wheel and in a checkout."""
+"""Find models and shipped files: base policy, configs, recipes.
+
+They are found in a wheel and in a checkout.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,9 @@ def find_base_policy() -> Path:
 
 
 def find_model(name: str) -> Path:
-    """Return the path of the model that ``policy.path`` names; a hub model is downloaded or found in the cache.
+    """Return the path of the model that ``policy.path`` names.
+
+    A model on the hub is downloaded, or found in the cache.
 
     Raises:
         InputError: the folder or file does not exist, and the hub does not have the model or cannot be reached.
@@ -33,7 +38,7 @@ def find_model(name: str) -> Path:
 
 
 def find_tokenizer(name: str) -> Path:
-    """Return the path of a model's tokenizer; no weights of a hub model are downloaded.
+    """Return the path of a model's tokenizer, without downloading weights.
 
     Raises:
         InputError: as for ``find_model``.
@@ -60,7 +65,10 @@ def find_local_model(name: str) -> Path | None:
 
 
 def resolve_config(name: str) -> Path:
-    """Return an existing path as given, else the shipped config of that name, such as ``tiny`` or ``tiny.toml``."""
+    """Return an existing path as given, else the shipped config of that name.
+
+    The name may be ``tiny`` or ``tiny.toml``.
+    """
     path = Path(name)
     shipped = CONFIGS / f"{path.name.removesuffix('.toml')}.toml"
     return path if os.path.exists(path) or path.parent != Path() or not os.path.exists(shipped) else shipped

@@ -72,7 +72,10 @@ class Batch:
 
 
 def view_rollouts(batch: Batch, seed: int, stream: Stream, step: int) -> RolloutView:
-    """Return the view of a batch that methods see, with the random numbers of a seed, purpose, and step."""
+    """Return the view of a batch that methods receive.
+
+    Its random numbers depend on seed, purpose, and step.
+    """
     rollouts = batch.rollouts
     return RolloutView(
         rollouts.old_logprobs,
@@ -100,7 +103,7 @@ class PromptSource:
         return [self.task.train_prompt(index) for index in range(start, self.position)]
 
     def first_drawn(self, prompts: Iterable[Prompt]) -> list[Prompt]:
-        """Return the prompts that were not drawn before; rows of a file return in every epoch."""
+        """Return the prompts not drawn before; rows of a file recur in every epoch."""
         new = {prompt.prompt_id: prompt for prompt in prompts if prompt.prompt_id not in self._drawn}
         self._drawn |= new.keys()
         return list(new.values())
@@ -182,7 +185,10 @@ class _Part:
 def _sample_part(
     config: Config, policy: Policy, task: Task, prompts: list[Prompt], place: tuple[int, int], ranks: Ranks
 ) -> _Part:
-    """Sample and score ``group_size`` responses to each prompt of this process; ``place`` is (step, round)."""
+    """Sample and score ``group_size`` responses per prompt of this process.
+
+    ``place`` is (step, round).
+    """
     rollout = config.rollout
     own = ranks.shard(len(prompts))
     started = time.perf_counter()
@@ -208,7 +214,7 @@ def _sample_part(
 
 
 def _mixed(config: Config, parts: list[_Part]) -> Tensor:
-    """Return the groups of a round that differ in the metric of dynamic sampling, (groups,) bool."""
+    """Return the groups of a round that differ in ``filter_metric``, (groups,) bool."""
     scores = [score for part in parts for score in part.scores]
     if config.rollout.filter_metric == "acc":
         values = torch.tensor([bool(score.is_correct) for score in scores])

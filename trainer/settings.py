@@ -1,4 +1,7 @@
-"""Sections of a configuration: pydantic models, TOML, dotted overrides, and one-line errors that name the key."""
+"""Define config sections, overrides, and one-line errors that name the key.
+
+Sections are pydantic models, read from TOML and changed by dotted overrides.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,10 @@ AtLeastTwo = Annotated[int, Field(ge=2)]
 
 
 class BaseConfig(BaseModel):
-    """Base class of every section: unknown keys are errors, values keep their TOML types, and JSON can hold them."""
+    """Base class of every section.
+
+    Unknown keys are errors, values keep their TOML types, and JSON can represent all values.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -83,7 +89,10 @@ AnyConfig = TypeVar("AnyConfig", bound=BaseConfig)
 
 
 def validate_section(model: type[AnyConfig], values: Mapping[str, Any], source: str) -> AnyConfig:
-    """Build a section from nested values, turning the first validation error into one ``InputError`` line."""
+    """Build a section from nested values.
+
+    The first validation error becomes a one-line ``InputError``.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -130,7 +139,7 @@ def nest(key: str, value: Any) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested mappings; values of ``change`` win, and an empty mapping clears a section."""
+    """Merge nested mappings; ``change`` wins, and an empty mapping clears a section."""
     merged = dict(base)
     for key, value in change.items():
         both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping) and value
@@ -139,7 +148,10 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_keys(model: type[BaseConfig], error: ValidationError) -> ValidationError:
-    """Add the valid keys to an error about an unknown key, for a ``model`` that its parent does not know."""
+    """Add the valid keys to an error about an unknown key.
+
+    ``model`` is generated, and the section above it does not know its keys.
+    """
     first = next((e for e in error.errors() if e["type"] == UNKNOWN), None)
     if first is None:
         return error
@@ -181,7 +193,9 @@ def _keys_at(model: type[BaseConfig], path: list[str]) -> list[str]:
 
 
 def import_function(name: str, kind: str) -> Callable[..., Any]:
-    """Import the function that ``module:function`` names; modules of the working directory can be named.
+    """Import the function that ``module:function`` names.
+
+    Modules of the working directory can be named, too.
 
     Args:
         name: ``module:function``.
@@ -222,7 +236,9 @@ def keyword_defaults(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def section_of(function: Callable[..., Any], base: type[BaseConfig] = BaseConfig, **more: Any) -> type[BaseConfig]:
-    """Return a section whose keys, types, and defaults are the keyword parameters of a function.
+    """Return a section whose keys are the keyword parameters of a function.
+
+    Types and defaults are those of the parameters.
 
     Args:
         function: The function; a parameter without an annotation has the type of its default.

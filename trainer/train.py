@@ -107,7 +107,10 @@ def _run_steps(
     state: RunState,
     on_step: Callable[..., None],
 ) -> None:
-    """Train from the step after ``state`` to the last: sample, score, shape, update, record, evaluate."""
+    """Train from the step after ``state`` to the last step.
+
+    A step samples, scores, shapes, updates, records, and evaluates.
+    """
     ranks = learner.ranks
     source = PromptSource(task, state.prompt_position)
     plateau = PlateauDetector(config.shaping.plateau, state.history)

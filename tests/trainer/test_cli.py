@@ -107,7 +107,7 @@ def test_start_up_imports_nothing_heavy():
 def test_methods_are_listed(call):
     code, output, _ = call("methods")
     assert code == 0
-    assert "entropy_advantage: bonus for uncertain tokens" in output
+    assert "entropy_advantage: bonus for uncertainty" in output
     assert "shaping.reweighting: alpha = 0.2" in output
     code, output, _ = call("methods", "--json")
     assert json.loads(output)["nsr"]["source"] == "arXiv 2506.01347"

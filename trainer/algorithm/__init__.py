@@ -1,1 +1,4 @@
-"""The algorithm as equations: advantages, shaping, losses, objectives, plateau; imports torch, numpy, settings."""
+"""Define the algorithm as equations.
+
+Modules: advantages, shaping, losses, objectives, and plateau. Imports only torch, numpy, and ``settings``.
+"""

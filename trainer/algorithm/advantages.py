@@ -15,7 +15,9 @@ EPS = 1e-6
 def group_relative_advantage(
     rewards: Tensor, group_ids: Tensor, normalize_std: bool = True, is_counted: Tensor | None = None
 ) -> Tensor:
-    """Return A_i = (r_i - mean(r)) / (std(r) + eps) within the group of one prompt (GRPO, arXiv 2402.03300).
+    """Return the group-relative advantage of each response (GRPO, arXiv 2402.03300).
+
+    A_i = (r_i - mean(r)) / (std(r) + eps), with mean and standard deviation over the group of one prompt.
 
     Args:
         rewards: One per response, (B,).
@@ -41,7 +43,9 @@ def group_relative_advantage(
 
 
 def mixed_groups(values: Tensor, group_ids: Tensor, is_counted: Tensor) -> Tensor:
-    """Return the groups that dynamic sampling keeps, (num_groups,) bool: their counted values differ.
+    """Return the groups that dynamic sampling keeps, (num_groups,) bool.
+
+    A group is kept if its counted values differ.
 
     Args:
         values: Correctness (0 or 1) or reward of each response, (B,).
@@ -55,10 +59,10 @@ def mixed_groups(values: Tensor, group_ids: Tensor, is_counted: Tensor) -> Tenso
 
 
 def overlong_penalty(lengths: Tensor, max_tokens: int, buffer_tokens: int, factor: float) -> Tensor:
-    """Return the soft penalty on the last ``buffer_tokens`` before the length limit (DAPO, arXiv 2503.14476, eq. 13).
+    """Return the soft overlong penalty (DAPO, arXiv 2503.14476, eq. 13).
 
-    0 up to max - buffer, then falling linearly to ``-factor`` at max; lengths (B,) in tokens, result (B,) float32, on
-    the scale of rewards.
+    The penalty acts on the last ``buffer_tokens`` before the length limit: 0 up to max - buffer, then falling linearly
+    to ``-factor`` at max. Lengths are (B,) in tokens; the result is (B,) float32, on the scale of rewards.
     """
     if buffer_tokens == 0:
         return torch.zeros(len(lengths))
@@ -67,16 +71,20 @@ def overlong_penalty(lengths: Tensor, max_tokens: int, buffer_tokens: int, facto
 
 
 def mean_surprisal(logprobs: Tensor, response_mask: Tensor) -> Tensor:
-    """Return the mean of -logprob over response tokens, (B, T) -> (B,), nats; NaN for an empty response."""
+    """Return the mean surprisal of each response, (B,), nats; NaN if it is empty.
+
+    Surprisal is -logprob, averaged over response tokens; both arguments are (B, T).
+    """
     mask = response_mask.to(logprobs.dtype)
     return -(logprobs * mask).sum(1) / mask.sum(1)
 
 
 def ppl_z(logprobs: Tensor, response_mask: Tensor, group_ids: Tensor) -> Tensor:
-    """Standardize the log perplexity of responses within their groups (released code of arXiv 2508.02260).
+    """Standardize the log perplexity of responses within their groups.
 
     z_i = (ln PPL_i - m) / s with ln PPL = mean surprisal; m and the population standard deviation s are taken over
-    the group's responses inside [Q1 - 1.5 IQR, Q3 + 1.5 IQR]; s below 1e-6 counts as 1.
+    the group's responses inside [Q1 - 1.5 IQR, Q3 + 1.5 IQR]; s below 1e-6 counts as 1. This follows the released code
+    of arXiv 2508.02260.
 
     Args:
         logprobs: (B, T), nats.

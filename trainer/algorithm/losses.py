@@ -1,4 +1,7 @@
-"""The policy loss, per token. Weights and denominators are the caller's; see ``algorithm.objectives``."""
+"""Compute the policy loss per token.
+
+The caller applies weights and denominators; see ``algorithm.objectives``.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +44,11 @@ def policy_loss(
     clip_high: float | Tensor,
     dual_clip: float | None = None,
 ) -> PolicyLoss:
-    """Return max(-rho A, -clip(rho, 1 - clip_low, 1 + clip_high) A), rho = exp(log_ratio).
+    """Return max(-rho A, -clip(rho, 1 - clip_low, 1 + clip_high) A) per token.
 
-    PPO's surrogate (arXiv 1707.06347) with DAPO's two bounds (arXiv 2503.14476). Where A < 0, ``dual_clip`` = c caps
-    rho, so that the loss is at most -c A (dual-clip PPO, arXiv 1912.09729, eq. 5). For c >= 1 + clip_high this equals
-    the two-sided clip of INTELLECT-2 (arXiv 2505.07291).
+    rho = exp(log_ratio). This is PPO's surrogate (arXiv 1707.06347) with DAPO's two bounds (arXiv 2503.14476). Where
+    A < 0, ``dual_clip`` = c caps rho, so that the loss is at most -c A (dual-clip PPO, arXiv 1912.09729, eq. 5). For
+    c >= 1 + clip_high, this equals the two-sided clip of INTELLECT-2 (arXiv 2505.07291).
 
     Args:
         log_ratio: ln p - ln p_old of each token, or ``sequence_log_ratio`` of it, (N,), with gradient.
@@ -81,12 +84,12 @@ def gradient_preserving_loss(
     keep_low: float,
     keep_high: float,
 ) -> PolicyLoss:
-    """Return ``policy_loss`` with a bounded gradient where the clip cuts it off (CE-GPPO, arXiv 2509.20712).
+    """Return ``policy_loss`` with a bounded gradient where the clip cuts it off.
 
-    Where rho < 1 - clip_low and A < 0 the loss is -keep_low (1 - clip_low) rho / sg(rho) A, and where
-    rho > 1 + clip_high and A > 0 it is -keep_high (1 + clip_high) rho / sg(rho) A; sg stops the gradient. With
-    keep_low = keep_high = 0, gradients are those of ``policy_loss``. A token counts as clipped only if nothing of its
-    gradient is kept.
+    The method is CE-GPPO (arXiv 2509.20712). Where rho < 1 - clip_low and A < 0, the loss is
+    -keep_low (1 - clip_low) rho / sg(rho) A, and where rho > 1 + clip_high and A > 0, it is
+    -keep_high (1 + clip_high) rho / sg(rho) A; sg stops the gradient. With keep_low = keep_high = 0, gradients are
+    those of ``policy_loss``. A token counts as clipped only if nothing of its gradient is kept.
     """
     result = policy_loss(log_ratio, advantage, clip_low, clip_high, dual_clip)
     is_low, is_high = result.is_clipped_low, result.is_clipped_high
@@ -107,9 +110,10 @@ def detached_ratio_loss(
     *,
     cap: float,
 ) -> PolicyLoss:
-    """Return -sg(min(rho, cap)) A ln p up to a constant, so that no token loses its gradient (CISPO, 2506.13585).
+    """Return -sg(min(rho, cap)) A ln p up to a constant (CISPO, arXiv 2506.13585).
 
-    The value is -min(rho, cap) A and the gradient that of the equation. The clip bounds have no effect.
+    No token loses its gradient. The value is -min(rho, cap) A and the gradient that of the equation. The clip bounds
+    have no effect.
     """
     del clip_low, clip_high, dual_clip
     weight = log_ratio.detach().clamp(max=math.log(cap)).exp()
@@ -118,10 +122,10 @@ def detached_ratio_loss(
 
 
 def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:
-    """Replace each token's log ratio by the mean over its response (GSPO-token, arXiv 2507.18071, eq. 14).
+    """Replace each token's log ratio by the mean over its response.
 
-    The value is that of the response. The gradient flows to each token separately, which for equal advantages within a
-    response is the gradient of GSPO.
+    The result is the ratio of GSPO-token (arXiv 2507.18071, eq. 14). The value is that of the response. The gradient
+    flows to each token separately, which for equal advantages within a response is the gradient of GSPO.
 
     Args:
         log_ratio: (N,), responses concatenated.
@@ -134,10 +138,11 @@ def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:
 
 
 def kl_penalty(logprob: Tensor, ref_logprob: Tensor, estimator: KLEstimator, clamp: bool = False) -> Tensor:
-    """Estimate KL(policy || reference) per token from sampled tokens (Schulman, "Approximating KL", 2020).
+    """Estimate KL(policy || reference) per token from sampled tokens.
 
-    With d = ref_logprob - logprob: k1 = -d (unbiased, high variance), k2 = d^2 / 2 (biased, its gradient is that of
-    the KL), k3 = exp(d) - 1 - d (unbiased, never negative). All (N,), nats.
+    The estimators are those of Schulman ("Approximating KL", 2020). With d = ref_logprob - logprob: k1 = -d (unbiased,
+    high variance), k2 = d^2 / 2 (biased, its gradient is that of the KL), k3 = exp(d) - 1 - d (unbiased, never
+    negative). All (N,), nats.
 
     ``clamp`` bounds d to +-20 and the estimate to +-10; for k3 this is ``low_var_kl`` of verl.
     """

@@ -1,7 +1,7 @@
-"""Methods: the tokens that one sees, how one is registered or loaded, and how its config section is generated.
+"""Define, register, and load methods, and generate their config sections.
 
 A method is one function. Its docstring begins with ``equation: summary (source).``, which ``entrace methods`` prints.
-Its keyword parameters are the keys of its config section. A method of your own, in ``my_methods.py``, is no more::
+Its keyword parameters are the keys of its config section. A method of your own, in ``my_methods.py``, can be short::
 
     def confident(advantages, rollouts, beta: float = 0.5):
         return advantages * (beta * rollouts.logprobs).exp()
@@ -78,7 +78,10 @@ class RolloutView:
 
 
 class Window(BaseConfig):
-    """Steps at which a shaping method is on, first and last included; ``plateau`` is the step it is detected at."""
+    """Steps at which a shaping method is on, first and last included.
+
+    ``plateau`` is the step at which the plateau is detected.
+    """
 
     start_step: StartStep = 1
     end_step: Positive | None = None
@@ -119,7 +122,7 @@ class MethodSpec:
         return keyword_defaults(self.function)
 
     def parameters(self, config: BaseConfig) -> dict[str, Any]:
-        """Return the keyword arguments of the function as the section of its kind sets them."""
+        """Return the keyword arguments of the function, from the section of its kind."""
         return {name: getattr(getattr(config, self.section), name) for name in self.defaults} if self.section else {}
 
     def build_section(self) -> type[BaseConfig]:
@@ -129,7 +132,10 @@ class MethodSpec:
         return section_of(self.function)
 
     def describe(self) -> dict[str, Any]:
-        """Return equation, summary, and source from the docstring, and the parameters with their defaults."""
+        """Return equation, summary, source, and parameters with their defaults.
+
+        All but the parameters come from the first line of the docstring.
+        """
         first = (inspect.getdoc(self.function) or "").partition("\n")[0]
         headline = HEADLINE.fullmatch(first)
         found = headline.groupdict() if headline else {"equation": "", "summary": first, "source": self.name}
@@ -153,7 +159,9 @@ def shaping(
     start_step: int | Literal["plateau"] = 1,
     replaces: bool = False,
 ) -> Any:
-    """Register a shaping method, ``(advantages (B, T), RolloutView, **parameters) -> (B, T)``.
+    """Register a shaping method.
+
+    Its signature is ``(advantages (B, T), RolloutView, **parameters) -> (B, T)``.
 
     Args:
         function: The method, where the decorator is used without parentheses.
@@ -187,9 +195,10 @@ def objective(
     settings: Mapping[str, Any] | None = None,
     needs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Register a loss variant, ``(advantages (B, T), RolloutView, **parameters) -> TokenWeights``.
+    """Register a loss variant.
 
-    A variant that takes several optimizer steps per mini-batch returns a tuple, one ``TokenWeights`` per step.
+    Its signature is ``(advantages (B, T), RolloutView, **parameters) -> TokenWeights``. A variant that takes several
+    optimizer steps per mini-batch returns a tuple, one ``TokenWeights`` per step.
 
     Args:
         function: The method, where the decorator is used without parentheses.
@@ -208,7 +217,7 @@ def objective(
 
 
 def preset(function: Callable[..., Settings]) -> Callable[..., Settings]:
-    """Register a function that returns the settings, nested as in TOML, that make a method."""
+    """Register a function that returns the settings of a method, nested as in TOML."""
     name = function.__name__
     _register(MethodSpec(name, "preset", function))
     return function
@@ -229,7 +238,7 @@ def find_method(name: str, kind: Kind) -> MethodSpec:
 
 @cache
 def _own_spec(name: str, kind: Kind, function: Callable[..., Any]) -> MethodSpec:
-    """Return the entry of a user's function; cached, since every step of a run asks for it."""
+    """Return the entry of a user's function; cached, since every step asks for it."""
     acts_in = _kind_of(function)
     if kind != acts_in and (acts_in == "loss" or any(s.function is function for s in REGISTRY["shaping"].values())):
         raise InputError(f"{kind} method {name}: it is a {acts_in} method; name it in {acts_in}.method")
@@ -260,7 +269,10 @@ def _kind_of(function: Callable[..., Any]) -> Kind:
 
 
 def split_methods(method: Any) -> list[str]:
-    """Return the names in a list of methods, or in one string that joins them by ``+``; none in anything else."""
+    """Return the names in a list of methods, or in one string joined by ``+``.
+
+    Any other value gives an empty list.
+    """
     if isinstance(method, str):
         return method.split("+")
     is_list = isinstance(method, list | tuple) and all(isinstance(name, str) for name in method)
@@ -268,7 +280,10 @@ def split_methods(method: Any) -> list[str]:
 
 
 def with_sections(kind: Kind, specs: Iterable[MethodSpec], base: type[BaseConfig] = BaseConfig) -> type[BaseConfig]:
-    """Return ``base`` with a key for the section of each method; methods that share one take that of the first."""
+    """Return ``base`` with a key for the section of each method.
+
+    Methods that share a section get that of the first.
+    """
     sections: dict[str, Any] = {}
     for spec in specs:
         if spec.section and spec.section not in sections:
@@ -281,9 +296,10 @@ def with_sections(kind: Kind, specs: Iterable[MethodSpec], base: type[BaseConfig
 def validate_with_own(
     model: type[BaseConfig], kind: Kind, names: Iterable[str], values: Mapping[str, Any], handler: Callable[[Any], Any]
 ) -> Any:
-    """Validate ``values`` as ``handler`` does, with sections for the user's own methods among ``names``.
+    """Validate ``values``, with sections for the user's own methods in ``names``.
 
-    A method that cannot be loaded adds no section; the validator of the key that names it reports why.
+    Otherwise, validation is that of ``handler``. A method that cannot be loaded adds no section; the validator of the
+    key that names it reports why.
     """
     specs = []
     for name in names:
@@ -327,7 +343,10 @@ def _register(spec: MethodSpec) -> None:
 
 
 def _check_section(spec: MethodSpec, section: Any) -> None:
-    """Refuse a method whose section, named by its function, belongs to something with other parameters."""
+    """Refuse a method whose section belongs to something with other parameters.
+
+    The section is named by the method's function.
+    """
     if not spec.section:
         return
     is_section = isinstance(section, type) and issubclass(section, Window if spec.kind == "shaping" else BaseConfig)

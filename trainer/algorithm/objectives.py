@@ -5,6 +5,8 @@ The loss of a mini-batch is a sum over its tokens, with rho_t = p_t / p_t,old an
 
     loss = sum_t c_t (w_t L_t + v_t |ln rho_t|)
 
+1[.] is 1 if the condition holds and 0 otherwise.
+
 A method chooses w, v, L, and the loss mask; an aggregation turns the mask into the scale c. All of them depend only on
 values recorded during sampling, so that a mini-batch may be split into any micro-batches.
 
@@ -109,7 +111,7 @@ def grpo(advantages: Tensor, rollouts: RolloutView) -> TokenWeights:
 def entropy_mask(
     advantages: Tensor, rollouts: RolloutView, top_frac: Fraction = 0.2, denominator: Denominator = "selected"
 ) -> TokenWeights:
-    """w_t = 1 if H_t is among the top_frac highest else 0: high-entropy tokens only (arXiv 2506.01939).
+    """w_t = 1[H_t in highest top_frac]: high-entropy tokens only (arXiv 2506.01939).
 
     ``denominator``: the loss is a mean over the selected tokens, as in the paper, or over all tokens, as in TRL. With
     20% of the tokens selected, the latter is five times smaller.
@@ -140,10 +142,10 @@ def clip_cov(
 
 @objective
 def kl_cov(advantages: Tensor, rollouts: RolloutView, frac: Fraction = 2e-3, coef: NonNegative = 1.0) -> TokenWeights:
-    """v_t = coef for the frac of tokens with the highest cov_t: KL-Cov, keeps entropy, no clip (arXiv 2505.22617).
+    """v_t = coef 1[cov_t in top frac]: KL-Cov, keeps entropy (arXiv 2505.22617).
 
-    cov_t as for Clip-Cov. |ln rho| has no gradient at the first update of a batch: it needs several
-    ``optim.mini_batches`` or ``optim.epochs`` to have an effect.
+    The ratio is not clipped. cov_t is that of Clip-Cov. |ln rho| has no gradient at the first update of a batch: the
+    method needs several ``optim.mini_batches`` or ``optim.epochs`` to have an effect.
     """
     selected = _highest(_covariance(advantages, rollouts), rollouts.response_mask, frac)
     penalty = coef * selected.to(advantages.dtype)
@@ -152,7 +154,7 @@ def kl_cov(advantages: Tensor, rollouts: RolloutView, frac: Fraction = 2e-3, coe
 
 @objective(section="ppl_only")
 def low_ppl_only(advantages: Tensor, rollouts: RolloutView, frac: PositiveFraction = 0.5) -> TokenWeights:
-    """w_t = 1 if PPL_i is among the frac lowest of its group else 0: low perplexity only (arXiv 2508.02260).
+    """w_t = 1[PPL_i in bottom frac of group]: low perplexity only (arXiv 2508.02260).
 
     Mean over the selected tokens; of n responses at least one and at most ``ceil(frac n)`` are selected.
     """
@@ -161,7 +163,7 @@ def low_ppl_only(advantages: Tensor, rollouts: RolloutView, frac: PositiveFracti
 
 @objective(section="ppl_only")
 def high_ppl_only(advantages: Tensor, rollouts: RolloutView, frac: PositiveFraction = 0.5) -> TokenWeights:
-    """w_t = 1 if PPL_i is among the frac highest of its group else 0: high perplexity only (arXiv 2508.02260)."""
+    """w_t = 1[PPL_i in top frac of group]: high perplexity only (arXiv 2508.02260)."""
     return _by_perplexity(advantages, rollouts, frac, -1)
 
 
@@ -289,20 +291,26 @@ def adaptive_entropy(
 
 
 def token_mean(loss_mask: Tensor, max_tokens: int) -> Tensor:
-    """c_t = 1 / N over the N counted tokens of the mini-batch (DAPO, arXiv 2503.14476)."""
+    """c_t = 1 / N for N counted tokens in the mini-batch (DAPO, arXiv 2503.14476)."""
     del max_tokens
     return loss_mask / loss_mask.sum().clamp(min=1)
 
 
 def sequence_mean(loss_mask: Tensor, max_tokens: int) -> Tensor:
-    """c_t = 1 / (R n_i) over the n_i counted tokens of each of R responses that have any (GRPO, arXiv 2402.03300)."""
+    """c_t = 1 / (R n_i), n_i counted tokens in response i (GRPO, arXiv 2402.03300).
+
+    R is the number of responses with counted tokens.
+    """
     del max_tokens
     lengths = loss_mask.sum(1, keepdim=True)
     return loss_mask / (lengths.clamp(min=1) * (lengths > 0).sum().clamp(min=1))
 
 
 def constant(loss_mask: Tensor, max_tokens: int) -> Tensor:
-    """c_t = 1 / (B L) for B responses of at most L tokens, whatever their lengths (Dr.GRPO, arXiv 2503.20783)."""
+    """c_t = 1 / (B L) for B responses of any length (Dr.GRPO, arXiv 2503.20783).
+
+    L is ``max_tokens``, the longest response allowed.
+    """
     return loss_mask / (len(loss_mask) * max_tokens)
 
 
@@ -322,7 +330,7 @@ def _check_method(method: str) -> str:
 
 
 class LossConfig(with_sections("loss", REGISTRY["loss"].values())):
-    """Clipped policy loss: its method, ratio, and denominator, and the optional KL and entropy terms.
+    """Clipped policy loss: method, ratio, denominator, and KL and entropy terms.
 
     ``dual_clip`` caps the ratio of tokens with a negative advantage (verl's ``clip_ratio_c``, TRL's ``delta``).
     ``mask_truncated`` leaves responses that reached the length limit out of the loss; their rewards still enter the
@@ -378,7 +386,9 @@ class Objective:
 
     @classmethod
     def of(cls, config: LossConfig, advantages: Tensor, rollouts: RolloutView, max_tokens: int) -> list[Objective]:
-        """Build one objective per optimizer step: weights by ``config.method``, scale by ``config.aggregation``.
+        """Build one objective per optimizer step.
+
+        ``config.method`` gives the weights, and ``config.aggregation`` the scale.
 
         Args:
             config: The loss.
@@ -400,7 +410,10 @@ class Objective:
 
     @property
     def has_gradient(self) -> Tensor:
-        """Responses that can have a gradient, (B,) bool; every token of the others has loss 0 at any ratio."""
+        """Responses that can have a gradient, (B,) bool.
+
+        Every token of the other responses has loss 0 at any ratio.
+        """
         moves = self.advantages != 0
         if self.weights.penalty is not None:
             moves = moves | (self.weights.penalty != 0)
@@ -411,7 +424,9 @@ class Objective:
         return values[rows][self.mask[rows]]
 
     def evaluate(self, log_ratio: Tensor, rows: Tensor, entropy: Tensor | None = None) -> PolicyLoss:
-        """Return the losses of the tokens of ``rows``; over all rows they sum to the loss of the mini-batch.
+        """Return the losses of the tokens of ``rows``, (N,).
+
+        Over all rows, they sum to the loss of the mini-batch.
 
         Args:
             log_ratio: ln p - ln p_old of these tokens, concatenated, (N,), with gradient.
@@ -440,7 +455,10 @@ class Objective:
 
 
 def _within(result: PolicyLoss, entropy: Tensor, bounds: list[Tensor]) -> PolicyLoss:
-    """Remove the gradient of tokens whose entropy does not lie between the bounds; they count as clipped."""
+    """Remove the gradient of tokens whose entropy is not between the bounds.
+
+    They count as clipped.
+    """
     is_low, is_high = entropy <= bounds[0].to(entropy), entropy >= bounds[1].to(entropy)
     return replace(
         result,
@@ -456,7 +474,10 @@ def _covariance(advantages: Tensor, rollouts: RolloutView) -> Tensor:
 
 
 def _highest(values: Tensor, mask: Tensor, frac: float) -> Tensor:
-    """Select the ``frac`` of masked tokens with the highest values, at least one if there is any, (B, T) bool."""
+    """Select the ``frac`` of masked tokens with the highest values, (B, T) bool.
+
+    If the mask has any tokens, at least one is selected.
+    """
     count = _at_least_one(frac, mask)
     selected = torch.zeros_like(mask)
     places = torch.nonzero(mask)[values[mask].argsort(descending=True, stable=True)[:count]]
@@ -469,7 +490,10 @@ def _at_least_one(frac: float, mask: Tensor) -> int:
 
 
 def _by_perplexity(advantages: Tensor, rollouts: RolloutView, frac: float, sign: int) -> TokenWeights:
-    """Select the ``frac`` of each group with the lowest (``sign`` 1) or highest (-1) perplexity; empty ones last."""
+    """Select the ``frac`` of each group with the lowest or highest perplexity.
+
+    ``sign`` is 1 for the lowest and -1 for the highest. Empty responses come last.
+    """
     surprisal = (sign * mean_surprisal(rollouts.logprobs, rollouts.response_mask)).nan_to_num(torch.inf).numpy()
     groups = rollouts.group_ids.numpy()
     order = np.lexsort((surprisal, groups))

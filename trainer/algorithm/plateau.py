@@ -17,7 +17,7 @@ class PlateauConfig(BaseConfig):
 
 
 class PlateauDetector:
-    """Compare the last window of steps with the one before, for both entropy and accuracy.
+    """Compare the last two windows of steps, for both entropy and accuracy.
 
     With m_0 the mean over the run's first ``window_steps`` steps, m_1 over the last but one window and m_2 over the
     last, a curve is flat when |m_2 - m_1| <= tolerance * |m_2 - m_0|: the latest window added at most the tolerated

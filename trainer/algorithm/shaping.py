@@ -1,4 +1,6 @@
-"""Advantage shaping: one function per method, (B, T) -> (B, T), and ``shape``, which applies those of a config.
+"""Shape advantages: one function per method, (B, T) -> (B, T).
+
+``shape`` applies the methods of a config.
 
 Notation: A is the advantage and A' the shaped advantage of a token; r_t = (t - 1) / |o_i| is the relative position of a
 token, t from 1; p_t is its probability and H_t the entropy of its distribution when it was sampled.
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
 def ppl(
     advantages: Tensor, rollouts: RolloutView, alpha: float = 0.01, clip: tuple[float, float] = (0.8, 1.2)
 ) -> Tensor:
-    """A' = A clamp(1 - alpha z_i, *clip): low-perplexity responses count more (arXiv 2508.02260).
+    """A' = A clamp(1 - alpha z_i, *clip): favors low perplexity (arXiv 2508.02260).
 
     z_i is the log perplexity of the response standardized within its group; see ``advantages.ppl_z``. An empty response
     keeps its advantages.
@@ -66,7 +68,10 @@ def ppl(
 def ppl_high(
     advantages: Tensor, rollouts: RolloutView, alpha: float = 0.01, clip: tuple[float, float] = (0.8, 1.2)
 ) -> Tensor:
-    """A' = A clamp(1 + alpha z_i, *clip): control, high-perplexity responses count more (arXiv 2508.02260)."""
+    """A' = A clamp(1 + alpha z_i, *clip): sign-flipped control (arXiv 2508.02260).
+
+    High-perplexity responses count more.
+    """
     return ppl(advantages, rollouts, -alpha, clip)
 
 
@@ -74,9 +79,9 @@ def ppl_high(
 def ppl_permuted(
     advantages: Tensor, rollouts: RolloutView, alpha: float = 0.01, clip: tuple[float, float] = (0.8, 1.2)
 ) -> Tensor:
-    """A' = A clamp(1 - alpha z_s(i), *clip): control, the factors of ppl shuffled within the group (this toolkit).
+    """A' = A clamp(1 - alpha z_s(i), *clip): shuffled control (this toolkit).
 
-    s permutes the responses of a group at random: the same factors on other responses.
+    s permutes the responses of a group at random: the same factors as in ``ppl``, on other responses.
     """
     factor = _ppl_factor(rollouts, alpha, clip)
     groups = rollouts.group_ids.numpy()
@@ -112,33 +117,48 @@ def position_reversed(
 def entropy_advantage(
     advantages: Tensor, rollouts: RolloutView, alpha: NonNegative = 0.4, kappa: AboveOne = 2.0
 ) -> Tensor:
-    """A' = A + min(alpha H_t, |A| / kappa): bonus for uncertain tokens that flips no sign (arXiv 2506.14758)."""
+    """A' = A + min(alpha H_t, |A| / kappa): bonus for uncertainty (arXiv 2506.14758).
+
+    The bonus flips no sign.
+    """
     bonus = torch.minimum(alpha * rollouts.entropy, advantages.abs() / kappa)
     return torch.where(rollouts.response_mask, advantages + bonus, advantages)
 
 
 @shaping
 def reweighting(advantages: Tensor, rollouts: RolloutView, alpha: Fraction = 0.2) -> Tensor:
-    """A' = A (alpha p_t + 1 - alpha): unlikely tokens, whose gradients are large, count less (arXiv 2505.12929)."""
+    """A' = A (alpha p_t + 1 - alpha): unlikely tokens count less (arXiv 2505.12929).
+
+    Unlikely tokens have large gradients.
+    """
     weight = alpha * rollouts.logprobs.exp() + 1 - alpha
     return torch.where(rollouts.response_mask, advantages * weight, advantages)
 
 
 @shaping
 def psr(advantages: Tensor, rollouts: RolloutView) -> Tensor:
-    """A' = 1 if right else 0: positive sample reinforcement, learns from right responses only (arXiv 2506.01347)."""
+    """A' = 1 if right else 0: learns from right responses only (arXiv 2506.01347).
+
+    This is positive sample reinforcement (PSR).
+    """
     return _by_outcome(advantages, rollouts, 1.0, 0.0)
 
 
 @shaping
 def nsr(advantages: Tensor, rollouts: RolloutView) -> Tensor:
-    """A' = 0 if right else -1: negative sample reinforcement, learns from wrong responses only (arXiv 2506.01347)."""
+    """A' = 0 if right else -1: learns from wrong responses only (arXiv 2506.01347).
+
+    This is negative sample reinforcement (NSR).
+    """
     return _by_outcome(advantages, rollouts, 0.0, -1.0)
 
 
 @shaping
 def weighted_reinforce(advantages: Tensor, rollouts: RolloutView, positive_weight: NonNegative = 0.1) -> Tensor:
-    """A' = positive_weight if right else -1: both, with right responses down-weighted (arXiv 2506.01347)."""
+    """A' = positive_weight if right else -1: NSR + weighted PSR (arXiv 2506.01347).
+
+    Right responses are down-weighted.
+    """
     return _by_outcome(advantages, rollouts, positive_weight, -1.0)
 
 
@@ -146,12 +166,13 @@ def weighted_reinforce(advantages: Tensor, rollouts: RolloutView, positive_weigh
 def quantile_advantage(
     advantages: Tensor, rollouts: RolloutView, quantile: BelowOne = 0.4, interpolate: bool = False
 ) -> Tensor:
-    """A' = (r_i - Q(r)) / (std(r) + eps): QAE, the group's quantile in place of its mean (arXiv 2509.22611).
+    """A' = (r_i - Q(r)) / (std(r) + eps): QAE, quantile baseline (arXiv 2509.22611).
 
-    Q is the smallest reward with at least ``quantile`` of the group at or below it. Of right and wrong responses, only
-    the right ones count where at most 1 - ``quantile`` are right, and only the wrong ones elsewhere, as in the paper.
-    The released code interpolates linearly between two rewards, as ``interpolate`` does: if the quantile lies between a
-    wrong and a right response, both count. Responses without a verdict get 0.
+    The quantile Q replaces the group's mean. Q is the smallest reward with at least ``quantile`` of the group at or
+    below it. Of right and wrong responses, only the right ones count where at most 1 - ``quantile`` are right, and only
+    the wrong ones elsewhere, as in the paper. The released code interpolates linearly between two rewards, as
+    ``interpolate`` does: if the quantile lies between a wrong and a right response, both count. Responses without a
+    verdict get 0.
     """
     values, is_counted = _by_group(rollouts, rollouts.rewards)
     count = is_counted.sum(1, keepdim=True).double()
@@ -186,11 +207,12 @@ def pass_at_k(advantages: Tensor, rollouts: RolloutView, k: Positive = 4) -> Ten
 
 @shaping(replaces=True)
 def unlikeliness(advantages: Tensor, rollouts: RolloutView, beta: Fraction = 0.25) -> Tensor:
-    """A' = A(right (1 - beta k_i / n)): right but unlikely responses earn more, A group-relative (arXiv 2506.02355).
+    """A' = A(right (1 - beta k_i / n)): favors unlikely successes (arXiv 2506.02355).
 
-    k_i counts the responses of the group, of n with a verdict, that are less likely, by the mean log probability of
-    their tokens. The paper ranks from the other end, k_i = n - rank, and by the probability of the whole response; this
-    is the released code. Ties are broken by order. Responses without a verdict get 0.
+    A(.) is the group-relative advantage. k_i counts the responses of the group, of n with a verdict, that are less
+    likely, by the mean log probability of their tokens. The paper ranks from the other end, k_i = n - rank, and by the
+    probability of the whole response; this is the released code. Ties are broken by order. Responses without a verdict
+    get 0.
     """
     likelihood, is_counted = _by_group(rollouts, -mean_surprisal(rollouts.logprobs, rollouts.response_mask))
     likelihood = torch.where(is_counted, likelihood.nan_to_num(-torch.inf), torch.inf)
@@ -203,14 +225,18 @@ def unlikeliness(advantages: Tensor, rollouts: RolloutView, beta: Fraction = 0.2
 
 @shaping
 def released_noop(advantages: Tensor, rollouts: RolloutView) -> Tensor:
-    """A' = A: control, what the study's released perplexity branch does (arXiv 2508.02260, released code)."""
+    """A' = A: control, the released ppl branch (arXiv 2508.02260, released code).
+
+    The study's released code computes the factor of its perplexity branch and never applies it.
+    """
     return advantages
 
 
 def scale_matched(advantages: Tensor, rollouts: RolloutView, mirrored: Tensor) -> Tensor:
-    """A' = A sum|A_m| / sum|A|: control, a constant that gives A the mean magnitude of another method (this toolkit).
+    """A' = A sum|A_m| / sum|A|: control, another method's mean |A| (this toolkit).
 
-    A_m are the advantages as ``shaping.scale_matched.mirrors`` shapes them. If every advantage is 0, all stay 0.
+    The factor is a constant. A_m are the advantages as ``shaping.scale_matched.mirrors`` shapes them. If every
+    advantage is 0, all stay 0.
     """
     wanted, found = (values.abs()[rollouts.response_mask].sum() for values in (mirrored, advantages))
     return advantages * (wanted / found if found > 0 else 1.0)
@@ -249,16 +275,17 @@ ShapingMethod = Annotated[str, BeforeValidator(_join), AfterValidator(_check_met
 
 
 class ScaleMatchedConfig(BaseConfig):
-    """The method, or methods in order of application, whose mean magnitude and windows are matched."""
+    """Methods, applied in order, whose mean magnitude and windows are matched."""
 
     mirrors: Composition = "ppl"
 
 
 class ShapingConfig(with_sections("shaping", (s for s in REGISTRY["shaping"].values() if s.name != SCALE_MATCHED))):
-    """Advantage shaping: the method, one section of parameters per method, and the plateau that windows may start at.
+    """Advantage shaping: method, its parameters, and the plateau.
 
-    ``method`` is ``none``, ``scale_matched``, or a list of methods applied in order (in a string, joined by ``+``). A
-    user's own method is ``module:function``; the function's name is the key of its section.
+    Each method has a section of parameters. Windows may start at the plateau. ``method`` is ``none``,
+    ``scale_matched``, or a list of methods applied in order (in a string, joined by ``+``). A user's own method is
+    ``module:function``; the function's name is the key of its section.
     """
 
     method: ShapingMethod = NONE
@@ -309,7 +336,7 @@ def find_replacement(config: ShapingConfig) -> str | None:
 
 
 def waits_for_plateau(config: ShapingConfig) -> bool:
-    """Return whether any method starts at the plateau that is detected during training."""
+    """Return True if any method starts at the plateau detected during training."""
     if config.method == SCALE_MATCHED:
         return waits_for_plateau(_mirrored(config))
     return any(_window(spec, config).start_step == "plateau" for spec in _specs(config))
@@ -348,7 +375,10 @@ def _add_bonus(advantages: Tensor, rollouts: RolloutView, bonus: Tensor, cap: fl
 
 
 def _by_group(rollouts: RolloutView, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return values of responses, (B,), and which have a verdict, by group and place, (G, N); 0 where there is none."""
+    """Return values by group and place, and which places have a verdict, (G, N).
+
+    ``values`` belong to responses, (B,). Places without a verdict get 0.
+    """
     at = rollouts.group_ids, place_in_group(rollouts.group_ids)
     shape = int(at[0].max()) + 1, int(at[1].max()) + 1
     is_counted = torch.zeros(shape, dtype=torch.bool)
@@ -365,7 +395,10 @@ def _per_response(advantages: Tensor, rollouts: RolloutView, values: Tensor) -> 
 
 
 def _chance_of_none(wrong: Tensor, count: Tensor, k: int) -> Tensor:
-    """Return C(wrong, k) / C(count, k), the chance that k of ``count`` responses are all wrong; exact at 0 and 1."""
+    """Return C(wrong, k) / C(count, k), exact at 0 and 1.
+
+    This is the chance that k of ``count`` responses are all wrong.
+    """
     factors = [(wrong - i).clamp(min=0) / (count - i).clamp(min=1) for i in range(k)]
     return torch.stack(factors).prod(0) if factors else torch.ones_like(wrong)
 

@@ -1,1 +1,4 @@
-"""Fast tensor operations: token statistics, sequence packing, attention, norms. Imports nothing else of the trainer."""
+"""Provide fast tensor operations: statistics, packing, attention, norms.
+
+Imports nothing else of the trainer.
+"""

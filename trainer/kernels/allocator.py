@@ -1,4 +1,7 @@
-"""Keep freed CPU memory in the process, so that operations reuse it instead of requesting new pages."""
+"""Keep freed CPU memory in the process, for operations to reuse.
+
+Operations would otherwise request new pages.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ NEVER = (1 << 31) - 1
 
 
 def keep_freed_memory() -> None:
-    """Make the process keep freed memory of tensors of up to 32 MB; does nothing without glibc."""
+    """Keep freed memory of tensors up to 32 MB; does nothing without glibc."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP)
         mallopt(M_TRIM_THRESHOLD, NEVER)

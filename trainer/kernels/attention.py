@@ -1,7 +1,8 @@
-"""Attention as plain matrix products for short sequences on a CPU, and for packed sequences.
+"""Compute attention as matrix products, for short or packed sequences.
 
-Torch's fused CPU kernel targets long sequences. Below a few hundred keys, two matrix products and a softmax take half
-its time in training and a fifth in decoding. All other inputs go to the fused kernel.
+Short sequences are computed this way on a CPU. Torch's fused CPU kernel targets long sequences. Below a few hundred
+keys, two matrix products and a softmax take half its time in training and a fifth in decoding. All other inputs go to
+the fused kernel.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def short_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute softmax(q k^T scaling + mask) v with grouped key and value heads; has the signature of transformers.
+    """Compute softmax(q k^T scaling + mask) v with grouped key and value heads.
+
+    The signature is that of transformers.
 
     Args:
         module: The attention layer.
@@ -98,7 +101,7 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Describe how attention arranges packed sequences as padded batches, one per part.
+    """Map packed sequences to padded batches, one per part, for attention.
 
     Attributes:
         sizes: Per part: number of sequences, longest run of queries, longest sequence.
@@ -137,7 +140,10 @@ def _plan_of(layout: Tensor) -> _Plan:
 def _attend_packed(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, options: dict[str, Any]
 ) -> Tensor:
-    """Compute causal attention within each sequence of ``layout``; tensors are (1, heads, M, ...)."""
+    """Compute causal attention within each sequence of ``layout``.
+
+    Tensors are (1, heads, M, ...).
+    """
     plan = _plan_of(layout)
     # Gathered once for all parts: gathering per part would create a gradient of full size for each.
     queries, keys, values = (

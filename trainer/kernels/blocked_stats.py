@@ -1,6 +1,6 @@
-"""Token statistics from hidden states, block by block, without holding all logits.
+"""Compute token statistics from hidden states without holding all logits.
 
-See ``kernels.token_stats`` for definitions and closed forms.
+Logits are computed block by block. See ``kernels.token_stats`` for definitions and closed forms.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ BLOCK = {"cpu": (256, 1024), "cuda": (2048, 16384)}
 def compute_token_stats(
     hidden: Tensor, head: LMHead, targets: Tensor, temperature: float = 1.0, truncation: Truncation = WHOLE
 ) -> TokenStats:
-    """Return statistics of target tokens under ``softmax(head(hidden) / temperature)``, truncated.
+    """Return statistics of targets under ``softmax(head(hidden) / temperature)``.
 
-    ``logprob`` and ``entropy`` are differentiable with respect to ``hidden``, ``head.weight``, and ``head.bias``;
-    ``sum_p2`` carries no gradient. The backward pass recomputes the logits block by block. Memory beyond the arguments
-    and their gradients does not depend on N: it is one block of logits (with truncation, of all vocabulary entries) and
-    a copy of the head if products use another dtype.
+    ``truncation`` restricts the distribution. ``logprob`` and ``entropy`` are differentiable with respect to
+    ``hidden``, ``head.weight``, and ``head.bias``; ``sum_p2`` carries no gradient. The backward pass recomputes the
+    logits block by block. Memory beyond the arguments and their gradients does not depend on N: it is one block of
+    logits (with truncation, of all vocabulary entries) and a copy of the head if products use another dtype.
 
     Args:
         hidden: Hidden states that predict the targets, (N, H).
@@ -59,10 +59,10 @@ def compute_token_stats(
 def compute_vocabulary_sums(
     hidden: Tensor, head: LMHead, targets: Tensor, temperature: float = 1.0, truncation: Truncation = WHOLE
 ) -> VocabularySums:
-    """Return sums over the vocabulary under ``softmax(head(hidden) / temperature)``, truncated, without gradient.
+    """Return sums over the vocabulary, without gradient.
 
-    Memory is bounded as in ``compute_token_stats``, whose arguments these are. Devices with Triton compute in plain
-    torch, too.
+    The distribution is ``softmax(head(hidden) / temperature)``, truncated. Memory is bounded as in
+    ``compute_token_stats``, whose arguments these are. Devices with Triton compute in plain torch, too.
 
     Returns:
         ``VocabularySums`` of shape (N,); empty for N = 0.
@@ -146,7 +146,10 @@ class _Blocks:
         self._buffer = None if self._triton else torch.empty(2 * tokens * entries, device=hidden.device)
 
     def logits(self, rows: slice) -> Iterator[tuple[slice, Tensor]]:
-        """Yield each block of vocabulary entries with its logits, which are valid until the next block."""
+        """Yield each block of vocabulary entries with its logits.
+
+        Logits are valid until the next block.
+        """
         hidden = self._hidden[rows].to(self.head.weight.dtype)
         for entries in self._entries:
             head = self.head.of(entries)
@@ -169,7 +172,10 @@ class _Blocks:
         return softmax.square_sums_of_block(self._targets[rows], entries.start)
 
     def grad_logits(self, grads: LogitGrads, peak: Tensor, entries: slice, logits: Tensor) -> Tensor:
-        """Return the gradient at one block of logits, which it may overwrite; ``peak`` (n,) is that of whole rows."""
+        """Return the gradient at one block of logits, which may be overwritten.
+
+        ``peak`` is that of whole rows, (n,).
+        """
         if self._triton:
             return self._triton.to_gradient(logits, entries.start, self._temperature, peak, **vars(grads))
         softmax = Softmax.of(logits, self._temperature, self._buffer, peak[:, None])
@@ -177,7 +183,10 @@ class _Blocks:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``left @ right`` to ``total`` in place, in float32; without a temporary if the dtypes agree."""
+    """Add ``left @ right`` to ``total`` in place, in float32.
+
+    No temporary is allocated if the dtypes agree.
+    """
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
@@ -185,5 +194,5 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _cut(length: int, size: int) -> list[slice]:
-    """Split ``length`` into slices of at most ``size``; a length of 0 gives one empty slice."""
+    """Split ``length`` into slices of at most ``size``; 0 gives one empty slice."""
     return [slice(start, min(start + size, length)) for start in range(0, max(length, 1), size)]

@@ -1,8 +1,9 @@
-"""Attention of one new token per response, with the keys and values of a shared prompt stored and read once per group.
+"""Compute attention of one new token per response, reading each prompt once.
 
-A response attends to its prompt, to its own earlier tokens, and to itself. The keys and values of prompts are one
-tensor, (P, key heads, S, D), and those of responses another, (slots, key heads, T, D). ``decoding_triton`` reads each
-up to the length of its sequence. Here, two products and a softmax read both up to the given number of places.
+The keys and values of a shared prompt are stored and read once per group. A response attends to its prompt, to its own
+earlier tokens, and to itself. The keys and values of prompts are one tensor, (P, key heads, S, D), and those of
+responses another, (slots, key heads, T, D). ``decoding_triton`` reads each up to the length of its sequence. Here, two
+products and a softmax read both up to the given number of places.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from entrace.trainer.kernels.token_stats import triton_kernels
 
 @dataclass
 class Rows:
-    """Hold the responses that a decoding step extends, R rows; the tensors keep their memory addresses.
+    """Hold the responses that a decoding step extends, R rows.
+
+    The tensors keep their memory addresses.
 
     Attributes:
         slots: Slot of each row, (R,) int64.
@@ -36,7 +39,10 @@ class Rows:
 
 @dataclass
 class LayerCache:
-    """Hold the keys and values of one layer: of prompts, (P, key heads, S, D), and of responses, (slots, ..., T, D)."""
+    """Hold the keys and values of one layer.
+
+    Those of prompts are (P, key heads, S, D), and those of responses (slots, key heads, T, D).
+    """
 
     prompt_keys: Tensor
     prompt_values: Tensor
@@ -45,12 +51,15 @@ class LayerCache:
 
 
 def tile_size(group_heads: int) -> int:
-    """Return the rows per tile, a power of 2: as many as fill the 16 rows of a matrix unit with their query heads."""
+    """Return the rows per tile, a power of 2.
+
+    The query heads of a tile fill the 16 rows of a matrix unit.
+    """
     return 1 << max(0, (16 // group_heads).bit_length() - 1)
 
 
 def attend(qkv: Tensor, cos: Tensor, sin: Tensor, rows: Rows, cache: LayerCache, scale: float, places: int) -> Tensor:
-    """Rotate queries and keys by their positions, add keys and values to the cache, and attend.
+    """Rotate queries and keys, add keys and values to the cache, and attend.
 
     Args:
         qkv: Queries, keys, and values of the rows, (R, (heads + 2 key heads) D).
@@ -94,6 +103,9 @@ def attend(qkv: Tensor, cos: Tensor, sin: Tensor, rows: Rows, cache: LayerCache,
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotary embedding to heads (..., D) with given angles, in float32; the dtype is that of ``x``."""
+    """Apply the rotary embedding to heads (..., D), in float32.
+
+    The result has the dtype of ``x``.
+    """
     first, second = x.float().chunk(2, -1)
     return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)

@@ -1,8 +1,9 @@
-"""Decoding on a GPU in three kernels: attention of a layer, the sums over logits, and the draw of a token.
+"""Decode on a GPU in three kernels: attention, sums over logits, and the draw.
 
-Attention: a program handles one key head of a tile, which is up to C responses to one prompt. Their query heads are the
-rows of one matrix product per block of keys, with an online softmax (arXiv 2205.14135) that starts with the new token
-itself. Keys and values of the prompt are read once per tile.
+The attention kernel computes one layer; the draw selects one token. Attention: a program handles one key head of a
+tile, which is up to C responses to one prompt. Their query heads are the rows of one matrix product per block of keys,
+with an online softmax (arXiv 2205.14135) that starts with the new token itself. Keys and values of the prompt are read
+once per tile.
 
 Drawing: logits are read once in blocks, whose sums locate the block of the drawn token; only that block is read again.
 """
@@ -32,7 +33,10 @@ LOWEST = tl.constexpr(-3e38)
 
 @triton.jit
 def _add_keys(peak, total, state, q, keys, values, offsets, is_here, is_seen, scale, PRECISION: tl.constexpr):
-    """Add a block of keys and values, of which each query sees ``is_seen``, to the online softmax."""
+    """Add a block of keys and values to the online softmax.
+
+    ``is_seen`` marks the keys that each query sees.
+    """
     block = tl.load(keys + offsets, mask=is_here, other=0.0)
     scores = tl.dot(q, tl.trans(block), input_precision=PRECISION) * scale
     scores = tl.where(is_seen, scores, float("-inf"))
@@ -278,7 +282,10 @@ def attend(qkv: Tensor, cos: Tensor, sin: Tensor, rows: Rows, cache: LayerCache,
 
 
 def draw(logits: Tensor, norms: Tensor, slots: Tensor, draws: Draws, temperature: float) -> None:
-    """Compute ``Draws.draw`` for logits (R, V), excluded tokens set to ``LEFT_OUT``, and input norms (R,)."""
+    """Compute ``Draws.draw`` for logits (R, V) and input norms (R,).
+
+    Logits of excluded tokens are ``LEFT_OUT``.
+    """
     count, num_columns = logits.shape
     num_blocks = triton.cdiv(num_columns, LOGITS)
     sums = torch.empty(count, num_blocks, 4, device=logits.device)

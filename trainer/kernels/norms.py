@@ -42,7 +42,10 @@ def _scale(x: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return ``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, (..., H)."""
+    """Return ``x / sqrt(mean(x^2) + eps) * weight``, over the last dimension.
+
+    x is (..., H).
+    """
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
     return x * _scale(x, eps) * weight

@@ -16,9 +16,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sequences:
-    """Hold prompts with their responses, right-padded; causal attention never reaches the padding.
+    """Hold prompts with their responses, right-padded.
 
-    The last token of each sequence is dropped, since it predicts nothing.
+    Causal attention never reaches the padding. The last token of each sequence is dropped, since it predicts nothing.
 
     Attributes:
         ids: Token ids, (B, L).
@@ -46,7 +46,10 @@ class Sequences:
 
     @property
     def predicts(self) -> Tensor:
-        """Mark the tokens whose next token belongs to a response, (B, L); in row order these predict ``targets``."""
+        """Mark the tokens whose next token belongs to a response, (B, L).
+
+        In row order, these predict ``targets``.
+        """
         return self.is_token & (torch.arange(self.ids.shape[1]) >= self.prompt_lengths[:, None] - 1)
 
 
@@ -70,7 +73,7 @@ class Packing:
 
     @classmethod
     def of(cls, sequences: Sequences) -> Packing:
-        """Pack sequences; a prefix that several share, or a repeated sequence, is included once."""
+        """Pack sequences; a shared prefix or a repeated sequence is included once."""
         # Shorter sequences first, so that batches of neighbors contain little padding.
         by_length = sequences.is_token.sum(1).argsort(stable=True)
         ids, is_token = sequences.ids[by_length], sequences.is_token[by_length]
@@ -121,16 +124,19 @@ class Pairs:
 
 
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """Return ``rows[index]`` for rows (N, ...) and an index of any shape; gradients of repeated rows add up.
+    """Return ``rows[index]``; gradients of repeated rows add up.
 
-    The backward pass is many times faster on a CPU than that of ``rows[index]``.
+    Rows are (N, ...), and ``index`` has any shape. The backward pass is many times faster on a CPU than that of
+    ``rows[index]``.
     """
     taken = rows.flatten(1).index_select(0, index.flatten())
     return taken.view(*index.shape, *rows.shape[1:])
 
 
 def cut_by_tokens(lengths: Tensor, max_tokens: int, *, is_padded: bool, rank: int = 0, size: int = 1) -> list[Tensor]:
-    """Split sequences into parts of at most ``max_tokens`` tokens; a longer sequence is a part of its own.
+    """Split sequences into parts of at most ``max_tokens`` tokens.
+
+    A longer sequence is a part of its own.
 
     Args:
         lengths: Tokens of each sequence.

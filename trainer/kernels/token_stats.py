@@ -1,4 +1,4 @@
-"""Log-probability, entropy, and sum of squared probabilities of tokens: definitions and closed forms.
+"""Define log-probability, entropy, and sum of squared probabilities of tokens.
 
 For logits z, temperature T, p = softmax(z / T), and target o, all in nats and float32::
 
@@ -43,7 +43,9 @@ LEFT_OUT = -1e30
 
 @dataclass
 class TokenStats:
-    """Statistics of the distribution that each token was, or would be, sampled from; all of one shape, float32.
+    """Statistics of the distribution that each token was, or would be, drawn from.
+
+    All have one shape and are float32.
 
     Attributes:
         logprob: Log-probability of the token, nats.
@@ -62,7 +64,9 @@ class TokenStats:
 
 @dataclass
 class VocabularySums:
-    """Sums over all vocabulary entries except the token, each (N,) float32; see the module.
+    """Sums over all vocabulary entries except the token, each (N,) float32.
+
+    The module defines the sums.
 
     Attributes:
         sum_p2_others: Sum of p^2.
@@ -79,15 +83,16 @@ class VocabularySums:
 
 @dataclass(frozen=True)
 class LMHead:
-    """Hold the last linear map of a language model: ``weight`` (V, H), ``bias`` (V,) or None."""
+    """Hold the LM head, a linear map: ``weight`` (V, H), ``bias`` (V,) or None."""
 
     weight: Tensor
     bias: Tensor | None
 
     def for_hidden(self, dtype: torch.dtype) -> LMHead:
-        """Cast the head for products with hidden states: to ``dtype`` on a GPU, to float32 on a CPU.
+        """Cast the head for products with hidden states.
 
-        CPUs without 16-bit instructions multiply in 16 bits 10 to 100 times slower.
+        The dtype is ``dtype`` on a GPU, and float32 on a CPU. CPUs without 16-bit instructions multiply in 16 bits 10
+        to 100 times slower.
         """
         dtype = torch.float32 if self.weight.device.type == "cpu" else dtype
         return LMHead(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
@@ -105,7 +110,10 @@ class LMHead:
 
 @dataclass(frozen=True)
 class Truncation:
-    """Restrict sampling to the ``top_k`` likeliest tokens, then to the fewest of them that reach ``top_p``."""
+    """Restrict sampling to the ``top_k`` likeliest tokens, then to ``top_p``.
+
+    ``top_p`` keeps the fewest of these whose total probability reaches it.
+    """
 
     top_p: float = 1.0
     top_k: int | None = None
@@ -138,7 +146,7 @@ WHOLE = Truncation()
 
 @dataclass
 class Softmax:
-    """Hold the parts of softmax(z / T) over rows of logits, or over a block of their columns.
+    """Hold the parts of softmax(z / T) over rows of logits, or a block of columns.
 
     Attributes:
         peak: max(z) of each row, (N, 1).
@@ -156,7 +164,9 @@ class Softmax:
     def of(
         cls, logits: Tensor, temperature: float = 1.0, buffer: Tensor | None = None, peak: Tensor | None = None
     ) -> Softmax:
-        """Compute the parts for logits (N, V); logits of excluded tokens are ``LEFT_OUT``.
+        """Compute the parts for logits (N, V).
+
+        Logits of excluded tokens are ``LEFT_OUT``.
 
         Args:
             logits: Any floating dtype.
@@ -182,21 +192,27 @@ class Softmax:
         return Softmax(peak, shifted, weights, self.temperature)
 
     def sums(self, targets: Tensor) -> Sums:
-        """Return the sums for target tokens (N,) over whole rows. Overwrites ``shifted`` and ``weights``."""
+        """Return the sums for target tokens (N,) over whole rows.
+
+        Overwrites ``shifted`` and ``weights``.
+        """
         columns = targets[:, None]
         own = self.shifted.gather(1, columns)
         self.weights.scatter_(1, columns, 0.0)
         return self._add_up(own)
 
     def sums_of_block(self, targets: Tensor, first: int) -> Sums:
-        """Return the sums over a block of columns that starts at vocabulary entry ``first``; see ``sums``."""
+        """Return the sums over a block of columns that starts at entry ``first``.
+
+        See ``sums``.
+        """
         is_here, columns = _columns(targets, first, self.shifted.shape[1])
         own = torch.where(is_here, self.shifted.gather(1, columns), -math.inf)
         self.weights.scatter_(1, columns, self.weights.gather(1, columns).masked_fill_(is_here, 0.0))
         return self._add_up(own)
 
     def square_sums_of_block(self, targets: Tensor, first: int) -> SquareSums:
-        """Return the sums of squares over a block of columns that starts at vocabulary entry ``first``.
+        """Return the sums of squares over a block of columns from entry ``first`` on.
 
         Overwrites ``shifted`` and ``weights``.
         """
@@ -213,9 +229,9 @@ class Softmax:
         return Sums(self.peak.squeeze(1), own.squeeze(1), others, moment, norm)
 
     def grad_logits(self, grads: LogitGrads, first: int) -> Tensor:
-        """Return the gradient at these logits, (N, V); ``peak`` must be that of whole rows.
+        """Return the gradient at these logits, (N, V).
 
-        Overwrites ``shifted`` and ``weights``.
+        ``peak`` must be that of whole rows. Overwrites ``shifted`` and ``weights``.
         """
         is_here, columns = _columns(grads.targets, first, self.shifted.shape[1])
         others = torch.addcmul(-grads.a[:, None], -grads.b[:, None], self.shifted, out=self.shifted)
@@ -225,7 +241,10 @@ class Softmax:
 
 
 def _columns(targets: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Locate targets (N,) among ``count`` entries from ``first``: a mask of those inside and their columns, (N, 1)."""
+    """Locate targets (N,) among ``count`` entries from ``first`` on.
+
+    Return a mask of the targets inside, and their columns, each (N, 1).
+    """
     columns = (targets - first)[:, None]
     return (columns >= 0) & (columns < count), columns.clamp(0, count - 1)
 
@@ -338,7 +357,7 @@ class LogitGrads:
     def of(
         cls, targets: Tensor, sums: Sums, temperature: float, grad_logprob: Tensor, grad_entropy: Tensor
     ) -> LogitGrads:
-        """Derive the coefficients from the gradients at log-probability and entropy, (N,) each."""
+        """Derive the coefficients from gradients at log-probability and entropy, (N,)."""
         log_total = sums.log_total(temperature)
         own = (sums.own / temperature).exp()
         scale = 1 / (temperature * log_total.exp())
@@ -351,11 +370,11 @@ class LogitGrads:
 def lm_head_grad_norm(
     advantage: Tensor, logprob: Tensor, sum_p2: Tensor, hidden_norm: Tensor, temperature: float
 ) -> Tensor:
-    """Return the Frobenius norm of each token's policy gradient at the LM head; all arguments of one shape.
+    """Return the Frobenius norm of each token's policy gradient at the LM head.
 
     With G = d(A logprob) / dW = A / T (onehot(o) - p) h^T, the norm is
     |G| = |A| sqrt(1 - 2 p_o + sum_v p_v^2) |h| / T (arXiv 2508.02260, with the temperature made explicit).
-    It is the on-policy norm: the ratio is 1 and nothing is clipped.
+    This is the on-policy norm: the ratio is 1 and nothing is clipped. All arguments have one shape.
     """
     # 1 - 2 p_o + sum p^2 = (1 - p_o)^2 + the sum of the others' squares, which is at most the square of their sum.
     missing = torch.expm1(logprob).square()
@@ -364,7 +383,10 @@ def lm_head_grad_norm(
 
 
 def uses_triton(device: torch.device) -> bool:
-    """Return whether Triton kernels compute the statistics on a device: a CUDA device with Triton installed."""
+    """Return True if Triton kernels compute the statistics on a device.
+
+    The device must be CUDA, and Triton installed.
+    """
     return device.type == "cuda" and find_spec("triton") is not None
 
 

@@ -128,7 +128,10 @@ def sums(logits: Tensor, targets: Tensor, first: int, temperature: float) -> tup
 
 
 def stats(sums: Sequence[Tensor], temperature: float) -> tuple[Tensor, ...]:
-    """Return the fields of ``TokenStats``, each (N,), from the fields of ``Sums`` over whole rows, each (N,)."""
+    """Return the fields of ``TokenStats`` from those of ``Sums``, each (N,).
+
+    The sums are over whole rows.
+    """
     given = torch.stack(tuple(sums))
     count = given.shape[1]
     out = torch.empty(3, count, device=given.device)
@@ -148,7 +151,9 @@ def to_gradient(
     b: Tensor,
     at_target: Tensor,
 ) -> Tensor:
-    """Overwrite logits with the gradient that ``kernels.token_stats.LogitGrads`` defines, and return it.
+    """Overwrite logits with the gradient of ``LogitGrads``, and return it.
+
+    ``kernels.token_stats.LogitGrads`` defines the gradient.
 
     Args:
         logits: As in ``sums``.

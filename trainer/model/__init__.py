@@ -1,1 +1,1 @@
-"""The policy: load a causal language model with its tokenizer, evaluate it on tokens, and save it."""
+"""Load a causal language model with its tokenizer, evaluate it, and save it."""

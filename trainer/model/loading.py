@@ -1,4 +1,7 @@
-"""Load models and tokenizers from safetensors in Hugging Face layout or GGUF, never from pickles or model code."""
+"""Load models and tokenizers from safetensors or GGUF.
+
+Safetensors are in Hugging Face layout. Pickles and model code are never loaded.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,10 @@ disable_progress_bar()
 
 
 def load_pretrained(config: PolicyConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PeftModel | None]:
-    """Load the model, its tokenizer, and, if ``config.lora`` is set, the adapter inside the model.
+    """Load the model, its tokenizer, and the adapter inside the model.
 
-    A folder with a LoRA adapter stands for its base model with that adapter, merged unless it is trained further.
+    The adapter is None unless ``config.lora`` is set. A folder with a LoRA adapter stands for its base model with that
+    adapter, merged unless it is trained further.
 
     Raises:
         InputError: no usable model or tokenizer.
@@ -55,7 +59,7 @@ def load_pretrained(config: PolicyConfig) -> tuple[PreTrainedModel, PreTrainedTo
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the model that ``policy.path`` names, without the weights.
+    """Load the tokenizer of the model that ``policy.path`` names, without weights.
 
     Raises:
         InputError: no usable tokenizer.

@@ -21,7 +21,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def read_base(folder: Path) -> str | None:
-    """Return ``policy.path`` of the base model of the adapter in a folder, or None if the folder has no adapter.
+    """Return ``policy.path`` of the base model of a folder's adapter, or None.
+
+    The result is None if the folder has no adapter.
 
     Raises:
         InputError: the adapter is not a LoRA adapter, or its weights are not in safetensors.
@@ -37,7 +39,7 @@ def read_base(folder: Path) -> str | None:
 
 
 def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str) -> PeftModel:
-    """Add a new adapter to the model, initialized to the identity; only the adapter is trained.
+    """Add a new adapter, initialized to the identity; only the adapter is trained.
 
     Args:
         model: The base model, changed in place.
@@ -111,7 +113,7 @@ def restore_adapter(adapter: PeftModel, folder: Path) -> None:
 
 
 def merged_weight(linear: Any) -> Tensor:
-    """Return the weight of a linear layer, with the adapter's part added if it has one."""
+    """Return the weight of a linear layer, plus its adapter's part if it has one."""
     if not hasattr(linear, "base_layer"):
         return linear.weight
     weight = linear.base_layer.weight

@@ -1,4 +1,7 @@
-"""Choose between padded and packed updates by measurement, where neither is always faster: on a GPU."""
+"""Choose between padded and packed updates by measurement.
+
+On a GPU, neither is always faster.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ ROUNDS = 3
 
 
 def why_padded(policy: Policy) -> str:
-    """Time both passes of an update on the same tokens, padded and packed; return why padding is used, or "".
+    """Time updates padded and packed; return why padding is used, or "".
+
+    Both passes of an update are timed on the same tokens.
 
     Args:
         policy: The model, which can pack; its gradients are discarded.

@@ -1,4 +1,4 @@
-"""A causal language model with its tokenizer: loading, prompting, token statistics, and saving."""
+"""Load, prompt, evaluate, and save a causal language model with its tokenizer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ TOLERANCE = 1e-2
 
 @dataclass(eq=False)
 class Policy:
-    """Hold a model with float32 master weights; computation runs in ``dtype``, under autocast.
+    """Hold a model with float32 master weights.
+
+    Computation runs in ``dtype``, under autocast.
 
     Attributes:
         model: Always in evaluation mode: with dropout, the updated policy would differ from the sampled one.
@@ -74,10 +76,10 @@ class Policy:
 
     @classmethod
     def load(cls, config: PolicyConfig) -> Policy:
-        """Load the model that ``config.path`` names: a folder, a GGUF file, or a model of the hub or a package.
+        """Load the model that ``config.path`` names.
 
-        A folder with a LoRA adapter stands for its base model with the adapter. The adapter is trained further if
-        ``config.lora`` is set, and merged otherwise.
+        The name is a folder, a GGUF file, or a model of the hub or a package. A folder with a LoRA adapter stands for
+        its base model with the adapter. The adapter is trained further if ``config.lora`` is set, and merged otherwise.
 
         Raises:
             InputError: no usable model or tokenizer; or the LM head is not one linear map, which the closed-form
@@ -125,7 +127,10 @@ class Policy:
 
     @property
     def vocab_size(self) -> int:
-        """Return the number of rows of the LM head, which may exceed the tokenizer's entries."""
+        """Return the number of rows of the LM head.
+
+        The number may exceed that of the tokenizer's entries.
+        """
         linear: Any = self.model.get_output_embeddings()
         return len(linear.weight)
 
@@ -156,7 +161,10 @@ class Policy:
 
     @cached_property
     def opening(self) -> list[int]:
-        """Return the special tokens that the tokenizer puts before a text, such as a beginning of sequence."""
+        """Return the special tokens that the tokenizer puts before a text.
+
+        One such token is a beginning of sequence.
+        """
         bare, whole = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
         return opening_of(bare, whole)
 
@@ -165,9 +173,10 @@ class Policy:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def encode_prompt(self, question: Question) -> list[int]:
-        """Return the token ids of a question in ``template``, or in the chat template if ``template`` is not set.
+        """Return the token ids of a question in ``template`` or the chat template.
 
-        Text in ``template`` gets the tokenizer's beginning of sequence unless it starts with it.
+        The chat template is used if ``template`` is not set. Text in ``template`` gets the tokenizer's beginning of
+        sequence unless it starts with it.
 
         Raises:
             InputError: the chat template rejects the question's turns.
@@ -199,7 +208,10 @@ class Policy:
         return Vocabulary.of(self.tokenizer, self.vocab_size)
 
     def hidden_states(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        """Return the inputs of the LM head, (B, L, H), for tokens (B, L); ``inputs`` are passed to the model."""
+        """Return the inputs of the LM head, (B, L, H), for tokens (B, L).
+
+        ``inputs`` are passed to the model.
+        """
         with self.autocast():
             return self.model.base_model(input_ids=input_ids, **inputs).last_hidden_state.to(self.dtype)
 
@@ -210,7 +222,9 @@ class Policy:
         temperature: float,
         truncation: Truncation = WHOLE,
     ) -> TokenStats:
-        """Return statistics of given responses under the current weights, with gradient, responses concatenated.
+        """Return statistics of given responses under the current weights.
+
+        The result has a gradient. Responses are concatenated.
 
         Args:
             prompts: Prompt tokens of each response, B lists.
@@ -231,16 +245,20 @@ class Policy:
         temperature: float,
         truncation: Truncation = WHOLE,
     ) -> VocabularySums:
-        """Return sums over the vocabulary of given responses, without gradient; arguments as in ``token_stats``."""
+        """Return sums over the vocabulary of given responses, without gradient.
+
+        Arguments are as in ``token_stats``.
+        """
         hidden, targets, index = self.forward_unique(prompts, responses)
         return compute_vocabulary_sums(hidden, self.head, targets, temperature, truncation).take(index)
 
     def forward_unique(
         self, prompts: Sequence[list[int]], responses: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the LM head's inputs for the tokens of responses, each distinct prefix and next token once.
+        """Return the LM head's inputs for the tokens of responses.
 
-        With sequence packing, padding is not computed and shared prefixes are computed once.
+        Each distinct prefix and next token is included once. With sequence packing, padding is not computed and shared
+        prefixes are computed once.
 
         Args:
             prompts: As in ``token_stats``.
@@ -265,7 +283,9 @@ class Policy:
         return take_rows(hidden.flatten(0, 1), first), targets, index
 
     def shard(self) -> None:
-        """Shard the weights over all processes, which must hold equal weights; see ``parallel.sharding``.
+        """Shard the weights over all processes, which must hold equal weights.
+
+        See ``parallel.sharding``.
 
         Raises:
             InputError: only an adapter is trained.
@@ -278,7 +298,10 @@ class Policy:
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
-        """Gather sharded weights inside the block; each process can then compute at its own pace, without gradients."""
+        """Gather sharded weights inside the block, without gradients.
+
+        Each process can then compute at its own pace.
+        """
         if not self.is_sharded:
             yield
             return
@@ -291,11 +314,17 @@ class Policy:
             self._whole_head = None
 
     def weights(self) -> dict[str, Tensor] | None:
-        """Return the full weights that ``save`` needs if they are sharded; all processes must call this together."""
+        """Return the full weights that ``save`` needs if they are sharded, else None.
+
+        All processes must call this together.
+        """
         return full_state_dict(self.model) if self.is_sharded else None
 
     def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-        """Write a folder that ``load`` accepts: the whole model, or the adapter if only that is trained."""
+        """Write a folder that ``load`` accepts.
+
+        The folder has the whole model, or the adapter if only that is trained.
+        """
         if self.adapter:
             adapters.save_adapter(self.adapter, folder)
         else:
@@ -312,9 +341,10 @@ class Policy:
         load_full_state_dict(self.model, load_model(folder).state_dict())
 
     def checkpoint_layers(self) -> None:
-        """Save only the inputs of layers for the backward pass, and recompute the rest (gradient checkpointing).
+        """Save only the inputs of layers for the backward pass, and recompute the rest.
 
-        ``gradient_checkpointing_enable`` of transformers has no effect in evaluation mode.
+        This is gradient checkpointing. ``gradient_checkpointing_enable`` of transformers has no effect in evaluation
+        mode.
 
         Raises:
             InputError: the model has no layers that support it.
@@ -327,7 +357,10 @@ class Policy:
             layer.forward = partial(_recompute, layer.forward)
 
     def _after_response(self) -> list[int]:
-        """Return the tokens that the chat template writes after a response; none if it cannot render one."""
+        """Return the tokens that the chat template writes after a response.
+
+        There are none if it cannot render a response.
+        """
         if self.tokenizer.chat_template is None:
             return []
         try:
@@ -354,7 +387,10 @@ class Policy:
 
     @torch.no_grad()
     def _find_why_unpacked(self) -> str:
-        """Return why sequences cannot be packed, or an empty string; tries three texts, two with the same prompt."""
+        """Return why sequences cannot be packed, or an empty string.
+
+        Three texts are tried, two of them with the same prompt.
+        """
         if not attention.is_ours(self.model):
             return "policy.attention is not packed"
         if any(DynamicCache(config=self.model.config).is_sliding):
@@ -377,7 +413,10 @@ def is_close(found: Tensor, expected: Tensor) -> bool:
 
 
 def _recompute(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Run a layer, saving only its inputs for the backward pass if gradients are enabled."""
+    """Run a layer, saving only its inputs for the backward pass.
+
+    Without gradients, nothing is saved.
+    """
     if not torch.is_grad_enabled():
         return forward(*arguments, **options)
     return checkpoint(forward, *arguments, use_reentrant=False, **options)

@@ -11,7 +11,7 @@ from entrace.trainer.parallel.ranks import Ranks
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], sums: Tensor, ranks: Ranks, *, is_sharded: bool) -> Tensor:
-    """Sum the gradients of all processes in place, and return the sum of their ``sums``.
+    """Sum the gradients of all processes in place; return the sum of their ``sums``.
 
     Args:
         parameters: The same parameters in every process. A gradient that only some processes have counts as 0 in the

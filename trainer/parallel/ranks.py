@@ -1,9 +1,10 @@
-"""Several processes that train one policy together, one per device, started by ``accelerate launch``.
+"""Train one policy in several processes, one per device.
 
-Every process holds the whole batch of small tensors (tokens, log-probabilities, rewards). Advantages, shaping, dynamic
-sampling, and mini-batches are therefore computed over the whole batch, by the code that a single process runs. The
-expensive work is divided: each response is sampled and scored by one process, and its forward and backward pass is run
-by one process, with the denominators of the whole mini-batch. Gradients are summed, not averaged.
+``accelerate launch`` starts them. Every process holds the whole batch of small tensors (tokens, log-probabilities,
+rewards). Advantages, shaping, dynamic sampling, and mini-batches are therefore computed over the whole batch, by the
+code that a single process runs. The expensive work is divided: each response is sampled and scored by one process, and
+its forward and backward pass is run by one process, with the denominators of the whole mini-batch. Gradients are
+summed, not averaged.
 
 All communication except gradients and weights goes through ``Ranks.all_gather_object``. A process that fails sends its
 error in its next call, so that all processes stop at the same point with the same error.
@@ -36,7 +37,7 @@ class LostProcessError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Failure:
-    """Carry the error of a failed process in place of its argument to ``all_gather_object``."""
+    """Carry a failed process's error in place of its ``all_gather_object`` argument."""
 
     error: BaseException
 
@@ -51,7 +52,9 @@ class _Failure:
 
 @dataclass
 class Ranks:
-    """Communicate with the other processes of a run; with one process, every exchange is the identity.
+    """Communicate with the other processes of a run.
+
+    With one process, every exchange is the identity.
 
     Attributes:
         rank: Rank of this process, from 0. Rank 0 writes shared files and all messages.
@@ -71,7 +74,10 @@ class Ranks:
     @classmethod
     @contextmanager
     def join(cls) -> Iterator[Ranks]:
-        """Join the processes launched with this one, for the duration of the block; alone if there are none."""
+        """Join the processes launched with this one, for the duration of the block.
+
+        Without others, the block runs alone.
+        """
         if not was_launched():
             yield cls()
             return
@@ -135,7 +141,9 @@ class Ranks:
 
     @contextmanager
     def together(self, *, in_step: bool = False) -> Iterator[None]:
-        """Send an error raised in the block to all processes, which raise it in their next ``all_gather_object``.
+        """Send an error raised in the block to all processes.
+
+        The others raise it in their next ``all_gather_object``.
 
         Args:
             in_step: The others may be waiting for this process's shard of a weight and cannot receive the error. This
@@ -158,7 +166,7 @@ class Ranks:
             raise
 
     def shard(self, count: int) -> slice:
-        """Return this process's slice of ``count`` items; slices follow each other in order of rank."""
+        """Return this process's slice of ``count`` items; slices are in order of rank."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def all_reduce(self, tensors: Iterable[Tensor]) -> None:
@@ -197,7 +205,10 @@ class Ranks:
         raise KeyboardInterrupt
 
     def _break_off(self) -> None:
-        """Stop all communication; among the remaining processes, the first to call this writes messages."""
+        """Stop all communication.
+
+        Among the remaining processes, the first to call this writes messages.
+        """
         if self._is_broken:
             return
         self._is_broken = True
@@ -224,14 +235,17 @@ def _is_of_network(error: Exception) -> bool:
 
 
 def was_launched() -> bool:
-    """Return whether a launcher such as ``accelerate launch`` started this process together with others."""
+    """Return True if a launcher started this process together with others.
+
+    One such launcher is ``accelerate launch``.
+    """
     return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def prepare() -> None:
-    """Silence all ranks except 0, and let rank 0 report bad arguments; call before ``Ranks.join``.
+    """Silence all ranks except 0, which reports bad arguments.
 
-    Rank 0 ignores SIGTERM, which the launcher sends as soon as another rank exits.
+    Call this before ``Ranks.join``. Rank 0 ignores SIGTERM, which the launcher sends as soon as another rank exits.
     """
     if int(os.environ["RANK"]):
         _silence()

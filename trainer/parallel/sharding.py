@@ -1,7 +1,8 @@
-"""Shard weights, gradients, and AdamW's moments over the processes of a run (FSDP, arXiv 2304.11277).
+"""Shard weights, gradients, and AdamW's moments over processes.
 
-Each process holds one shard of every tensor and gathers the weights of a layer to compute it. The arithmetic is that of
-unsharded weights: they are gathered in float32, and gradients are summed, not averaged.
+The method is FSDP (arXiv 2304.11277). Each process holds one shard of every tensor and gathers the weights of a layer
+to compute it. The arithmetic is that of unsharded weights: they are gathered in float32, and gradients are summed, not
+averaged.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ def shard(model: PreTrainedModel) -> None:
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the model's blocks: the modules that transformers declares as units not to be split over devices."""
+    """Return the model's blocks.
+
+    These are the modules that transformers declares as units not to be split over devices.
+    """
     names = model._no_split_modules or ()
     return [module for module in model.modules() if type(module).__name__ in names]
 
@@ -55,12 +59,18 @@ def is_sharded(model: PreTrainedModel) -> bool:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor, gathered if it is sharded; differentiable. All processes must call this together."""
+    """Return a tensor, gathered if it is sharded; differentiable.
+
+    All processes must call this together.
+    """
     return tensor.full_tensor(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
 
 
 def distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a copy of a full tensor, known to all processes, on the device of ``parameter`` and sharded like it."""
+    """Return a copy of a tensor, on the device of ``parameter`` and sharded like it.
+
+    All processes must hold the full tensor. If the shapes differ, the copy is not sharded.
+    """
     value = value.to(parameter.device, copy=True)
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
@@ -68,7 +78,10 @@ def distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def full_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Gather the state of a sharded model; rank 0 receives it on the CPU, the others an empty dictionary."""
+    """Gather the state of a sharded model.
+
+    Rank 0 receives it on the CPU, the others an empty dictionary.
+    """
     state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return state
 
@@ -79,7 +92,9 @@ def load_full_state_dict(model: PreTrainedModel, state: Mapping[str, Tensor]) ->
 
 
 def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gather tensors one by one; of sharded ones, rank 0 keeps the full tensor on the CPU and the others nothing.
+    """Gather tensors one by one.
+
+    Rank 0 keeps sharded tensors in full, on the CPU. Other ranks keep only tensors that are not sharded.
 
     For AdamW's moments: torch's own ``get_optimizer_state_dict`` takes a step to fill an optimizer without state, which
     would change the run.
@@ -97,9 +112,9 @@ def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def gathered(model: PreTrainedModel) -> Iterator[None]:
-    """Keep all blocks gathered inside the block, so that processes can run them at their own pace.
+    """Keep all blocks gathered, so that processes can run them at their own pace.
 
-    Without gradients. The caller gathers the LM head's weight.
+    The blocks run without gradients. The caller gathers the LM head's weight.
     """
     modules = _sharded_modules(model)
     for module in modules:

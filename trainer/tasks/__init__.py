@@ -52,7 +52,10 @@ class Task:
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int, correct_at: float = 1.0) -> None:
-        """Combine sources; those of weight 0 are only evaluated. ``correct_at`` is ``task.correct_at``."""
+        """Combine sources; sources of weight 0 are only evaluated.
+
+        ``correct_at`` is ``task.correct_at``.
+        """
         self.heldout = [prompt for source in sources for prompt in source.heldout]
         excluded = {normalize_text(prompt.text) for prompt in self.heldout}
         drawn = [(source.training(excluded), weight) for source, weight in zip(sources, weights, strict=True) if weight]
@@ -61,7 +64,10 @@ class Task:
         self.sources, self._correct_at = sources, correct_at
 
     def describe(self) -> dict[str, Any]:
-        """Return the manifest's entry on files: rows read, rows skipped, and rows without an answer if any."""
+        """Return the manifest's entry on files: counts of rows and of skipped rows.
+
+        Rows without an answer are counted only if there are any.
+        """
         files = [source for source in self.sources if isinstance(source, FileSource)]
         data = {path: asdict(count) for source in files for path, count in source.counts.items()}
         for count in data.values():
@@ -89,7 +95,7 @@ class Task:
 
 
 class Mixture:
-    """Prompts by index, each from a source drawn with probability proportional to its weight."""
+    """Prompts by index, from sources drawn in proportion to their weights."""
 
     def __init__(self, draws: Sequence[Callable[[int], Prompt]], weights: Sequence[float], seed: int) -> None:
         """Mix sources, whose ``draws`` return their own prompts by index."""
@@ -99,7 +105,10 @@ class Mixture:
         self._counts = [0] * len(draws)
 
     def __call__(self, index: int) -> Prompt:
-        """Return the prompt of an index; the prompts of a source come in its order, without gaps."""
+        """Return the prompt of an index.
+
+        The prompts of a source come in its order, without gaps.
+        """
         while len(self._places) <= index:
             rng = generator(self._seed, Stream.MIXTURE, len(self._places) // BLOCK)
             for source in rng.choice(len(self._draws), size=BLOCK, p=self._shares).tolist():
@@ -146,7 +155,10 @@ def load_task(config: TaskConfig, seed: int, encode: Callable[[Question], list[i
 
 
 def _check_benchmarks(config: TaskConfig, sources: Sequence[Source]) -> None:
-    """Refuse a held-out file whose name other held-out prompts share: their results would be pooled."""
+    """Refuse a held-out file whose name other held-out prompts share.
+
+    The results of both would be pooled.
+    """
     names = [{prompt.task for prompt in source.heldout} for source in sources]
     for number, (label, source) in enumerate(config.sources.items()):
         others = {name for other, found in enumerate(names) if other != number for name in found}

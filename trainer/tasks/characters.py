@@ -1,4 +1,7 @@
-"""Find characters of a task that a tokenizer cannot encode, or does not decode to themselves."""
+"""Find characters of a task that a tokenizer cannot encode or decode.
+
+A character that is not decoded to itself is lost.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 def task_texts(task: Task, template: str | None) -> Iterator[str]:
-    """Yield the texts that a policy reads and writes: template, questions, and answers as verifiers expect them."""
+    """Yield the texts that a policy reads and writes.
+
+    These are the template, questions, and answers as verifiers expect them.
+    """
     yield template or ""
     for source in task.sources:
         for prompt in source.prompts:
@@ -29,17 +35,17 @@ def task_texts(task: Task, template: str | None) -> Iterator[str]:
 
 
 def answer_format(verifier: Verifier) -> str:
-    """Return the format in which a verifier looks for an answer, with ``{}`` for the answer."""
+    """Return the format in which a verifier looks for an answer, with ``{}`` in it."""
     if isinstance(verifier, UserFunction):
         return "{}"
     return r"\boxed{{{}}}" if isinstance(verifier, MathVerifier) else "<answer>{}</answer>"
 
 
 def find_lost(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[str]:
-    """Return, sorted, the characters that become an unknown token or are lost when decoded.
+    """Return, sorted, the characters that the tokenizer cannot encode or decode.
 
-    Every character is tried in the first text that holds it. Canonically equivalent Unicode forms count as equal, and
-    white space at the ends is ignored.
+    Such a character becomes an unknown token, or is lost when decoded. Every character is tried in the first text that
+    holds it. Canonically equivalent Unicode forms count as equal, and white space at the ends is ignored.
     """
     seen: set[str] = set()
     lost: set[str] = set()
@@ -63,7 +69,7 @@ def describe_lost(characters: list[str], model: str) -> str:
 
 
 def warn_of_lost(tokenizer: PreTrainedTokenizerBase, task: Task, model: str, template: str | None = None) -> None:
-    """Log a warning that names the characters of the task that the tokenizer cannot encode, if any."""
+    """Warn of characters of the task that the tokenizer cannot encode, if any."""
     if lost := find_lost(tokenizer, task_texts(task, template)):
         logger.warning("entrace: %s", describe_lost(lost, model))
 

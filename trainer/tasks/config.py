@@ -41,7 +41,10 @@ def _is_row_file(name: Any) -> bool:
 
 
 def _check_heldout_files(files: Any) -> Any:
-    """Accept a file, a list of files with distinct names, or a table of them; an empty value becomes None."""
+    """Accept a file, a list of files with distinct names, or a table of files.
+
+    An empty value becomes None.
+    """
     if not files:
         return None
     if isinstance(files, str):
@@ -89,12 +92,13 @@ class FileParams(BaseConfig):
 
 
 class SourceConfig(BaseConfig):
-    """A source of prompts: a reasoning-gym task by name with its parameters, or a file of rows.
+    """A source of prompts: a reasoning-gym task, or a file of rows.
 
-    ``num_heldout`` prompts are evaluated and never trained on. For a file, they are drawn from its own rows or from
-    ``heldout_file``: one file, several, or a table of benchmark names and files, that many from each. By default, a
-    held-out file and a file of weight 0 are evaluated in full ("all"), and other sources hold out 200. ``params`` of a
-    file are ``FileParams``. ``weight`` is the source's share of training prompts.
+    ``name`` is the task's name or the file's path, and ``params`` are the task's parameters. ``num_heldout`` prompts
+    are evaluated and never trained on. For a file, they are drawn from its own rows or from ``heldout_file``: one file,
+    several, or a table of benchmark names and files, that many from each. By default, a held-out file and a file of
+    weight 0 are evaluated in full ("all"), and other sources hold out 200. ``params`` of a file are ``FileParams``.
+    ``weight`` is the source's share of training prompts.
     """
 
     name: SourceName
@@ -110,12 +114,18 @@ class SourceConfig(BaseConfig):
 
     @property
     def heldout_limit(self) -> int | None:
-        """Return the largest number of held-out prompts per file or task; None for all of a file."""
+        """Return the largest number of held-out prompts per file or task.
+
+        None holds out all prompts of a file.
+        """
         return None if self.num_heldout == ALL else self.num_heldout
 
     @property
     def heldout_files(self) -> dict[str | None, str]:
-        """Return the path of each held-out file by benchmark; the key is None for a single file, whose rows name it."""
+        """Return the path of each held-out file by benchmark.
+
+        The key is None for a single file, whose rows name the benchmark.
+        """
         if isinstance(self.heldout_file, tuple):
             return {Path(path).stem: path for path in self.heldout_file}
         if isinstance(self.heldout_file, dict):
@@ -173,7 +183,7 @@ class TaskConfig(SourceConfig):
 
     @property
     def label(self) -> str:
-        """Return the task name of the source's own prompts, for rows without a data source."""
+        """Return the task name of the source's own rows that name no data source."""
         return Path(self.name).stem if self.is_file else self.name
 
     @property

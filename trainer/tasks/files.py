@@ -1,4 +1,7 @@
-"""Read prompts from JSONL and Parquet files: rows of prompt and answer, chats, or verl's schema unchanged."""
+"""Read prompts from JSONL and Parquet files.
+
+Rows hold prompt and answer, or chats, or verl's schema unchanged.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RowCount:
-    """Counts of a file's rows, of skipped rows, and of rows without an answer, which a user's function judges."""
+    """Counts of a file's rows, of skipped rows, and of rows without an answer.
+
+    A user's function judges rows without an answer.
+    """
 
     rows: int = 0
     bad_rows: int = 0
@@ -50,7 +56,9 @@ class RowCount:
 
 
 class FileSource:
-    """A file of rows: some, or those of other files, are held out; the rest is reshuffled every epoch.
+    """A file of rows: some are held out, the rest is reshuffled every epoch.
+
+    Rows of other files can be held out instead.
 
     Attributes:
         heldout: Held-out prompts, grouped by held-out file.
@@ -81,7 +89,10 @@ class FileSource:
         return [*self.heldout, *self._rows]
 
     def training(self, excluded: set[str]) -> Callable[[int], Prompt]:
-        """Return training prompts by index, from 0, epoch after epoch, whose normalized texts are not ``excluded``."""
+        """Return training prompts by index, from 0, epoch after epoch.
+
+        Normalized texts in ``excluded`` are left out.
+        """
         rows = [row for row in self._rows if normalize_text(row.text) not in excluded]
         if not rows:
             raise InputError(
@@ -148,7 +159,10 @@ class FileSource:
         )
 
     def _verifier(self, data_source: str | None, benchmark: str | None) -> Verifier:
-        """Return the verifier of the data source, else that of the named held-out file, else that of the source."""
+        """Return the verifier of the data source.
+
+        Without one, the verifier is that of the named held-out file, else that of the source.
+        """
         verifiers, label = self._context.verifiers, self._context.label
         if benchmark is None:
             return verifiers.of(data_source or label)
@@ -158,7 +172,10 @@ class FileSource:
     def _choose(
         self, candidates: list[Prompt], path: str, benchmark: str | None = None, place: int = 0
     ) -> list[Prompt]:
-        """Return held-out prompts with distinct texts, drawn by ``heldout_seed``, in file order."""
+        """Return held-out prompts with distinct texts, in file order.
+
+        ``heldout_seed`` determines the draw.
+        """
         distinct: dict[str, Prompt] = {}
         for prompt in candidates:
             distinct.setdefault(normalize_text(prompt.text), prompt)
@@ -179,7 +196,7 @@ class FileSource:
 
 
 class Epochs:
-    """Rows by index, each once per epoch, in an order that depends only on seed and epoch.
+    """Rows by index, each once per epoch, in an order set by seed and epoch.
 
     No row of the last quarter of an epoch returns in the first half of the next. A step that draws at most a quarter
     of the rows therefore repeats none.
@@ -219,9 +236,10 @@ def _value_at(row: Mapping[str, Any], key: str) -> Any:
 
 
 def _ground_truth(row: Mapping[str, Any], key: str, is_free: bool) -> str | None:
-    """Return text unchanged and numbers as text; None for a missing, null, or blank answer.
+    """Return text unchanged, numbers as text, and None for a missing answer.
 
-    Only rows that a user's function judges (``is_free``) may lack the answer or hold other JSON.
+    An answer is missing if the key is missing, or the value is null or blank. Only rows that a user's function judges
+    (``is_free``) may lack the answer or hold other JSON.
 
     Raises:
         BadRowError: the answer is missing or has another type.

@@ -64,7 +64,10 @@ class GymSource:
         return self.heldout
 
     def training(self, excluded: set[str]) -> Callable[[int], Prompt]:
-        """Return training prompts by index, from 0, whose normalized texts are not ``excluded``."""
+        """Return training prompts by index, from 0, whose texts are not ``excluded``.
+
+        Texts are normalized before the comparison.
+        """
         drawn: list[Prompt] = []
         stream = self._draw("train", excluded)
 
@@ -76,7 +79,10 @@ class GymSource:
         return draw
 
     def _draw(self, split: str, excluded: set[str]) -> Iterator[Prompt]:
-        """Yield prompts whose question is not ``excluded``; the held-out split also skips its own repeats."""
+        """Yield prompts whose question is not ``excluded``.
+
+        The held-out split also skips its own repeats.
+        """
         seen, dataset = set(excluded), self._datasets[split]
         skipped = 0
         for index in count():

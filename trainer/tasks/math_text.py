@@ -89,7 +89,7 @@ BASED_NAME = re.compile(r"b_\{([\dA-Zp]+)x(\d+)\}")
 
 
 def find_answer(completion: str) -> str | None:
-    r"""Return the last answer that a completion marks with a box or a line ``#### 42``, or None.
+    r"""Return the last answer in a box or a line ``#### 42``, or None.
 
     Boxes separated only by separators are one answer, joined by commas: ``\boxed{2} and \boxed{3}`` is ``2, 3``. After
     other words, such as "wait", a box replaces earlier ones. A line with words after ``####`` is a heading, unless it
@@ -113,24 +113,30 @@ def find_answer(completion: str) -> str | None:
 
 
 def _is_blank(text: str) -> bool:
-    """Return whether a text has nothing but white space and punctuation, of any script."""
+    """Return True if a text has only white space and punctuation, of any script."""
     return not _to_ascii(text).strip(PUNCTUATION)
 
 
 @lru_cache(maxsize=4096)
 def normalize(answer: str) -> str:
-    """Return the answer rewritten for math-verify, without final punctuation and without wrappers of the whole."""
+    """Return the answer rewritten for math-verify.
+
+    Final punctuation and wrappers of the whole are removed.
+    """
     return BARE_POINT.sub("", _strip(rewrite(_strip(_to_ascii(answer))))).strip(" ")
 
 
 def normalize_formulas(text: str) -> str:
-    """Return a text with its formulas rewritten for math-verify; the period that ends a formula is removed."""
+    """Return a text with its formulas rewritten for math-verify.
+
+    The period that ends a formula is removed.
+    """
     text = _to_ascii(text).rstrip(PUNCTUATION)
     return rewrite(re.sub(r"(?<!\.)\.++(?=\s*(?:[$}]|\\\)|\\\]))", "", text))
 
 
 def rewrite(text: str) -> str:
-    """Return the text with all notation replaced that math-verify cannot parse or misreads."""
+    """Replace all notation that math-verify cannot parse or misreads."""
     text = MIXED.sub(_add_mixed, TWO_DIGITS.sub(r"\\\1{\2}{\3}", text))
     for pattern in (GROUPED, DECIMALS):
         text = pattern.sub(lambda match: SEPARATOR.sub("", match[0]), text)
@@ -148,7 +154,10 @@ def rewrite(text: str) -> str:
 
 
 def restore(answer: str) -> str:
-    """Return an answer of ``rewrite`` with numbers in other bases restored: ``b_{52x8}`` becomes ``52_{8}``."""
+    """Restore numbers in other bases in an answer of ``rewrite``.
+
+    For example, ``b_{52x8}`` becomes ``52_{8}``.
+    """
     return BASED_NAME.sub(lambda match: f"{match[1].replace('p', '.')}_{{{match[2]}}}", answer)
 
 
@@ -193,7 +202,10 @@ def _convert(char: str) -> str:
 
 
 def _strip(text: str) -> str:
-    r"""Remove wrappers such as ``$...$`` or ``\text{...}`` around digits, and final punctuation."""
+    r"""Remove wrappers such as ``$...$``, and final punctuation.
+
+    ``\text{...}`` is removed around digits and non-ASCII words.
+    """
     before = None
     while text != before:
         before = text
@@ -233,7 +245,10 @@ def _unwrap(text: str) -> str:
 
 
 def _match_brackets(text: str) -> dict[int, int]:
-    """Return the position of the closing partner of each opening parenthesis and brace that has one."""
+    """Return the position of the closing partner of each opening bracket with one.
+
+    Brackets are parentheses and braces.
+    """
     opened: dict[str, list[int]] = {"(": [], "{": []}
     closed: dict[int, int] = {}
     for match in BRACKET.finditer(text):
@@ -245,7 +260,7 @@ def _match_brackets(text: str) -> dict[int, int]:
 
 
 def _brace_roots(text: str) -> str:
-    """Put the radicand of each root in braces, for roots such as ``√2`` or ``sqrt(x+1)``."""
+    """Put the radicand of each root, such as ``√2`` or ``sqrt(x+1)``, in braces."""
     closed = _match_brackets(text)
     edits: list[tuple[int, int, str]] = []
     for match in ROOT.finditer(text):

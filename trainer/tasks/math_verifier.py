@@ -1,4 +1,4 @@
-"""Compare mathematical answers with math-verify, in a process that can be killed at any time."""
+"""Compare mathematical answers with math-verify, in a process that can be killed."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ WORKER = Path(__file__).with_name("math_worker.py")
 
 
 class MathVerifier:
-    r"""Score 1 if math-verify finds the answer equal to the ground truth after ``normalize``, else 0.
+    r"""Score 1 if math-verify finds the answer equal to the truth, else 0.
 
-    The answer is the content of the last ``\boxed{...}``, of several boxes that belong together, or of a line
-    ``#### 42``; see ``find_answer``. Without any, a verifier that ``reads_text`` takes the answer that math-verify
-    finds in the whole text, as the reward of arXiv 2508.02260 does. Otherwise the completion has no answer.
+    Both are compared after ``normalize``. The answer is the content of the last ``\boxed{...}``, of several boxes that
+    belong together, or of a line ``#### 42``; see ``find_answer``. Without any, a verifier that ``reads_text`` takes
+    the answer that math-verify finds in the whole text, as the reward of arXiv 2508.02260 does. Otherwise the
+    completion has no answer.
 
     A verdict is a timeout if it takes more than ``limit_s`` of processor time, or one second more of wall-clock time,
     or if the worker dies. Answers of more than ``MAX_CHARACTERS`` are wrong without being parsed. math-verify's own
@@ -49,7 +50,9 @@ class MathVerifier:
     """
 
     def __init__(self, limit_s: float = LIMIT_S, *, reads_text: bool = False) -> None:
-        """Check that math-verify is installed; the worker starts with the first comparison.
+        """Check that math-verify is installed.
+
+        The worker starts with the first comparison.
 
         Raises:
             InputError: math-verify is not installed.
@@ -78,9 +81,10 @@ class MathVerifier:
         return Score(answer, float(bool(verdict)), is_timeout=verdict is None)
 
     def fault_of(self, truth: str) -> str | None:
-        """Return the shortened ground truth if math-verify cannot parse it, so that no answer equals it; else None.
+        """Return the shortened ground truth if math-verify cannot parse it, else None.
 
-        Of ground truths that are neither numbers nor long texts, the first ``MAX_PARSED`` are parsed.
+        No answer would equal it. Of ground truths that are neither numbers nor long texts, the first ``MAX_PARSED`` are
+        parsed.
         """
         if NUMBER.fullmatch(truth) or NUMBER.fullmatch(text := normalize(find_answer(truth) or truth)):
             return None
@@ -93,10 +97,11 @@ class MathVerifier:
         return json.dumps(truth if len(truth) <= 40 else f"{truth[:37]}...", ensure_ascii=False)
 
     def classes(self, scores: Sequence[Score]) -> list[str | None]:
-        """Return the class of each answer to one prompt: the first answer that math-verify finds equal to it.
+        """Return the class of each answer: the first answer that equals it.
 
-        Correct answers equal the ground truth and hence each other. An answer that was not parsed, or whose comparison
-        timed out, forms its own class. A missing answer has no class.
+        math-verify compares the answers, which belong to one prompt. Correct answers equal the ground truth and hence
+        each other. An answer that was not parsed, or whose comparison timed out, forms its own class. A missing answer
+        has no class.
         """
         right = next((score.answer for score in scores if score.is_correct), None)
         found: dict[str | None, str | None] = {None: None}

@@ -1,7 +1,8 @@
-"""Answer questions about mathematics: one JSON list per line, answered by a list of one, or null after a timeout.
+"""Answer questions about mathematics, one JSON list per line.
 
-This is a separate program, because the kernel's timers end computations in C too. The first process imports math-verify
-once and forwards questions to a fork of itself. A fork that died is replaced in milliseconds.
+Each answer is a list of one, or null after a timeout. This is a separate program, because the kernel's timers end
+computations in C too. The first process imports math-verify once and forwards questions to a fork of itself. A fork
+that died is replaced in milliseconds.
 """
 
 from __future__ import annotations
@@ -95,7 +96,10 @@ def _serve(connection: Connection, parents: Connection, limit_s: float) -> None:
 
 
 def answer(question: list[str]) -> Any:
-    """Return the answer to a question, which is the name of one of three functions and its arguments."""
+    """Return the answer to a question, a function name with its arguments.
+
+    The functions are ``are_equal``, ``is_readable``, and ``find``.
+    """
     name, *arguments = question
     return {"are_equal": are_equal, "is_readable": is_readable, "find": find}[name](*arguments)
 
@@ -113,7 +117,10 @@ def is_readable(text: str) -> bool:
 
 
 def find(text: str) -> str | None:
-    """Return the answer that math-verify finds in a text, extracted as in arXiv 2508.02260, or None."""
+    """Return the answer that math-verify finds in a text, or None.
+
+    The extraction is that of arXiv 2508.02260.
+    """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
     from math_verify.grader import get_pct_val
     from sympy import latex
@@ -129,7 +136,10 @@ def find(text: str) -> str | None:
 
 @lru_cache(maxsize=1000)
 def parse_answer(text: str) -> list[Any]:
-    """Return the SymPy expression and its text, or the text alone if math-verify cannot parse it."""
+    """Return the SymPy expression and its text, or the text alone.
+
+    The text stands alone if math-verify cannot parse it.
+    """
     from math_verify import LatexExtractionConfig, parse
 
     boxed = f"\\boxed{{{text}}}"
@@ -137,7 +147,7 @@ def parse_answer(text: str) -> list[Any]:
 
 
 def tell_small_numbers_apart() -> None:
-    """Make math-verify, which compares numbers by difference, compare small numbers by ratio too."""
+    """Make math-verify compare small numbers by ratio as well as by difference."""
     from math_verify import grader
 
     agree = grader.sympy_numeric_eq
@@ -145,7 +155,11 @@ def tell_small_numbers_apart() -> None:
 
 
 def differ(a: Any, b: Any) -> bool:
-    """Return whether two expressions differ by more than a thousandth, although their difference is almost 0."""
+    """Return True if two almost equal expressions are different.
+
+    Small numbers are different if they differ by more than a thousandth of the larger one. Expressions with free
+    symbols are different if their difference is not 0 and neither has a float.
+    """
     from sympy import Expr, Float
 
     if not isinstance(a, Expr) or not isinstance(b, Expr):

@@ -1,4 +1,7 @@
-"""Normalize texts for comparison, so that no training prompt repeats a held-out one in other characters."""
+"""Normalize texts for comparison.
+
+No training prompt may repeat a held-out prompt in other characters.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ IGNORABLE = re.compile(
 
 
 def normalize_text(text: str) -> str:
-    """Return the text in NFKC, with invisible characters removed, white space collapsed, and the ends stripped.
+    """Return the text in NFKC, with white space collapsed and the ends stripped.
 
-    White space is defined by ``str.isspace``, including no-break spaces and line breaks. Case is kept.
+    Invisible characters are removed. White space is defined by ``str.isspace``, including no-break spaces and line
+    breaks. Case is kept.
     """
     # ASCII, hence most prompts, is already in NFKC and has no invisible characters.
     if not text.isascii():

@@ -22,7 +22,7 @@ BARE = re.compile(
 
 @dataclass(frozen=True)
 class Box:
-    r"""The stripped content of a ``\boxed{...}``, and its span in the text, braces included."""
+    r"""The stripped content of a ``\boxed{...}``, and its span, braces included."""
 
     content: str
     start: int
@@ -87,7 +87,10 @@ Verifier = Callable[[str, Prompt], Score]
 
 
 def extract_answer(completion: str) -> str | None:
-    """Return the stripped content of the last non-empty ``<answer>...</answer>``, or None."""
+    """Return the stripped content of the last ``<answer>...</answer>``, or None.
+
+    Empty answers do not count.
+    """
     found = None
     start = completion.find(OPEN)
     while start >= 0 and (end := completion.find(CLOSE, start)) >= 0:
@@ -97,16 +100,19 @@ def extract_answer(completion: str) -> str | None:
 
 
 def extract_boxed(completion: str) -> str | None:
-    r"""Return the stripped content of the last non-empty ``\boxed{...}`` with matched braces, or None."""
+    r"""Return the stripped content of the last ``\boxed{...}``, or None.
+
+    Braces must match. Empty boxes do not count.
+    """
     boxes = find_boxes(completion, r"\boxed")
     return boxes[-1].content if boxes else None
 
 
 def find_boxes(completion: str, *commands: str) -> list[Box]:
-    r"""Return the non-empty boxes of a text in order; of nested boxes, the outermost closed one.
+    r"""Return the non-empty boxes of a text, in order.
 
-    Without braces, as in ``\boxed 73``, a box extends to the next space or the end of the formula. ``commands`` default
-    to ``\boxed`` and ``\fbox``.
+    Of nested boxes, the outermost closed one counts. Without braces, as in ``\boxed 73``, a box extends to the next
+    space or the end of the formula. ``commands`` default to ``\boxed`` and ``\fbox``.
     """
     commands = commands or BOX_COMMANDS
     found: list[Box] = []

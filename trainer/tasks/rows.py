@@ -13,6 +13,6 @@ class NoAnswerError(BadRowError):
 
 
 class UnreadableAnswerError(BadRowError):
-    """An answer that its verifier cannot parse, so that no response to the prompt would be correct."""
+    """An answer that its verifier cannot parse: no response would be correct."""
 
     advice = f"math and math_text read {EXPECTED}"

@@ -38,15 +38,21 @@ class Context:
 
 
 class Source(Protocol):
-    """Prompts of one origin, in two splits without a common normalized text (``tasks.normalize``)."""
+    """Prompts of one origin, in two splits without a common text.
+
+    Texts are compared as in ``tasks.normalize``.
+    """
 
     heldout: list[Prompt]
 
     @property
     def prompts(self) -> list[Prompt]:
-        """Return the prompts that are known before training draws any, held-out ones first."""
+        """Return the prompts known before training draws any, held-out ones first."""
         ...
 
     def training(self, excluded: set[str]) -> Callable[[int], Prompt]:
-        """Return an endless sequence of training prompts, by index from 0, whose texts are not ``excluded``."""
+        """Return an endless sequence of training prompts, by index from 0.
+
+        Their normalized texts are not ``excluded``.
+        """
         ...

@@ -25,7 +25,10 @@ class Verifiers:
         self._made = cache(make_verifier)
 
     def of(self, data_source: str, own: Verifier | None = None, *, scorer: Verifier | None = None) -> Verifier:
-        """Return the verifier named for the data source; else ``own``, the default, ``scorer``, or exact match."""
+        """Return the verifier named for the data source.
+
+        Without one, the verifier is ``own``, the default, ``scorer``, or exact match, in this order.
+        """
         self._seen.add(data_source)
         if name := self._names.get(data_source):
             return self._made(name)
@@ -37,7 +40,7 @@ class Verifiers:
         return scorer or self._made("exact")
 
     def check_names(self) -> None:
-        """Refuse names of data sources that no prompt has, and a default that judges no prompt.
+        """Refuse data sources that no prompt has, and a default that judges no prompt.
 
         Raises:
             InputError: there is such a name or default.
@@ -67,15 +70,19 @@ def make_verifier(name: str) -> Verifier:
 
 
 def match_exactly(completion: str, prompt: Prompt) -> Score:
-    """Score 1 if the last ``<answer>...</answer>`` is the ground truth, ignoring case and width of white space."""
+    """Score 1 if the last ``<answer>...</answer>`` is the ground truth, else 0.
+
+    Case and width of white space are ignored.
+    """
     answer, truth = extract_answer(completion), prompt.ground_truth
     return Score(answer, float(answer is not None and truth is not None and _normalize(answer) == _normalize(truth)))
 
 
 def answer_classes(prompt: Prompt, scores: Sequence[Score]) -> list[str | None]:
-    """Return the class of each answer to one prompt; answers that the verifier finds equal share a class.
+    """Return the class of each answer to one prompt.
 
-    The class is None for a missing answer, and for verifiers that compare answers only with the ground truth.
+    Answers that the verifier finds equal share a class. The class is None for a missing answer, and for verifiers that
+    compare answers only with the ground truth.
     """
     if isinstance(prompt.verifier, MathVerifier):
         return prompt.verifier.classes(scores)
@@ -85,7 +92,10 @@ def answer_classes(prompt: Prompt, scores: Sequence[Score]) -> list[str | None]:
 
 
 def score_by(score_answer: Callable[[str, dict[str, Any]], float]) -> Verifier:
-    """Return a verifier that passes the content of the last ``<answer>...</answer>`` to a reasoning-gym scorer."""
+    """Return a verifier that passes answers to a reasoning-gym scorer.
+
+    An answer is the content of the last ``<answer>...</answer>``.
+    """
 
     def verify(completion: str, prompt: Prompt) -> Score:
         answer = extract_answer(completion)
@@ -95,18 +105,22 @@ def score_by(score_answer: Callable[[str, dict[str, Any]], float]) -> Verifier:
 
 
 def score_gym_row(answer: str, row: dict[str, Any]) -> float:
-    """Score an answer with the reasoning-gym task in the row's metadata, ``source_dataset``."""
+    """Score an answer with the reasoning-gym task that the row's metadata names.
+
+    The key is ``source_dataset``.
+    """
     from reasoning_gym import get_score_answer_fn
 
     return get_score_answer_fn(row["metadata"]["source_dataset"])(answer, row)  # pyright: ignore[reportCallIssue]
 
 
 class UserFunction:
-    r"""A user's own verifier, ``module:function``, called with the completion and the prompt's row.
+    r"""A user's own verifier, ``module:function``.
 
-    It returns a number, a bool, or a mapping with ``score`` and, optionally, ``answer``. A score of None is no verdict:
-    the response is excluded from its group's mean and from the loss. If the function returns no answer, the answer is
-    the content of the last ``<answer>...</answer>``, else of the last ``\boxed{...}``, else the completion.
+    The function is called with the completion and the prompt's row. It returns a number, a bool, or a mapping with
+    ``score`` and, optionally, ``answer``. A score of None is no verdict: the response is excluded from its group's mean
+    and from the loss. If the function returns no answer, the answer is the content of the last
+    ``<answer>...</answer>``, else of the last ``\boxed{...}``, else the completion.
     """
 
     def __init__(self, name: str) -> None:
