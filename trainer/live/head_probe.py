@@ -1,4 +1,4 @@
-"""Capture ln sum p^2 and |h| from TRL's forward passes, from which per-token gradient norms follow."""
+"""Capture the inputs of per-token gradient norms from TRL's forward passes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCALED_LOGITS = (
 
 
 class HeadProbe:
-    """Capture ln sum p^2 and |h| from TRL's forward passes, from which per-token gradient norms follow."""
+    """Capture ln sum p^2 and |h| from TRL's forward passes."""
 
     def __init__(self) -> None:
         self._heard: list[tuple[Tensor, Tensor]] | None = None
@@ -31,9 +31,10 @@ class HeadProbe:
 
     @classmethod
     def attach(cls, trainer: Any) -> HeadProbe | None:
-        """Patch the policy's forward pass; None if this version of TRL or the model does not allow it.
+        """Patch the policy's forward pass.
 
-        TRL's fused LM head can return ln sum p^2, which does not enter the loss.
+        The result is None if this version of TRL or the model does not allow patching. TRL's fused LM head can return
+        ln sum p^2, which does not enter the loss.
         """
         try:
             from trl.trainer.utils import add_fused_lm_head
@@ -70,7 +71,10 @@ class HeadProbe:
 
     @contextmanager
     def listening(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Collect ln sum p^2 and |h| of the forward passes in the block, (B, T) each; T spans prompt and response."""
+        """Collect ln sum p^2 and |h| of the forward passes in the block.
+
+        Shape (B, T) each; T spans prompt and response.
+        """
         heard: list[tuple[Tensor, Tensor]] = []
         self._heard = heard
         try:
