@@ -122,7 +122,10 @@ def step_row(step: int, *, entropy: float, accuracy: float) -> dict[str, object]
 
 
 def write_steps(folder: Path, steps: Sequence[int] = range(1, 25)) -> Path:
-    """Write a run of which only ``steps`` are recorded, so that its report has two figures and is quick."""
+    """Write a run of which only ``steps`` are recorded.
+
+    Its report has two figures and is quick.
+    """
     writer = TraceWriter.create(folder, {"run_id": folder.name, "arm": "none", "seed": 0, "study": "s"}, ["a"])
     for step in steps:
         writer.append("steps", step_row(step, entropy=1 / step, accuracy=1 - 0.5 / step))

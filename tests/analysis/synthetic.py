@@ -83,7 +83,10 @@ def write_run(
 
 
 def progress(step: int, steps: int, *, two_stages: bool) -> float:
-    """Return how much of the way from 0 to 1 is done: fast until BOUNDARY and slow after it, or evenly."""
+    """Return the progress from 0 to 1 after ``step`` of ``steps``.
+
+    It is even, or with two stages fast until BOUNDARY and slow after it.
+    """
     even = step / steps
     if not two_stages:
         return even

@@ -1,4 +1,4 @@
-"""Test the digests of a run's files, what opening notices, and ``entrace verify``."""
+"""Test digests of a run's files, their check on opening, and ``entrace verify``."""
 
 from __future__ import annotations
 
@@ -300,7 +300,10 @@ def write_interventions(run_dir: Path) -> Path:
 
 
 def test_a_file_may_be_replaced_after_its_new_digest_is_recorded(run_dir: Path, tmp_path: Path):
-    """As ``digests.append`` says: a process killed between the two leaves an intact run."""
+    """A process killed between the two steps leaves an intact run.
+
+    See ``digests.append``.
+    """
     path = part(run_dir, "tokens")
     pq.write_table(pq.read_table(path), tmp_path / "new.parquet")
     digests.append(run_dir, {f"tokens/{path.name}": digests.digest_of(tmp_path / "new.parquet")})

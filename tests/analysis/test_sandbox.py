@@ -1,4 +1,7 @@
-"""A user's SQL is bounded in time and memory, ends with its reader, and is streamed."""
+"""Test limits of a user's SQL.
+
+It is bounded in time and memory, ends with its reader, and is streamed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Test that Spark and DuckDB give equal answers to the same SQL, and that Spark is given nothing else."""
+"""Test that Spark and DuckDB give equal answers to the same SQL.
+
+Spark must be given nothing else.
+"""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -73,9 +76,10 @@ class Engines:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write two arms with two runs each, one of them with nulls, a trace worked out by hand, and one of version 1.
+    """Write two arms with two runs each, and two other traces.
 
-    The folder has a name that is a pattern, an escape, and a partition to other readers.
+    One of the runs per arm has nulls. The others are a trace worked out by hand and one of schema version 1. The folder
+    has a name that is a pattern, an escape, and a partition to other readers.
     """
     root = tmp_path_factory.mktemp("spark") / "lr=0.1 [a]*{b} %20" / "study"
     for arm, accuracy in (("none", 0.6), ("ppl", 0.9)):
@@ -480,7 +484,10 @@ IN_S = 60
 
 
 def refuse(engines: Engines, text: str, timeout: float, match: str) -> None:
-    """Check the error of a query that takes too long, and that it comes soon after the limit."""
+    """Check the error of a query that takes too long.
+
+    It must come soon after the limit.
+    """
     started = time.monotonic()
     with pytest.raises(InputError, match=match) as stopped:
         engines.spark.sql(text, timeout=timeout)

@@ -1,4 +1,7 @@
-"""Test runs and reports in remote storages: fsspec's memory, and S3 as a local server of moto."""
+"""Test runs and reports in remote storages.
+
+They are fsspec's memory, and S3 as a local server of moto.
+"""
 
 from __future__ import annotations
 

@@ -117,7 +117,10 @@ def cut_short(path):
 
 
 def token_batch() -> tuple[torch.Tensor, RolloutView]:
-    """Advantages (8, 6) and tokens in float64: padding, an empty response, one of a single token, a uniform group."""
+    """Return advantages (8, 6) and tokens in float64.
+
+    Responses include an empty one, one of a single token, padded ones, and a uniform group.
+    """
     generator = torch.Generator().manual_seed(0)
     logprobs, entropy = -torch.rand(8, 6, generator=generator).double(), torch.rand(8, 6, generator=generator).double()
     mask = torch.arange(6) < torch.tensor([6, 1, 0, 3, 6, 2, 5, 4])[:, None]

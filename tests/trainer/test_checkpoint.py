@@ -1,4 +1,7 @@
-"""Checkpoints: what is saved comes back to the bit, what is damaged is noticed, what is unfinished does not count."""
+"""Test that checkpoints restore to the bit.
+
+Damage must be noticed, and unfinished checkpoints must not count.
+"""
 
 import errno
 import json

@@ -1,4 +1,7 @@
-"""Compare the Triton kernels, run by Triton's interpreter, with the statistics in plain torch."""
+"""Compare the Triton kernels with the statistics in plain torch.
+
+Triton's interpreter runs the kernels.
+"""
 
 import pytest
 import torch
@@ -16,7 +19,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 @pytest.fixture
 def with_kernels(monkeypatch):
-    """Return a function that switches to the kernels; tests/conftest.py selects the interpreter."""
+    """Return a function that switches to the kernels.
+
+    tests/conftest.py selects the interpreter.
+    """
     if torch.cuda.is_available():
         pytest.skip("tests/trainer/test_cuda.py runs them")
     from entrace.trainer.kernels import token_stats_triton

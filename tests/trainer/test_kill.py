@@ -1,4 +1,7 @@
-"""No fault loses anything that was durable or makes an answer wrong; `make chaos` tries each kind more often."""
+"""Test that no fault loses durable data or makes an answer wrong.
+
+`make chaos` tries each kind of fault more often.
+"""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Runs as Ray tasks, on a cluster of two nodes on this machine, one of which is killed."""
+"""Test runs as Ray tasks on two nodes of this machine, one of which is killed."""
 
 import os
 import sys
@@ -37,7 +37,10 @@ def cluster(monkeypatch):
 
 
 class Killer:
-    """Kills the second node once both nodes are past their first checkpoint; keeps what every run reported."""
+    """Kill the second node once both nodes are past their first checkpoint.
+
+    Also keep the reports of every run.
+    """
 
     def __init__(self, cluster):
         self.cluster, self.done, self.ended = cluster, defaultdict(list), []

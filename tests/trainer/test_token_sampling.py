@@ -1,4 +1,7 @@
-"""Test that sampling what is stored per token changes nothing else, and that pruning later gives the same trace."""
+"""Test that sampling stored tokens changes nothing else.
+
+Later pruning must give the same trace.
+"""
 
 import shutil
 
@@ -73,7 +76,7 @@ def test_whole_responses_of_the_chosen_steps_are_stored(full, sampled):
 
 
 def test_captured_responses_are_stored(full, sampled):
-    """The captured responses are those of a full run, without those that are not stored."""
+    """Captured responses are those of a full run, except for unstored ones."""
     everything, found = (
         read(run, "tokens").drop_nulls("logprob_after").select("step", "rollout_id", "position", "logprob_after")
         for run in (full, sampled)
@@ -93,7 +96,7 @@ def test_pruning_a_full_trace_equals_recording_a_sampled_one(full, sampled, tmp_
 
 @pytest.mark.parametrize("is_pruned", [False, True])
 def test_a_resumed_run_stores_the_same_tokens(sampled, full, tmp_path, is_pruned):
-    """A pruned run continues as it was pruned, with the configuration of the full run."""
+    """A pruned run continues as pruned, with the configuration of the full run."""
     options = [*SHAPE, *FEWER, *([] if is_pruned else SAMPLED)]
     shutil.copytree(full if is_pruned else sampled, tmp_path / "run")
     if is_pruned:

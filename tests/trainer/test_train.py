@@ -142,7 +142,10 @@ def test_the_manifest_says_what_was_run(run_dir):
 
 
 def test_bfloat16_arithmetic_trains_float32_weights(tmp_path):
-    """The default of a GPU, on the CPU: the recorded and the trained distribution may differ by rounding only."""
+    """Recorded and trained distributions may differ by rounding only.
+
+    The test runs a GPU's default dtype on the CPU.
+    """
     train(load_config("tiny", [*SMALL, "policy.dtype=bfloat16", "steps=2"]), tmp_path / "bf16", LABELS)
     steps = read(tmp_path / "bf16", "steps")
     assert steps["grad_norm"].is_between(1e-3, 10).all()

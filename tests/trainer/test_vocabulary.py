@@ -1,4 +1,7 @@
-"""Texts and marks of vocabularies: byte-level BPE, SentencePiece with bytes, and special tokens of both."""
+"""Test texts and marks of vocabularies.
+
+They are byte-level BPE, SentencePiece with bytes, and special tokens of both.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Small runs of TRL on the embedded policy, and a witness that keeps what the trace has to agree with."""
+"""Small runs of TRL on the embedded policy, and a witness.
+
+``Witness`` keeps the facts that the trace must agree with.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,7 @@ def weights(trainer) -> dict[str, torch.Tensor]:
 
 
 class Witness:
-    """Keeps every generation batch with the weights that sampled it, and what the loss was given."""
+    """Keep every generation batch, its sampling weights, and the loss's inputs."""
 
     def __init__(self, *args, **kwargs):
         self.batches, self.losses, self.weights_at = [], [], {}
@@ -160,14 +163,17 @@ def manifest(folder: Path) -> dict:
 
 @torch.no_grad()
 def teacher_forced(model, prompt_ids, ids, temperature) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities and entropies of one response, alone and without padding, in float64 from the logits on."""
+    """Return log-probabilities and entropies of one response in float64.
+
+    It is alone and without padding. Values are in float64 from the logits on.
+    """
     logits = model(torch.tensor([[*prompt_ids, *ids]])).logits[0, len(prompt_ids) - 1 : -1].double() / temperature
     logp = logits.log_softmax(-1)
     return logp[torch.arange(len(ids)), torch.tensor(ids)].numpy(), -(logp.exp() * logp).sum(-1).numpy()
 
 
 def bare_policy(trainer):
-    """A model in evaluation mode that takes the weights of the trainer's, adapters included."""
+    """Return a model in evaluation mode with the trainer's weights, including adapters."""
     model = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model))
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     # TRL and the trace patch the forward pass of the instance.

@@ -102,7 +102,7 @@ def ends_response(policy: Policy, tokens: Tensor, rows: Tensor, places: Tensor, 
 
 
 def invert_cdf(p: Tensor, rows: Tensor, uniforms: Tensor) -> Tensor:
-    """Return the first tokens whose cumulative probability exceeds ``uniforms``, (N,).
+    """Return the first tokens whose cumulative probability exceeds a number, (N,).
 
     Args:
         p: Unnormalized probabilities, (S, V).
