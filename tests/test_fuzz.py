@@ -1,4 +1,7 @@
-"""Whatever a file holds, reading it gives a result, or one line that says what is wrong with it."""
+"""Test that reading any file gives a result or an error of one line.
+
+The line says what is wrong with the file.
+"""
 
 from __future__ import annotations
 
@@ -193,7 +196,10 @@ def test_damaged_parquet(run: Path):
 
 
 def damage_and_read(run: str) -> None:
-    """Damages a copy of ``run`` in many ways, reads it each time, and prints how often it was read and refused."""
+    """Damage copies of ``run`` in many ways, and read each.
+
+    The counts of successful and refused reads are printed.
+    """
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     outcomes: Counter[str] = Counter()
     for seed in range(NUM_DAMAGED):
@@ -223,7 +229,10 @@ def forget_rows(path: Path) -> None:
 
 
 def damage(rng: random.Random, path: Path) -> None:
-    """Changes bytes of a Parquet file, or columns, types, values and metadata of its table."""
+    """Change bytes of a Parquet file or parts of its table.
+
+    The parts are columns, types, values, and metadata.
+    """
     data = bytearray(path.read_bytes())
     if rng.random() < 0.4:
         footer = len(data) - int.from_bytes(data[-8:-4], "little") - 8

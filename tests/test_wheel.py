@@ -1,4 +1,7 @@
-"""Archives hold one package; the wheel works in an empty environment without extras, and without torch."""
+"""Test that archives hold one package and that the wheel works.
+
+It must work in an empty environment, without extras and without torch.
+"""
 
 import subprocess
 import sys
@@ -31,7 +34,10 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """Folder of the executables of a fresh environment that holds the wheel and its core dependencies."""
+    """Return the folder of executables of a fresh environment.
+
+    It holds the wheel and its core dependencies.
+    """
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
     installed = call(folder / "bin/python", "-m", "pip", "install", "-q", "-c", REPOSITORY / "constraints.txt", wheel)

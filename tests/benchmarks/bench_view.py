@@ -1,6 +1,7 @@
-"""Measure the viewer on a large trace: first figure, pages of responses, tokens of a long response, and memory.
+"""Measure the viewer on a large trace.
 
-Usage: python -m tests.benchmarks.bench_view [--tokens 50000000] [--trace DIR] [--out reports/view_benchmarks.json]
+The measures are first figure, pages of responses, tokens of a long response, and memory. Usage: python -m
+tests.benchmarks.bench_view [--tokens 50000000] [--trace DIR] [--out reports/view_benchmarks.json]
 
 A browser asks a server in a process of its own. The time to the first figure begins when the address is opened and
 includes opening the trace, which the server does before it prints its address; starting Python is reported apart.
@@ -76,7 +77,10 @@ class Server:
 
     @property
     def memory_mib(self) -> float:
-        """Memory of the server and of its processes for queries: their own pages, and shares of common ones."""
+        """Return the memory of the server and its query processes, MiB.
+
+        Shared pages count in proportion.
+        """
         process = psutil.Process(self._process.pid)
         return sum(one.memory_full_info().pss for one in [process, *process.children(recursive=True)]) / 2**20
 
@@ -87,7 +91,10 @@ class Server:
 
 
 def additions_s() -> float:
-    """Return the CPU seconds of five million additions in Python, by which times on two machines compare."""
+    """Return the CPU seconds of five million additions in Python.
+
+    Times on two machines compare by this number.
+    """
     started, total = time.process_time(), 0
     for i in range(5_000_000):
         total += i

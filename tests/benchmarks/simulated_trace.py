@@ -1,8 +1,9 @@
-"""Large traces with the shape of a real run, for timing; all values are random, without a policy.
+"""Write large traces with the shape of a real run, for timing.
 
-A step has 128 prompts x 8 responses of about 250 tokens; lengths are lognormal, at most 1,024. Words follow Zipf's law.
-Most tokens are almost certain; uncertain ones change most in the update. Entropy falls and accuracy rises over the
-first 30% of the steps, and both are almost constant afterwards. Every fifth step has after-update values.
+All values are random, without a policy. A step has 128 prompts x 8 responses of about 250 tokens; lengths are
+lognormal, at most 1,024. Words follow Zipf's law. Most tokens are almost certain; uncertain ones change most in the
+update. Entropy falls and accuracy rises over the first 30% of the steps, and both are almost constant afterwards. Every
+fifth step has after-update values.
 """
 
 from __future__ import annotations
@@ -51,12 +52,18 @@ class Simulation:
         self._order = self.rng.permutation(TRAIN_PROMPTS)
 
     def progress(self, step: int) -> float:
-        """Return the fraction of the total change at a step; 95% of the change happens before the knee."""
+        """Return the fraction of the total change at a step.
+
+        95% of the change happens before the knee.
+        """
         done = step / self.steps
         return min(done / KNEE, 1) * 0.95 + 0.05 * done
 
     def responses(self, step: int) -> dict[str, Any]:
-        """Draw the columns of responses that do not depend on tokens, one row per response."""
+        """Draw columns of responses that do not depend on tokens.
+
+        There is one row per response.
+        """
         rng, done = self.rng, self.progress(step)
         prompts = self._order[np.arange((step - 1) * PROMPTS, step * PROMPTS) % TRAIN_PROMPTS]
         ease = np.repeat(self._ease[prompts], GROUP) + 3 * done - 1
@@ -109,7 +116,7 @@ class Simulation:
         return columns
 
     def complete(self, responses: dict[str, Any], tokens: dict[str, Any]) -> dict[str, Any]:
-        """Return the columns of table rollouts: ``responses``, and columns derived from tokens."""
+        """Return table rollouts: ``responses``, and columns derived from tokens."""
         rng, step, length = self.rng, responses["step"], responses["response_length"]
         offsets = np.concatenate(([0], np.cumsum(length)))
         surprisal = -np.add.reduceat(tokens["logprob"], offsets[:-1], dtype=float) / length
@@ -179,7 +186,10 @@ class Simulation:
 
 
 def write_trace(folder: Path, tokens: int, seed: int = 0) -> Path:
-    """Write a run of about ``tokens`` generated tokens, at least 20 steps; return its folder."""
+    """Write a run of about ``tokens`` generated tokens; return its folder.
+
+    It has at least 20 steps.
+    """
     steps = max(20, math.ceil(tokens / (RESPONSES * MEAN_LENGTH)))
     simulation = Simulation(np.random.default_rng(seed), steps)
     manifest = {"run_id": folder.name, "study": "simulated", "arm": "none", "seed": seed, "total_steps": steps}
@@ -201,7 +211,10 @@ def write_trace(folder: Path, tokens: int, seed: int = 0) -> Path:
 
 
 def write_study(folder: Path, runs: int) -> Path:
-    """Write ``runs`` small runs of 25 steps with steps, evaluations, prompts, and vocabulary; return their folder."""
+    """Write ``runs`` small runs of 25 steps; return their folder.
+
+    They have steps, evaluations, prompts, and vocabulary.
+    """
     simulation = Simulation(np.random.default_rng(0), 25)
     evals = simulation.evals(0)
     for seed in range(runs):

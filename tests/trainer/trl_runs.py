@@ -173,7 +173,7 @@ def teacher_forced(model, prompt_ids, ids, temperature) -> tuple[np.ndarray, np.
 
 
 def bare_policy(trainer):
-    """Return a model in evaluation mode with the trainer's weights, including adapters."""
+    """Return a model in evaluation mode with the trainer's weights and adapters."""
     model = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model))
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     # TRL and the trace patch the forward pass of the instance.

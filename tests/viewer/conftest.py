@@ -128,7 +128,10 @@ class Tab:
         self.page.locator("#content:not([aria-busy]):not(:has(.list[aria-busy])) h1").wait_for()
 
     def until(self, condition: Callable[[], Any]) -> None:
-        """Wait until something holds; the pages forbid Playwright's own wait_for_function, which evaluates text."""
+        """Wait until ``condition`` holds.
+
+        The pages forbid Playwright's own wait_for_function, which evaluates text.
+        """
         deadline = time.monotonic() + 120
         while not condition():
             assert time.monotonic() < deadline
