@@ -188,7 +188,7 @@ def check_data(block: Block) -> None:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default study in small: each arm with one seed."""
+    """Run a small version of the default study, with one seed per arm."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("runs") / "study"
     for spec in load_grid("tiny-study", TINY, seeds=[0]):
@@ -248,7 +248,7 @@ def background(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Background]
 
 @pytest.fixture
 def folder(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_figures: None) -> Path:
-    """A working directory that looks like the repository with the study in it."""
+    """Return a working directory like the repository with the study in it."""
     for name in ("trainer", "analysis", "data/base-policy"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(ROOT / name)

@@ -87,7 +87,7 @@ def read(name: str, text: str) -> None:
 
 
 def attempt(work: Callable[[], Any]) -> tuple[Any, str]:
-    """Returns what ``work`` does, or the one line that says why it does not."""
+    """Return the result of ``work``, or the one line of its error."""
     try:
         return work(), ""
     except InputError as error:
@@ -153,7 +153,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def use(run: Path) -> None:
-    """Asks what depends on what a manifest says."""
+    """Run the queries that depend on the manifest."""
     runs = open_runs(run)
     runs.sql("select * from runs, stages")
     query(runs, "ablation_final")
@@ -186,7 +186,7 @@ def test_any_manifest(run: Path):
 
 
 def test_damaged_parquet(run: Path):
-    """In a process of its own, with little memory: a crash would end this one."""
+    """Read in another process with little memory, because a crash would end this one."""
     script = f"from tests.test_fuzz import damage_and_read; damage_and_read({str(run)!r})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=CODE)
     assert done.returncode == 0, done.stderr
@@ -224,7 +224,7 @@ def read_tables(run: Path) -> None:
 
 
 def forget_rows(path: Path) -> None:
-    """Makes of a manifest one that does not say what the files hold."""
+    """Remove the key ``files`` from a manifest."""
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "files"}))
 
 
@@ -247,7 +247,7 @@ def damage(rng: random.Random, path: Path) -> None:
 
 
 def change_table(rng: random.Random, table: pa.Table) -> pa.Table:
-    """Changes one column of ``table``, its rows or its metadata."""
+    """Change one column of ``table``, its rows, or its metadata."""
     i = rng.randrange(table.num_columns)
     field = table.schema.field(i)
     number = rng.choice([float("nan"), float("inf"), -3.4e38, 0.0])

@@ -84,7 +84,7 @@ def rewrite(folder: Path, change: Callable[[str, str], str]) -> None:
 
 
 def poison(folder: Path, tail: str) -> None:
-    """Puts hostile text wherever a run holds text; ``tail`` keeps run ids apart."""
+    """Replace all text of a run by hostile text; ``tail`` keeps run ids distinct."""
     kept = {"category", "entropy_kind", "split", "prompt_id"}
     names = {"run_id": HOSTILE + tail}
     rewrite(folder, lambda column, text: names.get(column, text if column in kept else HOSTILE))

@@ -56,7 +56,7 @@ def is_in(name, *packages):
 
 
 def foreign(module, *allowed):
-    """Names of the package that a module imports beyond those allowed."""
+    """Return names of the package that a module imports beyond those allowed."""
     return {name for name in imported(module, at_runtime=True) if is_in(name, "entrace") and not is_in(name, *allowed)}
 
 
@@ -96,7 +96,7 @@ def test_only_commands_import_the_training_loop(module):
 
 
 def test_no_imports_form_a_cycle():
-    """Imports inside functions included."""
+    """Include imports inside functions."""
     graph = {
         module: {name for name in imported(module, at_runtime=True) if name in PATHS and name != module}
         for module in PATHS

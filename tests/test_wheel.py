@@ -46,7 +46,7 @@ def environment(wheel, tmp_path_factory):
 
 
 def test_both_wheels_hold_one_package_and_the_same_files(wheel, tmp_path):
-    """Built from the checkout, and from the source archive."""
+    """Build from the checkout and from the source archive."""
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"entrace"}
     assert sorted(zipfile.ZipFile(build(tmp_path)).namelist()) == sorted(names)

@@ -1,4 +1,4 @@
-"""A trace small enough to compute every answer by hand, and a synthetic study."""
+"""Provide a trace small enough to check by hand, and a synthetic study."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def _append_intervention(
 
 
 def write_failed(folder: Path, error: str = "step 3: loss is nan") -> Path:
-    """A run that failed before anything was durable."""
+    """Write a run that failed before any step was durable."""
     folder.mkdir(parents=True)
     manifest = {"schema_version": SCHEMA_VERSION, "run_id": folder.name, "arm": "broken", "seed": 0, "status": "failed"}
     write_manifest(folder, {**manifest, "error": error})

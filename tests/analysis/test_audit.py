@@ -27,7 +27,7 @@ def samples() -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def clean(samples: list[Sample]) -> Sample:
-    """About 10,000 tokens of a real run."""
+    """Return about 10,000 tokens of a real run."""
     return part(samples[0], lambda steps: steps[: len(steps) // 2])
 
 
@@ -46,7 +46,7 @@ def with_tokens(sample: Sample, *columns: pl.Expr | pl.Series) -> Sample:
 
 
 def test_clean_traces_raise_no_alarm(samples: list[Sample]):
-    """Twenty samples of the steps of real runs, of 5,000 to 15,000 tokens each."""
+    """Draw twenty samples of steps of real runs, with 5,000 to 15,000 tokens each."""
     rng = np.random.default_rng(0)
     for number in range(NUM_CLEAN):
         sample = samples[number % len(samples)]

@@ -274,7 +274,7 @@ def test_what_is_absent_or_additional_is_listed(run_dir: Path, case: str):
 
 
 def test_a_file_that_was_removed_on_purpose_is_accepted(run_dir: Path):
-    """Only files that no step needs: a file that run.json lists stays missing."""
+    """Only files that no step needs are accepted; listed files stay missing."""
     name = f"interventions/{write_interventions(run_dir).name}"
     (run_dir / name).unlink()
     [finding] = verify_run(run_dir).findings

@@ -1,4 +1,4 @@
-"""Figures draw what the query returns: the values, their intervals and n."""
+"""Test that figures draw the query's values, their intervals, and n."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ PATTERNS: dict[str, Callable[[Path], list[int]]] = {
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing after it reaches the disk."""
+    """Stand for SIGKILL: later writes do not reach the disk."""
 
 
 def add_step(writer: TraceWriter, step: int) -> None:

@@ -126,7 +126,7 @@ def test_questions_with_parameters(engines: Engines, stem: str, params: dict[str
 
 @pytest.mark.parametrize("name", [*TABLES, "response_tokens", "runs", "stages", "token_coverage"])
 def test_tables_have_equal_rows(engines: Engines, name: str):
-    """Null for null, and every file exactly once."""
+    """Nulls must match, and every file must be read exactly once."""
     columns = engines.duckdb.sql(f"select * from {name} limit 0").columns
     counts = ", ".join(f"count({column}) as {column}" for column in columns if column != "run_id")
     found = engines.check(f"select run_id, count(*) as num_rows, {counts} from {name} group by run_id order by run_id")
@@ -149,7 +149,7 @@ def test_views_have_equal_rows(engines: Engines, name: str, key: str):
 
 
 def test_tables_have_equal_columns(engines: Engines):
-    """In equal order, which decides what a union of stars adds to what."""
+    """Columns must have equal order, because a union of stars matches by position."""
     names = [*TABLES, "response_tokens", "runs", "stages", "token_coverage", *shared().views]
     spark = engines.spark._spark._connected()  # pyright: ignore[reportOptionalMemberAccess]
     found = {name: spark.table(name).columns for name in names}
@@ -268,7 +268,7 @@ ROWS = """with r as (
 
 
 def test_expressions_have_equal_values(engines: Engines):
-    """Aggregates over all rows, and other expressions row by row."""
+    """Compare aggregates over all rows, and other expressions row by row."""
     aggregates = (
         "sum",
         "avg",
@@ -522,7 +522,7 @@ def test_a_query_is_interrupted_by_others(engines: Engines, scanned: None, heard
 
 
 def test_a_stopped_application_is_started_again(engines: Engines):
-    """With its tables, also those that Python fills."""
+    """Its tables return, including those that Python fills."""
     engines.check("select * from stages order by run_id, stage")
     SparkSession.builder.getOrCreate().stop()
     engines.check("select * from stages order by run_id, stage")
@@ -573,7 +573,7 @@ assert SparkContext._gateway.proc is jvm
 
 
 def test_an_executor_is_ended_with_tasks_that_spark_cannot_interrupt(tiny_path: Path):
-    """On a cluster of one executor, which is a process of its own."""
+    """Use a cluster of one executor, which is a separate process."""
     submit = os.environ["PYSPARK_SUBMIT_ARGS"].replace("local[2]", "local-cluster[1,2,1024]")
     words = [sys.executable, "-c", ON_AN_EXECUTOR, str(tiny_path), ENDLESS]
     done = subprocess.run(words, env={**os.environ, "PYSPARK_SUBMIT_ARGS": submit}, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Paired timings, and the table of measurements that the benchmarks report."""
+"""Provide paired timings, and the benchmarks' table of measurements."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def pytest_runtest_setup():
 
 @pytest.fixture
 def policy() -> Policy:
-    """A fresh copy of the embedded base policy."""
+    """Return a fresh copy of the embedded base policy."""
     return Policy.load(PolicyConfig(device="cpu"))
 
 
@@ -68,7 +68,7 @@ def task(small_config) -> Task:
 
 @pytest.fixture
 def small_recipe(tmp_path) -> Path:
-    """A recipe that is pretrained in seconds."""
+    """Write a recipe that is pretrained in seconds."""
     text = (CONFIGS / "base-policy.toml").read_text()
     for key, value in SMALL_RECIPE.items():
         text, found = re.subn(rf"^{key} = \S+", f"{key} = {value}", text, flags=re.MULTILINE)
@@ -80,7 +80,7 @@ def small_recipe(tmp_path) -> Path:
 
 @pytest.fixture
 def call(capsys, monkeypatch):
-    """Runs the command line in this process; returns exit status, stdout and stderr."""
+    """Run the command line here; return exit status, stdout, and stderr."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["entrace", *map(str, arguments)])

@@ -35,7 +35,7 @@ DIVERGING = '\n[arms.diverging]\noptim.lr = 1e30\nrollout.when_short = "error"\n
 
 
 class Seen:
-    """Keeps what a listener is told."""
+    """Keep the events of a listener."""
 
     def __init__(self):
         self.updates, self.ended = [], {}
@@ -55,7 +55,7 @@ def grid(tmp_path):
 
 
 def one_thread_each():
-    """Sums are rounded as in this process, which has one thread too."""
+    """Sums are rounded as in this process, which also has one thread."""
     return LocalLauncher(count_cores(), threads=1)
 
 
@@ -159,7 +159,7 @@ def test_a_run_that_cannot_begin_is_recorded_as_failed(grid, tmp_path):
 
 
 class KillsItsRun(Seen):
-    """Kills the process of a run, as a machine out of memory would."""
+    """Kill the process of a run, as a machine out of memory does."""
 
     def update(self, run_id, done, **metrics):
         super().update(run_id, done, **metrics)
@@ -181,7 +181,7 @@ def test_a_run_whose_process_dies_without_a_word_has_failed(grid, tmp_path):
 
 
 def print_and_exit(config, run_dir, labels, **_):
-    """Stands for a library that ends the process."""
+    """Stand for a library that ends the process."""
     for number in range(9):
         print("line", number)
     os.write(2, b"terminate called\nbad_alloc")

@@ -87,7 +87,7 @@ def test_weights_after_the_update_equal_a_loop(steps):
 
 
 def hand():
-    """Two responses, of two tokens and three; entropies .1, .9, .5, .4, .8."""
+    """Return responses of two and three tokens, entropies .1, .9, .5, .4, .8."""
     nothing = np.full(5, np.nan)
     return RecordedStep(
         step=1,

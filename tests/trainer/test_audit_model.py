@@ -58,7 +58,7 @@ class Case:
     def values(
         self, temperature: float = TEMPERATURE, logits: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities of all tokens of the vocabulary, and entropies."""
+        """Return log-probabilities of all vocabulary entries, and entropies."""
         scaled = (self.logits if logits is None else logits) / temperature
         logp = (
             scaled
@@ -182,7 +182,7 @@ def test_the_kept_sums_reproduce_values_of_any_temperature_and_truncation(trl: C
 
 
 def truncated(case: Case, temperature: float, kind: str, limit: float) -> np.ndarray:
-    """Log-probabilities renormalized over the entries that a truncation keeps."""
+    """Return log-probabilities renormalized over the entries that truncation keeps."""
     logp, _ = case.values(temperature)
     p = -np.sort(-np.exp(logp), 1)
     if kind == "top-k":
@@ -211,7 +211,7 @@ def shifted(values: np.ndarray, responses: np.ndarray, by: int) -> np.ndarray:
 
 
 def off_by_one(case: Case) -> np.ndarray:
-    """Each token in the distribution of the next token."""
+    """Return each token's log-probability in the next token's distribution."""
     logp, _ = case.values()
     following = np.roll(logp, -1, 0)[np.arange(len(case.ids)), case.ids]
     responses = case.reference.responses
@@ -219,7 +219,7 @@ def off_by_one(case: Case) -> np.ndarray:
 
 
 def permuted(case: Case, values: np.ndarray) -> np.ndarray:
-    """One permutation within each response, the same for all columns."""
+    """Permute values within each response, equally in all columns."""
     rng = np.random.default_rng(0)
     order = np.lexsort((rng.random(len(values)), case.reference.responses))
     return values[order]

@@ -228,7 +228,7 @@ def test_a_failed_capture_is_logged_once_and_changes_nothing(shared, prompts, un
 
 
 def test_what_fails_is_left_out_with_its_reason(shared, monkeypatch):
-    """As on a GPU without a C compiler; without a GPU, captured work runs plainly."""
+    """The case is a GPU without a C compiler; here, captured work runs plainly."""
 
     def failing(*arguments, **options):
         raise RuntimeError("Failed to find C compiler")
@@ -405,7 +405,7 @@ def test_compiled_norms_and_activations(shared, prompts, uniforms):
 
 @pytest.mark.slow
 def test_kernels_compile_for_a_gpu():
-    """In a new process, since the interpreter replaces the compiler in this one."""
+    """Use a new process, because the interpreter replaces the compiler in this one."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "tests.trainer.compile_decoding"]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}

@@ -1,4 +1,4 @@
-"""Commands typed wrong: one clear line on stderr, exit 2, nothing written."""
+"""Test wrong commands: one clear line on stderr, exit 2, nothing written."""
 
 import json
 import shutil

@@ -49,7 +49,7 @@ BLOCK = 4096
 
 
 class Interrupted(BaseException):
-    """Stands for the machine being taken away."""
+    """Stand for the loss of the machine."""
 
 
 def assert_same_run(one, other):
@@ -242,7 +242,7 @@ def out_of_memory(out):
 
 
 def _starve(owner, name, call):
-    """The system gives no more memory in the ``call``-th call."""
+    """Let the system refuse memory in the ``call``-th call."""
     function, calls = getattr(owner, name), itertools.count(1)
 
     @functools.wraps(function)
@@ -282,7 +282,7 @@ def test_out_of_memory_names_the_setting_to_lower(tmp_path, whole):
 
 def test_memory_is_free_again_when_the_error_is_handled(small_config):
     class Activations:
-        """Stands for what filled the memory."""
+        """Stand for the tensors that filled the memory."""
 
     def fill():
         activations = Activations()
@@ -415,7 +415,7 @@ def full_disk(folder, out, *rooms):
 
 
 def room_for(run_dir, step, checkpoints):
-    """Bytes that the trace takes up to ``step``, and so many checkpoints."""
+    """Return the bytes of the trace up to ``step`` with that many checkpoints."""
     parts = [path for path in run_dir.glob("*/*.parquet") if int(path.stem.split("-")[1]) <= step]
     checkpoint = [path for path in (run_dir / "checkpoints" / "step-000006").rglob("*") if path.is_file()]
     files = [run_dir / "run.json", *parts, *checkpoint * checkpoints]
@@ -548,7 +548,7 @@ def test_every_command_names_an_unwritable_disk_and_a_remedy(
 
 
 def full_temporary_folder(folder, run_dir):
-    """Lets a query spill more than its temporary folder can hold."""
+    """Let a query spill more than its temporary folder can hold."""
     _mount(folder, "size=2m")
     tempfile.tempdir = folder
     text = (
@@ -588,7 +588,7 @@ def copy_policy(tmp_path, *left_out):
 
 
 class Bomb:
-    """Runs code when it is unpickled."""
+    """Run code when unpickled."""
 
     def __init__(self, path):
         self.path = path

@@ -55,7 +55,7 @@ def test_statistics_of_logits(with_kernels, gap, dtype):
 
 @pytest.mark.parametrize("block", [(5, 100), (64, 1000)], ids=str)
 def test_vocabulary_sums_beside_the_kernels(with_kernels, monkeypatch, block):
-    """They are computed in plain torch, in memory of their own."""
+    """The sums are computed in plain torch, in separate memory."""
     monkeypatch.setitem(blocked_stats.BLOCK, "cpu", block)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(13, 8, generator=generator), torch.randn(333, 8, generator=generator)

@@ -49,7 +49,7 @@ def score_all(read, policy, run):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of two steps, and its responses as plain rows with token ids."""
+    """Return a run of two steps, and its responses as plain rows with token ids."""
     run = tmp_path_factory.mktemp("trained") / "run"
     train(load_config("tiny", [*SMALL, "steps=2", "policy.device=cpu"]), run, {"study": "s", "arm": "none"})
     tokens = table(run, "tokens").sort("rollout_id", "position")
@@ -511,7 +511,7 @@ def test_skipping_bad_rows_leaves_no_group_in_part(tmp_path, call):
 
 
 def test_a_row_that_rewards_cannot_join_takes_its_group_along(tmp_path, call):
-    """A row without an id names its group all the same."""
+    """A row without an id still names its group."""
     rows = [row(id=f"{name}{n}", group=name, response=f"{n}") for name in "ab" for n in range(3)]
     rewards = write(tmp_path / "rewards.jsonl", [{"id": entry["id"], "reward": 1} for entry in rows])
     del rows[4]["id"]

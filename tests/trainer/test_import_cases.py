@@ -1,4 +1,4 @@
-"""Dumps that once were read wrongly, with their expected values."""
+"""Test dumps that were once misread, with their expected values."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Dumps of other trainers, as these write them, with literal expected values."""
+"""Test dumps as other trainers write them, with literal expected values."""
 
 import json
 import math
@@ -90,7 +90,7 @@ def test_completions_of_trl(load):
 
 
 def test_a_stripped_prompt_of_another_model_is_refused(load, tmp_path):
-    """A text that several dialogs leave, or none, is not guessed."""
+    """A text that fits no dialog, or several, is not guessed."""
     rows = [{"input": "system\nBe brief.\nuser\n1 + 1?\nassistant\n", "output": "2", "score": 1.0, "step": 1}]
     path = write(tmp_path / "dump" / "1.jsonl", rows)
     _, err = load(path, "--tokenizer", SMOLLM)
@@ -607,7 +607,7 @@ def samples():
 
 @pytest.mark.parametrize(("name", "file", "row"), samples(), ids=[name for name, *_ in samples()])
 def test_a_strange_value_is_a_fault_of_its_row(name, file, row, tmp_path, tokenizer):
-    """Whatever a row holds, it is read, or it is malformed; nothing else is raised."""
+    """Every row is read or reported as malformed; no other error is raised."""
     path = write(tmp_path / file, [found for found in mutations(row) if isinstance(found, dict)])
     form = FORMATS[name]
     dump = Dump([path], [path], form)

@@ -46,7 +46,7 @@ def rewrite(path, rows, version=SCHEMA_VERSION):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run with checkpoints of steps 2 and 4; copied by whoever writes to it."""
+    """Train a run with checkpoints of steps 2 and 4, for tests to copy."""
     out = tmp_path_factory.mktemp("runs") / "run"
     train(load_config("tiny", SMALL), out, {})
     return out
@@ -54,7 +54,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_dir(trained, tmp_path_factory):
-    """A copy of the run with interventions."""
+    """Return a copy of the run with interventions."""
     out = shutil.copytree(trained, tmp_path_factory.mktemp("runs") / "intervened")
     intervene(out, SETTINGS, BUDGET)
     return out
@@ -185,7 +185,7 @@ def test_the_same_token_has_no_impact(intervener, tokens, monkeypatch):
 
 
 def continue_alone(policy, context, numbers):
-    """One token after the other, the whole sequence read again for each, in float64."""
+    """Sample token by token in float64, with a full pass for each token."""
     ids, stop_ids = list(context), policy.stop_ids.tolist()
     for number in numbers:
         logits = policy.model(torch.tensor([ids])).logits[0, -1].double()

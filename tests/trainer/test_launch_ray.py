@@ -20,7 +20,7 @@ STEPS = 14
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """A head that holds one run, and a second node that holds another."""
+    """Start a head that holds one run, and a second node that holds another."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -109,7 +109,7 @@ def test_a_method_of_the_working_directory_is_found_by_the_tasks(cluster, tmp_pa
 
 
 def print_and_exit(config, run_dir, labels, **_):
-    """Stands for a library that ends the process."""
+    """Stand for a library that ends the process."""
     print("terminate called")
     os._exit(3)
 

@@ -100,7 +100,7 @@ def hand(logprobs, entropy=None, is_correct=None):
 
 
 def group_of(rewards, logprobs=None):
-    """One group of responses of one token each."""
+    """Return one group of responses of one token each."""
     rows = len(rewards)
     logprob = torch.tensor(logprobs or [-1.0] * rows).double()[:, None]
     values = torch.tensor(rewards).double()

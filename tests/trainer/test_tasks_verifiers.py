@@ -231,7 +231,7 @@ def test_a_run_says_in_its_manifest_how_often_verifiers_ran_out_of_time(tmp_path
 
 @pytest.fixture
 def module(tmp_path, monkeypatch, request):
-    """Writes a module of a name of its own into the working directory."""
+    """Write a module with a unique name into the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     name = f"rewards_{abs(hash(request.node.name))}"

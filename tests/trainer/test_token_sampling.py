@@ -174,7 +174,7 @@ SIZES = ["rollout.prompts_per_step=24", "rollout.group_size=8", "record.flush_ev
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A run with as many prompts per step as in practice."""
+    """Train a run with as many prompts per step as in practice."""
     out = tmp_path_factory.mktemp("runs") / "large"
     train(load_config("tiny", [*SHAPE, *SIZES]), out, {})
     return out
@@ -182,7 +182,7 @@ def large(tmp_path_factory):
 
 @pytest.mark.parametrize("options", [[], SAMPLED])
 def test_the_predicted_size_is_near_that_of_a_run(large, tmp_path, options):
-    """With the tokens that were sampled instead of the most possible."""
+    """The comparison uses sampled tokens instead of the largest possible number."""
     config = load_config("tiny", [*SHAPE, *SIZES, *options])
     shutil.copytree(large, tmp_path / "run")
     if options:

@@ -34,7 +34,7 @@ def assert_same_trace(one, other):
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """One recorded run that the tests below look at."""
+    """Train the recorded run that the tests below read."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     seen = []
     train(load_config("tiny", SMALL), out, LABELS, on_step=lambda done, **figures: seen.append((done, figures)))
@@ -153,7 +153,7 @@ def test_bfloat16_arithmetic_trains_float32_weights(tmp_path):
 
 
 class Interrupted(BaseException):
-    """Stands for the machine being taken away."""
+    """Stand for the loss of the machine."""
 
 
 @pytest.mark.parametrize("last", [1, 2, 3])

@@ -81,7 +81,7 @@ QUICK = {
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=[] if name in QUICK else SLOW) for name in CASES])
 def recorded(request, tmp_path_factory):
-    """The trainer, its folder, and the weights of the same run without recording."""
+    """Return the trainer, its folder, and the weights of an unrecorded run."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("trl")
     is_rloo = request.param == "leave one out"
@@ -230,7 +230,7 @@ def expected_shaping(trainer, step, shaping, statistics):
 
 
 class RawAdvantages:
-    """Keeps the advantages as TRL gives them, below the recorder."""
+    """Keep the advantages that TRL computes, below the recorder."""
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
@@ -396,7 +396,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """A run with two held-out sets, evaluated before, during, and after training."""
+    """Train with two held-out sets, evaluated before, during, and after training."""
     folder = tmp_path_factory.mktemp("evaluated")
     trainer = build(
         TracedGRPOTrainer,

@@ -165,7 +165,7 @@ def test_another_version_of_verl_warns_once(tmp_path, monkeypatch, caplog):
 
 @pytest.fixture(scope="module")
 def queue(tmp_path_factory):
-    """A local Ray and TransferQueue."""
+    """Start a local Ray and TransferQueue."""
     config = compose_config(tmp_path_factory.mktemp("queue"))
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     config.transfer_queue.enable = True

@@ -40,7 +40,10 @@ def is_right(completions, solution, **kwargs):
 
 
 def is_short(completions, **kwargs):
-    """No score for every third response, and none of any function for none of them."""
+    """Return a score per response, or None if its length is a multiple of 3.
+
+    Every response has a score of some function.
+    """
     return [None if len(text[0]["content"]) % 3 == 0 else 1 / (1 + len(text[0]["content"])) for text in completions]
 
 

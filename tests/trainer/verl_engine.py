@@ -228,4 +228,4 @@ class Keeper(PPOTrainerSync):
 
 @register_trainer("entrace_witness")
 class Witness(Traced, Keeper):
-    """A trainer of one's own, traced."""
+    """Trace a user's own trainer."""

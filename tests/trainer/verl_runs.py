@@ -1,4 +1,4 @@
-"""Configs, data, and rewards for runs of verl on a CPU."""
+"""Provide configs, data, and rewards for runs of verl on a CPU."""
 
 import os
 import subprocess

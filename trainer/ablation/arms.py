@@ -1,4 +1,4 @@
-"""All methods of an arm by name: presets, advantage shaping, and loss variants."""
+"""List an arm's methods by name: presets, advantage shaping, loss variants."""
 
 from __future__ import annotations
 

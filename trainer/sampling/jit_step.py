@@ -1,4 +1,4 @@
-"""A decoding step, traced once with ``torch.jit.trace`` and run without Python.
+"""Trace a decoding step once with ``torch.jit.trace``, and run it without Python.
 
 Python takes half the time of a small model's step on a CPU. The trace holds for any number and length of sequences if
 the model's control flow depends on neither values nor sizes. Otherwise torch warns, and the trace is rejected.

@@ -52,7 +52,7 @@ class Job:
 
 
 class ProgressListener(Protocol):
-    """Receives the progress of the runs of a grid."""
+    """Receive the progress of the runs of a grid."""
 
     def update(self, run_id: str, done: int, **metrics: float) -> None:
         """Note that ``done`` steps of a run are complete; 0 when it starts."""
@@ -62,7 +62,7 @@ class ProgressListener(Protocol):
 
 
 class Launcher(Protocol):
-    """Executes runs, up to ``slots`` at a time once it is connected."""
+    """Execute runs, up to ``slots`` at a time once connected."""
 
     slots: int
 
