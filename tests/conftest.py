@@ -69,7 +69,7 @@ def few_figures(monkeypatch: pytest.MonkeyPatch):
 def command(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]):
     """Return a function that runs ``entrace ARGS`` in this process.
 
-    It returns exit code, stdout bytes, and stderr text.
+    The function returns exit code, stdout bytes, and stderr text.
     """
 
     def call(*args: str) -> tuple[int, bytes, str]:

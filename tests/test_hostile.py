@@ -1,6 +1,6 @@
 """Test that hostile text in a trace is shown and never acted on.
 
-It appears on the page, in the terminal, in CSV, SQL, and pictures.
+The outputs are the page, the terminal, CSV, SQL, and pictures.
 """
 
 from __future__ import annotations

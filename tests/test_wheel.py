@@ -1,6 +1,6 @@
 """Test that archives hold one package and that the wheel works.
 
-It must work in an empty environment, without extras and without torch.
+The environment of the wheel is empty, without extras and without torch.
 """
 
 import subprocess
@@ -36,7 +36,7 @@ def wheel(tmp_path_factory):
 def environment(wheel, tmp_path_factory):
     """Return the folder of executables of a fresh environment.
 
-    It holds the wheel and its core dependencies.
+    The environment holds the wheel and its core dependencies.
     """
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)

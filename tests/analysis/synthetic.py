@@ -85,7 +85,7 @@ def write_run(
 def progress(step: int, steps: int, *, two_stages: bool) -> float:
     """Return the progress from 0 to 1 after ``step`` of ``steps``.
 
-    It is even, or with two stages fast until BOUNDARY and slow after it.
+    Progress is even, or with two stages fast until BOUNDARY and slow afterwards.
     """
     even = step / steps
     if not two_stages:

@@ -94,7 +94,7 @@ def permuted(sample: Sample) -> Sample:
 def with_tool_output(sample: Sample) -> Sample:
     """Count ten tokens per third response that the policy did not sample.
 
-    They are in the middle of the response.
+    The tokens are in the middle of the response.
     """
     inside = (pl.col("rollout_id") % 3 == 0) & pl.col("position").is_between(5, 14)
     return with_tokens(sample, pl.when(inside).then(-9.0).otherwise(pl.col("logprob")).alias("logprob"))

@@ -1,6 +1,6 @@
 """Test that intervals of tables and figures have nominal coverage.
 
-They must equal those of the scorecard.
+The intervals must equal those of the scorecard.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Test that a user's own SQL, figure, and claims work like built-in ones.
 
-They are in a folder of the user.
+These files are in a folder of the user.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Test the paired difference and its interval.
 
-They are compared with naive loops, and by coverage of a known truth.
+References are naive loops, and the coverage of a known truth.
 """
 
 from __future__ import annotations

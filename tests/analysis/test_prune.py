@@ -1,6 +1,6 @@
 """Test that pruning keeps what a sampled recording would hold.
 
-This also holds after an interruption in any state.
+Pruning may be interrupted in any state.
 """
 
 from __future__ import annotations

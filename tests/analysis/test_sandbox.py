@@ -1,6 +1,6 @@
 """Test limits of a user's SQL.
 
-It is bounded in time and memory, ends with its reader, and is streamed.
+Queries are bounded in time and memory, end with their reader, and are streamed.
 """
 
 from __future__ import annotations

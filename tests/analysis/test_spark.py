@@ -486,7 +486,7 @@ IN_S = 60
 def refuse(engines: Engines, text: str, timeout: float, match: str) -> None:
     """Check the error of a query that takes too long.
 
-    It must come soon after the limit.
+    The error must come soon after the limit.
     """
     started = time.monotonic()
     with pytest.raises(InputError, match=match) as stopped:

@@ -1,6 +1,6 @@
 """Test runs and reports in remote storages.
 
-They are fsspec's memory, and S3 as a local server of moto.
+The storages are fsspec's memory, and S3 as a local server of moto.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pair(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a study with the first seed of each arm.
 
-    It is for tables that no comparison of arms reads.
+    This study serves tables that no comparison of arms reads.
     """
     root = tmp_path_factory.mktemp("nulls") / "pair"
     for arm in ("none", "ppl"):

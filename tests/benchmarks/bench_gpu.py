@@ -207,7 +207,7 @@ def matmul_rate(size: int, device: str, rounds: int) -> float:
 def bytes_per_token(policy: Policy, num_sequences: int, context: float) -> float:
     """Return the bytes that a decoding step must read.
 
-    They are weights, and keys and values of every sequence.
+    A step reads weights, and keys and values of every sequence.
     """
     model, size = policy.model, policy.dtype.itemsize
     embedding: Any = model.get_input_embeddings()

@@ -48,7 +48,7 @@ EMBEDDED, LLAMA = "embedded policy", "Llama, 28 million parameters"
 class Turns(TrainerCallback):
     """Take a step when the benchmark asks for one, and answer with its times.
 
-    They are wall seconds and CPU seconds.
+    The times are wall seconds and CPU seconds.
     """
 
     def __init__(self, peer: Connection) -> None:

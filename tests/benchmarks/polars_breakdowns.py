@@ -1,6 +1,6 @@
 """Compute the breakdowns of the report's questions with polars' lazy engine.
 
-They are written as a polars user would write them. A breakdown is a mean by keys, over a lazy frame of rows. Without
+The code is that of a typical polars user. A breakdown is a mean by keys, over a lazy frame of rows. Without
 intervals, polars computes it in one pass. With intervals, polars sums rows by keys, step, and prompt, and
 ``mean_with_interval`` estimates each group, as entrace does. Any other question is a lazy frame without intervals.
 """

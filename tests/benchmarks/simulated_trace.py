@@ -188,7 +188,7 @@ class Simulation:
 def write_trace(folder: Path, tokens: int, seed: int = 0) -> Path:
     """Write a run of about ``tokens`` generated tokens; return its folder.
 
-    It has at least 20 steps.
+    The run has at least 20 steps.
     """
     steps = max(20, math.ceil(tokens / (RESPONSES * MEAN_LENGTH)))
     simulation = Simulation(np.random.default_rng(seed), steps)
@@ -213,7 +213,7 @@ def write_trace(folder: Path, tokens: int, seed: int = 0) -> Path:
 def write_study(folder: Path, runs: int) -> Path:
     """Write ``runs`` small runs of 25 steps; return their folder.
 
-    They have steps, evaluations, prompts, and vocabulary.
+    The runs have steps, evaluations, prompts, and vocabulary.
     """
     simulation = Simulation(np.random.default_rng(0), 25)
     evals = simulation.evals(0)

@@ -40,7 +40,7 @@ def figure_rows(runs: Runs) -> list[tuple[str, str, str, float | None, float | N
 def figure_truth(run: Run) -> Truth:
     """Return the true values of the selected rows in one simulated run.
 
-    They cover its true plateau.
+    The values cover its true plateau.
     """
     in_plateau = run.step > run.world.boundary
     right = run.by_group(run.is_correct)[run.by_group(in_plateau)[..., 0]]

@@ -126,7 +126,7 @@ class Answers(NamedTuple):
 def make_trace(folder: Path) -> Path:
     """Train a small run with checkpoints and interventions, and return its path.
 
-    It is inside ``folder``.
+    The run is inside ``folder``.
     """
     from entrace.trainer.config import load_config
     from entrace.trainer.interventions.intervene import Settings, intervene, resolve_checkpoint

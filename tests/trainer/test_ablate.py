@@ -126,7 +126,7 @@ def test_failed_runs_stay_until_they_are_retried(grid, tmp_path):
 def test_a_failed_run_is_completed_by_a_retry(grid, tmp_path):
     """The cause of the failure is gone; the run resumes from its checkpoint.
 
-    It equals a run that never failed.
+    The result equals a run that never failed.
     """
     spec = load_grid(str(grid), SMALL)[0]
     out = tmp_path / "study"

@@ -1,6 +1,6 @@
 """Test token statistics after an update.
 
-They are recomputed under the new weights, and recorded every n-th step.
+Statistics are recomputed under the new weights, and recorded every n-th step.
 """
 
 import numpy as np

@@ -161,7 +161,7 @@ def test_method_is_described_with_the_defaults_of_its_function(name):
 def hand(name="grpo", **config):
     """Return the loss of two small responses.
 
-    They have two tokens and one, ratios 1.1, 0.9, and 1.3, and advantages 1 and -1. The limit is four tokens.
+    The responses have two tokens and one, ratios 1.1, 0.9, and 1.3, and advantages 1 and -1. The limit is four tokens.
     """
     batch = RolloutView(
         torch.tensor([[-0.1, -0.5], [-3.0, 0.0]]),

@@ -1,6 +1,6 @@
 """Test log-probability and entropy of the base policy at each stored token.
 
-They are recorded on request.
+Both values are recorded on request.
 """
 
 import polars as pl

@@ -236,7 +236,7 @@ def test_weight_decay_spares_vectors_unless_told_otherwise(policy, task, decay_a
 def judged_by(task, monkeypatch, verdict):
     """Let ``verdict`` judge completions of a task.
 
-    It maps a completion and its number within the task so far to a score or None.
+    ``verdict`` maps a completion and its number within the task so far to a score or None.
     """
     count = itertools.count()
     monkeypatch.setattr(task, "score", lambda text, prompt: Score(text, verdict(text, next(count))))

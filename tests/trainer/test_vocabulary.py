@@ -1,6 +1,6 @@
 """Test texts and marks of vocabularies.
 
-They are byte-level BPE, SentencePiece with bytes, and special tokens of both.
+The vocabularies are byte-level BPE and SentencePiece with bytes, both with special tokens.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def manifest(folder: Path) -> dict:
 def teacher_forced(model, prompt_ids, ids, temperature) -> tuple[np.ndarray, np.ndarray]:
     """Return log-probabilities and entropies of one response in float64.
 
-    It is alone and without padding. Values are in float64 from the logits on.
+    The response is alone and without padding. Values are in float64 from the logits on.
     """
     logits = model(torch.tensor([[*prompt_ids, *ids]])).logits[0, len(prompt_ids) - 1 : -1].double() / temperature
     logp = logits.log_softmax(-1)

@@ -16,7 +16,7 @@ QUESTION = "State the final answer to the following arithmetic problem: {} + {} 
 def is_finished(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     """Reward any answer; the reward differs from ``acc``.
 
-    It is one half less.
+    The reward is one half less than ``acc``.
     """
     finished = "</answer>" in solution_str
     return {"score": finished - 0.5, "acc": finished}
@@ -95,7 +95,7 @@ def overrides(folder: Path, rows: Path, *more: str) -> list[str]:
 def environment() -> dict[str, str]:
     """Return the environment of a run.
 
-    It sets plug-ins, one thread, and this folder on the path of the workers.
+    Variables set plug-ins, one thread, and this folder on the path of the workers.
     """
     return {
         **os.environ,

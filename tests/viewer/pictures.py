@@ -1,6 +1,6 @@
 """Take the pictures of the viewer in README and docs.
 
-They show the runs of ``make study``.
+The pictures show the runs of ``make study``.
 
 Usage: python -m tests.viewer.pictures data/runs/study --out reports/viewer
 """

@@ -19,7 +19,7 @@ def none() -> Settings:
 def dr_grpo() -> Settings:
     """A = r - mean(r), loss = sum / (B L_max): unnormalized GRPO (arXiv 2503.20783).
 
-    Neither advantages are divided by the standard deviation nor losses by the length.
+    Advantages are not divided by the standard deviation, and losses are not divided by the length.
     """
     return {"loss": {"normalize_std": False, "aggregation": "constant"}}
 

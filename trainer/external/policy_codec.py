@@ -67,7 +67,7 @@ class PolicyCodec:
     def encode_whole(self, text: str) -> list[int]:
         """Return the token ids of a prompt that needs no template.
 
-        They begin with the beginning of sequence once.
+        The ids begin with the beginning of sequence once.
         """
         return with_opening(self.encode(text), self.policy.opening)
 

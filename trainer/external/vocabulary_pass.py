@@ -104,7 +104,7 @@ class VocabularyPass:
     def _shifted(self, hidden: Tensor, targets: Tensor, peak: Tensor, responses: list[Tensor]) -> dict[str, np.ndarray]:
         """Return each token's logit in the two neighboring distributions.
 
-        They are those of the next token and of the token before.
+        The two are those of the next token and of the token before.
         """
         head = self.policy.head.for_hidden(hidden.dtype)
         following, preceding = (torch.full(targets.shape, torch.nan) for _ in range(2))

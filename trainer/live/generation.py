@@ -51,7 +51,7 @@ class Pass:
 class Generation:
     """Hold the responses that this process generated for one training step.
 
-    They are in the order of generation. B responses, T tokens at most.
+    Order: that of generation. B responses, T tokens at most.
 
     Attributes:
         step: Step of the trace, from 1.

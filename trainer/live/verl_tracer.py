@@ -449,7 +449,7 @@ class Tracer:
     def _divisible(self, wanted: int, count: int) -> int:
         """Return the number of responses nearest to ``wanted`` that divides evenly.
 
-        It must be a multiple of actor workers times micro-batch size.
+        The number must be a multiple of actor workers times micro-batch size.
         """
         multiple = max(self.trainer.actor_rollout_wg._dispatch_info["actor"]) + 1
         if not self.rollout.log_prob_use_dynamic_bsz:

@@ -261,7 +261,7 @@ def _batches(
 ) -> Iterator[list[Batch]]:
     """Yield random batches without end.
 
-    Each is cut by length into micro-batches to limit padding.
+    A batch is cut by length into micro-batches to limit padding.
     """
     while True:
         examples = _encode(list(islice(corpus, recipe.batch_size)), tokenizer, recipe.max_response_tokens)
@@ -326,7 +326,7 @@ def _surprisal_sum(model: LlamaForCausalLM, batch: Batch) -> Tensor:
 def _lr_factor(step: int, recipe: TrainingRecipe) -> float:
     """Return the learning rate factor of a step.
 
-    It rises linearly, then falls along a half cosine to ``final_lr_frac``.
+    The factor rises linearly, then falls along a half cosine to ``final_lr_frac``.
     """
     warmup = max(1, round(recipe.warmup_frac * recipe.steps))
     if step < warmup:

@@ -1,6 +1,6 @@
 """Write worked solutions of mixed quality for chain_sum questions.
 
-They are the corpus of the embedded base policy.
+The solutions are the corpus of the embedded base policy.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ class BatchedSampler:
     def _batch_size(self, count: int, num_samples: int, widest: int, params: SamplingParams) -> int:
         """Return the most responses that fit, at least 1.
 
-        They must fit into memory and into ``params.cache_tokens``.
+        The limits are memory and ``params.cache_tokens``.
         """
         policy, model = self._policy, self._model
         token = 2 * model.layers * model.key_heads * model.width * policy.dtype.itemsize

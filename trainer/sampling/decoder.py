@@ -126,7 +126,7 @@ class Decoder:
     def _has_fixed_step(self) -> bool:
         """Return True if a decoding step depends on its tensor arguments only.
 
-        They are tokens, positions, mask, keys, and values.
+        The arguments are tokens, positions, mask, keys, and values.
         """
         return bool(self._states) and self._takes_mask_as_is and self._takes_positions
 

@@ -122,7 +122,7 @@ class Draws:
     def token_stats(self, mask: Tensor, temperature: float) -> tuple[TokenStats, Tensor]:
         """Return statistics of tokens, and norms of the LM head's inputs, (N,) each.
 
-        They cover the tokens in ``mask``, (B, T).
+        The tokens are those in ``mask``, (B, T).
         """
         *sums, norms = self.stats[:, : len(mask), : mask.shape[1]][:, mask]
         return Sums(*sums).stats(temperature), norms
