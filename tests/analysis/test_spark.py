@@ -78,8 +78,8 @@ class Engines:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write two arms with two runs each, and two other traces.
 
-    One of the runs per arm has nulls. The others are a trace worked out by hand and one of schema version 1. The folder
-    has a name that is a pattern, an escape, and a partition to other readers.
+    One of the runs per arm has nulls. The other traces are one worked out by hand and one of schema version 1. The
+    folder has a name that is a pattern, an escape, and a partition to other readers.
     """
     root = tmp_path_factory.mktemp("spark") / "lr=0.1 [a]*{b} %20" / "study"
     for arm, accuracy in (("none", 0.6), ("ppl", 0.9)):

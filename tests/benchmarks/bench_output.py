@@ -2,8 +2,8 @@
 
 The trace is large and simulated. Results are peak memory and rows per second. Each format prints all columns of all
 tokens to /dev/null, in a process that reports its own peak memory (interpreter, imports, and output) and that of its
-child, which runs the query. The same is measured for 1,000 rows; the difference of the peaks is what output costs
-beyond that.
+child, which runs the query. The measurement is repeated for 1,000 rows; the difference of the peaks is the cost of all
+further output.
 
 Usage: python -m tests.benchmarks.bench_output --tokens 50000000 --out reports/output_benchmarks.json [--trace DIR]
 """

@@ -1,7 +1,8 @@
 """Measure the viewer on a large trace.
 
-The measures are first figure, pages of responses, tokens of a long response, and memory. Usage: python -m
-tests.benchmarks.bench_view [--tokens 50000000] [--trace DIR] [--out reports/view_benchmarks.json]
+The measures are first figure, pages of responses, tokens of a long response, and memory.
+
+Usage: python -m tests.benchmarks.bench_view [--tokens 50000000] [--trace DIR] [--out reports/view_benchmarks.json]
 
 A browser asks a server in a process of its own. The time to the first figure begins when the address is opened and
 includes opening the trace, which the server does before it prints its address; starting Python is reported apart.

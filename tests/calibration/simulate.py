@@ -335,8 +335,9 @@ def _update(
 def _entropy_after(entropy: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Return the entropy after a change of the sampled token's logit.
 
-    The change keeps the proportions of all other tokens. H = h(p) + (1 - p) H_others, with h the entropy of being
-    sampled or not, and H_others unchanged.
+    The change keeps the proportions of all other tokens.
+
+    H = h(p) + (1 - p) H_others, with h the entropy of being sampled or not, and H_others unchanged.
     """
     others = np.clip((entropy - _binary_entropy(before)) / np.maximum(-np.expm1(before), 1e-12), 0, np.log(TAIL))
     moved = _binary_entropy(after) - np.expm1(after) * others

@@ -1,8 +1,8 @@
 """Compute the true size of each effect in a world.
 
-It is in closed form, or comes from plain numpy on many simulated runs. The numpy code is an independent reference that
-shares neither SQL nor statistics with the toolkit. States of the policy are drawn without autocorrelation, which keeps
-their distribution and averages them out faster.
+The size is in closed form, or comes from plain numpy on many simulated runs. The numpy code is an independent reference
+that shares neither SQL nor statistics with the toolkit. States of the policy are drawn without autocorrelation, which
+keeps their distribution and averages them out faster.
 """
 
 from __future__ import annotations

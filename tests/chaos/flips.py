@@ -169,7 +169,7 @@ class Found(NamedTuple):
     def is_failure(self) -> bool:
         """Return True if the reader failed.
 
-        Damage was silent that had to be detected, or an error does not name the file.
+        A failure is silent damage that had to be detected, or an error that does not name the file.
         """
         is_avoidable = self.default == SILENT and self.place != PAGES
         return self.verified == SILENT or is_avoidable or not self.is_named

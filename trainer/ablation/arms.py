@@ -134,7 +134,7 @@ def named_methods(arguments: Iterable[str]) -> dict[str, Kind | None]:
 def _methods_in(table: Mapping[str, Any]) -> dict[str, Kind | None]:
     """Return the user's own methods in a run config or a grid.
 
-    In a grid, they are in its arms, in ``[base]``, and in the config that it names.
+    In a grid, methods are in its arms, in ``[base]``, and in the config that it names.
     """
     found: dict[str, Kind | None] = {}
     arms = table.get("arms")

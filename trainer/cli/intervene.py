@@ -41,8 +41,8 @@ def intervene(
 ) -> None:
     """Replace tokens of recorded responses, and measure the effect on accuracy.
 
-    Continuations are sampled after each replaced token. The rows form table interventions of the run. A second call
-    continues where the first stopped.
+    Continuations of the original token and of its replacement are sampled. The rows form table interventions of the
+    run. A second call continues where the first stopped.
 
     Example: entrace intervene data/runs/study/none-seed0 --entropy 0.8,1 --budget 500000
     """

@@ -18,9 +18,9 @@ STRATA = ("fifth", "ppl_tercile", "is_high_entropy")
 
 
 def load_candidates(run_dir: Path, last_step: int) -> pl.DataFrame:
-    """Load tokens of responses in the last ``WINDOW_STEPS`` updates.
+    """Load tokens of responses in the updates of the last ``WINDOW_STEPS`` steps.
 
-    The last update is that of ``last_step``. A response of unknown perplexity belongs to no tercile and is excluded.
+    The last of these steps is ``last_step``. A response of unknown perplexity belongs to no tercile and is excluded.
 
     Returns:
         Columns of table tokens, and the response's ``ppl`` and ``ppl_tercile``, sorted by rollout_id and position.

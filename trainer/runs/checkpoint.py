@@ -1,8 +1,8 @@
 """Save and load checkpoints without pickle.
 
 A checkpoint holds the policy as a Hugging Face folder, the optimizer, and the run's state. It lists the SHA-256 of each
-of its files. It is complete and on disk before it gets its name, and loses its name before it is
-removed. A folder with the name of a checkpoint is therefore complete unless it was damaged later.
+of its files. It is complete and on disk before it gets its name, and loses its name before it is removed. A folder with
+the name of a checkpoint is therefore complete unless it was damaged later.
 """
 
 from __future__ import annotations
