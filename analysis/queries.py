@@ -85,6 +85,7 @@ NEEDS = {
     "responses": Need("rollouts", "", "no response is durable yet"),
     "tokens": Need("tokens", "", "no token is durable yet"),
     "evaluations": Need("evals", "", "no held-out evaluation was recorded"),
+    "evaluation entropies": Need("evals", "entropy_mean", "no entropies of evaluations were recorded"),
     "interventions": Need("interventions", "", "no interventions were recorded; run `entrace intervene RUN`"),
     "after-update values": Need(
         "tokens",
@@ -111,7 +112,8 @@ NEEDS = {
     "reference entropies": Need(
         "tokens",
         "reference_entropy",
-        "no entropies of the reference policy were recorded; train with record.reference=true",
+        "no entropies of the reference policy were recorded; train with record.reference=true, or import with "
+        "--reference",
     ),
     "gradient norms": Need("tokens", "grad_norm", "no gradient norms of tokens were recorded"),
     "token advantages": Need("tokens", "advantage", "no advantages of tokens were recorded"),

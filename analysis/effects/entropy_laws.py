@@ -1,6 +1,6 @@
-"""Compare published formulas for the change of entropy at a token with the changes that updates made (E2, E3, E4).
+"""Compare published formulas for the change of entropy with the changes that updates made (E2, E3, E4, E5).
 
-The formulas, with their sources, are the macros of ``sql/staging/entropy_predictions.sql``. All correlations are
+The formulas, with their sources, are the macros of ``sql/staging/entropy_predictions.sql``. E2 to E4 correlate
 within steps, over tokens with after-update values. Two nulls apply, and leave no correlation between comparable tokens:
 
 - *Shuffle*: tokens of equal step, sign of the advantage, and probability exchange their changes. Whatever a formula
@@ -10,21 +10,26 @@ within steps, over tokens with after-update values. Two nulls apply, and leave n
 
 A correlation between comparable tokens, unlike the excess of a correlation over that after a shuffle, can reach 1 if a
 formula is right: the excess would be limited by the share of the variance within cells.
+
+E5 compares changes from one evaluation to the next. Any two quantities that shrink or grow over training correlate, so
+a smooth trend does not count, nor does what entropy before and size of the updates predict without any formula.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from entrace.analysis.effects.estimate import NoEffectError, count, fetch, plateau_level
+from entrace.analysis.effects.estimate import NoEffectError, count, fetch, over_runs, plateau_level
 from entrace.analysis.effects.potential import require_movement
 from entrace.analysis.queries import NEEDS
 from entrace.analysis.runs import Runs
 from entrace.analysis.statistics.combination import MIN_BLOCKS
 from entrace.analysis.statistics.estimates import Estimate
+from entrace.analysis.statistics.partial import MIN_CHANGES, beyond_trend, to_correlation
 
 if TYPE_CHECKING:
     import polars as pl
@@ -64,6 +69,36 @@ def more_than_entropy(predictor: str) -> Judged:
         return plateau_level(runs, joined, run_ids, ["xy", "xx", "yy", "entropy_xy", "entropy_xx"], gain)
 
     return judge
+
+
+def between_evaluations(predictor: str) -> Judged:
+    """Return a judge of the correlation of forecast and measured change between evaluations (E5)."""
+
+    def of_run(run: str, part: pl.DataFrame) -> Estimate:
+        if part.height < MIN_CHANGES:
+            raise NoEffectError(_too_few(run, part), is_recorded=True)
+        found = beyond_trend(part)
+        if found is None:
+            raise NoEffectError(
+                f"run {run}: entropy, or the change that the formula predicts, only follows a smooth trend",
+                is_recorded=True,
+            )
+        return found
+
+    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+        frame = fetch(runs, "entropy_forecasts", run_ids).filter(predictor=predictor)
+        return to_correlation(over_runs(frame, run_ids, of_run, "changes between evaluations"))
+
+    return judge
+
+
+def _too_few(run: str, part: pl.DataFrame) -> str:
+    """Return why a run has too few evaluations, and how many steps it would need."""
+    between = part["num_updates"].mean()
+    changes = count(range(part.height), "change")
+    found = f"run {run} has {changes} of entropy between evaluations; a verdict needs {MIN_CHANGES}"
+    at_least = f", at this distance {math.ceil(between * MIN_CHANGES)} steps" if isinstance(between, float) else ""
+    return f"{found}{at_least}: lower eval.every, or train longer"
 
 
 def of_predictor(runs: Runs, run_ids: Sequence[str], predictor: str, comparison: str) -> pl.DataFrame:

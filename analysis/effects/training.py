@@ -415,6 +415,7 @@ PARTS: dict[str, dict[str, Callable[..., Estimate]]] = {
     },
     "E3": {name: of_policy(entropy_laws.more_than_entropy(name)) for name in entropy_laws.FORMULAS},
     "E4": {"own gradient": beyond_shuffle_and_random("own_gradient")},
+    "E5": {name: of_policy(entropy_laws.between_evaluations(name)) for name in entropy_laws.FORMULAS},
     "S2": {
         "mainly negative": of_policy(fall(rising("sign_entropy", ["negative_sum", "positive_sum"], log_ratio))),
         "same prompt": of_policy(fall(rising("sign_entropy", ["negative_mean", "positive_mean"], log_ratio))),

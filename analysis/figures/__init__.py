@@ -1,9 +1,10 @@
-"""Draw figures: one module per question, with the name of its SQL file, and one function here that draws it.
+"""Draw figures, one module per question.
 
-``entrace.figures.<stem>(runs, ax=None)`` runs the query, draws on ``ax`` (a new Axes by default), and returns the
-Axes; it saves nothing. Figures of training show the baseline runs, which the claims judge; ablation figures show all
-runs. A module ``<stem>.py`` holds ``draw(frame, ax)``, ``CAPTION``, and, if needed, ``query(runs)``, ``size(frame)``,
-or ``MEAN_OF`` and ``AT`` (see ``arms.with_means``).
+A module has the name of its SQL file, and one function here draws its figure. ``entrace.figures.<stem>(runs, ax=None)``
+runs the query, draws on ``ax`` (a new Axes by default), and returns the Axes; it saves nothing. Figures of training
+show the baseline runs, which the claims judge; ablation figures show all runs. A module ``<stem>.py`` holds
+``draw(frame, ax)``, ``CAPTION``, and, if needed, ``query(runs)``, ``size(frame)``, or ``MEAN_OF`` and ``AT`` (see
+``arms.with_means``).
 
 To add a figure, add its module and its function below. The report has the figures in the order of the functions.
 """
@@ -36,7 +37,9 @@ STEMS: list[str] = []
 
 
 def figure_module(stem: str, questions: Questions | None = None) -> ModuleType:
-    """Return the module that draws the figure ``stem``, built in or in the folder of ``questions``.
+    """Return the module that draws the figure ``stem``.
+
+    The module is built in, or in the folder of ``questions``.
 
     Raises:
         InputError: a user's module cannot be imported, or has no ``draw``.
@@ -62,14 +65,18 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def stems(runs: Runs) -> list[str]:
-    """Return the names of all figures of runs in the order of the report, those of the user's folder last."""
+    """Return the names of all figures of runs in the order of the report.
+
+    Figures of the user's folder come last.
+    """
     return [*STEMS, *runs.questions.figures]
 
 
 def caption(runs: Runs, stem: str) -> str:
-    """Return the caption of a figure, with the share of the responses if tokens are sampled, and the runs left out.
+    """Return the caption of a figure, with notes on its data.
 
-    The caption of a user's figure defaults to the question of its SQL.
+    If tokens are sampled, a note names the share of the responses. Another note lists the runs left out. The caption of
+    a user's figure defaults to the question of its SQL.
     """
     question = headers(runs.questions.read(stem))["question"]
     own = getattr(figure_module(stem, runs.questions), "CAPTION", question)
@@ -84,7 +91,10 @@ def caption(runs: Runs, stem: str) -> str:
 
 
 def query(runs: Runs, stem: str) -> pl.DataFrame:
-    """Return the rows that the figure ``stem`` draws; in ablations, with the means over the seeds of each arm."""
+    """Return the rows that the figure ``stem`` draws.
+
+    In ablations, the rows include the means over the seeds of each arm.
+    """
     module = figure_module(stem, runs.questions)
     if hasattr(module, "query"):
         return module.query(runs)
@@ -99,12 +109,18 @@ def _shown(runs: Runs) -> list[str]:
 
 
 def is_drawable(frame: pl.DataFrame) -> bool:
-    """Return True if there is something to draw; in ablations, a run without evaluations has a row but no mean."""
+    """Return True if there is something to draw.
+
+    In ablations, a run without evaluations has a row but no mean.
+    """
     return frame.height > 0 and ("mean" not in frame.columns or frame["mean"].count() > 0)
 
 
 def size(runs: Runs, stem: str, frame: pl.DataFrame) -> tuple[float, float]:
-    """Return the width and height in inches for ``frame``: one column of a page, taller with many arms."""
+    """Return the width and height in inches for ``frame``.
+
+    A figure fills one column of a page; it is taller with many arms.
+    """
     module = figure_module(stem, runs.questions)
     return module.size(frame) if hasattr(module, "size") else style.SIZE
 
@@ -123,7 +139,10 @@ def draw(stem: str, runs: Runs, ax: Axes | None = None) -> Axes:
 
 @contextmanager
 def drawn(runs: Runs, stem: str, frame: pl.DataFrame) -> Iterator[Figure]:
-    """Draw the figure ``stem`` without pyplot, and yield it under the settings with which it must be saved."""
+    """Draw the figure ``stem`` without pyplot, and yield it.
+
+    Save the figure inside the block, under the settings that hold there.
+    """
     with style.canvas(size(runs, stem, frame)) as figure:
         figure_module(stem, runs.questions).draw(frame, figure.subplots())
         yield figure
@@ -158,7 +177,7 @@ def entropy_by_sample_sign(runs: Runs, ax: Axes | None = None) -> Axes:
 
 @_listed
 def entropy_gap_by_prompt(runs: Runs, ax: Axes | None = None) -> Axes:
-    """Draw the entropy gap between negative and positive responses to a prompt (claim S2)."""
+    """Draw the entropy gap of a prompt's negative and positive responses (claim S2)."""
     return draw("entropy_gap_by_prompt", runs, ax)
 
 
@@ -284,7 +303,7 @@ def engine_mismatch(runs: Runs, ax: Axes | None = None) -> Axes:
 
 @_listed
 def entropy_laws(runs: Runs, ax: Axes | None = None) -> Axes:
-    """Draw how well published formulas predict the change of entropy (claims E2 to E4)."""
+    """Draw how well published formulas predict entropy changes (claims E2 to E4)."""
     return draw("entropy_laws", runs, ax)
 
 
@@ -292,6 +311,12 @@ def entropy_laws(runs: Runs, ax: Axes | None = None) -> Axes:
 def entropy_law_calibration(runs: Runs, ax: Axes | None = None) -> Axes:
     """Draw the measured over the predicted change of entropy (claims E2, E3)."""
     return draw("entropy_law_calibration", runs, ax)
+
+
+@_listed
+def entropy_forecasts(runs: Runs, ax: Axes | None = None) -> Axes:
+    """Draw the correlation of forecast and measured change of entropy between evaluations (claim E5)."""
+    return draw("entropy_forecasts", runs, ax)
 
 
 @_listed
@@ -326,7 +351,7 @@ def performance_profile(runs: Runs, ax: Axes | None = None) -> Axes:
 
 @_listed
 def ablation_final(runs: Runs, ax: Axes | None = None) -> Axes:
-    """Draw avg@k, maj@k, and pass@k of each arm at its last evaluation (claims M1 to M3)."""
+    """Draw avg@k, maj@k, and pass@k at the last evaluation (claims M1 to M3)."""
     return draw("ablation_final", runs, ax)
 
 

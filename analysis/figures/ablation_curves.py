@@ -1,4 +1,4 @@
-"""Held-out accuracy of each arm over training (claims M1, M2)."""
+"""Draw held-out accuracy of each arm over training (claims M1, M2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Held-out performance of each arm at its last evaluation: avg@k, maj@k, and pass@k (claims M1 to M3)."""
+"""Draw held-out performance of each arm at its last evaluation (claims M1 to M3).
+
+Performance is avg@k, maj@k, and pass@k.
+"""
 
 from __future__ import annotations
 

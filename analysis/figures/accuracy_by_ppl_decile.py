@@ -1,4 +1,4 @@
-"""Accuracy over perplexity across all prompts (claim I1)."""
+"""Draw accuracy over perplexity across all prompts (claim I1)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
 
 
 def _edges(part: pl.DataFrame) -> str:
-    """Return the upper edge of the lowest and the lower edge of the highest bin, over all runs of a stage."""
+    """Describe the upper edge of the lowest bin and the lower edge of the highest.
+
+    The edges are extremes over all runs of a stage. Without rows, the text is empty.
+    """
     if part.is_empty():
         return ""
     lowest, highest = (part.filter(part["ppl_bin"] == part["ppl_bin"].unique().sort()[i]) for i in (0, -1))

@@ -1,4 +1,4 @@
-"""Draw arms side by side: their means over seeds, with one panel per arm where there are many."""
+"""Draw arms side by side: means over seeds, in panels if there are many arms."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ TITLE_LENGTH = 17
 
 
 def with_means(runs: Runs, frame: pl.DataFrame, value: str, keys: Sequence[str]) -> pl.DataFrame:
-    """Add to every row of a run the ``baseline`` of its arm and the arm's mean of ``value`` at equal ``keys``.
+    """Add each arm's ``baseline`` and mean of ``value`` to every row of its runs.
 
-    All points of an arm average the same seeds: those whose evaluations reach the last step of the arm on that
-    benchmark. A point that one of these seeds lacks has no mean. Rows that are in no mean, and metrics that are not
-    shares, hold null.
+    The mean is over rows with equal ``keys``. All points of an arm average the same seeds: those whose evaluations
+    reach the last step of the arm on that benchmark. A point that one of these seeds lacks has no mean. Rows that are
+    in no mean, and metrics that are not shares, hold null.
 
     The interval is Student's t over runs (``shares.bounded``) if there are ``MIN_RUNS`` that do not all agree.
     Otherwise it is the mean of the runs' intervals over prompts, which leaves out the variation between seeds.
@@ -97,7 +97,10 @@ def names(frame: pl.DataFrame) -> list[str]:
 
 
 def mean_rows(frame: pl.DataFrame, *keys: str) -> pl.DataFrame:
-    """Return one row per arm and ``keys``: mean and interval under the names that ``style`` draws."""
+    """Return one row per arm and ``keys``, with the columns that ``style`` draws.
+
+    The interval of the mean gets the names ``low`` and ``high``.
+    """
     return (
         frame.drop_nulls("mean")
         .unique(["arm", *keys], keep="first", maintain_order=True)
@@ -115,7 +118,10 @@ def covers(frame: pl.DataFrame) -> str:
 
 
 def counts(frame: pl.DataFrame) -> str:
-    """Return the number of arms, seeds, prompts, and samples behind means, and of runs left out, in words."""
+    """Describe the sample sizes behind means, and the runs left out, in words.
+
+    The text counts arms, seeds, prompts, and samples.
+    """
     shown = frame.drop_nulls("mean")
     prompts, samples = style.span(shown["num_prompts"], "held-out prompt"), style.span(shown["k"], "sample")
     number = style.count(names(shown), "arm")
@@ -124,7 +130,10 @@ def counts(frame: pl.DataFrame) -> str:
 
 
 def _left_out(frame: pl.DataFrame) -> str:
-    """Return how many evaluated runs are in no mean, and why, in words; empty without any."""
+    """Return how many evaluated runs are in no mean, and why, in words.
+
+    The text is empty if every run is in a mean.
+    """
     import polars as pl
 
     by_run = frame.drop_nulls("num_prompts").group_by("run_id", "benchmark").agg(pl.col("mean").count())
@@ -150,14 +159,15 @@ def panels_size(frame: pl.DataFrame) -> tuple[float, float]:
 
 
 def rows_size(num_rows: int) -> tuple[float, float]:
-    """Return the size of a figure with one row per arm: as high as its rows need, and at least 2 inches."""
+    """Return the size of a figure with one row per arm, at least 2 inches high."""
     return style.SIZE[0], max(2.0, MARGIN + num_rows * ROW_HEIGHT)
 
 
 def lines(ax: Axes, frame: pl.DataFrame, x: str) -> None:
-    """Draw the mean of every arm with its band over ``x``: one color per arm, or one panel per arm if there are many.
+    """Draw the mean of every arm with its band over ``x``.
 
-    A panel shows its arm in blue and the baseline in gray. Benchmarks differ in line style.
+    Each arm has a color, or its own panel if there are more arms than colors. A panel shows its arm in blue and the
+    baseline in gray. Benchmarks differ in line style.
     """
     means = mean_rows(frame, "benchmark", x)
     if not is_crowded(frame):
@@ -185,7 +195,10 @@ def line_note(frame: pl.DataFrame) -> str:
 
 
 def panels(ax: Axes, count: int) -> list[Axes]:
-    """Replace the inside of ``ax`` by ``count`` panels with common axes, row by row; ``ax`` keeps labels and title."""
+    """Replace the inside of ``ax`` by ``count`` panels with common axes.
+
+    Panels are placed row by row. ``ax`` keeps its labels and its title.
+    """
     import matplotlib as mpl
 
     hide(ax)
@@ -220,7 +233,7 @@ def name_width(order: Sequence[str]) -> float:
 
 
 def _compared(frame: pl.DataFrame) -> list[str]:
-    """Return the arms that have another arm as their baseline, or all arms if none has."""
+    """Return the arms that are not baselines, or all arms if there are no others."""
     baselines = set(frame["baseline"])
     return [arm for arm in names(frame) if arm not in baselines] or names(frame)
 

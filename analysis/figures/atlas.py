@@ -1,4 +1,7 @@
-"""Heat maps of the atlas: where methods put the weight, and which rank tokens alike."""
+"""Draw heat maps of the atlas: weights of methods, and their correlations.
+
+The heat maps show where methods put the weight, and which methods rank tokens alike.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,10 @@ WIDTH, ROW_HEIGHT, MARGIN = 6.2, 0.2, 1.5
 
 @contextmanager
 def drawn(stem: str, methods: pl.DataFrame, weights: pl.DataFrame, correlations: pl.DataFrame) -> Iterator[Figure]:
-    """Draw one of ``CAPTIONS`` without pyplot, and yield it under the settings with which it must be saved."""
+    """Draw one of ``CAPTIONS`` without pyplot, and yield the figure.
+
+    Save the figure inside the block, under the settings that hold there.
+    """
     names = rows(methods)
     with style.canvas((WIDTH, MARGIN + ROW_HEIGHT * len(names))) as figure:
         ax = figure.subplots()
@@ -57,7 +63,10 @@ def drawn(stem: str, methods: pl.DataFrame, weights: pl.DataFrame, correlations:
 
 
 def rows(methods: pl.DataFrame) -> dict[tuple[str, str], str]:
-    """Return name and ratios of each row, the first of the methods with equal weights, with its label."""
+    """Return the label of each row, by name and ratios of its method.
+
+    Methods with equal weights share a row, which has the name of the first.
+    """
     groups: dict[tuple[str, str], list[str]] = {}
     for name, at, equals in methods.filter(methods["lacks"] == "").select("name", "at", "equals").rows():
         first = next((row for row in groups if row[1] == at and row[0] in equals.split(", ")), (name, at))
@@ -71,7 +80,7 @@ def rows(methods: pl.DataFrame) -> dict[tuple[str, str], str]:
 
 
 def draw_shares(weights: pl.DataFrame, names: dict[tuple[str, str], str], ax: Axes, dimension: str) -> Axes:
-    """Draw the share of weight over the share of tokens of each bin, a row per method."""
+    """Draw share of weight / share of tokens per bin, one row per method."""
     part = weights.filter(weights["dimension"] == dimension)
     bins = part["bin"].unique(maintain_order=True).to_list()
     table = [

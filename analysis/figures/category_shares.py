@@ -1,4 +1,4 @@
-"""Share of each token category over training (claim S3)."""
+"""Draw the share of each token category over training (claim S3)."""
 
 from __future__ import annotations
 

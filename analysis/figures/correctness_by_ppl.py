@@ -1,4 +1,4 @@
-"""Accuracy over perplexity within the group of a prompt (claim I1)."""
+"""Draw accuracy over perplexity within the group of a prompt (claim I1)."""
 
 from __future__ import annotations
 

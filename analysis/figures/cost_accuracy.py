@@ -1,4 +1,4 @@
-"""Accuracy of each arm against the cost of its training (claims M1, M2)."""
+"""Draw accuracy of each arm against the cost of its training (claims M1, M2)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def size(frame: pl.DataFrame) -> tuple[float, float]:
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw two panels (tokens and seconds) per benchmark, with the names of the arms beside them."""
+    """Draw two panels (tokens and seconds) per benchmark.
+
+    The names of the arms are beside the panels.
+    """
     shown = frame.drop_nulls("mean")
     looks = _looks(arms.names(shown))
     parts = shown.partition_by("benchmark", maintain_order=True)
@@ -101,7 +104,10 @@ def _draw_points(ax: Axes, part: pl.DataFrame, cost: str, looks: dict[str, dict[
 
 
 def _draw_names(ax: Axes, part: pl.DataFrame, looks: dict[str, dict[str, Any]]) -> None:
-    """Write the arms beside ``ax``, the most accurate on top; if there are many, with a line to the mean of each."""
+    """Write the names of the arms beside ``ax``, the most accurate on top.
+
+    With ``MANY`` arms or more, a line connects each name and mean, if the training time is known.
+    """
     import polars as pl
 
     means = part.group_by("arm").agg(pl.col("mean").first(), pl.col("seconds").mean())
@@ -122,7 +128,10 @@ def _draw_names(ax: Axes, part: pl.DataFrame, looks: dict[str, dict[str, Any]]) 
 
 
 def _spread(wanted: np.ndarray) -> np.ndarray:
-    """Return heights in [0, 1] close to the falling ``wanted`` and far enough apart for text."""
+    """Return heights close to the falling ``wanted``, far enough apart for text.
+
+    All heights are in [0, 1].
+    """
     distance = min(LINE, 1 / max(len(wanted) - 1, 1))
     places = wanted.copy()
     for i in range(1, len(places)):

@@ -1,4 +1,4 @@
-"""Share of defective responses over training (claim S4)."""
+"""Draw the share of defective responses over training (claim S4)."""
 
 from __future__ import annotations
 

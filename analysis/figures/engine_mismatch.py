@@ -1,4 +1,7 @@
-"""Difference between the inference engine and the trainer, by step, position, and entropy."""
+"""Draw engine-trainer differences by step, position, and entropy.
+
+The differences are between the inference engine and the trainer.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entropy over the relative position in the response (claim T1)."""
+"""Draw entropy over the relative position in the response (claim T1)."""
 
 from __future__ import annotations
 

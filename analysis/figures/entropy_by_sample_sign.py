@@ -1,4 +1,4 @@
-"""Entropy of positive and negative samples over training (claim S2)."""
+"""Draw the entropy of positive and negative samples over training (claim S2)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ CAPTION = (
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw one line per sign with its interval, and write the decomposition of the fall below."""
+    """Draw one line per sign with its interval, and describe the fall below.
+
+    The description decomposes the fall; see ``describe_fall``.
+    """
     for sign, color in style.SIGN_COLORS.items():
         part = frame.filter(sample_sign=sign)
         if not part.is_empty():
@@ -41,7 +44,10 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
 
 
 def describe_fall(frame: pl.DataFrame) -> str:
-    """Return the fall of entropy in the rising stage, split by sign, in words; runs are averaged."""
+    """Describe the fall of entropy in the rising stage, split by sign.
+
+    Runs are averaged. The text is empty if no run has tokens at both ends of the stage.
+    """
     lines = []
     for _, run in style.by_run(frame):
         tokens, sums = np.zeros((2, 2)), np.zeros((2, 2))

@@ -1,4 +1,7 @@
-"""Entropy gap between negative and positive responses to the same prompt, over training (claim S2)."""
+"""Draw the entropy gap within prompts over training (claim S2).
+
+The gap is between negative and positive responses to the same prompt.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Joint distribution of entropy and gradient norm over all tokens in the update (claim S6)."""
+"""Draw the joint distribution of entropy and gradient norm (claim S6).
+
+All tokens in the update count.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ GRAD_NORM_EDGES = np.arange(41) * 0.15 - 4
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw the number of tokens per cell as color, for the stage that ``style.late_stage`` picks."""
+    """Draw the number of tokens per cell as color, in the late stage."""
     shown, stage = style.late_stage(frame)
     # The middle of a cell, so that rounding cannot move a token to the cell before.
     x = np.log10(shown["entropy_low"].to_numpy()) + 0.0625
@@ -61,7 +64,10 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
 
 
 def describe(frame: pl.DataFrame, sign: str) -> str:
-    """Return the correlation of one sign with its interval, in words; runs are averaged as independent."""
+    """Return the correlation of one sign with its interval, in words.
+
+    Runs are averaged as independent.
+    """
     runs = frame.filter(sample_sign=sign).unique("run_id").select("correlation", "low").drop_nulls()
     if runs.is_empty():
         return f"{sign} unknown"
@@ -75,6 +81,6 @@ def _largest_cell(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> float:
 
 
 def _occupied(middles: np.ndarray, edges: np.ndarray) -> tuple[float, float]:
-    """Return the limits of the cells that hold tokens, with one more cell on either side."""
+    """Return the limits of the cells with tokens, and one more cell on either side."""
     cells = np.digitize(middles, edges) - 1
     return float(10 ** edges[max(cells.min() - 1, 0)]), float(10 ** edges[min(cells.max() + 2, len(edges) - 1)])

@@ -1,4 +1,4 @@
-"""Measured over predicted change of entropy (claims E2 and E3)."""
+"""Draw the measured over the predicted change of entropy (claims E2 and E3)."""
 
 from __future__ import annotations
 

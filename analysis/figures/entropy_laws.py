@@ -1,4 +1,4 @@
-"""Correlation of published formulas with the measured change of entropy (claims E2 to E4)."""
+"""Draw how published formulas correlate with entropy change (claims E2 to E4)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def size(_: pl.DataFrame) -> tuple[float, float]:
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw a row per predictor with its three correlations, for the stage that ``style.late_stage`` picks."""
+    """Draw a row per predictor with its three correlations, in the late stage."""
     shown, stage = style.late_stage(frame)
     shown = shown.filter(shown["kind"].is_in(KINDS))
     rows = [name for kind in KINDS for name in shown.filter(kind=kind)["predictor"].unique(maintain_order=True)]

@@ -1,4 +1,4 @@
-"""Contributions of kinds of tokens to the change of entropy (claim E2)."""
+"""Draw contributions of kinds of tokens to the change of entropy (claim E2)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def size(_: pl.DataFrame) -> tuple[float, float]:
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw a dot with its interval per bin and sign, for the stage that ``style.late_stage`` picks."""
+    """Draw a dot with its interval per bin and sign, in the late stage."""
     shown, stage = style.late_stage(frame)
     known = set(shown["bin"])
     bins = [

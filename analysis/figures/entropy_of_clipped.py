@@ -1,4 +1,4 @@
-"""Change of entropy of clipped tokens and of comparable ones."""
+"""Draw the change of entropy of clipped tokens and of comparable ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = ("clipped", "comparable")
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw a dot with its interval per kind and sign, for the stage that ``style.late_stage`` picks."""
+    """Draw a dot with its interval per kind and sign, in the late stage."""
     shown, stage = style.late_stage(frame)
     shown = shown.with_columns(row=shown["kind"].replace_strict(KINDS, range(len(KINDS))))
     ax.axvline(0, color=style.INK, linewidth=0.8)

@@ -1,4 +1,4 @@
-"""Overlap of the high-entropy tokens of policy and reference policy over training."""
+"""Draw the overlap of policy and reference in high-entropy tokens over training."""
 
 from __future__ import annotations
 

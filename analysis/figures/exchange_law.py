@@ -1,4 +1,4 @@
-"""Accuracy against entropy over training, with the fitted exchange law (claim E1)."""
+"""Draw accuracy against entropy, with the fitted exchange law (claim E1)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
 
 
 def fit_band(run: pl.DataFrame, entropy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 95% interval of one run's fitted curve; see ``statistics.intervals.contrast``.
+    """Return the 95% interval of one run's fitted curve.
+
+    See ``statistics.contrasts.contrast``.
 
     Args:
         run: Rows of one run in the order of steps.
@@ -71,7 +73,10 @@ def fit_band(run: pl.DataFrame, entropy: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def describe_fit(frame: pl.DataFrame) -> str:
-    """Return the coefficients, accuracy at zero entropy, and R² in words, as ranges where runs differ."""
+    """Describe the fit: coefficients, accuracy at zero entropy, and R².
+
+    Values that differ between runs are ranges.
+    """
     if frame.is_empty():
         return "no fit: entropy does not vary"
     a, b, ceiling, r2 = (_range(frame[name]) for name in ("a", "b", "ceiling", "r2"))

@@ -1,4 +1,4 @@
-"""Share of high-entropy tokens over the position in the response (claims S6, T3)."""
+"""Draw the share of high-entropy tokens over position (claims S6, T3)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ TOP = 0.2
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw the share of high-entropy tokens over relative position, one color per stage."""
+    """Draw the share of high-entropy tokens over position, one color per stage.
+
+    The position is relative to the length of the response.
+    """
     for stage, color in style.STAGE_COLORS.items():
         part = frame.filter(stage=stage)
         if not part.is_empty():

@@ -1,4 +1,4 @@
-"""Functions of the high-entropy tokens in responses of low and high perplexity (claim I1)."""
+"""Draw functions of high-entropy tokens at low and high perplexity (claim I1)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TERCILES = {
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw a dot with its interval per category and tercile, for the stage that ``style.late_stage`` picks."""
+    """Draw a dot with its interval per category and tercile, in the late stage."""
     shown, stage = style.late_stage(frame)
     placed = shown.with_columns(place=shown["category"].replace_strict(list(CATEGORIES), range(len(CATEGORIES))))
     for tercile, (name, color, marker, shift) in TERCILES.items():

@@ -1,4 +1,4 @@
-"""Most frequent words among the high-entropy tokens (claims S6, T3)."""
+"""Draw the most frequent words among high-entropy tokens (claims S6, T3)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CAPTION = (
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw one bar with its interval per word, for the first run and the stage that ``style.late_stage`` picks."""
+    """Draw one bar with its interval per word, for the first run in the late stage."""
     shown, stage = style.late_stage(frame)
     name, run = style.by_run(shown)[0]
     high = run["high"].fill_null(run["share"])

@@ -1,4 +1,4 @@
-"""Impact of replacing a token, over its position in the response (claim T2)."""
+"""Draw the impact of replacing a token over its position (claim T2)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = {True: ("right responses", style.BLUE, "o"), False: ("wrong responses", 
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw mean impact over relative position, one color each for right and wrong responses."""
+    """Draw mean impact over relative position, for right and wrong responses."""
     series = list(style.by_series(frame))
     for name, part, line in series:
         for is_correct, (kind, color, marker) in KINDS.items():

@@ -1,4 +1,7 @@
-"""Remember which rows each mark of a figure shows, so that a page can tell what is under the pointer."""
+"""Remember which rows the marks of a figure show.
+
+A page can then tell what is under the pointer.
+"""
 
 from __future__ import annotations
 
@@ -64,9 +67,10 @@ def remember(
 
 
 def located(figure: Figure) -> Iterator[tuple[Marks, np.ndarray]]:
-    """Yield the marks of a figure with their places: shares of its width and height from the upper left, ``(n, 2)``.
+    """Yield the marks of a figure with their places, ``(n, 2)``.
 
-    A mark outside its axes, or whose value is unknown, is at NaN.
+    A place is a share of the figure's width and one of its height, from the upper left. A mark outside its axes, or
+    whose value is unknown, is at NaN.
     """
     figure.draw_without_rendering()
     for marks in vars(figure).get(KEPT, []):

@@ -1,4 +1,4 @@
-"""Probability change by an update per token category (claim S6)."""
+"""Draw the probability change by an update per token category (claim S6)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CAPTION = (
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw a dot with its interval per category and sign, for the stage that ``style.late_stage`` picks."""
+    """Draw a dot with its interval per category and sign, in the late stage."""
     shown, stage = style.late_stage(frame)
     categories = [name for name in style.CATEGORY_COLORS if name in set(shown["category"])]
     percent = [100 * shown[name] for name in ("dp", "low", "high")]

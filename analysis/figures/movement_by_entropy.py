@@ -1,4 +1,4 @@
-"""Probability change by an update over token entropy (claim S6)."""
+"""Draw the probability change by an update over token entropy (claim S6)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DECILES = range(1, 11)
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw one line per sample sign over the deciles, for the stage that ``style.late_stage`` picks."""
+    """Draw one line per sample sign over the deciles, in the late stage."""
     shown, stage = style.late_stage(frame)
     shown = shown.with_columns(*(100 * shown[name] for name in ("dp", "low", "high")))
     ax.axhline(0, color=style.INK, linewidth=0.8)

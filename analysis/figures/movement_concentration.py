@@ -1,4 +1,4 @@
-"""Share of all movement in the tokens that move most (claim S5)."""
+"""Draw the share of movement in the tokens that move most (claim S5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distribution of the probability changes that an update makes (claim S5)."""
+"""Draw the distribution of probability changes by an update (claim S5)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEFT = SMALLEST / 10**0.25
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw one stepped line with its band per sample sign, for the stage that ``style.late_stage`` picks."""
+    """Draw one stepped line with its band per sample sign, in the late stage."""
     import polars as pl
 
     shown, stage = style.late_stage(frame)

@@ -1,4 +1,7 @@
-"""Difference of each arm to its baseline, paired by seed and prompt (claims M1 to M3)."""
+"""Draw the paired difference of each arm to its baseline (claims M1 to M3).
+
+Pairs have equal seed and prompt.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +41,10 @@ REACH = 2.5
 
 
 def query(runs: Runs) -> pl.DataFrame:
-    """Return the rows of the query that ``compare`` pairs, with its differences, intervals, and verdicts.
+    """Return the query's rows with differences, intervals, and verdicts.
 
-    ``compare`` alone pairs runs and prompts and computes differences. The query adds the step and the number of prompts
-    of each seed.
+    ``compare`` alone pairs runs and prompts, and computes these columns. The query adds the step and the number of
+    prompts of each seed. Rows that ``compare`` does not pair are left out.
     """
     baselines = {str(m.get("arm") or "-"): m.get("baseline") or runs.baseline for m in runs.manifests.values()}
     pairs = {"key": list(baselines), "value": list(baselines.values())}

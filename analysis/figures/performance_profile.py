@@ -1,4 +1,4 @@
-"""Performance profile of each arm at its last evaluation (claims M1, M2).
+"""Draw each arm's performance profile at its last evaluation (claims M1, M2).
 
 Agarwal et al., "Deep reinforcement learning at the edge of the statistical precipice", NeurIPS 2021, section 4.2; here
 a score is the accuracy of one run on one held-out prompt.

@@ -1,4 +1,4 @@
-"""Probability changes by an update over the position in the response (claim T3)."""
+"""Draw probability changes by an update over token position (claim T3)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ KINDS = {"": ("-", "o", "all tokens"), "_high_entropy": ("--", "s", "high entrop
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw mean movement by sign (color) for all and for high-entropy tokens (line style), in the late stage."""
+    """Draw mean movement by sign and kind of token over position, in the late stage.
+
+    Color marks the sign; line style marks all tokens or high-entropy tokens.
+    """
     shown, stage = style.late_stage(frame)
     for suffix, (line, marker, kind) in KINDS.items():
         for sign, color in style.SIGN_COLORS.items():
@@ -51,7 +54,10 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
 
 
 def _of_kind(rows: pl.DataFrame, suffix: str) -> pl.DataFrame:
-    """Return the rows with ``movement``, ``low``, and ``high`` of all tokens, or of the kind with this suffix."""
+    """Return the rows of one kind with ``movement``, ``low``, and ``high``.
+
+    ``suffix`` names the kind of token; an empty suffix stands for all tokens.
+    """
     columns = {f"movement{suffix}": "movement"}
     if suffix:
         columns |= {f"movement{suffix}_{end}": end for end in ("low", "high")}

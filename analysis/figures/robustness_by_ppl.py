@@ -1,4 +1,4 @@
-"""Impact of replacing a token, by perplexity of the response (claim I2)."""
+"""Draw the impact of replacing a token, by perplexity (claim I2)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ FADE = 0.6
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw one bar with its interval per tercile, correctness, and series of interventions."""
+    """Draw one bar with its interval per tercile, correctness, and series.
+
+    A series is one set of interventions.
+    """
     series = list(style.by_series(frame))
     width = WIDTH / (len(KINDS) * len(series))
     shift = -WIDTH / 2 + width / 2

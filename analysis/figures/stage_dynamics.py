@@ -1,4 +1,4 @@
-"""Entropy and accuracy over training, with the fitted stages (claim S1)."""
+"""Draw entropy and accuracy over training, with the fitted stages (claim S1)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Shared look of all figures: a color-blind-safe palette, sizes for one column of a page, and common marks.
+"""Define the shared look of all figures: palette, sizes, and common marks.
 
-Runs are pooled in one way everywhere: a mark is the mean over runs, and its interval is the mean of the ends of the
-runs' own 95% intervals, the interval of a typical run. Single runs are thin lines or small open dots.
+The palette is color-blind-safe, and the sizes fit one column of a page. Runs are pooled in one way everywhere: a mark
+is the mean over runs, and its interval is the mean of the ends of the runs' own 95% intervals, the interval of a
+typical run. Single runs are thin lines or small open dots.
 """
 
 from __future__ import annotations
@@ -89,7 +90,10 @@ RC: Any = {
 
 @contextmanager
 def canvas(size: tuple[float, float]) -> Iterator[Figure]:
-    """Yield a new figure without pyplot, under the settings with which it must be saved; ``size`` in inches."""
+    """Yield a new figure without pyplot; ``size`` in inches.
+
+    Save the figure inside the block, under the settings that hold there.
+    """
     with mpl.rc_context(RC), warnings.catch_warnings():
         # Words and names may hold characters that the font lacks; each becomes a box.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
@@ -116,7 +120,7 @@ def label(ax: Axes, x: str, y: str, note: str) -> None:
 
 
 def _wrap(note: str) -> list[str]:
-    """Return the lines of ``note``, broken where they exceed the width: at semicolons, else between words."""
+    """Break ``note`` into lines that fit: at semicolons, else between words."""
     lines: list[str] = []
     for line in note.split("\n"):
         parts = line.split("; ") if len(line) > NOTE_LENGTH else [line]
@@ -141,7 +145,7 @@ def leave_room_on_top(ax: Axes) -> None:
 
 
 def show_all_shares(ax: Axes) -> None:
-    """Scale the vertical axis to shares from 0 to 1, with room for whole marks at both ends."""
+    """Scale the vertical axis to [0, 1], with room for whole marks at both ends."""
     ax.set_ylim(-0.03, 1.04)
     ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
 
@@ -175,10 +179,10 @@ def legend(ax: Axes, *, tick_lines: int = 1, **options: Any) -> None:
 
 
 def pool(frame: pl.DataFrame, keys: Sequence[str], *values: str, ends: Sequence[str] = ("low", "high")) -> pl.DataFrame:
-    """Return one row per ``keys``: the mean over runs of ``values`` and of the ``ends`` of their intervals.
+    """Return one row per ``keys`` with means over runs.
 
-    An interval is null where a run has none. Counts (``num_*``) are sums over runs, and other columns, such as
-    the stage, are kept where all runs agree.
+    Means are of ``values`` and of the ``ends`` of their intervals. An interval is null where a run has none. Counts
+    (``num_*``) are sums over runs, and other columns, such as the stage, are kept where all runs agree.
     """
     import polars as pl
 
@@ -194,7 +198,10 @@ def pool(frame: pl.DataFrame, keys: Sequence[str], *values: str, ends: Sequence[
 
 
 def line(ax: Axes, frame: pl.DataFrame, x: str, y: str, *, units: str | None = None, **options: Any) -> None:
-    """Draw ``y`` over ``x`` as a line, or as one per value of the column ``units``; keep the axis labels."""
+    """Draw ``y`` over ``x`` as a line, or as one line per value of ``units``.
+
+    The axes keep their labels.
+    """
     labels = {"xlabel": ax.get_xlabel(), "ylabel": ax.get_ylabel()}
     columns = {x, y, units} - {None}
     data = frame.select(*columns).to_pandas()
@@ -223,7 +230,10 @@ def band(ax: Axes, frame: pl.DataFrame, x: str, y: str, **options: Any) -> None:
 
 
 def curve(ax: Axes, frame: pl.DataFrame, x: str, y: str, **options: Any) -> None:
-    """Draw the mean over runs of ``y`` with its band, and each of several runs as a thin line; see ``pool``."""
+    """Draw the mean over runs of ``y`` with its band; see ``pool``.
+
+    If there are several runs, each is a thin line.
+    """
     runs(ax, frame, x, y, color=options["color"])
     band(ax, pool(frame, [x], y), x, y, **options)
 
@@ -242,7 +252,10 @@ def by_run(frame: pl.DataFrame) -> list[tuple[str, pl.DataFrame]]:
 
 
 def by_series(frame: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame, str]]:
-    """Yield the label, the rows, and the line style of every series of interventions; one series has no label."""
+    """Yield label, rows, and line style of every series of interventions.
+
+    The label of a single series is empty.
+    """
     parts = frame.partition_by("series", maintain_order=True)
     for part, style in zip(parts, cycle(LINE_STYLES), strict=False):
         name = part["series"][0]
@@ -250,20 +263,28 @@ def by_series(frame: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame, str]]:
 
 
 def runs_note(frame: pl.DataFrame, marks: str = "thin lines") -> str:
-    """Return a line that says how several runs were pooled and which ``marks`` they have; empty for one run."""
+    """Return a line on how several runs were pooled; empty for one run.
+
+    ``marks`` names the marks of single runs.
+    """
     number = frame["run_id"].n_unique()
     return f"\nmean of {number} runs and of their intervals; {marks}: runs" if number > 1 else ""
 
 
 def errors(frame: pl.DataFrame, y: str, low: str = "low", high: str = "high") -> list[pl.Series]:
-    """Return the distances of ``y`` to both ends of its interval, for error bars; 0 where there is no interval."""
+    """Return the distances of ``y`` to both ends of its interval, for error bars.
+
+    The distance is 0 where an interval is unknown.
+    """
     return [(frame[y] - frame[low]).fill_null(0).clip(0), (frame[high] - frame[y]).fill_null(0).clip(0)]
 
 
 def points(
     ax: Axes, frame: pl.DataFrame, place: str, y: str, *, shift: float = 0, is_horizontal: bool = False, **options: Any
 ) -> None:
-    """Draw the mean over runs with its interval at every ``place``, and each of several runs as a small open dot.
+    """Draw the mean over runs with its interval at every ``place``.
+
+    If there are several runs, each is a small open dot.
 
     Args:
         ax: Where to draw.
@@ -296,7 +317,7 @@ def _remember_places(
 
 
 def points_by_stage(ax: Axes, frame: pl.DataFrame, x: str, y: str, names: dict[str, str]) -> None:
-    """Draw ``points`` of ``y`` over the whole numbers ``x``, connected by a line per stage.
+    """Draw ``points`` of ``y`` over whole numbers ``x``, one line per stage.
 
     ``names`` holds the legend entry of each stage.
     """
@@ -308,7 +329,10 @@ def points_by_stage(ax: Axes, frame: pl.DataFrame, x: str, y: str, names: dict[s
 
 
 def points_by_sign(ax: Axes, frame: pl.DataFrame, place: str, x: str, shift: float = 0.14) -> None:
-    """Draw ``points`` of ``x`` in every row ``place``, both signs of samples ``shift`` from the middle of the row."""
+    """Draw ``points`` of ``x`` in every row ``place``, one series per sign.
+
+    The two signs are ``shift`` from the middle of the row.
+    """
     for sign, color in SIGN_COLORS.items():
         part = frame.filter(sample_sign=sign)
         look = {"color": color, "marker": SIGN_MARKERS[sign], "linestyle": "none", "label": f"{sign} samples"}
@@ -329,7 +353,10 @@ def bars(
     label: str,
     alpha: float = 1,
 ) -> None:
-    """Draw the mean over runs as a bar with its interval at every whole number ``place``; see ``points``."""
+    """Draw the mean over runs as a bar with its interval at every ``place``.
+
+    Places are whole numbers; see ``points``.
+    """
     pooled = pool(frame, [place], y)
     ax.bar(
         pooled[place] + shift,
@@ -356,7 +383,10 @@ def seed_dots(
 
 
 def word_bars(ax: Axes, frame: pl.DataFrame, place: str, words: str, share: str) -> None:
-    """Draw ``share`` in percent as a horizontal bar per word, colored by function, with the first place on top."""
+    """Draw ``share`` in percent as a horizontal bar per word.
+
+    Color shows the function of the word. The first place is on top.
+    """
     percent = frame.with_columns(100 * frame[name] for name in (share, "low", "high"))
     percent = percent.with_columns(function=percent["category"].str.replace_all("_", " "))
     colors = {name.replace("_", " "): color for name, color in CATEGORY_COLORS.items()}
@@ -385,27 +415,36 @@ def word_bars(ax: Axes, frame: pl.DataFrame, place: str, words: str, share: str)
 
 
 def shorten(name: str) -> str:
-    """Return ``name`` with its middle left out if it is long, and without anything that matplotlib interprets."""
+    """Return ``name``, cut in the middle if long, and safe for matplotlib.
+
+    Nothing in the result is interpreted as markup.
+    """
     # A label that begins with an underscore stays out of the legend.
     return f"{' ' * name.startswith('_')}{plain(name, NAME_LENGTH)}".replace("$", r"\$")
 
 
 def fold(name: str, width: int) -> str:
-    """Return ``name`` on lines of at most ``width`` characters, broken after punctuation where possible."""
+    """Return ``name`` on lines of at most ``width`` characters.
+
+    Lines break after punctuation where possible.
+    """
     # An escaped character stays whole.
     symbol = r"(?:\\?.)"
     return "\n".join(re.findall(rf"{symbol}{{1,{width}}}(?:(?<=[_,+-])|$)|{symbol}{{{width}}}", name))
 
 
 def _short(word: str) -> str:
-    """Return ``word`` on one line, cut, and without anything that matplotlib typesets."""
+    """Return ``word`` on one line, cut if long, and safe for matplotlib."""
     word = plain(" ".join(word.split()))
     word = word if len(word) <= WORD_LENGTH else f"{word[: WORD_LENGTH - 1]}…"
     return word.replace("$", r"\$")
 
 
 def late_stage(frame: pl.DataFrame) -> tuple[pl.DataFrame, str]:
-    """Return the rows of the plateau, or of the rising stage if no run has a plateau, and the name of the stage."""
+    """Return the rows of the late stage, and its name.
+
+    The late stage is the plateau, or the rising stage if no run has a plateau.
+    """
     stage = "plateau" if (frame["stage"] == "plateau").any() else "rising"
     return frame.filter(frame["stage"] == stage), stage
 
@@ -445,7 +484,10 @@ def mark_boundary(ax: Axes, frame: pl.DataFrame) -> None:
 
 
 def span(values: Sequence[int | float] | pl.Series, noun: str = "") -> str:
-    """Return ``7`` or ``7–12``, the range of a count; with a noun, ``1 prompt`` or ``7–12 prompts``."""
+    """Return a range such as ``7`` or ``7–12``; with a noun, ``7–12 prompts``.
+
+    The noun is singular if the largest value is 1, as in ``1 prompt``.
+    """
     low, high = min(values), max(values)
     text = f"{low:,}" if low == high else f"{low:,}–{high:,}"
     return f"{text} {noun}{'s' * (high != 1)}" if noun else text

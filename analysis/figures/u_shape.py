@@ -1,4 +1,7 @@
-"""Entropy at both ends of a response relative to its middle, by stage and sign (claim T1)."""
+"""Draw entropy at both ends of a response relative to its middle (claim T1).
+
+Rows differ by stage and sign.
+"""
 
 from __future__ import annotations
 

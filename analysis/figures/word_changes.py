@@ -1,4 +1,4 @@
-"""Words that became more and less frequent in the rising stage (claim S3)."""
+"""Draw words that became more or less frequent in the rising stage (claim S3)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS_PER_SIDE = 8
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw one bar per word for the first run in ``frame``, with the largest rise on top."""
+    """Draw one bar per word for the first run, with the largest rise on top."""
     name, run = style.by_run(frame)[0]
     is_shown = (run["rank_rise"] <= ROWS_PER_SIDE) | (run["rank_fall"] <= ROWS_PER_SIDE)
     shown = run.filter(is_shown).with_row_index("place")

@@ -40,6 +40,7 @@ def record(
     *,
     codec: Codec | None = None,
     scorer: Scorer | None = None,
+    reference: Scorer | None = None,
     weights: str | None = None,
     extra: Mapping[str, Any] | None = None,
     resume: bool = False,
@@ -54,6 +55,7 @@ def record(
         run_dir: Folder of the trace; its name is the run id.
         codec: Tokenizer that gives the texts of tokens; None to use those that the dump holds.
         scorer: Model that adds missing values.
+        reference: Model that adds log-probabilities and entropies of the reference policy.
         weights: Fingerprint of its weights.
         extra: Further entries that determine the trace, such as the fingerprint of a file of rewards.
         resume: Continue after the steps that the folder holds.
@@ -67,10 +69,12 @@ def record(
         InputError: the folder cannot be used.
     """
     description = _describe(rollouts, settings, weights, extra or {})
-    writer, done = _open_trace(rollouts, description, codec, scorer, run_dir, resume)
+    writer, done = _open_trace(
+        rollouts, description, codec, scorer, run_dir, resume, has_reference=reference is not None
+    )
     differences = Differences()
     with _finalize_on_exit(writer, explain):
-        _record_steps(rollouts, settings, scorer, writer, done, differences, on_step)
+        _record_steps(rollouts, settings, scorer, reference, writer, done, differences, on_step)
         writer.manifest |= _compared(differences)
     return differences
 
@@ -148,6 +152,8 @@ def _open_trace(
     scorer: Scorer | None,
     run_dir: Path,
     resume: bool,
+    *,
+    has_reference: bool,
 ) -> tuple[TraceWriter, int]:
     """Return a new or resumed trace and the last step that it holds, -1 for none."""
     if resume and (run_dir / MANIFEST).exists():
@@ -171,7 +177,12 @@ def _open_trace(
         # The keys of entrace score, the former name of the command, so that its traces resume.
         "config": {"score": description["settings"]},
         "scored": dict(description),
-        "unknown": unknown_columns(rollouts.counts, has_model=scorer is not None, has_texts=codec is not None),
+        "unknown": unknown_columns(
+            rollouts.counts,
+            has_model=scorer is not None,
+            has_texts=codec is not None,
+            has_reference=has_reference,
+        ),
         **describe_machine(),
     }
     size = max(rollouts.counts.largest_id + 1, len(rollouts.texts))
@@ -194,6 +205,7 @@ def _record_steps(
     rollouts: Collected,
     settings: ImportSettings,
     scorer: Scorer | None,
+    reference: Scorer | None,
     writer: TraceWriter,
     done: int,
     differences: Differences,
@@ -211,7 +223,7 @@ def _record_steps(
         sums = StepSums()
         for part in _chunks(of_step):
             _record_prompts(writer, part, prompts)
-            chunk = Chunk.of(part, scorer, differences, has_advantages=has_advantages)
+            chunk = Chunk.of(part, scorer, differences, has_advantages=has_advantages, reference=reference)
             chunk.write(writer, num_done, settings.temperature, sums)
             num_done += len(part)
             metrics = {"entropy": sums.entropy / sums.with_entropy} if sums.with_entropy else {}

@@ -127,10 +127,17 @@ class Chunk:
     advantage: np.ndarray
     grad_norm: np.ndarray
     kinds: Sequence[tuple[str | None, str | None]]
+    reference_entropy: np.ndarray | None = None
 
     @classmethod
     def of(
-        cls, rollouts: Sequence[Rollout], scorer: Scorer | None, differences: Differences, *, has_advantages: bool
+        cls,
+        rollouts: Sequence[Rollout],
+        scorer: Scorer | None,
+        differences: Differences,
+        *,
+        has_advantages: bool,
+        reference: Scorer | None = None,
     ) -> Chunk:
         """Collect the recorded values, and score what is missing.
 
@@ -139,6 +146,7 @@ class Chunk:
             scorer: The model of the pass, or None.
             differences: Gets the differences between recorded and rescored values.
             has_advantages: The dump records advantages; otherwise they follow from the rewards.
+            reference: The reference policy, or None.
         """
         groups = np.unique([rollout.group_id for rollout in rollouts], return_inverse=True)[1]
         lengths = np.array([len(rollout.response_ids) for rollout in rollouts])
@@ -161,8 +169,22 @@ class Chunk:
                 recorded[name][is_missing] = values[is_missing]
             kinds = [(kind or RESCORED, EXACT) for kind, _ in kinds]
             grad_norm = scores.grad_norm(advantage.astype(np.float32)).astype(np.float64)
+        reference_entropy = None
+        if reference:
+            scores = reference.score(rollouts)
+            is_missing = np.isnan(recorded["reference_logprob"]) & is_generated
+            recorded["reference_logprob"][is_missing] = scores.logprob[is_missing]
+            reference_entropy = np.where(is_generated, scores.entropy, np.nan)
         return cls(
-            rollouts, groups, rows, is_generated, **recorded, advantage=advantage, grad_norm=grad_norm, kinds=kinds
+            rollouts,
+            groups,
+            rows,
+            is_generated,
+            **recorded,
+            advantage=advantage,
+            grad_norm=grad_norm,
+            kinds=kinds,
+            reference_entropy=reference_entropy,
         )
 
     def write(self, writer: TraceWriter, first_rollout_id: int, temperature: float | None, sums: StepSums) -> None:
@@ -226,6 +248,7 @@ class Chunk:
                 "is_kept": np.array(is_kept)[self.rows] if knows_kept else None,
                 "sampling_logprob": _nullable(self.sampling_logprob),
                 "reference_logprob": _nullable(self.reference_logprob),
+                "reference_entropy": None if self.reference_entropy is None else _nullable(self.reference_entropy),
                 "loss_mask": pa.array(self.is_generated, pa.bool_(), mask=~is_masked[self.rows]),
                 "turn": _integers(rollouts, "turn"),
                 "policy_version": _integers(rollouts, "policy_version"),

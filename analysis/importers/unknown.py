@@ -14,7 +14,7 @@ UNKNOWN = {
     "interventions": "an imported trace has no checkpoint to continue from",
     "evals": "the rows hold no held-out evaluation",
     **{f"tokens.{name}": NO_UPDATE for name in ("logprob_after", "entropy_after", "is_clipped")},
-    "tokens.reference_entropy": "the rows do not hold entropies of the reference policy",
+    "tokens.reference_entropy": "the rows do not hold entropies of the reference policy; add --model and --reference",
     **dict.fromkeys(("tokens.sum_p2_others", "tokens.sum_p2_logp_others"), "only `entrace train` records the sums"),
     **{f"steps.{name}": NO_UPDATE for name in STEPS_OF_UPDATE},
     "steps.is_shaped": NO_UPDATE,
@@ -42,11 +42,14 @@ IMPORTED = "entropy is that of the importing model, not of the policies that sam
 NO_TEXTS = "token texts are unknown; import with --tokenizer or --model"
 
 
-def unknown_columns(counts: Counts, *, has_model: bool, has_texts: bool) -> dict[str, str]:
+def unknown_columns(counts: Counts, *, has_model: bool, has_texts: bool, has_reference: bool = False) -> dict[str, str]:
     """Return the reason why a column is null, by table and column."""
     reasons = dict(UNKNOWN)
     for field, (column, columns) in FROM_FIELDS.items():
         reasons |= _missing(field, counts.known[column], counts.rollouts, columns)
+    if has_reference:
+        for column in ("tokens.reference_logprob", "tokens.reference_entropy"):
+            reasons.pop(column, None)
     if not has_model:
         for field, columns in MEASURED.items():
             found = _missing(field, counts.known[field], counts.rollouts, columns)

@@ -1,1 +1,4 @@
-"""Run a user's SQL over traces within bounds: read-only, in a process of its own, with limits of time and memory."""
+"""Run a user's SQL over traces within bounds.
+
+The SQL is read-only and runs in its own process, with limits on time and memory.
+"""

@@ -1,4 +1,4 @@
-"""Connect DuckDB to the files of traces; SQL over the connection can reach no other file."""
+"""Connect DuckDB to the files of traces; SQL can reach no other file."""
 
 from __future__ import annotations
 
@@ -87,21 +87,27 @@ DERIVED = {
         "group by all) using (run_id, rollout_id))",
     ),
 }
-# What the views show instead of null, by table and column.
+# Columns that the views show instead of null, by table and column.
 DEFAULTS = {("rollouts", "generated_length"): "response_length"}
 # Characters that brackets make literal in a glob pattern.
 GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
 
 def spill_folder() -> Path:
-    """Return a new path for spilled data; without one, DuckDB would spill to the working directory."""
+    """Return a new path for spilled data.
+
+    Without a path, DuckDB would spill to the working directory.
+    """
     return Path(tempfile.gettempdir(), f"{TEMPORARY}{uuid.uuid4().hex}")
 
 
 def connect(
     manifests: Mapping[str, Mapping[str, Any]], files: Mapping[str, Mapping[str, Layout]], memory: int, spill: Path
 ) -> duckdb.DuckDBPyConnection:
-    """Return a connection with the tables of the trace, the tables runs and stages, and the views of sql/staging.
+    """Return a connection with the tables and views of traces.
+
+    The connection has the tables of the trace, those of ``BESIDE_TRACE``, and the views of sql/staging. Of
+    ``BESIDE_TRACE``, only ``runs`` has rows.
 
     Args:
         manifests: Content of each ``run.json``, with ``path`` added, by run_id.
@@ -164,7 +170,7 @@ def fill(con: duckdb.DuckDBPyConnection, name: str, rows: Sequence[tuple[Any, ..
 
 
 def append(con: duckdb.DuckDBPyConnection, name: str, columns: Sequence[Sequence[Any]]) -> None:
-    """Append rows, given by column, to a table of the connection; do nothing without columns."""
+    """Append rows, given by column, to a table; do nothing without columns."""
     if columns:
         con.execute(f"insert into {name} select {', '.join('unnest(?)' for _ in columns)}", list(map(list, columns)))
 
@@ -172,7 +178,9 @@ def append(con: duckdb.DuckDBPyConnection, name: str, columns: Sequence[Sequence
 def view_queries(
     files: Mapping[str, Mapping[str, Layout]], read: Callable[[Table, Layout, list[str]], str]
 ) -> Iterator[tuple[str, str]]:
-    """Yield name and query of each view of the trace, in an order in which each reads earlier ones only.
+    """Yield name and query of each view of the trace.
+
+    A view reads only views that come before it.
 
     Args:
         files: As for ``connect``.
@@ -235,7 +243,10 @@ def _sql_type(kind: pa.DataType) -> str:
 
 
 def _pattern(path: str) -> str:
-    """Return the glob pattern that matches only this path; DuckDB reads file names as patterns."""
+    """Return the glob pattern that matches only this path.
+
+    DuckDB reads file names as patterns.
+    """
     return GLOB_CHARACTERS.sub(r"[\g<0>]", path)
 
 

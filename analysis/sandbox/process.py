@@ -1,4 +1,7 @@
-"""Start the process that answers queries, receive rows as they arrive, and end it when a limit is reached."""
+"""Start and end the process that answers queries, and receive its rows.
+
+Rows are received as they arrive. The process is ended when a limit is reached.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,10 @@ BOOT = (
 
 
 class ReadError(InputError):
-    """Report that a query failed while it read files or computed, rather than for its text."""
+    """Report that a query failed while it read files or computed.
+
+    The text of the query is not the cause.
+    """
 
 
 class LimitError(InputError):
@@ -94,7 +100,7 @@ class Limits:
 
 
 class QueryProcess:
-    """A process with its own connection to the traces; it answers one query at a time."""
+    """A process with its own connection to traces; it answers one query at a time."""
 
     def __init__(
         self, manifests: dict[str, dict[str, Any]], files: dict[str, dict[str, Layout]], limits: Limits
@@ -129,9 +135,9 @@ class QueryProcess:
         on_progress: Callable[[float], None] | None = None,
         reader: int | None = None,
     ) -> Iterator[pa.RecordBatchReader]:
-        """Yield the rows of a query in parts, as they arrive; the first part has the columns and no rows.
+        """Yield the rows of a query in parts, as they arrive.
 
-        The process is ended unless the answer was read to its end.
+        The first part has the columns and no rows. The process is ended unless the answer was read to its end.
 
         Args:
             query: The query.
@@ -209,7 +215,10 @@ class QueryProcess:
 
 
 def out_of_time(limits: Limits, note: str = "") -> LimitError:
-    """Return the error of a query that was stopped at its ``timeout``, with a note on how it was stopped."""
+    """Return the error of a query that was stopped at its ``timeout``.
+
+    ``note`` says how the query was stopped.
+    """
     return LimitError(
         f"stopped after {limits.timeout:g} s{note}", "narrow the query, or raise --timeout (timeout= in Python)"
     )

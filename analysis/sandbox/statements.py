@@ -38,9 +38,9 @@ def parameter_names(text: str) -> set[str]:
 
 
 def _is_pivot(text: str) -> bool:
-    """Return whether SQL is one query with a PIVOT, which DuckDB expands into several statements.
+    """Return whether SQL is one query with a PIVOT.
 
-    EXISTS accepts exactly one query, and no other statement.
+    DuckDB expands such a query into several statements. EXISTS accepts exactly one query, and no other statement.
     """
     import duckdb
 

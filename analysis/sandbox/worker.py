@@ -61,7 +61,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class Query:
-    """One query with its parameters, and the rows of those members of ``queries.COMPUTED`` that it reads."""
+    """One query with its parameters and computed tables.
+
+    ``computed`` holds the rows of those members of ``queries.COMPUTED`` that the query reads.
+    """
 
     text: str
     params: dict[str, Any]
@@ -100,7 +103,10 @@ class _Line:
 
 
 def _listen(line: _Line, con: duckdb.DuckDBPyConnection, waiting: queue.SimpleQueue[Query]) -> None:
-    """Receive queries and report progress; end the process when the parent is gone, even in the middle of a query."""
+    """Receive queries and report progress; end the process when the parent is gone.
+
+    The process ends even in the middle of a query.
+    """
     try:
         while True:
             if line.pipe.poll(PROGRESS_EVERY_S):
@@ -146,7 +152,7 @@ def _answer(line: _Line, con: duckdb.DuckDBPyConnection, query: Query) -> None:
 
 
 def _lacks_memory(error: Exception) -> bool:
-    """Return whether memory ran out, rather than space on the disk to which DuckDB spills."""
+    """Return whether memory ran out, rather than disk space for spilled data."""
     import duckdb
     import pyarrow as pa
 
@@ -167,7 +173,10 @@ def _check_type(column: str, kind: pa.DataType) -> None:
 
 
 def _joined(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """Yield batches joined to tables of at least ``MESSAGE_BYTES``, the last one excepted."""
+    """Yield batches joined to tables of at least ``MESSAGE_BYTES``.
+
+    The last table may be smaller.
+    """
     import pyarrow as pa
 
     held: list[pa.RecordBatch] = []

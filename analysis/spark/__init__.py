@@ -1,1 +1,4 @@
-"""Answer the same SQL on Spark: translate one DuckDB query at a time, and run it over the same files."""
+"""Answer the same SQL on Spark.
+
+Each DuckDB query is translated and runs over the same files.
+"""

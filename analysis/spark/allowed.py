@@ -1,4 +1,4 @@
-"""Accept only syntax and functions that Spark computes as DuckDB does, over registered tables.
+"""Accept only SQL that Spark computes as DuckDB does, over registered tables.
 
 The check is an allow list over the parsed query, so that nothing reaches Spark unless it is named here: no file
 (``'x.parquet'``, ``read_csv``, parquet.`x`), no call of Java (``reflect``), no function of the session or of chance.
@@ -84,7 +84,10 @@ def _check_table(node: exp.Table, tables: Collection[str]) -> None:
 
 
 def _ctes_around(node: exp.Expr) -> Iterator[str]:
-    """Yield the names of the common table expressions that a table in a query may refer to, in lower case."""
+    """Yield names of the common table expressions in the scope of a node.
+
+    A table may refer to these names, which are in lower case.
+    """
     while node := node.parent:  # pyright: ignore[reportAssignmentType]
         yield from (cte.alias.lower() for cte in getattr(node.args.get("with_"), "expressions", ()))
 
@@ -94,7 +97,10 @@ def _is_source(node: exp.Expr) -> bool:
 
 
 def _variant(node: exp.Expr) -> str | None:
-    """Return the name of a variant of accepted syntax that Spark lacks or understands differently."""
+    """Return the name of an unsupported variant of accepted syntax, or None.
+
+    Spark lacks the variant or understands it differently.
+    """
     match node:
         case exp.Join() if node.method or node.kind not in JOINS:
             return f"{node.method or node.kind} JOIN"
@@ -124,7 +130,10 @@ def _variant(node: exp.Expr) -> str | None:
 
 
 def _lists_in_another_order(node: exp.SetOperation) -> bool:
-    """Return whether a star of a join with USING, in which Spark lists the keys first, may meet columns by position."""
+    """Return whether a set operation may match columns in another order.
+
+    Columns match by position. Of a join with USING, Spark lists the keys first, so that a star has another order.
+    """
     sides = [side.unnest() for side in (node.this, node.expression)]
     if not any(map(_has_star, sides)):
         return False
@@ -139,7 +148,7 @@ def _has_star(query: exp.Expr) -> bool:
 
 
 def _selects_behind(queries: list[exp.Expr], root: exp.Expr) -> Iterator[exp.Select]:
-    """Yield every SELECT in some queries and in the common table expressions that they may refer to."""
+    """Yield every SELECT in queries and in common table expressions behind them."""
     ctes = list(root.find_all(exp.CTE))
     names = {table.name.lower() for query in queries for table in query.find_all(exp.Table)}
     while found := [cte for cte in ctes if cte.alias.lower() in names and cte.this not in queries]:

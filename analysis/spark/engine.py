@@ -1,4 +1,4 @@
-"""Register the files of traces in a Spark session, and run translated queries there."""
+"""Register the files of traces in a Spark session, and run queries there."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 
 class SparkEngine:
-    """A Spark session with the tables of traces, the views of sql/staging, and the functions of intervals."""
+    """A Spark session with the tables, views, and functions of traces.
+
+    The views are those of sql/staging, and the functions compute intervals.
+    """
 
     def __init__(self, manifests: Mapping[str, Mapping[str, Any]], files: Mapping[str, Mapping[str, Layout]]) -> None:
         """Register the files of traces.
@@ -192,7 +195,10 @@ def _create_view(session: SparkSession, name: str, text: str) -> None:
 
 
 def _read(session: SparkSession, table: Table, layout: Layout, paths: list[str]) -> str:
-    """Register the files of one layout, exactly as listed, and return the name of their view."""
+    """Register the files of one layout, and return the name of their view.
+
+    Files are registered exactly as listed.
+    """
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 
@@ -228,7 +234,10 @@ def _register_functions(session: SparkSession) -> Iterator[str]:
 
 
 def _spark_schema(names: Sequence[str], path: str) -> str:
-    """Return the schema of some columns of a file; as in DuckDB, the first of several decides their types."""
+    """Return the schema of some columns of a file.
+
+    As in DuckDB, the first of several files decides their types.
+    """
     import pyarrow.parquet as pq
 
     schema = pq.read_schema(source_of(to_place(path)))
@@ -253,7 +262,10 @@ def _spark_type(kind: pa.DataType) -> str:
 
 
 def _uri(path: str) -> str:
-    """Return Hadoop's name of a file: without a scheme it would lie on the cluster, and S3 has a scheme of its own."""
+    """Return Hadoop's name of a file.
+
+    Without a scheme, the file would be on the cluster. S3 has a scheme of its own, ``s3a``.
+    """
     if SCHEME not in path:
         return f"file:{path}"
     return f"s3a{path.removeprefix('s3')}" if path.startswith(f"s3{SCHEME}") else path

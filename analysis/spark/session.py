@@ -1,4 +1,7 @@
-"""Start Spark, cancel the jobs of a query, and end a Spark whose tasks cannot be interrupted."""
+"""Start Spark, cancel the jobs of a query, and end a Spark with stuck tasks.
+
+Spark cannot interrupt every task.
+"""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -78,7 +81,7 @@ _started: SparkContext | None = None
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide pyspark's warnings to programmers, such as the one about the version of pandas."""
+    """Hide pyspark's warnings to programmers, such as on the version of pandas."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"pyspark\b")
         yield
@@ -131,17 +134,18 @@ def is_alive(session: SparkSession) -> bool:
 
 
 def cancel(session: SparkSession, group: str) -> str:
-    """Cancel the jobs of a group, and end an application started here if their tasks do not end in ``GRACE_S``.
+    """Cancel the jobs of a group.
 
-    Spark interrupts the thread of a task, which most tasks notice between two rows of their input. A task that computes
-    for long on one row, such as a cross join, does not, and would occupy a core.
+    If their tasks do not end in ``GRACE_S``, end an application that was started here. Spark interrupts the thread of a
+    task, which most tasks notice between two rows of their input. A task that computes for long on one row, such as a
+    cross join, does not, and would occupy a core.
 
     Args:
         session: Session in which the jobs run.
         group: Group of the jobs; later jobs of this group are canceled as well.
 
     Returns:
-        What to add to the error of the query: nothing if its tasks have ended.
+        Text to add to the error of the query; empty if its tasks have ended.
     """
     from py4j.protocol import Py4JError
 
@@ -164,13 +168,19 @@ def cancel(session: SparkSession, group: str) -> str:
 
 
 def percentage(session: SparkSession, group: str) -> float:
-    """Return the percentage of tasks that are done, over the stages known so far of the jobs of a group."""
+    """Return the percentage of tasks that are done, of the jobs of a group.
+
+    Only the stages known so far count.
+    """
     stages = list(_stages(session.sparkContext, group))
     return 100 * sum(stage.numCompletedTasks for stage in stages) / max(1, sum(stage.numTasks for stage in stages))
 
 
 def reason_of(error: Exception) -> str:
-    """Return an error of Spark in one line, without the plan and the stack behind it, and without its settings."""
+    """Return an error of Spark in one line.
+
+    The plan, the stack, and settings are left out.
+    """
     said = str(error)
     # pyspark converts what Spark raises, unless Spark wraps it.
     cause = getattr(error, "java_exception", None)
@@ -208,9 +218,9 @@ def _is_alive(context: SparkContext) -> bool:
 
 
 def _end(context: SparkContext) -> bool:
-    """End the JVM of an application that was started here, with all of its tasks; return False for any other one.
+    """End the JVM, with all tasks, of an application that was started here.
 
-    Stopping the application alone would leave its tasks running in the JVM.
+    Return False for any other application. Stopping the application alone would leave its tasks running in the JVM.
     """
     from pyspark import SparkContext
 
@@ -248,7 +258,10 @@ def _forget(context: SparkContext) -> None:
 
 @contextmanager
 def _kept_handler() -> Iterator[None]:
-    """Keep the handler of Ctrl-C, which pyspark replaces by one that fails after its application has ended."""
+    """Keep the handler of Ctrl-C, which pyspark replaces.
+
+    The handler of pyspark fails after its application has ended.
+    """
     former = signal.getsignal(signal.SIGINT)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Translate one DuckDB query into Spark's SQL, with macros and parameters inlined.
+"""Translate one DuckDB query into Spark's SQL, inlining macros and parameters.
 
 sqlglot parses and writes; the rules below are what it does not know: where both engines accept the same text and
 compute different values. ``_RULES`` has one function per kind of expression.
@@ -29,7 +29,7 @@ from entrace.analysis.spark.allowed import CONTAINERS, TYPES, check
 from entrace.analysis.trace.errors import InputError, in_one_line
 from entrace.analysis.trace.schema import TABLES
 
-# What sqlglot cannot parse is an error here, and needs no warning beside it.
+# SQL that sqlglot cannot parse is an error here, and needs no warning beside it.
 logging.getLogger("sqlglot").setLevel(logging.ERROR)
 LARGEST_INT = 2**31 - 1
 REALS = ("float", "double")
@@ -47,7 +47,10 @@ class _DuckDB(DuckDB):
 
 
 class _Spark(Spark):
-    """Spark's SQL with WITH in subqueries, which sqlglot would move to the top, where names may be taken."""
+    """Spark's SQL with WITH in subqueries.
+
+    sqlglot would move WITH to the top, where names may be taken.
+    """
 
     class Generator(Spark.Generator):
         EXPRESSIONS_WITHOUT_NESTED_CTES: ClassVar[set[type[exp.Expr]]] = set()
@@ -384,7 +387,10 @@ def _list(node: exp.ArrayAgg) -> None:
 
 
 def _outer(node: exp.Expr, value: exp.Expr, finish: Callable[[exp.Expr], exp.Expr]) -> None:
-    """Replace an aggregate, and apply a function to the whole, with the FILTER and OVER that follow it."""
+    """Replace an aggregate, and apply ``finish`` to the whole expression.
+
+    The whole includes the FILTER and OVER that follow the aggregate.
+    """
     outer = node
     while isinstance(outer.parent, exp.Filter | exp.Window) and outer.arg_key == "this":
         outer = outer.parent
@@ -421,7 +427,10 @@ def _qualified(node: exp.Select) -> None:
 
 
 def _unpivot(node: exp.Pivot) -> None:
-    """Turn the statement UNPIVOT into a SELECT; the clause of the same name needs no change."""
+    """Turn the statement UNPIVOT into a SELECT.
+
+    The clause of the same name needs no change.
+    """
     if not (into := node.args.get("into")):
         return
     [value] = into.expressions

@@ -63,19 +63,22 @@ def to_json(value: Any, default: Callable[[Any], str] | None = None) -> str:
 
 
 def to_report_csv(frame: pl.DataFrame) -> str:
-    """Return CSV that is safe in a spreadsheet: six significant digits, and no text that runs as a formula."""
+    """Return CSV that is safe in a spreadsheet.
+
+    Numbers have six significant digits, and no text runs as a formula.
+    """
     return _csv(readable(to_csv_digits(_without_formulas(_flat(frame)))))
 
 
 def to_csv_digits(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return ``frame`` with numbers rounded to the significant digits of the CSV files of a report."""
+    """Round numbers to the significant digits of a report's CSV files."""
     import polars.selectors as cs
 
     return frame.with_columns(cs.float().round_sig_figs(CSV_DIGITS))
 
 
 def readable(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return ``frame`` with each text shortened to one line without control characters."""
+    """Shorten each text to one line without control characters."""
     import polars as pl
     import polars.selectors as cs
 
@@ -87,12 +90,15 @@ def readable(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def show(text: str) -> str:
-    """Return ``text`` with its line breaks, and every other control character escaped."""
+    """Escape the control characters in ``text``, except for line breaks."""
     return "\n".join(map(escape, text.split("\n")))
 
 
 class Visible(io.RawIOBase):
-    """A binary file for text on a terminal: control characters are escaped, line breaks excepted."""
+    """Binary file that escapes control characters, except for line breaks.
+
+    The file holds text for a terminal.
+    """
 
     def __init__(self, out: BinaryIO) -> None:
         """Write to ``out``."""
@@ -177,7 +183,10 @@ def _json_rows(frame: pl.DataFrame) -> bytes:
 
 
 def _is_plain(kind: pl.DataType) -> bool:
-    """Return whether polars writes a type as Python's json module does; it is faster by a factor of ten."""
+    """Return whether polars writes a type as Python's json module does.
+
+    Polars is faster by a factor of ten.
+    """
     import polars as pl
 
     return kind.is_integer() or kind in (pl.Float64, pl.Float32, pl.Boolean, pl.String)

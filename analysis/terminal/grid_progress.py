@@ -1,4 +1,7 @@
-"""Show the progress of a grid of runs on stderr: a live table of arms on a terminal, plain lines elsewhere."""
+"""Show the progress of a grid of runs on stderr.
+
+A terminal shows a live table of arms; any other output gets plain lines.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,10 @@ class GridProgress(Display):
     """
 
     def __init__(self, title: str, runs: dict[str, tuple[str, int]]) -> None:
-        """Prepare a table of ``runs``: arm and number of steps by run id, in starting order."""
+        """Prepare a table of ``runs``.
+
+        ``runs`` maps each run id to the arm and the number of steps, in starting order.
+        """
         self.title = plain(title, NAME_LENGTH)
         self.runs = {run_id: RunState(*run) for run_id, run in runs.items()}
         self._live: Any = None
@@ -73,9 +79,10 @@ class GridProgress(Display):
         self._show(f"{run_id} failed" if error else "")
 
     def seconds_left(self) -> float | None:
-        """Return the estimated time in s until all unfinished runs end, or None before any run has finished two steps.
+        """Return the estimated time in s until all unfinished runs end.
 
-        The estimate uses the mean time per step seen so far and the largest number of runs seen to run at once.
+        None before any run has finished two steps. The estimate uses the mean time per step seen so far and the largest
+        number of runs seen to run at once.
         """
         pace = [
             (run.last[0] - run.first[0], run.last[1] - run.first[1])
@@ -122,7 +129,10 @@ class GridProgress(Display):
 
 
 def makespan(seconds: Iterable[float], slots: int) -> float:
-    """Return the time until all runs end if each starts, in order, as soon as one of ``slots`` is free."""
+    """Return the time until all runs end, with ``slots`` of them at once.
+
+    Runs start in order, each as soon as a slot is free.
+    """
     free_at = [0.0] * slots
     for duration in seconds:
         heapq.heappush(free_at, heapq.heappop(free_at) + duration)

@@ -1,4 +1,7 @@
-"""Show the progress of a command on stderr: a live bar on a terminal, a line every 15 s elsewhere."""
+"""Show the progress of a command on stderr.
+
+A terminal shows a live bar; any other output gets a line every 15 s.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,10 @@ class Progress(Display):
     """
 
     def __init__(self, title: str, total: int, *, final_line: bool = True) -> None:
-        """Prepare a bar for ``total`` steps; ``final_line`` prints the last one without a terminal too."""
+        """Prepare a bar for ``total`` steps.
+
+        If ``final_line``, the last step is printed without a terminal as well.
+        """
         self.title, self.total = plain(title, NAME_LENGTH), total
         self._done = 0
         self._final_line = final_line
@@ -65,7 +71,10 @@ class Progress(Display):
             self._bar.stop()
 
     def update(self, done: int, note: str = "", **metrics: float) -> None:
-        """Report that ``done`` steps are complete; ``note`` and ``metrics`` appear beside the bar."""
+        """Report that ``done`` steps are complete.
+
+        ``note`` and ``metrics`` appear beside the bar.
+        """
         now = time.monotonic()
         if self._first is None:
             self._first = (now, done)
@@ -88,7 +97,10 @@ class Progress(Display):
 
 @contextmanager
 def reading(name: str) -> Iterator[Callable[[float, int], None]]:
-    """Show how much of a dump has been read, in percent; yield what takes the share in [0, 1] and the rows."""
+    """Show how much of a dump has been read, in percent.
+
+    Yield a function of the share read, in [0, 1], and the number of rows.
+    """
     with Progress(f"reading {name}, %", 100, final_line=False) as progress:
         yield lambda share, rows: progress.update(int(100 * share), f"{rows:,} rows")
 

@@ -1,4 +1,4 @@
-"""Check the values that a training loop passes with its responses, and derive the columns that follow from them."""
+"""Check values that a training loop passes, and derive columns from them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Batch:
         return found
 
     def numbers(self, name: str, values: Any) -> np.ndarray:
-        """Return numbers per response, (B,) float64, NaN where they are None or not passed."""
+        """Return numbers per response, (B,) float64; NaN where None or not passed."""
         if values is None:
             return np.full(len(self.responses), np.nan)
         found = self.per_response(name, values)
@@ -127,7 +127,10 @@ class Batch:
             raise InputError(f"{name}: expected {kind} ({in_one_line(error)})") from None
 
     def means(self, name: str) -> np.ndarray:
-        """Return the mean over the generated tokens of each response, (B,); NaN if any is unknown or there is none."""
+        """Return the mean over each response's generated tokens, (B,).
+
+        NaN where a value is unknown or no token was generated.
+        """
         values = self.token.get(name)
         if values is None:
             return np.full(len(self.responses), np.nan)
@@ -135,9 +138,10 @@ class Batch:
         return mean_of(flat[self.is_generated], self.responses.rows[self.is_generated], len(self.responses))
 
     def add_advantage(self, given: Any) -> np.ndarray:
-        """Return the advantage of each response, (B,), NaN if unknown, and add it to the tokens.
+        """Add the advantage to the tokens, and return that of each response, (B,).
 
-        An advantage per token is that of its response only if it is equal for all tokens of the response.
+        The advantage is NaN where it is unknown. If none is given, it is computed from the rewards of the group. An
+        advantage per token is that of its response only if it is equal for all tokens of the response.
         """
         count = len(self.responses)
         if given is None:
@@ -159,7 +163,7 @@ class Batch:
         return advantages
 
     def take_kept(self, *, has_advantage: bool) -> tuple[np.ndarray, list[str | None]]:
-        """Return which responses entered the update, (B,) bool, and why the others did not.
+        """Return which responses entered the update, (B,) bool, and the drop reasons.
 
         Unless ``is_kept`` is passed, every response with a generated token did, except those without a verdict whose
         advantage was not passed either.
@@ -176,7 +180,7 @@ class Batch:
         return np.array(kept, bool), reasons or [None] * len(kept)
 
     def token_columns(self, rollout_ids: np.ndarray) -> dict[str, Any]:
-        """Return the columns of table ``tokens`` that follow from the responses and what was passed."""
+        """Return the columns of table ``tokens`` that can be derived from the batch."""
         responses, rows = self.responses, self.responses.rows
         places = pa.array(rows)
         return {
@@ -192,7 +196,7 @@ class Batch:
         }
 
     def rollout_columns(self, rollout_ids: np.ndarray, completions: list[str]) -> dict[str, Any]:
-        """Return the columns of table ``rollouts`` that follow from the responses and what was passed."""
+        """Return the columns of table ``rollouts`` that can be derived from the batch."""
         surprisal = -self.means("logprob")
         given = dict(self.response)
         if "has_answer" not in given and "answer" in given:

@@ -1,4 +1,4 @@
-"""Name the URL in errors of a storage, so that a broken connection is never taken for a missing file.
+"""Report a broken connection to a storage as such, not as a missing file.
 
 fsspec answers that a file does not exist if it cannot ask. A storage that ``guard`` has changed raises
 ``StorageError`` instead, which names the URL, and which no handler for missing files catches.
@@ -22,7 +22,7 @@ ABOUT_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirect
 # Packages of storages, whose errors need not be those of the operating system.
 PACKAGES = {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "httpx", "huggingface_hub", "requests"}
 PACKAGES |= {"s3fs", "urllib3"}
-# Of what a storage raises, the classes whose message alone would not tell what to do.
+# Errors of a storage whose messages do not say what to do.
 REMEDIES = {
     "NoCredentialsError": "no credentials; set those of the storage, such as AWS_ACCESS_KEY_ID",
     "FileNotFoundError": "no such bucket or file",
@@ -38,7 +38,10 @@ def reason_of_storage(error: Exception) -> str:
 
 
 def guard(storage: Any) -> None:
-    """Let a file system of fsspec raise ``StorageError`` with the URL when its connection fails."""
+    """Make a file system of fsspec raise ``StorageError`` if its connection fails.
+
+    The error names the URL.
+    """
     if getattr(storage, MARK, False):
         return
     setattr(storage, MARK, True)

@@ -75,7 +75,7 @@ def is_repetitive(completion: str) -> bool:
 
 
 def _cannot_repeat(text: str) -> bool:
-    """Return True for most texts without a repetition, without splitting them into words.
+    """Return True for most texts without repetition, without splitting into words.
 
     Every letter except "a" is dropped, which maps equal words to equal remainders. A block that occurs three times in a
     row therefore still does, unless nothing remains of it; six empty words then leave five blanks in a row.
@@ -90,9 +90,10 @@ def _cannot_repeat(text: str) -> bool:
 
 
 def _occurs_thrice(text: str, smallest: int, largest: int) -> bool:
-    """Return whether a substring of a length within these bounds occurs three times in a row.
+    """Return whether a substring occurs three times in a row.
 
-    A substring of length n can do so only if, among every n-th character, one does; that search is much faster.
+    Only substrings of ``smallest`` to ``largest`` characters count. A substring of length n can occur three times in a
+    row only if one character does so among every n-th character; that search is much faster.
     """
     for size in range(smallest, min(largest, len(text) // 3) + 1):
         if THREE_TIMES.search(text[::size]) and re.search(rf"(?s)(.{{{size}}})\1\1", text):
@@ -101,7 +102,7 @@ def _occurs_thrice(text: str, smallest: int, largest: int) -> bool:
 
 
 def is_irrelevant(prompt: str, completion: str) -> bool:
-    """Return whether at least a quarter of the words is off topic; see ``find_defects``."""
+    """Return whether 25% or more of the words are off topic; see ``find_defects``."""
     text = completion.lower()
     if not INFORMAL.search(f"\n{text}"):
         return False
@@ -113,7 +114,10 @@ def is_irrelevant(prompt: str, completion: str) -> bool:
 # Responses of one policy share many sentences.
 @lru_cache(maxsize=1 << 12)
 def _suspect_words(sentence: str) -> list[str]:
-    """Return the words of a sentence that is off topic unless the prompt shares a word; empty for other sentences."""
+    """Return the words of a sentence that may be off topic; empty for others.
+
+    The sentence is off topic unless the prompt shares one of its words.
+    """
     words = [] if FORMAL_SIGN.search(sentence) else ALPHABETIC.findall(sentence)
     return words if len(words) >= MIN_SENTENCE_WORDS and _lexicon_words().isdisjoint(words) else []
 

@@ -1,10 +1,10 @@
-"""Record the digests of a run's files in ``digests.jsonl`` beside ``run.json``, and compare files with them.
+"""Record digests of a run's files in ``digests.jsonl``, and check files by them.
 
-Every line is JSON and describes one written file: its path in the run's folder, size in bytes, SHA-256, the CRC-32 of
-its Parquet footer, and the CRC-32 of the line's other fields. ``sha256`` is null for a file that was removed on
-purpose, as ``entrace verify --accept-edits`` records. Lines are only ever added. A file is intact if it equals any of
-its lines since the last removal, so that a line may be added before the file is replaced: a process that is killed in
-between leaves the old file, and its line.
+``digests.jsonl`` is beside ``run.json``. Every line is JSON and describes one written file: its path in the run's
+folder, size in bytes, SHA-256, the CRC-32 of its Parquet footer, and the CRC-32 of the line's other fields. ``sha256``
+is null for a file that was removed on purpose, as ``entrace verify --accept-edits`` records. Lines are only ever added.
+A file is intact if it equals any of its lines since the last removal, so that a line may be added before the file is
+replaced: a process that is killed in between leaves the old file, and its line.
 
 Files of older traces have no line; ``entrace verify`` decodes them. The files of a checkpoint have a list of their own,
 ``checksums.json`` in the checkpoint.
@@ -115,15 +115,18 @@ def sha256_of(path: Path) -> str:
 
 
 def hash_file(path: Path) -> str | None:
-    """Return the fingerprint of a file; None if it does not exist, which its reader reports."""
+    """Return the fingerprint of a file; None if it does not exist.
+
+    The reader of the file reports that it is missing.
+    """
     return sha256_of(path)[:DIGEST_LENGTH] if path.is_file() else None
 
 
 def append(run_dir: Path, files: Mapping[str, Digest | None]) -> None:
-    """Record the digests of files durably, in one write; None says that a file was removed on purpose.
+    """Record the digests of files durably, in one write.
 
-    Record a new file once it is complete, and before ``run.json`` lists it. Record the new content of a file that
-    already counts before it replaces the old one.
+    A digest of None records that the file was removed on purpose. Record a new file once it is complete, and before
+    ``run.json`` lists it. Record the new content of a file that already counts before it replaces the old one.
 
     Args:
         run_dir: Folder of the run.
@@ -138,7 +141,7 @@ def append(run_dir: Path, files: Mapping[str, Digest | None]) -> None:
 
 
 def read(run_dir: Path) -> Recorded:
-    """Return what is recorded about the files of a run; nothing if it has no ``digests.jsonl``.
+    """Read ``digests.jsonl`` of a run; without the file, nothing is recorded.
 
     A last line that was cut off when its writer was killed does not count, and is not damage.
     """
@@ -162,7 +165,7 @@ def read(run_dir: Path) -> Recorded:
 
 
 def is_intact(run_dir: Path, name: str, data: bytes) -> bool:
-    """Return whether a file's content was recorded; True if nothing reliable is recorded about the file."""
+    """Return whether a file's content was recorded; True without a reliable record."""
     try:
         # Looking for the digest takes less time than parsing every line.
         if hashlib.sha256(data).hexdigest().encode() in (run_dir / DIGESTS).read_bytes():
@@ -199,7 +202,7 @@ def _crc(data: bytes | memoryview) -> str:
 
 
 def _is_torn(last: bytes) -> bool:
-    """Return whether what follows the last newline is the beginning of a line, or nothing."""
+    """Return whether the bytes after the last newline are empty or begin a line."""
     is_beginning = LINE_START.startswith(last[: len(LINE_START)]) and (last.isascii() and last.decode().isprintable())
     return is_beginning and _from_line(last[:-1]) is None
 
@@ -219,7 +222,10 @@ def _end_last_line(path: Path) -> bytes:
 
 
 def _lock(file: BinaryIO) -> None:
-    """Wait for other writers; Windows and some shared file systems have no such locks."""
+    """Wait for other writers, if the file system supports locks.
+
+    Windows and some shared file systems do not.
+    """
     with suppress(ImportError, OSError):
         import fcntl
 
@@ -232,7 +238,10 @@ def _read_last(file: BinaryIO, size: int, count: int) -> bytes:
 
 
 def _footer_bytes(data: bytes | memoryview) -> int:
-    """Return the length of a Parquet file's footer with its trailer, from the file's last bytes; 0 for other files."""
+    """Return the size of a Parquet file's footer and trailer, from its last bytes.
+
+    The size is in bytes; it is 0 for other files.
+    """
     trailer = bytes(data[-TRAILER_BYTES:])
     return TRAILER_BYTES + int.from_bytes(trailer[:4], "little") if trailer[4:] == MAGIC else 0
 

@@ -1,4 +1,4 @@
-"""Define the exception for bad input, and turn other errors into one readable line.
+"""Define the error for bad input, and turn other errors into one readable line.
 
 An error of the operating system, such as a full disk, gets a remedy. Libraries in Rust and C++ raise errors of their
 own, which only quote that of the system; ``fault_of`` finds it.
@@ -45,22 +45,25 @@ TMPDIR = "set TMPDIR to a writable folder with free space"
 
 
 class InputError(Exception):
-    """Report bad input in one line: the fault, the expected value, and the nearest valid name.
+    """Report bad input in one line.
 
-    The command line prints the message and exits with code 2; a library caller can catch the exception.
+    The line names the fault, the expected value, and the nearest valid name. The command line prints the message and
+    exits with code 2; a library caller can catch the exception.
     """
 
     def __init__(self, message: str) -> None:
-        """Store ``message`` shortened and escaped, because it may quote arbitrary files and names."""
+        """Store ``message``, shortened and escaped: it may quote any file or name."""
         super().__init__(plain(message))
 
 
 class StorageError(InputError):
-    """Report that a remote storage could not be asked, which says nothing about its files."""
+    """Report that a remote storage could not be asked; its files may exist."""
 
 
 def nearest(name: str, options: Iterable[str], others: str = "valid") -> str:
-    """Return ``'; did you mean "x"?'`` for the closest of ``options``, or list all of them if none is close.
+    """Return ``'; did you mean "x"?'`` for the closest of ``options``.
+
+    If none is close, the hint lists all options.
 
     Args:
         name: The name that was given.
@@ -74,7 +77,7 @@ def nearest(name: str, options: Iterable[str], others: str = "valid") -> str:
 
 
 def choices(name: str, options: Iterable[str]) -> str:
-    """Return the hint of ``nearest`` followed by the valid names, ``MAX_LISTED`` at most."""
+    """Return the hint of ``nearest``, and at most ``MAX_LISTED`` valid names."""
     options = sorted(options)
     listed = ", ".join(options[:MAX_LISTED]) or "none"
     more = f", and {len(options) - MAX_LISTED} more" if len(options) > MAX_LISTED else ""
@@ -83,7 +86,10 @@ def choices(name: str, options: Iterable[str]) -> str:
 
 
 def _closest(name: str, options: list[str]) -> str | None:
-    """Return the option of similar spelling in any case, or the only one that contains the name."""
+    """Return the option of similar spelling, or the only one that contains the name.
+
+    Similarity ignores case. None if no option fits.
+    """
     folded = {option.casefold(): option for option in options}
     if close := difflib.get_close_matches(name.casefold(), folded, n=1):
         return folded[close[0]]
@@ -92,9 +98,10 @@ def _closest(name: str, options: list[str]) -> str | None:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or the name of its class if the message is empty.
+    """Return the first line of an exception's message.
 
-    If the first line ends with a colon, the following lines are joined to it.
+    If the message is empty, the name of the class is returned. If the first line ends with a colon, the following lines
+    are joined to it.
     """
     if isinstance(error, UnicodeDecodeError):
         return f"byte 0x{error.object[error.start]:02x} at offset {error.start} is not {error.encoding.upper()}"
@@ -109,9 +116,9 @@ def in_one_line(error: BaseException) -> str:
 
 
 def quoted_input_error(error: BaseException) -> str | None:
-    """Return the message of the ``InputError`` that another library quotes with its traceback, or None.
+    """Return the message of an ``InputError`` whose traceback ``error`` quotes.
 
-    DuckDB turns an error of a file system in Python into the text of its traceback.
+    None if there is none. DuckDB turns an error of a file system in Python into the text of its traceback.
     """
     text = str(error)
     if TRACEBACK not in text:
@@ -127,7 +134,7 @@ def with_kind(error: BaseException) -> str:
 
 
 def fault_of(error: BaseException) -> OSError | None:
-    """Return the error of the operating system that an error is or quotes; None if it is of another kind."""
+    """Return the operating system's error that an error is or quotes, or None."""
     if isinstance(error, InputError):
         return None
     if isinstance(error, OSError) and error.errno in errno.errorcode:
@@ -140,9 +147,9 @@ def fault_of(error: BaseException) -> OSError | None:
 
 
 def reason_of(error: OSError) -> str:
-    """Return the operating system's reason for an error and, if there is one, its remedy.
+    """Return the operating system's reason for an error, and its remedy if known.
 
-    Such as ``no such file or directory``, or ``no space left on device; free some space``.
+    Examples: ``no such file or directory``; ``no space left on device; free some space``.
     """
     if NO_TEMPORARY in str(error):
         return f"no usable temporary folder; {TMPDIR}"
@@ -155,7 +162,10 @@ def reason_of(error: OSError) -> str:
 
 
 def describe_fault(error: BaseException) -> str | None:
-    """Return file, reason, and remedy of an error of the operating system in one line; None for other errors."""
+    """Describe an error of the operating system in one line; None for other errors.
+
+    The line holds the file, the reason, and the remedy.
+    """
     if (fault := fault_of(error)) is None:
         return None
     # The target of a rename says more than its temporary source.
@@ -165,7 +175,10 @@ def describe_fault(error: BaseException) -> str | None:
 
 @contextmanager
 def faults_at(path: str | Path) -> Iterator[None]:
-    """Name ``path`` in errors of the operating system that name no file or a hidden one, and in those only quoted."""
+    """Name ``path`` in errors of the operating system that name no visible file.
+
+    An error that names a hidden file gets ``path`` as well, and so does one that another error only quotes.
+    """
     try:
         yield
     except Exception as error:

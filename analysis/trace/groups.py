@@ -1,4 +1,4 @@
-"""Compute values of responses relative to their group: advantages and standardized perplexity.
+"""Compute advantages and standardized perplexity of responses in their groups.
 
 The trainer computes equal values with torch; see ``entrace.trainer.algorithm.advantages``.
 """
@@ -13,7 +13,9 @@ LARGEST_SURPRISAL = 88.0
 
 
 def group_relative_advantage(rewards: np.ndarray, group_ids: np.ndarray) -> np.ndarray:
-    """Return A_i = (r_i - mean(r)) / (std(r) + eps) within the group of one prompt (GRPO, arXiv 2402.03300).
+    """Return the advantage of each response within the group of its prompt.
+
+    A_i = (r_i - mean(r)) / (std(r) + eps) (GRPO, arXiv 2402.03300).
 
     Args:
         rewards: One per response, (B,) float64; NaN where there is no verdict.
@@ -36,15 +38,18 @@ def group_relative_advantage(rewards: np.ndarray, group_ids: np.ndarray) -> np.n
 
 
 def perplexity(surprisal: np.ndarray) -> np.ndarray:
-    """Return exp of the mean surprisal of responses, (B,); NaN where that is unknown or overflows float32."""
+    """Return the perplexity of responses, exp of their mean surprisal, (B,).
+
+    NaN where the surprisal is unknown or the result overflows float32.
+    """
     return np.exp(np.where(surprisal > LARGEST_SURPRISAL, np.nan, surprisal))
 
 
 def ppl_z(log_ppl: np.ndarray, group_ids: np.ndarray) -> np.ndarray:
-    """Standardize the log perplexity of responses within their groups (released code of arXiv 2508.02260).
+    """Standardize the log perplexity of responses within their groups.
 
-    z_i = (ln PPL_i - m) / s; m and the population standard deviation s are taken over the group's responses inside
-    [Q1 - 1.5 IQR, Q3 + 1.5 IQR]; s below 1e-6 counts as 1.
+    z_i = (ln PPL_i - m) / s, as in the released code of arXiv 2508.02260. The mean m and the population standard
+    deviation s are taken over the group's responses inside [Q1 - 1.5 IQR, Q3 + 1.5 IQR]; s below 1e-6 counts as 1.
 
     Args:
         log_ppl: Mean surprisal of each response, nats, (B,); NaN where unknown.
@@ -68,7 +73,10 @@ def ppl_z(log_ppl: np.ndarray, group_ids: np.ndarray) -> np.ndarray:
 
 
 def rows_by_group(group_ids: np.ndarray) -> list[np.ndarray]:
-    """Return the rows of each group, (B,) -> one array per group, in order of group and row."""
+    """Return the rows of each group, (B,) -> one array per group.
+
+    Groups and rows are in ascending order.
+    """
     order = np.argsort(group_ids, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(group_ids[order])) + 1) if len(order) else []
 
@@ -82,6 +90,9 @@ def place_in_group(group_ids: np.ndarray) -> np.ndarray:
 
 
 def mean_of(values: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
-    """Return the mean of the values of each row, (size,); NaN for a row without values and for one with a NaN."""
+    """Return the mean of the values of each row, (size,).
+
+    NaN for a row without values, and for a row with a NaN.
+    """
     sums, counts = np.bincount(rows, values, size), np.bincount(rows, minlength=size)
     return np.divide(sums, counts, out=np.full(size, np.nan), where=counts > 0)

@@ -1,4 +1,7 @@
-"""Assign tokens of any tokenizer to functional categories with a lexicon and four rules."""
+"""Assign tokens of any tokenizer to functional categories.
+
+A lexicon and four rules decide; see ``Lexicon.categorize``.
+"""
 
 from __future__ import annotations
 

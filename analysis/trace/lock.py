@@ -1,4 +1,4 @@
-"""Lock a run's folder against other processes, where the file system supports locks."""
+"""Lock a run's folder against other processes, if the file system has locks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def lock_path(run_dir: Path) -> Path:
 
 
 def acquire_lock(run_dir: Path, *, waits: bool) -> int | None:
-    """Lock a run and return a file descriptor, which holds the lock until it is closed; None without locks.
+    """Lock a run, and return a file descriptor that holds the lock until closed.
+
+    None if the file system has no locks.
 
     Args:
         run_dir: The run, begun or not.
@@ -54,7 +56,10 @@ def acquire_lock(run_dir: Path, *, waits: bool) -> int | None:
 
 @contextmanager
 def locked(run_dir: Path, *, waits: bool) -> Iterator[bool]:
-    """Hold the lock of a run inside the block, and yield whether there is one; see ``acquire_lock``."""
+    """Hold the lock of a run inside the block, and yield whether there is one.
+
+    See ``acquire_lock``.
+    """
     file = acquire_lock(run_dir, waits=waits)
     try:
         yield file is not None

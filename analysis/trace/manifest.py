@@ -1,4 +1,4 @@
-"""Read and write ``run.json``, which describes a run, its settings, and its progress."""
+"""Read and write ``run.json``: the description, settings, and progress of a run."""
 
 from __future__ import annotations
 
@@ -55,13 +55,19 @@ def write_manifest(run_dir: Path, manifest: dict[str, Any], new_files: Mapping[s
 
 
 def is_before_manifest(run_dir: Path) -> bool:
-    """Return True if a folder is empty, or holds only what a process leaves that is killed in its first manifest."""
+    """Return True if a folder is empty, or its first manifest was never completed.
+
+    A process that is killed in its first manifest may leave its temporary file and ``digests.jsonl``.
+    """
     return {path.name for path in run_dir.iterdir()} <= {f".{MANIFEST}.tmp", digests.DIGESTS}
 
 
 @contextmanager
 def durable_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that is renamed to ``path`` once it is complete and on disk; an error leaves the old file."""
+    """Yield a file that is renamed to ``path`` once it is complete and on disk.
+
+    An error leaves the old file.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     with faults_at(path):
         try:
@@ -77,7 +83,7 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make new names in ``folder`` survive a loss of power, if the system supports that."""
+    """Make new names in ``folder`` survive a loss of power, where supported."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -124,7 +130,10 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
 
 
 def check_kinds(place: str, manifest: Mapping[str, Any]) -> None:
-    """Raise ``InputError`` if a key that readers use has the wrong type; ``place`` is named in the error."""
+    """Raise ``InputError`` if a key that readers use has the wrong type.
+
+    The error names ``place``.
+    """
     for key, kinds in KINDS.items():
         value = manifest.get(key)
         if not isinstance(value, kinds) or (isinstance(value, int) and not -(2**31) <= value < 2**31):
@@ -145,7 +154,10 @@ def now() -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return hardware, library versions, and git commit, as far as known without importing torch."""
+    """Return hardware, library versions, and git commit, without importing torch.
+
+    Packages that are not installed are left out; an unknown commit is None.
+    """
     return {
         "hardware": {"machine": platform.machine(), "cpu": _cpu_name(), "cores": count_cores()},
         "versions": {"python": platform.python_version(), **_package_versions()},

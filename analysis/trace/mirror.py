@@ -1,7 +1,8 @@
-"""Mirror the tables ``steps`` and ``evals`` of a run to dashboards: TensorBoard, Weights & Biases, and Trackio.
+"""Mirror the tables ``steps`` and ``evals`` of a run to dashboards.
 
-A dashboard gets the rows that a flush has made durable, so that a resumed run sends no step twice. The trace stays the
-source: a dashboard that fails is left out with a warning, and recording continues.
+Dashboards are TensorBoard, Weights & Biases, and Trackio. A dashboard gets the rows that a flush has made durable, so
+that a resumed run sends no step twice. The trace stays the source: a dashboard that fails is left out with a warning,
+and recording continues.
 """
 
 from __future__ import annotations
@@ -82,7 +83,10 @@ def _project(manifest: Mapping[str, Any]) -> str:
 
 
 class WeightsAndBiases(_Service):
-    """Log to Weights & Biases, offline with ``WANDB_MODE=offline``; files go to ``wandb/`` in the folder of the run."""
+    """Log to Weights & Biases, offline with ``WANDB_MODE=offline``.
+
+    Files go to ``wandb/`` in the folder of the run.
+    """
 
     package = "wandb"
 
@@ -96,7 +100,7 @@ class WeightsAndBiases(_Service):
 
 
 class Trackio(_Service):
-    """Log to Trackio, which stores values locally unless ``TRACKIO_SPACE_ID`` names a space."""
+    """Log to Trackio, locally unless ``TRACKIO_SPACE_ID`` names a space."""
 
     package = "trackio"
 

@@ -1,4 +1,4 @@
-"""Find the Parquet files that belong to a run, and check them against ``run.json``.
+"""Find the Parquet files of a run, and check them against ``run.json``.
 
 ``run.json`` lists every durable file of ``TraceWriter`` with its number of rows. A file that is named like those of
 the writer but is not listed is ignored. Files with other names, such as those of ``entrace intervene``, belong to no
@@ -42,7 +42,10 @@ Files = dict[str, dict[str, int | None]]
 
 
 class Layout(NamedTuple):
-    """Describe a file of a table: schema version, columns that are absent, and whether some tokens are context."""
+    """Describe a file of a table.
+
+    A layout holds the schema version, the columns that are absent, and whether some tokens are context.
+    """
 
     version: int
     absent: tuple[str, ...]
@@ -50,12 +53,15 @@ class Layout(NamedTuple):
 
 
 def part_name(first: int, last: int, rank: int) -> str:
-    """Return the name of the file with the rows of steps ``first`` to ``last`` from one process."""
+    """Return the name of one process's file for steps ``first`` to ``last``."""
     return f"part-{first:06d}-{last:06d}{f'.rank-{rank:03d}' if rank else ''}.parquet"
 
 
 def pruned_name(name: str, files: Iterable[str]) -> str:
-    """Return a name for the remaining rows of file ``name`` that none of ``files`` of its table has."""
+    """Return a new name for the remaining rows of file ``name``.
+
+    None of ``files``, the files of its table, has this name.
+    """
     latest = max((int(match[3] or 0) for match in map(PART.fullmatch, files) if match), default=0)
     stem = name.removesuffix(".parquet").partition(".pruned-")[0]
     return f"{stem}.pruned-{latest + 1}.parquet"
@@ -90,16 +96,20 @@ def last_step(name: str) -> int:
 
 
 def listed_files(run_dir: Path, manifest: Mapping[str, Any]) -> Files:
-    """Return the files that the manifest lists, or every file named like the writer's if it has no list."""
+    """Return the files that the manifest lists, with their numbers of rows.
+
+    Without a list, return every file named like the writer's; its number of rows is None.
+    """
     if manifest.get(FILES) is not None:
         return manifest[FILES]
     return {name: {path.name: None for path in _find(run_dir, name) if PART.fullmatch(path.name)} for name in TABLES}
 
 
 def list_parts(run_dir: Path, manifest: Mapping[str, Any]) -> dict[str, dict[Path, int | None]]:
-    """Return the files of each table that belong to the run, in order, with their number of rows if known.
+    """Return the files of each table that belong to the run, in order.
 
-    A table without a folder has no files: users may delete whole tables to save space.
+    Each file has its number of rows, or None if it is unknown. A table without a folder has no files: users may delete
+    whole tables to save space.
 
     Raises:
         InputError: a listed file is missing, although the folder of its table exists.
@@ -123,7 +133,9 @@ def list_parts(run_dir: Path, manifest: Mapping[str, Any]) -> dict[str, dict[Pat
 
 
 def wait_for_moves(run_dir: Path, listed: Files) -> set[tuple[str, str]]:
-    """Wait until the writer has moved every listed file, unless it seems to have been killed.
+    """Wait until the writer has moved every listed file.
+
+    Stop after ``MOVE_TIMEOUT_S``, because the writer seems to have been killed.
 
     Returns:
         Table and name of each listed file that did not move.
@@ -135,13 +147,16 @@ def wait_for_moves(run_dir: Path, listed: Files) -> set[tuple[str, str]]:
 
 
 def _list_waiting(run_dir: Path, listed: Files) -> set[tuple[str, str]]:
-    """Return table and name of each listed file that is pending, and not in the folder of its table as well."""
+    """Return table and name of each listed file that is only pending.
+
+    A file that is in the folder of its table as well does not count.
+    """
     pending = {(path.name.partition(".")[0], listed_name(path)) for path in (run_dir / PENDING).glob("*")}
     return {(t, name) for t, name in pending if name in listed.get(t, {}) and not (run_dir / t / name).exists()}
 
 
 def check_parts(run_dir: Path, manifest: Mapping[str, Any], recorded: Recorded) -> dict[str, dict[Path, Layout]]:
-    """Return the files of each table that belong to the run, in order, with their layouts.
+    """Return the files of each table of the run, in order, with their layouts.
 
     Raises:
         InputError: a file is missing, or ``check_part`` rejects it.
@@ -156,9 +171,9 @@ def check_parts(run_dir: Path, manifest: Mapping[str, Any], recorded: Recorded) 
 
 
 def last_whole_step(run_dir: Path, manifest: Mapping[str, Any]) -> tuple[int, str | None]:
-    """Return the last step up to which every file is intact, and the fault of the first damaged file.
+    """Return the last intact step, and the fault of the first damaged file.
 
-    Every file is read completely.
+    All files are intact up to that step. Without damage, the fault is None. Every file is read completely.
     """
     durable, damage = int(manifest["last_durable_step"]), None
     recorded = digests.read(run_dir)
@@ -174,9 +189,10 @@ def last_whole_step(run_dir: Path, manifest: Mapping[str, Any]) -> tuple[int, st
 
 
 def remove_leftovers(run_dir: Path, manifest: Mapping[str, Any]) -> None:
-    """Complete what an interrupted writer left: remove files that do not count, then move those that do.
+    """Complete the work of an interrupted writer.
 
-    Temporary files do not count, nor do files named like the writer's that the manifest does not list.
+    Remove files that do not count, then move those that do. Temporary files do not count, nor do files named like the
+    writer's that the manifest does not list.
     """
     for table in TABLES:
         listed = manifest[FILES].get(table, {})
@@ -190,7 +206,10 @@ def remove_leftovers(run_dir: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def move_listed(run_dir: Path, manifest: Mapping[str, Any]) -> None:
-    """Move the pending files that the manifest lists to the folders of their tables, unless a folder was removed."""
+    """Move the pending files that the manifest lists to the folders of their tables.
+
+    Files of a table whose folder was removed do not move.
+    """
     for path in sorted((run_dir / PENDING).glob("*")):
         table = path.name.partition(".")[0]
         if listed_name(path) in manifest[FILES].get(table, {}) and (run_dir / table).exists():
@@ -208,7 +227,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def check_part(path: Path, table: Table, rows: int | None = None, known: Sequence[Digest] = ()) -> Layout:
-    """Return the layout of a file, after checking its columns, size, footer, and number of rows.
+    """Check a file's columns, size, footer, and number of rows; return its layout.
 
     A small file is checked completely.
 
@@ -247,7 +266,10 @@ def check_part(path: Path, table: Table, rows: int | None = None, known: Sequenc
 
 
 def columns_with_values(path: Path) -> set[str]:
-    """Return the columns of a file that have a value in some row, as far as its footer tells; see ``true_in``."""
+    """Return the columns of a file with a value in some row, from its footer.
+
+    Columns without statistics count. A boolean column that is true in some row has a second entry; see ``true_in``.
+    """
     import pyarrow.parquet as pq
 
     with _translate_errors(path):
@@ -262,7 +284,10 @@ def columns_with_values(path: Path) -> set[str]:
 
 
 def true_in(column: str) -> str:
-    """Return the name by which ``columns_with_values`` lists a boolean column that is true in some row."""
+    """Return the second entry of a boolean column that is true in some row.
+
+    See ``columns_with_values``.
+    """
     return f"{column} is true"
 
 
@@ -333,7 +358,7 @@ def _check_schema(path: Path, schema: pa.Schema, table: Table) -> int:
 
 
 def _has_context(footer: pq.FileMetaData) -> bool:
-    """Return whether a file holds tokens outside ``loss_mask``, as far as its footer tells."""
+    """Return whether a file may hold tokens outside ``loss_mask``, by its footer."""
     names = [footer.schema.column(i).path for i in range(footer.num_columns)]
     if "loss_mask" not in names:
         return False

@@ -1,4 +1,7 @@
-"""Name files and folders: local paths, and URLs of any storage that fsspec knows, such as ``s3://bucket/run``."""
+"""Name files and folders by local paths, and by URLs of remote storages.
+
+fsspec must know the storage, as for ``s3://bucket/run``.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ MEMORY = "memory://"
 
 
 def to_place(path: str | Path) -> Path:
-    """Return a local path, or for a URL an object with the same methods (``upath.UPath``).
+    """Return a local path as ``Path``, and a URL as ``upath.UPath``.
+
+    Both have the same methods.
 
     Raises:
         InputError: the package that opens such URLs is not installed, or no package does.
@@ -49,7 +54,9 @@ def is_remote(path: str | Path) -> bool:
 
 
 def check_local(run_dir: Path) -> None:
-    """Refuse a URL as the folder of a run that is recorded or changed; ``Path`` may have turned its ``//`` into ``/``.
+    """Refuse a URL as the folder of a run that is recorded or changed.
+
+    A URL is recognized even if ``Path`` has turned its ``//`` into ``/``.
 
     Raises:
         InputError: the folder is a URL.
@@ -65,7 +72,10 @@ def source_of(path: Path) -> Any:
 
 
 def forms_of(path: str) -> Iterator[str]:
-    """Yield the names that DuckDB may use for a file: the given one, and its storage's own form."""
+    """Yield the names that DuckDB may use for a file.
+
+    These are the given name and, for a URL, the form that its storage uses.
+    """
     yield path
     if SCHEME in path:
         place = cast("Any", to_place(path))
@@ -97,7 +107,9 @@ def store(copies: dict[str, bytes]) -> None:
 
 @contextmanager
 def reaching(path: str | Path) -> Iterator[None]:
-    """Turn whatever a remote storage raises into one line; faults of local files pass.
+    """Turn any error of a remote storage into one line.
+
+    Errors about local files pass unchanged.
 
     Raises:
         InputError: the storage cannot be reached, or refuses.

@@ -17,17 +17,17 @@ LONGEST = 2000
 
 
 def well_formed(text: str) -> str:
-    """Return ``text`` with U+FFFD for lone surrogates, which no file or database can store."""
+    """Replace lone surrogates by U+FFFD: no file or database can store them."""
     return SURROGATES.sub(REPLACEMENT, text)
 
 
 def escape(text: str) -> str:
-    r"""Return ``text`` on one line, with escapes such as ``\x1b`` for invisible characters."""
+    r"""Return ``text`` on one line, with invisible characters escaped (``\x1b``)."""
     return UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def plain(text: str, length: int = LONGEST) -> str:
-    """Return ``text`` escaped, without its middle if it is longer than ``length`` characters."""
+    """Escape ``text``, and cut its middle if it exceeds ``length`` characters."""
     # The first cut avoids the time to escape a long text; escapes then require the second.
     return _cut(escape(_cut(text, length)), length)
 

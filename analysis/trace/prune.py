@@ -1,4 +1,4 @@
-"""Thin the tokens of a trace that is already recorded, as if it had been recorded with ``TokenSampling``.
+"""Thin the tokens of a recorded trace, as if recorded with ``TokenSampling``.
 
 The remaining tokens are written to pending files; then ``run.json`` switches to the new files at once, the old ones are
 removed, and the new ones move to their places. A process killed at any moment leaves the old trace or the new one, and
@@ -82,7 +82,9 @@ def prune(
     *,
     dry_run: bool = False,
 ) -> Pruned:
-    """Keep the tokens that ``sampling`` chooses; see ``sampling`` for the rule. All other tables stay as they are.
+    """Keep only the tokens that ``sampling`` chooses.
+
+    See module ``sampling`` for the rule. All other tables stay as they are.
 
     Args:
         run_dir: Folder of the run.
@@ -121,7 +123,7 @@ def _prune(
     for path, rows in parts[TOKENS].items():
         if not PART.fullmatch(listed_name(path)):
             raise InputError(f"{path}: not written by TraceWriter, so that it cannot be replaced; remove or rename it")
-        # What is thinned gets a new digest, which must not cover damage.
+        # A thinned file gets a new digest, which must not cover damage.
         check = check_part if dry_run else check_whole
         check(path, TABLES[TOKENS], rows, recorded.of(f"{TOKENS}/{listed_name(path)}"))
     if not is_listed and not dry_run:
@@ -160,7 +162,7 @@ def _prune(
 
 
 def _switch_files(run_dir: Path, manifest: dict[str, Any], replaced: Mapping[str, tuple[str, int] | None]) -> None:
-    """Make the new files of table ``tokens`` count instead of the old ones, and remove these.
+    """Let the new files of table ``tokens`` count, and remove the old ones.
 
     Args:
         run_dir: Folder of the run.
@@ -177,14 +179,21 @@ def _switch_files(run_dir: Path, manifest: dict[str, Any], replaced: Mapping[str
 
 
 def _sampled_steps(parts: Mapping[Path, int | None], manifest: Mapping[str, Any], sampling: TokenSampling) -> set[int]:
-    """Return the steps with tokens apart from captured ones; steps are counted, since imported traces lack some."""
+    """Return the steps that ``sampling`` selects.
+
+    Captured steps have tokens as well. The rule uses the index of a step rather than its number, because imported
+    traces lack some steps.
+    """
     steps = sorted({step for path in parts for step in read_part(path, columns=["step"])["step"].to_pylist()})
     last = manifest.get("total_steps") if manifest.get("status") != "complete" else max(steps, default=0)
     return {step for number, step in enumerate(steps, 1) if sampling.has_step(number, is_last=step == last)}
 
 
 def _count_sampled(path: Path, share: float, seed: int) -> tuple[Counter[int], set[int]]:
-    """Return the number of sampled tokens by step, and the steps in which any of these has after-update values."""
+    """Return sampled tokens per step, and the steps with after-update values.
+
+    Only after-update values of sampled tokens count.
+    """
     counts: Counter[int] = Counter()
     captured: set[int] = set()
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -197,7 +206,10 @@ def _count_sampled(path: Path, share: float, seed: int) -> tuple[Counter[int], s
 
 
 def _write_sampled(source: Path, target: Path, stored: set[int], share: float, seed: int) -> int:
-    """Write the sampled rows of a file, row group by row group, and return the size of the new file in bytes."""
+    """Write the sampled rows of a file; return the size of the new file in bytes.
+
+    Rows are written one row group at a time.
+    """
     steps = np.array(sorted(stored))
     with pq.ParquetFile(source, page_checksum_verification=True) as file, durable_file(target) as sink:
         schema = file.schema_arrow

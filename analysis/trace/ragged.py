@@ -121,7 +121,10 @@ class Responses:
         return array[np.arange(array.shape[1]) < self.lengths[:, None]]
 
     def is_per_token(self, values: Any) -> bool:
-        """Return whether values are per token, such as a list of lists, rather than one per response."""
+        """Return whether values are per token rather than per response.
+
+        A list of lists is per token.
+        """
         array = None if isinstance(values, list | tuple) else as_array(values)
         if array is not None:
             return array.ndim == 2
@@ -131,7 +134,7 @@ class Responses:
 
 
 def as_array(values: Any) -> np.ndarray | None:
-    """Return an array or tensor as an array of numpy; None for other values, such as lists."""
+    """Return an array or tensor as an array of numpy; None for lists and others."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
         # Numpy has no bfloat16.

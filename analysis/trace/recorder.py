@@ -1,4 +1,6 @@
-"""Record a training loop as a trace; this module does not import torch, so any loop can use it.
+"""Record a training loop as a trace.
+
+This module does not import torch, so any loop can use it.
 
 Usage::
 
@@ -158,7 +160,10 @@ class Recorder:
             raise
 
     def _prepare_vocabulary(self, vocab: Any, size: int | None) -> Callable[[], Vocabulary]:
-        """Return a function that reads the vocabulary, which a resumed trace does not need."""
+        """Return a function that reads the vocabulary.
+
+        A resumed trace does not need to call it.
+        """
         if hasattr(vocab, "batch_decode"):
             self._decode = lambda ids: vocab.decode(ids, skip_special_tokens=True)
             return lambda: Vocabulary.of(vocab, max(len(vocab), size or 0))
@@ -352,7 +357,9 @@ class Recorder:
         temperature: float | None = None,
         **columns: Any,
     ) -> None:
-        """Add responses to held-out prompts; several calls for one step and benchmark add up.
+        """Add responses to held-out prompts.
+
+        Several calls for one step and benchmark add up.
 
         Args:
             step: Updates applied to the evaluated policy, 0 for the base policy; no less than in the call before.
@@ -419,12 +426,18 @@ class Recorder:
             self._writer.end_step(self._last)
 
     def flush(self) -> None:
-        """Make all recorded steps durable; call it when a checkpoint is saved, so that the run can resume there."""
+        """Make all recorded steps durable.
+
+        Call this method when a checkpoint is saved, so that the run can resume there.
+        """
         self._writer.flush()
         self._since_flush = 0
 
     def close(self, error: str | None = None) -> None:
-        """Flush the recorded steps, and mark the run ``complete``, or ``failed`` with its error."""
+        """Flush the recorded steps, and mark the run ``complete`` or ``failed``.
+
+        A run with an ``error`` has failed; the trace stores the error.
+        """
         try:
             self._writer.end_step(max(self._last, self._eval_step))
             if error is None:

@@ -1,12 +1,14 @@
-"""Choose the steps and responses whose tokens a trace stores; all other tables are complete.
+"""Choose the steps and responses whose tokens a trace stores.
 
-Tokens are stored on every k-th step, on the first and the last one, and on steps with after-update values, which are
-useless without tokens. On these steps, a share of the responses is stored, each completely. The choice is a function of
-seed, step, and rollout_id alone. It therefore leaves training unchanged, is equal for resumed runs and any number of
-processes, and can be made later (``prune``). Smaller shares choose subsets of larger ones.
+All other tables are complete. Tokens are stored on every k-th step, on the first and the last one, and on steps with
+after-update values, which are useless without tokens. On these steps, a share of the responses is stored, each
+completely. The choice is a function of seed, step, and rollout_id alone. The choice therefore leaves training
+unchanged, is equal for resumed runs and any number of processes, and can be made later (``prune``). Smaller shares
+choose subsets of larger ones.
 
 Responses are chosen one by one, not by group: values vary more between prompts than within one, and no statistic needs
-the tokens of a whole group. What depends on the group, such as advantage and perplexity, is in table ``rollouts``.
+the tokens of a whole group. Values that depend on the group, such as advantage and perplexity, are in table
+``rollouts``.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class TokenSampling:
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any], place: str = "run.json") -> TokenSampling:
-        """Return the sampling that ``run.json``, at ``place``, records; everything if it records none.
+        """Return the sampling that ``run.json`` records; everything without an entry.
+
+        Errors name the file as ``place``.
 
         Raises:
             InputError: a value is out of range.
@@ -62,11 +66,14 @@ class TokenSampling:
         return {} if self == TokenSampling() else {TOKEN_SAMPLING: asdict(self)}
 
     def has_step(self, number: int, *, is_last: bool) -> bool:
-        """Return whether tokens of the ``number``-th step are stored even without after-update values."""
+        """Return whether the interval selects the ``number``-th step.
+
+        The first and last steps are always selected. Steps with after-update values have tokens even if not selected.
+        """
         return is_last or number == 1 or number % self.steps == 0
 
     def thinned(self, other: TokenSampling) -> TokenSampling:
-        """Return the sampling that is left if a trace sampled like this one is sampled again."""
+        """Return the sampling that results if ``other`` is applied after this one."""
         return TokenSampling(math.lcm(self.steps, other.steps), min(self.responses, other.responses))
 
     def __str__(self) -> str:
@@ -75,7 +82,9 @@ class TokenSampling:
 
 
 def response_draws(seed: int, step: int | np.ndarray, rollout_ids: np.ndarray) -> np.ndarray:
-    """Return a uniform number in [0, 1) per response; its tokens are stored if the number is below the share.
+    """Return a uniform number in [0, 1) per response.
+
+    The tokens of a response are stored if its number is below the share.
 
     Args:
         seed: Seed of the run.

@@ -64,13 +64,16 @@ class Column:
     is_optional: bool = False
 
     def may_be_absent_from(self, version: int) -> bool:
-        """Return whether files of a schema version may lack the column; its values are null then."""
+        """Return whether files of a version may lack the column, which is null then."""
         return self.since > version or (self.nullable and self.since == SCHEMA_VERSION)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Declare one table; ``sort_by`` orders the rows of each file and identifies a row within a run."""
+    """Declare one table.
+
+    ``sort_by`` orders the rows of each file and identifies a row within a run.
+    """
 
     name: str
     grain: str
@@ -92,7 +95,7 @@ class Table:
         return pa.schema(fields, metadata={VERSION_KEY: str(SCHEMA_VERSION).encode(), b"grain": self.grain.encode()})
 
     def schema_of(self, names: Sequence[str]) -> pa.Schema:
-        """Return the Arrow schema of a file with the columns ``names``, in the order of the table."""
+        """Return the Arrow schema of a file with the columns ``names``, in table order."""
         if len(names) == len(self.columns):
             return self.arrow_schema
         return pa.schema([self.arrow_schema.field(name) for name in names], metadata=self.arrow_schema.metadata)
@@ -103,7 +106,9 @@ class Table:
 
 
 def check_version(place: str, found: object) -> int:
-    """Return the schema version if this version of entrace can read it; ``place`` names its location in the error.
+    """Return the schema version if this version of entrace can read it.
+
+    The error names the location of the version as ``place``.
 
     Raises:
         InputError: the version is not readable.

@@ -16,15 +16,19 @@ PARTIAL = ".entrace-partial"
 
 
 def is_interrupted(out: Path) -> bool:
-    """Return whether a process was killed while it filled this folder; the same command may then fill it."""
+    """Return whether a process was killed while it filled this folder.
+
+    The command may then be repeated.
+    """
     return (out / PARTIAL).exists()
 
 
 @contextmanager
 def staged(out: Path, *, last: str, replaces: Iterable[str] = ()) -> Iterator[Path]:
-    """Yield a new folder whose files move to ``out`` when the block ends; if it raises, ``out`` stays as it was.
+    """Yield a new folder whose files move to ``out`` when the block ends.
 
-    If the process is killed while files move, ``is_interrupted`` says so until another attempt is complete.
+    If the block raises, ``out`` stays as it was. If the process is killed while files move, ``is_interrupted`` says so
+    until another attempt is complete.
 
     Args:
         out: Target, which is created. The caller has checked that its files may be replaced.
@@ -75,7 +79,10 @@ def _publish(partial: Path, names: Iterable[str], stale: Iterable[str], last: st
 
 
 def _upload(folder: Path, out: Path, last: str, replaces: Iterable[str]) -> None:
-    """Write the files of a folder to a storage; there a file marks an unfinished attempt."""
+    """Write the files of a folder to a storage.
+
+    A file in the storage marks an unfinished attempt.
+    """
     out.mkdir(parents=True, exist_ok=True)
     (out / PARTIAL).write_bytes(b"")
     names = {path.name for path in folder.iterdir()}

@@ -88,13 +88,13 @@ class Verification:
 
 
 def list_files(run_dir: Path) -> list[str]:
-    """Return the files of a run that ``verify_run`` looks at: all but those with temporary names."""
+    """Return the files of a run that ``verify_run`` checks, except temporary ones."""
     paths = (path.relative_to(run_dir) for path in sorted(run_dir.rglob("*")) if not path.is_dir())
     return [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
 
 
 def verify_run(run_dir: Path, on_file: Callable[[], None] = lambda: None) -> Verification:
-    """Read every file of a run completely, and compare it with what is recorded about it.
+    """Read every file of a run completely, and compare it with its record.
 
     Args:
         run_dir: Folder of the run.
@@ -115,9 +115,10 @@ def check_run(run_dir: Path) -> None:
 
 
 def accept_edits(run_dir: Path) -> list[str]:
-    """Record the files of a run that were edited or removed on purpose as they are now, and return their names.
+    """Accept files that were edited or removed on purpose; return their names.
 
-    A file that ``run.json`` lists cannot be removed alone; every reader would miss its rows.
+    Their present state is recorded. A file that ``run.json`` lists cannot be removed alone; every reader would miss its
+    rows.
 
     Raises:
         InputError: a file of a table cannot be read, or its page checksums are wrong.

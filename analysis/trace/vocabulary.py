@@ -1,4 +1,4 @@
-"""Read the vocabulary of a tokenizer: the text of every entry, and its special entries."""
+"""Read a tokenizer's vocabulary: text of every entry, and special entries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BYTE_ENTRY = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return the byte that each character stands for in the entries of a byte-level BPE, as in GPT-2."""
+    """Return the byte of each character in entries of a byte-level BPE (GPT-2)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -81,7 +81,7 @@ def show_bytes(data: bytes) -> str:
 
 
 def _text(entry: str, decoded: str) -> str:
-    """Return the text of an ordinary entry, given its name in the vocabulary and its decoded text."""
+    """Return the text of an ordinary entry from its name and its decoded text."""
     if REPLACEMENT not in decoded:
         # The decoder of SentencePiece drops leading blanks of a text.
         blanks = len(entry) - len(entry.lstrip(WORD_START))

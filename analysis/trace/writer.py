@@ -1,4 +1,6 @@
-"""Write a trace; this module does not import torch, so any trainer can record with it.
+"""Write a trace.
+
+This module does not import torch, so any trainer can record with it.
 
 Usage::
 
@@ -78,7 +80,10 @@ class TraceWriter:
     def __init__(
         self, run_dir: Path, manifest: dict[str, Any], categories: np.ndarray, rank: int, gather: Gather
     ) -> None:
-        """Store the state that ``create`` and ``resume`` prepare; ``categories`` has shape ``(V,)``, one per entry."""
+        """Store the state that ``create`` and ``resume`` prepare.
+
+        ``categories`` has shape ``(V,)``, one per vocabulary entry.
+        """
         self.run_dir = run_dir
         self.manifest = manifest
         self.rank = rank
@@ -150,7 +155,7 @@ class TraceWriter:
         gather: Gather = lambda files: [files],
         log: Sequence[str] = (),
     ) -> TraceWriter:
-        """Resume the trace in ``run_dir`` after ``step``, and remove the rows of later steps.
+        """Resume the trace in ``run_dir`` after ``step``; remove rows of later steps.
 
         Raises:
             InputError: no part of the trace is durable up to ``step``, a file is missing or damaged, or a dashboard of
@@ -220,7 +225,10 @@ class TraceWriter:
             raise InputError(f"table tokens: token_id is not in the vocabulary, 0 to {size - 1} ({reason})") from None
 
     def end_step(self, step: int) -> None:
-        """Declare that the rows appended so far complete ``step``; ``flush`` writes rows of ended steps only."""
+        """Declare that the rows appended so far complete ``step``.
+
+        ``flush`` writes rows of ended steps only.
+        """
         self._ended_step = step
         self._num_ended = {name: len(parts) for name, parts in self._buffers.items()}
 
@@ -268,7 +276,10 @@ class TraceWriter:
         self._mirror.close()
 
     def finish(self, error: str | None = None) -> None:
-        """Mark the run ``complete``, or ``failed`` with its error; rows that were not flushed are dropped."""
+        """Mark the run ``complete``, or ``failed`` with its error.
+
+        Rows that were not flushed are dropped.
+        """
         self.manifest["status"] = "failed" if error else "complete"
         self.manifest["finished_at"] = now()
         if error:
@@ -283,7 +294,7 @@ class TraceWriter:
 
 
 def write_part(path: Path, table: str, columns: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Write one durable file of ``table`` with rows that belong to a run but to no step.
+    """Write one durable file of ``table`` with rows of a run that have no step.
 
     Args:
         path: The file, in the folder of the table; its name must differ from those that ``TraceWriter`` uses.
@@ -356,7 +367,10 @@ def _is_array(value: Any) -> bool:
 
 
 def _is_sorted(rows: pa.Table, names: tuple[str, ...]) -> bool:
-    """Return whether rows are sorted by these columns; checking is faster than sorting, and rows mostly are."""
+    """Return whether rows are sorted by these columns.
+
+    Rows usually are, and checking is faster than sorting.
+    """
     is_tied = np.array(True)
     for name in names:
         values = rows[name].to_numpy()
@@ -368,7 +382,7 @@ def _is_sorted(rows: pa.Table, names: tuple[str, ...]) -> bool:
 
 
 def _with_equal_columns(table: Table, parts: list[pa.Table]) -> list[pa.Table]:
-    """Return the parts, each with null for optional columns that only other parts have."""
+    """Return the parts with equal columns; missing optional columns are null."""
     if all(part.schema.equals(parts[0].schema) for part in parts):
         return parts
     held = {name for part in parts for name in part.column_names}
@@ -399,7 +413,7 @@ def _write_part(path: Path, table: Table, parts: list[pa.Table]) -> Written:
 
 
 def parquet_options(table: Table, names: Sequence[str]) -> dict[str, Any]:
-    """Return compression and encodings of a file of ``table`` with the columns ``names``."""
+    """Return compression and encodings for a file with the columns ``names``."""
     encodings = {column.name: "BYTE_STREAM_SPLIT" for column in table.columns if column.is_measured}
     encodings |= dict.fromkeys(DELTA_COLUMNS, "DELTA_BINARY_PACKED")
     return {

@@ -1,4 +1,4 @@
-"""Define the addresses of the viewer: pages, their data in JSON, and files that are saved."""
+"""Define the addresses of the viewer: pages, their JSON data, and saved files."""
 
 from __future__ import annotations
 
@@ -101,7 +101,10 @@ def create_app(session: Session, *, hosts: tuple[str, ...] | None = LOOPBACK, to
 
 
 class _Assets(StaticFiles):
-    """Scripts and styles, which a browser keeps: their addresses change with their content."""
+    """Serve scripts and styles, which a browser keeps.
+
+    Their addresses change with their content.
+    """
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         """Return a file."""
@@ -118,7 +121,10 @@ def _version() -> str:
 
 
 async def _answer(get: Callable[[Request], Any], request: Request) -> Response:
-    """Answer with JSON that ``get`` computes in a thread; bad input is one line with status 400."""
+    """Answer with JSON that ``get`` computes in a thread.
+
+    Bad input is answered with one line and status 400.
+    """
     try:
         return _json(await run_in_threadpool(get, request))
     except InputError as error:
@@ -126,13 +132,16 @@ async def _answer(get: Callable[[Request], Any], request: Request) -> Response:
 
 
 async def _fail(request: Request, error: Exception) -> Response:
-    """Log a failure of the server with its traceback, and say on the page that there was one."""
+    """Log a failure of the server with its traceback, and report it on the page."""
     log.error("view: %s failed", request.url.path, exc_info=error)
     return _json({"error": f"the server failed: {with_kind(error)}"}, 500)
 
 
 def _lines(first: Any, parts: Iterator[Any]) -> Iterator[bytes]:
-    """Yield one line of JSON per part; what goes wrong after the first is the last line."""
+    """Yield one line of JSON per part.
+
+    An error after the first part is the last line.
+    """
     yield to_json(first) + b"\n"
     try:
         for part in parts:
@@ -160,7 +169,10 @@ class _Viewer:
         self.is_closing: Callable[[], bool] = lambda: False
 
     def warm_up(self) -> None:
-        """Fit the stages, draw the first figure, and start the process of queries, before a page asks for them."""
+        """Compute common answers before a page asks for them.
+
+        Fit the stages, draw the first figure, and start the query process.
+        """
         try:
             self._session.once("stages", _segments)
             self._draw(figures.stems(self._session.runs)[0])
@@ -190,7 +202,10 @@ class _Viewer:
         return HTMLResponse(text, 200 if path in PAGES else 404)
 
     def _find_mistake(self, path: str, request: Request) -> str:
-        """Return what is wrong with the names of the parameters of an address, if anything; the list says so itself."""
+        """Describe an unknown parameter in an address; empty if there is none.
+
+        The list of responses reports its own unknown parameters.
+        """
         if path not in PAGES or path == "/responses":
             return ""
         try:
@@ -200,7 +215,10 @@ class _Viewer:
         return ""
 
     def _first_requests(self, path: str, query: str) -> list[str]:
-        """Return what the script of a page asks for first, so that the browser need not wait for the script."""
+        """Return the addresses that the script of a page requests first.
+
+        The browser then need not wait for the script.
+        """
         if path == "/":
             return ["/api/runs", "/api/figures", f"/api/figure/{figures.stems(self._session.runs)[0]}"]
         if path == "/responses":
@@ -255,7 +273,10 @@ class _Viewer:
         return self._session.once("scorecard", lambda runs: claims.scorecard(claims.judge(runs)))
 
     async def responses(self, request: Request) -> Response:
-        """Return a page of responses, one line for each state of the search; it ends when its page is gone."""
+        """Return a page of responses, one line for each state of the search.
+
+        The search ends when its page is gone.
+        """
         parts = responses.find_responses(self._session.runs, request.query_params)
         try:
             first = await run_in_threadpool(next, parts)
@@ -370,7 +391,10 @@ class _Viewer:
         return FileResponse(path, media_type=TYPES[form], filename=f"rows.{form}", background=remove)
 
     async def _query(self, request: Request, run: Callable[[dict[str, Any], str], Found]) -> Found:
-        """Run a query in a thread, under the name that its page gave it; it ends when the page is gone."""
+        """Run a query in a thread, under the name that its page gave it.
+
+        The query ends when the page is gone.
+        """
         asked = await _read_body(request)
         name = str(asked.get("name") or secrets.token_hex(8))
         task = asyncio.ensure_future(run_in_threadpool(run, asked, name))

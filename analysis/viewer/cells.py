@@ -17,7 +17,10 @@ LARGEST = 2**53
 
 
 def columns_of(frame: pl.DataFrame, *, whole: bool = False) -> dict[str, list[Any]]:
-    """Return the values of each column, as JSON holds them; text is cut to ``CELL_LENGTH`` unless ``whole``."""
+    """Return the values of each column, as JSON holds them.
+
+    Text is cut to ``CELL_LENGTH`` unless ``whole``.
+    """
     import polars as pl
 
     found: dict[str, list[Any]] = {}
@@ -49,5 +52,5 @@ def _cell(value: Any, whole: bool) -> Any:
 
 
 def to_json(value: Any) -> bytes:
-    """Return compact JSON in UTF-8; lone surrogates, which UTF-8 cannot hold, stay escaped."""
+    """Return compact JSON in UTF-8; lone surrogates, invalid there, stay escaped."""
     return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"), default=str).encode()

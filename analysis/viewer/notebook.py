@@ -24,7 +24,9 @@ class Frame:
 
 
 def show(runs: Runs, height: int) -> Frame:
-    """Serve the pages of these runs from this process, and return a frame that a notebook displays.
+    """Serve the pages of these runs, and return a frame that a notebook displays.
+
+    The server runs in this process.
 
     Raises:
         InputError: the extra ``view`` is missing.

@@ -1,4 +1,4 @@
-"""Draw a figure of the report with the places of its marks, and say which responses are behind each."""
+"""Draw a figure with the places of its marks, and select responses behind each."""
 
 from __future__ import annotations
 
@@ -64,9 +64,10 @@ def draw(runs: Runs, stem: str) -> dict[str, Any]:
 
 
 def _to_svg(figure: Figure) -> str:
-    """Return a figure without its background, so that it stands on that of the page in light and in dark colors.
+    """Return a figure as SVG without its background.
 
-    The figure was laid out before, and ``savefig`` would do so again.
+    The figure then stands on the background of the page, in light and in dark colors. The figure was laid out before,
+    and ``savefig`` would do so again.
     """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -79,7 +80,10 @@ def _to_svg(figure: Figure) -> str:
 
 
 def _among(runs: Runs, shown: list[str]) -> str:
-    """Return the condition on responses that selects these runs, by arm where all runs of an arm are among them."""
+    """Return the condition on responses that selects these runs.
+
+    An arm whose runs are all shown is selected by its name. The condition is empty if all runs are shown.
+    """
     if len(shown) == len(runs.manifests):
         return ""
     arms: dict[Any, set[str]] = {}
@@ -106,7 +110,9 @@ def _group(found: marks.Marks, places: np.ndarray, shown: str, tables: set[str])
 
 
 def _where(row: dict[str, Any], shown: str, tables: set[str]) -> str:
-    """Return the condition on responses that a mark implies beyond columns such as ``step`` and ``stage``.
+    """Return the condition on responses that a mark implies.
+
+    Columns such as ``step`` and ``stage`` are left out.
 
     Args:
         row: Row of the mark. Without ``run_id`` and ``arm`` it is a mean over runs.

@@ -129,9 +129,10 @@ def find_responses(runs: Runs, given: Mapping[str, str]) -> Iterator[dict[str, A
 
 
 def _search(runs: Runs, matched: pl.DataFrame, text: str, *, is_reversed: bool) -> Iterator[tuple[pl.DataFrame, float]]:
-    """Yield the rows found so far of ``matched``, in its order, and the share of its rows that was searched.
+    """Yield the rows of ``matched`` found so far, and the share searched.
 
-    Parts of neighboring steps are searched one after another, from the first step on, or from the last.
+    The rows are in the order of ``matched``, and the share is of its rows. Parts of neighboring steps are searched one
+    after another, from the first step on, or from the last.
     """
     import polars as pl
 
@@ -157,7 +158,10 @@ def _search(runs: Runs, matched: pl.DataFrame, text: str, *, is_reversed: bool) 
 
 
 def _listed(runs: Runs, keys: pl.DataFrame, *, has_text: bool = True) -> pl.DataFrame:
-    """Return the columns of the list for responses, given their ``run_id``, ``rollout_id``, and ``step``, in order."""
+    """Return the columns of the list for responses, in order.
+
+    ``keys`` holds the ``run_id``, ``rollout_id``, and ``step`` of each response.
+    """
     names = f"{', '.join(LISTED)}{f', left(completion, {EXCERPT}) as completion' if has_text else ''}"
     return _in_order(keys, _read(runs, f"select {names} from ({_read_sql('responses')}) {_where_keys(keys)}"))
 
@@ -169,7 +173,10 @@ def _texts(runs: Runs, keys: pl.DataFrame) -> pl.DataFrame:
 
 
 def _where_keys(keys: pl.DataFrame) -> str:
-    """Return a condition that holds for responses, and lets DuckDB skip parts of the files by its literal numbers."""
+    """Return a condition that holds for responses.
+
+    Its literal numbers let DuckDB skip parts of the files.
+    """
     rollouts, steps = (", ".join(map(str, keys[name].unique())) or "null" for name in ("rollout_id", "step"))
     return f"where rollout_id in ({rollouts}) and step in ({steps})"
 
@@ -208,7 +215,7 @@ def check_where(runs: Runs, where: str) -> None:
 
 
 def _filtered(given: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    """Return a parenthesized query for the responses that match filters, and its parameters."""
+    """Return a parenthesized query for the filtered responses, and its parameters."""
     conditions, params = [], {}
     for name in EQUAL:
         if value := given.get(name):
@@ -228,9 +235,10 @@ def _filtered(given: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
 
 
 def _check_condition(where: str) -> None:
-    """Refuse what is not one expression, such as ``1) or (1``, which would leave its parentheses.
+    """Refuse text that is not one expression, such as ``1) or (1``.
 
-    Brackets accept what parentheses accept, and close only with brackets. A line break ends a comment.
+    Such text would leave its parentheses. Brackets accept what parentheses accept, and close only with brackets. A line
+    break ends a comment.
     """
     import duckdb
 
@@ -297,9 +305,10 @@ def read_response(runs: Runs, run_id: str, rollout_id: str) -> dict[str, Any]:
 
 
 def _neighbors(runs: Runs, key: Mapping[str, Any], response: Mapping[str, Any]) -> dict[str, int | None]:
-    """Return the responses before and after one in its run, and those to its prompt in other steps.
+    """Return the neighbors of a response in its run and among those to its prompt.
 
-    ``opposite`` is a correct one for a wrong one, and the reverse: of the nearest step, its own group first.
+    ``previous`` and ``next`` are in its run; ``earlier`` and ``later`` answer its prompt in other steps. ``opposite``
+    is a correct response for a wrong one, and the reverse: of the nearest step, its own group first.
     """
     row = _read(
         runs,
@@ -317,7 +326,9 @@ def _neighbors(runs: Runs, key: Mapping[str, Any], response: Mapping[str, Any]) 
 
 
 def read_band(runs: Runs, run_id: str, stage: str, quantity: str) -> dict[str, list[Any]]:
-    """Return mean, first decile, and last decile of a quantity per twentieth of the responses of a stage.
+    """Return the mean and outer deciles of a quantity along responses of a stage.
+
+    There is one mean, first decile, and last decile per twentieth of a response.
 
     Raises:
         InputError: no such quantity.
@@ -332,7 +343,9 @@ def read_band(runs: Runs, run_id: str, stage: str, quantity: str) -> dict[str, l
 
 
 def read_prompts(runs: Runs, prompt_id: str, run_id: str | None = None) -> dict[str, Any]:
-    """Return all responses to one prompt, over steps and runs: those with the same text under the same id.
+    """Return all responses to one prompt, over steps and runs.
+
+    A prompt is identified by its text and its id.
 
     Args:
         runs: Where to look.
@@ -367,10 +380,10 @@ def read_prompts(runs: Runs, prompt_id: str, run_id: str | None = None) -> dict[
 
 
 def align(first: list[int], second: list[int]) -> list[tuple[int, int, int, int, bool]]:
-    """Return spans of two responses, in order: ``(start, end, start, end, is_equal)``.
+    """Return aligned spans of two responses: ``(start, end, start, end, is_equal)``.
 
-    Runs of fewer than ``ANCHOR`` equal tokens count as different, so that chance matches do not chop the text. Beyond
-    ``ALIGNED_TOKENS`` only the common beginning is aligned.
+    The spans are in order. Runs of fewer than ``ANCHOR`` equal tokens count as different, so that chance matches do not
+    chop the text. Beyond ``ALIGNED_TOKENS`` only the common beginning is aligned.
     """
     if max(len(first), len(second)) > ALIGNED_TOKENS:
         same = next(

@@ -1,4 +1,7 @@
-"""Answer only the pages of this server: no other host name, no other site, no request without the token."""
+"""Answer only the pages of this server.
+
+Requests with another host name, from another site, or without the token are refused.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,11 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 class Guard:
-    """Check Host, Origin, and the token of every request, and add security headers to every response.
+    """Check every request, and add security headers to every response.
 
-    A web page elsewhere can make a browser send requests to this server: under a name that it resolves to 127.0.0.1
-    (DNS rebinding, seen in Host) or from its own origin (seen in Origin and Sec-Fetch-Site).
+    Host, Origin, and the token are checked. A web page elsewhere can make a browser send requests to this server: under
+    a name that it resolves to 127.0.0.1 (DNS rebinding, seen in Host) or from its own origin (seen in Origin and
+    Sec-Fetch-Site).
     """
 
     def __init__(self, app: ASGIApp, hosts: tuple[str, ...] | None, token: str | None, nonce: str) -> None:
@@ -75,7 +79,10 @@ class Guard:
         await app(scope, receive, send_guarded)
 
     def _refuse(self, headers: Headers, given: str | None, cookie: str, *, is_link: bool) -> str | None:
-        """Return why a request is refused, or None; a link or frame elsewhere may lead to a page."""
+        """Return why a request is refused, or None.
+
+        A link or frame elsewhere may lead to a page.
+        """
         host = headers.get("host", "")
         if self._hosts is not None and urlsplit(f"//{host}").hostname not in {name.strip("[]") for name in self._hosts}:
             return "this host name is not served; open the address that the command printed"

@@ -1,4 +1,4 @@
-"""Hold the runs that the pages show, and open them again when a run in training has recorded more."""
+"""Hold the runs that pages show, and reopen them when a run has recorded more."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ class Session:
         self._open(self._paths, self._find_stamps())
 
     def _open(self, paths: Sequence[str | Path], stamps: dict[str, int]) -> None:
-        """Open runs; ``stamps`` are those of before, so that what is written meanwhile is noticed."""
+        """Open runs, and keep ``stamps`` that were found before.
+
+        A file that is written meanwhile then has a newer stamp.
+        """
         opened: tuple[Runs, dict[Any, _Kept]] = (open_runs(paths, questions=self._questions, buffers=BUFFERS), {})
         # One assignment: what is computed from these runs is never kept for others.
         self._opened = opened
@@ -55,7 +58,10 @@ class Session:
         return self._opened[0]
 
     def _find_stamps(self) -> dict[str, int]:
-        """Return when run.json of each run was last written, by folder; runs that are gone are left out."""
+        """Return the time of the last write to ``run.json``, in ns, by folder.
+
+        Runs that are gone are left out.
+        """
         found: dict[str, int] = {}
         for path in self._paths:
             with suppress(InputError, OSError, AttributeError):
@@ -64,7 +70,10 @@ class Session:
         return found
 
     def refresh(self) -> None:
-        """Open the runs again if one of them has changed, is new, or is gone; those that are gone are named."""
+        """Open the runs again if one of them has changed, is new, or is gone.
+
+        ``problem`` then names the runs that are gone.
+        """
         with self._opening:
             stamps = self._find_stamps()
             if stamps == self._stamps:

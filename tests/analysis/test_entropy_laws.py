@@ -16,8 +16,14 @@ from scipy.stats import rankdata
 from entrace.analysis.claims import INCONCLUSIVE, NOT_RECORDED, SUPPORTED, judge
 from entrace.analysis.effects.entropy_laws import correlation, gain
 from entrace.analysis.runs import Runs, open_runs
+from entrace.analysis.statistics.partial import MIN_CHANGES, partial_correlation, smooth_trend, to_correlation
+from entrace.analysis.trace.prune import prune
+from entrace.analysis.trace.sampling import TokenSampling
 from tests.analysis.synthetic import write_run
 from tests.analysis.test_digests import accept_edits
+from tests.calibration.parameters import UpdateWorld
+from tests.calibration.simulate_updates import UpdateRun, simulate_updates, write_updates
+from tests.calibration.truth import forecasts_of
 
 LAWS = ("E2", "E3", "E4")
 
@@ -205,3 +211,151 @@ def test_noise_supports_no_law(tmp_path: Path):
     assert SUPPORTED not in {word for word, _ in found.values()}
     # The entropy after the update is drawn anew, so it returns to its mean: the entropy before predicts the change.
     assert {word for key, (word, _) in found.items() if key[0] != "E3"} == {INCONCLUSIVE}
+
+
+@pytest.fixture(scope="module")
+def followed() -> UpdateRun:
+    """A run whose updates follow the gradient, with an evaluation after every second step."""
+    return simulate_updates(UpdateWorld(steps=60, eval_every=2, rate=0.5), np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def followed_path(followed: UpdateRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_updates(tmp_path_factory.mktemp("followed") / "run", followed)
+
+
+def test_forecasts_are_sums_over_updates_of_means_over_tokens(followed: UpdateRun, followed_path: Path):
+    assert (followed.advantage == 0).any(), "some groups are uniform, and take no part in the update"
+    frame = open_runs(followed_path).query("entropy_forecasts")
+    expected = forecasts_of(followed)
+    size = expected.pop("size")
+    entropy = followed.heldout.mean(1)[::2]
+    assert set(frame["predictor"]) == set(expected)
+    for predictor, values in expected.items():
+        part = frame.filter(predictor=predictor)
+        assert part["to_step"].to_list() == list(range(2, 61, 2))
+        found = part.select("predicted", "measured", "entropy_before", "update_size").to_numpy()
+        wanted = np.column_stack((values, np.diff(entropy), entropy[:-1], size))
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_steps_without_tokens_are_filled_in_by_the_others(followed_path: Path, tmp_path: Path):
+    whole = open_runs(followed_path)
+    text = (
+        "select step, 2 * 0.5 * avg(discriminator_law(logprob::double, entropy::double, advantage::double)) as x"
+        " from tokens where is_kept group by step order by step"
+    )
+    twice = dict(whole.sql(text).rows())
+    shutil.copytree(followed_path, tmp_path / "run")
+    prune(tmp_path / "run", TokenSampling(steps=4))
+    pruned = open_runs(tmp_path / "run")
+    stored = pruned.sql("select distinct step from tokens order by step")["step"].to_list()
+    frame = pruned.query("entropy_forecasts").filter(predictor="discriminator")
+    # Twice the forecast of the only step with tokens; two evaluations without any between them are left out.
+    assert frame["to_step"].to_list() == [step + step % 2 for step in stored]
+    assert set(frame.select("num_updates", "num_recorded").rows()) == {(2, 1)}
+    np.testing.assert_allclose(frame["predicted"], [twice[step] for step in stored], rtol=1e-6)
+
+
+def test_an_evaluation_of_some_benchmarks_is_left_out(followed_path: Path, tmp_path: Path):
+    shutil.copytree(followed_path, tmp_path / "run")
+    for part in (tmp_path / "run" / "evals").glob("*.parquet"):
+        table = pq.read_table(part)
+        is_other = (table["step"].to_numpy() % 4 == 0) & (table["sample_index"].to_numpy() == 0)
+        at = table.schema.get_field_index("benchmark")
+        names = pa.array(np.where(is_other, "other", "held"))
+        pq.write_table(table.set_column(at, table.schema.field(at), names.cast(table.schema.field(at).type)), part)
+    accept_edits(tmp_path / "run")
+    frame = open_runs(tmp_path / "run").query("entropy_forecasts").filter(predictor="omega")
+    assert frame["to_step"].to_list() == list(range(4, 61, 4))
+
+
+def test_partial_correlation_is_that_of_residuals():
+    rng = np.random.default_rng(3)
+    steps, control = np.arange(40), rng.normal(size=(40, 1))
+    x = rng.normal(size=40) + control[:, 0]
+    y = 0.7 * x + rng.normal(size=40)
+    others = np.column_stack((smooth_trend(steps), control))
+    assert others.shape == (40, 2 + 4 + 1)
+    x_rest, y_rest = (values - others @ np.linalg.lstsq(others, values, rcond=None)[0] for values in (x, y))
+    z = partial_correlation(x, y, control, steps)
+    assert z is not None
+    found = to_correlation(z)
+    assert found.value == pytest.approx(np.corrcoef(x_rest, y_rest)[0, 1])
+    assert -1 < found.low < found.value < found.high < 1
+    # A control that is known already, or constant, changes nothing.
+    again = partial_correlation(x, y, np.column_stack((control, 2 * control, np.ones(40))), steps)
+    assert again is not None
+    assert again.value == pytest.approx(z.value)
+
+
+def test_two_trends_do_not_correlate_beyond_a_trend():
+    rng, steps = np.random.default_rng(4), np.arange(100)
+    courses = [-np.exp(-steps / 30), -1 / (1 + steps / 20)]
+    found = []
+    for _ in range(50):
+        x, y = (course + 0.02 * rng.normal(size=100) for course in courses)
+        assert np.corrcoef(x, y)[0, 1] > 0.8
+        z = partial_correlation(x, y, np.empty((100, 0)), steps)
+        assert z is not None
+        found.append(z)
+    assert np.mean([z.p_value <= 0.05 for z in found]) <= 0.12
+    assert abs(np.mean([z.value for z in found])) < 0.05
+
+
+def test_errors_that_shrink_along_with_the_forecast_widen_the_interval():
+    rng, steps = np.random.default_rng(5), np.arange(100)
+    scale = np.exp(-4 * steps / 100)
+    p_values = []
+    for _ in range(200):
+        z = partial_correlation(scale * rng.normal(size=100), scale * rng.normal(size=100), np.empty((100, 0)), steps)
+        assert z is not None
+        p_values.append(z.p_value)
+    assert np.mean(np.array(p_values) <= 0.05) <= 0.08
+
+
+def test_series_that_others_explain_have_no_correlation():
+    steps, control = np.arange(40), np.random.default_rng(6).normal(size=(40, 1))
+    x = np.random.default_rng(7).normal(size=40)
+    assert partial_correlation(x, np.zeros(40), control, steps) is None
+    assert partial_correlation(3 + 2 * control[:, 0], x, control, steps) is None
+    assert partial_correlation(x[:8], x[::-1][:8], np.random.default_rng(8).normal(size=(8, 5)), steps[:8]) is None
+
+
+def between(folder: Path) -> dict[str, tuple[str, str]]:
+    return {v.part: (v.verdict, v.why) for v in judge(open_runs(folder)) if v.claim == "E5"}
+
+
+def test_verdicts_between_evaluations_leave_the_other_families_alone(followed_path: Path):
+    found = judge(open_runs(followed_path))
+    assert {v.part: v.verdict for v in found if v.claim == "E5"}["discriminator"] == SUPPORTED
+    assert {v.p_adjusted for v in found if v.claim == "E5" and v.effect is not None} <= {
+        min(k * v.p_value, 1.0) for v in found if v.claim == "E5" and v.p_value is not None for k in (1, 2, 3, 4)
+    }
+
+
+def test_few_evaluations_state_how_many_are_enough(study_path: Path):
+    for word, why in between(study_path / "none-seed0").values():
+        assert word == INCONCLUSIVE
+        assert why == (
+            f"run none-seed0 has 1 change of entropy between evaluations; a verdict needs {MIN_CHANGES}, at this "
+            "distance 1200 steps: lower eval.every, or train longer"
+        )
+
+
+def test_a_trace_without_entropies_of_evaluations_says_so(followed_path: Path, tmp_path: Path):
+    shutil.copytree(followed_path, tmp_path / "run")
+    for part in (tmp_path / "run" / "evals").glob("*.parquet"):
+        table = pq.read_table(part)
+        at = table.schema.get_field_index("entropy_mean")
+        pq.write_table(table.set_column(at, table.schema.field(at), no_values(table)), part)
+    accept_edits(tmp_path / "run")
+    assert set(between(tmp_path / "run").values()) == {(NOT_RECORDED, "no entropies of evaluations were recorded")}
+
+
+def test_a_policy_that_never_changes_earns_no_verdict(tmp_path: Path):
+    world = UpdateWorld(steps=30, update="none", eval_noise=0.0)
+    found = between(write_updates(tmp_path / "run", simulate_updates(world, np.random.default_rng(0))))
+    assert set(found.values()) == {
+        (INCONCLUSIVE, "run run: entropy, or the change that the formula predicts, only follows a smooth trend")
+    }

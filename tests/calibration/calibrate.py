@@ -27,19 +27,21 @@ from typing import Any
 import numpy as np
 
 import entrace.analysis
-from entrace.analysis.claims import judge
+from entrace.analysis.claims import judge, load_ledger
 from entrace.analysis.runs import open_runs
 from entrace.analysis.terminal.progress import Progress
 from entrace.analysis.trace.errors import InputError, nearest
-from tests.calibration import figure_rows, parameters, real_cases, simulate, simulate_arms, truth
-from tests.calibration.parameters import World
+from tests.calibration import figure_rows, parameters, real_cases, simulate, simulate_arms, simulate_updates, truth
+from tests.calibration.parameters import UpdateWorld, World
 from tests.calibration.summary import Outcome, render, summarize
 from tests.calibration.worlds import WORLDS
 
 SEED = 2508
 # Temporary traces are written to memory if the system has a file system for it.
 SHARED_MEMORY = Path("/dev/shm")
-SIMULATORS = (parameters, simulate, simulate_arms)
+SIMULATORS = (parameters, simulate, simulate_arms, simulate_updates)
+# Claims that worlds about updates are judged on.
+ABOUT_EVALUATIONS = ("E5",)
 
 
 def simulate_once(name: str, seed: int) -> Outcome:
@@ -51,10 +53,17 @@ def simulate_once(name: str, seed: int) -> Outcome:
         if isinstance(world, World):
             for seed_of_run in range(world.runs):
                 simulate.write_run(folder / f"run-{seed_of_run}", simulate.simulate_run(world, rng), rng, seed_of_run)
+        elif isinstance(world, UpdateWorld):
+            for seed_of_run in range(world.runs):
+                run = simulate_updates.simulate_updates(world, rng)
+                simulate_updates.write_updates(folder / f"run-{seed_of_run}", run, seed_of_run)
         else:
             simulate_arms.write_ablation(folder, world, rng)
         runs = open_runs(folder)
-        found = [(f"{v.claim}/{v.part}", v.subject, v.verdict, v.effect, v.low, v.high) for v in judge(runs)]
+        ledger = load_ledger()
+        if isinstance(world, UpdateWorld):
+            ledger = {claim: ledger[claim] for claim in ABOUT_EVALUATIONS}
+        found = [(f"{v.claim}/{v.part}", v.subject, v.verdict, v.effect, v.low, v.high) for v in judge(runs, ledger)]
         if isinstance(world, World) and world.has_tokens and world.runs == 1:
             found += figure_rows.figure_rows(runs)
     finally:

@@ -128,6 +128,36 @@ class MethodWorld:
     last_steps: tuple[int, ...] = (10,)
 
 
+@dataclass(frozen=True)
+class UpdateWorld:
+    """Hold the parameters of a simulated run whose evaluations show what its updates do to entropy.
+
+    Attributes:
+        runs: Number of runs, judged together as seeds of the baseline arm.
+        steps: Training steps.
+        eval_every: Steps between evaluations.
+        prompts: Prompts per step.
+        group: Responses per prompt.
+        update: none; random; sharpen (all logits grow, whatever was sampled); sharpen by size (in proportion to the
+            mean absolute advantage); gradient; or against (the opposite of the gradient).
+        rate: Learning rate at the first step.
+        decay: Time constants by which the learning rate decays over the run.
+        noise: Standard deviation of random logit changes beside the gradient, per unit of the learning rate.
+        eval_noise: Standard deviation of the log entropy of a held-out response at each evaluation.
+    """
+
+    runs: int = 1
+    steps: int = 120
+    eval_every: int = 1
+    prompts: int = 12
+    group: int = 4
+    update: str = "gradient"
+    rate: float = 1.0
+    decay: float = 0.0
+    noise: float = 0.0
+    eval_noise: float = 0.02
+
+
 def _exponential(time_constants: float) -> Callable[[np.ndarray], np.ndarray]:
     return lambda t: np.expm1(-time_constants * t) / np.expm1(-time_constants)
 

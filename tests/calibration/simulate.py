@@ -392,15 +392,18 @@ def append(writer: TraceWriter, table: str, columns: Mapping[str, Any]) -> None:
     writer.append(table, {name: values for name, values in columns.items() if name in known})
 
 
-def append_steps(writer: TraceWriter, entropy: np.ndarray, accuracy: np.ndarray, groups: int) -> None:
+def append_steps(
+    writer: TraceWriter, entropy: np.ndarray, accuracy: np.ndarray, groups: int, rate: np.ndarray | float = 0.0
+) -> None:
     """Append rows of table steps; columns that no claim reads are 0."""
-    zeros = ("loss", "clip_frac_low", "clip_frac_high", "grad_norm", "lr", "rollout_s", "reward_s", "update_s")
+    zeros = ("loss", "clip_frac_low", "clip_frac_high", "grad_norm", "rollout_s", "reward_s", "update_s")
     append(
         writer,
         "steps",
         {
             **dict.fromkeys((*zeros, "record_s"), 0.0),
             "step": np.arange(1, len(entropy) + 1),
+            "lr": rate,
             "reward_mean": accuracy,
             "accuracy": accuracy,
             "format_rate": 1.0,

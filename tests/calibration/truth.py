@@ -12,12 +12,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from tests.calibration.parameters import LENGTHS, MethodWorld, World, curve
+from tests.calibration.parameters import LENGTHS, MethodWorld, UpdateWorld, World, curve
 from tests.calibration.simulate import SPECIAL_SHARE, Run, Tokens, simulate_run, terciles
+from tests.calibration.simulate_updates import UpdateRun, simulate_updates
 
 TRUTH_RUNS = 40
 EXCHANGE_RUNS = 200
 MIN_MOBILITY, STILL = 0.001, 0.01
+# Changes between evaluations that a correlation needs.
+MIN_CHANGES = 20
 # A change below this share of the larger half is rounding.
 STANDSTILL = 1e-9
 
@@ -25,8 +28,10 @@ STANDSTILL = 1e-9
 Truth = dict[str, float]
 
 
-def truth_of(world: World | MethodWorld, rng: np.random.Generator, num_runs: int = TRUTH_RUNS) -> Truth:
+def truth_of(world: World | MethodWorld | UpdateWorld, rng: np.random.Generator, num_runs: int = TRUTH_RUNS) -> Truth:
     """Return the truth of every part of the ledger that has one."""
+    if isinstance(world, UpdateWorld):
+        return _forecasts(world, rng, 5 * num_runs)
     if isinstance(world, MethodWorld):
         return {
             **dict.fromkeys(("M1/avg@k", "M2/avg@k", "I3/avg@k"), world.accuracy),
@@ -307,6 +312,53 @@ def _entropy_laws(run: Run, tokens: Tokens) -> Truth:
     gradient = np.sign(advantage) * tokens.grad_norm[at] ** 2 / np.abs(advantage)
     own = correlations(gradient, shift)
     return truth | {"E4/own gradient": nearer(own["shuffle"], own["random"])}
+
+
+def _forecasts(world: UpdateWorld, rng: np.random.Generator, num_runs: int) -> Truth:
+    """Return the correlation of forecast and measured changes beyond what needs no formula (E5).
+
+    It is a mean of Fisher's z over runs, and 0 unless updates depend on the advantage of each token. Runs with few
+    evaluations have none.
+    """
+    if world.steps // world.eval_every < MIN_CHANGES:
+        return {}
+    if world.update not in ("gradient", "against"):
+        return dict.fromkeys((f"E5/{name}" for name in ("covariance", "discriminator", "omega", "quadrants")), 0.0)
+    found: dict[str, list[float]] = defaultdict(list)
+    for _ in range(num_runs):
+        run = simulate_updates(world, rng)
+        forecasts = forecasts_of(run)
+        size = forecasts.pop("size")
+        entropy = run.heldout.mean(1)[:: world.eval_every]
+        change = np.diff(entropy)
+        time = np.linspace(0, 1, len(change))
+        number = len(change) // 10
+        bends = [np.clip(time - (i + 1) / (number + 1), 0, None) for i in range(number)]
+        others = np.column_stack((np.ones_like(time), time, *bends, entropy[:-1], size))
+        for name, values in forecasts.items():
+            x, y = (series - others @ np.linalg.lstsq(others, series, rcond=None)[0] for series in (values, change))
+            found[f"E5/{name}"].append(float(np.arctanh(x @ y / np.sqrt((x @ x) * (y @ y)))))
+    return {part: float(np.tanh(np.mean(values))) for part, values in found.items()}
+
+
+def forecasts_of(run: UpdateRun) -> dict[str, np.ndarray]:
+    """Return the change that each formula predicts between two evaluations, and the size of the updates."""
+    size = run.world.steps
+    advantage = run.advantage.repeat(run.token.shape[-1], -1).reshape(size, -1)
+    logprob, entropy = run.logprob.reshape(size, -1), run.entropy.reshape(size, -1)
+    p, surprise = np.exp(logprob), entropy + logprob
+    kept = advantage != 0
+    tokens = np.maximum(kept.sum(1), 1)
+    mean_logprob, mean_advantage = ((values * kept).sum(1) / tokens for values in (logprob, advantage))
+    predictions = {
+        "covariance": -(logprob - mean_logprob[:, None]) * (advantage - mean_advantage[:, None]),
+        "discriminator": -advantage * p * surprise,
+        "omega": -advantage * (1 - p) ** 2 * surprise,
+        "quadrants": -np.sign(advantage) * np.where(p > 0.5, 1, -1),
+        "size": np.abs(advantage),
+    }
+    by_step = {name: run.rate * (values * kept).sum(1) / tokens for name, values in predictions.items()}
+    return {name: values.reshape(-1, run.world.eval_every).sum(1) for name, values in by_step.items()}
 
 
 def _number(*keys: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from tests.calibration.parameters import MethodWorld, World
+from tests.calibration.parameters import MethodWorld, UpdateWorld, World
 
 # Expectations. A null part must earn no verdict. A part that is "not supported" may be contradicted.
 NULL, SUPPORTED, CONTRADICTED, NOT_SUPPORTED, INCONCLUSIVE = (
@@ -31,7 +31,7 @@ class Entry:
     """
 
     about: str
-    world: World | MethodWorld
+    world: World | MethodWorld | UpdateWorld
     default: str | None = NULL
     expected: Mapping[str, str | None] = field(default_factory=dict)
     is_covered: bool = True
@@ -130,6 +130,10 @@ def _drifting(rho: float) -> Entry:
     world = replace(FLAT, rho=rho, drift=3.0, hard_entropy=0.3)
     return Entry(about, world, default=INCONCLUSIVE if rho > 0.9 else NULL, expected=UNRELATED)
 
+
+# Updates follow the gradient of the policy, to which the formulas are approximations of different quality.
+FOLLOWED = UpdateWorld(rate=0.5, eval_noise=0.01)
+BY_GRADIENT: dict[str, str | None] = {"E5/covariance": SUPPORTED, "E5/discriminator": SUPPORTED}
 
 BETTER = MethodWorld(accuracy=0.15, length=0.2, formal=0.1)
 WORSE = MethodWorld(accuracy=-0.15, length=-0.2, formal=-0.1)
@@ -304,6 +308,46 @@ WORLDS: dict[str, Entry] = {
         "Two stages and nothing else, autocorrelation .9, in three seeds.",
         replace(TOKENS, rho=0.9, drift=2.0, runs=3),
         expected=STAGES,
+    ),
+    "evaluations-frozen": Entry("Evaluations after every step of a frozen policy.", UpdateWorld(update="none")),
+    "evaluations-random": Entry(
+        "Evaluations after every step; updates change logits at random.", UpdateWorld(update="random")
+    ),
+    "evaluations-random-decay": Entry(
+        "Evaluations after every step; updates change logits at random, and less and less.",
+        UpdateWorld(update="random", decay=3.0),
+    ),
+    "evaluations-sharpen": Entry(
+        "Evaluations after every step; the policy loses entropy along a curve, whatever it samples.",
+        UpdateWorld(update="sharpen"),
+    ),
+    "evaluations-by-size": Entry(
+        "Evaluations after every step; every update costs entropy in proportion to its size, whatever it reinforces.",
+        UpdateWorld(update="sharpen by size"),
+    ),
+    "evaluations-random-3": Entry(
+        "Evaluations after every step; updates change logits at random, in three seeds of 30 steps.",
+        UpdateWorld(steps=30, update="random", runs=3),
+    ),
+    "evaluations-few": Entry(
+        "Evaluations after every tenth step of 60; updates follow the gradient.",
+        replace(FOLLOWED, steps=60, eval_every=10),
+        default=INCONCLUSIVE,
+    ),
+    "evaluations-lawful": Entry(
+        "Evaluations after every step; updates follow the gradient.", FOLLOWED, default=None, expected=BY_GRADIENT
+    ),
+    "evaluations-lawful-3": Entry(
+        "Evaluations after every step; updates follow the gradient, in three seeds of 60 steps.",
+        replace(FOLLOWED, steps=60, runs=3),
+        default=None,
+        expected=BY_GRADIENT,
+    ),
+    "evaluations-lawless": Entry(
+        "Evaluations after every step; updates go against the gradient.",
+        replace(FOLLOWED, update="against"),
+        default=None,
+        expected=dict.fromkeys(BY_GRADIENT, CONTRADICTED),
     ),
     "equal-arms": Entry("Equal arms, five seeds.", MethodWorld()),
     "equal-arms-3": Entry("Equal arms, three seeds.", MethodWorld(seeds=3)),

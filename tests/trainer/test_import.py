@@ -1,11 +1,14 @@
 import json
 import math
+import shutil
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 import entrace
@@ -85,6 +88,69 @@ def test_scores_equal_what_was_recorded_while_sampling(trained, tmp_path, call):
         assert imported[column].to_list() == pytest.approx(own[column].to_list(), abs=1e-6)
     assert own["entropy_token_mean"][0] == pytest.approx(imported["entropy_token_mean"][0], abs=1e-5)
     assert own["entropy_token_mean"][1] != pytest.approx(imported["entropy_token_mean"][1], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory):
+    """The embedded policy with other weights."""
+    folder = tmp_path_factory.mktemp("models") / "other"
+    shutil.copytree("data/base-policy", folder)
+    weights = load_file(folder / "model.safetensors")
+    noise = torch.Generator().manual_seed(0)
+    changed = {k: v + 0.02 * torch.randn(v.shape, generator=noise).to(v.dtype) for k, v in weights.items()}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_reference_policy_adds_its_values(trained, other_model, tmp_path, call):
+    _, rows = trained
+    path = write(tmp_path / "rows.jsonl", rows)
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    command = ("import", path, "--model", "embedded", "--out", both)
+    status, _, err = call(*command, "--reference", other_model)
+    assert status == 0, err
+    assert call("import", path, "--model", other_model, "--out", alone)[0] == 0
+    found, expected = (table(run, "tokens").sort("rollout_id", "position") for run in (both, alone))
+    for name in ("logprob", "entropy"):
+        np.testing.assert_allclose(found[f"reference_{name}"], expected[name], rtol=1e-5, atol=1e-6)
+        assert np.abs(found[f"reference_{name}"].to_numpy() - found[name].to_numpy()).max() > 0.01
+    unknown = read_manifest(both)["unknown"]
+    assert not {"tokens.reference_logprob", "tokens.reference_entropy"} & set(unknown)
+    assert entrace.open_runs(both).query("entropy_persistence").height == 2
+    runs = entrace.open_runs(alone)
+    assert "reference_entropy" not in table(alone, "tokens").columns
+    assert runs.why_empty("entropy_persistence").endswith("add --model and --reference")
+    assert "imported with another value of reference" in call(*command, "--resume")[2]
+
+
+def test_recorded_values_of_the_reference_policy_stay(trained, other_model, tmp_path, call):
+    _, rows = trained
+    known = [dict(row, reference_logprobs=[-1.5] * len(row["response_ids"])) for row in rows[:8]]
+    path = write(tmp_path / "rows.jsonl", [*known, *rows[8:]])
+    options = ("--model", "embedded", "--reference", other_model, "--out", tmp_path / "run")
+    assert call("import", path, *options)[0] == 0
+    tokens = table(tmp_path / "run", "tokens")
+    recorded = sum(len(row["response_ids"]) for row in known)
+    assert (tokens["reference_logprob"] == -1.5).sum() == recorded
+    assert tokens["reference_logprob"].null_count() == tokens["reference_entropy"].null_count() == 0
+
+
+def test_a_reference_policy_needs_a_model_with_its_tokens(trained, other_model, tmp_path, call):
+    path = write(tmp_path / "rows.jsonl", trained[1])
+    status, _, err = call("import", path, "--reference", "embedded", "--out", tmp_path / "run")
+    assert status == 2
+    assert "--reference: needs --model MODEL" in err
+    strange = tmp_path / "strange"
+    shutil.copytree(other_model, strange)
+    tokenizer = json.loads((strange / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    a, b = [name for name in vocab if name.isdigit()][:2]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (strange / "tokenizer.json").write_text(json.dumps(tokenizer))
+    options = ("--model", "embedded", "--reference", strange, "--out", tmp_path / "run")
+    status, _, err = call("import", path, *options)
+    assert status == 2
+    assert f"--reference: {strange} has other tokens than embedded" in err
 
 
 def test_text_alone_is_tokenised_to_what_was_sampled(trained, tmp_path, call):

@@ -67,8 +67,10 @@ CASES = {
     },
     "reference": {"beta": 0.1, "scale_rewards": "none", "temperature": 0.7, "max_steps": 2},
     "adapter with dropout": {"peft": LORA, "max_steps": 2},
+    "adapter and reference": {"peft": LORA, "beta": 0.1, "max_steps": 2},
     "leave one out": {"beta": 0.05, "num_iterations": 2, "max_steps": 4},
 }
+MEASURES = ("logprob", "entropy")
 QUICK = {
     "defaults",
     "slices and iterations",
@@ -201,6 +203,25 @@ def test_measures_of_the_update_are_recorded(recorded):
     assert (steps["kl"].null_count() == 0) == bool(trainer.args.beta)
     tokens = table(folder, "tokens")
     assert (tokens["reference_logprob"].null_count() == 0) == bool(trainer.args.beta)
+    # TRL 1.14 and 1.15 compute no entropies of the reference model.
+    has_entropies = bool(trainer.args.beta) and (trainer._entrace.has_reference_entropy or trainer.ref_model is None)
+    assert ("reference_entropy" in tokens.columns) == has_entropies
+    if has_entropies:
+        first, batch = tokens.filter(step=1), trainer.batches[0]
+        if trainer.ref_model is None:
+            # The base model of an adapter does not change.
+            with trainer.model.disable_adapter():
+                pairs = zip(batch["prompt_ids"], batch["ids"], strict=True)
+                expected = [teacher_forced(trainer.model.eval(), *pair, trainer.temperature) for pair in pairs]
+            wanted = {name: np.concatenate([row[i] for row in expected]) for i, name in enumerate(MEASURES)}
+        else:
+            # The first batch comes from the reference policy itself.
+            wanted = {name: first[name] for name in MEASURES}
+        for name in MEASURES:
+            np.testing.assert_allclose(first[f"reference_{name}"], wanted[name], atol=TOLERANCE, rtol=0)
+        later = tokens.filter(step=tokens["step"].max())
+        assert later["reference_entropy"].null_count() == 0
+        assert (later["reference_entropy"] != later["entropy"]).any()
     # TRL 1.14 has no fused LM head to ask for sums of squared probabilities.
     assert (tokens["grad_norm"].null_count() == 0) == (trainer._entrace.probe is not None)
     unknown = manifest(folder)["unknown"]

@@ -50,6 +50,14 @@ def import_rollouts(
             "(default: none, values as recorded)."
         ),
     ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Reference policy, such as the model before training, whose log-probabilities and entropies are "
+            "added; needs --model, and its tokens (default: none, values as recorded).",
+        ),
+    ] = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
@@ -99,6 +107,8 @@ def import_rollouts(
     Example: entrace import train_data_step1.jsonl --rewards rewards.jsonl --out data/runs/theirs/joined
 
     Example: entrace import rollouts.jsonl --model data/base-policy --out data/runs/theirs/rescored
+
+    Example: entrace import rollouts.jsonl --model trained --reference data/base-policy --out data/runs/theirs/both
     """
     from entrace.analysis.importers import run
     from entrace.analysis.importers.collect import collect
@@ -119,22 +129,30 @@ def import_rollouts(
     )
     if model and tokenizer:
         raise InputError("--tokenizer: --model has its own tokenizer; leave one of them out")
+    if reference and not model:
+        raise InputError("--reference: needs --model MODEL, which tokenizes the prompts")
+    reference_config = _policy_config(reference, None, None)
     with reaching(dump[0]), stoppable(f"with --resume continues in {out}"), locked(out, waits=False):
         run.check_target(out, resume)
         found = Dump.find([to_place(path) for path in dump], format_name, has_fields=bool(fields))
         joined = Rewards(rewards, fields.get("id")) if rewards else None
         using = _load(policy, tokenizer, template, out)
+        base = _load(reference_config, None, None, out) if reference_config else None
+        if base and base.tokens != using.tokens:
+            raise InputError(f"--reference: {reference} has other tokens than {model}; choose a model of its family")
         with using.guard, ExitStack() as stack:
             with reading(out.name) as on_read:
                 read = stack.enter_context(
                     collect(found, settings, using.codec, rewards=joined, is_scored=model is not None, on_read=on_read)
                 )
             progress = stack.enter_context(Progress(out.name, read.counts.rollouts))
-            scorer = None
+            scorer = of_reference = None
             if using.make_scorer:
                 of_pass = run.temperature_of_pass(read.counts, temperature)
                 settings = replace(settings, temperature=of_pass)
                 scorer = using.make_scorer(of_pass, batch_tokens)
+                if base and base.make_scorer:
+                    of_reference = base.make_scorer(of_pass, batch_tokens)
             for remark in read.remarks:
                 say(f"entrace: {remark}", err=True)
             differences = run.record(
@@ -143,8 +161,14 @@ def import_rollouts(
                 out,
                 codec=using.codec,
                 scorer=scorer,
+                reference=of_reference,
                 weights=using.weights,
-                extra={**using.extra, **({"rewards": hash_file(rewards)} if rewards else {})},
+                extra={
+                    **using.extra,
+                    **({"rewards": hash_file(rewards)} if rewards else {}),
+                    # Null without one, so that a trace without a reference does not resume with one.
+                    "reference": {"path": reference, "weights": base.weights} if base else None,
+                },
                 resume=resume,
                 on_step=progress.update,
                 explain=using.explain,
@@ -160,7 +184,8 @@ class _Using:
     """Hold the tokenizer and model of an import.
 
     ``explain`` translates the model's errors. ``make_scorer`` takes the sampling temperature and the tokens of a
-    forward pass. ``extra`` describes a tokenizer without a model in ``run.json``.
+    forward pass. ``extra`` describes a tokenizer without a model in ``run.json``. ``tokens`` are the ids of a model's
+    tokens.
     """
 
     codec: Codec | None = None
@@ -169,6 +194,7 @@ class _Using:
     extra: Mapping[str, Any] = dataclass_field(default_factory=dict)
     guard: AbstractContextManager[Any] = dataclass_field(default_factory=nullcontext)
     explain: Callable[[Exception], Exception] = lambda error: error
+    tokens: Mapping[str, int] = dataclass_field(default_factory=dict)
 
 
 def _policy_config(model: str | None, tokenizer: Path | None, template: str | None) -> PolicyConfig | None:
@@ -217,6 +243,7 @@ def _load(
         hash_weights(config.path),
         guard=translate_errors(out),
         explain=lambda error: explain_fault(error, out),
+        tokens=policy.tokenizer.get_vocab(),
     )
 
 

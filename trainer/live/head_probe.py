@@ -22,6 +22,31 @@ SCALED_LOGITS = (
 )
 
 
+def ask_reference_for_entropy(trainer: Any) -> bool:
+    """Let TRL's fused LM head of the reference model compute entropies, which do not enter the loss.
+
+    Returns:
+        False if there is no reference model, or if this version of TRL does not allow it. With an adapter, the policy
+        itself is the reference, and its LM head computes entropies anyway.
+    """
+    try:
+        from trl.trainer.utils import add_fused_lm_head
+    except ImportError:
+        return False
+    if getattr(trainer, "ref_model", None) is None or "outputs" not in inspect.signature(add_fused_lm_head).parameters:
+        return False
+    model = trainer.accelerator.unwrap_model(trainer.ref_model)
+    if "forward" not in vars(model):
+        return False
+    add_fused_lm_head(
+        model,
+        temperature=trainer.temperature,
+        cast_lm_head_to_fp32=getattr(trainer.args, "cast_lm_head_to_fp32", False),
+        outputs=("log_probs", "entropy"),
+    )
+    return True
+
+
 class HeadProbe:
     """Capture ln sum p^2 and |h| from TRL's forward passes."""
 

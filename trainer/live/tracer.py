@@ -30,7 +30,7 @@ from entrace.trainer.algorithm.plateau import PlateauDetector
 from entrace.trainer.algorithm.shaping import NONE, waits_for_plateau
 from entrace.trainer.live.arguments import HELDOUT, Arguments, choose_correct, trl_version
 from entrace.trainer.live.generation import Generation, Pass, join, shape_all, split_by_response
-from entrace.trainer.live.head_probe import HeadProbe
+from entrace.trainer.live.head_probe import HeadProbe, ask_reference_for_entropy
 from entrace.trainer.live.messages import first_of, identify, number_repeats, text_of
 from entrace.trainer.seeding import Stream, generator
 
@@ -73,6 +73,7 @@ class Tracer:
         self.correct, self.correct_note = choose_correct(arguments.correct, self.reward_names)
         self.has_dropout = _has_dropout(trainer.model)
         self.probe = HeadProbe.attach(trainer)
+        self.has_reference_entropy = ask_reference_for_entropy(trainer)
         self._warn_of_truncated_sampling()
         self.plateau = PlateauDetector(self.config.plateau)
         self.lr: float | None = None
@@ -184,8 +185,11 @@ class Tracer:
             )
         if not args.beta:
             reasons |= dict.fromkeys(
-                ("tokens.reference_logprob", "steps.kl"), "there is no reference policy: beta is 0"
+                ("tokens.reference_logprob", "tokens.reference_entropy", "steps.kl"),
+                "there is no reference policy: beta is 0",
             )
+        elif getattr(self.trainer, "ref_model", None) is not None and not self.has_reference_entropy:
+            reasons["tokens.reference_entropy"] = "this version of TRL computes no entropies of the reference model"
         if not getattr(args, "use_vllm", False):
             reasons["tokens.sampling_logprob"] = "the policy sampled without an inference engine"
         reasons["evals"] = "no evaluation ran while training was recorded"
@@ -271,13 +275,16 @@ class Tracer:
 
     @contextmanager
     def forward_pass(self, model: Any, arguments: dict[str, Any]) -> Iterator[list[Any]]:
-        """Keep the log-probabilities and entropies of a policy pass in the block."""
+        """Keep the log-probabilities and entropies that TRL computes in the block.
+
+        Passes of the policy and of the reference policy count.
+        """
         kept: list[Any] = []
         if self._passes is None and self._in_loss is None:
             yield kept
             return
         is_policy = self._in_loss is not None or model is self.trainer.model
-        if is_policy:
+        if is_policy or (self.has_reference_entropy and model is self.trainer.ref_model):
             # TRL computes it in any case, and returns it only if asked.
             arguments["compute_entropy"] = True
         with self.probe.listening() if self.probe and is_policy else nullcontext([]) as heard:
@@ -381,7 +388,11 @@ class Tracer:
             # RLOO keeps the sum per response; its first pass is that of the policy, its second that of the reference.
             own = [passes[0][1]]
             if len(passes) > 1 and reference is None:
+                reference = passes[1][0]
                 batch.token["reference_logprob"] = passes[1][1].logprob.float().cpu()
+        for logprob, found in passes:
+            if reference is not None and logprob is reference and found.entropy is not None:
+                batch.token["reference_entropy"] = found.entropy.float().cpu()
         if own and not self.has_dropout:
             self._add(batch, own[0], torch.arange(len(batch.ids)))
 

@@ -192,6 +192,7 @@ class Tracer:
         reasons["prompts.difficulty"] = "datasets of verl do not say"
         reasons["evals"] = "no evaluation ran while training was recorded"
         reasons["evals.entropy_mean"] = "verl computes no entropies when it evaluates"
+        reasons["tokens.reference_entropy"] = "verl computes no entropies of the reference policy"
         if self.is_bypassed:
             names = ("tokens.entropy", "rollouts.entropy_mean", "steps.entropy_token_mean")
             reasons |= dict.fromkeys(names, "verl computes no entropies with rollout_correction.bypass_mode=true")

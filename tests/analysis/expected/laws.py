@@ -218,7 +218,39 @@ JUDGED = {
     **dict.fromkeys(("covariance", "discriminator", "entropy", "omega", "quadrants"), "dh"),
     "own_gradient": "dlogp",
 }
+
+
+def forecasts() -> list[tuple]:
+    """Return the rows of ``entropy_forecasts``: 24 updates, of which three have tokens, at a learning rate of 0.1.
+
+    Entropy does not change between the two evaluations. Step 1 has no sums over the vocabulary.
+    """
+    first = [
+        {"step": 1, "a": 1.0 if is_correct else -1.0, "h": entropy}
+        for _, step, _, is_correct, _, entropies, _, _ in RESPONSES
+        for entropy in entropies
+        if step == 1
+    ]
+    rows = []
+    for predictor in ("covariance", "discriminator", "first_order", "omega", "quadrants"):
+        tokens = TOKENS if predictor == "first_order" else [*first, *TOKENS]
+        steps = sorted({token["step"] for token in tokens})
+        of_steps = [[token for token in tokens if token["step"] == step] for step in steps]
+        predicted = mean(mean(PREDICTIONS[predictor](token) for token in own) for own in of_steps)
+        # Every advantage is 1 or -1.
+        rows.append((predictor, 0, 24, 24 * 0.1 * predicted, 0.0, 0.5, 24 * 0.1, 24, len(steps)))
+    return rows
+
+
 EXPECTED = {
+    "entropy_forecasts": (
+        {},
+        [
+            *("predictor", "from_step", "to_step", "predicted", "measured", "entropy_before", "update_size"),
+            *("num_updates", "num_recorded"),
+        ],
+        forecasts(),
+    ),
     "entropy_laws": (
         {"stage": "plateau"},
         ["kind", "predictor", "comparison", "correlation", "low", "high", "num_tokens", "num_prompts", "num_steps"],
