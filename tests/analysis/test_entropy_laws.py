@@ -215,7 +215,10 @@ def test_noise_supports_no_law(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def followed() -> UpdateRun:
-    """A run whose updates follow the gradient, with an evaluation after every second step."""
+    """Simulate a run whose updates follow the gradient.
+
+    Every second step is evaluated.
+    """
     return simulate_updates(UpdateWorld(steps=60, eval_every=2, rate=0.5), np.random.default_rng(0))
 
 

@@ -130,7 +130,9 @@ class MethodWorld:
 
 @dataclass(frozen=True)
 class UpdateWorld:
-    """Hold the parameters of a simulated run whose evaluations show what its updates do to entropy.
+    """Hold the parameters of a simulated run whose updates change entropy.
+
+    Its evaluations show the change.
 
     Attributes:
         runs: Number of runs, judged together as seeds of the baseline arm.

@@ -315,10 +315,10 @@ def _entropy_laws(run: Run, tokens: Tokens) -> Truth:
 
 
 def _forecasts(world: UpdateWorld, rng: np.random.Generator, num_runs: int) -> Truth:
-    """Return the correlation of forecast and measured changes beyond what needs no formula (E5).
+    """Return the partial correlation of forecast and measured changes (E5).
 
-    It is a mean of Fisher's z over runs, and 0 unless updates depend on the advantage of each token. Runs with few
-    evaluations have none.
+    Predictors that need no formula are partialled out. The correlation is a mean of Fisher's z over runs, and 0 unless
+    updates depend on the advantage of each token. Runs with few evaluations have none.
     """
     if world.steps // world.eval_every < MIN_CHANGES:
         return {}
@@ -342,7 +342,10 @@ def _forecasts(world: UpdateWorld, rng: np.random.Generator, num_runs: int) -> T
 
 
 def forecasts_of(run: UpdateRun) -> dict[str, np.ndarray]:
-    """Return the change that each formula predicts between two evaluations, and the size of the updates."""
+    """Return the change between two evaluations that each formula predicts.
+
+    The size of the updates is also returned.
+    """
     size = run.world.steps
     advantage = run.advantage.repeat(run.token.shape[-1], -1).reshape(size, -1)
     logprob, entropy = run.logprob.reshape(size, -1), run.entropy.reshape(size, -1)

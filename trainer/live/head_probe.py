@@ -23,7 +23,9 @@ SCALED_LOGITS = (
 
 
 def ask_reference_for_entropy(trainer: Any) -> bool:
-    """Let TRL's fused LM head of the reference model compute entropies, which do not enter the loss.
+    """Let TRL's fused LM head of the reference model compute entropies.
+
+    The entropies do not enter the loss.
 
     Returns:
         False if there is no reference model, or if this version of TRL does not allow it. With an adapter, the policy

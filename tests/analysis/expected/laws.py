@@ -221,9 +221,10 @@ JUDGED = {
 
 
 def forecasts() -> list[tuple]:
-    """Return the rows of ``entropy_forecasts``: 24 updates, of which three have tokens, at a learning rate of 0.1.
+    """Return the rows of ``entropy_forecasts``.
 
-    Entropy does not change between the two evaluations. Step 1 has no sums over the vocabulary.
+    There are 24 updates at a learning rate of 0.1, three of which have tokens. Entropy does not change between the two
+    evaluations. Step 1 has no sums over the vocabulary.
     """
     first = [
         {"step": 1, "a": 1.0 if is_correct else -1.0, "h": entropy}
