@@ -1,4 +1,7 @@
-"""Public names that are imported on first use, so that no command waits for libraries that it does not use."""
+"""Import public names on first use.
+
+A command therefore loads only libraries that it uses.
+"""
 
 from __future__ import annotations
 

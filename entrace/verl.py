@@ -1,4 +1,4 @@
-"""Record verl while it trains: set one environment variable and choose another trainer mode.
+"""Record verl while it trains, with an environment variable and a trainer mode.
 
 Usage::
 
@@ -32,7 +32,7 @@ __all__ = ["Traced", "TracedColocateAsync", "TracedSeparateAsync", "TracedSync"]
 
 @register_trainer("entrace_sync")
 class TracedSync(Traced, PPOTrainerSync):
-    """Record verl's ``PPOTrainerSync``; see ``Traced`` for the section of the config that is added."""
+    """Record verl's ``PPOTrainerSync``; see ``Traced`` for the added config section."""
 
 
 @register_trainer("entrace_colocate_async")

@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def heard_ctrl_c():
-    """Hear Ctrl-C, which a process that was started in the background may have been told to ignore."""
+    """Handle Ctrl-C, which background processes may inherit as ignored."""
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, former)
@@ -67,7 +67,10 @@ def few_figures(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]):
-    """Runs ``entrace ARGS`` in this process; returns exit code, stdout bytes and stderr text."""
+    """Return a function that runs ``entrace ARGS`` in this process.
+
+    The function returns exit code, stdout bytes, and stderr text.
+    """
 
     def call(*args: str) -> tuple[int, bytes, str]:
         monkeypatch.setattr(sys, "argv", ["entrace", *args])

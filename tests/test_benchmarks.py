@@ -1,4 +1,7 @@
-"""That the benchmarks run, at toy size, without what they compare with; not how fast."""
+"""Test that the benchmarks run at toy size, without their comparisons.
+
+Speed is not tested.
+"""
 
 import json
 import sys

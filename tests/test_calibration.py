@@ -1,4 +1,7 @@
-"""The calibration measures rates correctly, and a small subset of it finds planted effects and nothing else."""
+"""Test that calibration measures rates correctly.
+
+A small subset of it must find planted effects and nothing else.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Every code block of README, CONTRIBUTING, and the documentation runs, or is checked where it cannot run here.
+"""Test that every code block of the documentation runs or is checked.
 
-Blocks of a page run in order, in a folder with a small study in ``data/runs/study``. Commands run in this process; runs
-that they train are small (``TINY``), and reports draw ``few_figures``. A block with ``title="FILE"`` is also
-saved as that file. Every other block can be pasted as it stands into a shell or into Python.
+The documentation includes README and CONTRIBUTING. A block that cannot run here is checked. Blocks of a page run in
+order, in a folder with a small study in ``data/runs/study``. Commands run in this process; runs that they train are
+small (``TINY``), and reports draw ``few_figures``. A block with ``title="FILE"`` is also saved as that file. Every
+other block can be pasted as it stands into a shell or into Python.
 """
 
 from __future__ import annotations
@@ -94,7 +95,10 @@ WITH_BLOCKS = [page for page in PAGES if any(block.page == page for block in ALL
 
 
 def commands_of(block: Block) -> list[list[str]]:
-    """Return the words of each command; a command ends with its line unless a quotation or a backslash continues it."""
+    """Return the words of each command.
+
+    A command ends with its line unless a quotation or a backslash continues it.
+    """
     commands, pending = [], ""
     for line in block.text.splitlines():
         pending += line
@@ -163,7 +167,10 @@ def run_entrace(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_data(block: Block) -> None:
-    """Check a block that is neither shell nor Python: it parses, and its config keys exist."""
+    """Check that a block parses, and that its config keys exist.
+
+    The block is neither shell nor Python.
+    """
     if block.language == "json":
         for line in block.text.splitlines():
             json.loads(line)
@@ -181,7 +188,7 @@ def check_data(block: Block) -> None:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default study in small: each arm with one seed."""
+    """Run a small version of the default study, with one seed per arm."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("runs") / "study"
     for spec in load_grid("tiny-study", TINY, seeds=[0]):
@@ -241,7 +248,7 @@ def background(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Background]
 
 @pytest.fixture
 def folder(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_figures: None) -> Path:
-    """A working directory that looks like the repository with the study in it."""
+    """Return a working directory like the repository with the study in it."""
     for name in ("trainer", "analysis", "data/base-policy"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(ROOT / name)
@@ -277,7 +284,10 @@ PYTHON = [block for block in ALL_BLOCKS if block.language == "python" and not bl
 
 @pytest.mark.parametrize("block", SHELL, ids=lambda block: block.name)
 def test_a_shell_block_can_be_pasted(block: Block):
-    """Every shell reads it in the same way: sh, bash, and zsh, in which comments and patterns differ."""
+    """sh, bash, and zsh read the block in the same way.
+
+    Comments and patterns differ between these shells.
+    """
     assert not NOT_PASTABLE.findall(QUOTED.sub("", block.text).replace("\\\n", "")), block.text
     for shell in ("sh", "bash", "zsh"):
         if shutil.which(shell):
@@ -286,7 +296,7 @@ def test_a_shell_block_can_be_pasted(block: Block):
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.name)
 def test_a_python_block_can_be_pasted_line_by_line(block: Block):
-    """The prompt of Python ends a statement at the first line that is not indented, or after a blank line."""
+    """Python's prompt ends a statement at the next unindented or blank line."""
     pending: list[str] = []
     for line in [*block.text.splitlines(), ""]:
         pending.append(line)
@@ -296,7 +306,10 @@ def test_a_python_block_can_be_pasted_line_by_line(block: Block):
 
 
 def test_no_two_pages_write_the_same_folder():
-    """A command refuses a folder that holds something else, so that the blocks of all pages can be run in any order."""
+    """A command refuses a folder that holds other files.
+
+    The blocks of all pages can therefore be run in any order.
+    """
     homes: dict[Path, str] = {Path("data/runs/study"): "the default study"}
     for block in SHELL:
         for words in commands_of(block):
@@ -331,7 +344,10 @@ def test_python_blocks_pass_pyright(background: Background):
 
 
 def anchors_of(text: str) -> set[str]:
-    """Return the anchors of a page's headings; a repeated title gets a number, as on the site."""
+    """Return the anchors of a page's headings.
+
+    A repeated title gets a number, as on the site.
+    """
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     found: set[str] = set()
     for match in HEADING.finditer(prose):

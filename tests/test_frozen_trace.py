@@ -1,7 +1,8 @@
-"""A real trace of schema version 1, written once and kept: an older trace must stay readable.
+"""Test a real trace of schema version 1, which must stay readable.
 
-Made with ``entrace train tiny steps=30 rollout.prompts_per_step=4 rollout.group_size=4 task.num_heldout=8
-eval.samples=4 eval.every=15 --out tests/fixtures/frozen/none-seed0``, checkpoints removed.
+The trace was written once and kept. Its checkpoints were removed. The command was ``entrace train tiny steps=30
+rollout.prompts_per_step=4 rollout.group_size=4 task.num_heldout=8 eval.samples=4 eval.every=15 --out
+tests/fixtures/frozen/none-seed0``.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""Whatever a file holds, reading it gives a result, or one line that says what is wrong with it."""
+"""Test that reading any file gives a result or an error of one line.
+
+The line says what is wrong with the file.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +87,7 @@ def read(name: str, text: str) -> None:
 
 
 def attempt(work: Callable[[], Any]) -> tuple[Any, str]:
-    """Returns what ``work`` does, or the one line that says why it does not."""
+    """Return the result of ``work``, or the one line of its error."""
     try:
         return work(), ""
     except InputError as error:
@@ -150,7 +153,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def use(run: Path) -> None:
-    """Asks what depends on what a manifest says."""
+    """Run the queries that depend on the manifest."""
     runs = open_runs(run)
     runs.sql("select * from runs, stages")
     query(runs, "ablation_final")
@@ -183,7 +186,7 @@ def test_any_manifest(run: Path):
 
 
 def test_damaged_parquet(run: Path):
-    """In a process of its own, with little memory: a crash would end this one."""
+    """Read in another process with little memory, because a crash would end this one."""
     script = f"from tests.test_fuzz import damage_and_read; damage_and_read({str(run)!r})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=CODE)
     assert done.returncode == 0, done.stderr
@@ -193,7 +196,10 @@ def test_damaged_parquet(run: Path):
 
 
 def damage_and_read(run: str) -> None:
-    """Damages a copy of ``run`` in many ways, reads it each time, and prints how often it was read and refused."""
+    """Damage copies of ``run`` in many ways, and read each.
+
+    The counts of successful and refused reads are printed.
+    """
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     outcomes: Counter[str] = Counter()
     for seed in range(NUM_DAMAGED):
@@ -218,12 +224,15 @@ def read_tables(run: Path) -> None:
 
 
 def forget_rows(path: Path) -> None:
-    """Makes of a manifest one that does not say what the files hold."""
+    """Remove the key ``files`` from a manifest."""
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "files"}))
 
 
 def damage(rng: random.Random, path: Path) -> None:
-    """Changes bytes of a Parquet file, or columns, types, values and metadata of its table."""
+    """Change bytes of a Parquet file or parts of its table.
+
+    The parts are columns, types, values, and metadata.
+    """
     data = bytearray(path.read_bytes())
     if rng.random() < 0.4:
         footer = len(data) - int.from_bytes(data[-8:-4], "little") - 8
@@ -238,7 +247,7 @@ def damage(rng: random.Random, path: Path) -> None:
 
 
 def change_table(rng: random.Random, table: pa.Table) -> pa.Table:
-    """Changes one column of ``table``, its rows or its metadata."""
+    """Change one column of ``table``, its rows, or its metadata."""
     i = rng.randrange(table.num_columns)
     field = table.schema.field(i)
     number = rng.choice([float("nan"), float("inf"), -3.4e38, 0.0])

@@ -1,4 +1,7 @@
-"""Hostile text in a trace is shown and never acted on: on the page, in the terminal, in CSV, SQL, and pictures."""
+"""Test that hostile text in a trace is shown and never acted on.
+
+The outputs are the page, the terminal, CSV, SQL, and pictures.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,10 @@ UNSEEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029\u206
 
 
 def rewrite(folder: Path, change: Callable[[str, str], str]) -> None:
-    """Replaces all text in the tables of a run by what ``change`` makes of column and text; no digest tells."""
+    """Replace all text in the tables of a run.
+
+    ``change`` maps column and text to the new text. The digests are removed.
+    """
     for path in (path for name in TABLES for path in (folder / name).glob("*.parquet")):
         table = pq.read_table(path)
         for i, field in enumerate(table.schema):
@@ -78,7 +84,7 @@ def rewrite(folder: Path, change: Callable[[str, str], str]) -> None:
 
 
 def poison(folder: Path, tail: str) -> None:
-    """Puts hostile text wherever a run holds text; ``tail`` keeps run ids apart."""
+    """Replace all text of a run by hostile text; ``tail`` keeps run ids distinct."""
     kept = {"category", "entropy_kind", "split", "prompt_id"}
     names = {"run_id": HOSTILE + tail}
     rewrite(folder, lambda column, text: names.get(column, text if column in kept else HOSTILE))

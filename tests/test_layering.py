@@ -1,4 +1,7 @@
-"""Layers of the package: who may import whom, which imports stay lazy, and that no imports form a cycle."""
+"""Test the layers of the package.
+
+The rules are who may import whom, which imports stay lazy, and that no imports form a cycle.
+"""
 
 import ast
 import subprocess
@@ -23,7 +26,10 @@ PATHS |= {module_of(path): path for folder in FOLDERS for path in sorted((REPOSI
 
 
 def imported(module, *, at_runtime=False):
-    """Full names that a module imports; ``at_runtime`` leaves out imports for type checkers."""
+    """Return full names that a module imports.
+
+    ``at_runtime`` leaves out imports for type checkers.
+    """
 
     def walk(node):
         if at_runtime and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -50,7 +56,7 @@ def is_in(name, *packages):
 
 
 def foreign(module, *allowed):
-    """Names of the package that a module imports beyond those allowed."""
+    """Return names of the package that a module imports beyond those allowed."""
     return {name for name in imported(module, at_runtime=True) if is_in(name, "entrace") and not is_in(name, *allowed)}
 
 
@@ -90,7 +96,7 @@ def test_only_commands_import_the_training_loop(module):
 
 
 def test_no_imports_form_a_cycle():
-    """Imports inside functions included."""
+    """Include imports inside functions."""
     graph = {
         module: {name for name in imported(module, at_runtime=True) if name in PATHS and name != module}
         for module in PATHS
@@ -125,7 +131,10 @@ def test_imports_stay_light(statement, absent):
 
 
 def test_a_stranger_with_modules_of_the_same_name_is_not_disturbed(tmp_path):
-    """A script beside its own ``trainer.py`` and ``analysis/`` uses both, and a grid trains in child processes."""
+    """A script can use ``trainer.py`` and ``analysis/`` of its own beside entrace.
+
+    A grid trains in child processes.
+    """
     (tmp_path / "trainer.py").write_text("raise SystemExit('the user\\'s own trainer was imported')\n")
     (tmp_path / "analysis").mkdir()
     (tmp_path / "analysis" / "__init__.py").write_text("ANSWER = 42\n")

@@ -17,7 +17,7 @@ def report(name):
 
 
 def rows_of(markdown):
-    """Lines of a table, without its title."""
+    """Return lines of a table, without its title."""
     return "\n".join(line for line in markdown.splitlines() if line.startswith("|"))
 
 

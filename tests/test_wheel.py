@@ -1,4 +1,7 @@
-"""Archives hold one package; the wheel works in an empty environment without extras, and without torch."""
+"""Test that archives hold one package and that the wheel works.
+
+The environment of the wheel is empty, without extras and without torch.
+"""
 
 import subprocess
 import sys
@@ -31,7 +34,10 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """Folder of the executables of a fresh environment that holds the wheel and its core dependencies."""
+    """Return the folder of executables of a fresh environment.
+
+    The environment holds the wheel and its core dependencies.
+    """
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
     installed = call(folder / "bin/python", "-m", "pip", "install", "-q", "-c", REPOSITORY / "constraints.txt", wheel)
@@ -40,7 +46,7 @@ def environment(wheel, tmp_path_factory):
 
 
 def test_both_wheels_hold_one_package_and_the_same_files(wheel, tmp_path):
-    """Built from the checkout, and from the source archive."""
+    """Build from the checkout and from the source archive."""
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"entrace"}
     assert sorted(zipfile.ZipFile(build(tmp_path)).namelist()) == sorted(names)

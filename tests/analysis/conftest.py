@@ -1,4 +1,4 @@
-"""A trace small enough to compute every answer by hand, and a synthetic study."""
+"""Provide a trace small enough to check by hand, and a synthetic study."""
 
 from __future__ import annotations
 
@@ -122,7 +122,10 @@ def step_row(step: int, *, entropy: float, accuracy: float) -> dict[str, object]
 
 
 def write_steps(folder: Path, steps: Sequence[int] = range(1, 25)) -> Path:
-    """Write a run of which only ``steps`` are recorded, so that its report has two figures and is quick."""
+    """Write a run of which only ``steps`` are recorded.
+
+    Its report has two figures and is quick.
+    """
     writer = TraceWriter.create(folder, {"run_id": folder.name, "arm": "none", "seed": 0, "study": "s"}, ["a"])
     for step in steps:
         writer.append("steps", step_row(step, entropy=1 / step, accuracy=1 - 0.5 / step))
@@ -217,7 +220,7 @@ def _append_intervention(
 
 
 def write_failed(folder: Path, error: str = "step 3: loss is nan") -> Path:
-    """A run that failed before anything was durable."""
+    """Write a run that failed before any step was durable."""
     folder.mkdir(parents=True)
     manifest = {"schema_version": SCHEMA_VERSION, "run_id": folder.name, "arm": "broken", "seed": 0, "status": "failed"}
     write_manifest(folder, {**manifest, "error": error})

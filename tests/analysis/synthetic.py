@@ -1,4 +1,4 @@
-"""Traces with known truth: effects are planted, or left out, one by one."""
+"""Write traces with known truth: effects are planted or left out one by one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BOUNDARY = 24
 
 @dataclass(frozen=True)
 class Planted:
-    """Which of the claims hold in a synthetic run."""
+    """Select the claims that hold in a synthetic run."""
 
     two_stages: bool = True
     negative_falls: bool = True
@@ -49,7 +49,7 @@ NOTHING = Planted(False, False, False, False, False)
 def write_run(
     folder: Path, *, arm: str = "none", seed: int = 0, planted: Planted | None = None, steps: int = 60, groups: int = 8
 ) -> Path:
-    """Writes one complete run and returns its folder."""
+    """Write one complete run, and return its folder."""
     planted = planted or Planted()
     rng = np.random.default_rng([seed, *arm.encode()])
     manifest = {
@@ -83,7 +83,10 @@ def write_run(
 
 
 def progress(step: int, steps: int, *, two_stages: bool) -> float:
-    """Return how much of the way from 0 to 1 is done: fast until BOUNDARY and slow after it, or evenly."""
+    """Return the progress from 0 to 1 after ``step`` of ``steps``.
+
+    Progress is even, or with two stages fast until BOUNDARY and slow afterwards.
+    """
     even = step / steps
     if not two_stages:
         return even
@@ -165,7 +168,7 @@ def _after_update(surprisal: np.ndarray, entropy: np.ndarray, rng: np.random.Gen
 
 
 def _append_interventions(writer: TraceWriter, steps: int, groups: int, rng: np.random.Generator) -> None:
-    """One replaced token in every response of the last step."""
+    """Replace one token in every response of the last step."""
     size = groups * GROUP
     original, alternative = rng.binomial(8, 0.8, size) / 8, rng.binomial(8, 0.5, size) / 8
     writer.append(

@@ -1,4 +1,4 @@
-"""Aggregates over runs against rliable 1.2.0 and naive loops."""
+"""Compare aggregates over runs with rliable 1.2.0 and naive loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Test the means over the seeds of an arm: the seeds that they average, and their intervals."""
+"""Test the means over the seeds of an arm, and their intervals."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ mpl.use("Agg")
 
 
 def write_run(folder: Path, arm: str, seed: int, num_right: list[int], last: int, seconds: float | None = 1.0) -> None:
-    """Write a run evaluated at steps 0, 2, ... ``last``, with ``num_right[p]`` of four samples correct on prompt p.
+    """Write a run evaluated at steps 0, 2, ... ``last``.
 
-    The run failed unless it reached step 6.
+    On prompt p, ``num_right[p]`` of four samples are correct. The run failed unless it reached step 6.
     """
     run = folder / f"{arm}-{seed}"
     writer = TraceWriter.create(run, {"run_id": run.name, "arm": arm, "seed": seed, "baseline": "none"}, ["<eos>"])
@@ -39,7 +39,10 @@ def write_run(folder: Path, arm: str, seed: int, num_right: list[int], last: int
 
 @pytest.fixture
 def dead_seed(tmp_path: Path) -> Path:
-    """Write three seeds per arm; the seed of arm b with the lowest accuracy fails at step 2."""
+    """Write three seeds per arm, one of which fails in arm b.
+
+    The failing seed has the lowest accuracy, and fails at step 2.
+    """
     for seed in range(3):
         write_run(tmp_path, "none", seed, [2] * 10, last=6)
     for seed, (right, last) in enumerate(((1, 2), (2, 6), (4, 6))):

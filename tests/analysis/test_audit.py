@@ -1,4 +1,4 @@
-"""Test that each injected fault raises the alarm of its check, and that clean traces raise none."""
+"""Test that injected faults raise their check's alarm, and clean traces none."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def samples() -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def clean(samples: list[Sample]) -> Sample:
-    """About 10,000 tokens of a real run."""
+    """Return about 10,000 tokens of a real run."""
     return part(samples[0], lambda steps: steps[: len(steps) // 2])
 
 
@@ -46,7 +46,7 @@ def with_tokens(sample: Sample, *columns: pl.Expr | pl.Series) -> Sample:
 
 
 def test_clean_traces_raise_no_alarm(samples: list[Sample]):
-    """Twenty samples of the steps of real runs, of 5,000 to 15,000 tokens each."""
+    """Draw twenty samples of steps of real runs, with 5,000 to 15,000 tokens each."""
     rng = np.random.default_rng(0)
     for number in range(NUM_CLEAN):
         sample = samples[number % len(samples)]
@@ -60,7 +60,7 @@ def test_a_clean_engine_raises_no_alarm(clean: Sample):
 
 
 def at_temperature(sample: Sample, temperature: float) -> Sample:
-    """Record values of a two-way choice at another temperature than the tokens were sampled at.
+    """Record values of a two-way choice at a temperature other than that of sampling.
 
     A token of probability p is one of two; the other one has the rest.
     """
@@ -81,7 +81,7 @@ def shifted(sample: Sample) -> Sample:
 
 
 def off_by_one(sample: Sample) -> Sample:
-    """Record the log-probability of each token at the distribution of the next position."""
+    """Record each token's log-probability at the distribution of the next position."""
     rng = np.random.default_rng(0)
     return with_tokens(sample, pl.Series("logprob", -rng.exponential(6, sample.tokens.height)))
 
@@ -92,7 +92,10 @@ def permuted(sample: Sample) -> Sample:
 
 
 def with_tool_output(sample: Sample) -> Sample:
-    """Count ten tokens in the middle of every third response that the policy did not sample."""
+    """Count ten tokens per third response that the policy did not sample.
+
+    The tokens are in the middle of the response.
+    """
     inside = (pl.col("rollout_id") % 3 == 0) & pl.col("position").is_between(5, 14)
     return with_tokens(sample, pl.when(inside).then(-9.0).otherwise(pl.col("logprob")).alias("logprob"))
 
@@ -157,7 +160,10 @@ FAULTS: dict[str, tuple[Callable[[Sample], Sample], str, str]] = {
 
 
 def kept_mass(sample: Sample) -> np.ndarray:
-    """Return the logarithm of the mass that top-p keeps at each token, which confident tokens need not lose."""
+    """Return the log of the mass that top-p keeps at each token.
+
+    Confident tokens need not lose mass.
+    """
     entropy = sample.tokens["entropy"].to_numpy()
     return np.log(1 - np.minimum(0.2, entropy) * np.random.default_rng(0).random(len(entropy)))
 

@@ -1,4 +1,7 @@
-"""Test that planted effects are found and absent ones are not, and that verdicts match their evidence."""
+"""Test that planted effects are found, and absent ones are not.
+
+Verdicts must match their evidence.
+"""
 
 from __future__ import annotations
 

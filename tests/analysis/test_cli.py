@@ -1,4 +1,7 @@
-"""Test the command line as users see it: output, one-line errors on stderr, and exit codes."""
+"""Test the command line as users see it.
+
+The tests cover output, one-line errors on stderr, and exit codes.
+"""
 
 from __future__ import annotations
 
@@ -219,7 +222,7 @@ def test_a_stopped_report_leaves_nothing_and_the_same_command_completes_it(comma
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 @pytest.mark.parametrize("how", ["run the same command again", "the same command with --resume continues"])
 def test_a_signal_within_a_call_of_duckdb_stops_a_command(name: str, status: int, how: str):
-    """DuckDB replaces the exception that the handler of the signal raises by a RuntimeError."""
+    """DuckDB replaces the exception of the signal handler by a RuntimeError."""
     code = f"""
 import os, signal, threading
 from contextlib import nullcontext

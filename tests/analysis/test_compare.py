@@ -1,4 +1,7 @@
-"""Test the comparison of arms: numbers computed by hand on a small grid, verdicts, and the claims about methods."""
+"""Test the comparison of arms.
+
+The tests cover numbers computed by hand on a small grid, verdicts, and the claims about methods.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +54,10 @@ def write_arm(
     num_samples: int = 4,
     **manifest: Any,
 ) -> Path:
-    """Write a run with evaluations only; prompt ids are equal across seeds, texts differ unless given.
+    """Write a run with evaluations only.
 
-    ``is_early_too`` adds a benchmark with the same outcomes that the last step does not evaluate.
+    Prompt ids are equal across seeds; texts differ unless given. ``is_early_too`` adds a benchmark with the same
+    outcomes that the last step does not evaluate.
     """
     folder = root / f"{arm}-seed{seed}"
     fields = {"run_id": folder.name, "arm": arm, "seed": seed, "study": "hand", "total_steps": 20, **manifest}
@@ -405,7 +409,7 @@ def test_verdicts(metric: str, value: float, low: float, high: float, p: float, 
 
 
 def test_scorecard_rows_are_rows_of_the_comparison(tmp_path: Path):
-    """Use two benchmarks with different last evaluations, and a reference other than the baseline."""
+    """Use benchmarks with different last steps, and a reference besides the baseline."""
     for seed in range(3):
         for arm, counts in (("none", NONE), ("ppl", PPL), ("ppl_high", NONE)):
             write_arm(tmp_path, arm, seed, counts[seed], length=6 if arm == "ppl" else 5, is_early_too=True)
@@ -438,7 +442,10 @@ def test_scorecard_rows_are_rows_of_the_comparison(tmp_path: Path):
 
 @pytest.mark.usefixtures("few_figures")
 def test_report_scorecard_and_figure_give_the_numbers_of_one_comparison(tmp_path: Path):
-    """Use twelve samples per prompt, more than the eight that the SQL of the figure reads by default."""
+    """Use twelve samples per prompt, more than the figure's SQL reads by default.
+
+    The default is eight.
+    """
     for seed in range(3):
         write_arm(tmp_path / "runs", "none", seed, NONE[seed], texts=["p", "q"], num_samples=12)
         # Prompts in the other order: matched by text, not by id.

@@ -1,4 +1,7 @@
-"""Test that context (tokens that the policy did not generate) enters no statistic of the policy."""
+"""Test that context enters no statistic of the policy.
+
+Context is tokens that the policy did not generate.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_context(plain: Path, copy: Path) -> Path:
-    """Copy a run in which a token of context follows the last token of every response."""
+    """Copy a run, and add a token of context at the end of every response."""
     for path in sorted(plain.rglob("*")):
         (copy / path.relative_to(plain)).parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():

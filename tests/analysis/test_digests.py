@@ -1,4 +1,4 @@
-"""Test the digests of a run's files, what opening notices, and ``entrace verify``."""
+"""Test digests of a run's files, their check on opening, and ``entrace verify``."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_what_is_absent_or_additional_is_listed(run_dir: Path, case: str):
 
 
 def test_a_file_that_was_removed_on_purpose_is_accepted(run_dir: Path):
-    """Only files that no step needs: a file that run.json lists stays missing."""
+    """Only files that no step needs are accepted; listed files stay missing."""
     name = f"interventions/{write_interventions(run_dir).name}"
     (run_dir / name).unlink()
     [finding] = verify_run(run_dir).findings
@@ -300,7 +300,10 @@ def write_interventions(run_dir: Path) -> Path:
 
 
 def test_a_file_may_be_replaced_after_its_new_digest_is_recorded(run_dir: Path, tmp_path: Path):
-    """As ``digests.append`` says: a process killed between the two leaves an intact run."""
+    """A process killed between the two steps leaves an intact run.
+
+    See ``digests.append``.
+    """
     path = part(run_dir, "tokens")
     pq.write_table(pq.read_table(path), tmp_path / "new.parquet")
     digests.append(run_dir, {f"tokens/{path.name}": digests.digest_of(tmp_path / "new.parquet")})

@@ -67,7 +67,10 @@ def test_one_run_without_information_leaves_none_to_the_mean_of_two():
 
 
 def movements_of(rng: np.random.Generator, means: tuple[float, float], runs: int):
-    """Return movements of runs with an error of 1 in each half, and draws that use equal random numbers."""
+    """Return movements of runs with an error of 1 in each half, and shared draws.
+
+    Draws use equal random numbers in all runs.
+    """
     values = rng.normal(means, 1, (runs, 2))
     draws = np.random.default_rng(0).normal(size=(2000, 2))
     return [(value, value + draws, 50.0) for value in values]
@@ -129,7 +132,10 @@ def test_equal_relative_loss_is_no_difference_between_signs(kept: float, expecte
 
 
 def cells(lengths: np.ndarray, share_of: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return step, length, tokens, and matching tokens of 20 responses per step; ``share_of`` (steps, responses)."""
+    """Return step, length, tokens, and matching tokens of 20 responses per step.
+
+    ``share_of`` has shape (steps, responses).
+    """
     step = STEP.repeat(lengths.shape[1])
     return step, lengths.ravel(), lengths.ravel().astype(float), (lengths * share_of).ravel()
 
@@ -164,7 +170,10 @@ def bins_of(potential_of_tokens: np.ndarray) -> np.ndarray:
 
 
 def random_update(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return p (1 - p) of tokens as in a language model, and the changes of p under random logit changes."""
+    """Return p (1 - p) of tokens, and changes of p under random logit changes.
+
+    The values of p resemble those of a language model.
+    """
     p = 1 / (1 + np.exp(-rng.normal(4, 3, size)))
     potential_of_tokens = p * (1 - p)
     return potential_of_tokens, potential_of_tokens * rng.normal(0, 0.2, size)
@@ -186,7 +195,10 @@ def test_share_of_still_tokens_under_random_changes_equals_a_simulation():
 
 
 def movements(seed: int, learned: bool) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Return ``movement_sums`` and ``movement_potential`` of 12 captured steps of 8 prompts of 60 tokens."""
+    """Return ``movement_sums`` and ``movement_potential`` of 12 captured steps.
+
+    Each step has 8 prompts of 60 tokens.
+    """
     rng = np.random.default_rng(seed)
     sums, bins = [], []
     for step in range(5, 65, 5):
@@ -250,7 +262,10 @@ def test_more_entropy_at_the_end_does_not_count_as_greater_potential():
 
 
 def halves_of(entropy: np.ndarray, accuracy: np.ndarray, seed: int, difficulty: float = 0.0) -> pl.DataFrame:
-    """Return ``exchange_halves`` of 32 prompts per step; hard prompts have higher entropy and lower accuracy."""
+    """Return ``exchange_halves`` of 32 prompts per step.
+
+    Hard prompts have higher entropy and lower accuracy.
+    """
     rng = np.random.default_rng(seed)
     rows = []
     for step, h, a in zip(STEP, entropy, accuracy, strict=True):

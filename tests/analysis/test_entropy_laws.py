@@ -1,4 +1,4 @@
-"""The trial of entropy laws: formulas, correlations, and what it says about a trace that lacks something."""
+"""Test the trial of entropy laws: formulas, correlations, and missing inputs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ def test_formulas_are_what_gradient_steps_do_to_a_softmax(tiny: Runs, advantage:
 @pytest.mark.parametrize("advantage", [1.5, -0.5])
 @pytest.mark.parametrize("scale", [0.5, 2.0, 8.0])
 def test_first_order_is_the_derivative_along_the_gradient_of_the_token(tiny: Runs, scale: float, advantage: float):
-    """Take the derivative by autograd, in float64, for every token of a vocabulary; scale 8 has nearly certain ones."""
+    """Take the derivative by autograd in float64 for every token of a vocabulary.
+
+    Scale 8 has nearly certain tokens.
+    """
     torch = pytest.importorskip("torch")
     logits = torch.from_numpy(np.random.default_rng(2).normal(0, scale, 7))
     for token in range(7):
@@ -160,7 +163,7 @@ def test_effects_of_given_sums():
 
 
 def rewritten(source: Path, folder: Path, column: str, values) -> Path:
-    """Return a copy of a run whose column of the tokens is replaced by ``values(table)``."""
+    """Copy a run, and replace a column of its tokens by ``values(table)``."""
     shutil.copytree(source, folder)
     for part in (folder / "tokens").glob("*.parquet"):
         table = pq.read_table(part)
@@ -212,7 +215,10 @@ def test_noise_supports_no_law(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def followed() -> UpdateRun:
-    """A run whose updates follow the gradient, with an evaluation after every second step."""
+    """Simulate a run whose updates follow the gradient.
+
+    Every second step is evaluated.
+    """
     return simulate_updates(UpdateWorld(steps=60, eval_every=2, rate=0.5), np.random.default_rng(0))
 
 

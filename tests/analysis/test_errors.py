@@ -1,4 +1,7 @@
-"""Test error messages: one complete line with a useful hint, also for errors of libraries."""
+"""Test that error messages are one complete line with a useful hint.
+
+This includes errors of libraries.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures draw what the query returns: the values, their intervals and n."""
+"""Test that figures draw the query's values, their intervals, and n."""
 
 from __future__ import annotations
 
@@ -176,7 +176,10 @@ def write_arm(
     benchmarks: tuple[str, ...] = ("held",),
     is_complete: bool = True,
 ) -> None:
-    """A run whose last evaluation has ``num_right[p]`` of four samples right on prompt p; none were before training."""
+    """Write a run whose last evaluation has ``num_right[p]`` of four samples right.
+
+    p is a prompt. No sample is right before training.
+    """
     run = folder / f"{arm}-{seed}"
     writer = TraceWriter.create(run, {"run_id": run.name, "arm": arm, "seed": seed, "baseline": baseline}, ["<eos>"])
     seconds = {"rollout_s": 1.0, "reward_s": 0.25, "update_s": 2.0, "record_s": 0.5}

@@ -1,4 +1,7 @@
-"""Test that intervals of tables and figures have nominal coverage and equal those of the scorecard."""
+"""Test that intervals of tables and figures have nominal coverage.
+
+The intervals must equal those of the scorecard.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,10 @@ def drifting(rng: np.random.Generator, autocorrelation: float = 0.9) -> np.ndarr
 def coverage(
     con: duckdb.DuckDBPyConnection, function: str, means: np.ndarray, counts: np.ndarray, truth: float
 ) -> float:
-    """Return the coverage over runs; ``means`` and ``counts`` have axes run, step, and prompt."""
+    """Return the coverage over runs.
+
+    ``means`` and ``counts`` have axes run, step, and prompt.
+    """
     run, step, prompt = (index.ravel() for index in np.indices(means.shape))
     columns = {"run": run, "step": step, "prompt": prompt, "total": (means * counts).ravel(), "count": counts.ravel()}
     con.register("measured", pl.DataFrame(columns).to_arrow())

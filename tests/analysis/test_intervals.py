@@ -1,4 +1,4 @@
-"""Test the coverage of intervals under autocorrelation, and intervals with closed forms."""
+"""Test the coverage of intervals under autocorrelation, and closed forms."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def autoregression(rng: np.random.Generator, size: int, correlation: float) -> n
 
 
 def levels(correlation: float, share: float, steps: int, spacing: int = 1, runs: int = 120) -> list[Estimate]:
-    """Return estimates of 10 from runs with 16 prompts per step; the state has ``share`` of a step's variance."""
+    """Return estimates of a level of 10 from runs with 16 prompts per step.
+
+    The state has ``share`` of a step's variance.
+    """
     found = []
     for seed in range(runs):
         rng = np.random.default_rng(seed)
@@ -74,7 +77,10 @@ def test_two_runs_are_at_least_as_wide_as_their_errors():
 
 
 def means_of_runs(scatter: float, num: int, seeds: int = 400) -> list[Estimate]:
-    """Return means, with true value 0, of runs whose effects scatter and have an error of 1 each."""
+    """Return means of runs whose effects scatter and have an error of 1 each.
+
+    The true value is 0.
+    """
     found = []
     for seed in range(seeds):
         values = np.random.default_rng(seed).normal(0, np.hypot(1, scatter), num)

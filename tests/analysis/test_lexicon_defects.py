@@ -146,7 +146,10 @@ BLOCKS = st.lists(st.tuples(PIECES, SPACES), min_size=1, max_size=6)
 
 @st.composite
 def texts(draw: st.DrawFn) -> str:
-    """Draw blocks of words, some repeated, with gaps that may differ between repeats; half of the texts are ASCII."""
+    """Draw blocks of words, some repeated.
+
+    Gaps may differ between repeats. Half of the texts are ASCII.
+    """
     written = []
     for block in draw(st.lists(BLOCKS, max_size=5)):
         for _ in range(draw(st.integers(1, 6))):

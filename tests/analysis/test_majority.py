@@ -1,4 +1,7 @@
-"""Test that maj@k merges answers that the verifier considers equal, in Python and in SQL."""
+"""Test that maj@k merges equal answers, in Python and in SQL.
+
+The verifier decides which answers are equal.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Test that dashboards get the rows of steps and evals, each once, from real files of each dashboard."""
+"""Test that dashboards get the rows of steps and evals, each once.
+
+The tests read real files of each dashboard.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ def values_in_trackio(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def records_in(path: Path) -> Iterator[bytes]:
-    """Yield the records of a file of wandb, which is a log of LevelDB after a header of 7 bytes."""
+    """Yield the records of a wandb file, a LevelDB log after a header of 7 bytes."""
     data, place, record = path.read_bytes(), 7, b""
     while place + 7 <= len(data):
         if 32768 - place % 32768 < 7:

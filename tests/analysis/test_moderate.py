@@ -39,7 +39,10 @@ def test_one_arm_is_the_paired_t_test(shared: float):
 
 
 def residual_variances(runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return variances of the residuals of a full table: y - arm mean - seed mean + grand mean."""
+    """Return residual variances of a full table.
+
+    A residual is y - arm mean - seed mean + grand mean.
+    """
     residuals = runs - runs.mean(1, keepdims=True) - runs.mean(0) + runs.mean()
     num_arms, num_seeds = runs.shape
     df = np.full(num_arms, (num_seeds - 1) * (num_arms - 1) / num_arms)
@@ -84,7 +87,10 @@ def test_arms_of_few_seeds_gain_and_the_noisy_one_stays_noisy():
 
 
 def test_rows_without_an_error_do_not_affect_the_others():
-    """Use one seed, equal differences, and no difference; another metric is another family."""
+    """Use one seed, equal differences, and no difference.
+
+    Another metric is another family.
+    """
     lone, equal, other = row("a", [0.1]), row("b", [0.1, 0.1, 0.1]), row("d", [0.1, 0.3], metric="entropy")
     nothing = Row("c", "none", "b", "avg_at_k", "accuracy")
     rows = [lone, equal, nothing, row("e", [0.1, 0.2, 0.0]), other]
@@ -109,7 +115,10 @@ def test_equal_variances_are_pooled_and_different_ones_kept_apart():
 @pytest.mark.parametrize("spread", [0.0, 0.5])
 @pytest.mark.parametrize("num_arms", [4, 28])
 def test_coverage_false_rejections_and_power(num_arms: int, spread: float):
-    """Simulate arms with five or three seeds, one arm truly .06 better, and noise of .015 that varies by arm."""
+    """Simulate arms with five or three seeds, one of them truly .06 better.
+
+    The noise is .015 and varies by arm.
+    """
     rng = np.random.default_rng(num_arms)
     seeds = [5 if a <= num_arms // 3 else 3 for a in range(num_arms)]
     covered, false, found = [], [], {"moderated": [], "alone": []}

@@ -1,4 +1,7 @@
-"""A folder with a user's own SQL, figure, and claims takes the path of the built-in ones."""
+"""Test that a user's own SQL, figure, and claims work like built-in ones.
+
+These files are in a folder of the user.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,7 @@
-"""Test the paired difference and its interval against naive loops and by coverage of a known truth."""
+"""Test the paired difference and its interval.
+
+References are naive loops, and the coverage of a known truth.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,10 @@ def test_influence_equals_the_jackknife_of_a_ratio(is_relative: bool):
 
 
 def coverage(num_seeds: int, is_crossed: bool, of_prompts: float, of_seeds: float, noise: float) -> float:
-    """Return the coverage of a mean difference of .03 with 50 prompts per seed and these standard deviations."""
+    """Return the coverage of a mean difference of .03 with 50 prompts per seed.
+
+    ``of_prompts``, ``of_seeds``, and ``noise`` are standard deviations.
+    """
     rng = np.random.default_rng(num_seeds)
     hits = 0
     for _ in range(2500):

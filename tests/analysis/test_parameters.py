@@ -1,4 +1,7 @@
-"""A wrong value of a parameter is an error that names the valid ones; an empty answer says what removed the rows."""
+"""Test wrong parameter values and empty answers.
+
+A wrong value is an error that names the valid ones. An empty answer says which step removed the rows.
+"""
 
 from __future__ import annotations
 

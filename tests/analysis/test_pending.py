@@ -1,4 +1,7 @@
-"""Test that a file can be found by pattern only once run.json lists it, and that nothing is lost in between."""
+"""Test that a file matches its pattern only once run.json lists it.
+
+Nothing is lost in between.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ PATTERNS: dict[str, Callable[[Path], list[int]]] = {
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing after it reaches the disk."""
+    """Stand for SIGKILL: later writes do not reach the disk."""
 
 
 def add_step(writer: TraceWriter, step: int) -> None:
@@ -61,7 +64,10 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def flush_until(run_dir: Path, event: int) -> bool:
-    """Flush a second step in a process that is killed at an event; return whether the event came about."""
+    """Flush a second step in a process that is killed at an event.
+
+    Returns True if the event came about.
+    """
     left = event
 
     def dying(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,10 @@ def planned(arm, seed, status="new", steps_left=10):
 
 
 def test_a_plan_counts_what_is_left_and_what_can_be_found():
-    """ppl shares two seeds with the baseline, position three: the grid's comparisons have two at least."""
+    """ppl shares two seeds with the baseline, position three.
+
+    The comparisons of the grid therefore have two at least.
+    """
     runs = [planned(arm, seed) for seed in range(3) for arm in ("none", "position")]
     runs += [planned("ppl", 1, "complete", 0), planned("ppl", 2, "running", 4), planned("ppl", 9)]
     plan = Plan(runs, slots=2, pilot=PILOT, source="a pilot")
@@ -30,7 +33,7 @@ def test_a_plan_counts_what_is_left_and_what_can_be_found():
 
 
 def test_a_difference_that_no_shares_can_have_is_none():
-    """With two seeds and two tests it takes 5.7 standard deviations."""
+    """Two seeds and two tests need a difference of 5.7 standard deviations."""
     runs = [planned(arm, seed) for seed in range(2) for arm in ("none", "ppl", "position")]
     plan = Plan(runs, slots=1, pilot=Pilot("m", "t", 1.0, sd_difference=0.2, hardware="h"), source="a pilot")
     assert plan.detectable()[2] is None

@@ -1,4 +1,7 @@
-"""Test that pruning keeps what a sampled recording would hold, in any state in which it can be interrupted."""
+"""Test that pruning keeps what a sampled recording would hold.
+
+Pruning may be interrupted in any state.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,10 @@ def expected(recorded: Path, sampling: TokenSampling) -> pl.DataFrame:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file but the list of digests, to which an interruption adds lines."""
+    """Return the bytes of every file except the list of digests.
+
+    An interruption adds lines to that list.
+    """
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
@@ -240,7 +246,7 @@ def test_a_trace_that_cannot_be_pruned_is_left_alone(run_dir: Path, change: Call
 
 
 def test_a_locked_run_is_refused_and_an_interrupted_one_is_pruned(recorded: Path, run_dir: Path):
-    """The trainer locks a run while it writes it, and leaves it as running if it is killed."""
+    """The trainer locks a run while writing, and leaves it running if killed."""
     being_written(run_dir)
     lock = acquire_lock(run_dir, waits=False)
     assert lock is not None
@@ -264,7 +270,7 @@ def test_a_trace_without_a_list_of_files_is_pruned(recorded: Path, run_dir: Path
 
 
 def test_steps_of_a_trace_with_gaps_are_counted(tmp_path: Path):
-    """An imported trace may hold steps 1, 11, 21, and so on, none of which is a multiple of 2."""
+    """An imported trace may hold steps 1, 11, 21, ..., none a multiple of 2."""
     run = write_run(tmp_path / "run", steps=8, groups=2)
     for table in ("steps", "tokens", "rollouts"):
         for path in (run / table).iterdir():

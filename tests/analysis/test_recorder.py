@@ -1,4 +1,7 @@
-"""A training loop's arrays become a trace: what is derived, what is null, and what is refused."""
+"""Test that a training loop's arrays become a trace.
+
+The tests cover derived values, nulls, and refused input.
+"""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The report stands alone, escapes what it shows, and leaves other people's folders alone."""
+"""Test that reports stand alone, escape text, and leave others' folders alone."""
 
 from __future__ import annotations
 

@@ -185,7 +185,10 @@ def test_kept_histograms_do_not_outlive_the_tokens(tiny_path: Path, tmp_path: Pa
 
 
 def test_several_threads_ask_one_runs_object(study_path: Path):
-    """Questions in this process, and queries in others whose computed tables this process fills."""
+    """Threads ask in this process and through queries in other processes.
+
+    This process fills the computed tables of those queries.
+    """
     runs = open_runs(study_path)
     asked: list[Callable[[], pl.DataFrame]] = [
         lambda: runs.query("stage_dynamics"),

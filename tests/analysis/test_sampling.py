@@ -1,4 +1,7 @@
-"""Test the choice of stored tokens, and that statistics of a sampled trace estimate those of the full one."""
+"""Test the choice of stored tokens, and statistics of sampled traces.
+
+Statistics of a sampled trace must estimate those of the full one.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +102,10 @@ def test_a_sampling_out_of_range_is_refused(tmp_path: Path, found: dict[str, obj
 
 
 def write_falling(folder: Path) -> Path:
-    """Write 24 steps with four responses of two tokens; entropy falls with the step in tokens of all responses."""
+    """Write 24 steps with four responses of two tokens.
+
+    Entropy falls with the step in tokens of all responses.
+    """
     writer = TraceWriter.create(folder, {"run_id": "r", "arm": "none", "seed": 0, "total_steps": 24}, VOCAB)
     for step in range(1, 25):
         done = min(step, BOUNDARY) / BOUNDARY

@@ -1,4 +1,7 @@
-"""A user's SQL is bounded in time and memory, ends with its reader, and is streamed."""
+"""Test limits of a user's SQL.
+
+Queries are bounded in time and memory, end with their reader, and are streamed.
+"""
 
 from __future__ import annotations
 

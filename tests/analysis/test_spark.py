@@ -1,4 +1,7 @@
-"""Test that Spark and DuckDB give equal answers to the same SQL, and that Spark is given nothing else."""
+"""Test that Spark and DuckDB give equal answers to the same SQL.
+
+Spark must be given nothing else.
+"""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -73,9 +76,10 @@ class Engines:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write two arms with two runs each, one of them with nulls, a trace worked out by hand, and one of version 1.
+    """Write two arms with two runs each, and two other traces.
 
-    The folder has a name that is a pattern, an escape, and a partition to other readers.
+    One of the runs per arm has nulls. The other traces are one worked out by hand and one of schema version 1. The
+    folder has a name that is a pattern, an escape, and a partition to other readers.
     """
     root = tmp_path_factory.mktemp("spark") / "lr=0.1 [a]*{b} %20" / "study"
     for arm, accuracy in (("none", 0.6), ("ppl", 0.9)):
@@ -122,7 +126,7 @@ def test_questions_with_parameters(engines: Engines, stem: str, params: dict[str
 
 @pytest.mark.parametrize("name", [*TABLES, "response_tokens", "runs", "stages", "token_coverage"])
 def test_tables_have_equal_rows(engines: Engines, name: str):
-    """Null for null, and every file exactly once."""
+    """Nulls must match, and every file must be read exactly once."""
     columns = engines.duckdb.sql(f"select * from {name} limit 0").columns
     counts = ", ".join(f"count({column}) as {column}" for column in columns if column != "run_id")
     found = engines.check(f"select run_id, count(*) as num_rows, {counts} from {name} group by run_id order by run_id")
@@ -145,7 +149,7 @@ def test_views_have_equal_rows(engines: Engines, name: str, key: str):
 
 
 def test_tables_have_equal_columns(engines: Engines):
-    """In equal order, which decides what a union of stars adds to what."""
+    """Columns must have equal order, because a union of stars matches by position."""
     names = [*TABLES, "response_tokens", "runs", "stages", "token_coverage", *shared().views]
     spark = engines.spark._spark._connected()  # pyright: ignore[reportOptionalMemberAccess]
     found = {name: spark.table(name).columns for name in names}
@@ -264,7 +268,7 @@ ROWS = """with r as (
 
 
 def test_expressions_have_equal_values(engines: Engines):
-    """Aggregates over all rows, and other expressions row by row."""
+    """Compare aggregates over all rows, and other expressions row by row."""
     aggregates = (
         "sum",
         "avg",
@@ -480,7 +484,10 @@ IN_S = 60
 
 
 def refuse(engines: Engines, text: str, timeout: float, match: str) -> None:
-    """Check the error of a query that takes too long, and that it comes soon after the limit."""
+    """Check the error of a query that takes too long.
+
+    The error must come soon after the limit.
+    """
     started = time.monotonic()
     with pytest.raises(InputError, match=match) as stopped:
         engines.spark.sql(text, timeout=timeout)
@@ -515,7 +522,7 @@ def test_a_query_is_interrupted_by_others(engines: Engines, scanned: None, heard
 
 
 def test_a_stopped_application_is_started_again(engines: Engines):
-    """With its tables, also those that Python fills."""
+    """Its tables return, including those that Python fills."""
     engines.check("select * from stages order by run_id, stage")
     SparkSession.builder.getOrCreate().stop()
     engines.check("select * from stages order by run_id, stage")
@@ -566,7 +573,7 @@ assert SparkContext._gateway.proc is jvm
 
 
 def test_an_executor_is_ended_with_tasks_that_spark_cannot_interrupt(tiny_path: Path):
-    """On a cluster of one executor, which is a process of its own."""
+    """Use a cluster of one executor, which is a separate process."""
     submit = os.environ["PYSPARK_SUBMIT_ARGS"].replace("local[2]", "local-cluster[1,2,1024]")
     words = [sys.executable, "-c", ON_AN_EXECUTOR, str(tiny_path), ENDLESS]
     done = subprocess.run(words, env={**os.environ, "PYSPARK_SUBMIT_ARGS": submit}, capture_output=True, text=True)

@@ -1,4 +1,7 @@
-"""Test that the stage fit finds planted boundaries and no others, and that the decomposition is exact."""
+"""Test that the stage fit finds planted boundaries and no others.
+
+The decomposition must be exact.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +92,10 @@ def test_constant_series_do_not_divide_by_zero():
 
 
 def noisy(shape: np.ndarray, seed: int, correlation: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
-    """Return a falling entropy and a rising accuracy along ``shape``; half of their noise is a drifting state."""
+    """Return a falling entropy and a rising accuracy along ``shape``.
+
+    Half of their noise is a drifting state.
+    """
     rng = np.random.default_rng(seed)
     drift = np.column_stack([autoregression(rng, len(shape), correlation) for _ in range(2)])
     noise = (drift + rng.normal(size=drift.shape)) / np.sqrt(2)

@@ -1,4 +1,7 @@
-"""A folder is filled completely or not at all, whenever the process dies, and the same command then fills it."""
+"""Test that a folder is filled completely or not at all.
+
+The process may die at any time, and the same command then fills the folder.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ def contents(out: Path) -> dict[str, str]:
 
 
 def kill_at_every_event(folder: str, has_earlier: str) -> None:
-    """Fill one folder per file-system event, and kill the process at this event; print the number of events."""
+    """Fill one folder per file-system event, and kill the process at this event.
+
+    Prints the number of events.
+    """
     for event in range(1, 200):
         out = Path(folder) / str(event)
         if has_earlier == "True":

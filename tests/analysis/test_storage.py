@@ -1,4 +1,7 @@
-"""Test runs and reports in remote storages: fsspec's memory, and S3 as a local server of moto."""
+"""Test runs and reports in remote storages.
+
+The storages are fsspec's memory, and S3 as a local server of moto.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +130,7 @@ def test_what_cannot_be_reached_is_one_line(s3: str, monkeypatch: pytest.MonkeyP
 
 
 def test_credentials_and_connections_are_one_line(s3: str):
-    """In another process, since s3fs keeps what it was configured with."""
+    """Use another process, because s3fs keeps its configuration."""
 
     def run(**environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "entrace", "sql", "s3://bucket/run", "select 1"]
@@ -205,7 +208,7 @@ def breaking() -> str:
     ],
 )
 def test_a_connection_that_breaks_midway_is_one_line(breaking, name, error, command, tmp_path, monkeypatch):
-    """It is never taken for a missing or damaged file."""
+    """The error must not blame a missing or damaged file."""
     arguments = {
         "verify": ["verify", f"{breaking}/run"],
         "audit": ["audit", f"{breaking}/dump.jsonl"],

@@ -1,4 +1,4 @@
-"""Test the writer: rows read back unchanged, and invalid rows are rejected with one line."""
+"""Test that rows read back unchanged, and invalid rows fail with one line."""
 
 from __future__ import annotations
 

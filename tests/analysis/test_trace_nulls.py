@@ -1,4 +1,7 @@
-"""Test that no question, figure, verdict, or report fails on a null in a nullable column."""
+"""Test that no question, figure, verdict, or report fails on nulls.
+
+Nulls are in nullable columns.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a study with the first seed of each arm, for tables that no comparison of arms reads."""
+    """Return a study with the first seed of each arm.
+
+    This study serves tables that no comparison of arms reads.
+    """
     root = tmp_path_factory.mktemp("nulls") / "pair"
     for arm in ("none", "ppl"):
         shutil.copytree(whole / f"{arm}-seed0", root / f"{arm}-seed0")
@@ -73,7 +79,10 @@ def rows_of_figure(study: Path, stem: str) -> pl.DataFrame:
 
 
 def forget(root: Path, copy: Path, table: str, columns: Iterable[str], share: str) -> None:
-    """Copy a study with columns of one table set to null: in all rows, in every other row, or each in its own fifth."""
+    """Copy a study with columns of one table set to null.
+
+    ``share`` selects all rows, every other row, or a random fifth per column.
+    """
     if not copy.exists():
         shutil.copytree(root, copy)
     rng = np.random.default_rng(0)
@@ -96,7 +105,7 @@ def forget(root: Path, copy: Path, table: str, columns: Iterable[str], share: st
 
 @cache
 def names_in(stem: str) -> set[str]:
-    """Return every name in the SQL of a question and of the views and macros that it uses."""
+    """Return every name in the SQL of a question and of its views and macros."""
     names = set(queries.WORD.findall(queries.BUILT_IN.read(stem)))
     for text in reversed(queries.staging()):
         if names & set(queries.CREATED.findall(text)):
@@ -132,7 +141,10 @@ def ask_all(study: Path, runs: Runs, words: set[str]) -> None:
 
 @pytest.mark.parametrize("table", [table for table, names in NULLABLE.items() if READ & set(names)])
 def test_nulls_in_a_table(whole: Path, tmp_path: Path, table: str):
-    """Each column of a table is null in its own fifth of the rows, so that every two are known and null in all ways."""
+    """Each column of a table is null in its own fifth of the rows.
+
+    Every two columns are therefore known and null in all combinations.
+    """
     forget(whole, tmp_path / "study", table, NULLABLE[table], "own")
     runs = open_runs(tmp_path / "study")
     for column in READ & set(NULLABLE[table]):
@@ -157,7 +169,7 @@ def test_nulls_in_a_column(whole: Path, pair: Path, tmp_path: Path, table: str, 
     "name", [name for name, need in queries.NEEDS.items() if need.column and need.column != "category"]
 )
 def test_what_a_question_needs(whole: Path, tmp_path: Path, name: str):
-    """A run without the values is left out, and the rest is answered as if it were alone."""
+    """A run without the values is left out; the rest is answered as if alone."""
     need = queries.NEEDS[name]
     forget(whole, tmp_path / "study", need.table, [need.column], "all")
     shutil.rmtree(tmp_path / "study" / "ppl-seed0")

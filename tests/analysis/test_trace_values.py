@@ -1,4 +1,7 @@
-"""Test that the writer rejects NaN and infinity, and that the reader names the column that holds them."""
+"""Test that the writer rejects NaN and infinity.
+
+The reader must name the column that holds them.
+"""
 
 from __future__ import annotations
 

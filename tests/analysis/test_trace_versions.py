@@ -1,4 +1,7 @@
-"""Test that schema version 1 opens alone, with version 2, and as the beginning of a resumed run."""
+"""Test that schema version 1 opens alone, with version 2, and resumed.
+
+A resumed run of version 1 continues in version 2.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +134,10 @@ def test_tokens_of_version_2_are_read_without_their_rollouts(tiny: Runs, tmp_pat
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_an_advantage_without_an_update_changes_no_answer(tiny: Runs, tiny_path: Path, tmp_path: Path, version: int):
-    """Only ``is_kept`` marks the update; other trainers also give dropped groups an advantage."""
+    """Only ``is_kept`` marks the update.
+
+    Other trainers also give dropped groups an advantage.
+    """
     run = tmp_path / "tiny"
     if version == 1:
         as_version_1(tiny_path, run)

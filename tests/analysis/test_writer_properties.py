@@ -47,7 +47,7 @@ LONG = Response("long", [(float(i), i % len(VOCAB)) for i in range(100_000)])
 
 
 class Meeting:
-    """Exchange the files that the processes of a run wrote; threads play the processes."""
+    """Exchange files written by the processes of a run, which are threads here."""
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=20)
@@ -75,7 +75,7 @@ def flush_together(writers: list[TraceWriter]) -> None:
 
 
 def append_response(writer: TraceWriter, step: int, rollout_id: int, response: Response) -> dict[str, list[tuple]]:
-    """Append one response with a prompt of its own, and return the expected rows by table."""
+    """Append one response with its own prompt; return the expected rows by table."""
     length = len(response.tokens)
     prompt = f"p{rollout_id}"
     same = {"step": step, "prompt_id": prompt, "rollout_id": rollout_id, "is_correct": True, "response_length": length}

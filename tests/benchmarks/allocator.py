@@ -1,4 +1,7 @@
-"""Measure the memory that work takes from torch's CPU allocator, and reset the state of memory before it."""
+"""Measure the CPU memory that work takes from torch's allocator.
+
+The state of memory is reset before the work.
+"""
 
 import ctypes
 from collections.abc import Callable

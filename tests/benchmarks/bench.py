@@ -1,4 +1,6 @@
-"""Run all benchmarks against other software, and report measurements, targets, and which targets are met.
+"""Run all benchmarks against other software.
+
+The report holds measurements, targets, and which targets are met.
 
 Usage: python -m tests.benchmarks.bench --out reports/benchmarks [--quick]
 """

@@ -1,7 +1,8 @@
-"""Time a GPU close to its limits: decoding, updates, token statistics, and whole GRPO steps beside TRL.
+"""Time a GPU close to its limits.
 
-Models: SmolLM2-135M, and a randomly initialized model with the shape of Qwen2.5-0.5B. Both compute in bfloat16 with
-float32 master weights. Each part takes less than two minutes:
+The parts are decoding, updates, token statistics, and whole GRPO steps beside TRL. Models: SmolLM2-135M, and a randomly
+initialized model with the shape of Qwen2.5-0.5B. Both compute in bfloat16 with float32 master weights. Each part takes
+less than two minutes:
 
 - statistics: bytes of logits per second beside the bandwidth of a copy, which reads and writes. A share of 1 means
   reading every logit once at that speed.
@@ -89,7 +90,7 @@ def synchronizer(device: str) -> Callable[[], None]:
 
 
 def make_random_model(folder: Path, shape: dict[str, Any]) -> str:
-    """Write a random model of a shape, with the embedded policy's tokenizer; return its folder."""
+    """Write a random model with the embedded policy's tokenizer; return its folder."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(Qwen2Config(**shape)).save_pretrained(folder)
     load_pretrained(load_config("tiny").policy)[1].save_pretrained(folder)
@@ -111,7 +112,10 @@ def make_config(path: str, device: str, quick: bool, *more: str) -> Config:
 
 
 def measure_steps(part: str, configs: dict[str, Config], steps: int, trl_micro_batches: int) -> list[Measurement]:
-    """Measure samples per second of TRL and of each config, and the phases of the first config's steps."""
+    """Measure samples per second of TRL and of each config.
+
+    The phases of the first config's steps are also measured.
+    """
     config = next(iter(configs.values()))
     task = load_task(config.task, config.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +149,10 @@ def measure_steps(part: str, configs: dict[str, Config], steps: int, trl_micro_b
 def measure_bandwidth(
     name: str, shape: tuple[int, int], num_tokens: int, device: str, rounds: int
 ) -> list[Measurement]:
-    """Measure the bandwidth of a copy, and the share of it at which the statistics read bfloat16 logits."""
+    """Measure the bandwidth of a copy, and the share that the statistics reach.
+
+    The statistics read bfloat16 logits.
+    """
     case = Case.draw(shape, num_tokens, torch.bfloat16, device)
     logits = case.logits()
     copy = torch.empty_like(logits)
@@ -168,7 +175,10 @@ def measure_bandwidth(
 
 
 def measure_memory(name: str, shape: tuple[int, int], num_tokens: int) -> Measurement:
-    """Measure the GPU memory of the statistics and their backward pass, without the gradients themselves."""
+    """Measure the GPU memory of the statistics and their backward pass.
+
+    Gradients themselves do not count.
+    """
     case = Case.draw(shape, num_tokens, torch.bfloat16, "cuda")
     work = from_hidden(case)["entrace"]
     torch.cuda.reset_peak_memory_stats()
@@ -188,14 +198,17 @@ def copy_bandwidth(num_bytes: int, device: str, rounds: int) -> float:
 
 
 def matmul_rate(size: int, device: str, rounds: int) -> float:
-    """Return the operations per second of a dense product of two matrices in bfloat16."""
+    """Return the operations per second of a dense product in bfloat16."""
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = time_in_rounds({"product": lambda: left @ right}, rounds, synchronizer(device))["product"]
     return 2 * size**3 / statistics.median(seconds)
 
 
 def bytes_per_token(policy: Policy, num_sequences: int, context: float) -> float:
-    """Return the bytes that a decoding step must read: weights, and keys and values of every sequence."""
+    """Return the bytes that a decoding step must read.
+
+    A step reads weights, and keys and values of every sequence.
+    """
     model, size = policy.model, policy.dtype.itemsize
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
@@ -209,7 +222,10 @@ def bytes_per_token(policy: Policy, num_sequences: int, context: float) -> float
 
 
 def measure_decoding(name: str, path: str, device: str, quick: bool, profile: Path | None) -> list[Measurement]:
-    """Measure sampling as a share of the limit; append a profile by kernel to a file if one is named."""
+    """Measure sampling as a share of the limit.
+
+    If ``profile`` is given, a profile by kernel is appended to this file.
+    """
     # Compiled anew, since sizes that another model had would count as dynamic.
     torch.compiler.reset()
     policy = Policy.load(make_config(path, device, quick).policy)

@@ -1,12 +1,12 @@
-"""Seconds per GRPO step: entrace with and without recording, and TRL's GRPOTrainer, paired.
+"""Time GRPO steps of entrace and of TRL's GRPOTrainer, paired.
 
-All three train the same policy on the same task with the same batch, length limit, clipping, and rewards. The policy is
-the embedded one at the start, and after training to the plateau, where responses to a prompt diverge late and most
-groups have no advantage. The learning rate is too small to change response lengths. TRL runs its own loop in a separate
-process, so that memory states do not interact. After each of its steps, entrace takes one step with recording and one
-without, in alternating order, so that all three run under the same load. Without recording, entropy and sum of squared
-probabilities are not computed either. After-update values and files are written every few steps; a measured value is
-therefore the mean over one cycle of steps.
+entrace runs with and without recording. All three train the same policy on the same task with the same batch, length
+limit, clipping, and rewards. The policy is the embedded one at the start, and after training to the plateau, where
+responses to a prompt diverge late and most groups have no advantage. The learning rate is too small to change response
+lengths. TRL runs its own loop in a separate process, so that memory states do not interact. After each of its steps,
+entrace takes one step with recording and one without, in alternating order, so that all three run under the same load.
+Without recording, entropy and sum of squared probabilities are not computed either. After-update values and files are
+written every few steps; a measured value is therefore the mean over one cycle of steps.
 """
 
 from __future__ import annotations
@@ -139,7 +139,9 @@ def run_trl(
     generation: dict[str, Any] | None = None,
     num_micro_batches: int = 1,
 ) -> tuple[list[float], float]:
-    """Run TRL's trainer on the same task, with its fastest settings here; call ``between`` after each of its steps.
+    """Run TRL's trainer on the same task, with its fastest settings here.
+
+    ``between`` is called after each of its steps.
 
     Args:
         config: The run.
@@ -238,7 +240,10 @@ def _answer_with_trl(peer: Connection, name: str, overrides: list[str], steps: i
 def run_trl_apart(
     name: str, overrides: list[str], steps: int, between: Callable[[], None]
 ) -> tuple[list[float], float]:
-    """Call ``run_trl`` in a new process, which waits while ``between`` runs in this one."""
+    """Call ``run_trl`` in a new process.
+
+    The process waits while ``between`` runs in this one.
+    """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_answer_with_trl, args=(there, name, overrides, steps), daemon=True)

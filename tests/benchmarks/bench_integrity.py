@@ -1,8 +1,9 @@
-"""Cost of digests and page checksums: writing a trace, opening it, and verifying it.
+"""Time writing, opening, and verifying a trace, with and without checksums.
 
-Writing is ``TraceWriter.append`` and ``flush`` of all rows of a run, opening is ``entrace.open_runs``, both with and
-without checksums and digests. Verifying is ``verify_run``, with digests and, as for older traces, without; its ratio is
-to a scan: SQL that sums every column of every table. All of them alternate; ratios are taken within a round.
+The cost of digests and page checksums is measured. Writing is ``TraceWriter.append`` and ``flush`` of all rows of a
+run, opening is ``entrace.open_runs``, both with and without checksums and digests. Verifying is ``verify_run``, with
+digests and, as for older traces, without; its ratio is to a scan: SQL that sums every column of every table. All of
+them alternate; ratios are taken within a round.
 
 Usage: python tests/benchmarks/bench_integrity.py [--trace RUN | --tokens 1000000] [--rounds 15] [--out FILE]
 """
@@ -61,7 +62,10 @@ def plainly(work: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def load(trace: Path) -> tuple[list[str], list[tuple[str, int, dict[str, Any]]]]:
-    """Return the vocabulary of a run, and its rows by table and last step of each file, in the order of flushes."""
+    """Return the vocabulary of a run, and its rows by table and last step.
+
+    The order is that of flushes, one entry per file.
+    """
     texts = pq.read_table(trace / "vocab", columns=["text"])["text"].to_pylist()
     parts = []
     for name in ("prompts", "evals", "rollouts", "tokens", "steps"):
@@ -87,7 +91,7 @@ def write(folder: Path, texts: list[str], parts: list[tuple[str, int, dict[str, 
 
 
 def measure(trace: Path, folder: Path, rounds: int) -> list[Measurement]:
-    """Time everything on a copy of ``trace`` whose files have page checksums and digests."""
+    """Time all operations on a copy of ``trace`` with page checksums and digests."""
     texts, parts = load(trace)
     run, old = folder / "again", folder / "old"
     write(run, texts, parts)

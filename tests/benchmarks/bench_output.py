@@ -1,8 +1,9 @@
-"""Peak memory and rows per second of ``entrace sql`` on a large simulated trace, for each output format.
+"""Measure memory and speed of ``entrace sql`` for each output format.
 
-Each format prints all columns of all tokens to /dev/null, in a process that reports its own peak memory (interpreter,
-imports, and output) and that of its child, which runs the query. The same is measured for 1,000 rows; the difference
-of the peaks is what output costs beyond that.
+The trace is large and simulated. Results are peak memory and rows per second. Each format prints all columns of all
+tokens to /dev/null, in a process that reports its own peak memory (interpreter, imports, and output) and that of its
+child, which runs the query. The measurement is repeated for 1,000 rows; the difference of the peaks is the cost of all
+further output.
 
 Usage: python -m tests.benchmarks.bench_output --tokens 50000000 --out reports/output_benchmarks.json [--trace DIR]
 """
@@ -69,7 +70,10 @@ def run_benchmark(trace: Path, tokens: int) -> dict[str, Any]:
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """Return one row per format: speed, and peak memory beyond that of 1,000 rows, of both processes together."""
+    """Return one row per format: speed, and peak memory beyond that of 1,000 rows.
+
+    Peak memory counts both processes together.
+    """
     lines = ["| Format | Rows per second | Added memory (MiB) |", "| --- | ---: | ---: |"]
     for form, found in result["formats"].items():
         added = sum(found[key] - found[f"{key}_of_1000_rows"] for key in ("peak_mib", "query_peak_mib"))

@@ -1,10 +1,10 @@
-"""Seconds per query of analysis/sql on a large simulated trace, against a plain scan of the columns it reads.
+"""Time the queries of analysis/sql against a plain scan of the columns they read.
 
-Each query runs as in the report, for one run by name. Its scan runs on the same connection: ``select sum(...)`` over
-every column that the query reads, each table once. These columns come from DuckDB's plan: projections and filters
-of the table scans in ``EXPLAIN``, on tables with the first rows of the trace. Unlike count, min, and max, a sum cannot
-be answered from the statistics of a Parquet file. Text counts as its length in bytes, a list as its number of elements,
-and a boolean as 0 or 1.
+The trace is large and simulated; the result is seconds per query. Each query runs as in the report, for one run by
+name. Its scan runs on the same connection: ``select sum(...)`` over every column that the query reads, each table once.
+These columns come from DuckDB's plan: projections and filters of the table scans in ``EXPLAIN``, on tables with the
+first rows of the trace. Unlike count, min, and max, a sum cannot be answered from the statistics of a Parquet file.
+Text counts as its length in bytes, a list as its number of elements, and a boolean as 0 or 1.
 
 A query, its scan, and the query on a trace of a tenth of the size alternate, after one warm-up round. Ratios are
 medians over rounds, of wall time and of CPU time, which other load affects less. "tenfold" is the growth of the
@@ -141,7 +141,10 @@ def timed(work: Callable[..., Any], *arguments: Any) -> np.ndarray:
 
 
 def measure(large: entrace.Runs, small: entrace.Runs, stem: str, scan: str) -> dict[str, float]:
-    """Measure medians over rounds of a query, its scan, and the query on the small trace."""
+    """Measure a query, its scan, and the query on the small trace.
+
+    Values are medians over rounds.
+    """
     rounds: list[np.ndarray] = []
     while len(rounds) <= REPEATS[0] or (len(rounds) <= REPEATS[1] and np.sum(rounds) < SECONDS):
         rounds.append(np.stack((timed(ask, large, stem), timed(large.run_shipped, scan), timed(ask, small, stem))))
@@ -187,7 +190,10 @@ def questions() -> list[str]:
 
 
 def drop_intervals(runs: entrace.Runs) -> None:
-    """Let the queries of ``runs`` compute means only: no interval is estimated from the sums of prompts."""
+    """Let the queries of ``runs`` compute means only.
+
+    No interval is estimated from the sums of prompts.
+    """
     sums = (f"list_sum(list_transform(entries, lambda entry: entry.{name}))" for name in ("total", "count"))
     mean = " / ".join(sums)
     for name in interval_functions.BOUNDS:
@@ -200,7 +206,9 @@ def drop_intervals(runs: entrace.Runs) -> None:
 def measure_polars(
     runs: entrace.Runs, plain: entrace.Runs, breakdowns: Breakdowns, stem: str
 ) -> dict[str, dict[str, float]]:
-    """Measure a query and the same breakdown in polars in turn, and check that their values agree.
+    """Measure a query and the same breakdown in polars, and compare their values.
+
+    The two are timed in turn.
 
     Returns:
         Median wall and CPU seconds of both, and medians of their ratios within rounds, without intervals and, if polars

@@ -1,8 +1,9 @@
-"""Tokens per second of sampling and of a teacher-forced pass with SmolLM2-135M, against transformers, paired.
+"""Time SmolLM2-135M in entrace and in transformers, paired.
 
-Sampling is compared with ``generate``, and ``Policy.token_stats`` with a plain forward pass. Both sides use the same
-weights, prompts, and numbers of tokens, without early stopping, in alternating order. Sampling also computes
-log-probability, entropy, sum of p², and norm of every token. The plain pass returns logits only.
+The measures are tokens per second of sampling and of a teacher-forced pass. Sampling is compared with ``generate``, and
+``Policy.token_stats`` with a plain forward pass. Both sides use the same weights, prompts, and numbers of tokens,
+without early stopping, in alternating order. Sampling also computes log-probability, entropy, sum of p², and norm of
+every token. The plain pass returns logits only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Log-probability, entropy, and sum of p² of tokens at large vocabularies, against plain torch and TRL, paired.
+"""Time token statistics at large vocabularies, against plain torch and TRL.
 
-Three programs for the same tokens:
+The statistics are log-probability, entropy, and sum of p². The comparison is paired. Three programs compute them for
+the same tokens:
 
 - entrace: all three statistics;
 - plain: ``log_softmax`` of all logits in float32 and a gather, which gives the log-probability only;
@@ -40,7 +41,10 @@ MAX_EXTRA_GB = 1.5
 
 @dataclass
 class Case:
-    """Hold hidden states (N, H), a head whose logits vary as in language models, and targets."""
+    """Hold hidden states (N, H), an LM head, and targets.
+
+    Logits of the head vary as in language models.
+    """
 
     hidden: Tensor
     head: LMHead
@@ -48,7 +52,10 @@ class Case:
 
     @classmethod
     def draw(cls, shape: tuple[int, int], num_tokens: int, dtype: torch.dtype, device: str = "cpu") -> Case:
-        """Draw a case with a float32 head, as master weights are, and hidden states in ``dtype``."""
+        """Draw a case with a float32 head, and hidden states in ``dtype``.
+
+        Master weights are float32, too.
+        """
         vocab, width = shape
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(num_tokens, width, generator=generator).to(device, dtype).requires_grad_()
@@ -73,7 +80,10 @@ def plain(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
 
 
 def trl(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """Return log-probabilities and entropies, (sequences, N / sequences), as TRL's trainer computes them."""
+    """Return log-probabilities and entropies as TRL's trainer computes them.
+
+    Shape (sequences, N / sequences).
+    """
     from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
     logits, targets = logits.view(SEQUENCES, -1, logits.shape[-1]), targets.view(SEQUENCES, -1)
@@ -108,7 +118,10 @@ def backward(work: Callable[[], tuple[Tensor, ...]]) -> None:
 
 
 def settle(work: Callable[[], Any]) -> None:
-    """Bring memory into the state in which ``work`` finds it when it runs repeatedly and alone."""
+    """Bring memory into the state in which ``work`` finds it when run repeatedly.
+
+    No other work runs.
+    """
     give_back_memory()
     # Twice, since the second run may get other memory than the first.
     for _ in range(2):
@@ -118,7 +131,7 @@ def settle(work: Callable[[], Any]) -> None:
 def compare(
     name: str, works: dict[str, Callable[[], Any]], rounds: int, targets: dict[str, float]
 ) -> list[Measurement]:
-    """Measure paired ratios of seconds, entrace to each peer, and the seconds of entrace.
+    """Measure entrace's seconds, and paired ratios of them to each peer's.
 
     Args:
         name: Name of the case.
@@ -143,7 +156,10 @@ def compare(
 
 
 def measure_time(name: str, shape: tuple[int, int], num_tokens: int, rounds: int) -> list[Measurement]:
-    """Measure the forward pass from logits and from hidden states, and the backward pass from hidden states."""
+    """Measure the forward and the backward pass.
+
+    The forward pass is timed from logits and from hidden states, the backward pass from hidden states.
+    """
     measurements = []
     for dtype in (torch.float32, torch.bfloat16):
         case = Case.draw(shape, num_tokens, dtype)
@@ -165,7 +181,10 @@ def measure_time(name: str, shape: tuple[int, int], num_tokens: int, rounds: int
 
 
 def measure_memory(name: str, shape: tuple[int, int], counts: list[int]) -> list[Measurement]:
-    """Measure extra memory of the forward pass against plain, and of both passes by number of tokens."""
+    """Measure extra memory of the forward pass against plain.
+
+    Both passes together are measured by number of tokens.
+    """
     case = Case.draw(shape, counts[0], torch.bfloat16)
     works = from_hidden(case)
     peaks = {key: peak_bytes(torch.no_grad()(works[key])) for key in ("entrace", "plain")}

@@ -1,9 +1,10 @@
-"""Seconds per step of TRL's GRPOTrainer with and without recording, paired step by step.
+"""Time steps of TRL's GRPOTrainer with and without recording, paired by step.
 
-Each trainer has a process of its own and takes one step at a time, in turns and in alternating order, so that all run
-under the same load. They have equal seeds and weights, and sample the same responses: a quotient of their times holds
-what recording costs and nothing else. Batches are aligned: recording uses the forward pass of the loss. The policies
-are the embedded one, whose steps are so short that Python dominates, and a random Llama of 28 million parameters.
+The result is seconds per step. Each trainer has a process of its own and takes one step at a time, in turns and in
+alternating order, so that all run under the same load. They have equal seeds and weights, and sample the same
+responses: a quotient of their times holds what recording costs and nothing else. Batches are aligned: recording uses
+the forward pass of the loss. The policies are the embedded one, whose steps are so short that Python dominates, and a
+random Llama of 28 million parameters.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ EMBEDDED, LLAMA = "embedded policy", "Llama, 28 million parameters"
 
 
 class Turns(TrainerCallback):
-    """Take a step when the benchmark asks for one, and answer with its seconds and those of computing."""
+    """Take a step when the benchmark asks for one, and answer with its times.
+
+    The times are wall seconds and CPU seconds.
+    """
 
     def __init__(self, peer: Connection) -> None:
         """Talk to the benchmark through ``peer``."""
@@ -63,7 +67,10 @@ class Turns(TrainerCallback):
         self._peer.send((time.perf_counter() - wall, time.process_time() - computing))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End a turn; what follows in the trainer, such as recording the step, belongs to the next one."""
+        """End a turn.
+
+        Later work in the trainer, such as recording the step, belongs to the next turn.
+        """
         self.give()
         self.take()
 
@@ -115,7 +122,10 @@ def train(peer: Connection, folder: Path, policy: str, traced: dict[str, Any] | 
 
 
 def random_llama() -> LlamaForCausalLM:
-    """Return a policy with random weights, equal for all arms; most of its tokens have no text."""
+    """Return a policy with random weights, equal for all arms.
+
+    Most of its tokens have no text.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=16384,

@@ -1,4 +1,6 @@
-"""Measure the viewer on a large trace: first figure, pages of responses, tokens of a long response, and memory.
+"""Measure the viewer on a large trace.
+
+The measures are first figure, pages of responses, tokens of a long response, and memory.
 
 Usage: python -m tests.benchmarks.bench_view [--tokens 50000000] [--trace DIR] [--out reports/view_benchmarks.json]
 
@@ -76,7 +78,10 @@ class Server:
 
     @property
     def memory_mib(self) -> float:
-        """Memory of the server and of its processes for queries: their own pages, and shares of common ones."""
+        """Return the memory of the server and its query processes, MiB.
+
+        Shared pages count in proportion.
+        """
         process = psutil.Process(self._process.pid)
         return sum(one.memory_full_info().pss for one in [process, *process.children(recursive=True)]) / 2**20
 
@@ -87,7 +92,10 @@ class Server:
 
 
 def additions_s() -> float:
-    """Return the CPU seconds of five million additions in Python, by which times on two machines compare."""
+    """Return the CPU seconds of five million additions in Python.
+
+    Times on two machines compare by this number.
+    """
     started, total = time.process_time(), 0
     for i in range(5_000_000):
         total += i

@@ -1,4 +1,7 @@
-"""Statistics of tokens from logits that are already in memory, which no part of training needs."""
+"""Compute statistics of tokens from logits that are already in memory.
+
+No part of training needs this.
+"""
 
 import torch
 from torch import Tensor
@@ -10,7 +13,10 @@ LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 
 def stats_of_logits(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenStats:
-    """Return statistics of target tokens (N,) under softmax(logits / temperature), logits (N, V); without gradient."""
+    """Return statistics of target tokens (N,), without gradient.
+
+    The distribution is softmax(logits / temperature), with logits (N, V).
+    """
     if kernels := triton_kernels(logits.device):
         return Sums(*kernels.sums(logits.contiguous(), targets.contiguous(), 0, temperature)).stats(temperature)
     tokens = max(1, LOGITS[logits.device.type] // logits.shape[1])

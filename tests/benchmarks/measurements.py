@@ -1,4 +1,4 @@
-"""Paired timings, and the table of measurements that the benchmarks report."""
+"""Provide paired timings, and the benchmarks' table of measurements."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def time_in_rounds(
     synchronize: Callable[[], Any] = lambda: None,
     prepare: Callable[[Callable[[], Any]], Any] = lambda work: None,
 ) -> dict[str, list[float]]:
-    """Return the seconds of each work in each round, in alternating order, after one warm-up round.
+    """Return the seconds of each work in each round.
 
-    ``prepare`` is called with each work before timing starts.
+    Works alternate in order, after one warm-up round. ``prepare`` is called with each work before timing starts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for index in range(-1, rounds):

@@ -1,8 +1,8 @@
-"""The breakdowns behind the questions of the report, as one would write them with polars' lazy engine.
+"""Compute the breakdowns of the report's questions with polars' lazy engine.
 
-A breakdown is a mean by keys, over a lazy frame of rows. Without intervals, polars computes it in one pass. With
-intervals, polars sums rows by keys, step, and prompt, and ``mean_with_interval`` estimates each group, as entrace does.
-Any other question is a lazy frame without intervals.
+The code is that of a typical polars user. A breakdown is a mean by keys, over a lazy frame of rows. Without
+intervals, polars computes it in one pass. With intervals, polars sums rows by keys, step, and prompt, and
+``mean_with_interval`` estimates each group, as entrace does. Any other question is a lazy frame without intervals.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ one = pl.lit(1.0)
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean of ``total`` per ``count`` of rows by ``keys``, with the interval of a function of ``BOUNDS``."""
+    """A mean of ``total`` per ``count`` of rows by ``keys``.
+
+    The interval is that of a function of ``BOUNDS``.
+    """
 
     rows: pl.LazyFrame
     keys: list[pl.Expr]
@@ -69,7 +72,10 @@ class Other:
 
 
 class Breakdowns:
-    """The breakdowns of a trace with one run, by question; ``boundary`` is the last step of the rising stage."""
+    """The breakdowns of a trace with one run, by question.
+
+    ``boundary`` is the last step of the rising stage.
+    """
 
     def __init__(self, trace: Path, boundary: float) -> None:
         """Scan the tables of ``trace``."""
@@ -136,7 +142,10 @@ class Breakdowns:
         return Mean(rows, [self.late, sign, c("decile")], c("dp"))
 
     def movement_concentration(self) -> Other:
-        """Return the share of movement of the tokens that move most, averaged over the steps of a stage."""
+        """Return the share of movement of the tokens that move most.
+
+        The share is averaged over the steps of a stage.
+        """
         size = c("dp").abs()
         shares = [
             (size.filter(size >= size.quantile(1 - top)).sum() / size.sum()).alias(str(top))
@@ -146,7 +155,7 @@ class Breakdowns:
         return Other(steps.group_by("late").mean().unpivot(index="late", value_name="share"), "share")
 
     def movement_distribution(self) -> Other:
-        """Return the number of tokens by stage, sign, and bin of the change of probability."""
+        """Return the number of tokens by stage, sign, and bin of |dp|."""
         size = c("dp").abs()
         bins = pl.when(size < 1e-6).then(-25).otherwise((4 * size.log10()).floor().clip(-24, -1)).alias("bin")
         return Other(self.moved_signed.group_by(self.late, sign, bins).len("num_tokens"), "num_tokens")
@@ -175,7 +184,10 @@ class Breakdowns:
         return Mean(rows, [self.late, c("decile")], c("is_correct").cast(pl.Float64), kind="estimate_share")
 
     def correctness_by_ppl(self) -> Mean:
-        """Return the accuracy by stage and quarter of the length-adjusted perplexity within mixed groups."""
+        """Return the accuracy by stage and quarter of perplexity in mixed groups.
+
+        Perplexity is adjusted for length.
+        """
         rows = self._at_length().filter(
             c("is_correct").any().over("group_id") & ~c("is_correct").all().over("group_id")
         )
@@ -183,7 +195,10 @@ class Breakdowns:
         return Mean(rows, [self.late, c("quarter")], c("is_correct").cast(pl.Float64), kind="estimate_share")
 
     def high_entropy_by_ppl(self) -> Other:
-        """Return the share of each category in the high-entropy tokens by stage and tercile of perplexity."""
+        """Return category shares of high-entropy tokens, by stage and tercile.
+
+        Terciles are of perplexity.
+        """
         terciles = self._at_length().filter("is_kept").select("rollout_id", tercile=self._ntile(3))
         counts = self._high().filter("is_high").group_by("late", "rollout_id", "category").len()
         joined = counts.join(terciles, on="rollout_id").group_by("late", "tercile", "category").agg(c("len").sum())
@@ -215,7 +230,10 @@ class Breakdowns:
         return Mean(self.moved_signed, [self.late, sign, self.part], c("dp").abs(), kind="estimate_positive")
 
     def u_shape(self) -> Mean:
-        """Return the entropy at both ends of responses relative to the middle, by stage and sign."""
+        """Return the entropy at the ends of responses relative to the middle.
+
+        Values are by stage and sign.
+        """
         place, length, entropy = 5 * c("position"), c("response_length"), c("entropy").cast(pl.Float64)
         parts = {
             "first": entropy.filter(place < length).mean(),
@@ -238,7 +256,10 @@ class Breakdowns:
         return Mean(prompts, [c("benchmark")], c("is_correct"), kind="estimate_share")
 
     def performance_profile(self) -> Mean:
-        """Return the share of held-out prompts above each accuracy at the last evaluation."""
+        """Return the share of held-out prompts above each accuracy, at the last step.
+
+        The last step is that of the last evaluation.
+        """
         last = self.evals.filter(c("step") == c("step").max())
         prompts = last.group_by("benchmark", "step", "prompt_id").agg(c("is_correct").sum(), n=pl.len())
         rows = prompts.with_columns(below=pl.int_ranges(0, c("n"))).explode("below")
@@ -256,7 +277,10 @@ class Breakdowns:
         return rows.join(thresholds, on="late").with_columns(is_high=c("entropy") >= c("threshold"))
 
     def _at_length(self) -> pl.LazyFrame:
-        """Return the responses with their surprisal at equal length, as in the view responses_at_length."""
+        """Return responses with their surprisal at equal length.
+
+        See the view responses_at_length.
+        """
         log = c("response_length").log()
         rows = self.rollouts.with_columns(
             self.late,

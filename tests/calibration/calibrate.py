@@ -159,7 +159,7 @@ def real_key() -> str:
 
 @cache
 def truth_key(name: str) -> str:
-    """Return a hash of a world's parameters, the simulator, and the reference statistics."""
+    """Return a hash of a world's parameters, the simulator, and the truth's code."""
     return _hash(name, [Path(truth.__file__), Path(figure_rows.__file__)])
 
 
@@ -207,7 +207,9 @@ def run_real(names: Sequence[str], store: Store) -> None:
 
 
 def choose(text: str | None) -> list[str]:
-    """Return the worlds and real cases in a comma-separated list; all of them if ``text`` is None.
+    """Return the worlds and real cases in a comma-separated list.
+
+    All of them if ``text`` is None.
 
     Raises:
         InputError: a world is unknown.

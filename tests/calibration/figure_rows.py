@@ -1,6 +1,7 @@
-"""Compare error bars of figures with the truth: one number from each of four figures.
+"""Compare error bars of figures with the truth.
 
-Their coverage is counted like that of the scorecard. The truths are plain numpy, as in ``truth``.
+Each of four figures gives one number. Their coverage is counted like that of the scorecard. The truths are plain numpy,
+as in ``truth``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ ROWS: dict[str, tuple[dict[str, object], str]] = {
 
 
 def figure_rows(runs: Runs) -> list[tuple[str, str, str, float | None, float | None, float | None]]:
-    """Return part, subject, verdict, value, and interval of the selected row of each figure."""
+    """Return the selected row of each figure.
+
+    A row has part, subject, verdict, value, and interval.
+    """
     found = []
     for stem, (which, name) in ROWS.items():
         frame = runs.query(stem, stage=STAGE).filter([pl.col(key) == value for key, value in which.items()])
@@ -34,7 +38,10 @@ def figure_rows(runs: Runs) -> list[tuple[str, str, str, float | None, float | N
 
 
 def figure_truth(run: Run) -> Truth:
-    """Return the true values of the selected rows in one simulated run, over its true plateau."""
+    """Return the true values of the selected rows in one simulated run.
+
+    The values cover its true plateau.
+    """
     in_plateau = run.step > run.world.boundary
     right = run.by_group(run.is_correct)[run.by_group(in_plateau)[..., 0]]
     mixed = right.any(1) & ~right.all(1)

@@ -1,4 +1,7 @@
-"""Define parameters of simulated runs and ablations, and the time courses of their means."""
+"""Define parameters of simulated runs and ablations, and their time courses.
+
+A time course is that of a mean.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ BOUNDARY_SHARE = 0.3
 
 @dataclass(frozen=True)
 class World:
-    """Hold the parameters of a simulated run. A pair is the value before and after the change of its course.
+    """Hold the parameters of a simulated run.
+
+    A pair is the value before and after the change of its course.
 
     Attributes:
         runs: Number of runs, judged together as seeds of the baseline arm.
@@ -96,13 +101,15 @@ class World:
 
     @property
     def boundary(self) -> int:
-        """Return the last step of the rising stage if the course has two lines, 0 otherwise."""
+        """Return the last step of the rising stage if the course has two lines, or 0."""
         return round(BOUNDARY_SHARE * self.steps) if self.course == "two lines" else 0
 
 
 @dataclass(frozen=True)
 class MethodWorld:
-    """Hold the parameters of a simulated ablation: the gains of arms ppl and position over their reference.
+    """Hold the parameters of a simulated ablation.
+
+    Gains are those of arms ppl and position over their reference.
 
     Attributes:
         accuracy: Gain in accuracy on every benchmark.
@@ -123,7 +130,9 @@ class MethodWorld:
 
 @dataclass(frozen=True)
 class UpdateWorld:
-    """Hold the parameters of a simulated run whose evaluations show what its updates do to entropy.
+    """Hold the parameters of a simulated run whose updates change entropy.
+
+    Its evaluations show the change.
 
     Attributes:
         runs: Number of runs, judged together as seeds of the baseline arm.

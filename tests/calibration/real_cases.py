@@ -30,7 +30,10 @@ ABOUT_TRAINING = ("S1", "E1", "S2", "S3", "S4", *ABOUT_UPDATES)
 
 
 class RandomlyCaptured(Learner):
-    """Capture after-update values at randomly moved weights; each tensor moves as far as in the update."""
+    """Capture after-update values at randomly moved weights.
+
+    Each tensor moves as far as in the update.
+    """
 
     def update(self, batch: Batch, objectives: Iterable[tuple[torch.Tensor, Objective]], step: int) -> UpdateMetrics:
         """Store the step, and the weights before the update."""
@@ -55,13 +58,16 @@ class RandomlyCaptured(Learner):
 
 
 def train_frozen(folder: Path, overrides: Sequence[str]) -> Path:
-    """Train the embedded policy with frozen weights, and record the run in ``folder``."""
+    """Train the embedded policy with frozen weights, and record it in ``folder``."""
     training.train(load_config("tiny", [*FROZEN, *overrides]), folder, {"study": "real", "arm": "none"})
     return folder
 
 
 def train_with_random_updates(folder: Path, overrides: Sequence[str]) -> Path:
-    """Train the embedded policy, capture random updates, and record the run in ``folder``."""
+    """Train the embedded policy, and capture random updates.
+
+    The run is recorded in ``folder``.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "Learner", RandomlyCaptured)
         training.train(load_config("tiny", list(overrides)), folder, {"study": "real", "arm": "none"})
@@ -70,7 +76,10 @@ def train_with_random_updates(folder: Path, overrides: Sequence[str]) -> Path:
 
 @dataclass(frozen=True)
 class RealCase:
-    """Describe a real run, how to train it, and the claims that must earn no verdict on it."""
+    """Describe a real run and the claims that must earn no verdict on it.
+
+    ``train`` trains the run.
+    """
 
     about: str
     train: Callable[[Path, Sequence[str]], Path]
@@ -98,7 +107,10 @@ REAL_CASES = {
 def judge_real(
     name: str, folder: Path, overrides: Sequence[str] | None = None
 ) -> list[tuple[str, str, float | None, float | None, float | None]]:
-    """Train a real case in ``folder`` and return part, verdict, effect, and interval of the claims absent from it."""
+    """Train a real case, and return the verdicts of the claims absent from it.
+
+    A verdict has part, word, effect, and interval. The run is written to ``folder``.
+    """
     case = REAL_CASES[name]
     verdicts = judge(open_runs(case.train(folder, case.overrides if overrides is None else overrides)))
     found = [(f"{v.claim}/{v.part}", v.verdict, v.effect, v.low, v.high) for v in verdicts]

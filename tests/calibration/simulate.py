@@ -1,9 +1,9 @@
-"""Simulate runs with known truth and realistic nesting, written through the public ``TraceWriter``.
+"""Simulate runs with known truth and realistic nesting.
 
-Tokens share the entropy level of their response, responses the difficulty of their prompt, and all prompts of a step
-the state of the policy, a first-order autoregression. A next-token distribution has one favorite token and a uniform
-tail. Its entropy is drawn from a heavy-tailed distribution and determines the sampled token, its logprob, and its
-gradient.
+The public ``TraceWriter`` writes them. Tokens share the entropy level of their response, responses the difficulty of
+their prompt, and all prompts of a step the state of the policy, a first-order autoregression. A next-token distribution
+has one favorite token and a uniform tail. Its entropy is drawn from a heavy-tailed distribution and determines the
+sampled token, its logprob, and its gradient.
 """
 
 from __future__ import annotations
@@ -83,7 +83,10 @@ class Tokens:
 
 @dataclass
 class Run:
-    """Hold all responses of a run in the order of recording, shape ``(R,)``, and their tokens if simulated."""
+    """Hold all responses of a run in the order of recording, shape ``(R,)``.
+
+    Tokens are included if simulated.
+    """
 
     world: World
     step: np.ndarray
@@ -167,14 +170,17 @@ def simulate_run(world: World, rng: np.random.Generator) -> Run:
 
 
 def _autoregression(world: World, rng: np.random.Generator) -> np.ndarray:
-    """Draw a first-order autoregression with mean 0 and variance 1, shape ``(steps,)``."""
+    """Draw an AR(1) process with mean 0 and variance 1, shape ``(steps,)``."""
     noise = rng.normal(size=world.steps)
     noise[1:] *= np.sqrt(1 - world.rho**2)
     return np.asarray(lfilter([1.0], [1.0, -world.rho], noise))
 
 
 def _draw_prompts(world: World, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the prompt and the difficulty of each group, ``(steps, groups)``; without a pool, all prompts are new."""
+    """Draw the prompt and the difficulty of each group, ``(steps, groups)``.
+
+    Without a pool, all prompts are new.
+    """
     shape = (world.steps, world.groups)
     if world.pool is None:
         return np.arange(world.steps * world.groups).reshape(shape), rng.normal(size=shape)
@@ -183,7 +189,10 @@ def _draw_prompts(world: World, rng: np.random.Generator) -> tuple[np.ndarray, n
 
 
 def _center(accuracy: np.ndarray, spread: float) -> np.ndarray:
-    """Return mean logits that give these accuracies if logits have standard deviation ``spread``."""
+    """Return mean logits that give these accuracies.
+
+    Logits have standard deviation ``spread``.
+    """
     expected = expit(_LOGITS[:, None] + spread * _NODES) @ _WEIGHTS / _WEIGHTS.sum()
     return np.interp(accuracy, expected, _LOGITS)
 
@@ -199,7 +208,7 @@ def _mean_of_tokens(length: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def terciles(surprisal: np.ndarray) -> np.ndarray:
-    """Return the tercile of each response in its group, as ``ntile(3)`` assigns it; shape ``(R,)``."""
+    """Return each response's tercile in its group, as ``ntile(3)``; shape ``(R,)``."""
     group = surprisal.shape[2]
     sizes = [group // 3 + (i < group % 3) for i in range(3)]
     return np.repeat([1, 2, 3], sizes)[surprisal.argsort(2).argsort(2)].ravel()
@@ -324,7 +333,9 @@ def _update(
 
 
 def _entropy_after(entropy: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Return the entropy after a change of the sampled token's logit, which keeps the proportions of all others.
+    """Return the entropy after a change of the sampled token's logit.
+
+    The change keeps the proportions of all other tokens.
 
     H = h(p) + (1 - p) H_others, with h the entropy of being sampled or not, and H_others unchanged.
     """
@@ -350,7 +361,10 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def write_run(folder: Path, run: Run, rng: np.random.Generator, seed: int = 0) -> Path:
-    """Record a simulated run, with interventions on its last ten steps if the world has interventions."""
+    """Record a simulated run, with any interventions of its world.
+
+    Interventions are on the last ten steps.
+    """
     world = run.world
     manifest = {"run_id": folder.name, "arm": "none", "seed": seed, "total_steps": world.steps}
     writer = TraceWriter.create(folder, manifest, VOCAB)
@@ -469,7 +483,10 @@ def _append_rollouts(writer: TraceWriter, run: Run) -> None:
 
 
 def _append_interventions(writer: TraceWriter, run: Run, rng: np.random.Generator) -> None:
-    """Append interventions at uniformly drawn positions of responses of the last ten steps."""
+    """Append interventions at random positions of responses.
+
+    Positions are uniform; responses are those of the last ten steps.
+    """
     world = run.world
     candidates = np.flatnonzero(run.step > world.steps - 10)
     rows = np.sort(rng.choice(candidates, min(NUM_INTERVENTIONS, len(candidates)), replace=False))

@@ -43,7 +43,10 @@ def write_ablation(folder: Path, world: MethodWorld, rng: np.random.Generator) -
 def _append_evals(
     writer: TraceWriter, steps: Sequence[int], accuracy: np.ndarray, length: np.ndarray, rng: np.random.Generator
 ) -> None:
-    """Append an evaluation of each benchmark; prompts are divided evenly between benchmarks."""
+    """Append an evaluation of each benchmark.
+
+    Prompts are divided evenly between benchmarks.
+    """
     accuracy = accuracy + rng.uniform(-0.05, 0.05, PROMPTS)
     is_correct = rng.random((PROMPTS, SAMPLES)) < accuracy[:, None]
     tokens = np.maximum(rng.normal(length[:, None], 0.1 * length[:, None], (PROMPTS, SAMPLES)), 1)
@@ -65,7 +68,10 @@ def _append_evals(
 
 
 def _append_training(writer: TraceWriter, formal: np.ndarray, seed: int, rng: np.random.Generator) -> None:
-    """Append tokens of one response per prompt and step; ``formal`` holds shares, ``(STEPS, TRAIN_PROMPTS)``."""
+    """Append tokens of one response per prompt and step.
+
+    ``formal`` holds shares, ``(STEPS, TRAIN_PROMPTS)``.
+    """
     append_steps(writer, np.full(STEPS, 0.5), np.full(STEPS, 0.5), TRAIN_PROMPTS)
     size = STEPS * TRAIN_PROMPTS
     rollout = np.arange(size)

@@ -1,8 +1,8 @@
-"""Simulate runs of a policy whose updates change its entropy, written through the public ``TraceWriter``.
+"""Simulate runs of a policy whose updates change its entropy.
 
-The policy is a table of logits by context. A response is a row of contexts with one sampled token each, and is correct
-with a probability that depends on its tokens. Held-out prompts share the contexts, so that updates also change their
-entropy. The world decides what an update does to the logits.
+The public ``TraceWriter`` writes the runs. The policy is a table of logits by context. A response is a row of contexts
+with one sampled token each, and is correct with a probability that depends on its tokens. Held-out prompts share the
+contexts, so that updates also change their entropy. The world decides what an update does to the logits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ LOGIT, REWARD, DIFFICULTY = 1.5, 0.8, 1.0
 
 @dataclass
 class UpdateRun:
-    """Hold what a simulated run records; T steps, with tokens of shape ``(T, prompts, group, LENGTH)``.
+    """Hold the records of a simulated run of T steps.
+
+    Tokens have shape ``(T, prompts, group, LENGTH)``.
 
     Attributes:
         world: Parameters of the run.

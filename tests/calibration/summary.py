@@ -1,4 +1,7 @@
-"""Summarize simulated outcomes: rates of false and missed verdicts, coverage, and missed targets."""
+"""Summarize simulated outcomes.
+
+The summary has rates of false and missed verdicts, coverage, and missed targets.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,9 @@ def summarize(
     real: Mapping[str, Sequence[Sequence[Any]]] | None = None,
     former: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return all worlds with their cells, the real cases, and the missed targets, ready for JSON.
+    """Return all worlds with their cells, the real cases, and missed targets.
+
+    The summary is ready for JSON.
 
     Args:
         results: Outcomes and truth by world.
@@ -98,7 +103,10 @@ def _world(name: str, outcomes: Sequence[Outcome], truth: Truth) -> dict[str, An
 
 
 def _cell(part: str, expectation: str | None, outcomes: Sequence[Outcome], truth: Truth) -> dict[str, Any]:
-    """Return the rates of one part; all arms are simulated alike, so the first one is counted."""
+    """Return the rates of one part.
+
+    All arms are simulated alike, so the first one is counted.
+    """
     rows = [next(row for row in outcome if row[0] == part) for outcome in outcomes]
     n = len(rows)
     words = [row[2] for row in rows]
@@ -144,7 +152,10 @@ def _false_misses(false: int, n: int, noun: str) -> list[str]:
 
 
 def render(summary: dict[str, Any], *, with_cells: bool = True) -> str:
-    """Return the page as Markdown; without cells, only the table of worlds and the missed targets."""
+    """Return the page as Markdown.
+
+    Without cells, it has only the table of worlds and the missed targets.
+    """
     worlds, misses = summary["worlds"], summary["misses"]
     sizes = sorted({world["simulations"] for world in worlds})
     count = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"

@@ -1,7 +1,8 @@
-"""Compute the true size of each effect in a world, in closed form or with plain numpy on many simulated runs.
+"""Compute the true size of each effect in a world.
 
-The numpy code is an independent reference that shares neither SQL nor statistics with the toolkit. States of the policy
-are drawn without autocorrelation, which keeps their distribution and averages them out faster.
+The size is in closed form, or comes from plain numpy on many simulated runs. The numpy code is an independent reference
+that shares neither SQL nor statistics with the toolkit. States of the policy are drawn without autocorrelation, which
+keeps their distribution and averages them out faster.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ def _changes_over_training(world: World) -> bool:
 
 
 def _halves(world: World) -> Truth:
-    """Return (v1 - |v2|) / (|v1| + |v2|) of the mean course (S1); empty if lengths affect the course."""
+    """Return (v1 - |v2|) / (|v1| + |v2|) of the mean course (S1).
+
+    The result is empty if lengths affect the course.
+    """
     if world.growth or world.wrong_length or (world.hard_entropy and world.negative_entropy != world.positive_entropy):
         return {}
     entropy, accuracy = _mean_courses(world)
@@ -79,9 +83,9 @@ def _mean_courses(world: World) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _exchange(world: World, rng: np.random.Generator, num_runs: int) -> Truth:
-    """Return the slope given a linear trend, without the noise of the groups, and the fit of the mean course (E1).
+    """Return the slope given a linear trend, and the fit of the mean course (E1).
 
-    Drift of the policy counts, as in a recorded run.
+    The noise of the groups is excluded. Drift of the policy counts, as in a recorded run.
     """
     if not _changes_over_training(world):
         return {"E1/association": 0.0}
@@ -115,7 +119,10 @@ def _changes(world: World) -> Truth:
 
 
 def _half_distance() -> float:
-    """Return mean relative position in the second half minus that in the first, for uniformly drawn positions."""
+    """Return mean relative position of the second half minus the first.
+
+    Positions are drawn uniformly.
+    """
     places = [(np.arange(length) / length, np.full(length, 1 / length)) for length in LENGTHS]
     place, weight = (np.concatenate(parts) for parts in zip(*places, strict=True))
     late = place >= 0.5
@@ -123,11 +130,11 @@ def _half_distance() -> float:
 
 
 def _relative_falls(world: World, rng: np.random.Generator, num_runs: int) -> Truth:
-    """Return ln(start / end) of negative minus that of positive entropy, over the rising stage or the run (S2).
+    """Return ln(start / end) of negative minus positive entropy (S2).
 
-    Correct and incorrect responses to the same prompts are compared, so properties of the prompt have no effect. With
-    tokens, whose entropy is bounded, means fall short of the course. The ratio then comes from simulated runs, with all
-    groups of a step pooled and a cubic fitted over steps.
+    The ratio covers the rising stage or the run. Correct and incorrect responses to the same prompts are compared, so
+    properties of the prompt have no effect. With tokens, whose entropy is bounded, means fall short of the course. The
+    ratio then comes from simulated runs, with all groups of a step pooled and a cubic fitted over steps.
     """
     ratio = np.log(curve(world.negative_entropy, world) / curve(world.positive_entropy, world))
     end = world.boundary or world.steps
@@ -148,7 +155,10 @@ def _relative_falls(world: World, rng: np.random.Generator, num_runs: int) -> Tr
 
 
 def _levels(run: Run, rng: np.random.Generator) -> Truth:
-    """Return the truths measured over the plateau, or over the whole run if nothing changes."""
+    """Return the truths measured over the plateau.
+
+    If nothing changes, they cover the whole run.
+    """
     in_plateau = run.step > run.world.boundary
     truth = {"I1/accuracy": _half_difference(run, in_plateau)}
     if run.tokens is None:
@@ -164,7 +174,10 @@ def _levels(run: Run, rng: np.random.Generator) -> Truth:
 
 
 def at_equal_length(run: Run, in_plateau: np.ndarray) -> np.ndarray:
-    """Return surprisal at equal log length within groups, ``(groups, responses)`` of the plateau."""
+    """Return surprisal at equal log length within groups, of the plateau.
+
+    Shape ``(groups, responses)``.
+    """
     keep = run.by_group(in_plateau)[..., 0]
     x, y = np.log(run.by_group(run.length)[keep]), run.by_group(run.surprisal)[keep]
     x, y = (values - values.mean(1, keepdims=True) for values in (x, y))
@@ -172,7 +185,10 @@ def at_equal_length(run: Run, in_plateau: np.ndarray) -> np.ndarray:
 
 
 def _half_difference(run: Run, in_plateau: np.ndarray) -> float:
-    """Return the accuracy of the low-perplexity half of mixed groups minus that of the high half."""
+    """Return accuracy of the low-perplexity half minus that of the high half.
+
+    Only mixed groups count.
+    """
     right = run.by_group(run.is_correct)[run.by_group(in_plateau)[..., 0]]
     mixed = right.any(1) & ~right.all(1)
     order = at_equal_length(run, in_plateau)[mixed].argsort(1)
@@ -186,7 +202,10 @@ def _high(values: np.ndarray) -> np.ndarray:
 
 
 def _reasoning_difference(run: Run, tokens: Tokens, in_plateau: np.ndarray) -> float:
-    """Return the share of reasoning tokens in excess of that at equal position, low minus high third."""
+    """Return the excess share of reasoning tokens, low minus high third.
+
+    The excess is over the share at equal position.
+    """
     tercile = np.zeros(len(run.step), dtype=int)
     tercile[in_plateau] = terciles(at_equal_length(run, in_plateau)[None])
     at = np.flatnonzero((in_plateau & run.is_kept)[tokens.row])
@@ -200,7 +219,10 @@ def _reasoning_difference(run: Run, tokens: Tokens, in_plateau: np.ndarray) -> f
 
 
 def _ends(run: Run, tokens: Tokens, chosen: np.ndarray) -> Truth:
-    """Return entropy of the first and last fifth relative to the middle, responses weighted equally (T1)."""
+    """Return entropy of the first and last fifth relative to the middle (T1).
+
+    Responses are weighted equally.
+    """
     fifth = tokens.position * 5 // run.length[tokens.row]
     means = []
     for part in (fifth == 0, fifth == 4, (fifth > 0) & (fifth < 4)):
@@ -293,10 +315,10 @@ def _entropy_laws(run: Run, tokens: Tokens) -> Truth:
 
 
 def _forecasts(world: UpdateWorld, rng: np.random.Generator, num_runs: int) -> Truth:
-    """Return the correlation of forecast and measured changes beyond what needs no formula (E5).
+    """Return the partial correlation of forecast and measured changes (E5).
 
-    It is a mean of Fisher's z over runs, and 0 unless updates depend on the advantage of each token. Runs with few
-    evaluations have none.
+    Predictors that need no formula are partialled out. The correlation is a mean of Fisher's z over runs, and 0 unless
+    updates depend on the advantage of each token. Runs with few evaluations have none.
     """
     if world.steps // world.eval_every < MIN_CHANGES:
         return {}
@@ -320,7 +342,10 @@ def _forecasts(world: UpdateWorld, rng: np.random.Generator, num_runs: int) -> T
 
 
 def forecasts_of(run: UpdateRun) -> dict[str, np.ndarray]:
-    """Return the change that each formula predicts between two evaluations, and the size of the updates."""
+    """Return the change between two evaluations that each formula predicts.
+
+    The size of the updates is also returned.
+    """
     size = run.world.steps
     advantage = run.advantage.repeat(run.token.shape[-1], -1).reshape(size, -1)
     logprob, entropy = run.logprob.reshape(size, -1), run.entropy.reshape(size, -1)
@@ -340,7 +365,7 @@ def forecasts_of(run: UpdateRun) -> dict[str, np.ndarray]:
 
 
 def _number(*keys: np.ndarray) -> np.ndarray:
-    """Return the number of the cell of each token; tokens of one cell have equal keys."""
+    """Return the cell number of each token; tokens of a cell have equal keys."""
     return np.unique(np.column_stack(keys), axis=0, return_inverse=True)[1].ravel()
 
 
@@ -350,13 +375,19 @@ def _from_mean(values: np.ndarray, cell: np.ndarray) -> np.ndarray:
 
 
 def _against_random(p: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """Return the shares of the top fifth and of nearly still tokens, minus those under random logit changes."""
+    """Return shares of the top fifth and of nearly still tokens, relative to random.
+
+    The shares under random logit changes are subtracted.
+    """
     drawn = _random_movement(p, size, rng)
     return top_share(size) - top_share(drawn), float((size <= STILL).mean() - (drawn <= STILL).mean())
 
 
 def _random_movement(p: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return |dp|, to first order, under normal logit changes with equal total movement."""
+    """Return |dp|, to first order, under normal logit changes.
+
+    The total movement is equal to that of ``size``.
+    """
     mobility = p * (1 - p)
     spread = size.sum() / mobility.sum() * np.sqrt(np.pi / 2)
     return spread * mobility * np.abs(rng.normal(size=len(p)))
@@ -369,7 +400,10 @@ def top_share(size: np.ndarray) -> float:
 
 
 def _at_equal(values: np.ndarray, bins: np.ndarray, end: np.ndarray, middle: np.ndarray) -> float:
-    """Return end over middle, minus 1, each relative to the average of tokens of equal entropy."""
+    """Return end over middle, minus 1, each relative to tokens of equal entropy.
+
+    The reference is the average of such tokens.
+    """
     either = end | middle
     usual = np.bincount(bins[either], weights=values[either]) / np.bincount(bins[either])
     return float(values[end].sum() / usual[bins[end]].sum() / (values[middle].sum() / usual[bins[middle]].sum()) - 1)

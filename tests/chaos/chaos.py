@@ -1,4 +1,4 @@
-"""Cause faults of every kind at random moments, and check that nothing is lost or silently wrong.
+"""Cause faults of every kind at random moments, and check that nothing is lost.
 
 Usage: python -m tests.chaos.chaos [--out reports/chaos.json] [--kinds NAME,NAME] [--only KIND:INDEX] [--state FILE]
 
@@ -69,7 +69,10 @@ def plan(kinds: Iterable[str], numbers: dict[str, int]) -> list[tuple[str, int]]
 def play_all(
     trials: Sequence[tuple[str, int]], seed: int, jobs: int, done: dict[tuple[str, int], Trial]
 ) -> Iterator[Trial]:
-    """Play the trials that are not ``done`` in so many processes, and yield each as it ends."""
+    """Play the trials that are not ``done`` in parallel, and yield each as it ends.
+
+    ``jobs`` is the number of processes.
+    """
     kinds = list(dict.fromkeys(kind for kind, _ in trials))
     left = (trial for trial in trials if trial not in done)
     # A folder of its own for each process; a stopped command leaves none behind.
@@ -116,7 +119,10 @@ def default_state(seed: int, commit: str) -> Path:
 
 
 def tally(trials: Sequence[Trial], seed: int, machine: dict[str, Any]) -> dict[str, Any]:
-    """Count outcomes, commits, and seconds by kind, and list the failures; ``machine`` describes where."""
+    """Count outcomes, commits, and seconds by kind, and list the failures.
+
+    ``machine`` describes the machine of the trials.
+    """
     by_kind = {kind: [trial for trial in trials if trial.kind == kind] for kind in FAULTS}
     counts = {
         kind: {"tried": len(found), **{name: sum(t.outcome == name for t in found) for name in Outcome}}

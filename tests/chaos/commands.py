@@ -24,7 +24,10 @@ STEMS = ["stage_dynamics"]
 
 
 class Ended(NamedTuple):
-    """Describe how a command ended: exit code (negative for a signal), lines on stderr, seconds, and peak MiB."""
+    """Describe how a command ended.
+
+    The exit code is negative for a signal. Lines are those on stderr, and the peak is in MiB.
+    """
 
     code: int
     lines: list[str]
@@ -46,7 +49,10 @@ class Ended(NamedTuple):
 
 
 def begin(process: BaseProcess, has_begun: Callable[[], object]) -> float:
-    """Start a process, wait until its work has begun or it has ended, and return the current time."""
+    """Start a process, wait until its work has begun, and return the time.
+
+    The wait also ends with the process.
+    """
     process.start()
     while not has_begun() and process.is_alive():
         time.sleep(POLL_S)

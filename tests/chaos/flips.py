@@ -1,10 +1,10 @@
-"""Damage one file of a small trained run at a time, and check whether readers notice.
+"""Damage one file of a small trained run, and check whether readers notice.
 
-Five of six trials flip one bit, and one of six zeroes a block of 4 KiB. Three of five flips draw any file with equal
-probability. The other flips, and every zeroed block, draw a Parquet file in proportion to its size. The run is then
-opened with and without verification, and all its tables are read by SQL. An outcome is ``detected`` (an error, or a
-note on the run), ``harmless`` (all answers are those of the intact run), ``unread`` (a checkpoint, which no table
-reads), or ``silent`` (another answer).
+Each trial has one damage. Five of six trials flip one bit, and one of six zeroes a block of 4 KiB. Three of five flips
+draw any file with equal probability. The other flips, and every zeroed block, draw a Parquet file in proportion to its
+size. The run is then opened with and without verification, and all its tables are read by SQL. An outcome is
+``detected`` (an error, or a note on the run), ``harmless`` (all answers are those of the intact run), ``unread`` (a
+checkpoint, which no table reads), or ``silent`` (another answer).
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ INTERVENTION_TOKENS = 20_000
 
 
 class Damage(NamedTuple):
-    """Describe a change of one file: ``offset`` of the block, or of the byte whose ``bit`` is flipped."""
+    """Describe a change of one file.
+
+    ``offset`` is that of the block, or of the byte whose ``bit`` is flipped.
+    """
 
     file: str
     offset: int
@@ -95,7 +98,7 @@ class Damage(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Hold what readers see of a run: its manifest, and rows and summaries of its tables."""
+    """Hold the manifest of a run, and rows and summaries of its tables."""
 
     manifest: dict[str, Any]
     frames: list[pl.DataFrame]
@@ -121,7 +124,10 @@ class Answers(NamedTuple):
 
 
 def make_trace(folder: Path) -> Path:
-    """Train a small run with checkpoints and interventions in ``folder``, and return its path."""
+    """Train a small run with checkpoints and interventions, and return its path.
+
+    The run is inside ``folder``.
+    """
     from entrace.trainer.config import load_config
     from entrace.trainer.interventions.intervene import Settings, intervene, resolve_checkpoint
     from entrace.trainer.train import train
@@ -161,7 +167,10 @@ class Found(NamedTuple):
 
     @property
     def is_failure(self) -> bool:
-        """Return whether damage was silent that had to be detected, or an error does not name the file."""
+        """Return True if the reader failed.
+
+        A failure is silent damage that had to be detected, or an error that does not name the file.
+        """
         is_avoidable = self.default == SILENT and self.place != PAGES
         return self.verified == SILENT or is_avoidable or not self.is_named
 
@@ -248,7 +257,10 @@ class Blocks(Damaged):
 
 
 def tally_places(trials: Sequence[Trial]) -> dict[str, dict[str, int]]:
-    """Count the outcomes of damage by kind, place, and whether the run was opened with verification."""
+    """Count the outcomes of damage by kind, place, and mode.
+
+    The mode is opening with or without verification.
+    """
     counts: dict[str, Counter[str]] = {}
     for trial in trials:
         for mode in MODES if trial.detail else ():
@@ -258,7 +270,10 @@ def tally_places(trials: Sequence[Trial]) -> dict[str, dict[str, int]]:
 
 
 def describe_default(damage: dict[str, dict[str, int]]) -> str:
-    """Return how often damage that verification notices changed an answer without it, in one line."""
+    """Describe in one line how often missing verification changed an answer.
+
+    Only damage that verification notices counts.
+    """
     counts = [count for key, count in damage.items() if key.endswith(f", {PAGES}, default")]
     silent, tried = sum(count.get(SILENT, 0) for count in counts), sum(sum(count.values()) for count in counts)
     changes = f"{silent:,} of {tried:,} changes within data pages of larger files"

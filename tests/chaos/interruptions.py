@@ -1,4 +1,7 @@
-"""Stop reports, imports, and prunes at random moments, repeat the command, and compare with an undisturbed one."""
+"""Stop reports, imports, and prunes at random moments, and repeat them.
+
+The result is compared with that of an undisturbed command.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,10 @@ def flush_often() -> None:
 def watch(
     folder: Path, board: Board, kill_at: int | None, is_torn: bool, prepare: Callable[[], None] | None = None
 ) -> None:
-    """Count file-system events below ``folder``, and let the process kill itself at one of them."""
+    """Count file-system events below ``folder``.
+
+    The process kills itself at event ``kill_at``, unless it is None.
+    """
     if prepare:
         prepare()
     Watch(folder, board, kill_at, is_torn).install()
@@ -129,7 +135,7 @@ class Imports(Fault):
 
     @cached_property
     def _whole(self) -> tuple[dict[str, pl.DataFrame], float, int]:
-        """Return the tables of the import that nothing interrupted, its seconds, and its file-system events."""
+        """Return tables, seconds, and file-system events of an undisturbed import."""
         folder = self.scene.folder / "import" / "whole"
         folder.mkdir(parents=True)
         board = self.scene.board()
@@ -186,7 +192,7 @@ class Prunes(Fault):
 
     @cached_property
     def _whole(self) -> tuple[dict[str, bytes], float, int]:
-        """Return the files of the run that nothing interrupted, its seconds, and its file-system events."""
+        """Return files, seconds, and file-system events of an undisturbed prune."""
         folder = self.scene.folder / "prune" / "whole"
         run_dir = shutil.copytree(self.scene.trace, folder / "run")
         board = self.scene.board()

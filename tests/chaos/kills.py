@@ -1,8 +1,8 @@
-"""Kill small training runs at random moments, resume them, and compare them with an undisturbed one.
+"""Kill small training runs at random moments, and resume them.
 
 A case is a run that is killed up to three times in a row: at a file-system event, by itself, or after some time, from
-outside. After each kill the trace must open and hold exactly the steps up to the last durable one; resumed to its end,
-the run must equal the uninterrupted one in every row, weight and state of the optimizer.
+outside. After each kill the trace must open and hold exactly the steps up to the last durable one. Resumed to its end,
+the run must equal an uninterrupted one in every row, weight, and state of the optimizer.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ class Case:
 
 
 def draw_moments(seed: int, index: int) -> list[Moment]:
-    """Draw the moments of a case: the first at any time, the others during a resume or soon after."""
+    """Draw the moments of a case.
+
+    The first is at any time, the others during a resume or soon after.
+    """
     rng = np.random.default_rng([seed, index])
     num_kills = 1 + int(rng.choice(len(SHARES), p=SHARES))
     return [
@@ -85,7 +88,10 @@ def draw_moments(seed: int, index: int) -> list[Moment]:
 
 
 class Ending(NamedTuple):
-    """Describe how a victim ended (killed, with an error, or neither): place, number of events, and seconds."""
+    """Describe how a victim ended: killed, with an error, or neither.
+
+    The description also has place, number of events, and seconds.
+    """
 
     is_killed: bool
     error: str | None
@@ -138,7 +144,10 @@ class Harness:
         timeout: float | None = None,
         prepare: Callable[[], None] | None = None,
     ) -> Ending:
-        """Resume a run until it ends, kills itself at an event, or ``timeout`` seconds are over."""
+        """Resume a run until it ends or is killed.
+
+        The run kills itself at event ``kill_at``, and is killed after ``timeout`` seconds. Neither happens if None.
+        """
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         log, board = run_dir.parent / "log.txt", Board.of(self.context)
         process = self.context.Process(target=run, args=(run_dir, log, board, kill_at, is_torn, prepare), daemon=True)

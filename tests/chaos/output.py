@@ -1,4 +1,7 @@
-"""Close pipes, exhaust memory, and fill disks under ``entrace sql`` and ``entrace report``."""
+"""Test closed pipes, exhausted memory, and full disks under two commands.
+
+The commands are ``entrace sql`` and ``entrace report``.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +140,7 @@ class Disks(Fault):
     number = 40
 
     def attempt(self, index: int, rng: np.random.Generator) -> Trial:
-        """Export to a device that is full, or write a report where there is too little room."""
+        """Export to a full device, or write a report where there is too little room."""
         if index % 2 or not can_mount():
             return self._export(index)
         whole, _ = self.scene.report
@@ -180,7 +183,10 @@ def can_mount() -> bool:
 
 
 def draw_on_small_disk(folder: Path, size: int) -> None:
-    """Mount a disk of ``size`` bytes, which only this process sees, and limit the report to one figure."""
+    """Mount a disk of ``size`` bytes that only this process sees.
+
+    The report is limited to one figure.
+    """
     new_namespace = 0x20000
     if ctypes.CDLL(None, use_errno=True).unshare(new_namespace):
         raise OSError(ctypes.get_errno(), "unshare")

@@ -1,4 +1,4 @@
-"""Prepare what trials share: runs, reports, and dumps that were never interrupted."""
+"""Prepare runs, reports, and dumps that were never interrupted, for trials."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from .victim import Board
 
 
 class Scene:
-    """Hold the folder in which the trials of one process take place, and what they compare with.
+    """Hold the folder in which the trials of one process take place.
+
+    The scene also holds the results to compare with.
 
     Attributes:
         folder: Folder for everything.
@@ -93,7 +95,10 @@ class Scene:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file except hidden ones and the list of digests, to which an interruption adds."""
+    """Return the bytes of every file except hidden ones and the list of digests.
+
+    An interruption adds to that list.
+    """
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
     return {
         path.as_posix(): (folder / path).read_bytes()

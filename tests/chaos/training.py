@@ -77,7 +77,10 @@ class Clocks(Fault):
     number = 30
 
     def attempt(self, index: int, rng: np.random.Generator) -> Trial:
-        """Train with a clock that jumps at every look at it; every second run is killed and resumed."""
+        """Train with a clock that jumps whenever it is read.
+
+        Every second run is killed and resumed.
+        """
         harness = self.scene.harness
         with self.scene.place(f"clocks/{index}") as place:
             run_dir = place / "run"
@@ -96,7 +99,10 @@ class Clocks(Fault):
 
 
 def let_jump(seed: int) -> None:
-    """Let the clock jump by up to a century, forward or backward, whenever this process looks at it."""
+    """Let the clock jump whenever this process reads it.
+
+    Jumps are up to half a century, forward or backward.
+    """
     rng, real = np.random.default_rng(seed), time.time
 
     class Jumping(manifest.datetime):
@@ -110,7 +116,10 @@ def let_jump(seed: int) -> None:
 
 
 def touch_at_random(folder: Path, rng: np.random.Generator) -> None:
-    """Give every file a random time of change, as if the clock had jumped while they were written."""
+    """Give every file a random time of change.
+
+    The effect is that of a clock that jumped while files were written.
+    """
     for path in folder.rglob("*"):
         moment = float(rng.uniform(0, 2**31))
         os.utime(path, (moment, moment))

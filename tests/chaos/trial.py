@@ -1,4 +1,4 @@
-"""Define what all kinds of faults have in common: numbered trials, and the four ways in which one can end."""
+"""Define numbered trials of any fault, and the four ways in which one can end."""
 
 from __future__ import annotations
 

@@ -51,7 +51,10 @@ INVARIANTS = {
 
 
 class Reference:
-    """Hold the run that was never interrupted: its rows in order, its manifest, and its checkpoints."""
+    """Hold the run that was never interrupted.
+
+    The rows are in order; the manifest and the checkpoints are included.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         """Read the finished run in ``run_dir``."""
@@ -64,7 +67,7 @@ class Reference:
             raise AssertionError(f"the uninterrupted run: {'; '.join(defects)}")
 
     def defects(self, run_dir: Path) -> Iterator[str]:
-        """Return what is wrong with a run as a reader sees it, right after a kill or at its end."""
+        """Yield defects of a run as a reader sees it, after a kill or at its end."""
         yield from map(str, verify_run(run_dir).faults)
         runs = entrace.open_runs(run_dir)
         durable = next(iter(runs.manifests.values()))["last_durable_step"]
@@ -107,7 +110,10 @@ def _read(runs: entrace.Runs, table: str) -> pl.DataFrame:
 
 
 def equal(one: pl.DataFrame, other: pl.DataFrame) -> bool:
-    """Return True if two frames hold the same values in the same order, floats to the bit."""
+    """Return True if two frames hold equal values in equal order.
+
+    Floats must be equal to the bit.
+    """
     floats = [name for name, kind in one.schema.items() if kind.is_float()]
     return one.equals(other) and all(
         one[name].to_numpy().tobytes() == other[name].to_numpy().tobytes() for name in floats

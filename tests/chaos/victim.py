@@ -1,7 +1,8 @@
-"""Train a run that may be killed at any moment, by itself or from outside, and report how far it got.
+"""Train a run that may be killed at any moment, and report how far it got.
 
-File-system events are counted as Python sees them: opens, renames, removals, folders, syncs, and each write of a buffer
-to a file. Libraries that write past it count as one write per file.
+The process kills itself or is killed from outside. File-system events are counted as Python sees them: opens, renames,
+removals, folders, syncs, and each write of a buffer to a file. Libraries that write past it count as one write per
+file.
 """
 
 from __future__ import annotations

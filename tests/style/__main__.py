@@ -1,4 +1,6 @@
-"""Report phrases that the style of this project rules out: ``python -m tests.style [FILE...]``.
+"""Report phrases that project style rules out.
+
+Usage: ``python -m tests.style [FILE...]``.
 
 The phrases are in ``phrases.toml``. Without files, all text files that git tracks or would track are checked, except
 committed reports and fixtures. The exit code is 1 if there are findings.
@@ -52,7 +54,10 @@ class Rules:
         self._patterns = {section: re.compile(_union(entries)) for section, entries in phrases.items()}
 
     def search(self, section: str, text: str) -> Iterator[tuple[int, int, str]]:
-        """Yield start, end, and suggestion of each phrase of ``section`` in ``text``, which is in lower case."""
+        """Yield start, end, and suggestion of each phrase of ``section``.
+
+        ``text`` is in lower case.
+        """
         for match in self._patterns[section].finditer(text):
             yield *match.span(), self._hints[section][int(str(match.lastgroup)[1:])]
 

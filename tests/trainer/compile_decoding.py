@@ -1,4 +1,4 @@
-"""Compile the decoding kernels for an H100, which needs no GPU; print their names."""
+"""Compile the decoding kernels for an H100, without a GPU; print their names."""
 
 import inspect
 

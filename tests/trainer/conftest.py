@@ -52,7 +52,7 @@ def pytest_runtest_setup():
 
 @pytest.fixture
 def policy() -> Policy:
-    """A fresh copy of the embedded base policy."""
+    """Return a fresh copy of the embedded base policy."""
     return Policy.load(PolicyConfig(device="cpu"))
 
 
@@ -68,7 +68,7 @@ def task(small_config) -> Task:
 
 @pytest.fixture
 def small_recipe(tmp_path) -> Path:
-    """A recipe that is pretrained in seconds."""
+    """Write a recipe that is pretrained in seconds."""
     text = (CONFIGS / "base-policy.toml").read_text()
     for key, value in SMALL_RECIPE.items():
         text, found = re.subn(rf"^{key} = \S+", f"{key} = {value}", text, flags=re.MULTILINE)
@@ -80,7 +80,7 @@ def small_recipe(tmp_path) -> Path:
 
 @pytest.fixture
 def call(capsys, monkeypatch):
-    """Runs the command line in this process; returns exit status, stdout and stderr."""
+    """Run the command line here; return exit status, stdout, and stderr."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["entrace", *map(str, arguments)])
@@ -117,7 +117,10 @@ def cut_short(path):
 
 
 def token_batch() -> tuple[torch.Tensor, RolloutView]:
-    """Advantages (8, 6) and tokens in float64: padding, an empty response, one of a single token, a uniform group."""
+    """Return advantages (8, 6) and tokens in float64.
+
+    Responses include an empty one, one of a single token, padded ones, and a uniform group.
+    """
     generator = torch.Generator().manual_seed(0)
     logprobs, entropy = -torch.rand(8, 6, generator=generator).double(), torch.rand(8, 6, generator=generator).double()
     mask = torch.arange(6) < torch.tensor([6, 1, 0, 3, 6, 2, 5, 4])[:, None]

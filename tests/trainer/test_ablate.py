@@ -35,7 +35,7 @@ DIVERGING = '\n[arms.diverging]\noptim.lr = 1e30\nrollout.when_short = "error"\n
 
 
 class Seen:
-    """Keeps what a listener is told."""
+    """Keep the events of a listener."""
 
     def __init__(self):
         self.updates, self.ended = [], {}
@@ -55,7 +55,7 @@ def grid(tmp_path):
 
 
 def one_thread_each():
-    """Sums are rounded as in this process, which has one thread too."""
+    """Sums are rounded as in this process, which also has one thread."""
     return LocalLauncher(count_cores(), threads=1)
 
 
@@ -89,7 +89,10 @@ def test_the_number_of_concurrent_runs_does_not_change_a_run(grid, tmp_path):
 
 
 def test_failed_runs_stay_until_they_are_retried(grid, tmp_path):
-    """One arm diverges by construction; the others are trained, kept, and left alone by later calls."""
+    """One arm diverges by construction, and later calls leave all runs alone.
+
+    The other arms are trained and kept.
+    """
     grid.write_text(GRID + DIVERGING)
     specs = load_grid(str(grid), [*SMALL, "optim.warmup_steps=0"])
     out, seen = tmp_path / "study", Seen()
@@ -121,7 +124,10 @@ def test_failed_runs_stay_until_they_are_retried(grid, tmp_path):
 
 
 def test_a_failed_run_is_completed_by_a_retry(grid, tmp_path):
-    """The cause of the failure is gone; the run resumes from its checkpoint and equals one that never failed."""
+    """The cause of the failure is gone; the run resumes from its checkpoint.
+
+    The result equals a run that never failed.
+    """
     spec = load_grid(str(grid), SMALL)[0]
     out = tmp_path / "study"
 
@@ -153,7 +159,7 @@ def test_a_run_that_cannot_begin_is_recorded_as_failed(grid, tmp_path):
 
 
 class KillsItsRun(Seen):
-    """Kills the process of a run, as a machine out of memory would."""
+    """Kill the process of a run, as a machine out of memory does."""
 
     def update(self, run_id, done, **metrics):
         super().update(run_id, done, **metrics)
@@ -175,7 +181,7 @@ def test_a_run_whose_process_dies_without_a_word_has_failed(grid, tmp_path):
 
 
 def print_and_exit(config, run_dir, labels, **_):
-    """Stands for a library that ends the process."""
+    """Stand for a library that ends the process."""
     for number in range(9):
         print("line", number)
     os.write(2, b"terminate called\nbad_alloc")
@@ -316,7 +322,7 @@ def test_a_config_key_that_is_newer_than_a_run_counts_as_its_default(grid, tmp_p
 
 @pytest.mark.slow
 def test_runs_end_with_whoever_started_them(grid, tmp_path):
-    """SIGKILL gives the grid no chance to say goodbye; its runs notice, and keep what they have."""
+    """SIGKILL ends the grid at once; its runs notice, and keep what they have."""
     out = tmp_path / "study"
     script = (
         "from pathlib import Path\nfrom entrace.trainer.ablation.grid import load_grid\n"

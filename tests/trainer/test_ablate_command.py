@@ -190,7 +190,10 @@ def test_failed_runs_are_named_at_the_end(call, tmp_path):
 
 
 def interrupt(folder, arguments):
-    """Starts ``entrace ablate`` and sends its process group SIGINT, as a terminal does, once two runs are at work."""
+    """Start ``entrace ablate``, and interrupt it once two runs are at work.
+
+    Its process group receives SIGINT, as from a terminal.
+    """
     command = [sys.executable, "-m", "entrace", *map(str, arguments)]
     process = subprocess.Popen(
         command,

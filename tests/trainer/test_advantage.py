@@ -72,7 +72,10 @@ def test_overlong_penalty(length, penalty):
 
 @pytest.mark.parametrize(("values", "factor"), [((-1.0, 1.0), 1.0), ((0.0, 1.0), 0.5)])
 def test_a_correct_answer_at_the_length_limit_keeps_a_positive_advantage(values, factor):
-    """As in DAPO, which subtracts up to 1 from rewards of -1 and 1: (0 + 3/8) / 0.9161 = .41; also on the 0/1 scale."""
+    """DAPO subtracts up to 1 from rewards of -1 and 1: (0 + 3/8) / 0.9161 = .41.
+
+    The 0/1 scale must give the same advantage.
+    """
     wrong, right = values
     rewards = torch.tensor([right, right, right] + [wrong] * 5).double()
     lengths = torch.tensor([64] + [10] * 7)

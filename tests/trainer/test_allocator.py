@@ -1,4 +1,4 @@
-"""In processes of their own: what malloc does is of the process, and stays."""
+"""Test malloc settings in new processes, which they affect permanently."""
 
 import subprocess
 import sys

@@ -1,4 +1,7 @@
-"""Weights of recorded tokens: plain GRPO, a loop over tokens, cases worked out by hand, and the command."""
+"""Test weights of recorded tokens, and the command.
+
+Expected weights come from plain GRPO, a loop over tokens, and cases worked out by hand.
+"""
 
 import json
 import math
@@ -27,7 +30,10 @@ STEMS = ("entropy", "position", "sign", "category", "correlations")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A trace of three steps with several updates each, the last of which has values after it."""
+    """Return a trace of three steps with several updates each.
+
+    The last step has values after the update.
+    """
     folder = tmp_path_factory.mktemp("atlas") / "run"
     more = ["steps=3", "record.after_update_every=3", "optim.mini_batches=3", "optim.lr=1e-3", "optim.warmup_steps=0"]
     train(load_config("tiny", [*SMALL, *more]), folder, {})
@@ -36,7 +42,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def steps(run):
-    """Recorded steps, with the weights of each method at ratio 1 and after the update."""
+    """Return recorded steps, and each method's weights at ratio 1 and after updates."""
     opened = open_runs(run)
     weigher = Weigher(find_methods())
     recorded = [record_step(*parts, has_entropy=True) for parts in read_steps(opened, Trace.of(opened))]
@@ -81,7 +87,7 @@ def test_weights_after_the_update_equal_a_loop(steps):
 
 
 def hand():
-    """Two responses, of two tokens and three; entropies .1, .9, .5, .4, .8."""
+    """Return responses of two and three tokens, entropies .1, .9, .5, .4, .8."""
     nothing = np.full(5, np.nan)
     return RecordedStep(
         step=1,

@@ -18,7 +18,10 @@ def make(length, keys):
 
 
 def left_padding(length, keys):
-    """Return a causal mask with 0, 1, and 2 padded keys; a query without keys attends to itself."""
+    """Return a causal mask with 0, 1, and 2 padded keys.
+
+    A query without keys attends to itself.
+    """
     mask = torch.ones(length, keys, dtype=torch.bool).tril(keys - length).expand(3, 1, length, keys).clone()
     for row in range(3):
         mask[row, :, :, :row] = False

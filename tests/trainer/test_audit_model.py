@@ -1,4 +1,7 @@
-"""Audit dumps that TRL and the classes of verifiers wrote, against the policy that sampled, with injected faults."""
+"""Audit dumps against the policy that sampled them, with injected faults.
+
+The dumps were written by TRL and by the classes of verifiers.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,10 @@ class TracedGRPO(Traced, GRPOTrainer):
 
 @dataclass
 class Case:
-    """A dump with its model: ``values`` are those of an independent pass in float64, ``column`` holds the logprobs."""
+    """A dump with its model.
+
+    ``values`` are those of an independent pass in float64. ``column`` holds the logprobs.
+    """
 
     comparison: Comparison
     sample: Sample
@@ -52,7 +58,7 @@ class Case:
     def values(
         self, temperature: float = TEMPERATURE, logits: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities of all tokens of the vocabulary, and entropies."""
+        """Return log-probabilities of all vocabulary entries, and entropies."""
         scaled = (self.logits if logits is None else logits) / temperature
         logp = (
             scaled
@@ -88,7 +94,10 @@ def alarms(sample: Sample, reference: Reference) -> dict[str, Finding]:
 
 @torch.no_grad()
 def logits_of(reference: Reference, prompts: dict[int, list[int]], tokens: pl.DataFrame, model=None) -> np.ndarray:
-    """Logits of the generated tokens in float64, one response at a time, from transformers alone."""
+    """Return logits of the generated tokens in float64, from transformers alone.
+
+    Each response has its own pass.
+    """
     model = (model or load_policy()).eval()
     found = {}
     for (rollout,), rows in tokens.group_by("rollout_id", maintain_order=True):
@@ -106,7 +115,7 @@ def comparison() -> Comparison:
 
 @pytest.fixture(scope="module")
 def trl_run(tmp_path_factory) -> Path:
-    """A step of TRL at temperature 0.7, recorded by entrace, with the completions that TRL itself writes."""
+    """Record a TRL step at temperature 0.7, and keep TRL's own completions."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("audit")
     traced = {"trace": out / "run", "correct": "is_right"}
@@ -145,7 +154,10 @@ def test_clean_dumps_raise_no_alarm(case: Case):
 
 
 def test_no_part_of_a_clean_dump_raises_an_alarm(case: Case):
-    """Ten random halves of the responses of each dump, with what the checks without a model find."""
+    """Ten random halves of the responses of each dump raise no alarm.
+
+    The checks without a model are included.
+    """
     rng = np.random.default_rng(0)
     rollouts = np.unique(case.reference.responses)
     for _ in range(10):
@@ -170,7 +182,7 @@ def test_the_kept_sums_reproduce_values_of_any_temperature_and_truncation(trl: C
 
 
 def truncated(case: Case, temperature: float, kind: str, limit: float) -> np.ndarray:
-    """Log-probabilities renormalized over the entries that a truncation keeps."""
+    """Return log-probabilities renormalized over the entries that truncation keeps."""
     logp, _ = case.values(temperature)
     p = -np.sort(-np.exp(logp), 1)
     if kind == "top-k":
@@ -199,7 +211,7 @@ def shifted(values: np.ndarray, responses: np.ndarray, by: int) -> np.ndarray:
 
 
 def off_by_one(case: Case) -> np.ndarray:
-    """Each token in the distribution of the next token."""
+    """Return each token's log-probability in the next token's distribution."""
     logp, _ = case.values()
     following = np.roll(logp, -1, 0)[np.arange(len(case.ids)), case.ids]
     responses = case.reference.responses
@@ -207,7 +219,7 @@ def off_by_one(case: Case) -> np.ndarray:
 
 
 def permuted(case: Case, values: np.ndarray) -> np.ndarray:
-    """One permutation within each response, the same for all columns."""
+    """Permute values within each response, equally in all columns."""
     rng = np.random.default_rng(0)
     order = np.lexsort((rng.random(len(values)), case.reference.responses))
     return values[order]
@@ -228,7 +240,7 @@ def of_other_responses(case: Case, values: np.ndarray) -> np.ndarray:
 
 
 def noisy_policy(scale: float):
-    """Another version of the policy: its weights, changed at random by a share of their spread."""
+    """Return the policy with weights changed at random, by a share of their spread."""
     torch.manual_seed(1)
     model = load_policy()
     with torch.no_grad():
@@ -301,7 +313,10 @@ def test_another_version_of_the_policy_is_not_told_from_another_model(case: Case
 
 
 def reread(case: Case, tokens: pl.DataFrame) -> dict[str, Finding]:
-    """Return the alarms of edited tokens, whose missing log-probabilities and entropies are the model's."""
+    """Return the alarms of edited tokens.
+
+    Missing log-probabilities and entropies are filled in from the model.
+    """
     numbered = tokens.with_columns(position=pl.int_range(pl.len()).over("rollout_id"))
     reference = case.comparison.read(numbered, case.prompts, "edited")
     model, x = reference.model, -np.log(TEMPERATURE)
@@ -329,7 +344,10 @@ def edited(case: Case, edit: Callable[[pl.DataFrame], pl.DataFrame], every: int)
 
 
 def split_tokens(case: Case, rows: pl.DataFrame) -> pl.DataFrame:
-    """Tokenize the text of a response byte by byte; its values are the model's at the new tokens."""
+    """Tokenize part of a response byte by byte.
+
+    Values of the new tokens are the model's.
+    """
     tokenizer = case.comparison.policy.tokenizer
     ids = rows["token_id"].to_list()
     middle = [i for token in ids[5:9] for text in tokenizer.decode([token]) for i in tokenizer.encode(text)]
@@ -358,7 +376,7 @@ def test_tokens_that_were_not_sampled_are_found(case: Case, name: str):
 
 
 def test_values_of_other_token_ids_are_found(trl: Case):
-    """The ids are those of the text tokenized again, and the values are those of the tokens that were sampled."""
+    """Token ids come from the text tokenized again, values from the sampled tokens."""
 
     def retokenize(rows: pl.DataFrame) -> pl.DataFrame:
         found = split_tokens(trl, rows)
@@ -371,7 +389,7 @@ def test_values_of_other_token_ids_are_found(trl: Case):
 
 
 def test_a_model_of_other_weights_did_not_sample_the_tokens(trl: Case, comparison: Comparison):
-    """A model that is not the policy shows in the tokens, whatever values are recorded."""
+    """A model that is not the policy shows in the tokens, not only in values."""
     model = comparison.policy.model
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     try:
@@ -384,7 +402,10 @@ def test_a_model_of_other_weights_did_not_sample_the_tokens(trl: Case, compariso
 
 
 def test_completions_of_trl_hold_groups_and_advantages_but_no_values(trl_run: Path, command, tmp_path: Path):
-    """TRL's own file: faults of groups and advantages are found in it, and the rest is said to be missing."""
+    """TRL's own file shows faults of groups and advantages.
+
+    Everything else is reported as missing.
+    """
     source = trl_run / "completions" / "completions_00001.parquet"
     arguments = ("--tokenizer", str(find_base_policy()), "--json")
 
@@ -419,7 +440,10 @@ def test_the_command_compares_what_the_model_sampled(trl_run: Path, call):
 
 @pytest.fixture(scope="module")
 def native_run(tmp_path_factory) -> Path:
-    """Three steps with a large learning rate, and checkpoints after the second and the third."""
+    """Train three steps with a large learning rate.
+
+    Checkpoints exist after steps 2 and 3.
+    """
     out = tmp_path_factory.mktemp("native") / "run"
     changes = ["steps=3", "rollout.prompts_per_step=12", "optim.lr=3e-3", "optim.warmup_steps=0", "eval.every=3"]
     run_training(load_config("tiny", [*SMALL, *changes, "record.checkpoint_every=1"]), out, {})

@@ -1,4 +1,7 @@
-"""Compare the sampler for a GPU, without a graph, with the sampler for a CPU and with naive references."""
+"""Compare the GPU sampler, without a graph, with the CPU sampler.
+
+Naive references are a second comparison.
+"""
 
 import gc
 import os
@@ -70,7 +73,10 @@ def assert_equal(found, expected):
     ids=lambda params: f"{params.temperature}-{params.truncation}-{len(params.stop)}",
 )
 def test_equal_random_numbers_draw_equal_tokens(shared, prompts, uniforms, params, monkeypatch):
-    """Prompts of unequal lengths, with limits of their own; responses end by all reasons, at different lengths."""
+    """Prompts differ in length and limit; responses end for all reasons.
+
+    Their lengths differ.
+    """
     monkeypatch.setattr(batched, "CHECK_EVERY", 3)
     monkeypatch.setattr(batched, "PLACES", 8)
     sampler = batched_sampler(shared)
@@ -222,7 +228,7 @@ def test_a_failed_capture_is_logged_once_and_changes_nothing(shared, prompts, un
 
 
 def test_what_fails_is_left_out_with_its_reason(shared, monkeypatch):
-    """As on a GPU without a C compiler; without a GPU, captured work runs plainly."""
+    """The case is a GPU without a C compiler; here, captured work runs plainly."""
 
     def failing(*arguments, **options):
         raise RuntimeError("Failed to find C compiler")
@@ -275,7 +281,10 @@ with_interpreter = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Return a function that switches to the kernels; tests/conftest.py selects the interpreter."""
+    """Return a function that switches to the kernels.
+
+    tests/conftest.py selects the interpreter.
+    """
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("tests/trainer/test_cuda.py runs them")
@@ -292,7 +301,10 @@ def kernels(monkeypatch):
 
 
 def random_step(group, width, dtype):
-    """Return the arguments of ``attend``: three prompts, seven rows, one of them the empty last slot."""
+    """Return arguments of ``attend``: three prompts and seven rows.
+
+    One of the rows is the empty last slot.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -393,7 +405,7 @@ def test_compiled_norms_and_activations(shared, prompts, uniforms):
 
 @pytest.mark.slow
 def test_kernels_compile_for_a_gpu():
-    """In a new process, since the interpreter replaces the compiler in this one."""
+    """Use a new process, because the interpreter replaces the compiler in this one."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "tests.trainer.compile_decoding"]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}

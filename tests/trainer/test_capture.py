@@ -1,4 +1,7 @@
-"""Token statistics after an update: recomputed under the new weights, recorded every n-th step."""
+"""Test token statistics after an update.
+
+Statistics are recomputed under the new weights, and recorded every n-th step.
+"""
 
 import numpy as np
 import polars as pl
@@ -77,7 +80,10 @@ def test_other_steps_and_responses_outside_the_update_are_null(leap):
 
 
 def test_clipped_tokens_match_the_clip_fraction_of_the_step(leap):
-    """With one update per epoch and no clipping in the first, the step's fraction is half that of the second."""
+    """The step's fraction is half that of the second epoch.
+
+    There is one update per epoch, and no clipping in the first.
+    """
     captured = read(leap, "tokens").drop_nulls("is_clipped")
     per_step = captured.group_by("step", maintain_order=True).agg(pl.col("is_clipped").mean())
     steps = read(leap, "steps").filter(pl.col("step") % 2 == 0)
@@ -126,7 +132,7 @@ def test_the_captured_responses_depend_only_on_the_step(small_config, policy, ta
 
 
 def test_any_epoch_counts(policy, task):
-    """The fraction clipped in any epoch is at least the mean over epochs, and at most their sum."""
+    """The fraction clipped in any epoch lies between mean and sum over epochs."""
     config = load_config("tiny", [*SMALL, *LEAP, "optim.epochs=5", "optim.mini_batches=2"])
     batch = collect_batch(config, policy, PromptSource(task), step=1)
     advantages = token_advantages(config, batch)

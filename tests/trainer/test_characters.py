@@ -14,7 +14,7 @@ WORDS = ["<unk>", "what", "is", "2", "3", "+", "?", "a", "b", "é"]
 
 
 def word_level(normalizer=None, unk="<unk>"):
-    """A tokenizer of a few words, whatever else there is being unknown."""
+    """Return a tokenizer of a few words; all other words are unknown."""
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
     if normalizer:

@@ -1,4 +1,7 @@
-"""Checkpoints: what is saved comes back to the bit, what is damaged is noticed, what is unfinished does not count."""
+"""Test that checkpoints restore to the bit.
+
+Damage must be noticed, and unfinished checkpoints must not count.
+"""
 
 import errno
 import json
@@ -79,7 +82,7 @@ def steps(run_dir):
 
 @pytest.fixture(scope="module")
 def learner():
-    """After three updates."""
+    """Return a learner after three updates."""
     learner = new_learner()
     learn(learner, 3)
     return learner
@@ -87,7 +90,7 @@ def learner():
 
 @pytest.fixture(scope="module")
 def saved(learner, tmp_path_factory):
-    """A run with checkpoints of steps 40 and 80; copied by whoever changes it."""
+    """Train a run with checkpoints of steps 40 and 80, for tests to copy."""
     run_dir = tmp_path_factory.mktemp("runs") / "run"
     for step in (40, 80):
         save_checkpoint(run_dir, learner, RunState(step, 7, 8, [(1.5, 0.25), (1.25, 0.5)]))
@@ -173,7 +176,7 @@ def test_more_than_a_million_steps_are_in_order(learner, tmp_path):
 
 
 class Killed(BaseException):
-    """Stands for the process ending at that point."""
+    """Stand for the end of the process at that point."""
 
 
 @pytest.mark.parametrize("place", ["save_file", "_seal", "sha256_of"])

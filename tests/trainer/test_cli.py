@@ -1,4 +1,4 @@
-"""Commands typed wrong: one clear line on stderr, exit 2, nothing written."""
+"""Test wrong commands: one clear line on stderr, exit 2, nothing written."""
 
 import json
 import shutil
@@ -15,7 +15,10 @@ from .conftest import SMALL
 
 @pytest.fixture
 def folders(tmp_path):
-    """A model without tokenizer, one without weights, one with pickled weights, and a config that is not TOML."""
+    """Write models without tokenizer, without weights, and with pickled weights.
+
+    A config that is not TOML is also written.
+    """
     policy = find_base_policy()
     for name, left_out in {
         "no-tokenizer": ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"],

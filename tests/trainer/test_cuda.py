@@ -92,7 +92,10 @@ def assert_equal_tokens(found, expected):
     ids=lambda options: next(iter(options), "plain"),
 )
 def test_every_way_to_sample_draws_the_same_tokens(policy, limit, options, monkeypatch):
-    """Compare the batched sampler and the decoder, each with and without a CUDA graph, with a CPU."""
+    """Compare the batched sampler and the decoder with a CPU.
+
+    Each is run with and without a CUDA graph.
+    """
     selected = backend_of(policy)
     prompts = [policy.encode_prompt(text) for text in ("1 + 2 =", "12 + 3 - 4 =", "7 =")]
     params = SamplingParams(limit, 1.2, **options)
@@ -113,7 +116,10 @@ def test_every_way_to_sample_draws_the_same_tokens(policy, limit, options, monke
 
 
 def test_the_host_does_not_wait_for_each_token(policy):
-    """Count synchronizations of a call, which must not grow with its tokens except for the regular looks."""
+    """Count synchronizations of a call, which must not grow with its tokens.
+
+    Regular looks at the tokens are the exception.
+    """
     sampler = backend_of(policy).batched
     prompts = [policy.encode_prompt("1 + 2 =")] * 2
     uniforms = np.full((8, 129), 0.5, dtype=np.float32)

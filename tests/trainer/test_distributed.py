@@ -1,6 +1,7 @@
-"""Several processes on one machine, over gloo: results equal those of one process, and all end together.
+"""Test several processes on one machine, over gloo.
 
-``accelerate launch`` starts some of them, as a user would; the others are forked, which saves their imports.
+Results equal those of one process, and all processes end together. ``accelerate launch`` starts some of them, as a user
+would; the others are forked, which saves their imports.
 """
 
 import errno
@@ -70,7 +71,10 @@ def assert_same_run(found_dir, wanted_dir):
 
 
 def fork(context, num_processes, arguments, tmp_path, before=None):
-    """Run the command in processes with the environment of a launcher; return the processes and their logs."""
+    """Run the command in forked processes with the environment of a launcher.
+
+    Returns the processes and their logs.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -131,7 +135,7 @@ def alone(tmp_path_factory):
 
 
 def launch(arguments, log, sharing="ddp"):
-    """Start two processes in the folder of ``log``, beside a stranger's ``trainer.py``."""
+    """Start two processes beside a stranger's ``trainer.py``, in the log's folder."""
     (log.parent / "trainer.py").write_text("raise SystemExit('the user\\'s own trainer was imported')\n")
     config = resources.CONFIGS / "accelerate" / f"{sharing}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2]
@@ -250,7 +254,10 @@ def test_statistics_of_the_batch_include_all_processes(context, tmp_path, overri
 
 
 def fill_the_disk(rank):
-    """Fill the disk of the second process when it writes step 2, until it is started again."""
+    """Fill the second process's disk when it first writes step 2.
+
+    After a restart the disk has room again.
+    """
     if rank == 1:
         write = train_module.TraceWriter.flush
 

@@ -1,4 +1,4 @@
-"""A plan tells what a run takes without loading it, near what it takes in fact."""
+"""Test that a plan predicts what a run needs, without loading the model."""
 
 import json
 

@@ -1,4 +1,7 @@
-"""Test the engines that sample; vLLM is replaced by ``tests.trainer.vllm_standin``, since it needs a GPU."""
+"""Test the engines that sample.
+
+vLLM needs a GPU, so ``tests.trainer.vllm_standin`` replaces it.
+"""
 
 import gc
 import sys
@@ -46,7 +49,10 @@ def change(policy):
 
 @pytest.mark.parametrize("truncation", [WHOLE, Truncation(top_k=5)], ids=str)
 def test_samples_of_vllm_are_scored_by_the_policy(standin, small, truncation):
-    """Before and after the weights change; the engine reports the distribution that it sampled from."""
+    """The engine reports the distribution that it sampled from.
+
+    The test compares before and after the weights change.
+    """
     sampler, prompts = sampler_of(small, VLLM), [[5, 6, 7], [8], [9, 10]]
     params = SamplingParams(6, 0.7, truncation)
     drawn = []

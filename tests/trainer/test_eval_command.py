@@ -1,4 +1,7 @@
-"""`entrace eval`: one row per benchmark with its interval and its number of prompts, and their mean on request."""
+"""Test `entrace eval`: one row per benchmark, and their mean on request.
+
+Each row has an interval and its number of prompts.
+"""
 
 import json
 import re
@@ -16,7 +19,7 @@ from entrace.trainer.tasks import load_task
 
 
 def columns(**verdicts):
-    """Columns of two samples per prompt, each prompt given as a pair of verdicts by benchmark."""
+    """Return columns of two samples per prompt, as pairs of verdicts by benchmark."""
     pairs = [(name, pair) for name, found in verdicts.items() for pair in found]
     return {
         "benchmark": [name for name, _ in pairs for _ in range(2)],
@@ -81,7 +84,10 @@ def test_no_printed_share_lies_outside_of_0_and_1(first, second):
 
 @pytest.fixture
 def exams(tmp_path):
-    """A configuration with two held-out files of one data source, of five and of three prompts."""
+    """Write a config with two held-out files, of five and of three prompts.
+
+    Both have the same data source.
+    """
     prompts = load_task(load_config("tiny").task, seed=5).heldout
     files = {}
     for name, part in (("first", prompts[:5]), ("second", prompts[5:8]), ("train", prompts[8:20])):

@@ -1,7 +1,7 @@
-"""Faults of the machine, real ones: what the user reads, what is left, and that the run can be resumed.
+"""Test real faults of the machine: messages, remains, and that runs can resume.
 
-A worker that dies inside a grid is in ``test_ablate``, a process killed at any moment in ``test_kill``, a loss that is
-no number in ``test_train``.
+A worker that dies inside a grid is in ``test_ablate``, a process killed at any moment in ``test_kill``, and a loss that
+is NaN or infinite in ``test_train``.
 """
 
 import functools
@@ -49,7 +49,7 @@ BLOCK = 4096
 
 
 class Interrupted(BaseException):
-    """Stands for the machine being taken away."""
+    """Stand for the loss of the machine."""
 
 
 def assert_same_run(one, other):
@@ -74,7 +74,10 @@ def resume(run_dir):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of six steps, with checkpoints of steps 2, 4 and 6 of which the last two are kept."""
+    """Train a run of six steps, with checkpoints of steps 2, 4, and 6.
+
+    The last two checkpoints are kept.
+    """
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     train(load_config("tiny", OVERRIDES), run_dir, LABELS)
     return run_dir
@@ -82,7 +85,10 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
-    """A run interrupted in step 6: the trace holds five steps, checkpoints are of steps 2 and 4."""
+    """Train a run and interrupt it in step 6.
+
+    The trace holds five steps, and checkpoints are of steps 2 and 4.
+    """
 
     def stop(done, **metrics):
         if done == 5:
@@ -213,7 +219,10 @@ def run_child(function, *arguments, **environment):
 
 
 def out_of_memory(out):
-    """Lets the allocator fail in a call of each of three functions; prints the errors by name of run."""
+    """Let the allocator fail in a call of each of three functions.
+
+    Errors are printed by name of run.
+    """
     torch.set_num_threads(1)
     # What the process keeps would be enough.
     policy_module.keep_freed_memory = lambda: None
@@ -233,7 +242,7 @@ def out_of_memory(out):
 
 
 def _starve(owner, name, call):
-    """The system gives no more memory in the ``call``-th call."""
+    """Let the system refuse memory in the ``call``-th call."""
     function, calls = getattr(owner, name), itertools.count(1)
 
     @functools.wraps(function)
@@ -273,7 +282,7 @@ def test_out_of_memory_names_the_setting_to_lower(tmp_path, whole):
 
 def test_memory_is_free_again_when_the_error_is_handled(small_config):
     class Activations:
-        """Stands for what filled the memory."""
+        """Stand for the tensors that filled the memory."""
 
     def fill():
         activations = Activations()
@@ -297,7 +306,10 @@ def test_other_errors_pass_the_advice_on_memory(small_config):
 
 
 def serve_mounts():
-    """Call functions of this file, each in a fork, and print the exit code of each; modules are imported once."""
+    """Call functions of this file in forks, and print their exit codes.
+
+    Modules are imported once.
+    """
     for line in sys.stdin:
         name, *arguments, output = json.loads(line)
         if os.fork() == 0:
@@ -333,7 +345,10 @@ def mounts():
 
 @pytest.fixture
 def run_mounted(mounts, tmp_path):
-    """Return what a function of this file prints as JSON, called where it may mount file systems."""
+    """Return a function that runs another where it may mount file systems.
+
+    The other is a function of this file, whose last printed line is parsed as JSON.
+    """
 
     def run(function, *arguments):
         output = tmp_path / "output.txt"
@@ -346,7 +361,10 @@ def run_mounted(mounts, tmp_path):
 
 @functools.cache
 def own_mounts():
-    """Command prefix under which a process may mount file systems of its own; None where the system lets nobody."""
+    """Return a command prefix under which a process may mount its own file systems.
+
+    None if the system allows no process to do so.
+    """
     for prefix in (("unshare", "-Urm"), ("unshare", "-m")):
         probe = [*prefix, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
         if shutil.which("unshare") and subprocess.run(probe, capture_output=True).returncode == 0:
@@ -362,7 +380,10 @@ def _mount(folder, options):
 
 
 def _entrace(*arguments, line=-1):
-    """Exit code and last line, or another one, of an ``entrace`` command in this process."""
+    """Return exit code and a line of output of an ``entrace`` command.
+
+    The command runs in this process, and the last line is the default.
+    """
     sys.argv = ["entrace", *map(str, arguments)]
     with io.TextIOWrapper(io.BytesIO(), write_through=True) as said:
         with redirect_stdout(said), redirect_stderr(said), pytest.raises(SystemExit) as stopped:
@@ -371,7 +392,10 @@ def _entrace(*arguments, line=-1):
 
 
 def full_disk(folder, out, *rooms):
-    """Trains on a disk with so many bytes of room, then with enough; prints what was said and left each time."""
+    """Train on a disk with given bytes of room, then with enough.
+
+    Each time, the output and the remaining files are printed.
+    """
     torch.set_num_threads(1)
     told = []
     for room in rooms:
@@ -391,7 +415,7 @@ def full_disk(folder, out, *rooms):
 
 
 def room_for(run_dir, step, checkpoints):
-    """Bytes that the trace takes up to ``step``, and so many checkpoints."""
+    """Return the bytes of the trace up to ``step`` with that many checkpoints."""
     parts = [path for path in run_dir.glob("*/*.parquet") if int(path.stem.split("-")[1]) <= step]
     checkpoint = [path for path in (run_dir / "checkpoints" / "step-000006").rglob("*") if path.is_file()]
     files = [run_dir / "run.json", *parts, *checkpoint * checkpoints]
@@ -423,7 +447,10 @@ def test_a_full_disk(tmp_path, whole, run_mounted):
 
 
 def locked_disk(folder, out):
-    """The disk becomes read-only after three steps, and writable again; prints what was said."""
+    """Make the disk read-only after three steps, then writable again.
+
+    Messages are printed.
+    """
     torch.set_num_threads(1)
     _mount(folder, "size=64m")
     run_dir = Path(folder) / "run"
@@ -463,7 +490,10 @@ def test_a_disk_that_becomes_read_only(tmp_path, whole, run_mounted):
 
 
 def unwritable_disk(folder, run_dir, recipe, condition):
-    """Calls every command that writes on a disk that is full or read-only; prints what each said at last."""
+    """Call every command that writes, on a disk that is full or read-only.
+
+    The last message of each is printed.
+    """
     torch.set_num_threads(1)
     folder = Path(folder)
     _mount(folder, "size=64m")
@@ -518,7 +548,7 @@ def test_every_command_names_an_unwritable_disk_and_a_remedy(
 
 
 def full_temporary_folder(folder, run_dir):
-    """Lets a query spill more than its temporary folder can hold."""
+    """Let a query spill more than its temporary folder can hold."""
     _mount(folder, "size=2m")
     tempfile.tempdir = folder
     text = (
@@ -558,7 +588,7 @@ def copy_policy(tmp_path, *left_out):
 
 
 class Bomb:
-    """Runs code when it is unpickled."""
+    """Run code when unpickled."""
 
     def __init__(self, path):
         self.path = path

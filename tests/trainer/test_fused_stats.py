@@ -1,4 +1,7 @@
-"""Compare the Triton kernels, run by Triton's interpreter, with the statistics in plain torch."""
+"""Compare the Triton kernels with the statistics in plain torch.
+
+Triton's interpreter runs the kernels.
+"""
 
 import pytest
 import torch
@@ -16,7 +19,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 @pytest.fixture
 def with_kernels(monkeypatch):
-    """Return a function that switches to the kernels; tests/conftest.py selects the interpreter."""
+    """Return a function that switches to the kernels.
+
+    tests/conftest.py selects the interpreter.
+    """
     if torch.cuda.is_available():
         pytest.skip("tests/trainer/test_cuda.py runs them")
     from entrace.trainer.kernels import token_stats_triton
@@ -49,7 +55,7 @@ def test_statistics_of_logits(with_kernels, gap, dtype):
 
 @pytest.mark.parametrize("block", [(5, 100), (64, 1000)], ids=str)
 def test_vocabulary_sums_beside_the_kernels(with_kernels, monkeypatch, block):
-    """They are computed in plain torch, in memory of their own."""
+    """The sums are computed in plain torch, in separate memory."""
     monkeypatch.setitem(blocked_stats.BLOCK, "cpu", block)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(13, 8, generator=generator), torch.randn(333, 8, generator=generator)

@@ -1,4 +1,4 @@
-"""Grids as files: which runs they stand for, what wins where several give a key, and what is refused."""
+"""Test grids as files: runs, precedence of keys, and refused input."""
 
 import hashlib
 from pathlib import Path

@@ -52,7 +52,7 @@ def score_all(read, policy, run):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of two steps, and its responses as plain rows with token ids."""
+    """Return a run of two steps, and its responses as plain rows with token ids."""
     run = tmp_path_factory.mktemp("trained") / "run"
     train(load_config("tiny", [*SMALL, "steps=2", "policy.device=cpu"]), run, {"study": "s", "arm": "none"})
     tokens = table(run, "tokens").sort("rollout_id", "position")
@@ -577,7 +577,7 @@ def test_skipping_bad_rows_leaves_no_group_in_part(tmp_path, call):
 
 
 def test_a_row_that_rewards_cannot_join_takes_its_group_along(tmp_path, call):
-    """A row without an id names its group all the same."""
+    """A row without an id still names its group."""
     rows = [row(id=f"{name}{n}", group=name, response=f"{n}") for name in "ab" for n in range(3)]
     rewards = write(tmp_path / "rewards.jsonl", [{"id": entry["id"], "reward": 1} for entry in rows])
     del rows[4]["id"]
@@ -589,7 +589,10 @@ def test_a_row_that_rewards_cannot_join_takes_its_group_along(tmp_path, call):
 
 
 def test_a_bad_row_whose_group_has_a_nested_key_takes_its_group_along(tmp_path, call):
-    """Without the group of the row, the rest of its group would stay: it is as large as the others."""
+    """Without its group key, the rest of a bad row's group would stay.
+
+    The group is as large as the others.
+    """
     sizes = {"a": 3, "b": 4, "c": 3}
     rows = [row(meta={"group": name}, response=f"{name}{n}") for name, size in sizes.items() for n in range(size)]
     rows[4]["reward"] = None
@@ -742,7 +745,7 @@ def test_an_import_killed_in_its_first_manifest_resumes(tmp_path, call):
 
 
 def test_a_trace_of_the_former_command_resumes(tmp_path, call):
-    """Manifest keys, config key, and the texts in them are those that ``entrace score`` wrote."""
+    """Manifest keys, the config key, and their texts are those of ``entrace score``."""
     path = write(tmp_path / "rows.jsonl", [row(), row(reward=0.0)])
     assert call("import", "--model", "embedded", path, "--out", tmp_path / "run")[0] == 0
     manifest = read_manifest(tmp_path / "run")

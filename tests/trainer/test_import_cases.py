@@ -1,4 +1,4 @@
-"""Dumps that once were read wrongly, with their expected values."""
+"""Test dumps that were once misread, with their expected values."""
 
 import json
 import math
@@ -23,7 +23,10 @@ def rows_of(name):
 
 @pytest.fixture
 def run(call, tmp_path):
-    """Import a case, with the embedded model unless arguments name another, and return the trace and stderr."""
+    """Import a case, and return the trace and stderr.
+
+    The embedded model is used unless arguments name another.
+    """
 
     def import_case(name, *arguments, model="embedded"):
         out = tmp_path / f"{Path(name).stem}-{len(list(tmp_path.iterdir()))}"
@@ -42,7 +45,10 @@ def means(trace):
 
 
 def model(folder, *, bos=None, eos=None, stops=None):
-    """Return a copy of the embedded model whose tokenizer begins every text with ``bos``, or has another ``eos``."""
+    """Copy the embedded model with another ``bos`` or ``eos``.
+
+    Its tokenizer begins every text with ``bos``.
+    """
     shutil.copytree(find_model("embedded"), folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     special = ["<eos>", "<system>", "<user>", "<assistant>"]
@@ -144,7 +150,10 @@ def test_bytes_of_emoji_are_told_apart(run):
 
 
 def test_nemo_rl_keeps_its_logprobs_and_advantages(run):
-    """Padding is cut at input_lengths, masks split prompt and response, and entropies are not recorded."""
+    """Padding is cut at input_lengths; masks split prompt and response.
+
+    Entropies are not recorded.
+    """
     trace, err = run("nemo_train_data_step1.jsonl", model=None)
     assert "found NeMo-RL training data in 1 file" in err
     assert "token texts are unknown, so that questions about words have no answer; add --tokenizer PATH" in err
@@ -198,7 +207,10 @@ def test_nemo_rl_text_beside_the_tokens_is_compared(run, tmp_path, call):
 
 
 def test_prime_rl_exports_keep_the_values_of_trainer_and_engine(run):
-    """There is no reward, so reward, verdict, and accuracy are null; advantages are as recorded."""
+    """Reward, verdict, and accuracy are null because there is no reward.
+
+    Advantages are as recorded.
+    """
     trace, err = run("prime_token_export_rank_0.jsonl", model=None)
     assert "found prime-rl token exports in 1 file" in err
     rows = rows_of("prime_token_export_rank_0.jsonl")

@@ -1,4 +1,4 @@
-"""Dumps of other trainers, as these write them, with literal expected values."""
+"""Test dumps as other trainers write them, with literal expected values."""
 
 import json
 import math
@@ -90,7 +90,7 @@ def test_completions_of_trl(load):
 
 
 def test_a_stripped_prompt_of_another_model_is_refused(load, tmp_path):
-    """A text that several dialogs leave, or none, is not guessed."""
+    """A text that fits no dialog, or several, is not guessed."""
     rows = [{"input": "system\nBe brief.\nuser\n1 + 1?\nassistant\n", "output": "2", "score": 1.0, "step": 1}]
     path = write(tmp_path / "dump" / "1.jsonl", rows)
     _, err = load(path, "--tokenizer", SMOLLM)
@@ -160,7 +160,10 @@ def test_rollouts_of_verl_in_a_folder(load, tmp_path, tokenizer):
 
 
 def test_a_stripped_prompt_is_scored_as_the_prompt_that_was_sampled_from(load, tmp_path):
-    """The log lacks <user> and <assistant>; with the ids of the prompt, the numbers are the same."""
+    """The log lacks <user> and <assistant>.
+
+    With the ids of the prompt, the numbers are the same.
+    """
     text = verl_rows(1, str)
     for row in text:
         del row["uid"]
@@ -199,7 +202,10 @@ def expected_stream(first, count):
 
 @pytest.mark.parametrize("layout", ["chunks", "single"])
 def test_traces_of_prime_rl_with_annotations(load, tmp_path, tokenizer, layout):
-    """Episodes were written by verifiers' classes; the shipped step, advantages, and trainer values are annotations."""
+    """Annotations hold the shipped step, advantages, and trainer values.
+
+    The classes of verifiers wrote the episodes.
+    """
     run = tmp_path / "prime"
     shutil.copytree(DUMPS / "prime-rl" / "stream-run", run)
     if layout == "single":
@@ -282,7 +288,10 @@ def test_a_stream_of_two_runs_is_refused(load, tmp_path):
 
 @pytest.mark.parametrize("named", [False, True])
 def test_the_streams_of_two_runs_in_one_folder_are_refused(load, tmp_path, named):
-    """Chunks of both have the same names, and their runs have the same id, as copies of a run do."""
+    """Chunks of both runs have the same names, as do copies of one run.
+
+    The runs also have the same id.
+    """
     for run in "ab":
         shutil.copytree(DUMPS / "prime-rl" / "stream-run", tmp_path / "dumps" / run)
     _, err = load(tmp_path / "dumps", *(["--from", "verifiers"] if named else []), status=2)
@@ -291,7 +300,10 @@ def test_the_streams_of_two_runs_in_one_folder_are_refused(load, tmp_path, named
 
 
 def test_a_chunk_that_is_there_twice_is_read_once(load, tmp_path):
-    """A chunk is compressed before the plain file is removed; other files beside it are not chunks."""
+    """A chunk is compressed before the plain file is removed.
+
+    Other files beside it are not chunks.
+    """
     from entrace.analysis.importers.row_files import open_lines
 
     run = tmp_path / "prime"
@@ -349,7 +361,7 @@ def test_traces_of_open_instruct(load, tmp_path):
 
 
 def test_completions_of_ms_swift(load, tmp_path, tokenizer, policy):
-    """One line is a table; prompts are whole, so that they are tokenized as they stand."""
+    """One line is a table; whole prompts are tokenized as they stand."""
     prompt = f"<user>{QUESTION}<assistant>"
     first = {
         "step": ["1", "1"],
@@ -554,7 +566,10 @@ STRANGE = (None, True, -1, 0.5, 1e400, "x", [], [None], [[]], ["x"], [10**12], {
 
 
 def mutations(value):
-    """Yield copies of a value in which one part, at any depth, is strange; of a list, the first part."""
+    """Yield copies of a value in which one part, at any depth, is strange.
+
+    In a list, the strange part is the first.
+    """
     yield from STRANGE
     if isinstance(value, dict):
         for key, part in value.items():
@@ -592,7 +607,7 @@ def samples():
 
 @pytest.mark.parametrize(("name", "file", "row"), samples(), ids=[name for name, *_ in samples()])
 def test_a_strange_value_is_a_fault_of_its_row(name, file, row, tmp_path, tokenizer):
-    """Whatever a row holds, it is read, or it is malformed; nothing else is raised."""
+    """Every row is read or reported as malformed; no other error is raised."""
     path = write(tmp_path / file, [found for found in mutations(row) if isinstance(found, dict)])
     form = FORMATS[name]
     dump = Dump([path], [path], form)

@@ -46,7 +46,7 @@ def rewrite(path, rows, version=SCHEMA_VERSION):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run with checkpoints of steps 2 and 4; copied by whoever writes to it."""
+    """Train a run with checkpoints of steps 2 and 4, for tests to copy."""
     out = tmp_path_factory.mktemp("runs") / "run"
     train(load_config("tiny", SMALL), out, {})
     return out
@@ -54,7 +54,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_dir(trained, tmp_path_factory):
-    """A copy of the run with interventions."""
+    """Return a copy of the run with interventions."""
     out = shutil.copytree(trained, tmp_path_factory.mktemp("runs") / "intervened")
     intervene(out, SETTINGS, BUDGET)
     return out
@@ -185,7 +185,7 @@ def test_the_same_token_has_no_impact(intervener, tokens, monkeypatch):
 
 
 def continue_alone(policy, context, numbers):
-    """One token after the other, the whole sequence read again for each, in float64."""
+    """Sample token by token in float64, with a full pass for each token."""
     ids, stop_ids = list(context), policy.stop_ids.tolist()
     for number in numbers:
         logits = policy.model(torch.tensor([ids])).logits[0, -1].double()
@@ -216,7 +216,10 @@ def test_continuations_equal_a_loop_that_samples_one_at_a_time(intervener, token
 
 
 def test_a_response_that_ends_with_the_token_is_scored_as_it_is(intervener, tokens, monkeypatch):
-    """Original: the recorded response. Alternative: the same, cut short by a stop token."""
+    """The original is the recorded response, the alternative a shortened one.
+
+    A stop token ends the alternative.
+    """
     stop_id = int(intervener.policy.stop_ids[0])
     last = tokens.filter(pl.col("position") == pl.col("response_length") - 1)
     ended, truncated = last.filter(token_id=stop_id)[:12], last.filter(response_length=64)[:2]
@@ -239,7 +242,7 @@ def test_a_response_that_ends_with_the_token_is_scored_as_it_is(intervener, toke
 
 
 def test_alternatives_follow_p_without_the_original(policy, task):
-    """Each draw against the distribution function of a float64 loop, and their frequencies against p."""
+    """Compare draws with the CDF of a float64 loop, and frequencies with p."""
     count = 1500
     contexts = [policy.encode_prompt(prompt.text) for prompt in task.heldout[:2]]
     uniforms = torch.from_numpy(np.random.default_rng(0).random(2 * count, dtype=np.float32))
@@ -380,7 +383,10 @@ def test_a_response_of_unknown_perplexity_is_no_candidate(trained, tmp_path):
 
 
 def test_a_prompt_sampled_twice_is_ranked_group_by_group(trained, tmp_path):
-    """Equal results with and without the columns that schema 2 added, and with parts of both versions."""
+    """Schema versions 1 and 2, and parts of both, give equal results.
+
+    Version 2 added columns.
+    """
     expected = load_candidates(trained, 4).select("rollout_id", "position", "ppl_tercile")
     for versions in ((2, 2), (1, 1), (1, 2)):
         run_dir = shutil.copytree(trained, tmp_path / f"run-{versions}")

@@ -1,4 +1,7 @@
-"""No fault loses anything that was durable or makes an answer wrong; `make chaos` tries each kind more often."""
+"""Test that no fault loses durable data or makes an answer wrong.
+
+`make chaos` tries each kind of fault more often.
+"""
 
 import json
 import shutil
@@ -37,7 +40,7 @@ def harness(tmp_path_factory) -> Harness:
 
 
 def test_the_run_has_what_a_resume_must_restore(harness):
-    """Prompts beyond those of a step, and a plateau between the checkpoints."""
+    """A resume must restore extra prompts, and a plateau between the checkpoints."""
     steps = harness.reference.frames["steps"]
     assert steps["is_shaped"].to_list() == [True] * 5 + [False] + [True] * 3
     assert steps["groups_dropped"].sum() > 0
@@ -93,7 +96,7 @@ def test_every_kind_is_tried():
 
 
 class Careless(Fault):
-    """Loses something in every second trial, and fails in another way in every third."""
+    """Lose data in every second trial, and fail otherwise in every third."""
 
     name = "careless"
     number = 6

@@ -1,4 +1,4 @@
-"""Runs as Ray tasks, on a cluster of two nodes on this machine, one of which is killed."""
+"""Test runs as Ray tasks on two nodes of this machine, one of which is killed."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ STEPS = 14
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """A head that holds one run, and a second node that holds another."""
+    """Start a head that holds one run, and a second node that holds another."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -37,7 +37,10 @@ def cluster(monkeypatch):
 
 
 class Killer:
-    """Kills the second node once both nodes are past their first checkpoint; keeps what every run reported."""
+    """Kill the second node once both nodes are past their first checkpoint.
+
+    Also keep the reports of every run.
+    """
 
     def __init__(self, cluster):
         self.cluster, self.done, self.ended = cluster, defaultdict(list), []
@@ -106,7 +109,7 @@ def test_a_method_of_the_working_directory_is_found_by_the_tasks(cluster, tmp_pa
 
 
 def print_and_exit(config, run_dir, labels, **_):
-    """Stands for a library that ends the process."""
+    """Stand for a library that ends the process."""
     print("terminate called")
     os._exit(3)
 

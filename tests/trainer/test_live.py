@@ -1,4 +1,4 @@
-"""A run is analysed while it trains, and no other process gets into it."""
+"""Test that a run can be queried while it trains, but not recorded twice."""
 
 import os
 import subprocess

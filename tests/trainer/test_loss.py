@@ -87,7 +87,7 @@ def test_no_tokens():
 
 
 def test_kl_estimators_in_expectation():
-    """Summed over the whole vocabulary, k1 and k3 are the KL itself; k2 is its second-order part."""
+    """Summed over the vocabulary, k1 and k3 are the KL; k2 is its second-order part."""
     p = torch.softmax(torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64), 0)
     q = torch.softmax(torch.tensor([0.1, 0.0, 1.5, -0.5], dtype=torch.float64), 0)
     exact = float((p * (p / q).log()).sum())

@@ -1,4 +1,7 @@
-"""Every method can be selected by name and changes a run as its name says; the released no-op changes nothing."""
+"""Test that every method can be selected by name, and acts as named.
+
+The released no-op changes nothing.
+"""
 
 from functools import cache
 
@@ -72,7 +75,10 @@ def plain(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [*METHODS, "ppl+position"])
 def test_a_method_changes_the_run_unless_it_changes_nothing(name, plain, tmp_path):
-    """Sampled responses of step 1 are those of plain GRPO; those of the last step come from other weights."""
+    """Responses of step 1 are those of plain GRPO; later weights differ.
+
+    Responses of the last step come from other weights.
+    """
     shared = [override for override in ACTIVE.get(name, ()) if override.startswith(("optim.", "rollout.", "steps"))]
     both = plain(*shared), tokens_of(config_of(name), tmp_path / "run")
     exact = [frame.filter(step=frame["step"].max()).select("token_id", "logprob", "shaped_advantage") for frame in both]
@@ -83,7 +89,10 @@ def test_a_method_changes_the_run_unless_it_changes_nothing(name, plain, tmp_pat
 
 
 def test_released_noop_equals_none_bit_for_bit(tmp_path):
-    """Tokens, statistics, losses and evaluations over a run of several updates a step."""
+    """Compare tokens, statistics, losses, and evaluations of a run.
+
+    The run has several updates per step.
+    """
     for name in UNCHANGED:
         train(config_of(name, "steps=4"), tmp_path / name, {})
     for table, skipped in {

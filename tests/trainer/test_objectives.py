@@ -1,4 +1,7 @@
-"""Loss-level methods against a loop in float64 and against numbers worked out by hand from the sources' formulas."""
+"""Test loss-level methods against a float64 loop and hand-computed numbers.
+
+The numbers follow the formulas of the sources.
+"""
 
 import math
 import re
@@ -21,7 +24,10 @@ AGGREGATION_SUMS = ("token_mean", "sequence_mean")
 
 
 def loop_passes(name, advantages, batch):
-    """Per optimizer step (w, v, counted) as dictionaries by (row, place), one token at a time."""
+    """Return (w, v, counted) per optimizer step, one token at a time.
+
+    All three are indexed by (row, place).
+    """
     places = [(i, t) for i in range(len(advantages)) for t in range(int(batch.response_mask[i].sum()))]
     a = {p: advantages[p].item() for p in places}
     logp = {p: batch.logprobs[p].item() for p in places}
@@ -60,7 +66,10 @@ def loop_passes(name, advantages, batch):
 
 
 def released_steer_metric(a, logp, entropy):
-    """``compute_token_weights`` of STEER at the first update: |A / p_old * p (1 - p) (ln p + H)|."""
+    """Return STEER's ``compute_token_weights`` at the first update.
+
+    |A / p_old * p (1 - p) (ln p + H)|.
+    """
     return {p: abs(a[p] / math.exp(x) * math.exp(x) * (1 - math.exp(x)) * (x + entropy[p])) for p, x in logp.items()}
 
 
@@ -150,7 +159,10 @@ def test_method_is_described_with_the_defaults_of_its_function(name):
 
 
 def hand(name="grpo", **config):
-    """Two responses, of two tokens and one; ratios 1.1, 0.9 and 1.3; advantages 1 and -1; at most four tokens."""
+    """Return the loss of two small responses.
+
+    The responses have two tokens and one, ratios 1.1, 0.9, and 1.3, and advantages 1 and -1. The limit is four tokens.
+    """
     batch = RolloutView(
         torch.tensor([[-0.1, -0.5], [-3.0, 0.0]]),
         torch.tensor([[0.2, 0.9], [0.5, 0.0]]),
@@ -212,7 +224,10 @@ def test_an_upper_bound_protects_a_positive_advantage():
 
 
 def test_adaptive_entropy_moves_its_coefficient_as_trl_does():
-    """The controller of TRL 1.16: the coefficient of an update is applied if the entropy before it was low."""
+    """An update's coefficient is applied if the entropy before it was low.
+
+    This is the controller of TRL 1.16.
+    """
     advantages, batch = token_batch()
     entropies = [0.5, 0.15, 0.2, 0.1, 0.3, 0.05, 0.05, 0.4, 0.4, 0.4, 0.1]
     coefficient, last = 0.004, math.inf

@@ -1,4 +1,7 @@
-"""Methods of the user's own, from a module of the working directory: train, ablate, resume, eval, and methods."""
+"""Test the user's own methods, from a module of the working directory.
+
+The commands are train, ablate, resume, eval, and methods.
+"""
 
 import json
 import subprocess
@@ -76,7 +79,10 @@ early = { loss.method = "MODULE:early", loss.early.most = 5 }
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """The name of a module that only the working directory holds; Python keeps one module per name."""
+    """Return the name of a module that only the working directory holds.
+
+    Python keeps one module per name.
+    """
     name = f"methods_{tmp_path.name.replace('-', '_')}"
     work = tmp_path / "work"
     work.mkdir()

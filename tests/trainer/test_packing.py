@@ -104,7 +104,7 @@ def test_packing_is_verified_before_use(tmp_path, monkeypatch):
 
 
 def test_the_faster_update_is_chosen_by_measurement(tmp_path, monkeypatch, caplog):
-    """On a GPU; here, both passes run as they would there, on a CPU."""
+    """The choice is made on a GPU; here, both passes run on a CPU."""
     caplog.set_level("INFO", logger="entrace")
     policy = load(write_model(tmp_path, *ARCHITECTURES["llama"]))
     assert all(seconds > 0 for seconds in packing_choice._time_round(policy))

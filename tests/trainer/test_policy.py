@@ -347,7 +347,10 @@ class TestLora:
 
 
 def write_gguf(path, quantization):
-    """Write the embedded policy in the layout of llama.cpp: permuted rows of rotary maps, weights in blocks."""
+    """Write the embedded policy in the layout of llama.cpp.
+
+    Rows of rotary maps are permuted, and weights are in blocks.
+    """
     gguf = pytest.importorskip("gguf")
     folder = find_base_policy()
     shape = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,7 @@
-"""`entrace train --dry-run` finds what would stop a run, or make it worthless, before it starts."""
+"""Test that `entrace train --dry-run` finds faults before a run starts.
+
+A fault stops a run or makes it worthless.
+"""
 
 import json
 
@@ -16,7 +19,10 @@ def write(path, rows):
 
 @pytest.fixture
 def files(tmp_path):
-    """Fifty training rows, two of which repeat held-out prompts, and two held-out files."""
+    """Write fifty training rows and two held-out files.
+
+    Two of the training rows repeat held-out prompts.
+    """
     return {
         "train": write(tmp_path / "train.jsonl", [{"prompt": f"{i}?", "answer": i} for i in range(50)]),
         "aime": write(tmp_path / "aime.jsonl", [{"prompt": f" {i}? ", "answer": i} for i in range(48, 60)]),

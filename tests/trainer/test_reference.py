@@ -1,4 +1,7 @@
-"""Log-probability and entropy of the base policy, recorded on request at each stored token."""
+"""Test log-probability and entropy of the base policy at each stored token.
+
+Both values are recorded on request.
+"""
 
 import polars as pl
 import pytest

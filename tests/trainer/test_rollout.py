@@ -94,7 +94,10 @@ def test_a_token_that_current_weights_would_exclude_keeps_a_probability(policy, 
 
 
 def test_an_update_uses_the_sampling_distribution(policy, task, small_config):
-    """Under the sampling policy all ratios are 1: nothing is clipped, and the loss is minus the mean advantage."""
+    """Under the sampling policy all ratios are 1, so nothing is clipped.
+
+    The loss is minus the mean advantage.
+    """
     rollout = small_config.rollout.model_copy(update={"top_p": 0.8, "top_k": 20})
     config = small_config.model_copy(update={"rollout": rollout})
     batch = collect_batch(config, policy, PromptSource(task), step=1)
@@ -146,7 +149,7 @@ def test_recorded_values_equal_one_response_at_a_time_in_float64(policy, prompts
 
 
 def test_bfloat16_arithmetic_records_the_distribution_it_samples_from(prompts):
-    """Entropies are those of rounded logits, near exact ones; weights stay in float32."""
+    """Entropies of rounded logits are close to exact ones; weights stay float32."""
     policy = Policy.load(PolicyConfig(device="cpu", dtype="bfloat16"))
     assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
     rollouts = sample(policy, prompts, 4, SamplingParams(24), np.random.default_rng(5))

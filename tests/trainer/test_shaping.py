@@ -1,4 +1,7 @@
-"""Every method against a naive loop, on responses of all lengths and uniform groups; the registry; windows."""
+"""Test every method against a naive loop, the registry, and windows.
+
+Responses have all lengths, and groups may be uniform.
+"""
 
 import math
 from dataclasses import replace
@@ -97,7 +100,7 @@ def hand(logprobs, entropy=None, is_correct=None):
 
 
 def group_of(rewards, logprobs=None):
-    """One group of responses of one token each."""
+    """Return one group of responses of one token each."""
     rows = len(rewards)
     logprob = torch.tensor(logprobs or [-1.0] * rows).double()[:, None]
     values = torch.tensor(rewards).double()
@@ -144,7 +147,7 @@ def test_pass_at_k_equals_the_released_code(rewards, k):
 @pytest.mark.parametrize("quantile", [0.2, 0.4, 0.5, 0.75])
 @pytest.mark.parametrize("interpolate", [False, True])
 def test_quantile_advantage_equals_paper_and_released_code(rewards, quantile, interpolate):
-    """The paper's inverse distribution function, and ``torch.quantile`` of the released code."""
+    """The paper uses the inverse CDF, the released code ``torch.quantile``."""
     values = judged(rewards)
     if interpolate:
         baseline = torch.tensor(values).double().quantile(quantile).item()
@@ -165,7 +168,10 @@ def test_quantile_advantage_equals_paper_and_released_code(rewards, quantile, in
 
 
 def test_unlikeliness_equals_the_released_code():
-    """``_compute_advantages`` of the released code: ranks from the least likely, by the mean log probability."""
+    """``_compute_advantages`` ranks from the least likely by mean log probability.
+
+    This is the function of the released code.
+    """
     rewards, logprobs = [1.0, 0.0, 1.0, NAN, 1.0], [-0.5, -2.0, -1.0, -0.1, -3.0]
     # Ranks of the responses with a verdict 3, 1, 2, 0 of 4; scores 1 - .25 rank / 4.
     scores = [1 - 0.25 * 3 / 4, 0.0, 1 - 0.25 * 2 / 4, 1.0]

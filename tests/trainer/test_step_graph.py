@@ -20,7 +20,10 @@ NOT_TRACED = {"mistral-sliding", "gemma3-sliding", "bloom-alibi"}
 
 
 def largest_difference(policy, seed, steps=5, **way):
-    """Return the largest difference between decoding in one way and plainly, for branching sequences."""
+    """Return the largest difference between decoding in one way and plainly.
+
+    Sequences branch.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low, high, size=1):
@@ -53,7 +56,10 @@ def test_a_trace_holds_for_any_sequences_and_weights(tmp_path, name):
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_steps_of_fixed_shape_change_nothing(tmp_path, monkeypatch, name):
-    """Test the step that a GPU captures, without capture; slots and positions run out repeatedly."""
+    """Test the step that a GPU captures, without capture.
+
+    Slots and positions run out repeatedly.
+    """
     monkeypatch.setitem(decoder.GROWTH, "cpu", 3)
     policy = load(write_model(tmp_path, *ARCHITECTURES[name]))
     if name in NOT_TRACED:

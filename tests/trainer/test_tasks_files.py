@@ -254,7 +254,10 @@ def test_chats_go_through_the_template_and_text_is_one_turn_of_the_user(policy):
 
 @pytest.fixture
 def sums(tmp_path):
-    """Rows that the embedded policy can answer, of two data sources, one of them as chats."""
+    """Write rows that the embedded policy can answer, of two data sources.
+
+    One of the sources has chats.
+    """
     task = load_task(load_config("tiny").task, seed=5)
     rows = [
         {"prompt": p.text, "answer": p.ground_truth}

@@ -1,4 +1,7 @@
-r"""Verdicts on mathematical answers: each row is a ground truth, a completion, and whether it is right."""
+r"""Test verdicts on mathematical answers.
+
+Each row is a ground truth, a completion, and True if the completion is right.
+"""
 
 import json
 import time

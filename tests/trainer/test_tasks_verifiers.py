@@ -112,7 +112,10 @@ def test_verifiers_that_know_only_the_truth_give_no_class():
 
 
 def test_classes_are_recorded_with_answers(tmp_path):
-    """Held-out and training answers to prompts of math rows, at every evaluation and step."""
+    """Answers to prompts of math rows have classes at every evaluation and step.
+
+    Both held-out and training prompts are answered.
+    """
     rows = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = [*SMALL, f"task.name={tmp_path / 'rows.jsonl'}", "task.num_heldout=2", "task.verifiers.default=exact"]
@@ -228,7 +231,7 @@ def test_a_run_says_in_its_manifest_how_often_verifiers_ran_out_of_time(tmp_path
 
 @pytest.fixture
 def module(tmp_path, monkeypatch, request):
-    """Writes a module of a name of its own into the working directory."""
+    """Write a module with a unique name into the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     name = f"rewards_{abs(hash(request.node.name))}"

@@ -1,4 +1,7 @@
-"""Test that sampling what is stored per token changes nothing else, and that pruning later gives the same trace."""
+"""Test that sampling stored tokens changes nothing else.
+
+Later pruning must give the same trace.
+"""
 
 import shutil
 
@@ -73,7 +76,7 @@ def test_whole_responses_of_the_chosen_steps_are_stored(full, sampled):
 
 
 def test_captured_responses_are_stored(full, sampled):
-    """The captured responses are those of a full run, without those that are not stored."""
+    """Captured responses are those of a full run, except for unstored ones."""
     everything, found = (
         read(run, "tokens").drop_nulls("logprob_after").select("step", "rollout_id", "position", "logprob_after")
         for run in (full, sampled)
@@ -93,7 +96,7 @@ def test_pruning_a_full_trace_equals_recording_a_sampled_one(full, sampled, tmp_
 
 @pytest.mark.parametrize("is_pruned", [False, True])
 def test_a_resumed_run_stores_the_same_tokens(sampled, full, tmp_path, is_pruned):
-    """A pruned run continues as it was pruned, with the configuration of the full run."""
+    """A pruned run continues as pruned, with the configuration of the full run."""
     options = [*SHAPE, *FEWER, *([] if is_pruned else SAMPLED)]
     shutil.copytree(full if is_pruned else sampled, tmp_path / "run")
     if is_pruned:
@@ -171,7 +174,7 @@ SIZES = ["rollout.prompts_per_step=24", "rollout.group_size=8", "record.flush_ev
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A run with as many prompts per step as in practice."""
+    """Train a run with as many prompts per step as in practice."""
     out = tmp_path_factory.mktemp("runs") / "large"
     train(load_config("tiny", [*SHAPE, *SIZES]), out, {})
     return out
@@ -179,7 +182,7 @@ def large(tmp_path_factory):
 
 @pytest.mark.parametrize("options", [[], SAMPLED])
 def test_the_predicted_size_is_near_that_of_a_run(large, tmp_path, options):
-    """With the tokens that were sampled instead of the most possible."""
+    """The comparison uses sampled tokens instead of the largest possible number."""
     config = load_config("tiny", [*SHAPE, *SIZES, *options])
     shutil.copytree(large, tmp_path / "run")
     if options:

@@ -11,7 +11,10 @@ from tests.benchmarks.logit_stats import stats_of_logits
 
 
 def naive_stats(hidden, weight, bias, targets, temperature):
-    """Compute the statistics in float64, one token and one vocabulary entry at a time."""
+    """Compute the statistics in float64, one token and entry at a time.
+
+    Entries are those of the vocabulary.
+    """
     rows = []
     for h, target in zip(hidden.double(), targets, strict=True):
         logits = [
@@ -54,7 +57,10 @@ def test_equals_the_naive_float64_loop(case, temperature, with_bias):
 
 
 def naive_vocabulary_sums(logits, targets):
-    """Compute the sums over other entries in float64, one token and one vocabulary entry at a time."""
+    """Compute sums over other entries in float64, one token and entry at a time.
+
+    Entries are those of the vocabulary.
+    """
     rows = []
     for row, target in zip(torch.log_softmax(logits.double(), -1).tolist(), targets.tolist(), strict=True):
         others = [value for v, value in enumerate(row) if v != target]
@@ -80,7 +86,10 @@ def test_vocabulary_sums_equal_the_naive_float64_loop(case, temperature, truncat
 
 @pytest.mark.parametrize("gap", [0, 5, 10, 15, 20, 30])
 def test_vocabulary_sums_beside_a_certain_token_have_a_small_relative_error(gap):
-    """Check sums down to 1e-26, where those over all entries would be 1 and the largest log-probability."""
+    """Check sums down to 1e-26.
+
+    Sums over all entries would be 1 and the largest log-probability.
+    """
     logits = torch.randn(20, 3000, generator=torch.Generator().manual_seed(2))
     logits[:, 7] = logits.logsumexp(1) + gap
     targets = torch.full((20,), 7)
@@ -155,7 +164,10 @@ def test_16_bit_hidden_states_on_a_cpu_multiply_the_head_in_float32(case):
 @pytest.mark.parametrize("offset", [0.0, 80.0])
 @pytest.mark.parametrize("gap", [0, 5, 10, 15, 20, 30, 40])
 def test_statistics_of_certain_tokens_have_a_relative_error_of_a_millionth(gap, offset):
-    """Check log-probabilities and entropies down to 1e-15; figures show them on logarithmic axes."""
+    """Check log-probabilities and entropies down to 1e-15.
+
+    Figures show them on logarithmic axes.
+    """
     logits = torch.randn(20, 3000, generator=torch.Generator().manual_seed(2))
     logits[:, 7] = logits.logsumexp(1) + gap
     logits += offset
@@ -233,7 +245,10 @@ def test_grad_norm_of_a_certain_token_is_zero_not_nan():
 
 
 def test_grad_norm_of_a_nearly_certain_token_survives_rounding():
-    """With two tokens and 1 - p = 1e-6, |G| = sqrt(2) (1 - p) is a difference of numbers near 1."""
+    """With two tokens and 1 - p = 1e-6, |G| is a difference of numbers near 1.
+
+    |G| = sqrt(2) (1 - p).
+    """
     missing = torch.tensor([1e-6], dtype=torch.float64)
     logprob, sum_p2 = torch.log1p(-missing), (1 - missing).square() + missing.square()
     norm = lm_head_grad_norm(torch.ones(1), logprob.float(), sum_p2.float(), torch.ones(1), 1.0)

@@ -34,7 +34,7 @@ def assert_same_trace(one, other):
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """One recorded run that the tests below look at."""
+    """Train the recorded run that the tests below read."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     seen = []
     train(load_config("tiny", SMALL), out, LABELS, on_step=lambda done, **figures: seen.append((done, figures)))
@@ -142,7 +142,10 @@ def test_the_manifest_says_what_was_run(run_dir):
 
 
 def test_bfloat16_arithmetic_trains_float32_weights(tmp_path):
-    """The default of a GPU, on the CPU: the recorded and the trained distribution may differ by rounding only."""
+    """Recorded and trained distributions may differ by rounding only.
+
+    The test runs a GPU's default dtype on the CPU.
+    """
     train(load_config("tiny", [*SMALL, "policy.dtype=bfloat16", "steps=2"]), tmp_path / "bf16", LABELS)
     steps = read(tmp_path / "bf16", "steps")
     assert steps["grad_norm"].is_between(1e-3, 10).all()
@@ -150,7 +153,7 @@ def test_bfloat16_arithmetic_trains_float32_weights(tmp_path):
 
 
 class Interrupted(BaseException):
-    """Stands for the machine being taken away."""
+    """Stand for the loss of the machine."""
 
 
 @pytest.mark.parametrize("last", [1, 2, 3])

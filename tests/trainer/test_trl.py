@@ -1,4 +1,7 @@
-"""Real runs of TRL, recorded: weights stay bit-identical, and the trace agrees with independent passes and counts."""
+"""Test recorded runs of TRL: bit-identical weights and a correct trace.
+
+The trace must agree with independent passes and counts.
+"""
 
 import json
 import logging
@@ -80,7 +83,7 @@ QUICK = {
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=[] if name in QUICK else SLOW) for name in CASES])
 def recorded(request, tmp_path_factory):
-    """The trainer, its folder, and the weights of the same run without recording."""
+    """Return the trainer, its folder, and the weights of an unrecorded run."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("trl")
     is_rloo = request.param == "leave one out"
@@ -228,7 +231,10 @@ def test_measures_of_the_update_are_recorded(recorded):
 
 
 def expected_shaping(trainer, step, shaping, statistics):
-    """Shape one batch by hand: the tokens of each response alone, and the statistics of an independent pass."""
+    """Shape one batch by hand.
+
+    Each response has only its own tokens, and statistics come from an independent pass.
+    """
     batch = trainer.batches[step - 1]
     width = max(map(len, batch["ids"]))
     logprob, entropy = (
@@ -245,7 +251,7 @@ def expected_shaping(trainer, step, shaping, statistics):
 
 
 class RawAdvantages:
-    """Keeps the advantages as TRL gives them, below the recorder."""
+    """Keep the advantages that TRL computes, below the recorder."""
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
@@ -377,7 +383,7 @@ def test_resuming_continues_the_trace_without_duplicates(tmp_path):
 
 @SLOW
 def test_a_checkpoint_inside_a_generation_batch_drops_the_batch(tmp_path):
-    """TRL generates anew when it resumes there; the step that it had begun is replaced."""
+    """TRL generates anew on resuming; the step that it had begun is replaced."""
     settings = {"steps_per_generation": 4, "save_strategy": "steps", "save_steps": 6, "save_total_limit": 5}
     first = build(TracedGRPOTrainer, tmp_path / "out", traced={"trace": tmp_path / "run"}, max_steps=8, **settings)
     first.train()
@@ -411,7 +417,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """A run with two held-out sets, evaluated before, during, and after training."""
+    """Train with two held-out sets, evaluated before, during, and after training."""
     folder = tmp_path_factory.mktemp("evaluated")
     trainer = build(
         TracedGRPOTrainer,
@@ -468,7 +474,10 @@ def test_every_question_and_claim_can_be_asked(evaluated, command):
 
 
 def environment(prompts, trainer):
-    """A rollout function: two turns with context between them, and log-probabilities of an engine."""
+    """Return the result of a rollout function: two turns with context in between.
+
+    Log-probabilities are those of an engine.
+    """
     chats = [trainer._tokenizer.apply_chat_template(p, add_generation_prompt=True)["input_ids"] for p in prompts]
     rng = np.random.default_rng(len(trainer.batches))
     ids = [

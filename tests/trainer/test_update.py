@@ -30,7 +30,10 @@ def gradients(policy):
 
 
 def test_gradient_equals_the_naive_token_mean(policy, task):
-    """One response at a time, the model's own logits, one denominator for the whole batch."""
+    """Take one response at a time, and one denominator for the whole batch.
+
+    Logits are the model's own.
+    """
     config, learner, batch, advantages = make_case(policy, task, "optim.grad_clip=1e9")
     learner.update(batch, make_objectives(learner.config, batch, advantages, step=1), step=1)
     # AdamW keeps the first moment: (1 - beta1) * gradient after one step.
@@ -84,7 +87,10 @@ def test_micro_batches_do_not_change_the_update(policy, task, loss):
 
 @pytest.mark.parametrize("share", [0.5, 0.0])
 def test_responses_without_an_advantage_are_left_out_and_change_nothing(policy, task, monkeypatch, share):
-    """As in groups of uniform reward; where no response has one, weight decay and moments continue all the same."""
+    """Responses of uniform groups have no advantage and change nothing.
+
+    If no response has an advantage, weight decay and moments continue.
+    """
     options = ["rollout.dynamic_sampling=false", "optim.lr=1e-3", "optim.warmup_steps=0", "optim.epochs=2"]
     config, learner, batch, advantages = make_case(policy, task, *options)
     advantages = advantages.clone()
@@ -142,7 +148,7 @@ def test_mini_batches_cover_kept_groups_once_an_epoch(policy, task):
 
 
 def test_first_update_has_ratio_one_and_zero_loss(policy, task):
-    """Advantages of a group sum to zero, so that only lengths can move the on-policy loss off zero."""
+    """A group's advantages sum to zero, so only lengths give a nonzero loss."""
     _, learner, batch, advantages = make_case(policy, task)
     metrics = learner.update(batch, make_objectives(learner.config, batch, advantages, step=1), step=1)
     rows = batch.is_kept
@@ -228,7 +234,10 @@ def test_weight_decay_spares_vectors_unless_told_otherwise(policy, task, decay_a
 
 
 def judged_by(task, monkeypatch, verdict):
-    """Let ``verdict`` judge: from the completion and its number within the task so far to a score or None."""
+    """Let ``verdict`` judge completions of a task.
+
+    ``verdict`` maps a completion and its number within the task so far to a score or None.
+    """
     count = itertools.count()
     monkeypatch.setattr(task, "score", lambda text, prompt: Score(text, verdict(text, next(count))))
     return task

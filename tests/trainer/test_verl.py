@@ -1,6 +1,7 @@
-"""verl on a CPU, recorded: real configs, Ray, TransferQueue, agent loops, and actor workers.
+"""Test recorded runs of verl on a CPU.
 
-Only the rollout engine is a stand-in; see ``verl_engine``.
+Configs, Ray, TransferQueue, agent loops, and actor workers are real. Only the rollout engine is a stand-in; see
+``verl_engine``.
 """
 
 import json
@@ -164,7 +165,7 @@ def test_another_version_of_verl_warns_once(tmp_path, monkeypatch, caplog):
 
 @pytest.fixture(scope="module")
 def queue(tmp_path_factory):
-    """A local Ray and TransferQueue."""
+    """Start a local Ray and TransferQueue."""
     config = compose_config(tmp_path_factory.mktemp("queue"))
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     config.transfer_queue.enable = True
@@ -187,7 +188,10 @@ def make_trainer(folder, tokenizer, *more, kind=TracedSync):
 
 
 def put_rows(tokenizer, seed, *, groups=3, size=4, absent=(), tools=True):
-    """Put the responses of a step into TransferQueue, as agent loops and ``_compute_old_log_prob`` do."""
+    """Put the responses of a step into TransferQueue.
+
+    Agent loops and ``_compute_old_log_prob`` do so too.
+    """
     rng = np.random.default_rng(seed)
     keys, rows, tags = [], [], []
     for group in range(groups):
@@ -259,13 +263,19 @@ def take_step(trainer, batch, metrics=None):
 
 
 def in_order(rows, name, tokens, dtype=float):
-    """The values of all responses, in the order of the trace, which is that of ``rows``."""
+    """Return the values of all responses, in the order of the trace.
+
+    ``rows`` have the same order.
+    """
     return np.concatenate([np.asarray(rows[key][name], dtype)[: len(tokens[key])] for key in tokens])
 
 
 @pytest.fixture
 def recorded(queue, tokenizer, tmp_path):
-    """Two steps without shaping; verl's advantages of the same rows, the rows, and the trace."""
+    """Record two steps without shaping.
+
+    Returns verl's advantages of the same rows, the rows, and the trace.
+    """
     trainer = make_trainer(tmp_path, tokenizer, "actor_rollout_ref.actor.use_kl_loss=true")
     plain = make_trainer(tmp_path, tokenizer, kind=PPOTrainerSync)
     steps = []
@@ -502,7 +512,10 @@ def test_a_trace_resumes_after_the_step_of_a_checkpoint(queue, tokenizer, tmp_pa
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two steps, and a third after a resume: shaping, reference policy, evaluation, checkpoint, later capture."""
+    """Train two steps, and a third after a resume.
+
+    Shaping, a reference policy, evaluation, checkpoints, and after-update capture are on.
+    """
     folder = tmp_path_factory.mktemp("verl")
     settings = (
         "trainer.v1.trainer_mode=entrace_witness",
@@ -524,7 +537,10 @@ def trained(tmp_path_factory):
 
 
 def by_tokens(kept, name):
-    """Values of tokens by the ids of the response; several rows may hold the same response."""
+    """Return values of tokens by response ids.
+
+    Several rows may hold the same response.
+    """
     found = {}
     for row in kept.values():
         found.setdefault(tuple(row["responses"].tolist()), []).append(row[name].tolist())

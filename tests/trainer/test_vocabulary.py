@@ -1,4 +1,7 @@
-"""Texts and marks of vocabularies: byte-level BPE, SentencePiece with bytes, and special tokens of both."""
+"""Test texts and marks of vocabularies.
+
+The vocabularies are byte-level BPE and SentencePiece with bytes, both with special tokens.
+"""
 
 from __future__ import annotations
 

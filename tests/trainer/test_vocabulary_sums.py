@@ -1,4 +1,7 @@
-"""Sums over the vocabulary, recorded on request by one more forward pass before the update."""
+"""Test sums over the vocabulary, recorded on request.
+
+One more forward pass before the update computes them.
+"""
 
 import math
 

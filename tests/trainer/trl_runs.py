@@ -1,4 +1,7 @@
-"""Small runs of TRL on the embedded policy, and a witness that keeps what the trace has to agree with."""
+"""Small runs of TRL on the embedded policy, and a witness.
+
+``Witness`` keeps the facts that the trace must agree with.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,10 @@ def is_right(completions, solution, **kwargs):
 
 
 def is_short(completions, **kwargs):
-    """No score for every third response, and none of any function for none of them."""
+    """Return a score per response, or None if its length is a multiple of 3.
+
+    Every response has a score of some function.
+    """
     return [None if len(text[0]["content"]) % 3 == 0 else 1 / (1 + len(text[0]["content"])) for text in completions]
 
 
@@ -85,7 +91,7 @@ def weights(trainer) -> dict[str, torch.Tensor]:
 
 
 class Witness:
-    """Keeps every generation batch with the weights that sampled it, and what the loss was given."""
+    """Keep every generation batch, its sampling weights, and the loss's inputs."""
 
     def __init__(self, *args, **kwargs):
         self.batches, self.losses, self.weights_at = [], [], {}
@@ -160,14 +166,17 @@ def manifest(folder: Path) -> dict:
 
 @torch.no_grad()
 def teacher_forced(model, prompt_ids, ids, temperature) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities and entropies of one response, alone and without padding, in float64 from the logits on."""
+    """Return log-probabilities and entropies of one response in float64.
+
+    The response is alone and without padding. Values are in float64 from the logits on.
+    """
     logits = model(torch.tensor([[*prompt_ids, *ids]])).logits[0, len(prompt_ids) - 1 : -1].double() / temperature
     logp = logits.log_softmax(-1)
     return logp[torch.arange(len(ids)), torch.tensor(ids)].numpy(), -(logp.exp() * logp).sum(-1).numpy()
 
 
 def bare_policy(trainer):
-    """A model in evaluation mode that takes the weights of the trainer's, adapters included."""
+    """Return a model in evaluation mode with the trainer's weights and adapters."""
     model = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model))
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     # TRL and the trace patch the forward pass of the instance.

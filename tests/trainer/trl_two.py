@@ -1,4 +1,7 @@
-"""One of two processes that train with TRL, once as it is and once recorded; started by ``torch.distributed.run``."""
+"""Train with TRL in one of two processes, once plainly and once recorded.
+
+``torch.distributed.run`` starts the processes.
+"""
 
 import json
 import sys

@@ -1,10 +1,11 @@
-"""A stand-in for the rollout engine of verl, which needs a GPU: transformers on a CPU behind verl's interfaces.
+"""Stand in for the rollout engine of verl: transformers on a CPU.
 
-Loaded in every process by ``VERL_USE_EXTERNAL_MODULES``. Everything else of a run is verl's own: agent loops, load
-balancer, rewards, TransferQueue, actor workers, and the transfer of weights to this engine before each step. verl's
-platform plug-in tells the actor workers to compute on the CPU.
+The engine needs a GPU; this one has verl's interfaces. ``VERL_USE_EXTERNAL_MODULES`` loads it in every process.
+Everything else of a run is verl's own: agent loops, load balancer, rewards, TransferQueue, actor workers, and the
+transfer of weights to this engine before each step. verl's platform plug-in tells the actor workers to compute on the
+CPU.
 
-Not run, here or elsewhere: vLLM and SGLang. ``Witness`` keeps what the trace has to agree with.
+vLLM and SGLang are not run, here or elsewhere. ``Witness`` keeps the facts that the trace must agree with.
 """
 
 import asyncio
@@ -108,7 +109,10 @@ base._ROLLOUT_REGISTRY[NAME, "async"] = f"{__name__}.Adapter"
 
 
 class _Memory:
-    """``torch.cpu`` with the functions of ``torch.cuda`` that verl calls and a CPU has no use for."""
+    """Extend ``torch.cpu`` with the functions of ``torch.cuda`` that verl calls.
+
+    A CPU has no use for them.
+    """
 
     def __getattr__(self, name: str):
         return getattr(torch.cpu, name)
@@ -201,7 +205,7 @@ def read_fields(batch) -> dict[str, dict[str, torch.Tensor]]:
 
 
 class Keeper(PPOTrainerSync):
-    """Save the rows of TransferQueue as verl leaves them, and as they are at the end of the step."""
+    """Save the rows of TransferQueue as verl leaves them, and at the step's end."""
 
     def _compute_advantage(self, batch, metrics):
         if not hasattr(self, "kept"):
@@ -224,4 +228,4 @@ class Keeper(PPOTrainerSync):
 
 @register_trainer("entrace_witness")
 class Witness(Traced, Keeper):
-    """A trainer of one's own, traced."""
+    """Trace a user's own trainer."""

@@ -1,4 +1,4 @@
-"""A shaping method of one's own, for the tests of verl."""
+"""Define a user's own shaping method, for the tests of verl."""
 
 import entrace
 

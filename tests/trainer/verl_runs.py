@@ -1,4 +1,4 @@
-"""Configs, data, and rewards for runs of verl on a CPU."""
+"""Provide configs, data, and rewards for runs of verl on a CPU."""
 
 import os
 import subprocess
@@ -14,7 +14,10 @@ QUESTION = "State the final answer to the following arithmetic problem: {} + {} 
 
 
 def is_finished(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    """Reward an answer, whatever it is; the reward is one half less than ``acc``, so that they differ."""
+    """Reward any answer; the reward differs from ``acc``.
+
+    The reward is one half less than ``acc``.
+    """
     finished = "</answer>" in solution_str
     return {"score": finished - 0.5, "acc": finished}
 
@@ -90,7 +93,10 @@ def overrides(folder: Path, rows: Path, *more: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a run: plug-ins, one thread, and this folder on the path of the workers."""
+    """Return the environment of a run.
+
+    Variables set plug-ins, one thread, and this folder on the path of the workers.
+    """
     return {
         **os.environ,
         "VERL_USE_EXTERNAL_MODULES": "entrace.verl,tests.trainer.verl_engine",

@@ -1,7 +1,7 @@
-"""A stand-in for the part of vLLM's API that the trainer uses, with its names, defaults, and results.
+"""Stand in for the part of vLLM's API that the trainer uses.
 
-It follows ``vllm.LLM``, ``vllm.SamplingParams``, and ``vllm.outputs`` of vLLM 0.11 to 0.26, and samples with
-transformers on a CPU. Like vLLM, it rejects unknown arguments.
+Names, defaults, and results are vLLM's. It follows ``vllm.LLM``, ``vllm.SamplingParams``, and ``vllm.outputs`` of vLLM
+0.11 to 0.26, and samples with transformers on a CPU. Like vLLM, it rejects unknown arguments.
 """
 
 import copy
@@ -55,7 +55,10 @@ class RequestOutput:
 
 
 class _Model(torch.nn.Module):
-    """As a model of vLLM: weights are loaded under the names of the checkpoint, in any number of calls."""
+    """Load weights as a vLLM model does, in any number of calls.
+
+    Weights have the names of the checkpoint.
+    """
 
     def __init__(self, config):
         super().__init__()

@@ -1,4 +1,6 @@
-"""Write ``tests/fixtures/dumps/verifiers/traces.jsonl.zst`` with the classes of verifiers.
+"""Write ``tests/fixtures/dumps/verifiers`` with the classes of verifiers.
+
+The file is ``traces.jsonl.zst``.
 
 The embedded policy samples at temperature 0.7, in this environment; the classes write, where verifiers 0.4.0 is
 installed. A third of the responses has a second turn, which the user begins::

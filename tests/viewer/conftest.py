@@ -33,13 +33,13 @@ def serving(*paths: Path) -> Iterator[server.Served]:
 
 
 class Client:
-    """Asks a server for its data."""
+    """Ask a server for its data."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
 
     def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, bytes, Any]:
-        """Returns status, content, and headers."""
+        """Return status, content, and headers."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers or {})
         try:
@@ -49,7 +49,7 @@ class Client:
             return error.code, error.read(), error.headers
 
     def get(self, path: str) -> Any:
-        """Returns the data; of a search, its last and whole state."""
+        """Return the data; for a search, its last and complete state."""
         return self.states(path)[-1]
 
     def states(self, path: str) -> list[Any]:
@@ -58,7 +58,7 @@ class Client:
         return [json.loads(line) for line in content.splitlines()]
 
     def error(self, path: str, body: Any = None) -> str:
-        """Returns the one line with which bad input is refused."""
+        """Return the one line that refuses bad input."""
         status, content, _ = self.ask(path, body)
         assert status == 400, content
         message = json.loads(content)["error"]
@@ -128,7 +128,10 @@ class Tab:
         self.page.locator("#content:not([aria-busy]):not(:has(.list[aria-busy])) h1").wait_for()
 
     def until(self, condition: Callable[[], Any]) -> None:
-        """Wait until something holds; the pages forbid Playwright's own wait_for_function, which evaluates text."""
+        """Wait until ``condition`` holds.
+
+        The pages forbid Playwright's own wait_for_function, which evaluates text.
+        """
         deadline = time.monotonic() + 120
         while not condition():
             assert time.monotonic() < deadline
@@ -148,7 +151,7 @@ def tab(browser: Any) -> Iterator[Tab]:
 
 @pytest.fixture
 def served() -> Iterator[Callable[..., Client]]:
-    """Serves further runs until the test ends."""
+    """Serve further runs until the test ends."""
     from contextlib import ExitStack
 
     with ExitStack() as stack:

@@ -1,4 +1,6 @@
-"""Take the pictures of the viewer in README and docs, from the runs of ``make study``.
+"""Take the pictures of the viewer in README and docs.
+
+The pictures show the runs of ``make study``.
 
 Usage: python -m tests.viewer.pictures data/runs/study --out reports/viewer
 """

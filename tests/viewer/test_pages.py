@@ -315,7 +315,10 @@ ODD = ["<eos>", " so", "\n\n", "  ", "<0xF0>", "שלום", " עולם", "\u202e"
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Writes a trace with two turns, tool output, unusual tokens, and most values unknown."""
+    """Write a trace with unusual tokens and mostly unknown values.
+
+    It has two turns and tool output.
+    """
     folder = tmp_path_factory.mktemp("odd") / "odd"
     special = [True, *[False] * (len(ODD) - 1)]
     with Recorder(folder, Vocabulary(ODD, special), temperature=1.0) as recorder:

@@ -501,7 +501,10 @@ def test_a_link_or_frame_elsewhere_leads_to_a_page(frozen: Client):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Writes two arms of two seeds, whose prompts have equal ids and, between seeds, different texts."""
+    """Write two arms of two seeds.
+
+    Prompts have equal ids, and different texts between seeds.
+    """
     root = tmp_path_factory.mktemp("view") / "study"
     for seed in range(2):
         for arm in ("none", "ppl"):

@@ -1,4 +1,4 @@
-"""All methods that an arm can use, by name: presets of settings, advantage shaping, and loss variants."""
+"""List an arm's methods by name: presets, advantage shaping, loss variants."""
 
 from __future__ import annotations
 
@@ -111,7 +111,9 @@ def describe_methods(more: Mapping[str, Kind | None] | Iterable[str] = ()) -> di
 
 
 def named_methods(arguments: Iterable[str]) -> dict[str, Kind | None]:
-    """Return the methods that command-line arguments name, with the kind that their place in a file implies.
+    """Return the methods that command-line arguments name, with their kinds.
+
+    The kind follows from the method's place in a file, and is None if unknown.
 
     Args:
         arguments: Method names, ``module:function``, or the TOML file of a run or of a grid.
@@ -130,7 +132,10 @@ def named_methods(arguments: Iterable[str]) -> dict[str, Kind | None]:
 
 
 def _methods_in(table: Mapping[str, Any]) -> dict[str, Kind | None]:
-    """Return the user's own methods in a run config, or in the arms, ``[base]``, and config of a grid."""
+    """Return the user's own methods in a run config or a grid.
+
+    In a grid, methods are in its arms, in ``[base]``, and in the config that it names.
+    """
     found: dict[str, Kind | None] = {}
     arms = table.get("arms")
     grid_tables = [table.get("base"), *(arms.values() if isinstance(arms, Mapping) else [])]
@@ -144,7 +149,10 @@ def _methods_in(table: Mapping[str, Any]) -> dict[str, Kind | None]:
 
 
 def load_own(values: Mapping[str, Any]) -> list[MethodSpec]:
-    """Return the user's own methods that nested config values name; validation reports those that cannot be loaded."""
+    """Return the user's own methods that nested config values name.
+
+    Methods that cannot be loaded are left out; validation reports them.
+    """
     specs = []
     for name, kind in _own_methods(values):
         with suppress(InputError):
@@ -153,7 +161,10 @@ def load_own(values: Mapping[str, Any]) -> list[MethodSpec]:
 
 
 def _own_methods(table: Mapping[str, Any]) -> Iterator[tuple[str, Kind | None]]:
-    """Yield the user's own methods that a config, or an arm of a grid, names; the kind is None for an arm's method."""
+    """Yield the user's own methods that a config or an arm names, with their kind.
+
+    The kind is None for the method of an arm.
+    """
     kinds: dict[str, Kind] = {"shaping": "shaping", "loss": "loss"}
     places: list[tuple[Any, Kind | None]] = [(table.get("method"), None)]
     for key, kind in kinds.items():

@@ -1,4 +1,6 @@
-"""Read a grid in TOML: arms x seeds x sweep axes, every run validated before any starts.
+"""Read a grid in TOML: arms x seeds x sweep axes.
+
+Every run is validated before any starts.
 
 A key that is set several times takes its value from the last of: config, ``[base]``, the arm's method, the arm's own
 keys, the sweep, the seed, the command line.
@@ -32,7 +34,7 @@ KEY_TWICE = re.compile(r"(?:overwrite a value|twice|Duplicate inline table key|r
 
 
 class Grid(BaseConfig):
-    """The file of a grid; ``baseline`` names the arm that the others are compared with."""
+    """The file of a grid; the arms are compared with arm ``baseline``."""
 
     config: str
     baseline: str
@@ -43,7 +45,7 @@ class Grid(BaseConfig):
 
 
 class ArmKeys(BaseConfig):
-    """Keys of an arm besides config keys: its method or list of methods, and its seeds."""
+    """Keys of an arm besides config keys: method or list of methods, and seeds."""
 
     method: str | list[str] | None = None
     seeds: list[Natural] | None = None
@@ -60,7 +62,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run of the grid; ``axes`` holds its sweep values by key, and ``arm`` and ``baseline`` include them."""
+    """One run of the grid.
+
+    ``axes`` holds its sweep values by key, and ``arm`` and ``baseline`` include them.
+    """
 
     run_id: str
     arm: str
@@ -161,7 +166,10 @@ def _read_arm(
 
 
 def _drop_unused_sections(values: Mapping[str, Any], own: Sequence[MethodSpec]) -> dict[str, Any]:
-    """Remove parameters of other arms' own methods, which ``[base]`` and ``[sweep]`` set for all arms."""
+    """Remove parameters of own methods that the run does not use.
+
+    ``[base]`` and ``[sweep]`` set them for all arms.
+    """
     used = {(spec.kind, spec.section) for spec in load_own(values)}
     unused = {(spec.kind, spec.section) for spec in own} - used
     return {
@@ -207,7 +215,7 @@ def _check_key(key: str, own: Sequence[MethodSpec], source: str) -> None:
 
 
 def _config_keys(model: type[BaseConfig], prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Yield every dotted key of the config, and whether it holds a table of arbitrary keys."""
+    """Yield every dotted config key, and whether it is a table of arbitrary keys."""
     for name, info in model.model_fields.items():
         is_open = get_origin(info.annotation) is dict
         options = [] if is_open else [info.annotation, *get_args(info.annotation)]

@@ -1,4 +1,4 @@
-"""Run a grid: keep finished runs, resume interrupted ones, start missing ones, and report failures."""
+"""Run a grid: keep finished runs, resume or start others, report failures."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ class NoListener:
 
 
 class Errors:
-    """A listener that collects errors, also of runs whose folder cannot be written, and passes all events on."""
+    """A listener that collects errors and passes all events on.
+
+    Errors of runs whose folder cannot be written are included.
+    """
 
     def __init__(self, listener: ProgressListener) -> None:
         """Start without errors."""

@@ -1,4 +1,7 @@
-"""The ``entrace`` command: the analysis commands and those that train. Commands import heavy libraries themselves."""
+"""The ``entrace`` command: commands that analyze, and commands that train.
+
+Commands import heavy libraries themselves.
+"""
 
 from __future__ import annotations
 
@@ -191,7 +194,9 @@ def ablate(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Run a grid of arms x seeds x sweep; failed runs are reported and do not stop the others.
+    """Run a grid of arms x seeds x sweep.
+
+    Failed runs are reported and do not stop the others.
 
     Example: entrace ablate tiny-study --seeds 0,1,2 --jobs 2 --out data/runs/three-seeds
     """
@@ -229,7 +234,9 @@ def study(
     retry_failed: RetryFailed = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Concurrent runs (default: the number of cores).")] = None,
 ) -> None:
-    """Run the default study on the embedded policy, intervene on its baseline, and write its report.
+    """Run the default study on the embedded policy, and write its report.
+
+    Interventions are made on the runs of its baseline.
 
     Example: entrace study --out data/runs/study --report reports/study
     """
@@ -266,7 +273,9 @@ def methods(
     ] = None,
     json: Json = False,
 ) -> None:
-    """List the methods that an arm can use: equation, summary, source, parameters, and the keys that select each.
+    """List the methods that an arm can use.
+
+    The list has equation, summary, source, parameters, and the keys that select each method.
 
     Example: entrace methods my_methods:confident my-grid.toml
     """

@@ -31,7 +31,9 @@ def atlas(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Compute the weight that each registered method would give to each token of a run, without training.
+    """Compute the weight of each token under each registered method.
+
+    The atlas reads a recorded run, and trains nothing.
 
     Example: entrace atlas data/runs/study/none-seed0 --out reports/atlas
 
@@ -103,7 +105,10 @@ def weigh_run(runs: Runs, trace: Trace, methods: Sequence[Method]) -> tuple[list
 
 
 def record_step(responses: pl.DataFrame, tokens: pl.DataFrame, has_entropy: bool) -> RecordedStep:
-    """Return a step as arrays; a response of unknown fate counts as part of the update."""
+    """Return a step as arrays.
+
+    A response is part of the update unless it is known not to be.
+    """
     from entrace.trainer.atlas import RecordedStep
 
     ids = responses["rollout_id"].to_numpy()

@@ -46,9 +46,10 @@ def audit(
     ] = 8192,
     json: Json = False,
 ) -> None:
-    """Check which distribution the recorded numbers describe, and groups and advantages; exit code 1 on an alarm.
+    """Check recorded logprobs, entropies, groups, and advantages for errors.
 
-    --model adds one teacher-forced pass over at most 20,000 tokens that this model sampled.
+    The audit finds the distribution that the recorded numbers describe. The exit code is 1 on an alarm. --model adds
+    one teacher-forced pass over at most 20,000 tokens that this model sampled.
 
     Example: entrace audit data/runs/study
 

@@ -1,8 +1,8 @@
-"""Compare the responses of a run or dump with the model that sampled them, for ``entrace audit --model``.
+"""Compare recorded responses with a model, for ``entrace audit --model``.
 
-Each step of a run is sampled by other weights. Only responses of the policy that the model is are compared: those of
-the step that the user names, or of the one that ``run.json`` proves to be sampled by these weights. Otherwise, the
-command refuses.
+The responses of each step of a run were sampled by different weights. The command compares only responses that this
+model sampled: those of the step that the user names, or of the step that ``run.json`` proves to be sampled by these
+weights. Otherwise, the command refuses.
 """
 
 from __future__ import annotations
@@ -125,7 +125,9 @@ class Comparison:
         return self.read(tokens, prompts, about)
 
     def choose(self, runs: Runs, sample: Sample, run_id: str) -> tuple[dict[int, list[int]], str]:
-        """Return the prompt tokens of the responses that the model sampled, by response, and which these are.
+        """Return the prompt tokens of the responses that the model sampled.
+
+        The result maps response ids to tokens. A description of the chosen responses comes with it.
 
         Raises:
             InputError: it is not known which responses the model sampled.
@@ -167,7 +169,10 @@ class Comparison:
         return Reference(self.path, about, compared, Distributions.join(parts), is_canonical)
 
     def _canonical(self, tokens: pl.DataFrame) -> list[int]:
-        """Return the responses whose text, tokenized again, gives their token ids without special tokens."""
+        """Return the responses whose text encodes to their own token ids.
+
+        Special tokens are ignored.
+        """
         special = self.policy.tokenizer.all_special_ids
         shown = tokens.filter(~pl.col("token_id").is_in(special))
         # Turns are tokenized apart from the context between them.
@@ -179,7 +184,7 @@ class Comparison:
         return whole.filter("same")["rollout_id"].to_list()
 
     def _prompts_of_run(self, runs: Runs, sample: Sample, run_id: str) -> tuple[dict[int, list[int]], str]:
-        """Return the prompt tokens of the responses that the model sampled, and which these are."""
+        """Return prompt tokens of responses that the model sampled; see ``choose``."""
         manifest = runs.manifests[run_id]
         if "scored" in manifest:
             raise InputError(f"{run_id}: an imported trace holds no prompt tokens; audit the dump itself with --model")
@@ -221,7 +226,10 @@ class Comparison:
         return rows, f"{named} (sampled by {why})"
 
     def _updates(self, manifest: Mapping[str, Any], folder: Path) -> tuple[int | None, str]:
-        """Return the updates that the model has received, None if it is not a policy of the run, and why."""
+        """Return the updates that the model has received, and how they are known.
+
+        The number is None if the model is not a policy of the run.
+        """
         weights = hash_weights(self.path)
         starting = (manifest.get("common_random_numbers") or {}).get("base_policy")
         if starting is None:

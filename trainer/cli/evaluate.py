@@ -33,10 +33,11 @@ def evaluate(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Evaluate policies on held-out prompts: avg@k, maj@k, pass@k per benchmark, with intervals over prompts.
+    """Evaluate policies on held-out prompts: avg@k, maj@k, pass@k per benchmark.
 
-    A run is evaluated at its latest checkpoint with its own configuration. The output has one row per benchmark with
-    its number of prompts. A benchmark is a data source of the task, or one of several files in task.heldout_file.
+    Intervals are over prompts. A run is evaluated at its latest checkpoint with its own configuration. The output has
+    one row per benchmark with its number of prompts. A benchmark is a data source of the task, or one of several files
+    in task.heldout_file.
 
     Example: entrace eval data/runs/study/none-seed0 data/base-policy
     """
@@ -64,9 +65,9 @@ def evaluate(
 
 
 def summarize_evals(rows: Mapping[str, Any], k: int) -> Summary:
-    """Estimate avg@k, maj@k, and pass@k by benchmark, with 95% intervals over prompts.
+    """Estimate avg@k, maj@k, and pass@k by benchmark, with 95% intervals.
 
-    Responses without a verdict do not count; a prompt without any verdict is left out.
+    Intervals are over prompts. Responses without a verdict do not count; a prompt without any verdict is left out.
 
     Args:
         rows: Columns of the ``evals`` table, ``k`` consecutive rows per prompt.
@@ -99,7 +100,10 @@ def summarize_evals(rows: Mapping[str, Any], k: int) -> Summary:
 
 
 def mean_over_benchmarks(summary: Summary) -> dict[str, Estimate]:
-    """Return the unweighted mean of each metric over the benchmarks that have it, with its interval."""
+    """Return the unweighted mean of each metric over benchmarks, with its interval.
+
+    Only the benchmarks that have the metric enter its mean.
+    """
     from entrace.analysis.statistics.combination import mean_of_parts
     from entrace.analysis.statistics.interval_functions import BOUNDS
 

@@ -1,4 +1,7 @@
-"""Functions of ``entrace ablate`` and ``entrace study``: choose a launcher, run with a live table, and plan."""
+"""Choose a launcher, run with a live table, and plan, for grid commands.
+
+The commands are ``entrace ablate`` and ``entrace study``.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,10 @@ def choose_launcher(
 
 
 def run(specs: Sequence[RunSpec], out: Path, launcher: Launcher, resume: bool, retry_failed: bool) -> dict[str, str]:
-    """Run a grid with a live table, report failed runs on stderr, and return their errors by run id."""
+    """Run a grid with a live table, and return errors by run id.
+
+    Failed runs are also reported on stderr.
+    """
     runs = {spec.run_id: (spec.arm, spec.config.steps) for spec in specs}
     with GridProgress(out.resolve().name, runs) as progress:
         failed = run_grid(specs, out, launcher, train_run, resume=resume, retry_failed=retry_failed, listener=progress)
@@ -61,7 +67,10 @@ def run(specs: Sequence[RunSpec], out: Path, launcher: Launcher, resume: bool, r
 
 
 def train_run(*arguments: Any, **options: Any) -> None:
-    """Call ``train.train`` in the process of a run; the process of the command does not load torch."""
+    """Call ``train.train`` in the process of a run.
+
+    The process of the command does not load torch.
+    """
     from entrace.trainer.train import train
 
     train(*arguments, **options)
@@ -80,7 +89,10 @@ def summarize(specs: Sequence[RunSpec], out: Path) -> dict[str, Any]:
 
 
 def check(specs: Sequence[RunSpec]) -> tuple[list[str], list[str]]:
-    """Return the distinct warnings and problems of the runs; runs with equal needs are checked once."""
+    """Return the distinct warnings and problems of the runs.
+
+    Runs with equal needs are checked once.
+    """
     from entrace.trainer.preflight import check_run
 
     distinct = {}

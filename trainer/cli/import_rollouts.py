@@ -95,7 +95,9 @@ def import_rollouts(
     ] = False,
     resume: Resume = False,
 ) -> None:
-    """Import rollouts that another trainer sampled: TRL, verl, prime-rl, NeMo-RL, open-instruct, ms-swift, and others.
+    """Import rollouts that another trainer sampled.
+
+    Formats: TRL, verl, prime-rl, verifiers, NeMo-RL, open-instruct, ms-swift, OpenAI, and plain rows.
 
     Recorded logprobs, entropies, and advantages are kept as they are. --model adds missing ones with one teacher-forced
     pass and compares it with recorded values.
@@ -179,10 +181,11 @@ def import_rollouts(
 
 @dataclass(frozen=True)
 class _Using:
-    """Hold the tokenizer and model of an import, and the translation of the model's errors.
+    """Hold the tokenizer and model of an import.
 
-    ``make_scorer`` takes the sampling temperature and the tokens of a forward pass. ``extra`` describes a tokenizer
-    without a model in ``run.json``. ``tokens`` are the ids of a model's tokens.
+    ``explain`` translates the model's errors. ``make_scorer`` takes the sampling temperature and the tokens of a
+    forward pass. ``extra`` describes a tokenizer without a model in ``run.json``. ``tokens`` are the ids of a model's
+    tokens.
     """
 
     codec: Codec | None = None

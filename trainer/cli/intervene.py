@@ -39,9 +39,10 @@ def intervene(
     ] = 0,
     json: Json = False,
 ) -> None:
-    """Replace tokens of recorded responses, sample continuations, and record the effect on accuracy.
+    """Replace tokens of recorded responses, and measure the effect on accuracy.
 
-    The rows form table interventions of the run. A second call continues where the first stopped.
+    Continuations of the original token and of its replacement are sampled. The rows form table interventions of the
+    run. A second call continues where the first stopped.
 
     Example: entrace intervene data/runs/study/none-seed0 --entropy 0.8,1 --budget 500000
     """
@@ -68,7 +69,7 @@ def intervene(
 
 
 def run_interventions(run: Path, settings: Settings, budget: int) -> InterventionCounts:
-    """Intervene until the budget is spent or Ctrl-C stops the command, with a progress bar."""
+    """Intervene with a progress bar until the budget is spent or Ctrl-C stops it."""
     from entrace.analysis.terminal.progress import Progress
     from entrace.trainer.interventions.intervene import intervene as run_series
 

@@ -40,5 +40,5 @@ class _LazyModule(ModuleType):
 
 
 def import_lazily(name: str) -> None:
-    """Let later imports of a top-level module load it only if an attribute of it is used."""
+    """Let later imports of a top-level module load it on first use of an attribute."""
     sys.modules.setdefault(name, _LazyModule(name))

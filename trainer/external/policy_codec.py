@@ -65,7 +65,10 @@ class PolicyCodec:
         return self.policy.encode_prompt(question)
 
     def encode_whole(self, text: str) -> list[int]:
-        """Return the token ids of a prompt that needs no template; it begins with the beginning of sequence once."""
+        """Return the token ids of a prompt that needs no template.
+
+        The ids begin with the beginning of sequence once.
+        """
         return with_opening(self.encode(text), self.policy.opening)
 
     def decode(self, ids: Sequence[int]) -> str:

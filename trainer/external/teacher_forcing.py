@@ -1,4 +1,7 @@
-"""Score given responses with one teacher-forced pass of a model, which yields the columns that training records."""
+"""Score given responses with one teacher-forced pass of a model.
+
+The pass yields the columns that training records.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ from entrace.trainer.settings import AboveZero, BaseConfig, Positive
 
 
 class PassSettings(BaseConfig):
-    """Settings of the pass; ``batch_tokens`` bounds the tokens of a forward pass, padding included."""
+    """Settings of the pass.
+
+    ``batch_tokens`` bounds the tokens of a forward pass, including padding.
+    """
 
     policy: PolicyConfig
     temperature: AboveZero = 1.0
@@ -29,7 +35,7 @@ class PassSettings(BaseConfig):
 
 @dataclass(frozen=True)
 class PassScores:
-    """Statistics of the tokens of responses, concatenated, (N,); see ``tables.Scores``."""
+    """Statistics of concatenated response tokens, (N,); see ``tables.Scores``."""
 
     stats: TokenStats
     hidden_norm: Tensor
@@ -46,7 +52,10 @@ class PassScores:
         return self.stats.entropy.numpy()
 
     def grad_norm(self, advantages: np.ndarray) -> np.ndarray:
-        """Return the norm of each token's policy gradient at the LM head, (N,); NaN where the advantage is NaN."""
+        """Return norms of policy gradients at the LM head per token, (N,).
+
+        The norm is NaN if the advantage is NaN.
+        """
         given = torch.from_numpy(advantages)
         stats = self.stats
         return lm_head_grad_norm(given, stats.logprob, stats.sum_p2, self.hidden_norm, self.temperature).numpy()

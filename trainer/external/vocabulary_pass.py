@@ -1,4 +1,7 @@
-"""Read given responses with one teacher-forced pass, and keep what determines values at other temperatures."""
+"""Read given responses with one teacher-forced pass of a model.
+
+The pass keeps what determines values at other temperatures.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,9 @@ class VocabularyPass:
     def parts(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]]
     ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-        """Yield the indices of responses and the values of their tokens, concatenated, one forward pass at a time.
+        """Yield indices of responses and values of their tokens, per forward pass.
 
-        Memory is bounded by ``batch_tokens``, not by the number of responses.
+        Values are concatenated. Memory is bounded by ``batch_tokens``, not by the number of responses.
 
         Args:
             prompts: Prompt tokens of each response.
@@ -99,7 +102,10 @@ class VocabularyPass:
         return {"log_sum": log_sum, "mean": mean, "variance": variance}
 
     def _shifted(self, hidden: Tensor, targets: Tensor, peak: Tensor, responses: list[Tensor]) -> dict[str, np.ndarray]:
-        """Return the logit of each token in the distributions of the next token and of the token before."""
+        """Return each token's logit in the two neighboring distributions.
+
+        The two are those of the next token and of the token before.
+        """
         head = self.policy.head.for_hidden(hidden.dtype)
         following, preceding = (torch.full(targets.shape, torch.nan) for _ in range(2))
         start = 0

@@ -1,4 +1,4 @@
-"""Choose the recorded tokens to replace, in an order whose every prefix is balanced."""
+"""Choose recorded tokens to replace, in an order with balanced prefixes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ STRATA = ("fifth", "ppl_tercile", "is_high_entropy")
 
 
 def load_candidates(run_dir: Path, last_step: int) -> pl.DataFrame:
-    """Load the tokens of responses in the updates of the ``WINDOW_STEPS`` steps up to ``last_step``.
+    """Load tokens of responses in the updates of the last ``WINDOW_STEPS`` steps.
 
-    A response of unknown perplexity belongs to no tercile and is excluded.
+    The last of these steps is ``last_step``. A response of unknown perplexity belongs to no tercile and is excluded.
 
     Returns:
         Columns of table tokens, and the response's ``ppl`` and ``ppl_tercile``, sorted by rollout_id and position.
@@ -53,7 +53,10 @@ def load_candidates(run_dir: Path, last_step: int) -> pl.DataFrame:
 
 
 def _read(run_dir: Path, table: str, first_step: int, last_step: int) -> pl.DataFrame:
-    """Read the rows of some steps; the parts of the table may have different schema versions."""
+    """Read the rows of some steps.
+
+    The parts of the table may have different schema versions.
+    """
     steps = [("step", ">=", first_step), ("step", "<=", last_step)]
     files = check_parts(run_dir, read_manifest(run_dir), digests.read(run_dir))[table]
     parts = [pl.DataFrame(read_part(path, filters=steps)) for path in files]
@@ -102,6 +105,9 @@ def order_candidates(
 
 
 def ntile(rank: pl.Expr, count: pl.Expr, parts: int) -> pl.Expr:
-    """Return SQL's ntile, from 1, of row ``rank``, from 0, among ``count``; the first count % parts hold one more."""
+    """Return SQL's ntile, from 1, of row ``rank``, from 0, among ``count``.
+
+    The first ``count % parts`` tiles hold one more row.
+    """
     size, longer = count // parts, count % parts
     return 1 + pl.max_horizontal(rank // (size + 1), (rank - longer) // size.clip(1))

@@ -54,7 +54,9 @@ AS_RECORDED = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that determine every row of a series of interventions; a series is one checkpoint and one seed.
+    """Settings that determine every row of a series of interventions.
+
+    A series has one checkpoint and one seed.
 
     Attributes:
         checkpoint_step: Updates that the policy had received.
@@ -79,7 +81,10 @@ class Settings:
         return f"entropy {entropy}, position {position}, ppl_tercile {','.join(map(str, self.ppl_tercile))}"
 
     def part(self, run_dir: Path, number: int) -> Path:
-        """Return the file of one batch, under a name that ``TraceWriter`` keeps when a run is resumed."""
+        """Return the file of one batch.
+
+        ``TraceWriter`` keeps files of this name when a run is resumed.
+        """
         return run_dir / TABLE / f"step-{self.checkpoint_step:06d}-seed-{self.seed}-{number:06d}.parquet"
 
 
@@ -110,7 +115,7 @@ class InterventionCounts:
 
 
 def resolve_checkpoint(run_dir: Path, step: int | None) -> int:
-    """Return the step, by default that of the latest checkpoint, after checking that its checkpoint exists.
+    """Return the step of an existing checkpoint, by default the latest.
 
     Raises:
         InputError: the folder is not a trace, or it has no such checkpoint.
@@ -122,9 +127,10 @@ def resolve_checkpoint(run_dir: Path, step: int | None) -> int:
 def intervene(
     run_dir: Path, settings: Settings, budget: int, on_batch: Callable[[InterventionCounts], None] = lambda counts: None
 ) -> InterventionCounts:
-    """Replace tokens in batches until the budget is spent, and write table ``interventions`` of the run.
+    """Replace tokens in batches until the budget is spent.
 
-    Batches of earlier calls are counted and kept. The rows depend only on ``settings``.
+    The result is table ``interventions`` of the run. Batches of earlier calls are counted and kept. The rows depend
+    only on ``settings``.
 
     Args:
         run_dir: A run with checkpoints.
@@ -169,7 +175,10 @@ def intervene(
 
 @dataclass(frozen=True)
 class _Prefix:
-    """A response up to the original token or its alternative, and the uniforms of its continuations, (K, room)."""
+    """A response up to the original token or its alternative.
+
+    ``numbers`` are the uniforms of its continuations, (K, room).
+    """
 
     prompt: Prompt
     tokens: list[int]
@@ -177,10 +186,13 @@ class _Prefix:
 
 
 class Intervener:
-    """The policy of a checkpoint, the responses to change, and the verifiers of their continuations."""
+    """Policy of a checkpoint, responses to change, and verifiers of continuations."""
 
     def __init__(self, config: Config, checkpoint: Path, tokens: pl.DataFrame, settings: Settings) -> None:
-        """Load the policy; ``tokens`` hold complete responses, sorted by rollout_id and position."""
+        """Load the policy.
+
+        ``tokens`` hold complete responses, sorted by rollout_id and position.
+        """
         self.config, self.settings = config, settings
         self.policy = Policy.load(config.policy.model_copy(update={"path": str(checkpoint / "policy")}))
         self.task = load_task(config.task, config.seed, self.policy.encode_prompt)
@@ -230,9 +242,9 @@ class Intervener:
         }
 
     def _complete(self, prefixes: list[_Prefix]) -> tuple[np.ndarray, np.ndarray]:
-        """Return accuracy and generated tokens of the continuations of each prefix, (N,) both.
+        """Return accuracy and generated tokens of continuations per prefix.
 
-        A prefix that already ends, by its stop token or at the length limit, is scored unchanged.
+        Shape (N,) both. A prefix that already ends, by its stop token or at the length limit, is scored unchanged.
         """
         open_ones = [b.numbers.shape[1] > 0 and not self._has_ended(b.tokens) for b in prefixes]
         endings = iter(self._sample([b for b, is_open in zip(prefixes, open_ones, strict=True) if is_open]))
@@ -262,7 +274,10 @@ class Intervener:
         return [responses[start : start + size] for start in range(0, len(responses), size)]
 
     def _cut(self, tokens: list[int], end: list[int]) -> list[int]:
-        """Cut a continuation at a stop text that begins in the prefix, which sampling could not see."""
+        """Cut a continuation at a stop text that begins in the prefix.
+
+        Sampling cannot see such a stop text.
+        """
         lengths = range(1, len(end) + 1) if self._params.stop else ()
         return end[: next((n for n in lengths if self._has_ended([*tokens, *end[:n]])), None)]
 
@@ -278,7 +293,7 @@ class Intervener:
 def draw_alternatives(
     policy: Policy, contexts: list[list[int]], originals: Tensor, uniforms: Tensor, temperature: float
 ) -> Tensor:
-    """Draw from p(v | not o) = p(v) / (1 - p(o)), v != o, by inverting its distribution function.
+    """Draw from p(v | not o) = p(v) / (1 - p(o)), v != o, by inverting its CDF.
 
     p is without top-p and top-k, which might leave only o.
 

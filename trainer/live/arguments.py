@@ -1,4 +1,4 @@
-"""Check the arguments that a traced trainer adds to its own, and the version of the library that it belongs to."""
+"""Check arguments of traced trainers, and the version of the traced library."""
 
 from __future__ import annotations
 
@@ -47,23 +47,32 @@ class Arguments:
                 raise InputError(f"{name}: {value!r} is not an integer of at least {lowest}")
 
     def num_after(self, batch_size: int) -> int:
-        """Return how many responses of a batch are captured after an update, unless it has fewer."""
+        """Return the number of responses per batch to capture after an update.
+
+        The default is an eighth of the batch, between 1 and ``MAX_AFTER``. A smaller batch is captured whole.
+        """
         return self.after_update_responses or min(MAX_AFTER, max(1, batch_size // 8))
 
     def detector(self, history: Iterable[tuple[float | None, float | None]]) -> PlateauDetector:
-        """Return the plateau detector after steps of known entropy and accuracy; unknown values count as 0."""
+        """Return the plateau detector after past pairs of entropy and accuracy.
+
+        Unknown values count as 0.
+        """
         return PlateauDetector(
             self.shaping.plateau, [(entropy or 0.0, accuracy or 0.0) for entropy, accuracy in history]
         )
 
 
 def check_version() -> None:
-    """Warn once if the installed TRL is outside the range that the tests have run against."""
+    """Warn once if the tests have not run against the installed version of TRL."""
     warn_if_untested("TRL", trl_version(), TESTED)
 
 
 def warn_if_untested(name: str, found: str, tested: tuple[tuple[int, int], tuple[int, int]]) -> None:
-    """Warn once if version ``found`` lies outside ``tested``: lower bound included, upper bound excluded."""
+    """Warn once if version ``found`` is outside ``tested``.
+
+    The lower bound is included, the upper bound excluded.
+    """
     numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
     if not tested[0] <= numbers < tested[1]:
         low, high = (".".join(map(str, version)) for version in tested)
@@ -102,7 +111,9 @@ def shaping_config(shaping: Any) -> ShapingConfig:
 
 
 def choose_correct(correct: str | float | None, names: Sequence[str]) -> tuple[str | float | None, str]:
-    """Return the reward function or the threshold that decides correctness, and the rule in words.
+    """Return the rule that decides correctness, as a value and in words.
+
+    The value is the name of a reward function or a threshold on the total reward, or None if no rule applies.
 
     Raises:
         InputError: no such reward function, or the threshold is not a number.

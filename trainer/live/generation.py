@@ -1,4 +1,4 @@
-"""Hold the responses of one generation batch while a trainer consumes them, slice by slice."""
+"""Hold the responses of a generation batch while a trainer consumes its slices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from entrace.trainer.seeding import Stream, generator
 
 @dataclass(frozen=True)
 class Pass:
-    """Hold the statistics of tokens from one forward pass, (B, T) each; None where the pass did not compute one.
+    """Hold statistics of tokens from one forward pass, (B, T) each.
+
+    A statistic is None if the pass did not compute it.
 
     Attributes:
         logprob: Log-probability of each token, nats.
@@ -35,7 +37,7 @@ class Pass:
 
     @classmethod
     def join(cls, parts: Sequence[Pass]) -> Pass:
-        """Return passes over several responses as one; a statistic that one of them lacks is None."""
+        """Concatenate passes; a statistic that any of them lacks is None."""
         names = [name for name in vars(parts[0]) if all(getattr(part, name) is not None for part in parts)]
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
@@ -47,9 +49,9 @@ class Pass:
 
 @dataclass
 class Generation:
-    """Hold the responses that this process generated for one training step, in the order of generation.
+    """Hold the responses that this process generated for one training step.
 
-    B responses, T tokens at most.
+    Order: that of generation. B responses, T tokens at most.
 
     Attributes:
         step: Step of the trace, from 1.
@@ -131,7 +133,7 @@ class Generation:
 
     @property
     def is_complete(self) -> bool:
-        """Return whether every loss over the batch has been taken, and the optimizer step after the last of them."""
+        """Return True once all losses and the optimizer step after them were taken."""
         return len(self.losses) >= self.slices and not self.pending
 
     def add(self, found: Pass, rows: Tensor) -> None:
@@ -149,7 +151,10 @@ class Generation:
             self.metrics.setdefault(name, []).append(value)
 
     def payload(self) -> dict[str, Any]:
-        """Return everything to record, as arrays of numpy over the tokens of all responses, (N,)."""
+        """Return all values to record; token values are NumPy arrays, (N,).
+
+        N counts the tokens of all responses.
+        """
         shaped = self.advantage[:, None].expand(self.loss_mask.shape) if self.shaped is None else self.shaped
         grids = {"loss_mask": self.loss_mask, "shaped_advantage": shaped, **self.token}
         grids |= {name: self.stats[name] for name in ("logprob", "entropy") if name in self.stats}
@@ -209,7 +214,9 @@ def join(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def split_by_response(values: np.ndarray, lengths: np.ndarray) -> list[Any]:
-    """Split values of tokens by response; None for a response without values, None for a single value that is unknown.
+    """Split values of tokens by response.
+
+    None replaces a response without known values, and a single unknown value.
 
     Args:
         values: Values of the tokens of all responses, (N,); NaN or infinite where unknown.
@@ -237,9 +244,9 @@ def shape_all(
     step: int,
     plateau_step: int | None,
 ) -> tuple[Tensor, bool]:
-    """Return the shaped advantages of the responses of all processes, and whether a method was on.
+    """Shape the advantages of the responses of all processes.
 
-    Methods see generated tokens only; context between them is removed.
+    Also return whether a shaping method was on. Methods see generated tokens only; context between them is removed.
 
     Args:
         parts: Of each process ``logprob``, ``entropy``, and ``loss_mask``, (B, T), ``group``, ``correct``, and

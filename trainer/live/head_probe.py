@@ -1,4 +1,4 @@
-"""Capture ln sum p^2 and |h| from TRL's forward passes, from which per-token gradient norms follow."""
+"""Capture the inputs of per-token gradient norms from TRL's forward passes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ SCALED_LOGITS = (
 
 
 def ask_reference_for_entropy(trainer: Any) -> bool:
-    """Let TRL's fused LM head of the reference model compute entropies, which do not enter the loss.
+    """Let TRL's fused LM head of the reference model compute entropies.
+
+    The entropies do not enter the loss.
 
     Returns:
         False if there is no reference model, or if this version of TRL does not allow it. With an adapter, the policy
@@ -48,7 +50,7 @@ def ask_reference_for_entropy(trainer: Any) -> bool:
 
 
 class HeadProbe:
-    """Capture ln sum p^2 and |h| from TRL's forward passes, from which per-token gradient norms follow."""
+    """Capture ln sum p^2 and |h| from TRL's forward passes."""
 
     def __init__(self) -> None:
         self._heard: list[tuple[Tensor, Tensor]] | None = None
@@ -56,9 +58,10 @@ class HeadProbe:
 
     @classmethod
     def attach(cls, trainer: Any) -> HeadProbe | None:
-        """Patch the policy's forward pass; None if this version of TRL or the model does not allow it.
+        """Patch the policy's forward pass.
 
-        TRL's fused LM head can return ln sum p^2, which does not enter the loss.
+        The result is None if this version of TRL or the model does not allow patching. TRL's fused LM head can return
+        ln sum p^2, which does not enter the loss.
         """
         try:
             from trl.trainer.utils import add_fused_lm_head
@@ -95,7 +98,10 @@ class HeadProbe:
 
     @contextmanager
     def listening(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Collect ln sum p^2 and |h| of the forward passes in the block, (B, T) each; T spans prompt and response."""
+        """Collect ln sum p^2 and |h| of the forward passes in the block.
+
+        Shape (B, T) each; T spans prompt and response.
+        """
         heard: list[tuple[Tensor, Tensor]] = []
         self._heard = heard
         try:

@@ -1,4 +1,4 @@
-"""Read rows of a dataset as TRL takes them: texts or messages, and columns beside these."""
+"""Read rows of TRL datasets: texts or messages, and further columns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from entrace.analysis.trace.recorder import prompt_hash
 
 
 def text_of(message: Any) -> str:
-    """Return the text of a prompt or completion: its own, or that of its messages, joined by blank lines."""
+    """Return the text of a prompt or completion.
+
+    Texts of several messages are joined by blank lines.
+    """
     if isinstance(message, str):
         return message
     if isinstance(message, Mapping):
@@ -31,7 +34,7 @@ def identify(prompt: Any) -> str:
 
 
 def first_of(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """Return the first column of ``names`` that holds a text or a number, as text; None if there is none."""
+    """Return the first column that holds a text or a number, as text, or None."""
     return next((str(row[name]) for name in names if isinstance(row.get(name), str | int | float)), None)
 
 

@@ -1,4 +1,4 @@
-"""Follow a trainer of TRL through generation, losses, and updates, and record each generation batch as a step.
+"""Follow a trainer of TRL, and record each generation batch as a step.
 
 A batch is complete once every slice has passed through the loss in every iteration and the optimizer step after that
 was taken. Statistics of tokens come from TRL's own forward passes where these see the sampling policy; see
@@ -109,7 +109,7 @@ class Tracer:
         return self.accelerator.is_main_process
 
     def open(self) -> None:
-        """Open the trace when training begins: a new one, or that of the checkpoint that training resumes from."""
+        """Open a new trace, or the trace of the checkpoint that training resumes from."""
         with self._together():
             if self.is_main:
                 self._recorder = self._make_recorder()
@@ -199,7 +199,10 @@ class Tracer:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Close the trace after the block: complete, failed, or, if interrupted, as it stands."""
+        """Close the trace after the block.
+
+        Its status is complete after success and failed after an error; an interrupted trace stays as it is.
+        """
         try:
             yield
             self.finish_steps(None, is_end=True)
@@ -231,7 +234,7 @@ class Tracer:
 
     @contextmanager
     def generation(self) -> Iterator[_Scored]:
-        """Follow TRL through the block, which builds a generation batch or an evaluation batch."""
+        """Follow TRL while the block builds a generation batch or evaluation batch."""
         is_training = self.trainer.model.training
         if is_training:
             self.finish_steps(None)
@@ -272,7 +275,10 @@ class Tracer:
 
     @contextmanager
     def forward_pass(self, model: Any, arguments: dict[str, Any]) -> Iterator[list[Any]]:
-        """Keep the log-probabilities and entropies that TRL computes in the block under policy or reference policy."""
+        """Keep the log-probabilities and entropies that TRL computes in the block.
+
+        Passes of the policy and of the reference policy count.
+        """
         kept: list[Any] = []
         if self._passes is None and self._in_loss is None:
             yield kept
@@ -375,7 +381,7 @@ class Tracer:
         return None if reward != reward else reward >= self.correct
 
     def _take_passes(self, batch: Generation, output: Mapping[str, Any], passes: list[tuple[Any, Pass]]) -> None:
-        """Keep the statistics of TRL's own pass over the sampling policy, and those of the reference policy."""
+        """Keep the statistics of TRL's passes over sampling and reference policies."""
         old, reference = output.get("old_per_token_logps"), output.get("ref_per_token_logps")
         own = [found for logprob, found in passes if logprob is old]
         if "old_logps" in output and passes:
@@ -392,13 +398,16 @@ class Tracer:
 
     @staticmethod
     def _add(batch: Generation, found: Pass, rows: Tensor) -> None:
-        """Keep the statistics of TRL's pass over ``rows``, except for responses that are known or that it masks."""
+        """Keep the statistics of TRL's pass over ``rows``.
+
+        Responses whose statistics are known, or that TRL masks, are excluded.
+        """
         places = torch.from_numpy(np.flatnonzero(~(batch.is_masked | batch.known)[rows.numpy()]))
         if len(places):
             batch.add(found.take(places), rows[places])
 
     def _extra_passes(self, batch: Generation, output: Mapping[str, Any]) -> None:
-        """Make a pass of our own over the responses for which TRL makes none that can be used."""
+        """Run an extra pass over responses for which TRL's own passes are unusable."""
         early = bool(self._shapes) and self.trainer.args.steps_per_generation > 1
         if self.has_dropout:
             rows, reason = np.arange(len(batch.ids)), "dropout is on, which is random in TRL's own passes"
@@ -454,7 +463,10 @@ class Tracer:
         return self.config.method != NONE
 
     def _shape(self, batch: Generation, output: Any, rows: Tensor) -> None:
-        """Shape the advantages of a batch whose statistics are known; ``rows`` are the responses of ``output``."""
+        """Shape the advantages of a batch whose statistics are known.
+
+        ``rows`` are the responses of ``output``.
+        """
         own = {name: batch.stats[name].nan_to_num(0.0) for name in ("logprob", "entropy")}
         own |= {"loss_mask": batch.loss_mask, "advantage": batch.advantage}
         own |= {"correct": [bool(c) for c in batch.is_correct], "group": batch.group, "reward": batch.rewards}
@@ -533,7 +545,7 @@ class Tracer:
         return self.trainer._metrics["train"].get(name, [])
 
     def _take_loss(self, batch: Generation, inputs: Any, rows: Tensor, found: Pass) -> None:
-        """Use the forward pass of the loss: values under the sampling policy, shaping, and the ratio clip."""
+        """Take statistics, shaping, and ratio clipping from the loss's forward pass."""
         with self._costing():
             if batch.updates == 0 and not self.has_dropout:
                 self._add(batch, found, rows)
@@ -568,7 +580,10 @@ class Tracer:
                 batch.add_metric("lr", self.lr)
 
     def finish_steps(self, grad_norm: Any, *, is_end: bool = False) -> None:
-        """Record completed batches; at the end of training, also those that some loss has used."""
+        """Record completed batches.
+
+        At the end of training, also record incomplete batches that a loss has used.
+        """
         if grad_norm is not None:
             for batch in self._open:
                 if batch.updates and len(batch.metrics.get("grad_norm", [])) < batch.updates:
@@ -600,7 +615,10 @@ class Tracer:
                 self._recorder.manifest["plateau_step"] = self.plateau.plateau_step
 
     def _capture_after(self, batch: Generation) -> None:
-        """Evaluate responses again under the updated weights; every process takes an equal number of its own."""
+        """Evaluate sampled responses again under the updated weights.
+
+        Every process takes an equal number of its own responses.
+        """
         wanted = self.arguments.num_after(len(batch.ids) * self.accelerator.num_processes)
         number = -(-wanted // self.accelerator.num_processes)
         drawn = generator(self.trainer.args.seed, Stream.CAPTURE, batch.step, self.accelerator.process_index)
@@ -748,7 +766,7 @@ class Tracer:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Raise an error of the block in all processes; only the main process may encounter one."""
+        """Raise an error of the block, which only the main process may meet, everywhere."""
         error: Exception | None = None
         try:
             yield
@@ -778,10 +796,11 @@ class Tracer:
 
 
 def exact_zeros(advantages: np.ndarray, rewards: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Set advantages to exactly 0 in groups with equal rewards, where TRL leaves rounding errors.
+    """Set advantages to exactly 0 in groups with equal rewards.
 
-    The mean of equal numbers may differ from them in the last bit, and TRL divides by a standard deviation of 0 plus
-    1e-4. Larger advantages of such a group have another source, such as a penalty, and stay.
+    TRL leaves rounding errors there. The mean of equal numbers may differ from them in the last bit, and TRL divides by
+    a standard deviation of 0 plus 1e-4. Larger advantages of such a group have another source, such as a penalty, and
+    stay.
     """
     result = advantages.copy()
     for rows in rows_by_group(group):

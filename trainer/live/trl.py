@@ -1,4 +1,6 @@
-"""Record TRL's trainers while they train: a mix-in over ``GRPOTrainer``, ``RLOOTrainer``, and subclasses of these.
+"""Record TRL's trainers while they train.
+
+``Traced`` is a mix-in over ``GRPOTrainer``, ``RLOOTrainer``, and their subclasses.
 
 TRL samples a generation batch, scores it, shuffles it, and cuts it into slices; each slice passes through the loss once
 per iteration. A step of the trace is one generation batch, whatever ``global_step`` counts. Statistics of tokens come

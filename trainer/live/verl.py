@@ -1,4 +1,6 @@
-"""Record verl's V1 trainers while they train: a mix-in over ``PPOTrainerSync``, its siblings, and subclasses of these.
+"""Record verl's V1 trainers while they train.
+
+``Traced`` is a mix-in over ``PPOTrainerSync``, its siblings, and their subclasses.
 
 verl's driver keeps the responses of a step in TransferQueue: rows by key, which workers and driver read and replace.
 ``_compute_advantage`` runs in the driver over all rows of an update, before mini-batches are cut, so that shaping needs
@@ -40,13 +42,17 @@ _Base: Any = object
 
 
 class Traced(_Base):
-    """Record a V1 trainer of verl: ``@register_trainer("mine") class Mine(Traced, MyTrainer)``.
+    """Record a V1 trainer of verl.
+
+    Usage: ``@register_trainer("mine") class Mine(Traced, MyTrainer)``.
 
     Section ``entrace`` of verl's config holds the arguments; see ``read_arguments``.
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        """Check section ``entrace`` and build the trainer; the trace is opened when training begins.
+        """Check section ``entrace`` and build the trainer.
+
+        The trace is opened when training begins.
 
         Args:
             config: Config of verl.
@@ -102,7 +108,7 @@ class Traced(_Base):
 
 
 def base_mode(trainer: type) -> str:
-    """Return the mode under which verl registers the trainer that a traced trainer extends.
+    """Return verl's mode for the trainer that a traced trainer extends.
 
     Raises:
         InputError: the trainer extends none that is registered.

@@ -1,4 +1,4 @@
-"""Follow a V1 trainer of verl through advantages, updates, and evaluations, and record each of its steps.
+"""Follow a V1 trainer of verl, and record each of its steps.
 
 A step of the trace is one global step of verl. With ``parameter_sync_step`` above 1 it holds several updates; verl
 computes ``old_log_probs`` of all of them with the weights at the start of the step.
@@ -72,7 +72,7 @@ ACCURACY = "acc"
 
 @dataclass
 class _Step:
-    """Hold the responses of one step, one entry per response and name, until the step ends.
+    """Hold the responses of a step, one entry per response and name, until its end.
 
     Attributes:
         keys: Keys in TransferQueue.
@@ -112,7 +112,10 @@ class Tracer:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Open the trace, and close it after the block: complete, failed, or, if interrupted, as it stands."""
+        """Open the trace, and close it after the block.
+
+        Its status is complete after success and failed after an error; an interrupted trace stays as it is.
+        """
         self._warn_of_truncated_sampling()
         with self._make_recorder() as recorder:
             self._recorder = recorder
@@ -283,7 +286,9 @@ class Tracer:
         return at_limit and (not len(ids) or int(ids[-1]) not in self._ends)
 
     def _scores(self, data: Any, count: int) -> list[Any]:
-        """Return what the reward's extra info says about correctness, per response; None where it is silent.
+        """Return the score that decides correctness, per response.
+
+        Scores come from the reward's extra info or a colocated reward model, and are None without either.
 
         Raises:
             InputError: the key that entrace.correct names is in no response.
@@ -302,7 +307,7 @@ class Tracer:
         return self._checked(scores, {key for info in infos for key in info})
 
     def _checked(self, scores: Sequence[Any], keys: set[str]) -> list[Any]:
-        """Return scores that decide correctness; None where the reward's extra info is silent.
+        """Return scores that decide correctness, None where they are not numbers.
 
         Raises:
             InputError: the key that entrace.correct names is in no response, or holds something other than numbers.
@@ -409,10 +414,10 @@ class Tracer:
             self._recorder.manifest["plateau_step"] = self.plateau.plateau_step
 
     def _capture_after(self, batch: Any, keys: list[str]) -> dict[str, list[Any]]:
-        """Return log-probabilities and entropies of some responses under the updated weights, per response.
+        """Compute log-probabilities and entropies under the updated weights.
 
-        The pass runs in verl's actor workers, which write its result over that of the earlier one. The driver puts the
-        earlier values back.
+        The result holds values per response, for some responses. The pass runs in verl's actor workers, which write its
+        result over that of the earlier one. The driver puts the earlier values back.
         """
         import transfer_queue as tq
         from verl.workers.utils.padding import response_from_nested
@@ -443,7 +448,10 @@ class Tracer:
         return result
 
     def _divisible(self, wanted: int, count: int) -> int:
-        """Return the number of responses nearest to ``wanted`` that actor workers and micro-batches divide evenly."""
+        """Return the number of responses nearest to ``wanted`` that divides evenly.
+
+        The number must be a multiple of actor workers times micro-batch size.
+        """
         multiple = max(self.trainer.actor_rollout_wg._dispatch_info["actor"]) + 1
         if not self.rollout.log_prob_use_dynamic_bsz:
             multiple *= self.rollout.log_prob_micro_batch_size_per_gpu or 1
@@ -453,7 +461,7 @@ class Tracer:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Keep the rows of an evaluation, which the block samples and removes from TransferQueue."""
+        """Keep the evaluated rows that the block samples and removes from TransferQueue."""
         buffer, self._eval_rows = self.trainer.replay_buffer, []
         sample = buffer.sample
 
@@ -570,7 +578,7 @@ def _padded(rows: Sequence[Tensor]) -> Tensor:
 
 
 def _values(data: Any, name: str, count: int) -> list[Any]:
-    """Return a field without tensors as a list, one value per response; None where verl has no such field."""
+    """Return the values of a field per response; None if verl has no such field."""
     if name not in data:
         return [None] * count
     found = data[name]

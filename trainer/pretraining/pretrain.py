@@ -1,4 +1,7 @@
-"""Pretrain the embedded base policy: tokenizer, corpus, model, and evaluation from one recipe."""
+"""Pretrain the embedded base policy from one recipe.
+
+The recipe covers tokenizer, corpus, model, and evaluation.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +129,9 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def pretrain(recipe_path: Path, out: Path, on_step: Callable[..., None]) -> HeldoutMetrics:
-    """Build the base policy of a recipe in a new folder; equal recipes on one CPU give equal bytes.
+    """Build the base policy of a recipe in a new folder.
+
+    Equal recipes on one CPU give equal bytes.
 
     Args:
         recipe_path: TOML file; see ``Recipe``.
@@ -161,7 +166,10 @@ def _build(recipe: Recipe, folder: Path, on_step: Callable[..., None]) -> Heldou
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on ``texts``; decoding inverts encoding for any text, and every digit is one token."""
+    """Train a byte-level BPE on ``texts``.
+
+    Decoding inverts encoding for any text, and every digit is one token.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -193,14 +201,20 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded token ids (B, T); ``is_response`` (B, T) marks the tokens in the loss, the end token included."""
+    """Right-padded token ids, (B, T).
+
+    ``is_response``, (B, T), marks the tokens in the loss, including the end token.
+    """
 
     ids: Tensor
     is_response: Tensor
 
 
 def evaluate_heldout(model_dir: Path, task: Task, recipe: Recipe) -> HeldoutMetrics:
-    """Load a finished policy as a run does, and evaluate it on all held-out prompts at temperature 1."""
+    """Load a finished policy, and evaluate it on all held-out prompts.
+
+    Loading is that of a run; the temperature is 1.
+    """
     policy = Policy.load(PolicyConfig(path=str(model_dir)))
     limit, samples = recipe.training.max_response_tokens, recipe.evaluation.samples
     config = Config(
@@ -233,7 +247,10 @@ def _model_config(shape: ModelRecipe, tokenizer: PreTrainedTokenizerFast) -> Lla
 
 
 def _write_corpus(task: Task, writer: SolutionWriter, questions: int) -> Iterator[tuple[str, str]]:
-    """Yield endless pairs of a training question and a solution, without held-out questions."""
+    """Yield pairs of a training question and a solution, without end.
+
+    Held-out questions are excluded.
+    """
     for index in count():
         question = task.train_prompt(index % questions).text
         yield question, writer.write(question)
@@ -242,7 +259,10 @@ def _write_corpus(task: Task, writer: SolutionWriter, questions: int) -> Iterato
 def _batches(
     corpus: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, recipe: TrainingRecipe
 ) -> Iterator[list[Batch]]:
-    """Yield endless random batches, each cut by length into micro-batches to limit padding."""
+    """Yield random batches without end.
+
+    A batch is cut by length into micro-batches to limit padding.
+    """
     while True:
         examples = _encode(list(islice(corpus, recipe.batch_size)), tokenizer, recipe.max_response_tokens)
         examples.sort(key=lambda example: sum(map(len, example)))
@@ -253,7 +273,10 @@ def _batches(
 def _encode(
     pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, limit: int
 ) -> list[tuple[list[int], list[int]]]:
-    """Return token ids of prompt and response; a response is cut at ``limit`` tokens and then lacks the end token."""
+    """Return token ids of prompt and response.
+
+    A response is cut at ``limit`` tokens and then lacks the end token.
+    """
     chats = [[{"role": "user", "content": question}] for question, _ in pairs]
     rendered: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     prompts: Any = tokenizer(rendered)["input_ids"]
@@ -301,7 +324,10 @@ def _surprisal_sum(model: LlamaForCausalLM, batch: Batch) -> Tensor:
 
 
 def _lr_factor(step: int, recipe: TrainingRecipe) -> float:
-    """Return the learning rate factor: linear warm-up, then a half cosine down to ``final_lr_frac``."""
+    """Return the learning rate factor of a step.
+
+    The factor rises linearly, then falls along a half cosine to ``final_lr_frac``.
+    """
     warmup = max(1, round(recipe.warmup_frac * recipe.steps))
     if step < warmup:
         return (step + 1) / warmup

@@ -1,4 +1,7 @@
-"""Write worked solutions of mixed quality for chain_sum questions, the corpus of the embedded base policy."""
+"""Write worked solutions of mixed quality for chain_sum questions.
+
+The solutions are the corpus of the embedded base policy.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +102,10 @@ class Step:
 
 
 class SolutionWriter:
-    """Write solutions in a style drawn by weight; equal seeds and questions give equal texts."""
+    """Write solutions in a style drawn by weight.
+
+    Equal seeds and questions give equal texts.
+    """
 
     def __init__(self, styles: Styles, rates: Rates, seed: int) -> None:
         self._rates = rates
@@ -172,7 +178,10 @@ class SolutionWriter:
         return " ".join(loop) + self._close(self._guess(terms))
 
     def _slip(self, terms: list[Term]) -> list[Step]:
-        """Return steps with one wrong result, which later steps use; the last result is always wrong."""
+        """Return steps with one wrong result, which later steps use.
+
+        The last result is always wrong.
+        """
         return solve(terms, slip_at=self._rng.randrange(len(terms) - 1), slip=self._pick(SLIPS))
 
     def _guess(self, terms: list[Term]) -> int:
@@ -215,7 +224,9 @@ class SolutionWriter:
 
 
 def parse_terms(question: str) -> list[Term]:
-    """Return signs and numbers of the first sum in a text: ``15 - 43`` gives ``[("+", 15), ("-", 43)]``.
+    """Return signs and numbers of the first sum in a text.
+
+    ``15 - 43`` gives ``[("+", 15), ("-", 43)]``.
 
     Raises:
         InputError: the text contains no sum.
@@ -228,7 +239,10 @@ def parse_terms(question: str) -> list[Term]:
 
 
 def solve(terms: list[Term], slip_at: int | None = None, slip: int = 0) -> list[Step]:
-    """Evaluate from left to right; the result of step ``slip_at`` is off by ``slip``, and later steps use it."""
+    """Evaluate from left to right.
+
+    The result of step ``slip_at`` is off by ``slip``, and later steps use it.
+    """
     steps: list[Step] = []
     value = terms[0][1]
     for index, (sign, number) in enumerate(terms[1:]):

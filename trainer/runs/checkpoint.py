@@ -1,7 +1,8 @@
-"""Save and load checkpoints: the policy as a Hugging Face folder, the optimizer, and the run's state, without pickle.
+"""Save and load checkpoints without pickle.
 
-A checkpoint lists the SHA-256 of each of its files. It is complete and on disk before it gets its name, and loses its
-name before it is removed. A folder with the name of a checkpoint is therefore complete unless it was damaged later.
+A checkpoint holds the policy as a Hugging Face folder, the optimizer, and the run's state. It lists the SHA-256 of each
+of its files. It is complete and on disk before it gets its name, and loses its name before it is removed. A folder with
+the name of a checkpoint is therefore complete unless it was damaged later.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ log = logging.getLogger("entrace")
 
 @dataclass
 class RunState:
-    """State of a run after ``step``; random numbers are functions of seed and step, so none are stored.
+    """State of a run after ``step``.
+
+    Random numbers are functions of seed and step, so none are stored.
 
     Attributes:
         step: Last finished step.
@@ -56,7 +59,7 @@ class RunState:
 
 
 def save_checkpoint(run_dir: Path, learner: Learner, state: RunState) -> None:
-    """Write a checkpoint, then remove older ones except the latest few, and those beyond the current step.
+    """Write a checkpoint, and keep only the latest few up to the current step.
 
     Rank 0 writes, and the other ranks wait. An error leaves the checkpoints unchanged.
     """
@@ -90,7 +93,7 @@ def _save(
 
 
 def load_checkpoint(checkpoint: Path, learner: Learner) -> RunState:
-    """Restore weights and optimizer into ``learner``, bit for bit, and return the run's state."""
+    """Restore weights and optimizer bit for bit; return the run's state."""
     learner.policy.restore(checkpoint / POLICY)
     parameters = dict(learner.policy.model.named_parameters())
     learner.optimizer.state.clear()
@@ -202,7 +205,10 @@ def remove_superseded(run_dir: Path, step: int) -> None:
 
 
 def _optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
-    """Return AdamW's state by parameter name; its settings are in the run's configuration."""
+    """Return AdamW's state by parameter name.
+
+    Its settings are in the run's configuration.
+    """
     states = learner.optimizer.state
     named = learner.policy.model.named_parameters()
     return {

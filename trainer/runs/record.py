@@ -26,7 +26,7 @@ from entrace.trainer.tasks import Prompt, Task, answer_classes
 
 @dataclass(frozen=True)
 class TokenSample:
-    """The responses of a step whose tokens are stored, and those with after-update values.
+    """Responses of a step with stored tokens, and those with after-update values.
 
     Attributes:
         is_stored: (B,) bool.
@@ -40,7 +40,7 @@ class TokenSample:
 def sample_tokens(
     config: Config, sampling: TokenSampling, batch: Batch, step: int, first_rollout_id: int
 ) -> TokenSample:
-    """Choose the responses of a step for which tokens and after-update values are stored.
+    """Choose the responses whose tokens and after-update values are stored.
 
     After-update values are captured only where tokens are stored. Single responses, not whole groups, are captured: the
     effect of an update varies more between prompts than within a prompt.
@@ -79,7 +79,7 @@ def record_batch(
     is_stored: Tensor | None = None,
     measured: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Add the tokens and rollouts that this process sampled in one step, and the step's prompts.
+    """Add the tokens and rollouts that this process sampled, and the step's prompts.
 
     Args:
         writer: The trace; rank 0 writes the prompts.
@@ -151,7 +151,9 @@ def record_batch(
 
 
 def _after_columns(batch: Batch, after: AfterUpdate, mask: np.ndarray, rows: np.ndarray) -> dict[str, pa.Array]:
-    """Return the after-update columns of the tokens in ``mask``, whose responses are ``rows``.
+    """Return the after-update columns of the tokens in ``mask``.
+
+    ``rows`` are the responses of these tokens.
 
     Clipping is known for all responses in the update, probabilities only for those that were evaluated again.
     """
@@ -190,7 +192,10 @@ def _response_columns(batch: Batch, own: np.ndarray) -> dict[str, Any]:
 
 
 def _answer_classes(batch: Batch, own: np.ndarray) -> list[str | None]:
-    """Return the class of each own answer, group by group; one process holds all responses of a group."""
+    """Return the class of each own answer, group by group.
+
+    One process holds all responses of a group.
+    """
     classes: list[str | None] = []
     for _, rows in groupby(own, key=batch.group_ids.tolist().__getitem__):
         group = list(rows)
@@ -199,7 +204,10 @@ def _answer_classes(batch: Batch, own: np.ndarray) -> list[str | None]:
 
 
 class StepRecorder:
-    """Record the row of each step and its evaluation, and keep the run's counts in its manifest."""
+    """Record each step and its evaluation, and keep the run's counts.
+
+    Counts are in its manifest.
+    """
 
     def __init__(self, task: Task, writer: TraceWriter, ranks: Ranks) -> None:
         """Start from the counts in the manifest."""

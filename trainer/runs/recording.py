@@ -61,7 +61,10 @@ def open_trace(
 
 
 def _find_resumable(config: Config, run_dir: Path) -> Path | None:
-    """Return the checkpoint to resume from; None if none was written and the run starts again."""
+    """Return the checkpoint to resume from, or None.
+
+    Without a checkpoint, the run starts again.
+    """
     if not has_begun(run_dir):
         return None
     whole, damage = last_whole_step(run_dir, read_manifest(run_dir))
@@ -88,7 +91,10 @@ def _describe(config: Config, run_dir: Path, labels: Mapping[str, str], learner:
 
 @contextmanager
 def finalize_on_exit(writer: TraceWriter, ranks: Ranks = ALONE) -> Iterator[None]:
-    """Flush finished steps and record in ``run.json`` how training ended, even if it raised."""
+    """Flush finished steps, and record in ``run.json`` how training ended.
+
+    Both also happen if training raised.
+    """
     try:
         with ranks.together(in_step=ranks.is_sharded):
             yield

@@ -106,7 +106,9 @@ def is_complete(config: Config, run_dir: Path) -> bool:
 
 
 def extend(found: Mapping[str, Any], config: Config, run_dir: Path) -> tuple[Mapping[str, Any], bool]:
-    """Return a run's configuration, with the steps of ``config`` if these are more, and whether they are.
+    """Return a run's configuration, extended to ``config.steps`` if these are more.
+
+    Also return whether it was extended.
 
     Raises:
         InputError: more steps would change the learning rates of finished steps.
@@ -149,9 +151,10 @@ def check_prompts(config: Config, run_dir: Path) -> None:
 
 
 def config_changes(found: Mapping[str, Any], config: Config) -> Iterator[str]:
-    """Yield the differences of a manifest's configuration: ``key is OLD there, NEW here``.
+    """Yield differences from a manifest's configuration.
 
-    A key that the manifest lacks, because it is newer than the run, counts as its default.
+    Each has the form ``key is OLD there, NEW here``. A key that the manifest lacks, because it is newer than the run,
+    counts as its default.
     """
     wanted = flatten(config.model_dump(mode="json"))
     try:
@@ -165,7 +168,7 @@ def config_changes(found: Mapping[str, Any], config: Config) -> Iterator[str]:
 
 @contextmanager
 def run_lock(run_dir: Path, *, waits: bool, ranks: Ranks = ALONE) -> Iterator[None]:
-    """Lock a run's folder against other processes, where the file system supports locks.
+    """Lock a run's folder against other processes, if the file system can.
 
     Args:
         run_dir: The run, begun or not.

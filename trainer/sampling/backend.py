@@ -1,4 +1,7 @@
-"""Select, once per policy, the fastest way to decode that gives the same distributions as the plain model."""
+"""Select, once per policy, the fastest exact way to decode.
+
+Decoding is exact if it gives the same distributions as the plain model.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,10 @@ class Backend:
         )
 
     def for_sharded(self) -> Backend:
-        """Return this backend without the paths that read weights in place, which sharded weights do not allow."""
+        """Return this backend without the paths that need unsharded weights.
+
+        These paths read weights in place.
+        """
         names = (TRACED_STEP, BATCHED, COMPILED, CUDA_GRAPH)
         off = {name: SHARDED for name in names if self.fast_paths[name] == ON}
         return Backend(None, False, None, {**self.fast_paths, **off})
@@ -110,9 +116,9 @@ def _select(policy: Policy) -> Backend:
 
 
 def _try_batched(policy: Policy, exact: Policy, fast_paths: dict[str, str]) -> BatchedSampler | None:
-    """Return a sampler with as many of its fast paths as work, or None; set the states of these in ``fast_paths``.
+    """Return a sampler with as many of its fast paths as work, or None.
 
-    Each is left out in turn: first ``torch.compile``, then the CUDA graph.
+    Their states are set in ``fast_paths``. Each is left out in turn: first ``torch.compile``, then the CUDA graph.
     """
     ways = [(True, True), (False, True), (False, False)]
     reasons = []
@@ -158,7 +164,10 @@ def _why_not(attempt: Callable[[], bool]) -> str:
 
 @torch.no_grad()
 def _can_decode(policy: Policy, graph: StepGraph | None = None, *, uses_cuda_graph: bool = False) -> bool:
-    """Decode two texts of different lengths together from the cache, and compare with a plain pass over each."""
+    """Decode two texts of different lengths together from the cache, as a test.
+
+    The result is compared with a plain pass over each text.
+    """
     texts = [[i % policy.vocab_size for i in range(length)] for length in (8, 6)]
     prompts = [text[:-3] for text in (texts[1], *texts)]
     decoder = Decoder(policy, prompts, 3, graph, uses_cuda_graph=uses_cuda_graph)
@@ -171,7 +180,7 @@ def _can_decode(policy: Policy, graph: StepGraph | None = None, *, uses_cuda_gra
 
 @torch.no_grad()
 def can_sample(policy: Policy, *, compiles: bool = False, captures: bool = False) -> bool:
-    """Sample from two prompts of different lengths, and compare with a plain pass over the responses.
+    """Test the sampler on two prompts of different lengths against a plain pass.
 
     Raises:
         ValueError: the model has other parts than a Llama-like one.

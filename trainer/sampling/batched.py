@@ -1,8 +1,9 @@
-"""Sample on a GPU: all responses grow together, and the host looks at them only every few tokens.
+"""Sample on a GPU, where all responses grow together.
 
-A decoding step, the draw of the next tokens, their statistics, and the test for stop tokens are one CUDA graph. The
-graph is replayed ``CHECK_EVERY`` times before the host looks which responses have ended. When half of them have, the
-others continue in a smaller graph. Keys and values never move: rows refer to them by slot.
+The host looks at them only every few tokens. A decoding step, the draw of the next tokens, their statistics, and the
+test for stop tokens are one CUDA graph. The graph is replayed ``CHECK_EVERY`` times before the host looks which
+responses have ended. When half of them have, the others continue in a smaller graph. Keys and values never move: rows
+refer to them by slot.
 
 The algorithm is the same on any device; without CUDA, the step runs without a graph.
 """
@@ -42,7 +43,7 @@ USABLE, KEPT = 0.85, 0.02
 
 @dataclass
 class _Memory:
-    """Hold keys, values, and draws of a batch, and the graphs that were captured on them.
+    """Hold keys, values, and draws of a batch, and the CUDA graphs captured on them.
 
     Attributes:
         caches: Keys and values of each layer.
@@ -93,7 +94,7 @@ class _Memory:
 
 
 class BatchedSampler:
-    """Sample responses of a policy with given random numbers; see ``sampler.sample_at``."""
+    """Sample responses with given random numbers; see ``sampler.sample_at``."""
 
     def __init__(self, policy: Policy, *, captures: bool, compiles: bool, note: Callable[[str], None]) -> None:
         """Find the parts of the model.
@@ -117,7 +118,9 @@ class BatchedSampler:
     def sample_at(
         self, prompts: list[list[int]], uniforms: np.ndarray, limits: list[int], params: SamplingParams
     ) -> Rollouts:
-        """Sample in as many batches as memory needs; arguments and result are those of ``sampler.sample_at``.
+        """Sample in as many batches as memory needs.
+
+        Arguments and result are those of ``sampler.sample_at``.
 
         Raises:
             torch.OutOfMemoryError: one response does not fit.
@@ -151,7 +154,10 @@ class BatchedSampler:
         return Rollouts.concatenate(parts)
 
     def _batch_size(self, count: int, num_samples: int, widest: int, params: SamplingParams) -> int:
-        """Return the most responses that fit into memory and into ``params.cache_tokens``, at least 1."""
+        """Return the most responses that fit, at least 1.
+
+        The limits are memory and ``params.cache_tokens``.
+        """
         policy, model = self._policy, self._model
         token = 2 * model.layers * model.key_heads * model.width * policy.dtype.itemsize
         places = _up(params.max_tokens, PLACES)
@@ -197,7 +203,10 @@ class BatchedSampler:
         return self._finish([prompts[i] for i in of_rows], draws, params)
 
     def _memory_for(self, shape: tuple[int, int, int, int], num_stop: int) -> _Memory:
-        """Return memory for a batch, kept from the last batch where possible, with current weights."""
+        """Return memory for a batch, with current weights.
+
+        Memory of the last batch is reused where possible.
+        """
         moved = self._model.refresh(shape[1] + shape[3])
         if self._memory is None or moved or not self._memory.fits(shape, num_stop):
             # Freed before the next is allocated.
@@ -220,7 +229,10 @@ class BatchedSampler:
         return torch.cat(found)
 
     def _arrange(self, slots: np.ndarray, of_rows: np.ndarray, memory: _Memory) -> tuple[int, Rows]:
-        """Return the number of rows, and rows with the given slots, ascending, and otherwise the last slot."""
+        """Return the number of rows, and rows with the given slots, ascending.
+
+        Rows beyond the given slots refer to the last slot.
+        """
         size, device, draws = _up(len(slots), ROWS), self._policy.device, memory.draws
         width = tile_size(self._model.group)
         if size not in memory.rows:
@@ -281,14 +293,17 @@ class BatchedSampler:
 
 
 class _StopTexts:
-    """End responses at the token that completes a stop text; the device only knows stop tokens."""
+    """End responses at the token that completes a stop text.
+
+    The device only knows stop tokens.
+    """
 
     def __init__(self, policy: Policy, stop: tuple[str, ...], count: int) -> None:
         self._policy, self._stop = policy, stop
         self._seen = torch.zeros(count, dtype=torch.int64)
 
     def update(self, draws: Draws) -> np.ndarray:
-        """Look at the tokens drawn since the last look; return the responses that continue, (B,) bool."""
+        """Look at newly drawn tokens; return the responses that continue, (B,) bool."""
         count = len(self._seen)
         if self._stop:
             lengths, ids = draws.lengths[:count].cpu(), draws.ids[:count].cpu()
@@ -330,7 +345,10 @@ def _up(count: int, unit: int) -> int:
 
 
 def _free_bytes(device: torch.device, kept: _Memory | None) -> float:
-    """Return the GPU memory that a batch may take, including that of the last one; unlimited on a CPU."""
+    """Return the GPU memory that a batch may take, in bytes; infinite on a CPU.
+
+    Memory of the last batch is included.
+    """
     if device.type != "cuda":
         return float("inf")
     free = torch.cuda.mem_get_info(device)[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class CudaGraph:
-    """Run work whose arguments are always at the same memory addresses, captured in a CUDA graph."""
+    """Run work at fixed memory addresses, captured in a CUDA graph."""
 
     def __init__(self) -> None:
         self._is_warm = False
@@ -23,9 +23,10 @@ class CudaGraph:
         self._result: Tensor | None = None
 
     def __call__(self, work: Callable[[], Tensor]) -> Tensor:
-        """Run the work: plainly in the first call, captured and replayed in the second, replayed afterwards.
+        """Run the work, from the second call on as a CUDA graph.
 
-        The first call loads kernels, which is not allowed during capture. Without a GPU, every call runs plainly.
+        The first call runs plainly, the second is captured and replayed, and later calls are replayed. The first call
+        loads kernels, which is not allowed during capture. Without a GPU, every call runs plainly.
 
         Args:
             work: The same work in every call. No reference is kept, since it may refer to the owner of this object.
@@ -59,13 +60,19 @@ def _capture(graph: torch.cuda.CUDAGraph, work: Callable[[], Tensor], pool: Any)
 
 @cache
 def _side_stream() -> torch.cuda.Stream:
-    """Return the stream of all captures; graphs reuse each other's memory only on the same stream."""
+    """Return the stream of all captures.
+
+    Graphs reuse each other's memory only on the same stream.
+    """
     return torch.cuda.Stream()
 
 
 @cache
 def _pool_graph() -> torch.cuda.CUDAGraph:
-    """Return a minimal graph that owns the memory pool of all graphs, which lives as long as any graph uses it."""
+    """Return a minimal graph that owns the memory pool of all graphs.
+
+    The pool lives as long as any graph uses it.
+    """
     graph = torch.cuda.CUDAGraph()
     _capture(graph, lambda: torch.zeros(1, device="cuda"), None)
     return graph

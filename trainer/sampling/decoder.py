@@ -124,13 +124,17 @@ class Decoder:
 
     @property
     def _has_fixed_step(self) -> bool:
-        """Return whether a decoding step is a function of tokens, positions, mask, keys, and values."""
+        """Return True if a decoding step depends on its tensor arguments only.
+
+        The arguments are tokens, positions, mask, keys, and values.
+        """
         return bool(self._states) and self._takes_mask_as_is and self._takes_positions
 
     def _grow(self, count: int) -> None:
-        """Allocate slots for up to twice ``count`` sequences, and positions for ``GROWTH`` more tokens of each.
+        """Allocate slots for more sequences, and positions for more tokens.
 
-        Not for all tokens at once: a cache that is spread over memory takes longer to read.
+        There is room for up to twice ``count`` sequences and ``GROWTH`` more tokens of each. Not for all tokens at
+        once: a cache that is spread over memory takes longer to read.
         """
         used, width, device = len(self._slots), self._width, self._policy.device
         rows = min(self._num_slots, 2 * max(used, count))
@@ -150,7 +154,7 @@ class Decoder:
             self._step = CudaGraph()
 
     def _move(self, sources: Tensor, targets: Tensor, count: int) -> None:
-        """Copy sequences from some slots to others, after which ``count`` slots are in use."""
+        """Copy sequences between slots, after which ``count`` slots are in use."""
         if self._cache is not None:
             order = torch.arange(count, device=targets.device).index_copy_(0, targets, sources)
             self._cache.batch_select_indices(order)
@@ -159,13 +163,19 @@ class Decoder:
             tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
     def _held(self, count: int) -> list[Tensor]:
-        """Return positions (B, 1), mask (B, S + 1), keys, and values of the first slots, including the next token."""
+        """Return positions, mask, keys, and values of the first slots.
+
+        Positions have shape (B, 1), the mask (B, S + 1). The next token is included.
+        """
         places = self._width + 1
         states = [states[:count, :, :places] for states in self._states]
         return [self._lengths[:count, None], self._mask[:count, :places], *states]
 
     def _read(self, ids: Tensor) -> Tensor:
-        """Compute the step for a token (B, 1) in each of the first slots; return the LM head's inputs, (B, H)."""
+        """Compute the step for one token in each of the first slots, (B, 1).
+
+        Returns the LM head's inputs, (B, H).
+        """
         if self._step is not None:
             self._ids[: len(ids)] = ids
             self._place.fill_(self._width)
@@ -183,7 +193,10 @@ class Decoder:
         return self._forward(ids, positions, mask, step_cache(states) if self._cache is None else self._cache)
 
     def _read_all_slots(self) -> Tensor:
-        """Compute the step for ``_ids`` (rows, 1) at ``_place``, with shapes that depend on allocated memory only."""
+        """Compute the step for ``_ids`` at ``_place``, with fixed shapes.
+
+        ``_ids`` has shape (rows, 1). All shapes depend on allocated memory only.
+        """
         is_seen = self._mask & (torch.arange(self._mask.shape[1], device=self._mask.device) <= self._place)
         mask = attention.additive(is_seen[:, None, None, :], self._policy.dtype)
         return self._forward(self._ids, self._lengths[:, None], mask, step_cache(self._states, self._place))

@@ -1,4 +1,7 @@
-"""Draw tokens on the device: random numbers, stop tokens, and statistics stay there until the host looks."""
+"""Draw tokens on the device, without synchronizing with the host.
+
+Random numbers, stop tokens, and statistics stay on the device until the host looks.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ NUM_STATS = 6
 
 @dataclass
 class Draws:
-    """Hold the responses of a batch, one per slot; the last slot is empty and receives what is not kept.
+    """Hold the responses of a batch, one per slot.
+
+    The last slot is empty and receives values to discard.
 
     Attributes:
         uniforms: Random numbers in [0, 1), (slots, T) float32.
@@ -43,7 +48,7 @@ class Draws:
 
     @classmethod
     def empty(cls, num_slots: int, num_places: int, num_stop: int, device: torch.device) -> Draws:
-        """Allocate memory for ``num_slots`` slots, the last one included, of ``num_places`` tokens."""
+        """Allocate ``num_slots`` slots of ``num_places`` tokens, the last one included."""
         shape, whole = (num_slots, num_places), {"dtype": torch.int64, "device": device}
         return cls(
             uniforms=torch.zeros(shape, device=device),
@@ -58,7 +63,10 @@ class Draws:
         )
 
     def begin(self, uniforms: Tensor, limits: Tensor, stop_ids: Tensor) -> None:
-        """Start responses in the first slots, with random numbers (B, T), limits (B,), and stop tokens."""
+        """Start responses in the first slots.
+
+        ``uniforms`` has shape (B, T), ``limits`` (B,).
+        """
         count, places = uniforms.shape
         self.uniforms[:count, :places] = uniforms
         self.limits[:count] = limits
@@ -70,7 +78,7 @@ class Draws:
         self.is_open[:count] = 1
 
     def draw(self, hidden: Tensor, norms: Tensor, slots: Tensor, head: LMHead, params: SamplingParams) -> None:
-        """Draw a token for each open slot among ``slots``, and record it with its statistics.
+        """Draw and record a token, with its statistics, for each open slot in ``slots``.
 
         Args:
             hidden: Inputs of the LM head, (R, H).
@@ -103,12 +111,18 @@ class Draws:
         self.has_stopped[targets] = is_end.to(torch.int8)
 
     def end(self, slots: Tensor, lengths: Tensor) -> None:
-        """End responses in distinct slots (n,) at given lengths (n,), as a stop token would."""
+        """End responses at given lengths, as a stop token would.
+
+        ``slots`` are distinct; both arguments have shape (n,).
+        """
         self.lengths[slots] = lengths
         self.is_open[slots] = 0
         self.has_stopped[slots] = 1
 
     def token_stats(self, mask: Tensor, temperature: float) -> tuple[TokenStats, Tensor]:
-        """Return the statistics of the tokens in ``mask`` (B, T), and the norms of the LM head's inputs, (N,) each."""
+        """Return statistics of tokens, and norms of the LM head's inputs, (N,) each.
+
+        The tokens are those in ``mask``, (B, T).
+        """
         *sums, norms = self.stats[:, : len(mask), : mask.shape[1]][:, mask]
         return Sums(*sums).stats(temperature), norms

@@ -26,7 +26,7 @@ class Sampler(Protocol):
         rng: np.random.Generator,
         part: slice = slice(None),
     ) -> Rollouts:
-        """Sample ``num_samples`` responses to each prompt of a part; see ``sampler.sample``."""
+        """Sample ``num_samples`` responses per prompt; see ``sampler.sample``."""
         ...
 
 
@@ -44,7 +44,7 @@ class NativeSampler:
         rng: np.random.Generator,
         part: slice = slice(None),
     ) -> Rollouts:
-        """Sample ``num_samples`` responses to each prompt of a part; see ``sampler.sample``."""
+        """Sample ``num_samples`` responses per prompt; see ``sampler.sample``."""
         return sample(self.policy, prompts, num_samples, params, rng, part)
 
 
@@ -52,7 +52,7 @@ _ENGINES: WeakKeyDictionary[Policy, VllmSampler] = WeakKeyDictionary()
 
 
 def sampler_of(policy: Policy, rollout: RolloutConfig) -> Sampler:
-    """Return the sampler that ``rollout.engine`` names; an engine is started once per policy.
+    """Return the sampler of ``rollout.engine``, started once per policy.
 
     Raises:
         InputError: vLLM is not installed, or cannot sample from the policy.

@@ -1,8 +1,9 @@
-"""A decoding step of Llama-like models with few GPU operations, from a copy of the weights in the dtype of products.
+"""Run a decoding step of Llama-like models with few GPU operations.
 
-Eight operations per layer: a norm, the product for queries, keys, and values, attention (``kernels.decoding``), the
-output product, a norm, the product for gate and up, their activation, and the down product. Residuals and norms stay
-in float32, as under autocast. ``sampling.backend`` compares the step with the model before it is used.
+The step reads a copy of the weights in the dtype of products. Eight operations per layer: a norm, the product for
+queries, keys, and values, attention (``kernels.decoding``), the output product, a norm, the product for gate and up,
+their activation, and the down product. Residuals and norms stay in float32, as under autocast. ``sampling.backend``
+compares the step with the model before it is used.
 """
 
 from __future__ import annotations
@@ -130,7 +131,10 @@ class FusedModel:
 
     @torch.no_grad()
     def refresh(self, num_positions: int) -> bool:
-        """Copy the current weights, and extend the rotary angles; return whether memory addresses changed."""
+        """Copy the current weights, and extend the rotary angles.
+
+        Returns True if memory addresses changed.
+        """
         products = [product for layer in self._layers for product in layer.products()]
         current = self._policy.head
         if not self._is_allocated:
@@ -178,7 +182,7 @@ class FusedModel:
         return self._run(tokens, rows.slots, caches, attention)
 
     def read(self, ids: Tensor, lengths: Tensor, caches: list[LayerCache], first: int) -> Tensor:
-        """Read right-padded prompts (P, L) of given lengths (P,); causal attention never reaches the padding.
+        """Read right-padded prompts (P, L); causal attention never reaches the padding.
 
         Args:
             ids: Token ids.
@@ -211,7 +215,10 @@ class FusedModel:
     def _run(
         self, tokens: Tensor, index: Tensor, caches: list[LayerCache], attention: Callable[..., Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Compute the LM head's inputs of ``tokens[index]`` and their norms, with a given attention."""
+        """Compute the LM head's inputs of ``tokens[index]``, and their norms.
+
+        Each layer calls ``attention``.
+        """
         x = self._embedding.weight[tokens[index]].float()
         dtype, added = self._policy.dtype, None
         for layer, cache in zip(self._layers, caches, strict=True):

@@ -1,4 +1,4 @@
-"""A decoding step, traced once with ``torch.jit.trace`` and run without Python.
+"""Trace a decoding step once with ``torch.jit.trace``, and run it without Python.
 
 Python takes half the time of a small model's step on a CPU. The trace holds for any number and length of sequences if
 the model's control flow depends on neither values nor sizes. Otherwise torch warns, and the trace is rejected.
@@ -26,17 +26,26 @@ StepGraph = Callable[..., Tensor]
 
 
 class StepLayer(DynamicLayer):
-    """Hold keys and values with a free position for the new token, which ``update`` fills in without copying."""
+    """Hold keys and values with a free position for the new token.
+
+    ``update`` fills in the position without copying.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor, place: Tensor | None = None) -> None:
-        """Wrap keys and values (B, heads, S, D), to be filled in at position ``place``, (1,), or the last one."""
+        """Wrap keys and values (B, heads, S, D) to be filled in at one position.
+
+        The position is ``place``, (1,), or the last one if None.
+        """
         super().__init__()
         self.keys, self.values, self.dtype, self.device = keys, values, keys.dtype, keys.device
         self.is_initialized = True
         self._place = place
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of the new token, (B, heads, 1, D); return those of all tokens."""
+        """Store keys and values of the new token; return those of all tokens.
+
+        Stored shape: (B, heads, 1, D).
+        """
         keys: Any = self.keys
         values: Any = self.values
         if self._place is None:
@@ -72,7 +81,9 @@ def states_of(cache: Cache) -> list[Tensor]:
 
 
 def step_cache(states: Sequence[Tensor], place: Tensor | None = None) -> Cache:
-    """Build a cache of keys and values in the order of ``states_of``, with a free position for the new token.
+    """Build a cache with a free position for the new token.
+
+    Keys and values are in the order of ``states_of``.
 
     Args:
         states: Keys and values, (B, heads, S, D) each.
@@ -96,7 +107,10 @@ def trace_step(policy: Policy, ids: Tensor, positions: Tensor, mask: Tensor, sta
 
 @contextmanager
 def _without_padding_index(model: nn.Module) -> Iterator[None]:
-    """Unset padding indices of embeddings, whose check depends on sizes; they only affect gradients."""
+    """Unset padding indices of embeddings in the block.
+
+    The check of an index depends on sizes. Padding indices only affect gradients.
+    """
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     indices = [module.padding_idx for module in embeddings]
     try:
@@ -110,9 +124,10 @@ def _without_padding_index(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Suppress warnings: tracing reads all properties of a model, some of which warn, and torch deprecates it.
+    """Suppress warnings during tracing.
 
-    The successor, torch.export, runs its graphs in Python.
+    Tracing reads all properties of a model, some of which warn, and torch deprecates tracing. The successor,
+    torch.export, runs its graphs in Python.
     """
     log = logging.getLogger("transformers")
     level = log.level

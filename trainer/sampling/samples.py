@@ -39,7 +39,9 @@ class SamplingParams:
 
 @dataclass
 class Rollouts:
-    """Hold responses, one per row, on the CPU, padded to T; values outside ``response_mask`` are meaningless.
+    """Hold responses on the CPU, one per row, padded to T.
+
+    Values outside ``response_mask`` are meaningless.
 
     Attributes:
         prompt_ids: Prompt tokens of each response, B lists.
@@ -89,12 +91,12 @@ class Rollouts:
 
     @property
     def old_logprobs(self) -> Tensor:
-        """Return the log-probability of each token under the policy that sampled it, nats, (B, T)."""
+        """Return log-probabilities under the sampling policy, nats, (B, T)."""
         return self.stats.logprob
 
     @property
     def entropies(self) -> Tensor:
-        """Return the entropy of the distribution that each token was sampled from, nats, (B, T)."""
+        """Return entropies of the sampling distributions, nats, (B, T)."""
         return self.stats.entropy
 
     @property
@@ -112,7 +114,10 @@ class Rollouts:
         return list(self.response_ids[rows][self.response_mask[rows]].split(self.lengths[rows].tolist()))
 
     def place(self, values: Tensor, rows: Tensor) -> Tensor:
-        """Return values (N,) of the concatenated tokens of ``rows`` as (len(rows), T), padded with 0."""
+        """Return values of the tokens of ``rows`` on a grid, padded with 0.
+
+        Values (N,) of concatenated tokens become (len(rows), T).
+        """
         mask = self.response_mask[rows]
         placed = torch.zeros(mask.shape, dtype=values.dtype)
         placed[mask] = values.cpu()

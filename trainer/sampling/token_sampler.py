@@ -1,4 +1,4 @@
-"""Draw the next token of each response, with the statistics of the distribution that it is drawn from."""
+"""Draw next tokens, with the statistics of their distributions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from entrace.trainer.sampling.samples import Rollouts, SamplingParams
 
 
 class TokenSampler:
-    """Draw tokens with given random numbers, and keep the statistics of their distributions.
+    """Draw tokens with given random numbers, and keep their statistics.
 
     Attributes:
         rollouts: The responses; complete after ``finish``, until then only their tokens are set.
@@ -78,7 +78,9 @@ class TokenSampler:
 
 
 def ends_response(policy: Policy, tokens: Tensor, rows: Tensor, places: Tensor, stop: tuple[str, ...]) -> Tensor:
-    """Return a mask of responses that their last token ends, as a stop token or by completing a stop text, (N,) bool.
+    """Return a mask of the responses that their last token ends, (N,) bool.
+
+    The token is a stop token or completes a stop text.
 
     Args:
         policy: The model.
@@ -100,7 +102,7 @@ def ends_response(policy: Policy, tokens: Tensor, rows: Tensor, places: Tensor, 
 
 
 def invert_cdf(p: Tensor, rows: Tensor, uniforms: Tensor) -> Tensor:
-    """Return the first tokens whose cumulative probability exceeds a uniform number, (N,).
+    """Return the first tokens whose cumulative probability exceeds a number, (N,).
 
     Args:
         p: Unnormalized probabilities, (S, V).

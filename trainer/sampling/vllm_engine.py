@@ -83,7 +83,9 @@ class VllmSampler:
         rng: np.random.Generator,
         part: slice = slice(None),
     ) -> Rollouts:
-        """Sample ``num_samples`` responses to each prompt of a part; each prompt has a seed of its own.
+        """Sample ``num_samples`` responses per prompt of a part.
+
+        Each prompt has its own seed.
 
         Returns:
             ``Rollouts`` as of ``sampler.sample``, with ``sampling_logprob``.
@@ -122,7 +124,10 @@ class VllmSampler:
         return rollouts
 
     def _hand_over_weights(self) -> None:
-        """Load the policy's current weights into the engine, and drop the prefixes that it cached with others."""
+        """Load the policy's current weights into the engine.
+
+        Prefixes that the engine cached with other weights are dropped.
+        """
         model = self._policy.model
         self._llm.apply_model(lambda theirs: theirs.load_weights(whole_weights(model)))
         self._llm.reset_prefix_cache()
@@ -142,7 +147,7 @@ class VllmSampler:
 
 
 def whole_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of a model under the names of its checkpoint, adapters merged."""
+    """Yield a model's weights under their checkpoint names, adapters merged."""
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner, _, kind = name.rpartition(".")

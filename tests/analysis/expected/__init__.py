@@ -1,4 +1,7 @@
-"""Rows that each query must give on the trace of conftest: stem -> (params, columns, rows)."""
+"""Expected rows per query on the trace of conftest.
+
+``stem -> (params, columns, rows)``.
+"""
 
 from math import exp, inf, isfinite, log, sqrt
 
@@ -9,11 +12,11 @@ Interval = tuple[float, float | None, float | None]
 
 
 def over_prompts(*prompts: tuple[float, float], low: float = -inf, high: float = inf) -> Interval:
-    """Return the mean over the (total, count) of two or more prompts with its interval, written out step by step.
+    """Return the mean over prompts, given as (total, count), with its interval.
 
-    The error is that of the jackknife, which for two prompts is half the distance between their means. Student's t with
-    the effective number of prompts, on the logit scale if both ends are bounded, and Wilson's score interval where the
-    prompts agree.
+    There are two or more prompts. The computation is written out step by step. The error is that of the jackknife,
+    which for two prompts is half the distance between their means. Student's t with the effective number of prompts, on
+    the logit scale if both ends are bounded, and Wilson's score interval where the prompts agree.
     """
     total, count = sum(total for total, _ in prompts), sum(count for _, count in prompts)
     n, value = len(prompts), total / count

@@ -1,4 +1,4 @@
-"""Rows of the trial of entropy laws on the trace of conftest, by loops over its tokens."""
+"""Rows of the trial of entropy laws on conftest's trace, by loops over tokens."""
 
 from __future__ import annotations
 
@@ -143,7 +143,10 @@ SIGNS = {"negative": -1.0, "positive": 1.0}
 
 
 def interval(tokens: list[Token], value: Callable[[Token], float], of: list[Token] | None = None) -> tuple:
-    """Return the mean of a value with its interval over prompts a and b; divided by the number of tokens ``of``."""
+    """Return the mean of a value with its interval over prompts a and b.
+
+    The sum is divided by the number of tokens ``of`` (default: ``tokens``).
+    """
     totals = []
     for prompt in ("a", "b"):
         own, all_own = ([t for t in chosen if t["prompt"] == prompt] for chosen in (tokens, of or tokens))
@@ -153,7 +156,10 @@ def interval(tokens: list[Token], value: Callable[[Token], float], of: list[Toke
 
 
 def losses() -> list[tuple]:
-    """Return the rows of ``entropy_losses``; every probability is 1/2, up to the rounding of float32."""
+    """Return the rows of ``entropy_losses``.
+
+    Every probability is 1/2, up to the rounding of float32.
+    """
     bins = {
         "category": lambda t: t["category"],
         "position": lambda t: f"fifth {1 + int(5 * t['position'] + 1e-9)}",
@@ -171,7 +177,10 @@ def losses() -> list[tuple]:
 
 
 def of_clipped() -> list[tuple]:
-    """Return the rows of ``entropy_of_clipped``: all tokens of a sign and step have an equal probability."""
+    """Return the rows of ``entropy_of_clipped``.
+
+    All tokens of a sign and step have an equal probability.
+    """
     rows = []
     for sign, a in SIGNS.items():
         of_sign = [t for t in PLATEAU if t["a"] == a]
@@ -185,7 +194,10 @@ def of_clipped() -> list[tuple]:
 
 
 def calibration() -> list[tuple]:
-    """Return the rows of ``entropy_law_calibration``: bins of half a standard deviation of the fitted change."""
+    """Return the rows of ``entropy_law_calibration``.
+
+    Bins have a width of half a standard deviation of the fitted change.
+    """
     rows = []
     for predictor in ("discriminator", "entropy", "omega", "quadrants"):
         found = pairs(PLATEAU, predictor, "dh")["overall"]
@@ -209,9 +221,10 @@ JUDGED = {
 
 
 def forecasts() -> list[tuple]:
-    """Return the rows of ``entropy_forecasts``: 24 updates, of which three have tokens, at a learning rate of 0.1.
+    """Return the rows of ``entropy_forecasts``.
 
-    Entropy does not change between the two evaluations. Step 1 has no sums over the vocabulary.
+    There are 24 updates at a learning rate of 0.1, three of which have tokens. Entropy does not change between the two
+    evaluations. Step 1 has no sums over the vocabulary.
     """
     first = [
         {"step": 1, "a": 1.0 if is_correct else -1.0, "h": entropy}

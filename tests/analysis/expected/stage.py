@@ -11,7 +11,10 @@ SLOPE, INTERCEPT = linear_regression([exp(entropy) for entropy, _ in CURVE], [ac
 
 
 def carried(by_a: float, by_b: float) -> Interval:
-    """Return the share of all movement, 0.6 by prompt a and 0.2 by b, that lies in what each contributes."""
+    """Return the share of all movement that lies in the contributions of a and b.
+
+    All movement is 0.6 for prompt a and 0.2 for prompt b.
+    """
     return share((by_a, 0.6), (by_b, 0.2))
 
 

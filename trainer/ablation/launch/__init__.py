@@ -1,1 +1,1 @@
-"""Launchers of the runs of a grid: processes of this machine, or tasks of a Ray cluster."""
+"""Launch the runs of a grid as local processes or as tasks of a Ray cluster."""

@@ -52,7 +52,7 @@ class Job:
 
 
 class ProgressListener(Protocol):
-    """Receives the progress of the runs of a grid."""
+    """Receive the progress of the runs of a grid."""
 
     def update(self, run_id: str, done: int, **metrics: float) -> None:
         """Note that ``done`` steps of a run are complete; 0 when it starts."""
@@ -62,7 +62,7 @@ class ProgressListener(Protocol):
 
 
 class Launcher(Protocol):
-    """Executes runs, up to ``slots`` at a time once it is connected."""
+    """Execute runs, up to ``slots`` at a time once connected."""
 
     slots: int
 
@@ -70,14 +70,19 @@ class Launcher(Protocol):
         """Check that runs can be started; write nothing. Raises InputError."""
 
     def run(self, jobs: Sequence[Job], listener: ProgressListener) -> None:
-        """Execute all runs; an interrupt stops those that are running, which can be resumed."""
+        """Execute all runs.
+
+        An interrupt stops runs in progress, which can be resumed.
+        """
 
     def close(self) -> None:
         """Release what ``connect`` acquired."""
 
 
 def execute(job: Job, threads: int, report: Callable[..., None]) -> None:
-    """Train one run in this process, from its checkpoint if it has one; record a failure in its manifest.
+    """Train one run in this process, from its checkpoint if it has one.
+
+    A failure is recorded in the run's manifest.
 
     Args:
         job: The run.
@@ -115,7 +120,10 @@ class Output:
             job.log.unlink(missing_ok=True)
 
     def show(self, *, is_final: bool = False) -> None:
-        """Print the lines that are new since the last call; a line without its end waits unless ``is_final``."""
+        """Print the lines that are new since the last call.
+
+        An unfinished line waits unless ``is_final``.
+        """
         try:
             with open(self._job.log, "rb") as file:
                 # A run that Ray retries starts its file again.
@@ -132,13 +140,16 @@ class Output:
                 print(f"{self._job.run_id}: {plain(line)}", file=sys.stderr, flush=True)
 
     def quote(self) -> str:
-        """Return the last lines, to be appended to the reason for which the process ended."""
+        """Return the last lines, as a suffix to the reason why the process ended."""
         self.show(is_final=True)
         return f"; its last output: {' | '.join(self._last)}" if self._last else ""
 
 
 def describe_exit(code: int) -> str:
-    """Return how a process ended, from its exit code as ``multiprocessing`` gives it: negative for a signal."""
+    """Describe how a process ended, from its ``multiprocessing`` exit code.
+
+    Negative codes are signals.
+    """
     number = -code if code < 0 else code - 128
     name = signal.Signals(number).name if number in set(signal.Signals) else ""
     if code >= 0:

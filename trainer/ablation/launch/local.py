@@ -24,7 +24,10 @@ class LocalLauncher:
     """Run up to ``jobs`` processes at a time."""
 
     def __init__(self, jobs: int = 1, threads: int | None = None) -> None:
-        """Store the number of concurrent runs and the CPU threads of each; see ``threads_of``."""
+        """Store the number of concurrent runs and the CPU threads per run.
+
+        The default number of threads is that of ``threads_of``.
+        """
         self.slots, self._threads = jobs, threads
 
     def connect(self) -> None:
@@ -34,10 +37,11 @@ class LocalLauncher:
         """Do nothing: nothing was acquired."""
 
     def threads_of(self, config: Config) -> int:
-        """Return the CPU threads of a run: one for the embedded policy, otherwise an equal share of the cores.
+        """Return the CPU threads of a run.
 
-        The order in which floats are added depends on the number of threads. The embedded policy is too small to gain
-        from a second one, so its runs do not depend on ``jobs`` or on the number of cores.
+        The embedded policy gets one thread, other policies an equal share of the cores. The order in which floats are
+        added depends on the number of threads. The embedded policy is too small to gain from a second one, so its runs
+        do not depend on ``jobs`` or on the number of cores.
         """
         if self._threads:
             return self._threads
@@ -83,7 +87,10 @@ class LocalLauncher:
 
 
 def _start_server() -> Any:
-    """Return a multiprocessing context whose server imports the trainer once and forks one process per run."""
+    """Return a multiprocessing context that forks one process per run.
+
+    Its server imports the trainer once.
+    """
     if not hasattr(os, "fork"):
         return multiprocessing.get_context("spawn")
     from multiprocessing import forkserver

@@ -1,4 +1,7 @@
-"""Launch runs as tasks of a Ray cluster. Every node must have entrace and see the study's folder at the same path."""
+"""Launch runs as tasks of a Ray cluster.
+
+Every node must have entrace and see the study's folder at the same path.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ MAX_RETRIES = 3
 
 
 class RayLauncher:
-    """One Ray task per run, with declared CPUs and GPUs; a task whose node is lost is retried on another node."""
+    """Run each job as one Ray task with declared CPUs and GPUs.
+
+    A task whose node is lost is retried on another node.
+    """
 
     def __init__(self, address: str | None = None, cpus_per_run: int = 1, gpus_per_run: float | None = None) -> None:
         """Store where and with which resources runs start.
@@ -173,7 +179,10 @@ def _death(ref: Any) -> str:
 
 
 def _check_reachable(address: str) -> None:
-    """Refuse an address at which no Ray cluster answers; Ray itself would wait long and log much."""
+    """Raise an error if no Ray cluster answers at the address.
+
+    Ray itself would wait long and log much.
+    """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise InputError(f'--address "{address}": expected host:port or auto')

@@ -1,4 +1,7 @@
-"""The process of a run. It imports only the standard library until its output goes to the run's log."""
+"""Run a job in its own process, with all output in the run's log.
+
+Only the standard library is imported before the output is redirected.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,10 @@ def run(pickled: bytes, log: Path, threads: int, pipe: Connection[Any, Any]) -> 
 
 @contextmanager
 def output_to(log: Path) -> Iterator[None]:
-    """Send the output of this process, of C libraries and child processes too, to a file while the block runs."""
+    """Send the output of this process to a file while the block runs.
+
+    Output of C libraries and child processes is included.
+    """
     if isinstance(sys.stdout, TextIOWrapper):
         # A killed process loses what it has not written.
         sys.stdout.reconfigure(line_buffering=True)
