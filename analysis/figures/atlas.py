@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
-import seaborn as sns
 
 from entrace.analysis.figures import style
 
@@ -81,6 +80,8 @@ def rows(methods: pl.DataFrame) -> dict[tuple[str, str], str]:
 
 def draw_shares(weights: pl.DataFrame, names: dict[tuple[str, str], str], ax: Axes, dimension: str) -> Axes:
     """Draw share of weight / share of tokens per bin, one row per method."""
+    import seaborn as sns
+
     part = weights.filter(weights["dimension"] == dimension)
     bins = part["bin"].unique(maintain_order=True).to_list()
     table = [
@@ -111,6 +112,8 @@ def draw_shares(weights: pl.DataFrame, names: dict[tuple[str, str], str], ax: Ax
 
 def draw_correlations(correlations: pl.DataFrame, names: dict[tuple[str, str], str], ax: Axes) -> Axes:
     """Draw the rank correlation of each pair of methods."""
+    import seaborn as sns
+
     labels: dict[str, str] = {}
     for (name, _), label in names.items():
         labels.setdefault(name, label)

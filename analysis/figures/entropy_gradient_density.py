@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import seaborn as sns
 from matplotlib.colors import LogNorm
 
 from entrace.analysis.figures import marks, style
@@ -29,6 +28,8 @@ GRAD_NORM_EDGES = np.arange(41) * 0.15 - 4
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     """Draw the number of tokens per cell as color, in the late stage."""
+    import seaborn as sns
+
     shown, stage = style.late_stage(frame)
     # The middle of a cell, so that rounding cannot move a token to the cell before.
     x = np.log10(shown["entropy_low"].to_numpy()) + 0.0625

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import seaborn as sns
 
 from entrace.analysis.figures import marks, style
 from entrace.analysis.statistics.contrasts import contrast
@@ -27,6 +26,8 @@ NUM_PLACES = 40
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     """Draw the steps of each stage, and the fitted curve of each run with its band."""
+    import seaborn as sns
+
     for stage, color in style.STAGE_COLORS.items():
         part = frame.filter(stage=stage)
         if not part.is_empty():

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
-import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -385,6 +384,9 @@ def word_bars(ax: Axes, frame: pl.DataFrame, place: str, words: str, share: str)
 
     Color shows the function of the word. The first place is on top.
     """
+    # Loading seaborn takes twice as long as loading matplotlib, and most figures do without.
+    import seaborn as sns
+
     percent = frame.with_columns(100 * frame[name] for name in (share, "low", "high"))
     percent = percent.with_columns(function=percent["category"].str.replace_all("_", " "))
     colors = {name.replace("_", " "): color for name, color in CATEGORY_COLORS.items()}

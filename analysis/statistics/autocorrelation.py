@@ -127,9 +127,23 @@ def residual_variance(y: np.ndarray, basis: np.ndarray) -> float:
 
 def cosines(values: np.ndarray) -> np.ndarray:
     """Return the orthonormal discrete cosine transform (type II) over the first axis."""
-    from scipy import fft
+    return np.tensordot(_cosine_rows(len(values)), values, 1)
 
-    return np.asarray(fft.dct(values, type=2, norm="ortho", axis=0))
+
+def from_cosines(values: np.ndarray) -> np.ndarray:
+    """Return the inverse of ``cosines`` over the first axis."""
+    return np.tensordot(_cosine_rows(len(values)).T, values, 1)
+
+
+@lru_cache(maxsize=16)
+def _cosine_rows(size: int) -> np.ndarray:
+    """Return one cosine per row, ``(n, n)``: c_k cos(pi k (2 t + 1) / (2 n)), c_0 = sqrt(1 / n), else sqrt(2 / n).
+
+    Series have at most ``MAX_STEPS`` steps, so that a product costs less than loading a fast transform.
+    """
+    rows = np.cos(np.pi / (2 * size) * np.outer(np.arange(size), 2 * np.arange(size) + 1))
+    rows[0] /= np.sqrt(2)
+    return rows * np.sqrt(2 / size)
 
 
 def shorten(
@@ -169,8 +183,7 @@ def _states(size: int, spacing: float) -> tuple[np.ndarray, np.ndarray]:
 
 def _lag_products(size: int) -> np.ndarray:
     """Return sums of products of each cosine with itself ``k`` steps apart, both directions, shape ``(n, n)``."""
-    rows = cosines(np.eye(size))
-    spectrum = np.abs(np.fft.rfft(rows, 2 * size, axis=1)) ** 2
+    spectrum = np.abs(np.fft.rfft(_cosine_rows(size), 2 * size, axis=1)) ** 2
     products = np.fft.irfft(spectrum, axis=1)[:, :size]
     products[:, 1:] *= 2
     return products

@@ -14,6 +14,7 @@ from entrace.analysis.statistics.autocorrelation import (
     VARIANCE_RATIOS,
     cosines,
     fit_posterior,
+    from_cosines,
     residual_variance,
     shorten,
 )
@@ -123,8 +124,6 @@ def draw_errors(
     Returns:
         Draws, shape ``(n, S, draws)``.
     """
-    from scipy import fft
-
     size, series = residuals.shape
     spread = residuals.std(0) > 0
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -142,7 +141,7 @@ def draw_errors(
         chosen = rng.choice(len(posterior.weight), size=draws, p=posterior.weight)
         noise = posterior.noise[chosen] * posterior.df / rng.chisquare(posterior.df, draws)
         errors[:, i] *= np.sqrt(noise * posterior.variance[chosen].T)
-    return np.asarray(fft.idct(errors, type=2, norm="ortho", axis=0))
+    return from_cosines(errors)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

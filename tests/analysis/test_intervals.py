@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import optimize, stats
+from scipy import fft, optimize, stats
 
-from entrace.analysis.statistics.autocorrelation import VARIANCE_RATIOS
+from entrace.analysis.statistics.autocorrelation import VARIANCE_RATIOS, cosines, from_cosines
 from entrace.analysis.statistics.clusters import level, over_clusters, ratio
 from entrace.analysis.statistics.combination import combine, mean_of_parts
 from entrace.analysis.statistics.contrasts import contrast, draw_contrasts, draw_errors
@@ -307,3 +307,10 @@ def test_totals_of_unlike_size_have_a_gradient():
     assert np.isfinite(found[0].error)
     assert found[1].low == pytest.approx(found[0].low, rel=1e-6)
     assert found[1].high == pytest.approx(found[0].high, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1,), (2, 1), (37, 2), (600, 2, 5)])
+def test_cosines_are_those_of_scipy(shape):
+    values = np.random.default_rng(1).normal(size=shape)
+    np.testing.assert_allclose(cosines(values), fft.dct(values, type=2, norm="ortho", axis=0), atol=1e-12)
+    np.testing.assert_allclose(from_cosines(cosines(values)), values, atol=1e-12)
