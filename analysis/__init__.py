@@ -1,1 +1,4 @@
-"""Read traces: SQL, statistics, figures, claims, and reports. Imports no torch; the public names are in ``entrace``."""
+"""Read traces with SQL, statistics, figures, claims, and reports.
+
+This package does not import torch. The public names are in ``entrace``.
+"""

@@ -1,7 +1,7 @@
-"""Summarize where methods put the weight of recorded tokens, and write a page, figures, and CSV files.
+"""Summarize where methods put the weight of recorded tokens.
 
-``trainer.atlas`` computes the weights, one step at a time. Within a step, the weights of a method are divided by the
-mean of their absolute values, so that methods of any scale compare.
+This module writes a page, figures, and CSV files. ``trainer.atlas`` computes the weights, one step at a time. Within a
+step, the weights of a method are divided by the mean of their absolute values, so that methods of any scale compare.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Trace:
 
 
 def read_steps(runs: Runs, trace: Trace) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
-    """Yield the responses and the tokens of one step after another, holding some steps in memory."""
+    """Yield the responses and tokens of each step, reading blocks of steps."""
     block: list[int] = []
     size = 0
     for step, num_tokens in trace.steps.select("step", "num_tokens").rows():
@@ -167,7 +167,7 @@ class Described:
 
 
 class Tally:
-    """Accumulate sums over the tokens of all steps in a few kilobytes, independent of the length of the trace."""
+    """Accumulate sums over all tokens in a few kilobytes, for any trace length."""
 
     def __init__(self, names: Sequence[str], trace: Trace) -> None:
         """Begin with empty sums."""
@@ -304,7 +304,10 @@ def weights_frame(methods: Sequence[Described], tally: Tally) -> pl.DataFrame:
 
 
 def correlations_frame(methods: Sequence[Described], tally: Tally) -> pl.DataFrame:
-    """Return Spearman's correlation of the weights of each pair, within steps, averaged over tokens."""
+    """Return Spearman's correlation of the weights for each pair of methods.
+
+    Correlations are computed within steps and averaged over tokens.
+    """
     import polars as pl
 
     shown = [method for method in methods if not method.lacks]

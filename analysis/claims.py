@@ -27,10 +27,11 @@ WAYS = ("in the expected direction", "in the opposite direction")
 
 @dataclass(frozen=True)
 class Verdict:
-    """Hold one row of the scorecard: a part of a claim, judged on a run, on the baseline runs, or on an arm.
+    """Hold one row of the scorecard: the verdict on a part of a claim.
 
-    ``effect`` is None if it is undefined; ``low`` and ``high`` are None without an interval. ``detectable`` is the
-    effect that the runs detect with 80% power; None if unknown.
+    The verdict is on a run, on the baseline runs, or on an arm. ``effect`` is None if it is undefined; ``low`` and
+    ``high`` are None without an interval. ``detectable`` is the effect that the runs detect with 80% power; None if
+    unknown.
     """
 
     claim: str
@@ -56,13 +57,16 @@ class Verdict:
     figure: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name, ready for JSON: six significant digits, null for numbers that are not finite."""
+        """Return the fields by name, ready for JSON.
+
+        Numbers have six significant digits; numbers that are not finite are null.
+        """
         return {name: _plain(value) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class _Finding:
-    """Hold the estimate of a part of a claim about training, or the reason why there is none."""
+    """Hold the estimate for a part of a training claim, or why there is none."""
 
     claim: str
     part: str
@@ -73,7 +77,10 @@ class _Finding:
 
     @property
     def is_judged(self) -> bool:
-        """Return True if the finding can earn a verdict: a finite interval, and enough effective steps."""
+        """Return True if the finding can earn a verdict.
+
+        A verdict needs a finite interval and at least ``MIN_BLOCKS`` effective steps.
+        """
         return self.estimate is not None and self.estimate.is_finite and self.estimate.blocks >= MIN_BLOCKS
 
 
@@ -112,7 +119,10 @@ def judge(runs: Runs, ledger: Ledger | None = None) -> list[Verdict]:
 
 
 def overall(verdicts: Sequence[Verdict]) -> dict[str, str]:
-    """Return one verdict per claim: supported if every part is, contradicted if any part is."""
+    """Return one verdict per claim.
+
+    A claim is supported if every part is, and contradicted if any part is.
+    """
     words: dict[str, list[str]] = {}
     for verdict in verdicts:
         words.setdefault(verdict.claim, []).append(verdict.verdict)
@@ -125,7 +135,10 @@ def scorecard(verdicts: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def _family(ledger: Ledger, finding: _Finding) -> str:
-    """Return the claims that Holm's correction takes together with the claim of a finding; empty by default."""
+    """Return the family of the finding's claim for Holm's correction.
+
+    Claims of one family are corrected together. By default the family is empty.
+    """
     return str(ledger[finding.claim].get("family", ""))
 
 

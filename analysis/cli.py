@@ -97,7 +97,7 @@ def sql(
         str, typer.Option(metavar="NAME", help="Engine that computes: duckdb, or spark for a cluster.")
     ] = "duckdb",
 ) -> None:
-    """Run one read-only SQL query over the tables of the trace, plus the tables runs and stages.
+    """Run one read-only SQL query on trace tables and the tables runs and stages.
 
     Example: entrace sql data/runs/study "select step, avg(entropy) from tokens group by all order by step"
 
@@ -225,7 +225,9 @@ def compare(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Compare every arm with its baseline: paired differences, verdicts, aggregates, and excluded runs.
+    """Compare every arm with its baseline.
+
+    The output has paired differences, verdicts, aggregates, and excluded runs.
 
     Example: entrace compare data/runs/study --metric avg_at_k --metric response_length
     """
@@ -282,7 +284,9 @@ def view(
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
     questions: QuestionsOption = None,
 ) -> None:
-    """Serve a local page: figures, responses down to the token, comparisons, and an SQL console. Ctrl-C stops it.
+    """Serve a local page with figures, responses, comparisons, and an SQL console.
+
+    Responses are shown down to the token. Ctrl-C stops the server.
 
     Example: entrace view data/runs/study
     """
@@ -319,7 +323,9 @@ def verify(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Read every file of the runs and compare it with its digest; exit code 1 if one is damaged or missing.
+    """Read every file of the runs and compare it with its digest.
+
+    The exit code is 1 if a file is damaged or missing.
 
     Example: entrace verify data/runs/study
     """
@@ -359,11 +365,12 @@ def prune(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Thin the tokens of recorded runs, as if they had been recorded with record.token_steps and token_responses.
+    """Thin the tokens of recorded runs.
 
-    Tokens of the first step, of the last step, and of steps with after-update values are kept whatever K is. All other
-    tables stay complete, and a pruned run can be resumed. A run that is being written is refused. If the command is
-    stopped, call it again.
+    The result is as if the runs had been recorded with record.token_steps and record.token_responses. Tokens of the
+    first step, of the last step, and of steps with after-update values are kept whatever K is. All other tables stay
+    complete, and a pruned run can be resumed. A run that is being written is refused. If the command is stopped, call
+    it again.
 
     Example: entrace prune data/runs/study --token-steps 5 --token-responses 0.25
     """
@@ -393,7 +400,10 @@ def prune(
 
 
 def run(command: typer.Typer) -> None:
-    """Run the command line; an error becomes one line on stderr and exit code 2 (bad input) or 1."""
+    """Run the command line; an error becomes one line on stderr.
+
+    The exit code is then 2 (bad input) or 1.
+    """
     if isinstance(sys.stdout, TextIOWrapper):
         # Some terminals cannot encode every character.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -434,7 +444,10 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def _hear_signals() -> Iterator[None]:
-    """Raise ``Stopped`` on Ctrl-C, SIGTERM, and when the terminal closes, unless these signals are already handled."""
+    """Raise ``Stopped`` on Ctrl-C, SIGTERM, and when the terminal closes.
+
+    A signal that already has a handler keeps it.
+    """
     _heard.clear()
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -447,7 +460,7 @@ def _hear_signals() -> Iterator[None]:
     report = sys.unraisablehook
 
     def repeat_if_ignored(ignored: sys.UnraisableHookArgs) -> None:
-        """Send a signal again whose exception Python ignored, because the signal arrived within a finalizer."""
+        """Send a signal again if Python ignored its exception in a finalizer."""
         if isinstance(ignored.exc_value, Stopped):
             # A signal that another thread receives does not interrupt what the main thread waits for.
             target = threading.main_thread().ident, ignored.exc_value.exit_code - 128
@@ -481,7 +494,10 @@ def _stop(number: int, _: Any) -> NoReturn:
 
 @contextmanager
 def _restore_stops() -> Iterator[None]:
-    """Raise the stop that DuckDB turned into an error, because the signal arrived within one of its calls."""
+    """Raise the stop that DuckDB turned into an error.
+
+    DuckDB does so if the signal arrives within one of its calls.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -492,10 +508,10 @@ def _restore_stops() -> Iterator[None]:
 
 @contextmanager
 def stoppable(how: str) -> Iterator[None]:
-    """Say how to continue if Ctrl-C or SIGTERM ends the command; the outermost block wins.
+    """Say how to continue after Ctrl-C or SIGTERM; the outermost block wins.
 
     Args:
-        how: What the same command does when it is called again.
+        how: Action of the same command when it is called again.
     """
     try:
         with _restore_stops():
@@ -573,7 +589,7 @@ def _print_questions(listed: pl.DataFrame) -> None:
 
 
 def _descriptor(stream: Any) -> int | None:
-    """Return the file descriptor of a stream, or None if it has none, as in a notebook."""
+    """Return the file descriptor of a stream; None without one, as in a notebook."""
     try:
         return stream.fileno()
     except (AttributeError, OSError):
@@ -592,7 +608,10 @@ def _read_text(path: Path) -> str:
 
 
 def _split_settings(arguments: list[str], question: Question) -> tuple[list[str], list[str]]:
-    """Return the runs and the settings NAME=VALUE among the arguments; a run may have an equals sign in its name."""
+    """Return the runs and the settings NAME=VALUE among the arguments.
+
+    A run may have an equals sign in its name.
+    """
     from entrace.analysis.parameters import parameters
     from entrace.analysis.trace.errors import InputError, nearest
 

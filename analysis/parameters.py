@@ -33,19 +33,28 @@ ValuesOf = Callable[[str], list[Any] | None]
 
 @dataclass(frozen=True)
 class Parameter:
-    """Hold one parameter of a question: its name, and its description in the header, which begins with its kind."""
+    """Hold the name and the description of one parameter of a question.
+
+    The description is that of the header and begins with the parameter's kind.
+    """
 
     name: str
     description: str
 
     @property
     def column(self) -> str:
-        """Return the column whose values the parameter selects; a column of that name need not exist."""
+        """Return the column whose values the parameter selects.
+
+        A column of that name need not exist.
+        """
         found = LIST.match(self.description) or ONE.match(self.description)
         return found[1] if found else self.name
 
     def takes_text(self, text_columns: Iterable[str]) -> bool:
-        """Return True if a single value is text, which a command line must not read as a number."""
+        """Return True if a single value is text.
+
+        A command line must not read such a value as a number.
+        """
         if found := LIST.match(self.description) or ONE.match(self.description):
             return found[1] in text_columns
         return not (MAP.match(self.description) or NUMBER.match(self.description)) and bool(
@@ -53,7 +62,7 @@ class Parameter:
         )
 
     def check(self, value: Any, values_of: ValuesOf) -> Any:
-        """Return the value as the query expects it; None means that the parameter is left out.
+        """Return the value as the query expects it; None omits the parameter.
 
         Raises:
             InputError: the value is not of the parameter's kind.
@@ -109,7 +118,7 @@ def parameters(header: str) -> dict[str, Parameter]:
 
 
 def to_plain(value: Any) -> Any:
-    """Return a value without the types of numpy and polars, which DuckDB does not accept as parameters."""
+    """Return a value without numpy or polars types, which DuckDB does not accept."""
     for convert in ("tolist", "to_list"):
         if hasattr(value, convert):
             return getattr(value, convert)()
@@ -117,7 +126,10 @@ def to_plain(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """Return a value as in a call of ``Runs.query``: text in double quotes, items of a list separated by commas."""
+    """Return a value as it is written in a call of ``Runs.query``.
+
+    Text is in double quotes; the items of a list are separated by commas.
+    """
     if isinstance(value, str):
         return f'"{value}"'
     return f"[{', '.join(map(shown, value))}]" if isinstance(value, list | tuple) else str(value)

@@ -1,4 +1,4 @@
-"""Plan a grid of runs: estimate its time and the differences that it can detect, before any run starts."""
+"""Plan a grid of runs: estimate its time and its detectable differences."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan the runs of a grid, ``slots`` of them in parallel, with the values of ``pilot``."""
+    """Plan the runs of a grid, ``slots`` in parallel, with values of ``pilot``."""
 
     runs: Sequence[PlannedRun]
     slots: int
@@ -79,7 +79,10 @@ class Plan:
         return min(len(seeds[run.arm] & seeds.get(run.baseline, set())) for run in self.runs)
 
     def detectable(self) -> dict[int, float | None]:
-        """Return the difference in avg@k detectable with 80% power, by number of seeds; None if it exceeds 1."""
+        """Return the avg@k difference detectable with 80% power, by number of seeds.
+
+        A difference above 1 is None.
+        """
         from entrace.analysis.statistics.estimates import detectable_difference
 
         sizes = {
@@ -165,7 +168,10 @@ select run_id, avg(is_correct::int) as accuracy from evals join last_evals using
 
 
 def _sd_difference(runs: Runs, run_ids: Collection[str], study: Path) -> float:
-    """Return the standard deviation over seeds of paired differences, pooled over arms with a mean of their own."""
+    """Return the standard deviation of paired differences over seeds.
+
+    The variance is pooled over arms, each around its own mean.
+    """
     from entrace.analysis.compare.pairs import pair_runs
 
     accuracy = dict(runs.run_shipped(FINAL).iter_rows())

@@ -165,7 +165,7 @@ class Question:
 
 @dataclass(frozen=True, repr=False)
 class Questions:
-    """The questions that runs can be asked: the built-in ones, and those in a folder of the user's.
+    """Hold the built-in questions about runs, and those in the user's folder.
 
     ``questions["stage_dynamics"]`` shows one question, ``list(questions)`` their names, and ``questions.table()`` all.
 
@@ -223,7 +223,10 @@ class Questions:
         return list(self)
 
     def table(self) -> pl.DataFrame:
-        """Return one row per question: stem, level, question, claim, params, units, and needs."""
+        """Return a table with one row per question.
+
+        The columns are stem, level, question, claim, params, units, and needs.
+        """
         import polars as pl
 
         columns = ("stem", "level", "question", "claim", "params", "units", "needs")
@@ -237,7 +240,7 @@ class Questions:
 
     @cached_property
     def figures(self) -> dict[str, Path]:
-        """Python file of each figure in the user's folder, by stem, in alphabetical order."""
+        """Return the Python file of each figure in the user's folder, by sorted stem."""
         return {stem: path.with_suffix(".py") for stem, path in self._own.items() if path.with_suffix(".py").is_file()}
 
     @property
@@ -265,7 +268,10 @@ class Questions:
         return stem in self._own
 
     def location(self, stem: str) -> str:
-        """Return the file of a question, as ``analysis/sql/stage/stage_dynamics.sql``, or the path of a user's file."""
+        """Return the path of a question's file.
+
+        A built-in question gives a path such as ``analysis/sql/stage/stage_dynamics.sql``.
+        """
         return str(self._own.get(stem) or f"analysis/sql/{self.paths[stem].parent.name}/{stem}.sql")
 
     def needs(self, stem: str) -> list[Need]:
@@ -295,7 +301,10 @@ def _read_text(path: Path) -> str:
 
 
 def headers(text: str) -> dict[str, str]:
-    """Return the header lines ``-- key: value`` of a query; an indented comment continues the line above it."""
+    """Return the header lines ``-- key: value`` of a query.
+
+    An indented comment continues the line above it.
+    """
     found: dict[str, str] = {}
     for line in text.splitlines():
         if not line.startswith("-- "):
@@ -309,22 +318,25 @@ def headers(text: str) -> dict[str, str]:
 
 
 def staging() -> list[str]:
-    """Return the SQL of the shared views and macros, in the order in which they build on each other."""
+    """Return the SQL of the shared views and macros, in dependency order."""
     return [(SQL_ROOT / "staging" / f"{name}.sql").read_text() for name in STAGING]
 
 
 def tables_in(text: str) -> set[str]:
-    """Return the tables of the trace that a query may read, directly or through the shared views and macros."""
+    """Return the tables of the trace that a query may read.
+
+    The query may read them directly or through the shared views and macros.
+    """
     return _sources_in(text) & TABLES.keys()
 
 
 def computed_tables_in(text: str) -> set[str]:
-    """Return the members of ``COMPUTED`` that a query may read, directly or through the shared views and macros."""
+    """Return the members of ``COMPUTED`` that a query may read; see ``tables_in``."""
     return _sources_in(text) & COMPUTED
 
 
 def kept_views_in(text: str) -> set[str]:
-    """Return the members of ``KEPT`` that a query may read, directly or through the shared views and macros."""
+    """Return the members of ``KEPT`` that a query may read; see ``tables_in``."""
     return _sources_in(text) & set(KEPT)
 
 

@@ -1,4 +1,7 @@
-"""Write a report: figures with their data, the scorecard, and provenance, on one page that opens offline."""
+"""Write a report on one page that opens offline.
+
+The page has figures with their data, the scorecard, and provenance.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,9 @@ LAYOUT_TABLES = ("GSUB", "GPOS", "GDEF", "kern", "BASE", "JSTF", "MATH")
 
 
 def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None] | None = None) -> Path:
-    """Write a report: figures (PNG, PDF) with their CSV files, ``claims.json``, the comparison, and ``report.html``.
+    """Write a report: a page, figures with their data, and the scorecard.
+
+    The files are ``report.html``, figures (PNG, PDF) with their CSV files, ``claims.json``, and the comparison.
 
     Args:
         runs: Runs to report on.
@@ -132,7 +137,7 @@ def check_target(out: Path, page: str = PAGE, mark: str = MARK) -> None:
 
 
 def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) -> dict[str, Any]:
-    """Write one figure in all formats with its CSV file, and return the content of its section on the page."""
+    """Write a figure in all formats and its CSV file; return its page section."""
     frame = figures.query(runs, stem)
     (out / f"{stem}.csv").write_text(to_report_csv(frame), encoding="utf-8")
     image = None
@@ -155,7 +160,7 @@ def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) 
 
 
 def picture_files(drawn: AbstractContextManager[Figure]) -> dict[str, bytes]:
-    """Return the bytes of one figure in each format; ``drawn`` yields it as ``figures.drawn`` does."""
+    """Return the bytes of a figure by format; ``drawn`` is from ``figures.drawn``."""
     import matplotlib as mpl
 
     files = {}
@@ -174,7 +179,10 @@ def picture_files(drawn: AbstractContextManager[Figure]) -> dict[str, bytes]:
 
 @contextmanager
 def _without_layout_tables() -> Iterator[None]:
-    """Embed fonts without the tables that place glyphs, which PDF viewers ignore and which are slow to subset."""
+    """Embed fonts without the tables that place glyphs.
+
+    PDF viewers ignore these tables, and subsetting them is slow.
+    """
     from fontTools import subset
 
     load_font = subset.load_font
@@ -213,7 +221,10 @@ def _final_table(frame: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 def _write_comparison(runs: Runs, out: Path) -> dict[str, Any] | None:
-    """Write the CSV files of the comparison and return its rows; None without a baseline or another arm."""
+    """Write the CSV files of the comparison and return its rows.
+
+    The result is None without a baseline or another arm.
+    """
     comparison = compare_once(runs)
     for frame, name in COMPARED.items():
         if comparison is not None:
@@ -230,7 +241,10 @@ def _write_comparison(runs: Runs, out: Path) -> dict[str, Any] | None:
 
 
 def _provenance(runs: Runs) -> dict[str, Any]:
-    """Return how the runs were made: one run of the baseline in full, and the differences of every other run."""
+    """Return how the runs were made.
+
+    One run of the baseline is described in full, and every other run by its differences.
+    """
     manifests = runs.manifests
     of_baseline = (run for run, manifest in manifests.items() if manifest.get("arm") == runs.baseline)
     first = next(of_baseline, next(iter(manifests)))
@@ -262,7 +276,10 @@ def _provenance(runs: Runs) -> dict[str, Any]:
 
 
 def _describe_online(manifest: dict[str, Any], fit: StageFit | None) -> str:
-    """Describe what the plateau detector of the trainer found, and whether the fitted boundary agrees."""
+    """Describe the result of the trainer's plateau detector.
+
+    The text says whether the fitted boundary agrees, and is empty if no detector ran.
+    """
     if "plateau_step" not in manifest:
         return ""
     found = manifest["plateau_step"]
@@ -276,7 +293,10 @@ def _describe_online(manifest: dict[str, Any], fit: StageFit | None) -> str:
 
 
 def _changes(reference: dict[str, Any], own: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return names and values in ``own`` that differ from ``reference``; the seed has a separate column."""
+    """Return names and values in ``own`` that differ from ``reference``.
+
+    The seed is left out because it has a separate column.
+    """
     names = [name for name in {**reference, **own} if name != "seed" and own.get(name) != reference.get(name)]
     return [(name, json.dumps(own[name], ensure_ascii=False) if name in own else "left out") for name in names]
 

@@ -149,9 +149,10 @@ class Runs:
         buffers: int = BUFFERS,
         spark: SparkEngine | None = None,
     ) -> None:
-        """Connect DuckDB to ``files``: the layout of each Parquet file of all runs, by table and path.
+        """Connect DuckDB to ``files``, the Parquet files of all runs.
 
-        With ``spark``, DuckDB only checks queries and names the types of their columns.
+        ``files`` holds the layout of each file, by table and path. With ``spark``, DuckDB only checks queries and names
+        the types of their columns.
         """
         self.manifests = manifests
         self.questions = questions
@@ -189,7 +190,9 @@ class Runs:
         memory: str | int | None = None,
         timeout: float | None = None,
     ) -> pl.DataFrame:
-        """Run one read-only query over the traces, in a process of its own with limits of memory and time.
+        """Run one read-only query over the traces in a separate process.
+
+        The process has limits of memory and time.
 
         The query is a SELECT, PIVOT, DESCRIBE, SUMMARIZE, or similar statement, or EXPLAIN of one. It can read the
         tables of the trace (``entrace tables``), the tables ``runs`` and ``stages``, and the views of sql/staging.
@@ -237,7 +240,7 @@ class Runs:
         return self._send(self._to_query(text, self._check(text, params or {})), limits, on_progress, reader)
 
     def query(self, stem: str, **params: Any) -> pl.DataFrame:
-        """Ask one of the questions, such as ``query("entropy_by_position", stage="plateau")``.
+        """Ask a question, such as ``query("entropy_by_position", stage="plateau")``.
 
         ``questions[stem]`` describes the parameters. If no rows are left, a warning says why; see ``why_no_rows``.
 
@@ -250,7 +253,10 @@ class Runs:
         return frame
 
     def ask(self, stem: str, **params: Any) -> pl.DataFrame:
-        """Return the rows of a question without ``query``'s checks and warning, for values taken from the traces."""
+        """Return the rows of a question without the checks and warning of ``query``.
+
+        The values of its parameters must come from the traces.
+        """
         text = self.questions.read(stem)
         if "runs" in parameter_names(text) and (lacking := self.lacking(stem)):
             asked = params.get("runs")
@@ -281,7 +287,9 @@ class Runs:
         memory: str | int | None = None,
         timeout: float | None = None,
     ) -> pl.DataFrame:
-        """Run a query like ``sql``, without the scan for NaN in the tables that it reads, for pages with single rows.
+        """Run a query like ``sql``, without scanning its tables for NaN.
+
+        Pages with single rows use this method.
 
         Raises:
             InputError: as for ``sql``.
@@ -298,7 +306,7 @@ class Runs:
             self._spark.stop()
 
     def view(self, height: int = 800) -> Any:
-        """Return the viewer (``entrace view``) as a frame that a notebook displays, ``height`` pixels high.
+        """Return ``entrace view`` as a notebook frame, ``height`` pixels high.
 
         Raises:
             InputError: the extra ``view`` is missing.
@@ -307,9 +315,10 @@ class Runs:
         return import_module("entrace.analysis.viewer.notebook").show(self, height)
 
     def why_no_rows(self, stem: str, params: Mapping[str, Any]) -> str:
-        """Return one line that says which conditions removed all rows of a question, or what the traces lack.
+        """Return one line that says why a question has no rows.
 
-        A condition is responsible if the question has rows without it.
+        The line names the conditions that removed all rows, or the data that the traces lack. A condition is
+        responsible if the question has rows without it.
         """
         conditions = {name: value for name, value in params.items() if value is not None}
         text = self.questions.read(stem)
@@ -333,14 +342,20 @@ class Runs:
         return f"{stem}: no rows: {together} together removed all {total:,} rows" + "".join(parts)
 
     def query_once(self, stem: str, run_ids: Sequence[str]) -> pl.DataFrame:
-        """Run a shipped query over some runs and cache the rows, which several parts of a claim share."""
+        """Run a shipped query over some runs and cache its rows.
+
+        Several parts of a claim share these rows.
+        """
         key = (stem, *run_ids)
         if key not in self._kept:
             self._kept[key] = self.ask(stem, runs=list(run_ids))
         return self._kept[key]
 
     def why_empty(self, stem: str) -> str:
-        """Return why a question has no rows: the traces lack the data that it needs, or no data match the question."""
+        """Return why a question has no rows.
+
+        Either the traces lack data that the question needs, or no data match it.
+        """
         needs = self.questions.needs(stem)
         if need := next((need for need in needs if not self._holders(need)), None):
             reasons = {self._why_lacking(run, need) for run in self.manifests}
@@ -348,9 +363,10 @@ class Runs:
         return f"the traces hold {self.questions[stem].needs}, but none that match this question"
 
     def lacking(self, stem: str) -> dict[str, str]:
-        """Return the runs that a question leaves out, as no row has a value of a column that it needs, with reasons.
+        """Return the runs that a question leaves out, with reasons.
 
-        A run without rows is not left out, because it changes no answer.
+        A run is left out if no row has a value of a column that the question needs. A run without rows is not left out,
+        because it changes no answer.
         """
         return {
             run: self._why_lacking(run, need)
@@ -367,7 +383,10 @@ class Runs:
         return {run for run, columns in self._recorded(need.table).items() if (need.value or "run_id") in columns}
 
     def _recorded(self, table: str) -> dict[str, set[str]]:
-        """Return the columns of a table that have values, by run; ``unknown`` says which values mean nothing."""
+        """Return the columns of a table that have values, by run.
+
+        Required columns that the manifest lists in ``unknown`` are left out: their values mean nothing.
+        """
         if table not in self._columns:
             folders = {manifest["path"]: run for run, manifest in self.manifests.items()}
             found: dict[str, set[str]] = {}
@@ -381,7 +400,7 @@ class Runs:
 
     @cached_property
     def token_coverage(self) -> pl.DataFrame:
-        """Return the number of responses of each run and step, and the number of those whose tokens are stored."""
+        """Count the responses of each run and step, and those with stored tokens."""
         return self._run(COVERAGE, {})
 
     def token_share(self, stem: str, run_ids: Sequence[str] | None = None) -> str:
@@ -406,7 +425,7 @@ class Runs:
 
     @property
     def stage_fits(self) -> dict[str, StageFit]:
-        """Return the two-stage fit of every run with recorded steps; see ``statistics.stages``."""
+        """Return the two-stage fit of every run with steps; see ``statistics.stages``."""
         if self._fits is None:
             import polars as pl
 
@@ -440,7 +459,7 @@ class Runs:
         return {self.baseline: baseline} if baseline else {run: [run] for run in recorded}
 
     def _values_of(self, column: str) -> list[Any] | None:
-        """Return the distinct values of a column of the runs or of the trace; None if no table has it."""
+        """Return the distinct values of a column; None if no table has the column."""
         homes = {"runs": RUNS_COLUMNS, **{name: table.arrow_schema.names for name, table in TABLES.items()}}
         table = next((name for name, columns in homes.items() if column in columns), None)
         if table is None:
@@ -459,7 +478,10 @@ class Runs:
         ]
 
     def _keep(self, view: str, run_ids: Iterable[str]) -> None:
-        """Keep the rows of a view of ``KEPT``; they cannot change, as only files listed at opening are read."""
+        """Keep the rows of a view of ``KEPT`` for some runs.
+
+        The rows cannot change, as only files listed at opening are read.
+        """
         if missing := [run for run in run_ids if run not in self._runs_kept[view]]:
             found = self._run(f"from new_{view} where list_contains($runs, run_id)", {"runs": missing})
             append(self._con, view, [column.to_list() for column in found])
@@ -485,7 +507,7 @@ class Runs:
             self._check_finite(TABLES[name], run_ids)
 
     def _check_finite(self, table: Table, run_ids: Iterable[str] | None = None) -> None:
-        """Reject a table that holds NaN or infinity, which would silently spread through every mean.
+        """Reject a table with NaN or infinity, which would spread through every mean.
 
         The rows of each run (default: of all) are scanned once, before the first query that reads them. The scan takes
         50 ms per million tokens, about as long as one question, so queries over steps alone do not scan the tokens.
@@ -531,7 +553,7 @@ class Runs:
         return params
 
     def _check(self, text: str, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Return parameters whose values are of the kinds that the headers of a query name."""
+        """Return parameters with values of the kinds that the query's headers name."""
         described = parameters(queries.headers(text).get("params", ""))
         return {
             name: described[name].check(value, self._values_of) if name in described else to_plain(value)
@@ -559,7 +581,7 @@ class Runs:
         on_progress: Callable[[float], None] | None = None,
         reader: int | None = None,
     ) -> Iterator[pl.DataFrame]:
-        """Let Spark or the process of the user's queries answer one, and yield its rows as they arrive."""
+        """Yield the rows of a query as Spark or the query process returns them."""
         if not self._spark:
             yield from self._send_to_process(query, limits, on_progress, reader)
             return
@@ -661,7 +683,9 @@ class Runs:
         return self._narrowed[chosen]
 
     def _explain(self, error: Exception, text: str) -> None:
-        """Raise what is behind the error of a failed query, if its files or the disk are: DuckDB names neither.
+        """Raise the cause of a failed query if a file or the disk is at fault.
+
+        The error of DuckDB names neither.
 
         Raises:
             InputError: a file that the query reads is damaged, or was deleted.
@@ -716,7 +740,9 @@ def _unsupported(error: Exception) -> InputError:
 
 
 def find_run_folders(paths: Iterable[str | Path]) -> list[Path]:
-    """Return the run folders among ``paths``, each once: run folders, study folders, or globs of either.
+    """Return the run folders among ``paths``, each once.
+
+    A path is a run folder, a study folder, or a glob of either.
 
     Raises:
         InputError: a path is not a trace, or no path is given.
@@ -728,7 +754,7 @@ def find_run_folders(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def is_run(path: str | Path) -> bool:
-    """Return whether a path names runs, or nothing at all, rather than files of something else."""
+    """Return whether a path names runs or nothing at all, rather than other files."""
     try:
         return bool(_find_run_folders(path))
     except InputError:
@@ -780,7 +806,7 @@ def _read_steps(
 
 
 def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int], gone: Sequence[str]) -> str | None:
-    """Return one line that states what is missing from a run, or None if the run is complete."""
+    """Return one line that states what a run lacks, or None if it is complete."""
     sampling = TokenSampling.of(manifest)
     sampled = "" if sampling == TokenSampling() else f"tokens are stored for {sampling}"
     # An imported trace may hold only every tenth step, as its trainer saved it.
@@ -800,6 +826,9 @@ def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int], gone: 
 
 
 def _describe_values(rows: pl.DataFrame, column: str) -> str:
-    """Return ``, whose stage is "rising"`` for the values of a column, or nothing if there are many or none."""
+    """Return ``, whose stage is "rising"`` for the values of a column.
+
+    The text is empty if there are many values or none.
+    """
     values = rows[column].drop_nulls().unique().sort().to_list() if column in rows.columns else []
     return f", whose {column} is {' or '.join(map(shown, values))}" if 0 < len(values) <= VALUES_SHOWN else ""

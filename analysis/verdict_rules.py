@@ -54,9 +54,10 @@ class Size:
 
 
 def detectable_effect(estimate: Estimate, num_tests: int) -> float:
-    """Return the effect that the design detects with 80% power among ``num_tests`` tests.
+    """Return the effect that the design detects with 80% power.
 
-    Returns nan if the error is unknown, or 0 because all prompts agree: such an error says nothing about the design.
+    The effect is tested among ``num_tests`` tests. Returns nan if the error is unknown, or 0 because all prompts agree:
+    such an error says nothing about the design.
     """
     if not estimate.error > 0 or math.isnan(estimate.df):
         return math.nan
@@ -73,7 +74,7 @@ def decide(
     noun: str = "effect",
     ways: tuple[str, str] = ("higher", "lower"),
 ) -> Outcome:
-    """Judge an effect by its interval, its adjusted p-value, and the smallest effect that matters.
+    """Judge an effect by its interval, its adjusted p-value, and its size.
 
     - Established: the interval excludes zero, ``p_adjusted`` is at most .05, and the absolute effect is at least
       ``smallest_effect``.
@@ -109,7 +110,10 @@ def decide(
 
 
 def _too_small(found: float, smallest_effect: float, size: Size) -> str:
-    """Return advice on a sufficient size; empty if the design can detect effects near the smallest that matters."""
+    """Return advice on a sufficient size; empty if the size suffices.
+
+    The size suffices if the design can detect effects near the smallest that matters.
+    """
     if not (math.isfinite(found) and found > TOO_SMALL * smallest_effect):
         return ""
     enough = size.n * (found / smallest_effect) ** 2

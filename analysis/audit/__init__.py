@@ -1,7 +1,8 @@
-"""Audit a trace: which distribution do its recorded numbers describe, and do its groups and advantages agree?
+"""Audit the recorded numbers, groups, and advantages of a trace.
 
-``checks`` needs nothing but the trace. ``against_model`` compares recorded values with those of the policy that sampled
-the tokens, which a teacher-forced pass of ``trainer.external`` provides. A check that lacks data says so.
+The audit finds the distribution that the numbers describe, and whether groups and advantages agree. ``checks`` needs
+nothing but the trace. ``against_model`` compares recorded values with those of the policy that sampled the tokens,
+which a teacher-forced pass of ``trainer.external`` provides. A check that lacks data says so.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def audit(runs: Runs, refer: Callable[[Sample, str], Reference] | None = None) -
 
 
 def audit_run(sample: Sample, run_id: str, reference: Reference | None = None) -> Iterator[Finding]:
-    """Yield the finding of each check on one run, with those of the model if there is one."""
+    """Yield the finding of each check on one run.
+
+    Checks against a model are included if ``reference`` is given.
+    """
     checks: dict[str, Callable[[], str]] = {name: partial(check, sample) for name, check in CHECKS.items()}
     if reference is None:
         checks["model"] = partial(without_model, sample)

@@ -1,4 +1,4 @@
-"""Compare recorded values with the distributions of the model that sampled the tokens.
+"""Compare recorded values with the distributions of the sampling model.
 
 The recorded values are explained by a temperature and a truncation, and so are the sampled tokens; see ``fits``. Values
 that no distribution of the model explains are compared with those of other positions, tokens, and responses.
@@ -60,7 +60,7 @@ def without_model(sample: Sample) -> str:
 
 
 def check_sampling(reference: Reference) -> str:
-    """Check that the tokens are samples of the model at some temperature and truncation."""
+    """Check that tokens are model samples at some temperature and truncation."""
     model = reference.model
     if len(model) < MIN_TOKENS:
         raise LackingError(f"{len(model):,} tokens were compared with the model; {MIN_TOKENS:,} are needed")
@@ -113,7 +113,10 @@ def _padding(reference: Reference) -> str:
 
 
 def _in_stretches(excess: np.ndarray, responses: np.ndarray) -> np.ndarray:
-    """Return which tokens lie in a stretch of ``WINDOW`` tokens that are unlikely on average, (N,)."""
+    """Return which tokens lie in a stretch that is unlikely on average, (N,).
+
+    A stretch has ``WINDOW`` tokens.
+    """
     inside = np.zeros(len(excess), bool)
     sums = np.concatenate([[0.0], np.minimum(excess, 20).cumsum()])
     for start in range(len(excess) - WINDOW + 1):
@@ -124,7 +127,10 @@ def _in_stretches(excess: np.ndarray, responses: np.ndarray) -> np.ndarray:
 
 
 def _miscalibration(reference: Reference) -> str:
-    """Return how often the likeliest token was sampled if that is not its probability; empty if it is."""
+    """Compare how often the likeliest token was sampled with its probability.
+
+    The text is empty if the two agree.
+    """
     model, fit = reference.model, reference.sampling
     log_mass = 0.0 if fit.truncation is None else np.nan_to_num(model.log_mass(fit.x, fit.truncation))
     p = np.minimum(np.exp(-model.log_sums(fit.x) - log_mass), 1.0)
@@ -143,12 +149,12 @@ def _miscalibration(reference: Reference) -> str:
 
 
 def check_logprob(reference: Reference) -> str:
-    """Check that the recorded log-probabilities are those of the distribution that was sampled from."""
+    """Check recorded log-probabilities against the distribution sampled from."""
     return _check_logprobs(reference, "logprob")
 
 
 def check_engine_logprob(reference: Reference) -> str:
-    """Check that the engine's log-probabilities are those of the distribution that was sampled from."""
+    """Check the engine's log-probabilities against the distribution sampled from."""
     return _check_logprobs(reference, "sampling_logprob")
 
 
@@ -181,7 +187,10 @@ def _differs(fit: Fit, x: float, error: float) -> bool:
 
 
 def _other_distribution(reference: Reference, fit: Fit) -> str:
-    """Return how recorded values and sampled tokens differ in temperature or truncation; empty if they do not."""
+    """Return how recorded values and tokens differ in temperature or truncation.
+
+    The text is empty if they do not differ.
+    """
     sampled = reference.sampling
     if _differs(sampled, fit.x, fit.error):
         if abs(fit.x) < MAX_GAP:
@@ -199,7 +208,7 @@ def _other_distribution(reference: Reference, fit: Fit) -> str:
 
 
 def _why_unexplained(known: Reference, values: np.ndarray, fit: Fit, is_explained: np.ndarray) -> str:
-    """Return the likely cause of log-probabilities that no distribution of the model explains."""
+    """Return the likely cause of log-probabilities that the model cannot explain."""
     model, responses = known.model, known.responses
     for cause, predict in _alternatives(model, responses).items():
         other = fit_values(predict, None, values, responses)
@@ -223,13 +232,19 @@ def _why_unexplained(known: Reference, values: np.ndarray, fit: Fit, is_explaine
 
 
 def _is_exact(difference: np.ndarray, known: Reference, is_explained: np.ndarray) -> bool:
-    """Return whether many uncertain tokens have the model's values, so that the others are of another kind."""
+    """Return whether many uncertain tokens have the model's values.
+
+    The other tokens are then of another kind.
+    """
     uncertain = np.abs(difference[known.model.entropy(0.0) > UNCERTAIN])
     return is_explained.mean() > MIN_PART and bool((uncertain < ROUNDING).mean() > MIN_PART)
 
 
 def _alternatives(model: Distributions, responses: np.ndarray) -> dict[str, Callable[[float], np.ndarray]]:
-    """Return functions of x = ln b by cause that give values of other positions, (N,); NaN where there is none."""
+    """Return functions that give the values of other positions, by cause.
+
+    Each is a function of x = ln b and returns (N,) values, NaN where there is none.
+    """
 
     def following(x: float) -> np.ndarray:
         return np.exp(x) * model.following - _shift(model.log_sums(x), responses, -1)
@@ -246,7 +261,10 @@ def _alternatives(model: Distributions, responses: np.ndarray) -> dict[str, Call
 
 
 def _shift(values: np.ndarray, responses: np.ndarray, by: int) -> np.ndarray:
-    """Return the value ``by`` positions before, within each response, (N,); NaN where there is none."""
+    """Return the value ``by`` positions before, within each response, (N,).
+
+    The value is NaN where there is none.
+    """
     moved = np.roll(values, by).astype(float)
     is_inside = np.roll(responses, by) == responses
     is_inside[0 if by > 0 else -1] = False
@@ -254,7 +272,10 @@ def _shift(values: np.ndarray, responses: np.ndarray, by: int) -> np.ndarray:
 
 
 def _permuted(known: Reference, values: np.ndarray, expected: np.ndarray) -> str:
-    """Return whether the values are those of other positions or responses; empty if not."""
+    """Return how the values are those of other positions or responses.
+
+    The text is empty if they are not.
+    """
     starts = np.flatnonzero(np.concatenate([[True], known.responses[1:] != known.responses[:-1]]))
     given, wanted = np.split(values, starts[1:]), np.split(expected, starts[1:])
 
@@ -303,7 +324,7 @@ def _part(known: Reference, values: np.ndarray, is_wrong: np.ndarray) -> str:
 
 
 def check_entropies(reference: Reference) -> str:
-    """Check that the recorded entropies are those of the distribution that was sampled from."""
+    """Check recorded entropies against the distribution sampled from."""
     known = reference.known("entropy")
     values, model, responses = known.tokens["entropy"].to_numpy(), known.model, known.responses
     fit = fit_entropies(model, values, responses, reference.sampling.truncation)
@@ -321,7 +342,7 @@ def check_entropies(reference: Reference) -> str:
 
 
 def _why_entropies(known: Reference, values: np.ndarray, is_explained: np.ndarray) -> str:
-    """Return the likely cause of entropies that no distribution of the model explains."""
+    """Return the likely cause of entropies that the model cannot explain."""
     model, responses, x = known.model, known.responses, known.expected
     exact = model.entropy(x)
     logprobs = [known.tokens[name].to_numpy() for name in ("logprob", "sampling_logprob")]

@@ -38,7 +38,10 @@ WINDOW, UNLIKELY = 5, 3.0
 
 
 def check_range(sample: Sample) -> str:
-    """Check that log-probabilities and entropies are those of some distribution over the vocabulary."""
+    """Check that log-probabilities and entropies are possible.
+
+    They must be those of some distribution over the vocabulary.
+    """
     tokens = sample.tokens.select("logprob", "entropy", "sampling_logprob")
     if not any(tokens[name].count() for name in tokens.columns):
         raise LackingError("no log-probabilities and no entropies were recorded")
@@ -103,7 +106,10 @@ def _balance(tokens: pl.DataFrame, column: str) -> str:
 
 
 def _share_in_stretches(tokens: pl.DataFrame) -> float:
-    """Return which share of all excess surprisal lies in stretches of tokens that are unlikely throughout."""
+    """Return the share of excess surprisal in stretches of unlikely tokens.
+
+    Such a stretch is unlikely throughout.
+    """
     import polars as pl
 
     mean = pl.col("excess").rolling_mean(WINDOW).over("rollout_id")
@@ -114,7 +120,7 @@ def _share_in_stretches(tokens: pl.DataFrame) -> float:
 
 
 def check_prefixes(sample: Sample) -> str:
-    """Check that responses of a group that begin alike have equal values where they begin alike."""
+    """Check that responses of a group have equal values where they begin alike."""
     import polars as pl
 
     tokens = sample.known("entropy", "group_id")
@@ -232,7 +238,7 @@ def check_groups(sample: Sample) -> str:
 
 
 def check_advantages(sample: Sample) -> str:
-    """Check that advantages rise linearly with the reward, in each group or in each step."""
+    """Check that advantages rise linearly with reward, per group or per step."""
     import polars as pl
 
     known = sample.responses.drop_nulls(["reward", "advantage"])
@@ -267,7 +273,7 @@ def check_advantages(sample: Sample) -> str:
 
 
 def check_engine(sample: Sample) -> str:
-    """Check that inference engine and trainer give the sampled tokens the same probabilities.
+    """Check that engine and trainer give sampled tokens the same probabilities.
 
     The mean ratio p trainer / p engine over sampled tokens is the trainer's mass on the tokens that the engine could
     sample: 1, unless the engine's values are renormalized over a part of the vocabulary.

@@ -1,4 +1,6 @@
-"""Hold what a model's logits say about tokens, so that values at any temperature and truncation follow without them.
+"""Summarize a model's logits for values at any temperature and truncation.
+
+The values follow from this summary without the logits.
 
 For logits z with max z = 0, temperature T, b = 1 / T, and token o, in nats::
 
@@ -45,7 +47,9 @@ class Truncation:
 
 @dataclass(frozen=True)
 class Distributions:
-    """Hold the distributions of a model at N tokens; logits are those minus the largest of their distribution.
+    """Hold the distributions of a model at N tokens.
+
+    Logits have the largest of their distribution subtracted.
 
     Attributes:
         top: Largest logits, descending, (N, ``NUM_TOP`` or the vocabulary).
@@ -110,7 +114,10 @@ class Distributions:
         return np.minimum(p.cumsum(1), 1.0)
 
     def kept(self, x: float, truncation: Truncation, masses: np.ndarray | None = None) -> np.ndarray:
-        """Return how many entries a truncation keeps, (N,); NaN if more than ``top`` holds."""
+        """Return how many entries a truncation keeps, (N,).
+
+        The number is NaN if more than ``top`` holds.
+        """
         size = self.top.shape[1]
         if truncation.kind == TOP_K:
             return np.full(len(self), min(truncation.limit, self.num_entries))
@@ -130,7 +137,10 @@ class Distributions:
         return np.where(is_known, np.log(masses[np.arange(len(self)), chosen]), np.nan)
 
     def truncated_entropy(self, x: float, truncation: Truncation) -> np.ndarray:
-        """Return the entropy of the truncated distribution at x = ln b, (N,); NaN if unknown."""
+        """Return the entropy of the truncated distribution, (N,); NaN if unknown.
+
+        ``x`` is ln b.
+        """
         number, log_mass = self.kept(x, truncation), self.log_mass(x, truncation)
         logp = np.exp(x) * self.top - self.log_sums(x)[:, None] - log_mass[:, None]
         inside = np.arange(self.top.shape[1]) < number[:, None]
@@ -155,7 +165,10 @@ class Distributions:
 
 
 def _interpolate(values: np.ndarray, slopes: np.ndarray, x: float) -> np.ndarray:
-    """Return cubic Hermite interpolation at x of values (N, K) at ``NODES``; x is clipped to their range."""
+    """Return cubic Hermite interpolation at x of values (N, K) at ``NODES``.
+
+    ``x`` is clipped to the range of the nodes.
+    """
     x = float(np.clip(x, NODES[0], NODES[-1]))
     left = int(np.clip(np.searchsorted(NODES, x, side="right") - 1, 0, len(NODES) - 2))
     width = NODES[left + 1] - NODES[left]

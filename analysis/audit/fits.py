@@ -1,4 +1,4 @@
-"""Fit temperature and truncation to recorded values, and to the sampled tokens themselves.
+"""Fit temperature and truncation to recorded values and to sampled tokens.
 
 Recorded values have one distribution that reproduces each of them, up to rounding. Sampled tokens have a likelihood. If
 both fits agree, the numbers describe the distribution that was sampled from.
@@ -72,7 +72,10 @@ class Fit:
         return f"{text}, {self.truncation} [{self.limits[0]:.3g}, {self.limits[1]:.3g}]"
 
     def logprob(self, model: Distributions) -> np.ndarray:
-        """Return the log-probability of each token, (N,); NaN where the truncation is unknown."""
+        """Return the log-probability of each token, (N,).
+
+        The value is NaN where the truncation is unknown.
+        """
         found = model.logprob(self.x)
         return found if self.truncation is None else found - model.log_mass(self.x, self.truncation)
 
@@ -101,7 +104,10 @@ def fit_logprobs(model: Distributions, values: np.ndarray, responses: np.ndarray
 def fit_entropies(
     model: Distributions, values: np.ndarray, responses: np.ndarray, truncation: Truncation | None = None
 ) -> Fit:
-    """Fit a temperature to recorded entropies, of the whole vocabulary or of the one truncation that is given."""
+    """Fit a temperature to recorded entropies.
+
+    The entropies are of the whole vocabulary or of the given truncation.
+    """
     whole = fit_values(model.entropy, None, values, responses)
     if truncation is None or whole.loss < MIN_LOSS:
         return whole
@@ -116,7 +122,9 @@ def fit_values(
     values: np.ndarray,
     responses: np.ndarray,
 ) -> Fit:
-    """Fit x to values by the mean absolute difference, clipped to ``FAR``, with a sandwich error over responses.
+    """Fit x to values by the mean absolute difference, clipped to ``FAR``.
+
+    The error is a sandwich estimate over responses.
 
     Args:
         predict: Return the values at x, (N,).
@@ -160,9 +168,10 @@ def fit_sampling(model: Distributions) -> Fit:
 
 
 def is_unlikely(model: Distributions) -> np.ndarray:
-    """Return which tokens have a probability below exp(-7) / V at every temperature up to 1.2, (N,).
+    """Return which tokens are unlikely at every temperature up to 1.2, (N,).
 
-    Less than exp(-7) = 0.1% of the tokens that a policy samples are.
+    An unlikely token has a probability below exp(-7) / V. Less than exp(-7) = 0.1% of the tokens that a policy samples
+    are unlikely.
     """
     limit = -np.log(model.num_entries) - 7
     return (model.logprob(0.0) < limit) & (model.logprob(-np.log(1.2)) < limit)
@@ -213,7 +222,10 @@ def _error(
 
 
 def _fit_truncated(model: Distributions, values: np.ndarray, responses: np.ndarray, start: float) -> Fit | None:
-    """Return the best fit with a truncation, or None without tokens that tell; ``start`` is x without one."""
+    """Return the best fit with a truncation, or None without informative tokens.
+
+    ``start`` is x without a truncation.
+    """
     tells = np.flatnonzero(model.entropy(0.0) > UNCERTAIN)
     if len(tells) < 100:
         return None
@@ -258,7 +270,9 @@ def _nearest(model: Distributions, values: np.ndarray, truncation: Truncation, x
 def _candidates(
     model: Distributions, x: float, masses: np.ndarray, kept: np.ndarray
 ) -> list[tuple[Truncation, tuple[float, float]]]:
-    """Return one truncation per kind, with the interval of its limit, that explains kept masses best.
+    """Return one truncation per kind, which explains the kept masses best.
+
+    Each truncation comes with the interval of its limit.
 
     Args:
         model: Distributions at N tokens.
@@ -288,7 +302,10 @@ def _candidates(
 
 
 def _most_covered(low: np.ndarray, high: np.ndarray) -> tuple[float, float] | None:
-    """Return the range that most of the intervals (low, high] cover; None if they are empty."""
+    """Return the range that most of the intervals (low, high] cover.
+
+    The result is None if the intervals are empty.
+    """
     ends = np.concatenate([low, high])
     signs = np.concatenate([np.ones(len(low)), -np.ones(len(high))])
     order = np.lexsort((signs, ends))
@@ -335,7 +352,7 @@ def _sampling_truncated(model: Distributions) -> Fit | None:
 
 
 def _sampled_limits(model: Distributions, x: float, masses: np.ndarray) -> list[Truncation]:
-    """Return the truncations that exclude none, or a share ``OUTSIDE``, of the sampled tokens."""
+    """Return truncations that exclude no sampled token, or a share ``OUTSIDE``."""
     rank = np.minimum(model.rank, model.top.shape[1] - 1)
     before = np.where(rank > 0, masses[np.arange(len(model)), np.maximum(rank - 1, 0)], 0.0)
     ratio = np.exp(np.exp(x) * model.own)

@@ -95,7 +95,10 @@ class Reference:
 
     @property
     def expected(self) -> float:
-        """Return ln of the inverse temperature: as recorded if the tokens agree, else as they tell."""
+        """Return ln of the inverse temperature, as recorded if the tokens agree.
+
+        Otherwise the temperature is the one fitted to the tokens.
+        """
         recorded = self.tokens["temperature"].drop_nulls().unique().to_list()
         if len(recorded) == 1 and recorded[0] > 0:
             x = -float(np.log(recorded[0]))
@@ -122,7 +125,10 @@ class Reference:
 
 
 def read_responses(runs: Runs, run_id: str, rollouts: Iterable[int]) -> pl.DataFrame:
-    """Return all tokens of some responses, context included, in the order of responses and positions."""
+    """Return all tokens of some responses, context included.
+
+    Tokens are in the order of responses and positions.
+    """
     import polars as pl
 
     found = runs.run_shipped(ALL_TOKENS, {"run": run_id, "rollouts": list(rollouts)})

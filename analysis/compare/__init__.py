@@ -1,4 +1,6 @@
-"""Compare arms with their baseline: paired differences with intervals, verdicts, and aggregates over seeds.
+"""Compare arms with their baseline.
+
+The result has paired differences with intervals, verdicts, and aggregates over seeds.
 
 Usage::
 
@@ -49,7 +51,9 @@ _kept: WeakKeyDictionary[Runs, dict[tuple[tuple[str, str], ...], Comparison]] = 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Hold the result of ``compare`` as polars frames; numbers that are not finite are null.
+    """Hold the result of ``compare`` as polars frames.
+
+    Numbers that are not finite are null.
 
     Attributes:
         differences: One row per arm, benchmark, and metric: arm minus baseline with interval and verdict.
@@ -104,7 +108,10 @@ def compare(
 
 
 def compare_once(runs: Runs, references: Mapping[str, str] | None = None) -> Comparison | None:
-    """Return the cached ``compare`` of the runs; None if they have no baseline or no other arm."""
+    """Return the cached ``compare`` of the runs.
+
+    The result is None if the runs have no baseline or no other arm.
+    """
     references = _shipped_references() if references is None else references
     if why_nothing_to_compare(runs, references):
         return None
@@ -116,7 +123,10 @@ def compare_once(runs: Runs, references: Mapping[str, str] | None = None) -> Com
 
 
 def references_of(ledger: Ledger) -> dict[str, str]:
-    """Return, by arm, the arm that claims of a ledger compare it with instead of the baseline."""
+    """Return the reference of each arm that has one.
+
+    Claims of the ledger compare the arm with its reference instead of the baseline.
+    """
     entries = [entry for entry in ledger.values() if "reference" in entry]
     return {arm: entry["reference"] for entry in entries for arm in entry["arms"]}
 
@@ -128,7 +138,10 @@ def _shipped_references() -> dict[str, str]:
 def _measure_all(
     runs: Runs, pairs: Sequence[Pair], accuracy: float | None, seed: int
 ) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Return rows and aggregates, arms in descending order of their gain in the primary metric."""
+    """Return the rows and the aggregates of all arms.
+
+    Arms are in descending order of their gain in the primary metric.
+    """
     arms: dict[tuple[str, str], list[Pair]] = {}
     for pair in pairs:
         arms.setdefault((pair.arm, pair.baseline), []).append(pair)
@@ -158,12 +171,18 @@ def _measure_all(
 
 
 def _curves_beside(measured: dict[tuple[str, str], Measured], baseline: str) -> list[Curve]:
-    """Return the curves of all arms with this baseline, which share one accuracy to reach."""
+    """Return the curves of all arms with this baseline.
+
+    These arms share one accuracy to reach.
+    """
     return [curve for (_, name), own in measured.items() if name == baseline for curve in own.curves]
 
 
 def _gain(rows: Sequence[Row], names: tuple[str, str]) -> float:
-    """Return the mean difference in the primary metric over benchmarks; -inf if the arm has none."""
+    """Return the mean difference in the primary metric over benchmarks.
+
+    The result is -inf if the arm has none.
+    """
     gains = [
         row.difference.estimate.value
         for row in rows

@@ -21,7 +21,10 @@ Scores = dict[str, dict[str, float]]
 def last_scores(
     pairs: Sequence[Pair], evaluations: Evaluations, benchmark: str, outcomes: Mapping[str, pl.DataFrame]
 ) -> dict[str, float]:
-    """Return avg@k of each run at the last step that all runs of a baseline and its arms evaluated."""
+    """Return avg@k of each run at the last common evaluation.
+
+    The step of this evaluation is the last that all runs of a baseline and its arms evaluated.
+    """
     families: dict[str, set[str]] = {}
     for pair in pairs:
         families.setdefault(pair.baseline, set()).update(run for run in pair.run_ids if run in outcomes)
@@ -36,7 +39,10 @@ def last_scores(
 def aggregate_arms(
     arms: Mapping[tuple[str, str], Sequence[Pair]], scores: Scores, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
-    """Return one record per arm, each baseline followed by its arms; see ``tables.AGGREGATES``."""
+    """Return one record per arm; see ``tables.AGGREGATES``.
+
+    Each baseline is followed by its arms.
+    """
     records = []
     for baseline in dict.fromkeys(baseline for _, baseline in arms):
         own = {arm: pairs for (arm, name), pairs in arms.items() if name == baseline}

@@ -21,7 +21,9 @@ PARTS = {"avg@k": PRIMARY, "length": LENGTH, "formal tokens": FORMAL}
 
 @dataclass(frozen=True)
 class MethodFinding:
-    """Hold the verdict on a part of a claim about a method, for one arm and one benchmark.
+    """Hold the verdict on a part of a claim about a method.
+
+    The verdict is for one arm and one benchmark.
 
     Attributes:
         claim: Claim id.
@@ -47,9 +49,10 @@ class MethodFinding:
 
 
 def judge_methods(runs: Runs, ledger: Ledger) -> list[MethodFinding]:
-    """Judge the claims of the ledger that have arms, one finding per part, arm, and benchmark.
+    """Judge the claims of the ledger that have arms.
 
-    Each finding is a row of ``compare``, with its pairs, estimate, interval, p-values, and verdict.
+    There is one finding per part, arm, and benchmark. Each finding is a row of ``compare``, with its pairs, estimate,
+    interval, p-values, and verdict.
 
     Raises:
         InputError: a part is unknown, or its smallest effect differs from that of ``compare``.

@@ -1,4 +1,4 @@
-"""Measure paired runs: sums by prompt for each metric, and curves of held-out accuracy."""
+"""Measure paired runs: metric sums by prompt, and held-out accuracy curves."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ select run_id, benchmark, step, min(num_samples) as num_samples from by_prompt g
 
 @dataclass(frozen=True)
 class Curve:
-    """Hold the held-out accuracy of a pair, (2 runs, T), at the steps (T,) that both runs evaluated."""
+    """Hold the held-out accuracy of a pair at the steps that both runs evaluated.
+
+    ``accuracy`` has shape (2 runs, T), and ``steps`` has shape (T,).
+    """
 
     seed: int
     baseline_run: str
@@ -60,7 +63,7 @@ class Measured:
     curves: list[Curve] = field(default_factory=list)
 
     def add(self, metric: str, seed: int, prompts: np.ndarray, sums: np.ndarray) -> None:
-        """Add the sums of a seed, (P, 2 runs, 2), unless one of its runs lacks the metric."""
+        """Add the sums of a seed, (P, 2 runs, 2), if both runs have the metric."""
         counted = sums[..., 1].sum(0)
         is_relative = metric_of(metric).is_relative
         if not (np.isfinite(sums).all() and (counted > 0).all()) or (is_relative and sums[:, 1, 0].sum() == 0):
@@ -78,7 +81,7 @@ class Evaluations:
     """
 
     def __init__(self, runs: Runs, run_ids: Sequence[str]) -> None:
-        """Read the evaluated steps and the numbers of samples; outcomes are read on request."""
+        """Read the evaluated steps and sample counts; outcomes are read on request."""
         self._runs, self._run_ids = runs, list(run_ids)
         counts = runs.run_shipped(NUM_SAMPLES, {"runs": self._run_ids})
         self.steps: dict[tuple[str, str], list[int]] = {}
@@ -91,7 +94,7 @@ class Evaluations:
         self.num_samples = dict(sorted(fewest.items()))
 
     def last_common_step(self, run_ids: Sequence[str], benchmark: str) -> int:
-        """Return the last step that all runs evaluated; 0 if there is none after training."""
+        """Return the last step that all runs evaluated; 0 if none after training."""
         return max(self.common_steps(run_ids, benchmark), default=0)
 
     def common_steps(self, run_ids: Sequence[str], benchmark: str) -> list[int]:
@@ -99,9 +102,10 @@ class Evaluations:
         return sorted(set.intersection(*(set(self.steps.get((run, benchmark), ())) for run in run_ids)))
 
     def outcomes(self, benchmark: str, prompts: pl.DataFrame) -> dict[str, pl.DataFrame]:
-        """Return the outcomes of each run, one row per step and prompt_id: all metrics, ``prompt``, and the divisors.
+        """Return the outcomes of each run, one row per step and prompt_id.
 
-        ``prompt`` identifies the text. The divisor is ``count``, or ``entropy_count`` for entropy, which may be null.
+        The columns are all metrics, ``prompt``, and the divisors. ``prompt`` identifies the text. The divisor is
+        ``count``, or ``entropy_count`` for entropy, which may be null.
         """
         import polars as pl
 
@@ -123,7 +127,7 @@ def pass_metrics(num_samples: int) -> dict[str, int]:
 
 
 def read_prompts(runs: Runs, run_ids: Sequence[str]) -> pl.DataFrame:
-    """Return ``prompt``, an integer that identifies the text, by run_id and prompt_id."""
+    """Return ``prompt``, an integer for each text, by run_id and prompt_id."""
     return runs.run_shipped(PROMPTS, {"runs": list(run_ids)})
 
 
@@ -138,7 +142,10 @@ def name_prompts(frame: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
 def measure(
     pairs: Sequence[Pair], evaluations: Evaluations, benchmark: str, outcomes: Mapping[str, pl.DataFrame]
 ) -> Measured:
-    """Measure all metrics of held-out responses; pairs without a common evaluation are skipped."""
+    """Measure all metrics of held-out responses.
+
+    Pairs without a common evaluation are skipped.
+    """
     import polars as pl
 
     num_samples = evaluations.num_samples[benchmark]
@@ -172,7 +179,10 @@ def measure(
 
 
 def measure_training(pairs: Sequence[Pair], formal_sums: pl.DataFrame) -> Measured:
-    """Measure the share of formal-reasoning tokens; pairs with a run without tokens are skipped."""
+    """Measure the share of formal-reasoning tokens.
+
+    Pairs with a run without tokens are skipped.
+    """
     import polars as pl
 
     measured = Measured()
@@ -185,7 +195,10 @@ def measure_training(pairs: Sequence[Pair], formal_sums: pl.DataFrame) -> Measur
 
 
 def first_reached(steps: np.ndarray, accuracy: np.ndarray, level: float) -> float:
-    """Return the first step at which an interpolated curve reaches ``level``; nan if it never does."""
+    """Return the first step at which an interpolated curve reaches ``level``.
+
+    The result is nan if the curve never does.
+    """
     above = np.flatnonzero(accuracy >= level)
     if not above.size:
         return float("nan")
@@ -196,7 +209,10 @@ def first_reached(steps: np.ndarray, accuracy: np.ndarray, level: float) -> floa
 
 
 def tensor(frame: pl.DataFrame, axes: Mapping[str, Sequence[object]], values: Sequence[str]) -> np.ndarray:
-    """Return sums of ``values`` by ``axes``, shape ``(*axes, values)``; rows of other levels are dropped."""
+    """Return sums of ``values`` by ``axes``, shape ``(*axes, values)``.
+
+    Rows of other levels are dropped.
+    """
     import polars as pl
 
     for name, levels in axes.items():
@@ -211,14 +227,17 @@ def tensor(frame: pl.DataFrame, axes: Mapping[str, Sequence[object]], values: Se
 
 
 def _mean_over_steps(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return the mean of ``values`` (runs, T, prompts) over the span of the steps, by the trapezoid rule."""
+    """Return the mean of ``values`` over steps, by the trapezoid rule.
+
+    ``values`` has shape (runs, T, prompts). The mean is over the span of the steps.
+    """
     gaps = np.diff(steps) / (steps[-1] - steps[0])
     weights = (np.append(gaps, 0) + np.insert(gaps, 0, 0)) / 2
     return np.einsum("t,rtp->rp", weights, values)
 
 
 def _pass_at_k(frame: pl.DataFrame, k: int) -> pl.Series:
-    """Return the unbiased pass@k of each row; null for rows with fewer than k samples."""
+    """Return the unbiased pass@k of each row; null with fewer than k samples."""
     import polars as pl
 
     kinds = frame.select("num_samples", "num_correct").unique()

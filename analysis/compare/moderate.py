@@ -58,7 +58,7 @@ def moderate(rows: Sequence[Row]) -> list[Row]:
 
 
 def _moderated_errors(family: Sequence[Row]) -> list[tuple[float, float]]:
-    """Return the standard error and the degrees of freedom of the difference of every row."""
+    """Return standard error and degrees of freedom of each row's difference."""
     differences = [{seed.seed: seed.difference for seed in row.seeds} for row in family]
     # Subtracting the baseline of each seed only shifts the block: arms become differences, and the baseline 0.
     arms = [dict.fromkeys(sorted(set().union(*differences)), 0.0), *differences]
@@ -78,7 +78,10 @@ def _moderated_errors(family: Sequence[Row]) -> list[tuple[float, float]]:
 
 
 def _arm_variances(arms: Sequence[Arm]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the variance, the degrees of freedom, and a flag for variable arms, (A,) each; see the module."""
+    """Return variance, degrees of freedom, and variability flag of each arm.
+
+    The arrays have shape (A,). The module defines a variable arm.
+    """
     kept = np.arange(len(arms))
     own, own_df = _residual_variances(arms)
     while len(kept) > 2:
@@ -112,7 +115,10 @@ def _f_test(ratio: np.ndarray, df: np.ndarray, other_df: np.ndarray) -> np.ndarr
 
 
 def _residual_variances(arms: Sequence[Arm]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the residual variance of each arm around alpha_a + beta_s, and its degrees of freedom, (A,) each."""
+    """Return the residual variance of each arm, and its degrees of freedom.
+
+    The residuals are around alpha_a + beta_s. Both arrays have shape (A,).
+    """
     seeds = sorted(set().union(*arms))
     cells = [(a, seeds.index(seed), value) for a, arm in enumerate(arms) for seed, value in arm.items()]
     of_arm, of_seed = (np.array([cell[i] for cell in cells]) for i in (0, 1))

@@ -1,4 +1,7 @@
-"""Estimate the paired difference between two arms, with an interval over prompts and seeds."""
+"""Estimate the paired difference between two arms, with its interval.
+
+The interval is over prompts and seeds.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,9 @@ class Difference:
 
 
 def over_prompts_and_seeds(pairs: Sequence[SeedSums], bounds: Bounds | None = None) -> Difference:
-    """Return the mean difference over seeds, with a 95% interval clustered by prompt and by seed.
+    """Return the mean difference over seeds, with a 95% interval.
+
+    The interval is clustered by prompt and by seed.
 
     For seed s with P_s prompts, theta_s = run - baseline run, and r_sp is the influence of prompt p on it. The estimate
     is the mean of theta_s over S seeds, with variance
@@ -122,7 +127,10 @@ def over_prompts_and_seeds(pairs: Sequence[SeedSums], bounds: Bounds | None = No
 
 
 def over_seeds(differences: np.ndarray, bounds: Bounds | None = None) -> Difference:
-    """Return the mean of a quantity measured once per run, with an interval over seeds only."""
+    """Return the mean of a quantity measured once per run, with its interval.
+
+    The interval is over seeds only.
+    """
     seeds = len(differences)
     error = float(np.std(differences, ddof=1) / np.sqrt(seeds)) if seeds > 1 else np.nan
     covers = SEEDS_ONLY if seeds > 1 else NOTHING
@@ -130,7 +138,10 @@ def over_seeds(differences: np.ndarray, bounds: Bounds | None = None) -> Differe
 
 
 def _shared_variance(pairs: Sequence[SeedSums]) -> float:
-    """Return C of ``over_prompts_and_seeds``: per prompt, the squared sum over seeds minus the sum of squares."""
+    """Return C of ``over_prompts_and_seeds``.
+
+    The sum over pairs of seeds is, per prompt, the squared sum over seeds minus the sum of squares.
+    """
     scaled = [pair.residuals / np.sqrt(len(pair.prompts) * max(len(pair.prompts) - 1, 1)) for pair in pairs]
     _, codes = np.unique(np.concatenate([pair.prompts for pair in pairs]), return_inverse=True)
     flat = np.concatenate(scaled)
@@ -148,7 +159,10 @@ def _difference(
     bounds: Bounds | None,
     agreeing: int,
 ) -> Difference:
-    """Return the mean of ``differences``; ``agreeing`` is the number of units if the error is 0."""
+    """Return the mean of ``differences``, with its interval.
+
+    ``agreeing`` is the number of units if the error is 0.
+    """
     value = float(differences.mean())
     if df <= 0 or error > NO_ERROR:
         return Difference(_t_interval(value, error, df, n, of, bounds), covers, bounds=bounds)
@@ -159,7 +173,10 @@ def _difference(
 
 
 def _t_interval(value: float, error: float, df: float, n: int, of: str, bounds: Bounds | None) -> Estimate:
-    """Return Student's t interval, cut off at ``bounds``, beyond which the truth cannot lie."""
+    """Return Student's t interval, cut off at ``bounds``.
+
+    The truth cannot lie beyond the bounds.
+    """
     estimate = Estimate.from_error(value, error, df, n, of)
     if bounds is None or not np.isfinite(estimate.low):
         return estimate

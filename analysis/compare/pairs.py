@@ -19,7 +19,9 @@ EVALUATED = "select distinct run_id, benchmark, step from evals where step > 0 a
 
 @dataclass(frozen=True)
 class Pair:
-    """Hold a complete run and the complete run of another arm with the same seed that it is compared with.
+    """Hold a run and the run of another arm that it is compared with.
+
+    Both runs are complete and have the same seed.
 
     Attributes:
         is_extra: True if ``baseline`` is a reference named by a claim, not the baseline of the run's study.
@@ -39,7 +41,9 @@ class Pair:
 
 
 def pair_runs(runs: Runs, references: Mapping[str, str]) -> tuple[list[Pair], dict[str, str]]:
-    """Pair every complete run with its baseline run, and with the run of its reference arm if it has one.
+    """Pair every complete run with its baseline run.
+
+    If its arm has a reference, the run is also paired with the run of the reference.
 
     Args:
         runs: The runs.
@@ -90,7 +94,7 @@ def why_nothing_to_compare(runs: Runs, references: Mapping[str, str]) -> str:
 
 
 def _complete_runs(runs: Runs) -> tuple[dict[tuple[str, int], str], dict[str, str]]:
-    """Return the complete run of each arm and seed, and the reason why each other run is excluded."""
+    """Return the complete run of each arm and seed, and why others are excluded."""
     by_seed: dict[tuple[str, int], str] = {}
     reasons: dict[str, str] = {}
     for run, manifest in runs.manifests.items():
@@ -108,7 +112,10 @@ def _complete_runs(runs: Runs) -> tuple[dict[tuple[str, int], str], dict[str, st
 
 
 def _unshared(manifest: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Return the names of differing fingerprints; fingerprints that a run did not record are assumed equal."""
+    """Return the names of differing fingerprints.
+
+    Fingerprints that a run did not record are assumed equal.
+    """
     mine, theirs = (m.get("common_random_numbers") or {} for m in (manifest, other))
     return " and ".join(
         label for key, label in SHARED.items() if key in mine and key in theirs and mine[key] != theirs[key]

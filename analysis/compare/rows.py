@@ -1,4 +1,7 @@
-"""Build the rows of the comparison: the difference of one arm in one metric on one benchmark."""
+"""Build the rows of the comparison.
+
+A row is the difference of one arm in one metric on one benchmark.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ SMALLEST_RISE = 0.01
 
 @dataclass(frozen=True)
 class SeedValue:
-    """Hold the result of a pair of runs; the value of a run that never reached the accuracy is None."""
+    """Hold the result of a pair of runs.
+
+    The value of a run that never reached the accuracy is None.
+    """
 
     seed: int
     value: float | None
@@ -43,7 +49,7 @@ class Row:
 
 
 def metric_names(num_samples: int) -> list[str]:
-    """Return all metrics for ``num_samples`` samples per prompt, in the order of the tables."""
+    """Return all metrics for ``num_samples`` samples per prompt, in table order."""
     accuracies = [PRIMARY, "maj_at_k", *pass_metrics(num_samples)]
     return [*accuracies, "accuracy_auc", STEPS, "entropy", LENGTH, FORMAL]
 
@@ -51,7 +57,10 @@ def metric_names(num_samples: int) -> list[str]:
 def evaluation_rows(
     arm: str, baseline: str, benchmark: str, measured: Measured, num_pairs: int, level: float | None
 ) -> Iterator[Row]:
-    """Yield the rows of all metrics of held-out responses; ``level`` is the accuracy of steps_to_accuracy."""
+    """Yield the rows of all metrics of held-out responses.
+
+    ``level`` is the accuracy of steps_to_accuracy.
+    """
     for name in metric_names(measured.num_samples):
         unit = metric_of(name).unit + (f", k = {measured.num_samples}" if name in (PRIMARY, "maj_at_k") else "")
         if name == STEPS:
@@ -66,7 +75,10 @@ def training_row(arm: str, baseline: str, benchmark: str, measured: Measured, nu
 
 
 def half_way(curves: Iterable[Curve]) -> float | None:
-    """Return the midpoint of the baseline's mean first and last accuracy, to .01; None if accuracy did not rise."""
+    """Return the midpoint of the baseline's mean first and last accuracy.
+
+    The midpoint is rounded to .01, and is None if accuracy did not rise.
+    """
     by_run = {curve.baseline_run: curve.accuracy[1] for curve in curves}
     if not by_run:
         return None
@@ -93,12 +105,12 @@ def _from_sums(empty: Row, measured: Measured, num_pairs: int) -> Row:
 def _steps_row(
     arm: str, baseline: str, benchmark: str, curves: Sequence[Curve], num_pairs: int, level: float | None
 ) -> Row:
-    """Compare the steps until the held-out accuracy reaches ``level``, within the steps that both runs evaluated.
+    """Compare the steps until the held-out accuracy reaches ``level``.
 
-    A run that never reaches it is censored: its number of steps is only known to exceed the last. It counts as the last
-    common step, so the difference is one of restricted means, E[min(T, last)] (Royston and Parmar, BMC Med. Res.
-    Methodol. 13:152, 2013). This is always defined. If one run of a pair is censored, the absolute difference of the
-    pair is a lower bound.
+    Only steps that both runs evaluated count. A run that never reaches ``level`` is censored: its number of steps is
+    only known to exceed the last. The run counts as the last common step, so the difference is one of restricted means,
+    E[min(T, last)] (Royston and Parmar, BMC Med. Res. Methodol. 13:152, 2013). This is always defined. If one run of a
+    pair is censored, the absolute difference of the pair is a lower bound.
     """
     empty = Row(arm, baseline, benchmark, STEPS, f"steps to accuracy {level:g}" if level is not None else "steps")
     if not curves:

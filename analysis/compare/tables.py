@@ -59,7 +59,7 @@ def seed_table(rows: Sequence[Row]) -> pl.DataFrame:
 
 
 def aggregate_table(records: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
-    """Return one row per arm; values that are missing from a record or not finite are null."""
+    """Return one row per arm; missing and non-finite values are null."""
     import polars as pl
 
     rows = [[_finite(record.get(name)) for name in AGGREGATES] for record in records]

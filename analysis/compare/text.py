@@ -19,7 +19,9 @@ ALL = "all"
 
 
 def choose_metrics(comparison: Comparison, metrics: Sequence[str]) -> Comparison:
-    """Keep the rows of some metrics; p-values remain adjusted for all rows judged together.
+    """Keep the rows of some metrics.
+
+    P-values remain adjusted for all rows judged together.
 
     Raises:
         InputError: a metric is unknown.

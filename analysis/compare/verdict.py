@@ -1,4 +1,4 @@
-"""Define the metrics, the smallest difference that matters in each, and the verdict on a difference."""
+"""Define the metrics, their smallest differences that matter, and verdicts."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Judged:
 
 
 def metric_of(name: str) -> Metric:
-    """Return the metric with this name; ``pass_at_4`` and others map to ``pass_at_k``."""
+    """Return the metric of a name; ``pass_at_4`` and others give ``pass_at_k``."""
     return METRICS["pass_at_k" if name.startswith("pass_at_") else name]
 
 
@@ -107,7 +107,9 @@ def _may_earn_verdict(row: Row) -> bool:
 
 
 def _judge(row: Row, p_adjusted: float | None, num_tests: int) -> Judged:
-    """Judge one row; with fewer than ``MIN_RUNS`` seeds it is inconclusive, and the reason states the result.
+    """Judge one row.
+
+    With fewer than ``MIN_RUNS`` seeds the verdict is inconclusive, and the reason states the result.
 
     - better or worse, higher or lower: the difference is established;
     - no difference that matters: the difference is negligible;

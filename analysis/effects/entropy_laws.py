@@ -1,4 +1,6 @@
-"""Compare published formulas for the change of entropy with the changes that updates made (E2, E3, E4, E5).
+"""Compare formulas for entropy changes with actual changes (E2, E3, E4, E5).
+
+Published formulas predict the change of entropy at a token; updates make the actual change.
 
 The formulas, with their sources, are the macros of ``sql/staging/entropy_predictions.sql``. E2 to E4 correlate
 within steps, over tokens with after-update values. Two nulls apply, and leave no correlation between comparable tokens:
@@ -45,7 +47,9 @@ MIN_VARIANCE = 1e-18
 
 
 def beyond(null: str, predictor: str) -> Judged:
-    """Return a judge of the correlation of prediction and change between tokens that a null makes exchangeable.
+    """Return a judge of the correlation of prediction and change under a null.
+
+    The correlation is between tokens that the null makes exchangeable.
 
     Args:
         null: ``shuffle`` or ``random``.
@@ -60,7 +64,10 @@ def beyond(null: str, predictor: str) -> Judged:
 
 
 def more_than_entropy(predictor: str) -> Judged:
-    """Return a judge of the signed square of a correlation minus the square for the entropy before the update (E3)."""
+    """Return a judge of the gain of a predictor over the entropy (E3).
+
+    The gain is the signed square of the predictor's correlation minus the square for the entropy before the update.
+    """
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         sums = of_predictor(runs, run_ids, predictor, "overall")
@@ -136,9 +143,10 @@ def correlation(totals: np.ndarray) -> np.ndarray:
 
 
 def gain(totals: np.ndarray) -> np.ndarray:
-    """Return the signed square of a correlation minus the square of another; totals are x y, x^2, y^2, z y, and z^2.
+    """Return the signed square of a correlation minus the square of another.
 
-    A prediction of the wrong sign explains less than nothing; the entropy before the update predicts no sign.
+    The totals are x y, x^2, y^2, z y, and z^2. A prediction of the wrong sign explains less than nothing; the entropy
+    before the update predicts no sign.
     """
     predicted = correlation(totals[..., :3])
     return predicted * np.abs(predicted) - correlation(totals[..., [3, 4, 2]]) ** 2

@@ -101,7 +101,10 @@ def mean_of_runs(found: Sequence[Estimate], of: str) -> Estimate:
 def plateau_level(
     runs: Runs, frame: pl.DataFrame, run_ids: Sequence[str], values: Sequence[str], effect: Effect
 ) -> Estimate:
-    """Return an effect on totals over a stage, from one row per run, step, and prompt."""
+    """Return an effect on totals over a stage.
+
+    ``frame`` has one row per run, step, and prompt.
+    """
 
     def judge(run: str, part: pl.DataFrame) -> Estimate:
         persistence = runs.stage_fits[run].persistence
@@ -137,7 +140,9 @@ def mean_of_steps(
 def rising_change(
     runs: Runs, frame: pl.DataFrame, run_ids: Sequence[str], values: Sequence[str], effect: Effect
 ) -> Estimate:
-    """Return the change over the rising stage, end minus start, of an effect on the totals of a step.
+    """Return the change of an effect over the rising stage, end minus start.
+
+    The effect is on the totals of a step.
 
     Args:
         runs: Runs with their stages.
@@ -167,7 +172,10 @@ def change_of(
     noise: np.ndarray | None = None,
     noise_df: float = 0.0,
 ) -> Estimate:
-    """Return the change of a series of one run over its rising stage; see ``stages.trend_weights``."""
+    """Return the change of a series of one run over its rising stage.
+
+    See ``stages.trend_weights``.
+    """
     fit = runs.stage_fits[run]
     rising = int((steps <= (fit.last_step if fit.boundary is None else fit.boundary)).sum())
     if rising < MIN_TREND:

@@ -1,4 +1,6 @@
-"""Estimate the exchange of entropy for accuracy (E1): accuracy = -a exp(H) + b (arXiv 2505.22617).
+"""Estimate the exchange of entropy for accuracy (E1).
+
+The law is accuracy = -a exp(H) + b (arXiv 2505.22617).
 
 Hard prompts have higher entropy and lower accuracy, so a batch of hard prompts moves both means even if the policy does
 not change. Entropy and accuracy are therefore taken from different halves of a step's prompts, which share only the
@@ -33,12 +35,18 @@ GOOD_FIT = 0.9
 
 
 def association(runs: Runs, run_ids: Sequence[str]) -> Estimate:
-    """Return a in accuracy = -a exp(H) + b + c step, corrected for the noise of exp(H) (E1)."""
+    """Return a in accuracy = -a exp(H) + b + c step (E1).
+
+    The estimate is corrected for the noise of exp(H).
+    """
     return over_runs(fetch(runs, "exchange_halves", run_ids), run_ids, _association, "steps")
 
 
 def captured(runs: Runs, run_ids: Sequence[str]) -> Estimate:
-    """Return the share of the systematic change of accuracy that the law captures, minus .9 (E1)."""
+    """Return the share of accuracy change that the law captures, minus .9 (E1).
+
+    Only the systematic change of accuracy counts.
+    """
     return over_runs(fetch(runs, "exchange_halves", run_ids), run_ids, _captured, "steps")
 
 
@@ -87,7 +95,9 @@ def _captured(run: str, part: pl.DataFrame) -> Estimate:
 
 
 def halves(run: str, part: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return steps ``(n,)``, exp(entropy) ``(n, 2)``, and accuracy ``(n, 2)`` of both halves.
+    """Return steps, exp(entropy), and accuracy of both halves.
+
+    The shapes are ``(n,)``, ``(n, 2)``, and ``(n, 2)``.
 
     Raises:
         NoEffectError: too few steps have prompts in both halves.
@@ -109,9 +119,10 @@ def halves(run: str, part: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def _captured_share(smooth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the captured share and the total systematic change of smooth series ``(n, 4, draws)``.
+    """Return the captured share and the total systematic change.
 
-    Sums of squares are products between halves, so noise does not inflate them.
+    ``smooth`` holds smooth series, ``(n, 4, draws)``. Sums of squares are products between halves, so noise does not
+    inflate them.
     """
     squares, cross, total = _products(smooth)
     a = -cross / squares
@@ -121,7 +132,10 @@ def _captured_share(smooth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _products(smooth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return products between halves: exp(entropy) twice, exp(entropy) and accuracy, accuracy twice, ``(draws,)``."""
+    """Return products between halves, ``(draws,)`` each.
+
+    The products are exp(entropy) twice, exp(entropy) and accuracy, and accuracy twice.
+    """
     x, y = (smooth - smooth.mean(0))[:, :2], (smooth - smooth.mean(0))[:, 2:]
     cross = (x[:, 0] * y[:, 1] + x[:, 1] * y[:, 0]).sum(0) / 2
     return (x[:, 0] * x[:, 1]).sum(0), cross, (y[:, 0] * y[:, 1]).sum(0)

@@ -1,6 +1,7 @@
-"""Compute the movement of token probabilities relative to their potential to move (S5, S6, T3).
+"""Compute token movement relative to the potential to move (S5, S6, T3).
 
-The potential is the movement under random logit changes of equal size; see ``statistics.random_movement``.
+Movement is that of token probabilities. The potential is the movement under random logit changes of equal size; see
+``statistics.random_movement``.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ def require_movement(frame: pl.DataFrame) -> None:
 
 
 def with_bins(sums: pl.DataFrame, bins: pl.DataFrame) -> pl.DataFrame:
-    """Return ``movement_sums`` with one column per bin of ``movement_potential``: its number of tokens."""
+    """Return ``movement_sums`` with one column per bin of ``movement_potential``.
+
+    Each column holds the number of tokens in the bin.
+    """
     keys = ["run_id", "step", "prompt_id"]
     wide = bins.pivot(on="bin", index=keys, values="tokens").rename(
         lambda name: name if name in keys else f"bin_{name}"
@@ -69,17 +73,26 @@ def with_bins(sums: pl.DataFrame, bins: pl.DataFrame) -> pl.DataFrame:
 
 
 def concentration(totals: np.ndarray) -> np.ndarray:
-    """Return the share of movement in the top fifth of tokens, minus that under random logit changes."""
+    """Return the share of movement in the top fifth of tokens, minus the null.
+
+    The null is the share under random logit changes.
+    """
     return totals[..., 0] / totals[..., 1] - random_top_share(totals[..., 4:])
 
 
 def stillness(totals: np.ndarray) -> np.ndarray:
-    """Return the share of nearly still tokens, minus that under random logit changes of equal total movement."""
+    """Return the share of nearly still tokens, minus the null.
+
+    The null is the share under random logit changes of equal total movement.
+    """
     return totals[..., 2] / totals[..., 3] - random_still_share(totals[..., 4:], totals[..., 1])
 
 
 def spread_parts(frame: pl.DataFrame, column: str) -> pl.DataFrame:
-    """Pivot ``end_by_entropy`` to one row per step and prompt, with the columns ``PARTS``."""
+    """Pivot ``end_by_entropy`` to the columns ``PARTS``.
+
+    The result has one row per step and prompt.
+    """
     import polars as pl
 
     keys = ["run_id", "step", "prompt_id"]
@@ -97,7 +110,9 @@ def spread_parts(frame: pl.DataFrame, column: str) -> pl.DataFrame:
 
 
 def end_over_middle(totals: np.ndarray) -> np.ndarray:
-    """Return the log ratio of end to middle, each relative to the average of tokens of equal entropy.
+    """Return the log ratio of end to middle at equal entropy.
+
+    End and middle are each relative to the average of tokens of equal entropy.
 
     Args:
         totals: Columns ``PARTS``, ``(..., 4 * ENTROPY_BINS)``.

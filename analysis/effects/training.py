@@ -1,4 +1,4 @@
-"""Estimate the effects behind the claims about training: one function per part of a claim.
+"""Estimate the effects behind claims about training, one function per part.
 
 Every function takes the runs and the run_ids to judge, and returns an ``Estimate``. ``claims.toml`` states the
 statistic, unit, and null of each part.
@@ -45,7 +45,10 @@ Judged = Callable[[Runs, Sequence[str]], Estimate]
 
 
 def of_policy(judged: Judged) -> Judged:
-    """Return a judge that rejects runs whose entropy is not the policy's, such as one scored by another model."""
+    """Return a judge that rejects runs without the policy's entropy.
+
+    An example is a run that was scored by another model.
+    """
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         for run in run_ids:
@@ -61,7 +64,10 @@ SERIES = ("the entropy", "the accuracy")
 
 
 def slows(series: int) -> Judged:
-    """Return a judge of the slowdown of entropy (0) or accuracy (1) between halves (S1); see ``slowdown``."""
+    """Return a judge of the slowdown between halves (S1); see ``slowdown``.
+
+    ``series`` is 0 for entropy and 1 for accuracy.
+    """
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         fits = [_long_enough(runs, run) for run in run_ids]
@@ -115,7 +121,10 @@ def slowdown_of(movements: Sequence[tuple[np.ndarray, np.ndarray, float]], num_s
 
 
 def two_stages(runs: Runs, run_ids: Sequence[str]) -> Estimate:
-    """Return how much better two lines fit than a smooth curve (S1); see ``stages.compare_shapes``."""
+    """Return how much better two lines fit than a smooth curve (S1).
+
+    See ``stages.compare_shapes``.
+    """
     fits = [_long_enough(runs, run) for run in run_ids]
     for run, fit in zip(run_ids, fits, strict=True):
         if fit.boundary is None:
@@ -124,7 +133,10 @@ def two_stages(runs: Runs, run_ids: Sequence[str]) -> Estimate:
 
 
 def rising(stem: str, values: Sequence[str], effect: Effect) -> Judged:
-    """Return a judge of the change of an effect on the totals of a step over the rising stage, end minus start."""
+    """Return a judge of the change of an effect over the rising stage.
+
+    The effect is on the totals of a step, and the change is end minus start.
+    """
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_rising(runs, run_ids)
@@ -134,7 +146,10 @@ def rising(stem: str, values: Sequence[str], effect: Effect) -> Judged:
 
 
 def share_at_equal_length(column: str) -> Judged:
-    """Return a judge of the change of a token share over the rising stage, at equal response length (S3)."""
+    """Return a judge of the rising-stage change of a token share (S3).
+
+    Shares are compared at equal response length.
+    """
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_rising(runs, run_ids)
@@ -153,11 +168,12 @@ def share_at_equal_length(column: str) -> Judged:
 def shares_at_equal_length(
     step: np.ndarray, length: np.ndarray, tokens: np.ndarray, matching: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the share of matching tokens by step, adjusted to an equal distribution of response lengths.
+    """Return the share of matching tokens by step, at equal response length.
 
-    Shares are fitted as step effect + length effect, by least squares weighted by tokens. The length effect absorbs all
-    effects of length on the mix of tokens, such as an opening phrase in every response. Neighboring steps share
-    lengths, so all steps are comparable along a chain, even if the first and the last have no length in common.
+    Shares are adjusted to an equal distribution of response lengths. They are fitted as step effect + length effect, by
+    least squares weighted by tokens. The length effect absorbs all effects of length on the mix of tokens, such as an
+    opening phrase in every response. Neighboring steps share lengths, so all steps are comparable along a chain, even
+    if the first and the last have no length in common.
 
     Args:
         step: Step of each cell, ``(cells,)``.
@@ -190,7 +206,10 @@ def shares_at_equal_length(
 
 
 def plateau(stem: str, values: Sequence[str], effect: Effect) -> Judged:
-    """Return a judge of an effect on sums of query ``stem`` over the plateau; see ``estimate.plateau_level``."""
+    """Return a judge of an effect over the plateau.
+
+    The effect is on sums of query ``stem``; see ``estimate.plateau_level``.
+    """
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_plateau(runs, run_ids)
@@ -215,7 +234,10 @@ def excess(judged: Judged) -> Judged:
 
 
 def moved(values: Sequence[str], effect: Effect) -> Judged:
-    """Return a judge of an effect on ``movement_sums`` over the plateau; updates must exceed rounding."""
+    """Return a judge of an effect on ``movement_sums`` over the plateau.
+
+    Updates must exceed rounding.
+    """
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_plateau(runs, run_ids)
@@ -227,10 +249,11 @@ def moved(values: Sequence[str], effect: Effect) -> Judged:
 
 
 def relative_movement(kind: str) -> Judged:
-    """Return a judge of the log movement of a kind of tokens relative to the rest, beyond random updates (S6).
+    """Return a judge of the log movement of a kind of tokens (S6).
 
-    A random update changes logits by equal amounts or, since larger logits come from larger weights and activations, in
-    proportion to their margin; see ``beyond_nulls``.
+    The movement is relative to the rest, beyond that of random updates. A random update changes logits by equal amounts
+    or, since larger logits come from larger weights and activations, in proportion to their margin; see
+    ``beyond_nulls``.
     """
     sides = [(f"{side}_{kind}_movement", f"{side}_{kind}") for side in ("high", "low")]
     by_null = [
@@ -242,10 +265,10 @@ def relative_movement(kind: str) -> Judged:
 
 
 def beyond_nulls(first: Judged, second: Judged) -> Judged:
-    """Return a judge of the effect that remains under either of two nulls, from a judge against each.
+    """Return a judge of the effect that remains under either of two nulls.
 
-    A run between two nulls is compatible with a null in between: its effect is 0. The interval extends from the lower
-    end of one comparison to the upper end of the other.
+    ``first`` and ``second`` judge against one null each. A run between two nulls is compatible with a null in between:
+    its effect is 0. The interval extends from the lower end of one comparison to the upper end of the other.
     """
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
@@ -267,7 +290,10 @@ def beyond_shuffle_and_random(predictor: str) -> Judged:
 
 
 def against_random(effect: Effect) -> Judged:
-    """Return a judge of an effect that compares movements with random logit changes (S5); see ``potential``."""
+    """Return a judge of movement against random logit changes (S5).
+
+    ``effect`` compares the two; see ``potential``.
+    """
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_plateau(runs, run_ids)
@@ -280,7 +306,10 @@ def against_random(effect: Effect) -> Judged:
 
 
 def end_at_equal_entropy(column: str) -> Judged:
-    """Return a judge of the log ratio of ``column``, last fifth over middle of responses, at equal entropy (T3)."""
+    """Return a judge of ``column`` at the end of responses over the middle (T3).
+
+    The effect is the log ratio of the last fifth to the middle, at equal entropy.
+    """
 
     def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_plateau(runs, run_ids)
@@ -292,7 +321,7 @@ def end_at_equal_entropy(column: str) -> Judged:
 
 
 def interventions(values: Sequence[str], effect: Effect) -> Callable[..., Estimate]:
-    """Return a judge of an effect on the rows of ``impact_sums``, optionally of one series."""
+    """Return a judge of an effect on ``impact_sums``, optionally of one series."""
 
     def judge(runs: Runs, run_ids: Sequence[str], series: Series | None = None) -> Estimate:
         import polars as pl
@@ -308,9 +337,10 @@ def interventions(values: Sequence[str], effect: Effect) -> Callable[..., Estima
 def judges(
     claim: str, part: str, spec: Mapping[str, Any], runs: Runs, run_ids: Sequence[str]
 ) -> Iterator[tuple[str, Callable[[], Estimate]]]:
-    """Yield the judges of a part of a claim; claims about interventions have one judge per series.
+    """Yield the judges of a part of a claim.
 
-    Series that differ in checkpoint, selection, seed, or temperature measure different quantities and are never pooled.
+    Claims about interventions have one judge per series. Series that differ in checkpoint, selection, seed, or
+    temperature measure different quantities and are never pooled.
 
     Yields:
         Name of the series (empty if there is at most one), and a function that returns the estimate.
@@ -332,10 +362,11 @@ Series = Mapping[str, object]
 
 
 def declared(spec: Mapping[str, Any]) -> Judged:
-    """Return the judge that a part of a user's ledger declares: an effect on sums, over all steps or a stage.
+    """Return the judge that a part of a user's ledger declares.
 
-    ``sql`` is a query with one row per run, step, and prompt (or group). ``values`` names two of its columns, a sum and
-    a number, for the mean; or four, for the difference of two means. ``over`` is a key of ``SPANS``.
+    The effect is on sums, over all steps or a stage. ``sql`` is a query with one row per run, step, and prompt (or
+    group). ``values`` names two of its columns, a sum and a number, for the mean; or four, for the difference of two
+    means. ``over`` is a key of ``SPANS``.
     """
     values = list(spec["values"])
     effect = ratio(0, 1) if len(values) == 2 else difference
@@ -367,17 +398,26 @@ def log_ratio(totals: np.ndarray) -> np.ndarray:
 
 
 def difference(totals: np.ndarray) -> np.ndarray:
-    """Return the first mean minus the second; the totals are sum, number, sum, number."""
+    """Return the first mean minus the second.
+
+    The totals are sum, number, sum, number.
+    """
     return ratio(0, 1)(totals) - ratio(2, 3)(totals)
 
 
 def log_relative(totals: np.ndarray) -> np.ndarray:
-    """Return the log of movement over potential of a kind, relative to the rest; totals in this order."""
+    """Return the log of movement over potential of a kind, relative to the rest.
+
+    The totals are movement and potential of the kind, then those of the rest.
+    """
     return np.log(ratio(0, 1)(totals) / ratio(2, 3)(totals))
 
 
 def direction(totals: np.ndarray) -> np.ndarray:
-    """Return the mean change in positive minus negative samples over mean movement; totals are sum, number of each."""
+    """Return the change in positive minus negative samples, over the movement.
+
+    All three are means. The totals are the sum and the number of each.
+    """
     return difference(totals[..., :4]) / ratio(4, 5)(totals)
 
 

@@ -7,7 +7,10 @@ Question = str | list[dict[str, str]]
 
 
 def as_text(question: Question) -> str:
-    """Return a question as text: one user turn unchanged, several turns as ``role: content`` between blank lines."""
+    """Return a question as text.
+
+    One user turn is unchanged; several turns are ``role: content``, separated by blank lines.
+    """
     if isinstance(question, str):
         return question
     if [turn["role"] for turn in question] == ["user"]:

@@ -1,4 +1,4 @@
-"""Define what an import needs of a tokenizer, and provide the texts of a dump that comes without one."""
+"""Define the tokenizer interface of imports, and texts of dumps without one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Codec(Protocol):
 
     @property
     def turn_end(self) -> int | None:
-        """Return the stop token that the chat template writes after a response; None if unknown."""
+        """Return the stop token that the template writes after a response, if known."""
         ...
 
     @property
@@ -63,7 +63,10 @@ class Codec(Protocol):
         ...
 
     def encode_whole(self, text: str) -> list[int]:
-        """Return the token ids of a prompt that needs no template; it begins with the beginning of sequence once."""
+        """Return the token ids of a prompt that needs no template.
+
+        The ids begin with the beginning of sequence once.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -71,7 +74,9 @@ class Codec(Protocol):
         ...
 
     def render(self, turns: list[dict[str, str]], *, is_answered: bool = False) -> str:
-        """Return turns in the chat template, followed by the beginning of a response unless the last turn is one.
+        """Return turns in the chat template.
+
+        The beginning of a response follows, unless the last turn is a response.
 
         Raises:
             InputError: the chat template rejects the turns.
@@ -114,7 +119,10 @@ class DumpTexts:
         return None
 
     def vocabulary(self, size: int) -> Vocabulary:
-        """Return ``size`` entries; an entry without a known text is shown as its number, such as ``<42>``."""
+        """Return a vocabulary of ``size`` entries.
+
+        An entry without a known text is shown as its number, such as ``<42>``.
+        """
         texts = [self._texts.get(token, placeholder([token])) for token in range(size)]
         return Vocabulary(texts, has_text=[token in self._texts for token in range(size)])
 
@@ -135,13 +143,19 @@ def probe_turns() -> list[dict[str, str]]:
 
 
 def after_response(rendered: str) -> str:
-    """Return the text after the response of rendered ``probe_turns``; empty if the template dropped the response."""
+    """Return the text after the response of rendered ``probe_turns``.
+
+    The text is empty if the template dropped the response.
+    """
     _, found, rest = rendered.rpartition(PROBE)
     return rest if found else ""
 
 
 def opening_of(bare: list[int], whole: list[int]) -> list[int]:
-    """Return the tokens that a tokenizer puts before a text, from the text's tokens without and with special ones."""
+    """Return the tokens that a tokenizer puts before a text.
+
+    ``bare`` and ``whole`` are the tokens of the text without and with special tokens.
+    """
     return whole[: next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)]
 
 

@@ -1,4 +1,7 @@
-"""Read all rows of a dump once, check them, and sort them by step through a temporary file."""
+"""Read and check all rows of a dump once, and sort them by step.
+
+Rows are sorted through a temporary file.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +130,9 @@ def collect(
     is_scored: bool = False,
     on_read: OnRead = lambda share, rows: None,
 ) -> Iterator[Collected]:
-    """Read all files, and keep the rollouts in a temporary file while the context lasts.
+    """Read all files and keep the rollouts in a temporary file.
+
+    The file lasts as long as the context.
 
     Args:
         dump: Files and format.
@@ -329,7 +334,10 @@ def _read_from(keys: Mapping[str, str]) -> list[str]:
 
 
 def _select(column: str) -> str:
-    """Return the query of the rows to import; parameters: the file, and the groups that are skipped."""
+    """Return the query of the rows to import.
+
+    Its parameters are the file and the groups that are skipped.
+    """
     renamed = "shared_group_id as group_id, shared_prompt_id as prompt_id"
     replaced = f" replace ({renamed})" if column == "shared_group_id" else ""
     return (

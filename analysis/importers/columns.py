@@ -112,7 +112,10 @@ class Columns:
         return (chosen,) if chosen else ()
 
     def _null(self, row: Mapping[str, Any], name: str) -> str | None:
-        """Return a message that names the key of a null field, or None if the row lacks the field."""
+        """Return a message that names the key of a null field.
+
+        The result is None if the row lacks the field.
+        """
         return next((f'"{key}" is null' for key in self.names(name) if _has(row, key)), None)
 
     def _missing(self, row: Mapping[str, Any], name: str, keys: Mapping[str, str]) -> str:
@@ -128,7 +131,10 @@ class Columns:
         return any(key in self.names(name) for name in ALIASES)
 
     def _key(self, row: Mapping[str, Any], name: str) -> str | None:
-        """Return the key of a field in a row, or None. Null counts as missing, except for ``answer``."""
+        """Return the key of a field in a row, or None.
+
+        Null counts as missing, except for ``answer``.
+        """
         names = self.names(name)
         there = [key for key in names if look_up(row, key) is not None]
         if len(there) > 1 and there[0] != name:

@@ -100,7 +100,9 @@ class Dump:
         return self._progress.share
 
     def rows(self, folder: Path) -> Iterator[tuple[str, dict[str, Any] | BadRowError, str]]:
-        """Yield all rollouts with their places and the default name of their task; a malformed row is its fault.
+        """Yield all rollouts with their places and default task names.
+
+        A malformed row is replaced by its fault.
 
         Args:
             folder: Temporary folder.
@@ -171,7 +173,7 @@ def _find(path: Path, form: Format | None, has_fields: bool) -> tuple[Format, li
 
 
 def _is_near_rows(row: dict[str, Any]) -> bool:
-    """Return whether a row has a reward, and so may be a rollout whose other fields are misspelled."""
+    """Return whether a row has a reward, and so may be a misspelled rollout."""
     return any(key in row for key in ("reward", "score", "rewards"))
 
 
@@ -213,7 +215,10 @@ def _detect(row: dict[str, Any] | BadRowError | None, path: Path) -> Format | No
 
 
 def _other_format(path: Path) -> str | None:
-    """Return the format and remedy of a file that is neither JSONL nor Parquet; None if it may be either."""
+    """Return the format and remedy of a file that is neither JSONL nor Parquet.
+
+    The result is None if the file may be either.
+    """
     # A pipe can be read only once.
     if path.suffix.lower() in (".parquet", ".zst") or not path.is_file():
         return None

@@ -84,7 +84,10 @@ class PromptReader:
 
 
 def matches(codec: Codec, ids: list[int], text: str) -> bool:
-    """Return whether token ids are the tokens of a text, up to special tokens and white space around it."""
+    """Return whether token ids are the tokens of a text.
+
+    Special tokens, and white space around the text, do not count.
+    """
     decoded = codec.decode(ids).strip()
     return decoded == text.strip() or decoded == _without_markers(codec, text).strip()
 

@@ -76,7 +76,10 @@ class RowReader:
         is_scored: bool,
         rewards: Rewards | None = None,
     ) -> None:
-        """Read for ``codec``, the tokenizer; None to use tokens as they are. ``rewards`` are joined by id."""
+        """Read for ``codec``, the tokenizer; None to use tokens as they are.
+
+        ``rewards`` are joined by id.
+        """
         self.columns = columns
         self.groups, self.shared_groups = Groups(), Groups()
         self.texts = DumpTexts()
@@ -223,7 +226,10 @@ class RowReader:
     def _response(
         self, given: Mapping[str, Any], keys: Mapping[str, str], truncated: bool | None
     ) -> tuple[str | None, list[int]]:
-        """Return text and tokens; text that was not truncated gets the stop token that ended it."""
+        """Return the text and the tokens of a response.
+
+        Text that was not truncated gets the stop token that ended it.
+        """
         text = response_text(given["response"], keys["response"]) if "response" in keys else None
         codec = self._codec
         end = codec.turn_end if codec else None
@@ -260,7 +266,7 @@ class RowReader:
         return [self._numbers[text] for text in texts]
 
     def _empty(self, key: str, truncated: bool | None, end: int | None) -> list[int]:
-        """Return the tokens of an empty response that was not truncated: a single stop token."""
+        """Return the tokens of an empty, untruncated response: one stop token."""
         if truncated is not False:
             raise BadRowError(f'"{key}" is empty; with "is_truncated": false it would count as one stop token')
         if self._codec is None:
@@ -275,7 +281,7 @@ class RowReader:
             raise BadRowError(f"prompt and response have {length} tokens, {self._codec.name} takes at most {limit - 1}")
 
     def _completion(self, text: str | None, ids: list[int], generated: list[int] | None) -> str | None:
-        """Return the generated text; a text beside a mask may include the output of a tool."""
+        """Return the generated text; a text beside a mask may include tool output."""
         if text is not None and generated is None:
             return text
         return self._decode(generated or ids)
@@ -336,7 +342,10 @@ def _truncated(given: Mapping[str, Any], keys: Mapping[str, str]) -> bool | None
 def _advantage(
     given: Mapping[str, Any], keys: Mapping[str, str], num_prompt: int, num_response: int
 ) -> tuple[float | None, list[float | None] | None]:
-    """Return the advantage of the response and those of its tokens; a response whose tokens differ has none."""
+    """Return the advantage of the response and those of its tokens.
+
+    A response whose tokens differ has no advantage of its own.
+    """
     if "advantage" not in keys:
         return None, None
     value, key = given["advantage"], keys["advantage"]
@@ -347,7 +356,10 @@ def _advantage(
 
 
 def _measures(given: Mapping[str, Any], keys: Mapping[str, str], num_prompt: int, num_response: int) -> dict[str, Any]:
-    """Return what the dump records per token; engine logprobs count as logprob if the trainer's are missing."""
+    """Return the values that the dump records per token.
+
+    Engine logprobs count as logprob if the trainer's are missing.
+    """
     found: dict[str, Any] = {}
     limits = {"high": MAX_LOGPROB}
     entropy = {"low": 0}

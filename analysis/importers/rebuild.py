@@ -1,4 +1,4 @@
-r"""Rebuild a prompt that a trainer logged without the special tokens of its chat template.
+r"""Rebuild a prompt that was logged without its template's special tokens.
 
 Decoding with ``skip_special_tokens`` leaves only the plain text of a template, as in ``user\nWhat is 3 + 5?\n``. Such a
 text is not the question, and tokenizing it does not give the prompt. The dialogs of ``SHAPES`` are rendered with
@@ -38,7 +38,9 @@ class Rebuilder:
         self._patterns = [(shape, pattern) for shape, pattern in found if pattern]
 
     def find(self, text: str, *, is_sure: bool = False) -> Question | None:
-        """Return the turns that the template renders as ``text`` without special tokens, or None.
+        """Return the turns that the template renders as ``text``, or None.
+
+        Special tokens are left out of the rendered text.
 
         Args:
             text: The prompt as logged.
@@ -68,9 +70,10 @@ class Rebuilder:
 
 
 def _pattern(shape: tuple[str, ...], codec: Codec) -> tuple[re.Pattern[str], bool] | None:
-    """Return the pattern of a dialog without special tokens, and whether it has words of the template.
+    """Return the pattern of a dialog, and whether it has words of the template.
 
-    None if the template rejects the dialog, or writes two turns without plain text between them.
+    The pattern leaves out special tokens. The result is None if the template rejects the dialog, or writes two turns
+    without plain text between them.
     """
     turns = [{"role": role, "content": probe} for role, probe in zip(shape, PROBES, strict=False)]
     try:

@@ -1,4 +1,4 @@
-"""Define one checked rollout, and the columns of the temporary file that holds all of them."""
+"""Define a checked rollout, and the columns of the temporary file of rollouts."""
 
 from __future__ import annotations
 

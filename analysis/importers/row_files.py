@@ -39,7 +39,7 @@ NUM_NAMED = 5
 
 
 def name_some(faults: Sequence[str], count: int) -> str:
-    """Return the first of ``count`` faults in one line, followed by ``...`` if there are more."""
+    """Return the first of ``count`` faults in one line, with ``...`` for more."""
     return "; ".join(faults[:NUM_NAMED]) + ("; ..." if count > NUM_NAMED else "")
 
 
@@ -81,7 +81,9 @@ def size_of(path: Path) -> int:
 
 
 def read_rows(path: Path, reading: Reading | None = None) -> Iterator[tuple[Place, dict[str, Any] | BadRowError]]:
-    """Yield the rows of a JSONL or Parquet file with their positions; a malformed row is replaced by its fault.
+    """Yield the rows of a JSONL or Parquet file with their positions.
+
+    A malformed row is replaced by its fault.
 
     Args:
         path: The file.
@@ -171,7 +173,10 @@ def _read_parquet(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str,
 
 
 def _as_dicts(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Return rows; a value that Python cannot represent, such as text that is not UTF-8, becomes its error."""
+    """Return rows; a value that Python cannot represent becomes its error.
+
+    An example is text that is not UTF-8.
+    """
     try:
         return batch.to_pylist()
     except ValueError:

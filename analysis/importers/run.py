@@ -91,7 +91,7 @@ def check_target(run_dir: Path, resume: bool) -> None:
 
 
 def temperature_of_pass(counts: Counts, given: float | None) -> float:
-    """Return the temperature at which a model scores: as given, else as recorded, else 1.
+    """Return the temperature of a scoring pass: as given, else as recorded, else 1.
 
     Raises:
         InputError: the dump records several temperatures, and none is given.
@@ -124,7 +124,10 @@ def describe_differences(differences: Differences, name: str) -> list[str]:
 def _describe(
     rollouts: Collected, settings: ImportSettings, weights: str | None, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what ``run.json`` says about how the trace was made; a trace resumes only if this is equal."""
+    """Return the description of the trace's origin for ``run.json``.
+
+    A trace resumes only if this description is equal.
+    """
     counts = rollouts.counts
     masked = f", without {counts.masked} outside loss_mask" if counts.masked else ""
     anew = f"text tokenized anew, except {counts.exact} rows{masked}"
@@ -238,7 +241,10 @@ def _record_steps(
 
 
 def _chunks(rollouts: Iterator[Rollout]) -> Iterator[list[Rollout]]:
-    """Yield whole groups of up to ``CHUNK_TOKENS`` tokens together; a longer group is a chunk of its own."""
+    """Yield whole groups of up to ``CHUNK_TOKENS`` tokens together.
+
+    A longer group is a chunk of its own.
+    """
     chunk: list[Rollout] = []
     num_tokens = 0
     for _, of_group in groupby(rollouts, key=lambda rollout: rollout.group_id):
@@ -262,7 +268,10 @@ def _record_prompts(writer: TraceWriter, chunk: Sequence[Rollout], known: set[st
 
 @contextmanager
 def _finalize_on_exit(writer: TraceWriter, explain: Callable[[Exception], Exception]) -> Iterator[None]:
-    """Flush finished steps and record in ``run.json`` how the import ended, even if it raised."""
+    """Flush finished steps and record how the import ended, even if it raised.
+
+    The end is recorded in ``run.json``.
+    """
     try:
         yield
     except BaseException as error:

@@ -18,7 +18,10 @@ EXACT = "exact"
 
 
 class Scores(Protocol):
-    """Statistics of a teacher-forced pass, one value per token of the responses, concatenated, float32 ``(N,)``."""
+    """Statistics of a teacher-forced pass.
+
+    Each has one value per token of the responses, concatenated, float32 ``(N,)``.
+    """
 
     @property
     def logprob(self) -> np.ndarray:
@@ -111,9 +114,10 @@ class StepSums:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rollouts of one step, in whole groups, with their values per token of all responses, ``(N,)`` float64.
+    """Rollouts of one step, in whole groups, with their values per token.
 
-    Unknown values are NaN. ``rows`` is the index of the response of each token.
+    Values of all responses are concatenated, ``(N,)`` float64. Unknown values are NaN. ``rows`` is the index of the
+    response of each token.
     """
 
     rollouts: Sequence[Rollout]
@@ -188,7 +192,7 @@ class Chunk:
         )
 
     def write(self, writer: TraceWriter, first_rollout_id: int, temperature: float | None, sums: StepSums) -> None:
-        """Append the rows of tables ``rollouts`` and ``tokens``, and add to the sums of the step."""
+        """Append rows to ``rollouts`` and ``tokens``, and add to the step's sums."""
         rollouts = self.rollouts
         size = len(rollouts)
         rollout_ids = first_rollout_id + np.arange(size)
@@ -272,11 +276,14 @@ class Chunk:
         return [bool(inferred[n]) if kept is None else kept for n, kept in enumerate(recorded)], True
 
     def _has_gap(self, values: np.ndarray) -> np.ndarray:
-        """Return whether the value of any response of the group is NaN, for each response."""
+        """Return, for each response, whether any value in its group is NaN."""
         return np.isin(self.groups, self.groups[np.isnan(values)])
 
     def _of_response(self, values: np.ndarray) -> np.ndarray:
-        """Return the value that all generated tokens of a response share; NaN if they differ or are unknown."""
+        """Return the value that all generated tokens of a response share.
+
+        The value is NaN if the tokens differ or are unknown.
+        """
         size = len(self.rollouts)
         low, high = np.full(size, np.inf), np.full(size, -np.inf)
         rows, chosen = self.rows[self.is_generated], values[self.is_generated]
@@ -347,6 +354,9 @@ def _integers(rollouts: Sequence[Rollout], name: str) -> list[int | None] | None
 
 
 def _defects(rollout: Rollout) -> list[str]:
-    """Return the defects of a response; placeholders of unknown texts have none of their own."""
+    """Return the defects of a response.
+
+    Placeholders of unknown texts have no defects of their own.
+    """
     prompt, completion = (rollout.prompt, rollout.completion) if rollout.has_text else ("", "")
     return find_defects(prompt, completion, has_answer=rollout.has_answer, is_truncated=rollout.is_truncated)

@@ -25,7 +25,9 @@ def as_traces(
     keep: Callable[[str, Collected, str], None] | None = None,
     reading: Callable[[str], AbstractContextManager[OnRead]] = lambda name: nullcontext(lambda share, rows: None),
 ) -> Iterator[tuple[list[Path], list[str]]]:
-    """Yield the folders of traces with the recorded values of dumps, each imported alone, and remarks about them.
+    """Yield the trace folders of dumps, each imported alone, and remarks.
+
+    The traces hold the recorded values of the dumps.
 
     Args:
         dumps: Folders, files, or URLs.

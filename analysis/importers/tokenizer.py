@@ -1,4 +1,7 @@
-"""Load a tokenizer from ``tokenizer.json`` and the files beside it, without torch or transformers."""
+"""Load a tokenizer without torch or transformers.
+
+The tokenizer is read from ``tokenizer.json`` and the files beside it.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,7 @@ class TokenizerFile:
         return frozenset(token for token in [*ids, eos] if isinstance(token, int))
 
     def _find_turn_end(self) -> int | None:
-        """Return the stop token that the chat template writes after a response; None if unknown."""
+        """Return the stop token that the template writes after a response, if known."""
         eos = self._tokenizer.token_to_id(_content(self._config.get("eos_token")) or "")
         otherwise = next(iter(self.stop_ids)) if len(self.stop_ids) == 1 else eos
         if self._chat_template is None:
@@ -92,7 +95,7 @@ class TokenizerFile:
 
     @cached_property
     def opening(self) -> list[int]:
-        """Return the special tokens that the tokenizer puts before a text, such as a beginning of sequence."""
+        """Return the special tokens put before a text, such as a beginning of sequence."""
         return opening_of(self.encode("a"), self._tokenizer.encode("a").ids)
 
     def encode(self, text: str) -> list[int]:
@@ -107,7 +110,10 @@ class TokenizerFile:
         return self.encode(self.render(as_chat(question)))
 
     def encode_whole(self, text: str) -> list[int]:
-        """Return the token ids of a prompt that needs no template; it begins with the beginning of sequence once."""
+        """Return the token ids of a prompt that needs no template.
+
+        The ids begin with the beginning of sequence once.
+        """
         return with_opening(self.encode(text), self.opening)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -42,7 +42,10 @@ def number_of(value: Any, key: str) -> float:
 
 
 def flag_of(value: Any, key: str, field: str = "") -> bool:
-    """Return a Boolean, also if written as text; ``field`` names an optional field for the error message."""
+    """Return a Boolean, which may be written as text.
+
+    ``field`` names an optional field for the error message.
+    """
     if (flag := FLAGS.get(str(value).strip().lower())) is None:
         remedy = f"; ignore it with --field {field}=" if field else ""
         raise BadRowError(f'"{key}" is {reprlib.repr(value)}, expected true or false{remedy}')
@@ -71,7 +74,7 @@ def group_of(value: Any, key: str) -> str | int:
 
 
 def answer_of(value: Any) -> str | None:
-    """Return an answer as text; None for a blank, NaN, and markers of a missing answer."""
+    """Return an answer as text; None if blank, NaN, or marked as missing."""
     is_nan = isinstance(value, float) and math.isnan(value)
     return None if is_nan or (isinstance(value, str) and NO_ANSWER.fullmatch(value)) else plain_text(value)
 
@@ -84,7 +87,10 @@ def plain_text(value: Any) -> str | None:
 
 
 def truncated_of(value: Any) -> bool | None:
-    """Return whether a response stopped at the length limit; None if its finish reason does not say."""
+    """Return whether a response stopped at the length limit.
+
+    The result is None if its finish reason does not say.
+    """
     if not isinstance(value, str) or value in ("", "abort", "error"):
         return None
     return value.lower() in LENGTH_REASONS
@@ -116,7 +122,10 @@ def ids_of(value: Any, key: str, size: int | None) -> list[int]:
 
 
 def mask_of(given: Mapping[str, Any], keys: Mapping[str, str], num_prompt: int, num_response: int) -> list[bool] | None:
-    """Return which tokens of a response were generated, None if all; the mask may also cover the prompt."""
+    """Return which tokens of a response were generated, or None if all were.
+
+    The mask may also cover the prompt.
+    """
     if "loss_mask" not in keys:
         return None
     value, key = given["loss_mask"], keys["loss_mask"]
@@ -142,7 +151,9 @@ def mask_of(given: Mapping[str, Any], keys: Mapping[str, str], num_prompt: int, 
 def floats_of(
     value: Any, key: str, num_prompt: int, num_response: int, *, low: float = -MAX_NUMBER, high: float = MAX_NUMBER
 ) -> list[float | None]:
-    """Return one number or None per token of a response; the list may also cover the prompt.
+    """Return one number or None per token of a response.
+
+    The list may also cover the prompt.
 
     Raises:
         BadRowError: the length differs, or a value is not a finite number in [``low``, ``high``].
@@ -158,7 +169,10 @@ def floats_of(
 
 
 def integers_of(value: Any, key: str, num_prompt: int, num_response: int) -> list[int | None]:
-    """Return one integer or None per token of a response, given as such or as one integer for all."""
+    """Return one integer or None per token of a response.
+
+    The value has one integer per token, or is one integer for all.
+    """
     if type(value) is int:
         value = [value] * num_response
     values = _per_token(value, key, num_prompt, num_response)
@@ -179,7 +193,10 @@ def _per_token(value: Any, key: str, num_prompt: int, num_response: int) -> Sequ
 
 
 def components_of(value: Any, key: str) -> list[tuple[str, float]] | None:
-    """Return the scores of the reward functions by name; a function that gave no score is left out."""
+    """Return the scores of the reward functions by name.
+
+    A function that gave no score is left out. The result is None if none gave one.
+    """
     if not isinstance(value, Mapping):
         raise BadRowError(f'"{key}" is {kind_of(value)}, expected an object of numbers by name')
     scores = [(str(name), number_of(score, f"{key}.{name}")) for name, score in value.items() if score is not None]

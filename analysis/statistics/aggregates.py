@@ -1,7 +1,8 @@
-"""Aggregate the scores of runs as rliable does: interquartile mean and probability of improvement.
+"""Compute the interquartile mean and the probability of improvement.
 
-Source: Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", NeurIPS 2021, arXiv
-2108.13264. Scores are one array of runs per benchmark; benchmarks may have different numbers of runs.
+Both are computed as in rliable. Source: Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical
+Precipice", NeurIPS 2021, arXiv 2108.13264. Scores are one array of runs per benchmark; benchmarks may have different
+numbers of runs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ Scores = Sequence[np.ndarray]
 
 
 def iqm(scores: np.ndarray) -> np.ndarray:
-    """Return the interquartile mean over the last axis, without the lowest and highest quarter (rounded down)."""
+    """Return the interquartile mean over the last axis.
+
+    The lowest and the highest quarter, rounded down, are left out.
+    """
     cut = int(TRIMMED * scores.shape[-1])
     return np.sort(scores, axis=-1)[..., cut : scores.shape[-1] - cut].mean(-1)
 
@@ -37,7 +41,7 @@ def iqm_interval(scores: Scores, rng: np.random.Generator, draws: int = DRAWS) -
 def improvement_interval(
     scores: Scores, others: Scores, rng: np.random.Generator, draws: int = DRAWS
 ) -> tuple[float, float, float]:
-    """Return the probability that a run scores higher than one of the others, with its 95% interval.
+    """Return the probability that a run outscores another, with its 95% interval.
 
     This is P(X > Y) + P(X = Y) / 2 over all pairs of runs of a benchmark, averaged over benchmarks. The bootstrap draws
     the runs of both sides independently within each benchmark. The ends are nan as for ``iqm_interval``.

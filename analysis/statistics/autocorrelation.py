@@ -1,6 +1,6 @@
-"""Fit the autocorrelated errors of a series of steps: sampling noise plus a drifting policy.
+"""Fit the autocorrelated errors of a series of steps.
 
-With ``y`` one value per step and ``X`` the columns of its trend,
+The errors are sampling noise plus a drifting policy. With ``y`` one value per step and ``X`` the columns of its trend,
 
     y = X b + noise + state,    var(noise) = s,    state ~ AR(1) with autocorrelation r, variance L s.
 
@@ -40,7 +40,9 @@ MAX_NOISE_WEIGHT = 10
 
 @dataclass(frozen=True)
 class Posterior:
-    """Hold the posterior of noise and state over a grid of K pairs of autocorrelation and variance ratio.
+    """Hold the posterior of noise and state over a grid.
+
+    The grid has K pairs of autocorrelation and variance ratio.
 
     Attributes:
         weight: Weight of each pair, ``(K,)``; adds up to 1.
@@ -70,9 +72,9 @@ def fit_posterior(
     noise_df: float,
     persistence: tuple[float, ...] = MEASURED,
 ) -> Posterior | None:
-    """Return the posterior of noise and state; None if the series follows the trend exactly.
+    """Return the posterior of noise and state.
 
-    Arguments as for ``contrasts.contrast``.
+    The result is None if the series follows the trend exactly. Arguments as for ``contrasts.contrast``.
     """
     size, columns = basis.shape
     unit = np.sqrt(residual_variance(y, basis))
@@ -100,7 +102,7 @@ def fit_posterior(
 
 
 def persistence_of(series: np.ndarray, basis: np.ndarray, steps: np.ndarray) -> tuple[float, ...]:
-    """Return prior weights of ``CORRELATIONS`` for a run, from series that it recorded at every step.
+    """Return a run's prior weights of ``CORRELATIONS``, from its full series.
 
     A few captured steps cannot show how slowly the states of a policy drift; entropy and accuracy of all steps can. The
     result is the mean of the prior and of the posterior given all series, since states may differ in autocorrelation.
@@ -149,7 +151,10 @@ def _cosine_rows(size: int) -> np.ndarray:
 def shorten(
     y: np.ndarray, basis: np.ndarray, weights: np.ndarray, noise: np.ndarray | None, steps: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
-    """Average neighboring steps of series longer than ``MAX_STEPS``; weights are summed to keep the estimate."""
+    """Average neighboring steps of series longer than ``MAX_STEPS``.
+
+    Weights are summed to keep the estimate.
+    """
     if len(y) <= MAX_STEPS:
         return y, basis, weights, noise, np.asarray(steps)
     starts = np.linspace(0, len(y), MAX_STEPS + 1).astype(int)[:-1]
@@ -165,7 +170,10 @@ def shorten(
 def _grid(
     size: int, spacing: float, weights: tuple[float, ...], no_state: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the spectrum of the state ``(K, n)``, its ratio to the noise ``(K,)``, and the prior ``(K,)``."""
+    """Return the spectrum of the state, its ratio to the noise, and the prior.
+
+    The shapes are ``(K, n)``, ``(K,)``, and ``(K,)``.
+    """
     state, ratio = _states(size, spacing)
     by_correlation = np.array(weights) / sum(weights) / len(VARIANCE_RATIOS)
     prior = np.concatenate([[no_state], (1 - no_state) * np.repeat(by_correlation, len(VARIANCE_RATIOS))])
@@ -174,7 +182,10 @@ def _grid(
 
 @lru_cache(maxsize=128)
 def _states(size: int, spacing: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the spectrum of the state and its ratio to the noise: no state first, then by autocorrelation."""
+    """Return the spectrum of the state and its ratio to the noise.
+
+    The first row has no state; the others are ordered by autocorrelation.
+    """
     products = _lag_products(size)
     states = [products @ (correlation**spacing) ** np.arange(size) for correlation in CORRELATIONS]
     state = np.concatenate([np.zeros((1, size)), np.repeat(np.array(states), len(VARIANCE_RATIOS), axis=0)])
@@ -182,7 +193,10 @@ def _states(size: int, spacing: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lag_products(size: int) -> np.ndarray:
-    """Return sums of products of each cosine with itself ``k`` steps apart, both directions, shape ``(n, n)``."""
+    """Return sums of products of each cosine with itself ``k`` steps apart.
+
+    Both directions count. The shape is ``(n, n)``.
+    """
     spectrum = np.abs(np.fft.rfft(_cosine_rows(size), 2 * size, axis=1)) ** 2
     products = np.fft.irfft(spectrum, axis=1)[:, :size]
     products[:, 1:] *= 2

@@ -1,4 +1,4 @@
-"""Estimate functions of totals over prompts and steps: tokens and responses are clustered by prompt.
+"""Estimate functions of totals over prompts and steps.
 
 Tokens of a response, and responses to a prompt, are drawn together, so prompts are the clusters. ``over_clusters``
 treats prompts as independent. ``level`` also accounts for the steps, which share a drifting policy.
@@ -103,7 +103,7 @@ def step_values(
 def over_clusters(
     sums: np.ndarray, clusters: np.ndarray, effect: Effect, of: str, bounds: tuple[float, float] | None = None
 ) -> Estimate:
-    """Estimate an effect on totals over independent clusters, such as prompts, by the jackknife.
+    """Estimate an effect on totals over independent clusters by the jackknife.
 
     The degrees of freedom are the effective number of clusters minus one. With m the last column of ``sums`` (a count)
     by cluster, that number is ``(sum m)^2 / sum m^2``: a few large clusters are worth less than many equal ones.
@@ -141,7 +141,7 @@ def ratio(totals: np.ndarray) -> np.ndarray:
 
 
 def _pair(where: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the step of each distinct pair of a step and a prompt, and the pair of each row."""
+    """Return the step of each distinct (step, prompt) pair, and each row's pair."""
     codes = np.unique(prompts, return_inverse=True)[1]
     width = int(codes.max()) + 1 if len(codes) else 1
     pairs, at = np.unique(where * width + codes, return_inverse=True)
@@ -151,9 +151,10 @@ def _pair(where: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _series(
     step: np.ndarray, pair: np.ndarray, influence: np.ndarray, num_steps: int
 ) -> tuple[np.ndarray, np.ndarray | None, float]:
-    """Return influences summed by step, their variance from the spread of prompts, and its degrees of freedom.
+    """Return influences by step, their variance, and its degrees of freedom.
 
-    ``step`` and ``pair`` as ``_pair`` returns them.
+    The variance comes from the spread of prompts; it is None if every step has a single prompt. ``step`` and ``pair``
+    as ``_pair`` returns them.
     """
     by_prompt = np.bincount(pair, influence, minlength=len(step))
     counts = np.bincount(step, minlength=num_steps)
@@ -167,7 +168,7 @@ def _series(
 
 
 def _gradient(effect: Effect, totals: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Return the gradient of an effect with respect to the totals, by central differences.
+    """Return the gradient of an effect in the totals, by central differences.
 
     ``scale`` holds the sums of absolute contributions: a total of deviations, which is about 0, needs a step above the
     rounding error of the effect, and a small total of nonnegative values must not become negative.

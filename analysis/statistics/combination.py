@@ -24,14 +24,14 @@ MAX_DF = 1e9
 
 
 def combine(estimates: Sequence[Estimate], of: str) -> Estimate:
-    """Return the mean of the estimates of independent runs, with an interval that generalizes to other runs.
+    """Return the mean of the estimates of independent runs.
 
-    True effects of R runs scatter with variance u, and each estimate has an error e, so the mean has variance
-    sum(e^2 + u) / R^2. A few runs cannot determine u. The interval averages over its posterior, on a grid relative to
-    the mean of e^2, by the likelihood of the residuals (see ``autocorrelation``). Errors within runs are added with
-    Welch and Satterthwaite's degrees of freedom. Student's t over runs is used instead if the errors are negligible
-    beside u. With at least ``MIN_RUNS`` runs, it is also used if an error is unknown or rests on fewer than
-    ``MIN_BLOCKS`` effective steps.
+    The interval generalizes to other runs. True effects of R runs scatter with variance u, and each estimate has an
+    error e, so the mean has variance sum(e^2 + u) / R^2. A few runs cannot determine u. The interval averages over its
+    posterior, on a grid relative to the mean of e^2, by the likelihood of the residuals (see ``autocorrelation``).
+    Errors within runs are added with Welch and Satterthwaite's degrees of freedom. Student's t over runs is used
+    instead if the errors are negligible beside u. With at least ``MIN_RUNS`` runs, it is also used if an error is
+    unknown or rests on fewer than ``MIN_BLOCKS`` effective steps.
 
     Args:
         estimates: One per run. A single estimate is returned unchanged, and applies to that run only.
@@ -70,11 +70,11 @@ def combine(estimates: Sequence[Estimate], of: str) -> Estimate:
 
 
 def mean_of_parts(estimates: Sequence[Estimate], of: str, bounds: tuple[float, float]) -> Estimate:
-    """Return the unweighted mean of independent estimates, with an interval for the mean of these parts.
+    """Return the unweighted mean of independent estimates.
 
-    Unlike the runs of ``combine``, parts such as benchmarks are not a sample from a population, so differences between
-    them are not errors. The errors within parts are added with Welch and Satterthwaite's degrees of freedom. If the
-    error of a part is unknown, the interval is ``bounds``.
+    The interval is for the mean of these parts. Unlike the runs of ``combine``, parts such as benchmarks are not a
+    sample from a population, so differences between them are not errors. The errors within parts are added with Welch
+    and Satterthwaite's degrees of freedom. If the error of a part is unknown, the interval is ``bounds``.
 
     Args:
         estimates: One per part; a single estimate is returned unchanged.

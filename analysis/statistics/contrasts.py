@@ -1,4 +1,4 @@
-"""Estimate linear functions of a series of steps, with intervals that account for autocorrelation.
+"""Estimate linear functions of a series of autocorrelated steps.
 
 A contrast is ``weights . y`` of a series ``y`` of steps, such as its level, or its change between two steps. Its
 interval is the posterior of ``weights . (y - X b)`` under the model of ``autocorrelation``: a mixture of Student's t
@@ -38,7 +38,9 @@ def contrast(
     of: str = "steps",
     n: int | None = None,
 ) -> Estimate:
-    """Estimate ``weights . y`` with an interval that accounts for autocorrelation; see the module.
+    """Estimate ``weights . y``; the interval accounts for autocorrelation.
+
+    The module describes the model.
 
     Args:
         y: One value per recorded step, shape ``(n,)``.

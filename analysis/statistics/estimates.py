@@ -1,4 +1,4 @@
-"""Define estimates with intervals, Holm's correction, detectable effects, and pass@k."""
+"""Define interval estimates, Holm's correction, detectable effects, and pass@k."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_PRIOR_DF = 1e6
 
 @dataclass(frozen=True)
 class Estimate:
-    """Hold an estimate with its 95% interval, its p-value against zero, and its sample size.
+    """Hold an estimate with its 95% interval, p-value, and sample size.
 
     Attributes:
         value: The estimate.
@@ -45,9 +45,10 @@ class Estimate:
 
     @classmethod
     def from_error(cls, value: float, error: float, df: float, n: int, of: str, blocks: float = np.inf) -> Estimate:
-        """Return Student's t interval and p-value from a standard error with ``df`` degrees of freedom.
+        """Return Student's t interval and p-value from a standard error.
 
-        An error of 0 gives an interval of width 0, and p = 0 unless the value is also 0.
+        The error has ``df`` degrees of freedom; without any, the interval is infinite and p = 1. An error of 0 gives an
+        interval of width 0, and p = 0 unless the value is also 0.
         """
         if df <= 0:
             return cls(float(value), -np.inf, np.inf, 1.0, n, of, np.nan, 0.0, blocks)
@@ -87,10 +88,10 @@ def t_p_value(t: float, df: float) -> float:
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
-    """Return Holm-adjusted p-values, which control the probability of any false rejection.
+    """Return Holm-adjusted p-values.
 
-    Source: Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6 (1979). The tests may
-    depend on each other in any way.
+    They control the probability of any false rejection. Source: Holm, "A simple sequentially rejective multiple test
+    procedure", Scand. J. Statist. 6 (1979). The tests may depend on each other in any way.
 
     Returns:
         Array of the same length and order, in [0, 1].
@@ -103,11 +104,12 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 
 def moderated_variances(variances: np.ndarray, df: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return variances shrunk toward a common prior (Smyth, Stat. Appl. Genet. Mol. Biol. 3:3, 2004).
+    """Return variances shrunk toward a common prior.
 
-    True variances are assumed to be distributed as v_0 d_0 / chi^2_{d_0}. With e = ln v - psi(d / 2) + ln(d / 2), d_0
-    solves psi'(d_0 / 2) = var(e) - mean psi'(d / 2), and ln v_0 = mean(e) + psi(d_0 / 2) - ln(d_0 / 2). If the v
-    scatter no more than by chance, d_0 is infinite and all become the pooled variance.
+    Source: Smyth, Stat. Appl. Genet. Mol. Biol. 3:3, 2004. True variances are assumed to be distributed as v_0 d_0 /
+    chi^2_{d_0}. With e = ln v - psi(d / 2) + ln(d / 2), d_0 solves psi'(d_0 / 2) = var(e) - mean psi'(d / 2), and ln
+    v_0 = mean(e) + psi(d_0 / 2) - ln(d_0 / 2). If the v scatter no more than by chance, d_0 is infinite and all become
+    the pooled variance.
 
     Args:
         variances: Positive estimates v, (A,).
@@ -132,7 +134,7 @@ def moderated_variances(variances: np.ndarray, df: np.ndarray) -> tuple[np.ndarr
 
 
 def detectable(error: float, df: float, num_tests: int = 1, level: float = 0.05, power: float = 0.8) -> float:
-    """Return the smallest true effect that a t-test detects with probability ``power``.
+    """Return the smallest effect that a t-test detects with probability ``power``.
 
     The test has the level ``level`` / ``num_tests``, the first and strictest step of Holm's procedure. The effect is
     ``error`` times the noncentrality at which a noncentral t exceeds the critical value with probability ``power``. The
@@ -156,7 +158,10 @@ def detectable(error: float, df: float, num_tests: int = 1, level: float = 0.05,
 
 @cache
 def _noncentrality(df: float, level: float, power: float) -> float:
-    """Return the mean, in standard errors, at which a two-sided t-test rejects with probability ``power``."""
+    """Return the mean for which a two-sided t-test has power ``power``.
+
+    The mean is in standard errors.
+    """
     from scipy import optimize, stats
 
     critical = stats.t.ppf(1 - level / 2, df)
@@ -212,11 +217,12 @@ def maj_at_k(
     k: int,
     answer_classes: Sequence[str | None] | np.ndarray | None = None,
 ) -> float:
-    """Return the correctness of the most frequent answer among the first ``k`` samples of one prompt.
+    """Return the correctness of the most frequent answer to a prompt.
 
-    All correct answers count as one answer. Wrong answers count as one if they have the same class, or the same text if
-    they have no class. Samples without an answer or without a known correctness do not vote. A tie gives the expected
-    correctness of a random choice among the tied answers. Without any vote the result is 0.
+    Only the first ``k`` samples vote. All correct answers count as one answer. Wrong answers count as one if they have
+    the same class, or the same text if they have no class. Samples without an answer or without a known correctness do
+    not vote. A tie gives the expected correctness of a random choice among the tied answers. Without any vote the
+    result is 0.
     """
     classes = [None] * len(answers) if answer_classes is None else answer_classes
     votes: Counter[tuple[bool, str | None, str | None]] = Counter()

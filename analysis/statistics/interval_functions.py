@@ -1,4 +1,6 @@
-"""Define SQL functions that compute intervals of means over prompts and steps, with the code that judges claims.
+"""Define SQL functions that compute intervals of means.
+
+The means are over prompts and steps. The code that judges claims computes the intervals.
 
 Each function takes one list per output row, ``list(step_prompt(step, prompt_id, total, count))``, and returns
 ``struct(value, low, high)``: the ratio of all totals to all counts with its 95% interval. If all rows belong to one
@@ -66,9 +68,9 @@ def _close() -> None:
 def mean_with_interval(
     steps: np.ndarray, prompts: np.ndarray, totals: np.ndarray, counts: np.ndarray, bounds: Bounds
 ) -> tuple[float | None, float | None, float | None]:
-    """Return ``sum(totals) / sum(counts)`` and the ends of its interval; None for values that are not finite.
+    """Return ``sum(totals) / sum(counts)`` and the ends of its interval.
 
-    Arguments as for ``estimate_mean``.
+    Values that are not finite are None; one such value makes both ends None. Arguments as for ``estimate_mean``.
     """
     if not counts.sum():
         return None, None, None
@@ -81,7 +83,9 @@ def mean_with_interval(
 def estimate_mean(
     steps: np.ndarray, prompts: np.ndarray, totals: np.ndarray, counts: np.ndarray, bounds: Bounds
 ) -> Estimate:
-    """Estimate ``sum(totals) / sum(counts)`` over prompts of one step, or over several steps.
+    """Estimate ``sum(totals) / sum(counts)`` over prompts or over several steps.
+
+    The interval is over prompts if all rows belong to one step.
 
     Args:
         steps: Step of each row, ``(rows,)``.
@@ -112,7 +116,7 @@ def _on_lists(bounds: Bounds) -> Callable[[pa.ListArray], pa.StructArray]:
 
 
 def random_top_shares(bins: pa.ListArray, tops: pa.Array) -> pa.Array:
-    """Return ``random_top_share`` of each list, for an engine that calls functions with columns."""
+    """Return ``random_top_share`` of each list, for engines that pass columns."""
     import pyarrow as pa
 
     shares = [_random_top_share(*row) for row in zip(bins.to_pylist(), tops.to_pylist(), strict=True)]
@@ -120,7 +124,7 @@ def random_top_shares(bins: pa.ListArray, tops: pa.Array) -> pa.Array:
 
 
 def estimates_of_prompts(lists: pa.ListArray, bounds: Bounds) -> pa.StructArray:
-    """Return ``estimates`` of lists that hold the prompts themselves, for an engine without DuckDB's hash."""
+    """Return ``estimates`` of lists of prompts, for engines without DuckDB's hash."""
     import duckdb
     import pyarrow as pa
 
@@ -135,7 +139,7 @@ def estimates_of_prompts(lists: pa.ListArray, bounds: Bounds) -> pa.StructArray:
 
 
 def estimates(lists: pa.ListArray, bounds: Bounds) -> pa.StructArray:
-    """Return the estimate of each list of ``step_prompt``, as a struct of value, low, and high."""
+    """Return the estimate of each list of ``step_prompt``: value, low, and high."""
     import pyarrow as pa
 
     lists = lists.combine_chunks() if isinstance(lists, pa.ChunkedArray) else lists
@@ -169,7 +173,7 @@ def estimates(lists: pa.ListArray, bounds: Bounds) -> pa.StructArray:
 def means_over_prompts(
     rows: np.ndarray, prompts: np.ndarray, totals: np.ndarray, counts: np.ndarray, bounds: Bounds
 ) -> np.ndarray:
-    """Return what ``mean_with_interval`` returns for lists of one step each, all at once.
+    """Return ``mean_with_interval`` of lists of one step each, all at once.
 
     Args:
         rows: List of each entry, ascending.

@@ -1,4 +1,7 @@
-"""Summarize a mixture of Student's t distributions by an interval, an error, and degrees of freedom."""
+"""Summarize a mixture of Student's t distributions.
+
+The summary is an interval, an error, and degrees of freedom.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ MAX_DF = 1e6
 def summarize_mixture(
     value: float, weights: np.ndarray, scale: np.ndarray, df: float | np.ndarray, n: int, of: str, blocks: float
 ) -> Estimate:
-    """Summarize a mixture of t distributions that are centered at ``value`` and have the given ``scale``."""
+    """Summarize a mixture of t distributions centered at ``value``.
+
+    Each distribution has its own ``scale`` and weight.
+    """
     from scipy import special
 
     kept = weights > NEGLIGIBLE
@@ -58,7 +64,10 @@ def summarize_mixture(
 
 
 def _match_df(tail: float) -> float:
-    """Return the degrees of freedom of the t distribution with this ratio of its 97.5% and 84.1345% quantiles."""
+    """Return the degrees of freedom of the t distribution with this tail ratio.
+
+    The ratio is that of the 97.5% and 84.1345% quantiles.
+    """
     return _match_df_rounded(round(tail, 3))
 
 

@@ -1,4 +1,6 @@
-"""Compute the movement of token probabilities under random logit changes of equal size.
+"""Compute the movement of probabilities under random logit changes.
+
+The logit changes of all tokens are of equal size.
 
 An update that changes the logit of the sampled token, relative to the others, by d moves its probability by
 dp = p (1 - p) d to first order. With d ~ N(0, s^2) for every token of a step, the movement of a token is p (1 - p) s
@@ -18,7 +20,7 @@ TOP, STILL = 0.2, 0.01
 
 
 def random_top_share(tokens: np.ndarray, top: float = TOP) -> np.ndarray:
-    """Return the share of movement in the top share of tokens under random logit changes.
+    """Return the share of movement in the top tokens, under random logit changes.
 
     Let w = p (1 - p), and t the movement that the share ``top`` of all tokens exceeds. The result is the sum over
     tokens of E[(w |N| - t)+] + top t, divided by the sum of w E|N|.

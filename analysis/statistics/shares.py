@@ -13,11 +13,11 @@ NO_ERROR = 1e-9
 def bounded(
     value: float, error: float, df: float, n: int, of: str, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> Estimate:
-    """Return an estimate whose interval stays within bounds and has a width even if all clusters agree.
+    """Return an estimate whose interval stays within bounds.
 
-    The interval is Student's t on the logit scale, mapped back. If the value is at a bound, or all clusters agree so
-    that no error can be estimated, it is Wilson's score interval over the ``n`` clusters (J. Am. Stat. Assoc. 22, 1927)
-    with Student's t in place of the normal quantile.
+    The interval has a width even if all clusters agree. The interval is Student's t on the logit scale, mapped back. If
+    the value is at a bound, or all clusters agree so that no error can be estimated, it is Wilson's score interval over
+    the ``n`` clusters (J. Am. Stat. Assoc. 22, 1927) with Student's t in place of the normal quantile.
 
     Args:
         value: The estimate, within the bounds.

@@ -1,4 +1,4 @@
-"""Fit the stages of training: slowdown, boundary, and two stages versus a smooth curve (claim S1).
+"""Fit the stages of training: slowdown, boundary, and shape (claim S1).
 
 Each question has its own null:
 
@@ -42,7 +42,9 @@ CENTERS, WIDTHS = tuple(np.linspace(0, 0.8, 9)), tuple(np.geomspace(0.04, 0.3, 6
 
 @dataclass(frozen=True)
 class StageFit:
-    """Hold a continuous two-segment fit of entropy and accuracy of one run, with a common boundary.
+    """Hold a continuous two-segment fit of entropy and accuracy of one run.
+
+    Both series have a common boundary.
 
     Attributes:
         first_step: First recorded step.
@@ -99,7 +101,10 @@ class StageFit:
         ]
 
     def _measure(self, name: str, stage: int, series: int) -> dict[str, float | None]:
-        """Return start and slope of one series in one stage; with a boundary, also the 95% interval of the slope."""
+        """Return start and slope of one series in one stage.
+
+        With a boundary, the 95% interval of the slope is included. All values of an unknown series are None.
+        """
         if not self.is_known[series]:
             return dict.fromkeys(f"{name}_{value}" for value in ("start", "slope", "slope_low", "slope_high"))
         ends = np.percentile(self.slope_draws[:, stage, series], LEVEL) if len(self.slope_draws) else (None, None)
@@ -111,19 +116,25 @@ class StageFit:
         }
 
     def movement(self, series: int) -> tuple[np.ndarray, np.ndarray, float]:
-        """Return the movement of one series in the expected direction in each half; see ``stages.movement``."""
+        """Return the movement of one series in each half; see ``stages.movement``.
+
+        Movement in the expected direction is positive.
+        """
         return movement(self.steps, self.values[:, series] * EXPECTED_SIGNS[series])
 
     @cached_property
     def persistence(self) -> tuple[float, ...]:
-        """Return prior weights of the autocorrelation of the run's states; see ``persistence_of``."""
+        """Return prior weights of the states' autocorrelation; see ``persistence_of``."""
         if len(self.steps) < MIN_STEPS:
             return MEASURED
         return persistence_of(self.values, trend_weights(self, self.steps)[0], self.steps)
 
     @cached_property
     def two_stages(self) -> Estimate:
-        """Return how much better two lines fit than the best smooth curve; see ``compare_shapes``."""
+        """Return how much better two lines fit than the best smooth curve.
+
+        See ``compare_shapes``.
+        """
         return compare_shapes(self.steps, self.values)
 
 
@@ -239,10 +250,10 @@ def movement(step: np.ndarray, series: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def slowdown(movements: np.ndarray) -> np.ndarray:
-    """Return (v1 - |v2|) / (|v1| + |v2|) of movements ``(..., 2)`` in both halves of a run.
+    """Return (v1 - |v2|) / (|v1| + |v2|) of the movements in both halves.
 
-    0 is a straight line. 1 is a standstill in the second half. -1 is a standstill in the first half, or a movement in
-    the opposite direction from the start.
+    Movements have shape ``(..., 2)``. 0 is a straight line. 1 is a standstill in the second half. -1 is a standstill in
+    the first half, or a movement in the opposite direction from the start.
     """
     first, second = movements[..., 0], np.abs(movements[..., 1])
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -280,7 +291,7 @@ def compare_shapes(step: np.ndarray, values: np.ndarray) -> Estimate:
 
 
 def trend_weights(fit: StageFit, step: np.ndarray, noise: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the columns of the trend, and weights of the change over the rising stage.
+    """Return the columns of the trend, and weights of the rising-stage change.
 
     The trend has two lines within each stage, all of which meet, so that a slowdown within a stage does not count as
     noise. It is fitted by least squares, weighted if the noise of steps is known.
@@ -312,11 +323,11 @@ def trend_weights(fit: StageFit, step: np.ndarray, noise: np.ndarray | None = No
 
 
 def decompose_fall(tokens: np.ndarray, entropy_sum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Decompose the fall of mean token entropy between two phases by sample sign (claim S2).
+    """Decompose the fall of mean token entropy by sample sign (claim S2).
 
-    Let w be the share of a sign in the tokens, and m its mean entropy. The fall is exactly the sum over signs of
-    mean(w) (m_start - m_end), the change within the sign, and (w_start - w_end) mean(m), the change of its share
-    (symmetric decomposition of Marshall and Edgeworth).
+    The fall is that between two phases. Let w be the share of a sign in the tokens, and m its mean entropy. The fall is
+    exactly the sum over signs of mean(w) (m_start - m_end), the change within the sign, and (w_start - w_end) mean(m),
+    the change of its share (symmetric decomposition of Marshall and Edgeworth).
 
     Args:
         tokens: Number of tokens, shape ``(..., 2 phases, signs)``, start first.
@@ -337,10 +348,16 @@ def decompose_fall(tokens: np.ndarray, entropy_sum: np.ndarray) -> tuple[np.ndar
 
 
 class _Family:
-    """Fit all shapes of a family by least squares; series have shape ``(n, S, draws)``."""
+    """Fit all shapes of a family by least squares.
+
+    Series have shape ``(n, S, draws)``.
+    """
 
     def __init__(self, bases: np.ndarray) -> None:
-        """Store the columns of each shape, ``(shapes, n, p)``, and their QR decompositions."""
+        """Store the columns of each shape and their QR decompositions.
+
+        ``bases`` has shape ``(shapes, n, p)``.
+        """
         self.bases = bases
         self._q, self._r = np.linalg.qr(bases)
 
@@ -394,7 +411,10 @@ def _curves(x: np.ndarray) -> np.ndarray:
 
 
 def _improvement(search: _Family, line: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Return the largest relative reduction of the squared error of each draw, compared with one line."""
+    """Return the largest relative reduction of the squared error of each draw.
+
+    The comparison is with one line.
+    """
     q = np.linalg.qr(line)[0]
     one = (z**2).sum((0, 1)) - (np.tensordot(q, z, axes=(0, 0)) ** 2).sum((0, 1))
     two = search.smallest(z)
@@ -402,7 +422,10 @@ def _improvement(search: _Family, line: np.ndarray, z: np.ndarray) -> np.ndarray
 
 
 def _advantage(families: tuple[_Family, _Family], z: np.ndarray) -> np.ndarray:
-    """Return the relative difference in squared error, in [-1, 1]; positive if the first family fits better."""
+    """Return the relative difference in squared error, in [-1, 1].
+
+    The result is positive if the first family fits better.
+    """
     first, second = (family.smallest(z) for family in families)
     return (second - first) / np.maximum(first, second)
 
@@ -413,7 +436,10 @@ def _slopes(coefficients: np.ndarray) -> np.ndarray:
 
 
 def _average(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Average groups of neighboring steps if there are too many; a group is named by its last step."""
+    """Average groups of neighboring steps if there are too many.
+
+    A group is named by its last step.
+    """
     if len(x) <= MAX_FITTED:
         return x, y
     groups = np.array_split(np.arange(len(x)), MAX_FITTED)

@@ -13,7 +13,10 @@ from entrace.analysis.importers.row_files import BadRowError, open_lines, parse_
 
 
 class Records:
-    """Offsets of the records of several files, by key; a compressed file is first decompressed."""
+    """Hold the offsets of the records of several files, by key.
+
+    A compressed file is decompressed first.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Put decompressed files into ``folder``, which is temporary."""

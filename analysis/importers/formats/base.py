@@ -1,4 +1,7 @@
-"""Define the interface of a format: which files and rows it has, and how its rows map to trace columns."""
+"""Define the interface of a format.
+
+A format says which files and rows it has, and how its rows map to trace columns.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,10 @@ def stateless(convert: Convert) -> Callable[[Session], Convert]:
 
 
 def folder_of(path: Path) -> str:
-    """Return the folder of a file, which identifies the run in formats with one file per step."""
+    """Return the folder of a file.
+
+    The folder identifies the run in formats with one file per step.
+    """
     return str(path.parent)
 
 
@@ -85,7 +91,7 @@ def has_keys(*names: str) -> Callable[[Mapping[str, Any], Path], bool]:
 
 
 def find_step(path: Path) -> int | None:
-    """Return the step in the name of a file or in that of a folder above it; None if there is none."""
+    """Return the step in the name of a file or of a folder above it, or None."""
     return next((int(found[1]) for part in reversed(path.parts) if (found := STEP.search(part))), None)
 
 

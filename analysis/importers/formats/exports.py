@@ -1,8 +1,9 @@
-"""Token exports of prime-rl: ``token_exports/step_N/rank_R.jsonl``, written with ``enable_token_export``.
+"""Read token exports of prime-rl: ``token_exports/step_N/rank_R.jsonl``.
 
-A line is one sequence of a micro-batch: aligned lists of token ids, mask, advantages, the trainer's logprobs and
-entropies, and the engine's logprobs. Rewards, groups, and texts are in ``rollouts/step_N/train/effective/traces.jsonl``
-beside ``token_exports``, whose traces have the same tokens. Without them, ``--rewards`` joins rewards.
+The files are written with ``enable_token_export``. A line is one sequence of a micro-batch: aligned lists of token ids,
+mask, advantages, the trainer's logprobs and entropies, and the engine's logprobs. Rewards, groups, and texts are in
+``rollouts/step_N/train/effective/traces.jsonl`` beside ``token_exports``, whose traces have the same tokens. Without
+them, ``--rewards`` joins rewards.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ def run_of(path: Path) -> str:
 
 
 def whole(files: list[Path]) -> tuple[list[Path], list[str]]:
-    """Return the files of complete steps, and remarks about the others; without any mark, all count as complete."""
+    """Return the files of complete steps, and remarks about the others.
+
+    Without any mark, all steps count as complete.
+    """
     found = [path for path in files if (path.parent / STABLE).exists()]
     steps = {path.parent.name for path in files} - {path.parent.name for path in found}
     if not found or not steps:

@@ -1,7 +1,8 @@
-"""Training data of NeMo-RL: ``train_data_step{N}.jsonl`` in its log folder, one batch entry of one sequence per line.
+"""Read training data of NeMo-RL: ``train_data_step{N}.jsonl``.
 
-Sequences are padded to the longest of the step; ``input_lengths`` has their lengths. ``generation_logprobs`` are those
-of the engine, ``prev_logprobs`` those of the policy before the update. Entropies are not logged.
+The files are in the log folder, with one batch entry of one sequence per line. Sequences are padded to the longest of
+the step; ``input_lengths`` has their lengths. ``generation_logprobs`` are those of the engine, ``prev_logprobs`` those
+of the policy before the update. Entropies are not logged.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Rollouts of open-instruct: ``{run}_rollouts_{shard}.jsonl``, written with ``--save_traces``.
+"""Read rollouts of open-instruct: ``{run}_rollouts_{shard}.jsonl``.
 
-``logprobs`` are those of vLLM. The masks of tool output are not saved.
+The files are written with ``--save_traces``. ``logprobs`` are those of vLLM. The masks of tool output are not saved.
 """
 
 from __future__ import annotations

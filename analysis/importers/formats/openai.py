@@ -1,8 +1,9 @@
-"""Responses of OpenAI-compatible servers, such as vLLM: chat completions and completions with ``logprobs``.
+"""Read responses of OpenAI-compatible servers, such as vLLM.
 
-A row is a response, a line of a batch's output file, or an object with ``request`` and ``response``. Keys beside these,
-such as ``step``, ``reward``, or ``group``, are read like those of rows. vLLM adds ``token_ids`` and
-``prompt_token_ids`` with ``return_token_ids``. A server reports top-k logprobs at most, so that entropies are unknown.
+Responses are chat completions or completions with ``logprobs``. A row is a response, a line of a batch's output file,
+or an object with ``request`` and ``response``. Keys beside these, such as ``step``, ``reward``, or ``group``, are read
+like those of rows. vLLM adds ``token_ids`` and ``prompt_token_ids`` with ``return_token_ids``. A server reports top-k
+logprobs at most, so that entropies are unknown.
 """
 
 from __future__ import annotations

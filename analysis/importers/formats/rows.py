@@ -1,4 +1,7 @@
-"""Rows of prompt and response in JSONL or Parquet, with the field names of ``columns.ALIASES``."""
+"""Read rows of prompt and response in JSONL or Parquet.
+
+Fields have the names of ``columns.ALIASES``.
+"""
 
 from __future__ import annotations
 

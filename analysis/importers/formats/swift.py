@@ -1,7 +1,7 @@
-"""Completions of ms-swift: ``completions.jsonl``, written with ``--log_completions true``; one table per line.
+"""Read completions of ms-swift: ``completions.jsonl``.
 
-Prompts are templated texts with their special tokens. ``entropy`` is the mean over the tokens of a response. The
-Megatron trainers name the step ``gen_step``.
+The file is written with ``--log_completions true``, with one table per line. Prompts are templated texts with their
+special tokens. ``entropy`` is the mean over the tokens of a response. The Megatron trainers name the step ``gen_step``.
 """
 
 from __future__ import annotations

@@ -117,7 +117,10 @@ def branches_of(nodes: Sequence[Row]) -> list[list[Row]]:
 
 
 def _spread(path: Sequence[Row], name: str, stream: Any) -> None:
-    """Give each node of a path the values of its sampled tokens; a node with a null among them keeps its own."""
+    """Give each node of a path the values of its sampled tokens.
+
+    A node with a null among these values keeps its own.
+    """
     start = 0
     for node in path if isinstance(stream, list) else ():
         length = len(node.get("token_ids") or [])
@@ -233,7 +236,7 @@ def _open(session: Session) -> Convert:
 
 
 def annotation_files(files: Iterable[Path]) -> list[Path]:
-    """Return the annotations beside the streams of a run, in the order of their names."""
+    """Return the annotations beside the streams of a run, ordered by name."""
     found = []
     for root in dict.fromkeys(map(_root_of, files)):
         found += sorted(

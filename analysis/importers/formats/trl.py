@@ -1,7 +1,8 @@
-"""Completions of TRL: ``completions/completions_*.parquet``, written with ``log_completions=True``.
+"""Read completions of TRL: ``completions/completions_*.parquet``.
 
-Prompts and completions are turns of a chat, or text. TRL up to 0.2x logs the text of a templated prompt without special
-tokens. There is one column of scores per reward function; their weights are not logged.
+The files are written with ``log_completions=True``. Prompts and completions are turns of a chat, or text. TRL up to
+0.2x logs the text of a templated prompt without special tokens. There is one column of scores per reward function;
+their weights are not logged.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ def _convert(row: Row, session: Session) -> Iterable[Row]:
 
 
 def with_rewards(row: Row, known: Iterable[str], session: Session) -> Row:
-    """Return a row with its reward, if there is one reward function, and the scores of all of them."""
+    """Return a row with its reward and the scores of all reward functions.
+
+    The reward is added only if there is one reward function.
+    """
     scores = _scores(row, known)
     if len(scores) > 1 and not session.remarks:
         session.remarks.append(f"reward is null: {', '.join(scores)} may all be rewards, and {WEIGHTS}")
@@ -38,7 +42,7 @@ def with_rewards(row: Row, known: Iterable[str], session: Session) -> Row:
 
 
 def _scores(row: Row, known: Iterable[str]) -> dict[str, float | None]:
-    """Return the scores of reward functions: numeric columns that are not in ``known``."""
+    """Return the scores of reward functions: numeric columns not in ``known``."""
     names = set(known)
     numbers = {
         name: None if value is None or value != value else value
