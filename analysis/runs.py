@@ -665,7 +665,10 @@ class Runs:
                 con.execute("rollback")
 
     def _connection_for(self, run_ids: Iterable[str] | None) -> duckdb.DuckDBPyConnection:
-        """Return the connection that reads the fewest files for a query that names its runs in parameter ``runs``."""
+        """Return the connection that reads the fewest files for a query.
+
+        The query names its runs in the parameter ``runs``.
+        """
         chosen = frozenset(self.manifests if run_ids is None else self.manifests.keys() & set(run_ids))
         if not chosen or len(chosen) > NARROW_SHARE * len(self.manifests):
             return self._con

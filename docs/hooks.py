@@ -1,4 +1,6 @@
-"""Fill the generated parts of the site, and resolve its links to files of the repository.
+"""Fill the generated parts of the site.
+
+Links to files of the repository are resolved.
 
 A line ``<!-- generated: NAME -->`` is replaced by the output of ``GENERATORS[NAME]``. Links to files in ``PUBLISHED``
 lead to their copies on the site; links to other files outside ``docs`` become plain text, since the site is built
@@ -41,7 +43,10 @@ LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)#\s]*)(?P<a
 
 
 def published() -> dict[str, str]:
-    """Return the place on the site of each published file, both relative to their roots."""
+    """Return the place of each published file, relative to the site's root.
+
+    Keys are relative to the root of the repository.
+    """
     found = (path.relative_to(ROOT).as_posix() for glob in (*ASSETS, REPORTS) for path in ROOT.glob(glob))
     return {**PAGES, **{name: name for name in found}}
 
@@ -112,7 +117,10 @@ def data_dictionary() -> str:
 
 
 def methods() -> str:
-    """Return every built-in method with equation, parameters, source, and the settings that select it."""
+    """Return the page of built-in methods.
+
+    Each has its equation, parameters, source, and the settings that select it.
+    """
     titles = {"preset": "Presets", "shaping": "Advantage shaping", "loss": "Loss variants"}
     found = describe_methods()
     sections = []
@@ -141,7 +149,10 @@ def _toml(value: Any) -> str:
 
 
 def questions() -> str:
-    """Return every shipped question with its figure, grain, parameters, units, and SQL."""
+    """Return the page of shipped questions.
+
+    Each has its figure, grain, parameters, units, and SQL.
+    """
     sections = []
     for stem, path in queries.BUILT_IN.paths.items():
         if path.parent.name in ("claims", "cluster"):

@@ -79,7 +79,7 @@ def more_than_entropy(predictor: str) -> Judged:
 
 
 def between_evaluations(predictor: str) -> Judged:
-    """Return a judge of the correlation of forecast and measured change between evaluations (E5)."""
+    """Return a judge of forecast and measured change between evaluations (E5)."""
 
     def of_run(run: str, part: pl.DataFrame) -> Estimate:
         if part.height < MIN_CHANGES:

@@ -315,7 +315,7 @@ def entropy_law_calibration(runs: Runs, ax: Axes | None = None) -> Axes:
 
 @_listed
 def entropy_forecasts(runs: Runs, ax: Axes | None = None) -> Axes:
-    """Draw the correlation of forecast and measured change of entropy between evaluations (claim E5)."""
+    """Draw how well formulas forecast changes between evaluations (claim E5)."""
     return draw("entropy_forecasts", runs, ax)
 
 

@@ -222,7 +222,10 @@ def panels(ax: Axes, count: int) -> list[Axes]:
 
 
 def share_limits(panels: Sequence[Axes]) -> None:
-    """Give panels the limits that hold the data of all; with shared axes, each drawing step would ask all panels."""
+    """Give panels the limits that hold the data of all.
+
+    With shared axes, each step of a drawing would ask all panels.
+    """
     first = panels[0]
     for panel in panels[1:]:
         first.update_datalim(panel.dataLim.get_points())

@@ -1,4 +1,4 @@
-"""Correlation of forecast and measured change of entropy between evaluations (claim E5)."""
+"""Draw how well formulas forecast changes between evaluations (claim E5)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
 
 
 def _correlations(part: pl.DataFrame) -> list[dict[str, object]]:
-    """Return the rows of one run and predictor: both correlations, null where a run is too short."""
+    """Return both correlations of one run and predictor.
+
+    They are null where a run is too short.
+    """
     x, y = (part[name].to_numpy() for name in ("predicted", "measured"))
     common = {"run_id": part["run_id"][0], "predictor": part["predictor"][0], "num_changes": part.height}
     plain = float(np.corrcoef(x, y)[0, 1]) if min(np.ptp(x), np.ptp(y)) > 0 else None

@@ -157,7 +157,7 @@ def connect(
 
 
 def narrow(con: duckdb.DuckDBPyConnection, files: Mapping[str, Mapping[str, Layout]]) -> duckdb.DuckDBPyConnection:
-    """Return another connection to the same database whose views read only some of the files.
+    """Connect to the same database with views of only some of the files.
 
     Args:
         con: What ``connect`` returned, with the views of ``queries.KEPT`` renamed to ``new_<name>``.

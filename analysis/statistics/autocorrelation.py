@@ -139,7 +139,9 @@ def from_cosines(values: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _cosine_rows(size: int) -> np.ndarray:
-    """Return one cosine per row, ``(n, n)``: c_k cos(pi k (2 t + 1) / (2 n)), c_0 = sqrt(1 / n), else sqrt(2 / n).
+    """Return one cosine per row, ``(n, n)``.
+
+    Row k is c_k cos(pi k (2 t + 1) / (2 n)), with c_0 = sqrt(1 / n) and c_k = sqrt(2 / n) otherwise.
 
     Series have at most ``MAX_STEPS`` steps, so that a product costs less than loading a fast transform.
     """

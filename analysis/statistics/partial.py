@@ -1,4 +1,4 @@
-"""Estimate the correlation of two series of steps beyond what smooth trends and other series explain of both."""
+"""Estimate the correlation of two series beyond trends and other series."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_CORRELATION = 0.999999
 
 
 def beyond_trend(frame: pl.DataFrame) -> Estimate | None:
-    """Return ``partial_correlation`` of the changes of one run that a formula predicts and that evaluations measure.
+    """Correlate predicted and measured changes of one run beyond the trend.
 
     Args:
         frame: Rows of ``entropy_forecasts`` of one run and predictor, in order.
@@ -42,7 +42,7 @@ def beyond_trend(frame: pl.DataFrame) -> Estimate | None:
 
 
 def partial_correlation(x: np.ndarray, y: np.ndarray, controls: np.ndarray, steps: np.ndarray) -> Estimate | None:
-    """Return Fisher's z of the correlation of two series, given a smooth trend and other series.
+    """Return Fisher's z of the correlation of two series beyond the others.
 
     The trend is a line with a knot per ``KNOT_EVERY`` values, so that two series which both fall or rise do not
     correlate. The error is the larger one of two: that of ``contrast``, which allows for errors of ``y`` that are
@@ -85,14 +85,20 @@ def to_correlation(found: Estimate) -> Estimate:
 
 
 def smooth_trend(steps: np.ndarray) -> np.ndarray:
-    """Return a constant, a line in the step, and a line that starts at each knot, ``(n, 2 + n // KNOT_EVERY)``."""
+    """Return the columns of a trend, ``(n, 2 + n // KNOT_EVERY)``.
+
+    They are a constant, a line in the step, and a line that starts at each knot.
+    """
     time = (steps - steps[0]) / max(float(steps[-1] - steps[0]), 1.0)
     knots = np.linspace(0, 1, len(steps) // KNOT_EVERY + 2)[1:-1]
     return np.column_stack((np.ones(len(time)), time, *(np.maximum(time - knot, 0) for knot in knots)))
 
 
 def _independent(columns: np.ndarray) -> np.ndarray:
-    """Return an orthonormal basis of the columns, without those that earlier columns explain."""
+    """Return an orthonormal basis of the columns.
+
+    Columns that earlier columns explain are left out.
+    """
     found: list[np.ndarray] = []
     for column in columns.T:
         rest = column

@@ -268,7 +268,9 @@ def check_part(path: Path, table: Table, rows: int | None = None, known: Sequenc
 
 
 def _read_layout(path: Path, table: Table, rows: int | None, known: Sequence[Digest]) -> Layout:
-    """Return what ``check_part`` returns, without parsing the footer if the file equals the only digest it ever had.
+    """Return the result of ``check_part``, if possible without the footer.
+
+    The footer of a file that equals the only digest it ever had is not parsed.
 
     The writer counted the rows of such a file. To parse footers would take most of the time in which a study opens.
     """
@@ -282,7 +284,9 @@ def _read_layout(path: Path, table: Table, rows: int | None, known: Sequence[Dig
 
 @lru_cache(maxsize=64)
 def _layout_of(table: str, schema: bytes) -> Layout | None:
-    """Return the layout of the files of a table with a schema, or None if it takes the rest of a footer to tell.
+    """Return the layout of a table's files with a schema.
+
+    The result is None if the rest of a footer is needed.
 
     Args:
         table: Name of the table.
@@ -447,7 +451,10 @@ def _is_null(stats: pq.Statistics | None) -> bool:
 
 
 def _names_in(folder: Path) -> list[str] | None:
-    """Return the names of the Parquet files of a table in order, or None if it has no folder."""
+    """Return the sorted names of the Parquet files of a table.
+
+    The result is None if the table has no folder.
+    """
     try:
         names = [path.name for path in folder.iterdir()] if is_remote(folder) else os.listdir(folder)
     except FileNotFoundError:

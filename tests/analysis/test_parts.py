@@ -154,7 +154,7 @@ def list_layouts(run_dir: Path, recorded: digests.Recorded) -> dict[Path, Layout
 
 
 def test_steps_of_an_edited_file_are_read(run_dir: Path):
-    """A file as its writer wrote it has the steps in its name; an accepted edit may have repeated one."""
+    """Read the steps of a file whose accepted edit may have repeated one."""
     path = run_dir / "steps" / PARTS[4]
     table = pq.read_table(path)
     pq.write_table(table.take([0, 0]), path)

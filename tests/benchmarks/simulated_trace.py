@@ -1,4 +1,6 @@
-"""Large traces with the shape of a real run, for timing; all values are random, without a policy.
+"""Write large traces with the shape of a real run, for timing.
+
+All values are random, without a policy.
 
 A step has 128 prompts x 8 responses of about 250 tokens; lengths are lognormal, at most 1,024. Words follow Zipf's law.
 Most tokens are almost certain; uncertain ones change most in the update. Entropy falls and accuracy rises over the
@@ -79,12 +81,18 @@ class Simulation:
         self._order = self.rng.permutation(TRAIN_PROMPTS)
 
     def progress(self, step: int) -> float:
-        """Return the fraction of the total change at a step; 95% of the change happens before the knee."""
+        """Return the fraction of the total change at a step.
+
+        Of the change, 95% happens before the knee.
+        """
         done = step / self.steps
         return min(done / KNEE, 1) * 0.95 + 0.05 * done
 
     def responses(self, step: int) -> dict[str, Any]:
-        """Draw the columns of responses that do not depend on tokens, one row per response."""
+        """Draw the columns of responses that do not depend on tokens.
+
+        There is one row per response.
+        """
         rng, done, shape = self.rng, self.progress(step), self.shape
         prompts = self._order[np.arange((step - 1) * shape.prompts, step * shape.prompts) % TRAIN_PROMPTS]
         ease = np.repeat(self._ease[prompts], GROUP) + 3 * done - 1
@@ -139,7 +147,10 @@ class Simulation:
         return columns
 
     def complete(self, responses: dict[str, Any], tokens: dict[str, Any]) -> dict[str, Any]:
-        """Return the columns of table rollouts: ``responses``, and columns derived from tokens."""
+        """Return the columns of table rollouts.
+
+        They are ``responses`` and columns derived from tokens.
+        """
         rng, step, length = self.rng, responses["step"], responses["response_length"]
         offsets = np.concatenate(([0], np.cumsum(length)))
         surprisal = -np.add.reduceat(tokens["logprob"], offsets[:-1], dtype=float) / length
@@ -209,7 +220,10 @@ class Simulation:
 
 
 def write_trace(folder: Path, tokens: int, seed: int = 0) -> Path:
-    """Write a run of about ``tokens`` generated tokens, at least 20 steps; return its folder."""
+    """Write a run of about ``tokens`` generated tokens; return its folder.
+
+    The run has at least 20 steps.
+    """
     steps = max(20, math.ceil(tokens / (LARGE.responses * LARGE.mean_length)))
     manifest = {"run_id": folder.name, "study": "simulated", "arm": "none", "seed": seed}
     with Progress(f"write {folder.name}", steps) as bar:
@@ -218,7 +232,10 @@ def write_trace(folder: Path, tokens: int, seed: int = 0) -> Path:
 
 
 def write_ablation(folder: Path) -> Path:
-    """Write runs with the arms, the seeds, and the size of the tiny ablation, without effects; return their folder."""
+    """Write runs like those of the tiny ablation; return their folder.
+
+    Arms, seeds, and sizes are equal; no arm has an effect.
+    """
     grid = tomllib.loads(GRID.read_text())
     cells = [(arm, seed) for arm, table in grid["arms"].items() for seed in table.get("seeds", grid["seeds"])]
     with Progress(f"write {folder.name}", len(cells)) as bar:
@@ -250,7 +267,10 @@ def _write_run(
 
 
 def write_study(folder: Path, runs: int) -> Path:
-    """Write ``runs`` small runs of 25 steps with steps, evaluations, prompts, and vocabulary; return their folder."""
+    """Write ``runs`` small runs of 25 steps; return their folder.
+
+    They hold steps, evaluations, prompts, and vocabulary.
+    """
     simulation = Simulation(np.random.default_rng(0), 25)
     evals = simulation.evals(0)
     for seed in range(runs):

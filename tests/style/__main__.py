@@ -24,6 +24,9 @@ MARKER = "style: ignore"
 
 # Openings of docstrings and the word that follows; strings of one line.
 DOCSTRING = re.compile(r'^[ \t]*"""(?=\w)(?P<opening>[^\n"]{1,40})', re.MULTILINE)
+# First lines of docstrings that are too long. That of a method is its entry in the list of methods, with its source.
+LONG_FIRST = re.compile(r'^[ \t]*"""(?P<first>\w(?![^\n]*\((?:arXiv|this toolkit))(?:(?!""")[^\n]){79,})', re.MULTILINE)
+SHORTER = "first line of a docstring: under 80 characters"
 STRING = re.compile(r'"(?P<text>[^"\n]+)"')
 
 # Lower case without a change of length, which str.lower does not promise.
@@ -78,6 +81,7 @@ def check_text(text: str, path: str, rules: Rules) -> list[Finding]:
             start = match.start("opening")
             found = rules.search("docstrings", match["opening"])
             spans += [(start, start + b, hint) for a, b, hint in found if a == 0]
+        spans += [(*match.span("first"), SHORTER) for match in LONG_FIRST.finditer(text)]
         for match in STRING.finditer(lower):
             start = match.start("text")
             spans += [(start + a, start + b, hint) for a, b, hint in rules.search("messages", match["text"])]

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.style.__main__ import check_text, load_rules, tracked_files
+from tests.style.__main__ import SHORTER, check_text, load_rules, tracked_files
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,13 @@ def test_a_finding_names_file_and_line():
 
 def test_docstring_openings_matter_in_python_only():
     assert check_text('"""What it does."""', "page.md", load_rules()) == []
+
+
+def test_the_first_line_of_a_docstring_is_short():
+    first = f'    """Return {"x" * 73}'
+    assert [each.suggestion for each in check_text(first, "module.py", load_rules())] == [SHORTER]
+    assert check_text(first[:-1] + '"""', "module.py", load_rules()) == []
+    assert check_text(f'"""w = {"x" * 73}: a method (arXiv 1707.06347)."""', "module.py", load_rules()) == []
 
 
 def test_checked_files_leave_committed_reports_and_fixtures_aside():
