@@ -45,13 +45,9 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     ax.set_yticks(range(len(rows)), [name.replace("_", " ") for name in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlim(-1.05, 1.05)
-    style.label(
-        ax,
-        "correlation with the change of entropy",
-        "",
-        f"n = {style.span(shown['num_changes'], 'change')} between evaluations per run; "
-        f"bars: 95% interval over changes{style.runs_note(shown, 'open dots')}",
-    )
+    bars = "\nbars: 95% interval over changes" if shown["low"].count() else ""
+    count = f"n = {style.span(shown['num_changes'], 'change')} between evaluations per run"
+    style.label(ax, "correlation with the change of entropy", "", f"{count}{bars}{style.runs_note(shown, 'open dots')}")
     style.legend(ax)
     return ax
 
