@@ -45,9 +45,11 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     ax.set_yticks(range(len(rows)), [name.replace("_", " ") for name in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlim(-1.05, 1.05)
-    bars = "\nbars: 95% interval over changes" if shown["low"].count() else ""
+    bars = "bars: 95% interval over changes" if shown["low"].count() else "too few for a 95% interval"
     count = f"n = {style.span(shown['num_changes'], 'change')} between evaluations per run"
-    style.label(ax, "correlation with the change of entropy", "", f"{count}{bars}{style.runs_note(shown, 'open dots')}")
+    style.label(
+        ax, "correlation with the change of entropy", "", f"{count}\n{bars}{style.runs_note(shown, 'open dots')}"
+    )
     style.legend(ax)
     return ax
 

@@ -127,7 +127,7 @@ def collect(
     codec: Codec | None = None,
     *,
     rewards: Rewards | None = None,
-    is_scored: bool = False,
+    has_model: bool = False,
     on_read: OnRead = lambda share, rows: None,
 ) -> Iterator[Collected]:
     """Read all files and keep the rollouts in a temporary file.
@@ -139,7 +139,7 @@ def collect(
         settings: Settings of the import.
         codec: Tokenizer; None to use tokens as they are.
         rewards: Rewards to join by id.
-        is_scored: A model will read prompts and responses.
+        has_model: A model will read prompts and responses.
         on_read: Called while rows are read.
 
     Raises:
@@ -147,7 +147,7 @@ def collect(
     """
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
         with faults_at(folder):
-            collected = _read(dump, settings, codec, rewards, is_scored, Path(folder), on_read)
+            collected = _read(dump, settings, codec, rewards, has_model, Path(folder), on_read)
         yield collected
 
 
@@ -156,14 +156,14 @@ def _read(
     settings: ImportSettings,
     codec: Codec | None,
     rewards: Rewards | None,
-    is_scored: bool,
+    has_model: bool,
     folder: Path,
     on_read: OnRead,
 ) -> Collected:
     spill = folder / "rollouts.parquet"
     needed = {name: kind for name, kind in dump.format.needed.items() if name != "reward" or not rewards}
     columns = Columns(settings.fields, needed, dump.format.uniform)
-    reader = RowReader(settings, codec, columns, dump.format.prompts, is_scored, rewards)
+    reader = RowReader(settings, codec, columns, dump.format.prompts, has_model, rewards)
     rows = bad_rows = tokens = 0
     # The first row of each distinct fault, so that a fault of all rows is reported once.
     faults: dict[str, str] = {}

@@ -27,16 +27,16 @@ class PromptReader:
         counts: Prompts by what was done to them: ``rebuilt``, ``as question``, ``not rebuilt``.
     """
 
-    def __init__(self, codec: Codec, kind: PromptText, *, is_scored: bool) -> None:
+    def __init__(self, codec: Codec, kind: PromptText, *, has_model: bool) -> None:
         """Read prompts for ``codec``.
 
         Args:
             codec: The tokenizer.
             kind: What a prompt of text is in the dump.
-            is_scored: A model reads the prompts, so that a prompt that is not exact must be refused.
+            has_model: A model reads the prompts, so that a prompt that is not exact must be refused.
         """
         self.counts: Counter[str] = Counter()
-        self._codec, self._kind, self._is_scored = codec, kind, is_scored
+        self._codec, self._kind, self._has_model = codec, kind, has_model
         self._encode = lru_cache(ENCODINGS_KEPT)(self._encode_json)
         self._restore = lru_cache(ENCODINGS_KEPT)(self._restore_text)
         self._rebuilder: Rebuilder | None = None
@@ -64,7 +64,7 @@ class PromptReader:
     def _restore_text(self, text: str) -> tuple[Question, str, str]:
         """Return what a text stands for, how to encode it, and what was done to it."""
         if marker := next((marker for marker in self._codec.markers if marker in text), None):
-            if self._is_scored:
+            if self._has_model:
                 raise BadRowError(
                     f"prompt {plain(text, 60)!r} holds the special token {marker}, and the chat template of "
                     f"{self._codec.name} would be applied to it; if it is whole, pass --template '{{question}}'"
@@ -75,7 +75,7 @@ class PromptReader:
             return turns, "question", "as question" if as_text(turns) == text else "rebuilt"
         if self._kind == "question":
             return text, "question", "question"
-        if not self._is_scored:
+        if not self._has_model:
             return text, "whole", "not rebuilt"
         raise BadRowError(
             f"prompt {plain(text, 60)!r} is not what the chat template of {self._codec.name} leaves without special "

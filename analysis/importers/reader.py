@@ -73,7 +73,7 @@ class RowReader:
         codec: Codec | None,
         columns: Columns,
         kind: PromptText,
-        is_scored: bool,
+        has_model: bool,
         rewards: Rewards | None = None,
     ) -> None:
         """Read for ``codec``, the tokenizer; None to use tokens as they are.
@@ -83,11 +83,11 @@ class RowReader:
         self.columns = columns
         self.groups, self.shared_groups = Groups(), Groups()
         self.texts = DumpTexts()
-        self.prompts = PromptReader(codec, kind, is_scored=is_scored) if codec else None
+        self.prompts = PromptReader(codec, kind, has_model=has_model) if codec else None
         self.mismatches = Mismatches()
         self.bad_groups: tuple[set[int], set[int]] = (set(), set())
         self.num_lost = self.num_ungrouped = 0
-        self._settings, self._codec, self._is_scored, self._rewards = settings, codec, is_scored, rewards
+        self._settings, self._codec, self._has_model, self._rewards = settings, codec, has_model, rewards
         self._numbers: dict[str, int] | None = None
 
     def read(self, row: dict[str, Any] | BadRowError, place: str, default_task: str) -> Rollout:
@@ -163,7 +163,7 @@ class RowReader:
         prompt, prompt_ids = self._prompt(given, keys)
         truncated = _truncated(given, keys)
         text, response_ids = self._response(given, keys, truncated)
-        if self._is_scored and not prompt_ids:
+        if self._has_model and not prompt_ids:
             raise BadRowError('no "prompt" or "prompt_ids"; --model needs one of them')
         num_prompt = len(prompt_ids or [])
         loss_mask = mask_of(given, keys, num_prompt, len(response_ids))

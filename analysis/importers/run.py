@@ -18,7 +18,7 @@ from entrace.analysis.importers.codec import Codec
 from entrace.analysis.importers.collect import Collected, Counts
 from entrace.analysis.importers.rollout import Rollout
 from entrace.analysis.importers.settings import ImportSettings
-from entrace.analysis.importers.tables import Chunk, Difference, Differences, Scorer, StepSums
+from entrace.analysis.importers.tables import Chunk, Difference, Differences, Evaluator, StepSums
 from entrace.analysis.importers.unknown import unknown_columns
 from entrace.analysis.trace.digests import hash_file
 from entrace.analysis.trace.errors import InputError, in_one_line
@@ -39,8 +39,8 @@ def record(
     run_dir: Path,
     *,
     codec: Codec | None = None,
-    scorer: Scorer | None = None,
-    reference: Scorer | None = None,
+    evaluator: Evaluator | None = None,
+    reference: Evaluator | None = None,
     weights: str | None = None,
     extra: Mapping[str, Any] | None = None,
     resume: bool = False,
@@ -54,7 +54,7 @@ def record(
         settings: Settings of the import.
         run_dir: Folder of the trace; its name is the run id.
         codec: Tokenizer that gives the texts of tokens; None to use those that the dump holds.
-        scorer: Model that adds missing values.
+        evaluator: Model that adds missing values.
         reference: Model that adds log-probabilities and entropies of the reference policy.
         weights: Fingerprint of its weights.
         extra: Further entries that determine the trace, such as the fingerprint of a file of rewards.
@@ -70,11 +70,11 @@ def record(
     """
     description = _describe(rollouts, settings, weights, extra or {})
     writer, done = _open_trace(
-        rollouts, description, codec, scorer, run_dir, resume, has_reference=reference is not None
+        rollouts, description, codec, evaluator, run_dir, resume, has_reference=reference is not None
     )
     differences = Differences()
     with _finalize_on_exit(writer, explain):
-        _record_steps(rollouts, settings, scorer, reference, writer, done, differences, on_step)
+        _record_steps(rollouts, settings, evaluator, reference, writer, done, differences, on_step)
         writer.manifest |= _compared(differences)
     return differences
 
@@ -91,7 +91,7 @@ def check_target(run_dir: Path, resume: bool) -> None:
 
 
 def temperature_of_pass(counts: Counts, given: float | None) -> float:
-    """Return the temperature of a scoring pass: as given, else as recorded, else 1.
+    """Return the temperature of the pass: as given, else as recorded, else 1.
 
     Raises:
         InputError: the dump records several temperatures, and none is given.
@@ -104,7 +104,7 @@ def temperature_of_pass(counts: Counts, given: float | None) -> float:
             f"the dump records temperatures from {low:g} to {high:g}, and a pass has one; add --temperature"
         )
     if low <= 0:
-        raise InputError(f"the dump records temperature {low:g}, at which no pass can score; add --temperature")
+        raise InputError(f"the dump records temperature {low:g}, at which no pass can evaluate; add --temperature")
     return low
 
 
@@ -152,7 +152,7 @@ def _open_trace(
     rollouts: Collected,
     description: Mapping[str, Any],
     codec: Codec | None,
-    scorer: Scorer | None,
+    evaluator: Evaluator | None,
     run_dir: Path,
     resume: bool,
     *,
@@ -174,7 +174,7 @@ def _open_trace(
     manifest = {
         "run_id": run_dir.name,
         "study": run_dir.resolve().parent.name,
-        "model": scorer.name if scorer else None,
+        "model": evaluator.name if evaluator else None,
         "task": " + ".join(dict.fromkeys(path.stem for path in rollouts.dump.files)),
         "total_steps": rollouts.counts.steps,
         # The keys of entrace score, the former name of the command, so that its traces resume.
@@ -182,7 +182,7 @@ def _open_trace(
         "scored": dict(description),
         "unknown": unknown_columns(
             rollouts.counts,
-            has_model=scorer is not None,
+            has_model=evaluator is not None,
             has_texts=codec is not None,
             has_reference=has_reference,
         ),
@@ -207,8 +207,8 @@ def _entry(difference: Difference) -> dict[str, float]:
 def _record_steps(
     rollouts: Collected,
     settings: ImportSettings,
-    scorer: Scorer | None,
-    reference: Scorer | None,
+    evaluator: Evaluator | None,
+    reference: Evaluator | None,
     writer: TraceWriter,
     done: int,
     differences: Differences,
@@ -226,7 +226,7 @@ def _record_steps(
         sums = StepSums()
         for part in _chunks(of_step):
             _record_prompts(writer, part, prompts)
-            chunk = Chunk.of(part, scorer, differences, has_advantages=has_advantages, reference=reference)
+            chunk = Chunk.of(part, evaluator, differences, has_advantages=has_advantages, reference=reference)
             chunk.write(writer, num_done, settings.temperature, sums)
             num_done += len(part)
             metrics = {"entropy": sums.entropy / sums.with_entropy} if sums.with_entropy else {}

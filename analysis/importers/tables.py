@@ -17,7 +17,7 @@ from entrace.analysis.trace.writer import TraceWriter
 EXACT = "exact"
 
 
-class Scores(Protocol):
+class TokenValues(Protocol):
     """Statistics of a teacher-forced pass.
 
     Each has one value per token of the responses, concatenated, float32 ``(N,)``.
@@ -38,15 +38,15 @@ class Scores(Protocol):
         ...
 
 
-class Scorer(Protocol):
-    """A model that scores given responses."""
+class Evaluator(Protocol):
+    """A model that evaluates given responses."""
 
     @property
     def name(self) -> str:
         """Return where the model was loaded from."""
         ...
 
-    def score(self, chunk: Sequence[Rollout]) -> Scores:
+    def evaluate(self, chunk: Sequence[Rollout]) -> TokenValues:
         """Return the statistics of all tokens of the responses, context included."""
         ...
 
@@ -137,17 +137,17 @@ class Chunk:
     def of(
         cls,
         rollouts: Sequence[Rollout],
-        scorer: Scorer | None,
+        evaluator: Evaluator | None,
         differences: Differences,
         *,
         has_advantages: bool,
-        reference: Scorer | None = None,
+        reference: Evaluator | None = None,
     ) -> Chunk:
-        """Collect the recorded values, and score what is missing.
+        """Collect the recorded values, and evaluate what is missing.
 
         Args:
             rollouts: Rollouts of one step, in whole groups.
-            scorer: The model of the pass, or None.
+            evaluator: The model of the pass, or None.
             differences: Gets the differences between recorded and rescored values.
             has_advantages: The dump records advantages; otherwise they follow from the rewards.
             reference: The reference policy, or None.
@@ -164,21 +164,21 @@ class Chunk:
         advantage[~is_generated] = np.nan
         kinds = [(r.logprob_kind, EXACT if r.entropy is not None else None) for r in rollouts]
         grad_norm = np.full(len(rows), np.nan)
-        if scorer:
-            scores = scorer.score(rollouts)
-            differences.logprob.add(recorded["logprob"][is_generated], scores.logprob[is_generated])
-            differences.entropy.add(recorded["entropy"][is_generated], scores.entropy[is_generated])
-            for name, values in (("logprob", scores.logprob), ("entropy", scores.entropy)):
+        if evaluator:
+            found = evaluator.evaluate(rollouts)
+            differences.logprob.add(recorded["logprob"][is_generated], found.logprob[is_generated])
+            differences.entropy.add(recorded["entropy"][is_generated], found.entropy[is_generated])
+            for name, values in (("logprob", found.logprob), ("entropy", found.entropy)):
                 is_missing = np.array([getattr(rollout, name) is None for rollout in rollouts])[rows] & is_generated
                 recorded[name][is_missing] = values[is_missing]
             kinds = [(kind or RESCORED, EXACT) for kind, _ in kinds]
-            grad_norm = scores.grad_norm(advantage.astype(np.float32)).astype(np.float64)
+            grad_norm = found.grad_norm(advantage.astype(np.float32)).astype(np.float64)
         reference_entropy = None
         if reference:
-            scores = reference.score(rollouts)
+            found = reference.evaluate(rollouts)
             is_missing = np.isnan(recorded["reference_logprob"]) & is_generated
-            recorded["reference_logprob"][is_missing] = scores.logprob[is_missing]
-            reference_entropy = np.where(is_generated, scores.entropy, np.nan)
+            recorded["reference_logprob"][is_missing] = found.logprob[is_missing]
+            reference_entropy = np.where(is_generated, found.entropy, np.nan)
         return cls(
             rollouts,
             groups,

@@ -50,7 +50,7 @@ def as_traces(
                 with ExitStack() as stack:
                     with reading(name) as on_read:
                         read = stack.enter_context(
-                            collect(found, settings, codec, is_scored=keep is not None, on_read=on_read)
+                            collect(found, settings, codec, has_model=keep is not None, on_read=on_read)
                         )
                     if keep:
                         keep(folder.name, read, dump)

@@ -16,6 +16,7 @@ NULL, SUPPORTED, CONTRADICTED, NOT_SUPPORTED, INCONCLUSIVE = (
     "inconclusive",
 )
 METHOD_CLAIMS = ("M1", "M2", "M3", "I3")
+UPDATE_CLAIMS = ("E5",)
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,15 @@ class Entry:
     def expectation(self, part: str) -> str | None:
         """Return the expectation of ``claim/part``; None for a figure.
 
-        A run has no information about methods, and an ablation about nothing else.
+        A run has no information about methods, and an ablation about nothing else. Only runs with many evaluations have
+        information about the changes between them, and they have it about nothing else.
         """
         claim = part.partition("/")[0]
         if claim == "figure":
             return None
-        if (claim in METHOD_CLAIMS) != isinstance(self.world, MethodWorld):
-            return NULL
+        for claims, kind in ((METHOD_CLAIMS, MethodWorld), (UPDATE_CLAIMS, UpdateWorld)):
+            if (claim in claims) != isinstance(self.world, kind):
+                return NULL
         return self.expected.get(part, self.expected.get(claim, self.default))
 
 

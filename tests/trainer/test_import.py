@@ -42,12 +42,12 @@ def write(path, rows):
 def read_rollouts(paths, policy, **settings):
     """Read files for a pass of ``policy``."""
     dump = Dump.find(paths, has_fields=bool(settings.get("fields")))
-    return collect(dump, ImportSettings(**settings), PolicyCodec(policy), is_scored=True)
+    return collect(dump, ImportSettings(**settings), PolicyCodec(policy), has_model=True)
 
 
 def score_all(read, policy, run):
     settings = PassSettings(policy=PolicyConfig())
-    importer.record(read, ImportSettings(), run, codec=PolicyCodec(policy), scorer=TeacherForcing(policy, settings))
+    importer.record(read, ImportSettings(), run, codec=PolicyCodec(policy), evaluator=TeacherForcing(policy, settings))
 
 
 @pytest.fixture(scope="module")
@@ -752,7 +752,7 @@ def test_a_trace_of_the_former_command_resumes(tmp_path, call):
     assert list(manifest["config"]) == ["score"]
     assert manifest["config"]["score"] == manifest["scored"]["settings"]
     before = {"files", "weights", "rows", "bad_rows", "fields", "advantage", "response_tokens", "settings"}
-    assert set(manifest["scored"]) == before | {"format", "dropped_groups", "logprobs"}
+    assert set(manifest["scored"]) == before | {"format", "dropped_groups", "logprobs", "reference"}
     assert manifest["scored"]["advantage"] == "group-relative, from rewards"
     write_manifest(tmp_path / "run", {**manifest, "scored": {key: manifest["scored"][key] for key in before}})
     assert call("import", "--model", "embedded", path, "--out", tmp_path / "run", "--resume")[0] == 0

@@ -615,7 +615,7 @@ def test_a_strange_value_is_a_fault_of_its_row(name, file, row, tmp_path, tokeni
     faults = 0
     for place, found, task in dump.rows(tmp_path):
         for using in (codec, None):
-            reader = RowReader(ImportSettings(), using, Columns({}, form.needed), form.prompts, is_scored=False)
+            reader = RowReader(ImportSettings(), using, Columns({}, form.needed), form.prompts, has_model=False)
             try:
                 reader.read(found, place, task)
             except (BadRowError, InputError):

@@ -295,11 +295,11 @@ def test_tokens_show_color_text_and_every_column(tab: Tab, frozen: Client):
     for name in ("entropy", "log-probability", "advantage", "gradient norm", "category"):
         assert name in panel
     assert f"Token at position {strongest}," in panel
-    assert f"position={strongest}" in page.url
+    page.wait_for_url(f"**position={strongest}**")
     page.keyboard.press("End")
-    assert f"position={last}" in page.url
+    page.wait_for_url(f"**position={last}**")
     page.get_by_label("Color tokens by").select_option("category")
-    assert "color=category" in page.url
+    page.wait_for_url("**color=category**")
     category = tokens["category"][0]
     assert f"c-{category}" in page.locator(".tokens i[data-i='0']").get_attribute("class")
     page.reload()

@@ -19,7 +19,7 @@ from entrace.trainer.cli.options import Resume, require_train_extra
 
 if TYPE_CHECKING:
     from entrace.analysis.importers.codec import Codec
-    from entrace.analysis.importers.tables import Scorer
+    from entrace.analysis.importers.tables import Evaluator
     from entrace.trainer.config import PolicyConfig
 
 
@@ -143,16 +143,16 @@ def import_rollouts(
         with using.guard, ExitStack() as stack:
             with reading(out.name) as on_read:
                 read = stack.enter_context(
-                    collect(found, settings, using.codec, rewards=joined, is_scored=model is not None, on_read=on_read)
+                    collect(found, settings, using.codec, rewards=joined, has_model=model is not None, on_read=on_read)
                 )
             progress = stack.enter_context(Progress(out.name, read.counts.rollouts))
-            scorer = of_reference = None
-            if using.make_scorer:
+            evaluator = of_reference = None
+            if using.make_evaluator:
                 of_pass = run.temperature_of_pass(read.counts, temperature)
                 settings = replace(settings, temperature=of_pass)
-                scorer = using.make_scorer(of_pass, batch_tokens)
-                if base and base.make_scorer:
-                    of_reference = base.make_scorer(of_pass, batch_tokens)
+                evaluator = using.make_evaluator(of_pass, batch_tokens)
+                if base and base.make_evaluator:
+                    of_reference = base.make_evaluator(of_pass, batch_tokens)
             for remark in read.remarks:
                 say(f"entrace: {remark}", err=True)
             differences = run.record(
@@ -160,7 +160,7 @@ def import_rollouts(
                 settings,
                 out,
                 codec=using.codec,
-                scorer=scorer,
+                evaluator=evaluator,
                 reference=of_reference,
                 weights=using.weights,
                 extra={
@@ -173,8 +173,8 @@ def import_rollouts(
                 on_step=progress.update,
                 explain=using.explain,
             )
-        if scorer:
-            for line in run.describe_differences(differences, scorer.name):
+        if evaluator:
+            for line in run.describe_differences(differences, evaluator.name):
                 say(f"entrace: {line}", err=True)
     say(str(out))
 
@@ -183,13 +183,13 @@ def import_rollouts(
 class _Using:
     """Hold the tokenizer and model of an import.
 
-    ``explain`` translates the model's errors. ``make_scorer`` takes the sampling temperature and the tokens of a
+    ``explain`` translates the model's errors. ``make_evaluator`` takes the sampling temperature and the tokens of a
     forward pass. ``extra`` describes a tokenizer without a model in ``run.json``. ``tokens`` are the ids of a model's
     tokens.
     """
 
     codec: Codec | None = None
-    make_scorer: Callable[[float, int], Scorer] | None = None
+    make_evaluator: Callable[[float, int], Evaluator] | None = None
     weights: str | None = None
     extra: Mapping[str, Any] = dataclass_field(default_factory=dict)
     guard: AbstractContextManager[Any] = dataclass_field(default_factory=nullcontext)
@@ -233,13 +233,13 @@ def _load(
 
     policy = Policy.load(config)
 
-    def make_scorer(temperature: float, batch_tokens: int) -> Scorer:
+    def make_evaluator(temperature: float, batch_tokens: int) -> Evaluator:
         settings = PassSettings(policy=config, temperature=temperature, batch_tokens=batch_tokens)
         return TeacherForcing(policy, settings)
 
     return _Using(
         PolicyCodec(policy),
-        make_scorer,
+        make_evaluator,
         hash_weights(config.path),
         guard=translate_errors(out),
         explain=lambda error: explain_fault(error, out),

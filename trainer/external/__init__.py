@@ -1,1 +1,1 @@
-"""Score imported rollouts with a model."""
+"""Evaluate imported rollouts with a model."""

@@ -1,4 +1,4 @@
-"""Score given responses with one teacher-forced pass of a model.
+"""Evaluate given responses with one teacher-forced pass of a model.
 
 The pass yields the columns that training records.
 """
@@ -34,8 +34,8 @@ class PassSettings(BaseConfig):
 
 
 @dataclass(frozen=True)
-class PassScores:
-    """Statistics of concatenated response tokens, (N,); see ``tables.Scores``."""
+class PassValues:
+    """Statistics of concatenated response tokens, (N,); see ``tables.TokenValues``."""
 
     stats: TokenStats
     hidden_norm: Tensor
@@ -63,7 +63,7 @@ class PassScores:
 
 @dataclass(frozen=True)
 class TeacherForcing:
-    """A model that scores given responses; see ``tables.Scorer``."""
+    """A model that evaluates given responses; see ``tables.Evaluator``."""
 
     policy: Policy
     settings: PassSettings
@@ -73,17 +73,17 @@ class TeacherForcing:
         """Return where the model was loaded from."""
         return self.policy.name
 
-    def score(self, chunk: Sequence[Rollout]) -> PassScores:
+    def evaluate(self, chunk: Sequence[Rollout]) -> PassValues:
         """Return the statistics of all tokens of the responses, context included.
 
         Raises:
             TrainingError: memory ran out, or the model returned NaN or infinity.
         """
         with memory_advice(self.settings, f"importing step {chunk[0].step}", "batch_tokens"):
-            return self._score(chunk)
+            return self._evaluate(chunk)
 
     @torch.no_grad()
-    def _score(self, chunk: Sequence[Rollout]) -> PassScores:
+    def _evaluate(self, chunk: Sequence[Rollout]) -> PassValues:
         policy, settings = self.policy, self.settings
         prompts = [rollout.prompt_ids or [] for rollout in chunk]
         lengths = torch.tensor([len(rollout.response_ids) for rollout in chunk])
@@ -102,4 +102,4 @@ class TeacherForcing:
             first = int((~values.isfinite()).any(0).nonzero()[0])
             place = chunk[int(torch.searchsorted(starts, first, right=True)) - 1].place
             raise TrainingError(f"{place}: {policy.name} gives this response a probability that is NaN or infinite")
-        return PassScores(TokenStats(*values[:3]), values[3], settings.temperature)
+        return PassValues(TokenStats(*values[:3]), values[3], settings.temperature)
