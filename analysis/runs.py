@@ -515,8 +515,8 @@ class Runs:
         Raises:
             InputError: a float column holds NaN or infinity.
         """
-        chosen = self.manifests.keys() if run_ids is None else self.manifests.keys() & set(run_ids)
-        if not table.float_columns or not (unchecked := chosen - self._finite[table.name]):
+        unchecked = self._among(run_ids) - self._finite[table.name]
+        if not table.float_columns or not unchecked:
             return
         counts = ", ".join(f"count(*) filter (not isfinite({c.name})) as {c.name}" for c in table.float_columns)
         found = self._run(
@@ -534,6 +534,10 @@ class Runs:
                     f"{row[column.name]} of {row['num_rows']} rows; {remedy}, and write the trace again"
                 )
         self._finite[table.name] |= unchecked
+
+    def _among(self, run_ids: Iterable[str] | None) -> frozenset[str]:
+        """Return the runs with these ids; all runs without a choice."""
+        return frozenset(self.manifests if run_ids is None else self.manifests.keys() & set(run_ids))
 
     def _to_query(self, text: str, given: Mapping[str, Any]) -> Query:
         return self._with_computed(text, self._prepare(text, given))
@@ -669,7 +673,7 @@ class Runs:
 
         The query names its runs in the parameter ``runs``.
         """
-        chosen = frozenset(self.manifests if run_ids is None else self.manifests.keys() & set(run_ids))
+        chosen = self._among(run_ids)
         if not chosen or len(chosen) > NARROW_SHARE * len(self.manifests):
             return self._con
         if chosen not in self._narrowed:

@@ -14,7 +14,7 @@ A correlation between comparable tokens, unlike the excess of a correlation over
 formula is right: the excess would be limited by the share of the variance within cells.
 
 E5 compares changes from one evaluation to the next. Any two quantities that shrink or grow over training correlate, so
-a smooth trend does not count, nor does what entropy before and size of the updates predict without any formula.
+a smooth trend does not count. Neither does a change that the entropy before and the size of the updates predict.
 """
 
 from __future__ import annotations

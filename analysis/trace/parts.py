@@ -270,9 +270,8 @@ def check_part(path: Path, table: Table, rows: int | None = None, known: Sequenc
 def _read_layout(path: Path, table: Table, rows: int | None, known: Sequence[Digest]) -> Layout:
     """Return the result of ``check_part``, if possible without the footer.
 
-    The footer of a file that equals the only digest it ever had is not parsed.
-
-    The writer counted the rows of such a file. To parse footers would take most of the time in which a study opens.
+    The footer of a file that equals the only digest it ever had is not parsed: its writer counted the rows, and parsing
+    footers would take most of the time needed to open a study.
     """
     end = _read_end(path)
     if len(known) == 1 and known[0].agrees_with(end):

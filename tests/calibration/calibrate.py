@@ -34,14 +34,12 @@ from entrace.analysis.trace.errors import InputError, nearest
 from tests.calibration import figure_rows, parameters, real_cases, simulate, simulate_arms, simulate_updates, truth
 from tests.calibration.parameters import UpdateWorld, World
 from tests.calibration.summary import Outcome, render, summarize
-from tests.calibration.worlds import WORLDS
+from tests.calibration.worlds import UPDATE_CLAIMS, WORLDS
 
 SEED = 2508
 # Temporary traces are written to memory if the system has a file system for it.
 SHARED_MEMORY = Path("/dev/shm")
 SIMULATORS = (parameters, simulate, simulate_arms, simulate_updates)
-# Claims that worlds about updates are judged on.
-ABOUT_EVALUATIONS = ("E5",)
 
 
 def simulate_once(name: str, seed: int) -> Outcome:
@@ -62,7 +60,7 @@ def simulate_once(name: str, seed: int) -> Outcome:
         runs = open_runs(folder)
         ledger = load_ledger()
         if isinstance(world, UpdateWorld):
-            ledger = {claim: ledger[claim] for claim in ABOUT_EVALUATIONS}
+            ledger = {claim: ledger[claim] for claim in UPDATE_CLAIMS}
         found = [(f"{v.claim}/{v.part}", v.subject, v.verdict, v.effect, v.low, v.high) for v in judge(runs, ledger)]
         if isinstance(world, World) and world.has_tokens and world.runs == 1:
             found += figure_rows.figure_rows(runs)
@@ -209,7 +207,7 @@ def run_real(names: Sequence[str], store: Store) -> None:
 def choose(text: str | None) -> list[str]:
     """Return the worlds and real cases in a comma-separated list.
 
-    All of them if ``text`` is None.
+    Without ``text``, all are returned.
 
     Raises:
         InputError: a world is unknown.

@@ -1,7 +1,4 @@
-"""Define parameters of simulated runs and ablations, and their time courses.
-
-A time course is that of a mean.
-"""
+"""Define parameters of simulated runs and ablations, and time courses of means."""
 
 from __future__ import annotations
 

@@ -92,14 +92,12 @@ def call(capsys, monkeypatch):
     return run
 
 
-def advantages_of(config: Config, batch: Batch) -> torch.Tensor:
-    """Return what the loop computes of a batch, (B,)."""
-    return group_relative_advantage(batch.total_rewards, batch.group_ids, config.loss.normalize_std, batch.has_verdict)
-
-
 def token_advantages(config: Config, batch: Batch) -> torch.Tensor:
-    """Return ``advantages_of`` for each token, (B, T)."""
-    return advantages_of(config, batch)[:, None].expand(batch.rollouts.response_ids.shape)
+    """Return the advantages that the loop computes, one per token, (B, T)."""
+    advantages = group_relative_advantage(
+        batch.total_rewards, batch.group_ids, config.loss.normalize_std, batch.has_verdict
+    )
+    return advantages[:, None].expand(batch.rollouts.response_ids.shape)
 
 
 def table(run, name):
