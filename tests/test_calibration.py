@@ -151,6 +151,7 @@ def test_truth_of_courses_in_closed_form():
     assert rising["E1/association"] < 0
 
 
+@pytest.mark.slow
 def test_truth_of_levels_in_closed_form():
     world = replace(TOKENS, ends=(1.5, 0.8), drift=0.0, end_gradient=1.3, end_movement=1.0)
     truth = truth_of(world, np.random.default_rng(0), 12)
@@ -227,6 +228,7 @@ def test_outcomes_of_other_code_are_not_reused(tmp_path: Path):
 
 
 # Smaller runs than those of `make calibrate`, long enough for a plateau.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [

@@ -258,7 +258,28 @@ def folder(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_fig
     return tmp_path
 
 
+# What a new user tries first runs in the default tests; of the other pages, they check commands, options, and keys.
+FIRST = ("README.md", "quick-start.md")
+
+
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.name)
+def test_every_command_of_a_page_is_valid(page: Path, folder: Path):
+    for block in (block for block in ALL_BLOCKS if block.page == page):
+        if block.title:
+            (folder / block.title).parent.mkdir(parents=True, exist_ok=True)
+            (folder / block.title).write_text(block.text)
+        if block.language == "sh":
+            for words in commands_of(block):
+                check_command(words)
+        elif block.language != "python":
+            check_data(block)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=() if page.name in FIRST else pytest.mark.slow) for page in WITH_BLOCKS],
+    ids=lambda page: page.name,
+)
 def test_every_block_of_a_page_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch):
     for block in (block for block in ALL_BLOCKS if block.page == page):
         if block.title:

@@ -161,6 +161,7 @@ def use(run: Path) -> None:
     attempt(lambda: measure_pilot(run))
 
 
+@pytest.mark.slow
 def test_any_manifest(run: Path):
     path = run / "run.json"
     good = json.loads(path.read_text())
@@ -185,6 +186,7 @@ def test_any_manifest(run: Path):
     path.write_text(json.dumps(good))
 
 
+@pytest.mark.slow
 def test_damaged_parquet(run: Path):
     """Read in another process with little memory, because a crash would end this one."""
     script = f"from tests.test_fuzz import damage_and_read; damage_and_read({str(run)!r})"

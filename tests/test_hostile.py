@@ -146,6 +146,7 @@ def command(command: Callable[..., tuple[int, bytes, str]]):
     return call
 
 
+@pytest.mark.slow
 def test_page_holds_nothing_but_its_own_markup(report: Path):
     text = (report / "report.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -161,11 +162,13 @@ def test_page_holds_nothing_but_its_own_markup(report: Path):
     assert re.search(r"""http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:""", text)
 
 
+@pytest.mark.slow
 def test_page_stays_small(report: Path):
     assert (report / "report.html").stat().st_size < 1_500_000
     assert all(path.stat().st_size < 500_000 for path in report.iterdir() if path.name != "report.html")
 
 
+@pytest.mark.slow
 def test_cells_of_the_report_run_no_formula(report: Path):
     paths = sorted(report.glob("*.csv"))
     assert len(paths) > 20
@@ -204,6 +207,7 @@ def test_json_is_json(value: float):
     assert json.loads(written(frame, "json"), parse_constant=refuse) == [{"x": None, "rows": [{"y": None}]}]
 
 
+@pytest.mark.slow
 def test_terminal_sees_no_control_character(command, hostile: Path):
     everything = "select * from runs, (select * from vocab limit 3), (select * from rollouts limit 1)"
     nested = "select [text] as texts, {'a': text} as record, text as \"name\u001b[31m\" from vocab limit 1"

@@ -262,10 +262,11 @@ def by_series(frame: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame, str]]:
 def runs_note(frame: pl.DataFrame, marks: str = "thin lines") -> str:
     """Return a line on how several runs were pooled; empty for one run.
 
-    ``marks`` names the marks of single runs.
+    ``marks`` names the marks of single runs. Intervals are columns ``low``, or a name with the suffix ``_low``.
     """
     number = frame["run_id"].n_unique()
-    return f"\nmean of {number} runs and of their intervals; {marks}: runs" if number > 1 else ""
+    has_interval = any(frame[name].count() for name in frame.columns if name == "low" or name.endswith("_low"))
+    return f"\nmean of {number} runs{' and of their intervals' * has_interval}; {marks}: runs" if number > 1 else ""
 
 
 def errors(frame: pl.DataFrame, y: str, low: str = "low", high: str = "high") -> list[pl.Series]:

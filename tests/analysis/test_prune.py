@@ -160,6 +160,7 @@ def test_a_dry_run_counts_and_changes_nothing(run_dir: Path):
     assert guess.bytes_after == pytest.approx(found.bytes_after, rel=0.5)
 
 
+@pytest.mark.slow
 def test_a_killed_prune_leaves_the_old_or_the_new_trace_and_can_be_repeated(recorded: Path, tmp_path: Path):
     old, new = tokens(recorded), expected(recorded, SAMPLING)
     finished = tmp_path / "finished"

@@ -236,7 +236,9 @@ def test_a_query_ends_when_nobody_reads_its_rows(runs: Runs, form: str):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
-@pytest.mark.parametrize("form", ["csv", "json", "parquet", "table"])
+@pytest.mark.parametrize(
+    "form", ["json", *(pytest.param(form, marks=pytest.mark.slow) for form in ("csv", "parquet", "table"))]
+)
 def test_output_needs_little_memory_whatever_its_size(runs: Runs, form: str, tmp_path: Path):
     path = path_of(runs)
     sizes = []

@@ -139,7 +139,14 @@ def ask_all(study: Path, runs: Runs, words: set[str]) -> None:
             runs.query(stem)
 
 
-@pytest.mark.parametrize("table", [table for table, names in NULLABLE.items() if READ & set(names)])
+@pytest.mark.parametrize(
+    "table",
+    [
+        pytest.param(table, marks=() if table == "tokens" else pytest.mark.slow)
+        for table, names in NULLABLE.items()
+        if READ & set(names)
+    ],
+)
 def test_nulls_in_a_table(whole: Path, tmp_path: Path, table: str):
     """Each column of a table is null in its own fifth of the rows.
 
@@ -165,6 +172,7 @@ def test_nulls_in_a_column(whole: Path, pair: Path, tmp_path: Path, table: str, 
     ask_all(study, runs, {table, column})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name for name, need in queries.NEEDS.items() if need.column and need.column != "category"]
 )
@@ -184,7 +192,7 @@ def test_what_a_question_needs(whole: Path, tmp_path: Path, name: str):
 
 
 @pytest.mark.usefixtures("few_figures")
-@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("share", ["all", pytest.param("half", marks=pytest.mark.slow)])
 def test_all_columns_at_once(pair: Path, tmp_path: Path, share: str):
     for table, columns in NULLABLE.items():
         forget(pair, tmp_path / "study", table, columns, share)

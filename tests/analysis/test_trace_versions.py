@@ -112,6 +112,7 @@ def test_a_run_begun_with_version_1_is_resumed_with_version_2(tiny_path: Path, t
     assert set(groups["n"]) == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("table", "column"), NEW_COLUMNS)
 def test_a_file_of_version_2_may_lack_a_nullable_column(tiny_path: Path, tmp_path: Path, table: str, column: str):
     run = tmp_path / "run"
@@ -132,7 +133,7 @@ def test_tokens_of_version_2_are_read_without_their_rollouts(tiny: Runs, tmp_pat
     assert "Join" in str(open_runs(as_version_1(tiny_path, tmp_path / "tiny")).sql(plan).rows())
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_advantage_without_an_update_changes_no_answer(tiny: Runs, tiny_path: Path, tmp_path: Path, version: int):
     """Only ``is_kept`` marks the update.
 

@@ -113,6 +113,7 @@ def merge(*parts: dict[str, list[tuple]]) -> dict[str, list[tuple]]:
     return {table: sorted((row for part in parts for row in part[table]), key=lambda row: row[:3]) for table in TABLES}
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(steps=STEPS, num_ranks=st.integers(1, 2))
 @example(steps=[([LONG], [LONG], True, True), ([], [], False, False), ([LONG], [], True, False)], num_ranks=2)

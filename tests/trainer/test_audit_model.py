@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -153,6 +154,7 @@ def test_clean_dumps_raise_no_alarm(case: Case):
     assert alarms(case.sample, case.reference) == {}
 
 
+@pytest.mark.slow
 def test_no_part_of_a_clean_dump_raises_an_alarm(case: Case):
     """Ten random halves of the responses of each dump raise no alarm.
 
@@ -195,7 +197,7 @@ def truncated(case: Case, temperature: float, kind: str, limit: float) -> np.nda
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("top-p", 0.9), ("top-k", 5), ("min-p", 0.1)])
-@pytest.mark.parametrize("temperature", [TEMPERATURE, 1.0])
+@pytest.mark.parametrize("temperature", [TEMPERATURE, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_a_truncation_is_estimated(trl: Case, kind: str, limit: float, temperature: float):
     values = truncated(trl, temperature, kind, limit)
     fit = fit_logprobs(trl.reference.model, values, trl.reference.responses)
@@ -254,6 +256,11 @@ def other_version(case: Case, scale: float) -> np.ndarray:
     return case.own(case.values(logits=logits)[0])
 
 
+def first_quick(cases: Iterable[str], count: int) -> list[Any]:
+    """Return the parameters of a test, of which all but the first ``count`` are slow."""
+    return [pytest.param(name, marks=pytest.mark.slow if i >= count else ()) for i, name in enumerate(cases)]
+
+
 FAULTS: dict[str, tuple[Callable[[Case], np.ndarray], str]] = {
     "temperature not applied": (lambda c: c.own(c.values(1.0)[0]), "was not applied to the values"),
     "temperature applied twice": (lambda c: c.own(c.values(0.49)[0]), "was applied twice"),
@@ -275,7 +282,7 @@ FAULTS: dict[str, tuple[Callable[[Case], np.ndarray], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", first_quick(FAULTS, 3))
 def test_a_fault_of_log_probabilities_is_found(case: Case, name: str):
     inject, cause = FAULTS[name]
     found = case.alarms(logprob=inject(case))
@@ -307,6 +314,7 @@ def test_a_fault_of_entropies_is_found(trl: Case, name: str):
     assert cause in trl.alarms(entropy=inject(trl))["model entropy"].cause
 
 
+@pytest.mark.slow
 def test_another_version_of_the_policy_is_not_told_from_another_model(case: Case):
     found = case.alarms(logprob=other_version(case, 0.15))["model logprob"]
     assert "another version of the policy or another model, which cannot be told apart" in found.cause
@@ -368,13 +376,14 @@ TOKENS: dict[str, tuple[Callable[[Case], pl.DataFrame], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", first_quick(TOKENS, 1))
 def test_tokens_that_were_not_sampled_are_found(case: Case, name: str):
     edit, cause = TOKENS[name]
     found = reread(case, edit(case))
     assert cause in found["model tokens"].cause, found["model tokens"]
 
 
+@pytest.mark.slow
 def test_values_of_other_token_ids_are_found(trl: Case):
     """Token ids come from the text tokenized again, values from the sampled tokens."""
 
@@ -463,6 +472,7 @@ def test_a_policy_is_compared_with_the_step_that_it_sampled(native_run: Path, ca
     assert (status, err.count("no response was sampled after 3 updates")) == (2, 1)
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_not_known_to_have_sampled_is_refused(native_run: Path, call, tmp_path: Path):
     copy = shutil.copytree(native_run / "checkpoints" / "step-000002" / "policy", tmp_path / "policy")
     status, _, err = call("audit", native_run, "--model", copy)

@@ -167,6 +167,7 @@ def test_two_processes_reproduce_the_run_of_one(alone, tmp_path, sharing):
     assert runs.sql("select count(*) from tokens").item() == len(read(alone, "tokens"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["ddp", pytest.param("fsdp", marks=SHARDED)])
 def test_a_killed_process_ends_all_with_one_line_and_the_run_can_resume(alone, tmp_path, sharing):
     out, log = tmp_path / "killed", tmp_path / "log.txt"

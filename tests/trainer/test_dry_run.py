@@ -23,6 +23,7 @@ def test_shapes_known_by_name_have_the_published_number_of_parameters(name):
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_study_fits_on_8_gpus_with_the_state_shared_out():
     plan = make_plan(load_config("paper-qwen2.5-7b"), devices=8)
     assert plan.parameters == plan.trained == PUBLISHED["Qwen/Qwen2.5-7B"]
@@ -33,7 +34,7 @@ def test_the_recipe_of_the_study_fits_on_8_gpus_with_the_state_shared_out():
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_memory_of_an_update_is_near_what_the_allocator_counts(tmp_path, policy, dtype, checkpointing):
     shape = LlamaConfig(
         vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4

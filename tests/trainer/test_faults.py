@@ -176,6 +176,7 @@ def test_a_run_killed_in_its_first_manifest_has_not_begun(tmp_path):
         is_complete(load_config("tiny", OVERRIDES), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, whole, monkeypatch):
     class Backwards(manifest.datetime):
         hours = iter(range(10**6, 0, -1))
@@ -259,6 +260,7 @@ def _starve(owner, name, call):
     setattr(owner, name, starved)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is measured and limited as Linux does")
 def test_out_of_memory_names_the_setting_to_lower(tmp_path, whole):
     # Of the C library's: one heap, none kept in reserve, and larger blocks go back to the system once they are free.
@@ -474,6 +476,7 @@ def locked_disk(folder, out):
     print(json.dumps(told))
 
 
+@pytest.mark.slow
 @needs_mounts
 def test_a_disk_that_becomes_read_only(tmp_path, whole, run_mounted):
     (tmp_path / "disk").mkdir()
@@ -518,6 +521,7 @@ def unwritable_disk(folder, run_dir, recipe, condition):
     print(json.dumps(told))
 
 
+@pytest.mark.slow
 @needs_mounts
 @pytest.mark.parametrize(
     ("condition", "reason", "remedy"),
@@ -557,6 +561,7 @@ def full_temporary_folder(folder, run_dir):
     print(json.dumps(_entrace("sql", run_dir, f"{text} from range(900000) as t(i))", "--memory", "200MiB")))
 
 
+@pytest.mark.slow
 @needs_mounts
 def test_a_query_that_fills_the_temporary_folder_has_a_remedy(tmp_path, whole, run_mounted):
     (tmp_path / "disk").mkdir()

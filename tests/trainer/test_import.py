@@ -153,6 +153,14 @@ def test_a_reference_policy_needs_a_model_with_its_tokens(trained, other_model, 
     assert f"--reference: {strange} has other tokens than embedded" in err
 
 
+@pytest.mark.parametrize("option", ["--model", "--reference"])
+def test_a_model_that_is_not_there_is_named_by_its_option(trained, tmp_path, call, option):
+    given = {"--model": "embedded", "--reference": "embedded", option: tmp_path / "nowhere"}
+    options = [word for pair in given.items() for word in pair]
+    status, _, err = call("import", write(tmp_path / "rows.jsonl", trained[1]), *options, "--out", tmp_path / "run")
+    assert (status, err) == (2, f"entrace: {option}: no model folder at {tmp_path / 'nowhere'}\n")
+
+
 def test_text_alone_is_tokenised_to_what_was_sampled(trained, tmp_path, call):
     _, rows = trained
     paths = {"ids": rows, "text": without(rows, "response_ids")}

@@ -46,6 +46,7 @@ def test_the_run_has_what_a_resume_must_restore(harness):
     assert steps["groups_dropped"].sum() > 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_opens_and_ends_like_one_that_was_left_alone(harness):
     cases = play_cases(harness, SEED, NUM_KILLS)
     assert [failure for case in cases for failure in case.failures()] == []

@@ -40,6 +40,7 @@ CHECKS = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_is_queried_while_it_trains(tmp_path):
     run = tmp_path / "live"
     command = [sys.executable, "-m", "entrace", "train", "tiny", *LIVE, "--out", str(run)]

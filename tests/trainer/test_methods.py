@@ -18,7 +18,16 @@ from entrace.trainer.train import train
 from .conftest import SMALL
 
 # Several updates a step, so that bounds, ratios and penalties on the ratio have something to act on.
-BUSY = [*SMALL, "steps=2", "optim.mini_batches=3", "optim.lr=1e-3", "optim.warmup_steps=0", "rollout.max_refills=1"]
+BUSY = [
+    *SMALL,
+    "task.num_heldout=1",
+    "eval.samples=1",
+    "steps=2",
+    "optim.mini_batches=3",
+    "optim.lr=1e-3",
+    "optim.warmup_steps=0",
+    "rollout.max_refills=1",
+]
 ACTIVE = {
     "position": ["shaping.position.start_step=1"],
     "position_reversed": ["shaping.position.start_step=1"],

@@ -180,6 +180,7 @@ def large(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], SAMPLED])
 def test_the_predicted_size_is_near_that_of_a_run(large, tmp_path, options):
     """The comparison uses sampled tokens instead of the largest possible number."""

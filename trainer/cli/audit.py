@@ -10,7 +10,7 @@ import typer
 
 from entrace.analysis.cli import note_incomplete, print_json, say
 from entrace.analysis.trace import InputError
-from entrace.trainer.cli.options import Json, require_train_extra
+from entrace.trainer.cli.options import Json, named_by, require_train_extra
 
 
 def audit(
@@ -73,7 +73,8 @@ def audit(
         require_train_extra()
         from entrace.trainer.cli.audit_model import Comparison
 
-        comparison = Comparison.load(model, model_step, batch_tokens)
+        with named_by("--model"):
+            comparison = Comparison.load(model, model_step, batch_tokens)
     codec = comparison.codec if comparison else TokenizerFile(tokenizer) if tokenizer else None
     dumps = [path for path in runs if format_name or tokenizer or not is_run(path)]
     keep = comparison.keep if comparison else None

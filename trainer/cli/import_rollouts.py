@@ -15,7 +15,7 @@ from entrace.analysis.cli import say, stoppable
 from entrace.analysis.trace import InputError
 from entrace.analysis.trace.digests import hash_file
 from entrace.analysis.trace.places import reaching, to_place
-from entrace.trainer.cli.options import Resume, require_train_extra
+from entrace.trainer.cli.options import Resume, named_by, require_train_extra
 
 if TYPE_CHECKING:
     from entrace.analysis.importers.codec import Codec
@@ -136,8 +136,10 @@ def import_rollouts(
         run.check_target(out, resume)
         found = Dump.find([to_place(path) for path in dump], format_name, has_fields=bool(fields))
         joined = Rewards(rewards, fields.get("id")) if rewards else None
-        using = _load(policy, tokenizer, template, out)
-        base = _load(reference_config, None, None, out) if reference_config else None
+        with named_by("--model"):
+            using = _load(policy, tokenizer, template, out)
+        with named_by("--reference"):
+            base = _load(reference_config, None, None, out) if reference_config else None
         if base and base.tokens != using.tokens:
             raise InputError(f"--reference: {reference} has other tokens than {model}; choose a model of its family")
         with using.guard, ExitStack() as stack:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import Annotated, Any
@@ -28,6 +30,19 @@ def require_train_extra() -> None:
 
     if find_spec("torch") is None or find_spec("transformers") is None:
         raise InputError("this command needs the train extra: pip install 'entrace[train]'")
+
+
+@contextmanager
+def named_by(option: str) -> Iterator[None]:
+    """Name ``option`` in errors about the model that it holds.
+
+    Raises:
+        InputError: the model is not usable; the message names the option in place of ``policy.path``.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace("policy.path", option, 1)) from error
 
 
 class _LazyModule(ModuleType):

@@ -1,0 +1,222 @@
+"""Write the page of the powered ablation from its studies, one per task.
+
+``make ablation-powered`` trains them. Each arm is trained at the learning rate that gave it the highest held-out
+accuracy on the seeds of the study of rates, which the compared study does not use. Rates whose accuracies differ by no
+more than the noise of these means are tied, and the lowest of them is chosen: its runs vary least between seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import polars as pl
+
+from entrace.analysis.compare import compare
+from entrace.analysis.runs import Runs, open_runs
+from entrace.analysis.trace import InputError
+
+# A standard error of the mean of two runs near an accuracy of .95.
+TIE = 0.005
+METRICS = {"avg_at_k": "accuracy at the end (avg@k)", "accuracy_auc": "mean accuracy over training"}
+# Largest detectable differences that the design aims at, in accuracy.
+METHODS, OF_METHODS, OF_CONTROLS = ("ppl", "position", "ppl+position"), 0.015, 0.02
+REASONING_WORDS = ("logical_structuring", "metacognitive")
+
+COURSE = """
+    select step, avg(is_correct::int) as accuracy, avg(response_length) as length, avg(entropy_mean) as entropy
+    from evals join runs using (run_id) where arm = $arm group by step order by step
+"""
+SHARES = """
+    select category, count(*) / sum(count(*)) over () as share
+    from tokens join runs using (run_id) where arm = $arm group by category
+"""
+LAST = """
+    select run_id, avg(is_correct::int) as accuracy from evals
+    where step = (select max(step) from evals) group by run_id
+"""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A study on one task, and the study that chose its learning rates."""
+
+    name: str
+    study: Runs
+    rates: Runs
+
+    def accuracies(self) -> dict[str, dict[float, list[float]]]:
+        """Return the accuracies at the end of the study of rates, by arm and learning rate."""
+        found: dict[str, dict[float, list[float]]] = {}
+        for run_id, accuracy in self.rates.sql(LAST).sort("run_id").iter_rows():
+            manifest = self.rates.manifests[run_id]
+            rate = manifest["config"]["optim"]["lr"]
+            found.setdefault(manifest["arm"].split(" [")[0], {}).setdefault(rate, []).append(accuracy)
+        return found
+
+    def chosen(self) -> dict[str, float]:
+        """Return the lowest learning rate within ``TIE`` of the highest mean accuracy, by arm.
+
+        Raises:
+            InputError: an arm was trained at another rate, or seeds are in both studies.
+        """
+        best = {}
+        for arm, by in self.accuracies().items():
+            means = {rate: fmean(found) for rate, found in by.items()}
+            best[arm] = min(rate for rate, mean in means.items() if mean >= max(means.values()) - TIE)
+        for manifest in self.study.manifests.values():
+            rate = manifest["config"]["optim"]["lr"]
+            if rate != best.get(manifest["arm"]):
+                chosen = f"{best[manifest['arm']]:g}" if manifest["arm"] in best else "none"
+                raise InputError(f"{self.name}: {manifest['arm']} was trained at {rate:g}, chosen: {chosen}")
+        seeds = [{manifest["seed"] for manifest in runs.manifests.values()} for runs in (self.study, self.rates)]
+        if common := seeds[0] & seeds[1]:
+            raise InputError(f"{self.name}: seeds {sorted(common)} chose the learning rates and are compared too")
+        return best
+
+
+def describe_tasks(trials: Sequence[Trial]) -> list[str]:
+    """Return a table of what the baseline does on each task."""
+    rows = []
+    for trial in trials:
+        own = {"arm": trial.study.baseline}
+        course, shares = trial.study.sql(COURSE, own), dict(trial.study.sql(SHARES, own).iter_rows())
+        params = next(iter(trial.study.manifests.values()))["config"]["task"]["params"]
+        words = sum(shares.get(name, 0) for name in REASONING_WORDS)
+        rows.append(
+            [
+                trial.name,
+                f"{params['min_terms']} to {params['max_terms']}",
+                *(_course(course[name], digits) for name, digits in (("accuracy", 3), ("length", 1), ("entropy", 3))),
+                f"{words:.3f}",
+                f"{shares.get('formal_reasoning', 0):.3f}",
+            ]
+        )
+    names = ["task", "terms", "accuracy", "tokens per response", "entropy", "reasoning words", "formal tokens"]
+    return _table(names, rows)
+
+
+def describe_rates(trials: Sequence[Trial]) -> list[str]:
+    """Return a table of the mean accuracy of each arm at each learning rate."""
+    header = ["arm"]
+    rows: dict[str, list[str]] = {}
+    for trial in trials:
+        best = trial.chosen()
+        rates = sorted({rate for by in trial.accuracies().values() for rate in by})
+        header += [f"{trial.name}, {rate:g}" for rate in rates]
+        for arm, by in trial.accuracies().items():
+            means = {rate: f"{fmean(by[rate]):.3f}" for rate in rates}
+            rows.setdefault(arm, [arm]).extend(
+                f"**{means[rate]}**" if rate == best[arm] else means[rate] for rate in rates
+            )
+    return _table(header, list(rows.values()))
+
+
+def describe_differences(found: pl.DataFrame, metric: str) -> list[str]:
+    """Return a table of the differences in one metric, with intervals and verdicts."""
+    rows = [
+        [
+            f"{row['arm']} − {row['baseline']}",
+            f"{row['difference']:+.4f}",
+            f"[{row['low']:+.4f}, {row['high']:+.4f}]",
+            f"{row['p_adjusted']:.2g}",
+            f"{row['detectable']:.4f}",
+            row["verdict"],
+        ]
+        for row in found.filter(metric=metric).iter_rows(named=True)
+    ]
+    return _table(["difference", "estimate", "95% interval", "p (Holm)", "detectable", "verdict"], rows)
+
+
+def describe_power(found: pl.DataFrame, baseline: str) -> list[str]:
+    """Return what the design detects beside what it aims at, as sentences of a list."""
+    lines = []
+    for metric, name in METRICS.items():
+        of_metric = found.filter(metric=metric, baseline=baseline)
+        for is_method, target, arms in ((True, OF_METHODS, "the methods"), (False, OF_CONTROLS, "the controls")):
+            largest = of_metric.filter(pl.col("arm").is_in(METHODS) == is_method)["detectable"].max()
+            if isinstance(largest, float):
+                state = "met" if largest <= target else "missed"
+                lines.append(f"- {name}: {largest:.4f} between {arms} and {baseline} (aim {target}: {state})")
+    return lines
+
+
+def write_page(trials: Sequence[Trial], page: str) -> str:
+    """Return the page; ``page`` is the name of its folder of reports."""
+    lines = [
+        "# An ablation with power for gains of 1 to 2 points",
+        "",
+        "`make ablation-powered` trains the runs and writes this page. All arms of a seed share base policy, prompts,",
+        "and random numbers; every seed has prompts of its own. Differences are of accuracy: .01 is one point.",
+        "",
+        "## Tasks",
+        "",
+        "Means of the baseline; from the first evaluation to the last, and shares of all training tokens.",
+        "",
+        *describe_tasks(trials),
+        "",
+        "## Learning rates",
+        "",
+        "Mean accuracy at the end on seeds that are not compared. Each arm is trained at the rate in bold: the lowest",
+        f"one within {TIE} of the best, since differences below that are noise and runs at lower rates vary less.",
+        "",
+        *describe_rates(trials),
+    ]
+    for trial in trials:
+        found = compare(trial.study).differences
+        seeds = {
+            row["arm"]: row["num_seeds"]
+            for row in found.filter(metric="avg_at_k", baseline=trial.study.baseline).iter_rows(named=True)
+        }
+        prompts = found["num_prompts"].drop_nulls()[0]
+        lines += [
+            "",
+            f"## {trial.name.capitalize()}",
+            "",
+            f"{_seeds(seeds)}, {prompts} held-out prompts. [Report]({page}/{trial.name}/report.html)",
+            "",
+            "What the design detects with 80% power at the strictest step of Holm's correction:",
+            "",
+            *describe_power(found, trial.study.baseline),
+        ]
+        for metric, name in METRICS.items():
+            lines += ["", f"### {name[0].upper()}{name[1:]}", "", *describe_differences(found, metric)]
+    return "\n".join(lines) + "\n"
+
+
+def _course(values: pl.Series, digits: int) -> str:
+    return f"{values[0]:.{digits}f} to {values[-1]:.{digits}f}"
+
+
+def _seeds(counts: Mapping[str, int]) -> str:
+    low, high = min(counts.values()), max(counts.values())
+    return f"{low} seeds per arm" if low == high else f"{low} to {high} seeds per arm"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def main() -> None:
+    """Read the studies, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("root", type=Path, help="Folder with the studies NAME and rates-NAME of each task.")
+    parser.add_argument("--task", action="append", help="NAME of a task (default: short and long).")
+    parser.add_argument("--out", type=Path, help="Page (default: print it).")
+    options = parser.parse_args()
+    trials = [
+        Trial(name, open_runs(options.root / name), open_runs(options.root / f"rates-{name}"))
+        for name in options.task or ["short", "long"]
+    ]
+    text = write_page(trials, options.out.stem if options.out else "ablation-powered")
+    if options.out:
+        options.out.write_text(text)
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Test the page of the powered ablation on simulated runs with a planted gain."""
+
+from pathlib import Path
+
+import pytest
+
+from entrace.analysis.runs import open_runs
+from entrace.analysis.trace import InputError, read_manifest, write_manifest
+from tests.analysis.synthetic import Planted, write_run
+from tests.benchmarks.powered_ablation import Trial, write_page
+
+TASK = {"params": {"min_terms": 3, "max_terms": 3}}
+
+
+def write(folder: Path, arm: str, seed: int, rate: float, accuracy: float, label: str = "") -> None:
+    run = write_run(
+        folder / f"{arm}{rate:g}-{seed}", arm=arm, seed=seed, planted=Planted(eval_accuracy=accuracy), steps=4, groups=2
+    )
+    manifest = read_manifest(run)
+    config = {**manifest["config"], "optim": {"lr": rate}, "task": TASK}
+    write_manifest(run, {**manifest, "config": config, "arm": arm + label, "baseline": f"none{label}"})
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Write both studies; ppl learns best at the higher rate, and gains .2."""
+    for seed in (100, 101):
+        for rate, ppl in ((0.1, 0.5), (0.2, 0.9)):
+            write(tmp_path / "rates", "none", seed, rate, 0.9 if rate == 0.1 else 0.3, f" [optim.lr={rate}]")
+            write(tmp_path / "rates", "ppl", seed, rate, ppl, f" [optim.lr={rate}]")
+    for seed in range(3):
+        write(tmp_path / "study", "none", seed, 0.1, 0.5)
+        write(tmp_path / "study", "ppl", seed, 0.2, 0.7)
+    return tmp_path
+
+
+def test_the_page_shows_rates_differences_and_power(root: Path):
+    trial = Trial("short", open_runs(root / "study"), open_runs(root / "rates"))
+    assert trial.chosen() == {"none": 0.1, "ppl": 0.2}
+    page = write_page([trial], "powered")
+    ppl = next(line for line in page.splitlines() if line.startswith("| ppl − none |"))
+    estimate, interval, *_, verdict = [cell.strip() for cell in ppl.split("|")[2:-1]]
+    low, high = map(float, interval.strip("[]").split(","))
+    assert low < float(estimate) < high
+    assert low < 0.2 < high
+    assert verdict == "better"
+    assert "3 seeds per arm" in page
+    assert "[Report](powered/short/report.html)" in page
+
+
+def test_an_arm_at_another_rate_and_seeds_of_both_studies_are_refused(root: Path):
+    write(root / "other", "none", 0, 0.2, 0.5)
+    with pytest.raises(InputError, match=r"short: none was trained at 0\.2, chosen: 0\.1"):
+        Trial("short", open_runs(root / "other"), open_runs(root / "rates")).chosen()
+    write(root / "again", "none", 100, 0.1, 0.5)
+    with pytest.raises(InputError, match=r"short: seeds \[100\] chose the learning rates and are compared too"):
+        Trial("short", open_runs(root / "again"), open_runs(root / "rates")).chosen()
