@@ -333,6 +333,13 @@ def test_an_extra_pass_is_logged_once_and_only_where_needed(tmp_path, caplog):
     assert message.endswith("where shaping needs the whole generation batch before its first slice")
 
 
+def test_truncated_sampling_is_logged_once(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "entrace"):
+        build(TracedGRPOTrainer, tmp_path / "out", traced={"trace": tmp_path / "run"}, top_p=0.9, top_k=5)
+    messages = [record.message for record in caplog.records if "as recorded" in record.message]
+    assert messages == ["top_p=0.9, top_k=5: TRL's log-probabilities and entropies, as recorded, are those without it"]
+
+
 def test_resuming_continues_the_trace_without_duplicates(tmp_path):
     settings = {
         "save_strategy": "steps",

@@ -67,6 +67,7 @@ class Tracer:
     def __init__(self, trainer: Any, arguments: Arguments) -> None:
         """Follow ``trainer``."""
         self.trainer, self.arguments = trainer, arguments
+        self._said: set[str] = set()
         self.run_dir, self.config = arguments.run_dir, arguments.shaping
         self.accelerator = trainer.accelerator
         self.reward_names = number_repeats(trainer.reward_func_names)
@@ -90,7 +91,6 @@ class Tracer:
         self._has_trained = False
         # Seconds that recording took so far, and those that a step has been charged with.
         self._overhead = self._charged = 0.0
-        self._said: set[str] = set()
 
     def _warn_of_truncated_sampling(self) -> None:
         defaults = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
