@@ -116,7 +116,7 @@ class BatchReader:
             "response": response,
             "reward": weighted.double().numpy(),
             "is_correct": [self._judge(*pair) for pair in zip(components, weighted.tolist(), strict=True)],
-            "length": [len(ids) for ids in scored.ids],
+            "response_length": [len(ids) for ids in scored.ids],
             "entropy_mean": [None] * len(scored.ids),
         }
 

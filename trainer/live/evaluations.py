@@ -48,12 +48,12 @@ class Evaluations:
             return
         joined = {
             name: [value for part in in_order for value in part[name]]
-            for name in ("reward", "is_correct", "length", "entropy_mean")
+            for name in ("reward", "is_correct", "response_length", "entropy_mean")
         }
         for name in ("prompt", "prompt_id", "ground_truth", "task"):
             joined[name] = [value for part in in_order for value in part["response"][name]]
         # The last batch repeats rows of the first one, so that every process has equally many.
-        count = len(joined["length"])
+        count = len(joined["reward"])
         if hasattr(dataset, "__len__"):
             count = min(count, len(dataset) * self._trainer.num_generations_eval)
         benchmark = prefix.removeprefix("eval").lstrip("_") or HELDOUT
@@ -94,18 +94,5 @@ class Evaluations:
     def _write(self, recorder: Recorder, step: int, benchmark: str, rows: Mapping[str, Any]) -> None:
         if recorder.has_eval(step, benchmark):
             self._notices.say_already_recorded(step, benchmark)
-            return
-        if step < recorder.last_step:
-            return
-        recorder.record_eval(
-            step,
-            benchmark=benchmark,
-            prompt=rows["prompt"],
-            prompt_id=rows["prompt_id"],
-            ground_truth=rows["ground_truth"],
-            task=rows["task"],
-            response_length=rows["length"],
-            reward=none_for_nan(rows["reward"]),
-            is_correct=rows["is_correct"],
-            entropy_mean=rows["entropy_mean"],
-        )
+        elif step >= recorder.last_step:
+            recorder.record_eval(step, benchmark=benchmark, **{**rows, "reward": none_for_nan(rows["reward"])})

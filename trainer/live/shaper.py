@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ class Shaper:
     """Shape advantages, and detect the plateau that shaping may wait for.
 
     Attributes:
+        plateau: Detector that has seen the recorded steps.
         is_on: A shaping method is configured.
         is_early: It needs a whole batch before the first of several slices.
         waits: It starts at the plateau.
@@ -26,25 +27,16 @@ class Shaper:
 
     def __init__(self, trainer: Any, arguments: Arguments) -> None:
         """Start without any step seen."""
-        self._trainer, self._arguments, self._config = trainer, arguments, arguments.shaping
-        self._plateau = arguments.detector([])
+        self._trainer, self._config = trainer, arguments.shaping
+        self.plateau = arguments.detector([])
         self.is_on = self._config.method != NONE
         self.is_early = self.is_on and trainer.args.steps_per_generation > 1
         self.waits = waits_for_plateau(self._config)
 
-    @property
-    def plateau_step(self) -> int | None:
-        """Return the first step of the plateau, or None before it is detected."""
-        return self._plateau.plateau_step
-
-    def restart(self, history: Iterable[tuple[float | None, float | None]]) -> None:
-        """Replay the (entropy, accuracy) of past steps."""
-        self._plateau = self._arguments.detector(history)
-
     def end_step(self, row: Mapping[str, Any]) -> None:
         """Add a step, whose row of table ``steps`` the main process knows."""
         ((entropy, accuracy),) = broadcast_object_list([(row.get("entropy_token_mean"), row.get("accuracy"))])
-        self._plateau.update(entropy or 0.0, accuracy or 0.0)
+        self.plateau.update(entropy or 0.0, accuracy or 0.0)
 
     def shape(self, batch: Generation, output: Any, rows: Tensor) -> None:
         """Shape the advantages of a batch whose statistics are known.
@@ -56,7 +48,7 @@ class Shaper:
         own |= {"correct": [bool(c) for c in batch.is_correct], "group": batch.group, "reward": batch.rewards}
         parts = gather_object([own])
         # Both trainers average over the prompts of a step; the methods see groups from 0.
-        shaped, is_on = shape_all(parts, self._config, self._trainer.args.seed, batch.step, self.plateau_step)
+        shaped, is_on = shape_all(parts, self._config, self._trainer.args.seed, batch.step, self.plateau.plateau_step)
         if not is_on:
             return
         start = sum(len(part["advantage"]) for part in parts[: self._trainer.accelerator.process_index])

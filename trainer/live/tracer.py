@@ -82,7 +82,7 @@ class Tracer:
                 self._last = self._recorder.last_step
                 history = self._recorder.past_metrics()
         self._last, history = broadcast_object_list([self._last, history])
-        self.shaper.restart(history)
+        self.shaper.plateau = self.arguments.detector(history)
         self._open.clear()
 
     @contextmanager
@@ -249,14 +249,13 @@ class Tracer:
         if self.shaper.waits:
             self.shaper.end_step(row)
             if self._recorder is not None:
-                self._recorder.manifest["plateau_step"] = self.shaper.plateau_step
+                self._recorder.manifest["plateau_step"] = self.shaper.plateau.plateau_step
 
     def _write(self, recorder: Recorder, batch: Generation, joined: dict[str, Any], cost: float) -> dict[str, Any]:
         lengths = joined["lengths"]
         token = {name: split_by_response(values, lengths) for name, values in joined["token"].items()}
         loss_mask = token.pop("loss_mask")
         response = dict(joined["response"])
-        kept = joined["in_loss"] & ~joined["is_masked"]
         metrics = {name: mean_of_known(values) for name, values in batch.metrics.items()}
         metrics["loss"] = joined["loss"]
         return recorder.record(
@@ -269,7 +268,7 @@ class Tracer:
             group=joined["group"],
             advantage=exact_zeros(joined["advantage"], joined["reward"], joined["group"]),
             is_correct=joined["is_correct"],
-            is_kept=kept,
+            is_kept=joined["in_loss"] & ~joined["is_masked"],
             drop_reason=[TRUNCATED if masked else None for masked in joined["is_masked"]],
             policy_step=batch.policy_step,
             policy_version=batch.policy_version,
