@@ -21,7 +21,8 @@ from entrace.analysis.trace import InputError
 from entrace.trainer.algorithm.method import RolloutView
 from entrace.trainer.algorithm.shaping import shape
 from entrace.trainer.live import arguments
-from entrace.trainer.live import tracer as live
+from entrace.trainer.live.batches import eos_ids
+from entrace.trainer.live.tracer import UNIFORM_ROUNDING
 from entrace.trainer.seeding import Stream, generator
 from entrace.trl import Traced, TracedGRPOTrainer, TracedRLOOTrainer
 
@@ -112,7 +113,7 @@ def test_steps_responses_and_rewards_are_those_of_the_generation_batches(recorde
     assert manifest(folder)["status"] == "complete"
     assert steps["step"].to_list() == list(range(1, len(trainer.batches) + 1))
     assert manifest(folder)["total_steps"] == len(trainer.batches)
-    ends = {*live._eos_ids(trainer), trainer._tokenizer.pad_token_id}
+    ends = {*eos_ids(trainer), trainer._tokenizer.pad_token_id}
     for step, batch in enumerate(trainer.batches, 1):
         rows = rollouts.filter(step=step)
         assert rows["completion"].to_list() == batch["completions"]
@@ -128,7 +129,7 @@ def test_steps_responses_and_rewards_are_those_of_the_generation_batches(recorde
         total = (scores * trainer.reward_weights).nansum(1)
         np.testing.assert_allclose(rows["reward"], total, rtol=1e-6)
         assert rows["is_correct"].to_list() == (scores[:, 0] >= 1).tolist()
-        np.testing.assert_allclose(rows["advantage"], batch["advantages"], atol=live.UNIFORM_ROUNDING)
+        np.testing.assert_allclose(rows["advantage"], batch["advantages"], atol=UNIFORM_ROUNDING)
         uniform = [np.ptp(total[groups == group]) == 0 for group in groups]
         if not isinstance(trainer, RLOOTrainer):
             assert all(x == 0 for x, same in zip(rows["advantage"], uniform, strict=True) if same)
@@ -204,7 +205,9 @@ def test_measures_of_the_update_are_recorded(recorded):
     tokens = table(folder, "tokens")
     assert (tokens["reference_logprob"].null_count() == 0) == bool(trainer.args.beta)
     # TRL 1.14 and 1.15 compute no entropies of the reference model.
-    has_entropies = bool(trainer.args.beta) and (trainer._entrace.has_reference_entropy or trainer.ref_model is None)
+    has_entropies = bool(trainer.args.beta) and (
+        trainer._entrace.passes.has_reference_entropy or trainer.ref_model is None
+    )
     assert ("reference_entropy" in tokens.columns) == has_entropies
     if has_entropies:
         first, batch = tokens.filter(step=1), trainer.batches[0]
@@ -223,7 +226,7 @@ def test_measures_of_the_update_are_recorded(recorded):
         assert later["reference_entropy"].null_count() == 0
         assert (later["reference_entropy"] != later["entropy"]).any()
     # TRL 1.14 has no fused LM head to ask for sums of squared probabilities.
-    assert (tokens["grad_norm"].null_count() == 0) == (trainer._entrace.probe is not None)
+    assert (tokens["grad_norm"].null_count() == 0) == (trainer._entrace.passes.probe is not None)
     unknown = manifest(folder)["unknown"]
     for name in ("tokens", "rollouts", "steps"):
         frame = table(folder, name)
@@ -331,6 +334,13 @@ def test_an_extra_pass_is_logged_once_and_only_where_needed(tmp_path, caplog):
         assert passes("aligned", gradient_accumulation_steps=2) == []
         (message,) = passes("shaped", gradient_accumulation_steps=2, traced={"shaping": "ppl"})
     assert message.endswith("where shaping needs the whole generation batch before its first slice")
+
+
+def test_truncated_sampling_is_logged_once(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "entrace"):
+        build(TracedGRPOTrainer, tmp_path / "out", traced={"trace": tmp_path / "run"}, top_p=0.9, top_k=5)
+    messages = [record.message for record in caplog.records if "as recorded" in record.message]
+    assert messages == ["top_p=0.9, top_k=5: TRL's log-probabilities and entropies, as recorded, are those without it"]
 
 
 def test_resuming_continues_the_trace_without_duplicates(tmp_path):
@@ -564,7 +574,7 @@ def test_bad_arguments_are_one_error(tmp_path, traced, message):
     ],
 )
 def test_correctness_has_a_named_source(correct, names, expected):
-    assert live.choose_correct(correct, names)[0] == expected
+    assert arguments.choose_correct(correct, names)[0] == expected
 
 
 def test_an_untested_version_warns_once(monkeypatch, caplog):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -141,6 +141,15 @@ class Generation:
         _place(self.stats, found, rows, self.loss_mask)
         self.known[rows.numpy()] = True
 
+    def add_own(self, found: Pass, rows: Tensor) -> None:
+        """Keep the statistics of the trainer's own pass over ``rows``.
+
+        Responses whose statistics are known, or that the trainer masks, are excluded.
+        """
+        places = torch.from_numpy(np.flatnonzero(~(self.is_masked | self.known)[rows.numpy()]))
+        if len(places):
+            self.add(found.take(places), rows[places])
+
     def add_after(self, found: Pass, rows: Tensor) -> None:
         """Keep the statistics of ``rows`` under the updated policy."""
         _place(self.after, found, rows, self.loss_mask)
@@ -235,6 +244,11 @@ def _with_none(row: np.ndarray) -> Any:
     if not is_known.any():
         return None
     return [value if known else None for value, known in zip(row.tolist(), is_known, strict=True)]
+
+
+def none_for_nan(values: Iterable[float]) -> list[float | None]:
+    """Return numbers as a list, with None for NaN."""
+    return [None if value != value else float(value) for value in values]
 
 
 def shape_all(

@@ -130,7 +130,7 @@ class Traced(_Base):
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if self._entrace is None:
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        with self._entrace.forward_pass(model, kwargs) as kept:
+        with self._entrace.passes.following(model, kwargs) as kept:
             found = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
             kept.extend(found[:2])
         return found

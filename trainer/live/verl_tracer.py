@@ -10,8 +10,6 @@ computes ``old_log_probs`` of all of them with the weights at the start of the s
 from __future__ import annotations
 
 import functools
-import json
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,9 +28,8 @@ from entrace.trainer.algorithm.shaping import NONE, waits_for_plateau
 from entrace.trainer.live.arguments import HELDOUT, Arguments, warn_if_untested
 from entrace.trainer.live.generation import shape_all, split_by_response
 from entrace.trainer.live.messages import first_of, identify, text_of
+from entrace.trainer.live.recording import Notices, common_reasons, open_recorder
 from entrace.trainer.seeding import Stream, generator
-
-log = logging.getLogger("entrace")
 
 # Tested versions of verl: lower bound included, upper bound excluded.
 TESTED = ((0, 9), (0, 10))
@@ -66,6 +63,8 @@ METRICS = {
     "lr": ("actor/lr",),
 }
 UPDATE_TIMERS = ("old_log_prob", "ref", "values", "update_critic", "update_actor")
+# Sampling settings that leave the policy's distribution as it is; the first value is the default.
+NEUTRAL = {"top_p": (1.0, None), "top_k": (-1, None, 0)}
 # Key of the reward's extra info that decides correctness unless one is named.
 ACCURACY = "acc"
 
@@ -106,7 +105,7 @@ class Tracer:
         self._step = _Step()
         self._ends: frozenset[int] = frozenset()
         self._eval_rows: list[dict[str, Any]] | None = None
-        self._said: set[str] = set()
+        self._notices = Notices()
 
     # The trace
 
@@ -116,7 +115,7 @@ class Tracer:
 
         Its status is complete after success and failed after an error; an interrupted trace stays as it is.
         """
-        self._warn_of_truncated_sampling()
+        self._notices.say_truncated("verl", self.rollout.get, NEUTRAL)
         with self._make_recorder() as recorder:
             self._recorder = recorder
             self.plateau = self.arguments.detector(recorder.past_metrics())
@@ -126,6 +125,7 @@ class Tracer:
                 self._recorder = None
 
     def _make_recorder(self) -> Recorder:
+        from omegaconf import OmegaConf
         from verl.utils.config import omega_conf_to_dataclass
 
         trainer, done = self.trainer, self.trainer.global_steps
@@ -140,32 +140,25 @@ class Tracer:
                 f"{self.run_dir}: already holds files, and verl starts without a checkpoint; choose another folder for "
                 "entrace.trace"
             )
-        recorder = Recorder(
-            self.run_dir,
+        return open_recorder(
+            trainer,
+            self.arguments,
             trainer.tokenizer,
-            vocab_size=model.hf_config.get_text_config().vocab_size,
-            temperature=float(self.rollout.temperature),
-            correct_at=None,
-            logprob_kind="engine" if self.is_bypassed else "trainer",
+            library="verl",
+            settings=OmegaConf.to_container(trainer.config, resolve=True),
+            correct=self._rule(),
             manifest={
                 "seed": self.seed,
-                "arm": self.arguments.arm or self.config.method,
                 "model": str(trainer.config.actor_rollout_ref.model.path),
                 "task": str(trainer.config.trainer.experiment_name),
                 "total_steps": trainer.total_training_steps,
-                "config": {
-                    "trainer": type(trainer).__name__,
-                    "shaping": self.config.model_dump(mode="json"),
-                    "correct": self._rule(),
-                    "verl": _plain_config(trainer.config),
-                },
             },
+            vocab_size=model.hf_config.get_text_config().vocab_size,
+            temperature=float(self.rollout.temperature),
+            logprob_kind="engine" if self.is_bypassed else "trainer",
             unknown=self._reasons(),
-            flush_every=self.arguments.flush_every,
             resume_after=resume_after,
         )
-        recorder.manifest["versions"] = {**recorder.manifest.get("versions", {}), "verl": version("verl")}
-        return recorder
 
     def _rule(self) -> str:
         """Return in words what makes a response correct."""
@@ -178,28 +171,19 @@ class Tracer:
 
     def _reasons(self) -> dict[str, str]:
         """Return why columns are null, by table and column."""
-        trainer = self.trainer
-        scores = "verl's reward functions return scores, not answers"
-        reasons: dict[str, str] = {}
-        for name in ("rollouts.answer", "rollouts.has_answer", "steps.format_rate", "evals.answer"):
-            reasons[name] = scores
+        reasons = common_reasons("verl", self.arguments)
         reasons["tokens.grad_norm"] = "verl does not give sums of squared probabilities"
         reasons["tokens.is_clipped"] = "verl reports clipping per step, not per token"
         sides = "verl reports the share of both sides together"
         reasons |= dict.fromkeys(("steps.clip_frac_low", "steps.clip_frac_high"), sides)
         reasons["steps.reward_s"] = "verl scores responses while it samples others"
         reasons["rollouts.reward_components"] = "verl's reward functions return one score"
-        reasons["prompts.difficulty"] = "datasets of verl do not say"
-        reasons["evals"] = "no evaluation ran while training was recorded"
         reasons["evals.entropy_mean"] = "verl computes no entropies when it evaluates"
         reasons["tokens.reference_entropy"] = "verl computes no entropies of the reference policy"
         if self.is_bypassed:
             names = ("tokens.entropy", "rollouts.entropy_mean", "steps.entropy_token_mean")
             reasons |= dict.fromkeys(names, "verl computes no entropies with rollout_correction.bypass_mode=true")
-        if not self.arguments.after_update_every:
-            never = "after_update_every is 0"
-            reasons |= dict.fromkeys(("tokens.logprob_after", "tokens.entropy_after"), never)
-        if not trainer.use_reference_policy:
+        if not self.trainer.use_reference_policy:
             none = "there is no reference policy: use_kl_loss and use_kl_in_reward are false"
             reasons |= dict.fromkeys(("tokens.reference_logprob", "steps.kl"), none)
         if not self.rollout.calculate_log_probs:
@@ -509,7 +493,7 @@ class Tracer:
         for source in dict.fromkeys(sources):
             benchmark = HELDOUT if source == "unknown" else str(source)
             if recorder.has_eval(step, benchmark):
-                self._say(f"evaluation of {benchmark} at step {step} is already in the trace and is not recorded again")
+                self._notices.say_already_recorded(step, benchmark)
                 continue
             chosen = [i for i, other in enumerate(sources) if other == source]
             names = ("prompt", "prompt_id", "ground_truth", "task", "response_length")
@@ -523,23 +507,6 @@ class Tracer:
             )
         # verl evaluates after it saves: flushed with the next step, this would be lost if the run resumed here.
         recorder.flush()
-
-    # Messages
-
-    def _warn_of_truncated_sampling(self) -> None:
-        defaults = {"top_p": 1.0, "top_k": -1}
-        found = {name: self.rollout.get(name, default) for name, default in defaults.items()}
-        changed = [f"{n}={v}" for n, v in found.items() if v not in (defaults[n], None, 0)]
-        if changed:
-            self._say(
-                f"{', '.join(changed)}: verl's log-probabilities and entropies, as recorded, are those without it"
-            )
-
-    def _say(self, text: str) -> None:
-        """Log a message once."""
-        if text not in self._said:
-            self._said.add(text)
-            log.warning("%s", text)
 
 
 def _real_keys(batch: Any) -> list[str]:
@@ -588,10 +555,3 @@ def _values(data: Any, name: str, count: int) -> list[Any]:
 def _as_list(messages: Any) -> Any:
     """Return messages of a chat as a list, and a text as it is."""
     return messages if isinstance(messages, str) else list(messages)
-
-
-def _plain_config(config: Any) -> Any:
-    """Return verl's config as JSON can hold it."""
-    from omegaconf import OmegaConf
-
-    return json.loads(json.dumps(OmegaConf.to_container(config, resolve=True), default=str))
