@@ -17,9 +17,10 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-PART = re.compile(r"part-(\d+)-(\d+)(?:\.rank-\d+)?(?:\.pruned-(\d+))?\.parquet")
+PART = re.compile(r"part-(\d+)-(\d+)(?:\.rank-\d+)?(?:\.pruned-(\d+))?(?:\.more-\d+)?\.parquet")
 # A footer ends with the schema as Arrow knows it, in base64 after its key and length, and the versions of the format.
 ARROW_KEY = b"ARROW:schema"
 ARROW_SCHEMA = re.compile(ARROW_KEY + rb"\x18[\x80-\xff]*[\x00-\x7f]([A-Za-z0-9+/]+=*)")
@@ -61,6 +62,15 @@ class Layout(NamedTuple):
 def part_name(first: int, last: int, rank: int) -> str:
     """Return the name of one process's file for steps ``first`` to ``last``."""
     return f"part-{first:06d}-{last:06d}{f'.rank-{rank:03d}' if rank else ''}.parquet"
+
+
+def added_name(name: str, files: Collection[str]) -> str:
+    """Return a new name for rows added to the steps of file ``name``.
+
+    None of ``files``, the files of its table, has this name.
+    """
+    stem = name.removesuffix(".parquet")
+    return next(found for i in count(1) if (found := f"{stem}.more-{i}.parquet") not in files)
 
 
 def pruned_name(name: str, files: Iterable[str]) -> str:

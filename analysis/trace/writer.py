@@ -33,6 +33,7 @@ from entrace.analysis.trace.manifest import durable_file, now, read_manifest, sy
 from entrace.analysis.trace.mirror import Mirror, check_names
 from entrace.analysis.trace.parts import (
     FILES,
+    added_name,
     last_step,
     listed_files,
     move_listed,
@@ -43,9 +44,11 @@ from entrace.analysis.trace.parts import (
     remove_leftovers,
 )
 from entrace.analysis.trace.plain import well_formed
-from entrace.analysis.trace.schema import SCHEMA_VERSION, TABLES, Column, Table
+from entrace.analysis.trace.schema import EVALS, PROMPTS, SCHEMA_VERSION, TABLES, Column, Table
 from entrace.analysis.trace.vocabulary import Vocabulary
 
+# Tables whose rows may follow when their step is durable: the last policy can be evaluated after training.
+ADDED_LATER = (EVALS.name, PROMPTS.name)
 # These lossless encodings gave the smallest files. Mantissa bytes of measured floats are noise, which compresses best
 # when split from the exponents; ids and lengths are constant or increase slowly within a response.
 DELTA_COLUMNS = {"rollout_id", "position", "response_length"}
@@ -238,8 +241,10 @@ class TraceWriter:
         If an error is raised, readers see all of these steps or none, the rows are still buffered, and another call
         completes the work.
 
+        Evaluations can be added to the last step, and prompts with them.
+
         Raises:
-            InputError: rows were appended to a step that is already durable.
+            InputError: rows of another table were appended to a step that is already durable.
         """
         if step is not None:
             self.end_step(step)
@@ -248,11 +253,15 @@ class TraceWriter:
         own: WrittenFiles = {}
         for table, parts in self._buffers.items():
             if ended := parts[: self._num_ended[table]]:
-                if name in self.manifest[FILES].get(table, {}):
-                    raise InputError(f"table {table}: step {self._ended_step} is already durable; no row can be added")
+                own_name, listed = name, self.manifest[FILES].get(table, {})
+                if name in listed:
+                    if table not in ADDED_LATER:
+                        raise InputError(f"table {table}: step {self._ended_step} is durable; no row can be added")
+                    own_name = added_name(name, listed)
                 # Without its folder, a table counts as removed.
                 (self.run_dir / table).mkdir(exist_ok=True)
-                own[table] = {name: _write_part(pending_path(self.run_dir, table, name), TABLES[table], ended)}
+                path = pending_path(self.run_dir, table, own_name)
+                own[table] = {own_name: _write_part(path, TABLES[table], ended)}
         files = {table: dict(listed) for table, listed in self.manifest[FILES].items()}
         new_files = {}
         for written in self._gather(own):

@@ -18,6 +18,7 @@ import entrace
 from entrace.analysis import queries
 from entrace.analysis.trace import TABLES, InputError, Recorder, Vocabulary
 from entrace.analysis.trace.groups import group_relative_advantage, ppl_z
+from entrace.analysis.trace.verify import verify_run
 from entrace.trainer.algorithm import advantages as by_torch
 
 VOCAB = Vocabulary(["<eos>", "so", " 2", " plus", " 3", " is", " 5", "<user>"], [True, *[False] * 6, True])
@@ -219,6 +220,21 @@ def test_evaluations_add_up(recorder):
     assert evals.filter(step=1)["response_length"].item() == 7
     assert table(folder, "prompts").filter(split="heldout").height == 2
     assert "evals" not in json.loads((folder / "run.json").read_text())["unknown"]
+
+
+def test_the_last_policy_can_be_evaluated_after_training(recorder):
+    recorder.record(1, **STEP)
+    recorder.record_eval(1, prompt=["a"], response_length=[7], is_correct=[True])
+    folder = written(recorder)
+    for benchmark in ("b", "c"):
+        with Recorder(folder, VOCAB, resume_after="last") as again:
+            again.record_eval(1, prompt=[benchmark], response_length=[3], is_correct=[False], benchmark=benchmark)
+    assert sorted(table(folder, "evals").select("step", "benchmark").rows()) == [(1, "b"), (1, "c"), (1, "heldout")]
+    assert set(table(folder, "prompts").filter(split="heldout")["prompt"]) == {"a", "b", "c"}
+    assert verify_run(folder).findings == []
+    with Recorder(folder, VOCAB, resume_after=1) as again:
+        again.record(2, **STEP)
+    assert table(folder, "evals").height == 3
 
 
 @pytest.mark.parametrize(

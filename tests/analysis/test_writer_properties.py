@@ -192,7 +192,7 @@ def test_no_row_is_added_to_a_durable_step(tmp_path: Path):
         writer.append("steps", step_row(1, entropy=1.0, accuracy=0.5))
         if not read(tmp_path / "run")["steps"]:
             writer.flush(1)
-    with pytest.raises(InputError, match="step 1 is already durable; no row can be added"):
+    with pytest.raises(InputError, match="step 1 is durable; no row can be added"):
         writer.flush(1)
 
 
