@@ -10,11 +10,14 @@ import numpy as np
 import pyarrow as pa
 
 from entrace.analysis.importers.rollout import RESCORED, Rollout
-from entrace.analysis.trace.defects import find_defects
-from entrace.analysis.trace.groups import group_relative_advantage, mean_of, perplexity, place_in_group, ppl_z
+from entrace.analysis.trace.groups import group_relative_advantage, mean_of, shared_by
+from entrace.analysis.trace.rows import ResponseRows, nullable
 from entrace.analysis.trace.writer import TraceWriter
 
 EXACT = "exact"
+# Columns that rollouts and chunks hold under the same name.
+AS_READ = ("prompt_id", "is_correct", "completion", "answer", "has_answer", "reward", "is_truncated")
+MEASURED = ("logprob", "entropy", "advantage", "grad_norm", "sampling_logprob", "reference_logprob")
 
 
 class TokenValues(Protocol):
@@ -195,73 +198,62 @@ class Chunk:
         """Append rows to ``rollouts`` and ``tokens``, and add to the step's sums."""
         rollouts = self.rollouts
         size = len(rollouts)
-        rollout_ids = first_rollout_id + np.arange(size)
-        # As in training, the first response of a group is its id.
-        first_of_group = np.unique(self.groups, return_index=True)[1]
         is_kept, knows_kept = self._kept()
+        as_read = {name: [getattr(rollout, name) for rollout in rollouts] for name in AS_READ}
+        rows = ResponseRows(
+            step=rollouts[0].step,
+            rollout_ids=first_rollout_id + np.arange(size),
+            groups=self.groups,
+            prompt_ids=as_read["prompt_id"],
+            lengths=np.bincount(self.rows, minlength=size),
+            is_correct=as_read["is_correct"],
+            is_kept=is_kept,
+        )
         generated = self.rows[self.is_generated]
+        num_generated = np.bincount(generated, minlength=size)
         surprisal = mean_of(-self.logprob[self.is_generated], generated, size)
         entropy_mean = mean_of(self.entropy[self.is_generated], generated, size)
         logged = np.array([np.nan if r.entropy_mean is None else r.entropy_mean for r in rollouts])
         entropy_mean = np.where(np.isnan(entropy_mean), logged, entropy_mean)
-        lengths = np.bincount(self.rows, minlength=size)
-        num_generated = np.bincount(generated, minlength=size)
-        is_masked = np.array([rollout.loss_mask is not None for rollout in rollouts])
-        as_read = ("completion", "answer", "reward", "has_answer", "is_truncated", "is_correct")
+        # Standardized only in groups whose perplexities are all known.
+        has_ppl_z = ~np.isin(self.groups, self.groups[np.isnan(surprisal)])
+        # Placeholders of unknown texts have no defects of their own.
+        prompts, completions = zip(
+            *((r.prompt, r.completion) if r.has_text else ("", "") for r in rollouts), strict=True
+        )
+        judged = {name: as_read[name] for name in ("has_answer", "is_truncated")}
         writer.append(
             "rollouts",
             {
-                "step": rollouts[0].step,
-                "prompt_id": [rollout.prompt_id for rollout in rollouts],
-                "rollout_id": rollout_ids,
-                "group_id": rollout_ids[first_of_group][self.groups],
-                "sample_index": place_in_group(self.groups),
-                **{name: [getattr(rollout, name) for rollout in rollouts] for name in as_read},
+                **rows.rollout_columns(prompts, completions, **judged),
+                **rows.generated_columns(num_generated, entropy_mean, surprisal, has_ppl_z),
+                **as_read,
                 # DuckDB gives a map as a mapping; Arrow takes pairs.
                 "reward_components": [r.reward_components and [*dict(r.reward_components).items()] for r in rollouts],
-                "defects": [_defects(rollout) for rollout in rollouts],
-                "response_length": lengths,
-                "generated_length": pa.array(num_generated, pa.int32(), mask=~is_masked),
-                "is_kept": is_kept,
-                "entropy_mean": _nullable(entropy_mean),
-                "surprisal_mean": _nullable(surprisal),
-                "ppl": _nullable(perplexity(surprisal)),
-                "ppl_z": _nullable(np.where(self._has_gap(surprisal), np.nan, ppl_z(surprisal, self.groups))),
-                "advantage": _nullable(self._of_response(self.advantage)),
+                "advantage": nullable(shared_by(self.advantage[self.is_generated], generated, size)),
                 "temperature": [r.temperature if r.temperature is not None else temperature for r in rollouts],
                 "entropy_kind": [kind for _, kind in self.kinds],
                 "logprob_kind": [kind for kind, _ in self.kinds],
             },
         )
-        is_correct = np.array([rollout.is_correct for rollout in rollouts], dtype=object)
         writer.append(
             "tokens",
             {
-                "step": rollouts[0].step,
-                "prompt_id": np.array([rollout.prompt_id for rollout in rollouts], dtype=object)[self.rows],
-                "rollout_id": rollout_ids[self.rows],
-                "position": np.arange(len(self.rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths),
-                "response_length": lengths[self.rows],
+                **rows.token_columns(self.rows),
+                **({} if knows_kept else {"is_kept": None}),
+                **{name: nullable(getattr(self, name)) for name in MEASURED},
+                "shaped_advantage": nullable(self.advantage),
+                "reference_entropy": None if self.reference_entropy is None else nullable(self.reference_entropy),
                 "token_id": np.concatenate([rollout.response_ids for rollout in rollouts]),
-                "logprob": _nullable(self.logprob),
-                "entropy": _nullable(self.entropy),
-                "advantage": _nullable(self.advantage),
-                "shaped_advantage": _nullable(self.advantage),
-                "grad_norm": _nullable(self.grad_norm),
-                "is_correct": is_correct[self.rows],
-                "is_kept": np.array(is_kept)[self.rows] if knows_kept else None,
-                "sampling_logprob": _nullable(self.sampling_logprob),
-                "reference_logprob": _nullable(self.reference_logprob),
-                "reference_entropy": None if self.reference_entropy is None else _nullable(self.reference_entropy),
-                "loss_mask": pa.array(self.is_generated, pa.bool_(), mask=~is_masked[self.rows]),
+                "loss_mask": pa.array(self.is_generated, mask=(num_generated == rows.lengths)[self.rows]),
                 "turn": _integers(rollouts, "turn"),
                 "policy_version": _integers(rollouts, "policy_version"),
             },
         )
         self._add(sums, is_kept, knows_kept)
 
-    def _kept(self) -> tuple[list[bool], bool]:
-        """Return which responses entered the update, and whether that is known.
+    def _kept(self) -> tuple[np.ndarray, bool]:
+        """Return which responses entered the update, (B,), and whether that is known.
 
         Without a record, a group entered it if any of its advantages is not 0: otherwise its gradient was 0.
         """
@@ -269,31 +261,13 @@ class Chunk:
         size = int(self.groups.max()) + 1
         known = ~np.isnan(self.advantage)
         if not known.any():
-            return [True if kept is None else kept for kept in recorded], None not in recorded
+            return np.array([kept is not False for kept in recorded]), None not in recorded
         largest = np.zeros(size)
         np.maximum.at(largest, self.groups[self.rows][known], np.abs(self.advantage[known]))
         inferred = (largest > 0)[self.groups]
-        return [bool(inferred[n]) if kept is None else kept for n, kept in enumerate(recorded)], True
+        return np.array([inferred[n] if kept is None else kept for n, kept in enumerate(recorded)]), True
 
-    def _has_gap(self, values: np.ndarray) -> np.ndarray:
-        """Return, for each response, whether any value in its group is NaN."""
-        return np.isin(self.groups, self.groups[np.isnan(values)])
-
-    def _of_response(self, values: np.ndarray) -> np.ndarray:
-        """Return the value that all generated tokens of a response share.
-
-        The value is NaN if the tokens differ or are unknown.
-        """
-        size = len(self.rollouts)
-        low, high = np.full(size, np.inf), np.full(size, -np.inf)
-        rows, chosen = self.rows[self.is_generated], values[self.is_generated]
-        # A NaN among the values of a response makes both bounds NaN, which are unequal.
-        with np.errstate(invalid="ignore"):
-            np.minimum.at(low, rows, chosen)
-            np.maximum.at(high, rows, chosen)
-        return np.where(low == high, low, np.nan)
-
-    def _add(self, sums: StepSums, is_kept: Sequence[bool], knows_kept: bool) -> None:
+    def _add(self, sums: StepSums, is_kept: np.ndarray, knows_kept: bool) -> None:
         rollouts = self.rollouts
         rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
         sums.rewarded += len(rewards)
@@ -308,7 +282,7 @@ class Chunk:
         sums.with_entropy += int((~np.isnan(entropy)).sum())
         sums.entropy += float(np.nansum(entropy))
         sums.groups += int(self.groups.max()) + 1
-        sums.groups_kept += len(np.unique(self.groups[np.array(is_kept)]))
+        sums.groups_kept += len(np.unique(self.groups[is_kept]))
         sums.knows_kept &= knows_kept
 
 
@@ -338,25 +312,8 @@ def _per_token(values: Sequence[Any], lengths: np.ndarray, is_generated: np.ndar
     return found
 
 
-def _nullable(values: np.ndarray) -> pa.Array:
-    return (
-        pa.array(values, pa.float32(), from_pandas=True)
-        if values.dtype == np.float32
-        else pa.array(values.astype(np.float32), pa.float32(), from_pandas=True)
-    )
-
-
 def _integers(rollouts: Sequence[Rollout], name: str) -> list[int | None] | None:
     """Return a value per token, None if no response has any."""
     if all(getattr(rollout, name) is None for rollout in rollouts):
         return None
     return [value for r in rollouts for value in (getattr(r, name) or [None] * len(r.response_ids))]
-
-
-def _defects(rollout: Rollout) -> list[str]:
-    """Return the defects of a response.
-
-    Placeholders of unknown texts have no defects of their own.
-    """
-    prompt, completion = (rollout.prompt, rollout.completion) if rollout.has_text else ("", "")
-    return find_defects(prompt, completion, has_answer=rollout.has_answer, is_truncated=rollout.is_truncated)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from entrace.analysis.trace.defects import find_defects
 from entrace.analysis.trace.errors import InputError, in_one_line
-from entrace.analysis.trace.groups import group_relative_advantage, mean_of, perplexity, place_in_group, ppl_z
+from entrace.analysis.trace.groups import group_relative_advantage, mean_of, place_in_group, shared_by
 from entrace.analysis.trace.ragged import Responses, as_list
+from entrace.analysis.trace.rows import ResponseRows, nullable
 from entrace.analysis.trace.schema import NO_VERDICT, TOKENS
 
 
@@ -53,6 +53,11 @@ class Batch:
     def generated_lengths(self) -> np.ndarray:
         """Tokens of each response that the policy generated, (B,)."""
         return np.bincount(self.responses.rows, self.is_generated, len(self.responses)).astype(np.int64)
+
+    @property
+    def has_answer(self) -> list[bool | None]:
+        """Return whether each response has an answer; empty if unknown."""
+        return self.response.get("has_answer") or [answer is not None for answer in self.response.get("answer", ())]
 
     def per_response(self, name: str, values: Any) -> list[Any]:
         """Return values per response as a list; a scalar applies to all of them.
@@ -117,8 +122,9 @@ class Batch:
         if flat.dtype.kind == "f":
             bad = np.flatnonzero(~np.isfinite(flat))
             if len(bad):
-                place = f"response {self.responses.rows[bad[0]]}, position {self.responses.positions[bad[0]]}"
-                raise InputError(f"{name}: {flat[bad[0]]} at {place}; pass None where it is unknown")
+                rows, first = self.responses.rows, bad[0]
+                place = f"response {rows[first]}, position {place_in_group(rows)[first]}"
+                raise InputError(f"{name}: {flat[first]} at {place}; pass None where it is unknown")
         if pa.types.is_boolean(kind):
             flat = flat != 0
         try:
@@ -126,16 +132,16 @@ class Batch:
         except pa.ArrowInvalid as error:
             raise InputError(f"{name}: expected {kind} ({in_one_line(error)})") from None
 
-    def means(self, name: str) -> np.ndarray:
-        """Return the mean over each response's generated tokens, (B,).
+    def reduce(self, name: str, reduction: Callable[..., np.ndarray]) -> np.ndarray:
+        """Reduce the values of each response's generated tokens, (B,).
 
-        NaN where a value is unknown or no token was generated.
+        The reduction is ``mean_of`` or ``shared_by``. NaN where a value is unknown or no token was generated.
         """
         values = self.token.get(name)
         if values is None:
             return np.full(len(self.responses), np.nan)
         flat = values.fill_null(np.nan).to_numpy(zero_copy_only=False)
-        return mean_of(flat[self.is_generated], self.responses.rows[self.is_generated], len(self.responses))
+        return reduction(flat[self.is_generated], self.responses.rows[self.is_generated], len(self.responses))
 
     def add_advantage(self, given: Any) -> np.ndarray:
         """Add the advantage to the tokens, and return that of each response, (B,).
@@ -143,24 +149,17 @@ class Batch:
         The advantage is NaN where it is unknown. If none is given, it is computed from the rewards of the group. An
         advantage per token is that of its response only if it is equal for all tokens of the response.
         """
-        count = len(self.responses)
         if given is None:
             if np.isnan(self.rewards).all():
-                return np.full(count, np.nan)
+                return np.full(len(self.responses), np.nan)
             advantages = group_relative_advantage(self.rewards, self.groups)
             self.add_tokens({"advantage": advantages})
             return advantages
         self.add_tokens({"advantage": given})
         self.token.setdefault("shaped_advantage", self.token["advantage"])
-        if not self.responses.is_per_token(given):
-            return self.numbers("advantage", given)
-        advantages = np.full(count, np.nan)
-        values = self.token["advantage"].to_numpy(zero_copy_only=False)
-        for row, tokens in enumerate(np.split(np.arange(len(values)), np.cumsum(self.responses.lengths)[:-1])):
-            own = values[tokens][self.is_generated[tokens]]
-            if len(own) and (own == own[0]).all():
-                advantages[row] = own[0]
-        return advantages
+        if self.responses.is_per_token(given):
+            return self.reduce("advantage", shared_by)
+        return self.numbers("advantage", given)
 
     def take_kept(self, *, has_advantage: bool) -> tuple[np.ndarray, list[str | None]]:
         """Return which responses entered the update, (B,) bool, and the drop reasons.
@@ -179,66 +178,37 @@ class Batch:
             raise InputError("is_kept: None is not a verdict; pass true or false for every response")
         return np.array(kept, bool), reasons or [None] * len(kept)
 
-    def token_columns(self, rollout_ids: np.ndarray) -> dict[str, Any]:
-        """Return the columns of table ``tokens`` that can be derived from the batch."""
-        responses, rows = self.responses, self.responses.rows
-        places = pa.array(rows)
+    def columns(
+        self, step: int, rollout_ids: np.ndarray, completions: list[str]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the columns of ``rollouts`` and of ``tokens`` that the batch gives."""
+        ids, responses = (step, rollout_ids, self.groups, self.prompt_ids), self.responses
+        rows = ResponseRows(*ids, responses.lengths, self.correct, self.kept)
+        entropy, surprisal = self.reduce("entropy", mean_of), -self.reduce("logprob", mean_of)
+        unknown = [None] * len(completions)
+        judged = {"has_answer": self.has_answer or unknown, "is_truncated": self.response.get("is_truncated", unknown)}
         return {
-            **self.token,
-            "prompt_id": pa.array(self.prompt_ids, pa.string()).take(places),
-            "rollout_id": rollout_ids[rows],
-            "position": responses.positions,
-            "response_length": responses.lengths[rows],
-            "token_id": responses.ids,
-            "is_correct": pa.array(self.correct, pa.bool_()).take(places),
-            "is_kept": self.kept[rows],
-            "loss_mask": None if self.is_generated.all() else self.is_generated,
-        }
-
-    def rollout_columns(self, rollout_ids: np.ndarray, completions: list[str]) -> dict[str, Any]:
-        """Return the columns of table ``rollouts`` that can be derived from the batch."""
-        surprisal = -self.means("logprob")
-        given = dict(self.response)
-        if "has_answer" not in given and "answer" in given:
-            given["has_answer"] = [answer is not None for answer in given["answer"]]
-        unjudged = [None] * len(completions)
-        judged = (given.get("has_answer", unjudged), given.get("is_truncated", unjudged))
-        first_of_group = np.unique(self.groups, return_index=True)[1]
-        lengths, generated = self.responses.lengths, self.generated_lengths
-        return {
-            **given,
-            "prompt_id": self.prompt_ids,
-            "rollout_id": rollout_ids,
-            # The id of a group is that of its first response.
-            "group_id": rollout_ids[first_of_group][self.groups],
-            "sample_index": place_in_group(self.groups),
-            "completion": completions,
+            **self.response,
+            **rows.rollout_columns(self.texts, completions, **judged),
+            **rows.generated_columns(self.generated_lengths, entropy, surprisal, ~np.isnan(surprisal)),
             "reward": nullable(self.rewards),
-            "is_correct": self.correct,
-            "defects": [
-                find_defects(text, completion, has_answer=has_answer, is_truncated=is_truncated)
-                for text, completion, has_answer, is_truncated in zip(self.texts, completions, *judged, strict=True)
-            ],
-            "response_length": lengths,
-            "generated_length": pa.array(generated, mask=generated == lengths),
-            "is_kept": self.kept,
             "drop_reason": self.drop_reasons,
-            "entropy_mean": nullable(self.means("entropy")),
-            "surprisal_mean": nullable(surprisal),
-            "ppl": nullable(perplexity(surprisal)),
-            "ppl_z": pa.array(ppl_z(surprisal, self.groups), mask=np.isnan(surprisal)),
             "advantage": nullable(self.advantages),
+        }, {
+            **self.token,
+            **rows.token_columns(responses.rows),
+            "token_id": responses.ids,
+            "loss_mask": None if self.is_generated.all() else self.is_generated,
         }
 
     def step_row(self) -> dict[str, Any]:
         """Return the columns of table ``steps`` that follow from the responses."""
-        answered = self.response.get("has_answer") or [answer is not None for answer in self.response.get("answer", ())]
         known = self.token.get("entropy", pa.array([], pa.float32())).drop_null()
         groups_kept = len(np.unique(self.groups[self.kept]))
         return {
             "reward_mean": mean_of_known(None if np.isnan(value) else value for value in self.rewards),
             "accuracy": mean_of_known(self.correct),
-            "format_rate": mean_of_known(answered),
+            "format_rate": mean_of_known(self.has_answer),
             "entropy_token_mean": float(known.to_numpy().mean(dtype=float)) if len(known) else None,
             "tokens": int(self.is_generated.sum()),
             "groups_kept": groups_kept,
@@ -279,11 +249,6 @@ def _items(values: Any) -> list[tuple[str, float]] | None:
     if not isinstance(values, Mapping):
         raise InputError(f"reward_components: expected a mapping of name to score, found {type(values).__name__}")
     return [(str(name), float(value)) for name, value in values.items() if value is not None]
-
-
-def nullable(values: np.ndarray) -> pa.Array:
-    """Return numbers as Arrow stores them, null where they are NaN."""
-    return pa.array(values, mask=np.isnan(values))
 
 
 def _is_number(value: Any) -> bool:

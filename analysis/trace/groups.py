@@ -83,9 +83,9 @@ def rows_by_group(group_ids: np.ndarray) -> list[np.ndarray]:
 
 def place_in_group(group_ids: np.ndarray) -> np.ndarray:
     """Return the index of each element within its group, from 0, (B,)."""
+    counts = np.bincount(group_ids)
     place = np.empty(len(group_ids), np.int64)
-    for rows in rows_by_group(group_ids):
-        place[rows] = np.arange(len(rows))
+    place[np.argsort(group_ids, kind="stable")] = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
     return place
 
 
@@ -96,3 +96,16 @@ def mean_of(values: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
     """
     sums, counts = np.bincount(rows, values, size), np.bincount(rows, minlength=size)
     return np.divide(sums, counts, out=np.full(size, np.nan), where=counts > 0)
+
+
+def shared_by(values: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
+    """Return the value that all entries of each row share, (size,).
+
+    NaN for a row without values, with unequal values, or with a NaN.
+    """
+    low, high = np.full(size, np.inf), np.full(size, -np.inf)
+    # A NaN among the values of a row makes both bounds NaN, which are unequal.
+    with np.errstate(invalid="ignore"):
+        np.minimum.at(low, rows, values)
+        np.maximum.at(high, rows, values)
+    return np.where(low == high, low, np.nan)

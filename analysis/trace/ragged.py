@@ -70,12 +70,6 @@ class Responses:
         """Response of each token, (N,)."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
-    @cached_property
-    def positions(self) -> np.ndarray:
-        """Position of each token in its response, (N,)."""
-        starts = np.cumsum(self.lengths) - self.lengths
-        return np.arange(len(self.ids)) - np.repeat(starts, self.lengths)
-
     def flatten(self, name: str, values: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return values per token, (N,), and where they are unknown, (N,) bool.
 

@@ -28,13 +28,15 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from entrace.analysis.trace.batch import Batch, find_generated, group_indices, nullable
+from entrace.analysis.trace.batch import Batch, find_generated, group_indices
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest, with_kind
+from entrace.analysis.trace.groups import mean_of
 from entrace.analysis.trace.lexicon import Lexicon
 from entrace.analysis.trace.lock import acquire_lock
 from entrace.analysis.trace.manifest import check_kinds, describe_machine, read_manifest
 from entrace.analysis.trace.parts import PART, last_whole_step, listed_files, read_part
 from entrace.analysis.trace.ragged import Responses, as_list
+from entrace.analysis.trace.rows import nullable
 from entrace.analysis.trace.schema import EVALS, PROMPTS, ROLLOUTS, STEPS, TABLES, TOKENS
 from entrace.analysis.trace.vocabulary import Vocabulary
 from entrace.analysis.trace.writer import TraceWriter
@@ -326,13 +328,12 @@ class Recorder:
             self.flush()
         row = {"step": step, **batch.step_row(), **_finite_metrics(metrics or {})}
 
-        rollout_ids = self._rollouts + np.arange(len(responses))
+        rollouts, tokens = batch.columns(step, self._rollouts + np.arange(len(responses)), completions)
         with self._writer.all_or_nothing():
             new = self._append_prompts(batch, "train", columns)
             kinds = {f"{name}_kind": kind if name in batch.token else None for name, kind in self._kinds.items()}
-            rollouts = batch.rollout_columns(rollout_ids, completions)
-            self._append("rollouts", {"step": step, **rollouts, "temperature": self.temperature, **kinds})
-            self._append("tokens", {"step": step, **batch.token_columns(rollout_ids)})
+            self._append("rollouts", {**rollouts, "temperature": self.temperature, **kinds})
+            self._append("tokens", tokens)
             row.setdefault("record_s", time.perf_counter() - started)
             self._append("steps", row)
         self._prompts |= new
@@ -396,7 +397,7 @@ class Recorder:
         batch.add_responses({name: columns.get(name) for name in ("answer", "answer_class", "response_length")})
         batch.rewards = batch.numbers("reward", reward)
         given = columns.get("entropy_mean")
-        means = batch.means("entropy") if entropy is not None else batch.numbers("entropy_mean", given)
+        means = batch.reduce("entropy", mean_of) if entropy is not None else batch.numbers("entropy_mean", given)
         counts = Counter(self._samples.get((step, benchmark), ()))
         samples = []
         for prompt_id in batch.prompt_ids:

@@ -12,7 +12,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from entrace.analysis.trace import TraceWriter, find_defects
+from entrace.analysis.trace import TraceWriter
+from entrace.analysis.trace.rows import ResponseRows
 from entrace.analysis.trace.sampling import TokenSampling, response_draws
 from entrace.trainer.algorithm.advantages import mean_surprisal, ppl_z
 from entrace.trainer.config import Config
@@ -93,56 +94,64 @@ def record_batch(
         is_stored: Responses whose tokens are stored, (B,) bool (default: all).
         measured: Further columns of the stored tokens, (B, T) by name (default: none).
     """
-    num_samples = len(batch.prompts) // int(batch.group_ids[-1] + 1)
     if writer.rank == 0:
         record_prompts(writer, batch.new_prompts)
+    rollouts = batch.rollouts
     own = np.flatnonzero(batch.is_own.numpy())
-    rollout_ids = first_rollout_id + np.arange(len(batch.prompts))
-    prompt_ids = pa.array([prompt.prompt_id for prompt in batch.prompts])
-    is_correct = pa.array([score.is_correct for score in batch.scores], pa.bool_())
+    prompts, scores = [batch.prompts[row] for row in own], [batch.scores[row] for row in own]
+    responses = ResponseRows(
+        step=step,
+        rollout_ids=first_rollout_id + own,
+        groups=batch.group_ids.numpy()[own],
+        prompt_ids=[prompt.prompt_id for prompt in prompts],
+        lengths=rollouts.lengths.numpy()[own],
+        is_correct=[score.is_correct for score in scores],
+        is_kept=batch.is_kept.numpy()[own],
+    )
+    surprisal = mean_surprisal(rollouts.stats.logprob, rollouts.response_mask)
     writer.append(
         "rollouts",
         {
-            "step": step,
-            "prompt_id": prompt_ids.take(pa.array(own)),
-            "rollout_id": rollout_ids[own],
-            # The id of a group is that of its first response.
-            "group_id": first_rollout_id + num_samples * batch.group_ids.numpy()[own],
-            "sample_index": own % num_samples,
-            "is_correct": is_correct.take(pa.array(own)),
+            **responses.rollout_columns(
+                [prompt.text for prompt in prompts],
+                [batch.completions[row] for row in own],
+                has_answer=[score.answer is not None for score in scores],
+                is_truncated=rollouts.is_truncated.numpy()[own].tolist(),
+            ),
             "temperature": temperature,
             "entropy_kind": "exact",
             "policy_step": step - 1,
             "advantage": advantages.numpy()[own],
-            **_response_columns(batch, own),
+            "answer": [score.answer for score in scores],
+            "answer_class": _answer_classes(batch, own),
+            "reward": pa.array(batch.rewards.numpy()[own], mask=~batch.has_verdict.numpy()[own]),
+            "length_penalty": batch.length_penalties.numpy()[own],
+            "drop_reason": [batch.drop_reasons[row] for row in own],
+            "entropy_mean": rollouts.entropy_mean.numpy()[own],
+            "surprisal_mean": surprisal.numpy()[own],
+            "ppl": surprisal.exp().numpy()[own],
+            "ppl_z": ppl_z(rollouts.stats.logprob, rollouts.response_mask, batch.group_ids).numpy()[own],
         },
     )
-    rollouts = batch.rollouts
     is_stored = batch.is_own if is_stored is None else batch.is_own & is_stored
     mask = (rollouts.response_mask & is_stored[:, None]).numpy()
     if not mask.any():
         return
-    lengths, reported = rollouts.lengths.numpy(), rollouts.sampling_logprob
-    rows, positions = np.nonzero(mask)
+    places = np.nonzero(mask[own])[0]
+    rows, reported = own[places], rollouts.sampling_logprob
     grad_norm = lm_head_grad_norm(
         shaped, rollouts.stats.logprob, rollouts.stats.sum_p2, rollouts.hidden_norm, temperature
     )
     writer.append(
         "tokens",
         {
-            "step": step,
-            "prompt_id": prompt_ids.take(pa.array(rows)),
-            "rollout_id": rollout_ids[rows],
-            "position": positions,
-            "response_length": lengths[rows],
+            **responses.token_columns(places),
             "token_id": rollouts.response_ids.numpy()[mask],
             "logprob": rollouts.stats.logprob.numpy()[mask],
             "entropy": rollouts.stats.entropy.numpy()[mask],
             "advantage": advantages.numpy()[rows],
             "shaped_advantage": shaped.numpy()[mask],
             "grad_norm": grad_norm.numpy()[mask],
-            "is_correct": is_correct.take(pa.array(rows)),
-            "is_kept": batch.is_kept.numpy()[rows],
             **({} if reported is None else {"sampling_logprob": reported.numpy()[mask]}),
             **{name: values.numpy()[mask] for name, values in (measured or {}).items()},
             **(_after_columns(batch, after, mask, rows) if after else {}),
@@ -151,44 +160,13 @@ def record_batch(
 
 
 def _after_columns(batch: Batch, after: AfterUpdate, mask: np.ndarray, rows: np.ndarray) -> dict[str, pa.Array]:
-    """Return the after-update columns of the tokens in ``mask``.
-
-    ``rows`` are the responses of these tokens.
+    """Return the after-update columns of tokens ``mask`` of responses ``rows``.
 
     Clipping is known for all responses in the update, probabilities only for those that were evaluated again.
     """
     is_kept, is_evaluated = batch.is_kept.numpy()[rows], after.is_evaluated.numpy()[rows]
     is_known = {"logprob_after": is_evaluated, "entropy_after": is_evaluated, "is_clipped": is_kept}
     return {name: pa.array(getattr(after, name).numpy()[mask], mask=~known) for name, known in is_known.items()}
-
-
-def _response_columns(batch: Batch, own: np.ndarray) -> dict[str, Any]:
-    rollouts = batch.rollouts
-    surprisal = mean_surprisal(rollouts.stats.logprob, rollouts.response_mask)
-    z = ppl_z(rollouts.stats.logprob, rollouts.response_mask, batch.group_ids)
-    completions, scores = [batch.completions[row] for row in own], [batch.scores[row] for row in own]
-    prompts, is_truncated = [batch.prompts[row] for row in own], rollouts.is_truncated.numpy()[own]
-    defects = [
-        find_defects(prompt.text, text, has_answer=score.answer is not None, is_truncated=bool(is_cut))
-        for prompt, text, score, is_cut in zip(prompts, completions, scores, is_truncated, strict=True)
-    ]
-    return {
-        "completion": completions,
-        "answer": [score.answer for score in scores],
-        "answer_class": _answer_classes(batch, own),
-        "reward": pa.array(batch.rewards.numpy()[own], mask=~batch.has_verdict.numpy()[own]),
-        "length_penalty": batch.length_penalties.numpy()[own],
-        "has_answer": [score.answer is not None for score in scores],
-        "defects": defects,
-        "response_length": rollouts.lengths.numpy()[own],
-        "is_truncated": is_truncated,
-        "is_kept": batch.is_kept.numpy()[own],
-        "drop_reason": [batch.drop_reasons[row] for row in own],
-        "entropy_mean": rollouts.entropy_mean.numpy()[own],
-        "surprisal_mean": surprisal.numpy()[own],
-        "ppl": surprisal.exp().numpy()[own],
-        "ppl_z": z.numpy()[own],
-    }
 
 
 def _answer_classes(batch: Batch, own: np.ndarray) -> list[str | None]:
