@@ -35,6 +35,7 @@ from entrace.analysis.trace.lexicon import Lexicon
 from entrace.analysis.trace.lock import acquire_lock
 from entrace.analysis.trace.manifest import check_kinds, describe_machine, read_manifest
 from entrace.analysis.trace.parts import PART, last_whole_step, listed_files, read_part
+from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.ragged import Responses, as_list
 from entrace.analysis.trace.rows import nullable
 from entrace.analysis.trace.schema import EVALS, PROMPTS, ROLLOUTS, STEPS, TABLES, TOKENS
@@ -489,7 +490,8 @@ class Recorder:
         if columns.get("prompt_id") is None:
             batch.prompt_ids = [prompt_hash(text) for text in texts]
         else:
-            batch.prompt_ids = [str(value) for value in batch.per_response("prompt_id", columns["prompt_id"])]
+            given = batch.per_response("prompt_id", columns["prompt_id"])
+            batch.prompt_ids = [well_formed(str(value)) for value in given]
         return batch
 
     def _text(self, name: str, ids: Any) -> str:

@@ -141,6 +141,13 @@ def test_context_counts_in_positions_and_has_no_measures(recorder):
     assert runs.sql("select count(*) as n from response_tokens")["n"].item() == 5
 
 
+def test_lone_surrogates_in_names_of_prompts_are_replaced(recorder):
+    recorder.record(1, **STEP, prompt_id=["\ud800", "\ud800", "b", "b"])
+    folder = written(recorder)
+    for name in ("rollouts", "tokens", "prompts"):
+        assert set(table(folder, name)["prompt_id"]) == {"\ufffd", "b"}
+
+
 def test_values_beside_the_usual_ones_are_recorded(recorder):
     recorder.record(
         1,
