@@ -33,6 +33,7 @@ from entrace.analysis.statistics.aggregates import iqm
 from entrace.analysis.statistics.estimates import Estimate, detectable, holm
 from entrace.analysis.trace import InputError, TraceWriter, read_manifest, write_manifest
 from tests.analysis.conftest import write_failed
+from tests.slow import slow_after
 
 STEPS = (0, 10, 20)
 # Number of correct answers among the samples of prompts p and q at each of STEPS, by seed.
@@ -332,7 +333,7 @@ def test_aggregates_are_those_of_the_last_evaluation(comparison: Comparison):
     assert (ppl["iqm_low"], ppl["iqm_high"]) == (0.625, 0.875)
 
 
-@pytest.mark.parametrize("texts", [["p", "q"], ["p"]], ids=["two prompts", "one prompt"])
+@pytest.mark.parametrize("texts", slow_after(1, [["p"], ["p", "q"]]), ids=["one prompt", "two prompts"])
 def test_one_seed_has_no_aggregate_interval_and_no_nan(tmp_path: Path, texts: list[str]):
     for arm, counts in (("none", NONE), ("ppl", PPL)):
         write_arm(tmp_path, arm, 0, [step[: len(texts)] for step in counts[0]], texts=texts)

@@ -58,6 +58,7 @@ def with_context(plain: Path, copy: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_no_answer_changes(plain: Path, tmp_path: Path):
     found, expected = open_runs(with_context(plain, tmp_path / "run")), open_runs(plain)
     for stem in queries.BUILT_IN.paths:

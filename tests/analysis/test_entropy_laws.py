@@ -24,6 +24,7 @@ from tests.analysis.test_digests import accept_edits
 from tests.calibration.parameters import UpdateWorld
 from tests.calibration.simulate_updates import UpdateRun, simulate_updates, write_updates
 from tests.calibration.truth import forecasts_of
+from tests.slow import slow_after
 
 LAWS = ("E2", "E3", "E4")
 
@@ -142,7 +143,7 @@ def tokens(one: Runs) -> pl.DataFrame:
 
 
 @pytest.mark.parametrize("scale", ["value", "rank"])
-@pytest.mark.parametrize("target", ["entropy", "logprob"])
+@pytest.mark.parametrize("target", slow_after(1, ["entropy", "logprob"]))
 def test_correlations_within_steps_are_those_of_a_loop(one: Runs, tokens: pl.DataFrame, target: str, scale: str):
     parts = [one.query("entropy_laws", target=target, scale=scale, stage=stage) for stage in ("rising", "plateau")]
     boundary = one.stage_fits["none-seed0"].boundary

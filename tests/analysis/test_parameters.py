@@ -161,6 +161,7 @@ def test_a_trace_without_the_data_is_not_blamed_on_a_condition(tmp_path: Path):
         runs.query("impact_by_position")
 
 
+@pytest.mark.slow
 def test_claims_comparison_and_figures_do_not_warn(study: Runs, tmp_path: Path):
     empty = open_runs(write_failed(tmp_path / "broken"))
     with warnings.catch_warnings():

@@ -23,6 +23,7 @@ from entrace.analysis.runs import Runs, open_runs
 from entrace.analysis.sandbox.statements import parameter_names
 from entrace.analysis.trace import InputError, Recorder, TraceWriter, write_manifest
 from tests.analysis.conftest import VOCAB, step_row, write_failed
+from tests.slow import slow_after
 
 
 def part(folder: Path, table: str) -> Path:
@@ -163,7 +164,7 @@ def test_views_that_build_on_stages_have_rows_in_the_first_query(tiny_path: Path
     assert open_runs(tiny_path).sql(f"select count(*) from {name}").item() > 0
 
 
-@pytest.mark.parametrize("stem", ["high_entropy_by_position", "high_entropy_words", "end_by_entropy"])
+@pytest.mark.parametrize("stem", slow_after(1, ["high_entropy_by_position", "high_entropy_words", "end_by_entropy"]))
 def test_kept_histograms_of_entropies_answer_as_the_tokens_do(study_path: Path, stem: str):
     runs = open_runs(study_path)
     asked = [["none-seed1"], ["none-seed0", "none-seed1"], None]

@@ -21,6 +21,7 @@ from entrace.analysis.trace.prune import prune
 from entrace.analysis.trace.sampling import TokenSampling, response_draws
 from tests.analysis.conftest import BOUNDARY, VOCAB, step_row
 from tests.analysis.synthetic import write_run
+from tests.slow import slow_after
 
 # Value with the interval low to high, by question about tokens, and the columns that identify a row.
 VALUES = {
@@ -200,7 +201,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("full") / "run")
 
 
-@pytest.fixture(scope="module", params=[(1, 0.25), (3, 0.25), (7, 0.5)], ids=str)
+@pytest.fixture(scope="module", params=slow_after(1, [(3, 0.25), (1, 0.25), (7, 0.5)]), ids=str)
 def sampled(request: pytest.FixtureRequest, full: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("sampled") / "run"
     shutil.copytree(full, folder)

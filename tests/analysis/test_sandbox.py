@@ -33,6 +33,7 @@ from entrace.analysis.sandbox.worker import _distinct
 from entrace.analysis.terminal.interrupt import interruptible
 from entrace.analysis.trace import InputError
 from tests.analysis.conftest import written
+from tests.slow import slow_after
 
 # Ten times the second within which Ctrl-C must end a query.
 HANG_S = 10.0
@@ -236,9 +237,7 @@ def test_a_query_ends_when_nobody_reads_its_rows(runs: Runs, form: str):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
-@pytest.mark.parametrize(
-    "form", ["json", *(pytest.param(form, marks=pytest.mark.slow) for form in ("csv", "parquet", "table"))]
-)
+@pytest.mark.parametrize("form", slow_after(1, ["json", "csv", "parquet", "table"]))
 def test_output_needs_little_memory_whatever_its_size(runs: Runs, form: str, tmp_path: Path):
     path = path_of(runs)
     sizes = []

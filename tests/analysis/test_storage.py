@@ -25,6 +25,7 @@ from entrace.analysis.trace.errors import StorageError
 from entrace.analysis.trace.lock import acquire_lock
 from entrace.analysis.trace.places import to_place
 from entrace.analysis.trace.verify import check_run
+from tests.slow import slow_after
 
 FROZEN = Path(__file__).parents[1] / "fixtures" / "frozen" / "none-seed0"
 
@@ -83,7 +84,7 @@ def test_a_local_and_a_remote_run_open_together(url: str, tiny_path: Path):
     assert runs.sql("select count(distinct run_id) from tokens").item() == 2
 
 
-@pytest.mark.parametrize("query", ["select * from read_parquet('{}')", "select * from read_text('{}')"])
+@pytest.mark.parametrize("query", slow_after(1, ["select * from read_text('{}')", "select * from read_parquet('{}')"]))
 def test_queries_reach_no_other_file_of_the_storage(url: str, root: str, query: str):
     other = upload(FROZEN / "steps", f"{root}/other")
     runs = entrace.open_runs(url)

@@ -28,6 +28,7 @@ from entrace.analysis.sandbox.connection import DEFAULTS
 from entrace.analysis.trace import TABLES
 from entrace.analysis.trace.verify import accept_edits
 from tests.analysis.synthetic import Planted, write_run
+from tests.slow import slow_after
 
 mpl.use("Agg")
 
@@ -139,14 +140,7 @@ def ask_all(study: Path, runs: Runs, words: set[str]) -> None:
             runs.query(stem)
 
 
-@pytest.mark.parametrize(
-    "table",
-    [
-        pytest.param(table, marks=() if table == "tokens" else pytest.mark.slow)
-        for table, names in NULLABLE.items()
-        if READ & set(names)
-    ],
-)
+@pytest.mark.parametrize("table", slow_after(1, [table for table, names in NULLABLE.items() if READ & set(names)]))
 def test_nulls_in_a_table(whole: Path, tmp_path: Path, table: str):
     """Each column of a table is null in its own fifth of the rows.
 
@@ -192,7 +186,7 @@ def test_what_a_question_needs(whole: Path, tmp_path: Path, name: str):
 
 
 @pytest.mark.usefixtures("few_figures")
-@pytest.mark.parametrize("share", ["all", pytest.param("half", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", slow_after(1, SHARES))
 def test_all_columns_at_once(pair: Path, tmp_path: Path, share: str):
     for table, columns in NULLABLE.items():
         forget(pair, tmp_path / "study", table, columns, share)

@@ -23,6 +23,7 @@ from entrace.analysis.sandbox.connection import DEFAULTS
 from entrace.analysis.trace import TABLES, InputError, TraceWriter, read_manifest
 from entrace.analysis.trace.digests import DIGESTS
 from tests.analysis.conftest import step_row
+from tests.slow import slow_after
 
 FROZEN = Path(__file__).parents[1] / "fixtures" / "frozen" / "none-seed0"
 NEW_COLUMNS = [(table.name, column.name) for table in TABLES.values() for column in table.columns if column.since == 2]
@@ -133,7 +134,7 @@ def test_tokens_of_version_2_are_read_without_their_rollouts(tiny: Runs, tmp_pat
     assert "Join" in str(open_runs(as_version_1(tiny_path, tmp_path / "tiny")).sql(plan).rows())
 
 
-@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("version", slow_after(1, [2, 1]))
 def test_an_advantage_without_an_update_changes_no_answer(tiny: Runs, tiny_path: Path, tmp_path: Path, version: int):
     """Only ``is_kept`` marks the update.
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -28,6 +27,7 @@ from entrace.trainer.config import load_config
 from entrace.trainer.resources import find_base_policy
 from entrace.trainer.train import train as run_training
 from entrace.trl import Traced
+from tests.slow import slow_after
 
 from .conftest import SMALL
 from .trl_runs import build, load_policy
@@ -197,7 +197,7 @@ def truncated(case: Case, temperature: float, kind: str, limit: float) -> np.nda
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("top-p", 0.9), ("top-k", 5), ("min-p", 0.1)])
-@pytest.mark.parametrize("temperature", [TEMPERATURE, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("temperature", slow_after(1, [TEMPERATURE, 1.0]))
 def test_a_truncation_is_estimated(trl: Case, kind: str, limit: float, temperature: float):
     values = truncated(trl, temperature, kind, limit)
     fit = fit_logprobs(trl.reference.model, values, trl.reference.responses)
@@ -256,11 +256,6 @@ def other_version(case: Case, scale: float) -> np.ndarray:
     return case.own(case.values(logits=logits)[0])
 
 
-def first_quick(cases: Iterable[str], count: int) -> list[Any]:
-    """Return the parameters of a test, of which all but the first ``count`` are slow."""
-    return [pytest.param(name, marks=pytest.mark.slow if i >= count else ()) for i, name in enumerate(cases)]
-
-
 FAULTS: dict[str, tuple[Callable[[Case], np.ndarray], str]] = {
     "temperature not applied": (lambda c: c.own(c.values(1.0)[0]), "was not applied to the values"),
     "temperature applied twice": (lambda c: c.own(c.values(0.49)[0]), "was applied twice"),
@@ -282,7 +277,7 @@ FAULTS: dict[str, tuple[Callable[[Case], np.ndarray], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", first_quick(FAULTS, 3))
+@pytest.mark.parametrize("name", slow_after(3, FAULTS))
 def test_a_fault_of_log_probabilities_is_found(case: Case, name: str):
     inject, cause = FAULTS[name]
     found = case.alarms(logprob=inject(case))
@@ -376,7 +371,7 @@ TOKENS: dict[str, tuple[Callable[[Case], pl.DataFrame], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", first_quick(TOKENS, 1))
+@pytest.mark.parametrize("name", slow_after(1, TOKENS))
 def test_tokens_that_were_not_sampled_are_found(case: Case, name: str):
     edit, cause = TOKENS[name]
     found = reread(case, edit(case))

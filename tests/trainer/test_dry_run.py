@@ -11,6 +11,7 @@ from entrace.trainer.config import load_config
 from entrace.trainer.dry_run import find_shape, make_plan
 from entrace.trainer.model.policy import Policy
 from tests.benchmarks.allocator import peak_bytes
+from tests.slow import slow_after
 
 PUBLISHED = {"Qwen/Qwen2.5-0.5B": 494_032_768, "Qwen/Qwen2.5-1.5B": 1_543_714_304, "Qwen/Qwen2.5-7B": 7_615_616_512}
 FAST = ["rollout.max_response_tokens=64", "task.max_prompt_tokens=64", "optim.micro_batch_tokens=128"]
@@ -34,7 +35,7 @@ def test_the_recipe_of_the_study_fits_on_8_gpus_with_the_state_shared_out():
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", slow_after(1, ["float32", "bfloat16"]))
 def test_the_memory_of_an_update_is_near_what_the_allocator_counts(tmp_path, policy, dtype, checkpointing):
     shape = LlamaConfig(
         vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4

@@ -178,6 +178,7 @@ def test_text_alone_is_tokenised_to_what_was_sampled(trained, tmp_path, call):
     assert "anew" in read_manifest(tmp_path / "text")["scored"]["response_tokens"]
 
 
+@pytest.mark.slow
 def test_every_analysis_command_reads_an_imported_trace(trained, tmp_path, call):
     _, rows = trained
     run = tmp_path / "imported"

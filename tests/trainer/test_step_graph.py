@@ -85,6 +85,7 @@ def test_the_cache_grows_no_further_than_the_length_limit(policy, monkeypatch):
     assert widths == [19, 23]
 
 
+@pytest.mark.slow
 def test_tracing_prints_nothing():
     """Run in a new process, since some warnings are given once per process."""
     code = (

@@ -277,6 +277,7 @@ class StoppedError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_on_a_file_over_several_epochs_is_resumed_to_the_same_trace(sums, tmp_path):
     config = load_config("tiny", [*SMALL, f"task.name={sums}", "task.params={}", "steps=4"])
     train(config, tmp_path / "whole", {})

@@ -14,6 +14,7 @@ from entrace.trainer.algorithm.plateau import PlateauDetector
 from entrace.trainer.config import load_config
 from entrace.trainer.learner import TrainingError
 from entrace.trainer.train import train
+from tests.slow import slow_after
 
 from .conftest import SMALL
 
@@ -156,7 +157,7 @@ class Interrupted(BaseException):
     """Stand for the loss of the machine."""
 
 
-@pytest.mark.parametrize("last", [1, 2, 3])
+@pytest.mark.parametrize("last", slow_after(1, [2, 1, 3]))
 def test_a_resumed_run_equals_an_uninterrupted_one(run_dir, tmp_path, last):
     def stop(done, **figures):
         if done == last:
@@ -235,7 +236,7 @@ def test_a_complete_run_is_left_alone_and_another_config_refused(run_dir):
         train(load_config("tiny", [*SMALL, "optim.lr=1"]), run_dir, LABELS, resume=True)
 
 
-@pytest.mark.parametrize("schedule", [[], ["optim.schedule=cosine", "optim.schedule_steps=9"]])
+@pytest.mark.parametrize("schedule", slow_after(1, [["optim.schedule=cosine", "optim.schedule_steps=9"], []]))
 def test_an_extended_run_equals_one_that_was_as_long_from_the_start(run_dir, tmp_path, schedule):
     train(load_config("tiny", [*SMALL, *schedule, "steps=2"]), tmp_path / "short", LABELS)
     assert read_manifest(tmp_path / "short")["status"] == "complete"

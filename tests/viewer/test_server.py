@@ -28,6 +28,7 @@ from entrace.analysis.viewer.responses import align
 from entrace.analysis.viewer.session import Session
 from tests.analysis.conftest import step_row, write_tiny
 from tests.analysis.synthetic import write_run
+from tests.slow import slow_after
 from tests.test_hostile import rewrite
 from tests.viewer.conftest import FROZEN, Client
 
@@ -43,7 +44,7 @@ def test_runs_and_figures_are_those_of_the_report(tiny: Client):
     assert {verdict["claim"] for verdict in verdicts["verdicts"]} == set(verdicts["overall"])
 
 
-@pytest.mark.parametrize("stem", figures.STEMS)
+@pytest.mark.parametrize("stem", slow_after(8, figures.STEMS))
 def test_every_figure_tells_what_is_under_the_pointer(frozen: Client, stem: str):
     found = frozen.get(f"/api/figure/{stem}")
     runs = open_runs(FROZEN)
