@@ -30,11 +30,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
-    **{f"reports/{name}.md": f"reports/{name}.md" for name in ("verdicts", "calibration", "benchmarks")},
-    "reports/benchmarks_gpu.md": "reports/benchmarks_gpu.md",
+    **{
+        f"reports/{name}.md": f"reports/{name}.md"
+        for name in ("verdicts", "calibration", "ablation-powered", "benchmarks", "benchmarks_gpu")
+    },
 }
 ASSETS = ("reports/tiny-study/*.png", "reports/*/paired_differences.png", "reports/*/stage_dynamics.png")
-REPORTS = "reports/*/report.html"
+REPORTS = ("reports/*/report.html", "reports/*/*/report.html")
 
 MARKER = re.compile(r"^<!-- generated: ([\w ]+) -->$", re.MULTILINE)
 FENCE = re.compile(r"^```(\w+)((?: [a-z]+)*)((?: title=\"[^\"]+\")?) *$", re.MULTILINE)
@@ -47,7 +49,7 @@ def published() -> dict[str, str]:
 
     Keys are relative to the root of the repository.
     """
-    found = (path.relative_to(ROOT).as_posix() for glob in (*ASSETS, REPORTS) for path in ROOT.glob(glob))
+    found = (path.relative_to(ROOT).as_posix() for glob in (*ASSETS, *REPORTS) for path in ROOT.glob(glob))
     return {**PAGES, **{name: name for name in found}}
 
 

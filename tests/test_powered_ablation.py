@@ -44,6 +44,8 @@ def test_the_page_shows_rates_differences_and_power(root: Path):
     assert low < float(estimate) < high
     assert low < 0.2 < high
     assert verdict == "better"
+    assert f"The intervals exclude gains of the methods above {high:.4f} (ppl)." in page
+    assert "| short | 3 |" in page
     assert "3 seeds per arm" in page
     assert "[Report](powered/short/report.html)" in page
 

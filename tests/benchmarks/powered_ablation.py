@@ -49,7 +49,7 @@ class Trial:
     rates: Runs
 
     def accuracies(self) -> dict[str, dict[float, list[float]]]:
-        """Return the accuracies at the end of the study of rates, by arm and learning rate."""
+        """Return accuracies at the end of the study of rates, by arm and rate."""
         found: dict[str, dict[float, list[float]]] = {}
         for run_id, accuracy in self.rates.sql(LAST).sort("run_id").iter_rows():
             manifest = self.rates.manifests[run_id]
@@ -58,7 +58,7 @@ class Trial:
         return found
 
     def chosen(self) -> dict[str, float]:
-        """Return the lowest learning rate within ``TIE`` of the highest mean accuracy, by arm.
+        """Return the lowest rate within ``TIE`` of the best accuracy, by arm.
 
         Raises:
             InputError: an arm was trained at another rate, or seeds are in both studies.
@@ -89,7 +89,7 @@ def describe_tasks(trials: Sequence[Trial]) -> list[str]:
         rows.append(
             [
                 trial.name,
-                f"{params['min_terms']} to {params['max_terms']}",
+                " to ".join(map(str, sorted({params["min_terms"], params["max_terms"]}))),
                 *(_course(course[name], digits) for name, digits in (("accuracy", 3), ("length", 1), ("entropy", 3))),
                 f"{words:.3f}",
                 f"{shares.get('formal_reasoning', 0):.3f}",
@@ -144,6 +144,13 @@ def describe_power(found: pl.DataFrame, baseline: str) -> list[str]:
     return lines
 
 
+def describe_gain(found: pl.DataFrame, metric: str, baseline: str) -> str:
+    """Return a sentence on the largest gain that no interval excludes."""
+    methods = found.filter(pl.col("arm").is_in(METHODS), metric=metric, baseline=baseline)
+    best = methods.sort("high", descending=True).row(0, named=True)
+    return f"The intervals exclude gains of the methods above {best['high']:.4f} ({best['arm']})."
+
+
 def write_page(trials: Sequence[Trial], page: str) -> str:
     """Return the page; ``page`` is the name of its folder of reports."""
     lines = [
@@ -184,6 +191,7 @@ def write_page(trials: Sequence[Trial], page: str) -> str:
         ]
         for metric, name in METRICS.items():
             lines += ["", f"### {name[0].upper()}{name[1:]}", "", *describe_differences(found, metric)]
+            lines += ["", describe_gain(found, metric, trial.study.baseline)]
     return "\n".join(lines) + "\n"
 
 
