@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -262,25 +262,8 @@ def folder(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_fig
 FIRST = ("README.md", "quick-start.md")
 
 
-@pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.name)
-def test_every_command_of_a_page_is_valid(page: Path, folder: Path):
-    for block in (block for block in ALL_BLOCKS if block.page == page):
-        if block.title:
-            (folder / block.title).parent.mkdir(parents=True, exist_ok=True)
-            (folder / block.title).write_text(block.text)
-        if block.language == "sh":
-            for words in commands_of(block):
-                check_command(words)
-        elif block.language != "python":
-            check_data(block)
-
-
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=() if page.name in FIRST else pytest.mark.slow) for page in WITH_BLOCKS],
-    ids=lambda page: page.name,
-)
-def test_every_block_of_a_page_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch):
+def follow(page: Path, folder: Path, run: Callable[[list[str]], None] | None = None) -> None:
+    """Check the blocks of a page; if ``run`` is given, run those that can run."""
     for block in (block for block in ALL_BLOCKS if block.page == page):
         if block.title:
             path = folder / block.title
@@ -291,11 +274,26 @@ def test_every_block_of_a_page_runs(page: Path, folder: Path, monkeypatch: pytes
                 check_command(words)
                 if not block.tags:
                     assert words[0] == "entrace", f"{block.name}: only entrace runs; tag the block"
-                    run_entrace(words[1:], monkeypatch)
-        elif block.language == "python":
-            exec(compile(block.text, block.name, "exec"), {"__name__": "__main__"})
-        else:
+                    if run:
+                        run(words[1:])
+        elif block.language != "python":
             check_data(block)
+        elif run:
+            exec(compile(block.text, block.name, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.name)
+def test_every_command_of_a_page_is_valid(page: Path, folder: Path):
+    follow(page, folder)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=() if page.name in FIRST else pytest.mark.slow) for page in WITH_BLOCKS],
+    ids=lambda page: page.name,
+)
+def test_every_block_of_a_page_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    follow(page, folder, lambda arguments: run_entrace(arguments, monkeypatch))
     plt.close("all")
 
 

@@ -34,14 +34,12 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
             style.band(ax, part, "predicted", "measured", color=color, label=predictor, marker="o", markersize=3)
     ends = (float(shown["predicted"].min()), float(shown["predicted"].max()))  # pyright: ignore
     ax.plot(ends, ends, color=style.GREY, linewidth=0.8, linestyle="--", label="calibrated")
-    runs = shown["run_id"].n_unique()
     style.label(
         ax,
         "predicted change of entropy (nats per token)",
         "measured change (nats per token)",
         f"{stage}; {style.span(shown['num_tokens'], 'token')}, {style.span(shown['num_prompts'], 'prompt')} per point "
-        "and run;\nband: 95% interval over steps and prompts"
-        + (f"\nmean of {runs} runs and of their intervals" if runs > 1 else ""),
+        "and run;\nband: 95% interval over steps and prompts" + style.runs_note(shown, None),
     )
     style.legend(ax, ncols=3)
     return ax

@@ -48,13 +48,12 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     ax.minorticks_off()
     ax.set_xlim(LEFT, 1)
     ax.set_ylim(bottom=0)
-    number = shown["run_id"].n_unique()
     style.label(
         ax,
         "probability change by the update, |Δp|",
         "share of tokens",
         f"{stage}; {style.span(shown['num_prompts'], 'prompt')} per run; band: 95% interval over steps and prompts"
-        + f"\nmean of {number} runs and of their intervals" * (number > 1),
+        + style.runs_note(shown, None),
     )
     style.legend(ax, ncols=2)
     return ax

@@ -259,14 +259,16 @@ def by_series(frame: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame, str]]:
         yield f", {shorten(str(name))}" if len(parts) > 1 and name is not None else "", part, style
 
 
-def runs_note(frame: pl.DataFrame, marks: str = "thin lines") -> str:
+def runs_note(frame: pl.DataFrame, marks: str | None = "thin lines") -> str:
     """Return a line on how several runs were pooled; empty for one run.
 
-    ``marks`` names the marks of single runs. Intervals are columns ``low``, or a name with the suffix ``_low``.
+    ``marks`` names the marks of single runs; None if there are none. Intervals are columns ``low``, or with the suffix
+    ``_low``.
     """
     number = frame["run_id"].n_unique()
     has_interval = any(frame[name].count() for name in frame.columns if name == "low" or name.endswith("_low"))
-    return f"\nmean of {number} runs{' and of their intervals' * has_interval}; {marks}: runs" if number > 1 else ""
+    note = f"\nmean of {number} runs{' and of their intervals' * has_interval}"
+    return (note if marks is None else f"{note}; {marks}: runs") if number > 1 else ""
 
 
 def errors(frame: pl.DataFrame, y: str, low: str = "low", high: str = "high") -> list[pl.Series]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
@@ -18,6 +19,7 @@ import polars as pl
 from entrace.analysis.compare import compare
 from entrace.analysis.runs import Runs, open_runs
 from entrace.analysis.trace import InputError
+from tests.markdown import table
 
 # A standard error of the mean of two runs near an accuracy of .95.
 TIE = 0.005
@@ -48,8 +50,9 @@ class Trial:
     study: Runs
     rates: Runs
 
+    @cached_property
     def accuracies(self) -> dict[str, dict[float, list[float]]]:
-        """Return accuracies at the end of the study of rates, by arm and rate."""
+        """Accuracies at the end of the study of rates, by arm and rate."""
         found: dict[str, dict[float, list[float]]] = {}
         for run_id, accuracy in self.rates.sql(LAST).sort("run_id").iter_rows():
             manifest = self.rates.manifests[run_id]
@@ -64,7 +67,7 @@ class Trial:
             InputError: an arm was trained at another rate, or seeds are in both studies.
         """
         best = {}
-        for arm, by in self.accuracies().items():
+        for arm, by in self.accuracies.items():
             means = {rate: fmean(found) for rate, found in by.items()}
             best[arm] = min(rate for rate, mean in means.items() if mean >= max(means.values()) - TIE)
         for manifest in self.study.manifests.values():
@@ -96,7 +99,7 @@ def describe_tasks(trials: Sequence[Trial]) -> list[str]:
             ]
         )
     names = ["task", "terms", "accuracy", "tokens per response", "entropy", "reasoning words", "formal tokens"]
-    return _table(names, rows)
+    return table(names, rows)
 
 
 def describe_rates(trials: Sequence[Trial]) -> list[str]:
@@ -105,14 +108,14 @@ def describe_rates(trials: Sequence[Trial]) -> list[str]:
     rows: dict[str, list[str]] = {}
     for trial in trials:
         best = trial.chosen()
-        rates = sorted({rate for by in trial.accuracies().values() for rate in by})
+        rates = sorted({rate for by in trial.accuracies.values() for rate in by})
         header += [f"{trial.name}, {rate:g}" for rate in rates]
-        for arm, by in trial.accuracies().items():
+        for arm, by in trial.accuracies.items():
             means = {rate: f"{fmean(by[rate]):.3f}" for rate in rates}
             rows.setdefault(arm, [arm]).extend(
                 f"**{means[rate]}**" if rate == best[arm] else means[rate] for rate in rates
             )
-    return _table(header, list(rows.values()))
+    return table(header, list(rows.values()))
 
 
 def describe_differences(found: pl.DataFrame, metric: str) -> list[str]:
@@ -128,7 +131,7 @@ def describe_differences(found: pl.DataFrame, metric: str) -> list[str]:
         ]
         for row in found.filter(metric=metric).iter_rows(named=True)
     ]
-    return _table(["difference", "estimate", "95% interval", "p (Holm)", "detectable", "verdict"], rows)
+    return table(["difference", "estimate", "95% interval", "p (Holm)", "detectable", "verdict"], rows)
 
 
 def describe_power(found: pl.DataFrame, baseline: str) -> list[str]:
@@ -204,10 +207,6 @@ def _seeds(counts: Mapping[str, int]) -> str:
     return f"{low} seeds per arm" if low == high else f"{low} to {high} seeds per arm"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
-
-
 def main() -> None:
     """Read the studies, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -215,11 +214,14 @@ def main() -> None:
     parser.add_argument("--task", action="append", help="NAME of a task (default: short and long).")
     parser.add_argument("--out", type=Path, help="Page (default: print it).")
     options = parser.parse_args()
-    trials = [
-        Trial(name, open_runs(options.root / name), open_runs(options.root / f"rates-{name}"))
-        for name in options.task or ["short", "long"]
-    ]
-    text = write_page(trials, options.out.stem if options.out else "ablation-powered")
+    try:
+        trials = [
+            Trial(name, open_runs(options.root / name), open_runs(options.root / f"rates-{name}"))
+            for name in options.task or ["short", "long"]
+        ]
+        text = write_page(trials, options.out.stem if options.out else "ablation-powered")
+    except InputError as error:
+        parser.error(str(error))
     if options.out:
         options.out.write_text(text)
     else:

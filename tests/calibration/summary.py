@@ -5,7 +5,7 @@ The summary has rates of false and missed verdicts, coverage, and missed targets
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from entrace.analysis.claims import CONTRADICTED, NOT_RECORDED, SUPPORTED
 from tests.calibration.real_cases import REAL_CASES, false_parts
 from tests.calibration.truth import Truth
 from tests.calibration.worlds import INCONCLUSIVE, NOT_SUPPORTED, NULL, WORLDS
+from tests.markdown import table
 
 # One row per claim/part and subject: verdict, effect, and interval.
 Outcome = Sequence[Sequence[Any]]
@@ -174,7 +175,7 @@ def render(summary: dict[str, Any], *, with_cells: bool = True) -> str:
         "",
         *[f"- {miss}" for miss in misses],
         *([""] if misses else []),
-        *_table(
+        *table(
             ["World", "Description", "Runs", "Rows judged", "False scorecards", "Upper end", "Coverage"],
             [
                 [
@@ -195,9 +196,9 @@ def render(summary: dict[str, Any], *, with_cells: bool = True) -> str:
             [part, verdict, "-" if effect is None else f"{_number(effect)} [{_number(low)}, {_number(high)}]"]
             for part, verdict, effect, low, high in case["rows"]
         ]
-        lines += ["", f"## {case['case']}", "", case["about"], "", *_table(["Part", "Verdict", "Effect"], rows)]
+        lines += ["", f"## {case['case']}", "", case["about"], "", *table(["Part", "Verdict", "Effect"], rows)]
     for world in worlds if with_cells else ():
-        lines += ["", f"## {world['world']}", "", world["about"], "", *_table(COLUMNS, map(_describe, world["cells"]))]
+        lines += ["", f"## {world['world']}", "", world["about"], "", *table(COLUMNS, map(_describe, world["cells"]))]
     return "\n".join(lines) + "\n"
 
 
@@ -212,10 +213,6 @@ def _describe(cell: dict[str, Any]) -> list[Any]:
         _percent(cell["coverage"] and cell["coverage"]["rate"]),
         _number(cell["half_width"]),
     ]
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    return [f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def _percent(value: float | None) -> str:

@@ -34,7 +34,7 @@ class Shaper:
         self.waits = waits_for_plateau(self._config)
 
     def end_step(self, row: Mapping[str, Any]) -> None:
-        """Add a step, whose row of table ``steps`` the main process knows."""
+        """Add a step; only the main process knows its row of table ``steps``."""
         ((entropy, accuracy),) = broadcast_object_list([(row.get("entropy_token_mean"), row.get("accuracy"))])
         self.plateau.update(entropy or 0.0, accuracy or 0.0)
 
@@ -47,7 +47,7 @@ class Shaper:
         own |= {"loss_mask": batch.loss_mask, "advantage": batch.advantage}
         own |= {"correct": [bool(c) for c in batch.is_correct], "group": batch.group, "reward": batch.rewards}
         parts = gather_object([own])
-        # Both trainers average over the prompts of a step; the methods see groups from 0.
+        # The methods see the groups of all processes.
         shaped, is_on = shape_all(parts, self._config, self._trainer.args.seed, batch.step, self.plateau.plateau_step)
         if not is_on:
             return
