@@ -1,4 +1,4 @@
-"""Leave repeats of a test to ``make test-slow``."""
+"""Leave to ``make test-slow`` what repeats a test: by default, each mechanism is tested once or a few times."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,6 +6,11 @@ from typing import Any
 import pytest
 
 
+def slow(*values: Any) -> Any:
+    """Return the parameters of a slow case."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def slow_after(count: int, cases: Iterable[Any]) -> list[Any]:
-    """Return the parameters of a test, of which all but the first ``count`` are slow."""
-    return [pytest.param(case, marks=pytest.mark.slow if i >= count else ()) for i, case in enumerate(cases)]
+    """Return cases of one parameter, of which all but the first ``count`` are slow."""
+    return [case if place < count else slow(case) for place, case in enumerate(cases)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from tests.calibration.simulate import simulate_run, step_means
 from tests.calibration.summary import FALSE, Outcome, rate_interval, render, summarize
 from tests.calibration.truth import truth_of
 from tests.calibration.worlds import CONTRADICTED, METHOD_CLAIMS, NULL, RESPONSES, SUPPORTED, TOKENS, WORLDS
+from tests.slow import slow
 
 COMMITTED = Path(__file__).parents[1] / "reports" / "calibration.json"
 # One per kind of finding; `make calibrate` runs them all, many times.
@@ -46,30 +48,32 @@ SUBSET = (
 )
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, Outcome]:
-    return {name: simulate_once(name, 1) for name in SUBSET}
+# Of these, one without an effect and one with each kind of planted effect run by default.
+QUICK = ("frozen-unequal", "lawful", "planted", "better-arms")
 
 
-@pytest.mark.parametrize("name", SUBSET)
-def test_no_verdict_is_false(outcomes: dict[str, Outcome], name: str):
+@cache
+def outcome_of(name: str) -> Outcome:
+    return simulate_once(name, 1)
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in SUBSET])
+def test_no_verdict_is_false(name: str):
     entry = WORLDS[name]
     false = {
         (part, subject): verdict
-        for part, subject, verdict, *_ in outcomes[name]
+        for part, subject, verdict, *_ in outcome_of(name)
         if verdict in FALSE.get(entry.expectation(part) or "", ())
     }
     assert false == {}
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in SUBSET if name in ("planted", "reversed", "lawful", "evaluations-lawful", "better-arms")]
-)
-def test_planted_effects_are_found(outcomes: dict[str, Outcome], name: str):
-    expected = {row[0]: WORLDS[name].expectation(row[0]) for row in outcomes[name]}
+@pytest.mark.parametrize("name", ["planted", slow("reversed"), "lawful", slow("evaluations-lawful"), "better-arms"])
+def test_planted_effects_are_found(name: str):
+    expected = {row[0]: WORLDS[name].expectation(row[0]) for row in outcome_of(name)}
     missed = {
         part: (verdict, effect)
-        for part, _, verdict, effect, *_ in outcomes[name]
+        for part, _, verdict, effect, *_ in outcome_of(name)
         if expected[part] in (SUPPORTED, CONTRADICTED) and verdict != expected[part]
     }
     assert missed == {}

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,6 +34,7 @@ from entrace.trainer import cli
 from entrace.trainer.ablation.grid import load_grid
 from entrace.trainer.config import load_config
 from entrace.trainer.train import train
+from tests.patience import HANG_S
 from tests.trainer.conftest import SMALL
 
 ROOT = Path(__file__).parents[1]
@@ -196,56 +197,6 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@dataclass(frozen=True)
-class Background:
-    """Processes that work on the second core while the blocks run on the first."""
-
-    folder: Path
-    processes: dict[str, subprocess.Popen[str]]
-
-    def wait(self, name: str) -> tuple[int, str]:
-        """Return exit code and output of a process."""
-        output, _ = self.processes[name].communicate(timeout=300)
-        return self.processes[name].returncode, output
-
-
-@pytest.fixture(scope="module", autouse=True)
-def background(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Background]:
-    """Pyright on the Python blocks, and the site with links checked."""
-    folder = tmp_path_factory.mktemp("background")
-    code = folder / "code"
-    code.mkdir()
-    for page in WITH_BLOCKS:
-        blocks = [block for block in ALL_BLOCKS if block.page == page and block.language == "python"]
-        for block in blocks:
-            name = block.title.replace("/", "_") if block.title else f"{page.stem.replace('-', '_')}_page.py"
-            with (code / name).open("a") as file:
-                file.write(block.text)
-    settings = {"extraPaths": [str(ROOT)], "typeCheckingMode": "standard", "pythonVersion": "3.11"}
-    # TRL exports its classes without saying so.
-    settings["reportPrivateImportUsage"] = "none"
-    (code / "pyrightconfig.json").write_text(json.dumps(settings))
-    programs = {
-        "pyright": ["pyright", "--project", str(code), "--pythonpath", sys.executable],
-        "mkdocs": ["mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder / "site")],
-    }
-    processes = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            cwd=ROOT,
-            env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for name, arguments in programs.items()
-    }
-    yield Background(folder, processes)
-    for process in processes.values():
-        process.kill()
-        process.communicate()
-
-
 @pytest.fixture
 def folder(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_figures: None) -> Path:
     """Return a working directory like the repository with the study in it."""
@@ -357,9 +308,27 @@ def test_at_most_a_third_of_the_blocks_do_not_run():
     assert 3 * len(TAGGED) <= len(ALL_BLOCKS)
 
 
-def test_python_blocks_pass_pyright(background: Background):
-    status, output = background.wait("pyright")
-    assert status == 0, output
+def run_module(*arguments: str) -> None:
+    """Run a program of the environment, which must succeed."""
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_python_blocks_pass_pyright(tmp_path: Path):
+    for page in WITH_BLOCKS:
+        blocks = [block for block in ALL_BLOCKS if block.page == page and block.language == "python"]
+        for block in blocks:
+            name = block.title.replace("/", "_") if block.title else f"{page.stem.replace('-', '_')}_page.py"
+            with (tmp_path / name).open("a") as file:
+                file.write(block.text)
+    settings = {"extraPaths": [str(ROOT)], "typeCheckingMode": "standard", "pythonVersion": "3.11"}
+    # TRL exports its classes without saying so.
+    settings["reportPrivateImportUsage"] = "none"
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    run_module("pyright", "--project", str(tmp_path), "--pythonpath", sys.executable)
 
 
 def anchors_of(text: str) -> set[str]:
@@ -401,10 +370,9 @@ def test_every_question_is_listed():
         assert path.parent.name == "claims" or f"| `{stem}` |" in listed
 
 
-def test_the_site_builds_without_warnings(background: Background):
-    status, output = background.wait("mkdocs")
-    assert status == 0, output
-    site = background.folder / "site"
+def test_the_site_builds_without_warnings(tmp_path: Path):
+    site = tmp_path / "site"
+    run_module("mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site))
     dictionary = (site / "data-dictionary/index.html").read_text()
     methods = (site / "methods/index.html").read_text()
     assert "shaped_advantage" in dictionary

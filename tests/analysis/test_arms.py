@@ -11,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import entrace
+from entrace.analysis.figures import style
 from entrace.analysis.runs import open_runs
 from entrace.analysis.trace import TraceWriter
 from tests.analysis.conftest import step_row
@@ -111,3 +112,20 @@ def test_runs_without_times_are_drawn_by_their_tokens(tmp_path: Path):
     tokens, seconds = ax.child_axes
     assert len(tokens.lines[0].get_xdata()) == 3
     assert [text.get_text() for text in seconds.texts] == ["not recorded", "none"]
+
+
+def test_many_arms_are_their_means_and_one_bar(tmp_path: Path):
+    """Runs and intervals of dozens of arms would hide their means."""
+    names = [f"arm-{i}" for i in range(len(style.ARM_COLORS) + 1)]
+    for i, arm in enumerate(names):
+        for seed in range(3):
+            write_run(tmp_path, arm, seed, [1 + (i + seed) % 3] * 10, last=6)
+    runs = open_runs(tmp_path)
+    ax = entrace.figures.cost_accuracy(runs)
+    frame = entrace.figures.query(runs, "cost_accuracy").unique("arm")
+    *means, bar = ax.child_axes[0].lines
+    assert sorted(line.get_ydata()[0] for line in means) == pytest.approx(sorted(frame["mean"]))
+    low, high = bar.get_ydata()
+    assert low == pytest.approx(frame["mean"].min())
+    assert high - low == pytest.approx((frame["mean_high"] - frame["mean_low"]).median())
+    assert "bar: median 95% interval over seeds" in ax.get_title(loc="left")

@@ -24,6 +24,7 @@ from entrace.analysis.cli import NOTES_SHOWN
 from entrace.analysis.trace import TABLES, TraceWriter
 from entrace.analysis.trace.staging import PARTIAL
 from tests.analysis.conftest import write_failed, write_steps, write_tiny
+from tests.patience import HANG_S
 
 
 def test_incomplete_runs_are_noted_on_stderr(command, tmp_path: Path):
@@ -204,7 +205,7 @@ def test_a_stopped_report_leaves_nothing_and_the_same_command_completes_it(comma
         while process.poll() is None and not (out / PARTIAL / "claims.json").exists():
             time.sleep(0.001)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=HANG_S)
         return subprocess.CompletedProcess(arguments, process.returncode, stderr=err)
 
     stopped = stop(signal.SIGTERM)
@@ -242,7 +243,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 run(app)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, "query"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, "query"], capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert (done.returncode, done.stderr) == (status, f"entrace: stopped; {how}\n")
 
@@ -266,13 +267,13 @@ class Finalized:
 @app.command()
 def query():
     Finalized()
-    time.sleep(60)
+    time.sleep(600)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 run(app)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, "query"], capture_output=True, text=True, timeout=50, check=False
+        [sys.executable, "-c", code, "query"], capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert (done.returncode, done.stderr) == (status, "entrace: stopped; run the same command again\n")
 

@@ -142,7 +142,7 @@ def tokens(one: Runs) -> pl.DataFrame:
     )
 
 
-@pytest.mark.parametrize("scale", ["value", "rank"])
+@pytest.mark.parametrize("scale", slow_after(1, ["rank", "value"]))
 @pytest.mark.parametrize("target", slow_after(1, ["entropy", "logprob"]))
 def test_correlations_within_steps_are_those_of_a_loop(one: Runs, tokens: pl.DataFrame, target: str, scale: str):
     parts = [one.query("entropy_laws", target=target, scale=scale, stage=stage) for stage in ("rising", "plateau")]

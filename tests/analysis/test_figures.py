@@ -22,6 +22,7 @@ from entrace.analysis.runs import Runs, open_runs
 from entrace.analysis.trace import InputError, TraceWriter
 from tests.analysis.conftest import step_row, write_failed
 from tests.analysis.synthetic import NOTHING, write_run
+from tests.slow import slow_after
 
 mpl.use("Agg")
 
@@ -45,7 +46,7 @@ def test_a_count_and_its_noun_agree(values: list[int], noun: str, text: str):
     assert style.span(values, noun) == text
 
 
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", slow_after(16, STEMS))
 def test_figure_states_n_and_interval_and_its_labels_cover_nothing(
     study: Runs, stem: str, monkeypatch: pytest.MonkeyPatch
 ):

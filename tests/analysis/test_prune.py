@@ -28,6 +28,7 @@ from entrace.analysis.trace.prune import prune
 from entrace.analysis.trace.sampling import TokenSampling, response_draws
 from entrace.analysis.trace.verify import accept_edits, verify_run
 from tests.analysis.synthetic import write_run
+from tests.slow import slow_after
 
 STEPS, EVERY = 40, 20
 SAMPLING = TokenSampling(3, 0.25)
@@ -89,7 +90,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-@pytest.mark.parametrize("sampling", [SAMPLING, TokenSampling(7), TokenSampling(responses=0.1), TokenSampling(50, 0.5)])
+@pytest.mark.parametrize(
+    "sampling", slow_after(2, [SAMPLING, TokenSampling(50, 0.5), TokenSampling(7), TokenSampling(responses=0.1)])
+)
 def test_the_sampled_tokens_remain_and_nothing_else_changes(recorded: Path, run_dir: Path, sampling: TokenSampling):
     before = contents(run_dir)
     result = prune(run_dir, sampling)

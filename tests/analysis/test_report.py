@@ -21,6 +21,7 @@ from entrace.analysis.terminal.export import to_report_csv
 from entrace.analysis.trace import InputError, TraceWriter, write_manifest
 from tests.analysis.conftest import step_row, write_failed, write_steps, written
 from tests.analysis.synthetic import write_run
+from tests.slow import slow_after
 
 HOSTILE = '<script>alert("x")</script>'
 
@@ -207,7 +208,7 @@ def test_long_table_says_how_much_is_missing():
     assert "250 rows in all" in written(pl.DataFrame({"a": range(250)}), "table").decode()
 
 
-@pytest.mark.parametrize("steps", [(1,), (1, 2), (1, 100), (1, 100, 200)], ids=str)
+@pytest.mark.parametrize("steps", slow_after(1, [(1, 2), (1,), (1, 100), (1, 100, 200)]), ids=str)
 def test_runs_of_a_few_steps_have_a_report(steps: tuple[int, ...], tmp_path: Path):
     write_report(open_runs(write_steps(tmp_path / "few", steps)), tmp_path / "report")
     assert (tmp_path / "report" / "exchange_law.png").exists()

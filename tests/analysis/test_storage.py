@@ -25,6 +25,7 @@ from entrace.analysis.trace.errors import StorageError
 from entrace.analysis.trace.lock import acquire_lock
 from entrace.analysis.trace.places import to_place
 from entrace.analysis.trace.verify import check_run
+from tests.patience import HANG_S
 from tests.slow import slow_after
 
 FROZEN = Path(__file__).parents[1] / "fixtures" / "frozen" / "none-seed0"
@@ -58,7 +59,7 @@ def s3() -> Iterator[str]:
     fsspec.filesystem("s3").clear_instance_cache()
 
 
-@pytest.fixture(params=["memory", "s3"])
+@pytest.fixture(params=slow_after(1, ["s3", "memory"]))
 def root(request: pytest.FixtureRequest) -> str:
     name = uuid.uuid4().hex
     return f"{request.getfixturevalue('s3')}/{name}" if request.param == "s3" else f"memory://{name}"
@@ -136,7 +137,7 @@ def test_credentials_and_connections_are_one_line(s3: str):
     def run(**environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "entrace", "sql", "s3://bucket/run", "select 1"]
         base = {"PATH": "/usr/bin", "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/nowhere"}
-        return subprocess.run(command, env={**base, **environment}, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, env={**base, **environment}, capture_output=True, text=True, timeout=HANG_S)
 
     done = run(AWS_ENDPOINT_URL="http://127.0.0.1:9")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

@@ -21,6 +21,7 @@ from entrace.analysis.trace import TABLES, InputError, TraceWriter
 from entrace.analysis.trace.verify import accept_edits
 from entrace.analysis.trace.writer import write_part
 from tests.analysis.conftest import VOCAB
+from tests.slow import slow_after
 
 FLOATS = [
     pytest.param(table.name, column.name, column.nullable, id=f"{table.name}.{column.name}")
@@ -74,7 +75,7 @@ def test_a_number_too_large_for_the_column_is_rejected(tiny_path: Path, tmp_path
         writer.append("steps", {name: v[0] for name, v in rows_of(tiny_path, "steps").items()} | {"loss": 1e300})
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", slow_after(1, [math.nan, math.inf]))
 @pytest.mark.parametrize(("table", "column", "nullable"), FLOATS)
 def test_the_reader_names_table_column_rows_and_remedy(
     tiny_path: Path, tmp_path: Path, table: str, column: str, nullable: bool, value: float

@@ -21,6 +21,7 @@ from entrace import open_runs
 from entrace.analysis.trace import InputError, TraceWriter, read_manifest, write_manifest
 from entrace.analysis.trace.plain import REPLACEMENT, SURROGATES
 from tests.analysis.conftest import VOCAB, step_row
+from tests.patience import HANG_S
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 TEXTS = st.text(st.characters(exclude_categories=()), max_size=12)
@@ -50,7 +51,7 @@ class Meeting:
     """Exchange files written by the processes of a run, which are threads here."""
 
     def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=20)
+        self.barrier = threading.Barrier(size, timeout=HANG_S)
         self.given: list = [None] * size
 
     def gather(self, rank: int):

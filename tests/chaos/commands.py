@@ -19,7 +19,7 @@ from .trial import require
 TIMEOUT_S = 120.0
 POLL_S = 0.001
 # Modules that a server imports once for all processes.
-PRELOAD = ["entrace.trainer.train", "entrace.trainer.cli", "tests.chaos.preload"]
+PRELOAD = ["entrace.trainer.train", "entrace.trainer.cli", "reasoning_gym", "tests.chaos.preload"]
 STEMS = ["stage_dynamics"]
 
 

@@ -19,6 +19,7 @@ from entrace.trainer.ablation.launch.local import LocalLauncher
 from entrace.trainer.ablation.runner import run_grid
 from entrace.trainer.config import load_config
 from entrace.trainer.train import train
+from tests.patience import HANG_S
 
 from .conftest import SMALL
 
@@ -334,13 +335,13 @@ def test_runs_end_with_whoever_started_them(grid, tmp_path):
     )
     (tmp_path / "main.py").write_text(script)
     parent = psutil.Popen([sys.executable, str(tmp_path / "main.py")])
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_S
     while not list(out.glob("*/tokens/*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.5)
     children = parent.children(recursive=True)
     parent.kill()
     parent.wait()
-    _, alive = psutil.wait_procs(children, timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=HANG_S)
     assert len(children) >= 2
     assert not alive
     manifest = read_manifest(next(out.glob("none-seed0")))

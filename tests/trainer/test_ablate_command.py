@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from entrace.analysis.trace import read_manifest
+from tests.patience import HANG_S
 
 from .conftest import SMALL
 
@@ -204,11 +205,11 @@ def interrupt(folder, arguments):
         # A process that was started in the background may have been told to ignore it, and hands that on.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + HANG_S
     while len(list(folder.glob("*/checkpoints/step-*"))) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANG_S)
     return process.returncode, out, err
 
 

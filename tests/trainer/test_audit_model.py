@@ -27,7 +27,7 @@ from entrace.trainer.config import load_config
 from entrace.trainer.resources import find_base_policy
 from entrace.trainer.train import train as run_training
 from entrace.trl import Traced
-from tests.slow import slow_after
+from tests.slow import slow, slow_after
 
 from .conftest import SMALL
 from .trl_runs import build, load_policy
@@ -196,7 +196,7 @@ def truncated(case: Case, temperature: float, kind: str, limit: float) -> np.nda
     return case.own(logp) - np.log(kept)
 
 
-@pytest.mark.parametrize(("kind", "limit"), [("top-p", 0.9), ("top-k", 5), ("min-p", 0.1)])
+@pytest.mark.parametrize(("kind", "limit"), [("top-p", 0.9), slow("top-k", 5), slow("min-p", 0.1)])
 @pytest.mark.parametrize("temperature", slow_after(1, [TEMPERATURE, 1.0]))
 def test_a_truncation_is_estimated(trl: Case, kind: str, limit: float, temperature: float):
     values = truncated(trl, temperature, kind, limit)

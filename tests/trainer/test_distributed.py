@@ -28,6 +28,8 @@ from entrace.trainer import train as train_module
 from entrace.trainer.config import load_config
 from entrace.trainer.parallel.ranks import ALONE, Ranks, _Failure
 from entrace.trainer.train import train
+from tests.patience import HANG_S
+from tests.slow import slow
 
 from .conftest import SMALL
 
@@ -35,7 +37,6 @@ LABELS = {"study": "test", "arm": "none"}
 TABLES = ("tokens", "rollouts", "prompts", "vocab", "evals", "steps")
 KEYS = ["step", "rollout_id", "position", "prompt_id", "sample_index", "token_id"]
 CONFIG = [*SMALL, "steps=3", "record.checkpoint_every=1"]
-SECONDS = 60
 SHARDED = (pytest.mark.slow, pytest.mark.sharded)
 # After two or three steps, results differ by the summation order only.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
@@ -105,7 +106,7 @@ def run_forked(environment, arguments, log, before):
 
 def end(processes):
     """Wait for all processes and return their exit codes."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + HANG_S
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
     codes = [process.exitcode for process in processes]
@@ -123,7 +124,7 @@ def said(logs):
 @pytest.fixture(scope="module")
 def context():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["entrace.trainer.train", "accelerate"])
+    context.set_forkserver_preload(["entrace.trainer.train", "accelerate", "pandas", "reasoning_gym"])
     return context
 
 
@@ -153,7 +154,7 @@ def launch(arguments, log, sharing="ddp"):
 @pytest.mark.parametrize("sharing", ["ddp", pytest.param("fsdp", marks=SHARDED)])
 def test_two_processes_reproduce_the_run_of_one(alone, tmp_path, sharing):
     out, log = tmp_path / "two", tmp_path / "log.txt"
-    assert launch(["train", "tiny", *CONFIG, "--out", out], log, sharing).wait(SECONDS) == 0
+    assert launch(["train", "tiny", *CONFIG, "--out", out], log, sharing).wait(HANG_S) == 0
     lines = log.read_text().splitlines()
     assert [line.partition(" reward")[0] for line in lines] == ["two: 3/3", str(out)]
     assert_same_run(out, alone)
@@ -174,7 +175,7 @@ def test_a_killed_process_ends_all_with_one_line_and_the_run_can_resume(alone, t
     launcher = launch(["train", "tiny", *CONFIG, "--out", out], log, sharing)
     wait_for(out / "checkpoints" / "step-000001")
     os.kill(next(pid for pid in children(launcher.pid) if environment(pid)["RANK"] == "1"), signal.SIGKILL)
-    assert launcher.wait(SECONDS) == 1
+    assert launcher.wait(HANG_S) == 1
     lines = [line for line in log.read_text().splitlines() if line.startswith("entrace:")]
     last = read_manifest(out)["last_durable_step"]
     recorded = f"recorded up to step {last}: resume with --resume"
@@ -187,7 +188,7 @@ def test_a_killed_process_ends_all_with_one_line_and_the_run_can_resume(alone, t
 
 
 def wait_for(path):
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + HANG_S
     while not path.exists():
         assert time.monotonic() < deadline, f"no {path}"
         time.sleep(0.01)
@@ -230,6 +231,7 @@ def test_sharded_processes_resume_from_a_checkpoint_of_one(context, tmp_path, ov
         torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_adapter_cannot_be_sharded(context, tmp_path):
     arguments = ["train", "tiny", *CONFIG, "policy.lora={r=2}", "--out", tmp_path / "run"]
     processes, logs = fork(context, 2, arguments, tmp_path, shard_weights)
@@ -242,7 +244,7 @@ def test_an_adapter_cannot_be_sharded(context, tmp_path):
     [
         ["optim.mini_batches=2", "optim.epochs=2", "loss.kl_coef=0.1", "loss.method=entropy_mask"],
         # Two processes have no prompt, and one has no row to learn from.
-        ["rollout.prompts_per_step=1", "rollout.group_size=2", "rollout.max_refills=4"],
+        slow(["rollout.prompts_per_step=1", "rollout.group_size=2", "rollout.max_refills=4"]),
     ],
 )
 def test_statistics_of_the_batch_include_all_processes(context, tmp_path, overrides):
@@ -296,6 +298,7 @@ def test_a_signal_to_one_process_stops_all_at_the_next_exchange(context, alone, 
     assert_same_run(out, alone)
 
 
+@pytest.mark.slow
 def test_without_rank_0_another_reports(context, tmp_path):
     out = tmp_path / "headless"
     processes, logs = fork(context, 2, ["train", "tiny", *CONFIG, "--out", out], tmp_path)

@@ -38,6 +38,8 @@ from entrace.trainer.model.policy import Policy
 from entrace.trainer.resources import find_base_policy
 from entrace.trainer.runs.run_folder import is_complete
 from entrace.trainer.train import train
+from tests.patience import HANG_S
+from tests.slow import slow
 
 from .conftest import SMALL, cut_short, flip_a_bit
 
@@ -136,8 +138,8 @@ def test_nothing_is_touched_where_no_checkpoint_is_whole(run_dir, call):
     ("table", "damage", "reason"),
     [
         ("tokens", cut_short, "damaged or truncated Parquet file"),
-        ("rollouts", drop_a_column, "column response_length (int32) is missing"),
-        ("evals", Path.unlink, "missing"),
+        slow("rollouts", drop_a_column, "column response_length (int32) is missing"),
+        slow("evals", Path.unlink, "missing"),
     ],
 )
 def test_a_damaged_trace_goes_back_to_the_checkpoint_before(run_dir, whole, call, caplog, table, damage, reason):
@@ -210,7 +212,7 @@ def run_child(function, *arguments, **environment):
     command = [sys.executable, "-c", code, *map(str, arguments)]
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        command, cwd=root, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        command, cwd=root, env={**os.environ, **environment}, capture_output=True, text=True, timeout=HANG_S
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

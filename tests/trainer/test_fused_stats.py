@@ -11,6 +11,7 @@ from entrace.trainer.kernels.blocked_stats import compute_token_stats, compute_v
 from entrace.trainer.kernels.token_stats import LMHead, Truncation
 from tests.benchmarks import logit_stats
 from tests.benchmarks.logit_stats import stats_of_logits
+from tests.slow import slow_after
 
 pytest.importorskip("triton")
 # The interpreter warns about values beyond the last column.
@@ -67,7 +68,7 @@ def test_vocabulary_sums_beside_the_kernels(with_kernels, monkeypatch, block):
         assert torch.equal(getattr(found, name), values)
 
 
-@pytest.mark.parametrize("block", [(5, 100), (64, 1000)], ids=str)
+@pytest.mark.parametrize("block", slow_after(1, [(5, 100), (64, 1000)]), ids=str)
 @pytest.mark.parametrize("truncation", [Truncation(), Truncation(0.9), Truncation(0.8, 50)], ids=str)
 def test_both_passes_from_hidden_states(with_kernels, monkeypatch, block, truncation):
     monkeypatch.setitem(blocked_stats.BLOCK, "cpu", block)

@@ -14,6 +14,7 @@ from tests.chaos import chaos
 from tests.chaos.kills import Harness, play_cases
 from tests.chaos.scene import Scene
 from tests.chaos.trial import Fault, Outcome, Trial, require
+from tests.slow import slow_after
 
 SEED = 4
 NUM_KILLS = 6
@@ -84,7 +85,7 @@ def scene(harness, tmp_path_factory) -> Scene:
     return scene
 
 
-@pytest.mark.parametrize("kind", TRIALS)
+@pytest.mark.parametrize("kind", slow_after(4, TRIALS))
 def test_nothing_is_lost_and_no_answer_is_silently_wrong(scene, kind):
     fault = chaos.FAULTS[kind](scene)
     trials = [fault.play(index) for index in TRIALS[kind]]

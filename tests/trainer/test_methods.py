@@ -14,6 +14,7 @@ from entrace.trainer.config import build_config, load_config
 from entrace.trainer.resources import resolve_config
 from entrace.trainer.settings import merge, parse_override, read_toml
 from entrace.trainer.train import train
+from tests.slow import slow
 
 from .conftest import SMALL
 
@@ -46,6 +47,8 @@ ACTIVE = {
 }
 METHODS = list_methods()
 UNCHANGED = {"none", "released_noop"}
+# Of every kind one or two; the others are slow.
+QUICK = UNCHANGED | {"ppl", "position", "scale_matched", "kl_cov", "cispo", "pass_at_k", "no_dynamic_sampling", "lopti"}
 
 
 def config_of(name, *overrides):
@@ -82,7 +85,7 @@ def plain(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", [*METHODS, "ppl+position"])
+@pytest.mark.parametrize("name", [*(name if name in QUICK else slow(name) for name in METHODS), "ppl+position"])
 def test_a_method_changes_the_run_unless_it_changes_nothing(name, plain, tmp_path):
     """Responses of step 1 are those of plain GRPO; later weights differ.
 

@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 
 from entrace.analysis.trace import read_manifest
+from tests.patience import HANG_S
 
 from .conftest import SMALL
 
@@ -132,7 +133,7 @@ def test_a_shaping_is_composed_trained_resumed_and_evaluated(module, call, tmp_p
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     done = subprocess.run(
-        [ENTRACE, "eval", run, "--json"], cwd=elsewhere, capture_output=True, text=True, check=False, timeout=300
+        [ENTRACE, "eval", run, "--json"], cwd=elsewhere, capture_output=True, text=True, check=False, timeout=HANG_S
     )
     assert (done.returncode, list(json.loads(done.stdout))) == (0, [str(run)]), done.stderr
 
@@ -141,7 +142,7 @@ def test_a_grid_of_own_methods_is_run_in_other_processes_and_resumed(module, tmp
     write_grid(module)
     out = tmp_path / "study"
     command = [ENTRACE, "ablate", "grid.toml", *SMALL, "--out", out, "--jobs", "2", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     runs = {run["arm"]: run for run in json.loads(done.stdout)["runs"]}
     assert {arm: run["status"] for arm, run in runs.items()} == dict.fromkeys(
@@ -162,7 +163,7 @@ def test_a_grid_of_own_methods_is_run_in_other_processes_and_resumed(module, tmp
     assert len({row["grad_norm"] for row in first.values()}) == 3
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False, timeout=300)
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False, timeout=HANG_S)
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
 

@@ -6,6 +6,7 @@ from entrace.trainer.kernels import attention
 from entrace.trainer.kernels.attention import PART_PLACES
 from entrace.trainer.kernels.packing import Packing, Sequences, take_rows
 from entrace.trainer.model import packing_choice
+from tests.slow import slow_after
 from tests.trainer.test_policy import ARCHITECTURES, LLAMA_LIKE, load, write_model
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [8, 9], [5, 6, 7], [8, 9], [10], [5, 6, 7], [8, 9], [5, 6, 7]]
@@ -61,7 +62,7 @@ def test_take_rows_equals_an_index_with_its_gradient():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("part_places", [1, 12, 1 << 12])
+@pytest.mark.parametrize("part_places", slow_after(1, [12, 1, 1 << 12]))
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_packed_equals_padded_with_gradients(tmp_path, monkeypatch, batch, name, part_places, checkpointing):
     monkeypatch.setitem(PART_PLACES, "cpu", part_places)

@@ -26,6 +26,7 @@ from entrace.trainer.resources import find_base_policy, find_model
 from entrace.trainer.sampling.backend import backend_of
 from entrace.trainer.sampling.sampler import sample
 from entrace.trainer.sampling.samples import SamplingParams
+from tests.slow import slow_after
 
 # Enough that some response ends early.
 STOP_IDS = list(range(1, 60))
@@ -130,7 +131,7 @@ def assert_sampler_equals_a_teacher_forced_pass(policy):
     torch.testing.assert_close(rollouts.old_logprobs[rollouts.response_mask], scored.logprob, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("attention", ["auto", "eager"])
+@pytest.mark.parametrize("attention", slow_after(1, ["auto", "eager"]))
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_sampler_equals_a_teacher_forced_pass(tmp_path, name, attention):
     policy = load(write_model(tmp_path, *ARCHITECTURES[name]), attention=attention)

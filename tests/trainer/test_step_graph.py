@@ -13,6 +13,7 @@ from entrace.trainer.sampling.backend import CUDA_GRAPH, FAST_PATHS, NORMS, ON, 
 from entrace.trainer.sampling.decoder import Decoder
 from entrace.trainer.sampling.sampler import sample
 from entrace.trainer.sampling.samples import SamplingParams
+from tests.slow import slow_after
 from tests.trainer.test_policy import ARCHITECTURES, load, write_model
 
 # Sliding windows, or a mask of another shape.
@@ -42,7 +43,7 @@ def largest_difference(policy, seed, steps=5, **way):
     return float(torch.stack(found).max())
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("name", slow_after(6, sorted(ARCHITECTURES)))
 def test_a_trace_holds_for_any_sequences_and_weights(tmp_path, name):
     policy = load(write_model(tmp_path, *ARCHITECTURES[name]))
     graph = backend_of(policy).step_graph
@@ -54,7 +55,7 @@ def test_a_trace_holds_for_any_sequences_and_weights(tmp_path, name):
     assert largest_difference(policy, 1, graph=graph) < 1e-5
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("name", slow_after(6, sorted(ARCHITECTURES)))
 def test_steps_of_fixed_shape_change_nothing(tmp_path, monkeypatch, name):
     """Test the step that a GPU captures, without capture.
 

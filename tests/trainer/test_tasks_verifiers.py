@@ -16,6 +16,7 @@ from entrace.trainer.tasks.math_verifier import MathVerifier
 from entrace.trainer.tasks.prompt import Prompt, Score
 from entrace.trainer.tasks.verifiers import answer_classes, make_verifier
 from entrace.trainer.train import train
+from tests.patience import HANG_S
 
 from .conftest import SMALL
 
@@ -161,7 +162,7 @@ def test_mathematics_can_be_judged_outside_the_main_thread():
     verify = MathVerifier(limit_s=0.5)
     thread = threading.Thread(target=lambda: scores.extend(verify(text, prompt("1/2")) for text in answers))
     thread.start()
-    thread.join(120)
+    thread.join(HANG_S)
     assert [(score.score, score.is_timeout) for score in scores] == [(1.0, False), (0.0, True)]
 
 
@@ -207,7 +208,7 @@ def test_a_worker_ends_with_its_verifier():
     worker.kill()
     verify._worker.wait()
     verify._worker.stdin.close()
-    assert psutil.wait_procs(processes, timeout=60)[1] == []
+    assert psutil.wait_procs(processes, timeout=HANG_S)[1] == []
 
 
 def test_time_outs_are_counted_and_the_first_named(tmp_path, monkeypatch, caplog):

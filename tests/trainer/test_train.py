@@ -14,7 +14,7 @@ from entrace.trainer.algorithm.plateau import PlateauDetector
 from entrace.trainer.config import load_config
 from entrace.trainer.learner import TrainingError
 from entrace.trainer.train import train
-from tests.slow import slow_after
+from tests.slow import slow, slow_after
 
 from .conftest import SMALL
 
@@ -261,7 +261,9 @@ def test_a_run_whose_learning_rate_ends_with_it_is_not_extended(tmp_path):
         train(load_config("tiny", [*falling, "steps=1"]), tmp_path / "run", LABELS, resume=True)
 
 
-@pytest.mark.parametrize(("threshold", "remark"), [(1.0, None), (5.0, "none of the first"), (-1.0, "every one of the")])
+@pytest.mark.parametrize(
+    ("threshold", "remark"), [(5.0, "none of the first"), slow(1.0, None), slow(-1.0, "every one of the")]
+)
 def test_a_threshold_that_separates_nothing_is_remarked_on(tmp_path, caplog, threshold, remark):
     train(load_config("tiny", [*SMALL, "steps=3", f"task.correct_at={threshold}"]), tmp_path / "run", LABELS)
     remarks = [r.message for r in caplog.records if "is correct: their" in r.message]

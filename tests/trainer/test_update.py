@@ -14,6 +14,7 @@ from entrace.trainer.kernels.packing import cut_by_tokens
 from entrace.trainer.learner import Learner, learning_rate, make_objectives, mini_batches
 from entrace.trainer.rollouts import PromptSource, collect_batch
 from entrace.trainer.tasks import Score
+from tests.slow import slow_after
 
 from .conftest import SMALL, token_advantages
 
@@ -55,20 +56,23 @@ def test_gradient_equals_the_naive_token_mean(policy, task):
 
 @pytest.mark.parametrize(
     "loss",
-    [
-        ["loss.entropy_coef=0.01"],
-        ["loss.entropy_coef=0.01", "loss.kl_coef=0.1", "loss.aggregation=constant"],
-        ["loss.method=entropy_mask", "loss.aggregation=sequence_mean"],
-        ["loss.method=kl_cov", "loss.kl_cov.frac=0.2", "optim.epochs=2"],
-        ["loss.method=clip_cov", "loss.clip_cov.low=0.01", "loss.clip_cov.frac=0.1"],
+    slow_after(
+        3,
         [
-            "loss.ratio=sequence",
-            "loss.aggregation=sequence_mean",
-            "loss.clip_low=3e-4",
-            "loss.clip_high=4e-4",
-            "optim.epochs=2",
+            ["loss.entropy_coef=0.01", "loss.kl_coef=0.1", "loss.aggregation=constant"],
+            ["loss.method=kl_cov", "loss.kl_cov.frac=0.2", "optim.epochs=2"],
+            [
+                "loss.ratio=sequence",
+                "loss.aggregation=sequence_mean",
+                "loss.clip_low=3e-4",
+                "loss.clip_high=4e-4",
+                "optim.epochs=2",
+            ],
+            ["loss.entropy_coef=0.01"],
+            ["loss.method=entropy_mask", "loss.aggregation=sequence_mean"],
+            ["loss.method=clip_cov", "loss.clip_cov.low=0.01", "loss.clip_cov.frac=0.1"],
         ],
-    ],
+    ),
 )
 def test_micro_batches_do_not_change_the_update(policy, task, loss):
     options = [*loss, "optim.lr=1e-4", "optim.warmup_steps=0"]
@@ -325,7 +329,7 @@ def test_a_step_without_any_verdict_stops(policy, task, monkeypatch):
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
-@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+@pytest.mark.parametrize("kl_coef", slow_after(1, [0.1, 0.0]))
 def test_masked_truncated_responses_enter_the_mean_but_not_the_loss(policy, task, aggregation, kl_coef):
     options = [
         "rollout.dynamic_sampling=false",

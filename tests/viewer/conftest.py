@@ -17,6 +17,7 @@ from entrace.analysis.viewer import server
 from entrace.analysis.viewer.session import Session
 from tests.analysis.conftest import write_tiny
 from tests.analysis.synthetic import Planted, write_run
+from tests.patience import HANG_S
 from tests.test_hostile import poison
 
 FROZEN = Path(__file__).parents[1] / "fixtures" / "frozen" / "none-seed0"
@@ -43,7 +44,7 @@ class Client:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers or {})
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=HANG_S) as answer:
                 return answer.status, answer.read(), answer.headers
         except urllib.error.HTTPError as error:
             return error.code, error.read(), error.headers
@@ -132,7 +133,7 @@ class Tab:
 
         The pages forbid Playwright's own wait_for_function, which evaluates text.
         """
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANG_S
         while not condition():
             assert time.monotonic() < deadline
             self.page.wait_for_timeout(50)

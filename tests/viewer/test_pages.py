@@ -19,6 +19,8 @@ from PIL import Image
 from entrace.analysis.trace import Recorder, TraceWriter, Vocabulary
 from entrace.analysis.viewer import responses
 from tests.analysis.conftest import step_row
+from tests.patience import HANG_S
+from tests.slow import slow_after
 from tests.viewer.conftest import FROZEN, Client, Tab
 
 PAGES = (
@@ -38,7 +40,7 @@ def assert_accessible(page: Any) -> None:
     assert found.violations_count == 0, found.generate_report()
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", slow_after(1, ["light", "dark"]))
 @pytest.mark.parametrize("path", PAGES)
 def test_pages_are_accessible(tab: Tab, frozen: Client, path: str, theme: str):
     tab.page.emulate_media(color_scheme=theme)
@@ -50,7 +52,7 @@ def test_pages_are_accessible(tab: Tab, frozen: Client, path: str, theme: str):
     assert_accessible(page)
 
 
-@pytest.mark.parametrize("path", PAGES)
+@pytest.mark.parametrize("path", slow_after(3, PAGES))
 def test_pages_fit_a_phone(tab: Tab, frozen: Client, path: str):
     tab.page.set_viewport_size({"width": 375, "height": 700})
     page = tab.open(frozen.url + path)
@@ -143,7 +145,7 @@ def test_a_search_for_text_is_shown_as_it_goes_and_stopped(tab: Tab, frozen: Cli
         """Wait before the third part until the page has stopped the search."""
         for part, found in enumerate(search(*args, **options)):
             if part == 2:
-                stopped.wait(120)
+                stopped.wait(HANG_S)
             yield found
 
     monkeypatch.setattr(responses, "SEARCHED_ROWS", 1)
@@ -169,7 +171,7 @@ def test_a_slow_condition_is_stopped_before_its_first_rows(tab: Tab, frozen: Cli
     find, stopped = responses.find_responses, threading.Event()
 
     def hold(*args: Any, **options: Any) -> Iterator[Any]:
-        stopped.wait(120)
+        stopped.wait(HANG_S)
         yield from find(*args, **options)
 
     monkeypatch.setattr(responses, "find_responses", hold)
@@ -516,7 +518,9 @@ def test_a_saved_view_opens_without_a_server(tab: Tab, frozen: Client, tmp_path:
     assert "script-src 'sha256-" in saved.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", ["/", "/responses", "/response", "/compare", "/sql?q=select%20*%20from%20rollouts"])
+@pytest.mark.parametrize(
+    "path", slow_after(3, ["/", "/response", "/sql?q=select%20*%20from%20rollouts", "/responses", "/compare"])
+)
 def test_hostile_text_is_shown_and_never_acted_on(tab: Tab, hostile: Client, path: str, tmp_path: Path):
     columns = hostile.get("/api/responses")["columns"]
     run, rollout = columns["run_id"][0], columns["rollout_id"][0]

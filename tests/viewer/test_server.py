@@ -28,6 +28,7 @@ from entrace.analysis.viewer.responses import align
 from entrace.analysis.viewer.session import Session
 from tests.analysis.conftest import step_row, write_tiny
 from tests.analysis.synthetic import write_run
+from tests.patience import HANG_S
 from tests.slow import slow_after
 from tests.test_hostile import rewrite
 from tests.viewer.conftest import FROZEN, Client
@@ -44,7 +45,7 @@ def test_runs_and_figures_are_those_of_the_report(tiny: Client):
     assert {verdict["claim"] for verdict in verdicts["verdicts"]} == set(verdicts["overall"])
 
 
-@pytest.mark.parametrize("stem", slow_after(8, figures.STEMS))
+@pytest.mark.parametrize("stem", slow_after(4, figures.STEMS))
 def test_every_figure_tells_what_is_under_the_pointer(frozen: Client, stem: str):
     found = frozen.get(f"/api/figure/{stem}")
     runs = open_runs(FROZEN)
@@ -125,7 +126,7 @@ def test_rows_come_before_their_texts(frozen: Client):
     assert texts == [whole[rollout][:280] for rollout in last["columns"]["rollout_id"]]
 
 
-@pytest.mark.parametrize("sort", ["step", "-step", "-reward", "defects"])
+@pytest.mark.parametrize("sort", slow_after(2, ["step", "-reward", "-step", "defects"]))
 def test_a_search_for_text_tells_what_it_found_so_far(frozen: Client, sort: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(responses, "SEARCHED_ROWS", 100)
     rows = open_runs(FROZEN).sql("select rollout_id, step, completion from staged_responses where stage = 'rising'")
@@ -295,12 +296,12 @@ def test_a_query_that_never_ends_is_stopped_and_the_rest_keeps_working(frozen: C
     answers: list[str] = []
     asking = threading.Thread(target=lambda: answers.append(frozen.error("/api/sql", {"sql": ENDLESS, "name": "one"})))
     asking.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_S
     while not json.loads(frozen.ask("/api/stop", {"name": "one"})[1])["was_running"]:
         assert time.monotonic() < deadline
         assert frozen.get("/api/responses")["num_rows"]
         time.sleep(0.1)
-    asking.join(timeout=30)
+    asking.join(timeout=HANG_S)
     assert answers == ["sql: stopped"]
 
 
@@ -310,12 +311,12 @@ def test_an_export_shows_its_progress_and_is_stopped(frozen: Client):
     body = {"sql": query, "name": "two", "format": "csv"}
     asking = threading.Thread(target=lambda: answers.append(frozen.error("/api/export", body)))
     asking.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_S
     while not (frozen.get("/api/progress?name=two") or {}).get("num_rows"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert json.loads(frozen.ask("/api/stop", {"name": "two"})[1])["was_running"]
-    asking.join(timeout=30)
+    asking.join(timeout=HANG_S)
     assert answers == ["sql: stopped"]
     assert frozen.get("/api/progress?name=two") is None
 
@@ -340,18 +341,18 @@ def test_values_are_computed_once_and_without_waiting_for_others():
     def compute(_: object) -> int:
         calls.append(1)
         entered.set()
-        assert leave.wait(30)
+        assert leave.wait(HANG_S)
         return 7
 
     values: list[int] = []
     threads = [threading.Thread(target=lambda: values.append(session.once("slow", compute))) for _ in range(2)]
     for thread in threads:
         thread.start()
-    assert entered.wait(30)
+    assert entered.wait(HANG_S)
     assert session.once("fast", lambda runs: len(runs.manifests)) == 1
     leave.set()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=HANG_S)
     assert (values, calls) == ([7, 7], [1])
     session.close()
     with pytest.raises(InputError, match="stopping"):
@@ -368,7 +369,7 @@ def test_threads_that_need_one_computed_table_do_not_wait_for_each_other():
             thread.start()
             time.sleep(0.3)
     for thread in threads:
-        thread.join(timeout=20)
+        thread.join(timeout=HANG_S)
         assert not thread.is_alive()
 
 
@@ -442,7 +443,7 @@ def test_beyond_this_machine_the_address_holds_a_token(tmp_path: Path):
     assert "HttpOnly" in headers["set-cookie"]
     assert client.ask("/api/runs", headers={"Cookie": f"entrace_token_{served.port}={token}"})[0] == 200
     served.server.should_exit = True
-    thread.join(timeout=10)
+    thread.join(timeout=HANG_S)
 
 
 def test_a_port_in_use_is_left_alone():
@@ -475,7 +476,7 @@ def test_a_run_in_training_shows_durable_steps_only(tmp_path: Path, served: Call
     writer.flush()
     client = served(folder)
     assert client.get("/api/runs")["runs"][0]["steps"] == 5
-    with urllib.request.urlopen(f"{client.url}/api/events", timeout=30) as events:
+    with urllib.request.urlopen(f"{client.url}/api/events", timeout=HANG_S) as events:
         first = _next_event(events)
         record(range(6, 12))
         writer.flush()
@@ -570,7 +571,7 @@ def test_a_run_that_disappears_is_reported_and_the_rest_keeps_working(tmp_path: 
     kept, gone = write_tiny(tmp_path / "kept"), write_tiny(tmp_path / "gone")
     client = served(kept, gone)
     assert len(client.get("/api/runs")["runs"]) == 2
-    with urllib.request.urlopen(f"{client.url}/api/events", timeout=30) as events:
+    with urllib.request.urlopen(f"{client.url}/api/events", timeout=HANG_S) as events:
         first = _next_event(events)
         shutil.rmtree(gone)
         assert _next_event(events) != first
@@ -593,7 +594,7 @@ def test_a_notebook_shows_the_page_in_a_frame():
 
 def test_a_script_that_showed_the_page_ends_in_silence():
     script = f"import entrace; entrace.open_runs({str(FROZEN)!r}).view()"
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG_S, check=True)
     assert not ended.stdout + ended.stderr
 
 
@@ -603,7 +604,7 @@ def test_the_command_prints_its_address_and_ends_with_ctrl_c():
         assert process.stdout is not None
         url = process.stdout.readline().removeprefix("view: ").strip()
         client = Client(url)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + HANG_S
         while True:
             try:
                 assert client.get("/api/runs")["runs"]
@@ -612,10 +613,10 @@ def test_the_command_prints_its_address_and_ends_with_ctrl_c():
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
         # A page that is open keeps a stream of events.
-        with urllib.request.urlopen(f"{client.url}/api/events", timeout=30) as events:
+        with urllib.request.urlopen(f"{client.url}/api/events", timeout=HANG_S) as events:
             assert _next_event(events)
             process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=30)
+            _, err = process.communicate(timeout=HANG_S)
         assert not err
         assert process.returncode == 0
 

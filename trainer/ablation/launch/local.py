@@ -49,7 +49,7 @@ class LocalLauncher:
 
     def run(self, jobs: Sequence[Job], listener: ProgressListener) -> None:
         """Execute all runs in order."""
-        context = _start_server()
+        context = _start_server(jobs)
         waiting = list(jobs)
         # One pipe per process: a process killed while writing to a shared queue would block the others.
         running: dict[Any, tuple[Job, Any, Output]] = {}
@@ -86,17 +86,20 @@ class LocalLauncher:
             _stop([process for _, process, _ in running.values()])
 
 
-def _start_server() -> Any:
+def _start_server(jobs: Sequence[Job]) -> Any:
     """Return a multiprocessing context that forks one process per run.
 
-    Its server imports the trainer once.
+    Its server imports once what every run would import.
     """
     if not hasattr(os, "fork"):
         return multiprocessing.get_context("spawn")
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["entrace.trainer.train"])
+    # The trainer imports the other two on first use: pyarrow needs pandas for its first array.
+    sources = (source for job in jobs for source in job.config.task.sources.values())
+    libraries = ["pandas"] if all(source.is_file for source in sources) else ["pandas", "reasoning_gym"]
+    context.set_forkserver_preload(["entrace.trainer.train", *libraries])
     # Ctrl-C reaches the whole process group. The server and its children ignore it; the launcher stops the runs.
     if threading.current_thread() is threading.main_thread():
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
