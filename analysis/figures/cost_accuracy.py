@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Accuracy at the last evaluation against the cost of training up to it. Small marks are runs, large marks means "
-    "over the seeds of an arm. Up and to the left is better. Tokens are always comparable; seconds are comparable only "
-    "between runs on the same machine with the same load."
+    "over the seeds of an arm. With more arms than colors, only means are drawn, and one bar as long as their median "
+    "interval. Up and to the left is better. Tokens are always comparable; seconds are comparable only between runs on "
+    "the same machine with the same load."
 )
 MEAN_OF, AT = "avg_at_k", ("benchmark",)
 COSTS = {"tokens": "generated tokens", "seconds": "training time (s)"}
@@ -42,19 +43,29 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
     """
     shown = frame.drop_nulls("mean")
     looks = _looks(arms.names(shown))
+    is_crowded = arms.is_crowded(shown)
     parts = shown.partition_by("benchmark", maintain_order=True)
     arms.hide(ax)
     ax.xaxis.labelpad, ax.yaxis.labelpad = 2 * arms.X_PAD, arms.Y_PAD
     height = (0.88 if len(parts) > 1 else 1) / len(parts)
     for i, part in enumerate(parts):
-        panels = _panels(ax, 1 - (i + 1) / len(parts), height, part)
+        bar = _typical_interval(part)
+        values = [part["mean"], bar] if is_crowded else [part[name] for name in ("avg_at_k", "mean_low", "mean_high")]
+        panels = _panels(ax, 1 - (i + 1) / len(parts), height, np.concatenate(values))
         for panel, (cost, name) in zip(panels, COSTS.items(), strict=True):
-            _draw_points(panel, part, cost, looks)
+            if not is_crowded:
+                _draw_runs(panel, part, cost, looks)
+            _draw_means(panel, part, cost, looks)
             panel.set_xlabel(name if i + 1 == len(parts) else "", fontsize=8, labelpad=1)
         if len(parts) > 1:
             panels[0].set_title(style.shorten(part["benchmark"][0]), fontsize=7, loc="left", pad=2)
+        if is_crowded:
+            transform = panels[0].get_yaxis_transform()
+            panels[0].plot([0.05, 0.05], bar, transform=transform, color=style.GREY, linewidth=1.5)
         _draw_names(panels[1], part, looks)
-    note = f"{arms.counts(frame)}\nlarge marks: means; bars: {arms.covers(shown)}"
+    covers = arms.covers(shown)
+    drawn = f"means; bar: median {covers}" if is_crowded else f"large marks: means; bars: {covers}"
+    note = f"{arms.counts(frame)}\n{drawn}"
     label = f"held-out accuracy (avg@{style.span(shown['k'])})"
     style.label(ax, "cost of training up to the last evaluation", label, note)
     return ax
@@ -73,11 +84,11 @@ def _looks(order: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _panels(ax: Axes, bottom: float, height: float, part: pl.DataFrame) -> tuple[Axes, Axes]:
+def _panels(ax: Axes, bottom: float, height: float, shown: np.ndarray) -> tuple[Axes, Axes]:
     with mpl.rc_context(style.RC):
         left = ax.inset_axes((0, bottom, 0.46, height))
         right = ax.inset_axes((0.54, bottom, 0.46, height), sharey=left)
-    shown = np.concatenate([part[name].drop_nulls() for name in ("avg_at_k", "mean_low", "mean_high")])
+    shown = shown[np.isfinite(shown)]
     margin = 0.06 * np.ptp(shown) or 0.05
     left.set_ylim(shown.min() - margin, shown.max() + margin)
     for panel in (left, right):
@@ -89,18 +100,33 @@ def _panels(ax: Axes, bottom: float, height: float, part: pl.DataFrame) -> tuple
     return left, right
 
 
-def _draw_points(ax: Axes, part: pl.DataFrame, cost: str, looks: dict[str, dict[str, Any]]) -> None:
-    """Draw the runs whose cost is known, and the mean of each arm at their mean cost."""
+def _draw_means(ax: Axes, part: pl.DataFrame, cost: str, looks: dict[str, dict[str, Any]]) -> None:
+    """Draw the mean of each arm at the mean cost of its runs, where that is known."""
+    import polars as pl
+
     known = part.drop_nulls(cost)
     if known.is_empty():
         ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", color=style.GREY, fontsize=7)
     for (arm,), runs in known.partition_by("arm", maintain_order=True, as_dict=True).items():
-        look, costs = looks[str(arm)], runs[cost].to_numpy()
-        mean, low, high = runs.select("mean", "mean_low", "mean_high").row(0)
-        ax.plot(costs, runs["avg_at_k"], **look, markersize=3, alpha=0.45, markeredgewidth=0)
+        mean = arms.mean_rows(runs).with_columns(pl.lit(runs[cost].mean()).alias(cost))
+        ax.plot(mean[cost], mean["mean"], **looks[str(arm)], markersize=5.5)
+        marks.remember(ax, mean, cost, "mean")
+
+
+def _draw_runs(ax: Axes, part: pl.DataFrame, cost: str, looks: dict[str, dict[str, Any]]) -> None:
+    """Draw the runs whose cost is known, and the interval of each mean."""
+    for (arm,), runs in part.drop_nulls(cost).partition_by("arm", maintain_order=True, as_dict=True).items():
+        look = looks[str(arm)]
+        ax.plot(runs[cost], runs["avg_at_k"], **look, markersize=3, alpha=0.45, markeredgewidth=0)
         marks.remember(ax, runs, cost, "avg_at_k")
-        ax.vlines(costs.mean(), low, high, color=look["color"], linewidth=1, alpha=0.6)
-        ax.plot(costs.mean(), mean, **look, markersize=5.5)
+        low, high = runs.select("mean_low", "mean_high").row(0)
+        ax.vlines(runs[cost].mean(), low, high, color=look["color"], linewidth=1, alpha=0.6)
+
+
+def _typical_interval(part: pl.DataFrame) -> np.ndarray:
+    """Return the ends of a bar above the lowest mean that is as long as the median interval, (2,)."""
+    low = part["mean"].to_numpy().min()
+    return np.array([low, low + np.median(part["mean_high"] - part["mean_low"])])
 
 
 def _draw_names(ax: Axes, part: pl.DataFrame, looks: dict[str, dict[str, Any]]) -> None:
