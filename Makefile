@@ -103,13 +103,13 @@ bench-gpu: .venv-bench/.ready  ## a GPU against its limits and TRL; PART=decodin
 	.venv-bench/bin/python -m tests.benchmarks.bench_gpu --out reports/benchmarks_gpu $(if $(PART),--part $(PART)) $(if $(PROFILE),--profile)
 
 bench-queries: $(READY)  ## each question on 50 million tokens against a plain scan and polars' lazy engine
-	$(BIN)/python tests/benchmarks/bench_queries.py --out reports/query_benchmarks.json
+	$(BIN)/python -m tests.benchmarks.bench_queries --out reports/query_benchmarks.json
 
 bench-output: $(READY)  ## peak memory and rows per second of `entrace sql`, each format, 50 million rows
 	$(BIN)/python -m tests.benchmarks.bench_output --out reports/output_benchmarks.json
 
 bench-integrity: $(READY)  ## cost of digests and checksums: writing, opening, and verifying a run
-	$(BIN)/python tests/benchmarks/bench_integrity.py --out reports/integrity_benchmarks.json
+	$(BIN)/python -m tests.benchmarks.bench_integrity --out reports/integrity_benchmarks.json
 
 bench-trl: $(READY)  ## seconds per step of TRL with and without recording, paired
 	$(BIN)/python -m tests.benchmarks.bench_trl_recording --out reports/trl_recording.json

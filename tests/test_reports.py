@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import bench_output
+from tests.benchmarks import bench_output, bench_queries
 from tests.benchmarks.measurements import Measurement, to_markdown
 from tests.chaos import chaos, flips
 
@@ -34,6 +34,7 @@ def integrity():
         ("reliability.md", lambda: chaos.render(report("chaos.json"))),
         ("reliability.md", lambda: flips.describe_default(report("chaos.json")["damage"])),
         ("performance.md", lambda: bench_output.to_markdown(report("output_benchmarks.json"))),
+        ("performance.md", lambda: bench_queries.to_markdown(report("query_benchmarks.json"))),
         ("performance.md", lambda: rows_of(to_markdown(integrity()))),
     ],
 )

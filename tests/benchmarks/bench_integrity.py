@@ -5,7 +5,7 @@ run, opening is ``entrace.open_runs``, both with and without checksums and diges
 digests and, as for older traces, without; its ratio is to a scan: SQL that sums every column of every table. All of
 them alternate; ratios are taken within a round.
 
-Usage: python tests/benchmarks/bench_integrity.py [--trace RUN | --tokens 1000000] [--rounds 15] [--out FILE]
+Usage: python -m tests.benchmarks.bench_integrity [--trace RUN | --tokens 1000000] [--rounds 15] [--out FILE]
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any
 from unittest.mock import patch
 
 import pyarrow.parquet as pq
-from bench_queries import scan_of
-from measurements import AT_MOST, Measurement, quotients, time_in_rounds, to_markdown
-from simulated_trace import write_trace
 
 import entrace
 from entrace.analysis.trace import TABLES, TraceWriter, digests
 from entrace.analysis.trace.digests import DIGESTS, Digest, Recorded
 from entrace.analysis.trace.verify import verify_run
+from tests.benchmarks.bench_queries import scan_of
+from tests.benchmarks.measurements import AT_MOST, Measurement, quotients, time_in_rounds, to_markdown
+from tests.benchmarks.simulated_trace import write_trace
 
 LIMIT = 1.02
 NOTHING = Digest("", 0)

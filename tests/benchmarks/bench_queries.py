@@ -18,7 +18,7 @@ polars can compute them. Values are compared. Opening a study of many small runs
 ``--report`` measures the report on a simulated study with the 104 runs of the tiny ablation instead: CPU seconds of a
 new process that opens the study and writes the report, including imports.
 
-Usage: python tests/benchmarks/bench_queries.py --tokens 50000000 --out reports/query_benchmarks.json [--trace DIR]
+Usage: python -m tests.benchmarks.bench_queries --tokens 50000000 --out reports/query_benchmarks.json [--trace DIR]
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
-from polars_breakdowns import COLUMNS, Breakdowns, Mean
-from simulated_trace import write_ablation, write_study, write_trace
 
 import entrace
 from entrace.analysis import queries
 from entrace.analysis.statistics import interval_functions
 from entrace.analysis.terminal.progress import Progress
 from entrace.analysis.trace import TABLES, describe_machine
+from tests.benchmarks.polars_breakdowns import COLUMNS, Breakdowns, Mean
+from tests.benchmarks.simulated_trace import write_ablation, write_study, write_trace
 
+MODULE = "tests.benchmarks.bench_queries"
 CORES = 2
 SHRINK = 10
 # Minimum and maximum rounds per query, and seconds of wall plus CPU time after which no further round starts.
@@ -65,6 +66,16 @@ LIMITS = {
     "polars_without_intervals": 1.0,
     "polars_with_intervals": 1.0,
     "open_s": 2.0,
+}
+MEASURES = {
+    "median_ratio": "A question against a scan of its columns, median ratio",
+    "worst_ratio": "A question against a scan of its columns, largest ratio",
+    "growth": "Ten times the tokens, median ratio of times",
+    "worst_growth": "Ten times the tokens, largest ratio of times",
+    "peak_memory_gib": "Peak memory of a process that asks every question (GiB)",
+    "polars_without_intervals": "A breakdown against polars without intervals, largest ratio",
+    "polars_with_intervals": "A breakdown against polars with intervals, largest ratio",
+    "open_s": "Opening a study of 1,000 runs (s)",
 }
 # Runs of the study whose opening is timed.
 STUDY_RUNS = 1000
@@ -164,7 +175,7 @@ def measure(large: entrace.Runs, small: entrace.Runs, stem: str, scan: str) -> d
 
 def peak_memory_gib(trace: Path) -> float:
     """Measure the peak resident memory of a process that runs every query once, GiB."""
-    command = [sys.executable, __file__, "--answer-all", str(trace)]
+    command = [sys.executable, "-m", MODULE, "--answer-all", str(trace)]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
@@ -258,7 +269,7 @@ def measure_report(root: Path) -> dict[str, Any]:
     if not study.exists():
         write_ablation(study)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--write-report", str(study), str(Path(folder) / "report")]
+        command = [sys.executable, "-m", MODULE, "--write-report", str(study), str(Path(folder) / "report")]
         cpu_s = float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
     return {"runs": len(list(study.iterdir())), "cores": CORES, **describe_machine(), "report_cpu_s": cpu_s}
 
@@ -330,6 +341,19 @@ def to_table(result: dict[str, Any]) -> str:
         measured = result["measured"][name]
         lines.append(f"{name:<25}{measured:>7.2f}  at most {limit:g}  {'ok' if measured <= limit else 'MISSED'}")
     return "\n".join(lines)
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """Return the limits beside what was measured, and how polars compares over all breakdowns."""
+    rows = [(text, f"{LIMITS[name]:g}", f"{result['measured'][name]:.1f}") for name, text in MEASURES.items()]
+    for kind in ("without_intervals", "with_intervals"):
+        found = [by[kind] for by in result["polars"].values() if kind in by]
+        times = [sum(row[name] for row in found) for name in ("entrace_s", "polars_s")]
+        words = f"polars {kind.replace('_', ' ')}"
+        faster = sum(row["ratio"] <= 1 for row in found)
+        rows.append((f"At least as fast as {words}, of {len(found)} breakdowns", str(len(found)), str(faster)))
+        rows.append((f"All these breakdowns against {words}, ratio of total times", "1", f"{times[0] / times[1]:.2f}"))
+    return "\n".join(["| | Target | Measured |", "| --- | ---: | ---: |", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def rounded(value: Any) -> Any:
