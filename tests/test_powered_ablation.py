@@ -23,25 +23,33 @@ def write(folder: Path, arm: str, seed: int, rate: float, accuracy: float, label
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Write both studies; ppl learns best at the higher rate, and gains .2."""
+    """Write both studies: ppl and its control learn best at the higher rate, and gain .2 and .1."""
     for seed in (100, 101):
         for rate, ppl in ((0.1, 0.5), (0.2, 0.9)):
             write(tmp_path / "rates", "none", seed, rate, 0.9 if rate == 0.1 else 0.3, f" [optim.lr={rate}]")
-            write(tmp_path / "rates", "ppl", seed, rate, ppl, f" [optim.lr={rate}]")
+            for arm in ("ppl", "ppl_high"):
+                write(tmp_path / "rates", arm, seed, rate, ppl, f" [optim.lr={rate}]")
     for seed in range(3):
         write(tmp_path / "study", "none", seed, 0.1, 0.5)
         write(tmp_path / "study", "ppl", seed, 0.2, 0.7)
+        write(tmp_path / "study", "ppl_high", seed, 0.2, 0.6)
     return tmp_path
+
+
+def interval_of(page: str, row: str) -> tuple[float, float, list[str]]:
+    """Return the ends of the interval around a row's estimate, and the cells behind it."""
+    line = next(line for line in page.splitlines() if line.startswith(row))
+    estimate, interval, *more = [cell.strip() for cell in line.removeprefix(row).split("|")[:-1]]
+    low, high = map(float, interval.strip("[]").split(","))
+    assert low < float(estimate) < high
+    return low, high, more
 
 
 def test_the_page_shows_rates_differences_and_power(root: Path):
     trial = Trial("short", open_runs(root / "study"), open_runs(root / "rates"))
-    assert trial.chosen() == {"none": 0.1, "ppl": 0.2}
+    assert trial.chosen() == {"none": 0.1, "ppl": 0.2, "ppl_high": 0.2}
     page = write_page([trial], "powered")
-    ppl = next(line for line in page.splitlines() if line.startswith("| ppl − none |"))
-    estimate, interval, *_, verdict = [cell.strip() for cell in ppl.split("|")[2:-1]]
-    low, high = map(float, interval.strip("[]").split(","))
-    assert low < float(estimate) < high
+    low, high, (*_, verdict) = interval_of(page, "| ppl − none |")
     assert low < 0.2 < high
     assert verdict == "better"
     assert f"The intervals exclude gains of the methods above {high:.4f} (ppl)." in page
@@ -57,3 +65,11 @@ def test_an_arm_at_another_rate_and_seeds_of_both_studies_are_refused(root: Path
     write(root / "again", "none", 100, 0.1, 0.5)
     with pytest.raises(InputError, match=r"short: seeds \[100\] chose the learning rates and are compared too"):
         Trial("short", open_runs(root / "again"), open_runs(root / "rates")).chosen()
+
+
+def test_methods_are_compared_with_controls_at_their_rate(root: Path):
+    trial = Trial("short", open_runs(root / "study"), open_runs(root / "rates"))
+    page = write_page([trial], "powered")
+    low, high, _ = interval_of(page, "| ppl − ppl_high | accuracy at the end (avg@k) |")
+    assert low < 0.1 < high
+    assert "| ppl − ppl_permuted |" not in page

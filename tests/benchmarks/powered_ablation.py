@@ -17,7 +17,9 @@ from statistics import fmean
 import polars as pl
 
 from entrace.analysis.compare import compare
+from entrace.analysis.compare.paired import over_seeds
 from entrace.analysis.runs import Runs, open_runs
+from entrace.analysis.statistics.estimates import Estimate, holm
 from entrace.analysis.trace import InputError
 from tests.markdown import table
 
@@ -26,6 +28,11 @@ TIE = 0.005
 METRICS = {"avg_at_k": "accuracy at the end (avg@k)", "accuracy_auc": "mean accuracy over training"}
 # Largest detectable differences that the design aims at, in accuracy.
 METHODS, OF_METHODS, OF_CONTROLS = ("ppl", "position", "ppl+position"), 0.015, 0.02
+# Controls of each method: weights of the same size on other responses or tokens, or on all alike.
+CONTROLS = {
+    "ppl": ("ppl_permuted", "ppl_high", "scale_matched_ppl"),
+    "position": ("position_reversed", "scale_matched_position"),
+}
 REASONING_WORDS = ("logical_structuring", "metacognitive")
 
 COURSE = """
@@ -147,6 +154,30 @@ def describe_power(found: pl.DataFrame, baseline: str) -> list[str]:
     return lines
 
 
+def describe_controls(by_seed: pl.DataFrame, rates: Mapping[str, float]) -> list[str]:
+    """Return a table of each method against its controls of the same learning rate.
+
+    A difference is the mean over seeds of the difference of two gains over the baseline, with Student's t interval.
+    """
+    found = []
+    for method in METHODS:
+        for control in (control for name in method.split("+") for control in CONTROLS[name]):
+            if {method, control} <= rates.keys() and rates[method] == rates[control]:
+                found += [(method, control, metric, _paired(by_seed, method, control, metric)) for metric in METRICS]
+    adjusted = holm([estimate.p_value for *_, estimate in found])
+    rows = [
+        [
+            f"{method} − {control}",
+            METRICS[metric],
+            f"{estimate.value:+.4f}",
+            f"[{estimate.low:+.4f}, {estimate.high:+.4f}]",
+            f"{p:.2g}",
+        ]
+        for (method, control, metric, estimate), p in zip(found, adjusted, strict=True)
+    ]
+    return table(["difference", "metric", "estimate", "95% interval", "p (Holm)"], rows)
+
+
 def describe_gain(found: pl.DataFrame, metric: str, baseline: str) -> str:
     """Return a sentence on the largest gain that no interval excludes."""
     methods = found.filter(pl.col("arm").is_in(METHODS), metric=metric, baseline=baseline)
@@ -176,7 +207,8 @@ def write_page(trials: Sequence[Trial], page: str) -> str:
         *describe_rates(trials),
     ]
     for trial in trials:
-        found = compare(trial.study).differences
+        comparison, rates = compare(trial.study), trial.chosen()
+        found = comparison.differences
         seeds = {
             row["arm"]: row["num_seeds"]
             for row in found.filter(metric="avg_at_k", baseline=trial.study.baseline).iter_rows(named=True)
@@ -195,7 +227,22 @@ def write_page(trials: Sequence[Trial], page: str) -> str:
         for metric, name in METRICS.items():
             lines += ["", f"### {name[0].upper()}{name[1:]}", "", *describe_differences(found, metric)]
             lines += ["", describe_gain(found, metric, trial.study.baseline)]
+        lines += [
+            "",
+            "### Methods against their controls",
+            "",
+            "A gain over the baseline can come from the learning rate. These controls have the method's rate.",
+            "Intervals are over seeds, and Holm's correction covers this table.",
+            "",
+            *describe_controls(comparison.by_seed.filter(baseline=trial.study.baseline), rates),
+        ]
     return "\n".join(lines) + "\n"
+
+
+def _paired(by_seed: pl.DataFrame, arm: str, control: str, metric: str) -> Estimate:
+    own, other = (by_seed.filter(arm=name, metric=metric).select("seed", "difference") for name in (arm, control))
+    both = own.join(other, on="seed", suffix="_of_control")
+    return over_seeds((both["difference"] - both["difference_of_control"]).to_numpy()).estimate
 
 
 def _course(values: pl.Series, digits: int) -> str:
