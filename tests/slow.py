@@ -1,4 +1,7 @@
-"""Leave to ``make test-slow`` what repeats a test: by default, each mechanism is tested once or a few times."""
+"""Leave repeats of a test to ``make test-slow``.
+
+By default, each mechanism is tested once or a few times.
+"""
 
 from collections.abc import Iterable
 from typing import Any

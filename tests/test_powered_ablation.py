@@ -23,7 +23,10 @@ def write(folder: Path, arm: str, seed: int, rate: float, accuracy: float, label
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Write both studies: ppl and its control learn best at the higher rate, and gain .2 and .1."""
+    """Write both studies.
+
+    ppl and its control learn best at the higher rate, and gain .2 and .1.
+    """
     for seed in (100, 101):
         for rate, ppl in ((0.1, 0.5), (0.2, 0.9)):
             write(tmp_path / "rates", "none", seed, rate, 0.9 if rate == 0.1 else 0.3, f" [optim.lr={rate}]")
@@ -37,7 +40,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def interval_of(page: str, row: str) -> tuple[float, float, list[str]]:
-    """Return the ends of the interval around a row's estimate, and the cells behind it."""
+    """Return the ends of the interval in a row, and the cells behind it."""
     line = next(line for line in page.splitlines() if line.startswith(row))
     estimate, interval, *more = [cell.strip() for cell in line.removeprefix(row).split("|")[:-1]]
     low, high = map(float, interval.strip("[]").split(","))

@@ -124,7 +124,10 @@ def _draw_runs(ax: Axes, part: pl.DataFrame, cost: str, looks: dict[str, dict[st
 
 
 def _typical_interval(part: pl.DataFrame) -> np.ndarray:
-    """Return the ends of a bar above the lowest mean that is as long as the median interval, (2,)."""
+    """Return the ends of a bar above the lowest mean, (2,).
+
+    It is as long as the median interval.
+    """
     low = part["mean"].to_numpy().min()
     return np.array([low, low + np.median(part["mean_high"] - part["mean_low"])])
 

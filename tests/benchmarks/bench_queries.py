@@ -344,7 +344,10 @@ def to_table(result: dict[str, Any]) -> str:
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """Return the limits beside what was measured, and how polars compares over all breakdowns."""
+    """Return a table of the limits beside what was measured.
+
+    It ends with all breakdowns together against polars.
+    """
     rows = [(text, f"{LIMITS[name]:g}", f"{result['measured'][name]:.1f}") for name, text in MEASURES.items()]
     for kind in ("without_intervals", "with_intervals"):
         found = [by[kind] for by in result["polars"].values() if kind in by]
