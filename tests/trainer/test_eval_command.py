@@ -126,3 +126,8 @@ def test_an_evaluation_warns_of_characters_that_the_tokenizer_lacks(exams, monke
     monkeypatch.setattr("entrace.trainer.tasks.characters.find_lost", lambda tokenizer, texts: ["é"])
     load_policy_and_task(load_config(str(exams)))
     assert 'cannot encode 1 character of the task, "é" (U+00E9)' in caplog.text
+
+
+def test_a_folder_that_is_not_there_is_named_as_typed(call, tmp_path):
+    path = tmp_path / "nowhere"
+    assert call("eval", path) == (2, "", f"entrace: RUN_OR_MODEL: no model folder at {path}\n")

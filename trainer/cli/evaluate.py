@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from entrace.analysis.cli import print_json, say
-from entrace.trainer.cli.options import Json, require_train_extra
+from entrace.trainer.cli.options import Json, named_by, require_train_extra
 
 if TYPE_CHECKING:
     from entrace.analysis.statistics.estimates import Estimate
@@ -51,7 +51,8 @@ def evaluate(
     targets = [find_policy(Path(model), given) for model in models]
     found: dict[str, Summary] = {}
     for model, settings in zip(models, targets, strict=True):
-        policy, task = load_policy_and_task(settings)
+        with named_by("RUN_OR_MODEL"):
+            policy, task = load_policy_and_task(settings)
         with Progress(f"eval {model}", len(task.heldout)) as progress:
             rows = evaluate_policy(settings, policy, task, step=0, on_step=progress.update)
         found[model] = summarize_evals(rows, settings.eval.samples)
