@@ -120,7 +120,7 @@ def _draw_runs(ax: Axes, part: pl.DataFrame, cost: str, looks: dict[str, dict[st
         ax.plot(runs[cost], runs["avg_at_k"], **look, markersize=3, alpha=0.45, markeredgewidth=0)
         marks.remember(ax, runs, cost, "avg_at_k")
         low, high = runs.select("mean_low", "mean_high").row(0)
-        ax.vlines(runs[cost].mean(), low, high, color=look["color"], linewidth=1, alpha=0.6)
+        ax.vlines(runs[cost].to_numpy().mean(), low, high, color=look["color"], linewidth=1, alpha=0.6)
 
 
 def _typical_interval(part: pl.DataFrame) -> np.ndarray:
@@ -128,8 +128,8 @@ def _typical_interval(part: pl.DataFrame) -> np.ndarray:
 
     It is as long as the median interval.
     """
-    low = part["mean"].to_numpy().min()
-    return np.array([low, low + np.median(part["mean_high"] - part["mean_low"])])
+    mean, low, high = part.select("mean", "mean_low", "mean_high").to_numpy().T
+    return mean.min() + np.array([0, np.median(high - low)])
 
 
 def _draw_names(ax: Axes, part: pl.DataFrame, looks: dict[str, dict[str, Any]]) -> None:
