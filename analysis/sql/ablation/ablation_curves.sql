@@ -6,7 +6,7 @@
 -- needs: evaluations
 with prompts_evaluated as (
   select *
-  from eval_prompts(coalesce($k, 8)::integer)
+  from eval_means(coalesce($k, 8)::integer)
   where $runs is null or list_contains($runs, run_id)
 ),
 per_step as (

@@ -12,7 +12,7 @@ with accuracies as (
     estimate_share(list(step_prompt(step, prompt_id, avg_at_k, 1))) as accuracy,
     min(num_samples) as k,
     count(*) as num_prompts
-  from last_eval_prompts(coalesce($k, 8)::integer)
+  from last_eval_means(coalesce($k, 8)::integer)
   where $runs is null or list_contains($runs, run_id)
   group by all
 ),

@@ -6,7 +6,7 @@
 -- needs: evaluations
 with prompts_evaluated as (
   select *
-  from last_eval_prompts(coalesce($k, 8)::integer)
+  from last_eval_means(coalesce($k, 8)::integer)
   where $runs is null or list_contains($runs, run_id)
 ),
 sample_counts as (

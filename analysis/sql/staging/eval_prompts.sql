@@ -1,19 +1,48 @@
--- What is the outcome of each held-out prompt?
+-- At which place among the samples of its held-out prompt is each sample?
+-- One row per sample, with the columns of evals and place, from 1 on.
+create view ranked_evals as
+select
+  *,
+  row_number() over (partition by run_id, benchmark, step, prompt_id order by sample_index) as place
+from evals;
+
+-- What are the means of each held-out prompt?
 -- One row per run, benchmark, step, and prompt, over the first k samples or all if there are fewer. num_samples counts
--- the samples of known correctness; a prompt without any is left out. avg_at_k, maj_at_k, and pass_at_k are in [0, 1],
--- response_length is in tokens, entropy in nats per token.
+-- the samples of known correctness; a prompt without any is left out. avg_at_k is in [0, 1], response_length in tokens,
+-- entropy in nats per token. num_recorded and num_recorded_correct count all samples of known correctness.
+create macro eval_means(k) as table
+  select
+    run_id,
+    benchmark,
+    step,
+    prompt_id,
+    count(is_correct) filter (where place <= k) as num_samples,
+    sum(is_correct::integer) filter (where place <= k) as num_correct,
+    avg(response_length) filter (where place <= k) as response_length,
+    avg(entropy_mean) filter (where place <= k) as entropy,
+    avg(is_correct::integer) filter (where place <= k) as avg_at_k,
+    count(is_correct) as num_recorded,
+    sum(is_correct::integer) as num_recorded_correct
+  from ranked_evals
+  group by all
+  having count(is_correct) filter (where place <= k) > 0;
+
+-- What are the means of each held-out prompt at the last evaluation?
+-- One row per run, benchmark, and prompt, with the columns of eval_means.
+create macro last_eval_means(k) as table
+  select *
+  from eval_means(k)
+  qualify step = max(step) over (partition by run_id, benchmark);
+
+-- What is the outcome of each held-out prompt?
+-- One row per run, benchmark, step, and prompt, with the columns of eval_means, maj_at_k, and pass_at_k, in [0, 1].
 --
 -- maj_at_k is the correctness of the most frequent answer. All correct answers count as one answer. Incorrect answers
 -- count as one if they have equal classes, or equal texts if they have no class. A missing answer or one of unknown
 -- correctness has no vote. A tie counts as the expected correctness of a fair draw; without any vote, maj_at_k is 0.
 -- pass_at_k is estimated from all samples.
 create macro eval_prompts(k) as table
-  with samples as (
-    select *
-    from evals
-    qualify row_number() over (partition by run_id, benchmark, step, prompt_id order by sample_index) <= k
-  ),
-  votes as (
+  with votes as (
     select
       run_id,
       benchmark,
@@ -23,8 +52,8 @@ create macro eval_prompts(k) as table
       if(is_correct, null, answer_class) as wrong_class,
       if(is_correct or answer_class is not null, null, answer) as wrong_text,
       count(*) as num_votes
-    from samples
-    where answer is not null and is_correct is not null
+    from ranked_evals
+    where place <= k and answer is not null and is_correct is not null
     group by all
   ),
   winners as (
@@ -35,33 +64,20 @@ create macro eval_prompts(k) as table
       qualify num_votes = max(num_votes) over (partition by run_id, benchmark, step, prompt_id)
     )
     group by all
-  ),
-  scored as (
-    select
-      run_id,
-      benchmark,
-      step,
-      prompt_id,
-      count(is_correct) as num_samples,
-      sum(is_correct::integer) as num_correct,
-      avg(response_length) as response_length,
-      avg(entropy_mean) as entropy
-    from samples
-    group by all
-    having count(is_correct) > 0
-  ),
-  all_samples as (
-    select run_id, benchmark, step, prompt_id, count(is_correct) as n, sum(is_correct::integer) as c
-    from evals
-    group by all
   )
   select
-    scored.*,
-    scored.num_correct / scored.num_samples as avg_at_k,
-    coalesce(winners.maj_at_k, 0) as maj_at_k,
-    pass_at_k(all_samples.n, all_samples.c, least(k, all_samples.n)) as pass_at_k
-  from scored
-  join all_samples using (run_id, benchmark, step, prompt_id)
+    run_id,
+    benchmark,
+    step,
+    prompt_id,
+    num_samples,
+    num_correct,
+    response_length,
+    entropy,
+    avg_at_k,
+    coalesce(maj_at_k, 0) as maj_at_k,
+    pass_at_k(num_recorded, num_recorded_correct, least(k, num_recorded)) as pass_at_k
+  from eval_means(k)
   left join winners using (run_id, benchmark, step, prompt_id);
 
 -- What is the outcome of each held-out prompt at the last evaluation?
