@@ -3,6 +3,7 @@
 The environment of the wheel is empty, without extras and without torch.
 """
 
+import os
 import subprocess
 import sys
 import venv
@@ -18,7 +19,9 @@ pytestmark = pytest.mark.slow
 
 
 def call(*command, **options):
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    # Where PYTHONPATH is set, it would provide what the environments below must have installed.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, **options)
 
 
 def build(folder, *options):
