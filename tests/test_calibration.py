@@ -23,7 +23,7 @@ from tests.calibration.simulate import simulate_run, step_means
 from tests.calibration.summary import FALSE, Outcome, rate_interval, render, summarize
 from tests.calibration.truth import truth_of
 from tests.calibration.worlds import CONTRADICTED, METHOD_CLAIMS, NULL, RESPONSES, SUPPORTED, TOKENS, WORLDS
-from tests.slow import slow
+from tests.slow import slow, slow_except
 
 COMMITTED = Path(__file__).parents[1] / "reports" / "calibration.json"
 # One per kind of finding; `make calibrate` runs them all, many times.
@@ -57,7 +57,7 @@ def outcome_of(name: str) -> Outcome:
     return simulate_once(name, 1)
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in SUBSET])
+@pytest.mark.parametrize("name", slow_except(QUICK, SUBSET))
 def test_no_verdict_is_false(name: str):
     entry = WORLDS[name]
     false = {

@@ -53,9 +53,7 @@ def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
         values = [part["mean"], bar] if is_crowded else [part[name] for name in ("avg_at_k", "mean_low", "mean_high")]
         panels = _panels(ax, 1 - (i + 1) / len(parts), height, np.concatenate(values))
         for panel, (cost, name) in zip(panels, COSTS.items(), strict=True):
-            if not is_crowded:
-                _draw_runs(panel, part, cost, looks)
-            _draw_means(panel, part, cost, looks)
+            _draw_points(panel, part, cost, looks, with_runs=not is_crowded)
             panel.set_xlabel(name if i + 1 == len(parts) else "", fontsize=8, labelpad=1)
         if len(parts) > 1:
             panels[0].set_title(style.shorten(part["benchmark"][0]), fontsize=7, loc="left", pad=2)
@@ -100,27 +98,25 @@ def _panels(ax: Axes, bottom: float, height: float, shown: np.ndarray) -> tuple[
     return left, right
 
 
-def _draw_means(ax: Axes, part: pl.DataFrame, cost: str, looks: dict[str, dict[str, Any]]) -> None:
-    """Draw the mean of each arm at the mean cost of its runs, where that is known."""
+def _draw_points(ax: Axes, part: pl.DataFrame, cost: str, looks: dict[str, dict[str, Any]], *, with_runs: bool) -> None:
+    """Draw the mean of each arm at the mean cost of its runs, where that is known.
+
+    ``with_runs`` adds the runs and the intervals of the means.
+    """
     import polars as pl
 
     known = part.drop_nulls(cost)
     if known.is_empty():
         ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", color=style.GREY, fontsize=7)
     for (arm,), runs in known.partition_by("arm", maintain_order=True, as_dict=True).items():
-        mean = arms.mean_rows(runs).with_columns(pl.lit(runs[cost].mean()).alias(cost))
-        ax.plot(mean[cost], mean["mean"], **looks[str(arm)], markersize=5.5)
-        marks.remember(ax, mean, cost, "mean")
-
-
-def _draw_runs(ax: Axes, part: pl.DataFrame, cost: str, looks: dict[str, dict[str, Any]]) -> None:
-    """Draw the runs whose cost is known, and the interval of each mean."""
-    for (arm,), runs in part.drop_nulls(cost).partition_by("arm", maintain_order=True, as_dict=True).items():
         look = looks[str(arm)]
-        ax.plot(runs[cost], runs["avg_at_k"], **look, markersize=3, alpha=0.45, markeredgewidth=0)
-        marks.remember(ax, runs, cost, "avg_at_k")
-        low, high = runs.select("mean_low", "mean_high").row(0)
-        ax.vlines(runs[cost].to_numpy().mean(), low, high, color=look["color"], linewidth=1, alpha=0.6)
+        mean = arms.mean_rows(runs).with_columns(pl.lit(runs[cost].mean()).alias(cost))
+        if with_runs:
+            ax.plot(runs[cost], runs["avg_at_k"], **look, markersize=3, alpha=0.45, markeredgewidth=0)
+            marks.remember(ax, runs, cost, "avg_at_k")
+            ax.vlines(mean[cost], mean["low"], mean["high"], color=look["color"], linewidth=1, alpha=0.6)
+        ax.plot(mean[cost], mean["mean"], **look, markersize=5.5)
+        marks.remember(ax, mean, cost, "mean")
 
 
 def _typical_interval(part: pl.DataFrame) -> np.ndarray:

@@ -21,6 +21,7 @@ from typing import Any
 from entrace.analysis.terminal.export import FORMATS
 from entrace.analysis.terminal.progress import Progress
 from entrace.analysis.trace import describe_machine
+from tests.markdown import table
 
 from .simulated_trace import write_trace
 
@@ -74,11 +75,11 @@ def to_markdown(result: dict[str, Any]) -> str:
 
     Peak memory counts both processes together.
     """
-    lines = ["| Format | Rows per second | Added memory (MiB) |", "| --- | ---: | ---: |"]
+    rows = []
     for form, found in result["formats"].items():
         added = sum(found[key] - found[f"{key}_of_1000_rows"] for key in ("peak_mib", "query_peak_mib"))
-        lines.append(f"| `{form}` | {found['rows_per_s']:,} | {added} |")
-    return "\n".join(lines)
+        rows.append((f"`{form}`", f"{found['rows_per_s']:,}", added))
+    return "\n".join(table(["Format", "Rows per second", "Added memory (MiB)"], rows, numbers=(1, 2)))
 
 
 def main() -> None:

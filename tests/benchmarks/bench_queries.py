@@ -45,6 +45,7 @@ from entrace.analysis import queries
 from entrace.analysis.statistics import interval_functions
 from entrace.analysis.terminal.progress import Progress
 from entrace.analysis.trace import TABLES, describe_machine
+from tests import markdown
 from tests.benchmarks.polars_breakdowns import COLUMNS, Breakdowns, Mean
 from tests.benchmarks.simulated_trace import write_ablation, write_study, write_trace
 
@@ -356,7 +357,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         faster = sum(row["ratio"] <= 1 for row in found)
         rows.append((f"At least as fast as {words}, of {len(found)} breakdowns", str(len(found)), str(faster)))
         rows.append((f"All these breakdowns against {words}, ratio of total times", "1", f"{times[0] / times[1]:.2f}"))
-    return "\n".join(["| | Target | Measured |", "| --- | ---: | ---: |", *(f"| {' | '.join(row)} |" for row in rows)])
+    return "\n".join(markdown.table(["Measure", "Target", "Measured"], rows, numbers=(1, 2)))
 
 
 def rounded(value: Any) -> Any:

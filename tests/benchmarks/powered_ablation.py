@@ -130,9 +130,7 @@ def describe_differences(found: pl.DataFrame, metric: str) -> list[str]:
     rows = [
         [
             f"{row['arm']} − {row['baseline']}",
-            f"{row['difference']:+.4f}",
-            f"[{row['low']:+.4f}, {row['high']:+.4f}]",
-            f"{row['p_adjusted']:.2g}",
+            *_cells(row["difference"], row["low"], row["high"], row["p_adjusted"]),
             f"{row['detectable']:.4f}",
             row["verdict"],
         ]
@@ -169,9 +167,7 @@ def describe_controls(by_seed: pl.DataFrame, rates: Mapping[str, float]) -> list
         [
             f"{method} − {control}",
             METRICS[metric],
-            f"{estimate.value:+.4f}",
-            f"[{estimate.low:+.4f}, {estimate.high:+.4f}]",
-            f"{p:.2g}",
+            *_cells(estimate.value, estimate.low, estimate.high, p),
         ]
         for (method, control, metric, estimate), p in zip(found, adjusted, strict=True)
     ]
@@ -237,6 +233,10 @@ def write_page(trials: Sequence[Trial], page: str) -> str:
             *describe_controls(comparison.by_seed.filter(baseline=trial.study.baseline), rates),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _cells(value: float, low: float, high: float, p: float) -> list[str]:
+    return [f"{value:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"{p:.2g}"]
 
 
 def _paired(by_seed: pl.DataFrame, arm: str, control: str, metric: str) -> Estimate:

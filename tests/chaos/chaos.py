@@ -27,6 +27,7 @@ from typing import Any
 from entrace.analysis.terminal.progress import Progress
 from entrace.analysis.trace import describe_machine
 from entrace.analysis.trace.manifest import count_cores
+from tests.markdown import table
 
 from . import flips, interruptions, kills, output, training
 from .scene import Scene
@@ -147,8 +148,7 @@ def render(result: dict[str, Any]) -> str:
     """Return the tally as a table in Markdown."""
     head = ("fault", "tried", *Outcome)
     rows = [(kind, *count.values()) for kind, count in (*result["kinds"].items(), ("all", result["all"]))]
-    lines = [head, ("---", *["---:"] * (len(head) - 1)), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return "\n".join(table(head, rows, numbers=range(1, len(head))))
 
 
 def parse_kinds(text: str) -> list[str]:

@@ -14,7 +14,7 @@ from entrace.trainer.config import build_config, load_config
 from entrace.trainer.resources import resolve_config
 from entrace.trainer.settings import merge, parse_override, read_toml
 from entrace.trainer.train import train
-from tests.slow import slow
+from tests.slow import slow_except
 
 from .conftest import SMALL
 
@@ -85,7 +85,7 @@ def plain(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", [*(name if name in QUICK else slow(name) for name in METHODS), "ppl+position"])
+@pytest.mark.parametrize("name", [*slow_except(QUICK, METHODS), "ppl+position"])
 def test_a_method_changes_the_run_unless_it_changes_nothing(name, plain, tmp_path):
     """Responses of step 1 are those of plain GRPO; later weights differ.
 

@@ -26,7 +26,7 @@ from entrace.trainer.live.tracer import UNIFORM_ROUNDING
 from entrace.trainer.seeding import Stream, generator
 from entrace.trl import Traced, TracedGRPOTrainer, TracedRLOOTrainer
 from tests.patience import HANG_S
-from tests.slow import slow_after
+from tests.slow import slow_after, slow_except
 
 from . import trl_runs
 from .trl_runs import (
@@ -82,7 +82,7 @@ QUICK = {
 }
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=[] if name in QUICK else SLOW) for name in CASES])
+@pytest.fixture(scope="module", params=slow_except(QUICK, CASES))
 def recorded(request, tmp_path_factory):
     """Return the trainer, its folder, and the weights of an unrecorded run."""
     torch.set_num_threads(1)

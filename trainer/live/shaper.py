@@ -34,7 +34,10 @@ class Shaper:
         self.waits = waits_for_plateau(self._config)
 
     def end_step(self, row: Mapping[str, Any]) -> None:
-        """Add a step; only the main process knows its row of table ``steps``."""
+        """Show the plateau detector a step.
+
+        ``row`` is the step's row of the table ``steps`` on the main process, and empty on the others.
+        """
         ((entropy, accuracy),) = broadcast_object_list([(row.get("entropy_token_mean"), row.get("accuracy"))])
         self.plateau.update(entropy or 0.0, accuracy or 0.0)
 
