@@ -155,8 +155,11 @@ def launch(arguments, log, sharing="ddp"):
 def test_two_processes_reproduce_the_run_of_one(alone, tmp_path, sharing):
     out, log = tmp_path / "two", tmp_path / "log.txt"
     assert launch(["train", "tiny", *CONFIG, "--out", out], log, sharing).wait(HANG_S) == 0
-    lines = log.read_text().splitlines()
-    assert [line.partition(" reward")[0] for line in lines] == ["two: 3/3", str(out)]
+    assert said([log]) == [str(out)]
+    # One process tells the progress. How many steps it names depends on how long they take.
+    steps = [line.partition(" reward")[0] for line in log.read_text().splitlines() if "tokens_per_s" in line]
+    assert steps[-1] == "two: 3/3"
+    assert len(set(steps)) == len(steps)
     assert_same_run(out, alone)
     for table in ("tokens", "rollouts"):
         parts = [pl.read_parquet(path) for path in sorted((out / table).glob("*-000002.*parquet"))]
