@@ -7,7 +7,7 @@ import pytest
 from entrace.analysis.runs import open_runs
 from entrace.analysis.trace import InputError, read_manifest, write_manifest
 from tests.analysis.synthetic import Planted, write_run
-from tests.benchmarks.powered_ablation import Trial, write_page
+from tests.benchmarks.powered_ablation import Trial, difference_error, write_page
 
 TASK = {"params": {"min_terms": 3, "max_terms": 3}}
 
@@ -59,6 +59,47 @@ def test_the_page_shows_rates_differences_and_power(root: Path):
     assert "| short | 3 |" in page
     assert "3 seeds per arm" in page
     assert "[Report](powered/short/report.html)" in page
+
+
+def test_rates_within_one_standard_error_are_tied():
+    """Pairs that are .02 apart have a variance of .0002.
+
+    So has the difference of two means of pairs.
+    """
+    assert difference_error([(0.50, 0.52), (0.51, 0.53), (0.90, 0.92)]) == pytest.approx(0.0002**0.5)
+    assert difference_error([(0.1, 0.2, 0.3), (0.5, 0.6, 0.7)]) == pytest.approx((0.01 * 2 / 3) ** 0.5)
+
+
+def test_a_tie_goes_to_the_lower_rate(root: Path):
+    """The runs of an arm at one rate differ by a few points.
+
+    ppl and its control gain .4 at the higher rate.
+    """
+    trial = Trial("short", open_runs(root / "study"), open_runs(root / "rates"))
+    assert 0 < trial.tie < 0.1
+    trial.__dict__["tie"] = 0.6
+    with pytest.raises(InputError, match=r"short: ppl(_high)? was trained at 0\.2, chosen: 0\.1"):
+        trial.chosen()
+
+
+def test_the_effect_of_the_rate_is_paired_by_arm_and_seed(root: Path):
+    """Evaluations are at steps 0 and 4.
+
+    Gains over training are therefore half of those at the end: -.3, .2, .2.
+    """
+    trial = Trial("short", open_runs(root / "study"), open_runs(root / "rates"))
+    low, high, gain = trial.effect_of_rate()
+    assert (low, high) == (0.1, 0.2)
+    assert gain.low < 0.1 / 3 < gain.high
+    assert gain.value == pytest.approx(0.1 / 3, abs=0.05)
+    page = write_page([trial], "powered")
+    assert "- short: mean accuracy over training at 0.2 minus that at 0.1: +0.0" in page
+
+
+def test_one_seed_gives_no_standard_error(root: Path):
+    write(root / "single", "none", 100, 0.1, 0.5)
+    with pytest.raises(InputError, match="rates-short: an arm has one seed at a rate"):
+        Trial("short", open_runs(root / "study"), open_runs(root / "single")).chosen()
 
 
 def test_an_arm_at_another_rate_and_seeds_of_both_studies_are_refused(root: Path):

@@ -1,8 +1,9 @@
 """Write the page of the powered ablation from its studies, one per task.
 
 ``make ablation-powered`` trains them. Each arm is trained at the learning rate that gave it the highest held-out
-accuracy on the seeds of the study of rates, which the compared study does not use. Rates whose accuracies differ by no
-more than the noise of these means are tied, and the lowest of them is chosen: its runs vary least between seeds.
+accuracy on the seeds of the study of rates, which the compared study does not use. Rates whose mean accuracies differ
+by at most one standard error are tied, and the lowest of them is chosen, since its runs vary least between seeds. This
+is the rule of one standard error (Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import sqrt
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import polars as pl
 
 from entrace.analysis.compare import compare
@@ -23,11 +26,11 @@ from entrace.analysis.statistics.estimates import Estimate, holm
 from entrace.analysis.trace import InputError
 from tests.markdown import table
 
-# A standard error of the mean of two runs near an accuracy of .95.
-TIE = 0.005
 METRICS = {"avg_at_k": "accuracy at the end (avg@k)", "accuracy_auc": "mean accuracy over training"}
 # Largest detectable differences that the design aims at, in accuracy.
-METHODS, OF_METHODS, OF_CONTROLS = ("ppl", "position", "ppl+position"), 0.015, 0.02
+METHODS = ("ppl", "position", "ppl+position")
+AIMS = {"ppl or position": (("ppl", "position"), 0.015), "ppl+position": (("ppl+position",), None)}
+OF_CONTROLS = 0.02
 # Controls of each method: weights of the same size on other responses or tokens, or on all alike.
 CONTROLS = {
     "ppl": ("ppl_permuted", "ppl_high", "scale_matched_ppl"),
@@ -42,6 +45,15 @@ COURSE = """
 SHARES = """
     select category, count(*) / sum(count(*)) over () as share
     from tokens join runs using (run_id) where arm = $arm group by category
+"""
+# Mean accuracy over training by the trapezoidal rule, which gives each evaluation half of the steps around it.
+OVER_TRAINING = """
+    with by_step as (select run_id, step, avg(is_correct::int) as accuracy from evals group by all),
+    spans as (
+      select run_id, accuracy + lag(accuracy) over run as ends, step - lag(step) over run as steps
+      from by_step window run as (partition by run_id order by step)
+    )
+    select run_id, sum(ends / 2 * steps) / sum(steps) as accuracy from spans group by run_id
 """
 LAST = """
     select run_id, avg(is_correct::int) as accuracy from evals
@@ -60,15 +72,37 @@ class Trial:
     @cached_property
     def accuracies(self) -> dict[str, dict[float, list[float]]]:
         """Accuracies at the end of the study of rates, by arm and rate."""
+        return self._by_rate(LAST)
+
+    def effect_of_rate(self) -> tuple[float, float, Estimate]:
+        """Return the lowest rate, the highest, and what the highest gains.
+
+        The gain is the difference in mean accuracy over training, paired by seed and averaged over arms.
+        """
+        found = self._by_rate(OVER_TRAINING)
+        rates = sorted({rate for by in found.values() for rate in by})
+        gains = [np.subtract(by[rates[-1]], by[rates[0]]) for by in found.values()]
+        return rates[0], rates[-1], over_seeds(np.concatenate(gains)).estimate
+
+    def _by_rate(self, query: str) -> dict[str, dict[float, list[float]]]:
+        """Return one value per seed of the study of rates, by arm and rate."""
         found: dict[str, dict[float, list[float]]] = {}
-        for run_id, accuracy in self.rates.sql(LAST).sort("run_id").iter_rows():
+        for run_id, value in self.rates.sql(query).sort("run_id").iter_rows():
             manifest = self.rates.manifests[run_id]
             rate = manifest["config"]["optim"]["lr"]
-            found.setdefault(manifest["arm"].split(" [")[0], {}).setdefault(rate, []).append(accuracy)
+            found.setdefault(manifest["arm"].split(" [")[0], {}).setdefault(rate, []).append(value)
         return found
 
+    @cached_property
+    def tie(self) -> float:
+        """Standard error of the difference between an arm's means at two rates."""
+        groups = [found for by in self.accuracies.values() for found in by.values()]
+        if min(map(len, groups)) < 2:
+            raise InputError(f"rates-{self.name}: an arm has one seed at a rate; a standard error needs two")
+        return difference_error(groups)
+
     def chosen(self) -> dict[str, float]:
-        """Return the lowest rate within ``TIE`` of the best accuracy, by arm.
+        """Return the lowest rate within ``tie`` of the best accuracy, by arm.
 
         Raises:
             InputError: an arm was trained at another rate, or seeds are in both studies.
@@ -76,7 +110,7 @@ class Trial:
         best = {}
         for arm, by in self.accuracies.items():
             means = {rate: fmean(found) for rate, found in by.items()}
-            best[arm] = min(rate for rate, mean in means.items() if mean >= max(means.values()) - TIE)
+            best[arm] = min(rate for rate, mean in means.items() if mean >= max(means.values()) - self.tie)
         for manifest in self.study.manifests.values():
             rate = manifest["config"]["optim"]["lr"]
             if rate != best.get(manifest["arm"]):
@@ -86,6 +120,17 @@ class Trial:
         if common := seeds[0] & seeds[1]:
             raise InputError(f"{self.name}: seeds {sorted(common)} chose the learning rates and are compared too")
         return best
+
+
+def difference_error(groups: Sequence[Sequence[float]]) -> float:
+    r"""Return the standard error of the difference of two means, with one variance for all groups.
+
+    It is s sqrt(2 / n), with s^2 = \sum_g \sum_i (x_gi - mean_g)^2 / \sum_g (n_g - 1) and n the size of the smallest
+    group.
+    """
+    squares = sum((value - fmean(group)) ** 2 for group in groups for value in group)
+    freedom = sum(len(group) - 1 for group in groups)
+    return sqrt(squares / freedom * 2 / min(map(len, groups)))
 
 
 def describe_tasks(trials: Sequence[Trial]) -> list[str]:
@@ -125,6 +170,15 @@ def describe_rates(trials: Sequence[Trial]) -> list[str]:
     return table(header, list(rows.values()))
 
 
+def describe_effect_of_rate(trial: Trial) -> str:
+    """Return a line on the gain in mean accuracy over training by the higher rate."""
+    low, high, gain = trial.effect_of_rate()
+    interval = f"[{gain.low:+.4f}, {gain.high:+.4f}]"
+    return (
+        f"- {trial.name}: mean accuracy over training at {high:g} minus that at {low:g}: {gain.value:+.4f} {interval}"
+    )
+
+
 def describe_differences(found: pl.DataFrame, metric: str) -> list[str]:
     """Return a table of the differences in one metric, with intervals and verdicts."""
     rows = [
@@ -144,11 +198,12 @@ def describe_power(found: pl.DataFrame, baseline: str) -> list[str]:
     lines = []
     for metric, name in METRICS.items():
         of_metric = found.filter(metric=metric, baseline=baseline)
-        for is_method, target, arms in ((True, OF_METHODS, "the methods"), (False, OF_CONTROLS, "the controls")):
-            largest = of_metric.filter(pl.col("arm").is_in(METHODS) == is_method)["detectable"].max()
+        controls = tuple(set(of_metric["arm"]) - set(METHODS))
+        for words, (arms, aim) in {**AIMS, "the controls": (controls, OF_CONTROLS)}.items():
+            largest = of_metric.filter(pl.col("arm").is_in(arms))["detectable"].max()
             if isinstance(largest, float):
-                state = "met" if largest <= target else "missed"
-                lines.append(f"- {name}: {largest:.4f} between {arms} and {baseline} (aim {target}: {state})")
+                state = f" (aim {aim}: {'met' if largest <= aim else 'missed'})" if aim else ""
+                lines.append(f"- {name}: {largest:.4f} between {words} and {baseline}{state}")
     return lines
 
 
@@ -183,6 +238,7 @@ def describe_gain(found: pl.DataFrame, metric: str, baseline: str) -> str:
 
 def write_page(trials: Sequence[Trial], page: str) -> str:
     """Return the page; ``page`` is the name of its folder of reports."""
+    ties = ", ".join(f"{trial.tie:.4f} on {trial.name}" for trial in trials)
     lines = [
         "# An ablation with power for gains of 1 to 2 points",
         "",
@@ -198,9 +254,13 @@ def write_page(trials: Sequence[Trial], page: str) -> str:
         "## Learning rates",
         "",
         "Mean accuracy at the end on seeds that are not compared. Each arm is trained at the rate in bold: the lowest",
-        f"one within {TIE} of the best, since differences below that are noise and runs at lower rates vary less.",
+        f"one within one standard error of the best ({ties}), since runs at lower rates vary less.",
         "",
         *describe_rates(trials),
+        "",
+        "The rate alone changes how fast the policy learns. Over all arms and both seeds, paired:",
+        "",
+        *(describe_effect_of_rate(trial) for trial in trials),
     ]
     for trial in trials:
         comparison, rates = compare(trial.study), trial.chosen()
