@@ -83,7 +83,7 @@ class AfterUpdate:
 class Learner:
     """Policy, optimizer, and the frozen reference policy.
 
-    The reference exists only if the loss has a KL term or reference statistics are recorded.
+    The reference exists only if the loss has a KL term or the reference policy's values are recorded.
     """
 
     def __init__(self, config: Config, policy: Policy, ranks: Ranks = ALONE) -> None:
@@ -99,10 +99,8 @@ class Learner:
         spared = [p for p in parameters if p.ndim <= 1 and not optim.decay_all]
         groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
-        self.reference = Policy.load(config.policy) if config.loss.kl_coef else None
-        self._recorded_reference = self.reference
-        if config.record.reference and not self.reference:
-            self._recorded_reference = Policy.load(config.policy)
+        needs_reference = config.loss.kl_coef or config.record.reference
+        self.reference = Policy.load(config.policy) if needs_reference else None
         if config.record.vocabulary_sums:
             log.info("record.vocabulary_sums: one more forward pass per step, in plain torch on every device")
 
@@ -139,7 +137,7 @@ class Learner:
         is_clipped = torch.stack(self.ranks.all_gather_object(is_clipped)).any(0)
         mean = torch.tensor(updates, dtype=torch.float64).mean(0).tolist()
         loss, grad_norm, kl, *clipped = mean
-        return UpdateMetrics(is_clipped, loss, grad_norm, kl if self.reference else None, *clipped)
+        return UpdateMetrics(is_clipped, loss, grad_norm, kl if self.config.loss.kl_coef else None, *clipped)
 
     @torch.no_grad()
     def capture(self, batch: Batch, metrics: UpdateMetrics, rows: Tensor) -> AfterUpdate:
@@ -171,9 +169,9 @@ class Learner:
         if self.config.record.vocabulary_sums:
             with memory_advice(self.config, "summing over the vocabulary", UPDATE_MEMORY):
                 found |= self._evaluate(self.policy, rollouts, rows, self._vocabulary_sums, VOCABULARY_SUMS)
-        if self.config.record.reference and self._recorded_reference:
+        if self.config.record.reference and self.reference:
             with memory_advice(self.config, "evaluating the reference policy", UPDATE_MEMORY):
-                of = self._evaluate(self._recorded_reference, rollouts, rows, self._token_stats, RECORDED)
+                of = self._evaluate(self.reference, rollouts, rows, self._token_stats, RECORDED)
             found |= {f"reference_{name}": values for name, values in of.items()}
         return found
 
@@ -275,15 +273,18 @@ class Learner:
         stats = self._token_stats(self.policy, rollouts, chosen)
         log_ratio = stats.logprob - objective.take(rollouts.old_logprobs[rows], micro).to(self.policy.device)
         result = objective.evaluate(log_ratio, micro, stats.entropy.detach())
-        token_scale = objective.take(objective.token_scale, micro).to(self.policy.device)
-        entropy_coef = config.entropy_coef + (objective.weights.entropy_coef or 0.0)
-        loss = (result.loss - entropy_coef * token_scale * stats.entropy).sum()
+        token_scale, regularized_scale, entropy_weights = (
+            objective.take(values, micro).to(self.policy.device)
+            for values in (objective.token_scale, objective.regularized_scale, objective.entropy_weights)
+        )
+        loss = (result.loss - entropy_weights * stats.entropy).sum()
         kl = torch.zeros_like(loss.detach())
-        if self.reference:
+        if config.kl_coef and self.reference:
             with torch.no_grad():
                 reference = self._token_stats(self.reference, rollouts, chosen).logprob
-            penalty = (token_scale * kl_penalty(stats.logprob, reference, config.kl_estimator, config.kl_clamp)).sum()
-            loss, kl = loss + config.kl_coef * penalty, penalty.detach()
+            penalty = kl_penalty(stats.logprob, reference, config.kl_estimator, config.kl_clamp)
+            loss = loss + config.kl_coef * (regularized_scale * penalty).sum()
+            kl = (token_scale * penalty).sum().detach()
         return [loss, kl, result.is_clipped_low, result.is_clipped_high, result.is_clipped_dual]
 
     def _token_stats(self, policy: Policy, rollouts: Rollouts, rows: Tensor) -> TokenStats:

@@ -32,10 +32,9 @@ from entrace.trainer.algorithm.advantages import group_relative_advantage
 from entrace.trainer.algorithm.plateau import PlateauDetector
 from entrace.trainer.algorithm.shaping import shape
 from entrace.trainer.config import Config
-from entrace.trainer.evaluate import evaluate
+from entrace.trainer.evaluate import evaluate, load_policy_and_task
 from entrace.trainer.faults import translate_errors
 from entrace.trainer.learner import Learner, make_objectives
-from entrace.trainer.model.policy import Policy
 from entrace.trainer.parallel.ranks import ALONE, Ranks
 from entrace.trainer.remarks import Remarks
 from entrace.trainer.rollouts import PromptSource, collect_batch, view_rollouts
@@ -43,17 +42,15 @@ from entrace.trainer.runs.checkpoint import RunState, save_checkpoint
 from entrace.trainer.runs.record import StepRecorder, progress_metrics, record_batch, record_prompts, sample_tokens
 from entrace.trainer.runs.recording import finalize_on_exit, open_trace
 from entrace.trainer.runs.run_folder import is_complete
-from entrace.trainer.sampling.backend import backend_of
 from entrace.trainer.sampling.engine import sampler_of
 from entrace.trainer.seeding import Stream
-from entrace.trainer.tasks import Task, load_task
-from entrace.trainer.tasks.characters import warn_of_lost
+from entrace.trainer.tasks import Task
 
 
 def train(
     config: Config,
-    run_dir: Path,
-    labels: Mapping[str, str],
+    run_dir: str | Path,
+    labels: Mapping[str, str] | None = None,
     *,
     resume: bool = False,
     on_step: Callable[..., None] = lambda done, **metrics: None,
@@ -64,7 +61,7 @@ def train(
     Args:
         config: The run.
         run_dir: Folder of the trace; its name is the run id.
-        labels: ``study`` and ``arm``, for the manifest.
+        labels: ``study`` and ``arm``, for the manifest; None for the folder above ``run_dir`` and the shaping method.
         resume: Continue a run that was interrupted or failed; a complete run stays as it is.
         on_step: Called after every step with the step and the metrics to show.
         ranks: The processes that train together; each calls this function with the same arguments.
@@ -73,14 +70,14 @@ def train(
         InputError: invalid configuration, or a folder that cannot be used.
         TrainingError: the run failed; it is marked as failed, and its recorded steps stay readable.
     """
+    run_dir = Path(run_dir)
+    if labels is None:
+        labels = {"study": run_dir.resolve().parent.name, "arm": config.shaping.method}
     with ranks.together():
         if resume and ranks.broadcast(lambda: is_complete(config, run_dir)):
             return
         torch.manual_seed(config.seed)
-        policy = Policy.load(config.policy)
-        backend_of(policy)
-        task = load_task(config.task, config.seed, policy.encode_prompt)
-        warn_of_lost(policy.tokenizer, task, policy.name, policy.template)
+        policy, task = load_policy_and_task(config)
         if ranks.is_sharded:
             policy.shard()
         # Before the run folder is created, so that an engine that cannot start leaves none behind.

@@ -36,7 +36,7 @@ def loop_passes(name, advantages, batch):
     w, v, counted = dict.fromkeys(places, 1.0), dict.fromkeys(places, 0.0), set(places)
     if name == "entropy_mask":
         ranked = sorted(places, key=lambda p: -batch.entropy[p].item())
-        counted = set(ranked[: max(1, int(0.2 * len(places)))])
+        counted = set(ranked[: math.ceil(0.2 * len(places))])
         w = {p: float(p in counted) for p in places}
     elif name == "clip_cov":
         candidates = [p for p in places if 0.02 < cov[p] < 5.0]
@@ -194,8 +194,10 @@ def hand(name="grpo", **config):
             (-math.sqrt(0.99) + 1.3) / 2,
         ),
         # The entropy .9 is the highest of three: that token alone, or divided by all, as TRL does.
-        ("entropy_mask", {"entropy_mask": {"top_frac": 0.34}}, -0.9),
-        ("entropy_mask", {"entropy_mask": {"top_frac": 0.34, "denominator": "all"}}, -0.3),
+        ("entropy_mask", {"entropy_mask": {"top_frac": 0.33}}, -0.9),
+        ("entropy_mask", {"entropy_mask": {"top_frac": 0.33, "denominator": "all"}}, -0.3),
+        # 1.02 tokens are two, as in the released code.
+        ("entropy_mask", {"entropy_mask": {"top_frac": 0.34}}, (-0.9 + 1.3) / 2),
         # Means A 1/3, ln p -1.2: cov .73, .47, 2.4. Only the third lies between 1 and 5, and has the highest.
         ("clip_cov", {}, -2.0 / 3),
         ("kl_cov", {"kl_cov": {"frac": 0.34}}, (-0.7 + math.log(1.3)) / 3),
@@ -238,6 +240,33 @@ def test_adaptive_entropy_moves_its_coefficient_as_trl_does():
         moved = coefficient + (0.005 if entropy <= 0.2 else -0.005)
         coefficient, last = min(moved, 0.012) if entropy <= 0.2 else max(moved, 0.0), entropy
     assert coefficient == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_the_bonus_of_adaptive_entropy_is_a_mean_over_tokens_at_any_aggregation(aggregation):
+    advantages, batch = token_batch()
+    config = LossConfig(method="adaptive_entropy", aggregation=aggregation, adaptive_entropy={"initial": 0.3})
+    [objective] = Objective.of(config, advantages, replace(batch, past_entropy=(0.1,)), MAX_TOKENS)
+    weights = objective.take(objective.entropy_weights, torch.arange(len(advantages)))
+    assert weights.tolist() == pytest.approx([0.305 / len(weights)] * len(weights))
+
+
+def test_kl_and_entropy_terms_of_lopti_act_on_the_tokens_of_each_pass():
+    advantages, batch = token_batch()
+    config = LossConfig(method="lopti", aggregation="sequence_mean", entropy_coef=0.1, kl_coef=0.2)
+    plain = Objective.of(config.model_copy(update={"method": "grpo"}), advantages, batch, MAX_TOKENS)[0]
+    low, high = Objective.of(config, advantages, batch, MAX_TOKENS)
+    is_low = batch.logprobs.exp() < 0.5
+    for objective, part in ((low, is_low), (high, ~is_low)):
+        torch.testing.assert_close(objective.regularized_scale, plain.regularized_scale * part)
+        torch.testing.assert_close(objective.entropy_weights, 0.1 * plain.token_scale * part)
+        assert (objective.regularized_scale > 0).any()
+
+
+def test_the_scripts_of_clip_cov_leave_the_ratio_without_a_lower_bound():
+    assert METHODS["clip_cov"].settings == {"clip_low": 1.0, "clip_high": 1.0}
+    found = hand("clip_cov", clip_low=1.0, clip_high=0.05)
+    assert found == pytest.approx((-1.05 - 0.9) / 3)
 
 
 def test_lopti_takes_the_order_that_is_asked_for():

@@ -61,6 +61,20 @@ def scalar(advantages, rollouts):
     return advantages.mean()
 
 
+def raising(advantages, rollouts):
+    raise RuntimeError("no such luck")
+
+
+def erasing(advantages, rollouts):
+    rollouts.logprobs.zero_()
+    return advantages
+
+
+def doubling(advantages, rollouts):
+    advantages *= 2
+    return advantages
+
+
 not_callable = 3
 '''
 GRID = """
@@ -241,6 +255,10 @@ def test_an_arm_named_after_a_missing_module_is_refused(module, call, tmp_path):
     [
         ("shaping.method={}:scalar", "shaping method {}:scalar returned shape (), expected shape"),
         ("loss.method={}:scalar", "loss method {}:scalar returned Tensor, expected TokenWeights"),
+        ("shaping.method={}:raising", "shaping method {}:raising failed: RuntimeError: no such luck"),
+        ("loss.method={}:raising", "loss method {}:raising failed: RuntimeError: no such luck"),
+        ("shaping.method={}:erasing", "shaping method {}:erasing changed logprobs in place; return a new tensor"),
+        ("shaping.method={}:doubling", "shaping method {}:doubling failed: RuntimeError: unsupported operation"),
     ],
 )
 def test_a_wrong_result_ends_the_run_with_one_line(module, call, tmp_path, setting, expected):

@@ -71,9 +71,18 @@ def test_high_entropy_tokens_are_those_of_the_base_policy_before_the_first_updat
     assert why.endswith("train with record.reference=true, or import with --reference")
 
 
-def test_the_reference_policy_of_the_loss_serves_both(policy):
-    config = load_config("tiny", [*OPTIONS, "record.reference=true", "loss.kl_coef=0.1"])
-    learner = Learner(config, policy)
-    assert learner.reference is not None
-    assert learner._recorded_reference is learner.reference
-    assert Learner(load_config("tiny", OPTIONS), policy)._recorded_reference is None
+@pytest.mark.parametrize(
+    ("options", "loads"),
+    [
+        ((), 0),
+        (("record.reference=true",), 1),
+        (("loss.kl_coef=0.1",), 1),
+        (("record.reference=true", "loss.kl_coef=0.1"), 1),
+    ],
+)
+def test_loss_and_recording_share_one_reference_policy(policy, monkeypatch, options, loads):
+    loaded = []
+    monkeypatch.setattr(type(policy), "load", lambda config: loaded.append(policy) or policy)
+    learner = Learner(load_config("tiny", [*OPTIONS, *options]), policy)
+    assert len(loaded) == loads
+    assert (learner.reference is not None) == bool(loads)

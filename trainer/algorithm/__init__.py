@@ -1,4 +1,5 @@
 """Define the algorithm as equations.
 
-Modules: advantages, shaping, losses, objectives, and plateau. Imports only torch, numpy, and ``settings``.
+Modules: method (registration), advantages, shaping, losses, objectives, and plateau. They import only torch, numpy, and
+``settings``.
 """

@@ -47,6 +47,10 @@ StartStep = Positive | Literal["plateau"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+class NotRecordedError(Exception):
+    """A value that a method needs is missing from the trace."""
+
+
 @dataclass(frozen=True)
 class RolloutView:
     """Everything that a method may depend on; nothing in it carries a gradient.
@@ -57,7 +61,7 @@ class RolloutView:
         is_correct: (B,) bool; False without a verdict.
         response_mask: (B, T) bool, True at the first |o_i| positions of each row.
         group_ids: Group (prompt) of each response, (B,), integers from 0.
-        rewards: Reward and length penalty of each response, (B,); NaN without a verdict.
+        rewards: Reward of each response plus its length penalty, (B,); NaN without a verdict.
         rng: Random numbers, for methods that draw.
         past_entropy: Mean token entropy of each earlier step of the run, nats.
     """
@@ -316,6 +320,28 @@ def validate_with_own(
         return extended.model_validate(values)
     except ValidationError as error:
         raise with_keys(extended, error) from None
+
+
+def call_method(spec: MethodSpec, advantages: Tensor, rollouts: RolloutView, parameters: Settings) -> Any:
+    """Call a method, and return its result.
+
+    Raises:
+        InputError: a user's method failed, or a method changed the tensors that it was given.
+        NotRecordedError: ``rollouts`` lacks a value that the method needs.
+    """
+    given = {"advantages": advantages, **vars(rollouts)}
+    versions = {name: value._version for name, value in given.items() if isinstance(value, torch.Tensor)}
+    try:
+        result = spec.function(advantages, rollouts, **parameters)
+    except (InputError, NotRecordedError):
+        raise
+    except Exception as error:
+        if not OWN.fullmatch(spec.name):
+            raise
+        raise InputError(f"{spec.kind} method {spec.name} failed: {type(error).__name__}: {error}") from error
+    if changed := [name for name, version in versions.items() if given[name]._version != version]:
+        raise InputError(f"{spec.kind} method {spec.name} changed {changed[0]} in place; return a new tensor")
+    return result
 
 
 def check_result(spec: MethodSpec, result: Any, advantages: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -42,6 +42,7 @@ from entrace.trainer.algorithm.losses import (
 from entrace.trainer.algorithm.method import (
     REGISTRY,
     RolloutView,
+    call_method,
     find_method,
     objective,
     validate_with_own,
@@ -79,7 +80,9 @@ class TokenWeights:
         clip: Distances of the lower and the upper bound from 1, each (B, T); None for those of the config.
         entropy_range: Entropies of the policy being trained between which a token keeps its gradient, nats, each
             (B, T); None for no such bound.
-        entropy_coef: Coefficient of an entropy bonus, added to that of the config; None for no bonus.
+        entropy_coef: Coefficient of the mean entropy of counted tokens, a bonus beside that of the config; None for no
+            bonus.
+        regularized: Tokens with the KL and entropy terms of the config, (B, T) bool; None for all counted tokens.
     """
 
     token_weights: Tensor
@@ -90,6 +93,7 @@ class TokenWeights:
     clip: tuple[Tensor, Tensor] | None = None
     entropy_range: tuple[Tensor, Tensor] | None = None
     entropy_coef: float | None = None
+    regularized: Tensor | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -116,28 +120,31 @@ def entropy_mask(
     ``denominator``: the loss is a mean over the selected tokens, as in the paper, or over all tokens, as in TRL. With
     20% of the tokens selected, the latter is five times smaller.
     """
-    selected = _highest(rollouts.entropy, rollouts.response_mask, top_frac)
+    # Rounded up as in the released code, unlike in Clip-Cov and KL-Cov; a product such as 3.0000000000000004 is 3.
+    count = int(top_frac * int(rollouts.response_mask.sum()) + 0.9999)
+    selected = _highest(rollouts.entropy, rollouts.response_mask, count)
     return TokenWeights(
         selected.to(advantages.dtype), selected if denominator == "selected" else rollouts.response_mask
     )
 
 
-@objective(settings={"clip_high": 1.0})
+@objective(settings={"clip_low": 1.0, "clip_high": 1.0})
 def clip_cov(
     advantages: Tensor, rollouts: RolloutView, frac: Fraction = 2e-4, low: float = 1.0, high: float = 5.0
 ) -> TokenWeights:
     """w_t = 0 for a random frac of the tokens with low < cov_t < high: Clip-Cov, keeps entropy (arXiv 2505.22617).
 
     cov_t = (A_t - mean A)(ln p_t - mean ln p), means over the tokens of the mini-batch. At least one token is
-    excluded if any lies between the bounds; the denominator counts all tokens.
+    excluded if any lies between the bounds; the denominator counts all tokens. As in the released scripts, the ratio
+    has no lower bound, and 2 is the upper one.
     """
     cov = _covariance(advantages, rollouts)
     candidates = torch.nonzero(rollouts.response_mask & (cov > low) & (cov < high))
-    count = min(_at_least_one(frac, rollouts.response_mask), len(candidates))
+    count = min(_rounded_down(frac, rollouts), len(candidates))
     chosen = candidates[torch.from_numpy(rollouts.rng.permutation(len(candidates))[:count])]
-    surrogate = torch.ones_like(advantages)
-    surrogate[chosen[:, 0], chosen[:, 1]] = 0
-    return TokenWeights(surrogate, rollouts.response_mask)
+    weights = torch.ones_like(advantages)
+    weights[chosen[:, 0], chosen[:, 1]] = 0
+    return TokenWeights(weights, rollouts.response_mask)
 
 
 @objective
@@ -147,7 +154,7 @@ def kl_cov(advantages: Tensor, rollouts: RolloutView, frac: Fraction = 2e-3, coe
     The ratio is not clipped. cov_t is that of Clip-Cov. |ln rho| has no gradient at the first update of a batch: the
     method needs several ``optim.mini_batches`` or ``optim.epochs`` to have an effect.
     """
-    selected = _highest(_covariance(advantages, rollouts), rollouts.response_mask, frac)
+    selected = _highest(_covariance(advantages, rollouts), rollouts.response_mask, _rounded_down(frac, rollouts))
     penalty = coef * selected.to(advantages.dtype)
     return TokenWeights(torch.ones_like(advantages), rollouts.response_mask, penalty, is_clipped=False)
 
@@ -179,8 +186,8 @@ def steer(
 
     The argument estimates the change of entropy by the token's update. ``linear`` maps its range over the mini-batch to
     [low, high], the largest change to ``low``. ``exponential`` is exp(-c |.|) with c such that the largest change, or
-    0.02 if that is larger, is mapped to ``low``; ``high`` has no effect. Both are in the released code, which the text
-    of the paper could not be compared with.
+    0.02 if that is larger, is mapped to ``low``; ``high`` has no effect. Both are in the released code, whose earlier
+    version had (1 - p_t)^2; they could not be checked against the paper.
     """
     mask = rollouts.response_mask
     p = rollouts.logprobs.exp().clamp(1e-8, 1 - 1e-8)
@@ -229,7 +236,9 @@ def dcpo(
 
     Solved for the ratio: (1 + sqrt(max(1 - 4 low / p, 0))) / 2 <= rho <= min((1 + sqrt(1 + 4 high / p)) / 2, cap). The
     other two parts of DCPO, advantages standardized over past epochs and a mean per response, are not included.
-    ``clip_low`` and ``clip_high`` have no effect.
+    ``clip_low`` and ``clip_high`` have no effect. The defaults are those of the released README; its script sets
+    ``high`` to .28 for the large run. The released code also caps the ratio of negative advantages at 10, which is
+    ``dual_clip=10`` here.
     """
     p = rollouts.logprobs.exp()
     lowest = (1 + (1 - 4 * low / p).clamp(min=0).sqrt()) / 2
@@ -256,11 +265,14 @@ def lopti(
     """w_t = 1 if p_t < threshold else 0, then 1 - w_t: Lopti, unlikely tokens first, then likely (arXiv 2505.12929).
 
     The step takes its mini-batches twice: once with either part, so that it has twice as many updates. Denominators
-    count all tokens, as in the released code. ``low_first`` is the order of the paper.
+    count all tokens, and KL and entropy terms act on the tokens of the pass, as in the released code. ``low_first`` is
+    the order of the paper.
     """
     is_low = (rollouts.logprobs.exp() < threshold) & rollouts.response_mask
     parts = is_low, rollouts.response_mask & ~is_low
-    first, second = (TokenWeights(part.to(advantages.dtype), rollouts.response_mask) for part in parts)
+    first, second = (
+        TokenWeights(part.to(advantages.dtype), rollouts.response_mask, regularized=part) for part in parts
+    )
     return (first, second) if low_first else (second, first)
 
 
@@ -279,7 +291,8 @@ def adaptive_entropy(
     c rises after a step with mean token entropy of at most ``target`` and falls after another, within [lowest,
     highest]. The bonus is applied only if the entropy of the previous step was at most ``target``. TRL updates c at
     every optimizer step, from the tokens of that step; here it is updated once per training step, from all tokens
-    sampled, which agrees with one optimizer step per training step and makes resumed runs equal.
+    sampled, which agrees with one optimizer step per training step and makes resumed runs equal. As in TRL, mean H is
+    a mean over tokens whatever the aggregation of the loss.
     """
     coefficient = initial
     for entropy in rollouts.past_entropy:
@@ -341,7 +354,7 @@ class LossConfig(with_sections("loss", REGISTRY["loss"].values())):
     method: Annotated[str, AfterValidator(_check_method)] = "grpo"
     ratio: Literal["token", "sequence"] = "token"
     aggregation: Aggregation = "token_mean"
-    clip_low: BelowOne = 0.2
+    clip_low: PositiveFraction = 0.2
     clip_high: AboveZero = 0.28
     dual_clip: AboveOne | None = None
     mask_truncated: bool = False
@@ -397,7 +410,7 @@ class Objective:
             max_tokens: Longest response allowed.
         """
         spec = find_method(config.method, "loss")
-        found = spec.function(advantages, rollouts, **spec.parameters(config))
+        found = call_method(spec, advantages, rollouts, spec.parameters(config))
         passes = found if isinstance(found, tuple) else (found,)
         for weights in passes:
             if not isinstance(weights, TokenWeights):
@@ -407,6 +420,19 @@ class Objective:
             cls(advantages, rollouts.response_mask, scale(weights.loss_mask, max_tokens), weights, config)
             for weights in passes
         ]
+
+    @cached_property
+    def regularized_scale(self) -> Tensor:
+        """Scale c of the KL and entropy terms of the config, (B, T)."""
+        regularized = self.weights.regularized
+        return self.token_scale if regularized is None else self.token_scale * regularized
+
+    @cached_property
+    def entropy_weights(self) -> Tensor:
+        """Weight of the entropy of each token in all bonuses, (B, T)."""
+        weights = self.config.entropy_coef * self.regularized_scale
+        own = self.weights.entropy_coef
+        return weights + own * token_mean(self.weights.loss_mask, 0) if own else weights
 
     @property
     def has_gradient(self) -> Tensor:
@@ -473,20 +499,19 @@ def _covariance(advantages: Tensor, rollouts: RolloutView) -> Tensor:
     return (advantages - advantages[mask].mean()) * (rollouts.logprobs - rollouts.logprobs[mask].mean())
 
 
-def _highest(values: Tensor, mask: Tensor, frac: float) -> Tensor:
-    """Select the ``frac`` of masked tokens with the highest values, (B, T) bool.
+def _highest(values: Tensor, mask: Tensor, count: int) -> Tensor:
+    """Select the ``count`` masked tokens with the highest values, (B, T) bool.
 
     If the mask has any tokens, at least one is selected.
     """
-    count = _at_least_one(frac, mask)
     selected = torch.zeros_like(mask)
-    places = torch.nonzero(mask)[values[mask].argsort(descending=True, stable=True)[:count]]
+    places = torch.nonzero(mask)[values[mask].argsort(descending=True, stable=True)[: max(1, count)]]
     selected[places[:, 0], places[:, 1]] = True
     return selected
 
 
-def _at_least_one(frac: float, mask: Tensor) -> int:
-    return max(1, int(frac * int(mask.sum())))
+def _rounded_down(frac: float, rollouts: RolloutView) -> int:
+    return max(1, int(frac * int(rollouts.response_mask.sum())))
 
 
 def _by_perplexity(advantages: Tensor, rollouts: RolloutView, frac: float, sign: int) -> TokenWeights:

@@ -27,6 +27,7 @@ from entrace.trainer.algorithm.method import (
     MethodSpec,
     RolloutView,
     Window,
+    call_method,
     check_result,
     find_method,
     shaping,
@@ -137,7 +138,7 @@ def reweighting(advantages: Tensor, rollouts: RolloutView, alpha: Fraction = 0.2
 
 @shaping
 def psr(advantages: Tensor, rollouts: RolloutView) -> Tensor:
-    """A' = 1 if right else 0: learns from right responses only (arXiv 2506.01347).
+    """A' = 1 if correct else 0: learns from correct responses only (arXiv 2506.01347).
 
     This is positive sample reinforcement (PSR).
     """
@@ -146,7 +147,7 @@ def psr(advantages: Tensor, rollouts: RolloutView) -> Tensor:
 
 @shaping
 def nsr(advantages: Tensor, rollouts: RolloutView) -> Tensor:
-    """A' = 0 if right else -1: learns from wrong responses only (arXiv 2506.01347).
+    """A' = 0 if correct else -1: learns from incorrect responses only (arXiv 2506.01347).
 
     This is negative sample reinforcement (NSR).
     """
@@ -169,10 +170,9 @@ def quantile_advantage(
     """A' = (r_i - Q(r)) / (std(r) + eps): QAE, quantile baseline (arXiv 2509.22611).
 
     The quantile Q replaces the group's mean. Q is the smallest reward with at least ``quantile`` of the group at or
-    below it. Of right and wrong responses, only the right ones count where at most 1 - ``quantile`` are right, and only
-    the wrong ones elsewhere, as in the paper. The released code interpolates linearly between two rewards, as
-    ``interpolate`` does: if the quantile lies between a wrong and a right response, both count. Responses without a
-    verdict get 0.
+    below it. Only correct responses count where at most 1 - ``quantile`` of them are correct, and only incorrect ones
+    elsewhere, as in the paper. The released code interpolates linearly between two rewards, as ``interpolate`` does: if
+    the quantile lies between an incorrect and a correct response, both count. Responses without a verdict get 0.
     """
     values, is_counted = _by_group(rollouts, rollouts.rewards)
     count = is_counted.sum(1, keepdim=True).double()
@@ -325,7 +325,8 @@ def shape(
         return scale_matched(advantages, rollouts, mirrored), is_shaped
     active = [spec for spec in _specs(config) if is_on(_window(spec, config), step, plateau_step)]
     for spec in active:
-        advantages = check_result(spec, spec.function(advantages, rollouts, **spec.parameters(config)), advantages)
+        found = call_method(spec, advantages, rollouts, spec.parameters(config))
+        advantages = check_result(spec, found, advantages)
     return advantages, bool(active)
 
 
