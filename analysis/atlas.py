@@ -245,8 +245,11 @@ def describe(methods: Sequence[Described], tally: Tally) -> list[Described]:
     for method in methods:
         if not method.lacks:
             for other in done:
-                at = AFTER if AFTER in (method.at, other.at) else SAMPLED
-                if not other.lacks and tally.apart[at][place[method.name], place[other.name]] <= TOLERANCE:
+                # Few tokens have values after the update; methods that are equal there may differ elsewhere.
+                ats = {SAMPLED, method.at, other.at}
+                if not other.lacks and all(
+                    tally.apart[at][place[method.name], place[other.name]] <= TOLERANCE for at in ats
+                ):
                     method.equals.append(other.name)
             method.does_nothing = bool(
                 method.name != PLAIN and tally.from_plain[method.at][place[method.name]] <= TOLERANCE
@@ -408,6 +411,7 @@ def write_atlas(
             mark=MARK,
             title=f"entrace atlas: {trace.run_id}",
             run_id=trace.run_id,
+            notes=list(runs.notes.values()),
             methods=summary.to_dicts(),
             tokens=tally.tokens,
             num_steps=trace.steps.height,

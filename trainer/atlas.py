@@ -7,7 +7,7 @@ A step is one mini-batch, and each method has its own settings on top of the def
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from entrace.trainer.ablation.arms import describe_methods, method_settings
 from entrace.trainer.algorithm.advantages import group_relative_advantage
-from entrace.trainer.algorithm.method import RolloutView
+from entrace.trainer.algorithm.method import NotRecordedError, RolloutView
 from entrace.trainer.algorithm.objectives import Objective
 from entrace.trainer.algorithm.shaping import NONE, shape
 from entrace.trainer.config import Config, build_config
@@ -25,10 +25,8 @@ from entrace.trainer.settings import merge
 
 # Sections of a config that change how recorded tokens are weighed. Others change which tokens are sampled.
 WEIGHING = {"shaping", "loss"}
-
-
-class NotRecordedError(Exception):
-    """A value that a method needs is missing from the trace."""
+# Difference of advantages that rounding to float32 explains.
+SAME_ADVANTAGE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class RecordedStep:
         group_ids: Group of each response, (B,), integers from 0.
         is_correct: (B,) bool; False without a verdict.
         is_kept: Responses in the update, (B,) bool.
-        rewards: Reward and length penalty, (B,); NaN without a verdict.
+        rewards: Reward plus length penalty, (B,); NaN without a verdict.
         advantage: Before shaping, (N,).
         logprob: (N,), nats.
         entropy: (N,), nats; None if it was not recorded.
@@ -63,13 +61,28 @@ class RecordedStep:
 
 
 @dataclass(frozen=True)
-class _ViewWithoutEntropy(RolloutView):
-    """A view that raises an error if a method reads the unknown entropies."""
+class _RecordedView(RolloutView):
+    """A view that raises an error if a method reads what the trace does not hold.
+
+    Attributes:
+        lacks_entropy: Entropies were not recorded.
+        lacks_responses: Tokens of some responses are not stored.
+        read: What the method has read.
+    """
+
+    lacks_entropy: bool = False
+    lacks_responses: bool = False
+    read: set[str] = field(default_factory=set)
 
     def __getattribute__(self, name: str) -> Any:
-        if name == "entropy":
+        find = super().__getattribute__
+        read = find("read")
+        read.add(name)
+        if name == "entropy" and find("lacks_entropy"):
             raise NotRecordedError("needs tokens.entropy, which was not recorded")
-        return super().__getattribute__(name)
+        if find("lacks_responses") and "group_ids" in read and read & {"logprobs", "entropy"}:
+            raise NotRecordedError("compares the tokens of whole groups, of which only some responses are stored")
+        return find(name)
 
 
 @dataclass
@@ -152,7 +165,7 @@ class Weigher:
 
     def _build(self, method: Method, batch: _Padded) -> list[Objective]:
         config, step = method.config, batch.recorded.step
-        advantages = batch.advantages if config.loss.normalize_std else batch.centered_rewards()
+        advantages = batch.advantages(config.loss.normalize_std)
         # A window that starts at the plateau is open.
         shaped, _ = shape(advantages, batch.view(Stream.SHAPING), config.shaping, step, plateau_step=step)
         view = batch.view(Stream.LOSS, is_kept=True)
@@ -182,7 +195,6 @@ class _Padded:
         # The order in which ``Objective.take`` gives the tokens of all kept responses.
         self._is_kept_token = recorded.is_kept[recorded.row]
         self.size = int(self._is_kept_token.sum())
-        self.advantages = self._pad(recorded.advantage.astype(float))
         self.log_ratio, self.entropy_after = (
             torch.from_numpy(values[self._is_kept_token].astype(float))
             for values in (recorded.log_ratio, recorded.entropy_after)
@@ -198,9 +210,8 @@ class _Padded:
         ``is_kept`` excludes the tokens of responses outside the update.
         """
         recorded = self.recorded
-        own = RolloutView if recorded.entropy is not None else _ViewWithoutEntropy
         entropy = recorded.logprob if recorded.entropy is None else recorded.entropy
-        return own(
+        return _RecordedView(
             self._pad(recorded.logprob.astype(float)),
             self._pad(entropy.astype(float)),
             torch.from_numpy(recorded.is_correct),
@@ -208,18 +219,32 @@ class _Padded:
             torch.from_numpy(recorded.group_ids),
             torch.from_numpy(recorded.rewards.astype(float)),
             generator(0, stream, recorded.step),
+            lacks_entropy=recorded.entropy is None,
+            lacks_responses=not self.mask.any(1).all(),
         )
 
-    def centered_rewards(self) -> Tensor:
-        """Return the advantages without division by the standard deviation, (B, T)."""
-        rewards, groups = torch.from_numpy(self.recorded.rewards.astype(float)), self.recorded.group_ids
+    def advantages(self, normalize_std: bool) -> Tensor:
+        """Return the advantages before shaping, (B, T).
+
+        They are the recorded ones, unless the run normalized them otherwise; then they are those of the rewards.
+        """
+        recorded = self._pad(self.recorded.advantage.astype(float))
+        rewards = torch.from_numpy(self.recorded.rewards.astype(float))
         is_counted = rewards.isfinite()
         if not is_counted.any():
+            if normalize_std:
+                return recorded
             raise NotRecordedError("needs rollouts.reward, which was not recorded")
-        centered = group_relative_advantage(
-            rewards.nan_to_num(0.0), torch.from_numpy(groups), normalize_std=False, is_counted=is_counted
+        groups = torch.from_numpy(self.recorded.group_ids)
+        normalized, centered = (
+            group_relative_advantage(rewards.nan_to_num(0.0), groups, normalize_std=choice, is_counted=is_counted)
+            for choice in (True, False)
         )
-        return centered[:, None].expand(self._shape)
+        if not normalize_std:
+            return centered[:, None].expand(self._shape)
+        distances = [((recorded - values[:, None]) * self.mask).abs().max() for values in (normalized, centered)]
+        is_centered = distances[1] < SAME_ADVANTAGE < distances[0]
+        return normalized[:, None].expand(self._shape) if is_centered else recorded
 
     def differentiate(self, objectives: Sequence[Objective], log_ratio: Tensor, entropy: Tensor | None) -> np.ndarray:
         """Return -d loss / d ln p of all tokens, (N,), summed over passes.

@@ -11,11 +11,13 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from entrace.analysis.atlas import Trace, correlations_frame, describe, read_steps
 from entrace.analysis.runs import open_runs
 from entrace.analysis.trace import InputError
 from entrace.analysis.trace.verify import accept_edits
+from entrace.trainer.algorithm.advantages import group_relative_advantage
 from entrace.trainer.atlas import RecordedStep, Weigher, find_methods
 from entrace.trainer.cli.atlas import record_step, weigh_run
 from entrace.trainer.config import load_config
@@ -127,6 +129,45 @@ def test_entropies_that_were_not_recorded_leave_out_the_methods_that_read_them()
     assert not left_out & sampled.keys()
 
 
+@pytest.mark.parametrize("normalize_std", [True, False])
+def test_recorded_advantages_need_not_be_normalized(normalize_std):
+    """A run with ``loss.normalize_std = false`` records centered rewards.
+
+    Plain GRPO divides them by the standard deviation, and dr_grpo does not.
+    """
+    rewards = torch.tensor([1.0, 0.0, 1.0, 0.25], dtype=torch.float64)
+    groups = torch.tensor([0, 0, 1, 1])
+    normalized, centered = (
+        group_relative_advantage(rewards, groups, normalize_std=choice).numpy() for choice in (True, False)
+    )
+    row = np.array([0, 1, 1, 2, 3])
+    responses = {"group_ids": groups.numpy(), "is_kept": np.ones(4, bool), "is_correct": np.array([True, False] * 2)}
+    recorded = {**vars(hand()), **responses, "row": row, "rewards": rewards.numpy()}
+    recorded["advantage"] = (normalized if normalize_std else centered)[row].astype(np.float32)
+    weigher = Weigher(find_methods())
+    sampled, _ = weigher.weigh(RecordedStep(**recorded))
+    assert sampled["none"] == pytest.approx(normalized[row] / 5, rel=1e-6)
+    assert sampled["dr_grpo"] == pytest.approx(centered[row] / 4 / 64, rel=1e-6)
+
+
+def test_methods_that_rank_responses_are_left_out_where_some_are_not_stored():
+    step = RecordedStep(
+        **{
+            **vars(hand()),
+            "group_ids": np.array([0, 0, 0]),
+            "is_correct": np.array([True, False, False]),
+            "is_kept": np.ones(3, bool),
+            "rewards": np.array([1.0, 0.0, 0.0]),
+        }
+    )
+    weigher = Weigher(find_methods())
+    sampled, _ = weigher.weigh(step)
+    left_out = {method.name for method in weigher.methods if "only some responses are stored" in method.lacks}
+    assert {"ppl", "ppl_permuted", "low_ppl_only", "high_ppl_only", "unlikeliness"} <= left_out
+    assert not left_out & sampled.keys()
+    assert {"position", "entropy_mask", "pass_at_k", "quantile_advantage", "reweighting"} <= sampled.keys()
+
+
 def test_equal_methods_are_found_and_sums_equal_polars(run, steps):
     opened = open_runs(run)
     methods, tally = weigh_run(opened, Trace.of(opened), find_methods())
@@ -169,6 +210,18 @@ def test_command_writes_a_page_and_tables(run, call, tmp_path, monkeypatch):
     assert files["atlas.html"].count(b"<img ") == len(STEMS)
     for part in pl.read_csv(out / "weights.csv").filter(method="nsr").partition_by("dimension"):
         assert part["weight_share"].sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_atlas_of_a_sampled_trace_says_so(run, call, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    call("prune", tmp_path / "run", "--token-responses", "0.25")
+    status, output, _ = call("atlas", tmp_path / "run", "--out", tmp_path / "out", "--json")
+    assert status == 0
+    page = (tmp_path / "out/atlas.html").read_text()
+    assert "Note: tokens are stored for 25% of the responses on every step." in page
+    lacks = {row["name"]: row["lacks"] for row in json.loads(output)["methods"]}
+    assert lacks["low_ppl_only"] == "compares the tokens of whole groups, of which only some responses are stored"
+    assert not lacks["steer"]
 
 
 def changed(run, folder, change):
