@@ -53,6 +53,15 @@ class Measurement:
             return None
         return self.median <= self.target if self.bound == AT_MOST else self.median >= self.target
 
+    @property
+    def verdict(self) -> str:
+        """``met``, ``**missed**``, or ``undecided`` if the target lies within the quartiles; empty without a target."""
+        if self.is_met is None or self.target is None:
+            return ""
+        if self.low < self.target < self.high:
+            return "undecided"
+        return "met" if self.is_met else "**missed**"
+
     def as_json(self) -> dict[str, Any]:
         """Return the entry in the report's JSON."""
         return {**asdict(self), "is_met": self.is_met}
@@ -99,9 +108,15 @@ def to_markdown(measurements: Sequence[Measurement]) -> str:
         for measurement in measurements:
             if measurement.part == part:
                 target = f"{measurement.bound} {_number(measurement.target)}" if measurement.target is not None else ""
-                verdict = {True: "met", False: "**missed**", None: ""}[measurement.is_met]
                 spread = f"{_number(measurement.low)} to {_number(measurement.high)}"
-                cells = (measurement.name, _number(measurement.median), spread, measurement.unit, target, verdict)
+                cells = (
+                    measurement.name,
+                    _number(measurement.median),
+                    spread,
+                    measurement.unit,
+                    target,
+                    measurement.verdict,
+                )
                 lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
