@@ -29,9 +29,28 @@ WAYS = ("in the expected direction", "in the opposite direction")
 class Verdict:
     """Hold one row of the scorecard: the verdict on a part of a claim.
 
-    The verdict is on a run, on the baseline runs, or on an arm. ``effect`` is None if it is undefined; ``low`` and
-    ``high`` are None without an interval. ``detectable`` is the effect that the runs detect with 80% power; None if
-    unknown.
+    Attributes:
+        claim: Key of the claim in the ledger, such as S1.
+        part: Key of its part.
+        subject: Run, arm of the baseline runs, or pair of arms that the verdict is about.
+        question: What the claim asks.
+        statistic: What is estimated, in words.
+        null: What holds if the claim is false.
+        unit: Unit of the effect and its interval.
+        direction: Sign of the effect that supports the claim.
+        smallest_effect: Smallest effect that matters, in ``unit``.
+        verdict: supported, contradicted, inconclusive, or not recorded.
+        effect: The estimate; None if it is undefined.
+        low: Lower end of its 95% interval; None without an interval.
+        high: Upper end.
+        p_value: p-value of the null; None without a test.
+        p_adjusted: The same after Holm's correction over the family.
+        detectable: Smallest effect that the runs detect with 80% power; None if unknown.
+        n: Number of units that the interval is over.
+        of: Name of these units.
+        why: Reason of the verdict.
+        sql: SQL file of the figure, relative to the package.
+        figure: Question whose figure shows the effect.
     """
 
     claim: str
@@ -90,6 +109,17 @@ def judge(runs: Runs, ledger: Ledger | None = None) -> list[Verdict]:
     Claims about training are judged on each of ``runs.subjects``. Their p-values are adjusted for all findings of their
     family that can earn a verdict. Claims about methods are judged on each arm by ``compare``, which also adjusts their
     p-values.
+
+    Args:
+        runs: The runs.
+        ledger: Claims by key, as ``load_ledger`` returns them; None for the built-in claims and those of
+            ``runs.questions``.
+
+    Returns:
+        One verdict per part of a claim and subject, in the order of the ledger.
+
+    Raises:
+        InputError: a claim about methods has a part, or a smallest effect, that ``compare`` does not have.
     """
     ledger = load_ledger(questions=runs.questions) if ledger is None else ledger
     by_claim: dict[str, list[_Finding | MethodFinding]] = {claim: [] for claim in ledger}
@@ -148,10 +178,10 @@ def _about_training(claim: str, entry: Mapping[str, Any], runs: Runs) -> Iterato
             if not run_ids:
                 yield _Finding(claim, part, subject, None, "no run recorded a step", is_recorded=False)
                 continue
-            for series, judged in training.judges(claim, part, entry["parts"][part], runs, run_ids):
+            for series, estimate in training.estimators(claim, part, entry["parts"][part], runs, run_ids):
                 name = f"{subject}, {series}" if series else subject
                 try:
-                    yield _Finding(claim, part, name, judged())
+                    yield _Finding(claim, part, name, estimate())
                 except NoEffectError as reason:
                     yield _Finding(claim, part, name, None, str(reason), reason.is_recorded)
 

@@ -20,12 +20,12 @@ a smooth trend does not count. Neither does a change that the entropy before and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from entrace.analysis.effects.estimate import NoEffectError, count, fetch, over_runs, plateau_level
+from entrace.analysis.effects.estimate import Estimator, NoEffectError, count, fetch, over_runs, plateau_level
 from entrace.analysis.effects.potential import require_movement
 from entrace.analysis.queries import NEEDS
 from entrace.analysis.runs import Runs
@@ -36,7 +36,6 @@ from entrace.analysis.statistics.partial import MIN_CHANGES, beyond_trend, to_co
 if TYPE_CHECKING:
     import polars as pl
 
-Judged = Callable[[Runs, Sequence[str]], Estimate]
 
 KEYS = ["run_id", "step", "prompt_id"]
 # Predictions of the claims, by part. A shuffle cannot test a function of sign and probability.
@@ -46,8 +45,8 @@ FORMULAS = (*SHUFFLED, "quadrants")
 MIN_VARIANCE = 1e-18
 
 
-def beyond(null: str, predictor: str) -> Judged:
-    """Return a judge of the correlation of prediction and change under a null.
+def beyond(null: str, predictor: str) -> Estimator:
+    """Return an estimator of the correlation of prediction and change under a null.
 
     The correlation is between tokens that the null makes exchangeable.
 
@@ -56,30 +55,30 @@ def beyond(null: str, predictor: str) -> Judged:
         predictor: Name in ``law_sums``.
     """
 
-    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+    def estimate(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         sums = of_predictor(runs, run_ids, predictor, null)
         return plateau_level(runs, sums, run_ids, ["xy", "xx", "yy"], correlation)
 
-    return judge
+    return estimate
 
 
-def more_than_entropy(predictor: str) -> Judged:
-    """Return a judge of the gain of a predictor over the entropy (E3).
+def more_than_entropy(predictor: str) -> Estimator:
+    """Return an estimator of the gain of a predictor over the entropy (E3).
 
     The gain is the signed square of the predictor's correlation minus the square for the entropy before the update.
     """
 
-    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+    def estimate(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         sums = of_predictor(runs, run_ids, predictor, "overall")
         entropy = of_predictor(runs, run_ids, "entropy", "overall").select(*KEYS, entropy_xy="xy", entropy_xx="xx")
         joined = sums.join(entropy, on=KEYS)
         return plateau_level(runs, joined, run_ids, ["xy", "xx", "yy", "entropy_xy", "entropy_xx"], gain)
 
-    return judge
+    return estimate
 
 
-def between_evaluations(predictor: str) -> Judged:
-    """Return a judge of forecast and measured change between evaluations (E5)."""
+def between_evaluations(predictor: str) -> Estimator:
+    """Return an estimator of forecast and measured change between evaluations (E5)."""
 
     def of_run(run: str, part: pl.DataFrame) -> Estimate:
         if part.height < MIN_CHANGES:
@@ -92,11 +91,11 @@ def between_evaluations(predictor: str) -> Judged:
             )
         return found
 
-    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+    def estimate(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         frame = fetch(runs, "entropy_forecasts", run_ids).filter(predictor=predictor)
         return to_correlation(over_runs(frame, run_ids, of_run, "changes between evaluations"))
 
-    return judge
+    return estimate
 
 
 def _too_few(run: str, part: pl.DataFrame) -> str:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import polars as pl
 
 
+# Estimate of an effect from the runs with these ids.
+Estimator = Callable[[Runs, Sequence[str]], Estimate]
+
 # Steps that a rising stage needs for its start and end to be distinguishable from noise.
 MIN_TREND = 8
 
@@ -69,21 +72,21 @@ def fetch(runs: Runs, stem: str, run_ids: Sequence[str]) -> pl.DataFrame:
 
 
 def over_runs(
-    frame: pl.DataFrame, run_ids: Sequence[str], judge: Callable[[str, pl.DataFrame], Estimate], unit: str
+    frame: pl.DataFrame, run_ids: Sequence[str], estimate: Callable[[str, pl.DataFrame], Estimate], unit: str
 ) -> Estimate:
     """Return the mean of an effect over runs.
 
     Args:
         frame: Rows of all runs.
         run_ids: Runs to average over.
-        judge: Function from a run and its rows to the effect of the run.
+        estimate: Function from a run and its rows to the effect of the run.
         unit: Name of the units, such as ``prompts``.
 
     Raises:
         NoEffectError: the effect of a run is undefined on its data.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = [judge(run, frame.filter(run_id=run)) for run in run_ids]
+        found = [estimate(run, frame.filter(run_id=run)) for run in run_ids]
     return mean_of_runs(found, f"{unit}, {count(run_ids, 'run')}")
 
 
@@ -93,7 +96,7 @@ def mean_of_runs(found: Sequence[Estimate], of: str) -> Estimate:
     Raises:
         NoEffectError: an effect is not finite.
     """
-    if not all(np.isfinite(estimate.value) for estimate in found):
+    if not all(np.isfinite(of_run.value) for of_run in found):
         raise NoEffectError("a run has no such tokens or responses", is_recorded=True)
     return combine(found, of)
 
@@ -106,12 +109,12 @@ def plateau_level(
     ``frame`` has one row per run, step, and prompt.
     """
 
-    def judge(run: str, part: pl.DataFrame) -> Estimate:
+    def estimate(run: str, part: pl.DataFrame) -> Estimate:
         persistence = runs.stage_fits[run].persistence
         steps, prompts = _codes(part, "step"), _codes(part, "prompt_id")
         return level(steps, prompts, _matrix(part, values), effect, persistence=persistence)
 
-    return over_runs(frame, run_ids, judge, "prompts")
+    return over_runs(frame, run_ids, estimate, "prompts")
 
 
 def mean_of_steps(
@@ -119,7 +122,7 @@ def mean_of_steps(
 ) -> Estimate:
     """Return the mean over steps of an effect on the totals of each step."""
 
-    def judge(run: str, part: pl.DataFrame) -> Estimate:
+    def estimate(run: str, part: pl.DataFrame) -> Estimate:
         steps, series, noise, noise_df = step_values(
             _codes(part, "step"), _codes(part, "prompt_id"), _matrix(part, values), effect
         )
@@ -134,7 +137,7 @@ def mean_of_steps(
             persistence=runs.stage_fits[run].persistence,
         )
 
-    return over_runs(frame, run_ids, judge, "steps")
+    return over_runs(frame, run_ids, estimate, "steps")
 
 
 def rising_change(
@@ -155,13 +158,13 @@ def rising_change(
         NoEffectError: a run has too few steps with a defined effect.
     """
 
-    def judge(run: str, part: pl.DataFrame) -> Estimate:
+    def estimate(run: str, part: pl.DataFrame) -> Estimate:
         steps, series, noise, noise_df = step_values(
             _codes(part, "step"), _codes(part, "prompt_id"), _matrix(part, values), effect
         )
         return change_of(runs, run, steps, series, noise, noise_df)
 
-    return over_runs(frame, run_ids, judge, "steps")
+    return over_runs(frame, run_ids, estimate, "steps")
 
 
 def change_of(
@@ -206,10 +209,10 @@ def prompts_level(
 ) -> Estimate:
     """Return an effect on totals over independent prompts, regardless of steps."""
 
-    def judge(_: str, part: pl.DataFrame) -> Estimate:
+    def estimate(_: str, part: pl.DataFrame) -> Estimate:
         return over_clusters(_matrix(part, values), _codes(part, "prompt_id"), effect, "prompts", bounds)
 
-    return over_runs(frame, run_ids, judge, "prompts")
+    return over_runs(frame, run_ids, estimate, "prompts")
 
 
 def ratio(top: int, bottom: int) -> Effect:

@@ -1,6 +1,6 @@
 """Estimate the effects behind claims about training, one function per part.
 
-Every function takes the runs and the run_ids to judge, and returns an ``Estimate``. ``claims.toml`` states the
+Every function takes the runs and the run_ids to estimate from, and returns an ``Estimate``. ``claims.toml`` states the
 statistic, unit, and null of each part.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from entrace.analysis.effects import entropy_laws, exchange, potential
 from entrace.analysis.effects.estimate import (
+    Estimator,
     NoEffectError,
     change_of,
     count,
@@ -41,43 +42,41 @@ if TYPE_CHECKING:
 # Number of bins of response length within which token shares are compared.
 LENGTH_BINS = 12
 
-Judged = Callable[[Runs, Sequence[str]], Estimate]
 
-
-def of_policy(judged: Judged) -> Judged:
-    """Return a judge that rejects runs without the policy's entropy.
+def of_policy(estimator: Estimator) -> Estimator:
+    """Return an estimator that rejects runs without the policy's entropy.
 
     An example is a run that was scored by another model.
     """
 
-    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+    def estimate(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         for run in run_ids:
             if reason := (runs.manifests.get(run, {}).get("unknown") or {}).get("policy.entropy"):
                 raise NoEffectError(str(reason))
-        return judged(runs, run_ids)
+        return estimator(runs, run_ids)
 
-    return judge
+    return estimate
 
 
 # As in ``StageFit``.
-SERIES = ("the entropy", "the accuracy")
+MEASURES = ("the entropy", "the accuracy")
 
 
-def slows(series: int) -> Judged:
-    """Return a judge of the slowdown between halves (S1); see ``slowdown``.
+def slows(series: int) -> Estimator:
+    """Return an estimator of the slowdown between halves (S1); see ``slowdown``.
 
     ``series`` is 0 for entropy and 1 for accuracy.
     """
 
-    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+    def estimate(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         fits = [_long_enough(runs, run) for run in run_ids]
         if not all(fit.is_known[series] for fit in fits):
-            raise NoEffectError(f"{SERIES[series]} of the steps was not recorded")
+            raise NoEffectError(f"{MEASURES[series]} of the steps was not recorded")
         num_steps = sum(fit.num_steps for fit in fits)
         movements = [fit.movement(series) for fit in fits]
         return slowdown_of(movements, num_steps, f"steps, {count(run_ids, 'run')}")
 
-    return judge
+    return estimate
 
 
 def slowdown_of(movements: Sequence[tuple[np.ndarray, np.ndarray, float]], num_steps: int, of: str) -> Estimate:
@@ -132,26 +131,26 @@ def two_stages(runs: Runs, run_ids: Sequence[str]) -> Estimate:
     return mean_of_runs([fit.two_stages for fit in fits], f"steps, {count(run_ids, 'run')}")
 
 
-def rising(stem: str, values: Sequence[str], effect: Effect) -> Judged:
-    """Return a judge of the change of an effect over the rising stage.
+def rising(stem: str, values: Sequence[str], effect: Effect) -> Estimator:
+    """Return an estimator of the change of an effect over the rising stage.
 
     The effect is on the totals of a step, and the change is end minus start.
     """
 
-    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+    def estimate(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_rising(runs, run_ids)
         return rising_change(runs, fetch(runs, stem, run_ids), run_ids, values, effect)
 
-    return judge
+    return estimate
 
 
-def share_at_equal_length(column: str) -> Judged:
-    """Return a judge of the rising-stage change of a token share (S3).
+def share_at_equal_length(column: str) -> Estimator:
+    """Return an estimator of the rising-stage change of a token share (S3).
 
     Shares are compared at equal response length.
     """
 
-    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+    def estimate(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_rising(runs, run_ids)
 
         def change(run: str, part: pl.DataFrame) -> Estimate:
@@ -162,7 +161,7 @@ def share_at_equal_length(column: str) -> Judged:
 
         return over_runs(fetch(runs, "category_by_length", run_ids), run_ids, change, "steps")
 
-    return judge
+    return estimate
 
 
 def shares_at_equal_length(
@@ -205,51 +204,51 @@ def shares_at_equal_length(
     return steps, (matched.sum(1) - weight @ effect) / by_step + weight.sum(0) @ effect / weight.sum()
 
 
-def plateau(stem: str, values: Sequence[str], effect: Effect) -> Judged:
-    """Return a judge of an effect over the plateau.
+def plateau(stem: str, values: Sequence[str], effect: Effect) -> Estimator:
+    """Return an estimator of an effect over the plateau.
 
     The effect is on sums of query ``stem``; see ``estimate.plateau_level``.
     """
 
-    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+    def estimate(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_plateau(runs, run_ids)
         return plateau_level(runs, fetch(runs, stem, run_ids), run_ids, values, effect)
 
-    return judge
+    return estimate
 
 
-def excess(judged: Judged) -> Judged:
-    """Return a judge of a ratio minus 1, from a judge of its logarithm.
+def excess(estimator: Estimator) -> Estimator:
+    """Return an estimator of a ratio minus 1, from an estimator of its logarithm.
 
     The interval is symmetric on the log scale; around the ratio itself it could extend below 0. Several runs are
     combined by the geometric mean.
     """
 
-    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
-        found = judged(runs, run_ids)
+    def estimate(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+        found = estimator(runs, run_ids)
         value, low, high = np.expm1([found.value, found.low, found.high]).tolist()
         return replace(found, value=value, low=low, high=high, error=found.error * (1 + value))
 
-    return judge
+    return estimate
 
 
-def moved(values: Sequence[str], effect: Effect) -> Judged:
-    """Return a judge of an effect on ``movement_sums`` over the plateau.
+def moved(values: Sequence[str], effect: Effect) -> Estimator:
+    """Return an estimator of an effect on ``movement_sums`` over the plateau.
 
     Updates must exceed rounding.
     """
 
-    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+    def estimate(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_plateau(runs, run_ids)
         frame = fetch(runs, "movement_sums", run_ids)
         potential.require_movement(frame)
         return plateau_level(runs, frame, run_ids, values, effect)
 
-    return judge
+    return estimate
 
 
-def relative_movement(kind: str) -> Judged:
-    """Return a judge of the log movement of a kind of tokens (S6).
+def relative_movement(kind: str) -> Estimator:
+    """Return an estimator of the log movement of a kind of tokens (S6).
 
     The movement is relative to the rest, beyond that of random updates. A random update changes logits by equal amounts
     or, since larger logits come from larger weights and activations, in proportion to their margin; see
@@ -264,14 +263,14 @@ def relative_movement(kind: str) -> Judged:
     return beyond_nulls(*by_null)
 
 
-def beyond_nulls(first: Judged, second: Judged) -> Judged:
-    """Return a judge of the effect that remains under either of two nulls.
+def beyond_nulls(first: Estimator, second: Estimator) -> Estimator:
+    """Return an estimator of the effect that remains under either of two nulls.
 
-    ``first`` and ``second`` judge against one null each. A run between two nulls is compatible with a null in between:
-    its effect is 0. The interval extends from the lower end of one comparison to the upper end of the other.
+    ``first`` and ``second`` estimate it against one null each. A run between two nulls is compatible with a null in
+    between: its effect is 0. The interval extends from the lower end of one comparison to the upper end of the other.
     """
 
-    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+    def estimate(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         low, high = sorted((against(runs, run_ids) for against in (first, second)), key=lambda found: found.value)
         ends = min(low.low, high.low), max(low.high, high.high)
         if low.value <= 0 <= high.value:
@@ -279,51 +278,51 @@ def beyond_nulls(first: Judged, second: Judged) -> Judged:
         nearer = low if low.value > 0 else high
         return replace(nearer, low=ends[0], high=ends[1])
 
-    return judge
+    return estimate
 
 
-def beyond_shuffle_and_random(predictor: str) -> Judged:
-    """Return a judge of a prediction beyond both nulls of ``entropy_laws`` (E2, E4)."""
+def beyond_shuffle_and_random(predictor: str) -> Estimator:
+    """Return an estimator of a prediction beyond both nulls (E2, E4)."""
     return of_policy(
         beyond_nulls(*(entropy_laws.beyond(null, predictor) for null in ("shuffle", "random"))),
     )
 
 
-def against_random(effect: Effect) -> Judged:
-    """Return a judge of movement against random logit changes (S5).
+def against_random(effect: Effect) -> Estimator:
+    """Return an estimator of movement against random logit changes (S5).
 
     ``effect`` compares the two; see ``potential``.
     """
 
-    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+    def estimate(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_plateau(runs, run_ids)
         sums = fetch(runs, "movement_sums", run_ids)
         potential.require_movement(sums)
         frame = potential.with_bins(sums, fetch(runs, "movement_potential", run_ids))
         return mean_of_steps(runs, frame, run_ids, potential.VALUES, effect)
 
-    return judge
+    return estimate
 
 
-def end_at_equal_entropy(column: str) -> Judged:
-    """Return a judge of ``column`` at the end of responses over the middle (T3).
+def end_at_equal_entropy(column: str) -> Estimator:
+    """Return an estimator of ``column`` at the end of responses over the middle (T3).
 
     The effect is the log ratio of the last fifth to the middle, at equal entropy.
     """
 
-    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+    def estimate(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         require_plateau(runs, run_ids)
         potential.require_movement(fetch(runs, "movement_sums", run_ids))
         frame = potential.spread_parts(fetch(runs, "end_by_entropy", run_ids), column)
         return plateau_level(runs, frame, run_ids, potential.PARTS, potential.end_over_middle)
 
-    return judge
+    return estimate
 
 
 def interventions(values: Sequence[str], effect: Effect) -> Callable[..., Estimate]:
-    """Return a judge of an effect on ``impact_sums``, optionally of one series."""
+    """Return an estimator of an effect on ``impact_sums``, optionally of one series."""
 
-    def judge(runs: Runs, run_ids: Sequence[str], series: Series | None = None) -> Estimate:
+    def estimate(runs: Runs, run_ids: Sequence[str], series: Series | None = None) -> Estimate:
         import polars as pl
 
         frame = fetch(runs, "impact_sums", run_ids)
@@ -331,38 +330,38 @@ def interventions(values: Sequence[str], effect: Effect) -> Callable[..., Estima
             frame = frame.filter(pl.col(name).eq_missing(pl.lit(value)) for name, value in series.items())
         return prompts_level(frame, sorted(frame["run_id"].unique()), values, effect, bounds=(-2.0, 2.0))
 
-    return judge
+    return estimate
 
 
-def judges(
+def estimators(
     claim: str, part: str, spec: Mapping[str, Any], runs: Runs, run_ids: Sequence[str]
 ) -> Iterator[tuple[str, Callable[[], Estimate]]]:
-    """Yield the judges of a part of a claim.
+    """Yield the estimators of a part of a claim.
 
-    Claims about interventions have one judge per series. Series that differ in checkpoint, selection, seed, or
+    Claims about interventions have one estimator per series. Series that differ in checkpoint, selection, seed, or
     temperature measure different quantities and are never pooled.
 
     Yields:
         Name of the series (empty if there is at most one), and a function that returns the estimate.
     """
-    judge = declared(spec) if "sql" in spec else PARTS[claim][part]
+    estimator = declared(spec) if "sql" in spec else PARTS[claim][part]
     frame = runs.query_once("impact_sums", run_ids).select(SERIES).unique() if claim in INTERVENED else None
     if frame is None or frame.height < 2:
-        yield "", partial(judge, runs, run_ids)
+        yield "", partial(estimator, runs, run_ids)
         return
     for series in frame.sort(SERIES).iter_rows(named=True):
         known = {name.removesuffix("_step"): value for name, value in series.items() if value is not None}
-        yield ", ".join(f"{name} {value}" for name, value in known.items()), partial(judge, runs, run_ids, series)
+        yield ", ".join(f"{name} {value}" for name, value in known.items()), partial(estimator, runs, run_ids, series)
 
 
-# Columns that distinguish series of interventions, and the claims judged on them.
+# Columns that distinguish series of interventions, and the claims about them.
 SERIES = ("checkpoint_step", "selection", "seed", "temperature")
 INTERVENED = ("I2", "T2")
 Series = Mapping[str, object]
 
 
-def declared(spec: Mapping[str, Any]) -> Judged:
-    """Return the judge that a part of a user's ledger declares.
+def declared(spec: Mapping[str, Any]) -> Estimator:
+    """Return the estimator that a part of a user's ledger declares.
 
     The effect is on sums, over all steps or a stage. ``sql`` is a query with one row per run, step, and prompt (or
     group). ``values`` names two of its columns, a sum and a number, for the mean; or four, for the difference of two
@@ -373,23 +372,23 @@ def declared(spec: Mapping[str, Any]) -> Judged:
     return SPANS[spec["over"]](spec["sql"], values, effect)
 
 
-def all_steps(stem: str, values: Sequence[str], effect: Effect) -> Judged:
-    """Return a judge of the mean over steps of an effect on the totals of each step."""
+def all_steps(stem: str, values: Sequence[str], effect: Effect) -> Estimator:
+    """Return an estimator of the mean over steps of an effect on their totals."""
 
-    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+    def estimate(runs: Runs, run_ids: Sequence[str]) -> Estimate:
         return mean_of_steps(runs, fetch(runs, stem, run_ids), run_ids, values, effect)
 
-    return judge
+    return estimate
 
 
-def fall(judged: Judged) -> Judged:
-    """Return a judge of the fall of a quantity, from a judge of its rise."""
+def fall(estimator: Estimator) -> Estimator:
+    """Return an estimator of the fall of a quantity, from an estimator of its rise."""
 
-    def judge(runs: Runs, run_ids: Sequence[str]) -> Estimate:
-        found = judged(runs, run_ids)
+    def estimate(runs: Runs, run_ids: Sequence[str]) -> Estimate:
+        found = estimator(runs, run_ids)
         return replace(found, value=-found.value, low=-found.high, high=-found.low)
 
-    return judge
+    return estimate
 
 
 def log_ratio(totals: np.ndarray) -> np.ndarray:
@@ -434,7 +433,7 @@ def _long_enough(runs: Runs, run: str) -> StageFit:
 
 
 # Steps that a declared effect is about: its mean over the run or the plateau, or its change over the rising stage.
-SPANS: dict[str, Callable[[str, Sequence[str], Effect], Judged]] = {
+SPANS: dict[str, Callable[[str, Sequence[str], Effect], Estimator]] = {
     "run": all_steps,
     "plateau": plateau,
     "rising": rising,

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    "The responses to one prompt are ranked by perplexity and cut into equal parts. Only groups with right and wrong "
-    "responses count, so easy and hard prompts cannot make the difference. Perplexity is compared at equal length, "
-    "because perplexity depends on length for right and wrong responses alike. A line that falls to the right says "
-    "that responses with low perplexity are more often right."
+    "The responses to one prompt are ranked by perplexity and cut into equal parts. Only groups with correct and "
+    "incorrect responses count, so easy and hard prompts cannot make the difference. Perplexity is compared at equal "
+    "length, because perplexity depends on length for correct and incorrect responses alike. A line that falls to the "
+    "right says that responses with low perplexity are more often correct."
 )
 
 

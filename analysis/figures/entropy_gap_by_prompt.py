@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Mean entropy of the negative responses to a prompt minus that of the positive responses to the same prompt, "
-    "averaged over prompts that have both. Hard prompts have more wrong responses and may have higher entropy anyway; "
-    "the comparison within a prompt removes that. If all responses lose the same share of their entropy, the gap "
-    "closes too; the verdict therefore compares logarithms."
+    "averaged over prompts that have both. Hard prompts have more incorrect responses and may have higher entropy "
+    "anyway; the comparison within a prompt removes that. If all responses lose the same share of their entropy, the "
+    "gap closes too; the verdict therefore compares logarithms."
 )
 
 

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "One token of a response is replaced, and the response is continued several times from either prefix: accuracy "
-    "with the original token minus accuracy with the alternative. The claim expects the line of right responses to "
+    "with the original token minus accuracy with the alternative. The claim expects the line of correct responses to "
     "rise: the later the token, the more depends on it."
 )
-KINDS = {True: ("right responses", style.BLUE, "o"), False: ("wrong responses", style.VERMILLION, "s")}
+KINDS = {True: ("correct responses", style.BLUE, "o"), False: ("incorrect responses", style.VERMILLION, "s")}
 
 
 def draw(frame: pl.DataFrame, ax: Axes) -> Axes:
-    """Draw mean impact over relative position, for right and wrong responses."""
+    """Draw mean impact over relative position, for correct and incorrect responses."""
     series = list(style.by_series(frame))
     for name, part, line in series:
         for is_correct, (kind, color, marker) in KINDS.items():

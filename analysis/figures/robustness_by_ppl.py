@@ -15,7 +15,7 @@ CAPTION = (
     "with the original token minus accuracy with the alternative. Above 0 the original was the better choice. The "
     "claim expects bars closer to 0 at low perplexity: such responses survive a replaced token."
 )
-KINDS = {True: ("right responses", style.BLUE), False: ("wrong responses", style.VERMILLION)}
+KINDS = {True: ("correct responses", style.BLUE), False: ("incorrect responses", style.VERMILLION)}
 TERCILES = {1: "lowest", 2: "middle", 3: "highest"}
 WIDTH = 0.8
 # Fades the bars of further series of interventions.

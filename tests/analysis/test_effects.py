@@ -94,6 +94,15 @@ def test_slowdown_of_several_runs_is_that_of_their_mean_movement():
     assert training.slowdown_of(apart, 300, "steps").width > 2 * found.width
 
 
+@pytest.mark.parametrize(("series", "name"), [(0, "the entropy"), (1, "the accuracy")])
+def test_a_series_that_was_not_recorded_is_named(series: int, name: str):
+    known = np.where(STEP < 40, STEP, 40) / 40
+    columns = [known if number != series else np.full(STEPS, np.nan) for number in (0, 1)]
+    runs = SimpleNamespace(stage_fits={"r": fit_stages(STEP, *columns)})
+    with pytest.raises(NoEffectError, match=f"^{name} of the steps was not recorded$"):
+        training.slows(series)(runs, ["r"])
+
+
 def test_effect_without_a_denominator_is_no_effect():
     frame = sums_of(np.ones((STEPS, PROMPTS))).with_columns(n=0)
     with pytest.raises(NoEffectError, match="has no such tokens or responses"):
@@ -331,7 +340,9 @@ def test_each_series_of_interventions_is_judged_by_itself():
         for i in range(6)
     ]
     frame = pl.DataFrame(rows).with_columns(late_tokens=1, early_tokens=1, early_impact=0.0)
-    found = {name: judged().value for name, judged in training.judges("T2", "impact", {}, fake_runs(frame), ["r"])}
+    found = {
+        name: estimate().value for name, estimate in training.estimators("T2", "impact", {}, fake_runs(frame), ["r"])
+    }
     assert found == {
         "checkpoint 100, selection entropy 0-1, seed 0, temperature 1.0": pytest.approx(0.1),
         "checkpoint 100, selection entropy 0.8-1, seed 0, temperature 1.0": pytest.approx(0.3),

@@ -41,7 +41,7 @@ def test_formulas_are_what_gradient_steps_do_to_a_softmax(tiny: Runs, advantage:
     p = np.exp(z) / np.exp(z).sum()
     h, token, step = entropy_of(z), 2, 1e-6
     logp = float(np.log(p[token]))
-    names = ("discriminator_law", "omega_law", "omega_first_release_law", "quadrant_law")
+    names = ("discriminator_law", "omega_law", "omega_unsquared_law", "quadrant_law")
     arguments = {name: "$logp, $a" if name == "quadrant_law" else "$logp, $h, $a" for name in names}
     given = {"logp": logp, "h": h, "a": advantage}
     found = {
@@ -55,7 +55,7 @@ def test_formulas_are_what_gradient_steps_do_to_a_softmax(tiny: Runs, advantage:
     assert found["discriminator_law"] == pytest.approx((entropy_of(alone) - h) / step, rel=1e-4)
     # Omega: the same move by A (1 - p), with the other probabilities in proportion: times (1 - p) and over p.
     assert found["omega_law"] == pytest.approx(found["discriminator_law"] * (1 - p[token]) ** 2 / p[token], rel=1e-9)
-    assert found["omega_first_release_law"] == pytest.approx(found["omega_law"] / (1 - p[token]), rel=1e-9)
+    assert found["omega_unsquared_law"] == pytest.approx(found["omega_law"] / (1 - p[token]), rel=1e-9)
     assert found["quadrant_law"] == (np.sign(advantage) if p[token] < 0.5 else -np.sign(advantage))
 
 

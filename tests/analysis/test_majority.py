@@ -23,7 +23,7 @@ CASES = {
         None,
         1.0,
     ),
-    "equal wrong answers share a vote": (
+    "equal incorrect answers share a vote": (
         ["1", "1", "1/2", "0.5", r"\frac12"],
         [True, True, False, False, False],
         ["1", "1", "1/2", "1/2", "1/2"],

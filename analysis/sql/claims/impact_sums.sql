@@ -4,7 +4,7 @@
 -- units: *_impact: sums of accuracy with the original token minus accuracy with the alternative; *_tokens in
 --   interventions
 -- needs: interventions
-with right_responses as (
+with correct_responses as (
   select *, position / response_length as relative_position
   from interventions
   where is_correct and ($runs is null or list_contains($runs, run_id))
@@ -25,7 +25,7 @@ final as (
     coalesce(sum(impact::double) filter (where relative_position < 0.5), 0) as early_impact,
     count(*) filter (where relative_position >= 0.5) as late_tokens,
     coalesce(sum(impact::double) filter (where relative_position >= 0.5), 0) as late_impact
-  from right_responses
+  from correct_responses
   group by all
   order by all
 )

@@ -26,9 +26,11 @@ create macro first_order_law(logprob, entropy, advantage, sum_p2_others, sum_p2_
 );
 
 -- -A (1 - p)^2 (H + ln p) (arXiv 2510.10150, Omega of STEER). The released code has A / p_old * p (1 - p)^2 (H + ln p),
--- which is equal before the first mini-batch. Its first release had (1 - p) without the square: omega_first_release.
+-- which is equal before the first mini-batch, in the compiled files of October 2025. The source of January 2026 has
+-- (1 - p) without the square, in a variable still named x_one_minus_x_squared: omega_unsquared. The equation of the
+-- paper could not be read.
 create macro omega_law(logprob, entropy, advantage) as -advantage * pow(1 - exp(logprob), 2) * (entropy + logprob);
-create macro omega_first_release_law(logprob, entropy, advantage) as (
+create macro omega_unsquared_law(logprob, entropy, advantage) as (
   -advantage * (1 - exp(logprob)) * (entropy + logprob)
 );
 
@@ -137,7 +139,7 @@ select
     logprob::double, entropy::double, loss_advantage, sum_p2_others::double, sum_p2_logp_others::double
   ) as first_order,
   omega_law(logprob::double, entropy::double, loss_advantage) as omega,
-  omega_first_release_law(logprob::double, entropy::double, loss_advantage) as omega_first_release,
+  omega_unsquared_law(logprob::double, entropy::double, loss_advantage) as omega_unsquared,
   quadrant_law(logprob::double, loss_advantage)::double as quadrants,
   own_gradient(grad_norm::double, loss_advantage)::double as own_gradient,
   relative_surprisal(logprob::double, entropy::double) as relative_surprisal,
@@ -215,7 +217,7 @@ create macro law_sums_by_prompt(target, scale) as table
       mean_rank(centered_discriminator, run_id, step) as centered_discriminator,
       mean_rank(first_order, run_id, step) as first_order,
       mean_rank(omega, run_id, step) as omega,
-      mean_rank(omega_first_release, run_id, step) as omega_first_release,
+      mean_rank(omega_unsquared, run_id, step) as omega_unsquared,
       mean_rank(quadrants, run_id, step) as quadrants,
       mean_rank(own_gradient, run_id, step) as own_gradient,
       mean_rank(relative_surprisal, run_id, step) as relative_surprisal,
@@ -265,7 +267,7 @@ create macro law_sums_by_prompt(target, scale) as table
       avg(centered_discriminator) as centered_discriminator,
       avg(first_order) as first_order,
       avg(omega) as omega,
-      avg(omega_first_release) as omega_first_release,
+      avg(omega_unsquared) as omega_unsquared,
       avg(quadrants) as quadrants,
       avg(own_gradient) as own_gradient,
       avg(relative_surprisal) as relative_surprisal,
@@ -293,8 +295,8 @@ create macro law_sums_by_prompt(target, scale) as table
     ) as first_order,
     paired_sums(compared.omega, compared.change, means.omega, means.change) as omega,
     paired_sums(
-      compared.omega_first_release, compared.change, means.omega_first_release, means.change
-    ) as omega_first_release,
+      compared.omega_unsquared, compared.change, means.omega_unsquared, means.change
+    ) as omega_unsquared,
     paired_sums(compared.quadrants, compared.change, means.quadrants, means.change) as quadrants,
     paired_sums(
       compared.own_gradient, compared.own_gradient_change, means.own_gradient, means.own_gradient_change

@@ -33,7 +33,7 @@ per_prompt as (
       centered_discriminator,
       first_order,
       omega,
-      omega_first_release,
+      omega_unsquared,
       quadrants,
       own_gradient,
       relative_surprisal,

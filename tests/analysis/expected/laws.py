@@ -56,7 +56,7 @@ PREDICTIONS: dict[str, Callable[[Token], float]] = {
     ),
     "first_order": lambda t: -t["a"] * (P * (1 - P) * (t["h"] + LOGPROB) - t["sums"][0] * t["h"] - t["sums"][1]),
     "omega": lambda t: -t["a"] * (1 - P) ** 2 * (t["h"] + LOGPROB),
-    "omega_first_release": lambda t: -t["a"] * (1 - P) * (t["h"] + LOGPROB),
+    "omega_unsquared": lambda t: -t["a"] * (1 - P) * (t["h"] + LOGPROB),
     "quadrants": lambda t: t["a"],
     "own_gradient": lambda t: t["grad"] ** 2 / t["a"],
     "entropy_ratio": lambda t: log((t["h"] + t["dh"] + 1e-8) / (t["h"] + 1e-8)),
@@ -65,7 +65,7 @@ PREDICTIONS: dict[str, Callable[[Token], float]] = {
     "relative_surprisal": lambda t: -LOGPROB / (t["h"] + 1e-6),
 }
 KINDS = {
-    "formula": ("centered_discriminator", "discriminator", "first_order", "omega", "omega_first_release", "quadrants"),
+    "formula": ("centered_discriminator", "discriminator", "first_order", "omega", "omega_unsquared", "quadrants"),
     "gradient": ("own_gradient",),
     "outcome": ("entropy_ratio",),
     "property": ("entropy", "position", "relative_surprisal"),
