@@ -6,19 +6,18 @@ Exit codes: 0 success, 1 failure, 2 bad input, 130 stopped with Ctrl-C, 143 stop
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from enum import StrEnum
 from io import TextIOWrapper
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from entrace.analysis.terminal.stops import hear_signals, restore_stops
 
 if TYPE_CHECKING:
     import polars as pl
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from entrace.analysis.runs import Runs
 
 NOTES_SHOWN, NOTE_LENGTH = 5, 200
-# Wait before a signal is sent again, in seconds.
-REPEAT_S = 0.01
 
 app = typer.Typer(
     name="entrace",
@@ -205,7 +202,10 @@ def claims(
         estimate = f"{v.effect:.3g} {interval} {v.unit}, n = {v.n:,} {v.of}" if v.effect is not None else ""
         say(f"{v.claim:<3} {v.part:<16} {v.subject:<16} {v.verdict:<13} {estimate}".rstrip())
         say(f"    {v.why}")
-        say(f"    null: {v.null}" + (f"; detectable from {v.detectable:.3g} on" if v.detectable is not None else ""))
+        say(
+            f"    null: {v.null}"
+            + (f"; smallest detectable effect {v.detectable:.3g} (power .8)" if v.detectable is not None else "")
+        )
         say(f"    figure {v.figure}, {v.sql}")
 
 
@@ -408,7 +408,7 @@ def run(command: typer.Typer) -> None:
         # Some terminals cannot encode every character.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with _hear_signals(), _restore_stops():
+        with hear_signals(), restore_stops():
             status = _invoke(command)
             sys.stdout.flush()
         sys.exit(status if isinstance(status, int) else 0)
@@ -431,94 +431,6 @@ def _invoke(command: typer.Typer) -> Any:
             return group.invoke(context)
     except typer.Exit as done:
         return done.exit_code
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal that ends a command: Ctrl-C, SIGTERM, or the end of the terminal."""
-
-    def __init__(self, number: int) -> None:
-        """Store the exit code by which shells know the signal."""
-        super().__init__()
-        self.exit_code = 128 + number
-
-
-@contextmanager
-def _hear_signals() -> Iterator[None]:
-    """Raise ``Stopped`` on Ctrl-C, SIGTERM, and when the terminal closes.
-
-    A signal that already has a handler keeps it.
-    """
-    _heard.clear()
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
-    before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
-    unhandled = (signal.SIG_DFL, signal.default_int_handler)
-    before = {number: handler for number, handler in before.items() if handler in unhandled}
-    repeats: list[threading.Timer] = []
-    report = sys.unraisablehook
-
-    def repeat_if_ignored(ignored: sys.UnraisableHookArgs) -> None:
-        """Send a signal again if Python ignored its exception in a finalizer."""
-        if isinstance(ignored.exc_value, Stopped):
-            # A signal that another thread receives does not interrupt what the main thread waits for.
-            target = threading.main_thread().ident, ignored.exc_value.exit_code - 128
-            repeats.append(threading.Timer(REPEAT_S, signal.pthread_kill, target))
-            repeats[-1].daemon = True
-            repeats[-1].start()
-        else:
-            report(ignored)
-
-    for number in before:
-        signal.signal(number, _stop)
-    sys.unraisablehook = repeat_if_ignored
-    try:
-        yield
-    finally:
-        for timer in repeats:
-            timer.cancel()
-        sys.unraisablehook = report
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# Signals that this command received.
-_heard: list[int] = []
-
-
-def _stop(number: int, _: Any) -> NoReturn:
-    _heard.append(number)
-    raise Stopped(number)
-
-
-@contextmanager
-def _restore_stops() -> Iterator[None]:
-    """Raise the stop that DuckDB turned into an error.
-
-    DuckDB does so if the signal arrives within one of its calls.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not _heard or str(error) != "Query interrupted":
-            raise
-        raise Stopped(_heard[-1]) from None
-
-
-@contextmanager
-def stoppable(how: str) -> Iterator[None]:
-    """Say how to continue after Ctrl-C or SIGTERM; the outermost block wins.
-
-    Args:
-        how: Action of the same command when it is called again.
-    """
-    try:
-        with _restore_stops():
-            yield
-    except KeyboardInterrupt as stop:
-        stop.add_note(f"the same command {how}")
-        raise
 
 
 def _describe(error: Exception) -> tuple[str, int]:

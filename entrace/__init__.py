@@ -20,14 +20,16 @@ from typing import TYPE_CHECKING
 from entrace._lazy import names_from
 
 if TYPE_CHECKING:
-    from entrace.analysis import compare, figures, trace
+    from entrace.analysis import figures, trace
     from entrace.analysis.claims import Verdict, judge
-    from entrace.analysis.compare import Comparison
+    from entrace.analysis.compare import Comparison, compare
+    from entrace.analysis.ledger import load_ledger
     from entrace.analysis.queries import Questions
     from entrace.analysis.report import write_report
     from entrace.analysis.runs import Runs, open_runs
     from entrace.analysis.trace import InputError, Recorder, TraceWriter, Vocabulary
-    from entrace.trainer.algorithm.method import objective, shaping
+    from entrace.trainer.algorithm.method import RolloutView, objective, shaping
+    from entrace.trainer.algorithm.objectives import TokenWeights
     from entrace.trainer.config import Config, load_config
     from entrace.trainer.train import train
 
@@ -40,7 +42,9 @@ __all__ = [
     "Config",
     "InputError",
     "Recorder",
+    "RolloutView",
     "Runs",
+    "TokenWeights",
     "TraceWriter",
     "Verdict",
     "Vocabulary",
@@ -48,6 +52,7 @@ __all__ = [
     "figures",
     "judge",
     "load_config",
+    "load_ledger",
     "objective",
     "open_runs",
     "questions",
@@ -64,12 +69,16 @@ __getattr__ = names_from(
         "Config": "entrace.trainer.config",
         "InputError": "entrace.analysis.trace.errors",
         "Recorder": "entrace.analysis.trace.recorder",
+        "RolloutView": "entrace.trainer.algorithm.method",
         "Runs": "entrace.analysis.runs",
+        "TokenWeights": "entrace.trainer.algorithm.objectives",
         "TraceWriter": "entrace.analysis.trace.writer",
         "Verdict": "entrace.analysis.claims",
         "Vocabulary": "entrace.analysis.trace.vocabulary",
+        "compare": "entrace.analysis.compare",
         "judge": "entrace.analysis.claims",
         "load_config": "entrace.trainer.config",
+        "load_ledger": "entrace.analysis.ledger",
         "objective": "entrace.trainer.algorithm.method",
         "open_runs": "entrace.analysis.runs",
         "questions": "entrace.analysis.queries:BUILT_IN",
@@ -78,7 +87,6 @@ __getattr__ = names_from(
         "write_report": "entrace.analysis.report",
     },
     modules={
-        "compare": "entrace.analysis.compare",
         "figures": "entrace.figures",
         "trace": "entrace.analysis.trace",
     },

@@ -29,6 +29,7 @@ import torch
 import typer
 from markdown.extensions.toc import slugify
 
+import entrace
 from entrace.analysis import queries
 from entrace.trainer import cli
 from entrace.trainer.ablation.grid import load_grid
@@ -231,6 +232,15 @@ def follow(page: Path, folder: Path, run: Callable[[list[str]], None] | None = N
             check_data(block)
         elif run:
             exec(compile(block.text, block.name, "exec"), {"__name__": "__main__"})
+
+
+def test_every_public_name_is_in_the_reference():
+    text = (ROOT / "docs/api.md").read_text()
+    shown = {line.rpartition(".")[2] for line in text.splitlines() if line.startswith("::: ")}
+    # Objects of many names, which the text explains.
+    assert set(entrace.__all__) - shown == {"questions", "trace"}
+    for name in entrace.__all__:
+        assert getattr(entrace, name) is not None
 
 
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.name)

@@ -228,7 +228,8 @@ def test_a_signal_within_a_call_of_duckdb_stops_a_command(name: str, status: int
 import os, signal, threading
 from contextlib import nullcontext
 import duckdb, typer
-from entrace.analysis.cli import run, stoppable
+from entrace.analysis.cli import run
+from entrace.analysis.terminal.stops import stoppable
 
 app = typer.Typer()
 app.callback()(lambda: None)

@@ -103,7 +103,7 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def comparison(grid: Path) -> Comparison:
-    return entrace.compare.compare(open_runs(grid), accuracy=0.7)
+    return entrace.compare(open_runs(grid), accuracy=0.7)
 
 
 def test_primary_metric_by_hand(comparison: Comparison):

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from entrace.analysis.cli import app, print_json, run, say, stoppable
+from entrace.analysis.cli import app, print_json, run, say
+from entrace.analysis.terminal.stops import stoppable
 from entrace.analysis.trace import InputError
 from entrace.trainer.cli.atlas import atlas
 from entrace.trainer.cli.audit import audit
@@ -114,9 +115,8 @@ def train(
         with ranks.together():
             settings = load_config(config, overrides or [])
             ranks.barrier()
-        labels = {"study": out.resolve().parent.name, "arm": settings.shaping.method}
         with run_lock(out, waits=False, ranks=ranks), Progress(out.name, settings.steps) as progress:
-            run_training(settings, out, labels, resume=resume, on_step=progress.update, ranks=ranks)
+            run_training(settings, out, resume=resume, on_step=progress.update, ranks=ranks)
     say(str(out))
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from entrace.analysis.cli import say, stoppable
+from entrace.analysis.cli import say
+from entrace.analysis.terminal.stops import stoppable
 from entrace.analysis.trace import InputError
 from entrace.analysis.trace.digests import hash_file
 from entrace.analysis.trace.places import reaching, to_place

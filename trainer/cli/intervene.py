@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from entrace.analysis.cli import print_json, stoppable
+from entrace.analysis.cli import print_json
+from entrace.analysis.terminal.stops import stoppable
 from entrace.analysis.trace import InputError
 from entrace.analysis.trace.places import check_local
 from entrace.trainer.cli.options import Json, require_train_extra
