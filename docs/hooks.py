@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from entrace.analysis import queries
 from entrace.analysis.trace import TABLES
 from entrace.trainer.ablation.arms import describe_methods
 from entrace.trainer.cli import app
+from entrace.trainer.config import Config
+from entrace.trainer.settings import MAX_INT
 
 ROOT = Path(__file__).resolve().parents[1]
 # Files outside docs that the site shows, and where.
@@ -157,7 +159,7 @@ def questions() -> str:
     """
     sections = []
     for stem, path in queries.BUILT_IN.paths.items():
-        if path.parent.name in ("claims", "cluster"):
+        if path.parent.name == "claims":
             continue
         text = path.read_text(encoding="utf-8")
         header = queries.headers(text)
@@ -185,8 +187,68 @@ def commands() -> str:
 
 
 def configuration() -> str:
-    """Return the shipped config that spells out every key."""
+    """Return the shipped config ``tiny``."""
     return f"```toml\n{(ROOT / 'trainer/configs/tiny.toml').read_text(encoding='utf-8')}```"
+
+
+def configuration_keys() -> str:
+    """Return a table of all keys with their values and defaults."""
+    schema = Config.model_json_schema()
+    rows = [[f"`{key}`", _values(found), _default(found)] for key, found in _keys(schema, schema["$defs"])]
+    return table(["Key", "Values", "Default"], rows)
+
+
+def shipped_configs() -> str:
+    """Return a table of the shipped configs and grids.
+
+    The content is the first sentence of each file.
+    """
+    rows = []
+    for path in sorted((ROOT / "trainer/configs").glob("*.toml")):
+        if path.stem == "pilot":  # read by --dry-run, not by name
+            continue
+        comment = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))
+        if comment is None:
+            raise ValueError(f"{path}: no comment at the beginning")
+        text = re.sub(r"\s*\n# ?", " ", comment[0].removeprefix("# ")).strip()
+        rows.append([f"`{path.stem}`", re.split(r"\.$|\. |: `|(?<=\?) ", text)[0]])
+    return table(["Name", "Content"], rows)
+
+
+def needs() -> str:
+    """Return a table of the names that the header ``needs`` of a question accepts."""
+    rows = [
+        [f"`{name}`", f"`{need.table}`", f"`{need.column}`" if need.column else ""]
+        for name, need in queries.NEEDS.items()
+    ]
+    return table(["Name", "Table", "Column"], rows)
+
+
+def _keys(schema: Mapping[str, Any], defs: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the dotted name and the JSON schema of each key, sections in place."""
+    for name, found in schema["properties"].items():
+        options = [option["$ref"].rpartition("/")[2] for option in found.get("anyOf", [found]) if "$ref" in option]
+        if options:
+            yield from _keys(defs[options[0]], defs, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", found
+
+
+def _values(schema: Mapping[str, Any]) -> str:
+    """Return the values that a JSON schema allows, in words."""
+    if "anyOf" in schema:
+        return " or ".join(_values(option) for option in schema["anyOf"] if option.get("type") != "null")
+    if "enum" in schema or "const" in schema:
+        return ", ".join(f"`{_toml(value)}`" for value in schema.get("enum", [schema.get("const")]))
+    kind = {"object": "table", "array": "list"}.get(schema["type"], schema["type"])
+    signs = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    bounds = [f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema and schema[key] != MAX_INT]
+    return " ".join([kind, ", ".join(bounds)]).strip()
+
+
+def _default(schema: Mapping[str, Any]) -> str:
+    value = schema.get("default")
+    return "none" if value is None else f"`{_toml(value)}`"
 
 
 GENERATORS: dict[str, Callable[[], str]] = {
@@ -195,4 +257,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "questions": questions,
     "commands": commands,
     "configuration": configuration,
+    "configuration keys": configuration_keys,
+    "shipped configs": shipped_configs,
+    "needs": needs,
 }

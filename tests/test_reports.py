@@ -1,6 +1,7 @@
 """Test that the documentation shows the numbers of the committed reports."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,38 @@ def report(name):
 def rows_of(markdown):
     """Return lines of a table, without its title."""
     return "\n".join(line for line in markdown.splitlines() if line.startswith("|"))
+
+
+NUMBER = r"(−?[\d.]+)"
+FINDING = re.compile(rf"{NUMBER}(?P<points> points)?(?: of its movement)? \[{NUMBER}, {NUMBER}\]")
+
+
+def shown(value, like, scale):
+    """Return ``value`` as the page writes numbers.
+
+    It has as many decimals as ``like``, and no zero before the point.
+    """
+    digits = len(like.partition(".")[2])
+    return f"{scale * value:.{digits}f}".replace("-", "−").replace("0.", ".", 1 if abs(scale * value) < 1 else 0)
+
+
+def test_findings_of_the_readme_have_the_numbers_of_the_scorecard():
+    rows = [line.split("|") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    verdicts = report("tiny-study/claims.json")["verdicts"]
+    found = 0
+    for claim, finding in ((cells[1].partition(":")[0], cells[3]) for cells in rows if ":" in cells[1]):
+        first, _, last = claim.strip().replace(", ", " to ").partition(" to ")
+        for match in FINDING.finditer(finding):
+            scale = 100 if match["points"] else 1
+            written = match.group(1, 3, 4)
+            numbers = {
+                tuple(shown(v[key], like, scale) for key, like in zip(("effect", "low", "high"), written, strict=True))
+                for v in verdicts
+                if first <= v["claim"] <= (last or first) and v["low"] is not None
+            }
+            assert written in numbers, (claim, written, numbers)
+            found += 1
+    assert found >= 6
 
 
 def integrity():
