@@ -28,8 +28,8 @@ def load_ledger(path: Path | None = None, questions: Questions = BUILT_IN) -> di
         questions: The questions that claims may refer to.
 
     Raises:
-        InputError: the file is missing or is not TOML, a claim or part lacks a key, such as its null, or a claim is
-            defined twice.
+        InputError: the file is missing, is not TOML, or has no claims; a claim or part lacks a key, such as its null;
+            or a claim is defined twice.
     """
     if path is not None:
         return _read_ledger(Path(path), questions)
@@ -55,6 +55,8 @@ def _read_ledger(path: Path, questions: Questions) -> dict[str, dict[str, Any]]:
         raise InputError(f"{path}: {reason_of(error)}") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path}: not a ledger ({in_one_line(error)})") from None
+    if not ledger:
+        raise InputError(f"{path}: no claims")
     for claim, entry in ledger.items():
         _require(entry, CLAIM_KEYS, f"{path}: claim {claim}")
         _require(entry["parts"], (), f"{path}: claim {claim}, parts")
@@ -80,7 +82,7 @@ def _check_declared(spec: Mapping[str, Any], name: str, questions: Questions) ->
     """Refuse a declared effect that cannot be computed; see ``training.declared``."""
     _require(spec, ("sql", "values", "over"), name)
     if spec["sql"] not in questions.paths:
-        raise InputError(f'{name}: sql: unknown query "{spec["sql"]}"{nearest(str(spec["sql"]), questions.paths)}')
+        raise InputError(f'{name}: sql: unknown question "{spec["sql"]}"{nearest(str(spec["sql"]), questions.paths)}')
     if spec["over"] not in training.SPANS:
         raise InputError(f'{name}: over: unknown value "{spec["over"]}"{nearest(str(spec["over"]), training.SPANS)}')
     values = spec["values"]

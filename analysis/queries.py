@@ -260,7 +260,7 @@ class Questions:
             InputError: no such question.
         """
         if stem not in self.paths:
-            raise InputError(f'unknown query "{stem}"{nearest(str(stem), self.paths)}')
+            raise InputError(f'unknown question "{stem}"{nearest(str(stem), self.paths)}')
         return _read_text(self.paths[stem])
 
     def is_own(self, stem: str) -> bool:

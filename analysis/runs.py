@@ -59,8 +59,9 @@ if TYPE_CHECKING:
 ENGINES = ("duckdb", "spark")
 DEFAULT_BASELINE = "none"
 # Columns of the runs and of the trace that hold text.
-TEXT_COLUMNS = {name for name, kind in RUNS_COLUMNS.items() if kind == "varchar"}
-TEXT_COLUMNS |= {column.name for table in TABLES.values() for column in table.columns if str(column.type) == "string"}
+TEXT_COLUMNS = {name for name, kind in RUNS_COLUMNS.items() if kind == "varchar"} | {
+    column.name for table in TABLES.values() for column in table.columns if str(column.type) == "string"
+}
 # Default of the bytes for DuckDB in this process.
 BUFFERS = 1500 << 20
 # Missing ranges of steps that the note on a run lists.

@@ -61,7 +61,7 @@ class Plan:
         trained: Number of trained parameters.
         dtype: Data type of the arithmetic.
         devices: Number of processes, one per device.
-        rewards: Rewards of a wrong and of a right response.
+        rewards: Rewards of an incorrect and of a correct response.
         length_penalty: Largest deduction for length.
         responses_per_step: Responses before refills.
         tokens_per_step: Tokens before refills if all responses reach the length limit.

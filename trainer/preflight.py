@@ -41,7 +41,7 @@ class Checks:
         heldout: Held-out prompts by benchmark.
         tokenizer_entries: Vocabulary size of the tokenizer; None if it cannot be loaded.
         lost_characters: Characters of the task that the tokenizer cannot encode.
-        gold_accepted: Number of right answers that each data source's verifier judged, and accepted.
+        gold_accepted: Number of correct answers that each data source's verifier judged, and accepted.
         evaluations: Evaluations of the run, including those before the first and after the last step.
         evaluation_responses: Responses per evaluation.
         evaluation_tokens: Largest number of tokens per evaluation.
@@ -76,7 +76,7 @@ class Checks:
         if self.tokenizer_entries is not None:
             yield _line("tokenizer", f"{self.tokenizer_entries:,} entries")
         for name, (tried, accepted) in self.gold_accepted.items():
-            verdict = f"accepts {accepted} of {tried} right answers" if tried else "runs; no answer to try"
+            verdict = f"accepts {accepted} of {tried} correct answers" if tried else "runs; no answer to try"
             yield _line("verifier", f"{name}: {verdict}")
         if self.evaluations:
             each = f"{self.evaluation_responses:,} responses, at most {self.evaluation_tokens:,} tokens"
@@ -167,7 +167,7 @@ def _by_data_source(task: Task) -> dict[str, list[Prompt]]:
 
 
 def _try_verifier(found: Checks, task: Task, name: str, prompts: list[Prompt]) -> None:
-    """Judge right answers in each form that verifiers look for.
+    """Judge correct answers in each form that verifiers look for.
 
     If there are no answers, an empty response is judged.
     """
@@ -184,8 +184,8 @@ def _try_verifier(found: Checks, task: Task, name: str, prompts: list[Prompt]) -
     found.gold_accepted[name] = len(with_answer), len(with_answer) - len(rejected)
     if rejected:
         found.warnings.append(
-            f"task.verifiers: {len(rejected)} of {len(with_answer)} right answers of {name} are judged wrong, in tags, "
-            f"boxed, and plain: {rejected[0]}; check the answers, the verifier, and task.correct_at"
+            f"task.verifiers: {len(rejected)} of {len(with_answer)} correct answers of {name} are judged incorrect, in "
+            f"tags, boxed, and plain: {rejected[0]}; check the answers, the verifier, and task.correct_at"
         )
 
 

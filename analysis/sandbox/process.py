@@ -32,8 +32,12 @@ from entrace.analysis.trace.places import copies_of
 if TYPE_CHECKING:
     import pyarrow as pa
 
-UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
-UNITS |= {f"{prefix}i": 1024**power for power, prefix in enumerate("KMGT", start=1)}
+PREFIXES = {prefix: power for power, prefix in enumerate("KMGT", start=1)}
+UNITS = {
+    "": 1,
+    **{prefix: 1000**power for prefix, power in PREFIXES.items()},
+    **{f"{prefix}i": 1024**power for prefix, power in PREFIXES.items()},
+}
 SIZE = re.compile(rf"(\d+(?:\.\d+)?)\s*({'|'.join(sorted(UNITS, key=len, reverse=True))})B?", re.IGNORECASE)
 SMALLEST = 64 << 20
 # Seconds after which a process that waits for rows notices Ctrl-C, however it was delivered.

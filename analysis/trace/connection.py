@@ -14,14 +14,18 @@ from typing import Any
 from entrace.analysis.trace.errors import InputError, StorageError, in_one_line
 
 # Methods of a file system and of its files that ask the storage.
-METHODS = ("info", "ls", "find", "glob", "cat_file", "pipe_file", "put_file", "get_file", "rm", "rm_file", "mv")
-METHODS += ("cp_file", "makedirs", "mkdir")
+METHODS = (
+    *("info", "ls", "find", "glob", "cat_file", "pipe_file", "put_file", "get_file", "rm", "rm_file", "mv", "cp_file"),
+    *("makedirs", "mkdir"),
+)
 FILE_METHODS = ("read", "readinto", "write", "flush", "close", "_fetch_range", "_initiate_upload", "_upload_chunk")
 # Errors about a file rather than about the connection.
 ABOUT_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 # Packages of storages, whose errors need not be those of the operating system.
-PACKAGES = {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "httpx", "huggingface_hub", "requests"}
-PACKAGES |= {"s3fs", "urllib3"}
+PACKAGES = {
+    *("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "httpx", "huggingface_hub", "requests"),
+    *("s3fs", "urllib3"),
+}
 # Errors of a storage whose messages do not say what to do.
 REMEDIES = {
     "NoCredentialsError": "no credentials; set those of the storage, such as AWS_ACCESS_KEY_ID",

@@ -149,7 +149,7 @@ ANSWER_CLASS = Column(
 
 TOKENS = Table(
     "tokens",
-    "one row per generated token",
+    "one row per response token",
     (
         RUN_ID,
         STEP,
@@ -378,7 +378,7 @@ STEPS = Table(
     (
         RUN_ID,
         STEP,
-        Column("loss", pa.float32(), "-", "Token-mean loss, averaged over mini-batches and epochs.", True),
+        Column("loss", pa.float32(), "-", "Loss with its KL and entropy terms, averaged over optimizer steps.", True),
         Column(
             "reward_mean",
             pa.float32(),
@@ -386,7 +386,13 @@ STEPS = Table(
             "Mean reward over all responses with a verdict, including dropped ones.",
             True,
         ),
-        Column("accuracy", pa.float32(), "[0, 1]", "Share of correct responses among all sampled ones.", True),
+        Column(
+            "accuracy",
+            pa.float32(),
+            "[0, 1]",
+            "Share of correct responses among those with a verdict, including dropped groups.",
+            True,
+        ),
         Column("format_rate", pa.float32(), "[0, 1]", "Share of all sampled responses with a parsable answer.", True),
         Column("entropy_token_mean", pa.float32(), "nats", "Mean token entropy over all sampled tokens.", True),
         Column(
@@ -429,7 +435,13 @@ STEPS = Table(
         Column("rollout_s", pa.float32(), "s", "Time for sampling.", True),
         Column("reward_s", pa.float32(), "s", "Time for scoring answers.", True),
         Column("update_s", pa.float32(), "s", "Time for forward pass, backward pass, and optimizer.", True),
-        Column("record_s", pa.float32(), "s", "Time for writing the trace.", True),
+        Column(
+            "record_s",
+            pa.float32(),
+            "s",
+            "Time for after-update values, other extra passes, and writing the trace.",
+            True,
+        ),
     ),
     ("step",),
 )
@@ -493,7 +505,7 @@ INTERVENTIONS = Table(
         Column(
             "ppl_tercile", pa.int32(), "1, 2, 3", "Tercile of the response by perplexity within its group; 1 = lowest."
         ),
-        Column("is_correct", pa.bool_(), "-", "The verifier gave the response the full score."),
+        Column("is_correct", pa.bool_(), "-", "The response was recorded as correct: its score reached correct_at."),
         Column("num_continuations", pa.int32(), "responses", "Continuations sampled from each of the two prefixes."),
         Column(
             "accuracy_original",

@@ -203,6 +203,12 @@ def test_a_bad_ledger_is_one_line(tmp_path, old: str, new: str, message: str):
     assert "\n" not in str(error.value)
 
 
+def test_a_ledger_without_claims_is_refused(tmp_path):
+    (tmp_path / "ledger.toml").write_text("# nothing\n")
+    with pytest.raises(InputError, match=r"ledger\.toml: no claims$"):
+        load_ledger(tmp_path / "ledger.toml")
+
+
 def test_detectable_effects_are_reported(study: Runs):
     ledger = load_ledger()
     for verdict in judge(study):

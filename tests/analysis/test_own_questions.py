@@ -88,7 +88,7 @@ def test_sql_figure_and_claim_are_added(folder, tmp_path):
 
 def test_other_runs_do_not_see_them(folder):
     entrace.open_runs(FROZEN, questions=folder)
-    with pytest.raises(InputError, match='unknown query "first_tokens"'):
+    with pytest.raises(InputError, match='unknown question "first_tokens"'):
         entrace.open_runs(FROZEN).query("first_tokens")
 
 
@@ -106,7 +106,7 @@ def test_the_command_takes_the_folder(folder):
         ("first_tokens.sql", SQL.replace("needs: tokens", "needs: token"), 'needs: unknown value "token"'),
         ("stage_dynamics.sql", SQL, '"stage_dynamics" is a built-in question'),
         ("claims.toml", CLAIMS.replace("X1", "S1"), "claim S1 is built in"),
-        ("claims.toml", CLAIMS.replace('sql = "first_tokens"', 'sql = "first_token"'), "sql: unknown query"),
+        ("claims.toml", CLAIMS.replace('sql = "first_tokens"', 'sql = "first_token"'), "sql: unknown question"),
         ("claims.toml", CLAIMS.replace('over = "run"', 'over = "all"'), "over: unknown value"),
         ("claims.toml", CLAIMS.replace(', "first_tokens"]', "]"), "values: expected two columns"),
         ("claims.toml", CLAIMS.replace("null = ", "note = "), '"null" is missing'),

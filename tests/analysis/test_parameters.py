@@ -187,5 +187,5 @@ def test_questions_can_be_listed_and_shown(study: Runs):
     one = questions["high_entropy_words"]
     assert one.sql in repr(one)
     assert f"```sql\n{one.sql}```" in one._repr_markdown_()
-    with pytest.raises(InputError, match=r'^unknown query "high_entropy_word"; did you mean "high_entropy_words"'):
+    with pytest.raises(InputError, match=r'^unknown question "high_entropy_word"; did you mean "high_entropy_words"'):
         questions["high_entropy_word"]

@@ -357,7 +357,7 @@ def test_a_pivot_that_writes_is_named(tiny: Runs):
 
 
 def test_names_are_suggested(tiny: Runs):
-    with pytest.raises(InputError, match='unknown query "entropy_by_positon"; did you mean "entropy_by_position"'):
+    with pytest.raises(InputError, match='unknown question "entropy_by_positon"; did you mean "entropy_by_position"'):
         tiny.query("entropy_by_positon")
     with pytest.raises(InputError, match='unknown parameter "stag"; did you mean "stage"'):
         tiny.query("entropy_by_position", stag="plateau")

@@ -113,7 +113,7 @@ def test_a_dry_run_checks_what_the_runs_need(call, tmp_path):
     code, out, err = call(*arguments, "--json", "task.correct_at=2")
     found = json.loads(out)
     assert (code, found["problems"]) == (0, [])
-    assert "5 of 5 right answers of chain_sum are judged wrong" in found["warnings"][0]
+    assert "5 of 5 correct answers of chain_sum are judged incorrect" in found["warnings"][0]
 
 
 def planned_seconds():

@@ -53,9 +53,9 @@ def test_files_prompts_verifiers_and_evaluations_are_counted(files):
         "held out      aime: 12 prompts",
         "held out      amc: 7 prompts",
         "tokenizer     512 entries",
-        "verifier      aime: accepts 5 of 5 right answers",
-        "verifier      amc: accepts 5 of 5 right answers",
-        "verifier      train: accepts 5 of 5 right answers",
+        "verifier      aime: accepts 5 of 5 correct answers",
+        "verifier      amc: accepts 5 of 5 correct answers",
+        "verifier      train: accepts 5 of 5 correct answers",
         "evaluation    76 responses, at most 4,864 tokens; 4 times, at most 19,456 tokens over the run",
     ]
 
@@ -116,7 +116,7 @@ def test_a_verifier_that_rejects_right_answers_is_a_warning(files, tmp_path, mon
     found = check_run(configure(files, "task.verifiers.amc=half_marks:half"))
     assert found.gold_accepted["amc"] == (5, 0)
     assert found.warnings == [
-        "task.verifiers: 5 of 5 right answers of amc are judged wrong, in tags, boxed, and plain: "
+        "task.verifiers: 5 of 5 correct answers of amc are judged incorrect, in tags, boxed, and plain: "
         f"{files['amc']}, line 1 ('0' gets 0.5); check the answers, the verifier, and task.correct_at"
     ]
     assert not check_run(configure(files, "task.verifiers.amc=half_marks:half", "task.correct_at=0.5")).warnings

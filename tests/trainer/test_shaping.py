@@ -113,7 +113,7 @@ def shaped(method, batch, **parameters):
 
 
 NAN = math.nan
-# Of 2 to 7 responses, all numbers of right ones, in mixed order, one group with a missing verdict.
+# Of 2 to 7 responses, all numbers of correct ones, in mixed order, one group with a missing verdict.
 GROUPS = [[float(i * 3 % n < c) for i in range(n)] for n in (2, 4, 5, 7) for c in range(n + 1)] + [[1.0, NAN, 0.0, 0.0]]
 
 

@@ -77,8 +77,10 @@ ROOT_OF = re.compile(r"\\root\s*\{?(\w)\}?\s*\\of\s*(\w)|\\sqrt\s*\[(\w+)\]\s*(\
 RADICAND = re.compile(r"\d+(?:\.\d+)?|\\[dtc]?frac\{[^{}]*\}\{[^{}]*\}|\\(?!surd|sqrt)[A-Za-z]+|[A-Za-z]")
 BRACKET = re.compile(r"\\.|[(){}]", re.DOTALL)
 REPEATING = re.compile(r"(?<![\d.])(\d{0,9})\.(\d{0,9})\\(?:overline|bar|dot)\s*\{(\d{1,9})\}")
-BASE_WORDS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
-BASE_WORDS |= {"eleven": 11, "twelve": 12, "sixteen": 16}
+BASE_WORDS = {
+    **{name: base for base, name in enumerate(("two", "three", "four", "five", "six", "seven", "eight"), start=2)},
+    **{"nine": 9, "ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16},
+}
 BASED = re.compile(
     r"(?<![\w.\\}^])(?:\(\s*(\d[\dA-Z.]*)\s*\)|(?:\\(?:text|mathrm)\s*)?\{\s*(\d[\dA-Z.]*)\s*\}|(\d[\dA-Z.]*))\s*"
     r"(?:_\s*(\d+|(?:\\(?:text|mathrm)\s*)?\{(?:[^{}]|\{[^{}]*\})*\})"

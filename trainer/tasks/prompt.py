@@ -60,7 +60,7 @@ class Prompt:
         split: ``train`` or ``heldout``.
         task: Data source, or benchmark of the held-out file.
         question: Input of the chat template.
-        ground_truth: The right answer; None if a user's function judges the prompt without one.
+        ground_truth: The correct answer; None if a user's function judges the prompt without one.
         difficulty: The task's own description, as JSON.
         origin: File and row, or task and index, for messages.
         entry: The row as read or generated.
