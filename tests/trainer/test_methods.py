@@ -118,7 +118,7 @@ def test_released_noop_equals_none_bit_for_bit(tmp_path):
 
 def test_shaping_composes_and_other_kinds_do_not():
     assert method_settings("ppl+position") == {"shaping": {"method": "ppl+position"}}
-    assert method_settings("clip_cov") == {"loss": {"clip_high": 1.0, "method": "clip_cov"}}
+    assert method_settings("clip_cov") == {"loss": {"clip_low": 1.0, "clip_high": 1.0, "method": "clip_cov"}}
     with pytest.raises(InputError, match="only shaping methods can be joined"):
         method_settings("gspo+ppl")
     with pytest.raises(InputError, match='unknown method "pppl"; did you mean "ppl"'):

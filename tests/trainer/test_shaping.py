@@ -37,6 +37,16 @@ def position_bonus(batch, i, t, a, sign):
     return math.copysign(min(0.1 / (1 + math.exp(-sign * 15 * (r - 0.5))), 0.5 * abs(a)), a) if a else 0.0
 
 
+def test_tensors_of_inference_mode_are_shaped_like_others(case):
+    advantages, batch = case
+    with torch.inference_mode():
+        frozen = replace(batch, logprobs=batch.logprobs.clone(), entropy=batch.entropy.clone())
+        found, _ = shape(advantages.clone(), frozen, ShapingConfig(method="ppl"), 1, None)
+    wanted, _ = shape(advantages, batch, ShapingConfig(method="ppl"), 1, None)
+    assert frozen.logprobs.is_inference()
+    assert torch.equal(found, wanted)
+
+
 # (advantage, batch, row, place from 0, its z) -> shaped; where is_inside, places outside the mask keep their value.
 LOOPS = {
     "ppl": (False, lambda a, b, i, t, z: a * min(max(1 - 0.5 * z, 0.8), 1.2)),

@@ -330,7 +330,9 @@ def call_method(spec: MethodSpec, advantages: Tensor, rollouts: RolloutView, par
         NotRecordedError: ``rollouts`` lacks a value that the method needs.
     """
     given = {"advantages": advantages, **vars(rollouts)}
-    versions = {name: value._version for name, value in given.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    # Tensors made in inference mode have no version.
+    versions = {name: value._version for name, value in tensors.items() if not value.is_inference()}
     try:
         result = spec.function(advantages, rollouts, **parameters)
     except (InputError, NotRecordedError):
@@ -339,7 +341,7 @@ def call_method(spec: MethodSpec, advantages: Tensor, rollouts: RolloutView, par
         if not OWN.fullmatch(spec.name):
             raise
         raise InputError(f"{spec.kind} method {spec.name} failed: {type(error).__name__}: {error}") from error
-    if changed := [name for name, version in versions.items() if given[name]._version != version]:
+    if changed := [name for name, version in versions.items() if tensors[name]._version != version]:
         raise InputError(f"{spec.kind} method {spec.name} changed {changed[0]} in place; return a new tensor")
     return result
 
