@@ -34,7 +34,7 @@ class Shaper:
         self.waits = waits_for_plateau(self._config)
 
     def end_step(self, row: Mapping[str, Any]) -> None:
-        """Show the plateau detector a step.
+        """Pass a step to the plateau detector.
 
         ``row`` is the step's row of the table ``steps`` on the main process, and empty on the others.
         """

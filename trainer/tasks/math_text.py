@@ -77,10 +77,8 @@ ROOT_OF = re.compile(r"\\root\s*\{?(\w)\}?\s*\\of\s*(\w)|\\sqrt\s*\[(\w+)\]\s*(\
 RADICAND = re.compile(r"\d+(?:\.\d+)?|\\[dtc]?frac\{[^{}]*\}\{[^{}]*\}|\\(?!surd|sqrt)[A-Za-z]+|[A-Za-z]")
 BRACKET = re.compile(r"\\.|[(){}]", re.DOTALL)
 REPEATING = re.compile(r"(?<![\d.])(\d{0,9})\.(\d{0,9})\\(?:overline|bar|dot)\s*\{(\d{1,9})\}")
-BASE_WORDS = {
-    **{name: base for base, name in enumerate(("two", "three", "four", "five", "six", "seven", "eight"), start=2)},
-    **{"nine": 9, "ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16},
-}
+BASE_NAMES = "two three four five six seven eight nine ten eleven twelve sixteen"
+BASE_WORDS = dict(zip(BASE_NAMES.split(), (*range(2, 13), 16), strict=True))
 BASED = re.compile(
     r"(?<![\w.\\}^])(?:\(\s*(\d[\dA-Z.]*)\s*\)|(?:\\(?:text|mathrm)\s*)?\{\s*(\d[\dA-Z.]*)\s*\}|(\d[\dA-Z.]*))\s*"
     r"(?:_\s*(\d+|(?:\\(?:text|mathrm)\s*)?\{(?:[^{}]|\{[^{}]*\})*\})"

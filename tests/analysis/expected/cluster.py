@@ -8,7 +8,7 @@ HIGH_LOW_A = (0.5, 1.5, 0.1, 1, 1.5, 1)
 HIGH_LOW_B = (0.1, 1.25, 0.1, 1.25, 1.25, 1.25)
 
 EXPECTED = {
-    # Step 1: within prompt a, incorrect responses have 4 nats per token and right ones 2, over 4 tokens together.
+    # Step 1: within prompt a, incorrect responses have 4 nats per token and correct ones 2, over 4 tokens together.
     "sign_entropy": (
         {},
         ["step", "prompt_id", "negative_sum", "positive_sum", "negative_mean", "positive_mean"],
