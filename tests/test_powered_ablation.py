@@ -97,7 +97,8 @@ def test_the_effect_of_the_rate_is_paired_by_arm_and_seed(root: Path):
 
 
 def test_one_seed_gives_no_standard_error(root: Path):
-    write(root / "single", "none", 100, 0.1, 0.5)
+    for arm in ("none", "ppl"):
+        write(root / "single", arm, 100, 0.1, 0.5)
     with pytest.raises(InputError, match="rates-short: an arm has one seed at a rate"):
         Trial("short", open_runs(root / "study"), open_runs(root / "single")).chosen()
 

@@ -46,19 +46,6 @@ SHARES = """
     select category, count(*) / sum(count(*)) over () as share
     from tokens join runs using (run_id) where arm = $arm group by category
 """
-# Mean accuracy over training by the trapezoidal rule, which gives each evaluation half of the steps around it.
-OVER_TRAINING = """
-    with by_step as (select run_id, step, avg(is_correct::int) as accuracy from evals group by all),
-    spans as (
-      select run_id, accuracy + lag(accuracy) over run as ends, step - lag(step) over run as steps
-      from by_step window run as (partition by run_id order by step)
-    )
-    select run_id, sum(ends / 2 * steps) / sum(steps) as accuracy from spans group by run_id
-"""
-LAST = """
-    select run_id, avg(is_correct::int) as accuracy from evals
-    where step = (select max(step) from evals) group by run_id
-"""
 
 
 @dataclass(frozen=True)
@@ -72,25 +59,33 @@ class Trial:
     @cached_property
     def accuracies(self) -> dict[str, dict[float, list[float]]]:
         """Accuracies at the end of the study of rates, by arm and rate."""
-        return self._by_rate(LAST)
+        return self._by_rate("avg_at_k")
 
     def effect_of_rate(self) -> tuple[float, float, Estimate]:
         """Return the lowest rate, the highest, and what the highest gains.
 
         The gain is the difference in mean accuracy over training, paired by seed and averaged over arms.
         """
-        found = self._by_rate(OVER_TRAINING)
+        found = self._by_rate("accuracy_auc")
         rates = sorted({rate for by in found.values() for rate in by})
         gains = [np.subtract(by[rates[-1]], by[rates[0]]) for by in found.values()]
         return rates[0], rates[-1], over_seeds(np.concatenate(gains)).estimate
 
-    def _by_rate(self, query: str) -> dict[str, dict[float, list[float]]]:
+    @cached_property
+    def _by_seed(self) -> pl.DataFrame:
+        return compare(self.rates).by_seed
+
+    def _by_rate(self, metric: str) -> dict[str, dict[float, list[float]]]:
         """Return one value per seed of the study of rates, by arm and rate."""
+        rates = {manifest["arm"]: manifest["config"]["optim"]["lr"] for manifest in self.rates.manifests.values()}
+        rows = self._by_seed.filter(metric=metric)
+        own, baselines = (
+            rows.select("arm", "seed", "value"),
+            rows.select(arm="baseline", seed="seed", value="baseline_value"),
+        )
         found: dict[str, dict[float, list[float]]] = {}
-        for run_id, value in self.rates.sql(query).sort("run_id").iter_rows():
-            manifest = self.rates.manifests[run_id]
-            rate = manifest["config"]["optim"]["lr"]
-            found.setdefault(manifest["arm"].split(" [")[0], {}).setdefault(rate, []).append(value)
+        for arm, _, value in pl.concat([own, baselines]).unique().sort("arm", "seed").iter_rows():
+            found.setdefault(arm.split(" [")[0], {}).setdefault(rates[arm], []).append(value)
         return found
 
     @cached_property
