@@ -84,7 +84,7 @@ class Trial:
             rows.select(arm="baseline", seed="seed", value="baseline_value"),
         )
         found: dict[str, dict[float, list[float]]] = {}
-        for arm, _, value in pl.concat([own, baselines]).unique().sort("arm", "seed").iter_rows():
+        for arm, _, value in pl.concat([own, baselines]).unique(["arm", "seed"]).sort("arm", "seed").iter_rows():
             found.setdefault(arm.split(" [")[0], {}).setdefault(rates[arm], []).append(value)
         return found
 

@@ -78,7 +78,7 @@ RADICAND = re.compile(r"\d+(?:\.\d+)?|\\[dtc]?frac\{[^{}]*\}\{[^{}]*\}|\\(?!surd
 BRACKET = re.compile(r"\\.|[(){}]", re.DOTALL)
 REPEATING = re.compile(r"(?<![\d.])(\d{0,9})\.(\d{0,9})\\(?:overline|bar|dot)\s*\{(\d{1,9})\}")
 BASE_NAMES = "two three four five six seven eight nine ten eleven twelve sixteen"
-BASE_WORDS = dict(zip(BASE_NAMES.split(), (*range(2, 13), 16), strict=True))
+BASE_WORDS: dict[str, int] = dict(zip(BASE_NAMES.split(), (*range(2, 13), 16), strict=True))
 BASED = re.compile(
     r"(?<![\w.\\}^])(?:\(\s*(\d[\dA-Z.]*)\s*\)|(?:\\(?:text|mathrm)\s*)?\{\s*(\d[\dA-Z.]*)\s*\}|(\d[\dA-Z.]*))\s*"
     r"(?:_\s*(\d+|(?:\\(?:text|mathrm)\s*)?\{(?:[^{}]|\{[^{}]*\})*\})"
