@@ -43,7 +43,8 @@ STAGING = (
 # Tables that ``Runs`` fills when a query first reads them.
 COMPUTED = {"stages", "token_coverage"}
 # Small views of one pass over the tokens, whose rows ``Runs`` keeps, run by run.
-KEPT = ("entropy_bins", "update_batches")
+# Ordered so that each view builds on earlier ones only.
+KEPT = ("entropy_bins", "update_batches", "update_predictions", "fifths_by_prompt", "entropy_law_sums")
 HEADERS = ("question", "grain", "params", "units", "needs")
 CONTINUATION = "--   "
 LEDGER = "claims.toml"
@@ -335,9 +336,10 @@ def computed_tables_in(text: str) -> set[str]:
     return _sources_in(text) & COMPUTED
 
 
-def kept_views_in(text: str) -> set[str]:
+def kept_views_in(text: str) -> list[str]:
     """Return the members of ``KEPT`` that a query may read; see ``tables_in``."""
-    return _sources_in(text) & set(KEPT)
+    sources = _sources_in(text)
+    return [view for view in KEPT if view in sources]
 
 
 def _sources_in(text: str) -> set[str]:

@@ -8,6 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from importlib import import_module
 from itertools import pairwise
@@ -21,7 +22,6 @@ from entrace.analysis.sandbox.connection import (
     COVERAGE,
     RUNS_COLUMNS,
     STAGES_COLUMNS,
-    append,
     connect,
     fill,
     narrow,
@@ -105,6 +105,7 @@ def open_runs(
     folders = find_run_folders([paths] if isinstance(paths, str | Path) else paths)
     manifests: dict[str, dict[str, Any]] = {}
     files: dict[str, dict[str, Layout]] = {name: {} for name in TABLES}
+    finite: dict[str, set[str]] = {name: set() for name in TABLES}
     notes: dict[str, str | None] = {}
     for folder in folders:
         with reaching(folder):
@@ -122,6 +123,9 @@ def open_runs(
             parts = check_parts(folder, manifest, recorded)
             for name, layouts in parts.items():
                 files[name] |= {str(path): layout for path, layout in layouts.items()}
+                # The writer refuses NaN and infinity.
+                if all(recorded.is_original(f"{name}/{listed_name(path)}") for path in layouts):
+                    finite[name].add(run_id)
             listed = listed_files(folder, manifest)
             gone = [name for name, found in parts.items() if not found and listed.get(name)]
             steps = _read_steps(folder, parts["steps"], listed.get("steps", {}), recorded)
@@ -129,7 +133,8 @@ def open_runs(
             damage = f"{digests.DIGESTS} is damaged; see entrace verify {folder}" if recorded.damage else None
             notes[run_id] = "; ".join(filter(None, [progress, damage]))
     asked = BUILT_IN if questions is None else Questions(Path(questions).resolve())
-    return Runs(manifests, files, notes, asked, buffers, SparkEngine(manifests, files) if engine == "spark" else None)
+    spark = SparkEngine(manifests, files) if engine == "spark" else None
+    return Runs(manifests, files, notes, finite, asked, buffers, spark)
 
 
 class Runs:
@@ -146,13 +151,15 @@ class Runs:
         manifests: dict[str, dict[str, Any]],
         files: dict[str, dict[str, Layout]],
         notes: dict[str, str | None],
+        finite: dict[str, set[str]],
         questions: Questions = BUILT_IN,
         buffers: int = BUFFERS,
         spark: SparkEngine | None = None,
     ) -> None:
         """Connect DuckDB to ``files``, the Parquet files of all runs.
 
-        ``files`` holds the layout of each file, by table and path. With ``spark``, DuckDB only checks queries and names
+        ``files`` holds the layout of each file, by table and path, and ``finite`` names the runs whose files are known
+        to have neither NaN nor infinity, by table. With ``spark``, DuckDB only checks queries and names
         the types of their columns.
         """
         self.manifests = manifests
@@ -162,8 +169,7 @@ class Runs:
         self._filled: set[str] = set()
         self._runs_kept: dict[str, set[str]] = {view: set() for view in KEPT}
         self._kept: dict[tuple[str, ...], pl.DataFrame] = {}
-        # Runs without NaN and infinity, by table.
-        self._finite: dict[str, set[str]] = {name: set() for name in TABLES}
+        self._finite = finite
         self._files = files
         self._columns: dict[str, dict[str, set[str]]] = {}
         self._spark = spark
@@ -276,7 +282,7 @@ class Runs:
         self._check_tables(text, given.get("runs"))
         self._fill_computed(text)
         with self._connected:
-            for view in set() if self._spark else queries.kept_views_in(text):
+            for view in [] if self._spark else queries.kept_views_in(text):
                 self._keep(view, self.manifests if given.get("runs") is None else given["runs"])
             return self._run(text, given)
 
@@ -484,8 +490,9 @@ class Runs:
         The rows cannot change, as only files listed at opening are read.
         """
         if missing := [run for run in run_ids if run not in self._runs_kept[view]]:
-            found = self._run(f"from new_{view} where list_contains($runs, run_id)", {"runs": missing})
-            append(self._con, view, [column.to_list() for column in found])
+            text = f"insert into {view} from new_{view} where list_contains($runs, run_id)"
+            with self._transaction(text, {"runs": missing}, "") as con:
+                interruptible(con, lambda: con.execute(text, {"runs": missing}))
             self._runs_kept[view].update(missing)
 
     def _fill_computed(self, text: str) -> None:
@@ -510,8 +517,9 @@ class Runs:
     def _check_finite(self, table: Table, run_ids: Iterable[str] | None = None) -> None:
         """Reject a table with NaN or infinity, which would spread through every mean.
 
-        The rows of each run (default: of all) are scanned once, before the first query that reads them. The scan takes
-        50 ms per million tokens, about as long as one question, so queries over steps alone do not scan the tokens.
+        The rows of each run (default: of all) are scanned once, before the first query that reads them, unless their
+        writer has checked them. The scan takes 50 ms per million tokens, about as long as one question, so queries over
+        steps alone do not scan the tokens.
 
         Raises:
             InputError: a float column holds NaN or infinity.
@@ -651,23 +659,37 @@ class Runs:
             raise
 
     def _run_here(self, text: str, params: Mapping[str, Any]) -> pl.DataFrame:
-        import duckdb
         import polars as pl
+
+        with self._transaction(text, params, "read only") as con:
+            try:
+                return interruptible(con, lambda: con.sql(text, params=params).pl())
+            except pl.exceptions.PolarsError as error:
+                raise _unsupported(error) from None
+
+    @contextmanager
+    def _transaction(self, text: str, params: Mapping[str, Any], kind: str) -> Iterator[duckdb.DuckDBPyConnection]:
+        """Yield a connection in a transaction of a kind, such as ``read only``, for one query.
+
+        Raises:
+            InputError: DuckDB rejects the query, or a file cannot be read.
+        """
+        import duckdb
 
         with self._connected:
             con = self._connection_for(params.get("runs"))
-            con.execute("begin transaction read only")
+            con.execute(f"begin transaction {kind}")
             try:
-                return interruptible(con, lambda: con.sql(text, params=params).pl())
-            except duckdb.Error as error:
+                yield con
+            except BaseException as error:
+                con.execute("rollback")
+                if not isinstance(error, duckdb.Error):
+                    raise
                 # The parser and the binder reject a query before it reads a file.
                 if not isinstance(error, duckdb.ParserException | duckdb.BinderException | duckdb.CatalogException):
                     self._explain(error, text)
                 raise InputError(one_line(error)) from None
-            except pl.exceptions.PolarsError as error:
-                raise _unsupported(error) from None
-            finally:
-                con.execute("rollback")
+            con.execute("commit")
 
     def _connection_for(self, run_ids: Iterable[str] | None) -> duckdb.DuckDBPyConnection:
         """Return the connection that reads the fewest files for a query.

@@ -44,8 +44,8 @@ KEYS = {
 }
 # Views and macros that read table tokens.
 READERS = (
-    r"(?:from|join)\s+(?:tokens|response_fifths|staged_tokens|staged_movements|entropy_thresholds|steps_with|"
-    r"staged_entropy_changes|entropy_predictions|law_sums_by_prompt)"
+    r"(?:from|join)\s+(?:tokens|response_fifths|staged_tokens|staged_movements|moved_tokens|entropy_thresholds|steps_with|"
+    r"entropy_changes|entropy_predictions|law_sums_by_prompt|entropy_law_sums|update_predictions|fifths_by_prompt)"
 )
 
 

@@ -5,24 +5,15 @@
 --   entropy_laws, x in units of the prediction and y in nats; own_gradient predicts log-probability, all others
 --   entropy; uncertain_*, coarse_tokens as in movement_sums
 -- needs: after-update values, after-update entropies, log-probabilities, entropies, token advantages
-with of_entropy as (
-  select *
-  from law_sums_by_prompt('entropy', 'value')
-  where $runs is null or list_contains($runs, run_id)
-),
-of_logprob as (
-  select *
-  from law_sums_by_prompt('logprob', 'value')
-  where $runs is null or list_contains($runs, run_id)
-),
-listed as (
+with listed as (
   select run_id, step, prompt_id, predictor, comparison, sums
-  from of_entropy
-  unpivot (sums for predictor in (covariance, discriminator, omega, quadrants, entropy))
-  union all
-  select run_id, step, prompt_id, predictor, comparison, sums
-  from of_logprob
-  unpivot (sums for predictor in (own_gradient))
+  from entropy_law_sums
+  unpivot (
+    sums for predictor in (
+      covariance, discriminator, omega, quadrants, entropy, own_gradient_of_logprob as own_gradient
+    )
+  )
+  where $runs is null or list_contains($runs, run_id)
 ),
 sums as (
   select
@@ -40,7 +31,7 @@ sums as (
 ),
 changed as (
   select *, exp(logprob::double) * (1 - exp(logprob::double)) as potential
-  from staged_entropy_changes
+  from entropy_changes
   where $runs is null or list_contains($runs, run_id)
 ),
 moved as (

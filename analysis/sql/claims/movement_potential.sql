@@ -5,10 +5,20 @@
 --   smaller values
 -- needs: after-update values, log-probabilities
 with final as (
-  select run_id, step, prompt_id, potential_bin(exp(logprob::double)) as bin, count(*) as tokens
-  from staged_movements
-  where stage = 'plateau' and ($runs is null or list_contains($runs, run_id))
-  group by all
+  select
+    counted.run_id,
+    counted.step,
+    counted.prompt_id,
+    counted.bin,
+    counted.tokens
+  from (
+    select run_id, step, prompt_id, potential_bin(exp(logprob::double)) as bin, count(*) as tokens
+    from moved_tokens
+    where $runs is null or list_contains($runs, run_id)
+    group by all
+  ) as counted
+  join staged_steps on staged_steps.run_id = counted.run_id and staged_steps.step = counted.step
+  where staged_steps.stage = 'plateau'
   order by all
 )
 select * from final

@@ -4,12 +4,17 @@
 -- units: *tokens in tokens; *movement: sums of |dp|; *_dp: sums of dp; *_potential: sums of p (1 - p); *_margin: sums
 --   of p (1 - p) max(|logit p|, 1); uncertain_shift: sum of |d ln p| in nats
 -- needs: after-update values, log-probabilities, entropies, gradient norms, token advantages
-with moved as (
+with plateau_steps as (
+  select run_id, step
+  from staged_steps
+  where stage = 'plateau' and ($runs is null or list_contains($runs, run_id))
+),
+moved as (
   select
     run_id,
     step,
     prompt_id,
-    sample_sign,
+    advantage,
     entropy,
     grad_norm,
     dp,
@@ -19,8 +24,8 @@ with moved as (
     potential * greatest(abs(logprob - ln(greatest(1 - exp(logprob::double), 1e-12))), 1) as margin,
     abs(logprob_after::double - logprob) as shift,
     has_short_mantissa(logprob) and has_short_mantissa(logprob_after) as is_coarse
-  from staged_movements
-  where stage = 'plateau' and ($runs is null or list_contains($runs, run_id))
+  from moved_tokens
+  join plateau_steps using (run_id, step)
 ),
 -- Tokens whose probability can move: below potential 0.001, rounding errors are as large as the effect of an update.
 thresholds as (
@@ -75,10 +80,10 @@ final as (
     coalesce(sum(margin) filter (where can_move and not is_high_gradient), 0) as low_gradient_margin,
     count(*) filter (where is_high_entropy) as high_tokens,
     coalesce(sum(movement) filter (where is_high_entropy), 0) as high_movement,
-    count(*) filter (where is_high_entropy and sample_sign = 'positive') as positive_tokens,
-    coalesce(sum(dp) filter (where is_high_entropy and sample_sign = 'positive'), 0) as positive_dp,
-    count(*) filter (where is_high_entropy and sample_sign = 'negative') as negative_tokens,
-    coalesce(sum(dp) filter (where is_high_entropy and sample_sign = 'negative'), 0) as negative_dp,
+    count(*) filter (where is_high_entropy and advantage > 0) as positive_tokens,
+    coalesce(sum(dp) filter (where is_high_entropy and advantage > 0), 0) as positive_dp,
+    count(*) filter (where is_high_entropy and advantage < 0) as negative_tokens,
+    coalesce(sum(dp) filter (where is_high_entropy and advantage < 0), 0) as negative_dp,
     count(*) filter (where potential >= 0.05) as uncertain_tokens,
     coalesce(sum(shift) filter (where potential >= 0.05), 0) as uncertain_shift,
     count(*) filter (where is_coarse) as coarse_tokens

@@ -4,23 +4,19 @@
 -- units: first_sum, middle_sum, last_sum: sums over responses of the mean entropy of that part, by token_weight, in
 --   nats per token; num_responses: responses, by token_weight
 -- needs: tokens, entropies
-with per_response as (
-  select response_fifths.*, token_steps.token_weight
-  from response_fifths
-  join token_steps on token_steps.run_id = response_fifths.run_id and token_steps.step = response_fifths.step
-  where token_steps.stage = 'plateau' and ($runs is null or list_contains($runs, response_fifths.run_id))
-),
-final as (
+with final as (
   select
-    run_id,
-    step,
+    fifths_by_prompt.run_id,
+    fifths_by_prompt.step,
     prompt_id,
-    sum(first_mean * token_weight) as first_sum,
-    sum(middle_mean * token_weight) as middle_sum,
-    sum(last_mean * token_weight) as last_sum,
-    sum(token_weight) as num_responses
-  from per_response
-  group by all
+    sum(first_sum * token_weight) as first_sum,
+    sum(middle_sum * token_weight) as middle_sum,
+    sum(last_sum * token_weight) as last_sum,
+    sum(num_responses * token_weight) as num_responses
+  from fifths_by_prompt
+  join token_steps on token_steps.run_id = fifths_by_prompt.run_id and token_steps.step = fifths_by_prompt.step
+  where token_steps.stage = 'plateau' and ($runs is null or list_contains($runs, fifths_by_prompt.run_id))
+  group by fifths_by_prompt.run_id, fifths_by_prompt.step, prompt_id
   order by all
 )
 select * from final

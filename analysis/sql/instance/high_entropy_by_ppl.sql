@@ -44,6 +44,12 @@ kinds as (
       'reasoning', 'formal_reasoning', 'logical_structuring', 'metacognitive', 'semantic_support', 'special'
     ]) as category
 ),
+per_tercile as (
+  select run_id, stage, ppl_tercile, category, step, prompt_id, any_value(token_weight) as token_weight, sum(tokens) as tokens
+  from high_entropy
+  join terciles using (run_id, rollout_id)
+  group by all
+),
 per_prompt as (
   select
     run_id,
@@ -56,14 +62,13 @@ per_prompt as (
     sum(tokens) as tokens,
     sum(
       if(
-        high_entropy.category = kinds.category
-        or kinds.category = 'reasoning' and is_reasoning(high_entropy.category),
+        per_tercile.category = kinds.category
+        or kinds.category = 'reasoning' and is_reasoning(per_tercile.category),
         tokens,
         0
       )
     ) as tokens_of_category
-  from high_entropy
-  join terciles using (run_id, rollout_id)
+  from per_tercile
   cross join kinds
   group by all
 ),

@@ -13,11 +13,11 @@ counted as (
     step,
     prompt_id,
     count(*) as tokens,
-    count(*) filter (where category = 'formal_reasoning') as formal_reasoning,
-    count(*) filter (where category = 'logical_structuring') as logical_structuring,
-    count(*) filter (where category = 'metacognitive') as metacognitive,
-    count(*) filter (where category = 'semantic_support') as semantic_support,
-    count(*) filter (where category = 'special') as special
+    sum((category = 'formal_reasoning')::integer) as formal_reasoning,
+    sum((category = 'logical_structuring')::integer) as logical_structuring,
+    sum((category = 'metacognitive')::integer) as metacognitive,
+    sum((category = 'semantic_support')::integer) as semantic_support,
+    sum((category = 'special')::integer) as special
   from tokens
   where $runs is null or list_contains($runs, run_id)
   group by all

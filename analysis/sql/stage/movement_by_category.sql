@@ -4,24 +4,26 @@
 -- units: dp, low, high: mean change of probability; movement, movement_low, movement_high: mean |dp| (95% intervals
 --   over steps and prompts); grad_norm in nats; num_* are counts
 -- needs: after-update values, log-probabilities, token advantages, token categories
-with per_prompt as (
+with moved as (
   select
     run_id,
-    stage,
-    sample_sign,
-    category,
     step,
     prompt_id,
+    advantage > 0 as is_positive,
+    category,
     sum(dp) as dp_sum,
     sum(abs(dp)) as movement_sum,
     sum(grad_norm::double) as grad_norm_sum,
     count(*) as tokens
-  from staged_movements
-  where
-    sample_sign is not null
-    and ($runs is null or list_contains($runs, run_id))
-    and ($stage is null or stage = $stage)
+  from moved_tokens
+  where advantage <> 0 and ($runs is null or list_contains($runs, run_id))
   group by all
+),
+per_prompt as (
+  select moved.*, staged_steps.stage, if(is_positive, 'positive', 'negative') as sample_sign
+  from moved
+  join staged_steps on staged_steps.run_id = moved.run_id and staged_steps.step = moved.step
+  where $stage is null or staged_steps.stage = $stage
 ),
 per_category as (
   select

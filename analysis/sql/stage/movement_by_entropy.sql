@@ -7,24 +7,28 @@
 with moved as (
   select
     run_id,
-    stage,
-    sample_sign,
     step,
     prompt_id,
+    advantage > 0 as is_positive,
     entropy,
     floor(1000 * ln(greatest(entropy, 1e-9)))::integer as bin,
     grad_norm,
     dp
-  from staged_movements
+  from moved_tokens
   where
-    sample_sign is not null
+    advantage <> 0
     and entropy is not null
     and ($runs is null or list_contains($runs, run_id))
-    and ($stage is null or stage = $stage)
 ),
 bins as (
-  select run_id, stage, bin, count(*) as tokens
-  from moved
+  select counted.run_id, staged_steps.stage, counted.bin, sum(counted.tokens) as tokens
+  from (
+    select run_id, step, bin, count(*) as tokens
+    from moved
+    group by all
+  ) as counted
+  join staged_steps on staged_steps.run_id = counted.run_id and staged_steps.step = counted.step
+  where $stage is null or staged_steps.stage = $stage
   group by all
 ),
 -- Deciles per run and stage, over both signs. A bin is 0.1% wide and belongs to the decile of its lowest token. Ties,
@@ -40,22 +44,58 @@ deciles as (
     )::integer as entropy_decile
   from bins
 ),
-per_prompt as (
+-- The lowest bin above each decile.
+limits as (
+  select staged_steps.step, of_stage.*
+  from (
+    select
+      run_id,
+      stage,
+      min(bin) filter (where entropy_decile > 1) as first_after_1,
+      min(bin) filter (where entropy_decile > 2) as first_after_2,
+      min(bin) filter (where entropy_decile > 3) as first_after_3,
+      min(bin) filter (where entropy_decile > 4) as first_after_4,
+      min(bin) filter (where entropy_decile > 5) as first_after_5,
+      min(bin) filter (where entropy_decile > 6) as first_after_6,
+      min(bin) filter (where entropy_decile > 7) as first_after_7,
+      min(bin) filter (where entropy_decile > 8) as first_after_8,
+      min(bin) filter (where entropy_decile > 9) as first_after_9
+    from deciles
+    group by all
+  ) as of_stage
+  join staged_steps on staged_steps.run_id = of_stage.run_id and staged_steps.stage = of_stage.stage
+),
+summed as (
   select
-    run_id,
-    stage,
-    sample_sign,
-    entropy_decile,
-    step,
-    prompt_id,
+    moved.run_id,
+    moved.step,
+    moved.prompt_id,
+    moved.is_positive,
+    (
+      1
+      + coalesce(moved.bin >= limits.first_after_1, false)::tinyint
+      + coalesce(moved.bin >= limits.first_after_2, false)::tinyint
+      + coalesce(moved.bin >= limits.first_after_3, false)::tinyint
+      + coalesce(moved.bin >= limits.first_after_4, false)::tinyint
+      + coalesce(moved.bin >= limits.first_after_5, false)::tinyint
+      + coalesce(moved.bin >= limits.first_after_6, false)::tinyint
+      + coalesce(moved.bin >= limits.first_after_7, false)::tinyint
+      + coalesce(moved.bin >= limits.first_after_8, false)::tinyint
+      + coalesce(moved.bin >= limits.first_after_9, false)::tinyint
+    )::integer as entropy_decile,
     sum(dp) as dp_sum,
     sum(abs(dp)) as movement_sum,
     sum(grad_norm::double) as grad_norm_sum,
     sum(entropy::double) as entropy_sum,
     count(*) as tokens
   from moved
-  join deciles using (run_id, stage, bin)
+  join limits on limits.run_id = moved.run_id and limits.step = moved.step
   group by all
+),
+per_prompt as (
+  select summed.*, limits.stage, if(is_positive, 'positive', 'negative') as sample_sign
+  from summed
+  join limits on limits.run_id = summed.run_id and limits.step = summed.step
 ),
 per_decile as (
   select

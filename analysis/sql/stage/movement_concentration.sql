@@ -5,33 +5,35 @@
 --   movement of all tokens, random = random logit changes; num_* are counts
 -- needs: after-update values, log-probabilities
 with moved as (
-  select
-    run_id,
-    stage,
-    step,
-    prompt_id,
-    abs(dp) as movement,
-    potential_bin(exp(logprob::double)) as bin
-  from staged_movements
-  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
+  select run_id, step, prompt_id, abs(dp) as movement, potential_bin(exp(logprob::double))::tinyint as bin
+  from moved_tokens
+  where $runs is null or list_contains($runs, run_id)
 ),
 per_step as (
-  select
-    run_id,
-    stage,
-    step,
-    quantile_cont(movement, [0.99, 0.95, 0.8]) as thresholds,
-    sum(movement) as step_movement
-  from moved
-  group by all
-  having sum(movement) > 0
+  select by_step.*, staged_steps.stage
+  from (
+    select
+      run_id,
+      step,
+      quantile_cont(movement, [0.99, 0.95, 0.8]) as thresholds,
+      sum(movement) as step_movement
+    from moved
+    group by all
+    having sum(movement) > 0
+  ) as by_step
+  join staged_steps on staged_steps.run_id = by_step.run_id and staged_steps.step = by_step.step
+  where $stage is null or staged_steps.stage = $stage
 ),
 -- Shares under random logit changes of equal size at the recorded probabilities;
 -- see analysis/statistics/random_movement.py.
 bins as (
-  select run_id, stage, step, bin, count(*) as tokens
-  from moved
-  group by all
+  select counted.*, per_step.stage
+  from (
+    select run_id, step, bin, count(*) as tokens
+    from moved
+    group by all
+  ) as counted
+  join per_step on per_step.run_id = counted.run_id and per_step.step = counted.step
 ),
 tops as (
   select listed.place, listed.top::double as top
@@ -53,10 +55,9 @@ random_shares as (
 ),
 sums as (
   select
-    run_id,
-    stage,
-    step,
-    prompt_id,
+    moved.run_id,
+    moved.step,
+    moved.prompt_id,
     count(*) as tokens,
     sum(movement) as movement,
     [
@@ -65,8 +66,8 @@ sums as (
       sum(greatest(movement - thresholds[3], 0))
     ] as above
   from moved
-  join per_step using (run_id, stage, step)
-  group by run_id, stage, step, prompt_id
+  join per_step on per_step.run_id = moved.run_id and per_step.step = moved.step
+  group by moved.run_id, moved.step, moved.prompt_id
 ),
 -- top_share adds up to the share of movement of exactly the top share of tokens; ties at the threshold are split.
 per_prompt as (
@@ -80,7 +81,7 @@ per_prompt as (
     movement / step_movement as share_of_step,
     tokens
   from sums
-  join per_step using (run_id, stage, step)
+  join per_step using (run_id, step)
   cross join tops
 ),
 per_top as (

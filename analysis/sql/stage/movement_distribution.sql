@@ -6,27 +6,29 @@
 --   and prompts); num_* are counts
 -- needs: after-update values, log-probabilities, token advantages
 with moved as (
-  select run_id, stage, sample_sign, step, prompt_id, abs(dp) as movement
-  from staged_movements
-  where
-    sample_sign is not null
-    and ($runs is null or list_contains($runs, run_id))
-    and ($stage is null or stage = $stage)
+  select
+    run_id,
+    step,
+    prompt_id,
+    advantage > 0 as is_positive,
+    if(abs(dp) < 1e-6, -25, greatest(-24, least(-1, floor(4 * log10(abs(dp))))))::tinyint as bin,
+    count(*) as tokens
+  from moved_tokens
+  where advantage <> 0 and ($runs is null or list_contains($runs, run_id))
+  group by all
 ),
 counted as (
   select
-    run_id,
-    stage,
-    sample_sign,
-    step,
-    prompt_id,
-    case
-      when movement < 1e-6 then -25
-      else greatest(-24, least(-1, floor(4 * log10(movement))::integer))
-    end as bin,
-    count(*) as tokens
+    moved.run_id,
+    staged_steps.stage,
+    if(is_positive, 'positive', 'negative') as sample_sign,
+    moved.step,
+    moved.prompt_id,
+    moved.bin,
+    moved.tokens
   from moved
-  group by all
+  join staged_steps on staged_steps.run_id = moved.run_id and staged_steps.step = moved.step
+  where $stage is null or staged_steps.stage = $stage
 ),
 bins as (
   select unnest(range(-25, 0)) as bin

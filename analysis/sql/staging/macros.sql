@@ -21,10 +21,12 @@ create macro sign_of(is_kept, advantage) as (
   case when is_kept and advantage > 0 then 'positive' when is_kept and advantage < 0 then 'negative' end
 );
 
--- True if a number fits into the 8-bit mantissa of bfloat16, which resolves 2^-8 of its magnitude.
-create macro has_short_mantissa(x) as (
-  x = 0 or mod(128 * abs(x::double) / pow(2, floor(log2(abs(x::double)))), 1) = 0
-);
+-- A double rounded to the 8-bit mantissa of bfloat16, by Veltkamp's splitting with 2^45 + 1 (Dekker, Numer. Math. 18,
+-- 1971).
+create macro to_short_mantissa(x) as x * 35184372088833.0::double - (x * 35184372088833.0::double - x);
+
+-- True if a number fits into the mantissa of bfloat16.
+create macro has_short_mantissa(x) as x::double = to_short_mantissa(x::double);
 
 -- Bin (0 to 79) of p (1 - p) in quarter octaves below 1/4. Random logit changes move a token of probability p in
 -- proportion to p (1 - p).

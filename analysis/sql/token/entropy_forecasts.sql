@@ -35,36 +35,10 @@ pairs as (
   from complete
   window of_run as (partition by run_id order by step)
 ),
-in_update as (
-  select
-    run_id,
-    step,
-    logprob::double as logprob,
-    entropy::double as entropy,
-    sum_p2_others::double as sum_p2_others,
-    sum_p2_logp_others::double as sum_p2_logp_others,
-    coalesce(shaped_advantage, advantage)::double as loss_advantage
-  from tokens
-  where
-    is_kept
-    and logprob is not null
-    and entropy is not null
-    and coalesce(shaped_advantage, advantage) is not null
-    and ($runs is null or list_contains($runs, run_id))
-),
 updates as (
-  select
-    run_id,
-    step,
-    -- The mean of covariance_law over the update.
-    -covar_pop(logprob, loss_advantage) as covariance,
-    avg(discriminator_law(logprob, entropy, loss_advantage)) as discriminator,
-    avg(first_order_law(logprob, entropy, loss_advantage, sum_p2_others, sum_p2_logp_others)) as first_order,
-    avg(omega_law(logprob, entropy, loss_advantage)) as omega,
-    avg(quadrant_law(logprob, loss_advantage)::double) as quadrants,
-    avg(abs(loss_advantage)) as update_size
-  from in_update
-  group by all
+  select *
+  from update_predictions
+  where $runs is null or list_contains($runs, run_id)
 ),
 listed as (
   select run_id, step, predictor, prediction

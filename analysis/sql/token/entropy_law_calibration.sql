@@ -5,35 +5,32 @@
 --   high in nats per token, from the mean of the step (95% interval over steps and prompts); the prediction is scaled
 --   to fit the measured change best; num_* are counts
 -- needs: after-update values, after-update entropies, log-probabilities, entropies, token advantages
-with chosen as (
-  select run_id, stage, step, prompt_id, dentropy, covariance, discriminator, omega, quadrants, entropy
-  from entropy_predictions
-  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
-),
-means as (
+with means as (
   select
     run_id,
     stage,
     step,
-    count(*) as tokens,
-    avg(dentropy) as change,
-    step_sums(covariance, dentropy) as covariance,
-    step_sums(discriminator, dentropy) as discriminator,
-    step_sums(omega, dentropy) as omega,
-    step_sums(quadrants, dentropy) as quadrants,
-    step_sums(entropy, dentropy) as entropy
-  from chosen
+    step_sums(covariance) as covariance,
+    step_sums(discriminator) as discriminator,
+    step_sums(omega) as omega,
+    step_sums(quadrants) as quadrants,
+    step_sums(entropy) as entropy
+  from entropy_law_sums
+  where
+    comparison = 'overall'
+    and ($runs is null or list_contains($runs, run_id))
+    and ($stage is null or stage = $stage)
   group by all
 ),
 fits as (
   select
     run_id,
     stage,
-    linear_fit(tokens, covariance.squares, covariance.xx, covariance.xy) as covariance,
-    linear_fit(tokens, discriminator.squares, discriminator.xx, discriminator.xy) as discriminator,
-    linear_fit(tokens, omega.squares, omega.xx, omega.xy) as omega,
-    linear_fit(tokens, quadrants.squares, quadrants.xx, quadrants.xy) as quadrants,
-    linear_fit(tokens, entropy.squares, entropy.xx, entropy.xy) as entropy
+    linear_fit(covariance) as covariance,
+    linear_fit(discriminator) as discriminator,
+    linear_fit(omega) as omega,
+    linear_fit(quadrants) as quadrants,
+    linear_fit(entropy) as entropy
   from means
   group by all
 ),
@@ -48,12 +45,12 @@ scales as (
     means.run_id,
     means.stage,
     means.step,
-    means.change,
-    means.covariance.mean as covariance,
-    means.discriminator.mean as discriminator,
-    means.omega.mean as omega,
-    means.quadrants.mean as quadrants,
-    means.entropy.mean as entropy,
+    means.entropy.y_mean as change,
+    means.covariance.x_mean as covariance,
+    means.discriminator.x_mean as discriminator,
+    means.omega.x_mean as omega,
+    means.quadrants.x_mean as quadrants,
+    means.entropy.x_mean as entropy,
     fits.covariance.per_sd as covariance_per_sd,
     fits.discriminator.per_sd as discriminator_per_sd,
     fits.omega.per_sd as omega_per_sd,
@@ -64,33 +61,31 @@ scales as (
 ),
 standardized as (
   select
-    chosen.run_id,
-    chosen.stage,
-    chosen.step,
-    chosen.prompt_id,
+    predicted.run_id,
+    predicted.step,
+    predicted.prompt_id,
     dentropy - change as measured,
-    (chosen.covariance - scales.covariance) * covariance_per_sd as covariance,
-    (chosen.discriminator - scales.discriminator) * discriminator_per_sd as discriminator,
-    (chosen.omega - scales.omega) * omega_per_sd as omega,
-    (chosen.quadrants - scales.quadrants) * quadrants_per_sd as quadrants,
-    (chosen.entropy - scales.entropy) * entropy_per_sd as entropy
-  from chosen
-  join scales on scales.run_id = chosen.run_id and scales.step = chosen.step
+    (predicted.covariance - scales.covariance) * covariance_per_sd as covariance,
+    (predicted.discriminator - scales.discriminator) * discriminator_per_sd as discriminator,
+    (predicted.omega - scales.omega) * omega_per_sd as omega,
+    (predicted.quadrants - scales.quadrants) * quadrants_per_sd as quadrants,
+    (predicted.entropy - scales.entropy) * entropy_per_sd as entropy
+  from entropy_predictions as predicted
+  join scales on scales.run_id = predicted.run_id and scales.step = predicted.step
 ),
 binned as (
   select
     *,
-    half_sd_bin(covariance) as covariance_bin,
-    half_sd_bin(discriminator) as discriminator_bin,
-    half_sd_bin(omega) as omega_bin,
-    half_sd_bin(quadrants) as quadrants_bin,
-    half_sd_bin(entropy) as entropy_bin
+    half_sds(covariance) as covariance_bin,
+    half_sds(discriminator) as discriminator_bin,
+    half_sds(omega) as omega_bin,
+    half_sds(quadrants) as quadrants_bin,
+    half_sds(entropy) as entropy_bin
   from standardized
 ),
 per_prompt as (
   select
     run_id,
-    stage,
     step,
     prompt_id,
     case
@@ -100,7 +95,7 @@ per_prompt as (
       when quadrants_bin is not null then 'quadrants'
       when entropy_bin is not null then 'entropy'
     end as predictor,
-    coalesce(covariance_bin, discriminator_bin, omega_bin, quadrants_bin, entropy_bin) as bin,
+    coalesce(covariance_bin, discriminator_bin, omega_bin, quadrants_bin, entropy_bin) / 2 as bin,
     case predictor
       when 'covariance' then sum(covariance)
       when 'discriminator' then sum(discriminator)
@@ -113,24 +108,27 @@ per_prompt as (
   from binned
   group by
     run_id,
-    stage,
     step,
     prompt_id,
     grouping sets ((covariance_bin), (discriminator_bin), (omega_bin), (quadrants_bin), (entropy_bin))
 ),
 per_bin as (
   select
-    run_id,
-    stage,
-    predictor,
-    bin,
-    any_value(slope) * sum(predicted_sum) / sum(tokens) as predicted,
-    estimate(list(step_prompt(step, prompt_id, measured_sum, tokens))) as measured,
+    per_prompt.run_id,
+    scales.stage,
+    per_prompt.predictor,
+    per_prompt.bin,
+    any_value(slopes.slope) * sum(predicted_sum) / sum(tokens) as predicted,
+    estimate(
+      list(step_prompt(per_prompt.step, per_prompt.prompt_id, measured_sum, per_prompt.tokens))
+    ) as measured,
     sum(tokens)::bigint as num_tokens,
     count(distinct prompt_id) as num_prompts
   from per_prompt
-  join slopes using (run_id, stage, predictor)
-  where bin is not null
+  join scales on scales.run_id = per_prompt.run_id and scales.step = per_prompt.step
+  join slopes
+    on slopes.run_id = per_prompt.run_id and slopes.stage = scales.stage and slopes.predictor = per_prompt.predictor
+  where per_prompt.bin is not null
   group by all
 ),
 final as (

@@ -9,8 +9,12 @@
 -- needs: after-update values, after-update entropies, log-probabilities, entropies, token advantages
 with wide as (
   select *
+  from entropy_law_sums
+  where coalesce($target, 'entropy') = 'entropy' and coalesce($scale, 'value') = 'value'
+  union all
+  select *
   from law_sums_by_prompt(coalesce($target, 'entropy'), coalesce($scale, 'value'))
-  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
+  where $target = 'logprob' or $scale = 'rank'
 ),
 per_prompt as (
   select
@@ -44,7 +48,10 @@ per_prompt as (
       category
     )
   )
-  where sums.tokens > 0
+  where
+    sums.tokens > 0
+    and ($runs is null or list_contains($runs, run_id))
+    and ($stage is null or stage = $stage)
 ),
 totals as (
   select

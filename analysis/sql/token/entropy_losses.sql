@@ -9,25 +9,37 @@
 with changed as (
   select
     run_id,
-    stage,
     step,
     prompt_id,
-    sample_sign,
-    dentropy,
-    case
-      when logprob < ln(0.1) then 'p < .1'
-      when logprob < ln(0.5) then 'p .1 to .5'
-      when logprob < ln(0.9) then 'p .5 to .9'
-      when logprob < ln(0.99) then 'p .9 to .99'
-      else 'p > .99'
-    end as probability,
+    advantage > 0 as is_positive,
+    category,
+    floor(5 * (position / response_length))::tinyint as fifth,
+    -- The number of the limits that the probability exceeds.
+    (logprob >= ln(0.1))::tinyint
+    + (logprob >= ln(0.5))::tinyint
+    + (logprob >= ln(0.9))::tinyint
+    + (logprob >= ln(0.99))::tinyint as limits_passed,
+    sum(dentropy) as change,
+    count(*) as tokens
+  from entropy_changes
+  where advantage <> 0 and ($runs is null or list_contains($runs, run_id))
+  group by all
+),
+staged as (
+  select
+    changed.run_id,
+    staged_steps.stage,
+    changed.step,
+    changed.prompt_id,
+    if(is_positive, 'positive', 'negative') as sample_sign,
     coalesce(category, 'unknown') as category,
-    'fifth ' || (1 + floor(5 * relative_position)::integer) as position
-  from staged_entropy_changes
-  where
-    sample_sign is not null
-    and ($runs is null or list_contains($runs, run_id))
-    and ($stage is null or stage = $stage)
+    'fifth ' || (1 + fifth) as position,
+    ['p < .1', 'p .1 to .5', 'p .5 to .9', 'p .9 to .99', 'p > .99'][1 + limits_passed] as probability,
+    change,
+    changed.tokens
+  from changed
+  join staged_steps on staged_steps.run_id = changed.run_id and staged_steps.step = changed.step
+  where $stage is null or staged_steps.stage = $stage
 ),
 binned as (
   select
@@ -42,9 +54,9 @@ binned as (
     coalesce(probability, category, position) as bin,
     step,
     prompt_id,
-    sum(dentropy) as change,
-    count(*) as in_bin
-  from changed
+    sum(change) as change,
+    sum(tokens) as in_bin
+  from staged
   group by
     run_id,
     stage,
@@ -54,8 +66,8 @@ binned as (
     grouping sets ((probability), (category), (position))
 ),
 prompts as (
-  select run_id, stage, step, prompt_id, count(*) as tokens
-  from changed
+  select run_id, stage, step, prompt_id, sum(tokens) as tokens
+  from staged
   group by all
 ),
 bins as (

@@ -9,45 +9,42 @@
 with changed as (
   select
     run_id,
-    stage,
-    sample_sign,
     step,
     prompt_id,
-    is_clipped,
+    advantage > 0 as is_positive,
     odds_bin(logprob::double) as odds_bin,
-    dentropy,
-    dlogprob
-  from staged_entropy_changes
-  where
-    sample_sign is not null
-    and is_clipped is not null
-    and ($runs is null or list_contains($runs, run_id))
-    and ($stage is null or stage = $stage)
-),
-cells as (
-  select
-    run_id,
-    step,
-    sample_sign,
-    odds_bin,
-    count(*) filter (where is_clipped) as num_clipped,
-    count(*) filter (where not is_clipped) as num_rest
-  from changed
+    is_clipped,
+    sum(dentropy) as change,
+    sum(dlogprob) as shift,
+    count(*) as tokens
+  from entropy_changes
+  where advantage <> 0 and is_clipped is not null and ($runs is null or list_contains($runs, run_id))
   group by all
+),
+staged as (
+  select
+    changed.*,
+    staged_steps.stage,
+    if(is_positive, 'positive', 'negative') as sample_sign,
+    sum(if(is_clipped, changed.tokens, 0)) over comparable as num_clipped,
+    sum(if(is_clipped, 0, changed.tokens)) over comparable as num_rest
+  from changed
+  join staged_steps on staged_steps.run_id = changed.run_id and staged_steps.step = changed.step
+  where $stage is null or staged_steps.stage = $stage
+  window comparable as (partition by changed.run_id, changed.step, is_positive, odds_bin)
 ),
 -- Clipped tokens without a comparable one are left out.
 weighted as (
   select
-    changed.*,
+    *,
     if(is_clipped, 'clipped', 'comparable') as kind,
     if(is_clipped, 1, num_clipped / num_rest) as weight
-  from changed
-  join cells using (run_id, step, sample_sign, odds_bin)
+  from staged
   where num_clipped > 0 and num_rest > 0
 ),
 signs as (
-  select run_id, stage, sample_sign, count(*) as tokens
-  from changed
+  select run_id, stage, sample_sign, sum(tokens) as tokens
+  from staged
   group by all
 ),
 per_prompt as (
@@ -58,10 +55,10 @@ per_prompt as (
     kind,
     step,
     prompt_id,
-    sum(weight * dentropy) as change_sum,
-    sum(weight * dlogprob) as shift_sum,
-    sum(weight) as weight,
-    count(*) as tokens
+    sum(weight * change) as change_sum,
+    sum(weight * shift) as shift_sum,
+    sum(weight * tokens) as weight,
+    sum(tokens) as tokens
   from weighted
   group by all
 ),

@@ -11,43 +11,34 @@ with
 -- dp is the change of the sampled token's probability by the update; movement is the mean |dp|. High-entropy tokens are
 -- the $top share of all the stage's tokens in the update, including those without after-update values. The threshold is
 -- at most 0.5% too low.
+thresholds as (
+  select run_id, step, stage, entropy_threshold
+  from steps_with_threshold(coalesce($top, 0.2))
+  where ($runs is null or list_contains($runs, run_id)) and ($stage is null or stage = $stage)
+),
 captured as (
   select
     moved.run_id,
-    moved.stage,
-    moved.sample_sign,
-    floor(moved.relative_position * coalesce($bins, 10)::integer)::integer as position_bin,
     moved.step,
     moved.prompt_id,
-    moved.entropy::double as entropy,
-    moved.grad_norm::double as grad_norm,
-    moved.dp,
-    moved.entropy >= thresholds.entropy_threshold as is_high_entropy
-  from staged_movements as moved
-  join entropy_thresholds(coalesce($top, 0.2)) as thresholds
-    on thresholds.run_id = moved.run_id and thresholds.stage = moved.stage
-  where
-    moved.sample_sign is not null
-    and ($runs is null or list_contains($runs, moved.run_id))
-    and ($stage is null or moved.stage = $stage)
+    moved.advantage > 0 as is_positive,
+    floor(moved.position / moved.response_length * coalesce($bins, 10)::integer)::integer as position_bin,
+    sum(abs(moved.dp)) as movement_sum,
+    sum(moved.dp) as dp_sum,
+    sum(moved.grad_norm::double) as grad_sum,
+    sum(moved.entropy::double) as entropy_sum,
+    count(*) as tokens,
+    sum(abs(moved.dp)) filter (where moved.entropy >= thresholds.entropy_threshold) as high_movement_sum,
+    count(*) filter (where moved.entropy >= thresholds.entropy_threshold) as high_tokens
+  from moved_tokens as moved
+  join thresholds on thresholds.run_id = moved.run_id and thresholds.step = moved.step
+  where moved.advantage <> 0 and ($runs is null or list_contains($runs, moved.run_id))
+  group by all
 ),
 per_prompt as (
-  select
-    run_id,
-    stage,
-    sample_sign,
-    position_bin,
-    step,
-    prompt_id,
-    sum(abs(dp)) as movement_sum,
-    sum(dp) as dp_sum,
-    sum(grad_norm) as grad_sum,
-    sum(entropy) as entropy_sum,
-    count(*) as tokens,
-    sum(abs(dp)) filter (where is_high_entropy) as high_movement_sum,
-    count(*) filter (where is_high_entropy) as high_tokens
+  select captured.*, thresholds.stage, if(is_positive, 'positive', 'negative') as sample_sign
   from captured
-  group by all
+  join thresholds on thresholds.run_id = captured.run_id and thresholds.step = captured.step
 ),
 per_bin as (
   select

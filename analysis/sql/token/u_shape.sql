@@ -5,13 +5,13 @@
 -- units: excess, low, high: entropy of the part / entropy of the middle - 1 (95% interval over steps and prompts);
 --   num_* are counts
 -- needs: tokens, entropies, token advantages
-with per_response as (
-  select response_fifths.*, token_steps.stage, token_steps.token_weight
-  from response_fifths
-  join token_steps on token_steps.run_id = response_fifths.run_id and token_steps.step = response_fifths.step
+with fifths as (
+  select fifths_by_prompt.*, token_steps.stage, token_steps.token_weight
+  from fifths_by_prompt
+  join token_steps on token_steps.run_id = fifths_by_prompt.run_id and token_steps.step = fifths_by_prompt.step
   where
-    response_fifths.sample_sign is not null
-    and ($runs is null or list_contains($runs, response_fifths.run_id))
+    sample_sign is not null
+    and ($runs is null or list_contains($runs, fifths_by_prompt.run_id))
     and ($stage is null or token_steps.stage = $stage)
 ),
 -- 'beginning' is the first fifth, 'end' is the last fifth, and the middle is the three fifths between them.
@@ -26,11 +26,10 @@ per_prompt as (
     part,
     step,
     prompt_id,
-    sum(if(part = 'beginning', first_mean, last_mean) * token_weight) as part_sum,
-    sum(middle_mean * token_weight) as middle_sum,
-    count(*) as responses
-  from per_response, parts
-  group by all
+    if(part = 'beginning', first_sum, last_sum) * token_weight as part_sum,
+    middle_sum * token_weight as middle_sum,
+    num_responses as responses
+  from fifths, parts
 ),
 per_part as (
   select
