@@ -10,7 +10,9 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from entrace.analysis import claims, figures, queries
 from entrace.analysis.compare import compare_once
 from entrace.analysis.runs import Runs
 from entrace.analysis.terminal.export import to_csv_digits, to_json, to_report_csv
+from entrace.analysis.terminal.interrupt import POLL_INTERVAL_S
 from entrace.analysis.trace.errors import InputError
 from entrace.analysis.trace.manifest import flatten
 from entrace.analysis.trace.places import reaching, to_place
@@ -92,9 +95,10 @@ def _write_parts(runs: Runs, stems: list[str], out: Path, on_step: Callable[[int
     comparison = _write_comparison(runs, out)
     on_step(2, COMPARED["differences"])
     sections = []
-    for done, stem in enumerate(stems, start=3):
-        sections.append(_write_section(runs, stem, out, scorecard))
-        on_step(done, stem)
+    with _asked_ahead(runs, stems) as frames:
+        for done, (stem, frame) in enumerate(zip(stems, frames, strict=True), start=3):
+            sections.append(_write_section(runs, stem, frame, out, scorecard))
+            on_step(done, stem)
     page = render(
         "report.html.jinja",
         mark=MARK,
@@ -136,9 +140,30 @@ def check_target(out: Path, page: str = PAGE, mark: str = MARK) -> None:
         raise InputError(f"{out}: holds files other than {kind}; choose a new or an empty folder")
 
 
-def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) -> dict[str, Any]:
+@contextmanager
+def _asked_ahead(runs: Runs, stems: Sequence[str]) -> Iterator[Iterator[pl.DataFrame]]:
+    """Yield the rows of each figure; while the caller draws one, the next ones are asked for."""
+    with ThreadPoolExecutor(1) as pool:
+        asked = deque(pool.submit(figures.query, runs, stem) for stem in stems)
+
+        def frames() -> Iterator[pl.DataFrame]:
+            while asked:
+                # A signal that the other thread receives does not end a wait, hence the polls.
+                while not asked[0].done():
+                    wait(asked, POLL_INTERVAL_S, FIRST_COMPLETED)
+                yield asked.popleft().result()
+
+        try:
+            yield frames()
+        finally:
+            while running := [future for future in asked if not (future.cancel() or future.done())]:
+                # An interrupt between two batches of rows has no effect, hence the repetition.
+                runs.stop()
+                wait(running, POLL_INTERVAL_S)
+
+
+def _write_section(runs: Runs, stem: str, frame: pl.DataFrame, out: Path, scorecard: dict[str, Any]) -> dict[str, Any]:
     """Write a figure in all formats and its CSV file; return its page section."""
-    frame = figures.query(runs, stem)
     (out / f"{stem}.csv").write_text(to_report_csv(frame), encoding="utf-8")
     image = None
     if figures.is_drawable(frame):

@@ -158,8 +158,13 @@ def _inline(root: exp.Expr) -> None:
 def _body(names: list[str], body: exp.Expr, arguments: list[exp.Expr]) -> exp.Expr:
     root = exp.Tuple(expressions=[body.copy()])
     given = dict(zip(names, arguments, strict=True))
-    for column in [c for c in root.find_all(exp.Column) if not c.table and c.name in given]:
-        column.replace(exp.Paren(this=given[column.name].copy()))
+    for column in list(root.find_all(exp.Column)):
+        if not column.table and column.name in given:
+            column.replace(exp.Paren(this=given[column.name].copy()))
+        elif column.table in given:
+            # A field of a parameter looks like a column of a table.
+            struct = exp.Paren(this=given[column.table].copy())
+            column.replace(exp.Dot(this=struct, expression=column.this.copy()))
     return root.expressions[0]
 
 

@@ -262,7 +262,29 @@ create macro mean_rank(value, run_id, step) as (
 -- probability, and entropy; a random update, which depends on these and not on the advantage, leaves no correlation.
 create macro law_sums_by_prompt(target, scale) as table
   with predicted as not materialized (
-    select *, if(target = 'logprob', dlogprob, dentropy) as change
+    select
+      run_id,
+      step,
+      prompt_id,
+      sign,
+      odds_bin,
+      entropy_bin,
+      covariance,
+      discriminator,
+      centered_discriminator,
+      first_order,
+      omega,
+      omega_unsquared,
+      quadrants,
+      own_gradient,
+      relative_surprisal,
+      entropy_ratio,
+      entropy,
+      probability,
+      position,
+      category,
+      if(target = 'logprob', dlogprob, dentropy) as change,
+      dlogprob
     from entropy_predictions
   ),
   ranked as (
@@ -293,10 +315,10 @@ create macro law_sums_by_prompt(target, scale) as table
     where scale = 'rank'
   ),
   scaled as not materialized (
-    select * exclude (dentropy)
+    select *
     from predicted
     where scale = 'value'
-    union all by name
+    union all
     select *
     from ranked
   ),
