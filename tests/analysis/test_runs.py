@@ -164,8 +164,14 @@ def test_views_that_build_on_stages_have_rows_in_the_first_query(tiny_path: Path
     assert open_runs(tiny_path).sql(f"select count(*) from {name}").item() > 0
 
 
-@pytest.mark.parametrize("stem", slow_after(1, ["high_entropy_by_position", "high_entropy_words", "end_by_entropy"]))
-def test_kept_histograms_of_entropies_answer_as_the_tokens_do(study_path: Path, stem: str):
+# One question per kept view comes first.
+READERS_OF_KEPT = ["high_entropy_by_position", "entropy_forecasts", "u_shape", "entropy_laws"]
+
+
+@pytest.mark.parametrize(
+    "stem", slow_after(4, [*READERS_OF_KEPT, "entropy_law_calibration", "high_entropy_words", "end_by_entropy"])
+)
+def test_kept_rows_answer_as_the_tokens_do(study_path: Path, stem: str):
     runs = open_runs(study_path)
     asked = [["none-seed1"], ["none-seed0", "none-seed1"], None]
     # The first answer keeps one run, the second adds another; queries of ``sql`` run in a process that keeps nothing.
@@ -175,7 +181,12 @@ def test_kept_histograms_of_entropies_answer_as_the_tokens_do(study_path: Path, 
     assert runs.query(stem)["run_id"].n_unique() == len(runs.stage_fits)
 
 
-def test_kept_histograms_do_not_outlive_the_tokens(tiny_path: Path, tmp_path: Path):
+def test_every_kept_view_is_compared_with_the_tokens():
+    texts = map(queries.BUILT_IN.read, READERS_OF_KEPT)
+    assert {view for text in texts for view in queries.kept_views_in(text)} == set(queries.KEPT)
+
+
+def test_kept_rows_do_not_outlive_the_tokens(tiny_path: Path, tmp_path: Path):
     folder = tmp_path / "tiny"
     shutil.copytree(tiny_path, folder)
     runs = open_runs(folder)

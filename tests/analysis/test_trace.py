@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entrace.analysis.trace import TABLES, InputError, TraceWriter, Vocabulary, read_manifest
+from entrace.analysis.trace import writer as writer_module
 from tests.analysis.conftest import VOCAB, step_row
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -194,3 +195,20 @@ def test_equal_rows_give_equal_bytes(tmp_path: Path):
         writer.flush(1)
         files.append(next((tmp_path / name / "vocab").iterdir()).read_bytes())
     assert files[0] == files[1]
+
+
+def test_row_groups_end_at_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(writer_module, "MIN_ROW_GROUP", 100)
+    monkeypatch.setattr(writer_module, "MAX_ROW_GROUP", 250)
+    writer = TraceWriter.create(tmp_path / "run", {"run_id": "r"}, VOCAB)
+    # A full group, two steps that fill one together, a step longer than a group, and few rows at the end.
+    sizes = [100, 99, 1, 251, 5]
+    for step, size in enumerate(sizes, start=1):
+        row = {"prompt_id": "a", "rollout_id": 0, "response_length": size, "token_id": 1, "logprob": -1, "entropy": 1}
+        values = {"advantage": 0, "shaped_advantage": 0, "is_correct": True, "grad_norm": None}
+        writer.append("tokens", {"step": step, "position": np.arange(size), **row, **values})
+    writer.flush(len(sizes))
+    with pq.ParquetFile(next((tmp_path / "run" / "tokens").iterdir())) as file:
+        groups = [file.read_row_group(i)["step"].to_pylist() for i in range(file.num_row_groups)]
+    assert [len(group) for group in groups] == [100, 100, 250, 1, 5]
+    assert [step for group in groups for step in group] == np.repeat([1, 2, 3, 4, 5], sizes).tolist()
