@@ -129,8 +129,6 @@ def test_a_table_that_no_query_reads_is_not_scanned(tiny_path: Path, tmp_path: P
 def test_values_that_the_writer_checked_are_not_scanned(
     tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
     run = tmp_path / "run"
     shutil.copytree(tiny_path, run)
     asked = []
