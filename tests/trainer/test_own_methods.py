@@ -65,6 +65,10 @@ def raising(advantages, rollouts):
     raise RuntimeError("no such luck")
 
 
+def leaving(advantages, rollouts):
+    raise SystemExit(0)
+
+
 def erasing(advantages, rollouts):
     rollouts.logprobs.zero_()
     return advantages
@@ -255,10 +259,11 @@ def test_an_arm_named_after_a_missing_module_is_refused(module, call, tmp_path):
     [
         ("shaping.method={}:scalar", "shaping method {}:scalar returned shape (), expected shape"),
         ("loss.method={}:scalar", "loss method {}:scalar returned Tensor, expected TokenWeights"),
-        ("shaping.method={}:raising", "shaping method {}:raising failed: RuntimeError: no such luck"),
-        ("loss.method={}:raising", "loss method {}:raising failed: RuntimeError: no such luck"),
+        ("shaping.method={}:raising", "shaping method {}:raising failed (RuntimeError: no such luck)"),
+        ("loss.method={}:raising", "loss method {}:raising failed (RuntimeError: no such luck)"),
+        ("shaping.method={}:leaving", "shaping method {}:leaving failed (SystemExit: 0)"),
         ("shaping.method={}:erasing", "shaping method {}:erasing changed logprobs in place; return a new tensor"),
-        ("shaping.method={}:doubling", "shaping method {}:doubling failed: RuntimeError: unsupported operation"),
+        ("shaping.method={}:doubling", "shaping method {}:doubling failed (RuntimeError: unsupported operation"),
     ],
 )
 def test_a_wrong_result_ends_the_run_with_one_line(module, call, tmp_path, setting, expected):
@@ -304,6 +309,15 @@ def test_methods_refuses_unknown_names_with_one_line(module, call, argument, exp
     code, out, err = call("methods", argument.replace("MODULE", module))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert expected.replace("MODULE", module) in err
+
+
+def test_a_module_that_exits_is_one_line(module, call):
+    Path(f"{module}_leaving.py").write_text("import sys\nsys.exit(0)\n")
+    expected = f"method {module}_leaving:f: cannot be imported (SystemExit: 0)\n"
+    assert call("methods", f"{module}_leaving:f") == (2, "", f"entrace: {expected}")
+    code, _, err = call("train", "tiny", f"shaping.method={module}_leaving:f", *SMALL, "--out", "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert expected in err
 
 
 def test_methods_is_listed_without_loading_torch():

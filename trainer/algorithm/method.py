@@ -28,6 +28,7 @@ from entrace.trainer.settings import (
     Positive,
     ValidationError,
     create_model,
+    explained,
     import_function,
     keyword_defaults,
     nearest,
@@ -333,14 +334,9 @@ def call_method(spec: MethodSpec, advantages: Tensor, rollouts: RolloutView, par
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
     # Tensors made in inference mode have no version.
     versions = {name: value._version for name, value in tensors.items() if not value.is_inference()}
-    try:
+    passes = (InputError, NotRecordedError) if OWN.fullmatch(spec.name) else Exception
+    with explained(f"{spec.kind} method {spec.name} failed", passes):
         result = spec.function(advantages, rollouts, **parameters)
-    except (InputError, NotRecordedError):
-        raise
-    except Exception as error:
-        if not OWN.fullmatch(spec.name):
-            raise
-        raise InputError(f"{spec.kind} method {spec.name} failed: {type(error).__name__}: {error}") from error
     if changed := [name for name, version in versions.items() if tensors[name]._version != version]:
         raise InputError(f"{spec.kind} method {spec.name} changed {changed[0]} in place; return a new tensor")
     return result
