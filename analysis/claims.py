@@ -103,6 +103,18 @@ class _Finding:
         return self.estimate is not None and self.estimate.is_finite and self.estimate.blocks >= MIN_BLOCKS
 
 
+def check(runs: Runs, ledger: Ledger) -> None:
+    """Refuse claims whose SQL does not have the columns that they name; see ``training.declared``.
+
+    Raises:
+        InputError: a column is missing or not a number, the parameter ``$runs`` is missing, or DuckDB rejects the SQL.
+    """
+    for claim, entry in ledger.items():
+        for part, spec in entry["parts"].items():
+            if "sql" in spec:
+                training.check_declared(runs, spec, f'claim {claim}, part "{part}"')
+
+
 def judge(runs: Runs, ledger: Ledger | None = None) -> list[Verdict]:
     """Judge every part of every claim.
 
@@ -119,9 +131,11 @@ def judge(runs: Runs, ledger: Ledger | None = None) -> list[Verdict]:
         One verdict per part of a claim and subject, in the order of the ledger.
 
     Raises:
-        InputError: a claim about methods has a part, or a smallest effect, that ``compare`` does not have.
+        InputError: a claim about methods has a part, or a smallest effect, that ``compare`` does not have; or ``check``
+            refuses a claim.
     """
     ledger = load_ledger(questions=runs.questions) if ledger is None else ledger
+    check(runs, ledger)
     by_claim: dict[str, list[_Finding | MethodFinding]] = {claim: [] for claim in ledger}
     about_training: list[_Finding] = []
     for claim, entry in ledger.items():

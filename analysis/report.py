@@ -10,8 +10,9 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,24 +78,49 @@ def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None
     out = to_place(out)
     with reaching(out):
         check_target(out, PAGE, MARK)
-    stems = figures.stems(runs)
+    check_questions(runs)
+    stems = _stems(runs)
     replaces = [f"{stem}.{form}" for stem in stems for form in STAMPS] + list(COMPARED.values())
     with staged(out, last=PAGE, replaces=replaces) as folder:
         _write_parts(runs, stems, folder, on_step or (lambda done, name: None))
     return out / PAGE
 
 
+def check_questions(runs: Runs) -> None:
+    """Refuse faults of a user's questions, figures, and claims that show without the traces' rows.
+
+    Raises:
+        InputError: DuckDB rejects the SQL, a figure cannot be imported, or a claim names a column that its SQL lacks.
+    """
+    for stem in runs.questions.own:
+        runs.columns(stem)
+    for stem in runs.questions.figures:
+        figures.figure_module(stem, runs.questions)
+    claims.check(runs, claims.load_ledger(questions=runs.questions))
+
+
+def _stems(runs: Runs) -> list[str]:
+    """Return the questions of the report: built-in figures, then all questions of the user's folder."""
+    return [*figures.STEMS, *runs.questions.own]
+
+
 def _write_parts(runs: Runs, stems: list[str], out: Path, on_step: Callable[[int, str], None]) -> None:
-    verdicts = claims.judge(runs)
-    scorecard = claims.scorecard(verdicts)
+    done = count(1)
+    sections: dict[str, dict[str, Any]] = {}
+
+    def write(stems: Iterable[str]) -> None:
+        for stem in stems:
+            sections[stem] = _write_section(runs, stem, out)
+            on_step(next(done), stem)
+
+    # The user's own SQL and figures may fail, so they precede the long work.
+    write(runs.questions.own)
+    scorecard = claims.scorecard(claims.judge(runs))
     (out / CLAIMS).write_text(to_json(scorecard) + "\n", encoding="utf-8")
-    on_step(1, CLAIMS)
+    on_step(next(done), CLAIMS)
     comparison = _write_comparison(runs, out)
-    on_step(2, COMPARED["differences"])
-    sections = []
-    for done, stem in enumerate(stems, start=3):
-        sections.append(_write_section(runs, stem, out, scorecard))
-        on_step(done, stem)
+    on_step(next(done), COMPARED["differences"])
+    write(figures.STEMS)
     page = render(
         "report.html.jinja",
         mark=MARK,
@@ -104,15 +130,15 @@ def _write_parts(runs: Runs, stems: list[str], out: Path, on_step: Callable[[int
         provenance=_provenance(runs),
         final=_final_table(runs.ask("ablation_final")),
         scorecard=scorecard,
-        sections=sections,
+        sections=[sections[stem] for stem in stems],
     )
     (out / PAGE).write_text(page, encoding="utf-8")
     on_step(num_parts(runs), PAGE)
 
 
 def num_parts(runs: Runs) -> int:
-    """Return the number of parts of a report: figures, claims, comparison, and page."""
-    return len(figures.stems(runs)) + 3
+    """Return the number of parts of a report: questions, claims, comparison, and page."""
+    return len(_stems(runs)) + 3
 
 
 def check_target(out: Path, page: str = PAGE, mark: str = MARK) -> None:
@@ -136,12 +162,16 @@ def check_target(out: Path, page: str = PAGE, mark: str = MARK) -> None:
         raise InputError(f"{out}: holds files other than {kind}; choose a new or an empty folder")
 
 
-def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) -> dict[str, Any]:
-    """Write a figure in all formats and its CSV file; return its page section."""
-    frame = figures.query(runs, stem)
+def _write_section(runs: Runs, stem: str, out: Path) -> dict[str, Any]:
+    """Write the CSV file of a question, and its figure in all formats; return its page section.
+
+    A user's question may have no figure.
+    """
+    has_figure = stem in figures.stems(runs)
+    frame = figures.query(runs, stem) if has_figure else figures.rows(runs, stem)
     (out / f"{stem}.csv").write_text(to_report_csv(frame), encoding="utf-8")
     image = None
-    if figures.is_drawable(frame):
+    if has_figure and figures.is_drawable(frame):
         # Sums over threads differ in their last digits, and equal data must give equal bytes.
         for form, data in picture_files(figures.drawn(runs, stem, to_csv_digits(frame))).items():
             (out / f"{stem}.{form}").write_bytes(data)
@@ -153,9 +183,8 @@ def _write_section(runs: Runs, stem: str, out: Path, scorecard: dict[str, Any]) 
         "question": queries.headers(text)["question"],
         "caption": figures.caption(runs, stem),
         "image": image,
-        "lacks": "" if image else runs.why_empty(stem),
+        "lacks": runs.why_empty(stem) if has_figure or frame.is_empty() else f"the folder has no figure {stem}.py",
         "sql": text,
-        "verdicts": [verdict for verdict in scorecard["verdicts"] if verdict["figure"] == stem],
     }
 
 

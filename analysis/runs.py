@@ -259,12 +259,24 @@ class Runs:
         The values of its parameters must come from the traces.
         """
         text = self.questions.read(stem)
-        if "runs" in parameter_names(text) and (lacking := self.lacking(stem)):
+        if "runs" in self.questions.parameter_names(stem) and (lacking := self.lacking(stem)):
             asked = params.get("runs")
             params["runs"] = [run for run in (self.manifests if asked is None else asked) if run not in lacking]
-        if self.questions.is_own(stem):
+        if stem not in self.questions.own:
+            return self.run_shipped(text, params)
+        with self.questions.named(stem):
             return self._collect(self._to_query(text, params), Limits())
-        return self.run_shipped(text, params)
+
+    def columns(self, stem: str) -> pl.Schema:
+        """Return names and types of the columns of a question, without computing its rows.
+
+        Raises:
+            InputError: no such question, or DuckDB rejects its SQL.
+        """
+        with self.questions.named(stem):
+            text = columns_of(self.questions.read(stem))
+            [frame] = self._send_to_process(Query(text, _complete(text, {}), {}), Limits())
+            return frame.schema
 
     def run_shipped(self, text: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
         """Run SQL of this package in this process, which saves starting another one.

@@ -35,6 +35,7 @@ from entrace.analysis.statistics.clusters import Effect
 from entrace.analysis.statistics.combination import MAX_DF, combine
 from entrace.analysis.statistics.estimates import LEVEL, ONE_SD, Estimate
 from entrace.analysis.statistics.stages import MIN_STEPS, StageFit, slowdown
+from entrace.analysis.trace.errors import InputError, nearest
 
 if TYPE_CHECKING:
     import polars as pl
@@ -370,6 +371,31 @@ def declared(spec: Mapping[str, Any]) -> Estimator:
     values = list(spec["values"])
     effect = ratio(0, 1) if len(values) == 2 else difference
     return SPANS[spec["over"]](spec["sql"], values, effect)
+
+
+def check_declared(runs: Runs, spec: Mapping[str, Any], name: str) -> None:
+    """Refuse a declared part whose SQL lacks what ``declared`` reads.
+
+    Args:
+        runs: Runs with the question that the part names.
+        spec: The part.
+        name: Name of the part, for the message.
+
+    Raises:
+        InputError: a column is missing or not a number, the parameter ``$runs`` is missing, or DuckDB rejects the SQL.
+    """
+    import polars as pl
+
+    stem, columns = spec["sql"], runs.columns(spec["sql"])
+    place = f"{runs.questions.location(stem)}: {name}"
+    if "runs" not in runs.questions.parameter_names(stem):
+        raise InputError(f"{place}: a claim chooses runs; filter with $runs is null or list_contains($runs, run_id)")
+    for column in ("run_id", "step", "prompt_id", *spec["values"]):
+        if column not in columns:
+            raise InputError(f'{place}: the query has no column "{column}"{nearest(column, columns)}')
+    for column in spec["values"]:
+        if not (columns[column].is_numeric() or columns[column] == pl.Boolean):
+            raise InputError(f'{place}: column "{column}" has type {columns[column]}, expected a number')
 
 
 def all_steps(stem: str, values: Sequence[str], effect: Effect) -> Estimator:
