@@ -19,6 +19,7 @@ from entrace.analysis.ledger import Ledger, load_ledger
 from entrace.analysis.runs import Runs
 from entrace.analysis.statistics.combination import MIN_BLOCKS
 from entrace.analysis.statistics.estimates import Estimate, holm
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.verdict_rules import CONTRADICTED, INCONCLUSIVE, NOT_RECORDED, SUPPORTED, Size, decide
 
 # Words for a positive and a negative effect of a claim that expects a positive one.
@@ -115,6 +116,7 @@ def check(runs: Runs, ledger: Ledger) -> None:
                 training.check_declared(runs, spec, f'claim {claim}, part "{part}"')
 
 
+@checked
 def judge(runs: Runs, ledger: Ledger | None = None) -> list[Verdict]:
     """Judge every part of every claim.
 

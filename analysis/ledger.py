@@ -11,6 +11,7 @@ from typing import Any
 
 from entrace.analysis.effects import training
 from entrace.analysis.queries import BUILT_IN, Questions
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest, reason_of
 
 Ledger = Mapping[str, Mapping[str, Any]]
@@ -20,7 +21,8 @@ CLAIM_KEYS = ("question", "test", "figure", "parts")
 PART_KEYS = ("statistic", "null", "unit", "direction", "smallest_effect", "limit")
 
 
-def load_ledger(path: Path | None = None, questions: Questions = BUILT_IN) -> dict[str, dict[str, Any]]:
+@checked
+def load_ledger(path: str | Path | None = None, questions: Questions = BUILT_IN) -> dict[str, dict[str, Any]]:
     """Return the claims by id.
 
     Args:

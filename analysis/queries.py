@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from entrace.analysis.sandbox.statements import one_line, parameter_names
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.errors import InputError, nearest, reason_of
 from entrace.analysis.trace.parts import true_in
 from entrace.analysis.trace.schema import RESPONSE_TOKENS, TABLES
@@ -165,6 +166,7 @@ class Question:
         return f"### {self.stem}\n\n{self.question}\n\n{facts}\n\n```sql\n{self.sql}```\n"
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Questions:
     """Hold the built-in questions about runs, and those in the user's folder.

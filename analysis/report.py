@@ -20,6 +20,7 @@ from entrace.analysis import claims, figures, queries
 from entrace.analysis.compare import compare_once
 from entrace.analysis.runs import Runs
 from entrace.analysis.terminal.export import to_csv_digits, to_json, to_report_csv
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.errors import InputError
 from entrace.analysis.trace.manifest import flatten
 from entrace.analysis.trace.places import reaching, to_place
@@ -59,6 +60,7 @@ SAVE_OPTIONS: dict[str, dict[str, Any]] = {"png": {"pil_kwargs": {"compress_leve
 LAYOUT_TABLES = ("GSUB", "GPOS", "GDEF", "kern", "BASE", "JSTF", "MATH")
 
 
+@checked
 def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None] | None = None) -> Path:
     """Write a report: a page, figures with their data, and the scorecard.
 

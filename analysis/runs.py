@@ -33,6 +33,7 @@ from entrace.analysis.sandbox.worker import Query
 from entrace.analysis.spark.engine import SparkEngine
 from entrace.analysis.terminal.interrupt import interruptible
 from entrace.analysis.trace import digests
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.errors import InputError, fault_of, in_one_line, nearest, reason_of
 from entrace.analysis.trace.manifest import MANIFEST, read_manifest
 from entrace.analysis.trace.parts import (
@@ -75,6 +76,7 @@ NARROW_SHARE, NARROWED = 0.25, 2
 PART_ROWS = 1 << 16
 
 
+@checked
 def open_runs(
     paths: str | Path | Iterable[str | Path],
     *,
@@ -183,6 +185,7 @@ class Runs:
     def __repr__(self) -> str:
         return f"Runs({', '.join(self.manifests)})"
 
+    @checked
     def sql(
         self,
         text: str,
@@ -211,6 +214,7 @@ class Runs:
         """
         return self._collect(self._to_query(text, self._check(text, params or {})), Limits.parse(memory, timeout))
 
+    @checked
     def stream(
         self,
         text: str,
@@ -240,6 +244,7 @@ class Runs:
         limits = Limits.parse(memory, timeout)
         return self._send(self._to_query(text, self._check(text, params or {})), limits, on_progress, reader)
 
+    @checked
     def query(self, stem: str, **params: Any) -> pl.DataFrame:
         """Ask a question, such as ``query("entropy_by_position", stage="plateau")``.
 
@@ -250,7 +255,8 @@ class Runs:
         """
         frame = self.ask(stem, **self._check(self.questions.read(stem), params))
         if frame.is_empty():
-            warnings.warn(self.why_no_rows(stem, params), stacklevel=2)
+            # Two frames up: the call of the user, beyond the check of its arguments.
+            warnings.warn(self.why_no_rows(stem, params), stacklevel=3)
         return frame
 
     def ask(self, stem: str, **params: Any) -> pl.DataFrame:
@@ -318,6 +324,7 @@ class Runs:
         if self._spark:
             self._spark.stop()
 
+    @checked
     def view(self, height: int = 800) -> Any:
         """Return ``entrace view`` as a notebook frame, ``height`` pixels high.
 
@@ -327,6 +334,7 @@ class Runs:
         # The viewer imports this module.
         return import_module("entrace.analysis.viewer.notebook").show(self, height)
 
+    @checked
     def why_no_rows(self, stem: str, params: Mapping[str, Any]) -> str:
         """Return one line that says why a question has no rows.
 

@@ -28,6 +28,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from entrace.analysis.trace import InputError, nearest, reason_of
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.errors import explained
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Positive",
     "PositiveFraction",
     "ValidationError",
+    "checked",
     "create_model",
     "explained",
     "import_function",

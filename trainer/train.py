@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from entrace.analysis.trace import TraceWriter
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.sampling import TokenSampling
 from entrace.trainer.algorithm.advantages import group_relative_advantage
 from entrace.trainer.algorithm.plateau import PlateauDetector
@@ -47,6 +48,7 @@ from entrace.trainer.seeding import Stream
 from entrace.trainer.tasks import Task
 
 
+@checked
 def train(
     config: Config,
     run_dir: str | Path,

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from entrace.analysis.figures import arms, style
 from entrace.analysis.queries import Questions, headers
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.errors import InputError, explained, nearest
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ def size(runs: Runs, stem: str, frame: pl.DataFrame) -> tuple[float, float]:
     return _call(runs, stem, "size", frame) if has_size else style.SIZE
 
 
+@checked
 def draw(stem: str, runs: Runs, ax: Axes | None = None) -> Axes:
     """Draw the figure ``stem`` on ``ax``, or on the Axes of a new figure.
 

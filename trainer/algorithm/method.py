@@ -27,6 +27,7 @@ from entrace.trainer.settings import (
     InputError,
     Positive,
     ValidationError,
+    checked,
     create_model,
     explained,
     import_function,
@@ -156,8 +157,9 @@ def shaping(function: Function, /) -> Function: ...
 def shaping(
     *, section: str | None = None, start_step: int | Literal["plateau"] = 1, replaces: bool = False
 ) -> Callable[[Function], Function]: ...
+@checked
 def shaping(
-    function: Any = None,
+    function: Callable[..., Any] | None = None,
     /,
     *,
     section: str | None = None,
@@ -192,8 +194,9 @@ def objective(
     settings: Mapping[str, Any] | None = None,
     needs: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Function]: ...
+@checked
 def objective(
-    function: Any = None,
+    function: Callable[..., Any] | None = None,
     /,
     *,
     section: str | None = None,
