@@ -218,12 +218,25 @@ def test_prompts_are_matched_by_text_not_by_id(tmp_path: Path):
     write_arm(tmp_path, "ppl", 0, PPL[0], texts=["two", "one"])
     row = find(compare(open_runs(tmp_path)), "avg_at_k")
     assert (row["difference"], row["num_prompts"]) == (pytest.approx(0.375), 2)
+    assert asked(tmp_path) == [(pytest.approx(row["value"]), pytest.approx(row["baseline_value"]), 2)]
     other = tmp_path / "other"
     write_arm(other, "none", 0, NONE[0], texts=["one", "two"])
     write_arm(other, "ppl", 0, PPL[0], texts=["two", "three"])
     # Only "two" is paired: p of the arm, 4 of 4, with q of the baseline, 2 of 4.
     row = find(compare(open_runs(other)), "avg_at_k")
     assert (row["value"], row["baseline_value"], row["num_prompts"]) == (1, 0.5, 1)
+    assert asked(other) == [(1, 0.5, 1)]
+    # The held-out prompts p and q of a run may have one text.
+    write_arm(tmp_path / "twice", "none", 0, NONE[0], texts=["one", "two"])
+    write_arm(tmp_path / "twice", "ppl", 0, PPL[0], texts=["two", "two"])
+    row = find(compare(open_runs(tmp_path / "twice")), "avg_at_k")
+    assert asked(tmp_path / "twice") == [(row["value"], row["baseline_value"], row["num_prompts"])]
+
+
+def asked(root: Path) -> list[tuple[float, float, int]]:
+    """Return the answer of question ``paired_differences`` in the primary metric."""
+    found = open_runs(sorted(root.glob("*-seed0"))).query("paired_differences").filter(metric="avg_at_k")
+    return found.select("value", "baseline_value", "num_prompts").rows()
 
 
 def test_one_seed_gives_an_interval_over_prompts_and_says_so(tmp_path: Path):
