@@ -50,8 +50,8 @@ class Verdict:
         n: Number of units that the interval is over.
         of: Name of these units.
         why: Reason of the verdict.
-        sql: SQL file of the figure, relative to the package.
-        figure: Question whose figure shows the effect.
+        sql: SQL files whose rows the statistic is computed from, relative to the package, separated by commas.
+        figure: Question that shows the effect.
     """
 
     claim: str
@@ -256,9 +256,11 @@ def _verdict(
     entry = ledger[claim]
     spec = entry["parts"][part]
     stem = spec.get("figure", entry["figure"])
-    is_formal = "arms" in entry and method_claims.PARTS[part] == FORMAL
-    measured = "formal_sums" if is_formal else spec.get("sql", stem)
-    share = runs.token_share(measured) if estimate else ""
+    if "arms" in entry:
+        read = ("formal_sums" if method_claims.PARTS[part] == FORMAL else "eval_outcomes",)
+    else:
+        read = training.questions_read(claim, part, spec)
+    share = next(filter(None, map(runs.token_share, read)), "") if estimate else ""
     return Verdict(
         claim=claim,
         part=part,
@@ -279,7 +281,7 @@ def _verdict(
         n=estimate.n if estimate else 0,
         of=estimate.of if estimate else "-",
         why=f"{why}; {share}" if share else why,
-        sql=runs.questions.location(stem),
+        sql=", ".join(map(runs.questions.location, read)),
         figure=stem,
     )
 

@@ -518,3 +518,27 @@ PARTS: dict[str, dict[str, Callable[..., Estimate]]] = {
         "gradient": excess(end_at_equal_entropy("grad_norm")),
     },
 }
+
+# Questions that a claim, or one part of it, reads. The fit of S1 reads the columns that stage_dynamics shows.
+_READ: dict[str, tuple[str, ...]] = {
+    "S1": ("stage_dynamics",),
+    "E1": ("exchange_halves",),
+    **dict.fromkeys(("E2", "E3", "E4"), ("law_sums",)),
+    "E5": ("entropy_forecasts",),
+    "S2": ("sign_entropy",),
+    "S3": ("category_by_length",),
+    "S4": ("defect_sums",),
+    "S5": ("movement_sums", "movement_potential"),
+    "S6": ("movement_sums",),
+    "I1 accuracy": ("ppl_halves",),
+    "I1 reasoning tokens": ("high_entropy_terciles",),
+    "I2": ("impact_sums",),
+    "T1": ("position_fifths",),
+    "T2": ("impact_sums",),
+    "T3": ("movement_sums", "end_by_entropy"),
+}
+
+
+def questions_read(claim: str, part: str, spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the questions whose rows the estimator of a part reads."""
+    return (spec["sql"],) if "sql" in spec else _READ.get(claim) or _READ[f"{claim} {part}"]
