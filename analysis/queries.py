@@ -93,17 +93,17 @@ NEEDS = {
     "after-update values": Need(
         "tokens",
         "logprob_after",
-        "no after-update values were recorded; train with record.after_update_every=5",
+        "no after-update values were recorded; train with record.after_update_every from 1 to the number of steps",
     ),
     "after-update entropies": Need(
         "tokens",
         "entropy_after",
-        "no after-update entropies were recorded; train with record.after_update_every=5",
+        "no after-update entropies were recorded; train with record.after_update_every from 1 to the number of steps",
     ),
     "clipped tokens": Need(
         "tokens",
         "is_clipped",
-        "no token was clipped: with one mini-batch per step, every ratio is 1; train with optim.mini_batches=4",
+        "no token was clipped; with one mini-batch per step, every ratio is 1: train with optim.mini_batches=4",
         is_true=True,
     ),
     "token categories": Need("tokens", "category", "the texts of tokens are unknown"),

@@ -254,7 +254,7 @@ def test_missing_data_are_named_with_the_way_to_record_them(tmp_path):
     found = {(v.claim, v.part): v for v in judge(open_runs(path))}
     for claim, part in (("S5", "concentration"), ("S6", "direction"), ("T3", "movement")):
         assert found[claim, part].verdict == NOT_RECORDED
-        assert "train with record.after_update_every=5" in found[claim, part].why
+        assert "train with record.after_update_every from 1 to the number of steps" in found[claim, part].why
     for claim in ("I2", "T2"):
         assert found[claim, "impact"].verdict == NOT_RECORDED
         assert "run `entrace intervene RUN`" in found[claim, "impact"].why

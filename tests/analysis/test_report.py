@@ -183,7 +183,8 @@ def test_long_tables_are_folded(tmp_path: Path):
 
 def test_report_of_a_run_without_data(tmp_path: Path):
     page = write_report(open_runs(write_failed(tmp_path / "broken")), tmp_path / "out").read_text()
-    assert "Not drawn: no after-update values were recorded; train with record.after_update_every=5." in page
+    remedy = "train with record.after_update_every from 1 to the number of steps"
+    assert f"Not drawn: no after-update values were recorded; {remedy}." in page
     assert "step 3: loss is nan" in page
     assert not list((tmp_path / "out").glob("*.png"))
 
