@@ -35,7 +35,7 @@ from entrace.analysis.terminal.interrupt import interruptible
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.errors import InputError, fault_of, in_one_line, nearest, reason_of
-from entrace.analysis.trace.manifest import MANIFEST, read_manifest
+from entrace.analysis.trace.manifest import IMPORTED, MANIFEST, read_manifest
 from entrace.analysis.trace.parts import (
     Layout,
     check_parts,
@@ -838,7 +838,7 @@ def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int], gone: 
     sampling = TokenSampling.of(manifest)
     sampled = "" if sampling == TokenSampling() else f"tokens are stored for {sampling}"
     # An imported trace may hold only every tenth step, as its trainer saved it.
-    gaps = [] if manifest.get("scored") else [(a + 1, b - 1) for a, b in pairwise([0, *steps]) if b - a > 1]
+    gaps = [] if manifest.get(IMPORTED) else [(a + 1, b - 1) for a, b in pairwise([0, *steps]) if b - a > 1]
     missing = "; steps " + ", ".join(f"{a} to {b}" if b > a else str(a) for a, b in gaps[:GAPS_SHOWN]) + " are missing"
     total = f" of {manifest['total_steps']}" if manifest.get("total_steps") else ""
     done = f"{len(steps)}{total} steps recorded"

@@ -47,7 +47,7 @@ LENGTH_BINS = 12
 def of_policy(estimator: Estimator) -> Estimator:
     """Return an estimator that rejects runs without the policy's entropy.
 
-    An example is a run that was scored by another model.
+    An example is an imported run whose entropies are another model's.
     """
 
     def estimate(runs: Runs, run_ids: Sequence[str]) -> Estimate:

@@ -219,8 +219,8 @@ def test_runs_of_a_few_steps_have_a_report(steps: tuple[int, ...], tmp_path: Pat
 
 
 def test_what_cannot_be_known_is_said_with_its_reason(tmp_path: Path):
-    unknown = {"interventions": "a scored trace has no <checkpoint>", "steps.loss": "not among the rows"}
-    manifest = {"run_id": "r", "scored": {"rows": 2}, "unknown": unknown}
+    unknown = {"interventions": "an imported trace has no <checkpoint>", "steps.loss": "not among the rows"}
+    manifest = {"run_id": "r", "imported": {"rows": 2}, "unknown": unknown}
     writer = TraceWriter.create(tmp_path / "r", manifest, ["a"])
     for step in (3, 20):
         writer.append("steps", step_row(step, entropy=1.0, accuracy=0.5) | {"loss": None})
@@ -229,7 +229,7 @@ def test_what_cannot_be_known_is_said_with_its_reason(tmp_path: Path):
     runs = open_runs(tmp_path / "r")
     assert runs.notes["r"] == "2 recorded quantities are unknown; see `unknown` in run.json"
     page = write_report(runs, tmp_path / "report").read_text()
-    assert "Not drawn: a scored trace has no &lt;checkpoint&gt;" in page
+    assert "Not drawn: an imported trace has no &lt;checkpoint&gt;" in page
     assert "steps.loss: not among the rows" in page
     # Of runs that differ in what they lack, the general hint is all that holds for both.
     TraceWriter.create(tmp_path / "s", {"run_id": "s"}, ["a"]).finish()
