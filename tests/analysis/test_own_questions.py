@@ -165,6 +165,15 @@ def test_sql_without_runs_is_about_all_runs(folder):
     assert entrace.figures.draw("first_tokens", runs).lines
 
 
+def test_parts_inherit_the_keys_of_their_claim(folder):
+    lifted = 'unit = "nats"\n'
+    shared = CLAIMS.replace(lifted, "").replace("[X1]\n", f"[X1]\n{lifted}")
+    shared += shared.partition("[X1.parts.entropy]")[2].join(["[X1.parts.second]", 'unit = "bits"\n'])
+    (folder / "claims.toml").write_text(shared)
+    parts = load_ledger(questions=entrace.open_runs(FROZEN, questions=folder).questions)["X1"]["parts"]
+    assert {part: spec["unit"] for part, spec in parts.items()} == {"entropy": "nats", "second": "bits"}
+
+
 def test_an_unknown_parameter_names_the_file(folder):
     runs = entrace.open_runs(FROZEN, questions=folder)
     with pytest.raises(InputError, match=r'first_tokens.sql: unknown parameter "stage"; valid: runs'):
