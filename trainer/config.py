@@ -11,7 +11,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.sampling import TokenSampling
 from entrace.trainer.algorithm.method import find_method
-from entrace.trainer.algorithm.objectives import LossConfig
+from entrace.trainer.algorithm.mini_batch import LossConfig
 from entrace.trainer.algorithm.shaping import ShapingConfig, find_replacement
 from entrace.trainer.resources import EMBEDDED, resolve_config
 from entrace.trainer.settings import (

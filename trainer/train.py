@@ -6,7 +6,7 @@ step samples G responses per prompt, scores them to rewards r, and minimizes, wi
     A_i = (r_i - mean r) / std r                        algorithm.advantages
     A'  = shape(A)                                      algorithm.shaping
     L_t = max(-rho_t A', -clip(rho_t) A')               algorithm.losses
-    loss = sum_t c_t w_t L_t                            algorithm.objectives
+    loss = sum_t c_t w_t L_t                            algorithm.mini_batch
 
 ``learner`` computes rho, one mini-batch at a time, and takes the optimizer's steps.
 

@@ -17,10 +17,10 @@ with complete as (
   qualify row_number() over (partition by arm, seed order by run_id) = 1
 ),
 pairs as (
-  select own.arm, own.baseline, own.seed, own.run_id, reference.run_id as baseline_run_id
-  from complete as own
-  join complete as reference on reference.arm = own.baseline and reference.seed = own.seed
-  where own.arm <> own.baseline
+  select of_arm.arm, of_arm.baseline, of_arm.seed, of_arm.run_id, of_baseline.run_id as baseline_run_id
+  from complete as of_arm
+  join complete as of_baseline on of_baseline.arm = of_arm.baseline and of_baseline.seed = of_arm.seed
+  where of_arm.arm <> of_arm.baseline
 ),
 prompts_evaluated as materialized (
   select *
@@ -54,27 +54,27 @@ at_last_common_step as (
     pairs.arm,
     pairs.baseline,
     pairs.seed,
-    own.benchmark,
-    own.step,
+    of_arm.benchmark,
+    of_arm.step,
     [
-      {'metric': 'avg_at_k', 'measure': own.avg_at_k, 'baseline_measure': reference.avg_at_k},
-      {'metric': 'maj_at_k', 'measure': own.maj_at_k, 'baseline_measure': reference.maj_at_k},
-      {'metric': 'pass_at_k', 'measure': own.pass_at_k, 'baseline_measure': reference.pass_at_k},
+      {'metric': 'avg_at_k', 'measure': of_arm.avg_at_k, 'baseline_measure': of_baseline.avg_at_k},
+      {'metric': 'maj_at_k', 'measure': of_arm.maj_at_k, 'baseline_measure': of_baseline.maj_at_k},
+      {'metric': 'pass_at_k', 'measure': of_arm.pass_at_k, 'baseline_measure': of_baseline.pass_at_k},
       {
         'metric': 'response_length',
-        'measure': own.response_length,
-        'baseline_measure': reference.response_length
+        'measure': of_arm.response_length,
+        'baseline_measure': of_baseline.response_length
       },
-      {'metric': 'entropy', 'measure': own.entropy, 'baseline_measure': reference.entropy}
+      {'metric': 'entropy', 'measure': of_arm.entropy, 'baseline_measure': of_baseline.entropy}
     ] as measures
   from pairs
-  join by_text as own on own.run_id = pairs.run_id
-  join by_text as reference
-    on reference.run_id = pairs.baseline_run_id
-    and reference.benchmark = own.benchmark
-    and reference.step = own.step
-    and reference.prompt = own.prompt
-  qualify own.step = max(own.step) over (partition by pairs.arm, pairs.seed, own.benchmark)
+  join by_text as of_arm on of_arm.run_id = pairs.run_id
+  join by_text as of_baseline
+    on of_baseline.run_id = pairs.baseline_run_id
+    and of_baseline.benchmark = of_arm.benchmark
+    and of_baseline.step = of_arm.step
+    and of_baseline.prompt = of_arm.prompt
+  qualify of_arm.step = max(of_arm.step) over (partition by pairs.arm, pairs.seed, of_arm.benchmark)
 ),
 per_metric as (
   select arm, baseline, seed, benchmark, step, unnest(measures) as measured
