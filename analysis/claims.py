@@ -105,7 +105,7 @@ class _Finding:
 
 
 def check(runs: Runs, ledger: Ledger) -> None:
-    """Refuse claims whose SQL does not have the columns that they name; see ``training.declared``.
+    """Refuse claims whose SQL lacks what they read; see ``training.declared``.
 
     Raises:
         InputError: a column is missing or not a number, the parameter ``$runs`` is missing, or DuckDB rejects the SQL.

@@ -89,7 +89,7 @@ def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None
 
 
 def check_questions(runs: Runs) -> None:
-    """Refuse faults of a user's questions, figures, and claims that show without the traces' rows.
+    """Refuse faults of a user's folder that show without rows of the traces.
 
     Raises:
         InputError: DuckDB rejects the SQL, a figure cannot be imported, or a claim names a column that its SQL lacks.
@@ -102,7 +102,7 @@ def check_questions(runs: Runs) -> None:
 
 
 def _stems(runs: Runs) -> list[str]:
-    """Return the questions of the report: built-in figures, then all questions of the user's folder."""
+    """Return the questions of the report; those of the user's folder come last."""
     return [*figures.STEMS, *runs.questions.own]
 
 
@@ -139,7 +139,7 @@ def _write_parts(runs: Runs, stems: list[str], out: Path, on_step: Callable[[int
 
 
 def num_parts(runs: Runs) -> int:
-    """Return the number of parts of a report: questions, claims, comparison, and page."""
+    """Return the number of parts: questions, claims, comparison, and page."""
     return len(_stems(runs)) + 3
 
 
@@ -165,9 +165,9 @@ def check_target(out: Path, page: str = PAGE, mark: str = MARK) -> None:
 
 
 def _write_section(runs: Runs, stem: str, out: Path) -> dict[str, Any]:
-    """Write the CSV file of a question, and its figure in all formats; return its page section.
+    """Write the rows and the figure of a question, and return its page section.
 
-    A user's question may have no figure.
+    The rows are a CSV file, and the figure has all formats. A user's question may have no figure.
     """
     has_figure = stem in figures.stems(runs)
     frame = figures.query(runs, stem) if has_figure else figures.rows(runs, stem)

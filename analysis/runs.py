@@ -274,7 +274,7 @@ class Runs:
             return self._collect(self._to_query(text, params), Limits())
 
     def columns(self, stem: str) -> pl.Schema:
-        """Return names and types of the columns of a question, without computing its rows.
+        """Return names and types of a question's columns, without computing rows.
 
         Raises:
             InputError: no such question, or DuckDB rejects its SQL.

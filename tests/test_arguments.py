@@ -39,6 +39,7 @@ FUNCTIONS = [
     entrace.TraceWriter.finish,
     entrace.Vocabulary,
     entrace.Vocabulary.of,
+    entrace.TokenWeights,
     entrace.load_config,
     entrace.train,
     entrace.shaping,

@@ -74,7 +74,7 @@ class _Names(ChainMap[str, Any]):
 
 
 class _Named(type):
-    """A class that stands for one that is not imported: instances are recognized by the name of their class."""
+    """Stand for a class that is not imported, by the name of the class."""
 
     def __instancecheck__(cls, value: Any) -> bool:
         return any(kind.__name__ == cls.__name__ for kind in type(value).__mro__)
@@ -120,7 +120,10 @@ def _is_collection(value: Any, kind: type) -> bool:
 
 
 def _items(value: Any, args: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """Return the items of a collection with their types; none of what can be read only once."""
+    """Return items of a collection, each with its annotated type.
+
+    What can be read only once is left unread.
+    """
     if isinstance(value, Mapping):
         return [pair for key, item in value.items() for pair in zip((key, item), args, strict=False)]
     if not isinstance(value, Collection) or not args:

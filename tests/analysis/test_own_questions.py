@@ -99,6 +99,13 @@ def test_the_command_takes_the_folder(folder):
     assert "X1" in json.loads(done.stdout)["overall"]
 
 
+def test_the_command_sql_names_the_file(folder, command):
+    (folder / "first_tokens.sql").write_text(SQL.replace("sum(entropy)", "sum(entropi)"))
+    code, _, err = command("sql", str(FROZEN), "--questions", str(folder), "--question", "first_tokens")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"entrace: {folder}/first_tokens.sql: sql: Binder Error")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -61,6 +61,14 @@ def scalar(advantages, rollouts):
     return advantages.mean()
 
 
+def flat(advantages, rollouts) -> TokenWeights:
+    return TokenWeights(advantages[:, 0], rollouts.response_mask)
+
+
+def listed(advantages, rollouts) -> TokenWeights:
+    return TokenWeights([1.0], rollouts.response_mask)
+
+
 def raising(advantages, rollouts):
     raise RuntimeError("no such luck")
 
@@ -259,6 +267,8 @@ def test_an_arm_named_after_a_missing_module_is_refused(module, call, tmp_path):
     [
         ("shaping.method={}:scalar", "shaping method {}:scalar returned shape (), expected shape"),
         ("loss.method={}:scalar", "loss method {}:scalar returned Tensor, expected TokenWeights"),
+        ("loss.method={}:flat", "loss method {}:flat returned token_weights of shape ("),
+        ("loss.method={}:listed", "TokenWeights: token_weights: expected Tensor, found [1.0]"),
         ("shaping.method={}:raising", "shaping method {}:raising failed (RuntimeError: no such luck)"),
         ("loss.method={}:raising", "loss method {}:raising failed (RuntimeError: no such luck)"),
         ("shaping.method={}:leaving", "shaping method {}:leaving failed (SystemExit: 0)"),

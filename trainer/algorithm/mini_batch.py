@@ -1,4 +1,4 @@
-"""The loss of a mini-batch: its config, the aggregation over tokens, and its value.
+"""The loss of a mini-batch: its config, its scale, and its value.
 
 The loss is a sum over tokens, with rho_t = p_t / p_t,old and the clipped policy loss L_t of ``algorithm.losses``:
 
@@ -156,6 +156,12 @@ class Objective:
         for weights in passes:
             if not isinstance(weights, TokenWeights):
                 raise InputError(f"loss method {spec.name} returned {type(weights).__name__}, expected TokenWeights")
+            for name in ("token_weights", "loss_mask", "penalty", "regularized"):
+                value, expected = getattr(weights, name), tuple(advantages.shape)
+                if value is not None and tuple(value.shape) != expected:
+                    raise InputError(
+                        f"loss method {spec.name} returned {name} of shape {tuple(value.shape)}, expected {expected}"
+                    )
         scale = AGGREGATIONS[config.aggregation]
         return [
             cls(advantages, rollouts.response_mask, scale(weights.loss_mask, max_tokens), weights, config)

@@ -30,7 +30,7 @@ from entrace.trainer.algorithm.losses import (
     policy_loss,
 )
 from entrace.trainer.algorithm.method import RolloutView, objective
-from entrace.trainer.settings import AboveOne, AboveZero, BelowOne, Fraction, NonNegative, PositiveFraction
+from entrace.trainer.settings import AboveOne, AboveZero, BelowOne, Fraction, NonNegative, PositiveFraction, checked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 Denominator = Literal["selected", "all"]
 
 
+@checked
 @dataclass(frozen=True)
 class TokenWeights:
     """Weights of the tokens of a mini-batch in its loss.
