@@ -23,6 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ from entrace.trainer.tasks import Task
 def train(
     config: Config,
     run_dir: str | Path,
-    labels: Mapping[str, str] | None = None,
+    labels: Mapping[str, Any] | None = None,
     *,
     resume: bool = False,
     on_step: Callable[..., None] = lambda done, **metrics: None,
