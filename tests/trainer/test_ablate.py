@@ -21,7 +21,7 @@ from entrace.trainer.config import load_config
 from entrace.trainer.train import train
 from tests.patience import HANG_S
 
-from .conftest import SMALL
+from .conftest import SHORT, SMALL
 
 GRID = """
 config = "tiny"
@@ -77,7 +77,7 @@ def test_threads_of_a_run():
 
 
 def test_the_number_of_concurrent_runs_does_not_change_a_run(grid, tmp_path):
-    specs = load_grid(str(grid), [*SMALL, "steps=2"])[:2]
+    specs = load_grid(str(grid), [*SHORT, "steps=2"])[:2]
     for jobs in (1, 2):
         assert run_grid(specs, tmp_path / str(jobs), LocalLauncher(jobs), train) == {}
     for spec in specs:
@@ -129,7 +129,7 @@ def test_a_failed_run_is_completed_by_a_retry(grid, tmp_path):
 
     The result equals a run that never failed.
     """
-    spec = load_grid(str(grid), SMALL)[0]
+    spec = load_grid(str(grid), SHORT)[0]
     out = tmp_path / "study"
 
     def fail(done, **metrics):
@@ -151,7 +151,7 @@ def test_a_failed_run_is_completed_by_a_retry(grid, tmp_path):
 
 
 def test_a_run_that_cannot_begin_is_recorded_as_failed(grid, tmp_path):
-    specs = load_grid(str(grid), [*SMALL, "policy.path=/nowhere"])[:1]
+    specs = load_grid(str(grid), [*SHORT, "policy.path=/nowhere"])[:1]
     failed = run_grid(specs, tmp_path / "study", one_thread_each(), train)
     assert "no model folder at /nowhere" in failed["none-seed0"]
     manifest = json.loads((tmp_path / "study" / "none-seed0" / "run.json").read_text())
@@ -172,7 +172,7 @@ class KillsItsRun(Seen):
 
 
 def test_a_run_whose_process_dies_without_a_word_has_failed(grid, tmp_path):
-    specs = load_grid(str(grid), [*SMALL, "steps=20"])[:1]
+    specs = load_grid(str(grid), [*SHORT, "steps=20"])[:1]
     out, seen = tmp_path / "study", KillsItsRun()
     failed = run_grid(specs, out, one_thread_each(), train, listener=seen)
     reason = "the process was killed by signal 9 (SIGKILL), often for lack of memory"
@@ -190,7 +190,7 @@ def print_and_exit(config, run_dir, labels, **_):
 
 
 def test_a_run_that_ends_without_an_error_says_how_and_what_it_printed_last(grid, tmp_path, capsys):
-    specs = load_grid(str(grid), SMALL)[:1]
+    specs = load_grid(str(grid), SHORT)[:1]
     failed = run_grid(specs, tmp_path / "study", one_thread_each(), print_and_exit)
     last = "line 8 | terminate called | bad_alloc"
     assert failed == {"none-seed0": f"the process ended with exit code 3; its last output: {last}"}
@@ -203,7 +203,7 @@ def test_a_module_that_the_worker_cannot_import_is_named(grid, tmp_path):
     exec("def train(*arguments, **options): pass", vars(module))
     sys.modules[module.__name__] = module
     try:
-        specs = load_grid(str(grid), SMALL)[:1]
+        specs = load_grid(str(grid), SHORT)[:1]
         failed = run_grid(specs, tmp_path / "study", one_thread_each(), module.train)
     finally:
         del sys.modules[module.__name__]
@@ -227,7 +227,7 @@ def test_an_import_that_fails_in_the_worker_is_reported(grid, tmp_path):
     (tmp_path / "path" / "torch").mkdir(parents=True)
     (tmp_path / "path" / "torch" / "__init__.py").write_text(BROKEN_IN_WORKERS)
     path = os.pathsep.join([str(tmp_path / "path"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "entrace", "ablate", str(grid), *SMALL, "--out", str(tmp_path / "study")]
+    command = [sys.executable, "-m", "entrace", "ablate", str(grid), *SHORT, "--out", str(tmp_path / "study")]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     error = "ImportError: libcudart.so.12: cannot open shared object"
@@ -238,7 +238,7 @@ def test_an_import_that_fails_in_the_worker_is_reported(grid, tmp_path):
 
 def test_an_error_before_training_is_reported_as_itself(grid, tmp_path, monkeypatch):
     """If the failure cannot be recorded either, the process ends with it."""
-    spec = load_grid(str(grid), SMALL)[0]
+    spec = load_grid(str(grid), SHORT)[0]
     monkeypatch.setattr("torch.set_num_threads", lambda threads: (_ for _ in ()).throw(RuntimeError("no threads")))
     job = Job(spec.config, tmp_path / "study" / spec.run_id, spec.labels(tmp_path / "study"), train)
     execute(job, 1, lambda done, **metrics: None)
@@ -265,13 +265,13 @@ def test_an_exit_code_is_described(code, text):
 
 def test_a_grid_may_grow_but_not_change(grid, tmp_path):
     out = tmp_path / "study"
-    specs = load_grid(str(grid), SMALL)[:1]
+    specs = load_grid(str(grid), SHORT)[:1]
     assert run_grid(specs, out, one_thread_each(), train) == {}
     before = contents(out)
 
     def refused(path, overrides=(), seeds=None):
         with pytest.raises(InputError) as error:
-            run_grid(load_grid(str(path), [*SMALL, *overrides], seeds), out, one_thread_each(), train, resume=True)
+            run_grid(load_grid(str(path), [*SHORT, *overrides], seeds), out, one_thread_each(), train, resume=True)
         assert contents(out) == before
         assert "\n" not in str(error.value)
         return str(error.value)
@@ -285,21 +285,21 @@ def test_a_grid_may_grow_but_not_change(grid, tmp_path):
 
     grid.write_text(GRID)
     seen = Seen()
-    assert run_grid(load_grid(str(grid), SMALL), out, one_thread_each(), train, resume=True, listener=seen) == {}
+    assert run_grid(load_grid(str(grid), SHORT), out, one_thread_each(), train, resume=True, listener=seen) == {}
     assert {run_id for run_id, _ in seen.updates} == {"late-seed0"}
     assert {path: data for path, data in contents(out).items() if path in before} == before
 
 
 def test_a_finished_grid_is_extended(grid, tmp_path):
     out = tmp_path / "study"
-    assert run_grid(load_grid(str(grid), SMALL)[:1], out, one_thread_each(), train) == {}
+    assert run_grid(load_grid(str(grid), SHORT)[:1], out, one_thread_each(), train) == {}
     seen = Seen()
-    longer = load_grid(str(grid), [*SMALL, "steps=6"])[:1]
+    longer = load_grid(str(grid), [*SHORT, "steps=6"])[:1]
     assert run_grid(longer, out, one_thread_each(), train, resume=True, listener=seen) == {}
     assert [done for _, done in seen.updates if done] == [5, 6]
     manifest = read_manifest(out / "none-seed0")
     assert (manifest["status"], manifest["last_durable_step"], manifest["total_steps"]) == ("complete", 6, 6)
-    falling = [*SMALL, "optim.schedule=linear"]
+    falling = [*SHORT, "optim.schedule=linear"]
     assert run_grid(load_grid(str(grid), falling)[:1], tmp_path / "falling", one_thread_each(), train) == {}
     with pytest.raises(InputError, match=r"cannot be extended from 4 to 6 steps, .* needs optim\.schedule_steps"):
         run_grid(
@@ -309,7 +309,7 @@ def test_a_finished_grid_is_extended(grid, tmp_path):
 
 def test_a_config_key_that_is_newer_than_a_run_counts_as_its_default(grid, tmp_path):
     out = tmp_path / "study"
-    spec = load_grid(str(grid), SMALL)[0]
+    spec = load_grid(str(grid), SHORT)[0]
     assert run_grid([spec], out, one_thread_each(), train) == {}
     manifest = read_manifest(out / spec.run_id)
     del manifest["config"]["loss"]["normalize_std"]
@@ -330,7 +330,7 @@ def test_runs_end_with_whoever_started_them(grid, tmp_path):
         "from entrace.trainer.ablation.runner import run_grid\n"
         "from entrace.trainer.ablation.launch.local import LocalLauncher\nfrom entrace.trainer.train import train\n"
         "if __name__ == '__main__':\n"
-        f"    specs = load_grid({str(grid)!r}, {[*SMALL, 'steps=100000', 'rollout.prompts_per_step=2']!r}, [0])\n"
+        f"    specs = load_grid({str(grid)!r}, {[*SHORT, 'steps=100000', 'rollout.prompts_per_step=2']!r}, [0])\n"
         f"    run_grid(specs, Path({str(out)!r}), LocalLauncher(2), train)\n"
     )
     (tmp_path / "main.py").write_text(script)
