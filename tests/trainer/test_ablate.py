@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -58,6 +59,16 @@ def grid(tmp_path):
 def one_thread_each():
     """Sums are rounded as in this process, which also has one thread."""
     return LocalLauncher(count_cores(), threads=1)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return a study that holds the complete run of arm none, which tests copy before they change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "grid.toml").write_text(GRID)
+    specs = load_grid(str(folder / "grid.toml"), SHORT)[:1]
+    assert run_grid(specs, folder / "study", one_thread_each(), train) == {}
+    return folder / "study"
 
 
 def steps_of(run_dir):
@@ -124,7 +135,7 @@ def test_failed_runs_stay_until_they_are_retried(grid, tmp_path):
     assert {path.relative_to(out).parts[0] for path in changed} == {"diverging-seed0"}
 
 
-def test_a_failed_run_is_completed_by_a_retry(grid, tmp_path):
+def test_a_failed_run_is_completed_by_a_retry(grid, finished, tmp_path):
     """The cause of the failure is gone; the run resumes from its checkpoint.
 
     The result equals a run that never failed.
@@ -143,8 +154,7 @@ def test_a_failed_run_is_completed_by_a_retry(grid, tmp_path):
     assert run_grid([spec], out, one_thread_each(), train, retry_failed=True, listener=seen) == {}
     assert [done for _, done in seen.updates] == [0, 3, 4]
     assert "error" not in read_manifest(out / spec.run_id)
-    assert run_grid([spec], tmp_path / "whole", one_thread_each(), train) == {}
-    whole, found = (steps_of(folder / spec.run_id) for folder in (tmp_path / "whole", out))
+    whole, found = (steps_of(folder / spec.run_id) for folder in (finished, out))
     # The first steps are from this process, whose memory other tests have used: sums may be rounded otherwise.
     for column in ("step", "loss", "entropy_token_mean", "grad_norm"):
         np.testing.assert_allclose(found[column], whole[column], rtol=1e-4, atol=1e-6)
@@ -263,10 +273,8 @@ def test_an_exit_code_is_described(code, text):
     assert describe_exit(code) == text
 
 
-def test_a_grid_may_grow_but_not_change(grid, tmp_path):
-    out = tmp_path / "study"
-    specs = load_grid(str(grid), SHORT)[:1]
-    assert run_grid(specs, out, one_thread_each(), train) == {}
+def test_a_grid_may_grow_but_not_change(grid, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "study")
     before = contents(out)
 
     def refused(path, overrides=(), seeds=None):
@@ -290,27 +298,26 @@ def test_a_grid_may_grow_but_not_change(grid, tmp_path):
     assert {path: data for path, data in contents(out).items() if path in before} == before
 
 
-def test_a_finished_grid_is_extended(grid, tmp_path):
-    out = tmp_path / "study"
-    assert run_grid(load_grid(str(grid), SHORT)[:1], out, one_thread_each(), train) == {}
+def test_a_finished_grid_is_extended(grid, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "study")
     seen = Seen()
     longer = load_grid(str(grid), [*SHORT, "steps=6"])[:1]
     assert run_grid(longer, out, one_thread_each(), train, resume=True, listener=seen) == {}
     assert [done for _, done in seen.updates if done] == [5, 6]
     manifest = read_manifest(out / "none-seed0")
     assert (manifest["status"], manifest["last_durable_step"], manifest["total_steps"]) == ("complete", 6, 6)
-    falling = [*SHORT, "optim.schedule=linear"]
+    # Refused by its settings, however few steps it has.
+    falling = [*SHORT, "optim.schedule=linear", "steps=2"]
     assert run_grid(load_grid(str(grid), falling)[:1], tmp_path / "falling", one_thread_each(), train) == {}
-    with pytest.raises(InputError, match=r"cannot be extended from 4 to 6 steps, .* needs optim\.schedule_steps"):
+    with pytest.raises(InputError, match=r"cannot be extended from 2 to 6 steps, .* needs optim\.schedule_steps"):
         run_grid(
             load_grid(str(grid), [*falling, "steps=6"])[:1], tmp_path / "falling", one_thread_each(), train, resume=True
         )
 
 
-def test_a_config_key_that_is_newer_than_a_run_counts_as_its_default(grid, tmp_path):
-    out = tmp_path / "study"
+def test_a_config_key_that_is_newer_than_a_run_counts_as_its_default(grid, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "study")
     spec = load_grid(str(grid), SHORT)[0]
-    assert run_grid([spec], out, one_thread_each(), train) == {}
     manifest = read_manifest(out / spec.run_id)
     del manifest["config"]["loss"]["normalize_std"]
     write_manifest(out / spec.run_id, manifest)
