@@ -63,7 +63,10 @@ def one_thread_each():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Return a study that holds the complete run of arm none, which tests copy before they change it."""
+    """Return a study that holds the complete run of arm none.
+
+    Tests copy it before they change it.
+    """
     folder = tmp_path_factory.mktemp("finished")
     (folder / "grid.toml").write_text(GRID)
     specs = load_grid(str(folder / "grid.toml"), SHORT)[:1]

@@ -153,7 +153,10 @@ def test_a_shaping_is_composed_trained_resumed_and_evaluated(module, call, tmp_p
 
 
 def test_a_grid_of_own_methods_is_run_in_other_processes_and_resumed(module, tmp_path):
-    """Train a grid beside a stranger's ``trainer.py`` and ``analysis/``, which no process may import."""
+    """Train a grid beside a stranger's ``trainer.py`` and ``analysis/``.
+
+    No process may import them.
+    """
     write_grid(module)
     Path("trainer.py").write_text("raise SystemExit('the user\\'s own trainer was imported')\n")
     Path("analysis").mkdir()

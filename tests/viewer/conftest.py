@@ -141,7 +141,10 @@ class Tab:
 
 @pytest.fixture(scope="package")
 def window(browser: Any) -> Iterator[Any]:
-    """Open one window for all tabs, since a window takes three times as long to open as a tab."""
+    """Open one window for all tabs.
+
+    A window takes three times as long to open as a tab.
+    """
     context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
     # A window closes with its last tab.
     context.new_page()
