@@ -13,6 +13,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from entrace.analysis import figures
 from entrace.analysis.effects.estimate import count
 from entrace.analysis.figures import STEMS
 from entrace.analysis.report import MARK, _provenance, num_parts, write_report
@@ -21,14 +22,25 @@ from entrace.analysis.terminal.export import to_report_csv
 from entrace.analysis.trace import InputError, TraceWriter, write_manifest
 from tests.analysis.conftest import step_row, write_failed, write_steps, written
 from tests.analysis.synthetic import write_run
-from tests.slow import slow_after
+from tests.slow import slow, slow_after
 
 HOSTILE = '<script>alert("x")</script>'
 
 
+# One figure of each part of the report, and the one whose table is checked; test_figures.py draws the others.
+SOME = ["stage_dynamics", "impact_by_position", "entropy_by_position", "paired_differences", "ablation_final"]
+
+
+@pytest.fixture(scope="module", params=[SOME, slow(STEMS)], ids=["some", "all"])
+def stems(request: pytest.FixtureRequest) -> list[str]:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def report(study: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(study, tmp_path_factory.mktemp("report") / "out").parent
+def report(study: Runs, stems: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "STEMS", stems)
+        return write_report(study, tmp_path_factory.mktemp("report") / "out").parent
 
 
 class Links(HTMLParser):
@@ -42,21 +54,23 @@ class Links(HTMLParser):
         self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
 
 
-def test_report_holds_page_figures_and_data(report: Path):
-    expected = {f"{stem}.{form}" for stem in STEMS for form in ("png", "pdf", "csv")}
+def test_report_holds_page_figures_and_data(report: Path, stems: list[str]):
+    expected = {f"{stem}.{form}" for stem in stems for form in ("png", "pdf", "csv")}
     compared = {"comparison.csv", "comparison_by_seed.csv", "comparison_aggregates.csv"}
     assert {path.name for path in report.iterdir()} == {"report.html", "claims.json", *compared, *expected}
     assert sum(path.stat().st_size for path in report.iterdir()) < 3_500_000
 
 
-def test_page_opens_offline(report: Path):
+def test_page_opens_offline(report: Path, stems: list[str]):
     page = (report / "report.html").read_text()
     links = Links()
     links.feed(page)
     assert links.tags.isdisjoint({"link", "iframe"})
     assert page.count("<script>") == page.count("<script") == 1
-    assert sum(source.startswith("data:image/png;base64,") for source in links.sources) == len(STEMS)
-    for link in (source for source in links.sources if not source.startswith("data:")):
+    assert sum(source.startswith("data:image/png;base64,") for source in links.sources) == len(stems)
+    # Claims link to figures that are left out here.
+    left_out = {f"#{stem}" for stem in STEMS} - {f"#{stem}" for stem in stems}
+    for link in (source for source in links.sources if not source.startswith("data:") and source not in left_out):
         assert f'id="{link[1:]}"' in page if link.startswith("#") else (report / link).is_file()
     assert not re.search(r"@import|url\(|https?:", page)
 
@@ -68,11 +82,11 @@ def test_page_allows_only_its_own_script(report: Path):
     assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}';" in page
 
 
-def test_contents_lead_to_every_figure_with_its_query_and_data(report: Path):
+def test_contents_lead_to_every_figure_with_its_query_and_data(report: Path, stems: list[str]):
     page = (report / "report.html").read_text()
     contents = page[page.index("<nav") : page.index("</nav>")]
-    assert [link for link in re.findall(r'href="#(\w+)"', contents) if link in STEMS] == STEMS
-    for stem in STEMS:
+    assert [link for link in re.findall(r'href="#(\w+)"', contents) if link in STEMS] == stems
+    for stem in stems:
         section = page[page.index(f'id="{stem}"') :].split("</section>")[0]
         assert f'<a href="#{stem}-sql">SQL</a>' in section
         assert f'<details id="{stem}-sql">' in section

@@ -15,7 +15,7 @@ import pytest
 from entrace.analysis.trace import read_manifest
 from tests.patience import HANG_S
 
-from .conftest import SMALL
+from .conftest import SHORT
 
 ENTRACE = Path(sys.executable).with_name("entrace")
 MODULE = '''
@@ -139,7 +139,7 @@ def check_confident(run, beta):
 
 
 def test_a_shaping_is_composed_trained_resumed_and_evaluated(module, call, tmp_path):
-    arguments = [f'shaping.method=["ppl", "{module}:confident"]', "shaping.confident.beta=2.0", *SMALL]
+    arguments = [f'shaping.method=["ppl", "{module}:confident"]', "shaping.confident.beta=2.0", *SHORT, "steps=2"]
     run, whole = tmp_path / "runs" / "cut", tmp_path / "runs" / "whole"
     assert call("train", "tiny", *arguments, "--out", run)[0] == 0
     config = read_manifest(run)["config"]
@@ -147,7 +147,7 @@ def test_a_shaping_is_composed_trained_resumed_and_evaluated(module, call, tmp_p
     assert config["shaping"]["confident"] == {"start_step": 1, "end_step": None, "beta": 2.0}
     check_confident(run, 2.0)
 
-    longer = [*arguments, "steps=6", "optim.lr=3e-4"]
+    longer = [*arguments, "steps=4", "optim.lr=3e-4"]
     code, _, err = call("train", "tiny", *longer, "shaping.confident.beta=2.5", "--out", run, "--resume")
     assert (code, "shaping.confident.beta is 2.0 there, 2.5 here" in err) == (2, True)
     assert call("train", "tiny", *longer, "--out", run, "--resume")[0] == 0
@@ -165,9 +165,17 @@ def test_a_shaping_is_composed_trained_resumed_and_evaluated(module, call, tmp_p
 
 
 def test_a_grid_of_own_methods_is_run_in_other_processes_and_resumed(module, tmp_path):
+    """Train a grid beside a stranger's ``trainer.py`` and ``analysis/``.
+
+    No process may import them.
+    """
     write_grid(module)
+    Path("trainer.py").write_text("raise SystemExit('the user\\'s own trainer was imported')\n")
+    Path("analysis").mkdir()
+    Path("analysis/__init__.py").write_text("raise SystemExit('the user\\'s own analysis was imported')\n")
     out = tmp_path / "study"
-    command = [ENTRACE, "ablate", "grid.toml", *SMALL, "--out", out, "--jobs", "2", "--json"]
+    arguments = ["ablate", "grid.toml", *SHORT, "steps=2", "--out", out, "--jobs", "2", "--json"]
+    command = [sys.executable, "-m", "entrace", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     runs = {run["arm"]: run for run in json.loads(done.stdout)["runs"]}
@@ -247,7 +255,7 @@ def test_a_method_that_cannot_be_one_is_refused_before_any_run_starts(module, ca
     else:
         grid = GRID.replace("none = {}", f'none = {{}}\nwrong = {{ {kind}.method = "MODULE:{function}" }}')
         arguments = ["ablate", write_grid(module, grid)]
-    code, out, err = call(*arguments, *SMALL, "--out", tmp_path / "out")
+    code, out, err = call(*arguments, *SHORT, "--out", tmp_path / "out")
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert err.startswith("entrace: ")
     for part in WRONG[name]:
@@ -277,7 +285,7 @@ def test_an_arm_named_after_a_missing_module_is_refused(module, call, tmp_path):
     ],
 )
 def test_a_wrong_result_ends_the_run_with_one_line(module, call, tmp_path, setting, expected):
-    code, _, err = call("train", "tiny", setting.format(module), *SMALL, "--out", tmp_path / "run")
+    code, _, err = call("train", "tiny", setting.format(module), *SHORT, "--out", tmp_path / "run")
     assert code == 2
     assert expected.format(module) in err.splitlines()[-1]
     assert read_manifest(tmp_path / "run")["status"] == "failed"
