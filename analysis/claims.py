@@ -19,6 +19,7 @@ from entrace.analysis.ledger import Ledger, load_ledger
 from entrace.analysis.runs import Runs
 from entrace.analysis.statistics.combination import MIN_BLOCKS
 from entrace.analysis.statistics.estimates import Estimate, holm
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.verdict_rules import CONTRADICTED, INCONCLUSIVE, NOT_RECORDED, SUPPORTED, Size, decide
 
 # Words for a positive and a negative effect of a claim that expects a positive one.
@@ -49,8 +50,8 @@ class Verdict:
         n: Number of units that the interval is over.
         of: Name of these units.
         why: Reason of the verdict.
-        sql: SQL file of the figure, relative to the package.
-        figure: Question whose figure shows the effect.
+        sql: SQL files whose rows the statistic is computed from, relative to the package, separated by commas.
+        figure: Question that shows the effect.
     """
 
     claim: str
@@ -103,6 +104,19 @@ class _Finding:
         return self.estimate is not None and self.estimate.is_finite and self.estimate.blocks >= MIN_BLOCKS
 
 
+def check(runs: Runs, ledger: Ledger) -> None:
+    """Refuse claims whose SQL lacks what they read; see ``training.declared``.
+
+    Raises:
+        InputError: a column is missing or not a number, the parameter ``$runs`` is missing, or DuckDB rejects the SQL.
+    """
+    for claim, entry in ledger.items():
+        for part, spec in entry["parts"].items():
+            if "sql" in spec:
+                training.check_declared(runs, spec, f'claim {claim}, part "{part}"')
+
+
+@checked
 def judge(runs: Runs, ledger: Ledger | None = None) -> list[Verdict]:
     """Judge every part of every claim.
 
@@ -119,9 +133,11 @@ def judge(runs: Runs, ledger: Ledger | None = None) -> list[Verdict]:
         One verdict per part of a claim and subject, in the order of the ledger.
 
     Raises:
-        InputError: a claim about methods has a part, or a smallest effect, that ``compare`` does not have.
+        InputError: a claim about methods has a part, or a smallest effect, that ``compare`` does not have; or ``check``
+            refuses a claim.
     """
     ledger = load_ledger(questions=runs.questions) if ledger is None else ledger
+    check(runs, ledger)
     by_claim: dict[str, list[_Finding | MethodFinding]] = {claim: [] for claim in ledger}
     about_training: list[_Finding] = []
     for claim, entry in ledger.items():
@@ -240,9 +256,11 @@ def _verdict(
     entry = ledger[claim]
     spec = entry["parts"][part]
     stem = spec.get("figure", entry["figure"])
-    is_formal = "arms" in entry and method_claims.PARTS[part] == FORMAL
-    measured = "formal_sums" if is_formal else spec.get("sql", stem)
-    share = runs.token_share(measured) if estimate else ""
+    if "arms" in entry:
+        read = ("formal_sums" if method_claims.PARTS[part] == FORMAL else "eval_outcomes",)
+    else:
+        read = training.questions_read(claim, part, spec)
+    share = next(filter(None, map(runs.token_share, read)), "") if estimate else ""
     return Verdict(
         claim=claim,
         part=part,
@@ -263,7 +281,7 @@ def _verdict(
         n=estimate.n if estimate else 0,
         of=estimate.of if estimate else "-",
         why=f"{why}; {share}" if share else why,
-        sql=runs.questions.location(stem),
+        sql=", ".join(map(runs.questions.location, read)),
         figure=stem,
     )
 

@@ -136,7 +136,7 @@ def sql(
     opened = open_runs(paths, questions=questions, engine=engine)
     text = _read_text(file) if file else text
     params = _parse_params([*(param or []), *settings], text)
-    with QueryProgress() as progress:
+    with opened.questions.named(question or ""), QueryProgress() as progress:
         parts = opened.stream(
             text,
             params,

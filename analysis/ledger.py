@@ -11,16 +11,18 @@ from typing import Any
 
 from entrace.analysis.effects import training
 from entrace.analysis.queries import BUILT_IN, Questions
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest, reason_of
 
 Ledger = Mapping[str, Mapping[str, Any]]
 
-# Keys that every claim, and every part of a claim, must have.
+# Keys that every claim, and every part of a claim, must have. Parts inherit those of PART_KEYS from their claim.
 CLAIM_KEYS = ("question", "test", "figure", "parts")
 PART_KEYS = ("statistic", "null", "unit", "direction", "smallest_effect", "limit")
 
 
-def load_ledger(path: Path | None = None, questions: Questions = BUILT_IN) -> dict[str, dict[str, Any]]:
+@checked
+def load_ledger(path: str | Path | None = None, questions: Questions = BUILT_IN) -> dict[str, dict[str, Any]]:
     """Return the claims by id.
 
     Args:
@@ -61,7 +63,9 @@ def _read_ledger(path: Path, questions: Questions) -> dict[str, dict[str, Any]]:
         _require(entry, CLAIM_KEYS, f"{path}: claim {claim}")
         _require(entry["parts"], (), f"{path}: claim {claim}, parts")
         known = training.PARTS.get(claim)
+        shared = {key: entry.pop(key) for key in PART_KEYS if key in entry}
         parts = entry["parts"]
+        parts |= {part: {**shared, **spec} for part, spec in parts.items() if isinstance(spec, dict)}
         is_declared = any("sql" in spec for spec in parts.values() if isinstance(spec, dict))
         if known is None and "arms" not in entry and not is_declared:
             raise InputError(f'{path}: unknown claim "{claim}"{nearest(claim, training.PARTS)}')

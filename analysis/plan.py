@@ -52,7 +52,7 @@ class PlannedRun:
 
 
 @dataclass(frozen=True)
-class Plan:
+class GridPlan:
     """Plan the runs of a grid, ``slots`` in parallel, with values of ``pilot``."""
 
     runs: Sequence[PlannedRun]

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from entrace.analysis.sandbox.statements import one_line, parameter_names
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.errors import InputError, nearest, reason_of
 from entrace.analysis.trace.parts import true_in
 from entrace.analysis.trace.schema import RESPONSE_TOKENS, TABLES
@@ -91,17 +94,17 @@ NEEDS = {
     "after-update values": Need(
         "tokens",
         "logprob_after",
-        "no after-update values were recorded; train with record.after_update_every=5",
+        "no after-update values were recorded; train with record.after_update_every from 1 to the number of steps",
     ),
     "after-update entropies": Need(
         "tokens",
         "entropy_after",
-        "no after-update entropies were recorded; train with record.after_update_every=5",
+        "no after-update entropies were recorded; train with record.after_update_every from 1 to the number of steps",
     ),
     "clipped tokens": Need(
         "tokens",
         "is_clipped",
-        "no token was clipped: with one mini-batch per step, every ratio is 1; train with optim.mini_batches=4",
+        "no token was clipped; with one mini-batch per step, every ratio is 1: train with optim.mini_batches=4",
         is_true=True,
     ),
     "token categories": Need("tokens", "category", "the texts of tokens are unknown"),
@@ -164,6 +167,7 @@ class Question:
         return f"### {self.stem}\n\n{self.question}\n\n{facts}\n\n```sql\n{self.sql}```\n"
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Questions:
     """Hold the built-in questions about runs, and those in the user's folder.
@@ -180,11 +184,19 @@ class Questions:
         """Check the user's files.
 
         Raises:
-            InputError: no such folder, a file without the headers, or a stem that is taken.
+            InputError: no such folder, a folder without questions, a file without the headers, SQL that is not one
+                query, a figure without SQL, or a stem that is taken.
         """
-        if self.folder is not None and not self.folder.is_dir():
+        if self.folder is None:
+            return
+        if not self.folder.is_dir():
             raise InputError(f"{self.folder}: no such folder of questions")
-        for stem, path in self._own.items():
+        if not self.own and not self.ledger:
+            raise InputError(f"{self.folder}: holds no question; expected files such as <name>.sql, or {LEDGER}")
+        for path in sorted(self.folder.glob("[!_]*.py")):
+            if path.stem not in self.own:
+                raise InputError(f"{path}: a figure needs {path.stem}.sql beside it{nearest(path.stem, self.own)}")
+        for stem, path in self.own.items():
             if stem in _built_in():
                 raise InputError(f'{path}: "{stem}" is a built-in question; rename the file')
             found = headers(_read_text(path))
@@ -193,6 +205,7 @@ class Questions:
                     raise InputError(f'{path}: expected "-- {name}: ..." among the first lines')
             if unknown := next((name for name in _names(found["needs"]) if name not in NEEDS), None):
                 raise InputError(f'{path}: needs: unknown value "{unknown}"{nearest(unknown, NEEDS)}')
+            self.parameter_names(stem)
 
     def __getitem__(self, stem: str) -> Question:
         """Return one question.
@@ -204,7 +217,7 @@ class Questions:
         found = headers(text)
         claims = CLAIMS.match(found["question"])
         question = found["question"][claims.end() :] if claims else found["question"]
-        level = OWN if stem in self._own else self.paths[stem].parent.name
+        level = OWN if stem in self.own else self.paths[stem].parent.name
         rest = (found[name] for name in HEADERS[1:])
         return Question(stem, level, question, claims["claim"] if claims else None, *rest, sql=text)
 
@@ -237,12 +250,12 @@ class Questions:
     @cached_property
     def paths(self) -> dict[str, Path]:
         """SQL file of each question, by stem."""
-        return {**_built_in(), **self._own}
+        return {**_built_in(), **self.own}
 
     @cached_property
     def figures(self) -> dict[str, Path]:
         """Return the Python file of each figure in the user's folder, by sorted stem."""
-        return {stem: path.with_suffix(".py") for stem, path in self._own.items() if path.with_suffix(".py").is_file()}
+        return {stem: path.with_suffix(".py") for stem, path in self.own.items() if path.with_suffix(".py").is_file()}
 
     @property
     def ledger(self) -> Path | None:
@@ -251,7 +264,8 @@ class Questions:
         return path if path and path.is_file() else None
 
     @cached_property
-    def _own(self) -> dict[str, Path]:
+    def own(self) -> dict[str, Path]:
+        """Return the SQL file of each question in the user's folder, by sorted stem."""
         return {path.stem: path for path in sorted(self.folder.glob("*.sql"))} if self.folder else {}
 
     def read(self, stem: str) -> str:
@@ -264,16 +278,36 @@ class Questions:
             raise InputError(f'unknown question "{stem}"{nearest(str(stem), self.paths)}')
         return _read_text(self.paths[stem])
 
-    def is_own(self, stem: str) -> bool:
-        """Return whether a question is in the user's folder."""
-        return stem in self._own
+    def parameter_names(self, stem: str) -> set[str]:
+        """Return the names of the parameters of a question.
+
+        Raises:
+            InputError: the SQL is not a single query, or cannot be parsed.
+        """
+        import duckdb
+
+        with self.named(stem):
+            try:
+                return parameter_names(self.read(stem))
+            except duckdb.Error as error:
+                raise InputError(one_line(error)) from None
+
+    @contextmanager
+    def named(self, stem: str) -> Iterator[None]:
+        """Begin errors about a question of the user's with the path of its SQL file."""
+        try:
+            yield
+        except InputError as error:
+            if stem in self.own:
+                error.args = (f"{self.own[stem]}: {error}",)
+            raise
 
     def location(self, stem: str) -> str:
         """Return the path of a question's file.
 
         A built-in question gives a path such as ``analysis/sql/stage/stage_dynamics.sql``.
         """
-        return str(self._own.get(stem) or f"analysis/sql/{self.paths[stem].parent.name}/{stem}.sql")
+        return str(self.own.get(stem) or f"analysis/sql/{self.paths[stem].parent.name}/{stem}.sql")
 
     def needs(self, stem: str) -> list[Need]:
         """Return what a trace must hold for a question to have rows."""

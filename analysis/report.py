@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from entrace.analysis.compare import compare_once
 from entrace.analysis.runs import Runs
 from entrace.analysis.terminal.export import to_csv_digits, to_json, to_report_csv
 from entrace.analysis.terminal.interrupt import POLL_INTERVAL_S
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.errors import InputError
 from entrace.analysis.trace.manifest import flatten
 from entrace.analysis.trace.places import reaching, to_place
@@ -61,6 +63,7 @@ SAVE_OPTIONS: dict[str, dict[str, Any]] = {"png": {"pil_kwargs": {"compress_leve
 LAYOUT_TABLES = ("GSUB", "GPOS", "GDEF", "kern", "BASE", "JSTF", "MATH")
 
 
+@checked
 def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None] | None = None) -> Path:
     """Write a report: a page, figures with their data, and the scorecard.
 
@@ -80,25 +83,50 @@ def write_report(runs: Runs, out: str | Path, on_step: Callable[[int, str], None
     out = to_place(out)
     with reaching(out):
         check_target(out, PAGE, MARK)
-    stems = figures.stems(runs)
+    check_questions(runs)
+    stems = _stems(runs)
     replaces = [f"{stem}.{form}" for stem in stems for form in STAMPS] + list(COMPARED.values())
     with staged(out, last=PAGE, replaces=replaces) as folder:
         _write_parts(runs, stems, folder, on_step or (lambda done, name: None))
     return out / PAGE
 
 
+def check_questions(runs: Runs) -> None:
+    """Refuse faults of a user's folder that show without rows of the traces.
+
+    Raises:
+        InputError: DuckDB rejects the SQL, a figure cannot be imported, or a claim names a column that its SQL lacks.
+    """
+    for stem in runs.questions.own:
+        runs.columns(stem)
+    for stem in runs.questions.figures:
+        figures.figure_module(stem, runs.questions)
+    claims.check(runs, claims.load_ledger(questions=runs.questions))
+
+
+def _stems(runs: Runs) -> list[str]:
+    """Return the questions of the report; those of the user's folder come last."""
+    return [*figures.STEMS, *runs.questions.own]
+
+
 def _write_parts(runs: Runs, stems: list[str], out: Path, on_step: Callable[[int, str], None]) -> None:
-    verdicts = claims.judge(runs)
-    scorecard = claims.scorecard(verdicts)
+    done = count(1)
+    sections: dict[str, dict[str, Any]] = {}
+
+    def write(stems: Sequence[str]) -> None:
+        with _asked_ahead(runs, stems) as frames:
+            for stem, frame in zip(stems, frames, strict=True):
+                sections[stem] = _write_section(runs, stem, frame, out)
+                on_step(next(done), stem)
+
+    # The user's own SQL and figures may fail, so they precede the long work.
+    write(runs.questions.own)
+    scorecard = claims.scorecard(claims.judge(runs))
     (out / CLAIMS).write_text(to_json(scorecard) + "\n", encoding="utf-8")
-    on_step(1, CLAIMS)
+    on_step(next(done), CLAIMS)
     comparison = _write_comparison(runs, out)
-    on_step(2, COMPARED["differences"])
-    sections = []
-    with _asked_ahead(runs, stems) as frames:
-        for done, (stem, frame) in enumerate(zip(stems, frames, strict=True), start=3):
-            sections.append(_write_section(runs, stem, frame, out, scorecard))
-            on_step(done, stem)
+    on_step(next(done), COMPARED["differences"])
+    write(figures.STEMS)
     page = render(
         "report.html.jinja",
         mark=MARK,
@@ -108,15 +136,15 @@ def _write_parts(runs: Runs, stems: list[str], out: Path, on_step: Callable[[int
         provenance=_provenance(runs),
         final=_final_table(runs.ask("ablation_final")),
         scorecard=scorecard,
-        sections=sections,
+        sections=[sections[stem] for stem in stems],
     )
     (out / PAGE).write_text(page, encoding="utf-8")
     on_step(num_parts(runs), PAGE)
 
 
 def num_parts(runs: Runs) -> int:
-    """Return the number of parts of a report: figures, claims, comparison, and page."""
-    return len(figures.stems(runs)) + 3
+    """Return the number of parts: questions, claims, comparison, and page."""
+    return len(_stems(runs)) + 3
 
 
 def check_target(out: Path, page: str = PAGE, mark: str = MARK) -> None:
@@ -144,7 +172,7 @@ def check_target(out: Path, page: str = PAGE, mark: str = MARK) -> None:
 def _asked_ahead(runs: Runs, stems: Sequence[str]) -> Iterator[Iterator[pl.DataFrame]]:
     """Yield the rows of each figure; while the caller draws one, the next ones are asked for."""
     with ThreadPoolExecutor(1) as pool:
-        asked = deque(pool.submit(figures.query, runs, stem) for stem in stems)
+        asked = deque(pool.submit(_rows, runs, stem) for stem in stems)
 
         def frames() -> Iterator[pl.DataFrame]:
             while asked:
@@ -162,11 +190,20 @@ def _asked_ahead(runs: Runs, stems: Sequence[str]) -> Iterator[Iterator[pl.DataF
                 wait(running, POLL_INTERVAL_S)
 
 
-def _write_section(runs: Runs, stem: str, frame: pl.DataFrame, out: Path, scorecard: dict[str, Any]) -> dict[str, Any]:
-    """Write a figure in all formats and its CSV file; return its page section."""
+def _rows(runs: Runs, stem: str) -> pl.DataFrame:
+    """Return the rows of a question, with those that only its figure has."""
+    return figures.query(runs, stem) if stem in figures.stems(runs) else figures.rows(runs, stem)
+
+
+def _write_section(runs: Runs, stem: str, frame: pl.DataFrame, out: Path) -> dict[str, Any]:
+    """Write the rows and the figure of a question, and return its page section.
+
+    The rows are a CSV file, and the figure has all formats. A user's question may have no figure.
+    """
+    has_figure = stem in figures.stems(runs)
     (out / f"{stem}.csv").write_text(to_report_csv(frame), encoding="utf-8")
     image = None
-    if figures.is_drawable(frame):
+    if has_figure and figures.is_drawable(frame):
         # Sums over threads differ in their last digits, and equal data must give equal bytes.
         for form, data in picture_files(figures.drawn(runs, stem, to_csv_digits(frame))).items():
             (out / f"{stem}.{form}").write_bytes(data)
@@ -178,9 +215,8 @@ def _write_section(runs: Runs, stem: str, frame: pl.DataFrame, out: Path, scorec
         "question": queries.headers(text)["question"],
         "caption": figures.caption(runs, stem),
         "image": image,
-        "lacks": "" if image else runs.why_empty(stem),
+        "lacks": runs.why_empty(stem) if has_figure or frame.is_empty() else f"the folder has no figure {stem}.py",
         "sql": text,
-        "verdicts": [verdict for verdict in scorecard["verdicts"] if verdict["figure"] == stem],
     }
 
 

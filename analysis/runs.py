@@ -33,8 +33,9 @@ from entrace.analysis.sandbox.worker import Query
 from entrace.analysis.spark.engine import SparkEngine
 from entrace.analysis.terminal.interrupt import interruptible
 from entrace.analysis.trace import digests
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.errors import InputError, fault_of, in_one_line, nearest, reason_of
-from entrace.analysis.trace.manifest import MANIFEST, read_manifest
+from entrace.analysis.trace.manifest import IMPORTED, MANIFEST, read_manifest
 from entrace.analysis.trace.parts import (
     Layout,
     check_parts,
@@ -75,6 +76,7 @@ NARROW_SHARE, NARROWED = 0.25, 2
 PART_ROWS = 1 << 16
 
 
+@checked
 def open_runs(
     paths: str | Path | Iterable[str | Path],
     *,
@@ -189,6 +191,7 @@ class Runs:
     def __repr__(self) -> str:
         return f"Runs({', '.join(self.manifests)})"
 
+    @checked
     def sql(
         self,
         text: str,
@@ -217,6 +220,7 @@ class Runs:
         """
         return self._collect(self._to_query(text, self._check(text, params or {})), Limits.parse(memory, timeout))
 
+    @checked
     def stream(
         self,
         text: str,
@@ -246,6 +250,7 @@ class Runs:
         limits = Limits.parse(memory, timeout)
         return self._send(self._to_query(text, self._check(text, params or {})), limits, on_progress, reader)
 
+    @checked
     def query(self, stem: str, **params: Any) -> pl.DataFrame:
         """Ask a question, such as ``query("entropy_by_position", stage="plateau")``.
 
@@ -256,7 +261,8 @@ class Runs:
         """
         frame = self.ask(stem, **self._check(self.questions.read(stem), params))
         if frame.is_empty():
-            warnings.warn(self.why_no_rows(stem, params), stacklevel=2)
+            # Two frames up: the call of the user, beyond the check of its arguments.
+            warnings.warn(self.why_no_rows(stem, params), stacklevel=3)
         return frame
 
     def ask(self, stem: str, **params: Any) -> pl.DataFrame:
@@ -265,12 +271,24 @@ class Runs:
         The values of its parameters must come from the traces.
         """
         text = self.questions.read(stem)
-        if "runs" in parameter_names(text) and (lacking := self.lacking(stem)):
+        if "runs" in self.questions.parameter_names(stem) and (lacking := self.lacking(stem)):
             asked = params.get("runs")
             params["runs"] = [run for run in (self.manifests if asked is None else asked) if run not in lacking]
-        if self.questions.is_own(stem):
+        if stem not in self.questions.own:
+            return self.run_shipped(text, params)
+        with self.questions.named(stem):
             return self._collect(self._to_query(text, params), Limits())
-        return self.run_shipped(text, params)
+
+    def columns(self, stem: str) -> pl.Schema:
+        """Return names and types of a question's columns, without computing rows.
+
+        Raises:
+            InputError: no such question, or DuckDB rejects its SQL.
+        """
+        with self.questions.named(stem):
+            text = columns_of(self.questions.read(stem))
+            [frame] = self._send_to_process(Query(text, _complete(text, {}), {}), Limits())
+            return frame.schema
 
     def run_shipped(self, text: str, params: Mapping[str, Any] | None = None) -> pl.DataFrame:
         """Run SQL of this package in this process, which saves starting another one.
@@ -315,6 +333,7 @@ class Runs:
         if self._spark:
             self._spark.stop()
 
+    @checked
     def view(self, height: int = 800) -> Any:
         """Return ``entrace view`` as a notebook frame, ``height`` pixels high.
 
@@ -324,6 +343,7 @@ class Runs:
         # The viewer imports this module.
         return import_module("entrace.analysis.viewer.notebook").show(self, height)
 
+    @checked
     def why_no_rows(self, stem: str, params: Mapping[str, Any]) -> str:
         """Return one line that says why a question has no rows.
 
@@ -843,7 +863,7 @@ def _describe_progress(manifest: Mapping[str, Any], steps: Sequence[int], gone: 
     sampling = TokenSampling.of(manifest)
     sampled = "" if sampling == TokenSampling() else f"tokens are stored for {sampling}"
     # An imported trace may hold only every tenth step, as its trainer saved it.
-    gaps = [] if manifest.get("scored") else [(a + 1, b - 1) for a, b in pairwise([0, *steps]) if b - a > 1]
+    gaps = [] if manifest.get(IMPORTED) else [(a + 1, b - 1) for a, b in pairwise([0, *steps]) if b - a > 1]
     missing = "; steps " + ", ".join(f"{a} to {b}" if b > a else str(a) for a, b in gaps[:GAPS_SHOWN]) + " are missing"
     total = f" of {manifest['total_steps']}" if manifest.get("total_steps") else ""
     done = f"{len(steps)}{total} steps recorded"

@@ -56,7 +56,7 @@ OVERRIDE = re.compile(r"[\w.]+=")
 QUOTED = re.compile(r"'[^']*'|\"[^\"!$`\\]*\"")
 # Outside quotes: comments, which zsh reads as words, patterns, prompts, placeholders such as RUN or <run>, ellipses.
 NOT_PASTABLE = re.compile(r"[#*?\[\]{}<>|;&()!~^$`'\"…]|\.\.\.|(?<![\w/.-])[A-Z]{2,}(?![\w=])")
-TINY = [*SMALL, "rollout.max_response_tokens=24"]
+TINY = [*SMALL, "rollout.max_response_tokens=24", "rollout.max_refills=0"]
 
 
 # test_report.py draws all of them.

@@ -114,6 +114,14 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write one short run, for tests that need hostile text and no comparison."""
+    folder = write_run(tmp_path_factory.mktemp("hostile") / "a[0]*'; -- <b>" / "run", steps=4, groups=1)
+    poison(folder, folder.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def report(hostile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -244,8 +252,8 @@ def test_terminal_sees_no_control_character(command, hostile: Path):
         ["sql", "RUN", "select \udce9"],
     ],
 )
-def test_errors_are_one_short_line(command, hostile: Path, args: list[str]):
-    code, out, err = command(*[str(hostile) if arg == "RUN" else arg for arg in args])
+def test_errors_are_one_short_line(command, hostile_run: Path, args: list[str]):
+    code, out, err = command(*[str(hostile_run) if arg == "RUN" else arg for arg in args])
     assert (code, out) == (2, "")
     assert err.startswith("entrace: ")
     assert err.count("\n") == 1

@@ -21,22 +21,23 @@ def write(folder: Path, arm: str, seed: int, rate: float, accuracy: float, label
     write_manifest(run, {**manifest, "config": config, "arm": arm + label, "baseline": f"none{label}"})
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """Write both studies.
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write both studies, which no test changes.
 
     ppl and its control learn best at the higher rate, and gain .2 and .1.
     """
+    folder = tmp_path_factory.mktemp("powered")
     for seed in (100, 101):
         for rate, ppl in ((0.1, 0.5), (0.2, 0.9)):
-            write(tmp_path / "rates", "none", seed, rate, 0.9 if rate == 0.1 else 0.3, f" [optim.lr={rate}]")
+            write(folder / "rates", "none", seed, rate, 0.9 if rate == 0.1 else 0.3, f" [optim.lr={rate}]")
             for arm in ("ppl", "ppl_high"):
-                write(tmp_path / "rates", arm, seed, rate, ppl, f" [optim.lr={rate}]")
+                write(folder / "rates", arm, seed, rate, ppl, f" [optim.lr={rate}]")
     for seed in range(3):
-        write(tmp_path / "study", "none", seed, 0.1, 0.5)
-        write(tmp_path / "study", "ppl", seed, 0.2, 0.7)
-        write(tmp_path / "study", "ppl_high", seed, 0.2, 0.6)
-    return tmp_path
+        write(folder / "study", "none", seed, 0.1, 0.5)
+        write(folder / "study", "ppl", seed, 0.2, 0.7)
+        write(folder / "study", "ppl_high", seed, 0.2, 0.6)
+    return folder
 
 
 def interval_of(page: str, row: str) -> tuple[float, float, list[str]]:

@@ -55,10 +55,17 @@ def test_findings_of_the_readme_have_the_numbers_of_the_scorecard():
 
 
 def integrity():
-    measurements = [{**values} for values in report("integrity_benchmarks.json")]
-    for values in measurements:
-        values.pop("is_met")
-    return [Measurement(**values) for values in measurements]
+    return measurements(report("integrity_benchmarks.json"))
+
+
+def measurements(entries):
+    return [Measurement(**{key: value for key, value in values.items() if key != "is_met"}) for values in entries]
+
+
+@pytest.mark.parametrize("name", ["benchmarks", "benchmarks_gpu"])
+def test_a_page_of_benchmarks_shows_its_numbers(name):
+    found = measurements(report(f"{name}.json")["measurements"])
+    assert to_markdown(found) in (ROOT / "reports" / f"{name}.md").read_text()
 
 
 @pytest.mark.parametrize(

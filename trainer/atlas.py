@@ -17,7 +17,7 @@ from torch import Tensor
 from entrace.trainer.ablation.arms import describe_methods, method_settings
 from entrace.trainer.algorithm.advantages import group_relative_advantage
 from entrace.trainer.algorithm.method import NotRecordedError, RolloutView
-from entrace.trainer.algorithm.objectives import Objective
+from entrace.trainer.algorithm.mini_batch import Objective
 from entrace.trainer.algorithm.shaping import NONE, shape
 from entrace.trainer.config import Config, build_config
 from entrace.trainer.seeding import Stream, generator

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.sampling import TokenSampling
 from entrace.trainer.algorithm.method import find_method
-from entrace.trainer.algorithm.objectives import LossConfig
+from entrace.trainer.algorithm.mini_batch import LossConfig
 from entrace.trainer.algorithm.shaping import ShapingConfig, find_replacement
 from entrace.trainer.resources import EMBEDDED, resolve_config
 from entrace.trainer.settings import (
@@ -269,7 +271,8 @@ class Config(BaseConfig):
         return (right - wrong) / 2 if self.rollout.overlong_penalty is None else self.rollout.overlong_penalty
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+@checked
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file or a shipped config, and apply ``key.path=value`` overrides.
 
     A shipped config is named without a folder, such as ``tiny``.
@@ -280,7 +283,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     values = read_toml(resolve_config(path))
     for override in overrides:
         values = merge(values, parse_override(override))
-    return build_config(values, source=path)
+    return build_config(values, source=str(path))
 
 
 def _rebuild(values: dict[str, Any]) -> Config:

@@ -51,7 +51,7 @@ COLUMN_BYTES = (3.5, 4.0)
 
 
 @dataclass
-class Plan:
+class MemoryPlan:
     """Peak memory of a run on each of ``devices`` devices, in bytes.
 
     Attributes:
@@ -141,7 +141,7 @@ class Plan:
         ]
 
 
-def make_plan(config: Config, devices: int = 1) -> Plan:
+def make_plan(config: Config, devices: int = 1) -> MemoryPlan:
     """Plan a run on ``devices`` devices.
 
     ``policy.dtype = "auto"`` counts as on a GPU.
@@ -168,7 +168,7 @@ def make_plan(config: Config, devices: int = 1) -> Plan:
         record.captures(step) or record.token_sampling.has_step(step, is_last=step == config.steps) for step in steps
     )
     rows = max(1, min(responses // devices, rollout.cache_tokens // longest))
-    return Plan(
+    return MemoryPlan(
         model=config.policy.path,
         shape_from=shape_from,
         parameters=sum(parameters),

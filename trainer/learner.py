@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from entrace.trainer.algorithm.losses import kl_penalty
-from entrace.trainer.algorithm.objectives import Objective
+from entrace.trainer.algorithm.mini_batch import Objective
 from entrace.trainer.config import UPDATE_MEMORY, Config, OptimConfig
 from entrace.trainer.faults import TrainingError, memory_advice
 from entrace.trainer.kernels.packing import cut_by_tokens
@@ -322,7 +322,7 @@ def make_objectives(
     mini-batches with the first, then all with the second.
 
     Args:
-        config: Its ``loss`` chooses w, v, and c; see ``algorithm.objectives``.
+        config: Its ``loss`` chooses w, v, and c; see ``algorithm.mini_batch``.
         batch: The step's responses.
         advantages: Shaped advantages, (B, T).
         step: Current step, from 1; decides the order of mini-batches and the random numbers of methods that draw.

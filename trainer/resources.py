@@ -64,7 +64,7 @@ def find_local_model(name: str) -> Path | None:
     raise InputError(f"policy.path: no model folder at {path}")
 
 
-def resolve_config(name: str) -> Path:
+def resolve_config(name: str | Path) -> Path:
     """Return an existing path as given, else the shipped config of that name.
 
     The name may be ``tiny`` or ``tiny.toml``.

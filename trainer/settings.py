@@ -28,6 +28,8 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from entrace.analysis.trace import InputError, nearest, reason_of
+from entrace.analysis.trace.arguments import checked
+from entrace.analysis.trace.errors import explained
 
 __all__ = [
     "AboveOne",
@@ -44,7 +46,9 @@ __all__ = [
     "Positive",
     "PositiveFraction",
     "ValidationError",
+    "checked",
     "create_model",
+    "explained",
     "import_function",
     "keyword_defaults",
     "merge",
@@ -210,7 +214,8 @@ def import_function(name: str, kind: str) -> Callable[..., Any]:
     if here not in sys.path:
         sys.path.append(here)
     try:
-        module = importlib.import_module(module_name)
+        with explained(f"{kind} {name}: cannot be imported", passes=ModuleNotFoundError):
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise InputError(f"{kind} {name}: module {module_name} needs {error.name}, not installed") from None
@@ -218,8 +223,6 @@ def import_function(name: str, kind: str) -> Callable[..., Any]:
         raise InputError(
             f'{kind} {name}: no module "{error.name}", here or installed{nearest(error.name, files) if files else ""}'
         ) from None
-    except Exception as error:
-        raise InputError(f"{kind} {name}: cannot be imported ({type(error).__name__}: {error})") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

@@ -6,7 +6,7 @@ step samples G responses per prompt, scores them to rewards r, and minimizes, wi
     A_i = (r_i - mean r) / std r                        algorithm.advantages
     A'  = shape(A)                                      algorithm.shaping
     L_t = max(-rho_t A', -clip(rho_t) A')               algorithm.losses
-    loss = sum_t c_t w_t L_t                            algorithm.objectives
+    loss = sum_t c_t w_t L_t                            algorithm.mini_batch
 
 ``learner`` computes rho, one mini-batch at a time, and takes the optimizer's steps.
 
@@ -23,10 +23,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from entrace.analysis.trace import TraceWriter
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.sampling import TokenSampling
 from entrace.trainer.algorithm.advantages import group_relative_advantage
 from entrace.trainer.algorithm.plateau import PlateauDetector
@@ -47,10 +49,11 @@ from entrace.trainer.seeding import Stream
 from entrace.trainer.tasks import Task
 
 
+@checked
 def train(
     config: Config,
     run_dir: str | Path,
-    labels: Mapping[str, str] | None = None,
+    labels: Mapping[str, Any] | None = None,
     *,
     resume: bool = False,
     on_step: Callable[..., None] = lambda done, **metrics: None,

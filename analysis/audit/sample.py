@@ -13,6 +13,7 @@ from entrace.analysis.audit.distributions import Distributions
 from entrace.analysis.audit.findings import LackingError
 from entrace.analysis.audit.fits import Fit, fit_sampling
 from entrace.analysis.runs import Runs
+from entrace.analysis.trace.manifest import IMPORTED
 
 if TYPE_CHECKING:
     import polars as pl
@@ -49,7 +50,7 @@ class Sample:
         stride = max(1, -(-total // MAX_TOKENS))
         tokens = runs.run_shipped(TOKENS, {"run": run_id, "steps": steps.gather_every(stride).to_list()})
         num_entries = runs.run_shipped(ENTRIES, {"run": run_id}).item()
-        form = (runs.manifests[run_id].get("scored") or {}).get("format", "")
+        form = (runs.manifests[run_id].get(IMPORTED) or {}).get("format", "")
         return cls(tokens.with_columns(pl.col(pl.Float32).cast(pl.Float64)), responses, num_entries, form)
 
     def known(self, *columns: str) -> pl.DataFrame:

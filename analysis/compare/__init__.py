@@ -40,6 +40,7 @@ from entrace.analysis.compare.tables import aggregate_table, difference_table, s
 from entrace.analysis.compare.verdict import PRIMARY, Judged, judge_rows
 from entrace.analysis.ledger import Ledger, load_ledger
 from entrace.analysis.runs import Runs
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.errors import InputError
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Comparison:
     judged: Sequence[Judged] = ()
 
 
+@checked
 def compare(
     runs: Runs, accuracy: float | None = None, seed: int = 0, references: Mapping[str, str] | None = None
 ) -> Comparison:

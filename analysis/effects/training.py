@@ -35,6 +35,7 @@ from entrace.analysis.statistics.clusters import Effect
 from entrace.analysis.statistics.combination import MAX_DF, combine
 from entrace.analysis.statistics.estimates import LEVEL, ONE_SD, Estimate
 from entrace.analysis.statistics.stages import MIN_STEPS, StageFit, slowdown
+from entrace.analysis.trace.errors import InputError, nearest
 
 if TYPE_CHECKING:
     import polars as pl
@@ -46,7 +47,7 @@ LENGTH_BINS = 12
 def of_policy(estimator: Estimator) -> Estimator:
     """Return an estimator that rejects runs without the policy's entropy.
 
-    An example is a run that was scored by another model.
+    An example is an imported run whose entropies are another model's.
     """
 
     def estimate(runs: Runs, run_ids: Sequence[str]) -> Estimate:
@@ -372,6 +373,31 @@ def declared(spec: Mapping[str, Any]) -> Estimator:
     return SPANS[spec["over"]](spec["sql"], values, effect)
 
 
+def check_declared(runs: Runs, spec: Mapping[str, Any], name: str) -> None:
+    """Refuse a declared part whose SQL lacks what ``declared`` reads.
+
+    Args:
+        runs: Runs with the question that the part names.
+        spec: The part.
+        name: Name of the part, for the message.
+
+    Raises:
+        InputError: a column is missing or not a number, the parameter ``$runs`` is missing, or DuckDB rejects the SQL.
+    """
+    import polars as pl
+
+    stem, columns = spec["sql"], runs.columns(spec["sql"])
+    place = f"{runs.questions.location(stem)}: {name}"
+    if "runs" not in runs.questions.parameter_names(stem):
+        raise InputError(f"{place}: a claim chooses runs; filter with $runs is null or list_contains($runs, run_id)")
+    for column in ("run_id", "step", "prompt_id", *spec["values"]):
+        if column not in columns:
+            raise InputError(f'{place}: the query has no column "{column}"{nearest(column, columns)}')
+    for column in spec["values"]:
+        if not (columns[column].is_numeric() or columns[column] == pl.Boolean):
+            raise InputError(f'{place}: column "{column}" has type {columns[column]}, expected a number')
+
+
 def all_steps(stem: str, values: Sequence[str], effect: Effect) -> Estimator:
     """Return an estimator of the mean over steps of an effect on their totals."""
 
@@ -492,3 +518,27 @@ PARTS: dict[str, dict[str, Callable[..., Estimate]]] = {
         "gradient": excess(end_at_equal_entropy("grad_norm")),
     },
 }
+
+# Questions that a claim, or one part of it, reads. The fit of S1 reads the columns that stage_dynamics shows.
+_READ: dict[str, tuple[str, ...]] = {
+    "S1": ("stage_dynamics",),
+    "E1": ("exchange_halves",),
+    **dict.fromkeys(("E2", "E3", "E4"), ("law_sums",)),
+    "E5": ("entropy_forecasts",),
+    "S2": ("sign_entropy",),
+    "S3": ("category_by_length",),
+    "S4": ("defect_sums",),
+    "S5": ("movement_sums", "movement_potential"),
+    "S6": ("movement_sums",),
+    "I1 accuracy": ("ppl_halves",),
+    "I1 reasoning tokens": ("high_entropy_terciles",),
+    "I2": ("impact_sums",),
+    "T1": ("position_fifths",),
+    "T2": ("impact_sums",),
+    "T3": ("movement_sums", "end_by_entropy"),
+}
+
+
+def questions_read(claim: str, part: str, spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the questions whose rows the estimator of a part reads."""
+    return (spec["sql"],) if "sql" in spec else _READ.get(claim) or _READ[f"{claim} {part}"]

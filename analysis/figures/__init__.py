@@ -11,6 +11,7 @@ To add a figure, add its module and its function below. The report has the figur
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,11 +19,12 @@ from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from entrace.analysis.figures import arms, style
 from entrace.analysis.queries import Questions, headers
-from entrace.analysis.trace.errors import InputError, in_one_line
+from entrace.analysis.trace.arguments import checked
+from entrace.analysis.trace.errors import InputError, explained, nearest
 
 if TYPE_CHECKING:
     import polars as pl
@@ -42,10 +44,18 @@ def figure_module(stem: str, questions: Questions | None = None) -> ModuleType:
     The module is built in, or in the folder of ``questions``.
 
     Raises:
-        InputError: a user's module cannot be imported, or has no ``draw``.
+        InputError: no such figure; or a user's module is missing, cannot be imported, or has no ``draw``.
     """
-    if questions is None or stem not in questions.figures:
-        return import_module(f"{__name__}.{stem}")
+    if questions is None or stem not in questions.own:
+        try:
+            return import_module(f"{__name__}.{stem}")
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith(__name__):
+                raise
+            known = [*STEMS, *(questions.figures if questions else ())]
+            raise InputError(f'unknown figure "{stem}"{nearest(str(stem), known)}') from None
+    if stem not in questions.figures:
+        raise InputError(f"{questions.own[stem]}: the question has no figure; write {stem}.py beside it")
     return _import_file(questions.figures[stem])
 
 
@@ -55,13 +65,26 @@ def _import_file(path: Path) -> ModuleType:
     assert spec, path
     assert spec.loader, path
     module = module_from_spec(spec)
-    try:
+    with explained(f"{path}: cannot be imported"):
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"{path}: cannot be imported ({type(error).__name__}: {in_one_line(error)})") from error
     if not callable(getattr(module, "draw", None)):
         raise InputError(f"{path}: expected a function draw(frame, ax)")
+    if not isinstance(caption := getattr(module, "CAPTION", ""), str):
+        raise InputError(f"{path}: CAPTION: expected a text, found {reprlib.repr(caption)}")
     return module
+
+
+def _call(runs: Runs, stem: str, name: str, *arguments: Any) -> Any:
+    """Call a function of a figure.
+
+    Raises:
+        InputError: a user's function failed; the message names its file.
+    """
+    function = getattr(figure_module(stem, runs.questions), name)
+    if stem not in runs.questions.figures:
+        return function(*arguments)
+    with explained(f"{runs.questions.figures[stem]}: {name} failed"):
+        return function(*arguments)
 
 
 def stems(runs: Runs) -> list[str]:
@@ -79,7 +102,7 @@ def caption(runs: Runs, stem: str) -> str:
     a user's figure defaults to the question of its SQL.
     """
     question = headers(runs.questions.read(stem))["question"]
-    own = getattr(figure_module(stem, runs.questions), "CAPTION", question)
+    own = getattr(figure_module(stem, runs.questions), "CAPTION", question) if stem in stems(runs) else question
     shown = _shown(runs)
     notes = []
     if share := runs.token_share(stem, shown):
@@ -97,10 +120,18 @@ def query(runs: Runs, stem: str) -> pl.DataFrame:
     """
     module = figure_module(stem, runs.questions)
     if hasattr(module, "query"):
-        return module.query(runs)
+        return _call(runs, stem, "query", runs)
     if hasattr(module, "MEAN_OF"):
         return arms.with_means(runs, runs.ask(stem), module.MEAN_OF, module.AT)
-    return runs.ask(stem, runs=_shown(runs))
+    return rows(runs, stem)
+
+
+def rows(runs: Runs, stem: str) -> pl.DataFrame:
+    """Return the rows of a question about the runs that figures of training show.
+
+    A user's question without the parameter ``$runs`` is about all runs.
+    """
+    return runs.ask(stem, **({"runs": _shown(runs)} if "runs" in runs.questions.parameter_names(stem) else {}))
 
 
 def _shown(runs: Runs) -> list[str]:
@@ -121,10 +152,11 @@ def size(runs: Runs, stem: str, frame: pl.DataFrame) -> tuple[float, float]:
 
     A figure fills one column of a page; it is taller with many arms.
     """
-    module = figure_module(stem, runs.questions)
-    return module.size(frame) if hasattr(module, "size") else style.SIZE
+    has_size = hasattr(figure_module(stem, runs.questions), "size")
+    return _call(runs, stem, "size", frame) if has_size else style.SIZE
 
 
+@checked
 def draw(stem: str, runs: Runs, ax: Axes | None = None) -> Axes:
     """Draw the figure ``stem`` on ``ax``, or on the Axes of a new figure.
 
@@ -134,7 +166,8 @@ def draw(stem: str, runs: Runs, ax: Axes | None = None) -> Axes:
     frame = query(runs, stem)
     if not is_drawable(frame):
         raise InputError(f"{stem}: {runs.why_empty(stem)}")
-    return figure_module(stem, runs.questions).draw(frame, ax or style.new_axes(size(runs, stem, frame)))
+    ax = ax or style.new_axes(size(runs, stem, frame))
+    return _call(runs, stem, "draw", frame, ax)
 
 
 @contextmanager
@@ -144,7 +177,7 @@ def drawn(runs: Runs, stem: str, frame: pl.DataFrame) -> Iterator[Figure]:
     Save the figure inside the block, under the settings that hold there.
     """
     with style.canvas(size(runs, stem, frame)) as figure:
-        figure_module(stem, runs.questions).draw(frame, figure.subplots())
+        _call(runs, stem, "draw", frame, figure.subplots())
         yield figure
 
 
@@ -152,7 +185,7 @@ def _listed(function: Draws) -> Draws:
     """Append a figure to ``STEMS``."""
     stem = function.__name__
     # The first import of a module binds its name in the package, so it must precede the function.
-    figure_module(stem)
+    import_module(f"{__name__}.{stem}")
     STEMS.append(stem)
     return function
 

@@ -22,7 +22,7 @@ from entrace.analysis.importers.tables import Chunk, Difference, Differences, Ev
 from entrace.analysis.importers.unknown import unknown_columns
 from entrace.analysis.trace.digests import hash_file
 from entrace.analysis.trace.errors import InputError, in_one_line
-from entrace.analysis.trace.manifest import MANIFEST, describe_machine, is_before_manifest, read_manifest
+from entrace.analysis.trace.manifest import IMPORTED, MANIFEST, describe_machine, is_before_manifest, read_manifest
 from entrace.analysis.trace.parts import last_step, last_whole_step, listed_files
 from entrace.analysis.trace.writer import TraceWriter
 
@@ -161,7 +161,7 @@ def _open_trace(
     """Return a new or resumed trace and the last step that it holds, -1 for none."""
     if resume and (run_dir / MANIFEST).exists():
         manifest = read_manifest(run_dir)
-        before = manifest.get("scored")
+        before = manifest.get(IMPORTED)
         if before is None:
             raise InputError(f"{run_dir}: not a trace of entrace import; choose another folder")
         # An earlier version described less.
@@ -177,9 +177,8 @@ def _open_trace(
         "model": evaluator.name if evaluator else None,
         "task": " + ".join(dict.fromkeys(path.stem for path in rollouts.dump.files)),
         "total_steps": rollouts.counts.steps,
-        # The keys of entrace score, the former name of the command, so that its traces resume.
-        "config": {"score": description["settings"]},
-        "scored": dict(description),
+        "config": {"import": description["settings"]},
+        IMPORTED: dict(description),
         "unknown": unknown_columns(
             rollouts.counts,
             has_model=evaluator is not None,

@@ -133,6 +133,27 @@ def with_kind(error: BaseException) -> str:
     return kind if said == kind else f"{kind}: {said}"
 
 
+@contextmanager
+def explained(what: str, passes: type[Exception] | tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn an error of a user's code into one line that begins with ``what``.
+
+    A call of ``sys.exit`` is such an error: it must not end the command that runs the code.
+
+    Args:
+        what: Which code failed.
+        passes: Errors that stay as they are.
+
+    Raises:
+        InputError: the block raised another error.
+    """
+    try:
+        yield
+    except passes:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{what} ({with_kind(error)})") from error
+
+
 def fault_of(error: BaseException) -> OSError | None:
     """Return the operating system's error that an error is or quotes, or None."""
     if isinstance(error, InputError):

@@ -31,9 +31,13 @@ KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("run_id", "study", "arm", "baseline", "status", "error", "model", "task"), TEXT),
     **dict.fromkeys(("git_commit", "started_at", "finished_at"), TEXT),
     **dict.fromkeys(("seed", "last_durable_step", "total_steps"), NUMBER),
-    **dict.fromkeys(("config", "files", "hardware", "versions", "common_random_numbers", "scored", "unknown"), SECTION),
+    **dict.fromkeys(
+        ("config", "files", "hardware", "versions", "common_random_numbers", "imported", "unknown"), SECTION
+    ),
     "token_sampling": SECTION,
 }
+# How a trace was imported, and the name of this key when the command was ``entrace score``.
+IMPORTED, FORMER = "imported", "scored"
 PACKAGES = ("entrace", "torch", "transformers", "tokenizers", "reasoning-gym", "pyarrow", "duckdb", "numpy")
 
 
@@ -119,6 +123,8 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
         state = "is null" if "schema_version" in manifest else "is missing"
         raise InputError(f"{path}: schema_version {state}; not the manifest of a trace")
     check_version(f"{path}: schema_version", manifest["schema_version"])
+    if FORMER in manifest:
+        manifest[IMPORTED] = manifest.pop(FORMER)
     check_kinds(str(path), manifest)
     TokenSampling.of(manifest, str(path))
     for table, files in (manifest.get("files") or {}).items():

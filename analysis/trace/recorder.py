@@ -23,11 +23,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.batch import Batch, find_generated, group_indices
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest, with_kind
 from entrace.analysis.trace.groups import mean_of
@@ -101,6 +102,15 @@ UNKNOWN = {
 HASH_LENGTH = 16
 
 
+@runtime_checkable
+class Tokenizer(Protocol):
+    """A tokenizer of transformers, as far as it is recognized."""
+
+    @property
+    def batch_decode(self) -> Any:
+        """Decode lists of token ids."""
+
+
 class Recorder:
     """Write a trace from the arrays of a training loop, one call per step.
 
@@ -108,10 +118,11 @@ class Recorder:
     of responses, correctness, advantages, and the means of table ``steps``.
     """
 
+    @checked
     def __init__(
         self,
         run_dir: Path | str,
-        vocab: Any,
+        vocab: Vocabulary | Tokenizer | Iterable[str],
         *,
         vocab_size: int | None = None,
         temperature: float | None = None,
@@ -250,6 +261,7 @@ class Recorder:
         """Content of ``run.json``; changes are written with the next flush."""
         return self._writer.manifest
 
+    @checked
     def has_eval(self, step: int, benchmark: str) -> bool:
         """Return whether the trace holds an evaluation."""
         return (step, benchmark) in self._samples
@@ -259,6 +271,7 @@ class Recorder:
         rows = sorted(self._read_rows("steps", ["step", "entropy_token_mean", "accuracy"]))
         return [(entropy, accuracy) for _, entropy, accuracy in rows]
 
+    @checked
     def record(
         self,
         step: int,
@@ -344,6 +357,7 @@ class Recorder:
         self._since_flush += 1
         return row
 
+    @checked
     def record_eval(
         self,
         step: int,
@@ -435,6 +449,7 @@ class Recorder:
         self._writer.flush()
         self._since_flush = 0
 
+    @checked
     def close(self, error: str | None = None) -> None:
         """Flush the recorded steps, and mark the run ``complete`` or ``failed``.
 
@@ -475,8 +490,6 @@ class Recorder:
             self._lock = None
 
     def _check_step(self, step: int, lowest: int) -> None:
-        if not isinstance(step, int | np.integer) or isinstance(step, bool):
-            raise InputError(f"step: expected an integer, found {type(step).__name__}")
         if step < lowest:
             raise InputError(f"step {step}: expected at least {lowest}; steps never go back")
 

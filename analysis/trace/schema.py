@@ -178,8 +178,8 @@ TOKENS = Table(
             "|shaped_advantage| sqrt(1 - 2 p + sum p^2) |h| / temperature, before clipping and averaging.",
         ),
         IS_CORRECT,
-        _measured("logprob_after", "nats", "logprob after the step's update; null if not scored again."),
-        _measured("entropy_after", "nats", "entropy after the step's update; null if not scored again."),
+        _measured("logprob_after", "nats", "logprob after the step's update; null if not computed again."),
+        _measured("entropy_after", "nats", "entropy after the step's update; null if not computed again."),
         Column(
             "is_clipped", pa.bool_(), "-", "The ratio clip removed the token's gradient; null if not captured.", True
         ),

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.plain import REPLACEMENT
 
 WORD_START = "\u2581"
@@ -24,6 +25,7 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_ALPHABET = _byte_alphabet()
 
 
+@checked
 @dataclass(frozen=True)
 class Vocabulary:
     """Hold the entries of a tokenizer, indexed by token id.
@@ -40,6 +42,7 @@ class Vocabulary:
     has_text: list[bool] | None = None
 
     @classmethod
+    @checked
     def of(cls, tokenizer: Any, size: int) -> Vocabulary:
         """Read the vocabulary of a transformers tokenizer.
 

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from entrace.analysis.trace import digests
+from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.digests import DIGESTS, Digest
 from entrace.analysis.trace.errors import InputError, faults_at, in_one_line, nearest
 from entrace.analysis.trace.lexicon import OTHER, Lexicon
@@ -102,6 +103,7 @@ class TraceWriter:
         self._mirror = Mirror((), run_dir, manifest)
 
     @classmethod
+    @checked
     def create(
         cls,
         run_dir: Path,
@@ -154,6 +156,7 @@ class TraceWriter:
         return writer
 
     @classmethod
+    @checked
     def resume(
         cls,
         run_dir: Path,
@@ -191,6 +194,7 @@ class TraceWriter:
             writer._mirror = Mirror(log, run_dir, writer.manifest)
         return writer
 
+    @checked
     def append(self, table: str, columns: Mapping[str, Any]) -> None:
         """Buffer rows of ``table``.
 
@@ -231,6 +235,7 @@ class TraceWriter:
             reason = in_one_line(error)
             raise InputError(f"table tokens: token_id is not in the vocabulary, 0 to {size - 1} ({reason})") from None
 
+    @checked
     def end_step(self, step: int) -> None:
         """Declare that the rows appended so far complete ``step``.
 
@@ -239,6 +244,7 @@ class TraceWriter:
         self._ended_step = step
         self._num_ended = {name: len(parts) for name, parts in self._buffers.items()}
 
+    @checked
     def flush(self, step: int | None = None) -> None:
         """Make the rows of all ended steps durable, after ending ``step`` if it is given.
 
@@ -288,6 +294,7 @@ class TraceWriter:
         """End the run on its dashboards; the trace stays as it is."""
         self._mirror.close()
 
+    @checked
     def finish(self, error: str | None = None) -> None:
         """Mark the run ``complete``, or ``failed`` with its error.
 

@@ -6,6 +6,7 @@ Verdicts must match their evidence.
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from entrace.analysis.claims import (
     load_ledger,
     overall,
 )
-from entrace.analysis.effects.training import PARTS
+from entrace.analysis.effects.estimate import NoEffectError
+from entrace.analysis.effects.training import PARTS, questions_read
 from entrace.analysis.runs import Runs, open_runs
 from entrace.analysis.statistics.estimates import Estimate, holm
 from entrace.analysis.trace import read_manifest, write_manifest
@@ -45,6 +47,25 @@ def test_more_claims_need_stronger_evidence(study: Runs):
     for family in families.values():
         p_values = [v.p_value for v in family if v.p_value is not None]
         np.testing.assert_allclose([v.p_adjusted for v in family if v.p_adjusted is not None], holm(p_values))
+
+
+def test_verdicts_name_the_sql_that_their_statistics_read(study: Runs, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    query_once = Runs.query_once
+    monkeypatch.setattr(Runs, "query_once", lambda runs, stem, ids: asked.append(stem) or query_once(runs, stem, ids))
+    for claim, parts in PARTS.items():
+        for part, estimator in parts.items():
+            asked.clear()
+            with suppress(NoEffectError):
+                estimator(study, study.subjects()["none"])
+            # Stages are fitted without a file.
+            assert {*asked} == {*questions_read(claim, part, {})} - {"stage_dynamics"}, (claim, part)
+    named = {(verdict.claim, verdict.part): verdict.sql for verdict in judge(study)}
+    assert named["S5", "concentration"] == (
+        "analysis/sql/claims/movement_sums.sql, analysis/sql/claims/movement_potential.sql"
+    )
+    assert named["M1", "avg@k"] == "analysis/sql/claims/eval_outcomes.sql"
+    assert named["M3", "formal tokens"] == "analysis/sql/claims/formal_sums.sql"
 
 
 def test_planted_effects_are_found(tmp_path):
@@ -233,7 +254,7 @@ def test_missing_data_are_named_with_the_way_to_record_them(tmp_path):
     found = {(v.claim, v.part): v for v in judge(open_runs(path))}
     for claim, part in (("S5", "concentration"), ("S6", "direction"), ("T3", "movement")):
         assert found[claim, part].verdict == NOT_RECORDED
-        assert "train with record.after_update_every=5" in found[claim, part].why
+        assert "train with record.after_update_every from 1 to the number of steps" in found[claim, part].why
     for claim in ("I2", "T2"):
         assert found[claim, "impact"].verdict == NOT_RECORDED
         assert "run `entrace intervene RUN`" in found[claim, "impact"].why

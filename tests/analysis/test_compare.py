@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -218,12 +217,25 @@ def test_prompts_are_matched_by_text_not_by_id(tmp_path: Path):
     write_arm(tmp_path, "ppl", 0, PPL[0], texts=["two", "one"])
     row = find(compare(open_runs(tmp_path)), "avg_at_k")
     assert (row["difference"], row["num_prompts"]) == (pytest.approx(0.375), 2)
+    assert asked(tmp_path) == [(pytest.approx(row["value"]), pytest.approx(row["baseline_value"]), 2)]
     other = tmp_path / "other"
     write_arm(other, "none", 0, NONE[0], texts=["one", "two"])
     write_arm(other, "ppl", 0, PPL[0], texts=["two", "three"])
     # Only "two" is paired: p of the arm, 4 of 4, with q of the baseline, 2 of 4.
     row = find(compare(open_runs(other)), "avg_at_k")
     assert (row["value"], row["baseline_value"], row["num_prompts"]) == (1, 0.5, 1)
+    assert asked(other) == [(1, 0.5, 1)]
+    # The held-out prompts p and q of a run may have one text.
+    write_arm(tmp_path / "twice", "none", 0, NONE[0], texts=["one", "two"])
+    write_arm(tmp_path / "twice", "ppl", 0, PPL[0], texts=["two", "two"])
+    row = find(compare(open_runs(tmp_path / "twice")), "avg_at_k")
+    assert asked(tmp_path / "twice") == [(row["value"], row["baseline_value"], row["num_prompts"])]
+
+
+def asked(root: Path) -> list[tuple[float, float, int]]:
+    """Return the answer of question ``paired_differences`` in the primary metric."""
+    found = open_runs(sorted(root.glob("*-seed0"))).query("paired_differences").filter(metric="avg_at_k")
+    return found.select("value", "baseline_value", "num_prompts").rows()
 
 
 def test_one_seed_gives_an_interval_over_prompts_and_says_so(tmp_path: Path):
@@ -334,7 +346,7 @@ def test_aggregates_are_those_of_the_last_evaluation(comparison: Comparison):
 
 
 @pytest.mark.parametrize("texts", slow_after(1, [["p"], ["p", "q"]]), ids=["one prompt", "two prompts"])
-def test_one_seed_has_no_aggregate_interval_and_no_nan(tmp_path: Path, texts: list[str]):
+def test_one_seed_has_no_aggregate_interval_and_no_nan(command: Callable, tmp_path: Path, texts: list[str]):
     for arm, counts in (("none", NONE), ("ppl", PPL)):
         write_arm(tmp_path, arm, 0, [step[: len(texts)] for step in counts[0]], texts=texts)
     runs = open_runs(tmp_path)
@@ -359,9 +371,9 @@ def test_one_seed_has_no_aggregate_interval_and_no_nan(tmp_path: Path, texts: li
     for path in [*(tmp_path / "report").glob("*.csv"), *(tmp_path / "report").glob("*.json")]:
         assert not re.search(r"\b(nan|inf)\b", path.read_text(), re.IGNORECASE), path.name
     assert not re.search(r"[\[ ](nan|inf|–)[,\]]", (tmp_path / "report" / "report.html").read_text())
-    printed = subprocess.run([sys.executable, "-m", "entrace", "claims", str(tmp_path)], capture_output=True, text=True)
-    assert ("[no interval] accuracy, n = 1 " in printed.stdout) == (len(texts) == 1)
-    assert not re.search(r"\b(nan|inf)\b", printed.stdout)
+    printed = command("claims", str(tmp_path))[1].decode()
+    assert ("[no interval] accuracy, n = 1 " in printed) == (len(texts) == 1)
+    assert not re.search(r"\b(nan|inf)\b", printed)
 
 
 def test_formal_share_is_a_ratio_of_tokens(study: entrace.Runs):
@@ -493,11 +505,27 @@ def test_metrics_agree_with_the_ledger():
         assert (spec["unit"], spec["smallest_effect"]) == (metric.unit, metric.smallest)
 
 
-def run_entrace(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "entrace", "compare", *args], capture_output=True, text=True)
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def test_command_prints_differences_aggregates_and_the_rest(grid: Path, tmp_path: Path):
+@pytest.fixture
+def run_entrace(command: Callable[..., tuple[int, bytes, str]]) -> Callable[..., Done]:
+    """Return a function that runs ``entrace compare ARGS`` in this process."""
+
+    def call(*args: str) -> Done:
+        code, out, err = command("compare", *args)
+        return Done(code, out.decode(), err)
+
+    return call
+
+
+def test_command_prints_differences_aggregates_and_the_rest(
+    run_entrace: Callable[..., Done], grid: Path, tmp_path: Path
+):
     write_failed(tmp_path / "broken-seed0")
     done = run_entrace(str(grid), str(tmp_path))
     assert done.returncode == 0
@@ -509,14 +537,14 @@ def test_command_prints_differences_aggregates_and_the_rest(grid: Path, tmp_path
     assert "entropy" not in done.stdout
 
 
-def test_command_prints_json(grid: Path):
+def test_command_prints_json(run_entrace: Callable[..., Done], grid: Path):
     frames = json.loads(run_entrace(str(grid), "--json", "--accuracy", "0.7").stdout)
     assert list(frames) == ["differences", "by_seed", "aggregates", "unpaired"]
     assert [row["metric"] for row in frames["differences"]][-1] == "formal_share"
     assert len(json.loads(run_entrace(str(grid), "--json", "--metric", "entropy").stdout)["by_seed"]) == 3
 
 
-def test_command_names_bad_input_in_one_line(grid: Path):
+def test_command_names_bad_input_in_one_line(run_entrace: Callable[..., Done], grid: Path):
     bad = {
         ("--metric", "avg_at_kk"): 'unknown metric "avg_at_kk"; did you mean "avg_at_k"?',
         ("--accuracy", "80"): "accuracy: expected a number between 0 and 1, found 80",

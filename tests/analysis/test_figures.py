@@ -46,7 +46,7 @@ def test_a_count_and_its_noun_agree(values: list[int], noun: str, text: str):
     assert style.span(values, noun) == text
 
 
-@pytest.mark.parametrize("stem", slow_after(16, STEMS))
+@pytest.mark.parametrize("stem", slow_after(10, STEMS))
 def test_figure_states_n_and_interval_and_its_labels_cover_nothing(
     study: Runs, stem: str, monkeypatch: pytest.MonkeyPatch
 ):

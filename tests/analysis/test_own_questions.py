@@ -99,6 +99,13 @@ def test_the_command_takes_the_folder(folder):
     assert "X1" in json.loads(done.stdout)["overall"]
 
 
+def test_the_command_sql_names_the_file(folder, command):
+    (folder / "first_tokens.sql").write_text(SQL.replace("sum(entropy)", "sum(entropi)"))
+    code, _, err = command("sql", str(FROZEN), "--questions", str(folder), "--question", "first_tokens")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"entrace: {folder}/first_tokens.sql: sql: Binder Error")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -110,21 +117,80 @@ def test_the_command_takes_the_folder(folder):
         ("claims.toml", CLAIMS.replace('over = "run"', 'over = "all"'), "over: unknown value"),
         ("claims.toml", CLAIMS.replace(', "first_tokens"]', "]"), "values: expected two columns"),
         ("claims.toml", CLAIMS.replace("null = ", "note = "), '"null" is missing'),
+        ("claims.toml", CLAIMS.replace('"first_sum"', '"first_sums"'), 'no column "first_sums"; did you mean'),
+        (
+            "claims.toml",
+            CLAIMS.replace('"first_sum"', '"run_id"'),
+            'column "run_id" has type String, expected a number',
+        ),
+        ("first_tokens.sql", SQL.replace("from tokens", "form tokens"), "first_tokens.sql: sql: Parser Error"),
+        ("first_tokens.sql", SQL + "; select 2", "first_tokens.sql: sql is read-only: expected one query"),
+        ("first_tokens.sql", SQL.replace("sum(entropy)", "sum(entropi)"), 'first_tokens.sql: sql: .*"entropi"'),
+        ("first_tokens.sql", SQL.replace("$runs", "$only"), "first_tokens.sql: claim X1, .* a claim chooses runs"),
+        ("first_tokens.sql", SQL.replace("entropy)", "run_id::float)"), "first_tokens.sql: sql: Conversion Error"),
+        ("second.py", FIGURE, "second.py: a figure needs second.sql beside it"),
         ("first_tokens.py", "def paint(): ...", r"expected a function draw\(frame, ax\)"),
-        ("first_tokens.py", "import nowhere", "cannot be imported"),
+        ("first_tokens.py", "import nowhere", "first_tokens.py: cannot be imported"),
+        ("first_tokens.py", "import sys; sys.exit()", r"first_tokens.py: cannot be imported \(SystemExit\)"),
+        ("first_tokens.py", "import sys; sys.exit('bye')", r"first_tokens.py: cannot be imported \(SystemExit: bye\)"),
+        ("first_tokens.py", FIGURE.replace("first_sum", "first"), "first_tokens.py: draw failed"),
+        ("first_tokens.py", FIGURE.replace("return ax", "raise SystemExit"), "first_tokens.py: draw failed"),
+        ("first_tokens.py", FIGURE + "def size(frame): return frame['width']", "first_tokens.py: size failed"),
+        ("first_tokens.py", FIGURE.replace("CAPTION =", "CAPTION = 1,"), "first_tokens.py: CAPTION: expected a text"),
     ],
 )
-def test_a_bad_file_is_one_line(folder, name, text, message):
+@pytest.mark.usefixtures("few_figures")
+def test_a_bad_file_is_one_line_before_the_long_work(folder, tmp_path, monkeypatch, name, text, message):
     (folder / name).write_text(text)
-
-    def use():
-        runs = entrace.open_runs(FROZEN, questions=folder)
-        judge(runs)
-        entrace.figures.draw("first_tokens", runs)
-
+    started = []
+    monkeypatch.setattr("entrace.analysis.claims.judge", started.append)
     with pytest.raises(InputError, match=message) as raised:
-        use()
+        write_report(entrace.open_runs(FROZEN, questions=folder), tmp_path / "report")
     assert "\n" not in str(raised.value)
+    assert not started
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.usefixtures("few_figures")
+def test_sql_without_a_figure_has_its_rows_and_says_so(folder, tmp_path):
+    (folder / "first_tokens.py").unlink()
+    runs = entrace.open_runs(FROZEN, questions=folder)
+    page = write_report(runs, tmp_path / "report").read_text()
+    assert "Not drawn: the folder has no figure first_tokens.py." in page
+    rows = pl.read_csv(tmp_path / "report" / "first_tokens.csv")
+    assert rows["first_tokens"].to_list() == runs.query("first_tokens")["first_tokens"].to_list()
+    with pytest.raises(InputError, match=r"first_tokens.sql: the question has no figure; write first_tokens.py"):
+        entrace.figures.draw("first_tokens", runs)
+    with pytest.raises(InputError, match='unknown figure "stage_dynamic"; did you mean "stage_dynamics"'):
+        entrace.figures.draw("stage_dynamic", runs)
+
+
+def test_sql_without_runs_is_about_all_runs(folder):
+    (folder / "claims.toml").unlink()
+    (folder / "first_tokens.sql").write_text(SQL.replace("($runs is null or list_contains($runs, run_id))", "true"))
+    runs = entrace.open_runs(FROZEN, questions=folder)
+    assert entrace.figures.draw("first_tokens", runs).lines
+
+
+def test_parts_inherit_the_keys_of_their_claim(folder):
+    lifted = 'unit = "nats"\n'
+    shared = CLAIMS.replace(lifted, "").replace("[X1]\n", f"[X1]\n{lifted}")
+    shared += shared.partition("[X1.parts.entropy]")[2].join(["[X1.parts.second]", 'unit = "bits"\n'])
+    (folder / "claims.toml").write_text(shared)
+    parts = load_ledger(questions=entrace.open_runs(FROZEN, questions=folder).questions)["X1"]["parts"]
+    assert {part: spec["unit"] for part, spec in parts.items()} == {"entropy": "nats", "second": "bits"}
+
+
+def test_an_unknown_parameter_names_the_file(folder):
+    runs = entrace.open_runs(FROZEN, questions=folder)
+    with pytest.raises(InputError, match=r'first_tokens.sql: unknown parameter "stage"; valid: runs'):
+        runs.query("first_tokens", stage="rising")
+
+
+def test_a_folder_without_questions(tmp_path):
+    (tmp_path / "notes.txt").write_text("none")
+    with pytest.raises(InputError, match=r"holds no question; expected files such as <name>.sql, or claims.toml"):
+        entrace.open_runs(FROZEN, questions=tmp_path)
 
 
 def test_no_such_folder(tmp_path):

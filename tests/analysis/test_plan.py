@@ -1,6 +1,6 @@
 import pytest
 
-from entrace.analysis.plan import Pilot, Plan, PlannedRun, measure_pilot
+from entrace.analysis.plan import GridPlan, Pilot, PlannedRun, measure_pilot
 from entrace.analysis.statistics.estimates import detectable_difference
 from entrace.analysis.trace import InputError, TraceWriter
 
@@ -18,7 +18,7 @@ def test_a_plan_counts_what_is_left_and_what_can_be_found():
     """
     runs = [planned(arm, seed) for seed in range(3) for arm in ("none", "position")]
     runs += [planned("ppl", 1, "complete", 0), planned("ppl", 2, "running", 4), planned("ppl", 9)]
-    plan = Plan(runs, slots=2, pilot=PILOT, source="a pilot")
+    plan = GridPlan(runs, slots=2, pilot=PILOT, source="a pilot")
     assert (plan.num_tests, plan.num_seeds) == (2, 2)
     # Six runs of 20 s in two places, then 8 s and 20 s, side by side.
     assert plan.seconds_left == 60 + 20
@@ -35,13 +35,13 @@ def test_a_plan_counts_what_is_left_and_what_can_be_found():
 def test_a_difference_that_no_shares_can_have_is_none():
     """Two seeds and two tests need a difference of 5.7 standard deviations."""
     runs = [planned(arm, seed) for seed in range(2) for arm in ("none", "ppl", "position")]
-    plan = Plan(runs, slots=1, pilot=Pilot("m", "t", 1.0, sd_difference=0.2, hardware="h"), source="a pilot")
+    plan = GridPlan(runs, slots=1, pilot=Pilot("m", "t", 1.0, sd_difference=0.2, hardware="h"), source="a pilot")
     assert plan.detectable()[2] is None
     assert any("none with 2, " in line for line in plan.lines())
 
 
 def test_one_arm_alone_has_nothing_to_compare():
-    plan = Plan([planned("none", 0)], slots=1, pilot=PILOT, source="a pilot")
+    plan = GridPlan([planned("none", 0)], slots=1, pilot=PILOT, source="a pilot")
     assert (plan.num_tests, plan.num_seeds) == (0, 1)
     assert plan.detectable()[1] is None
 

@@ -279,7 +279,7 @@ def test_the_last_policy_can_be_evaluated_after_training(recorder):
         ({"answer": [1, 2, 3, 4]}, "table rollouts: column answer is not string"),
         ({"reward_components": [1.0] * 4}, "reward_components: expected a mapping of name to score"),
         ({"step": 0}, "step 0: expected at least 1; steps never go back"),
-        ({"step": "1"}, "step: expected an integer, found str"),
+        ({"step": "1"}, "Recorder.record: step: expected int, found '1'"),
     ],
 )
 def test_bad_input_is_one_error_and_leaves_no_rows(recorder, changed, message):

@@ -13,6 +13,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from entrace.analysis import figures
 from entrace.analysis.effects.estimate import count
 from entrace.analysis.figures import STEMS
 from entrace.analysis.report import MARK, _provenance, num_parts, write_report
@@ -21,14 +22,25 @@ from entrace.analysis.terminal.export import to_report_csv
 from entrace.analysis.trace import InputError, TraceWriter, write_manifest
 from tests.analysis.conftest import step_row, write_failed, write_steps, written
 from tests.analysis.synthetic import write_run
-from tests.slow import slow_after
+from tests.slow import slow, slow_after
 
 HOSTILE = '<script>alert("x")</script>'
 
 
+# One figure of each part of the report, and the one whose table is checked; test_figures.py draws the others.
+SOME = ["stage_dynamics", "impact_by_position", "entropy_by_position", "paired_differences", "ablation_final"]
+
+
+@pytest.fixture(scope="module", params=[SOME, slow(STEMS)], ids=["some", "all"])
+def stems(request: pytest.FixtureRequest) -> list[str]:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def report(study: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(study, tmp_path_factory.mktemp("report") / "out").parent
+def report(study: Runs, stems: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "STEMS", stems)
+        return write_report(study, tmp_path_factory.mktemp("report") / "out").parent
 
 
 class Links(HTMLParser):
@@ -42,21 +54,23 @@ class Links(HTMLParser):
         self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
 
 
-def test_report_holds_page_figures_and_data(report: Path):
-    expected = {f"{stem}.{form}" for stem in STEMS for form in ("png", "pdf", "csv")}
+def test_report_holds_page_figures_and_data(report: Path, stems: list[str]):
+    expected = {f"{stem}.{form}" for stem in stems for form in ("png", "pdf", "csv")}
     compared = {"comparison.csv", "comparison_by_seed.csv", "comparison_aggregates.csv"}
     assert {path.name for path in report.iterdir()} == {"report.html", "claims.json", *compared, *expected}
     assert sum(path.stat().st_size for path in report.iterdir()) < 3_500_000
 
 
-def test_page_opens_offline(report: Path):
+def test_page_opens_offline(report: Path, stems: list[str]):
     page = (report / "report.html").read_text()
     links = Links()
     links.feed(page)
     assert links.tags.isdisjoint({"link", "iframe"})
     assert page.count("<script>") == page.count("<script") == 1
-    assert sum(source.startswith("data:image/png;base64,") for source in links.sources) == len(STEMS)
-    for link in (source for source in links.sources if not source.startswith("data:")):
+    assert sum(source.startswith("data:image/png;base64,") for source in links.sources) == len(stems)
+    # Claims link to figures that are left out here.
+    left_out = {f"#{stem}" for stem in STEMS} - {f"#{stem}" for stem in stems}
+    for link in (source for source in links.sources if not source.startswith("data:") and source not in left_out):
         assert f'id="{link[1:]}"' in page if link.startswith("#") else (report / link).is_file()
     assert not re.search(r"@import|url\(|https?:", page)
 
@@ -68,11 +82,11 @@ def test_page_allows_only_its_own_script(report: Path):
     assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}';" in page
 
 
-def test_contents_lead_to_every_figure_with_its_query_and_data(report: Path):
+def test_contents_lead_to_every_figure_with_its_query_and_data(report: Path, stems: list[str]):
     page = (report / "report.html").read_text()
     contents = page[page.index("<nav") : page.index("</nav>")]
-    assert [link for link in re.findall(r'href="#(\w+)"', contents) if link in STEMS] == STEMS
-    for stem in STEMS:
+    assert [link for link in re.findall(r'href="#(\w+)"', contents) if link in STEMS] == stems
+    for stem in stems:
         section = page[page.index(f'id="{stem}"') :].split("</section>")[0]
         assert f'<a href="#{stem}-sql">SQL</a>' in section
         assert f'<details id="{stem}-sql">' in section
@@ -183,7 +197,8 @@ def test_long_tables_are_folded(tmp_path: Path):
 
 def test_report_of_a_run_without_data(tmp_path: Path):
     page = write_report(open_runs(write_failed(tmp_path / "broken")), tmp_path / "out").read_text()
-    assert "Not drawn: no after-update values were recorded; train with record.after_update_every=5." in page
+    remedy = "train with record.after_update_every from 1 to the number of steps"
+    assert f"Not drawn: no after-update values were recorded; {remedy}." in page
     assert "step 3: loss is nan" in page
     assert not list((tmp_path / "out").glob("*.png"))
 
@@ -218,8 +233,8 @@ def test_runs_of_a_few_steps_have_a_report(steps: tuple[int, ...], tmp_path: Pat
 
 
 def test_what_cannot_be_known_is_said_with_its_reason(tmp_path: Path):
-    unknown = {"interventions": "a scored trace has no <checkpoint>", "steps.loss": "not among the rows"}
-    manifest = {"run_id": "r", "scored": {"rows": 2}, "unknown": unknown}
+    unknown = {"interventions": "an imported trace has no <checkpoint>", "steps.loss": "not among the rows"}
+    manifest = {"run_id": "r", "imported": {"rows": 2}, "unknown": unknown}
     writer = TraceWriter.create(tmp_path / "r", manifest, ["a"])
     for step in (3, 20):
         writer.append("steps", step_row(step, entropy=1.0, accuracy=0.5) | {"loss": None})
@@ -228,7 +243,7 @@ def test_what_cannot_be_known_is_said_with_its_reason(tmp_path: Path):
     runs = open_runs(tmp_path / "r")
     assert runs.notes["r"] == "2 recorded quantities are unknown; see `unknown` in run.json"
     page = write_report(runs, tmp_path / "report").read_text()
-    assert "Not drawn: a scored trace has no &lt;checkpoint&gt;" in page
+    assert "Not drawn: an imported trace has no &lt;checkpoint&gt;" in page
     assert "steps.loss: not among the rows" in page
     # Of runs that differ in what they lack, the general hint is all that holds for both.
     TraceWriter.create(tmp_path / "s", {"run_id": "s"}, ["a"]).finish()

@@ -323,7 +323,7 @@ def test_safe_csv_marks_formulas(command, runs: Runs):
 
 def test_long_queries_show_their_progress(runs: Runs):
     path = path_of(runs)
-    text = "select count(*) from range(300000000) where hash(range) % 7 = 1"
+    text = "select count(*) from range(100000000) where hash(range) % 7 = 1"
     script = f"""
 import sys
 from entrace.analysis.cli import app, run

@@ -59,20 +59,32 @@ def s3() -> Iterator[str]:
     fsspec.filesystem("s3").clear_instance_cache()
 
 
-@pytest.fixture(params=slow_after(1, ["s3", "memory"]))
-def root(request: pytest.FixtureRequest) -> str:
-    name = uuid.uuid4().hex
-    return f"{request.getfixturevalue('s3')}/{name}" if request.param == "s3" else f"memory://{name}"
+@pytest.fixture(scope="module", params=slow_after(1, ["s3", "memory"]))
+def storage(request: pytest.FixtureRequest) -> str:
+    return request.getfixturevalue("s3") if request.param == "s3" else "memory:/"
 
 
 @pytest.fixture
-def url(root: str) -> str:
-    return upload(FROZEN, f"{root}/study/none-seed0")
+def root(storage: str) -> str:
+    return f"{storage}/{uuid.uuid4().hex}"
 
 
-def test_a_remote_run_gives_the_answers_of_a_local_one(url: str, root: str):
+@pytest.fixture(scope="module")
+def study(storage: str) -> str:
+    """Store a study for tests that only read it."""
+    upload(FROZEN, f"{storage}/shared/study/none-seed0")
+    return f"{storage}/shared/study"
+
+
+@pytest.fixture
+def url(study: str) -> str:
+    return f"{study}/none-seed0"
+
+
+def test_a_remote_run_gives_the_answers_of_a_local_one(url: str, study: str):
     local = entrace.open_runs(FROZEN)
-    for path in (url, f"{root}/study", f"{root}/stud*", f"{root}/*/none-*"):
+    parent = study.removesuffix("/study")
+    for path in (url, study, f"{parent}/stud*", f"{parent}/*/none-*"):
         runs = entrace.open_runs(path)
         assert list(runs.manifests) == list(local.manifests)
     assert runs.query("entropy_by_position").equals(local.query("entropy_by_position"))

@@ -65,6 +65,11 @@ def pair(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def of_table(whole: Path, pair: Path, table: str) -> Path:
+    """Return the smallest study whose answers depend on a table."""
+    return pair if table in ("tokens", "interventions") else whole
+
+
 # A study without nulls, and its answers.
 opened = cache(open_runs)
 
@@ -141,16 +146,17 @@ def ask_all(study: Path, runs: Runs, words: set[str]) -> None:
 
 
 @pytest.mark.parametrize("table", slow_after(1, [table for table, names in NULLABLE.items() if READ & set(names)]))
-def test_nulls_in_a_table(whole: Path, tmp_path: Path, table: str):
+def test_nulls_in_a_table(whole: Path, pair: Path, tmp_path: Path, table: str):
     """Each column of a table is null in its own fifth of the rows.
 
     Every two columns are therefore known and null in all combinations.
     """
-    forget(whole, tmp_path / "study", table, NULLABLE[table], "own")
+    study = of_table(whole, pair, table)
+    forget(study, tmp_path / "study", table, NULLABLE[table], "own")
     runs = open_runs(tmp_path / "study")
     for column in READ & set(NULLABLE[table]):
         assert_has_null(runs, table, column)
-    ask_all(whole, runs, {table})
+    ask_all(study, runs, {table})
 
 
 @pytest.mark.slow
@@ -159,7 +165,7 @@ def test_nulls_in_a_table(whole: Path, tmp_path: Path, table: str):
     ("table", "column"), [(table, c) for table, names in NULLABLE.items() for c in names if c in READ]
 )
 def test_nulls_in_a_column(whole: Path, pair: Path, tmp_path: Path, table: str, column: str, share: str):
-    study = pair if table in ("tokens", "interventions") else whole
+    study = of_table(whole, pair, table)
     forget(study, tmp_path / "study", table, [column], share)
     runs = open_runs(tmp_path / "study")
     assert_has_null(runs, table, column)

@@ -17,7 +17,7 @@ import torch
 from entrace.analysis.claims import CONTRADICTED, SUPPORTED, judge
 from entrace.analysis.runs import open_runs
 from entrace.trainer import train as training
-from entrace.trainer.algorithm.objectives import Objective
+from entrace.trainer.algorithm.mini_batch import Objective
 from entrace.trainer.config import load_config
 from entrace.trainer.learner import AfterUpdate, Learner, UpdateMetrics
 from entrace.trainer.rollouts import Batch

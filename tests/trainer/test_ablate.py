@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from entrace.trainer.config import load_config
 from entrace.trainer.train import train
 from tests.patience import HANG_S
 
-from .conftest import SMALL
+from .conftest import SHORT, SMALL
 
 GRID = """
 config = "tiny"
@@ -60,6 +61,19 @@ def one_thread_each():
     return LocalLauncher(count_cores(), threads=1)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return a study that holds the complete run of arm none.
+
+    Tests copy it before they change it.
+    """
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "grid.toml").write_text(GRID)
+    specs = load_grid(str(folder / "grid.toml"), SHORT)[:1]
+    assert run_grid(specs, folder / "study", one_thread_each(), train) == {}
+    return folder / "study"
+
+
 def steps_of(run_dir):
     return pq.read_table(run_dir / "steps").sort_by("step")
 
@@ -77,7 +91,7 @@ def test_threads_of_a_run():
 
 
 def test_the_number_of_concurrent_runs_does_not_change_a_run(grid, tmp_path):
-    specs = load_grid(str(grid), [*SMALL, "steps=2"])[:2]
+    specs = load_grid(str(grid), [*SHORT, "steps=2"])[:2]
     for jobs in (1, 2):
         assert run_grid(specs, tmp_path / str(jobs), LocalLauncher(jobs), train) == {}
     for spec in specs:
@@ -124,12 +138,12 @@ def test_failed_runs_stay_until_they_are_retried(grid, tmp_path):
     assert {path.relative_to(out).parts[0] for path in changed} == {"diverging-seed0"}
 
 
-def test_a_failed_run_is_completed_by_a_retry(grid, tmp_path):
+def test_a_failed_run_is_completed_by_a_retry(grid, finished, tmp_path):
     """The cause of the failure is gone; the run resumes from its checkpoint.
 
     The result equals a run that never failed.
     """
-    spec = load_grid(str(grid), SMALL)[0]
+    spec = load_grid(str(grid), SHORT)[0]
     out = tmp_path / "study"
 
     def fail(done, **metrics):
@@ -143,15 +157,14 @@ def test_a_failed_run_is_completed_by_a_retry(grid, tmp_path):
     assert run_grid([spec], out, one_thread_each(), train, retry_failed=True, listener=seen) == {}
     assert [done for _, done in seen.updates] == [0, 3, 4]
     assert "error" not in read_manifest(out / spec.run_id)
-    assert run_grid([spec], tmp_path / "whole", one_thread_each(), train) == {}
-    whole, found = (steps_of(folder / spec.run_id) for folder in (tmp_path / "whole", out))
+    whole, found = (steps_of(folder / spec.run_id) for folder in (finished, out))
     # The first steps are from this process, whose memory other tests have used: sums may be rounded otherwise.
     for column in ("step", "loss", "entropy_token_mean", "grad_norm"):
         np.testing.assert_allclose(found[column], whole[column], rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_that_cannot_begin_is_recorded_as_failed(grid, tmp_path):
-    specs = load_grid(str(grid), [*SMALL, "policy.path=/nowhere"])[:1]
+    specs = load_grid(str(grid), [*SHORT, "policy.path=/nowhere"])[:1]
     failed = run_grid(specs, tmp_path / "study", one_thread_each(), train)
     assert "no model folder at /nowhere" in failed["none-seed0"]
     manifest = json.loads((tmp_path / "study" / "none-seed0" / "run.json").read_text())
@@ -172,7 +185,7 @@ class KillsItsRun(Seen):
 
 
 def test_a_run_whose_process_dies_without_a_word_has_failed(grid, tmp_path):
-    specs = load_grid(str(grid), [*SMALL, "steps=20"])[:1]
+    specs = load_grid(str(grid), [*SHORT, "steps=20"])[:1]
     out, seen = tmp_path / "study", KillsItsRun()
     failed = run_grid(specs, out, one_thread_each(), train, listener=seen)
     reason = "the process was killed by signal 9 (SIGKILL), often for lack of memory"
@@ -190,7 +203,7 @@ def print_and_exit(config, run_dir, labels, **_):
 
 
 def test_a_run_that_ends_without_an_error_says_how_and_what_it_printed_last(grid, tmp_path, capsys):
-    specs = load_grid(str(grid), SMALL)[:1]
+    specs = load_grid(str(grid), SHORT)[:1]
     failed = run_grid(specs, tmp_path / "study", one_thread_each(), print_and_exit)
     last = "line 8 | terminate called | bad_alloc"
     assert failed == {"none-seed0": f"the process ended with exit code 3; its last output: {last}"}
@@ -203,7 +216,7 @@ def test_a_module_that_the_worker_cannot_import_is_named(grid, tmp_path):
     exec("def train(*arguments, **options): pass", vars(module))
     sys.modules[module.__name__] = module
     try:
-        specs = load_grid(str(grid), SMALL)[:1]
+        specs = load_grid(str(grid), SHORT)[:1]
         failed = run_grid(specs, tmp_path / "study", one_thread_each(), module.train)
     finally:
         del sys.modules[module.__name__]
@@ -227,7 +240,7 @@ def test_an_import_that_fails_in_the_worker_is_reported(grid, tmp_path):
     (tmp_path / "path" / "torch").mkdir(parents=True)
     (tmp_path / "path" / "torch" / "__init__.py").write_text(BROKEN_IN_WORKERS)
     path = os.pathsep.join([str(tmp_path / "path"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "entrace", "ablate", str(grid), *SMALL, "--out", str(tmp_path / "study")]
+    command = [sys.executable, "-m", "entrace", "ablate", str(grid), *SHORT, "--out", str(tmp_path / "study")]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     error = "ImportError: libcudart.so.12: cannot open shared object"
@@ -238,7 +251,7 @@ def test_an_import_that_fails_in_the_worker_is_reported(grid, tmp_path):
 
 def test_an_error_before_training_is_reported_as_itself(grid, tmp_path, monkeypatch):
     """If the failure cannot be recorded either, the process ends with it."""
-    spec = load_grid(str(grid), SMALL)[0]
+    spec = load_grid(str(grid), SHORT)[0]
     monkeypatch.setattr("torch.set_num_threads", lambda threads: (_ for _ in ()).throw(RuntimeError("no threads")))
     job = Job(spec.config, tmp_path / "study" / spec.run_id, spec.labels(tmp_path / "study"), train)
     execute(job, 1, lambda done, **metrics: None)
@@ -263,15 +276,13 @@ def test_an_exit_code_is_described(code, text):
     assert describe_exit(code) == text
 
 
-def test_a_grid_may_grow_but_not_change(grid, tmp_path):
-    out = tmp_path / "study"
-    specs = load_grid(str(grid), SMALL)[:1]
-    assert run_grid(specs, out, one_thread_each(), train) == {}
+def test_a_grid_may_grow_but_not_change(grid, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "study")
     before = contents(out)
 
     def refused(path, overrides=(), seeds=None):
         with pytest.raises(InputError) as error:
-            run_grid(load_grid(str(path), [*SMALL, *overrides], seeds), out, one_thread_each(), train, resume=True)
+            run_grid(load_grid(str(path), [*SHORT, *overrides], seeds), out, one_thread_each(), train, resume=True)
         assert contents(out) == before
         assert "\n" not in str(error.value)
         return str(error.value)
@@ -285,32 +296,31 @@ def test_a_grid_may_grow_but_not_change(grid, tmp_path):
 
     grid.write_text(GRID)
     seen = Seen()
-    assert run_grid(load_grid(str(grid), SMALL), out, one_thread_each(), train, resume=True, listener=seen) == {}
+    assert run_grid(load_grid(str(grid), SHORT), out, one_thread_each(), train, resume=True, listener=seen) == {}
     assert {run_id for run_id, _ in seen.updates} == {"late-seed0"}
     assert {path: data for path, data in contents(out).items() if path in before} == before
 
 
-def test_a_finished_grid_is_extended(grid, tmp_path):
-    out = tmp_path / "study"
-    assert run_grid(load_grid(str(grid), SMALL)[:1], out, one_thread_each(), train) == {}
+def test_a_finished_grid_is_extended(grid, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "study")
     seen = Seen()
-    longer = load_grid(str(grid), [*SMALL, "steps=6"])[:1]
+    longer = load_grid(str(grid), [*SHORT, "steps=6"])[:1]
     assert run_grid(longer, out, one_thread_each(), train, resume=True, listener=seen) == {}
     assert [done for _, done in seen.updates if done] == [5, 6]
     manifest = read_manifest(out / "none-seed0")
     assert (manifest["status"], manifest["last_durable_step"], manifest["total_steps"]) == ("complete", 6, 6)
-    falling = [*SMALL, "optim.schedule=linear"]
+    # Refused by its settings, however few steps it has.
+    falling = [*SHORT, "optim.schedule=linear", "steps=2"]
     assert run_grid(load_grid(str(grid), falling)[:1], tmp_path / "falling", one_thread_each(), train) == {}
-    with pytest.raises(InputError, match=r"cannot be extended from 4 to 6 steps, .* needs optim\.schedule_steps"):
+    with pytest.raises(InputError, match=r"cannot be extended from 2 to 6 steps, .* needs optim\.schedule_steps"):
         run_grid(
             load_grid(str(grid), [*falling, "steps=6"])[:1], tmp_path / "falling", one_thread_each(), train, resume=True
         )
 
 
-def test_a_config_key_that_is_newer_than_a_run_counts_as_its_default(grid, tmp_path):
-    out = tmp_path / "study"
-    spec = load_grid(str(grid), SMALL)[0]
-    assert run_grid([spec], out, one_thread_each(), train) == {}
+def test_a_config_key_that_is_newer_than_a_run_counts_as_its_default(grid, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "study")
+    spec = load_grid(str(grid), SHORT)[0]
     manifest = read_manifest(out / spec.run_id)
     del manifest["config"]["loss"]["normalize_std"]
     write_manifest(out / spec.run_id, manifest)
@@ -330,7 +340,7 @@ def test_runs_end_with_whoever_started_them(grid, tmp_path):
         "from entrace.trainer.ablation.runner import run_grid\n"
         "from entrace.trainer.ablation.launch.local import LocalLauncher\nfrom entrace.trainer.train import train\n"
         "if __name__ == '__main__':\n"
-        f"    specs = load_grid({str(grid)!r}, {[*SMALL, 'steps=100000', 'rollout.prompts_per_step=2']!r}, [0])\n"
+        f"    specs = load_grid({str(grid)!r}, {[*SHORT, 'steps=100000', 'rollout.prompts_per_step=2']!r}, [0])\n"
         f"    run_grid(specs, Path({str(out)!r}), LocalLauncher(2), train)\n"
     )
     (tmp_path / "main.py").write_text(script)

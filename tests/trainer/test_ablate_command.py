@@ -13,7 +13,7 @@ import pytest
 from entrace.analysis.trace import read_manifest
 from tests.patience import HANG_S, without_progress
 
-from .conftest import SMALL
+from .conftest import SHORT, SMALL
 
 GRID = """
 config = "tiny"
@@ -127,23 +127,23 @@ def planned_seconds():
 @pytest.fixture
 def small_study(call, tmp_path):
     grid = write(tmp_path, GRID)
-    code, out, err = call("ablate", grid, *SMALL, "--out", tmp_path / "study", "--jobs", "2", "--json")
+    code, out, err = call("ablate", grid, *SHORT, "steps=2", "--out", tmp_path / "study", "--jobs", "2", "--json")
     assert code == 0
-    assert "study: 16/16" in err
+    assert "study: 8/8" in err
     return grid, tmp_path / "study", json.loads(out)
 
 
 def test_a_grid_is_run_measured_and_planned_with(call, small_study):
     grid, out, printed = small_study
     assert [(run["run_id"], run["status"], run["step"]) for run in printed["runs"]] == [
-        (run_id, "complete", 4) for run_id in ("none-seed0", "ppl-seed0", "none-seed1", "ppl-seed1")
+        (run_id, "complete", 2) for run_id in ("none-seed0", "ppl-seed0", "none-seed1", "ppl-seed1")
     ]
     code, text, _ = call(
-        *("ablate", grid, *SMALL, "--seeds", "0,1,2", "--out", out, "--dry-run", "--pilot", out, "--json")
+        *("ablate", grid, *SHORT, "steps=2", "--seeds", "0,1,2", "--out", out, "--dry-run", "--pilot", out, "--json")
     )
     assert code == 0
     plan = json.loads(text)
-    assert [run["steps_left"] for run in plan["runs"]] == [0, 0, 0, 0, 4, 4]
+    assert [run["steps_left"] for run in plan["runs"]] == [0, 0, 0, 0, 2, 2]
     assert [run["status"] for run in plan["runs"]] == ["complete"] * 4 + ["new"] * 2
     assert (plan["num_seeds"], plan["num_tests"]) == (3, 1)
 
@@ -154,15 +154,15 @@ def test_a_grid_is_run_measured_and_planned_with(call, small_study):
         evals = pq.read_table(out / run["run_id"] / "evals").to_pylist()
         sampled = sum(row["rollout_s"] + row["reward_s"] for row in steps) / sum(row["tokens"] for row in steps)
         total = sum(row["rollout_s"] + row["reward_s"] + row["update_s"] + row["record_s"] for row in steps)
-        seconds.append((total + sampled * sum(row["response_length"] for row in evals)) / 4)
-        last = [row["is_correct"] for row in evals if row["step"] == 4]
+        seconds.append((total + sampled * sum(row["response_length"] for row in evals)) / 2)
+        last = [row["is_correct"] for row in evals if row["step"] == 2]
         accuracy[run["arm"], run["seed"]] = sum(last) / len(last)
     differences = [accuracy["ppl", seed] - accuracy["none", seed] for seed in (0, 1)]
     assert plan["pilot"]["seconds_per_step"] == pytest.approx(sum(sorted(seconds)[1:3]) / 2, rel=1e-5)
     assert plan["pilot"]["sd_difference"] == pytest.approx(abs(differences[0] - differences[1]) / 2**0.5, abs=1e-9)
-    assert plan["seconds_left"] == pytest.approx(8 * plan["pilot"]["seconds_per_step"])
+    assert plan["seconds_left"] == pytest.approx(4 * plan["pilot"]["seconds_per_step"])
 
-    code, _, err = call("ablate", grid, *SMALL, "--seeds", "0", "--out", out, "--dry-run")
+    code, _, err = call("ablate", grid, *SHORT, "steps=2", "--seeds", "0", "--out", out, "--dry-run")
     assert code == 2
     assert "made from another grid: it holds none-seed1" in err
 
@@ -173,6 +173,7 @@ def test_failed_runs_are_named_at_the_end(call, tmp_path):
         "ablate",
         grid,
         *SMALL,
+        "steps=2",
         "optim.warmup_steps=0",
         "--seeds",
         "0",
@@ -185,6 +186,7 @@ def test_failed_runs_are_named_at_the_end(call, tmp_path):
     assert (code, out.strip()) == (1, str(tmp_path / "study"))
     lines = err.splitlines()
     assert lines[-2].startswith("entrace: broken-seed0 failed: ")
+    assert "step 2" in lines[-2]
     assert lines[-1] == "entrace: 1 of 3 runs failed; retry them with --retry-failed"
     code, _, err = call(*arguments, "--resume")
     assert (code, without_progress(err)) == (1, lines[-2:])
@@ -216,14 +218,14 @@ def interrupt(folder, arguments):
 def test_ctrl_c_stops_cleanly_and_resume_equals_an_uninterrupted_grid(call, tmp_path):
     grid = write(tmp_path, GRID)
     out = tmp_path / "study"
-    arguments = ["ablate", grid, *SMALL, "steps=8", "record.after_update_every=0", "--jobs", "2", "--seeds", "0"]
+    arguments = ["ablate", grid, *SHORT, "steps=6", "record.checkpoint_every=1", "--jobs", "2", "--seeds", "0"]
     code, printed, err = interrupt(out, [*arguments, "--out", out])
     assert (code, printed) == (130, "")
     assert err.splitlines()[-1] == f"entrace: stopped; the same command with --resume continues in {out}"
     assert "Traceback" not in err
     states = {path.parent.name: read_manifest(path.parent) for path in out.glob("*/run.json")}
     assert {state["status"] for state in states.values()} == {"running"}
-    assert all(0 < state["last_durable_step"] < 8 for state in states.values())
+    assert all(0 < state["last_durable_step"] < 6 for state in states.values())
 
     code, _, err = call(*arguments, "--out", out)
     assert (code, err.count("\n")) == (2, 1)

@@ -24,7 +24,7 @@ from entrace.trainer.config import load_config
 from entrace.trainer.train import train
 from tests.analysis.conftest import write_failed
 
-from .conftest import SMALL
+from .conftest import SHORT
 
 RATIO = {"gspo", "no_clip_higher", "clip_cov", "kl_cov", "ce_gppo", "cispo", "dcpo", "erc"}
 STEMS = ("entropy", "position", "sign", "category", "correlations")
@@ -38,7 +38,7 @@ def run(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("atlas") / "run"
     more = ["steps=3", "record.after_update_every=3", "optim.mini_batches=3", "optim.lr=1e-3", "optim.warmup_steps=0"]
-    train(load_config("tiny", [*SMALL, *more]), folder, {})
+    train(load_config("tiny", [*SHORT, *more]), folder, {})
     return folder
 
 

@@ -285,7 +285,7 @@ def test_a_fault_of_log_probabilities_is_found(case: Case, name: str):
     assert "model tokens" not in found
 
 
-@pytest.mark.parametrize("name", ["temperature not applied", "top-p renormalized", "logits off by one"])
+@pytest.mark.parametrize("name", slow_after(1, ["temperature not applied", "top-p renormalized", "logits off by one"]))
 def test_a_fault_of_the_engine_beside_a_trainer_is_found(trl: Case, name: str):
     inject, cause = FAULTS[name]
     found = trl.alarms(sampling_logprob=inject(trl))

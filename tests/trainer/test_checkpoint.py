@@ -29,7 +29,7 @@ from entrace.trainer.runs.checkpoint import (
     save_checkpoint,
 )
 
-from .conftest import SMALL, cut_short, flip_a_bit
+from .conftest import SHORT, cut_short, flip_a_bit
 
 FILES = {
     "checksums.json",
@@ -45,7 +45,7 @@ FILES = {
 
 
 def new_learner():
-    config = load_config("tiny", [*SMALL, "policy.device=cpu"])
+    config = load_config("tiny", [*SHORT, "policy.device=cpu"])
     return Learner(config, Policy.load(config.policy))
 
 

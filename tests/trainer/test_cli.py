@@ -10,7 +10,7 @@ import pytest
 import entrace
 from entrace.trainer.resources import find_base_policy
 
-from .conftest import SMALL
+from .conftest import SHORT, SMALL
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_failing_run_exits_with_one(tmp_path, call):
 
 def test_a_run_can_be_trained_evaluated_and_queried(tmp_path, call):
     run_dir = tmp_path / "study" / "first"
-    code, out, err = call("train", "tiny", *SMALL, "--out", run_dir)
+    code, out, err = call("train", "tiny", *SHORT, "--out", run_dir)
     assert (code, out.strip()) == (0, str(run_dir))
     assert "first: 4/4" in err
     code, out, _ = call("eval", run_dir, "--json")

@@ -31,12 +31,12 @@ from entrace.trainer.train import train
 from tests.patience import HANG_S, without_progress
 from tests.slow import slow
 
-from .conftest import SMALL
+from .conftest import SHORT
 
 LABELS = {"study": "test", "arm": "none"}
 TABLES = ("tokens", "rollouts", "prompts", "vocab", "evals", "steps")
 KEYS = ["step", "rollout_id", "position", "prompt_id", "sample_index", "token_id"]
-CONFIG = [*SMALL, "steps=3", "record.checkpoint_every=1"]
+CONFIG = [*SHORT, "steps=3", "record.checkpoint_every=1"]
 SHARDED = (pytest.mark.slow, pytest.mark.sharded)
 # After two or three steps, results differ by the summation order only.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}

@@ -23,7 +23,7 @@ from entrace.trainer.sampling.vllm_engine import whole_weights
 from entrace.trainer.train import train
 from tests.trainer import vllm_standin
 
-from .conftest import SMALL, table
+from .conftest import SHORT, table
 from .test_policy import ARCHITECTURES, load, write_model
 
 VLLM = RolloutConfig(engine="vllm")
@@ -107,7 +107,7 @@ def test_adapters_are_handed_over_merged(standin, tmp_path):
 
 def test_a_run_with_vllm_records_both_logprobs(standin, tmp_path):
     few = ["steps=2", "task.num_heldout=2", "rollout.prompts_per_step=2", "rollout.max_response_tokens=16"]
-    train(load_config("tiny", [*SMALL, *few, "rollout.engine=vllm"]), tmp_path / "run", {})
+    train(load_config("tiny", [*SHORT, *few, "rollout.engine=vllm"]), tmp_path / "run", {})
     tokens = table(tmp_path / "run", "tokens")
     assert tokens["sampling_logprob"].null_count() == 0
     difference = (tokens["sampling_logprob"] - tokens["logprob"]).abs()
@@ -133,7 +133,7 @@ def test_missing_vllm_is_one_line(small, monkeypatch):
 
 def test_missing_vllm_leaves_no_run_folder(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    config = load_config("tiny", [*SMALL, "rollout.engine=vllm"])
+    config = load_config("tiny", [*SHORT, "rollout.engine=vllm"])
     assert any("needs vLLM" in problem for problem in check_run(config).problems)
     with pytest.raises(InputError, match="needs vLLM"):
         train(config, tmp_path / "run", {})

@@ -41,10 +41,10 @@ from entrace.trainer.train import train
 from tests.patience import HANG_S
 from tests.slow import slow
 
-from .conftest import SMALL, cut_short, flip_a_bit
+from .conftest import SHORT, cut_short, flip_a_bit
 
 LABELS = {"study": "test", "arm": "none"}
-OVERRIDES = [*SMALL, "steps=6"]
+OVERRIDES = [*SHORT, "steps=6"]
 SECONDS = ("rollout_s", "reward_s", "update_s", "record_s")
 TABLES = ("tokens", "rollouts", "prompts", "vocab", "evals", "steps")
 BLOCK = 4096
@@ -426,18 +426,24 @@ def room_for(run_dir, step, checkpoints):
     return sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in files)
 
 
+# In the trace of step 3; in weights and tokenizer of the second checkpoint, which other libraries write.
+PLACES = {"trace": 2, "weights": 4, "tokenizer": 4}
+
+
 @needs_mounts
-def test_a_full_disk(tmp_path, whole, run_mounted):
+@pytest.mark.parametrize("places", [("trace", "weights"), slow(("tokenizer",))], ids=",".join)
+def test_a_full_disk(tmp_path, whole, run_mounted, places):
     model = (whole / "checkpoints" / "step-000006" / "policy" / "model.safetensors").stat().st_size
-    rooms = [
-        # In the trace of step 3; in weights and tokenizer of the second checkpoint, which other libraries write.
-        room_for(whole, 2, 1) + 7 * BLOCK,
-        room_for(whole, 4, 1) + model // 2,
-        room_for(whole, 4, 1) + model + 6 * BLOCK,
-    ]
+    sizes = {
+        "trace": room_for(whole, 2, 1) + 7 * BLOCK,
+        "weights": room_for(whole, 4, 1) + model // 2,
+        "tokenizer": room_for(whole, 4, 1) + model + 6 * BLOCK,
+    }
+    rooms = [sizes[place] for place in places]
     (tmp_path / "disk").mkdir()
     told = run_mounted(full_disk, tmp_path / "disk", tmp_path, *rooms)
-    for room, recorded, ((code, line), state, steps, hidden, resumed) in zip(rooms, (2, 4, 4), told, strict=True):
+    for place, room, ((code, line), state, steps, hidden, resumed) in zip(places, rooms, told, strict=True):
+        recorded = PLACES[place]
         advice = f"recorded up to step {recorded}: free some space and resume with --resume"
         assert (code, line) == (
             1,

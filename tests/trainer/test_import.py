@@ -174,8 +174,8 @@ def test_text_alone_is_tokenised_to_what_was_sampled(trained, tmp_path, call):
     exact, text = (table(tmp_path / name, "tokens").sort("rollout_id", "position") for name in paths)
     assert exact["token_id"].to_list() == text["token_id"].to_list()
     assert exact["logprob"].to_list() == pytest.approx(text["logprob"].to_list(), abs=1e-5)
-    assert read_manifest(tmp_path / "ids")["scored"]["response_tokens"] == "as given"
-    assert "anew" in read_manifest(tmp_path / "text")["scored"]["response_tokens"]
+    assert read_manifest(tmp_path / "ids")["imported"]["response_tokens"] == "as given"
+    assert "anew" in read_manifest(tmp_path / "text")["imported"]["response_tokens"]
 
 
 @pytest.mark.slow
@@ -536,7 +536,7 @@ def test_tokens_outside_the_loss_mask_are_rows_without_values(tmp_path, call):
         step = table(tmp_path / name, "steps").row(0, named=True)
         assert step["tokens"] == 6
         assert step["entropy_token_mean"] == pytest.approx(generated["entropy"].mean(), rel=1e-5)
-        assert read_manifest(tmp_path / name)["scored"]["response_tokens"] == "as given, without 2 outside loss_mask"
+        assert read_manifest(tmp_path / name)["imported"]["response_tokens"] == "as given, without 2 outside loss_mask"
         opened = entrace.open_runs(tmp_path / name)
         counts = opened.sql("select (select count(*) from tokens), (select count(*) from response_tokens)")
         assert counts.row(0) == (6, 8)
@@ -578,8 +578,8 @@ def test_skipping_bad_rows_leaves_no_group_in_part(tmp_path, call):
     status, _, err = call("import", "--model", "embedded", path, "--out", tmp_path / "run", "--skip-bad-rows")
     assert status == 0
     assert "2 of 12 rows skipped, with 4 further rows, the rest of 2 groups (" in err
-    scored = read_manifest(tmp_path / "run")["scored"]
-    assert (scored["rows"], scored["bad_rows"], scored["dropped_groups"]) == (12, 2, 2)
+    imported = read_manifest(tmp_path / "run")["imported"]
+    assert (imported["rows"], imported["bad_rows"], imported["dropped_groups"]) == (12, 2, 2)
     rollouts = table(tmp_path / "run", "rollouts").sort("rollout_id")
     assert rollouts["completion"].to_list() == ["0 = 0", "1 = 1", "2 = 2"] * 2
     assert rollouts["group_id"].to_list() == [0, 0, 0, 3, 3, 3]
@@ -754,14 +754,15 @@ def test_an_import_killed_in_its_first_manifest_resumes(tmp_path, call):
 
 
 def test_a_trace_of_the_former_command_resumes(tmp_path, call):
-    """Manifest keys, the config key, and their texts are those of ``entrace score``."""
+    """The key ``imported`` of the manifest was ``scored``, and described less."""
     path = write(tmp_path / "rows.jsonl", [row(), row(reward=0.0)])
     assert call("import", "--model", "embedded", path, "--out", tmp_path / "run")[0] == 0
     manifest = read_manifest(tmp_path / "run")
-    assert list(manifest["config"]) == ["score"]
-    assert manifest["config"]["score"] == manifest["scored"]["settings"]
+    assert manifest["config"] == {"import": manifest["imported"]["settings"]}
     before = {"files", "weights", "rows", "bad_rows", "fields", "advantage", "response_tokens", "settings"}
-    assert set(manifest["scored"]) == before | {"format", "dropped_groups", "logprobs", "reference"}
-    assert manifest["scored"]["advantage"] == "group-relative, from rewards"
-    write_manifest(tmp_path / "run", {**manifest, "scored": {key: manifest["scored"][key] for key in before}})
+    assert set(manifest["imported"]) == before | {"format", "dropped_groups", "logprobs", "reference"}
+    assert manifest["imported"]["advantage"] == "group-relative, from rewards"
+    imported = manifest.pop("imported")
+    write_manifest(tmp_path / "run", {**manifest, "scored": {key: imported[key] for key in before}})
+    assert entrace.open_runs(tmp_path / "run").manifests["run"]["imported"]["rows"] == 2
     assert call("import", "--model", "embedded", path, "--out", tmp_path / "run", "--resume")[0] == 0

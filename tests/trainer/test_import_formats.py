@@ -627,7 +627,7 @@ def test_from_overrides_what_was_detected(load, tmp_path, tokenizer):
     path = write(tmp_path / "1.jsonl", verl_rows(1, str))
     _, err = load(path, "--from", "rows", "--tokenizer", tokenizer)
     assert "found verl" not in err
-    assert read_manifest(tmp_path / "run")["scored"]["format"] == "rows"
+    assert read_manifest(tmp_path / "run")["imported"]["format"] == "rows"
 
 
 def test_an_import_without_a_model_resumes(load, tmp_path, monkeypatch, call):
@@ -732,4 +732,4 @@ def test_a_dump_in_a_storage_is_read_as_a_local_one(load, dump, tokenizer):
     for name in ("tokens", "rollouts", "prompts", "steps"):
         found, expected = (table(run, name).drop("run_id") for run in runs)
         assert found.equals(expected), name
-    assert all(name.startswith("memory://") for name in read_manifest(runs[0])["scored"]["files"])
+    assert all(name.startswith("memory://") for name in read_manifest(runs[0])["imported"]["files"])

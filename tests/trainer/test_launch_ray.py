@@ -13,7 +13,7 @@ from entrace.trainer.ablation.launch.ray import RayLauncher
 from entrace.trainer.ablation.runner import run_grid
 from entrace.trainer.train import train
 
-from .conftest import SMALL
+from .conftest import SHORT
 
 STEPS = 14
 
@@ -58,7 +58,7 @@ class Killer:
 
 @pytest.mark.slow
 def test_a_grid_survives_the_loss_of_a_node(cluster, tmp_path):
-    specs = load_grid("tiny-study", [*SMALL, f"steps={STEPS}", "record.after_update_every=0"], seeds=[0])
+    specs = load_grid("tiny-study", [*SHORT, f"steps={STEPS}", "record.after_update_every=0"], seeds=[0])
     killer = Killer(cluster)
     out = tmp_path / "study"
     assert run_grid(specs, out, RayLauncher(cluster.address), train, listener=killer) == {}
@@ -79,8 +79,22 @@ def test_a_grid_survives_the_loss_of_a_node(cluster, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
 
 
+def test_without_a_node_that_has_room_a_grid_is_refused(tmp_path, monkeypatch):
+    """Starting a cluster takes many seconds; a test of it is slow."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    nodes = [{"Alive": True, "Resources": {"CPU": 1.0}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    specs = load_grid("tiny-study", SHORT)
+    message = "no node of the Ray cluster has 7 CPUs and 0 GPUs; nodes: 1 CPUs and 0 GPUs$"
+    with pytest.raises(InputError, match=message):
+        run_grid(specs, tmp_path / "study", RayLauncher("auto", cpus_per_run=7), train)
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.slow
 def test_a_run_that_asks_for_more_than_any_node_has_is_refused(cluster, tmp_path):
-    specs = load_grid("tiny-study", SMALL)
+    specs = load_grid("tiny-study", SHORT)
     with pytest.raises(InputError, match="no node of the Ray cluster has 7 CPUs and 0 GPUs; nodes: 1 CPUs"):
         run_grid(specs, tmp_path / "study", RayLauncher(cluster.address, cpus_per_run=7), train)
     assert not (tmp_path / "study").exists()
@@ -100,7 +114,7 @@ def test_a_method_of_the_working_directory_is_found_by_the_tasks(cluster, tmp_pa
     )
     monkeypatch.chdir(work)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    specs = load_grid("grid.toml", [*SMALL, "steps=2"])
+    specs = load_grid("grid.toml", [*SHORT, "steps=2"])
     assert run_grid(specs, tmp_path / "study", RayLauncher(cluster.address), train) == {}
     tokens = pq.read_table(tmp_path / "study" / "mine-seed0" / "tokens", columns=["advantage", "shaped_advantage"])
     advantages, shaped = (tokens[name].to_numpy() for name in tokens.column_names)
@@ -116,7 +130,7 @@ def print_and_exit(config, run_dir, labels, **_):
 
 @pytest.mark.slow
 def test_a_task_that_dies_says_how_and_what_it_printed_last(cluster, tmp_path, capsys):
-    spec = load_grid("tiny-study", SMALL, seeds=[0])[0]
+    spec = load_grid("tiny-study", SHORT, seeds=[0])[0]
     failed = run_grid([spec], tmp_path / "study", RayLauncher(cluster.address), print_and_exit)
     assert failed[spec.run_id].startswith("WorkerCrashedError: The worker died unexpectedly")
     # Ray repeats the task; each attempt prints the line.

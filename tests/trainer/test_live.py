@@ -11,11 +11,11 @@ from entrace import open_runs
 from entrace.analysis.trace import InputError
 from entrace.trainer.runs.run_folder import run_lock
 
-from .conftest import SMALL
+from .conftest import SHORT
 
 STEPS = 12
 LIVE = [
-    *SMALL,
+    *SHORT,
     f"steps={STEPS}",
     "rollout.prompts_per_step=4",
     "eval.every=6",
@@ -68,17 +68,23 @@ def test_a_run_is_queried_while_it_trains(tmp_path):
     assert open_runs(run).notes == {}
 
 
-def test_two_processes_do_not_record_one_run(tmp_path):
-    with run_lock(tmp_path / "run", waits=False):
-        command = [sys.executable, "-m", "entrace", "train", "tiny", *SMALL, "--out", str(tmp_path / "run"), "--resume"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_two_processes_do_not_record_one_run(tmp_path, call):
+    # The other process only holds the lock: it need not load torch.
+    hold = (
+        "import sys\nfrom pathlib import Path\nfrom entrace.trainer.runs.run_folder import run_lock\n"
+        "with run_lock(Path(sys.argv[1]), waits=False):\n    print('locked', flush=True)\n    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        code, _, err = call("train", "tiny", *SHORT, "--out", tmp_path / "run", "--resume")
         with (
             pytest.raises(InputError, match="another process is already recording this run"),
             run_lock(tmp_path / "run", waits=False),
         ):
             pass
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].endswith(
-        "another process is already recording this run; stop it or wait for it"
-    )
+        other.stdin.close()
+    assert other.returncode == 0
+    assert code == 2
+    assert err.splitlines()[-1].endswith("another process is already recording this run; stop it or wait for it")
     assert not (tmp_path / "run").exists()

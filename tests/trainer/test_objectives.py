@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from entrace.trainer.algorithm import objectives
 from entrace.trainer.algorithm.method import REGISTRY, RolloutView
-from entrace.trainer.algorithm.objectives import AGGREGATIONS, LossConfig, Objective
+from entrace.trainer.algorithm.mini_batch import AGGREGATIONS, LossConfig, Objective
 
 from .conftest import token_batch
 

@@ -15,7 +15,7 @@ import pytest
 from entrace.analysis.trace import read_manifest
 from tests.patience import HANG_S
 
-from .conftest import SMALL
+from .conftest import SHORT
 
 ENTRACE = Path(sys.executable).with_name("entrace")
 MODULE = '''
@@ -61,8 +61,20 @@ def scalar(advantages, rollouts):
     return advantages.mean()
 
 
+def flat(advantages, rollouts) -> TokenWeights:
+    return TokenWeights(advantages[:, 0], rollouts.response_mask)
+
+
+def listed(advantages, rollouts) -> TokenWeights:
+    return TokenWeights([1.0], rollouts.response_mask)
+
+
 def raising(advantages, rollouts):
     raise RuntimeError("no such luck")
+
+
+def leaving(advantages, rollouts):
+    raise SystemExit(0)
 
 
 def erasing(advantages, rollouts):
@@ -127,7 +139,7 @@ def check_confident(run, beta):
 
 
 def test_a_shaping_is_composed_trained_resumed_and_evaluated(module, call, tmp_path):
-    arguments = [f'shaping.method=["ppl", "{module}:confident"]', "shaping.confident.beta=2.0", *SMALL]
+    arguments = [f'shaping.method=["ppl", "{module}:confident"]', "shaping.confident.beta=2.0", *SHORT, "steps=2"]
     run, whole = tmp_path / "runs" / "cut", tmp_path / "runs" / "whole"
     assert call("train", "tiny", *arguments, "--out", run)[0] == 0
     config = read_manifest(run)["config"]
@@ -135,7 +147,7 @@ def test_a_shaping_is_composed_trained_resumed_and_evaluated(module, call, tmp_p
     assert config["shaping"]["confident"] == {"start_step": 1, "end_step": None, "beta": 2.0}
     check_confident(run, 2.0)
 
-    longer = [*arguments, "steps=6", "optim.lr=3e-4"]
+    longer = [*arguments, "steps=4", "optim.lr=3e-4"]
     code, _, err = call("train", "tiny", *longer, "shaping.confident.beta=2.5", "--out", run, "--resume")
     assert (code, "shaping.confident.beta is 2.0 there, 2.5 here" in err) == (2, True)
     assert call("train", "tiny", *longer, "--out", run, "--resume")[0] == 0
@@ -153,9 +165,17 @@ def test_a_shaping_is_composed_trained_resumed_and_evaluated(module, call, tmp_p
 
 
 def test_a_grid_of_own_methods_is_run_in_other_processes_and_resumed(module, tmp_path):
+    """Train a grid beside a stranger's ``trainer.py`` and ``analysis/``.
+
+    No process may import them.
+    """
     write_grid(module)
+    Path("trainer.py").write_text("raise SystemExit('the user\\'s own trainer was imported')\n")
+    Path("analysis").mkdir()
+    Path("analysis/__init__.py").write_text("raise SystemExit('the user\\'s own analysis was imported')\n")
     out = tmp_path / "study"
-    command = [ENTRACE, "ablate", "grid.toml", *SMALL, "--out", out, "--jobs", "2", "--json"]
+    arguments = ["ablate", "grid.toml", *SHORT, "steps=2", "--out", out, "--jobs", "2", "--json"]
+    command = [sys.executable, "-m", "entrace", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     runs = {run["arm"]: run for run in json.loads(done.stdout)["runs"]}
@@ -235,7 +255,7 @@ def test_a_method_that_cannot_be_one_is_refused_before_any_run_starts(module, ca
     else:
         grid = GRID.replace("none = {}", f'none = {{}}\nwrong = {{ {kind}.method = "MODULE:{function}" }}')
         arguments = ["ablate", write_grid(module, grid)]
-    code, out, err = call(*arguments, *SMALL, "--out", tmp_path / "out")
+    code, out, err = call(*arguments, *SHORT, "--out", tmp_path / "out")
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert err.startswith("entrace: ")
     for part in WRONG[name]:
@@ -255,14 +275,17 @@ def test_an_arm_named_after_a_missing_module_is_refused(module, call, tmp_path):
     [
         ("shaping.method={}:scalar", "shaping method {}:scalar returned shape (), expected shape"),
         ("loss.method={}:scalar", "loss method {}:scalar returned Tensor, expected TokenWeights"),
-        ("shaping.method={}:raising", "shaping method {}:raising failed: RuntimeError: no such luck"),
-        ("loss.method={}:raising", "loss method {}:raising failed: RuntimeError: no such luck"),
+        ("loss.method={}:flat", "loss method {}:flat returned token_weights of shape ("),
+        ("loss.method={}:listed", "TokenWeights: token_weights: expected Tensor, found [1.0]"),
+        ("shaping.method={}:raising", "shaping method {}:raising failed (RuntimeError: no such luck)"),
+        ("loss.method={}:raising", "loss method {}:raising failed (RuntimeError: no such luck)"),
+        ("shaping.method={}:leaving", "shaping method {}:leaving failed (SystemExit: 0)"),
         ("shaping.method={}:erasing", "shaping method {}:erasing changed logprobs in place; return a new tensor"),
-        ("shaping.method={}:doubling", "shaping method {}:doubling failed: RuntimeError: unsupported operation"),
+        ("shaping.method={}:doubling", "shaping method {}:doubling failed (RuntimeError: unsupported operation"),
     ],
 )
 def test_a_wrong_result_ends_the_run_with_one_line(module, call, tmp_path, setting, expected):
-    code, _, err = call("train", "tiny", setting.format(module), *SMALL, "--out", tmp_path / "run")
+    code, _, err = call("train", "tiny", setting.format(module), *SHORT, "--out", tmp_path / "run")
     assert code == 2
     assert expected.format(module) in err.splitlines()[-1]
     assert read_manifest(tmp_path / "run")["status"] == "failed"
@@ -304,6 +327,15 @@ def test_methods_refuses_unknown_names_with_one_line(module, call, argument, exp
     code, out, err = call("methods", argument.replace("MODULE", module))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert expected.replace("MODULE", module) in err
+
+
+def test_a_module_that_exits_is_one_line(module, call):
+    Path(f"{module}_leaving.py").write_text("import sys\nsys.exit(0)\n")
+    expected = f"method {module}_leaving:f: cannot be imported (SystemExit: 0)\n"
+    assert call("methods", f"{module}_leaving:f") == (2, "", f"entrace: {expected}")
+    code, _, err = call("train", "tiny", f"shaping.method={module}_leaving:f", *SMALL, "--out", "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert expected in err
 
 
 def test_methods_is_listed_without_loading_torch():

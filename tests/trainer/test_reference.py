@@ -13,10 +13,10 @@ from entrace.trainer.learner import Learner
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.train import train
 
-from .conftest import SMALL
+from .conftest import SHORT
 
 NAMES = ["reference_logprob", "reference_entropy"]
-OPTIONS = [*SMALL, "rollout.temperature=0.8", "optim.micro_batch_tokens=300", "optim.lr=3e-3", "optim.warmup_steps=0"]
+OPTIONS = [*SHORT, "rollout.temperature=0.8", "optim.micro_batch_tokens=300", "optim.lr=3e-3", "optim.warmup_steps=0"]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from entrace.trainer.tasks.config import SourceConfig, TaskConfig
 from entrace.trainer.tasks.files import Epochs
 from entrace.trainer.train import train
 
-from .conftest import SMALL
+from .conftest import SHORT
 
 TABLES = ("tokens", "rollouts", "prompts", "evals")
 
@@ -279,7 +279,7 @@ class StoppedError(Exception):
 
 @pytest.mark.slow
 def test_a_run_on_a_file_over_several_epochs_is_resumed_to_the_same_trace(sums, tmp_path):
-    config = load_config("tiny", [*SMALL, f"task.name={sums}", "task.params={}", "steps=4"])
+    config = load_config("tiny", [*SHORT, f"task.name={sums}", "task.params={}", "steps=4"])
     train(config, tmp_path / "whole", {})
 
     def stop(done, **metrics):
@@ -305,7 +305,7 @@ def test_a_run_on_a_file_over_several_epochs_is_resumed_to_the_same_trace(sums, 
 
 
 def test_a_run_whose_file_has_changed_is_not_resumed(sums, tmp_path):
-    config = load_config("tiny", [*SMALL, f"task.name={sums}", "task.params={}", "steps=4"])
+    config = load_config("tiny", [*SHORT, f"task.name={sums}", "task.params={}", "steps=4"])
 
     def stop(done, **metrics):
         if done == 3:
@@ -340,7 +340,7 @@ def test_fingerprints_cover_files_and_stay_what_they_were_for_a_task_that_names_
 
 
 def test_a_file_is_evaluated_by_data_source(sums):
-    overrides = [*SMALL, f"task.name={sums}", "task.params={}", "task.num_heldout=13", "eval.samples=1"]
+    overrides = [*SHORT, f"task.name={sums}", "task.params={}", "task.num_heldout=13", "eval.samples=1"]
     config = load_config("tiny", overrides)
     rows = evaluate(config, *load_policy_and_task(config), step=0)
     assert set(rows["benchmark"]) == {"sums", "chats"}

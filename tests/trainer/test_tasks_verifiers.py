@@ -279,7 +279,8 @@ def test_without_an_answer_the_completion_is_the_answer(module):
     ("result", "message"),
     [
         ("1 / 0", r"verifier of mine failed on rows.jsonl, line 7 \(ZeroDivisionError: division by zero\)"),
-        ("row['anser']", r"verifier of mine failed on rows.jsonl, line 7 \(KeyError: 'anser'\)"),
+        ("row['anser']", r"verifier of mine failed on rows.jsonl, line 7 \(KeyError: no key 'anser'\)"),
+        ("exit(3)", r"verifier of mine failed on rows.jsonl, line 7 \(SystemExit: 3\)"),
         ("'1'", "returned '1' for rows.jsonl, line 7, expected a finite number or None"),
         ("[]", r"returned \[\] for rows.jsonl, line 7, expected a finite number or None"),
         ("float('nan')", "returned nan for rows.jsonl, line 7"),
@@ -347,6 +348,9 @@ def test_a_function_that_cannot_be_had_is_one_line(module):
     other = module("def score(:")
     with pytest.raises(InputError, match=rf"{other}:score: cannot be imported \(SyntaxError"):
         make_verifier(f"{other}:score")
+    leaving = module("import sys; sys.exit(0)")
+    with pytest.raises(InputError, match=rf"{leaving}:score: cannot be imported \(SystemExit: 0\)"):
+        make_verifier(f"{leaving}:score")
 
 
 def test_answers_that_are_lists_are_for_functions_only(module, tmp_path):

@@ -22,9 +22,9 @@ from entrace.trainer.rollouts import PromptSource, collect_batch
 from entrace.trainer.runs.record import record_batch, sample_tokens
 from entrace.trainer.train import train
 
-from .conftest import SMALL, token_advantages
+from .conftest import SHORT, token_advantages
 
-SHAPE = [*SMALL, "steps=8", "record.flush_every=2", "record.checkpoint_every=4", "record.after_update_every=5"]
+SHAPE = [*SHORT, "steps=8", "record.flush_every=2", "record.checkpoint_every=4", "record.after_update_every=5"]
 FEWER = ["record.after_update_responses=3"]
 SAMPLING = TokenSampling(3, 0.5)
 SAMPLED = ["record.token_steps=3", "record.token_responses=0.5"]
@@ -113,7 +113,7 @@ def test_a_resumed_run_stores_the_same_tokens(sampled, full, tmp_path, is_pruned
 
 def test_processes_store_together_what_one_would_store(policy, task, tmp_path):
     """Each process records the responses that it sampled."""
-    config = load_config("tiny", [*SMALL, "record.token_responses=0.4"])
+    config = load_config("tiny", [*SHORT, "record.token_responses=0.4"])
     batch = collect_batch(config, policy, PromptSource(task), step=1)
     shaped = token_advantages(config, batch)
     is_own = torch.arange(len(batch.prompts)) % 2 == 0
@@ -141,7 +141,7 @@ def test_processes_store_together_what_one_would_store(policy, task, tmp_path):
 
 
 def test_a_step_without_stored_responses_in_the_update_captures_nothing(policy, task):
-    config = load_config("tiny", [*SMALL, "record.token_steps=50", "record.token_responses=1e-9"])
+    config = load_config("tiny", [*SHORT, "record.token_steps=50", "record.token_responses=1e-9"])
     batch = collect_batch(config, policy, PromptSource(task), step=2)
     sample = sample_tokens(config, config.record.token_sampling, batch, 2, 0)
     assert len(sample.captured) == 0

@@ -16,8 +16,10 @@ from entrace.trainer.learner import TrainingError
 from entrace.trainer.train import train
 from tests.slow import slow, slow_after
 
-from .conftest import SMALL
+from .conftest import SHORT
 
+# Groups are dropped by correctness; without a penalty, their rewards are uniform then.
+RUN = [*SHORT, "rollout.overlong_buffer_tokens=0"]
 LABELS = {"study": "test", "arm": "none"}
 TABLES = ("tokens", "rollouts", "prompts", "vocab", "evals", "steps")
 SECONDS = ("rollout_s", "reward_s", "update_s", "record_s")
@@ -38,19 +40,19 @@ def run_dir(tmp_path_factory):
     """Train the recorded run that the tests below read."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     seen = []
-    train(load_config("tiny", SMALL), out, LABELS, on_step=lambda done, **figures: seen.append((done, figures)))
+    train(load_config("tiny", RUN), out, LABELS, on_step=lambda done, **figures: seen.append((done, figures)))
     assert [done for done, _ in seen] == [1, 2, 3, 4]
     assert set(seen[0][1]) == {"reward", "accuracy", "entropy", "tokens_per_s"}
     return out
 
 
 def test_the_same_seed_gives_the_same_bytes(run_dir, tmp_path):
-    train(load_config("tiny", SMALL), tmp_path / "again", LABELS)
+    train(load_config("tiny", RUN), tmp_path / "again", LABELS)
     assert_same_trace(run_dir, tmp_path / "again")
 
 
 def test_another_seed_gives_another_run(run_dir, tmp_path):
-    train(load_config("tiny", [*SMALL, "steps=1", "seed=1"]), tmp_path / "other", LABELS)
+    train(load_config("tiny", [*RUN, "steps=1", "seed=1"]), tmp_path / "other", LABELS)
     assert not read(tmp_path / "other", "tokens").equals(read(run_dir, "tokens").filter(pl.col("step") == 1))
 
 
@@ -93,7 +95,7 @@ def test_groups_are_numbered_within_the_run(run_dir):
 def test_a_prompt_drawn_twice_in_one_step_is_two_groups(tmp_path):
     """A step larger than an epoch of its file repeats prompts."""
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "{i} + 1 =", "answer": "{i + 1}"}}\n' for i in range(4)))
-    settings = [*SMALL, f"task.name={tmp_path / 'rows.jsonl'}", "task.num_heldout=2", "task.params={}", "steps=1"]
+    settings = [*RUN, f"task.name={tmp_path / 'rows.jsonl'}", "task.num_heldout=2", "task.params={}", "steps=1"]
     train(load_config("tiny", settings), tmp_path / "run", LABELS)
     rollouts = read(tmp_path / "run", "rollouts")
     assert rollouts["prompt_id"].n_unique() == 2
@@ -137,7 +139,7 @@ def test_the_manifest_says_what_was_run(run_dir):
     manifest = read_manifest(run_dir)
     assert manifest["status"] == "complete"
     assert manifest["last_durable_step"] == manifest["total_steps"] == 4
-    assert manifest["config"] == load_config("tiny", SMALL).model_dump(mode="json")
+    assert manifest["config"] == load_config("tiny", RUN).model_dump(mode="json")
     assert manifest["versions"]["torch"] == torch.__version__
     assert (manifest["run_id"], manifest["study"], manifest["arm"]) == ("whole", "test", "none")
 
@@ -147,7 +149,7 @@ def test_bfloat16_arithmetic_trains_float32_weights(tmp_path):
 
     The test runs a GPU's default dtype on the CPU.
     """
-    train(load_config("tiny", [*SMALL, "policy.dtype=bfloat16", "steps=2"]), tmp_path / "bf16", LABELS)
+    train(load_config("tiny", [*RUN, "policy.dtype=bfloat16", "steps=2"]), tmp_path / "bf16", LABELS)
     steps = read(tmp_path / "bf16", "steps")
     assert steps["grad_norm"].is_between(1e-3, 10).all()
     assert (steps["clip_frac_low"] + steps["clip_frac_high"] < 0.05).all()
@@ -163,7 +165,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run_dir, tmp_path, last):
         if done == last:
             raise Interrupted
 
-    config = load_config("tiny", SMALL)
+    config = load_config("tiny", RUN)
     with pytest.raises(Interrupted):
         train(config, tmp_path / "cut", LABELS, on_step=stop)
     train(config, tmp_path / "cut", LABELS, resume=True)
@@ -180,7 +182,7 @@ def test_a_resumed_run_keeps_its_number_of_threads(tmp_path):
 
     # Threads that wait for each other take their time, however little there is to compute.
     short = ["steps=2", "rollout.prompts_per_step=2", "rollout.max_response_tokens=24", "task.num_heldout=2"]
-    config = load_config("tiny", [*SMALL, *short, "eval.samples=1", "record.checkpoint_every=1"])
+    config = load_config("tiny", [*RUN, *short, "eval.samples=1", "record.checkpoint_every=1"])
     try:
         torch.set_num_threads(2)
         with pytest.raises(Interrupted):
@@ -193,7 +195,7 @@ def test_a_resumed_run_keeps_its_number_of_threads(tmp_path):
 
 
 def test_arms_are_one_run_until_their_windows_open(run_dir, tmp_path):
-    overrides = [*SMALL, "shaping.method=position", "shaping.position.start_step=3"]
+    overrides = [*RUN, "shaping.method=position", "shaping.position.start_step=3"]
     train(load_config("tiny", overrides), tmp_path / "late", LABELS)
     for table in ("tokens", "rollouts"):
         base, late = (read(d, table) for d in (run_dir, tmp_path / "late"))
@@ -212,7 +214,7 @@ def test_a_failed_run_is_marked_and_stays_readable(tmp_path, monkeypatch):
         "shape",
         lambda a, b, c, step, plateau: (a * float("nan") if step == 3 else a, False),
     )
-    config = load_config("tiny", [*SMALL, "record.flush_every=2"])
+    config = load_config("tiny", [*RUN, "record.flush_every=2"])
     with pytest.raises(TrainingError, match="step 3: loss nan"):
         train(config, tmp_path / "nan", LABELS)
     manifest = read_manifest(tmp_path / "nan")
@@ -224,27 +226,27 @@ def test_a_failed_run_is_marked_and_stays_readable(tmp_path, monkeypatch):
 def test_an_existing_run_is_not_overwritten(run_dir):
     before = (run_dir / "run.json").read_bytes()
     with pytest.raises(InputError, match="--resume"):
-        train(load_config("tiny", SMALL), run_dir, LABELS)
+        train(load_config("tiny", RUN), run_dir, LABELS)
     assert (run_dir / "run.json").read_bytes() == before
 
 
 def test_a_complete_run_is_left_alone_and_another_config_refused(run_dir):
     before = (run_dir / "run.json").read_bytes()
-    train(load_config("tiny", SMALL), run_dir, LABELS, resume=True)
+    train(load_config("tiny", RUN), run_dir, LABELS, resume=True)
     assert (run_dir / "run.json").read_bytes() == before
     with pytest.raises(InputError, match=r"optim\.lr is 0\.0003 there, 1\.0 here; not resumed"):
-        train(load_config("tiny", [*SMALL, "optim.lr=1"]), run_dir, LABELS, resume=True)
+        train(load_config("tiny", [*RUN, "optim.lr=1"]), run_dir, LABELS, resume=True)
 
 
 @pytest.mark.parametrize("schedule", slow_after(1, [["optim.schedule=cosine", "optim.schedule_steps=9"], []]))
 def test_an_extended_run_equals_one_that_was_as_long_from_the_start(run_dir, tmp_path, schedule):
-    train(load_config("tiny", [*SMALL, *schedule, "steps=2"]), tmp_path / "short", LABELS)
+    train(load_config("tiny", [*RUN, *schedule, "steps=2"]), tmp_path / "short", LABELS)
     assert read_manifest(tmp_path / "short")["status"] == "complete"
-    train(load_config("tiny", [*SMALL, *schedule]), tmp_path / "short", LABELS, resume=True)
+    train(load_config("tiny", [*RUN, *schedule]), tmp_path / "short", LABELS, resume=True)
     whole = run_dir
     if schedule:
         whole = tmp_path / "whole"
-        train(load_config("tiny", [*SMALL, *schedule]), whole, LABELS)
+        train(load_config("tiny", [*RUN, *schedule]), whole, LABELS)
     assert_same_trace(whole, tmp_path / "short")
     manifest = read_manifest(tmp_path / "short")
     assert (manifest["status"], manifest["total_steps"], manifest["config"]["steps"]) == ("complete", 4, 4)
@@ -253,7 +255,7 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(run_dir, tmp
 
 
 def test_a_run_whose_learning_rate_ends_with_it_is_not_extended(tmp_path):
-    falling = [*SMALL, "optim.schedule=linear"]
+    falling = [*RUN, "optim.schedule=linear"]
     train(load_config("tiny", [*falling, "steps=2"]), tmp_path / "run", LABELS)
     with pytest.raises(InputError, match=r"cannot be extended from 2 to 4 steps, .* needs optim.schedule_steps"):
         train(load_config("tiny", falling), tmp_path / "run", LABELS, resume=True)
@@ -265,7 +267,7 @@ def test_a_run_whose_learning_rate_ends_with_it_is_not_extended(tmp_path):
     ("threshold", "remark"), [(5.0, "none of the first"), slow(1.0, None), slow(-1.0, "every one of the")]
 )
 def test_a_threshold_that_separates_nothing_is_remarked_on(tmp_path, caplog, threshold, remark):
-    train(load_config("tiny", [*SMALL, "steps=3", f"task.correct_at={threshold}"]), tmp_path / "run", LABELS)
+    train(load_config("tiny", [*RUN, "steps=3", f"task.correct_at={threshold}"]), tmp_path / "run", LABELS)
     remarks = [r.message for r in caplog.records if "is correct: their" in r.message]
     assert len(remarks) == (remark is not None)
     if remark:
@@ -281,7 +283,7 @@ def test_a_verifier_may_give_no_verdict(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    train(load_config("tiny", [*SMALL, 'task.verifiers={chain_sum="shy:score"}']), tmp_path / "run", LABELS)
+    train(load_config("tiny", [*RUN, 'task.verifiers={chain_sum="shy:score"}']), tmp_path / "run", LABELS)
     rollouts, evals = read(tmp_path / "run", "rollouts"), read(tmp_path / "run", "evals")
     unjudged = rollouts.filter(pl.col("completion").str.contains("wait"))
     assert len(unjudged) > 0
@@ -307,8 +309,8 @@ def test_a_run_short_of_memory_goes_on_with_smaller_micro_batches(run_dir, tmp_p
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        train(load_config("tiny", SMALL), tmp_path / "cut", LABELS, on_step=stop)
-    less = load_config("tiny", [*SMALL, "optim.micro_batch_tokens=64"])
+        train(load_config("tiny", RUN), tmp_path / "cut", LABELS, on_step=stop)
+    less = load_config("tiny", [*RUN, "optim.micro_batch_tokens=64"])
     train(less, tmp_path / "cut", LABELS, resume=True)
     manifest = read_manifest(tmp_path / "cut")
     assert (manifest["status"], manifest["config"]["optim"]["micro_batch_tokens"]) == ("complete", 64)
@@ -322,7 +324,7 @@ def test_a_foreign_schema_version_is_refused(run_dir, tmp_path):
 
 
 def test_a_run_without_a_plateau_says_that_position_shaping_stayed_off(tmp_path, caplog):
-    train(load_config("tiny", [*SMALL, "shaping.method=position"]), tmp_path / "run", LABELS)
+    train(load_config("tiny", [*RUN, "shaping.method=position"]), tmp_path / "run", LABELS)
     assert "no plateau was detected in 4 steps, so shaping that starts at the plateau stayed off" in caplog.text
     assert read_manifest(tmp_path / "run")["plateau_step"] is None
     assert not read(tmp_path / "run", "steps")["is_shaped"].any()
@@ -331,7 +333,7 @@ def test_a_run_without_a_plateau_says_that_position_shaping_stayed_off(tmp_path,
 def test_the_detected_plateau_is_recorded(tmp_path):
     # With a window of two steps and any change tolerated, the seventh step follows the first plateau.
     detector = ["shaping.plateau.window_steps=2", "shaping.plateau.tolerance=1.0", "steps=8"]
-    train(load_config("tiny", [*SMALL, *detector]), tmp_path / "run", LABELS)
+    train(load_config("tiny", [*RUN, *detector]), tmp_path / "run", LABELS)
     found = read_manifest(tmp_path / "run")["plateau_step"]
     steps = read(tmp_path / "run", "steps")
     expected = PlateauDetector(load_config("tiny", detector).shaping.plateau)

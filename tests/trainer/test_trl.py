@@ -75,7 +75,6 @@ CASES = {
 }
 MEASURES = ("logprob", "entropy")
 QUICK = {
-    "defaults",
     "slices and iterations",
     "leave one out",
     "adapter with dropout",

@@ -15,10 +15,10 @@ from entrace.trainer.dry_run import make_plan
 from entrace.trainer.model.policy import Policy
 from entrace.trainer.train import train
 
-from .conftest import SMALL
+from .conftest import SHORT
 
 NAMES = ["sum_p2_others", "sum_p2_logp_others"]
-OPTIONS = [*SMALL, "rollout.temperature=0.8", "optim.micro_batch_tokens=300", "record.token_responses=0.6"]
+OPTIONS = [*SHORT, "rollout.temperature=0.8", "optim.micro_batch_tokens=300", "record.token_responses=0.6"]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from entrace.analysis import figures
 from entrace.analysis.trace import Recorder, TraceWriter, Vocabulary
 from entrace.analysis.viewer import responses
 from tests.analysis.conftest import step_row
@@ -25,12 +26,23 @@ from tests.viewer.conftest import FROZEN, Client, Tab
 
 PAGES = (
     "/",
-    "/responses",
+    # One step, since the audit of a page takes time proportional to its rows.
+    "/responses?step=2",
     "/response?run=none-seed0&id=5",
     "/compare?r=none-seed0:5&r=none-seed0:6",
     "/compare",
     "/sql",
 )
+
+
+# The overview draws every figure near the view, each in a second. Tests name these; test_server.py asks for all.
+SHOWN = ["stage_dynamics", "entropy_by_sample_sign", "ablation_final", "high_entropy_words", "engine_mismatch"]
+
+
+@pytest.fixture(autouse=True)
+def shown_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the overview show the figures that the tests name."""
+    monkeypatch.setattr(figures, "STEMS", SHOWN)
 
 
 def assert_accessible(page: Any) -> None:
@@ -214,19 +226,19 @@ def test_the_way_back_to_the_list_restores_its_place(tab: Tab, frozen: Client):
 
 def test_a_wrong_response_is_compared_with_a_correct_one_in_one_click(tab: Tab, frozen: Client):
     columns = frozen.get("/api/responses?is_correct=false&sort=-step")["columns"]
-    ids = [
+    wrong = next(
         rollout
-        for rollout in columns["rollout_id"][:20]
+        for rollout in columns["rollout_id"]
         if frozen.get(f"/api/response?run=none-seed0&id={rollout}")["neighbors"]["opposite"] is not None
-    ]
-    page = tab.open(f"{frozen.url}/response?run=none-seed0&id={ids[0]}")
+    )
+    page = tab.open(f"{frozen.url}/response?run=none-seed0&id={wrong}")
     page.get_by_role("button", name="Compare with a correct response").click()
     page.wait_for_url("**/compare?**")
     tab.settle()
     assert page.locator(".columns .chip").all_inner_texts() == ["wrong", "correct"]
     first = page.url.split("&color")[0]
     page = tab.open(f"{frozen.url}/responses?is_correct=false&sort=-step")
-    i = columns["rollout_id"].index(ids[0])
+    i = columns["rollout_id"].index(wrong)
     page.locator("tbody tr").nth(i).get_by_role("link", name="vs correct").click()
     page.wait_for_url("**/compare?r=**")
     tab.settle()

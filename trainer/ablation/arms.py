@@ -29,7 +29,7 @@ from entrace.trainer.settings import merge, read_toml
 PLAIN = "grpo"
 
 
-def find_arm(name: str, kind: Kind | None = None) -> MethodSpec:
+def find_any_method(name: str, kind: Kind | None = None) -> MethodSpec:
     """Return the method called ``name``; ``module:function`` is imported.
 
     Args:
@@ -59,7 +59,7 @@ def method_settings(method: str | Sequence[str]) -> Settings:
     names = split_methods(method)
     if not names:
         raise InputError("method: the list is empty; name at least one method, such as none")
-    return _settings_of([find_arm(name) for name in names], names)
+    return _settings_of([find_any_method(name) for name in names], names)
 
 
 def _settings_of(specs: Sequence[MethodSpec], names: Sequence[str]) -> Settings:
@@ -90,7 +90,7 @@ def list_methods(more: Mapping[str, Kind | None] | Iterable[str] = ()) -> dict[s
         if name != PLAIN and spec.function.__module__.startswith(f"{package}.")
     }
     kinds = more if isinstance(more, Mapping) else dict.fromkeys(more)
-    return {**built_in, **{name: find_arm(name, kind) for name, kind in kinds.items()}}
+    return {**built_in, **{name: find_any_method(name, kind) for name, kind in kinds.items()}}
 
 
 def describe_methods(more: Mapping[str, Kind | None] | Iterable[str] = ()) -> dict[str, dict[str, Any]]:
@@ -156,7 +156,7 @@ def load_own(values: Mapping[str, Any]) -> list[MethodSpec]:
     specs = []
     for name, kind in _own_methods(values):
         with suppress(InputError):
-            specs.append(find_arm(name, kind))
+            specs.append(find_any_method(name, kind))
     return specs
 
 

@@ -1,6 +1,6 @@
 """Compute the policy loss per token.
 
-The caller applies weights and denominators; see ``algorithm.objectives``.
+The caller applies weights and denominators; see ``algorithm.mini_batch``.
 """
 
 from __future__ import annotations

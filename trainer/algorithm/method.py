@@ -27,7 +27,9 @@ from entrace.trainer.settings import (
     InputError,
     Positive,
     ValidationError,
+    checked,
     create_model,
+    explained,
     import_function,
     keyword_defaults,
     nearest,
@@ -155,8 +157,9 @@ def shaping(function: Function, /) -> Function: ...
 def shaping(
     *, section: str | None = None, start_step: int | Literal["plateau"] = 1, replaces: bool = False
 ) -> Callable[[Function], Function]: ...
+@checked
 def shaping(
-    function: Any = None,
+    function: Callable[..., Any] | None = None,
     /,
     *,
     section: str | None = None,
@@ -191,8 +194,9 @@ def objective(
     settings: Mapping[str, Any] | None = None,
     needs: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Function]: ...
+@checked
 def objective(
-    function: Any = None,
+    function: Callable[..., Any] | None = None,
     /,
     *,
     section: str | None = None,
@@ -333,14 +337,9 @@ def call_method(spec: MethodSpec, advantages: Tensor, rollouts: RolloutView, par
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
     # Tensors made in inference mode have no version.
     versions = {name: value._version for name, value in tensors.items() if not value.is_inference()}
-    try:
+    passes = (InputError, NotRecordedError) if OWN.fullmatch(spec.name) else Exception
+    with explained(f"{spec.kind} method {spec.name} failed", passes):
         result = spec.function(advantages, rollouts, **parameters)
-    except (InputError, NotRecordedError):
-        raise
-    except Exception as error:
-        if not OWN.fullmatch(spec.name):
-            raise
-        raise InputError(f"{spec.kind} method {spec.name} failed: {type(error).__name__}: {error}") from error
     if changed := [name for name, version in versions.items() if tensors[name]._version != version]:
         raise InputError(f"{spec.kind} method {spec.name} changed {changed[0]} in place; return a new tensor")
     return result

@@ -22,6 +22,7 @@ from entrace.analysis.importers.collect import Collected
 from entrace.analysis.runs import Runs
 from entrace.analysis.terminal.progress import Progress
 from entrace.analysis.trace import InputError
+from entrace.analysis.trace.manifest import IMPORTED
 from entrace.trainer.config import PolicyConfig
 from entrace.trainer.external.policy_codec import PolicyCodec
 from entrace.trainer.external.teacher_forcing import PassSettings
@@ -186,7 +187,7 @@ class Comparison:
     def _prompts_of_run(self, runs: Runs, sample: Sample, run_id: str) -> tuple[dict[int, list[int]], str]:
         """Return prompt tokens of responses that the model sampled; see ``choose``."""
         manifest = runs.manifests[run_id]
-        if "scored" in manifest:
+        if IMPORTED in manifest:
             raise InputError(f"{run_id}: an imported trace holds no prompt tokens; audit the dump itself with --model")
         rows, about = self._rows_of_run(sample.responses, manifest, Path(manifest["path"]), run_id)
         # A trace may hold the tokens of some responses only.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from entrace.analysis.cli import say
-from entrace.analysis.plan import Pilot, Plan, PlannedRun, measure_pilot
+from entrace.analysis.plan import GridPlan, Pilot, PlannedRun, measure_pilot
 from entrace.analysis.terminal.grid_progress import GridProgress
 from entrace.analysis.trace import InputError
 from entrace.trainer.ablation.grid import RunSpec
@@ -108,7 +108,7 @@ def check(specs: Sequence[RunSpec]) -> tuple[list[str], list[str]]:
     return warnings, problems
 
 
-def plan(specs: Sequence[RunSpec], out: Path, launcher: Launcher, retry_failed: bool, pilot: Path | None) -> Plan:
+def plan(specs: Sequence[RunSpec], out: Path, launcher: Launcher, retry_failed: bool, pilot: Path | None) -> GridPlan:
     """Return the plan of a grid, given what ``out`` already holds.
 
     Raises:
@@ -137,4 +137,4 @@ def plan(specs: Sequence[RunSpec], out: Path, launcher: Launcher, retry_failed: 
         )
         for spec in specs
     ]
-    return Plan(runs, slots, values, source)
+    return GridPlan(runs, slots, values, source)

@@ -15,7 +15,7 @@ from torch import Tensor
 from entrace.analysis.trace import TraceWriter
 from entrace.analysis.trace.rows import ResponseRows
 from entrace.analysis.trace.sampling import TokenSampling, response_draws
-from entrace.trainer.algorithm.advantages import mean_surprisal, ppl_z
+from entrace.trainer.algorithm.advantages import mean_surprisal
 from entrace.trainer.config import Config
 from entrace.trainer.kernels.token_stats import lm_head_grad_norm
 from entrace.trainer.learner import AfterUpdate, UpdateMetrics
@@ -108,7 +108,7 @@ def record_batch(
         is_correct=[score.is_correct for score in scores],
         is_kept=batch.is_kept.numpy()[own],
     )
-    surprisal = mean_surprisal(rollouts.stats.logprob, rollouts.response_mask)
+    surprisal = mean_surprisal(rollouts.stats.logprob, rollouts.response_mask).numpy()[own]
     writer.append(
         "rollouts",
         {
@@ -127,10 +127,9 @@ def record_batch(
             "reward": pa.array(batch.rewards.numpy()[own], mask=~batch.has_verdict.numpy()[own]),
             "length_penalty": batch.length_penalties.numpy()[own],
             "drop_reason": [batch.drop_reasons[row] for row in own],
-            "entropy_mean": rollouts.entropy_mean.numpy()[own],
-            "surprisal_mean": surprisal.numpy()[own],
-            "ppl": surprisal.exp().numpy()[own],
-            "ppl_z": ppl_z(rollouts.stats.logprob, rollouts.response_mask, batch.group_ids).numpy()[own],
+            **responses.generated_columns(
+                responses.lengths, rollouts.entropy_mean.numpy()[own], surprisal, has_ppl_z=~np.isnan(surprisal)
+            ),
         },
     )
     is_stored = batch.is_own if is_stored is None else batch.is_own & is_stored

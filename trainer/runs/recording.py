@@ -25,7 +25,7 @@ log = logging.getLogger("entrace")
 
 
 def open_trace(
-    config: Config, run_dir: Path, labels: Mapping[str, str], learner: Learner, resume: bool
+    config: Config, run_dir: Path, labels: Mapping[str, Any], learner: Learner, resume: bool
 ) -> tuple[TraceWriter, RunState]:
     """Return a new or resumed trace, and the state of its run."""
     ranks = learner.ranks
@@ -77,7 +77,7 @@ def _find_resumable(config: Config, run_dir: Path) -> Path | None:
     return checkpoint
 
 
-def _describe(config: Config, run_dir: Path, labels: Mapping[str, str], learner: Learner) -> dict[str, Any]:
+def _describe(config: Config, run_dir: Path, labels: Mapping[str, Any], learner: Learner) -> dict[str, Any]:
     manifest = describe_run(config, run_dir, labels)
     if learner.policy.device.type == "cuda":
         manifest["hardware"]["gpu"] = torch.cuda.get_device_name(learner.policy.device)

@@ -13,6 +13,7 @@ from typing import Any
 
 from entrace.analysis.importers.chat import Question, as_chat, as_text
 from entrace.analysis.trace import InputError
+from entrace.analysis.trace.errors import explained
 from entrace.trainer.seeding import Stream, generator
 from entrace.trainer.tasks.config import TaskConfig
 from entrace.trainer.tasks.files import FileSource
@@ -81,13 +82,8 @@ class Task:
         Raises:
             InputError: the verifier raised an error.
         """
-        try:
+        with explained(f"the verifier of {prompt.task} failed on {prompt.origin}", passes=InputError):
             score = prompt.verifier(completion, prompt)
-        except InputError:
-            raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"the verifier of {prompt.task} failed on {prompt.origin} ({reason})") from error
         self.num_timeouts += score.is_timeout
         if score.is_timeout and self.num_timeouts <= NUM_NAMED:
             logger.warning("entrace: %s: the verifier timed out on an answer, which counts as wrong", prompt.origin)

@@ -3,7 +3,8 @@
 -- params: $runs: list of run_id (default all); $baselines: map of arm to arm, the baseline of each (default none for
 --   every arm); $k: integer in [1, 1000000], samples per prompt (default 8)
 -- units: value, baseline_value: *_at_k in [0, 1], response_length in tokens, entropy in nats per token, all at the last
---   common evaluation; difference = value - baseline_value, relative for response_length; num_prompts in prompts
+--   common evaluation; difference = value - baseline_value, relative for response_length; num_prompts in prompts,
+--   which are equal if their texts are, or their ids without a text
 -- needs: evaluations
 with complete as (
   select
@@ -16,42 +17,64 @@ with complete as (
   qualify row_number() over (partition by arm, seed order by run_id) = 1
 ),
 pairs as (
-  select shaped.arm, shaped.baseline, shaped.seed, shaped.run_id, plain.run_id as baseline_run_id
-  from complete as shaped
-  join complete as plain on plain.arm = shaped.baseline and plain.seed = shaped.seed
-  where shaped.arm <> shaped.baseline
+  select of_arm.arm, of_arm.baseline, of_arm.seed, of_arm.run_id, of_baseline.run_id as baseline_run_id
+  from complete as of_arm
+  join complete as of_baseline on of_baseline.arm = of_arm.baseline and of_baseline.seed = of_arm.seed
+  where of_arm.arm <> of_arm.baseline
 ),
 prompts_evaluated as materialized (
   select *
   from eval_prompts(coalesce($k, 8)::integer)
   where $runs is null or list_contains($runs, run_id)
 ),
+texts as (
+  select run_id, prompt_id, any_value(prompt) as prompt
+  from prompts
+  where $runs is null or list_contains($runs, run_id)
+  group by all
+),
+-- Equal ids may name different prompts in different runs.
+by_text as materialized (
+  select
+    run_id,
+    benchmark,
+    step,
+    coalesce(prompt, prompt_id) as prompt,
+    avg(avg_at_k) as avg_at_k,
+    avg(maj_at_k) as maj_at_k,
+    avg(pass_at_k) as pass_at_k,
+    avg(response_length) as response_length,
+    avg(entropy) as entropy
+  from prompts_evaluated
+  left join texts using (run_id, prompt_id)
+  group by all
+),
 at_last_common_step as (
   select
     pairs.arm,
     pairs.baseline,
     pairs.seed,
-    shaped.benchmark,
-    shaped.step,
+    of_arm.benchmark,
+    of_arm.step,
     [
-      {'metric': 'avg_at_k', 'measure': shaped.avg_at_k, 'baseline_measure': plain.avg_at_k},
-      {'metric': 'maj_at_k', 'measure': shaped.maj_at_k, 'baseline_measure': plain.maj_at_k},
-      {'metric': 'pass_at_k', 'measure': shaped.pass_at_k, 'baseline_measure': plain.pass_at_k},
+      {'metric': 'avg_at_k', 'measure': of_arm.avg_at_k, 'baseline_measure': of_baseline.avg_at_k},
+      {'metric': 'maj_at_k', 'measure': of_arm.maj_at_k, 'baseline_measure': of_baseline.maj_at_k},
+      {'metric': 'pass_at_k', 'measure': of_arm.pass_at_k, 'baseline_measure': of_baseline.pass_at_k},
       {
         'metric': 'response_length',
-        'measure': shaped.response_length,
-        'baseline_measure': plain.response_length
+        'measure': of_arm.response_length,
+        'baseline_measure': of_baseline.response_length
       },
-      {'metric': 'entropy', 'measure': shaped.entropy, 'baseline_measure': plain.entropy}
+      {'metric': 'entropy', 'measure': of_arm.entropy, 'baseline_measure': of_baseline.entropy}
     ] as measures
   from pairs
-  join prompts_evaluated as shaped on shaped.run_id = pairs.run_id
-  join prompts_evaluated as plain
-    on plain.run_id = pairs.baseline_run_id
-    and plain.benchmark = shaped.benchmark
-    and plain.step = shaped.step
-    and plain.prompt_id = shaped.prompt_id
-  qualify shaped.step = max(shaped.step) over (partition by pairs.arm, pairs.seed, shaped.benchmark)
+  join by_text as of_arm on of_arm.run_id = pairs.run_id
+  join by_text as of_baseline
+    on of_baseline.run_id = pairs.baseline_run_id
+    and of_baseline.benchmark = of_arm.benchmark
+    and of_baseline.step = of_arm.step
+    and of_baseline.prompt = of_arm.prompt
+  qualify of_arm.step = max(of_arm.step) over (partition by pairs.arm, pairs.seed, of_arm.benchmark)
 ),
 per_metric as (
   select arm, baseline, seed, benchmark, step, unnest(measures) as measured

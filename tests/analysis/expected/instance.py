@@ -49,7 +49,7 @@ EXPECTED = {
     "robustness_by_ppl": (
         {},
         [
-            *["is_correct", "ppl_tercile", "impact", "low", "high", "movement", "movement_low", "movement_high"],
+            *["is_correct", "ppl_tercile", "impact", "low", "high", "abs_impact", "abs_impact_low", "abs_impact_high"],
             *["accuracy_original", "accuracy_alternative", "num_interventions", "num_prompts"],
         ],
         [

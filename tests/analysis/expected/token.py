@@ -67,7 +67,14 @@ EXPECTED = {
         {"bins": 5},
         [
             *["is_correct", "position_bin", "position_mid", "impact", "low", "high"],
-            *["movement", "movement_low", "movement_high", "accuracy_original", "num_interventions", "num_prompts"],
+            *[
+                "abs_impact",
+                "abs_impact_low",
+                "abs_impact_high",
+                "accuracy_original",
+                "num_interventions",
+                "num_prompts",
+            ],
         ],
         [
             (False, 0, 0.1, -0.25, -1, 1, 0.25, 0, 1, 0.25, 1, 1),
