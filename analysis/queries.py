@@ -37,6 +37,7 @@ STAGING = (
     "staged_tokens",
     "staged_movements",
     "entropy_predictions",
+    "entropy_law_sums",
     "responses_at_length",
     "response_fifths",
     "entropy_thresholds",

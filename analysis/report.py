@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
@@ -113,7 +113,7 @@ def _write_parts(runs: Runs, stems: list[str], out: Path, on_step: Callable[[int
     done = count(1)
     sections: dict[str, dict[str, Any]] = {}
 
-    def write(stems: Sequence[str]) -> None:
+    def write(stems: Collection[str]) -> None:
         with _asked_ahead(runs, stems) as frames:
             for stem, frame in zip(stems, frames, strict=True):
                 sections[stem] = _write_section(runs, stem, frame, out)
@@ -169,8 +169,11 @@ def check_target(out: Path, page: str = PAGE, mark: str = MARK) -> None:
 
 
 @contextmanager
-def _asked_ahead(runs: Runs, stems: Sequence[str]) -> Iterator[Iterator[pl.DataFrame]]:
-    """Yield the rows of each figure; while the caller draws one, the next ones are asked for."""
+def _asked_ahead(runs: Runs, stems: Collection[str]) -> Iterator[Iterator[pl.DataFrame]]:
+    """Yield the rows of each question.
+
+    While the caller draws one figure, the next questions are answered.
+    """
     with ThreadPoolExecutor(1) as pool:
         asked = deque(pool.submit(_rows, runs, stem) for stem in stems)
 

@@ -692,7 +692,12 @@ class Runs:
 
     @contextmanager
     def _transaction(self, text: str, params: Mapping[str, Any], kind: str) -> Iterator[duckdb.DuckDBPyConnection]:
-        """Yield a connection in a transaction of a kind, such as ``read only``, for one query.
+        """Yield a connection in a transaction for one query.
+
+        Args:
+            text: The query.
+            params: Its parameters, of which ``runs`` chooses the connection.
+            kind: ``read only``, or empty.
 
         Raises:
             InputError: DuckDB rejects the query, or a file cannot be read.

@@ -98,7 +98,10 @@ class Recorded:
         return () if self.damage else self.files.get(name, ())
 
     def is_original(self, name: str) -> bool:
-        """Return whether the file is as its writer wrote it; a reader must check that it equals its digest."""
+        """Return whether the file is as its writer wrote it.
+
+        The caller must have checked that it equals a digest.
+        """
         return len(self.of(name)) == 1
 
     def is_removed(self, name: str) -> bool:

@@ -150,9 +150,9 @@ def timed(work: Callable[..., Any], *arguments: Any) -> np.ndarray:
 
 
 def measure(traces: tuple[Path, Path], opened: dict[Path, entrace.Runs], stem: str, scan: str) -> dict[str, float]:
-    """Measure a query, its scan, and the query on the small trace; ``traces`` are the large and the small one.
+    """Measure a query, its scan, and the query on the small trace.
 
-    Values are medians over rounds, except first answers, each of which is measured once.
+    ``traces`` are the large and the small one. Values are medians over rounds, except first answers, each of which is measured once.
     """
     large, small = (opened[trace] for trace in traces)
     first_s, small_first_s = (timed(ask, entrace.open_runs(trace), stem)[0] for trace in traces)
@@ -265,7 +265,7 @@ def measure_opening() -> float:
 
 
 def measure_report(path: Path) -> tuple[float, float]:
-    """Measure wall seconds and CPU seconds of a new process that writes the report on a run or study."""
+    """Measure wall and CPU seconds of a new process that writes a report."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", MODULE, "--write-report", str(path), str(Path(folder) / "report")]
         started = time.perf_counter()

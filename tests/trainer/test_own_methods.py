@@ -333,7 +333,7 @@ def test_a_module_that_exits_is_one_line(module, call):
     Path(f"{module}_leaving.py").write_text("import sys\nsys.exit(0)\n")
     expected = f"method {module}_leaving:f: cannot be imported (SystemExit: 0)\n"
     assert call("methods", f"{module}_leaving:f") == (2, "", f"entrace: {expected}")
-    code, _, err = call("train", "tiny", f"shaping.method={module}_leaving:f", *SMALL, "--out", "run")
+    code, _, err = call("train", "tiny", f"shaping.method={module}_leaving:f", *SHORT, "--out", "run")
     assert (code, err.count("\n")) == (2, 1)
     assert expected in err
 

@@ -45,7 +45,15 @@ kinds as (
     ]) as category
 ),
 per_tercile as (
-  select run_id, stage, ppl_tercile, category, step, prompt_id, any_value(token_weight) as token_weight, sum(tokens) as tokens
+  select
+    run_id,
+    stage,
+    ppl_tercile,
+    category,
+    step,
+    prompt_id,
+    any_value(token_weight) as token_weight,
+    sum(tokens) as tokens
   from high_entropy
   join terciles using (run_id, rollout_id)
   group by all
