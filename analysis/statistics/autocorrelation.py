@@ -39,66 +39,115 @@ MAX_NOISE_WEIGHT = 10
 
 
 @dataclass(frozen=True)
-class Posterior:
-    """Hold the posterior of noise and state over a grid.
+class Grid:
+    """Hold a grid of K pairs of autocorrelation and variance ratio.
 
-    The grid has K pairs of autocorrelation and variance ratio.
+    It is for series of n steps. The first pair has no state; the others are ordered by autocorrelation.
 
     Attributes:
-        weight: Weight of each pair, ``(K,)``; adds up to 1.
-        noise: Variance of the noise, ``(K,)``: the center of a scaled inverse chi-squared distribution.
-        df: Degrees of freedom of that distribution.
         ratio: Variance of the state relative to that of the noise, ``(K,)``.
         state: Spectrum of a state of variance 1: its variance by frequency, ``(K, n)``.
+        precision: One over the variance by frequency relative to the noise, ``(K, n)``.
+        log_variance: Sum of the logarithms of that variance over frequencies, ``(K,)``.
+    """
+
+    ratio: np.ndarray
+    state: np.ndarray
+    precision: np.ndarray
+    log_variance: np.ndarray
+
+
+@dataclass(frozen=True)
+class Posteriors:
+    """Hold the posteriors of noise and state of L series over one grid.
+
+    Attributes:
+        weight: Weight of each pair, ``(L, K)``; those of a series add up to 1.
+        noise: Variance of the noise, ``(L, K)``: the center of a scaled inverse chi-squared distribution.
+        df: Degrees of freedom of that distribution, ``(L,)``.
+        is_exact: Whether the series follows its trend exactly, ``(L,)``; it then has no posterior, and the degrees of
+            freedom are those of its residuals.
+        grid: The grid.
     """
 
     weight: np.ndarray
     noise: np.ndarray
+    df: np.ndarray
+    is_exact: np.ndarray
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Hold the posterior of noise and state of one series; see ``Posteriors``."""
+
+    weight: np.ndarray
+    noise: np.ndarray
     df: float
-    ratio: np.ndarray
-    state: np.ndarray
+    grid: Grid
 
     @property
     def variance(self) -> np.ndarray:
         """Return the variance by frequency relative to the noise, ``(K, n)``."""
-        return 1 + self.ratio[:, None] * self.state
+        return 1 / self.grid.precision
 
 
-def fit_posterior(
+def fit_posterior(y: np.ndarray, basis: np.ndarray, steps: np.ndarray) -> Posterior | None:
+    """Return the posterior of noise and state of one series.
+
+    The noise is not measured. The result is None if the series follows the trend exactly. Arguments as for
+    ``contrasts.contrast``.
+    """
+    found = fit_posteriors(y[None], basis[None], float(spacing_of(steps)), np.full(1, np.nan), np.zeros(1))
+    return None if found.is_exact[0] else Posterior(found.weight[0], found.noise[0], float(found.df[0]), found.grid)
+
+
+def fit_posteriors(
     y: np.ndarray,
     basis: np.ndarray,
-    steps: np.ndarray,
-    noise: np.ndarray | None,
-    noise_df: float,
+    spacing: float,
+    noise: np.ndarray,
+    noise_df: np.ndarray,
     persistence: tuple[float, ...] = MEASURED,
-) -> Posterior | None:
-    """Return the posterior of noise and state.
+) -> Posteriors:
+    """Return the posteriors of noise and state of L series.
 
-    The result is None if the series follows the trend exactly. Arguments as for ``contrasts.contrast``.
+    With z and x the cosine transforms of a series and of its trend, and v the variance by frequency of a pair, the
+    likelihood depends on the series by its sums of z z / v, z x / v, and x x / v over the frequencies.
+
+    Args:
+        y: Series, ``(L, n)``.
+        basis: Columns of their trends, ``(L, n, p)``.
+        spacing: Training steps between consecutive values.
+        noise: Mean sampling variance of the values of each series, ``(L,)``; nan if unknown.
+        noise_df: Degrees of freedom behind ``noise``, ``(L,)``.
+        persistence: Prior weights of ``CORRELATIONS`` if the noise is known.
     """
-    size, columns = basis.shape
-    unit = np.sqrt(residual_variance(y, basis))
-    if unit <= NO_ERROR * max(1.0, float(np.abs(y).max())):
-        return None
-    measured, extra = 0.0, 0.0
-    if noise is not None and noise_df > 0:
-        measured = float(noise.mean()) / unit**2
-        extra = min(noise_df, float(MAX_NOISE_WEIGHT * size))
-    spacing = float(np.median(np.diff(steps)))
-    if extra > 0:
-        state, ratio, prior = _grid(size, spacing, persistence, NO_STATE_MEASURED)
+    num, size, columns = basis.shape
+    unit = np.sqrt(residual_variances(y, basis))
+    is_exact = unit <= NO_ERROR * np.maximum(1.0, np.abs(y).max(1))
+    unit = np.where(is_exact, 1.0, unit)
+    is_measured = np.isfinite(noise) & (noise_df > 0)
+    is_measured &= ~is_exact
+    extra = np.where(is_measured, np.minimum(noise_df, MAX_NOISE_WEIGHT * size), 0.0)
+    squares_of_noise = np.where(is_measured, extra * np.where(is_measured, noise, 0.0) / unit**2, 0.0)
+    grid = _grid(size, spacing)
+    prior = np.stack((_prior(UNMEASURED, NO_STATE_UNMEASURED), _prior(persistence, NO_STATE_MEASURED)))
+    both = cosines_of_each(np.concatenate((basis, (y / unit[:, None])[:, :, None]), axis=2))
+    products = (both[:, :, :, None] * both[:, :, None, :]).reshape(num, size, -1)
+    sums = (grid.precision @ products).reshape(num, -1, columns + 1, columns + 1)
+    gram, right, squares = sums[..., :columns, :columns], sums[..., :columns, columns], sums[..., columns, columns]
+    if columns == 1:
+        explained, log_gram = right[..., 0] ** 2 / gram[..., 0, 0], np.log(gram[..., 0, 0])
     else:
-        state, ratio, prior = _grid(size, spacing, UNMEASURED, NO_STATE_UNMEASURED)
-    variance = 1 + ratio[:, None] * state
-    z, x = cosines(y / unit), cosines(basis)
-    scaled = x / variance[:, :, None]
-    gram, right = scaled.transpose(0, 2, 1) @ x, scaled.transpose(0, 2, 1) @ z
-    explained = (right * np.linalg.solve(gram, right[..., None])[..., 0]).sum(1)
-    squares = (z**2 / variance).sum(1) - explained + extra * measured
+        explained = (right * np.linalg.solve(gram, right[..., None])[..., 0]).sum(-1)
+        log_gram = np.linalg.slogdet(gram)[1]
+    squares = np.where(is_exact[:, None], 1.0, squares - explained + squares_of_noise[:, None])
     df = size - columns + extra
-    fit = -0.5 * (np.log(variance).sum(1) + np.linalg.slogdet(gram)[1] + df * np.log(squares))
-    weight = prior * np.exp(fit - fit.max())
-    return Posterior(weight / weight.sum(), unit**2 * squares / df, df, ratio, state)
+    fit = -0.5 * (grid.log_variance + log_gram + df[:, None] * np.log(squares))
+    weight = prior[is_measured.astype(int)] * np.exp(fit - fit.max(1, keepdims=True))
+    weight /= weight.sum(1, keepdims=True)
+    return Posteriors(weight, unit[:, None] ** 2 * squares / df[:, None], df, is_exact, grid)
 
 
 def persistence_of(series: np.ndarray, basis: np.ndarray, steps: np.ndarray) -> tuple[float, ...]:
@@ -114,7 +163,7 @@ def persistence_of(series: np.ndarray, basis: np.ndarray, steps: np.ndarray) -> 
     """
     weights = np.array(MEASURED)
     for values in series.T:
-        posterior = fit_posterior(values, basis, steps, None, 0.0)
+        posterior = fit_posterior(values, basis, steps)
         if posterior is not None:
             by_correlation = posterior.weight[1:].reshape(len(CORRELATIONS), -1).sum(1)
             weights = weights * by_correlation / np.array(UNMEASURED)
@@ -122,14 +171,38 @@ def persistence_of(series: np.ndarray, basis: np.ndarray, steps: np.ndarray) -> 
     return tuple(((prior + weights / weights.sum()) / 2).tolist())
 
 
-def residual_variance(y: np.ndarray, basis: np.ndarray) -> float:
-    """Return the variance of the residuals of a least-squares fit."""
-    return float(np.var(y - basis @ np.linalg.lstsq(basis, y, rcond=None)[0]))
+def residual_variances(y: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """Return the variances of the residuals of least-squares fits, ``(L,)``.
+
+    Args:
+        y: Series, ``(L, n)``.
+        basis: Columns of their trends, ``(L, n, p)``, or ``(1, n, 1)`` if equal.
+    """
+    if basis.shape[2] == 1:
+        column = basis[:, :, 0]
+        fitted = column * ((column * y).sum(1) / (column * column).sum(1))[:, None]
+    else:
+        pairs = zip(basis, y, strict=True)
+        fitted = np.array([columns @ np.linalg.lstsq(columns, values, rcond=None)[0] for columns, values in pairs])
+    return np.var(y - fitted, axis=1)
+
+
+def spacing_of(steps: np.ndarray) -> np.ndarray:
+    """Return the median distance of consecutive steps, over the last axis."""
+    return np.median(np.diff(steps), axis=-1)
 
 
 def cosines(values: np.ndarray) -> np.ndarray:
     """Return the orthonormal discrete cosine transform (type II) over the first axis."""
     return np.tensordot(_cosine_rows(len(values)), values, 1)
+
+
+def cosines_of_each(values: np.ndarray) -> np.ndarray:
+    """Return the ``cosines`` of each array of a stack, ``(L, n, m)``.
+
+    Each array has its own matrix product: its digits do not depend on the others.
+    """
+    return _cosine_rows(values.shape[1]) @ values
 
 
 def from_cosines(values: np.ndarray) -> np.ndarray:
@@ -155,7 +228,7 @@ def shorten(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
     """Average neighboring steps of series longer than ``MAX_STEPS``.
 
-    Weights are summed to keep the estimate.
+    Weights are summed to keep the estimate. Steps are along the first axis of each array.
     """
     if len(y) <= MAX_STEPS:
         return y, basis, weights, noise, np.asarray(steps)
@@ -165,33 +238,26 @@ def shorten(
     def mean(values: np.ndarray) -> np.ndarray:
         return np.add.reduceat(values, starts, axis=0) / sizes.reshape(-1, *[1] * (values.ndim - 1))
 
-    noise = None if noise is None else mean(noise) / sizes
+    noise = None if noise is None else (mean(noise).T / sizes).T
     return mean(y), mean(basis), np.add.reduceat(weights, starts), noise, np.asarray(steps)[starts]
 
 
-def _grid(
-    size: int, spacing: float, weights: tuple[float, ...], no_state: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the spectrum of the state, its ratio to the noise, and the prior.
-
-    The shapes are ``(K, n)``, ``(K,)``, and ``(K,)``.
-    """
-    state, ratio = _states(size, spacing)
-    by_correlation = np.array(weights) / sum(weights) / len(VARIANCE_RATIOS)
-    prior = np.concatenate([[no_state], (1 - no_state) * np.repeat(by_correlation, len(VARIANCE_RATIOS))])
-    return state, ratio, prior
-
-
 @lru_cache(maxsize=128)
-def _states(size: int, spacing: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the spectrum of the state and its ratio to the noise.
+def _prior(weights: tuple[float, ...], no_state: float) -> np.ndarray:
+    """Return the prior of the pairs of a grid, ``(K,)``."""
+    by_correlation = np.array(weights) / sum(weights) / len(VARIANCE_RATIOS)
+    return np.concatenate([[no_state], (1 - no_state) * np.repeat(by_correlation, len(VARIANCE_RATIOS))])
 
-    The first row has no state; the others are ordered by autocorrelation.
-    """
+
+@lru_cache(maxsize=64)
+def _grid(size: int, spacing: float) -> Grid:
+    """Return the grid of a series of a number of steps."""
     products = _lag_products(size)
     states = [products @ (correlation**spacing) ** np.arange(size) for correlation in CORRELATIONS]
     state = np.concatenate([np.zeros((1, size)), np.repeat(np.array(states), len(VARIANCE_RATIOS), axis=0)])
-    return state, np.concatenate([[0.0], np.tile(VARIANCE_RATIOS, len(CORRELATIONS))])
+    ratio = np.concatenate([[0.0], np.tile(VARIANCE_RATIOS, len(CORRELATIONS))])
+    variance = 1 + ratio[:, None] * state
+    return Grid(ratio, state, 1 / variance, np.log(variance).sum(1))
 
 
 def _lag_products(size: int) -> np.ndarray:

@@ -11,13 +11,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from entrace.analysis.statistics.autocorrelation import MEASURED
-from entrace.analysis.statistics.contrasts import contrast
-from entrace.analysis.statistics.estimates import Estimate
+from entrace.analysis.statistics.autocorrelation import MAX_STEPS, MEASURED, shorten, spacing_of
+from entrace.analysis.statistics.contrasts import Errors, posterior_errors
+from entrace.analysis.statistics.estimates import Estimate, Estimates
 from entrace.analysis.statistics.shares import bounded
 
 # From totals, shape (..., values), to an effect, shape (...).
 Effect = Callable[[np.ndarray], np.ndarray]
+# Lists whose mixtures of distributions are in memory at once: about 20 MB with 600 steps.
+LISTS_AT_ONCE = 256
 
 
 def level(
@@ -43,37 +45,84 @@ def level(
         of: Name of the units.
         persistence: See ``contrast``.
     """
-    totals = sums.sum(0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(effect(totals))
-    if not np.isfinite(value):
-        return Estimate(value, np.nan, np.nan, 1.0, len(sums), of or "prompts", np.nan, 0.0, 0.0)
-    influence = sums @ _gradient(effect, totals, np.abs(sums).sum(0))
-    found, where = np.unique(steps, return_inverse=True)
-    num_clusters = len(np.unique(prompts))
-    of = of or f"prompts in {len(found)} steps"
-    num_steps = len(found)
-    if num_steps == 1:
-        return replace(over_clusters(sums, prompts, effect, of), blocks=1.0)
-    pairs = _pair(where, prompts)
-    series, noise, noise_df = _series(*pairs, influence, num_steps)
-    over_time = contrast(
-        series * num_steps + value,
-        np.ones((num_steps, 1)),
-        np.full(num_steps, 1 / num_steps),
-        steps=found,
-        noise=None if noise is None else noise * num_steps**2,
-        noise_df=noise_df,
-        persistence=persistence,
-        n=num_clusters,
-        of=of,
+    order = np.lexsort((prompts, steps))
+    steps, prompts, sums = steps[order], prompts[order], sums[order]
+    found = levels(np.zeros(len(steps), dtype=int), 1, steps, prompts, sums, effect, persistence).one(
+        0, of or "prompts"
     )
-    # Influences of ratios add up to 0, so the series averages to the value up to rounding; the value is exact.
-    over_time = over_time.moved_to(value)
-    if num_clusters == len(pairs[0]):
-        return over_time
-    over_prompts = over_clusters(sums, prompts, effect, of)
-    return over_time if over_prompts.width <= over_time.width else replace(over_prompts, blocks=over_time.blocks)
+    if of or not np.isfinite(found.value):
+        return found
+    return replace(found, of=f"prompts in {int(_is_new(steps).sum())} steps")
+
+
+def levels(
+    lists: np.ndarray,
+    num: int,
+    steps: np.ndarray,
+    prompts: np.ndarray,
+    sums: np.ndarray,
+    effect: Effect,
+    persistence: tuple[float, ...] = MEASURED,
+    *,
+    with_errors: bool = True,
+    with_p_values: bool = True,
+) -> Estimates:
+    """Return ``level`` of several lists of rows, all at once.
+
+    Each list gives the same digits alone and among others.
+
+    Args:
+        lists: List of each row, ``(rows,)``, from 0; ascending.
+        num: Number of lists L.
+        steps: Step of each row, ascending within a list.
+        prompts: Prompt of each row, ascending within a step of a list.
+        sums: As in ``level``.
+        effect: See ``Effect``.
+        persistence: See ``contrasts.contrast``.
+        with_errors: False to leave errors and degrees of freedom of lists of several steps as nan, which takes less
+            time.
+        with_p_values: False to leave the p-values of these lists as nan.
+    """
+    totals = _add(lists, sums, num)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = np.asarray(effect(totals), dtype=float)
+    is_step = _is_new(lists, steps)
+    is_pair = is_step | _is_new(prompts)
+    list_of_step, list_of_pair = lists[is_step], lists[is_pair]
+    num_steps, num_pairs = np.bincount(list_of_step, minlength=num), np.bincount(list_of_pair, minlength=num)
+    # Pairs of step and prompt in the order of prompts show which prompts recur.
+    by_prompt = np.lexsort((prompts[is_pair], list_of_pair))
+    is_cluster = _is_new(list_of_pair[by_prompt], prompts[is_pair][by_prompt])
+    list_of_cluster = list_of_pair[by_prompt][is_cluster]
+    num_clusters = np.bincount(list_of_cluster, minlength=num)
+
+    is_defined = np.isfinite(value)
+    low, high, error = np.full((3, num), np.nan)
+    n = np.where(is_defined, num_clusters, np.bincount(lists, minlength=num))
+    found = Estimates(value, low, high, np.ones(num), n, error, np.zeros(num), np.zeros(num))
+    pair, step = np.cumsum(is_pair) - 1, np.cumsum(is_step) - 1
+    several = np.flatnonzero(is_defined & (num_steps > 1))
+    if len(several):
+        with np.errstate(invalid="ignore"):
+            influence = (sums * _gradients(effect, totals, _add(lists, np.abs(sums), num))[lists]).sum(1)
+        series = _series(step[is_pair], np.bincount(pair, influence), len(list_of_step))
+        kept = {"with_errors": with_errors, "with_p_values": with_p_values}
+        over_time = _over_steps(several, num, value, n, list_of_step, steps[is_step], *series, persistence, **kept)
+        found.put(several, over_time)
+    over = np.flatnonzero(is_defined & ((num_steps == 1) | (num_clusters < num_pairs)))
+    if len(over):
+        cluster = np.empty(len(by_prompt), dtype=int)
+        cluster[by_prompt] = np.cumsum(is_cluster) - 1
+        by_cluster = _add(cluster[pair], sums, len(list_of_cluster))
+        place = np.full(num, -1)
+        place[over] = np.arange(len(over))
+        own = place[list_of_cluster] >= 0
+        jackknife = _jackknives(place[list_of_cluster[own]], by_cluster[own], effect, len(over))
+        blocks = np.where(num_steps[over] == 1, 1.0, found.blocks[over])
+        over_prompts = Estimates.from_errors(*jackknife, blocks)
+        is_wider = (num_steps[over] == 1) | ~(over_prompts.width <= found.width[over])
+        found.put(over[is_wider], over_prompts.select(is_wider))
+    return found
 
 
 def step_values(
@@ -86,18 +135,21 @@ def step_values(
     Returns:
         Steps, values, sampling variances of the values (None if unknown), and degrees of freedom of these variances.
     """
-    found, where = np.unique(steps, return_inverse=True)
-    totals, scales = np.zeros((2, len(found), sums.shape[1]))
-    np.add.at(totals, where, sums)
-    np.add.at(scales, where, np.abs(sums))
+    order = np.lexsort((prompts, steps))
+    steps, prompts, sums = steps[order], prompts[order], sums[order]
+    is_step = _is_new(steps)
+    is_pair, where = is_step | _is_new(prompts), np.cumsum(is_step) - 1
+    num = int(is_step.sum())
+    totals, scales = _add(where, sums, num), _add(where, np.abs(sums), num)
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.asarray(effect(totals), dtype=float)
-    gradients = np.array([_gradient(effect, *row) for row in zip(totals, scales, strict=True)]).reshape(totals.shape)
-    gradients = np.where(np.isfinite(gradients), gradients, 0.0)
-    influence = (sums * gradients[where]).sum(1)
-    _, noise, noise_df = _series(*_pair(where, prompts), influence, len(found))
-    defined = np.isfinite(values)
-    return found[defined], values[defined], None if noise is None else noise[defined], noise_df
+    gradients = _gradients(effect, totals, scales)
+    influence = (sums * np.where(np.isfinite(gradients), gradients, 0.0)[where]).sum(1)
+    pair = np.cumsum(is_pair) - 1
+    _, noise, noise_df = _series(where[is_pair], np.bincount(pair, influence), num)
+    is_defined = np.isfinite(values)
+    noise = _filled(np.zeros(num, dtype=int), noise, 1)[is_defined] if noise_df.any() else None
+    return steps[is_step][is_defined], values[is_defined], noise, float(noise_df.sum())
 
 
 def over_clusters(
@@ -116,23 +168,11 @@ def over_clusters(
         bounds: Lowest and highest possible effect; see ``bounded``. None if unlimited.
     """
     _, where = np.unique(clusters, return_inverse=True)
-    num = int(where.max()) + 1 if len(where) else 0
-    by_cluster = np.zeros((num, sums.shape[1]))
-    np.add.at(by_cluster, where, sums)
-    totals = by_cluster.sum(0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(effect(totals))
-        without = effect(totals - by_cluster)
-    without = without[np.isfinite(without)]
-    size = by_cluster[:, -1]
-    effective = float(size.sum() ** 2 / max((size**2).sum(), 1e-300))
-    if len(without) < max(2, num - 1):
-        return Estimate(value, -np.inf, np.inf, 1.0, num, of, np.nan, 0.0)
-    left = len(without)
-    error = float(np.sqrt((left - 1) / left * ((without - without.mean()) ** 2).sum()))
-    if bounds is not None:
-        return bounded(value, error, effective - 1, num, of, bounds)
-    return Estimate.from_error(value, error, effective - 1, num, of)
+    by_cluster = _add(where, sums, int(where.max()) + 1 if len(where) else 0)
+    value, error, df, n = _jackknives(np.zeros(len(by_cluster), dtype=int), by_cluster, effect, 1)
+    if bounds is not None and np.isfinite(error[0]):
+        return bounded(float(value[0]), float(error[0]), float(df[0]), int(n[0]), of, bounds)
+    return Estimates.from_errors(value, error, df, n, np.full(1, np.inf)).one(0, of)
 
 
 def ratio(totals: np.ndarray) -> np.ndarray:
@@ -140,42 +180,157 @@ def ratio(totals: np.ndarray) -> np.ndarray:
     return totals[..., 0] / totals[..., 1]
 
 
-def _pair(where: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the step of each distinct (step, prompt) pair, and each row's pair."""
-    codes = np.unique(prompts, return_inverse=True)[1]
-    width = int(codes.max()) + 1 if len(codes) else 1
-    pairs, at = np.unique(where * width + codes, return_inverse=True)
-    return pairs // width, at
+def _over_steps(
+    lists: np.ndarray,
+    num: int,
+    value: np.ndarray,
+    n: np.ndarray,
+    list_of_step: np.ndarray,
+    steps: np.ndarray,
+    series: np.ndarray,
+    noise: np.ndarray,
+    noise_df: np.ndarray,
+    persistence: tuple[float, ...],
+    *,
+    with_errors: bool,
+    with_p_values: bool,
+) -> Estimates:
+    """Return ``contrasts.contrast`` of some of L lists, each of several steps.
+
+    Args:
+        lists: The lists.
+        num: Number of lists L.
+        value: Value of each list, ``(L,)``.
+        n: Number of prompts of each list, ``(L,)``.
+        list_of_step: List of each step, ``(S,)``, ascending.
+        steps: Training steps, ``(S,)``.
+        series: Sums of influences, ``(S,)``.
+        noise: As ``_series`` returns it, ``(S,)``.
+        noise_df: As ``_series`` returns it, ``(S,)``.
+        persistence: See ``contrasts.contrast``.
+        with_errors: See ``levels``.
+        with_p_values: See ``levels``.
+    """
+    size = np.bincount(list_of_step, minlength=num)
+    first = np.cumsum(size) - size
+    y = series * size[list_of_step] + value[list_of_step]
+    noise = _filled(list_of_step, noise, num) * size[list_of_step] ** 2
+    noise_df = np.bincount(list_of_step, noise_df, num)
+
+    def rows(some: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return values, basis, weights, noise, and steps of lists, shortened.
+
+        The lists have equally many steps. Rows are contiguous: numpy adds up other rows in an order that depends on
+        their number.
+        """
+        length = int(size[some[0]])
+        at = first[some] + np.arange(length)[:, None]
+        given = y[at], np.ones((length, 1)), np.full(length, 1 / length), noise[at], steps[at]
+        values, basis, weights, variances, of_values = shorten(*given)
+        assert variances is not None
+        return np.ascontiguousarray(values.T), basis, weights, np.ascontiguousarray(variances.T), of_values.T
+
+    # Lists of equally many steps at equal distances share their grid.
+    spacing = np.empty(num)
+    for length in np.unique(size[lists]):
+        some = lists[size[lists] == length]
+        spacing[some] = spacing_of(rows(some)[-1])
+    order = np.lexsort((spacing[lists], size[lists]))
+    found = Estimates(*np.full((8, len(lists)), np.nan))
+    for start in range(0, len(lists), LISTS_AT_ONCE):
+        places = order[start : start + LISTS_AT_ONCE]
+        block = lists[places]
+        errors = []
+        for some in np.split(block, np.flatnonzero(_is_new(size[block], spacing[block]))[1:]):
+            values, basis, weights, variances, _ = rows(some)
+            given = values, basis, weights, float(spacing[some[0]]), variances, noise_df[some]
+            errors.append(posterior_errors(*given, persistence))
+        parts = np.minimum(size[block], MAX_STEPS).astype(float)
+        found.put(places, Errors.joined(errors).estimates(value[block], n[block], parts, with_errors, with_p_values))
+    return found
 
 
-def _series(
-    step: np.ndarray, pair: np.ndarray, influence: np.ndarray, num_steps: int
-) -> tuple[np.ndarray, np.ndarray | None, float]:
+def _jackknives(
+    lists: np.ndarray, by_cluster: np.ndarray, effect: Effect, num: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the jackknife of ``over_clusters`` of several lists.
+
+    The results are values, errors, degrees of freedom, and numbers of clusters, ``(L,)`` each. Errors are nan and
+    degrees of freedom 0 where clusters are too few.
+
+    Args:
+        lists: List of each cluster, ``(C,)``.
+        by_cluster: Sums of each cluster, ``(C, values)``.
+        effect: See ``Effect``.
+        num: Number of lists L.
+    """
+    totals, size = _add(lists, by_cluster, num), by_cluster[:, -1]
+    n = np.bincount(lists, minlength=num)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = np.asarray(effect(totals), dtype=float)
+        without = np.asarray(effect(totals[lists] - by_cluster), dtype=float)
+        is_left = np.isfinite(without)
+        left = np.bincount(lists, is_left, num)
+        # Differences from the value are exactly equal, and their errors exactly 0, where all clusters agree.
+        change = np.where(is_left, without - np.where(np.isfinite(value), value, 0.0)[lists], 0.0)
+        center = np.bincount(lists, change, num) / left
+        squares = np.bincount(lists, np.where(is_left, change - center[lists], 0.0) ** 2, num)
+        error = np.sqrt((left - 1) / left * squares)
+    effective = np.bincount(lists, size, num) ** 2 / np.maximum(np.bincount(lists, size**2, num), 1e-300)
+    is_known = left >= np.maximum(2, n - 1)
+    return value, np.where(is_known, error, np.nan), np.where(is_known, effective - 1, 0.0), n
+
+
+def _series(step: np.ndarray, by_prompt: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return influences by step, their variance, and its degrees of freedom.
 
-    The variance comes from the spread of prompts; it is None if every step has a single prompt. ``step`` and ``pair``
-    as ``_pair`` returns them.
+    Each has shape ``(num,)``. The variance comes from the spread of prompts; it is nan for a single prompt.
+
+    Args:
+        step: Step of each pair of step and prompt.
+        by_prompt: Influence of each pair.
+        num: Number of steps.
     """
-    by_prompt = np.bincount(pair, influence, minlength=len(step))
-    counts = np.bincount(step, minlength=num_steps)
-    series = np.bincount(step, by_prompt, minlength=num_steps)
-    squares = np.bincount(step, (by_prompt - (series / counts)[step]) ** 2, minlength=num_steps)
-    several = counts > 1
-    if not several.any():
-        return series, None, 0.0
-    noise = np.where(several, squares * counts / np.maximum(counts - 1, 1), np.nan)
-    return series, np.where(several, noise, np.nanmean(noise)), float((counts - 1)[several].sum())
+    counts = np.bincount(step, minlength=num)
+    series = np.bincount(step, by_prompt, num)
+    squares = np.bincount(step, (by_prompt - (series / counts)[step]) ** 2, num)
+    return series, np.where(counts > 1, squares * counts / np.maximum(counts - 1, 1), np.nan), counts - 1.0
 
 
-def _gradient(effect: Effect, totals: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Return the gradient of an effect in the totals, by central differences.
+def _filled(lists: np.ndarray, noise: np.ndarray, num: int) -> np.ndarray:
+    """Return noise with unknown values replaced by the mean of their list.
 
-    ``scale`` holds the sums of absolute contributions: a total of deviations, which is about 0, needs a step above the
+    The noise is nan if that of all steps of a list is unknown.
+    """
+    is_known = np.isfinite(noise)
+    with np.errstate(invalid="ignore"):
+        mean = np.bincount(lists, np.where(is_known, noise, 0.0), num) / np.bincount(lists, is_known, num)
+    return np.where(is_known, noise, mean[lists])
+
+
+def _gradients(effect: Effect, totals: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Return the gradients of an effect by central differences, ``(L, values)``.
+
+    ``scales`` holds the sums of absolute contributions: a total of deviations, which is about 0, needs a step above the
     rounding error of the effect, and a small total of nonnegative values must not become negative.
     """
-    size = np.maximum(np.abs(totals), 1e-3 * scale)
-    size = np.where(size > 0, size, 1e-6 * np.abs(totals).max() + 1e-300)
+    size = np.maximum(np.abs(totals), 1e-3 * scales)
+    size = np.where(size > 0, size, 1e-6 * np.abs(totals).max(1, keepdims=True) + 1e-300)
     step = 1e-5 * size
-    shifted = totals + np.diag(step), totals - np.diag(step)
+    shift = step[:, :, None] * np.eye(totals.shape[1])
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (effect(shifted[0]) - effect(shifted[1])) / (2 * step)
+        return (effect(totals[:, None] + shift) - effect(totals[:, None] - shift)) / (2 * step)
+
+
+def _add(where: np.ndarray, sums: np.ndarray, num: int) -> np.ndarray:
+    """Return the sums of rows, ``(rows, values)``, by place, ``(num, values)``."""
+    return np.column_stack([np.bincount(where, column, num) for column in sums.T])
+
+
+def _is_new(*columns: np.ndarray) -> np.ndarray:
+    """Return whether any column differs from the row before; true for the first row."""
+    found = np.zeros(len(columns[0]), dtype=bool)
+    found[:1] = True
+    for column in columns:
+        found[1:] |= column[1:] != column[:-1]
+    return found

@@ -7,19 +7,25 @@ distributions, one per pair of autocorrelation and variance ratio.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
 import numpy as np
 
 from entrace.analysis.statistics.autocorrelation import (
     MEASURED,
     VARIANCE_RATIOS,
     cosines,
+    cosines_of_each,
     fit_posterior,
+    fit_posteriors,
     from_cosines,
-    residual_variance,
+    residual_variances,
     shorten,
+    spacing_of,
 )
-from entrace.analysis.statistics.estimates import Estimate
-from entrace.analysis.statistics.mixture import summarize_mixture
+from entrace.analysis.statistics.estimates import Estimate, Estimates
+from entrace.analysis.statistics.mixture import summarize_mixtures
 
 # Smallest noise of a step relative to the average step: a step whose prompts all agree still has some.
 MIN_RELATIVE_NOISE = 0.05
@@ -65,25 +71,99 @@ def contrast(
     if size <= columns:
         return Estimate(value, -np.inf, np.inf, 1.0, count, of, np.nan, 0.0, 0.0)
     part = float(num_relevant or size)
+    variances = np.full(size, np.nan) if noise is None else noise
+    given = y[None], basis, weights, float(spacing_of(steps)), variances[None], np.full(1, noise_df)
+    found = posterior_errors(*given, persistence)
+    return found.estimates(np.array([value]), np.array([count]), np.array([part])).one(0, of)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Hold the posteriors of the errors of L contrasts.
+
+    Each is a mixture of K t distributions.
+
+    Attributes:
+        weight: Weight of each distribution, ``(L, K)``.
+        scale: Scale of each distribution, ``(L, K)``.
+        df: Degrees of freedom of all distributions of a mixture, ``(L,)``.
+        inflation: Factor by which autocorrelation inflates the variance, ``(L,)``.
+        is_exact: Whether a series follows its trend exactly, ``(L,)``; the error is then 0.
+    """
+
+    weight: np.ndarray
+    scale: np.ndarray
+    df: np.ndarray
+    inflation: np.ndarray
+    is_exact: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: Sequence[Errors]) -> Errors:
+        """Return the errors of all parts, one after the other."""
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    def estimates(
+        self, values: np.ndarray, n: np.ndarray, steps: np.ndarray, with_errors: bool = True, with_p_values: bool = True
+    ) -> Estimates:
+        """Return the estimates of the contrasts.
+
+        Args:
+            values: Values of the contrasts, ``(L,)``.
+            n: Number of units behind each, ``(L,)``.
+            steps: Number of steps that each is about, ``(L,)``.
+            with_errors: See ``mixture.summarize_mixtures``.
+            with_p_values: See ``mixture.summarize_mixtures``.
+        """
+        # Values too large for floats have no posterior.
+        is_mixture = ~self.is_exact & np.isfinite(self.weight).all(1) & np.isfinite(self.scale).all(1)
+        found = Estimates.from_errors(values, np.where(self.is_exact, 0.0, np.nan), self.df, n, steps)
+        if is_mixture.any():
+            mixtures = values, self.weight, self.scale, self.df[:, None], n, np.minimum(steps / self.inflation, steps)
+            kept = {"with_errors": with_errors, "with_p_values": with_p_values}
+            found.put(is_mixture, summarize_mixtures(*(column[is_mixture] for column in mixtures), **kept))
+        return found
+
+
+def posterior_errors(
+    y: np.ndarray,
+    basis: np.ndarray,
+    weights: np.ndarray,
+    spacing: float,
+    noise: np.ndarray,
+    noise_df: np.ndarray,
+    persistence: tuple[float, ...] = MEASURED,
+) -> Errors:
+    """Return the posteriors of the errors of one contrast of L series.
+
+    Args:
+        y: Series, ``(L, n)``, at most ``MAX_STEPS`` steps.
+        basis: Columns of their trend, ``(n, p)``, p < n.
+        weights: Weight of each step, ``(n,)``.
+        spacing: Training steps between consecutive values.
+        noise: Sampling variance of each value, ``(L, n)``; nan if unknown.
+        noise_df: Degrees of freedom behind ``noise``, ``(L,)``.
+        persistence: See ``contrast``.
+    """
+    mean_noise = noise.mean(1)
     # Noise that is negligible beside the state need not be known.
-    if noise is not None and float(noise.mean()) * max(VARIANCE_RATIOS) <= residual_variance(y, basis):
-        noise = None
-    if noise is not None and noise.mean() > 0:
-        # Scaling by its noise gives every step unit noise, so steps with few prompts count less. The noise is smoothed
-        # because that of a single step correlates with its value, which would look like a state.
-        unit = np.sqrt(np.maximum(_smooth(noise / noise.mean()), MIN_RELATIVE_NOISE))
-        y, basis, weights = y / unit, basis / unit[:, None], weights * unit
-    posterior = fit_posterior(y, basis, steps, noise, noise_df, persistence)
-    if posterior is None:
-        return Estimate.from_error(value, 0.0, size - columns, count, of, blocks=part)
-    white = float(weights @ weights)
-    drift = posterior.state @ cosines(weights) ** 2
-    spread = white + posterior.ratio * drift
+    is_known = mean_noise * max(VARIANCE_RATIOS) > residual_variances(y, basis[None])
+    mean_noise = np.where(is_known, mean_noise, np.nan)
+    # Scaling by its noise gives every step unit noise, so steps with few prompts count less. The noise is smoothed
+    # because that of a single step correlates with its value, which would look like a state.
+    unit = np.ones(y.shape)
+    relative = noise[is_known] / mean_noise[is_known, None]
+    unit[is_known] = np.sqrt(np.maximum(_smooth(relative), MIN_RELATIVE_NOISE))
+    y, bases, weights = y / unit, basis / unit[:, :, None], weights * unit
+    posterior = fit_posteriors(y, bases, spacing, mean_noise, noise_df, persistence)
+    grid, white = posterior.grid, (weights * weights).sum(1, keepdims=True)
+    squares = cosines_of_each(weights[:, :, None]) ** 2
+    drift = (grid.state @ squares)[:, :, 0]
+    spread = white + grid.ratio * drift
     # Only the state is autocorrelated: noise and state count by their contribution to the error.
-    inflation = (white + posterior.ratio * drift * drift / white) / spread
-    blocks = part / float(posterior.weight @ inflation)
+    inflation = (white + grid.ratio * drift * drift / white) / spread
     scale = np.sqrt(posterior.noise * spread)
-    return summarize_mixture(value, posterior.weight, scale, posterior.df, count, of, min(blocks, part))
+    inflation = (posterior.weight * inflation).sum(1)
+    return Errors(posterior.weight, scale, posterior.df, inflation, posterior.is_exact)
 
 
 def draw_contrasts(
@@ -98,7 +178,7 @@ def draw_contrasts(
     """
     values = weights @ y
     y, basis, transposed, _, steps = shorten(y, basis, weights.T, None, steps)
-    posterior = fit_posterior(y, basis, steps, None, 0.0)
+    posterior = fit_posterior(y, basis, steps)
     if posterior is None:
         return np.tile(values, (draws, 1))
     a = cosines(transposed)
@@ -136,7 +216,7 @@ def draw_errors(
     root = vectors * np.sqrt(np.maximum(values, 0))
     errors = np.einsum("st,ntd->nsd", root, rng.normal(size=(size, series, draws)))
     for i in range(series):
-        posterior = fit_posterior(residuals[:, i], basis, steps, None, 0.0)
+        posterior = fit_posterior(residuals[:, i], basis, steps)
         if posterior is None:
             errors[:, i] = 0
             continue
@@ -147,6 +227,13 @@ def draw_errors(
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Return the moving average over a tenth of the series."""
-    window = np.ones(2 * (len(values) // 20) + 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+    """Return the moving averages over a tenth of each series, ``(L, n)``."""
+    size = values.shape[1]
+    reach = size // 20
+    if not reach:
+        return values
+    padded = np.zeros((len(values), size + 2 * reach))
+    padded[:, reach : reach + size] = values
+    place = np.arange(size)
+    number = np.minimum(place + reach, size - 1) - np.maximum(place - reach, 0) + 1
+    return sum(padded[:, start : start + size] for start in range(2 * reach + 1)) / number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import numpy as np
@@ -50,12 +50,8 @@ class Estimate:
         The error has ``df`` degrees of freedom; without any, the interval is infinite and p = 1. An error of 0 gives an
         interval of width 0, and p = 0 unless the value is also 0.
         """
-        if df <= 0:
-            return cls(float(value), -np.inf, np.inf, 1.0, n, of, np.nan, 0.0, blocks)
-        half = t_quantile(df) * error
-        p_value = t_p_value(value / error, df) if error > 0 else value == 0
-        ends = float(value - half), float(value + half)
-        return cls(float(value), *ends, float(p_value), n, of, float(error), float(df), blocks)
+        found = Estimates.from_errors(*(np.array([number]) for number in (value, error, df, n, blocks)))
+        return found.one(0, of)
 
     def moved_to(self, value: float) -> Estimate:
         """Return the estimate shifted to another value."""
@@ -73,6 +69,62 @@ class Estimate:
         return np.inf if np.isnan(self.low) else self.high - self.low
 
 
+@dataclass(frozen=True)
+class Estimates:
+    """Hold L estimates: the attributes of ``Estimate`` as arrays, ``(L,)``."""
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    p_value: np.ndarray
+    n: np.ndarray
+    error: np.ndarray
+    df: np.ndarray
+    blocks: np.ndarray
+
+    @classmethod
+    def from_errors(
+        cls, value: np.ndarray, error: np.ndarray, df: np.ndarray, n: np.ndarray, blocks: np.ndarray
+    ) -> Estimates:
+        """Return ``Estimate.from_error`` of each element; all arrays are ``(L,)``."""
+        is_known = df > 0
+        error, df = np.where(is_known, error, np.nan), np.where(is_known, df, 0.0)
+        half = t_quantile(df) * error
+        low, high = np.where(is_known, value - half, -np.inf), np.where(is_known, value + half, np.inf)
+        has_spread = error > 0
+        with np.errstate(over="ignore"):
+            p_value = t_p_value(value / np.where(has_spread, error, 1.0), df)
+        p_value = np.where(has_spread, p_value, np.where(is_known, value == 0, 1.0))
+        return cls(value.copy(), low, high, p_value, n.copy(), error, df, blocks.copy())
+
+    def one(self, i: int, of: str) -> Estimate:
+        """Return one of the estimates; ``of`` is the name of its units."""
+        value, low, high, p_value, error, df, blocks = (
+            float(column[i])
+            for column in (self.value, self.low, self.high, self.p_value, self.error, self.df, self.blocks)
+        )
+        return Estimate(value, low, high, p_value, int(self.n[i]), of, error, df, blocks)
+
+    @property
+    def width(self) -> np.ndarray:
+        """Return the widths of the intervals; infinite where undefined."""
+        return np.where(np.isnan(self.low), np.inf, self.high - self.low)
+
+    def select(self, which: np.ndarray) -> Estimates:
+        """Return some of the estimates."""
+        return Estimates(*(getattr(self, field.name)[which] for field in fields(self)))
+
+    def put(self, which: np.ndarray, others: Estimates) -> None:
+        """Replace some of the estimates.
+
+        Args:
+            which: Places of the estimates, or a boolean for each of the L.
+            others: Estimates that replace them.
+        """
+        for field in fields(self):
+            getattr(self, field.name)[which] = getattr(others, field.name)
+
+
 def t_quantile(df: float | np.ndarray) -> np.ndarray:
     """Return how many standard errors a 95% interval extends to either side."""
     from scipy import special
@@ -80,11 +132,11 @@ def t_quantile(df: float | np.ndarray) -> np.ndarray:
     return special.stdtrit(df, (1 + CONFIDENCE) / 2)
 
 
-def t_p_value(t: float, df: float) -> float:
+def t_p_value(t: float | np.ndarray, df: float | np.ndarray) -> np.ndarray:
     """Return the two-sided p-value of Student's t statistic."""
     from scipy import special
 
-    return float(2 * special.stdtr(df, -abs(t)))
+    return 2 * special.stdtr(df, -np.abs(t))
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:

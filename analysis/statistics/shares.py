@@ -34,12 +34,12 @@ def bounded(
     given = np.array(value), np.array(error), np.array(df), np.array(n)
     lower, upper = (float(end) for end in ends_within(*given, bounds))
     share = min(max((value - low) / span, 0.0), 1.0)
-    p_value = t_p_value(value / error, df) if error > 0 else 1.0
+    p_value = float(t_p_value(value / error, df)) if error > 0 else 1.0
     if error / span <= NO_ERROR or share in (0.0, 1.0):
         # The p-value is that of the score test of 0, consistent with the interval.
         zero = -low / span
         spread = np.sqrt(max(zero * (1 - zero), 0.0) / n)
-        p_value = t_p_value((share - zero) / spread, df) if spread > 0 else float(share == zero)
+        p_value = float(t_p_value((share - zero) / spread, df)) if spread > 0 else float(share == zero)
         error = max(error, float(_score_half(share, df, n)) * span / float(t_quantile(df)))
     return Estimate(value, lower, upper, p_value, n, of, float(error), df)
 

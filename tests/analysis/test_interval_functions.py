@@ -5,18 +5,31 @@ The intervals must equal those of the scorecard.
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import duckdb
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
+from scipy import optimize, stats
 
 from entrace.analysis import queries
 from entrace.analysis.runs import Runs
 from entrace.analysis.statistics import interval_functions
-from entrace.analysis.statistics.clusters import level, ratio
+from entrace.analysis.statistics.autocorrelation import (
+    CORRELATIONS,
+    MEASURED,
+    NO_STATE_MEASURED,
+    NO_STATE_UNMEASURED,
+    UNMEASURED,
+    VARIANCE_RATIOS,
+)
+from entrace.analysis.statistics.clusters import level, over_clusters, ratio
+from entrace.analysis.statistics.shares import bounded
 from entrace.analysis.trace import InputError
 
 STEPS, PROMPTS = 40, 8
@@ -219,3 +232,172 @@ def test_the_order_of_sums_changes_an_interval_by_rounding_only():
         rounded = totals * (1 + rng.choice([-2e-16, 0, 2e-16], 600))
         again = interval_functions.mean_with_interval(steps, prompts, rounded, counts, (0, np.inf))
         np.testing.assert_allclose(again, first, rtol=1e-13)
+
+
+Row = tuple[int, int, float | None, float | None]
+
+
+def random_lists(rng: np.random.Generator) -> list[list[Row] | None]:
+    """Return lists of rows (step, prompt, total, count) of every kind."""
+
+    def rows(steps: Sequence[int] | np.ndarray, prompts: int, mean: float = 0.4, spread: float = 0.3) -> list[Row]:
+        drift = np.cumsum(rng.normal(size=len(steps))) * spread / 8
+        found = []
+        for i, step in enumerate(steps):
+            counts = rng.integers(1, 6, prompts)
+            shares = np.clip(mean + drift[i] + spread * rng.normal(size=prompts), 0, 1)
+            found += [(int(step), 100 * i + j, shares[j] * counts[j], float(counts[j])) for j in range(prompts)]
+        return [found[i] for i in rng.permutation(len(found))]
+
+    def recurring(found: list[Row], prompts: int) -> list[Row]:
+        return [(step, prompt % prompts, total, count) for step, prompt, total, count in found]
+
+    several = [np.arange(40), np.arange(10, 50), np.sort(rng.choice(60, 31, False)), np.arange(0, 200, 5)]
+    lists: list[list[Row] | None] = [rows(steps, prompts) for steps in several for prompts in (1, 2, 7)]
+    lists += [rows([3], prompts) for prompts in (1, 2, 9)] + [rows([3, 9], prompts) for prompts in (1, 4)]
+    lists += [recurring(rows(np.arange(25), 6), prompts) for prompts in (1, 2, 6, 17)] + [recurring(rows([4], 9), 3)]
+    lists += [rows(np.arange(12), 3, mean, 0.0) for mean in (0.0, 0.3, 1.0)] + [rows([5], 6, 1.0, 0.0)]
+    lists += [rows(np.arange(700), prompts, 0.5, 0.1) for prompts in (1, 2)]
+    # Steps with one and with many prompts, rows of the same prompt and step, no units, and nulls.
+    lists += [rows(np.arange(9), 1) + [(2, 1000 + i, 0.1 * i, 1.0) for i in range(9)]]
+    lists += [rows(np.arange(15), 3) * 2, [], None, [(1, 1, 0.0, 0.0)], [(1, 1, 2.0, 0.0), (2, 5, 1.0, 0.0)]]
+    lists += [[*rows(np.arange(8), 3), (1, 7, None, 2.0), (2, 7, 1.0, None), (3, 9, float("nan"), 1.0)]]
+    return lists
+
+
+def used_columns(rows: list[Row] | None) -> np.ndarray:
+    """Return the columns of the rows that carry information, ``(4, rows)``."""
+    found = np.array(rows or [], dtype=float).reshape(-1, 4)
+    return found[np.isfinite(found).all(1) & (found[:, 2:] != 0).any(1)].T
+
+
+def naive_contrast(y: np.ndarray, steps: np.ndarray, noise: np.ndarray | None, noise_df: int) -> tuple[float, ...]:
+    """Return half the interval of a mean of steps, its error, and its df, by loops."""
+    if len(y) > 600:
+        starts = np.linspace(0, len(y), 601).astype(int)
+        parts = [slice(*ends) for ends in itertools.pairwise(starts)]
+        sizes = np.array([part.stop - part.start for part in parts])
+        y, weights = np.array([y[part].mean() for part in parts]), sizes / len(y)
+        noise = None if noise is None else np.array([noise[part].mean() for part in parts]) / sizes
+        steps = steps[starts[:-1]]
+    else:
+        weights = np.full(len(y), 1 / len(y))
+    n = len(y)
+    if noise is not None and noise.mean() * max(VARIANCE_RATIOS) <= y.var():
+        noise = None
+    basis = np.ones(n)
+    if noise is not None:
+        near = [noise[max(i - n // 20, 0) : i + n // 20 + 1].mean() / noise.mean() for i in range(n)]
+        scale = np.sqrt(np.maximum(near, 0.05))
+        y, basis, weights = y / scale, basis / scale, weights * scale
+    unit = np.std(y - basis * (basis @ y) / (basis @ basis))
+    if unit <= 1e-9 * max(1.0, np.abs(y).max()):
+        return 0.0, 0.0, n - 1.0
+    extra = 0 if noise is None else min(noise_df, 10 * n)
+    prior, no_state = (UNMEASURED, NO_STATE_UNMEASURED) if noise is None else (MEASURED, NO_STATE_MEASURED)
+    t = np.arange(n)
+    transform = np.sqrt(2 / n) * np.cos(np.pi * np.outer(t, 2 * t + 1) / (2 * n)) / np.where(t, 1, np.sqrt(2))[:, None]
+    z, x, a = transform @ y / unit, transform @ basis, transform @ weights
+    logs, scales = [], []
+    for i, r in enumerate((0.0, *CORRELATIONS)):
+        covariance = (r ** np.median(np.diff(steps))) ** np.abs(t[:, None] - t)
+        state = np.einsum("fs,st,ft->f", transform, covariance, transform, optimize=True)
+        for share in VARIANCE_RATIOS if i else (0.0,):
+            weight = (1 - no_state) * prior[i - 1] / sum(prior) / len(VARIANCE_RATIOS) if i else no_state
+            v = 1 + share * state
+            squares = (z * z / v).sum() - (x * z / v).sum() ** 2 / (x * x / v).sum()
+            squares += 0 if noise is None else extra * noise.mean() / unit**2
+            df = n - 1 + extra
+            logs.append(np.log(weight) - (np.log(v).sum() + np.log((x * x / v).sum()) + df * np.log(squares)) / 2)
+            scales.append(unit * np.sqrt(squares / df * (v * a * a).sum()))
+    weights, scales = np.exp(np.array(logs) - max(logs)), np.array(scales)
+    kept = weights > 1e-6 * weights.sum()
+    weights, scales = weights[kept] / weights[kept].sum(), scales[kept]
+
+    def quantile(share: float) -> float:
+        ends = stats.t.ppf(share, df) * scales.min(), stats.t.ppf(share, df) * scales.max() * (1 + 1e-9)
+        return float(optimize.brentq(lambda x: weights @ stats.t.cdf(x / scales, df) - share, *ends, xtol=1e-300))
+
+    half = quantile(0.975)
+    tail = round(half / quantile(0.841345), 3)
+    ratios = [stats.t.ppf(0.975, df) / stats.t.ppf(0.841345, df) - tail for df in (1, 1e4)]
+    matched = 1.0 if ratios[0] < 0 else 1e4
+    if ratios[0] > 0 > ratios[1]:
+        solve = optimize.brentq(lambda log: stats.t.ppf(0.975, 10**log) / stats.t.ppf(0.841345, 10**log) - tail, 0, 4)
+        matched = 10 ** float(solve)
+    return half, half / stats.t.ppf(0.975, matched), matched
+
+
+def naive_mean(given: list[Row] | None, bounds: tuple[float, float]) -> tuple[float | None, ...]:
+    """Return the mean of a list with its interval, by loops over steps and prompts."""
+    steps, prompts, totals, counts = used_columns(given)
+    if not counts.sum():
+        return None, None, None
+    mean = totals.sum() / counts.sum()
+    influence = (totals - mean * counts) / counts.sum()
+    sums, num_prompts = np.column_stack((totals - mean * counts, counts)), len(set(prompts.tolist()))
+    over_prompts = over_clusters(sums, prompts, ratio, "prompts")
+    found = over_prompts.high - over_prompts.value, over_prompts.error, over_prompts.df
+    distinct = np.unique(steps)
+    if len(distinct) > 1:
+        parts = [[influence[(steps == s) & (prompts == p)].sum() for p in set(prompts[steps == s])] for s in distinct]
+        noise = np.array([len(part) * np.var(part, ddof=1) if len(part) > 1 else np.nan for part in parts])
+        noise_df = sum(len(part) - 1 for part in parts)
+        noise = np.where(np.isnan(noise), np.nanmean(noise), noise) * len(distinct) ** 2 if noise_df else None
+        series = np.array([sum(part) for part in parts]) * len(distinct)
+        over_time = naive_contrast(series, distinct, noise, noise_df)
+        if num_prompts == sum(map(len, parts)) or found[0] <= over_time[0]:
+            found = over_time
+    half, error, df = found
+    if np.isfinite(bounds).all():
+        ends = bounded(mean, error, df, num_prompts, "prompts", bounds)
+        return mean, ends.low, ends.high
+    return (mean, max(mean - half, bounds[0]), mean + half) if np.isfinite(half) else (mean, None, None)
+
+
+def as_arrow(lists: Sequence[list[Row] | None]) -> pa.ListArray:
+    names = ("step", "prompt", "total", "count")
+    kinds = pa.list_(pa.struct(list(zip(names, (pa.int64(), pa.uint64(), pa.float64(), pa.float64()), strict=True))))
+    return pa.array([rows and [dict(zip(names, row, strict=True)) for row in rows] for rows in lists], kinds)
+
+
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")
+@pytest.mark.parametrize("function", interval_functions.BOUNDS)
+def test_lists_of_every_kind_equal_loops(function: str):
+    bounds = interval_functions.BOUNDS[function]
+    lists = random_lists(np.random.default_rng(11))
+    found = interval_functions.estimates(as_arrow(lists), bounds).to_pylist()
+    for rows, row in zip(lists, found, strict=True):
+        value, low, high = naive_mean(rows, bounds)
+        assert row["value"] == (value if value is None else pytest.approx(value, rel=1e-12, abs=1e-15))
+        width = 0.0 if low is None or high is None else high - low
+        for end, expected in ((row["low"], low), (row["high"], high)):
+            assert end == (
+                expected if expected is None else pytest.approx(expected, rel=1e-12, abs=1e-9 * width + 1e-15)
+            )
+
+
+@pytest.mark.parametrize("function", interval_functions.BOUNDS)
+def test_a_list_has_the_same_digits_alone_and_among_others(function: str):
+    # DuckDB splits lists among threads as it likes, and reports of equal traces must be equal.
+    rng = np.random.default_rng(12)
+    lists = [rows for _ in range(9) for rows in random_lists(rng)]
+    bounds = interval_functions.BOUNDS[function]
+    together = interval_functions.estimates(as_arrow(lists), bounds).to_pylist()
+    order = rng.permutation(len(lists)).tolist()
+    parts = [order[:1], order[1:3], order[3:90], order[90:]]
+    for part in parts:
+        found = interval_functions.estimates(as_arrow([lists[i] for i in part]), bounds).to_pylist()
+        assert found == [together[i] for i in part]
+
+
+def test_a_list_of_a_table_has_the_interval_of_one_estimate():
+    lists = random_lists(np.random.default_rng(13))
+    for bounds in ((-np.inf, np.inf), (0.0, 1.0)):
+        found = interval_functions.estimates(as_arrow(lists), bounds).to_pylist()
+        for rows, row in zip(lists, found, strict=True):
+            steps, prompts, totals, counts = used_columns(rows)
+            expected = interval_functions.mean_with_interval(steps, prompts, totals, counts, bounds)
+            assert tuple(row.values()) == tuple(
+                value if value is None else pytest.approx(value, rel=1e-10, abs=1e-13) for value in expected
+            )
