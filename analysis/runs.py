@@ -304,7 +304,7 @@ class Runs:
         self._fill_computed(text)
         with self._connected:
             for view in [] if self._spark else queries.kept_views_in(text):
-                self._keep(view, self.manifests if given.get("runs") is None else given["runs"])
+                self._keep(view, self._among(given.get("runs")))
             return self._run(text, given)
 
     def read(

@@ -71,8 +71,9 @@ create macro mean_rank(value, run_id, step) as (
 -- How far do the predicted and the measured change of tokens deviate from those of comparable tokens?
 -- One row per run, step, prompt, and comparison, for target 'entropy' or 'logprob', and scale 'value' or 'rank' (within
 -- the step): a column per predictor with compared_sums, and own_gradient_of_logprob, whose target is always 'logprob'.
--- Comparison 'overall': tokens of the step. 'shuffle': of equal step, sign of the advantage, and probability; a shuffle of the changes of these tokens leaves no correlation of x and y on average. 'random': of equal step,
--- probability, and entropy; a random update, which depends on these and not on the advantage, leaves no correlation.
+-- Comparison 'overall': tokens of the step. 'shuffle': of equal step, sign of the advantage, and probability; a shuffle
+-- of the changes of these tokens leaves no correlation of x and y on average. 'random': of equal step, probability, and
+-- entropy; a random update, which depends on these and not on the advantage, leaves no correlation.
 create macro law_sums_by_prompt(target, scale) as table
   with predicted as not materialized (
     select
