@@ -107,7 +107,6 @@ def open_runs(
     folders = find_run_folders([paths] if isinstance(paths, str | Path) else paths)
     manifests: dict[str, dict[str, Any]] = {}
     files: dict[str, dict[str, Layout]] = {name: {} for name in TABLES}
-    finite: dict[str, set[str]] = {name: set() for name in TABLES}
     notes: dict[str, str | None] = {}
     for folder in folders:
         with reaching(folder):
@@ -125,9 +124,6 @@ def open_runs(
             parts = check_parts(folder, manifest, recorded)
             for name, layouts in parts.items():
                 files[name] |= {str(path): layout for path, layout in layouts.items()}
-                # The writer refuses NaN and infinity.
-                if all(recorded.is_original(f"{name}/{listed_name(path)}") for path in layouts):
-                    finite[name].add(run_id)
             listed = listed_files(folder, manifest)
             gone = [name for name, found in parts.items() if not found and listed.get(name)]
             steps = _read_steps(folder, parts["steps"], listed.get("steps", {}), recorded)
@@ -136,7 +132,7 @@ def open_runs(
             notes[run_id] = "; ".join(filter(None, [progress, damage]))
     asked = BUILT_IN if questions is None else Questions(Path(questions).resolve())
     spark = SparkEngine(manifests, files) if engine == "spark" else None
-    return Runs(manifests, files, notes, finite, asked, buffers, spark)
+    return Runs(manifests, files, notes, asked, buffers, spark)
 
 
 class Runs:
@@ -153,15 +149,13 @@ class Runs:
         manifests: dict[str, dict[str, Any]],
         files: dict[str, dict[str, Layout]],
         notes: dict[str, str | None],
-        finite: dict[str, set[str]],
         questions: Questions = BUILT_IN,
         buffers: int = BUFFERS,
         spark: SparkEngine | None = None,
     ) -> None:
         """Connect DuckDB to ``files``, the Parquet files of all runs.
 
-        ``files`` holds the layout of each file, by table and path, and ``finite`` names the runs whose files are known
-        to have neither NaN nor infinity, by table. With ``spark``, DuckDB only checks queries and names
+        ``files`` holds the layout of each file, by table and path. With ``spark``, DuckDB only checks queries and names
         the types of their columns.
         """
         self.manifests = manifests
@@ -171,7 +165,8 @@ class Runs:
         self._filled: set[str] = set()
         self._runs_kept: dict[str, set[str]] = {view: set() for view in KEPT}
         self._kept: dict[tuple[str, ...], pl.DataFrame] = {}
-        self._finite = finite
+        # Runs without NaN and infinity, by table.
+        self._finite: dict[str, set[str]] = {name: set() for name in TABLES}
         self._files = files
         self._columns: dict[str, dict[str, set[str]]] = {}
         self._spark = spark
@@ -275,6 +270,9 @@ class Runs:
             asked = params.get("runs")
             params["runs"] = [run for run in (self.manifests if asked is None else asked) if run not in lacking]
         if stem not in self.questions.own:
+            if "runs" in params and self._among(params["runs"]) == self.manifests.keys():
+                # DuckDB would compare the run of every row with the list.
+                params["runs"] = None
             return self.run_shipped(text, params)
         with self.questions.named(stem):
             return self._collect(self._to_query(text, params), Limits())
@@ -297,9 +295,6 @@ class Runs:
             InputError: a parameter is unknown, or a file cannot be read.
         """
         given = _complete(text, params or {})
-        if "runs" in given and self._among(given["runs"]) == self.manifests.keys():
-            # DuckDB would compare the run of every row with the list.
-            given["runs"] = None
         self._check_tables(text, given.get("runs"))
         self._fill_computed(text)
         with self._connected:
@@ -540,9 +535,8 @@ class Runs:
     def _check_finite(self, table: Table, run_ids: Iterable[str] | None = None) -> None:
         """Reject a table with NaN or infinity, which would spread through every mean.
 
-        The rows of each run (default: of all) are scanned once, before the first query that reads them, unless their
-        writer has checked them. The scan takes 50 ms per million tokens, about as long as one question, so queries over
-        steps alone do not scan the tokens.
+        The rows of each run (default: of all) are scanned once, before the first query that reads them. The scan takes
+        50 ms per million tokens, about as long as one question, so queries over steps alone do not scan the tokens.
 
         Raises:
             InputError: a float column holds NaN or infinity.

@@ -97,13 +97,6 @@ class Recorded:
         """Return the digests that the file may have; empty if none is known."""
         return () if self.damage else self.files.get(name, ())
 
-    def is_original(self, name: str) -> bool:
-        """Return whether the file is as its writer wrote it.
-
-        The caller must have checked that it equals a digest.
-        """
-        return len(self.of(name)) == 1
-
     def is_removed(self, name: str) -> bool:
         """Return whether the file was removed on purpose."""
         return self.files.get(name) == ()

@@ -39,7 +39,7 @@ from entrace.analysis.trace.parts import (
 from entrace.analysis.trace.places import check_local
 from entrace.analysis.trace.sampling import TokenSampling, response_draws
 from entrace.analysis.trace.schema import TABLES
-from entrace.analysis.trace.writer import check_finite, parquet_options
+from entrace.analysis.trace.writer import parquet_options
 
 TOKENS = "tokens"
 # Rows that are read at once, and the largest row group that is written.
@@ -214,13 +214,9 @@ def _write_sampled(source: Path, target: Path, stored: set[int], share: float, s
     with pq.ParquetFile(source, page_checksum_verification=True) as file, durable_file(target) as sink:
         schema = file.schema_arrow
         options = parquet_options(TABLES[TOKENS], schema.names)
-        floats = [column for column in TABLES[TOKENS].float_columns if column.name in schema.names]
         with pq.ParquetWriter(sink, schema, **options) as writer:
             waiting: list[pa.RecordBatch] = []
             for batch in file.iter_batches(ROWS_AT_ONCE):
-                # Readers rely on it, and the file may have been edited.
-                for column in floats:
-                    check_finite(batch[column.name], TABLES[TOKENS], column)
                 is_kept = _is_sampled(batch, share, seed).to_numpy(zero_copy_only=False)
                 is_kept &= np.isin(batch["step"].to_numpy(), steps)
                 waiting.append(batch.filter(pa.array(is_kept)))

@@ -354,17 +354,12 @@ def _as_arrow(table: Table, columns: Mapping[str, Any]) -> pa.Table:
             nulls = f"holds {array.null_count} nulls in {len(array)} rows; every row needs a value"
             raise InputError(f"table {table.name}: column {column.name} {nulls}")
         if column in table.float_columns:
-            check_finite(array, table, column)
+            _check_finite(array, table, column)
         arrays.append(array)
     return pa.Table.from_arrays(arrays, schema=table.schema_of([column.name for column in present]))
 
 
-def check_finite(array: pa.Array, table: Table, column: Column) -> None:
-    """Check a column of floats.
-
-    Raises:
-        InputError: a value is NaN or infinite.
-    """
+def _check_finite(array: pa.Array, table: Table, column: Column) -> None:
     if bad := np.count_nonzero(~np.isfinite(np.asarray(array.drop_null()))):
         remedy = "leave it null where unknown" if column.nullable else "it must be a finite number in every row"
         raise InputError(

@@ -16,10 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from entrace import Runs, open_runs
+from entrace import open_runs
 from entrace.analysis.trace import TABLES, InputError, TraceWriter
-from entrace.analysis.trace.prune import prune
-from entrace.analysis.trace.sampling import TokenSampling
 from entrace.analysis.trace.verify import accept_edits
 from entrace.analysis.trace.writer import write_part
 from tests.analysis.conftest import VOCAB
@@ -129,27 +127,3 @@ def test_a_table_that_no_query_reads_is_not_scanned(tiny_path: Path, tmp_path: P
     shutil.copytree(tiny_path, run)
     spoil(run, "tokens", "entropy", math.nan)
     assert open_runs(run).query("stage_dynamics").height == 24
-
-
-def test_values_that_the_writer_checked_are_not_scanned(
-    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    run = tmp_path / "run"
-    shutil.copytree(tiny_path, run)
-    asked = []
-    run_query = Runs._run
-    monkeypatch.setattr(Runs, "_run", lambda self, text, params: asked.append(text) or run_query(self, text, params))
-    assert open_runs(run).query("entropy_by_position").height
-    assert not any("isfinite" in text for text in asked)
-    spoil(run, "tokens", "entropy", 0.5)
-    assert open_runs(run).query("entropy_by_position").height
-    [scan] = [text for text in asked if "isfinite" in text]
-    assert "from tokens" in scan
-
-
-def test_pruning_checks_values_that_were_edited(tiny_path: Path, tmp_path: Path):
-    run = tmp_path / "run"
-    shutil.copytree(tiny_path, run)
-    spoil(run, "tokens", "entropy", math.nan)
-    with pytest.raises(InputError, match="table tokens: column entropy is NaN or infinite in 1 of"):
-        prune(run, TokenSampling(1, 0.5))

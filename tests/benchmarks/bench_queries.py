@@ -152,7 +152,7 @@ def timed(work: Callable[..., Any], *arguments: Any) -> np.ndarray:
 def measure(traces: tuple[Path, Path], opened: dict[Path, entrace.Runs], stem: str, scan: str) -> dict[str, float]:
     """Measure a query, its scan, and the query on the small trace.
 
-    ``traces`` are the large and the small one. Values are medians over rounds, except first answers, each of which is measured once.
+    ``traces`` are the large and the small one. Values are medians over rounds; each first answer is measured once.
     """
     large, small = (opened[trace] for trace in traces)
     first_s, small_first_s = (timed(ask, entrace.open_runs(trace), stem)[0] for trace in traces)

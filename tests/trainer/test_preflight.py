@@ -122,7 +122,7 @@ def test_a_verifier_that_rejects_right_answers_is_a_warning(files, tmp_path, mon
     assert not check_run(configure(files, "task.verifiers.amc=half_marks:half", "task.correct_at=0.5")).warnings
     assert check_run(configure(files, "task.verifiers.amc=half_marks:plain")).gold_accepted["amc"] == (5, 5)
     broken = check_run(configure(files, "task.verifiers.amc=half_marks:broken"))
-    assert "KeyError: 'missing'" in broken.problems[0]
+    assert "(KeyError: no key 'missing')" in broken.problems[0]
 
 
 def test_a_function_is_tried_where_no_row_has_an_answer(files, tmp_path, monkeypatch):
