@@ -9,9 +9,7 @@ with listed as (
   select run_id, step, prompt_id, predictor, comparison, sums
   from entropy_law_sums
   unpivot (
-    sums for predictor in (
-      covariance, discriminator, omega, quadrants, entropy, own_gradient_of_logprob as own_gradient
-    )
+    sums for predictor in (covariance, discriminator, omega, quadrants, entropy, own_gradient_of_logprob)
   )
   where $runs is null or list_contains($runs, run_id)
 ),
@@ -20,7 +18,7 @@ sums as (
     run_id,
     step,
     prompt_id,
-    predictor,
+    if(predictor = 'own_gradient_of_logprob', 'own_gradient', predictor) as predictor,
     comparison,
     sums.tokens as tokens,
     sums.xx as xx,
