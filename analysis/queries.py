@@ -15,7 +15,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from entrace.analysis.sandbox.statements import one_line, parameter_names
+from entrace.analysis.sandbox.statements import query_parameters
 from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.errors import InputError, nearest, reason_of
 from entrace.analysis.trace.parts import true_in
@@ -279,19 +279,14 @@ class Questions:
             raise InputError(f'unknown question "{stem}"{nearest(str(stem), self.paths)}')
         return _read_text(self.paths[stem])
 
-    def parameter_names(self, stem: str) -> set[str]:
+    def parameter_names(self, stem: str) -> frozenset[str]:
         """Return the names of the parameters of a question.
 
         Raises:
             InputError: the SQL is not a single query, or cannot be parsed.
         """
-        import duckdb
-
         with self.named(stem):
-            try:
-                return parameter_names(self.read(stem))
-            except duckdb.Error as error:
-                raise InputError(one_line(error)) from None
+            return query_parameters(self.read(stem))
 
     @contextmanager
     def named(self, stem: str) -> Iterator[None]:

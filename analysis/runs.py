@@ -28,7 +28,7 @@ from entrace.analysis.sandbox.connection import (
     spill_folder,
 )
 from entrace.analysis.sandbox.process import LimitError, Limits, QueryProcess, ReadError
-from entrace.analysis.sandbox.statements import columns_of, one_line, parameter_names
+from entrace.analysis.sandbox.statements import columns_of, one_line, query_parameters
 from entrace.analysis.sandbox.worker import Query
 from entrace.analysis.spark.engine import SparkEngine
 from entrace.analysis.terminal.interrupt import interruptible
@@ -771,12 +771,7 @@ def _complete(text: str, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: the text is not a single query, cannot be parsed, or lacks a parameter that is given.
     """
-    import duckdb
-
-    try:
-        names = parameter_names(text)
-    except duckdb.Error as error:
-        raise InputError(one_line(error)) from None
+    names = query_parameters(text)
     for name in given:
         if name not in names:
             hint = nearest(name, names) if names else "; this query has none"

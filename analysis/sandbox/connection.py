@@ -185,12 +185,7 @@ def rows_of_runs(manifests: Mapping[str, Mapping[str, Any]]) -> list[tuple[Any, 
 def fill(con: duckdb.DuckDBPyConnection, name: str, rows: Sequence[tuple[Any, ...]]) -> None:
     """Replace the rows of a table of ``BESIDE_TRACE``."""
     con.execute(f"delete from {name}")
-    append(con, name, list(zip(*rows, strict=True)))
-
-
-def append(con: duckdb.DuckDBPyConnection, name: str, columns: Sequence[Sequence[Any]]) -> None:
-    """Append rows, given by column, to a table; do nothing without columns."""
-    if columns:
+    if columns := list(zip(*rows, strict=True)):
         con.execute(f"insert into {name} select {', '.join('unnest(?)' for _ in columns)}", list(map(list, columns)))
 
 

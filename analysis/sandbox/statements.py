@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from entrace.analysis.trace.errors import InputError, quoted_input_error
 from entrace.analysis.trace.plain import well_formed
@@ -16,7 +17,23 @@ STATEMENT_NAMES = {"MULTI": "a PIVOT inside another statement"}
 SQL_POSITION = re.compile(r"\s*\n\s*LINE \d+:.*", re.DOTALL)
 
 
-def parameter_names(text: str) -> set[str]:
+def query_parameters(text: str) -> frozenset[str]:
+    """Return ``parameter_names``; what DuckDB cannot parse is an error in one line.
+
+    Raises:
+        InputError: the text is not a single query, or cannot be parsed.
+    """
+    import duckdb
+
+    try:
+        return parameter_names(text)
+    except duckdb.Error as error:
+        raise InputError(one_line(error)) from None
+
+
+# A question is parsed once, although it is asked about many times.
+@lru_cache(maxsize=256)
+def parameter_names(text: str) -> frozenset[str]:
     """Return the names of the ``$parameters`` of one query, or of EXPLAIN of one.
 
     Raises:
@@ -34,7 +51,7 @@ def parameter_names(text: str) -> set[str]:
     if not is_select and not _is_pivot(text):
         found = " and ".join(STATEMENT_NAMES.get(s.type.name, s.type.name) for s in statements) or "nothing"
         raise InputError(f"sql is read-only: expected one query, such as SELECT or PIVOT; found {found}")
-    return {name for statement in statements for name in statement.named_parameters}
+    return frozenset(name for statement in statements for name in statement.named_parameters)
 
 
 def _is_pivot(text: str) -> bool:

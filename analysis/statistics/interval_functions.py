@@ -70,7 +70,8 @@ def mean_with_interval(
 ) -> tuple[float | None, float | None, float | None]:
     """Return ``sum(totals) / sum(counts)`` and the ends of its interval.
 
-    Values that are not finite are None; one such value makes both ends None. Arguments as for ``estimate_mean``.
+    This is the reference of ``means_with_intervals``, which the SQL functions call. Values that are not finite are
+    None; one such value makes both ends None. Arguments as for ``estimate_mean``.
     """
     if not counts.sum():
         return None, None, None
@@ -189,10 +190,10 @@ def means_with_intervals(
     """Return ``mean_with_interval`` of several lists of rows, all at once.
 
     Args:
-        lists: List of each row, ``(rows,)``, from 0; ascending.
-        num: Number of lists L.
-        steps: Step of each row, ascending within a list.
-        prompts: Prompt of each row, ascending within a step of a list.
+        lists: As in ``clusters.levels``.
+        num: As in ``clusters.levels``.
+        steps: As in ``clusters.levels``.
+        prompts: As in ``clusters.levels``.
         totals: As in ``estimate_mean``.
         counts: As in ``estimate_mean``.
         bounds: As in ``estimate_mean``.

@@ -58,7 +58,7 @@ def test_verdicts_name_the_sql_that_their_statistics_read(study: Runs, monkeypat
             asked.clear()
             with suppress(NoEffectError):
                 estimator(study, study.subjects()["none"])
-            # Stages are fitted without a file.
+            # No SQL file computes the fit of the stages.
             assert {*asked} == {*questions_read(claim, part, {})} - {"stage_dynamics"}, (claim, part)
     named = {(verdict.claim, verdict.part): verdict.sql for verdict in judge(study)}
     assert named["S5", "concentration"] == (

@@ -35,7 +35,7 @@ create macro compared_sums(comparison, sums) as {
   'yy': of_comparison(comparison, sums.overall_yy, sums.shuffle_yy, sums.random_yy),
   'xy': of_comparison(comparison, sums.overall_xy, sums.shuffle_xy, sums.random_xy)
 };
--- Sums and means over the tokens of a step, from compared_sums of its prompts.
+-- Sums and means over the tokens of a step; sums is the column of compared_sums of the step's prompts.
 create macro step_sums(sums) as {
   'tokens': sum(sums.tokens),
   'squares': sum(sums.squares),
@@ -59,7 +59,7 @@ create macro linear_fit(sums) as (
 );
 -- The nearest number of half standard deviations, at most 6 either way.
 create macro half_sds(x) as round(2 * greatest(-3, least(3, x)))::tinyint;
--- The rank within a step; equal values share the mean of their ranks.
+-- Rank within a step; tied values have the mean of their ranks.
 create macro mean_rank(value, run_id, step) as (
   if(
     value is null,
