@@ -131,7 +131,7 @@ def test_the_command_sql_names_the_file(folder, command):
         ("second.py", FIGURE, "second.py: a figure needs second.sql beside it"),
         ("first_tokens.py", "def paint(): ...", r"expected a function draw\(frame, ax\)"),
         ("first_tokens.py", "import nowhere", "first_tokens.py: cannot be imported"),
-        ("first_tokens.py", "import sys; sys.exit()", r"first_tokens.py: cannot be imported \(SystemExit\)"),
+        ("first_tokens.py", "raise SystemExit", r"first_tokens.py: cannot be imported \(SystemExit\)"),
         ("first_tokens.py", "import sys; sys.exit('bye')", r"first_tokens.py: cannot be imported \(SystemExit: bye\)"),
         ("first_tokens.py", FIGURE.replace("first_sum", "first"), "first_tokens.py: draw failed"),
         ("first_tokens.py", FIGURE.replace("return ax", "raise SystemExit"), "first_tokens.py: draw failed"),
