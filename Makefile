@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Tests start hundreds of processes, and each would compile the whole package.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup study test test-slow test-trl test-verl test-spark ablation-powered check vendor pictures docs bench bench-gpu bench-queries bench-output bench-integrity bench-trl bench-view calibrate chaos clean
 .DEFAULT_GOAL := help
 

@@ -15,7 +15,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from entrace.analysis.sandbox.statements import query_parameters
+from entrace.analysis.sandbox.statements import EXPLAIN, query_parameters
 from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.errors import InputError, nearest, reason_of
 from entrace.analysis.trace.parts import true_in
@@ -186,7 +186,7 @@ class Questions:
 
         Raises:
             InputError: no such folder, a folder without questions, a file without the headers, SQL that is not one
-                query, a figure without SQL, or a stem that is taken.
+                query, or EXPLAIN of one, a figure without SQL, or a stem that is taken.
         """
         if self.folder is None:
             return
@@ -207,6 +207,8 @@ class Questions:
             if unknown := next((name for name in _names(found["needs"]) if name not in NEEDS), None):
                 raise InputError(f'{path}: needs: unknown value "{unknown}"{nearest(unknown, NEEDS)}')
             self.parameter_names(stem)
+            if EXPLAIN.match(self.read(stem)):
+                raise InputError(f"{path}: EXPLAIN describes a query; a question needs the query itself")
 
     def __getitem__(self, stem: str) -> Question:
         """Return one question.

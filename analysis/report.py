@@ -95,10 +95,13 @@ def check_questions(runs: Runs) -> None:
     """Refuse faults of a user's folder that show without rows of the traces.
 
     Raises:
-        InputError: DuckDB rejects the SQL, a figure cannot be imported, or a claim names a column that its SQL lacks.
+        InputError: DuckDB rejects the SQL, CSV cannot represent a column, a figure cannot be imported, or a claim names
+            a column that its SQL lacks.
     """
     for stem in runs.questions.own:
-        runs.columns(stem)
+        columns = runs.columns(stem)
+        with runs.questions.named(stem):
+            to_report_csv(columns.to_frame())
     for stem in runs.questions.figures:
         figures.figure_module(stem, runs.questions)
     claims.check(runs, claims.load_ledger(questions=runs.questions))

@@ -8,7 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from importlib import import_module
 from itertools import pairwise
@@ -31,7 +31,7 @@ from entrace.analysis.sandbox.process import LimitError, Limits, QueryProcess, R
 from entrace.analysis.sandbox.statements import columns_of, one_line, query_parameters
 from entrace.analysis.sandbox.worker import Query
 from entrace.analysis.spark.engine import SparkEngine
-from entrace.analysis.terminal.interrupt import interruptible
+from entrace.analysis.terminal.interrupt import Result, interruptible
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.errors import InputError, fault_of, in_one_line, nearest, reason_of
@@ -173,6 +173,9 @@ class Runs:
         self._spill = spill_folder()
         # The connection has one transaction at a time.
         self._connected = threading.RLock()
+        # The connection that ``stop`` may interrupt.
+        self._running: duckdb.DuckDBPyConnection | None = None
+        self._stopping = threading.Lock()
         self._con = connect(manifests, files, buffers, self._spill)
         self._narrowed: dict[frozenset[str], duckdb.DuckDBPyConnection] = {}
         for view in KEPT:
@@ -192,7 +195,7 @@ class Runs:
         text: str,
         params: Mapping[str, Any] | None = None,
         *,
-        memory: str | int | None = None,
+        memory: str | float | None = None,
         timeout: float | None = None,
     ) -> pl.DataFrame:
         """Run one read-only query over the traces in a separate process.
@@ -221,7 +224,7 @@ class Runs:
         text: str,
         params: Mapping[str, Any] | None = None,
         *,
-        memory: str | int | None = None,
+        memory: str | float | None = None,
         timeout: float | None = None,
         on_progress: Callable[[float], None] | None = None,
         reader: int | None = None,
@@ -307,7 +310,7 @@ class Runs:
         text: str,
         params: Mapping[str, Any] | None = None,
         *,
-        memory: str | int | None = None,
+        memory: str | float | None = None,
         timeout: float | None = None,
     ) -> pl.DataFrame:
         """Run a query like ``sql``, without scanning its tables for NaN.
@@ -323,8 +326,9 @@ class Runs:
         """End all queries that other threads wait for."""
         for process in list(self._processes):
             process.close()
-        for con in (self._con, *self._narrowed.values()):
-            con.interrupt()
+        with self._stopping:
+            if self._running:
+                self._running.interrupt()
         if self._spark:
             self._spark.stop()
 
@@ -510,7 +514,9 @@ class Runs:
         if missing := [run for run in run_ids if run not in self._runs_kept[view]]:
             text = f"insert into {view} from new_{view} where list_contains($runs, run_id)"
             with self._transaction(text, {"runs": missing}, "") as con:
-                interruptible(con, lambda: con.execute(text, {"runs": missing}))
+                # Ctrl-C right after an earlier commit left the rows that it committed.
+                con.execute(f"delete from {view} where list_contains($runs, run_id)", {"runs": missing})
+                self._compute_on(con, lambda: con.execute(text, {"runs": missing}))
             self._runs_kept[view].update(missing)
 
     def _fill_computed(self, text: str) -> None:
@@ -519,10 +525,11 @@ class Runs:
         computed = {name: self._compute(name) for name in queries.computed_tables_in(text) - self._filled}
         with self._connected:
             for name in computed.keys() - self._filled:
-                self._filled.add(name)
-                fill(self._con, name, computed[name])
+                with self._transaction(text, {}, "") as con:
+                    fill(con, name, computed[name])
                 if self._spark:
                     self._spark.fill(name, computed[name])
+                self._filled.add(name)
 
     def _select(self, text: str, params: dict[str, Any]) -> pl.DataFrame:
         self._check_tables(text)
@@ -680,9 +687,22 @@ class Runs:
 
         with self._transaction(text, params, "read only") as con:
             try:
-                return interruptible(con, lambda: con.sql(text, params=params).pl())
+                return self._compute_on(con, lambda: con.sql(text, params=params).pl())
             except pl.exceptions.PolarsError as error:
                 raise _unsupported(error) from None
+
+    def _compute_on(self, con: duckdb.DuckDBPyConnection, query: Callable[[], Result]) -> Result:
+        """Return the result of a query; Ctrl-C and ``stop`` can end it.
+
+        They end nothing else: an interrupted COMMIT or ROLLBACK would leave its transaction open.
+        """
+        with self._stopping:
+            self._running = con
+        try:
+            return interruptible(con, query)
+        finally:
+            with self._stopping:
+                self._running = None
 
     @contextmanager
     def _transaction(self, text: str, params: Mapping[str, Any], kind: str) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -700,18 +720,20 @@ class Runs:
 
         with self._connected:
             con = self._connection_for(params.get("runs"))
-            con.execute(f"begin transaction {kind}")
             try:
+                _begin(con, kind)
                 yield con
+                con.execute("commit")
             except BaseException as error:
-                con.execute("rollback")
+                # Ctrl-C may arrive before BEGIN and after COMMIT.
+                with suppress(duckdb.TransactionException):
+                    con.execute("rollback")
                 if not isinstance(error, duckdb.Error):
                     raise
                 # The parser and the binder reject a query before it reads a file.
                 if not isinstance(error, duckdb.ParserException | duckdb.BinderException | duckdb.CatalogException):
                     self._explain(error, text)
                 raise InputError(one_line(error)) from None
-            con.execute("commit")
 
     def _connection_for(self, run_ids: Iterable[str] | None) -> duckdb.DuckDBPyConnection:
         """Return the connection that reads the fewest files for a query.
@@ -777,6 +799,17 @@ def _complete(text: str, given: Mapping[str, Any]) -> dict[str, Any]:
             hint = nearest(name, names) if names else "; this query has none"
             raise InputError(f'unknown parameter "{name}"{hint}')
     return dict.fromkeys(names) | dict(given)
+
+
+def _begin(con: duckdb.DuckDBPyConnection, kind: str) -> None:
+    """Begin a transaction, and end one that Ctrl-C left open."""
+    import duckdb
+
+    try:
+        con.execute(f"begin transaction {kind}")
+    except duckdb.TransactionException:
+        con.execute("rollback")
+        con.execute(f"begin transaction {kind}")
 
 
 def _unsupported(error: Exception) -> InputError:

@@ -82,7 +82,7 @@ class Limits:
     timeout: float = 600.0
 
     @classmethod
-    def parse(cls, memory: str | int | None, timeout: float | None) -> Limits:
+    def parse(cls, memory: str | float | None, timeout: float | None) -> Limits:
         """Return limits from what a user gave; None stands for the default.
 
         Raises:
@@ -235,12 +235,14 @@ def _out_of_memory(limits: Limits) -> LimitError:
     )
 
 
-def _bytes_in(memory: str | int) -> int:
+def _bytes_in(memory: str | float) -> int:
     if isinstance(memory, str):
         if not (match := SIZE.fullmatch(memory.strip())):
             raise InputError(f'memory: "{memory}" is not a size; expected a number with a unit, such as 500MB or 2GiB')
         unit = next(name for name in UNITS if name.lower() == match[2].lower())
         return int(float(match[1]) * UNITS[unit])
+    if not math.isfinite(memory):
+        raise InputError(f"memory: {memory} is not a size; expected bytes, or a number with a unit, such as 500MB")
     return int(memory)
 
 

@@ -145,7 +145,7 @@ def _csv(frame: pl.DataFrame, has_header: bool = True) -> str:
     except pl.exceptions.ComputeError:
         kinds = ", ".join(f"{name} {kind}" for name, kind in frame.schema.items() if kind.is_nested())
         raise InputError(
-            f"csv cannot represent every column ({kinds or 'binary'}); use --format json, or cast these columns"
+            f"csv cannot represent every column ({kinds or 'binary'}); cast these columns to text, or write json"
         ) from None
 
 

@@ -94,7 +94,8 @@ def _fits(value: Any, kind: Any) -> bool:
     """Return whether a value is of an annotated type."""
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return not (value == "" and Path in args) and any(_fits(value, arg) for arg in args)
+        is_empty = isinstance(value, str) and not value
+        return not (is_empty and Path in args) and any(_fits(value, arg) for arg in args)
     if origin is Literal:
         return any(isinstance(value, type(arg)) and value == arg for arg in args)
     if kind is Any:
@@ -107,6 +108,9 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, bool | np.bool_)
     if kind is Path:
         return isinstance(value, os.PathLike) or hasattr(value, "joinpath")
+    if getattr(kind, "_is_protocol", False):
+        # Unlike for isinstance since Python 3.12, a member may come from __getattr__.
+        return all(hasattr(value, name) for name in vars(kind) if not name.startswith("_"))
     if isinstance(origin, type):
         return _is_collection(value, origin) and all(_fits(item, arg) for item, arg in _items(value, args))
     return isinstance(value, kind) if isinstance(kind, type) else True

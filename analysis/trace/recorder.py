@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -102,7 +102,6 @@ UNKNOWN = {
 HASH_LENGTH = 16
 
 
-@runtime_checkable
 class Tokenizer(Protocol):
     """A tokenizer of transformers, as far as it is recognized."""
 

@@ -7,7 +7,7 @@ select
   step,
   rollout_id,
   any_value(prompt_id) as prompt_id,
-  if(any_value(advantage) = 0, null, if(any_value(advantage) > 0, 'positive', 'negative')) as sample_sign,
+  sign_of(true, any_value(advantage)) as sample_sign,
   avg(entropy) filter (where position * 5 < response_length) as first_mean,
   avg(entropy) filter (where position * 5 >= response_length and position * 5 < 4 * response_length) as middle_mean,
   avg(entropy) filter (where position * 5 >= 4 * response_length) as last_mean
