@@ -512,7 +512,7 @@ def _read_text(path: Path) -> str:
     from entrace.analysis.trace.errors import InputError, in_one_line, reason_of
 
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: {reason_of(error)}") from None
     except ValueError as error:

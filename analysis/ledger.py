@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,11 @@ Ledger = Mapping[str, Mapping[str, Any]]
 # Keys that every claim, and every part of a claim, must have. Parts inherit those of PART_KEYS from their claim.
 CLAIM_KEYS = ("question", "test", "figure", "parts")
 PART_KEYS = ("statistic", "null", "unit", "direction", "smallest_effect", "limit")
+# Keys that they may have as well; DECLARED are those of an effect that a user's ledger declares.
+DECLARED = ("sql", "values", "over")
+OTHER_CLAIM_KEYS = (*PART_KEYS, "family", "arms", "reference")
+OTHER_PART_KEYS = ("figure", *DECLARED)
+DIRECTIONS = ("positive", "negative")
 
 
 @checked
@@ -30,8 +36,8 @@ def load_ledger(path: str | Path | None = None, questions: Questions = BUILT_IN)
         questions: The questions that claims may refer to.
 
     Raises:
-        InputError: the file is missing, is not TOML, or has no claims; a claim or part lacks a key, such as its null;
-            or a claim is defined twice.
+        InputError: the file is missing, is not TOML, or has no claims; a claim or part lacks a key, such as its null,
+            or has an unknown one; the smallest effect or direction is not valid; or a claim is defined twice.
     """
     if path is not None:
         return _read_ledger(Path(path), questions)
@@ -52,7 +58,7 @@ def _shipped_ledger() -> dict[str, dict[str, Any]]:
 
 def _read_ledger(path: Path, questions: Questions) -> dict[str, dict[str, Any]]:
     try:
-        ledger = tomllib.loads(path.read_text(encoding="utf-8"))
+        ledger = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path}: {reason_of(error)}") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -60,7 +66,7 @@ def _read_ledger(path: Path, questions: Questions) -> dict[str, dict[str, Any]]:
     if not ledger:
         raise InputError(f"{path}: no claims")
     for claim, entry in ledger.items():
-        _require(entry, CLAIM_KEYS, f"{path}: claim {claim}")
+        _require(entry, CLAIM_KEYS, f"{path}: claim {claim}", OTHER_CLAIM_KEYS)
         _require(entry["parts"], (), f"{path}: claim {claim}, parts")
         known = training.PARTS.get(claim)
         shared = {key: entry.pop(key) for key in PART_KEYS if key in entry}
@@ -71,7 +77,8 @@ def _read_ledger(path: Path, questions: Questions) -> dict[str, dict[str, Any]]:
             raise InputError(f'{path}: unknown claim "{claim}"{nearest(claim, training.PARTS)}')
         for part, spec in parts.items():
             name = f'{path}: claim {claim}, part "{part}"'
-            _require(spec, PART_KEYS, name)
+            _require(spec, PART_KEYS, name, OTHER_PART_KEYS)
+            _check_effect(spec, name)
             if "sql" in spec:
                 _check_declared(spec, name, questions)
             elif "arms" not in entry and part not in (known or ()):
@@ -84,7 +91,7 @@ def _read_ledger(path: Path, questions: Questions) -> dict[str, dict[str, Any]]:
 
 def _check_declared(spec: Mapping[str, Any], name: str, questions: Questions) -> None:
     """Refuse a declared effect that cannot be computed; see ``training.declared``."""
-    _require(spec, ("sql", "values", "over"), name)
+    _require(spec, DECLARED, name)
     if spec["sql"] not in questions.paths:
         raise InputError(f'{name}: sql: unknown question "{spec["sql"]}"{nearest(str(spec["sql"]), questions.paths)}')
     if spec["over"] not in training.SPANS:
@@ -92,11 +99,18 @@ def _check_declared(spec: Mapping[str, Any], name: str, questions: Questions) ->
     values = spec["values"]
     if not (isinstance(values, list) and len(values) in (2, 4) and all(isinstance(value, str) for value in values)):
         raise InputError(f"{name}: values: expected two columns (sum, number) or four, found {values!r}")
-    if not isinstance(spec["smallest_effect"], int | float) or spec["direction"] not in ("positive", "negative"):
-        raise InputError(f'{name}: expected a number for smallest_effect, and "positive" or "negative" for direction')
 
 
-def _require(entry: Any, keys: Sequence[str], name: str) -> None:
+def _check_effect(spec: Mapping[str, Any], name: str) -> None:
+    smallest, direction = spec["smallest_effect"], spec["direction"]
+    if isinstance(smallest, bool) or not isinstance(smallest, int | float) or not 0 <= smallest < math.inf:
+        raise InputError(f"{name}: smallest_effect is {smallest!r}; expected a number, 0 or above")
+    if direction not in DIRECTIONS:
+        raise InputError(f'{name}: direction is {direction!r}; expected "positive" or "negative"')
+
+
+def _require(entry: Any, keys: Sequence[str], name: str, others: Sequence[str] | None = None) -> None:
+    """Refuse an entry that lacks a key, or has one that is not among ``keys`` and ``others``, if those are given."""
     if not isinstance(entry, dict):
         expected = f"a table with {', '.join(keys)}" if keys else "a table"
         raise InputError(f"{name}: expected {expected}; found {reprlib.repr(entry)}")
@@ -104,3 +118,6 @@ def _require(entry: Any, keys: Sequence[str], name: str) -> None:
         if entry.get(key) in (None, ""):
             hint = "; it must say what the effect is compared with" if key == "null" else ""
             raise InputError(f'{name}: "{key}" is {"empty" if key in entry else "missing"}{hint}')
+    known = None if others is None else (*keys, *others)
+    if unknown := next((key for key in entry if known and key not in known), None):
+        raise InputError(f'{name}: unknown key "{unknown}"{nearest(unknown, known or ())}')

@@ -326,7 +326,7 @@ def _names(needs: str) -> list[str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: {reason_of(error)}") from None
     except UnicodeDecodeError:

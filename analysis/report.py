@@ -26,7 +26,7 @@ from entrace.analysis.terminal.interrupt import POLL_INTERVAL_S
 from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.errors import InputError
 from entrace.analysis.trace.manifest import flatten
-from entrace.analysis.trace.places import reaching, to_place
+from entrace.analysis.trace.places import check_folder, reaching, to_place
 from entrace.analysis.trace.plain import plain
 from entrace.analysis.trace.staging import is_interrupted, staged
 
@@ -99,9 +99,9 @@ def check_questions(runs: Runs) -> None:
             a column that its SQL lacks.
     """
     for stem in runs.questions.own:
-        columns = runs.columns(stem)
+        schema = runs.columns(stem)
         with runs.questions.named(stem):
-            to_report_csv(columns.to_frame())
+            to_report_csv(schema.to_frame().clear(1))
     for stem in runs.questions.figures:
         figures.figure_module(stem, runs.questions)
     claims.check(runs, claims.load_ledger(questions=runs.questions))
@@ -159,10 +159,9 @@ def check_target(out: Path, page: str = PAGE, mark: str = MARK) -> None:
         mark: Text that the page holds.
 
     Raises:
-        InputError: ``out`` is a file, or a folder with other files.
+        InputError: ``out`` is a file or lies below one, or is a folder with other files.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file; --out must name a folder")
+    check_folder(out)
     found = out / page
     if is_interrupted(out):
         return

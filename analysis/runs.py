@@ -405,7 +405,8 @@ class Runs:
         }
 
     def _why_lacking(self, run: str, need: Need) -> str:
-        return str((self.manifests[run].get("unknown") or {}).get(need.place, need.remedy))
+        reason = (self.manifests[run].get("unknown") or {}).get(need.place)
+        return need.remedy if reason is None else f"{need.place} is unknown: {reason}"
 
     def _holders(self, need: Need) -> set[str]:
         """Return the runs that hold what a question needs."""

@@ -3,8 +3,10 @@
 import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import pandas as pd
 import polars as pl
 import pytest
 
@@ -145,8 +147,9 @@ def test_numbers_and_arrays_of_libraries_are_taken():
     for real in (1, 1.5, np.float32(1.5)):
         assert take(real=real)[1] == real
     assert take(flag=np.bool_(True))[2]
-    for texts in (["a"], ("a",), np.array(["a"]), pl.Series(["a"])):
-        assert list(take(texts=texts)[3]) == ["a"]
+    for texts in (["a", "b"], ("a", "b"), np.array(["a", "b"]), pl.Series(["a", "b"]), pd.Series(["a", "b"])):
+        assert list(take(texts=texts)[3]) == ["a", "b"]
+        assert list(take(paths=texts)[4]) == ["a", "b"]
     # What can be read only once is left unread.
     assert list(take(paths=iter(["a", "b"]))[4]) == ["a", "b"]
     for wrong in (
@@ -160,6 +163,39 @@ def test_numbers_and_arrays_of_libraries_are_taken():
     ):
         with pytest.raises(entrace.InputError, match="take: "):
             take(**wrong)
+
+
+class Forwarding:
+    """Has the members of what it holds."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def __getattr__(self, name):
+        return getattr(self.held, name)
+
+
+class Decodes(Protocol):
+    def decode(self): ...
+
+
+def test_a_member_of_a_protocol_may_be_forwarded():
+    @checked
+    def take(given: "Decodes | int") -> "object":
+        return given
+
+    for given in (b"text", Forwarding(b"text"), 1):
+        assert take(given) is given
+    for wrong in ("text", Forwarding("text")):
+        with pytest.raises(entrace.InputError, match=r"take: given: expected Decodes \| int"):
+            take(wrong)
+
+
+def test_a_size_of_memory_may_be_a_float(runs):
+    assert runs.sql("select 1 as one", memory=1e9)["one"].to_list() == [1]
+    for memory in (float("nan"), float("inf")):
+        with pytest.raises(entrace.InputError, match=f"memory: {memory} is not a size"):
+            runs.sql("select 1", memory=memory)
 
 
 def test_a_missing_argument_is_the_error_of_python():

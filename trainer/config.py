@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -272,7 +272,7 @@ class Config(BaseConfig):
 
 
 @checked
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file or a shipped config, and apply ``key.path=value`` overrides.
 
     A shipped config is named without a folder, such as ``tiny``.

@@ -110,7 +110,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         InputError: no such file, or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path}: {reason_of(error)}") from None
     except (ValueError, RecursionError) as error:

@@ -116,6 +116,7 @@ class Evaluations:
             pl.lit(1.0).alias("count"),
             pl.col("entropy").is_not_null().cast(float).alias("entropy_count"),
             pl.col("entropy").fill_null(0),
+            pl.col("maj_at_k").fill_null(float("nan")),
             *(_pass_at_k(frame, k).alias(metric) for metric, k in k_of.items()),
         )
         return {str(run): part for (run,), part in frame.group_by("run_id", maintain_order=True)}

@@ -232,4 +232,5 @@ def _codes(frame: pl.DataFrame, name: str) -> np.ndarray:
 
 
 def _matrix(frame: pl.DataFrame, values: Sequence[str]) -> np.ndarray:
-    return frame.select(values).to_numpy().astype(float)
+    # A column may be named twice, as the divisor of two sums.
+    return np.column_stack([frame[name].cast(float).to_numpy() for name in values])

@@ -148,6 +148,11 @@ def _describe(
     }
 
 
+def _content(key: str, value: Any) -> Any:
+    """Return a value of a description; of files, their hashes, as a path has several spellings."""
+    return list(value.values()) if key == "files" and value else value
+
+
 def _open_trace(
     rollouts: Collected,
     description: Mapping[str, Any],
@@ -165,7 +170,7 @@ def _open_trace(
         if before is None:
             raise InputError(f"{run_dir}: not a trace of entrace import; choose another folder")
         # An earlier version described less.
-        if changed := [key for key in before if before[key] != description.get(key)]:
+        if changed := [key for key in before if _content(key, before[key]) != _content(key, description.get(key))]:
             raise InputError(f"{run_dir}: imported with another value of {', '.join(changed)}; choose another folder")
         last, damage = last_whole_step(run_dir, manifest)
         has_vocab = any(last_step(name) <= last for name in listed_files(run_dir, manifest).get("vocab", {}))

@@ -143,9 +143,10 @@ def _csv(frame: pl.DataFrame, has_header: bool = True) -> str:
     try:
         return frame.write_csv(include_header=has_header)
     except pl.exceptions.ComputeError:
-        kinds = ", ".join(f"{name} {kind}" for name, kind in frame.schema.items() if kind.is_nested())
+        lacking = {pl.Binary, pl.Duration, pl.Object}
+        columns = [f"{name} {kind}" for name, kind in frame.schema.items() if kind.is_nested() or kind in lacking]
         raise InputError(
-            f"csv cannot represent every column ({kinds or 'binary'}); cast these columns to text, or write json"
+            f"csv cannot represent every column ({', '.join(columns)}); cast these columns to text, or write json"
         ) from None
 
 

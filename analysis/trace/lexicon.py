@@ -54,7 +54,7 @@ class Lexicon:
         """
         path = path or SHIPPED
         try:
-            lists = tomllib.loads(path.read_text(encoding="utf-8"))
+            lists = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise InputError(f"{path}: no such lexicon") from None
         except OSError as error:

@@ -53,6 +53,18 @@ def is_remote(path: str | Path) -> bool:
     return not isinstance(path, str | Path)
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a folder to write to if it is a file, or lies below one.
+
+    Raises:
+        InputError: the path, or a part of it, is a file.
+    """
+    parents = [] if is_remote(path) else path.parents
+    found = next((place for place in (path, *parents) if place.exists()), None)
+    if found and not found.is_dir():
+        raise InputError(f"{found}: is a file; name a folder")
+
+
 def check_local(run_dir: Path) -> None:
     """Refuse a URL as the folder of a run that is recorded or changed.
 

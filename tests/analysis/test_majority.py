@@ -14,6 +14,7 @@ import pytest
 from entrace import open_runs
 from entrace.analysis.statistics.estimates import maj_at_k
 from entrace.analysis.trace import TraceWriter
+from entrace.trainer.cli.evaluate import summarize_evals
 from tests.analysis.conftest import VOCAB
 
 CASES = {
@@ -43,6 +44,34 @@ def test_votes(case: str):
     answers, is_correct, classes, expected = CASES[case]
     assert maj_at_k(answers, is_correct, len(answers), classes) == pytest.approx(expected)
     assert maj_at_k(np.array(answers, dtype=object), is_correct, len(answers), classes) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("answers", "is_correct", "expected"),
+    [
+        ([None] * 4, [True, False, None, True], [None, None]),
+        ([None] * 4, [False, False, None, False], [0.0, 0.0]),
+        # An answer at another prompt shows that answers were recorded.
+        ([None, None, "1", None], [True, True, False, True], [0.0, 0.0]),
+    ],
+)
+def test_without_recorded_answers_the_majority_is_unknown(
+    tmp_path: Path, answers: list[str | None], is_correct: list[bool | None], expected: list[float | None]
+):
+    writer = TraceWriter.create(tmp_path / "run", {"run_id": "run"}, VOCAB)
+    ids = {"step": 1, "benchmark": "b", "prompt_id": ["p", "p", "q", "q"], "sample_index": [0, 1, 0, 1]}
+    given = {"answer": answers, "is_correct": is_correct, "response_length": 3, "temperature": 1.0}
+    writer.append("evals", {**ids, **given})
+    writer.flush(1)
+    runs = open_runs(tmp_path / "run")
+    found = runs.sql("select maj_at_k from eval_prompts(2) order by prompt_id")
+    assert found["maj_at_k"].to_list() == expected
+    metrics = runs.query("ablation_final")["metric"].to_list()
+    assert ("maj_at_k" in metrics) == (None not in expected)
+    rows = {**ids, "benchmark": ["b"] * 4, "answer_class": [None] * 4, **given}
+    summary = summarize_evals(rows, 2)["b"]
+    assert ("maj@2" in summary) == (None not in expected)
+    assert "avg@2" in summary
 
 
 def test_sql_counts_votes_as_python_does(tmp_path: Path):

@@ -117,6 +117,22 @@ def test_the_command_sql_names_the_file(folder, command):
         ("claims.toml", CLAIMS.replace('over = "run"', 'over = "all"'), "over: unknown value"),
         ("claims.toml", CLAIMS.replace(', "first_tokens"]', "]"), "values: expected two columns"),
         ("claims.toml", CLAIMS.replace("null = ", "note = "), '"null" is missing'),
+        ("claims.toml", CLAIMS + "famly = 'x'", 'part "entropy": unknown key "famly"; valid: '),
+        (
+            "claims.toml",
+            CLAIMS.replace("[X1.parts", "famly = 'x'\n[X1.parts"),
+            'claim X1: unknown key "famly"; did you',
+        ),
+        ("claims.toml", CLAIMS.replace("0.01", "nan"), "smallest_effect is nan; expected a number, 0 or above"),
+        ("claims.toml", CLAIMS.replace("0.01", "-0.5"), "smallest_effect is -0.5; expected a number"),
+        ("claims.toml", CLAIMS.replace("0.01", "inf"), "smallest_effect is inf; expected a number"),
+        ("claims.toml", CLAIMS.replace("0.01", "true"), "smallest_effect is True; expected a number"),
+        ("claims.toml", CLAIMS.replace('"positive"', '"up"'), "direction is 'up'; expected \"positive\" or"),
+        ("first_tokens.sql", SQL.replace("select run", "explain select run"), "first_tokens.sql: EXPLAIN describes a"),
+        *[
+            ("second.sql", SQL.replace("sum(entropy)", value), f"second.sql: csv cannot represent .* .first_sum {kind}")
+            for value, kind in {"{'a': 1}": "Struct", "'a'::blob": "Binary"}.items()
+        ],
         ("claims.toml", CLAIMS.replace('"first_sum"', '"first_sums"'), 'no column "first_sums"; did you mean'),
         (
             "claims.toml",
@@ -149,6 +165,26 @@ def test_a_bad_file_is_one_line_before_the_long_work(folder, tmp_path, monkeypat
     assert "\n" not in str(raised.value)
     assert not started
     assert not (tmp_path / "report").exists()
+
+
+def test_a_claim_may_name_a_column_twice(folder):
+    (folder / "first_tokens.sql").write_text(SQL.replace("count(*)", "sum(position) as place_sum, count(*)"))
+    values = '["first_sum", "first_tokens", "place_sum", "first_tokens"]'
+    (folder / "claims.toml").write_text(CLAIMS.replace('["first_sum", "first_tokens"]', values))
+    runs = entrace.open_runs(FROZEN, questions=folder)
+    [verdict] = judge(runs, load_ledger(folder / "claims.toml", runs.questions))
+    by_step = runs.query("first_tokens").group_by("step").agg(pl.col("first_sum", "place_sum", "first_tokens").sum())
+    expected = (by_step["first_sum"] - by_step["place_sum"]) / by_step["first_tokens"]
+    assert verdict.effect == pytest.approx(expected.mean())
+
+
+def test_files_may_begin_with_a_byte_order_mark(folder):
+    for name in ("first_tokens.sql", "claims.toml"):
+        path = folder / name
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    runs = entrace.open_runs(FROZEN, questions=folder)
+    assert runs.query("first_tokens").height
+    assert "X1" in load_ledger(questions=runs.questions)
 
 
 @pytest.mark.usefixtures("few_figures")

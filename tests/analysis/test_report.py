@@ -129,8 +129,9 @@ def test_report_replaces_nothing_but_a_report(tiny: Runs, tmp_path: Path):
         write_report(tiny, tmp_path / "other")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["report.html"]
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="is a file"):
-        write_report(tiny, tmp_path / "file")
+    for out in (tmp_path / "file", tmp_path / "file" / "report"):
+        with pytest.raises(InputError, match="file: is a file; name a folder"):
+            write_report(tiny, out)
 
 
 def test_hostile_names_and_errors_are_escaped(tmp_path: Path):

@@ -186,6 +186,67 @@ def test_every_kept_view_is_compared_with_the_tokens():
     assert {view for text in texts for view in queries.kept_views_in(text)} == set(queries.KEPT)
 
 
+class Interrupting:
+    """A connection on which Ctrl-C arrives during a statement: Python raises when the call returns."""
+
+    def __init__(self, con: duckdb.DuckDBPyConnection, statement: str, number: int = 0) -> None:
+        self._con, self._statement, self._number = con, statement, number
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._con, name)
+
+    def execute(self, text: str, *args: object) -> object:
+        result = self._con.execute(text, *args)
+        if text.startswith(self._statement):
+            self._number -= 1
+            if self._number == -1:
+                raise KeyboardInterrupt
+        return result
+
+
+@pytest.mark.parametrize(
+    ("statement", "number"),
+    [
+        ("begin", 0),
+        ("begin", 3),
+        *(("commit", i) for i in range(8)),
+        ("delete from stages", 0),
+        ("delete from fift", 0),
+    ],
+)
+def test_after_ctrl_c_the_answer_is_the_same(tiny_path: Path, statement: str, number: int):
+    expected = open_runs(tiny_path).query("u_shape")
+    runs = open_runs(tiny_path)
+    runs._con = Interrupting(runs._con, statement, number)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(KeyboardInterrupt):
+        runs.query("u_shape")
+    for _ in range(2):
+        assert_frame_equal(runs.query("u_shape"), expected, abs_tol=1e-12)
+
+
+def test_stop_ends_queries_and_nothing_else(tiny_path: Path):
+    runs = open_runs(tiny_path)
+    interrupted: list[str] = []
+
+    class Stopping(Interrupting):
+        """A connection whose user calls ``stop`` before every statement."""
+
+        text = ""
+
+        def execute(self, text: str, *args: object) -> object:
+            self.text = text
+            runs.stop()
+            return super().execute(text, *args)
+
+        def interrupt(self) -> None:
+            interrupted.append(self.text)
+
+    runs._con = Stopping(runs._con, "none")  # pyright: ignore[reportAttributeAccessIssue]
+    assert runs.query("u_shape").height
+    runs.stop()
+    assert {" ".join(text.split()[:2]) for text in interrupted} == {"insert into"}
+
+
 def test_kept_rows_do_not_outlive_the_tokens(tiny_path: Path, tmp_path: Path):
     folder = tmp_path / "tiny"
     shutil.copytree(tiny_path, folder)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
 from entrace.analysis import queries
 from entrace.analysis.claims import load_ledger
 from entrace.analysis.figures import STEMS
 from entrace.analysis.runs import Runs, open_runs
-from entrace.analysis.trace import TraceWriter, Vocabulary
+from entrace.analysis.trace import Recorder, TraceWriter, Vocabulary
 from tests.analysis.conftest import step_row
 from tests.analysis.expected import ablation, cluster, instance, laws, stage, token
 
@@ -127,3 +128,47 @@ def test_entropy_threshold_is_the_quantile_within_its_documented_error(study: Ru
         entropies = study.sql(f"select entropy from staged_tokens where {conditions}", {"run": run_id, "part": part})
         exact = np.sort(entropies["entropy"].cast(float).to_numpy())[::-1][int(np.ceil(top * entropies.height)) - 1]
         assert 0.995 * exact <= found <= exact * (1 + 1e-6)
+
+
+def test_positions_fall_into_equal_bins(tiny: Runs):
+    found = tiny.sql(
+        """
+        select bin_of_position(position, length, bins) = position * bins // length as is_equal, count(*) as num
+        from range(1, 128) as lengths(length), range(1, 128) as all_bins(bins), range(128) as positions(position)
+        where position < length
+        group by all
+        """
+    )
+    assert found.rows() == [(True, 127 * 128 // 2 * 127)]
+    assert tiny.sql("select bin_of_position(2000000000, 2000000001, 1000) as bin")["bin"].to_list() == [999]
+
+
+@pytest.fixture
+def one_uncertain_token(tmp_path: Path) -> Runs:
+    """Open a run in which token 29 of 100 is uncertain, and the advantage of one response in three is unknown."""
+    entropies = [[float(i == 29) for i in range(100)]] * 3
+    with Recorder(tmp_path / "run", ["<eos>", "a"]) as recorder:
+        for step in (1, 2):
+            recorder.record(
+                step,
+                prompt=["p"] * 3,
+                response_ids=[[1] * 100] * 3,
+                reward=[1.0, 0.0, 0.0],
+                advantage=[1.0, None, -1.0],
+                entropy=entropies,
+                logprob=[[-1.0] * 100] * 3,
+            )
+    return open_runs(tmp_path / "run")
+
+
+@pytest.mark.parametrize("stem", ["entropy_by_position", "high_entropy_by_position"])
+def test_each_of_100_tokens_has_a_bin(one_uncertain_token: Runs, stem: str):
+    value = {"entropy_by_position": "entropy", "high_entropy_by_position": "share_of_high"}[stem]
+    rows = one_uncertain_token.query(stem, bins=100)
+    assert sorted(set(rows["position_bin"])) == list(range(100))
+    assert set(rows.filter(position_bin=29)[value]) == {1.0}
+
+
+def test_an_unknown_advantage_has_no_sign(one_uncertain_token: Runs):
+    counts = one_uncertain_token.query("u_shape").group_by("sample_sign").agg(pl.col("num_responses").max())
+    assert dict(counts.iter_rows()) == {"positive": 2, "negative": 2}

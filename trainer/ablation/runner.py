@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from entrace.analysis.trace import MANIFEST, InputError, read_manifest
+from entrace.analysis.trace.places import check_folder
 from entrace.trainer.ablation.grid import RunSpec
 from entrace.trainer.ablation.launch.job import Job, Launcher, ProgressListener
 from entrace.trainer.runs.run_folder import config_changes, extend
@@ -122,10 +123,11 @@ def run_grid(
         Error of each failed run by run id, failures of earlier calls included.
 
     Raises:
-        InputError: ``out`` already holds files and neither flag is set, ``out`` was made from another grid, or the
-            launcher cannot start runs. Nothing has been written then.
+        InputError: ``out`` is a file, already holds files and neither flag is set, or was made from another grid; or
+            the launcher cannot start runs. Nothing has been written then.
     """
     errors = Errors(listener or NoListener())
+    check_folder(out)
     if not (resume or retry_failed) and out.exists() and any(out.iterdir()):
         raise InputError(f"{out}: already holds files; choose another folder, or resume with --resume")
     statuses = survey(specs, out)

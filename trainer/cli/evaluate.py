@@ -68,7 +68,8 @@ def evaluate(
 def summarize_evals(rows: Mapping[str, Any], k: int) -> Summary:
     """Estimate avg@k, maj@k, and pass@k by benchmark, with 95% intervals.
 
-    Intervals are over prompts. Responses without a verdict do not count; a prompt without any verdict is left out.
+    Intervals are over prompts. Responses without a verdict do not count; a prompt without any verdict is left out. A
+    benchmark whose responses are correct without an answer has no maj@k.
 
     Args:
         rows: Columns of the ``evals`` table, ``k`` consecutive rows per prompt.
@@ -82,13 +83,20 @@ def summarize_evals(rows: Mapping[str, Any], k: int) -> Summary:
     names = ("benchmark", "answer", "answer_class", "is_correct")
     samples = (np.array(rows[name], dtype=object).reshape(-1, k).tolist() for name in names)
     values: dict[str, dict[str, list[float]]] = {}
+    with_answers: set[str] = set()
     for benchmarks, answers, classes, verdicts in zip(*samples, strict=True):
         metrics = values.setdefault(benchmarks[0], {f"avg@{k}": [], f"maj@{k}": [], f"pass@{k}": []})
         judged = [verdict for verdict in verdicts if verdict is not None]
+        if any(answer is not None for answer in answers):
+            with_answers.add(benchmarks[0])
         if judged:
             metrics[f"avg@{k}"].append(avg_at_k(judged, k))
             metrics[f"maj@{k}"].append(maj_at_k(answers, verdicts, k, classes))
             metrics[f"pass@{k}"].append(pass_at_k(len(judged), sum(judged), len(judged)))
+
+    for benchmark in values.keys() - with_answers:
+        if any(values[benchmark][f"avg@{k}"]):
+            values[benchmark][f"maj@{k}"] = []
 
     def estimate(values: list[float]) -> Estimate:
         ones = np.ones(len(values))

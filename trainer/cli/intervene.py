@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 DEFAULT_BUDGET = 200_000
 
-Budget = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Tokens to generate, earlier calls included.")]
+Budget = Annotated[
+    int,
+    typer.Option(
+        min=1, metavar="TOKENS", help="Tokens to generate, earlier calls included; the last batch may exceed it."
+    ),
+]
 
 
 def intervene(

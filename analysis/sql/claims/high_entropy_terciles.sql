@@ -13,7 +13,7 @@ high as (
   select
     tokens.run_id,
     tokens.rollout_id,
-    tokens.position * 10 // tokens.response_length as place,
+    bin_of_position(tokens.position, tokens.response_length, 10) as place,
     any_value(thresholds.token_weight) * count(*) as num_high,
     any_value(thresholds.token_weight) * count(*) filter (where is_reasoning(tokens.category)) as num_reasoning
   from tokens

@@ -39,7 +39,8 @@ create macro last_eval_means(k) as table
 --
 -- maj_at_k is the correctness of the most frequent answer. All correct answers count as one answer. Incorrect answers
 -- count as one if they have equal classes, or equal texts if they have no class. A missing answer or one of unknown
--- correctness has no vote. A tie counts as the expected correctness of a fair draw; without any vote, maj_at_k is 0.
+-- correctness has no vote. A tie counts as the expected correctness of a fair draw; without any vote, maj_at_k is 0. If
+-- samples of a benchmark are correct and none has an answer, the run did not record answers, and maj_at_k is null.
 -- pass_at_k is estimated from all samples.
 create macro eval_prompts(k) as table
   with votes as (
@@ -64,6 +65,12 @@ create macro eval_prompts(k) as table
       qualify num_votes = max(num_votes) over (partition by run_id, benchmark, step, prompt_id)
     )
     group by all
+  ),
+  without_answers as (
+    select run_id, benchmark
+    from evals
+    group by all
+    having count(answer) = 0 and bool_or(is_correct)
   )
   select
     run_id,
@@ -75,10 +82,11 @@ create macro eval_prompts(k) as table
     response_length,
     entropy,
     avg_at_k,
-    coalesce(maj_at_k, 0) as maj_at_k,
+    if(without_answers.run_id is null, coalesce(maj_at_k, 0), null) as maj_at_k,
     pass_at_k(num_recorded, num_recorded_correct, least(k, num_recorded)) as pass_at_k
   from eval_means(k)
-  left join winners using (run_id, benchmark, step, prompt_id);
+  left join winners using (run_id, benchmark, step, prompt_id)
+  left join without_answers using (run_id, benchmark);
 
 -- What is the outcome of each held-out prompt at the last evaluation?
 -- One row per run, benchmark, and prompt, with the columns of eval_prompts.

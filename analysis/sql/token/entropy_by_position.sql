@@ -17,7 +17,7 @@ per_prompt as (
     step,
     prompt_id,
     advantage > 0 as is_positive,
-    floor(position / response_length * coalesce($bins, 10)::integer)::integer as position_bin,
+    bin_of_position(position, response_length, coalesce($bins, 10)) as position_bin,
     sum(entropy) as entropy_sum,
     count(*) as tokens
   from tokens

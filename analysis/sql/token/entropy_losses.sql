@@ -13,7 +13,7 @@ with changed as (
     prompt_id,
     advantage > 0 as is_positive,
     category,
-    floor(5 * (position / response_length))::integer as fifth,
+    bin_of_position(position, response_length, 5) as fifth,
     -- The number of the limits that the probability exceeds.
     (logprob >= ln(0.1))::tinyint
     + (logprob >= ln(0.5))::tinyint

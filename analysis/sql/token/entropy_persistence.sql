@@ -11,7 +11,7 @@ with measured as (
     run_id,
     step,
     prompt_id,
-    position * coalesce($bins, 10)::integer // response_length as position_bin,
+    bin_of_position(position, response_length, coalesce($bins, 10)) as position_bin,
     entropy::double as entropy,
     reference_entropy::double as reference_entropy
   from tokens

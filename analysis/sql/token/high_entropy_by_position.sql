@@ -17,7 +17,7 @@ counted as (
   select
     thresholds.step_id,
     tokens.prompt_id,
-    tokens.position * coalesce($bins, 10)::integer // tokens.response_length as position_bin,
+    bin_of_position(tokens.position, tokens.response_length, coalesce($bins, 10)) as position_bin,
     count(*) as tokens,
     count(*) filter (where tokens.entropy >= thresholds.entropy_threshold) as high_tokens
   from tokens

@@ -11,7 +11,7 @@ replacements as (
   select
     *,
     intervention_series(checkpoint_step, selection, seed, temperature) as series,
-    floor(position / response_length * coalesce($bins, 5)::integer)::integer as position_bin
+    bin_of_position(position, response_length, coalesce($bins, 5)) as position_bin
   from interventions
   where $runs is null or list_contains($runs, run_id)
 ),

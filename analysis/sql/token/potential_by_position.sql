@@ -22,7 +22,7 @@ captured as (
     moved.step,
     moved.prompt_id,
     moved.advantage > 0 as is_positive,
-    floor(moved.position / moved.response_length * coalesce($bins, 10)::integer)::integer as position_bin,
+    bin_of_position(moved.position, moved.response_length, coalesce($bins, 10)) as position_bin,
     sum(abs(moved.dp)) as movement_sum,
     sum(moved.dp) as dp_sum,
     sum(moved.grad_norm::double) as grad_sum,
