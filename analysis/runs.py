@@ -406,7 +406,9 @@ class Runs:
 
     def _why_lacking(self, run: str, need: Need) -> str:
         reason = (self.manifests[run].get("unknown") or {}).get(need.place)
-        return need.remedy if reason is None else f"{need.place} is unknown: {reason}"
+        if reason is None:
+            return need.remedy
+        return f"{need.place} is unknown: {reason}" if need.column else reason
 
     def _holders(self, need: Need) -> set[str]:
         """Return the runs that hold what a question needs."""

@@ -149,8 +149,8 @@ def _describe(
 
 
 def _content(key: str, value: Any) -> Any:
-    """Return a value of a description; of files, their hashes, as a path has several spellings."""
-    return list(value.values()) if key == "files" and value else value
+    """Return a value of a description; of paths of files, only their names, as a path has several spellings."""
+    return [(Path(path).name, digest) for path, digest in value.items()] if key == "files" and value else value
 
 
 def _open_trace(

@@ -172,3 +172,9 @@ def test_each_of_100_tokens_has_a_bin(one_uncertain_token: Runs, stem: str):
 def test_an_unknown_advantage_has_no_sign(one_uncertain_token: Runs):
     counts = one_uncertain_token.query("u_shape").group_by("sample_sign").agg(pl.col("num_responses").max())
     assert dict(counts.iter_rows()) == {"positive": 2, "negative": 2}
+
+
+def test_an_empty_answer_names_the_column_that_was_not_recorded(one_uncertain_token: Runs):
+    expected = "tokens.sampling_logprob is unknown: the training loop did not pass it to the recorder"
+    with pytest.warns(UserWarning, match=f"engine_mismatch: no rows: {expected}"):
+        one_uncertain_token.query("engine_mismatch")

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entrace.analysis.trace import InputError
+from entrace.analysis.trace.places import check_folder
 from entrace.analysis.trace.staging import is_interrupted, staged
 from entrace.trainer.config import Config, EvalConfig, PolicyConfig, RolloutConfig, TaskConfig
 from entrace.trainer.evaluate import evaluate
@@ -142,10 +143,11 @@ def pretrain(recipe_path: Path, out: Path, on_step: Callable[..., None]) -> Held
         Metrics of the finished policy on held-out prompts at temperature 1.
 
     Raises:
-        InputError: the recipe is invalid, or ``out`` is not empty.
+        InputError: the recipe is invalid, or ``out`` is a file or not empty.
     """
+    check_folder(out)
     recipe = load_recipe(recipe_path)
-    if out.exists() and not is_interrupted(out) and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not is_interrupted(out) and any(out.iterdir()):
         raise InputError(f"{out}: not empty; choose a new folder")
     with staged(out, last="config.json") as folder:
         return _build(recipe, folder, on_step)
