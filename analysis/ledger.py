@@ -66,7 +66,8 @@ def _read_ledger(path: Path, questions: Questions) -> dict[str, dict[str, Any]]:
     if not ledger:
         raise InputError(f"{path}: no claims")
     for claim, entry in ledger.items():
-        _require(entry, CLAIM_KEYS, f"{path}: claim {claim}", OTHER_CLAIM_KEYS)
+        _require(entry, CLAIM_KEYS, f"{path}: claim {claim}")
+        _refuse_others(entry, (*CLAIM_KEYS, *OTHER_CLAIM_KEYS), f"{path}: claim {claim}")
         _require(entry["parts"], (), f"{path}: claim {claim}, parts")
         known = training.PARTS.get(claim)
         shared = {key: entry.pop(key) for key in PART_KEYS if key in entry}
@@ -77,7 +78,8 @@ def _read_ledger(path: Path, questions: Questions) -> dict[str, dict[str, Any]]:
             raise InputError(f'{path}: unknown claim "{claim}"{nearest(claim, training.PARTS)}')
         for part, spec in parts.items():
             name = f'{path}: claim {claim}, part "{part}"'
-            _require(spec, PART_KEYS, name, OTHER_PART_KEYS)
+            _require(spec, PART_KEYS, name)
+            _refuse_others(spec, (*PART_KEYS, *OTHER_PART_KEYS), name)
             _check_effect(spec, name)
             if "sql" in spec:
                 _check_declared(spec, name, questions)
@@ -109,8 +111,7 @@ def _check_effect(spec: Mapping[str, Any], name: str) -> None:
         raise InputError(f'{name}: direction is {direction!r}; expected "positive" or "negative"')
 
 
-def _require(entry: Any, keys: Sequence[str], name: str, others: Sequence[str] | None = None) -> None:
-    """Refuse an entry that lacks a key, or has one that is not among ``keys`` and ``others``, if those are given."""
+def _require(entry: Any, keys: Sequence[str], name: str) -> None:
     if not isinstance(entry, dict):
         expected = f"a table with {', '.join(keys)}" if keys else "a table"
         raise InputError(f"{name}: expected {expected}; found {reprlib.repr(entry)}")
@@ -118,6 +119,8 @@ def _require(entry: Any, keys: Sequence[str], name: str, others: Sequence[str] |
         if entry.get(key) in (None, ""):
             hint = "; it must say what the effect is compared with" if key == "null" else ""
             raise InputError(f'{name}: "{key}" is {"empty" if key in entry else "missing"}{hint}')
-    known = None if others is None else (*keys, *others)
-    if unknown := next((key for key in entry if known and key not in known), None):
-        raise InputError(f'{name}: unknown key "{unknown}"{nearest(unknown, known or ())}')
+
+
+def _refuse_others(entry: Mapping[str, Any], known: Sequence[str], name: str) -> None:
+    if unknown := next((key for key in entry if key not in known), None):
+        raise InputError(f'{name}: unknown key "{unknown}"{nearest(unknown, known)}')

@@ -149,7 +149,7 @@ def _describe(
 
 
 def _content(key: str, value: Any) -> Any:
-    """Return a value of a description; of paths of files, only their names, as a path has several spellings."""
+    """Return a value of a description, with files by name: paths vary."""
     return [(Path(path).name, digest) for path, digest in value.items()] if key == "files" and value else value
 
 

@@ -187,7 +187,10 @@ def test_every_kept_view_is_compared_with_the_tokens():
 
 
 class Interrupting:
-    """A connection on which Ctrl-C arrives during a statement: Python raises when the call returns."""
+    """A connection on which Ctrl-C arrives during a statement.
+
+    Python raises when the call returns.
+    """
 
     def __init__(self, con: duckdb.DuckDBPyConnection, statement: str, number: int = 0) -> None:
         self._con, self._statement, self._number = con, statement, number

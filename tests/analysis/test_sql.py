@@ -145,7 +145,10 @@ def test_positions_fall_into_equal_bins(tiny: Runs):
 
 @pytest.fixture
 def one_uncertain_token(tmp_path: Path) -> Runs:
-    """Open a run in which token 29 of 100 is uncertain, and the advantage of one response in three is unknown."""
+    """Open a run in which token 29 of 100 is uncertain.
+
+    The advantage of one response in three is unknown.
+    """
     entropies = [[float(i == 29) for i in range(100)]] * 3
     with Recorder(tmp_path / "run", ["<eos>", "a"]) as recorder:
         for step in (1, 2):
