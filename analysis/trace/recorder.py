@@ -523,7 +523,7 @@ class Recorder:
 
     def _judge(self, batch: Batch, given: Any) -> list[bool | None]:
         if given is not None:
-            return [None if value is None else bool(value) for value in batch.per_response("is_correct", given)]
+            return batch.flags("is_correct", given)
         if self.correct_at is None:
             return [None] * len(batch.responses)
         return [None if np.isnan(value) else bool(value >= self.correct_at) for value in batch.rewards]

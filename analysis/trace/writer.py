@@ -16,6 +16,7 @@ Usage::
 from __future__ import annotations
 
 import itertools
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ from entrace.analysis.trace.parts import (
     remove_leftovers,
 )
 from entrace.analysis.trace.plain import well_formed
+from entrace.analysis.trace.ragged import is_flag
 from entrace.analysis.trace.schema import EVALS, PROMPTS, SCHEMA_VERSION, TABLES, Column, Table
 from entrace.analysis.trace.vocabulary import Vocabulary
 
@@ -230,7 +232,7 @@ class TraceWriter:
         try:
             found = self._categories.take(_to_array(token_ids, pa.int64(), rows=1))
             return found if _is_array(token_ids) else found[0].as_py()
-        except (pa.ArrowException, TypeError, ValueError) as error:
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             size = len(self._categories)
             reason = in_one_line(error)
             raise InputError(f"table tokens: token_id is not in the vocabulary, 0 to {size - 1} ({reason})") from None
@@ -347,7 +349,7 @@ def _as_arrow(table: Table, columns: Mapping[str, Any]) -> pa.Table:
         value = columns.get(column.name)
         try:
             array = _to_array(value, column.type, rows)
-        except (pa.ArrowException, TypeError, ValueError) as error:
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             place, reason = f"table {table.name}: column {column.name}", in_one_line(error)
             raise InputError(f"{place} is not {column.type} ({reason})") from None
         if array.null_count and not column.nullable:
@@ -370,10 +372,28 @@ def _check_finite(array: pa.Array, table: Table, column: Column) -> None:
 def _to_array(value: Any, kind: pa.DataType, rows: int) -> pa.Array:
     # Arrow would otherwise share the caller's memory, which may change before the rows are written.
     value = value.copy() if isinstance(value, np.ndarray) else value
+    if pa.types.is_boolean(kind):
+        _check_flags(value)
     try:
         return pa.array(value, kind) if _is_array(value) else pa.repeat(pa.scalar(value, kind), rows)
     except UnicodeEncodeError:
         return _to_array(_without_surrogates(value), kind, rows)
+
+
+def _check_flags(value: Any) -> None:
+    """Refuse arrays of numbers or text that Arrow would take as Booleans by their truth.
+
+    Raises:
+        ValueError: a value is neither a Boolean nor 0 or 1.
+    """
+    if isinstance(value, np.ndarray):
+        found = value[(value != 0) & (value != 1)].tolist() if value.dtype.kind in "iuf" else []
+    elif isinstance(value, pa.Array | pa.ChunkedArray) and not pa.types.is_boolean(value.type):
+        found = [entry for entry in value.to_pylist() if entry is not None and not is_flag(entry)]
+    else:
+        return
+    if found:
+        raise ValueError(f"found {reprlib.repr(found[0])}, expected true or false")
 
 
 def _without_surrogates(value: Any) -> Any:

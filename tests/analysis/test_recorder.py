@@ -185,6 +185,49 @@ def test_values_beside_the_usual_ones_are_recorded(recorder):
     assert table(folder, "prompts")["ground_truth"].to_list() == ["5"]
 
 
+@pytest.mark.parametrize(
+    "values", [[True, False], [1, 0], [1.0, 0.0], np.array([True, False]), np.array([1, 0]), torch.tensor([1.0, 0.0])]
+)
+def test_flags_are_booleans_or_0_and_1(recorder, values):
+    flags = dict.fromkeys(("is_correct", "has_answer", "is_truncated", "is_kept"), values)
+    per_token = np.stack([np.asarray(values)] * 2)
+    response = {"prompt": ["p", "p"], "response_ids": [[1, 0], [4, 0]], "reward": [1.0, 0.0]}
+    recorder.record(1, **response, **flags, is_clipped=per_token, loss_mask=np.ones_like(per_token))
+    recorder.record_eval(1, prompt=["p", "p"], response_length=[2, 2], is_correct=values)
+    folder = written(recorder)
+    for name in flags:
+        assert table(folder, "rollouts")[name].to_list() == [True, False], name
+    assert table(folder, "tokens")["is_clipped"].to_list() == [True, False] * 2
+    assert table(folder, "evals")["is_correct"].to_list() == [True, False]
+
+
+@pytest.mark.parametrize("name", ["is_correct", "has_answer", "is_truncated", "is_kept"])
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("no", "'no'"),
+        ("", "''"),
+        (2, "2"),
+        (-1, "-1"),
+        (0.5, "0.5"),
+        (math.nan, "nan"),
+        (10**400, "10000"),
+        ([], "[]"),
+        (b"1", "b'1'"),
+    ],
+)
+def test_other_values_of_flags_are_refused(recorder, name, value, shown):
+    with pytest.raises(InputError) as raised:
+        recorder.record(1, **{**STEP, name: [True, value, False, True]})
+    assert str(raised.value).startswith(f"{name}: {shown}")
+    assert str(raised.value).endswith(" at response 1, expected true, false, or None")
+    if name == "is_correct":
+        with pytest.raises(InputError, match="at response 1, expected true, false, or None"):
+            recorder.record_eval(1, prompt=["p", "p"], response_length=[2, 2], is_correct=[None, value])
+    recorder.record(1, **{**STEP, name: [True, False, False, True]})
+    assert table(written(recorder), "rollouts")[name].to_list() == [True, False, False, True]
+
+
 @pytest.mark.parametrize("scalar", [1.0, 1, np.float32(1), np.ones(()), torch.tensor(1.0)])
 def test_a_scalar_applies_to_all_responses(recorder, scalar):
     recorder.record(1, **{**STEP, "reward": scalar}, advantage=scalar, grad_norm=scalar)
@@ -276,6 +319,27 @@ def test_the_last_policy_can_be_evaluated_after_training(recorder):
         ({"response_mask": np.ones((4, 4))}, "response_mask: expected the shape (B, T) of response_ids"),
         ({"loss_mask": [[None] * 3, *STEP["entropy"][1:]]}, "loss_mask: None is not a mask"),
         ({"is_kept": [True, None, True, True]}, "is_kept: None is not a verdict"),
+        ({"is_kept": "yes"}, "is_kept: 'yes' at response 0, expected true, false, or None"),
+        (
+            {"is_clipped": [[0, 1, 1], [0, 2], *STEP["entropy"][2:]]},
+            "is_clipped: 2.0 at response 1, position 1, expected true or false",
+        ),
+        ({"is_clipped": ["no"] * 4}, "is_clipped: expected numbers, found <U2"),
+        (
+            {"loss_mask": [[1, 1, 1], [1, 0.5], *STEP["entropy"][2:]]},
+            "loss_mask: 0.5 at response 1, position 1, expected true or false",
+        ),
+        (
+            {"loss_mask": np.array([["true"] * 4] * 4)},
+            "loss_mask: 'true' at response 0, position 0, expected true or false",
+        ),
+        (
+            {"response_ids": np.ones((4, 3), int), "response_mask": np.array([[1, 1, 0], [1, 2, 0]] * 2)},
+            "response_mask: 2 at response 1, position 1, expected true or false",
+        ),
+        ({"reward": [1.0, 10**400, 0.0, 0.0]}, "reward: 1000000000"),
+        ({"reward": -(10**400)}, "reward: -100000000"),
+        ({"advantage": [10**400, 0.0, 0.0, 0.0]}, "advantage: expected float (int too large to convert to float)"),
         ({"answer": [1, 2, 3, 4]}, "table rollouts: column answer is not string"),
         ({"reward_components": [1.0] * 4}, "reward_components: expected a mapping of name to score"),
         ({"step": 0}, "step 0: expected at least 1; steps never go back"),
