@@ -133,7 +133,7 @@ class Batch:
                 continue
             if isinstance(given, bool | int | float):
                 flat, is_unknown = np.full(len(self.responses.ids), given), np.zeros(len(self.responses.ids), bool)
-            elif self.responses.is_per_token(given) or not len(self.responses.ids):
+            elif self.responses.is_per_token(given):
                 flat, is_unknown = self.responses.flatten(name, given)
             else:
                 found = self.per_response(name, given)

@@ -228,6 +228,29 @@ def test_other_values_of_flags_are_refused(recorder, name, value, shown):
     assert table(written(recorder), "rollouts")[name].to_list() == [True, False, False, True]
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"response_ids": [[], []]},
+        {"response_ids": np.ones((2, 3), int), "response_mask": np.zeros((2, 3)), "entropy": np.ones((2, 3))},
+        {"response_ids": [[], []], "logprob": [[], []], "is_clipped": [[], None], "turn": 0, "advantage": [0.0, 0.0]},
+    ],
+)
+def test_a_step_without_tokens_is_recorded(recorder, changed):
+    row = recorder.record(1, **{"prompt": ["p", "p"], "reward": [0.0, 1.0], **changed})
+    assert (row["tokens"], row["reward_mean"], row["entropy_token_mean"]) == (0, 0.5, None)
+    recorder.record(2, **STEP)
+    folder = written(recorder)
+    first = table(folder, "rollouts").filter(step=1)
+    assert first["response_length"].to_list() == [0, 0]
+    assert first["completion"].to_list() == ["", ""]
+    assert first["is_kept"].to_list() == [False, False]
+    assert verify_run(folder).findings == []
+    runs = entrace.open_runs(str(folder))
+    assert runs.sql("select step, count(*) as n from tokens group by step").rows() == [(2, 11)]
+    assert runs.query("stage_dynamics").height
+
+
 @pytest.mark.parametrize("scalar", [1.0, 1, np.float32(1), np.ones(()), torch.tensor(1.0)])
 def test_a_scalar_applies_to_all_responses(recorder, scalar):
     recorder.record(1, **{**STEP, "reward": scalar}, advantage=scalar, grad_norm=scalar)
