@@ -90,13 +90,9 @@ class Batch:
         for i, value in enumerate(found):
             if value is not None and not isinstance(value, int | float):
                 raise InputError(f"{name}: response {i} has {type(value).__name__}, expected a number or None")
-            # Unlike np.isfinite, a comparison takes integers of any size.
-            if value is not None and not -math.inf < value < math.inf:
-                raise InputError(f"{name}: {value} at response {i}; pass None where it is unknown")
-            if value is not None and abs(value) > MAX_FLOAT:
-                raise InputError(
-                    f"{name}: {reprlib.repr(value)} at response {i}, expected a number within ±{MAX_FLOAT:.3g}"
-                )
+            number = as_float(value)
+            if number is not None and not np.isfinite(number):
+                raise InputError(f"{name}: {number} at response {i}; pass None where it is unknown")
         return np.array([np.nan if value is None else value for value in found], float)
 
     def flags(self, name: str, values: Any) -> list[bool | None]:
@@ -265,6 +261,16 @@ def group_indices(labels: Sequence[Any]) -> np.ndarray:
     """Return the group of each response, (B,), numbered in order of appearance."""
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(label, len(numbers)) for label in labels], np.int64)
+
+
+def as_float(value: float | None) -> float | None:
+    """Return a number of any type as a float, infinite if no float is as large."""
+    if value is None:
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def mean_of_known(values: Iterable[Any]) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from entrace.analysis.trace.errors import InputError
+from entrace.analysis.trace.errors import InputError, in_one_line
 from entrace.analysis.trace.places import check_local
 
 # Folder of the lock files, beside the runs.
@@ -30,10 +30,15 @@ def acquire_lock(run_dir: Path, *, waits: bool) -> int | None:
         waits: Wait for another process to release the lock instead of raising.
 
     Raises:
-        InputError: another process holds the lock, or the run would be recorded in a remote storage.
+        InputError: another process holds the lock, the run would be recorded in a remote storage, or no folder can have
+            this path.
     """
     check_local(run_dir)
-    path = lock_path(run_dir)
+    try:
+        path = lock_path(run_dir)
+    except (OSError, RuntimeError, ValueError) as error:
+        # A link that leads to itself, or a null character.
+        raise InputError(f"{run_dir}: cannot be the folder of a run ({in_one_line(error)})") from None
     # Windows and some shared file systems have no such locks; launchers then start each run only once. An unwritable
     # folder is reported by the writer.
     with suppress(ImportError, OSError):

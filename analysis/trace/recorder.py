@@ -16,7 +16,9 @@ null, and ``unknown`` in ``run.json`` says so.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import reprlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,19 +31,19 @@ import numpy as np
 import pyarrow as pa
 
 from entrace.analysis.trace.arguments import checked
-from entrace.analysis.trace.batch import Batch, find_generated, group_indices
+from entrace.analysis.trace.batch import MAX_FLOAT, Batch, as_float, find_generated, group_indices
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest, with_kind
 from entrace.analysis.trace.groups import mean_of
 from entrace.analysis.trace.lexicon import Lexicon
 from entrace.analysis.trace.lock import acquire_lock
-from entrace.analysis.trace.manifest import check_kinds, describe_machine, read_manifest
+from entrace.analysis.trace.manifest import check_kinds, describe_machine, read_manifest, to_json
 from entrace.analysis.trace.parts import PART, last_whole_step, listed_files, read_part
 from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.ragged import Responses, as_list
 from entrace.analysis.trace.rows import nullable
 from entrace.analysis.trace.schema import EVALS, PROMPTS, ROLLOUTS, STEPS, TABLES, TOKENS
 from entrace.analysis.trace.vocabulary import Vocabulary
-from entrace.analysis.trace.writer import TraceWriter
+from entrace.analysis.trace.writer import TraceWriter, holds_files
 
 # Arguments by what one value belongs to. An advantage may also be per token.
 PER_TOKEN = (
@@ -158,7 +160,12 @@ class Recorder:
         self.run_dir = Path(run_dir)
         if flush_every < 1:
             raise InputError(f"flush_every is {flush_every}, expected at least 1 step")
-        self.temperature, self.correct_at = temperature, correct_at
+        self.temperature, self.correct_at = as_float(temperature), as_float(correct_at)
+        if self.temperature is not None and not 0 < self.temperature <= MAX_FLOAT:
+            hint = "; pass 0, greedy decoding, to record_eval" if self.temperature == 0 else ""
+            raise InputError(f"temperature is {self.temperature:g}, expected a number above 0{hint}")
+        if self.correct_at is not None and not math.isfinite(self.correct_at):
+            raise InputError(f"correct_at is {self.correct_at:g}, expected a finite number or None")
         self._kinds = {"entropy": entropy_kind, "logprob": logprob_kind}
         self._flush_every = flush_every
         self._decode: Callable[[Sequence[int]], str] | None = None
@@ -198,27 +205,33 @@ class Recorder:
         self._samples: dict[tuple[int, str], Counter[str]] = {}
         self._rollouts, self._since_flush = 0, 0
         reasons = _reasons(unknown)
+        # Before a resume removes later steps.
+        check_kinds("manifest", manifest)
+        to_json("manifest", manifest)
         described = {
             "recorded": {"correct_at": self.correct_at},
             "study": self.run_dir.resolve().parent.name,
-            "run_id": self.run_dir.name,
+            # Unlike the path itself, an absolute one has a name even if it was given as ``.``.
+            "run_id": Path(os.path.abspath(self.run_dir)).name,
             **manifest,
         }
         if resume_after is None:
             described |= {"unknown": reasons, **describe_machine()}
-            check_kinds("manifest", described)
-            if self.run_dir.exists() and any(self.run_dir.iterdir()):
+            if holds_files(self.run_dir):
                 raise InputError(f"{self.run_dir}: already holds files; choose another folder, or pass resume_after")
             self._writer = TraceWriter.create(self.run_dir, described, read_entries(), lexicon)
             self._last = self._eval_step = 0
             return
         self._last = self._eval_step = self._check_resumable(resume_after)
+        recorded = read_manifest(self.run_dir).get("run_id")
+        if manifest.get("run_id", recorded) != recorded:
+            given = reprlib.repr(manifest["run_id"])
+            raise InputError(f"manifest: run_id is {given}, and that of the trace is {recorded!r}; leave it out")
         self._writer = TraceWriter.resume(self.run_dir, self._last)
         found = self._writer.manifest
         # A reason that an earlier part of the run has removed stays removed.
         kept = {name: unknown.get(name, reason) for name, reason in (found.get("unknown") or {}).items()}
         found |= {**manifest, "unknown": kept}
-        check_kinds("manifest", found)
         self._prompts.update(prompt_id for (prompt_id,) in self._read_rows("prompts", ["prompt_id"]))
         self._rollouts = max((number for (number,) in self._read_rows("rollouts", ["rollout_id"])), default=-1) + 1
         for step, benchmark, prompt_id in self._read_rows("evals", ["step", "benchmark", "prompt_id"]):
@@ -386,7 +399,7 @@ class Recorder:
             entropy: As in ``record``; or ``entropy_mean`` per response.
             reward: As in ``record``.
             is_correct: As in ``record``.
-            temperature: Sampling temperature (default: that of the recorder).
+            temperature: Sampling temperature, 0 for greedy decoding (default: that of the recorder).
             **columns: answer, answer_class, entropy_mean, and response_length per response; prompt_id, task,
                 ground_truth, and difficulty per prompt.
 
@@ -396,6 +409,9 @@ class Recorder:
         names = ("answer", "answer_class", *EVAL_ONLY, *PER_PROMPT)
         explicit = ("prompt", "benchmark", "response_ids", "response_mask", "loss_mask", "entropy", "reward")
         _check_names("record_eval", columns, names, (*explicit, "is_correct", "temperature"))
+        temperature = as_float(temperature)
+        if temperature is not None and not 0 <= temperature <= MAX_FLOAT:
+            raise InputError(f"temperature is {temperature:g}, expected a number of at least 0")
         self._check_step(step, max(self._last, self._eval_step))
         if response_ids is None:
             if columns.get("response_length") is None:

@@ -15,6 +15,7 @@ Usage::
 
 from __future__ import annotations
 
+import errno
 import itertools
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,9 +31,18 @@ import pyarrow.parquet as pq
 from entrace.analysis.trace import digests
 from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.digests import DIGESTS, Digest
-from entrace.analysis.trace.errors import InputError, faults_at, in_one_line, nearest
+from entrace.analysis.trace.errors import InputError, faults_at, in_one_line, nearest, reason_of
 from entrace.analysis.trace.lexicon import OTHER, Lexicon
-from entrace.analysis.trace.manifest import durable_file, now, read_manifest, sync_folder, write_manifest
+from entrace.analysis.trace.manifest import (
+    check_kinds,
+    check_run_id,
+    durable_file,
+    now,
+    read_manifest,
+    sync_folder,
+    to_json,
+    write_manifest,
+)
 from entrace.analysis.trace.mirror import Mirror, check_names
 from entrace.analysis.trace.parts import (
     FILES,
@@ -131,13 +141,17 @@ class TraceWriter:
             log: Dashboards that show steps and evaluations as soon as they are durable; names from ``mirror``.
 
         Raises:
-            InputError: ``run_dir`` is not empty, ``run_id`` is missing, or a dashboard is unknown or not installed.
+            InputError: ``run_dir`` is not empty or cannot be a folder, ``run_id`` is missing or empty, JSON cannot hold
+                a value of ``manifest``, or a dashboard is unknown or not installed.
         """
         run_dir = Path(run_dir)
         if manifest.get("run_id") is None:
             state = "is null" if "run_id" in manifest else "is missing"
             raise InputError(f"manifest: run_id {state}; name the run")
-        if rank == 0 and not replace and run_dir.exists() and any(run_dir.iterdir()):
+        check_run_id("manifest", manifest["run_id"])
+        check_kinds("manifest", manifest)
+        to_json("manifest", dict(manifest))
+        if rank == 0 and holds_files(run_dir) and not replace:
             raise InputError(f"{run_dir}: already holds files; choose another folder, or continue with --resume")
         check_names(log)
         entries = vocab if isinstance(vocab, Vocabulary) else Vocabulary(list(vocab))
@@ -147,7 +161,8 @@ class TraceWriter:
         state = {"status": "running", "started_at": now(), "last_durable_step": 0, FILES: {}}
         writer = cls(run_dir, {**manifest, "schema_version": SCHEMA_VERSION, **state}, categories, rank, gather)
         if rank == 0:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            with _usable(run_dir):
+                run_dir.mkdir(parents=True, exist_ok=True)
             # Of the trace to replace.
             (run_dir / DIGESTS).unlink(missing_ok=True)
             write_manifest(run_dir, writer.manifest)
@@ -313,6 +328,34 @@ class TraceWriter:
                 if (self.run_dir / table).exists():
                     sync_folder(self.run_dir / table)
             write_manifest(self.run_dir, self.manifest)
+
+
+def holds_files(run_dir: Path) -> bool:
+    """Return whether a folder exists and is not empty.
+
+    Raises:
+        InputError: the path is a file, or cannot be read.
+    """
+    with _usable(run_dir):
+        return run_dir.exists() and any(run_dir.iterdir())
+
+
+@contextmanager
+def _usable(run_dir: Path) -> Iterator[None]:
+    """Turn errors about the path of a run into one line; those about space remain.
+
+    Raises:
+        InputError: the path cannot be a folder that is written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM):
+            raise
+        raise InputError(f"{run_dir}: cannot be the folder of a run ({reason_of(error)})") from None
+    except ValueError as error:
+        # A null character.
+        raise InputError(f"{run_dir}: cannot be the folder of a run ({in_one_line(error)})") from None
 
 
 def write_part(path: Path, table: str, columns: Mapping[str, Any], metadata: Mapping[str, str]) -> None:

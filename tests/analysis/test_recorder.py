@@ -40,6 +40,10 @@ def table(folder, name):
 COLUMNS = {name: [c.name for c in t.columns] for name, t in entrace.trace.TABLES.items()}
 
 
+ENDLESS = {}
+ENDLESS["self"] = ENDLESS
+
+
 @pytest.fixture
 def recorder(tmp_path):
     return Recorder(tmp_path / "study" / "run", VOCAB, temperature=0.7, flush_every=1)
@@ -360,8 +364,8 @@ def test_the_last_policy_can_be_evaluated_after_training(recorder):
             {"response_ids": np.ones((4, 3), int), "response_mask": np.array([[1, 1, 0], [1, 2, 0]] * 2)},
             "response_mask: 2 at response 1, position 1, expected true or false",
         ),
-        ({"reward": [1.0, 10**400, 0.0, 0.0]}, "reward: 1000000000"),
-        ({"reward": -(10**400)}, "reward: -100000000"),
+        ({"reward": [1.0, 10**400, 0.0, 0.0]}, "reward: inf at response 1; pass None where it is unknown"),
+        ({"reward": -(10**400)}, "reward: -inf at response 0; pass None where it is unknown"),
         ({"advantage": [10**400, 0.0, 0.0, 0.0]}, "advantage: expected float (int too large to convert to float)"),
         ({"answer": [1, 2, 3, 4]}, "table rollouts: column answer is not string"),
         ({"reward_components": [1.0] * 4}, "reward_components: expected a mapping of name to score"),
@@ -412,6 +416,27 @@ def test_steps_go_forward_only(recorder):
             'unknown: no column "tokens.logprobs"; did you mean "tokens.logprob"?',
         ),
         ({"flush_every": 0}, "flush_every is 0, expected at least 1 step"),
+        ({"temperature": 0}, "temperature is 0, expected a number above 0; pass 0, greedy decoding, to record_eval"),
+        ({"temperature": -0.5}, "temperature is -0.5, expected a number above 0"),
+        ({"temperature": math.nan}, "temperature is nan, expected a number above 0"),
+        ({"temperature": math.inf}, "temperature is inf, expected a number above 0"),
+        ({"temperature": 1e39}, "temperature is 1e+39, expected a number above 0"),
+        ({"temperature": 10**400}, "temperature is inf, expected a number above 0"),
+        ({"correct_at": math.nan}, "correct_at is nan, expected a finite number or None"),
+        ({"correct_at": -math.inf}, "correct_at is -inf, expected a finite number or None"),
+        ({"correct_at": 10**400}, "correct_at is inf, expected a finite number or None"),
+        (
+            {"manifest": {"x": math.nan}},
+            "manifest: x is nan, which JSON cannot hold; leave it out, or write it as text",
+        ),
+        ({"manifest": {"config": {"a": [1, {"b": -math.inf}]}}}, "manifest: config.a[1].b is -inf, which JSON cannot"),
+        ({"manifest": {"x": object()}}, "manifest: x is of type object, which JSON cannot hold; write it as text"),
+        ({"manifest": {"x": np.float32(1)}}, "manifest: x is of type float32, which JSON cannot hold"),
+        ({"manifest": {"config": {1: 2, "a": 3}}}, "manifest: key 1 of config is not text; write it as text"),
+        ({"manifest": {"config": ENDLESS}}, "manifest: config.self holds itself, which JSON cannot; leave it out"),
+        ({"manifest": {"run_id": ""}}, "manifest: run_id is '', expected text that names the run"),
+        ({"manifest": {"run_id": " "}}, "manifest: run_id is ' ', expected text that names the run"),
+        ({"manifest": {"run_id": 5}}, "manifest: run_id is 5, expected text"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, arguments, message):
@@ -419,6 +444,83 @@ def test_bad_settings_are_refused(tmp_path, arguments, message):
         Recorder(tmp_path / "run", VOCAB, **arguments)
     assert str(raised.value).startswith(message)
     Recorder(tmp_path / "run", VOCAB).close()
+
+
+def test_manifests_are_json_and_settings_are_floats(tmp_path):
+    settings = {"temperature": np.float32(0.5), "correct_at": np.float32(2)}
+    with Recorder(tmp_path / "run", VOCAB, **settings, manifest={"config": {"list": (1, None, "nan")}}) as recorder:
+        recorder.record(1, **STEP)
+        recorder.record_eval(1, prompt=["a"], response_ids=[[1]], temperature=0)
+        recorder.manifest["x"] = math.inf
+        with pytest.raises(InputError, match=r"run/run.json: x is inf, which JSON cannot hold"):
+            recorder.flush()
+        del recorder.manifest["x"]
+    manifest = json.loads((tmp_path / "run/run.json").read_text(), parse_constant=pytest.fail)
+    assert manifest["config"] == {"list": [1, None, "nan"]}
+    assert manifest["recorded"] == {"correct_at": 2.0}
+    assert table(tmp_path / "run", "rollouts")["temperature"].to_list() == [0.5] * 4
+    assert table(tmp_path / "run", "evals")["temperature"].to_list() == [0.0]
+
+
+def test_a_manifest_with_nan_can_be_resumed(tmp_path):
+    Recorder(tmp_path / "run", VOCAB, manifest={"config": {"limit": "x"}}).close()
+    path = tmp_path / "run/run.json"
+    path.write_text(path.read_text().replace('"x"', "Infinity"))
+    (tmp_path / "run/digests.jsonl").unlink()
+    with Recorder(tmp_path / "run", VOCAB, resume_after="last") as recorder:
+        assert recorder.manifest["config"] == {"limit": "Infinity"}
+
+
+@pytest.mark.parametrize("arguments", [{"manifest": {"x": math.nan}}, {"manifest": {"seed": "one"}}])
+def test_a_refused_manifest_leaves_the_trace_to_resume(tmp_path, arguments):
+    with Recorder(tmp_path / "run", VOCAB, flush_every=1) as recorder:
+        recorder.record(1, **STEP)
+        recorder.record(2, **STEP)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="manifest: "):
+        Recorder(tmp_path / "run", VOCAB, resume_after=1, **arguments)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_resumed_trace_keeps_its_run_id(tmp_path):
+    Recorder(tmp_path / "run", VOCAB, manifest={"run_id": "a"}).close()
+    with pytest.raises(InputError, match="manifest: run_id is 'b', and that of the trace is 'a'; leave it out"):
+        Recorder(tmp_path / "run", VOCAB, resume_after="last", manifest={"run_id": "b"})
+    for manifest in ({}, {"run_id": "a"}):
+        with Recorder(tmp_path / "run", VOCAB, resume_after="last", manifest=manifest) as recorder:
+            assert recorder.manifest["run_id"] == "a"
+
+
+def test_a_run_in_the_current_folder_has_its_name(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Recorder(".", VOCAB).close()
+    assert json.loads((tmp_path / "here/run.json").read_text())["run_id"] == "here"
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("file", "not a directory; name a path whose parents are folders"),
+        ("file/run", "not a directory; name a path whose parents are folders"),
+        ("x" * 300, "file name too long; choose a shorter name"),
+        ("a\0b", "embedded null byte"),
+        ("loop/run", "Symlink loop from"),
+    ],
+)
+def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path, path, reason):
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(InputError, match=r"cannot be the folder of a run \(") as raised:
+        Recorder(tmp_path / path, VOCAB)
+    assert reason in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf])
+def test_temperatures_of_evaluations_are_at_least_0(recorder, value):
+    with pytest.raises(InputError, match=r"temperature is .*, expected a number of at least 0"):
+        recorder.record_eval(0, prompt=["a"], response_ids=[[1]], temperature=value)
+    recorder.close()
 
 
 def test_a_used_folder_and_a_second_writer_are_refused(recorder):

@@ -190,6 +190,28 @@ def test_manifest_needs_a_run_id(tmp_path: Path):
         TraceWriter.create(tmp_path / "run", {}, VOCAB)
 
 
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ({"run_id": ""}, "manifest: run_id is '', expected text that names the run"),
+        ({"run_id": 5}, "manifest: run_id is 5, expected text that names the run"),
+        ({"run_id": "r", "seed": "one"}, "manifest: seed is 'one', expected a 32-bit integer"),
+        ({"run_id": "r", "config": {"lr": float("nan")}}, "manifest: config.lr is nan, which JSON cannot hold"),
+        ({"run_id": "r", "config": {"lr": {1}}}, "manifest: config.lr is of type set, which JSON cannot hold"),
+    ],
+)
+def test_invalid_manifests_are_refused(tmp_path: Path, manifest: dict, message: str):
+    with pytest.raises(InputError, match=message):
+        TraceWriter.create(tmp_path / "run", manifest, VOCAB)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_is_no_folder_of_a_run(tmp_path: Path):
+    (tmp_path / "run").write_text("text")
+    with pytest.raises(InputError, match=r"run: cannot be the folder of a run \(not a directory"):
+        new_writer(tmp_path)
+
+
 def test_resume_removes_later_steps(tmp_path: Path):
     writer = new_writer(tmp_path)
     for step in (1, 2, 3):

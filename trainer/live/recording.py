@@ -77,7 +77,7 @@ def open_recorder(
             "trainer": type(trainer).__name__,
             "shaping": arguments.shaping.model_dump(mode="json"),
             "correct": correct,
-            library: json.loads(json.dumps(settings, default=str)),
+            library: json.loads(json.dumps(settings, default=str), parse_constant=str),
         },
     }
     recorder = Recorder(
