@@ -201,7 +201,8 @@ class Recorder:
         lexicon: Lexicon | None,
         resume_after: int | str | None,
     ) -> None:
-        self._prompts: set[str] = set()
+        # Hashes of text and ground truth; the hash of an unknown ground truth is None.
+        self._prompts: dict[str, tuple[bytes, bytes | None]] = {}
         self._samples: dict[tuple[int, str], Counter[str]] = {}
         self._rollouts, self._since_flush = 0, 0
         reasons = _reasons(unknown)
@@ -232,7 +233,8 @@ class Recorder:
         # A reason that an earlier part of the run has removed stays removed.
         kept = {name: unknown.get(name, reason) for name, reason in (found.get("unknown") or {}).items()}
         found |= {**manifest, "unknown": kept}
-        self._prompts.update(prompt_id for (prompt_id,) in self._read_rows("prompts", ["prompt_id"]))
+        for prompt_id, text, truth in self._read_rows("prompts", ["prompt_id", "prompt", "ground_truth"]):
+            self._prompts[prompt_id] = (_digest(text), None if truth is None else _digest(truth))
         self._rollouts = max((number for (number,) in self._read_rows("rollouts", ["rollout_id"])), default=-1) + 1
         for step, benchmark, prompt_id in self._read_rows("evals", ["step", "benchmark", "prompt_id"]):
             self._samples.setdefault((step, benchmark), Counter())[prompt_id] += 1
@@ -277,6 +279,11 @@ class Recorder:
     def has_eval(self, step: int, benchmark: str) -> bool:
         """Return whether the trace holds an evaluation."""
         return (step, benchmark) in self._samples
+
+    @checked
+    def has_prompt(self, prompt_id: str) -> bool:
+        """Return whether the trace holds a prompt."""
+        return prompt_id in self._prompts
 
     def past_metrics(self) -> list[tuple[float | None, float | None]]:
         """Return (entropy_token_mean, accuracy) of every durable step, in order of step."""
@@ -356,13 +363,13 @@ class Recorder:
 
         rollouts, tokens = batch.columns(step, self._rollouts + np.arange(len(responses)), completions)
         with self._writer.all_or_nothing():
-            new = self._append_prompts(batch, "train", columns)
+            prompts = self._append_prompts(batch, "train", columns)
             kinds = {f"{name}_kind": kind if name in batch.token else None for name, kind in self._kinds.items()}
             self._append("rollouts", {**rollouts, "temperature": self.temperature, **kinds})
             self._append("tokens", tokens)
             row.setdefault("record_s", time.perf_counter() - started)
             self._append("steps", row)
-        self._prompts |= new
+        self._prompts |= prompts
         self._rollouts += len(responses)
         self._last = step
         self._writer.end_step(step)
@@ -447,9 +454,9 @@ class Recorder:
             "temperature": self.temperature if temperature is None else temperature,
         }
         with self._writer.all_or_nothing():
-            new = self._append_prompts(batch, "heldout", columns)
+            prompts = self._append_prompts(batch, "heldout", columns)
             self._append("evals", {"step": step, **row})
-        self._prompts |= new
+        self._prompts |= prompts
         self._samples[step, benchmark] = counts
         (self.manifest.get("unknown") or {}).pop("evals", None)
         self._eval_step = step
@@ -544,21 +551,48 @@ class Recorder:
             return [None] * len(batch.responses)
         return [None if np.isnan(value) else bool(value >= self.correct_at) for value in batch.rewards]
 
-    def _append_prompts(self, batch: Batch, split: str, columns: Mapping[str, Any]) -> set[str]:
-        """Add the prompts that the trace does not hold yet, and return their ids."""
+    def _append_prompts(self, batch: Batch, split: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Add the prompts that the trace does not hold yet, and return all by id.
+
+        Raises:
+            InputError: a prompt has two texts, or two ground truths.
+        """
+        given = columns.get("ground_truth")
+        truths = [None] * len(batch.texts) if given is None else batch.per_response("ground_truth", given)
+        digests = {text: _digest(text) for text in set(batch.texts)}
+        found: dict[str, tuple[bytes, bytes | None]] = {}
+        # By id, the rows of the first text and of the first ground truth.
         first: dict[str, int] = {}
-        for row, prompt_id in enumerate(batch.prompt_ids):
+        known: dict[str, str] = {}
+        for row, (prompt_id, text, value) in enumerate(zip(batch.prompt_ids, batch.texts, truths, strict=True)):
+            digest, truth = digests[text], None if value is None else _digest(str(value))
+            before, truth_before = found.get(prompt_id) or self._prompts.get(prompt_id) or (digest, truth)
+            if digest != before:
+                raise InputError(
+                    f'prompt: response {row} has another text than earlier ones of prompt_id "{prompt_id}"; '
+                    "prompts that differ need their own prompt_id"
+                )
+            if truth and truth_before and truth != truth_before:
+                raise InputError(
+                    f'ground_truth: response {row} has another one than earlier ones of prompt_id "{prompt_id}"; '
+                    "questions with the same text need their own prompt_id"
+                )
+            found[prompt_id] = (digest, truth_before or truth)
             if prompt_id not in self._prompts:
                 first.setdefault(prompt_id, row)
+                if value is not None:
+                    known.setdefault(prompt_id, str(value))
         rows: dict[str, Any] = {"task": str(self.manifest.get("task") or "unnamed")}
-        for name in PER_PROMPT[1:]:
+        if known:
+            rows["ground_truth"] = [known.get(prompt_id) for prompt_id in first]
+        for name in ("task", "difficulty"):
             if columns.get(name) is not None:
                 values = batch.per_response(name, columns[name])
                 rows[name] = [None if values[i] is None else str(values[i]) for i in first.values()]
         if first:
             texts = [batch.texts[i] for i in first.values()]
             self._append("prompts", {"prompt_id": list(first), "split": split, "prompt": texts, **rows})
-        return set(first)
+        return found
 
     def _append(self, table: str, columns: Mapping[str, Any]) -> None:
         """Append rows, and drop the reasons of columns that have a value."""
@@ -596,6 +630,11 @@ def _check_names(place: str, given: Iterable[str], names: Iterable[str], explici
 def prompt_hash(text: str) -> str:
     """Return a hash of the text of a prompt, its identifier unless one is passed."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:HASH_LENGTH]
+
+
+def _digest(text: str) -> bytes:
+    """Return a short hash of a text as the trace stores it."""
+    return hashlib.sha256(well_formed(text).encode()).digest()[:HASH_LENGTH]
 
 
 def _finite_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -424,7 +424,7 @@ def _to_array(value: Any, kind: pa.DataType, rows: int) -> pa.Array:
 
 
 def _check_flags(value: Any) -> None:
-    """Refuse arrays of numbers or text that Arrow would take as Booleans by their truth.
+    """Refuse numbers and texts that Arrow would take as Booleans by their truth.
 
     Raises:
         ValueError: a value is neither a Boolean nor 0 or 1.

@@ -446,6 +446,73 @@ def test_bad_settings_are_refused(tmp_path, arguments, message):
     Recorder(tmp_path / "run", VOCAB).close()
 
 
+TWO = {"response_ids": [[1, 0], [4, 0]], "reward": [1.0, 0.0]}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (
+            {"prompt": ["p", "q"], "prompt_id": ["x", "x"]},
+            None,
+            'prompt: response 1 has another text than earlier ones of prompt_id "x"; prompts that differ need',
+        ),
+        (
+            {"prompt": ["p", "r"], "prompt_id": ["x", "y"]},
+            {"prompt": ["r", "q"], "prompt_id": ["y", "x"]},
+            'prompt: response 1 has another text than earlier ones of prompt_id "x"',
+        ),
+        (
+            {"prompt": ["p", "p"], "prompt_id": ["x", "x"], "ground_truth": ["1", "2"]},
+            None,
+            'ground_truth: response 1 has another one than earlier ones of prompt_id "x"; questions with the same text',
+        ),
+        (
+            {"prompt": ["p", "q"], "prompt_id": ["x", "y"], "ground_truth": [1, None]},
+            {"prompt": ["p", "q"], "prompt_id": ["x", "y"], "ground_truth": [2, 3]},
+            'ground_truth: response 0 has another one than earlier ones of prompt_id "x"',
+        ),
+    ],
+)
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_a_prompt_has_one_text_and_one_ground_truth(tmp_path, first, second, message, is_resumed):
+    recorder = Recorder(tmp_path / "run", VOCAB)
+    if second:
+        recorder.record(1, **TWO, **first)
+    if is_resumed:
+        recorder.close()
+        recorder = Recorder(tmp_path / "run", VOCAB, resume_after="last")
+    lengths = {"response_length": [2, 2]}
+    for call, arguments in ((recorder.record, TWO), (recorder.record_eval, lengths)):
+        with pytest.raises(InputError) as raised:
+            call(2, **arguments, **(second or first))
+        assert str(raised.value).startswith(message)
+    recorder.record(2, **TWO, prompt=["s", "s"])
+    assert table(written(recorder), "rollouts").height == (4 if second else 2)
+
+
+def test_the_ground_truth_of_a_prompt_may_be_left_out(recorder):
+    prompts = {"prompt": ["p", "q"]}
+    recorder.record(1, **TWO, **prompts, ground_truth=["1", None])
+    recorder.record(2, **TWO, **prompts, ground_truth=[1, "2"])
+    recorder.record(3, **TWO, **prompts)
+    recorder.record(4, **TWO, prompt=["r", "r"], ground_truth=[None, "3"])
+    with pytest.raises(InputError, match=r"ground_truth: response 1 has another one than earlier"):
+        recorder.record(5, **TWO, **prompts, ground_truth=["1", "1"])
+    assert recorder.has_prompt(entrace.trace.recorder.prompt_hash("p"))
+    assert not recorder.has_prompt("p")
+    folder = written(recorder)
+    truths = dict(table(folder, "prompts").select("prompt", "ground_truth").iter_rows())
+    assert truths == {"p": "1", "q": None, "r": "3"}
+
+
+def test_lone_surrogates_in_prompts_stay_equal_after_a_resume(tmp_path):
+    for resume_after in (None, "last"):
+        with Recorder(tmp_path / "run", VOCAB, resume_after=resume_after) as recorder:
+            recorder.record(recorder.last_step + 1, **TWO, prompt=["\ud800"] * 2, ground_truth="\udfff")
+    assert table(tmp_path / "run", "prompts")["prompt"].to_list() == ["\ufffd"]
+
+
 def test_manifests_are_json_and_settings_are_floats(tmp_path):
     settings = {"temperature": np.float32(0.5), "correct_at": np.float32(2)}
     with Recorder(tmp_path / "run", VOCAB, **settings, manifest={"config": {"list": (1, None, "nan")}}) as recorder:
