@@ -16,6 +16,7 @@ null, and ``unknown`` in ``run.json`` says so.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import reprlib
@@ -37,7 +38,7 @@ from entrace.analysis.trace.groups import mean_of
 from entrace.analysis.trace.lexicon import Lexicon
 from entrace.analysis.trace.lock import acquire_lock
 from entrace.analysis.trace.manifest import check_kinds, describe_machine, read_manifest, to_json
-from entrace.analysis.trace.parts import PART, last_whole_step, listed_files, read_part
+from entrace.analysis.trace.parts import PART, last_whole_step, listed_files, part_path, read_part
 from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.ragged import Responses, as_list
 from entrace.analysis.trace.rows import nullable
@@ -140,7 +141,8 @@ class Recorder:
 
         Args:
             run_dir: Folder of the trace; its name is the run id.
-            vocab: A tokenizer of transformers, a ``Vocabulary``, or the text of every token by id.
+            vocab: A tokenizer of transformers, a ``Vocabulary``, or the text of every token by id; that of the trace if
+                it is resumed.
             vocab_size: Rows of the LM head, if more than the entries of the tokenizer.
             temperature: Sampling temperature, included in every log-probability and entropy (default: unknown).
             correct_at: Reward from which a response is correct (default 1.0; None: correctness is unknown unless
@@ -182,7 +184,7 @@ class Recorder:
     def _prepare_vocabulary(self, vocab: Any, size: int | None) -> Callable[[], Vocabulary]:
         """Return a function that reads the vocabulary.
 
-        A resumed trace does not need to call it.
+        It takes a second for the 150,000 entries of a tokenizer, and is called when no cheaper check has failed.
         """
         if hasattr(vocab, "batch_decode"):
             self._decode = lambda ids: vocab.decode(ids, skip_special_tokens=True)
@@ -228,6 +230,7 @@ class Recorder:
         if manifest.get("run_id", recorded) != recorded:
             given = reprlib.repr(manifest["run_id"])
             raise InputError(f"manifest: run_id is {given}, and that of the trace is {recorded!r}; leave it out")
+        self._check_vocabulary(read_entries())
         self._writer = TraceWriter.resume(self.run_dir, self._last)
         found = self._writer.manifest
         # A reason that an earlier part of the run has removed stays removed.
@@ -259,6 +262,31 @@ class Recorder:
                         "flush() whenever a checkpoint is saved"
                     )
         return wanted
+
+    def _check_vocabulary(self, entries: Vocabulary) -> None:
+        """Compare the vocabulary with that of the trace to resume.
+
+        Rows without an entry, which have an empty text, may be more or fewer, and unknown texts are not compared.
+
+        Raises:
+            InputError: a token has another text.
+        """
+        listed = listed_files(self.run_dir, read_manifest(self.run_dir))
+        parts = [part_path(self.run_dir, "vocab", name) for name in listed.get("vocab", ())]
+        if not parts:
+            # The writer reports a trace without a durable step.
+            return
+        rows = pa.concat_tables([read_part(path, ["token_id", "text"]) for path in parts]).sort_by("token_id")
+        recorded, remedy = rows["text"].to_pylist(), "resume with the vocabulary of the trace"
+        has_text = entries.has_text or [True] * len(entries.texts)
+        for token, (text, stored) in enumerate(itertools.zip_longest(entries.texts, recorded, fillvalue="")):
+            if stored in (text, well_formed(text)) or stored in (str(token), f"<{token}>"):
+                continue
+            if token >= min(len(entries.texts), len(recorded)):
+                raise InputError(f"vocab: {len(entries.texts)} entries, and the trace has {len(recorded)}; {remedy}")
+            if has_text[token]:
+                found = f"token {token} is {reprlib.repr(text)}, and {reprlib.repr(stored)} in the trace"
+                raise InputError(f"vocab: {found}; {remedy}")
 
     def _read_rows(self, table: str, columns: list[str]) -> Iterable[tuple[Any, ...]]:
         for name in self._writer.manifest["files"].get(table, {}):

@@ -18,6 +18,9 @@ import entrace
 from entrace.analysis import queries
 from entrace.analysis.trace import TABLES, InputError, Recorder, Vocabulary
 from entrace.analysis.trace.groups import group_relative_advantage, ppl_z
+from entrace.analysis.trace.prune import prune
+from entrace.analysis.trace.recorder import prompt_hash
+from entrace.analysis.trace.sampling import TokenSampling
 from entrace.analysis.trace.verify import verify_run
 from entrace.trainer.algorithm import advantages as by_torch
 
@@ -499,7 +502,7 @@ def test_the_ground_truth_of_a_prompt_may_be_left_out(recorder):
     recorder.record(4, **TWO, prompt=["r", "r"], ground_truth=[None, "3"])
     with pytest.raises(InputError, match=r"ground_truth: response 1 has another one than earlier"):
         recorder.record(5, **TWO, **prompts, ground_truth=["1", "1"])
-    assert recorder.has_prompt(entrace.trace.recorder.prompt_hash("p"))
+    assert recorder.has_prompt(prompt_hash("p"))
     assert not recorder.has_prompt("p")
     folder = written(recorder)
     truths = dict(table(folder, "prompts").select("prompt", "ground_truth").iter_rows())
@@ -556,6 +559,80 @@ def test_a_resumed_trace_keeps_its_run_id(tmp_path):
     for manifest in ({}, {"run_id": "a"}):
         with Recorder(tmp_path / "run", VOCAB, resume_after="last", manifest=manifest) as recorder:
             assert recorder.manifest["run_id"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "message"),
+    [
+        (["<eos>", "a", "b"], ["<eos>", "b", "a"], "vocab: token 1 is 'b', and 'a' in the trace; resume with the voc"),
+        (["<eos>", "a", "b"], Vocabulary(["<eos>", "a", "c"]), "vocab: token 2 is 'c', and 'b' in the trace"),
+        (["<eos>", "a", ""], ["<eos>", "a", "b"], "vocab: token 2 is 'b', and '' in the trace"),
+        (["<eos>", "a", "b"], ["<eos>", "a"], "vocab: 2 entries, and the trace has 3; resume with the vocabulary"),
+        (["<eos>", "a"], ["<eos>", "a", "b"], "vocab: 3 entries, and the trace has 2; resume with the vocabulary"),
+        (["<eos>", "a", "b"], ["<eos>", "a", "b"], None),
+        (["<eos>", "a", "b"], Vocabulary(["<eos>", "a", "b"], [True, False, False]), None),
+        (["<eos>", "a", "b"], ["<eos>", "a", "b", "", ""], None),
+        (["<eos>", "a", "b", "", ""], ["<eos>", "a", "b"], None),
+        (["<eos>", "a", "\ud800"], ["<eos>", "a", "\ud800"], None),
+        (Vocabulary(["<0>", "1", "b"], has_text=[False, False, True]), ["<eos>", "a", "b"], None),
+        (Vocabulary(["<eos>", "a", "b"]), Vocabulary(["<0>", "?", "b"], has_text=[False, False, True]), None),
+        (Vocabulary(["<0>", "1"], has_text=[False] * 2), ["b", "c", "d"], "vocab: 3 entries, and the trace has 2"),
+    ],
+)
+def test_a_trace_resumes_with_its_vocabulary(tmp_path, recorded, given, message):
+    run_dir = tmp_path / "run"
+    with Recorder(run_dir, recorded, flush_every=1) as recorder:
+        for step in (1, 2):
+            recorder.record(step, prompt=["p"], response_ids=[[1, 0]])
+    if message is None:
+        with Recorder(run_dir, given, resume_after=1) as recorder:
+            recorder.record(2, prompt=["p"], response_ids=[[1, 0]])
+        return
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with pytest.raises(InputError) as raised:
+        Recorder(run_dir, given, resume_after=1)
+    assert str(raised.value).startswith(message)
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+class Letters:
+    """Tokenizer of transformers, as far as it is used, with one letter per token."""
+
+    all_special_ids = ()
+
+    def __init__(self, letters):
+        self.letters = letters
+
+    def __len__(self):
+        return len(self.letters)
+
+    def get_vocab(self):
+        return {letter: i for i, letter in enumerate(self.letters)}
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.letters[i] for i in ids]
+
+    def decode(self, ids, **settings):
+        return "".join(self.letters[i] for i in ids)
+
+    def batch_decode(self, rows, **settings):
+        return [self.decode(ids) for ids in rows]
+
+
+def test_a_trace_resumes_with_its_tokenizer(tmp_path):
+    with Recorder(tmp_path / "run", Letters("abc"), vocab_size=5) as recorder:
+        recorder.record(1, prompt=["p"], response_ids=[[1, 0]])
+    for size in (5, None, 8):
+        Recorder(tmp_path / "run", Letters("abc"), vocab_size=size, resume_after="last").close()
+    with pytest.raises(InputError, match="vocab: token 1 is 'c', and 'b' in the trace"):
+        Recorder(tmp_path / "run", Letters("acb"), resume_after="last")
+
+
+def test_a_pruned_trace_resumes(tmp_path):
+    with Recorder(tmp_path / "run", VOCAB) as recorder:
+        recorder.record(1, **STEP)
+    prune(tmp_path / "run", TokenSampling(1, 0.5))
+    Recorder(tmp_path / "run", VOCAB, resume_after="last").close()
 
 
 def test_a_run_in_the_current_folder_has_its_name(tmp_path, monkeypatch):
