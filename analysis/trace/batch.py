@@ -258,9 +258,16 @@ def find_generated(responses: Responses, loss_mask: Any) -> np.ndarray:
 
 
 def group_indices(labels: Sequence[Any]) -> np.ndarray:
-    """Return the group of each response, (B,), numbered in order of appearance."""
+    """Return the group of each response, (B,), numbered in order of appearance.
+
+    Raises:
+        InputError: a label is a list or another object that cannot be compared.
+    """
     numbers: dict[Any, int] = {}
-    return np.array([numbers.setdefault(label, len(numbers)) for label in labels], np.int64)
+    try:
+        return np.array([numbers.setdefault(label, len(numbers)) for label in labels], np.int64)
+    except TypeError as error:
+        raise InputError(f"group: expected one text or number per response ({in_one_line(error)})") from None
 
 
 def as_float(value: float | None) -> float | None:
@@ -285,6 +292,9 @@ def _items(values: Any) -> list[tuple[str, float]] | None:
         return None
     if not isinstance(values, Mapping):
         raise InputError(f"reward_components: expected a mapping of name to score, found {type(values).__name__}")
+    for name, value in values.items():
+        if value is not None and not (_is_number(value) and np.isfinite(as_float(value) or 0.0)):
+            raise InputError(f'reward_components: "{name}" is {reprlib.repr(value)}, expected a finite number or None')
     return [(str(name), float(value)) for name, value in values.items() if value is not None]
 
 

@@ -123,7 +123,7 @@ class Responses:
         """
         array = None if isinstance(values, list | tuple) else as_array(values)
         if array is not None:
-            return array.ndim == 2
+            return array.ndim >= 2
         return hasattr(values, "__iter__") and any(
             hasattr(row, "__len__") and not isinstance(row, str) and np.ndim(row) > 0 for row in values
         )
@@ -175,9 +175,9 @@ def is_flag(value: Any) -> bool:
 
 def _rows(name: str, values: Any) -> Sequence[Any]:
     array = as_array(values)
-    if array is not None and array.ndim >= 1:
+    if array is not None and array.ndim in (1, 2):
         return list(array)
-    if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
+    if array is not None or isinstance(values, str | bytes) or not hasattr(values, "__len__"):
         raise InputError(f"{name}: expected one list per response or an array (B, T), found {type(values).__name__}")
     return values
 

@@ -451,7 +451,7 @@ class Recorder:
         if response_ids is None:
             if columns.get("response_length") is None:
                 raise InputError("record_eval: response_ids is missing; pass it, or response_length per response")
-            given = as_list(columns["response_length"])
+            given = _listed("response_length", columns["response_length"])
             responses = Responses(np.empty(0, np.int64), np.zeros(len(given), np.int64))
             if entropy is not None:
                 raise InputError("entropy: needs response_ids; pass entropy_mean per response instead")
@@ -545,7 +545,7 @@ class Recorder:
 
     def _batch(self, responses: Responses, loss_mask: Any, prompt: Any, columns: Mapping[str, Any]) -> Batch:
         """Return the responses of a call with their prompts."""
-        values = [prompt] if isinstance(prompt, str) else list(prompt)
+        values = [prompt] if isinstance(prompt, str) else _listed("prompt", prompt)
         if len(values) != len(responses):
             raise InputError(f"prompt: {len(values)} prompts, expected {len(responses)}, one per response")
         texts = [value if isinstance(value, str) else self._text("prompt", value) for value in values]
@@ -629,6 +629,18 @@ class Recorder:
         for name, values in columns.items():
             if f"{table}.{name}" in reasons and _has_value(values):
                 del reasons[f"{table}.{name}"]
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    """Return one value per response.
+
+    Raises:
+        InputError: the argument holds no values that can be listed.
+    """
+    try:
+        return list(values)
+    except TypeError:
+        raise InputError(f"{name}: expected one value per response, found {type(values).__name__}") from None
 
 
 def _reasons(given: Mapping[str, str]) -> dict[str, str]:
