@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -377,9 +378,20 @@ def _measures(given: Mapping[str, Any], keys: Mapping[str, str], num_prompt: int
         found["logprob"], found["sampling_logprob"] = found["sampling_logprob"], None
     mean = given.get("entropy_mean", given["entropy"] if "entropy" in keys and found["entropy"] is None else None)
     found["entropy_mean"] = None if mean is None else number_of(mean, keys.get("entropy_mean", keys.get("entropy", "")))
-    temperature = given.get("temperature")
-    found["temperature"] = None if temperature is None else number_of(temperature, keys["temperature"])
+    found["temperature"] = _temperature(given, keys)
     return {**found, "logprob_kind": kind}
+
+
+def _temperature(given: Mapping[str, Any], keys: Mapping[str, str]) -> float | None:
+    """Return the sampling temperature; 0 is greedy decoding."""
+    if (value := given.get("temperature")) is None:
+        return None
+    key = keys["temperature"]
+    if (temperature := number_of(value, key)) < 0:
+        raise BadRowError(
+            f'"{key}" is {reprlib.repr(value)}, expected a number of at least 0; ignore it with --field temperature='
+        )
+    return temperature
 
 
 def _optional(

@@ -120,6 +120,7 @@ def _is_collection(value: Any, kind: type) -> bool:
     if isinstance(value, str | bytes):
         return False
     is_array = kind is Sequence and hasattr(type(value), "__len__") and hasattr(type(value), "__getitem__")
+    is_array = is_array and getattr(value, "ndim", 1) > 0
     return isinstance(value, kind) or (is_array and not isinstance(value, Mapping | set))
 
 

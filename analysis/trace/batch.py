@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,9 +14,14 @@ import pyarrow as pa
 
 from entrace.analysis.trace.errors import InputError, in_one_line
 from entrace.analysis.trace.groups import group_relative_advantage, mean_of, place_in_group, shared_by
-from entrace.analysis.trace.ragged import Responses, as_list
+from entrace.analysis.trace.ragged import Responses, as_flags, as_list, is_flag
 from entrace.analysis.trace.rows import ResponseRows, nullable
 from entrace.analysis.trace.schema import NO_VERDICT, TOKENS
+
+# Booleans per response.
+FLAGS = ("has_answer", "is_truncated", "is_kept")
+# Largest number that float32 columns hold.
+MAX_FLOAT = float(np.finfo(np.float32).max)
 
 
 @dataclass
@@ -83,16 +90,33 @@ class Batch:
         for i, value in enumerate(found):
             if value is not None and not isinstance(value, int | float):
                 raise InputError(f"{name}: response {i} has {type(value).__name__}, expected a number or None")
-            if value is not None and not np.isfinite(value):
-                raise InputError(f"{name}: {value} at response {i}; pass None where it is unknown")
+            number = as_float(value)
+            if number is not None and not np.isfinite(number):
+                raise InputError(f"{name}: {number} at response {i}; pass None where it is unknown")
         return np.array([np.nan if value is None else value for value in found], float)
+
+    def flags(self, name: str, values: Any) -> list[bool | None]:
+        """Return Booleans per response; None where unknown.
+
+        Raises:
+            InputError: a value is neither a Boolean, nor 0 or 1, nor None.
+        """
+        found = self.per_response(name, values)
+        for i, value in enumerate(found):
+            if value is not None and not is_flag(value):
+                raise InputError(f"{name}: {reprlib.repr(value)} at response {i}, expected true, false, or None")
+        return [None if value is None else bool(value) for value in found]
 
     def add_responses(self, values: Mapping[str, Any]) -> None:
         """Add values per response; a scalar applies to all of them."""
         for name, given in values.items():
-            if given is not None:
-                found = self.per_response(name, given)
-                self.response[name] = [_items(value) for value in found] if name == "reward_components" else found
+            if given is None:
+                continue
+            if name in FLAGS:
+                self.response[name] = self.flags(name, given)
+                continue
+            found = self.per_response(name, given)
+            self.response[name] = [_items(value) for value in found] if name == "reward_components" else found
 
     def add_tokens(self, values: Mapping[str, Any]) -> None:
         """Add values per token; one value per response applies to all of its tokens.
@@ -105,7 +129,7 @@ class Batch:
                 continue
             if isinstance(given, bool | int | float):
                 flat, is_unknown = np.full(len(self.responses.ids), given), np.zeros(len(self.responses.ids), bool)
-            elif self.responses.is_per_token(given) or not len(self.responses.ids):
+            elif self.responses.is_per_token(given):
                 flat, is_unknown = self.responses.flatten(name, given)
             else:
                 found = self.per_response(name, given)
@@ -118,7 +142,10 @@ class Batch:
         is_null = is_unknown | ~self.is_generated if name not in ("turn", "policy_version") else is_unknown
         if flat.dtype.kind not in "biufO" or (flat.dtype.kind == "O" and not all(map(_is_number, flat))):
             raise InputError(f"{name}: expected numbers, found {flat.dtype}")
-        flat = np.where(is_null, 0, flat).astype(float if flat.dtype.kind in "fO" else flat.dtype)
+        try:
+            flat = np.where(is_null, 0, flat).astype(float if flat.dtype.kind in "fO" else flat.dtype)
+        except OverflowError as error:
+            raise InputError(f"{name}: expected {kind} ({in_one_line(error)})") from None
         if flat.dtype.kind == "f":
             bad = np.flatnonzero(~np.isfinite(flat))
             if len(bad):
@@ -126,7 +153,7 @@ class Batch:
                 place = f"response {rows[first]}, position {place_in_group(rows)[first]}"
                 raise InputError(f"{name}: {flat[first]} at {place}; pass None where it is unknown")
         if pa.types.is_boolean(kind):
-            flat = flat != 0
+            flat = as_flags(name, flat, self.responses.rows)
         try:
             return pa.array(flat, mask=is_null).cast(kind)
         except pa.ArrowInvalid as error:
@@ -227,13 +254,30 @@ def find_generated(responses: Responses, loss_mask: Any) -> np.ndarray:
     flat, is_unknown = responses.flatten("loss_mask", loss_mask)
     if is_unknown.any():
         raise InputError("loss_mask: None is not a mask; pass true or false for every token")
-    return flat != 0
+    return as_flags("loss_mask", flat, responses.rows)
 
 
 def group_indices(labels: Sequence[Any]) -> np.ndarray:
-    """Return the group of each response, (B,), numbered in order of appearance."""
+    """Return the group of each response, (B,), numbered in order of appearance.
+
+    Raises:
+        InputError: a label is a list or another object that cannot be compared.
+    """
     numbers: dict[Any, int] = {}
-    return np.array([numbers.setdefault(label, len(numbers)) for label in labels], np.int64)
+    try:
+        return np.array([numbers.setdefault(label, len(numbers)) for label in labels], np.int64)
+    except TypeError as error:
+        raise InputError(f"group: expected one text or number per response ({in_one_line(error)})") from None
+
+
+def as_float(value: float | None) -> float | None:
+    """Return a number of any type as a float, infinite if no float is as large."""
+    if value is None:
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def mean_of_known(values: Iterable[Any]) -> float | None:
@@ -248,6 +292,9 @@ def _items(values: Any) -> list[tuple[str, float]] | None:
         return None
     if not isinstance(values, Mapping):
         raise InputError(f"reward_components: expected a mapping of name to score, found {type(values).__name__}")
+    for name, value in values.items():
+        if value is not None and not (_is_number(value) and np.isfinite(as_float(value) or 0.0)):
+            raise InputError(f'reward_components: "{name}" is {reprlib.repr(value)}, expected a finite number or None')
     return [(str(name), float(value)) for name, value in values.items() if value is not None]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import reprlib
@@ -47,7 +48,7 @@ def write_manifest(run_dir: Path, manifest: dict[str, Any], new_files: Mapping[s
     The digests are its own, and those of the ``new_files`` that it lists for the first time. A reader sees either the
     old or the new content, never a part. The new content survives a loss of power.
     """
-    data = (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()
+    data = f"{to_json(str(run_dir / MANIFEST), manifest)}\n".encode()
     recorded = {**(new_files or {}), MANIFEST: Digest.of(data)}
     # Both files are synced together, and the digests are on disk before ``run.json`` gets its name.
     with ThreadPoolExecutor(1) as pool, durable_file(run_dir / MANIFEST) as file:
@@ -109,7 +110,8 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
         raise InputError(f"{run_dir}: not a trace (no {MANIFEST})")
     try:
         data = path.read_bytes()
-        manifest = json.loads(data.decode())
+        # Earlier versions wrote NaN and infinity, which are not JSON.
+        manifest = json.loads(data.decode(), parse_constant=str)
         # Only an escape can stand for a lone surrogate.
         if b"\\u" in data:
             manifest = json.loads(well_formed(json.dumps(manifest, ensure_ascii=False)))
@@ -146,6 +148,49 @@ def check_kinds(place: str, manifest: Mapping[str, Any]) -> None:
         value = manifest.get(key)
         if not isinstance(value, kinds) or (isinstance(value, int) and not -(2**31) <= value < 2**31):
             raise InputError(f"{place}: {key} is {reprlib.repr(value)}, expected {KIND_NAMES[kinds]}")
+
+
+def check_run_id(place: str, run_id: Any) -> None:
+    """Raise ``InputError`` if ``run_id`` is not text that names a run.
+
+    The error names ``place``.
+    """
+    if not isinstance(run_id, str) or not run_id.strip():
+        raise InputError(f"{place}: run_id is {reprlib.repr(run_id)}, expected text that names the run")
+
+
+def to_json(place: str, values: Mapping[str, Any]) -> str:
+    """Return a manifest as JSON.
+
+    Raises:
+        InputError: JSON cannot hold a value; the error names ``place`` and the key.
+    """
+    try:
+        return json.dumps(values, indent=2, sort_keys=True, allow_nan=False)
+    except RecursionError:
+        raise InputError(f"{place}: nested too deeply for JSON") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{place}: {next(_not_json(values), in_one_line(error))}") from None
+
+
+def _not_json(value: Any, path: str = "", outer: tuple[Any, ...] = ()) -> Iterator[str]:
+    """Yield what JSON cannot hold, by dotted key."""
+    if any(value is other for other in outer):
+        yield f"{path} holds itself, which JSON cannot; leave it out"
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _not_json(item, f"{path}.{key}" if path else str(key), (*outer, value))
+        for key in value:
+            if not isinstance(key, str):
+                yield f"key {reprlib.repr(key)}{f' of {path}' if path else ''} is not text; write it as text"
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _not_json(item, f"{path}[{i}]", (*outer, value))
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            yield f"{path} is {value}, which JSON cannot hold; leave it out, or write it as text"
+    elif not isinstance(value, str | int | None):
+        yield f"{path} is of type {type(value).__name__}, which JSON cannot hold; write it as text or a number"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ fsspec must know the storage, as for ``s3://bucket/run``.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from entrace.analysis.trace.connection import SCHEME, guard, reason_of_storage
-from entrace.analysis.trace.errors import InputError, StorageError, in_one_line, quoted_input_error
+from entrace.analysis.trace.errors import InputError, StorageError, in_one_line, quoted_input_error, reason_of
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 MEMORY = "memory://"
+# Errors about the disk, not about a path.
+OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM)
 
 
 def to_place(path: str | Path) -> Path:
@@ -63,6 +66,25 @@ def check_folder(path: Path) -> None:
     found = next((place for place in (path, *parents) if place.exists()), None)
     if found and not found.is_dir():
         raise InputError(f"{found}: is a file; name a folder")
+
+
+@contextmanager
+def usable(run_dir: Path) -> Iterator[None]:
+    """Turn errors about the path of a run into one line.
+
+    Errors about space and the disk remain.
+
+    Raises:
+        InputError: the path cannot be a folder that is written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in OF_DISK:
+            raise
+        # Others are a link that leads to itself, and a null character.
+        reason = reason_of(error) if isinstance(error, OSError) else in_one_line(error)
+        raise InputError(f"{run_dir}: cannot be the folder of a run ({reason})") from None
 
 
 def check_local(run_dir: Path) -> None:

@@ -6,6 +6,7 @@ tensors of torch as well as arrays of numpy. Nothing here imports torch.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +48,8 @@ class Responses:
             if ids is None or mask is None or ids.ndim != 2 or mask.shape != ids.shape:
                 shapes = " and ".join("lists" if a is None else str(a.shape) for a in (ids, mask))
                 raise InputError(f"response_mask: expected the shape (B, T) of response_ids, found {shapes}")
-            mask = mask != 0
+            rows = np.repeat(np.arange(len(mask)), mask.shape[1])
+            mask = as_flags("response_mask", mask.ravel(), rows).reshape(mask.shape)
             # A response is one stretch of its row: its mask rises at most once.
             rises = (np.diff(mask.astype(np.int8), axis=1, prepend=0) == 1).sum(1)
             if (rises > 1).any():
@@ -121,7 +123,7 @@ class Responses:
         """
         array = None if isinstance(values, list | tuple) else as_array(values)
         if array is not None:
-            return array.ndim == 2
+            return array.ndim >= 2
         return hasattr(values, "__iter__") and any(
             hasattr(row, "__len__") and not isinstance(row, str) and np.ndim(row) > 0 for row in values
         )
@@ -144,11 +146,38 @@ def as_list(values: Any) -> list[Any]:
     return [value.item() if hasattr(value, "item") and np.ndim(value) == 0 else value for value in values]
 
 
+def as_flags(name: str, flat: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return Booleans per token, (N,).
+
+    Args:
+        name: Name of the values, for errors.
+        flat: Booleans, or numbers that are 0 or 1, (N,).
+        rows: Response of each value, (N,), in ascending order.
+
+    Raises:
+        InputError: a value is neither a Boolean nor 0 or 1.
+    """
+    if flat.dtype.kind in "biuf":
+        bad = np.flatnonzero((flat != 0) & (flat != 1))
+    else:
+        bad = np.array([i for i, value in enumerate(flat) if not is_flag(value)], np.int64)
+    if len(bad):
+        row = rows[bad[0]]
+        place = f"response {row}, position {bad[0] - np.searchsorted(rows, row)}"
+        raise InputError(f"{name}: {reprlib.repr(flat[bad].tolist()[0])} at {place}, expected true or false")
+    return flat == 1
+
+
+def is_flag(value: Any) -> bool:
+    """Return whether a value is a Boolean, or a number that is 0 or 1."""
+    return isinstance(value, int | float | np.number | np.bool_) and value in (0, 1)
+
+
 def _rows(name: str, values: Any) -> Sequence[Any]:
     array = as_array(values)
-    if array is not None and array.ndim >= 1:
+    if array is not None and array.ndim in (1, 2):
         return list(array)
-    if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
+    if array is not None or isinstance(values, str | bytes) or not hasattr(values, "__len__"):
         raise InputError(f"{name}: expected one list per response or an array (B, T), found {type(values).__name__}")
     return values
 

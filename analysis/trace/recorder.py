@@ -16,7 +16,10 @@ null, and ``unknown`` in ``run.json`` says so.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import os
+import reprlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,19 +32,19 @@ import numpy as np
 import pyarrow as pa
 
 from entrace.analysis.trace.arguments import checked
-from entrace.analysis.trace.batch import Batch, find_generated, group_indices
+from entrace.analysis.trace.batch import MAX_FLOAT, Batch, as_float, find_generated, group_indices
 from entrace.analysis.trace.errors import InputError, in_one_line, nearest, with_kind
 from entrace.analysis.trace.groups import mean_of
 from entrace.analysis.trace.lexicon import Lexicon
 from entrace.analysis.trace.lock import acquire_lock
-from entrace.analysis.trace.manifest import check_kinds, describe_machine, read_manifest
-from entrace.analysis.trace.parts import PART, last_whole_step, listed_files, read_part
+from entrace.analysis.trace.manifest import check_kinds, describe_machine, read_manifest, to_json
+from entrace.analysis.trace.parts import PART, last_whole_step, listed_files, part_path, read_part
 from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.ragged import Responses, as_list
 from entrace.analysis.trace.rows import nullable
 from entrace.analysis.trace.schema import EVALS, PROMPTS, ROLLOUTS, STEPS, TABLES, TOKENS
 from entrace.analysis.trace.vocabulary import Vocabulary
-from entrace.analysis.trace.writer import TraceWriter
+from entrace.analysis.trace.writer import TraceWriter, holds_files
 
 # Arguments by what one value belongs to. An advantage may also be per token.
 PER_TOKEN = (
@@ -138,7 +141,8 @@ class Recorder:
 
         Args:
             run_dir: Folder of the trace; its name is the run id.
-            vocab: A tokenizer of transformers, a ``Vocabulary``, or the text of every token by id.
+            vocab: A tokenizer of transformers, a ``Vocabulary``, or the text of every token by id; that of the trace if
+                it is resumed.
             vocab_size: Rows of the LM head, if more than the entries of the tokenizer.
             temperature: Sampling temperature, included in every log-probability and entropy (default: unknown).
             correct_at: Reward from which a response is correct (default 1.0; None: correctness is unknown unless
@@ -158,7 +162,12 @@ class Recorder:
         self.run_dir = Path(run_dir)
         if flush_every < 1:
             raise InputError(f"flush_every is {flush_every}, expected at least 1 step")
-        self.temperature, self.correct_at = temperature, correct_at
+        self.temperature, self.correct_at = as_float(temperature), as_float(correct_at)
+        if self.temperature is not None and not 0 < self.temperature <= MAX_FLOAT:
+            hint = "; pass 0, greedy decoding, to record_eval" if self.temperature == 0 else ""
+            raise InputError(f"temperature is {self.temperature:g}, expected a number above 0{hint}")
+        if self.correct_at is not None and not math.isfinite(self.correct_at):
+            raise InputError(f"correct_at is {self.correct_at:g}, expected a finite number or None")
         self._kinds = {"entropy": entropy_kind, "logprob": logprob_kind}
         self._flush_every = flush_every
         self._decode: Callable[[Sequence[int]], str] | None = None
@@ -175,7 +184,7 @@ class Recorder:
     def _prepare_vocabulary(self, vocab: Any, size: int | None) -> Callable[[], Vocabulary]:
         """Return a function that reads the vocabulary.
 
-        A resumed trace does not need to call it.
+        It takes a second for the 150,000 entries of a tokenizer, and is called when no cheaper check has failed.
         """
         if hasattr(vocab, "batch_decode"):
             self._decode = lambda ids: vocab.decode(ids, skip_special_tokens=True)
@@ -194,32 +203,41 @@ class Recorder:
         lexicon: Lexicon | None,
         resume_after: int | str | None,
     ) -> None:
-        self._prompts: set[str] = set()
+        # Hashes of text and ground truth; the hash of an unknown ground truth is None.
+        self._prompts: dict[str, tuple[bytes, bytes | None]] = {}
         self._samples: dict[tuple[int, str], Counter[str]] = {}
         self._rollouts, self._since_flush = 0, 0
         reasons = _reasons(unknown)
+        # Before a resume removes later steps.
+        check_kinds("manifest", manifest)
+        to_json("manifest", manifest)
         described = {
             "recorded": {"correct_at": self.correct_at},
             "study": self.run_dir.resolve().parent.name,
-            "run_id": self.run_dir.name,
+            # Unlike the path itself, an absolute one has a name even if it was given as ``.``.
+            "run_id": Path(os.path.abspath(self.run_dir)).name,
             **manifest,
         }
         if resume_after is None:
             described |= {"unknown": reasons, **describe_machine()}
-            check_kinds("manifest", described)
-            if self.run_dir.exists() and any(self.run_dir.iterdir()):
+            if holds_files(self.run_dir):
                 raise InputError(f"{self.run_dir}: already holds files; choose another folder, or pass resume_after")
             self._writer = TraceWriter.create(self.run_dir, described, read_entries(), lexicon)
             self._last = self._eval_step = 0
             return
         self._last = self._eval_step = self._check_resumable(resume_after)
+        recorded = read_manifest(self.run_dir).get("run_id")
+        if manifest.get("run_id", recorded) != recorded:
+            given = reprlib.repr(manifest["run_id"])
+            raise InputError(f"manifest: run_id is {given}, and that of the trace is {recorded!r}; leave it out")
+        self._check_vocabulary(read_entries())
         self._writer = TraceWriter.resume(self.run_dir, self._last)
         found = self._writer.manifest
         # A reason that an earlier part of the run has removed stays removed.
         kept = {name: unknown.get(name, reason) for name, reason in (found.get("unknown") or {}).items()}
         found |= {**manifest, "unknown": kept}
-        check_kinds("manifest", found)
-        self._prompts.update(prompt_id for (prompt_id,) in self._read_rows("prompts", ["prompt_id"]))
+        for prompt_id, text, truth in self._read_rows("prompts", ["prompt_id", "prompt", "ground_truth"]):
+            self._prompts[prompt_id] = (_digest(text), None if truth is None else _digest(truth))
         self._rollouts = max((number for (number,) in self._read_rows("rollouts", ["rollout_id"])), default=-1) + 1
         for step, benchmark, prompt_id in self._read_rows("evals", ["step", "benchmark", "prompt_id"]):
             self._samples.setdefault((step, benchmark), Counter())[prompt_id] += 1
@@ -245,6 +263,31 @@ class Recorder:
                     )
         return wanted
 
+    def _check_vocabulary(self, entries: Vocabulary) -> None:
+        """Compare the vocabulary with that of the trace to resume.
+
+        Rows without an entry, which have an empty text, may be more or fewer, and unknown texts are not compared.
+
+        Raises:
+            InputError: a token has another text.
+        """
+        listed = listed_files(self.run_dir, read_manifest(self.run_dir))
+        parts = [part_path(self.run_dir, "vocab", name) for name in listed.get("vocab", ())]
+        if not parts:
+            # The writer reports a trace without a durable step.
+            return
+        rows = pa.concat_tables([read_part(path, ["token_id", "text"]) for path in parts]).sort_by("token_id")
+        recorded, remedy = rows["text"].to_pylist(), "resume with the vocabulary of the trace"
+        has_text = entries.has_text or [True] * len(entries.texts)
+        for token, (text, stored) in enumerate(itertools.zip_longest(entries.texts, recorded, fillvalue="")):
+            if stored in (text, well_formed(text)) or stored in (str(token), f"<{token}>"):
+                continue
+            if token >= min(len(entries.texts), len(recorded)):
+                raise InputError(f"vocab: {len(entries.texts)} entries, and the trace has {len(recorded)}; {remedy}")
+            if has_text[token]:
+                found = f"token {token} is {reprlib.repr(text)}, and {reprlib.repr(stored)} in the trace"
+                raise InputError(f"vocab: {found}; {remedy}")
+
     def _read_rows(self, table: str, columns: list[str]) -> Iterable[tuple[Any, ...]]:
         for name in self._writer.manifest["files"].get(table, {}):
             rows = read_part(self.run_dir / table / name, columns)
@@ -264,6 +307,11 @@ class Recorder:
     def has_eval(self, step: int, benchmark: str) -> bool:
         """Return whether the trace holds an evaluation."""
         return (step, benchmark) in self._samples
+
+    @checked
+    def has_prompt(self, prompt_id: str) -> bool:
+        """Return whether the trace holds a prompt."""
+        return prompt_id in self._prompts
 
     def past_metrics(self) -> list[tuple[float | None, float | None]]:
         """Return (entropy_token_mean, accuracy) of every durable step, in order of step."""
@@ -343,13 +391,13 @@ class Recorder:
 
         rollouts, tokens = batch.columns(step, self._rollouts + np.arange(len(responses)), completions)
         with self._writer.all_or_nothing():
-            new = self._append_prompts(batch, "train", columns)
+            prompts = self._append_prompts(batch, "train", columns)
             kinds = {f"{name}_kind": kind if name in batch.token else None for name, kind in self._kinds.items()}
             self._append("rollouts", {**rollouts, "temperature": self.temperature, **kinds})
             self._append("tokens", tokens)
             row.setdefault("record_s", time.perf_counter() - started)
             self._append("steps", row)
-        self._prompts |= new
+        self._prompts |= prompts
         self._rollouts += len(responses)
         self._last = step
         self._writer.end_step(step)
@@ -386,7 +434,7 @@ class Recorder:
             entropy: As in ``record``; or ``entropy_mean`` per response.
             reward: As in ``record``.
             is_correct: As in ``record``.
-            temperature: Sampling temperature (default: that of the recorder).
+            temperature: Sampling temperature, 0 for greedy decoding (default: that of the recorder).
             **columns: answer, answer_class, entropy_mean, and response_length per response; prompt_id, task,
                 ground_truth, and difficulty per prompt.
 
@@ -396,11 +444,14 @@ class Recorder:
         names = ("answer", "answer_class", *EVAL_ONLY, *PER_PROMPT)
         explicit = ("prompt", "benchmark", "response_ids", "response_mask", "loss_mask", "entropy", "reward")
         _check_names("record_eval", columns, names, (*explicit, "is_correct", "temperature"))
+        temperature = as_float(temperature)
+        if temperature is not None and not 0 <= temperature <= MAX_FLOAT:
+            raise InputError(f"temperature is {temperature:g}, expected a number of at least 0")
         self._check_step(step, max(self._last, self._eval_step))
         if response_ids is None:
             if columns.get("response_length") is None:
                 raise InputError("record_eval: response_ids is missing; pass it, or response_length per response")
-            given = as_list(columns["response_length"])
+            given = _listed("response_length", columns["response_length"])
             responses = Responses(np.empty(0, np.int64), np.zeros(len(given), np.int64))
             if entropy is not None:
                 raise InputError("entropy: needs response_ids; pass entropy_mean per response instead")
@@ -431,9 +482,9 @@ class Recorder:
             "temperature": self.temperature if temperature is None else temperature,
         }
         with self._writer.all_or_nothing():
-            new = self._append_prompts(batch, "heldout", columns)
+            prompts = self._append_prompts(batch, "heldout", columns)
             self._append("evals", {"step": step, **row})
-        self._prompts |= new
+        self._prompts |= prompts
         self._samples[step, benchmark] = counts
         (self.manifest.get("unknown") or {}).pop("evals", None)
         self._eval_step = step
@@ -494,7 +545,7 @@ class Recorder:
 
     def _batch(self, responses: Responses, loss_mask: Any, prompt: Any, columns: Mapping[str, Any]) -> Batch:
         """Return the responses of a call with their prompts."""
-        values = [prompt] if isinstance(prompt, str) else list(prompt)
+        values = [prompt] if isinstance(prompt, str) else _listed("prompt", prompt)
         if len(values) != len(responses):
             raise InputError(f"prompt: {len(values)} prompts, expected {len(responses)}, one per response")
         texts = [value if isinstance(value, str) else self._text("prompt", value) for value in values]
@@ -523,26 +574,53 @@ class Recorder:
 
     def _judge(self, batch: Batch, given: Any) -> list[bool | None]:
         if given is not None:
-            return [None if value is None else bool(value) for value in batch.per_response("is_correct", given)]
+            return batch.flags("is_correct", given)
         if self.correct_at is None:
             return [None] * len(batch.responses)
         return [None if np.isnan(value) else bool(value >= self.correct_at) for value in batch.rewards]
 
-    def _append_prompts(self, batch: Batch, split: str, columns: Mapping[str, Any]) -> set[str]:
-        """Add the prompts that the trace does not hold yet, and return their ids."""
+    def _append_prompts(self, batch: Batch, split: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Add the prompts that the trace does not hold yet, and return all by id.
+
+        Raises:
+            InputError: a prompt has two texts, or two ground truths.
+        """
+        given = columns.get("ground_truth")
+        truths = [None] * len(batch.texts) if given is None else batch.per_response("ground_truth", given)
+        digests = {text: _digest(text) for text in set(batch.texts)}
+        found: dict[str, tuple[bytes, bytes | None]] = {}
+        # By id, the rows of the first text and of the first ground truth.
         first: dict[str, int] = {}
-        for row, prompt_id in enumerate(batch.prompt_ids):
+        known: dict[str, str] = {}
+        for row, (prompt_id, text, value) in enumerate(zip(batch.prompt_ids, batch.texts, truths, strict=True)):
+            digest, truth = digests[text], None if value is None else _digest(str(value))
+            before, truth_before = found.get(prompt_id) or self._prompts.get(prompt_id) or (digest, truth)
+            if digest != before:
+                raise InputError(
+                    f'prompt: response {row} has another text than earlier ones of prompt_id "{prompt_id}"; '
+                    "prompts that differ need their own prompt_id"
+                )
+            if truth and truth_before and truth != truth_before:
+                raise InputError(
+                    f'ground_truth: response {row} has another one than earlier ones of prompt_id "{prompt_id}"; '
+                    "questions with the same text need their own prompt_id"
+                )
+            found[prompt_id] = (digest, truth_before or truth)
             if prompt_id not in self._prompts:
                 first.setdefault(prompt_id, row)
+                if value is not None:
+                    known.setdefault(prompt_id, str(value))
         rows: dict[str, Any] = {"task": str(self.manifest.get("task") or "unnamed")}
-        for name in PER_PROMPT[1:]:
+        if known:
+            rows["ground_truth"] = [known.get(prompt_id) for prompt_id in first]
+        for name in ("task", "difficulty"):
             if columns.get(name) is not None:
                 values = batch.per_response(name, columns[name])
                 rows[name] = [None if values[i] is None else str(values[i]) for i in first.values()]
         if first:
             texts = [batch.texts[i] for i in first.values()]
             self._append("prompts", {"prompt_id": list(first), "split": split, "prompt": texts, **rows})
-        return set(first)
+        return found
 
     def _append(self, table: str, columns: Mapping[str, Any]) -> None:
         """Append rows, and drop the reasons of columns that have a value."""
@@ -551,6 +629,18 @@ class Recorder:
         for name, values in columns.items():
             if f"{table}.{name}" in reasons and _has_value(values):
                 del reasons[f"{table}.{name}"]
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    """Return one value per response.
+
+    Raises:
+        InputError: the argument holds no values that can be listed.
+    """
+    try:
+        return list(values)
+    except TypeError:
+        raise InputError(f"{name}: expected one value per response, found {type(values).__name__}") from None
 
 
 def _reasons(given: Mapping[str, str]) -> dict[str, str]:
@@ -580,6 +670,11 @@ def _check_names(place: str, given: Iterable[str], names: Iterable[str], explici
 def prompt_hash(text: str) -> str:
     """Return a hash of the text of a prompt, its identifier unless one is passed."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:HASH_LENGTH]
+
+
+def _digest(text: str) -> bytes:
+    """Return a short hash of a text as the trace stores it."""
+    return hashlib.sha256(well_formed(text).encode()).digest()[:HASH_LENGTH]
 
 
 def _finite_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:

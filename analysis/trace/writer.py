@@ -16,6 +16,7 @@ Usage::
 from __future__ import annotations
 
 import itertools
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,7 +32,16 @@ from entrace.analysis.trace.arguments import checked
 from entrace.analysis.trace.digests import DIGESTS, Digest
 from entrace.analysis.trace.errors import InputError, faults_at, in_one_line, nearest
 from entrace.analysis.trace.lexicon import OTHER, Lexicon
-from entrace.analysis.trace.manifest import durable_file, now, read_manifest, sync_folder, write_manifest
+from entrace.analysis.trace.manifest import (
+    check_kinds,
+    check_run_id,
+    durable_file,
+    now,
+    read_manifest,
+    sync_folder,
+    to_json,
+    write_manifest,
+)
 from entrace.analysis.trace.mirror import Mirror, check_names
 from entrace.analysis.trace.parts import (
     FILES,
@@ -45,7 +55,9 @@ from entrace.analysis.trace.parts import (
     read_part,
     remove_leftovers,
 )
+from entrace.analysis.trace.places import usable
 from entrace.analysis.trace.plain import well_formed
+from entrace.analysis.trace.ragged import is_flag
 from entrace.analysis.trace.schema import EVALS, PROMPTS, SCHEMA_VERSION, TABLES, Column, Table
 from entrace.analysis.trace.vocabulary import Vocabulary
 
@@ -129,13 +141,17 @@ class TraceWriter:
             log: Dashboards that show steps and evaluations as soon as they are durable; names from ``mirror``.
 
         Raises:
-            InputError: ``run_dir`` is not empty, ``run_id`` is missing, or a dashboard is unknown or not installed.
+            InputError: ``run_dir`` is not empty or cannot be a folder, ``run_id`` is missing or empty, JSON cannot hold
+                a value of ``manifest``, or a dashboard is unknown or not installed.
         """
         run_dir = Path(run_dir)
         if manifest.get("run_id") is None:
             state = "is null" if "run_id" in manifest else "is missing"
             raise InputError(f"manifest: run_id {state}; name the run")
-        if rank == 0 and not replace and run_dir.exists() and any(run_dir.iterdir()):
+        check_run_id("manifest", manifest["run_id"])
+        check_kinds("manifest", manifest)
+        to_json("manifest", dict(manifest))
+        if rank == 0 and holds_files(run_dir) and not replace:
             raise InputError(f"{run_dir}: already holds files; choose another folder, or continue with --resume")
         check_names(log)
         entries = vocab if isinstance(vocab, Vocabulary) else Vocabulary(list(vocab))
@@ -145,7 +161,8 @@ class TraceWriter:
         state = {"status": "running", "started_at": now(), "last_durable_step": 0, FILES: {}}
         writer = cls(run_dir, {**manifest, "schema_version": SCHEMA_VERSION, **state}, categories, rank, gather)
         if rank == 0:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            with usable(run_dir):
+                run_dir.mkdir(parents=True, exist_ok=True)
             # Of the trace to replace.
             (run_dir / DIGESTS).unlink(missing_ok=True)
             write_manifest(run_dir, writer.manifest)
@@ -230,7 +247,7 @@ class TraceWriter:
         try:
             found = self._categories.take(_to_array(token_ids, pa.int64(), rows=1))
             return found if _is_array(token_ids) else found[0].as_py()
-        except (pa.ArrowException, TypeError, ValueError) as error:
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             size = len(self._categories)
             reason = in_one_line(error)
             raise InputError(f"table tokens: token_id is not in the vocabulary, 0 to {size - 1} ({reason})") from None
@@ -313,6 +330,16 @@ class TraceWriter:
             write_manifest(self.run_dir, self.manifest)
 
 
+def holds_files(run_dir: Path) -> bool:
+    """Return whether a folder exists and is not empty.
+
+    Raises:
+        InputError: the path is a file, or cannot be read.
+    """
+    with usable(run_dir):
+        return run_dir.exists() and any(run_dir.iterdir())
+
+
 def write_part(path: Path, table: str, columns: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     """Write one durable file of ``table`` with rows of a run that have no step.
 
@@ -347,7 +374,7 @@ def _as_arrow(table: Table, columns: Mapping[str, Any]) -> pa.Table:
         value = columns.get(column.name)
         try:
             array = _to_array(value, column.type, rows)
-        except (pa.ArrowException, TypeError, ValueError) as error:
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             place, reason = f"table {table.name}: column {column.name}", in_one_line(error)
             raise InputError(f"{place} is not {column.type} ({reason})") from None
         if array.null_count and not column.nullable:
@@ -370,10 +397,28 @@ def _check_finite(array: pa.Array, table: Table, column: Column) -> None:
 def _to_array(value: Any, kind: pa.DataType, rows: int) -> pa.Array:
     # Arrow would otherwise share the caller's memory, which may change before the rows are written.
     value = value.copy() if isinstance(value, np.ndarray) else value
+    if pa.types.is_boolean(kind):
+        _check_flags(value)
     try:
         return pa.array(value, kind) if _is_array(value) else pa.repeat(pa.scalar(value, kind), rows)
     except UnicodeEncodeError:
         return _to_array(_without_surrogates(value), kind, rows)
+
+
+def _check_flags(value: Any) -> None:
+    """Refuse numbers and texts that Arrow would take as Booleans by their truth.
+
+    Raises:
+        ValueError: a value is neither a Boolean nor 0 or 1.
+    """
+    if isinstance(value, np.ndarray):
+        found = value[(value != 0) & (value != 1)].tolist() if value.dtype.kind in "iuf" else []
+    elif isinstance(value, pa.Array | pa.ChunkedArray) and not pa.types.is_boolean(value.type):
+        found = [entry for entry in value.to_pylist() if entry is not None and not is_flag(entry)]
+    else:
+        return
+    if found:
+        raise ValueError(f"found {reprlib.repr(found[0])}, expected true or false")
 
 
 def _without_surrogates(value: Any) -> Any:

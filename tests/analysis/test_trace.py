@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -133,11 +135,35 @@ def new_writer(folder: Path) -> TraceWriter:
             {"token_id": [1], "text": [None], "category": "special"},
             "column text holds 1 nulls in 1 rows; every row needs a value",
         ),
+        *(
+            (
+                "vocab",
+                {"token_id": [1, 2], "text": ["a", "b"], "category": "special", "is_special": values},
+                rf"table vocab: column is_special is not bool \(found {shown}, expected true or false\)$",
+            )
+            for values, shown in (
+                (np.array([1.0, 0.5]), "0.5"),
+                (np.array([0, 2]), "2"),
+                (np.array([1.0, np.nan]), "nan"),
+                (pa.array([1, -1]), "-1"),
+                (pa.array(["true", "false"]), "'true'"),
+            )
+        ),
+        ("steps", {**step_row(1, entropy=1, accuracy=1), "step": 10**400}, r"column step is not int32 \(.*\)$"),
     ],
 )
 def test_invalid_rows_are_rejected(tmp_path: Path, table: str, columns: dict, message: str):
     with pytest.raises(InputError, match=message):
         new_writer(tmp_path).append(table, columns)
+
+
+@pytest.mark.parametrize("values", [np.array([True, False]), np.array([1.0, 0.0]), pa.array([1, 0]), [True, False]])
+def test_flags_may_be_0_and_1_in_arrays(tmp_path: Path, values: Any):
+    writer = new_writer(tmp_path)
+    columns = {"token_id": [8, 9], "text": ["a", "b"], "category": "special", "is_special": values}
+    writer.append("vocab", columns)
+    writer.flush(0)
+    assert pl.read_parquet(tmp_path / "run/vocab/*.parquet")["is_special"].to_list()[-2:] == [True, False]
 
 
 def test_vocabulary_and_its_marks_are_recorded(tmp_path: Path):
@@ -162,6 +188,28 @@ def test_folder_in_use_is_refused(tmp_path: Path):
 def test_manifest_needs_a_run_id(tmp_path: Path):
     with pytest.raises(InputError, match="run_id"):
         TraceWriter.create(tmp_path / "run", {}, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ({"run_id": ""}, "manifest: run_id is '', expected text that names the run"),
+        ({"run_id": 5}, "manifest: run_id is 5, expected text that names the run"),
+        ({"run_id": "r", "seed": "one"}, "manifest: seed is 'one', expected a 32-bit integer"),
+        ({"run_id": "r", "config": {"lr": float("nan")}}, "manifest: config.lr is nan, which JSON cannot hold"),
+        ({"run_id": "r", "config": {"lr": {1}}}, "manifest: config.lr is of type set, which JSON cannot hold"),
+    ],
+)
+def test_invalid_manifests_are_refused(tmp_path: Path, manifest: dict, message: str):
+    with pytest.raises(InputError, match=message):
+        TraceWriter.create(tmp_path / "run", manifest, VOCAB)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_is_no_folder_of_a_run(tmp_path: Path):
+    (tmp_path / "run").write_text("text")
+    with pytest.raises(InputError, match=r"run: cannot be the folder of a run \(not a directory"):
+        new_writer(tmp_path)
 
 
 def test_resume_removes_later_steps(tmp_path: Path):

@@ -357,6 +357,10 @@ BAD = {
     b'{"prompt": "p", "response_ids": [5, 6], "reward": 1, "loss_mask": [1, 0.5]}': "holds 0.5 at index 1",
     b'{"prompt": "p", "response_ids": [5, 6], "reward": 1, "tool_mask": [0, 0]}': '"tool_mask" excludes every token',
     b'{"prompt": "p", "response": "r", "reward": 1, "task": 7}': '"task" is a number',
+    b'{"prompt": "p", "response": "r", "reward": 1, "temperature": -1}': (
+        '"temperature" is -1, expected a number of at least 0; ignore it with --field temperature='
+    ),
+    b'{"prompt": "p", "response": "r", "reward": 1, "temperature": "-.5"}': "is '-.5', expected a number",
 }
 
 
@@ -451,6 +455,13 @@ def test_numbers_may_be_text(tmp_path, policy):
     values = {"1.0": 1.0, "-1": -1.0, " .5": 0.5, "1e-2": 0.01}
     path = write(tmp_path / "rows.jsonl", [row(reward=value) for value in values])
     assert [rollout.reward for rollout in read_all(path, policy)[0]] == list(values.values())
+
+
+def test_a_temperature_of_0_is_greedy_decoding(tmp_path, policy):
+    path = write(tmp_path / "rows.jsonl", [row(temperature=value) for value in (0, 0.7, None)])
+    assert [rollout.temperature for rollout in read_all(path, policy)[0]] == [0.0, 0.7, None]
+    write(path, [row(temperature=-1)])
+    assert [rollout.temperature for rollout in read_all(path, policy, temperature="")[0]] == [None]
 
 
 def test_groups_of_one_response_each_fall_back_to_the_prompt(tmp_path, policy):

@@ -22,6 +22,7 @@ from entrace.trainer.algorithm.method import RolloutView
 from entrace.trainer.algorithm.shaping import shape
 from entrace.trainer.live import arguments
 from entrace.trainer.live.batches import eos_ids
+from entrace.trainer.live.recording import first_truths
 from entrace.trainer.live.tracer import UNIFORM_ROUNDING
 from entrace.trainer.seeding import Stream, generator
 from entrace.trl import Traced, TracedGRPOTrainer, TracedRLOOTrainer
@@ -650,3 +651,17 @@ def tables_of(folder):
     """Responses with the shaped advantage of their first token."""
     first = table(folder, "tokens").filter(position=0).select("rollout_id", "shaped_advantage")
     return table(folder, "rollouts").join(first, on="rollout_id")
+
+
+def test_only_the_first_ground_truth_of_a_prompt_is_recorded(tmp_path):
+    with entrace.Recorder(tmp_path / "run", ["<eos>", "a"]) as recorder:
+        for step, prompts, truths, expected in (
+            (1, ["p", "q", "p"], ["1", None, "2"], ["1", None, None]),
+            (2, ["p", "r", "r", "r"], ["3", None, "4", "5"], [None, None, "4", None]),
+        ):
+            found = first_truths(recorder, prompts, truths)
+            assert found == expected
+            named = {"prompt": prompts, "prompt_id": prompts, "ground_truth": found}
+            recorder.record(step, **named, response_ids=[[1]] * len(prompts))
+    stored = pl.read_parquet(tmp_path / "run/prompts/*.parquet").select("prompt", "ground_truth")
+    assert dict(stored.iter_rows()) == {"p": "1", "q": None, "r": "4"}

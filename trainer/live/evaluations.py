@@ -15,7 +15,7 @@ from torch import Tensor
 from entrace.analysis.trace.recorder import Recorder
 from entrace.trainer.live.arguments import HELDOUT
 from entrace.trainer.live.generation import Pass, none_for_nan
-from entrace.trainer.live.recording import Notices
+from entrace.trainer.live.recording import Notices, first_truths
 from entrace.trainer.live.trl_recorder import of_policy
 
 
@@ -95,4 +95,6 @@ class Evaluations:
         if recorder.has_eval(step, benchmark):
             self._notices.say_already_recorded(step, benchmark)
         elif step >= recorder.last_step:
-            recorder.record_eval(step, benchmark=benchmark, **{**rows, "reward": none_for_nan(rows["reward"])})
+            truths = first_truths(recorder, rows["prompt_id"], rows["ground_truth"])
+            rows = {**rows, "reward": none_for_nan(rows["reward"]), "ground_truth": truths}
+            recorder.record_eval(step, benchmark=benchmark, **rows)

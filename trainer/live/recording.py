@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -77,7 +77,7 @@ def open_recorder(
             "trainer": type(trainer).__name__,
             "shaping": arguments.shaping.model_dump(mode="json"),
             "correct": correct,
-            library: json.loads(json.dumps(settings, default=str)),
+            library: json.loads(json.dumps(settings, default=str), parse_constant=str),
         },
     }
     recorder = Recorder(
@@ -90,6 +90,23 @@ def open_recorder(
     )
     recorder.manifest["versions"] = {**recorder.manifest.get("versions", {}), library: version(library)}
     return recorder
+
+
+def first_truths(
+    recorder: Recorder, prompt_ids: Sequence[str], ground_truths: Sequence[str | None]
+) -> list[str | None]:
+    """Return the first ground truth of each prompt that is new to the trace.
+
+    The others are None: a dataset may hold a text twice with different answers, and the recorder refuses these.
+    """
+    found: list[str | None] = []
+    seen: set[str] = set()
+    for prompt_id, truth in zip(prompt_ids, ground_truths, strict=True):
+        is_first = truth is not None and prompt_id not in seen and not recorder.has_prompt(prompt_id)
+        found.append(truth if is_first else None)
+        if is_first:
+            seen.add(prompt_id)
+    return found
 
 
 def common_reasons(library: str, arguments: Arguments) -> dict[str, str]:

@@ -28,7 +28,7 @@ from entrace.trainer.live.batches import BatchReader, Scored
 from entrace.trainer.live.evaluations import Evaluations
 from entrace.trainer.live.generation import Generation, Pass, join, none_for_nan, split_by_response
 from entrace.trainer.live.passes import Passes, take_clipping
-from entrace.trainer.live.recording import Notices
+from entrace.trainer.live.recording import Notices, first_truths
 from entrace.trainer.live.shaper import Shaper
 from entrace.trainer.live.trl_recorder import CHECKPOINTS, open_trl_recorder
 
@@ -256,6 +256,7 @@ class Tracer:
         token = {name: split_by_response(values, lengths) for name, values in joined["token"].items()}
         loss_mask = token.pop("loss_mask")
         response = dict(joined["response"])
+        response["ground_truth"] = first_truths(recorder, response["prompt_id"], response["ground_truth"])
         metrics = {name: mean_of_known(values) for name, values in batch.metrics.items()}
         metrics["loss"] = joined["loss"]
         return recorder.record(

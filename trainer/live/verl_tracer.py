@@ -28,7 +28,7 @@ from entrace.trainer.algorithm.shaping import NONE, waits_for_plateau
 from entrace.trainer.live.arguments import HELDOUT, Arguments, warn_if_untested
 from entrace.trainer.live.generation import shape_all, split_by_response
 from entrace.trainer.live.messages import first_of, identify, text_of
-from entrace.trainer.live.recording import Notices, common_reasons, open_recorder
+from entrace.trainer.live.recording import Notices, common_reasons, first_truths, open_recorder
 from entrace.trainer.seeding import Stream, generator
 
 # Tested versions of verl: lower bound included, upper bound excluded.
@@ -377,6 +377,7 @@ class Tracer:
             step.columns |= self._capture_after(batch, step.keys)
         columns = dict(step.columns)
         columns["is_kept"] = [kept and step.updates > 0 for kept in columns["is_kept"]]
+        columns["ground_truth"] = first_truths(self._recorder, columns["prompt_id"], columns["ground_truth"])
         numbers = {
             name: next((float(metrics[key]) for key in keys if metrics.get(key) is not None), None)
             for name, keys in METRICS.items()
@@ -497,13 +498,15 @@ class Tracer:
                 continue
             chosen = [i for i, other in enumerate(sources) if other == source]
             names = ("prompt", "prompt_id", "ground_truth", "task", "response_length")
+            of_rows = {name: [rows[i][name] for i in chosen] for name in names}
+            of_rows["ground_truth"] = first_truths(recorder, of_rows["prompt_id"], of_rows["ground_truth"])
             recorder.record_eval(
                 step,
                 benchmark=benchmark,
                 reward=[rewards[i] for i in chosen],
                 is_correct=[verdicts[i] for i in chosen],
                 temperature=float(self.rollout.val_kwargs.temperature),
-                **{name: [rows[i][name] for i in chosen] for name in names},
+                **of_rows,
             )
         # verl evaluates after it saves: flushed with the next step, this would be lost if the run resumed here.
         recorder.flush()
