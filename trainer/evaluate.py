@@ -75,6 +75,7 @@ def evaluate(
                 for answer_class in answer_classes(prompt, group)
             ],
             "is_correct": [score.is_correct for score in scores],
+            "reward": [score.reward(config.task.reward_values) for score in scores],
             "response_length": rollouts.lengths.tolist(),
             "entropy_mean": rollouts.entropy_mean.tolist(),
         }

@@ -207,8 +207,7 @@ def _sample_part(
     penalties = overlong_penalty(
         rollouts.lengths, rollout.max_response_tokens, rollout.overlong_buffer_tokens, config.overlong_penalty
     )
-    wrong, right = config.task.reward_values
-    rewards = torch.tensor([0.0 if s.score is None else wrong + (right - wrong) * s.score for s in scores])
+    rewards = torch.tensor([score.reward(config.task.reward_values) or 0.0 for score in scores])
     scored = time.perf_counter()
     return _Part(ranks.rank, rollouts, completions, scores, rewards, penalties, sampled - started, scored - sampled)
 

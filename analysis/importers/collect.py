@@ -169,7 +169,7 @@ def _read(
     faults: dict[str, str] = {}
     with pq.ParquetWriter(spill, SPILL, compression="zstd") as writer:
         batch: list[dict[str, Any]] = []
-        for place, row, task in dump.rows(folder):
+        for place, row, task in dump.rows(folder, settings.fields):
             rows += 1
             if rows % READ_EVERY == 0:
                 on_read(dump.share_read, rows)

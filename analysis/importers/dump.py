@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from entrace.analysis.importers.formats import FORMATS
 from entrace.analysis.importers.formats.base import Format, Session
 from entrace.analysis.importers.row_files import BadRowError, Reading, read_rows, size_of
 from entrace.analysis.trace.errors import InputError, choices, in_one_line, reason_of
+from entrace.analysis.trace.places import to_place
 
 PICKLE = (
     "a pickle, which can run code when it is loaded; if you trust it, load it yourself and write JSONL (slime: per "
@@ -99,33 +100,48 @@ class Dump:
         """Return the share of the bytes of all files that ``rows`` has read, in [0, 1]."""
         return self._progress.share
 
-    def rows(self, folder: Path) -> Iterator[tuple[str, dict[str, Any] | BadRowError, str]]:
+    def task_of(self, path: Path) -> str:
+        """Return the default task of the rows of a file.
+
+        The task is the name of the file, or of the run that the file belongs to. The latter may have one file per step.
+        """
+        run = self.format.run_of(path)
+        if run is None:
+            return path.stem
+        place = to_place(run)
+        return place.name or place.resolve().name
+
+    def rows(
+        self, folder: Path, fields: Collection[str] = ()
+    ) -> Iterator[tuple[str, dict[str, Any] | BadRowError, str]]:
         """Yield all rollouts with their places and default task names.
 
         A malformed row is replaced by its fault.
 
         Args:
             folder: Temporary folder.
+            fields: Fields for which the user names keys.
 
         Raises:
             InputError: a file does not exist or is damaged.
         """
-        session = Session(self.files, folder)
+        session = Session(self.files, folder, fields=fields)
         convert = self.format.open(session)
         for path in self._progress.over(self.files):
+            task = self.task_of(path)
             for place, row in read_rows(path, self._progress.reading):
                 where = f"{path}, {place}"
                 if isinstance(row, BadRowError):
-                    yield where, row, path.stem
+                    yield where, row, task
                     continue
                 try:
                     for found in convert(row, path):
-                        yield where, found, path.stem
+                        yield where, found, task
                 except BadRowError as fault:
-                    yield where, fault, path.stem
+                    yield where, fault, task
                 except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
                     # A value of another type than the trainer writes.
-                    yield where, BadRowError(f"not {self.format.title} ({in_one_line(error)})"), path.stem
+                    yield where, BadRowError(f"not {self.format.title} ({in_one_line(error)})"), task
         self.remarks.extend(session.remarks)
 
 

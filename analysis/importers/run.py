@@ -180,7 +180,7 @@ def _open_trace(
         "run_id": run_dir.name,
         "study": run_dir.resolve().parent.name,
         "model": evaluator.name if evaluator else None,
-        "task": " + ".join(dict.fromkeys(path.stem for path in rollouts.dump.files)),
+        "task": " + ".join(dict.fromkeys(map(rollouts.dump.task_of, rollouts.dump.files))),
         "total_steps": rollouts.counts.steps,
         "config": {"import": description["settings"]},
         IMPORTED: dict(description),

@@ -104,6 +104,19 @@ def test_a_stripped_prompt_of_another_model_is_refused(load, tmp_path):
     assert Rebuilder(codec).find(text) is None
 
 
+def test_files_of_steps_share_task_and_prompts(load, tmp_path, monkeypatch):
+    row = {"input": "user\n1 + 1?\nassistant\n", "gts": "2"}
+    for step in (1, 2):
+        rows = [{**row, "output": output, "score": float(output), "step": step} for output in ("0", "1")]
+        write(tmp_path / "dump" / f"{step}.jsonl", rows)
+    monkeypatch.chdir(tmp_path / "dump")
+    for i, path in enumerate((tmp_path / "dump", ".", "1.jsonl")):
+        trace, _ = load(path, "--tokenizer", SMOLLM, name=f"run{i}")
+        prompts = table(trace, "prompts")
+        assert prompts["task"].to_list() == [read_manifest(trace)["task"]] == ["dump"]
+        assert table(trace, "rollouts")["prompt_id"].unique().to_list() == prompts["prompt_id"].to_list()
+
+
 def test_several_reward_functions_of_trl_have_no_known_sum(load, tmp_path):
     rows = [
         {
@@ -126,9 +139,10 @@ def test_several_reward_functions_of_trl_have_no_known_sum(load, tmp_path):
     assert rollouts["reward_components"].to_list()[1] == {"accuracy_reward": 0.0}
     assert rollouts["advantage"].to_list() == pytest.approx([0.7, -0.7])
     chosen = "reward=accuracy_reward+format_reward"
-    trace, _ = load(
+    trace, err = load(
         tmp_path / "out", "--tokenizer", find_model("embedded"), "--field", "reward=accuracy_reward", name="b"
     )
+    assert "reward is null" not in err
     assert table(trace, "rollouts").sort("rollout_id")["reward"].to_list() == [1.0, 0.0]
     rows[1]["format_reward"] = 0.25
     pl.DataFrame(rows).write_parquet(folder / "completions_00001.parquet")

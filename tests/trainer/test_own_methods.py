@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
-from entrace.analysis.trace import read_manifest
+from entrace.analysis.trace import InputError, read_manifest
+from entrace.trainer.algorithm.method import check_result, find_method
 from tests.patience import HANG_S
 
 from .conftest import SHORT
@@ -268,6 +270,19 @@ def test_an_arm_named_after_a_missing_module_is_refused(module, call, tmp_path):
     code, _, err = call("ablate", grid, "--out", tmp_path / "out")
     assert (code, err.count("\n")) == (2, 1)
     assert 'arm "nowhere_to_be_found:f": method nowhere_to_be_found:f: no module "nowhere_to_be_found"' in err
+
+
+def test_results_are_numbers_without_gradients():
+    spec, advantages = find_method("ppl", "shaping"), torch.tensor([[1.0, -0.5]])
+    for result in (advantages.clone().requires_grad_(), advantages.double()):
+        found = check_result(spec, result, advantages)
+        assert (found.requires_grad, found.dtype, found.tolist()) == (False, torch.float32, advantages.tolist())
+    assert check_result(spec, torch.tensor([[2, 3]]), advantages).tolist() == [[2.0, 3.0]]
+    for result in (advantages > 0, advantages + 1j):
+        with pytest.raises(InputError, match=f"returned {result.dtype}, expected real numbers"):
+            check_result(spec, result, advantages)
+    with pytest.raises(InputError, match="returned NaN or infinity"):
+        check_result(spec, advantages.double() * 1e300, advantages)
 
 
 @pytest.mark.parametrize(

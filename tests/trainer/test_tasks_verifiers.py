@@ -284,6 +284,8 @@ def test_without_an_answer_the_completion_is_the_answer(module):
         ("'1'", "returned '1' for rows.jsonl, line 7, expected a finite number or None"),
         ("[]", r"returned \[\] for rows.jsonl, line 7, expected a finite number or None"),
         ("float('nan')", "returned nan for rows.jsonl, line 7"),
+        ("1e300", r"returned 1e\+300 for rows.jsonl, line 7, expected a finite number or None \(up to 1e\+15\)"),
+        ("10 ** 400", "verifier .* returned 1000"),
         ("{'reward': 1}", 'returned no "score" for rows.jsonl, line 7'),
     ],
 )

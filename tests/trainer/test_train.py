@@ -133,6 +133,7 @@ def test_evaluations_begin_with_the_base_policy_and_end_with_the_last(run_dir):
     evals = read(run_dir, "evals")
     assert evals["step"].unique(maintain_order=True).to_list() == [0, 2, 4]
     assert len(evals) == 3 * 6 * 2
+    assert ((evals["reward"] >= 1) == evals["is_correct"]).all()
 
 
 def test_the_manifest_says_what_was_run(run_dir):
@@ -297,6 +298,7 @@ def test_a_verifier_may_give_no_verdict(tmp_path, monkeypatch):
     accuracy = judged.group_by("step").agg(pl.mean("is_correct")).sort("step")["is_correct"]
     np.testing.assert_allclose(read(tmp_path / "run", "steps").sort("step")["accuracy"], accuracy, rtol=1e-6)
     assert evals["is_correct"].is_null().any()
+    assert (evals["is_correct"].is_null() == evals["reward"].is_null()).all()
     runs = open_runs(tmp_path / "run")
     for stem in ("correctness_by_ppl", "defects_over_steps", "stage_dynamics", "eval_outcomes"):
         runs.query(stem)

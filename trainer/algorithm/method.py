@@ -349,11 +349,15 @@ def check_result(spec: MethodSpec, result: Any, advantages: Tensor) -> Tensor:
     """Return the result of a shaping method.
 
     Raises:
-        InputError: the result is not a finite tensor of the advantages' shape.
+        InputError: the result is not a finite real tensor of the advantages' shape.
     """
     if not isinstance(result, torch.Tensor) or result.shape != advantages.shape:
         found = f"shape {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
         raise InputError(f"shaping method {spec.name} returned {found}, expected shape {tuple(advantages.shape)}")
+    if result.dtype == torch.bool or result.is_complex():
+        raise InputError(f"shaping method {spec.name} returned {result.dtype}, expected real numbers")
+    # Nothing is learned through a method, and its numbers are recorded as they act.
+    result = result.detach().to(advantages.dtype)
     if not torch.isfinite(result).all():
         raise InputError(f"shaping method {spec.name} returned NaN or infinity")
     return result

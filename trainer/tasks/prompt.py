@@ -50,6 +50,11 @@ class Score:
         """Return whether the score reaches ``correct_at``; None without a verdict."""
         return None if self.score is None else self.score >= self.correct_at
 
+    def reward(self, values: tuple[float, float]) -> float | None:
+        """Return the score on the scale of ``task.reward_values``; None without a verdict."""
+        wrong, right = values
+        return None if self.score is None else wrong + (right - wrong) * self.score
+
 
 @dataclass(frozen=True)
 class Prompt:

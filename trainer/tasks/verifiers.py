@@ -13,6 +13,9 @@ from entrace.trainer.tasks.config import DEFAULT
 from entrace.trainer.tasks.math_verifier import MathVerifier
 from entrace.trainer.tasks.prompt import Prompt, Score, Verifier, extract_answer, extract_boxed
 
+# Largest score: its square fits into float32 many times.
+MAX_SCORE = 1e15
+
 
 class Verifiers:
     """The verifier of every data source, each created once."""
@@ -136,7 +139,7 @@ class UserFunction:
         """Call the function.
 
         Raises:
-            InputError: the score is neither a finite number nor None.
+            InputError: the score is neither a number up to ``MAX_SCORE`` nor None.
         """
         result = self._function(completion, dict(prompt.entry))
         answer = None
@@ -146,11 +149,12 @@ class UserFunction:
             result, answer = result["score"], result.get("answer")
         try:
             score = math.nan if isinstance(result, str) else None if result is None else float(result)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             score = math.nan
-        if score is not None and not math.isfinite(score):
+        if score is not None and not abs(score) <= MAX_SCORE:
             raise InputError(
                 f"verifier {self._name} returned {result!r} for {prompt.origin}, expected a finite number or None"
+                f"{f' (up to {MAX_SCORE:g})' * math.isfinite(score)}"
             )
         if answer is None:
             answer = extract_answer(completion) or extract_boxed(completion) or completion.strip() or None

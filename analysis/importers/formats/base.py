@@ -6,7 +6,7 @@ A format says which files and rows it has, and how its rows map to trace columns
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,13 @@ class Session:
         files: Files of the dump, in order.
         folder: Temporary folder.
         remarks: Filled by the reader with what the user should know; printed after reading.
+        fields: Fields for which the user names keys.
     """
 
     files: Sequence[Path]
     folder: Path
     remarks: list[str] = field(default_factory=list)
+    fields: Collection[str] = ()
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def with_rewards(row: Row, known: Iterable[str], session: Session) -> Row:
     The reward is added only if there is one reward function.
     """
     scores = _scores(row, known)
-    if len(scores) > 1 and not session.remarks:
+    if len(scores) > 1 and "reward" not in session.fields and not session.remarks:
         session.remarks.append(f"reward is null: {', '.join(scores)} may all be rewards, and {WEIGHTS}")
     total = {"reward": next(iter(scores.values()))} if len(scores) == 1 else {}
     return {**row, **total, "reward_components": scores or None}
