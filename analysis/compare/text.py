@@ -99,7 +99,7 @@ def _aggregate_lines(frame: pl.DataFrame) -> Iterator[str]:
         yield f"{line}  n = {_count(row, 'seed')}"
     if frame["iqm"].count() > frame["iqm_low"].count():
         yield "An interval and a probability of improvement need a second seed"
-    elif frame["improvement"].is_in([0, 1]).any():
+    elif frame["improvement"].is_in([0.0, 1.0]).any():
         yield "Bootstrap intervals are too narrow with few seeds; at an improvement of 0 or 1 they have no width"
 
 

@@ -533,6 +533,7 @@ def test_command_prints_differences_aggregates_and_the_rest(
     assert "ppl  held  avg_at_k  inconclusive  +0.25 [-0.0605, +0.561] accuracy, k = 4\n" in done.stdout
     assert "n = 3 seeds, 6 prompts; interval covers prompts and seeds; p = 0.074, Holm-adjusted 0.074;" in done.stdout
     assert "ppl   0.75 [0.625, 0.875]  mean 0.75  improvement 1 [1, 1]  n = 3 seeds\n" in done.stdout
+    assert "Bootstrap intervals are too narrow with few seeds; at an improvement of 0 or 1 they" in done.stdout
     assert "broken-seed0  failed: step 3: loss is nan\n" in done.stdout
     assert "entropy" not in done.stdout
 

@@ -51,7 +51,10 @@ class Score:
         return None if self.score is None else self.score >= self.correct_at
 
     def reward(self, values: tuple[float, float]) -> float | None:
-        """Return the score on the scale of ``task.reward_values``; None without a verdict."""
+        """Return the score on the scale of ``task.reward_values``.
+
+        None without a verdict.
+        """
         wrong, right = values
         return None if self.score is None else wrong + (right - wrong) * self.score
 
