@@ -29,6 +29,7 @@ import torch
 
 from entrace.analysis.trace import TraceWriter
 from entrace.analysis.trace.arguments import checked
+from entrace.analysis.trace.places import check_folder
 from entrace.analysis.trace.sampling import TokenSampling
 from entrace.trainer.algorithm.advantages import group_relative_advantage
 from entrace.trainer.algorithm.plateau import PlateauDetector
@@ -77,6 +78,7 @@ def train(
     if labels is None:
         labels = {"study": run_dir.resolve().parent.name, "arm": config.shaping.method}
     with ranks.together():
+        check_folder(run_dir)
         if resume and ranks.broadcast(lambda: is_complete(config, run_dir)):
             return
         torch.manual_seed(config.seed)

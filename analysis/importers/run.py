@@ -24,6 +24,7 @@ from entrace.analysis.trace.digests import hash_file
 from entrace.analysis.trace.errors import InputError, in_one_line
 from entrace.analysis.trace.manifest import IMPORTED, MANIFEST, describe_machine, is_before_manifest, read_manifest
 from entrace.analysis.trace.parts import last_step, last_whole_step, listed_files
+from entrace.analysis.trace.places import check_folder
 from entrace.analysis.trace.writer import TraceWriter
 
 # Tokens per chunk, which holds whole groups, and tokens between two flushes, which come after whole steps.
@@ -83,8 +84,9 @@ def check_target(run_dir: Path, resume: bool) -> None:
     """Refuse a folder that already holds files, before anything is read.
 
     Raises:
-        InputError: the folder holds files, and ``resume`` is not set or they are not a trace.
+        InputError: the folder is a file, or it holds files, and ``resume`` is not set or they are not a trace.
     """
+    check_folder(run_dir)
     is_used = run_dir.is_dir() and any(not path.name.startswith(".") for path in run_dir.iterdir())
     if is_used and not (resume and ((run_dir / MANIFEST).exists() or is_before_manifest(run_dir))):
         raise InputError(f"{run_dir}: already holds files; choose another folder, or resume with --resume")

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from entrace.analysis.trace.errors import InputError
-from entrace.analysis.trace.places import check_folder, check_local, usable
+from entrace.analysis.trace.places import check_local, usable
 
 # Folder of the lock files, beside the runs.
 LOCKS = ".locks"
@@ -35,7 +35,6 @@ def acquire_lock(run_dir: Path, *, waits: bool) -> int | None:
     """
     check_local(run_dir)
     with usable(run_dir):
-        check_folder(run_dir)
         path = lock_path(run_dir)
     # Windows and some shared file systems have no such locks; launchers then start each run only once. An unwritable
     # folder is reported by the writer.

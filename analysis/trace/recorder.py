@@ -39,6 +39,7 @@ from entrace.analysis.trace.lexicon import Lexicon
 from entrace.analysis.trace.lock import acquire_lock
 from entrace.analysis.trace.manifest import check_kinds, describe_machine, read_manifest, to_json
 from entrace.analysis.trace.parts import PART, last_whole_step, listed_files, part_path, read_part
+from entrace.analysis.trace.places import check_folder, usable
 from entrace.analysis.trace.plain import well_formed
 from entrace.analysis.trace.ragged import Responses, as_list
 from entrace.analysis.trace.rows import nullable
@@ -174,6 +175,8 @@ class Recorder:
         self._special: frozenset[int] = frozenset()
         self._texts: list[str] = []
         read_entries = self._prepare_vocabulary(vocab, vocab_size)
+        with usable(self.run_dir):
+            check_folder(self.run_dir)
         self._lock = acquire_lock(self.run_dir, waits=False)
         try:
             self._open(read_entries, dict(manifest or {}), dict(unknown or {}), lexicon, resume_after)
