@@ -32,10 +32,10 @@ create macro has_short_mantissa(x) as x::double = to_short_mantissa(x::double);
 -- proportion to p (1 - p).
 create macro potential_bin(p) as greatest(0, least(79, floor(-4 * log2(4 * greatest(p * (1 - p), 1e-12)))))::integer;
 
--- Bin (0 to bins - 1) of a position in a response cut into equal bins. The product comes first: as a quotient times bins,
--- 29 / 100 * 100 is below 29.
-create macro bin_of_position(position, response_length, bins) as (
-  (position::bigint * bins::bigint // response_length)::integer
+-- Bin (0 to bins - 1) of a position in a response cut into equal bins. The product comes first: as a quotient times
+-- bins, 29 / 100 * 100 is below 29.
+create macro bin_of_position(place, response_length, bins) as (
+  (place::bigint * bins::bigint // response_length)::integer
 );
 
 -- Label of a series of interventions: checkpoint, selection, seed, and temperature.
