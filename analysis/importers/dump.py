@@ -103,7 +103,7 @@ class Dump:
     def task_of(self, path: Path) -> str:
         """Return the default task of the rows of a file.
 
-        The task is the name of the file, or of the run that the file belongs to. The latter may have one file per step.
+        It is the name of the file. If files belong to a run, with one file per step, it is the name of the run.
         """
         run = self.format.run_of(path)
         if run is None:

@@ -84,7 +84,7 @@ def check_target(run_dir: Path, resume: bool) -> None:
     """Refuse a folder that already holds files, before anything is read.
 
     Raises:
-        InputError: the folder is a file, or it holds files, and ``resume`` is not set or they are not a trace.
+        InputError: the path is a file; or the folder holds files, and ``resume`` is not set or the files are no trace.
     """
     check_folder(run_dir)
     is_used = run_dir.is_dir() and any(not path.name.startswith(".") for path in run_dir.iterdir())
@@ -128,7 +128,7 @@ def _describe(
 ) -> dict[str, Any]:
     """Return the description of the trace's origin for ``run.json``.
 
-    A trace resumes only if this description is equal.
+    A trace resumes only if this description is equal, apart from the folders of files.
     """
     counts = rollouts.counts
     masked = f", without {counts.masked} outside loss_mask" if counts.masked else ""

@@ -228,12 +228,13 @@ class Recorder:
             self._writer = TraceWriter.create(self.run_dir, described, read_entries(), lexicon)
             self._last = self._eval_step = 0
             return
-        self._last = self._eval_step = self._check_resumable(resume_after)
-        recorded = read_manifest(self.run_dir).get("run_id")
-        if manifest.get("run_id", recorded) != recorded:
+        recorded = read_manifest(self.run_dir)
+        self._last = self._eval_step = self._check_resumable(resume_after, recorded)
+        run_id = recorded.get("run_id")
+        if manifest.get("run_id", run_id) != run_id:
             given = reprlib.repr(manifest["run_id"])
-            raise InputError(f"manifest: run_id is {given}, and that of the trace is {recorded!r}; leave it out")
-        self._check_vocabulary(read_entries())
+            raise InputError(f"manifest: run_id is {given}, and that of the trace is {run_id!r}; leave it out")
+        self._check_vocabulary(read_entries(), recorded)
         self._writer = TraceWriter.resume(self.run_dir, self._last)
         found = self._writer.manifest
         # A reason that an earlier part of the run has removed stays removed.
@@ -245,13 +246,12 @@ class Recorder:
         for step, benchmark, prompt_id in self._read_rows("evals", ["step", "benchmark", "prompt_id"]):
             self._samples.setdefault((step, benchmark), Counter())[prompt_id] += 1
 
-    def _check_resumable(self, wanted: int | str) -> int:
-        """Return the step to resume after.
+    def _check_resumable(self, wanted: int | str, manifest: dict[str, Any]) -> int:
+        """Return the step to resume after; ``manifest`` is that of the trace.
 
         Raises:
             InputError: the trace ends earlier, or the step lies inside a file.
         """
-        manifest = read_manifest(self.run_dir)
         whole, _ = last_whole_step(self.run_dir, manifest)
         if isinstance(wanted, str):
             return whole
@@ -266,15 +266,16 @@ class Recorder:
                     )
         return wanted
 
-    def _check_vocabulary(self, entries: Vocabulary) -> None:
+    def _check_vocabulary(self, entries: Vocabulary, manifest: dict[str, Any]) -> None:
         """Compare the vocabulary with that of the trace to resume.
 
-        Rows without an entry, which have an empty text, may be more or fewer, and unknown texts are not compared.
+        ``manifest`` is that of the trace. Rows without an entry, which have an empty text, may be more or fewer, and
+        unknown texts are not compared.
 
         Raises:
             InputError: a token has another text.
         """
-        listed = listed_files(self.run_dir, read_manifest(self.run_dir))
+        listed = listed_files(self.run_dir, manifest)
         parts = [part_path(self.run_dir, "vocab", name) for name in listed.get("vocab", ())]
         if not parts:
             # The writer reports a trace without a durable step.

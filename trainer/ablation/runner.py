@@ -123,8 +123,8 @@ def run_grid(
         Error of each failed run by run id, failures of earlier calls included.
 
     Raises:
-        InputError: ``out`` is a file, already holds files and neither flag is set, or was made from another grid; or
-            the launcher cannot start runs. Nothing has been written then.
+        InputError: ``out`` is a file, holds files although neither flag is set, or was made from another grid; or the
+            launcher cannot start runs. Nothing has been written then.
     """
     errors = Errors(listener or NoListener())
     check_folder(out)

@@ -35,7 +35,7 @@ create macro compared_sums(comparison, sums) as {
   'yy': of_comparison(comparison, sums.overall_yy, sums.shuffle_yy, sums.random_yy),
   'xy': of_comparison(comparison, sums.overall_xy, sums.shuffle_xy, sums.random_xy)
 };
--- Sums and means over the tokens of a step; sums is the column of compared_sums of the step's prompts.
+-- Sums and means over the tokens of a step. The argument is the column that holds the compared_sums of its prompts.
 create macro step_sums(sums) as {
   'tokens': sum(sums.tokens),
   'squares': sum(sums.squares),

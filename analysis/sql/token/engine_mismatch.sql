@@ -13,7 +13,7 @@ with measured as (
     token_steps.token_weight,
     logprob::double - sampling_logprob as difference,
     least(
-      tokens.position * coalesce($bins, 10)::bigint // tokens.response_length, coalesce($bins, 10)::bigint - 1
+      bin_of_position(tokens.position, tokens.response_length, coalesce($bins, 10)), coalesce($bins, 10)::integer - 1
     ) as position_bin,
     floor(1000 * ln(if(entropy < 1e-9, 1e-9, entropy)))::integer as entropy_bin
   from tokens
